@@ -1,0 +1,76 @@
+"""Names for members of one noun: formats, solvers, transforms, recipes, adapters.
+
+A registry discovers its members by importing every module of its package on first use, so that
+adding a member is adding a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from bitmill.errors import RecipeError
+
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Maps a public name to a member.
+
+    `noun` is used in messages ("format", "solver"); `package` is the dotted name of the package whose
+    modules register themselves when they are imported.
+    """
+
+    def __init__(self, noun: str, package: str) -> None:
+        self.noun = noun
+        self.package = package
+        self._members: dict[str, T] = {}
+        self._discovered = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files a member under `name`; a name can be taken once."""
+
+        def file(member: T) -> T:
+            if name in self._members and self._members[name] is not member:
+                raise RuntimeError(f"{self.noun} {name!r} is registered twice")
+            self._members[name] = member
+            return member
+
+        return file
+
+    def discover(self) -> None:
+        """Import every module of the package, once; modules register their members as they load."""
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+
+    def get(self, name: str) -> T:
+        """The member called `name`. Raises RecipeError that lists the known names."""
+        self.discover()
+        if name not in self._members:
+            raise RecipeError(f"There is no {self.noun} {name!r}; choose one of: {', '.join(self.names())}.")
+        return self._members[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        self.discover()
+        return sorted(self._members)
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """All (name, member) pairs, sorted by name."""
+        for name in self.names():
+            yield name, self._members[name]
+
+    def name_of(self, member: object) -> str:
+        """The name under which `member` (or the class of an instance) is filed."""
+        self.discover()
+        for name, known in self._members.items():
+            if known is member or known is type(member):
+                return name
+        raise RecipeError(f"{member!r} is not a registered {self.noun}.")
