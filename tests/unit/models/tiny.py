@@ -1,0 +1,49 @@
+"""Tiny models of every architecture, built in code."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+OPT_SIZES = {
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 1,
+}
+GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
+
+
+def tiny_config(model_type: str, **changes):
+    sizes = {"opt": OPT_SIZES, "gpt2": GPT2_SIZES}.get(model_type, SIZES)
+    return AutoConfig.for_model(model_type, **{**sizes, **changes})
+
+
+def tiny_model(model_type: str, **changes):
+    """A float32 model with seeded weights; norm weights and biases are random too, not ones and zeros."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.rand_like(parameter) * 0.2)
+            elif "embed" not in name:
+                parameter.mul_(5)
+    return model
