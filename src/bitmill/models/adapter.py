@@ -113,7 +113,7 @@ def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
     for name, parameter in blocks.named_parameters():
         if parameter.dim() == 3 and not isinstance(_owner(blocks, name), nn.modules.conv._ConvNd):
             raise SourceError(
-                f"The blocks {path!r} hold the fused expert weight {name!r} of shape {tuple(parameter.shape)}; "
+                f"Blocks {path!r} hold the fused expert weight {name!r} of shape {tuple(parameter.shape)}; "
                 "mixture-of-experts weights cannot be quantized yet; choose a dense model."
             )
     per_block = [tuple(n for n, m in block.named_modules() if isinstance(m, nn.Linear)) for block in blocks]
