@@ -202,7 +202,8 @@ class HfSource:
         pickles = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickles:
             raise SourceError(
-                f"{self.folder} holds only {min(pickles)}, and bitmill never unpickles; convert to safetensors."
+                f"{self.folder} holds only {min(pickles)}, and bitmill never unpickles; "
+                "convert it to safetensors."
             )
         raise SourceError(f"{self.folder} holds no weights; {SINGLE} or {INDEX} is needed.")
 

@@ -118,7 +118,7 @@ def config_bytes(config: PretrainedConfig) -> bytes:
 def first_line(error: BaseException) -> str:
     """The first line of what a library said, without a final full stop, to quote inside a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")
+    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".:")
 
 
 def _zoo_names() -> str:
