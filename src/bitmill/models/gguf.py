@@ -20,7 +20,7 @@ from bitmill.errors import SourceError
 from bitmill.models.gguf_header import StoredTensor, read_header
 from bitmill.models.gguf_map import build_config, layout_for, transformers_name
 from bitmill.models.gguf_rope import undo_rope_factors
-from bitmill.models.source import config_bytes, first_line, hash_file
+from bitmill.models.source import config_bytes, hash_file, in_short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,7 +115,7 @@ class GgufSource:
                 )
             except Exception as error:  # the conversion trusts the metadata
                 raise SourceError(
-                    f"{self.path} describes no tokenizer that can be built ({first_line(error)}); "
+                    f"{self.path} describes no tokenizer that can be built ({in_short(error)}); "
                     "give the tokenizer of the original model."
                 ) from error
             finally:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitmill.errors import SourceError
-from bitmill.models.source import first_line
+from bitmill.models.source import in_short
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -135,7 +135,7 @@ def build_config(layout: Layout, header: Header, architecture: str) -> Pretraine
         )
     except Exception as error:  # the config classes validate, each in its own way
         raise SourceError(
-            f"The GGUF metadata makes no {layout.model_type} config ({first_line(error)}); fetch it again."
+            f"The GGUF metadata makes no {layout.model_type} config ({in_short(error)}); fetch it again."
         ) from error
 
 

@@ -13,7 +13,7 @@ import torch
 from bitmill.errors import OutputError, SourceError
 from bitmill.models.adapter import UnknownArchitecture, adapter_for
 from bitmill.models.safetensors_header import TensorEntry, read_header
-from bitmill.models.source import config_bytes, first_line, hash_file
+from bitmill.models.source import config_bytes, hash_file, in_short
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ class HfSource:
             with safe_open(str(shard), framework="pt") as file:
                 return file.get_tensor(stored).clone()
         except (SafetensorError, OSError) as error:
-            raise SourceError(f"{shard} cannot be read at {stored!r} ({first_line(error)}).") from error
+            raise SourceError(f"{shard} cannot be read at {stored!r} ({in_short(error)}).") from error
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the config and the bytes of every shard."""
@@ -128,7 +128,7 @@ class HfSource:
             )
         except Exception as error:  # every tokenizer class fails in its own way
             raise SourceError(
-                f"{self.folder} holds no tokenizer that can be loaded ({first_line(error)}); "
+                f"{self.folder} holds no tokenizer that can be loaded ({in_short(error)}); "
                 "copy the tokenizer files of the original model into it."
             ) from error
 
@@ -160,7 +160,7 @@ class HfSource:
         except Exception as error:  # the config classes validate, each in its own way
             hint = "; if you trust the code in this folder, allow remote code" if "auto_map" in plain else ""
             raise SourceError(
-                f"{path} describes no model that transformers knows ({first_line(error)}){hint}."
+                f"{path} describes no model that transformers knows ({in_short(error)}){hint}."
             ) from error
 
     def _read_json(self, path: Path) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class HfSource:
         except OSError as error:
             raise SourceError(f"{path} cannot be read ({error.strerror}).") from error
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{path} is no valid JSON ({first_line(error)}); fetch it again.") from error
+            raise SourceError(f"{path} is no valid JSON ({in_short(error)}); fetch it again.") from error
         if not isinstance(plain, dict):
             raise SourceError(f"{path} is no JSON object; fetch it again.")
         return plain

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHUNK_BYTES = 1 << 22
+QUOTED_CHARACTERS = 200
 
 
 @runtime_checkable
@@ -115,10 +116,10 @@ def config_bytes(config: PretrainedConfig) -> bytes:
     return json.dumps(plain, sort_keys=True, default=str).encode()
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what a library said, without a final full stop, to quote inside a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".:")
+def in_short(error: BaseException) -> str:
+    """What a library said, on one line and without a final full stop, to quote inside a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= QUOTED_CHARACTERS else text[:QUOTED_CHARACTERS] + "...").rstrip(".:")
 
 
 def _zoo_names() -> str:
@@ -149,6 +150,6 @@ def _snapshot(model: str, trust_remote_code: bool) -> Path:
         return Path(snapshot_download(model, allow_patterns=wanted + ["*.py"] * trust_remote_code))
     except Exception as error:  # whatever the network, the proxy or the Hub came up with
         raise SourceError(
-            f"{model!r} is no local path and could not be fetched from the Hub ({first_line(error)}); "
+            f"{model!r} is no local path and could not be fetched from the Hub ({in_short(error)}); "
             f"check the name and the network, or use a demo model: {_zoo_names()}."
         ) from error

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bitmill.errors import CalibrationError
-from bitmill.models.source import first_line
+from bitmill.models.source import in_short
 
 CALIBRATION_SHARE = 0.8
 HUB_CHARACTERS = 20_000_000  # a Hub dataset is streamed up to here; some are terabytes
@@ -117,9 +117,7 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise CalibrationError(
-                f"Line {number} of {path} is no valid JSON ({first_line(error)})."
-            ) from None
+            raise CalibrationError(f"Line {number} of {path} is no valid JSON ({in_short(error)}).") from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise CalibrationError(f"Line {number} of {path} has no text in a field 'text'.")
         yield record["text"]
@@ -147,7 +145,7 @@ def _hub(source: str) -> str:
             f"The rows of {source!r} have no field 'text'; choose another dataset."
         ) from None
     except Exception as error:  # the network, the Hub, or a loader
-        raise CalibrationError(f"{source!r} could not be read ({first_line(error)}).") from error
+        raise CalibrationError(f"{source!r} could not be read ({in_short(error)}).") from error
     if not text.strip():
         raise CalibrationError(f"{source!r} holds no text; choose another dataset.")
     return text

