@@ -6,7 +6,6 @@ The stored codes are already rounded, so this is the model the file holds and no
 from __future__ import annotations
 
 import hashlib
-import logging
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,9 +105,6 @@ class GgufSource:
         from transformers import PreTrainedTokenizerFast
 
         if self._tokenizer is None:
-            noisy = logging.getLogger("transformers.tokenization_utils_base")
-            level = noisy.level
-            noisy.setLevel(logging.ERROR)
             try:
                 self._tokenizer = PreTrainedTokenizerFast.from_pretrained(
                     str(self.path.parent), gguf_file=self.path.name, local_files_only=True
@@ -118,8 +114,6 @@ class GgufSource:
                     f"{self.path} describes no tokenizer that can be built ({in_short(error)}); "
                     "give the tokenizer of the original model."
                 ) from error
-            finally:
-                noisy.setLevel(level)
         return self._tokenizer
 
     def _lookup(self, name: str) -> str:

@@ -1,0 +1,161 @@
+"""Text becomes the windows of the published measurement protocol, or one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import struct
+import sys
+import types
+
+import pytest
+import torch
+
+from bitmill.errors import CalibrationError
+from bitmill.models.text import (
+    calibration_windows,
+    evaluation_windows,
+    load_text,
+    split_stream,
+    token_stream,
+    windows_hash,
+)
+
+
+def letters(text: str) -> dict[str, list[int]]:
+    """A tokenizer of sorts."""
+    logging.getLogger("transformers.tokenization_utils_base").warning(
+        "Token indices sequence length is longer"
+    )
+    return {"input_ids": [ord(c) for c in text]}
+
+
+def refused(function, *args) -> str:
+    with pytest.raises(CalibrationError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def test_pydoc_is_the_language_reference():
+    from pydoc_data.topics import topics
+
+    text = load_text("pydoc")
+    assert text.startswith(topics[min(topics)])
+    assert text.endswith(topics[max(topics)])
+
+
+def test_text_and_json_lines(tmp_path):
+    plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    plain.write_text("grün\n", encoding="utf-8")
+    lines.write_text('{"text": "a\u2028b"}\n\n{"text": "c", "id": 1}\n', encoding="utf-8")
+    assert load_text(str(plain)) == "grün\n"
+    assert load_text(lines) == "a\u2028b\n\nc"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{nope", "no valid JSON"),
+        ("[1]", "no text in a field"),
+        ('{"txt": "a"}', "no text"),
+        ('{"text": 3}', "no text"),
+    ],
+)
+def test_bad_json_lines_say_which(tmp_path, line, said):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n{line}\n')
+    message = refused(load_text, path)
+    assert "Line 2 of" in message
+    assert said in message
+
+
+def test_unusable_files(tmp_path):
+    assert "'nowhere.txt'" in refused(load_text, "nowhere.txt")
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"abc\xff")
+    assert "byte 3 is 0xff" in refused(load_text, path)
+    path.write_text(" \n")
+    assert "holds no text" in refused(load_text, path)
+    assert "no text" in refused(load_text, tmp_path)
+
+
+def test_hub_datasets_need_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'bitmill[datasets]'" in refused(load_text, "hf:org/data")
+    assert "is no Hub dataset" in refused(load_text, "hf:a:b:c:d")
+
+
+def test_hub_datasets_are_streamed_up_to_a_limit(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return ({"text": letter * 4} for letter in "abcdef")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("bitmill.models.text.HUB_CHARACTERS", 7)
+    assert load_text("hf:org/data") == "aaaa\n\nbbbb"
+    load_text("hf:org/data:en:validation")
+    assert asked[0] == (("org/data", None), {"split": "train", "streaming": True})
+    assert asked[1] == (("org/data", "en"), {"split": "validation", "streaming": True})
+
+
+def test_hub_failures_are_one_sentence(monkeypatch):
+    def no_field(*_, **__):
+        return [{"body": "x"}]
+
+    def no_network(*_, **__):
+        raise ConnectionError("no\nroute")
+
+    for load, said in ((no_field, "no field 'text'"), (no_network, "could not be read (no route)")):
+        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+        assert said in refused(load_text, "hf:org/data")
+
+
+def test_the_stream_is_quiet(tmp_path, caplog):
+    path = tmp_path / "a.txt"
+    path.write_text("abc")
+    assert token_stream(path, letters).tolist() == [97, 98, 99]
+    assert not caplog.records
+
+
+def test_four_fifths_calibrate():
+    ids = torch.arange(11)
+    assert split_stream(ids, "calib").tolist() == list(range(8))
+    assert split_stream(ids, "eval").tolist() == [8, 9, 10]
+    assert split_stream(ids, "all") is ids
+    assert "'test'" in refused(split_stream, ids, "test")
+
+
+def test_calibration_windows_follow_the_protocol():
+    ids = torch.arange(1000)
+    starts = torch.randint(0, 1000 - 16, (5,), generator=torch.Generator().manual_seed(3))
+    windows = calibration_windows(ids, 5, 16, seed=3)
+    assert torch.equal(windows, torch.stack([ids[s : s + 16] for s in starts]))
+    assert not torch.equal(windows, calibration_windows(ids, 5, 16, seed=4))
+
+
+def test_evaluation_windows_lie_side_by_side():
+    ids = torch.arange(50)
+    assert torch.equal(evaluation_windows(ids, 16), ids[:48].view(3, 16))
+    assert torch.equal(evaluation_windows(ids, 16, 2), ids[:32].view(2, 16))
+    assert len(evaluation_windows(ids, 16, 40)) == 3
+
+
+def test_short_texts_are_refused_with_the_numbers():
+    assert "has 16 tokens and a window needs more than 16" in refused(
+        calibration_windows, torch.arange(16), 1, 16
+    )
+    assert "has 15 tokens, fewer than one window of 16" in refused(evaluation_windows, torch.arange(15), 16)
+    assert "samples is 0" in refused(calibration_windows, torch.arange(99), 0, 16)
+    assert "windows is -1" in refused(evaluation_windows, torch.arange(99), 16, -1)
+
+
+def test_the_hash_is_over_the_int64_bytes():
+    windows = torch.tensor([[1, 2], [3, 70000]])
+    expected = hashlib.sha256(struct.pack("<4q", 1, 2, 3, 70000)).hexdigest()
+    assert windows_hash(windows) == windows_hash(windows.int()) == expected
+    assert windows_hash(windows.T) != expected
