@@ -13,7 +13,6 @@ from typing import Generic, TypeVar
 
 from bitmill.errors import RecipeError
 
-
 T = TypeVar("T")
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class UnknownArchitecture(SourceError):  # noqa: N818 - the name says what is wrong
+class UnknownArchitecture(SourceError):
     """No adapter describes this `model_type`; `generic_adapter` may still."""
 
 

@@ -150,9 +150,7 @@ class _Parser:
         dims = [self.scalar("Q") for _ in range(n_dims)]
         return name, tuple(reversed(dims)), self.scalar("I"), self.scalar("Q")
 
-    def place(
-        self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int
-    ) -> dict[str, StoredTensor]:
+    def place(self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int) -> dict[str, StoredTensor]:
         tensors: dict[str, StoredTensor] = {}
         for name, shape, number, offset in entries:
             if name in tensors:

@@ -261,8 +261,6 @@ LAYOUTS = {
     "qwen3": replace(QWEN2, model_type="qwen3", inside={**QWEN2.inside, **_HEAD_NORMS}),
     "gemma": GEMMA,
     "gemma2": GEMMA2,
-    "gemma3": replace(
-        GEMMA2, model_type="gemma3_text", config=_gemma3, inside={**GEMMA2.inside, **_HEAD_NORMS}
-    ),
+    "gemma3": replace(GEMMA2, model_type="gemma3_text", config=_gemma3, inside={**GEMMA2.inside, **_HEAD_NORMS}),
     "gpt2": GPT2,
 }

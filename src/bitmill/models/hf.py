@@ -165,14 +165,10 @@ class HfSource:
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         if not self._inside(path):
-            raise SourceError(
-                f"{path} is a link out of its folder, which is not followed; copy the file there."
-            )
+            raise SourceError(f"{path} is a link out of its folder, which is not followed; copy the file there.")
         try:
             if path.stat().st_size > MAX_JSON_BYTES:
-                raise SourceError(
-                    f"{path} has {path.stat().st_size} bytes, too many for JSON; fetch it again."
-                )
+                raise SourceError(f"{path} has {path.stat().st_size} bytes, too many for JSON; fetch it again.")
             plain = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SourceError(f"{path} cannot be read ({error.strerror}).") from error
@@ -196,23 +192,18 @@ class HfSource:
         if len(files) == 1:
             return [self._shard(files[0])]
         if files:
-            raise SourceError(
-                f"{self.folder} has {len(files)} safetensors files and no {INDEX}; fetch the index."
-            )
+            raise SourceError(f"{self.folder} has {len(files)} safetensors files and no {INDEX}; fetch the index.")
         pickles = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         if pickles:
             raise SourceError(
-                f"{self.folder} holds only {min(pickles)}, and bitmill never unpickles; "
-                "convert it to safetensors."
+                f"{self.folder} holds only {min(pickles)}, and bitmill never unpickles; convert it to safetensors."
             )
         raise SourceError(f"{self.folder} holds no weights; {SINGLE} or {INDEX} is needed.")
 
     def _shard(self, name: str) -> Path:
         path = self.folder / name
         if Path(name).name != name or not self._inside(path):
-            raise SourceError(
-                f"The shard {name!r} of {self.folder} lies outside that folder; it is not followed."
-            )
+            raise SourceError(f"The shard {name!r} of {self.folder} lies outside that folder; it is not followed.")
         if not path.is_file():
             raise SourceError(f"{self.folder} lacks the shard {name!r} that its index names; fetch it again.")
         return path
@@ -220,9 +211,7 @@ class HfSource:
     def _check_index(self) -> None:
         for name, shard in (self._index or {}).items():
             if name not in self._entries or self._entries[name][0].name != shard:
-                raise SourceError(
-                    f"{self.folder} lacks the tensor {name!r}, which its index puts in {shard!r}."
-                )
+                raise SourceError(f"{self.folder} lacks the tensor {name!r}, which its index puts in {shard!r}.")
 
     def _add_missing_prefix(self) -> None:
         """Early checkpoints name tensors as the inner model does: "h.0.ln_1" for "transformer.h.0.ln_1"."""
@@ -236,6 +225,5 @@ class HfSource:
         ):
             return
         self._entries = {
-            name if name.startswith("lm_head.") else full + name: found
-            for name, found in self._entries.items()
+            name if name.startswith("lm_head.") else full + name: found for name, found in self._entries.items()
         }

@@ -89,9 +89,7 @@ def open_source(model: str | Path | nn.Module, *, trust_remote_code: bool = Fals
             f"There is no model at {str(model)!r}; give a folder, a .gguf file, a Hub id such as 'org/name', "
             f"or one of the demo models: {_zoo_names()}."
         )
-    return HfSource(
-        _snapshot(model, trust_remote_code), name=model, hub=True, trust_remote_code=trust_remote_code
-    )
+    return HfSource(_snapshot(model, trust_remote_code), name=model, hub=True, trust_remote_code=trust_remote_code)
 
 
 def hash_file(digest: Any, path: Path) -> None:

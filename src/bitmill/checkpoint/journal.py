@@ -1,0 +1,76 @@
+"""What an unfinished run has done, so that it can go on, and on what terms.
+
+The journal lies in the work folder `OUT.partial`. Its `identity` holds everything that decides the output
+bytes: the model's fingerprint, the recipe, the token windows, the versions, the device and thread count. A
+run resumes only when all of it is equal.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bitmill.checkpoint.files import sha256, write_json
+from bitmill.errors import CheckpointError
+
+NAME = "journal.json"
+
+
+class Journal:
+    """The record of finished blocks in a work folder."""
+
+    def __init__(self, work: Path, identity: dict[str, Any]) -> None:
+        self.path = work / NAME
+        self.identity = identity
+        self.blocks: dict[int, dict[str, Any]] = {}
+
+    def save(self) -> None:
+        """Write the journal; after this, the blocks in it survive a crash."""
+        blocks = [{"index": index, **entry} for index, entry in sorted(self.blocks.items())]
+        write_json(self.path, {"identity": self.identity, "blocks": blocks})
+
+    def add(self, index: int, file: Path, layers: dict[str, Any]) -> None:
+        """Note a finished block: its shard, the shard's digest, and what is known of each layer."""
+        self.blocks[index] = {"file": file.name, "sha256": sha256(file), "layers": layers}
+        self.save()
+
+    def load(self, shards: Path) -> None:
+        """Take over an earlier run's journal.
+
+        Raises CheckpointError when anything differs from this run, or a shard was altered.
+        """
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            identity, blocks = data["identity"], data["blocks"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"The journal {self.path} cannot be read ({type(error).__name__}); delete {self.path.parent} "
+                "and run without --resume."
+            ) from None
+        difference = first_difference(identity, json.loads(json.dumps(self.identity)))
+        if difference:
+            key, old, new = difference
+            raise CheckpointError(
+                f"The unfinished run in {self.path.parent} cannot be resumed: its {key} was {old!r} and is now "
+                f"{new!r}; restore that, or delete the folder and start anew."
+            )
+        for entry in blocks:
+            file = shards / Path(entry["file"]).name
+            if not file.is_file() or sha256(file) != entry["sha256"]:
+                raise CheckpointError(
+                    f"The shard {file} of the unfinished run is missing or altered; delete {self.path.parent} "
+                    "and run without --resume."
+                )
+            self.blocks[entry["index"]] = {key: entry[key] for key in ("file", "sha256", "layers")}
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first leaf in which two trees of plain data differ: (path, old value, new value)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(k for k in old if k not in new)]:
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            if found:
+                return found
+        return None
+    return None if old == new else (path, old, new)

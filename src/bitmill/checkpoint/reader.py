@@ -1,0 +1,150 @@
+"""Open a quantized folder without loading it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from bitmill.errors import CheckpointError, SourceError
+from bitmill.formats import Format
+from bitmill.models.safetensors_header import TensorEntry, read_header
+from bitmill.quantized import Quantized, unpack
+from bitmill.runtime.hf import layer_formats
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A quantized folder: its documents, the format of every quantized layer, where each tensor lies."""
+
+    folder: Path
+    config: dict[str, Any]
+    report: dict[str, Any]
+    formats: dict[str, Format]
+    files: dict[str, Path]  # tensor name -> shard
+    entries: dict[str, TensorEntry]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor. Raises CheckpointError when it is missing."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.folder} holds no tensor {name!r}; quantize the model again.")
+        with safe_open(self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """(out, in) of a quantized layer, as recorded."""
+        for entry in self.report.get("layers", []):
+            if entry.get("name") == layer:
+                rows, columns = entry["shape"]
+                return rows, columns
+        raise CheckpointError(f"The report of {self.folder} does not list the layer {layer!r}.")
+
+    def quantized(self, layer: str) -> Quantized:
+        """Read one quantized layer. Raises CheckpointError when a part is missing or has the wrong shape."""
+        format, shape = self.formats[layer], self.shape(layer)
+        parts = {}
+        for part, (size, dtype) in format.layout(shape).items():
+            name = f"{layer}.{part}"
+            entry = self.entries.get(name)
+            if entry is None or entry.shape != size or entry.dtype != dtype:
+                found = "is missing" if entry is None else f"is {entry.dtype} {entry.shape}"
+                raise CheckpointError(f"The tensor {name!r} {found}, but {format!r} stores {dtype} {size}.")
+            parts[part] = self.tensor(name)
+        return unpack(format, parts, shape)
+
+    def layers(self) -> Iterator[dict[str, Any]]:
+        """One entry a quantized layer or float tensor: name, format, shape, bits_per_weight, size_bytes."""
+        packed = set()
+        for name, format in self.formats.items():
+            shape = self.shape(name)
+            bits = format.stored_bits(shape)
+            packed |= {f"{name}.{part}" for part in format.layout(shape)}
+            yield {
+                "name": name,
+                "format": format.name,
+                "shape": list(shape),
+                "bits_per_weight": bits / (shape[0] * shape[1]),
+                "size_bytes": bits // 8,
+            }
+        for name, entry in sorted(self.entries.items()):
+            if name not in packed:
+                yield {
+                    "name": name,
+                    "format": str(entry.dtype).removeprefix("torch."),
+                    "shape": list(entry.shape),
+                    "bits_per_weight": entry.dtype.itemsize * 8.0,
+                    "size_bytes": entry.end - entry.begin,
+                }
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk of the quantized layers, all metadata included, over their weights."""
+        bits = sum(f.stored_bits(self.shape(n)) for n, f in self.formats.items())
+        weights = sum(self.shape(n)[0] * self.shape(n)[1] for n in self.formats)
+        return bits / max(weights, 1)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` looks like a model quantized by bitmill."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == "bitmill"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open `folder` and check its documents and headers against each other.
+
+    Reads no tensor data. Raises CheckpointError, one sentence, for whatever is missing or damaged, for shard
+    names that leave the folder, and for headers that do not fit their file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {folder}; give one that bitmill quantize wrote.")
+    config, report = _document(folder, "config.json"), _document(folder, "report.json")
+    described = config.get("quantization_config")
+    if not isinstance(described, dict):
+        raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
+    formats = layer_formats(described)
+    index = _document(folder, "model.safetensors.index.json").get("weight_map")
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{folder}/model.safetensors.index.json has no 'weight_map'; quantize again.")
+    headers: dict[str, dict[str, TensorEntry]] = {}
+    files: dict[str, Path] = {}
+    for name, shard in index.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"The index of {folder} places {name!r} at {shard!r}, outside the folder.")
+        path = folder / shard
+        if path.resolve().parent != folder.resolve():
+            raise CheckpointError(f"The shard {path} is a link that leaves the folder; copy the file into it.")
+        if shard not in headers:
+            try:
+                headers[shard] = read_header(path)
+            except SourceError as error:
+                raise CheckpointError(str(error)) from None
+        if name not in headers[shard]:
+            raise CheckpointError(f"The shard {path} holds no tensor {name!r}, which the index promises.")
+        files[name] = path
+    entries = {name: headers[path.name][name] for name, path in files.items()}
+    return Checkpoint(folder, config, report, formats, files, entries)
+
+
+def _document(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); {folder} is no bitmill folder."
+        ) from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not valid JSON; the folder is damaged, quantize again.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds {type(data).__name__} instead of an object; quantize again.")
+    return data

@@ -1,0 +1,55 @@
+"""Check a quantized folder: every byte, every tensor, and that it still does what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bitmill.checkpoint.files import sha256
+from bitmill.checkpoint.reader import Checkpoint
+from bitmill.errors import CheckpointError
+from bitmill.progress import Progress
+
+
+def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, int]:
+    """Compare every file with its recorded digest and decode every quantized layer.
+
+    Returns counts of what was checked. Raises CheckpointError at the first file or tensor that is wrong.
+    """
+    progress = progress or Progress()
+    files = checkpoint.report.get("files", {})
+    if not isinstance(files, dict) or not files:
+        raise CheckpointError(f"{checkpoint.folder}/report.json records no file digests; quantize again.")
+    for name, digest in files.items():
+        path = checkpoint.folder / name
+        if path.name != name or not path.is_file():
+            raise CheckpointError(f"{path} is missing, but report.json records it; copy the folder again.")
+        if sha256(path) != digest:
+            raise CheckpointError(f"{path} was altered since it was written (its sha256 differs); copy it again.")
+    progress.start("verify", len(checkpoint.formats))
+    for name in checkpoint.formats:
+        decoded = checkpoint.quantized(name).dequantize()
+        if not bool(torch.isfinite(decoded).all()):
+            raise CheckpointError(f"The layer {name!r} decodes to NaN or Inf; quantize again.")
+        progress.advance()
+    progress.finish()
+    return {"files": len(files), "layers": len(checkpoint.formats), "tensors": len(checkpoint.entries)}
+
+
+def verify_quality(checkpoint: Checkpoint, evaluate: Callable[[dict[str, object]], float]) -> float | None:
+    """Measure again what was measured while quantizing: the relative change of the perplexity.
+
+    evaluate: from the recorded measurement (text, windows, seqlen) to a perplexity. None when nothing was
+    recorded. Raises CheckpointError when it moved by more than 0.1 %.
+    """
+    recorded = [m for m in checkpoint.report.get("measured", []) if m.get("by") == "quantize"]
+    if not recorded:
+        return None
+    before, now = recorded[0]["perplexity"], evaluate(recorded[0])
+    change = abs(now - before) / before
+    if change > 1e-3:
+        raise CheckpointError(
+            f"The model gives perplexity {now:.4f} where {before:.4f} was recorded; its runtime or text differs."
+        )
+    return change

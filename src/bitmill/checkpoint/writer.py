@@ -1,0 +1,174 @@
+"""Write a quantized model as a Hugging Face folder, shard by shard, and never a half one.
+
+Blocks are written into `OUT.partial/model` as they finish and noted in a journal beside it. When the last
+file is in place the folder is renamed to OUT: whoever sees OUT sees all of it. Nothing in the folder depends
+on the clock, so the same job always gives the same bytes, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+from safetensors import safe_open
+from torch import Tensor
+
+from bitmill.checkpoint.config import quantization_config
+from bitmill.checkpoint.files import sha256, write_json, write_tensors, write_text, writing
+from bitmill.checkpoint.journal import Journal, first_difference
+from bitmill.errors import CheckpointError, OutputError
+from bitmill.formats import Format
+from bitmill.models.skeleton import Skeleton
+from bitmill.pipeline.loop import BlockResult, LayerResult
+from bitmill.quantized import unpack
+from bitmill.recipe import Recipe
+
+
+class FolderSink:
+    """A sink that keeps blocks as shards of a folder.
+
+    identity: plain data that decides the output bytes, see `journal`.
+    Raises OutputError when `out` exists or cannot be written; CheckpointError when a resume does not match.
+    """
+
+    def __init__(self, out: Path, recipe: Recipe, identity: dict[str, Any], blocks: int, resume: bool) -> None:
+        self.out, self.recipe = out, recipe
+        self.work = out.with_name(out.name + ".partial")
+        self.folder = self.work / "model"
+        self.shards = blocks + 1  # the first holds what lies outside the blocks
+        self.index: dict[str, str] = {}
+        self.layers: list[dict[str, Any]] = []
+        self.formats: dict[str, Format] = {}
+        if self.work.exists() and not resume:
+            raise OutputError(
+                f"{self.work} holds an unfinished run; continue it with --resume, or delete it to start anew."
+            )
+        with writing(out):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.work)
+        self.journal = Journal(self.work, identity)
+        if resume and self.journal.path.exists():
+            self.journal.load(self.folder)
+        else:
+            self.journal.save()
+
+    # -- blocks -------------------------------------------------------------------------------------------
+
+    def finished(self, index: int) -> BlockResult | None:
+        """Read a block that an earlier run finished."""
+        entry = self.journal.blocks.get(index)
+        if entry is None:
+            return None
+        with safe_open(self.folder / entry["file"], "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        result = BlockResult(index)
+        for name, known in entry["layers"].items():
+            prefix = name + "."
+            parts = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+            bias = parts.pop("bias", None)
+            if bias is not None:
+                tensors[prefix + "bias"] = bias
+            shape = tuple(known["shape"])
+            quantized = unpack(self.recipe.weight, parts, shape)
+            result.layers[name] = LayerResult(quantized, known["weight_error"], known["output_error"])
+        result.changed = tensors
+        self._note(result, self.folder / entry["file"])
+        return result
+
+    def write(self, result: BlockResult, skeleton: Skeleton) -> None:
+        """Pack a block into its shard: quantized layers, and everything else as the source holds it."""
+        tensors: dict[str, Tensor] = {}
+        for name, layer in result.layers.items():
+            for part, tensor in layer.quantized.pack().items():
+                tensors[f"{name}.{part}"] = tensor
+        for name in skeleton.block_tensors(result.index):
+            if name.removesuffix(".weight") not in result.layers:
+                tensors[name] = result.changed[name] if name in result.changed else skeleton.stored(name)
+        file = self._shard(result.index + 1)
+        write_tensors(file, tensors)
+        self._note(result, file, tensors)
+        self.journal.add(result.index, file, {name: layer.summary() for name, layer in result.layers.items()})
+
+    def _note(self, result: BlockResult, file: Path, tensors: dict[str, Tensor] | None = None) -> None:
+        """Add a block to the index and the report."""
+        if tensors is None:
+            with safe_open(file, "pt") as opened:
+                names = list(opened.keys())
+        else:
+            names = list(tensors)
+        self.index.update(dict.fromkeys(names, file.name))
+        for name, layer in result.layers.items():
+            self.formats[name] = layer.quantized.format
+            self.layers.append({"name": name, **layer.summary()})
+
+    # -- the rest -----------------------------------------------------------------------------------------
+
+    def finish(self, skeleton: Skeleton, report: dict[str, Any], card: str) -> None:
+        """Write everything that is not a block, then give the folder its name."""
+        file = self._shard(0)
+        tensors = {name: skeleton.stored(name) for name in skeleton.other_tensors()}
+        write_tensors(file, tensors)
+        self.index.update(dict.fromkeys(tensors, file.name))
+        del tensors
+        with writing(self.folder):
+            skeleton.source.write_side_files(self.folder)
+        total = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        write_json(
+            self.folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.index.items()))},
+        )
+        config = json.loads(skeleton.source.config.to_json_string(use_diff=True))
+        config["quantization_config"] = quantization_config(self.formats, self.recipe.to_dict())
+        write_json(self.folder / "config.json", config)
+        write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+        write_text(self.folder / "README.md", card)
+        listed = sorted(
+            f for f in self.folder.iterdir() if f.is_file() and f.name not in ("README.md", "report.json")
+        )
+        write_json(self.folder / "report.json", {**report, "files": {f.name: sha256(f) for f in listed}})
+        with writing(self.out):
+            os.rename(self.folder, self.out)
+        self.close()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another process use the work folder."""
+        self._lock.close()
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
+
+
+def check_absent(out: Path, resume: bool, identity: dict[str, Any]) -> bool:
+    """Refuse an existing `out`. With `resume`, True when it already holds the result of this very job."""
+    if not out.exists():
+        return False
+    if not resume:
+        raise OutputError(f"{out} exists already; choose another folder with -o, or remove it first.")
+    try:
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        difference = first_difference(report["identity"], json.loads(json.dumps(identity)))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(f"{out} exists but is no finished bitmill folder; choose another with -o.") from None
+    if difference:
+        key, old, new = difference
+        raise CheckpointError(
+            f"{out} is finished already, but its {key} was {old!r} and is now {new!r}; choose another folder."
+        )
+    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    return True
+
+
+def _lock(work: Path) -> TextIO:
+    """Hold the work folder for this process; the lock ends with the process, however it ends."""
+    file = (work / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise OutputError(f"Another process is writing {work}; wait for it, or choose another folder.") from None
+    return file

@@ -1,0 +1,99 @@
+"""Perplexity, KL divergence and top-1 agreement over windows of tokens.
+
+perplexity      exp of the mean next-token loss; every window predicts its tokens 2..n from those before
+kl_divergence   mean over all positions of KL(reference || model), nats a token
+top1_agreement  share of positions where both models put the same token first
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import NumericsError
+from bitmill.progress import Progress
+
+Logits = Callable[[Tensor], Tensor]
+
+# Positions whose softmax is held at a time: 50 000 logits in fp32, twice, are 100 MB.
+_POSITIONS = 256
+
+
+@dataclass
+class Comparison:
+    """Sums over windows; `add` a batch at a time, then read `result`."""
+
+    loss: float = 0.0
+    reference_loss: float = 0.0
+    predicted: int = 0
+    divergence: float = 0.0
+    agreed: int = 0
+    positions: int = 0
+    tokens: int = 0
+    compared: bool = field(default=False)
+
+    def add(self, tokens: Tensor, logits: Tensor, reference: Tensor | None = None) -> None:
+        """Take in tokens (windows, length) and logits (windows, length, vocabulary) of one or two models."""
+        self.tokens += tokens.numel()
+        for window in range(tokens.shape[0]):
+            for start in range(0, tokens.shape[1], _POSITIONS):
+                cut = slice(start, start + _POSITIONS)
+                following = tokens[window, start + 1 : start + _POSITIONS + 1].to(logits.device)
+                log_p = torch.log_softmax(logits[window, cut].float(), -1)
+                self.loss += _loss(log_p, following)
+                self.predicted += following.numel()
+                if reference is None:
+                    continue
+                log_q = torch.log_softmax(reference[window, cut].float(), -1)
+                self.compared = True
+                self.reference_loss += _loss(log_q, following)
+                self.divergence += float((log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64))
+                self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                self.positions += log_p.shape[0]
+
+    def result(self) -> dict[str, float | int]:
+        """The measures as plain numbers. Raises NumericsError when the model's loss is not finite."""
+        if not math.isfinite(self.loss):
+            raise NumericsError("The model's loss is NaN or infinite, so it has no perplexity; requantize it.")
+        result: dict[str, float | int] = {
+            "perplexity": _exp(self.loss / max(self.predicted, 1)),
+            "tokens": self.tokens,
+        }
+        if self.compared:
+            result["kl_divergence"] = self.divergence / self.positions
+            result["top1_agreement"] = self.agreed / self.positions
+            result["reference_perplexity"] = _exp(self.reference_loss / max(self.predicted, 1))
+        return result
+
+
+def _loss(log_p: Tensor, following: Tensor) -> float:
+    picked = log_p[: following.numel()].gather(1, following[:, None])
+    return -float(picked.sum(dtype=torch.float64))
+
+
+def _exp(mean_loss: float) -> float:
+    return math.exp(min(mean_loss, 700.0))
+
+
+@torch.no_grad()
+def compare(
+    model: Logits,
+    windows: Tensor,
+    reference: Logits | None = None,
+    progress: Progress | None = None,
+    batch: int = 4,
+) -> dict[str, float | int]:
+    """Evaluate callables from tokens (windows, length) to logits (windows, length, vocabulary)."""
+    progress = progress or Progress()
+    comparison = Comparison()
+    progress.start("evaluate", windows.shape[0])
+    for start in range(0, windows.shape[0], batch):
+        tokens = windows[start : start + batch]
+        comparison.add(tokens, model(tokens), reference(tokens) if reference else None)
+        progress.advance(tokens.shape[0])
+    progress.finish()
+    return comparison.result()

@@ -1,0 +1,306 @@
+"""A model of which only the part in use holds weights.
+
+The module tree is built with parameters on the meta device; blocks, embeddings and head are filled from the
+source when they are needed and emptied again. The model's own code runs: embeddings, masks, rotary angles
+and the head are whatever transformers computes, and no architecture is spelled out here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.errors import NumericsError, SourceError
+from bitmill.models.adapter import Adapter, UnknownArchitecture, adapter_for, generic_adapter
+from bitmill.models.module import ModuleSource
+from bitmill.models.source import Source
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls a block: everything but the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Forward one batch of hidden states (windows, tokens, width) through `block`."""
+        return hidden_of(block(hidden, *self.args, **self.kwargs))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns: a tensor, or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Stop(Exception):
+    """Leaves the model's forward once every block has been recorded."""
+
+
+class _Stub(nn.Module):
+    """Stands in for a block: records how it was called, and answers with `reply` or its input."""
+
+    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: its parameters are not ours
+        self.as_tuple = as_tuple
+        self.stop = False
+        self.reply: Tensor | None = None
+        self.seen: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.call: Call | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Models read attributes of their blocks (attention_type); hand out the real block's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            hidden, rest = args[0], args[1:]
+        else:
+            hidden, rest = kwargs.pop("hidden_states"), ()
+        self.seen, self.call = hidden, Call(rest, kwargs)
+        if self.stop:
+            raise _Stop
+        answer = hidden if self.reply is None else self.reply
+        return (answer,) if self.as_tuple else answer
+
+
+class Skeleton:
+    """The meta model of `source`, its adapter, and loading on demand (fp32, on `device`)."""
+
+    def __init__(self, source: Source, device: str = "cpu") -> None:
+        self.source = source
+        self.device = torch.device(device)
+        self.model = _empty_model(source).eval()
+        if hasattr(self.model, "tie_weights"):
+            self.model.tie_weights()  # type: ignore[operator]
+        try:
+            self.adapter: Adapter = adapter_for(source.config)
+        except UnknownArchitecture:
+            self.adapter = generic_adapter(self.model, source.config)
+        blocks = self.model.get_submodule(self.adapter.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks: nn.ModuleList = blocks
+        self._stored = self._match_names()
+        self._place_buffers()
+        self._tuples: bool | None = None
+        self._check_complete()
+
+    # -- names --------------------------------------------------------------------------------------------
+
+    def _match_names(self) -> dict[str, str]:
+        """Name in the model -> name in the source; old checkpoints omit the base model's prefix."""
+        known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        known |= {name for name, _ in self.model.named_buffers()}
+        prefix = getattr(self.model, "base_model_prefix", "")
+        stored = {}
+        for name in self.source.names():
+            full = name if name in known else f"{prefix}.{name}" if f"{prefix}.{name}" in known else name
+            stored[full] = name
+        return stored
+
+    def names(self) -> list[str]:
+        """Every stored tensor, by its name in the model; tensors the model does not know keep their own."""
+        return sorted(self._stored)
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor as the source holds it, in its stored type."""
+        return self.source.tensor(self._stored[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor, without reading it."""
+        return self.source.shape(self._stored[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a stored tensor, without reading it."""
+        return self.source.dtype(self._stored[name])
+
+    def block_name(self, index: int) -> str:
+        """The full name of a block."""
+        return f"{self.adapter.blocks}.{index}"
+
+    def block_tensors(self, index: int) -> list[str]:
+        """The stored tensors of one block."""
+        prefix = self.block_name(index) + "."
+        return [name for name in self.names() if name.startswith(prefix)]
+
+    def other_tensors(self) -> list[str]:
+        """The stored tensors of no block: embeddings, final norm, head, and whatever else the source carries."""
+        inside = tuple(self.block_name(i) + "." for i in range(len(self.blocks)))
+        return [name for name in self.names() if not name.startswith(inside)]
+
+    def _check_complete(self) -> None:
+        """Every parameter must have a source, or be tied to one that has."""
+        owners: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in self._stored:
+                owners[id(parameter)] = name
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) not in owners:
+                raise SourceError(f"{self.source.name} holds no tensor {name!r}, which its architecture needs.")
+            owner = owners[id(parameter)]
+            if tuple(parameter.shape) != self.shape(owner):
+                raise SourceError(
+                    f"The tensor {owner!r} has shape {self.shape(owner)}, but the config of "
+                    f"{self.source.name} asks for {tuple(parameter.shape)}."
+                )
+
+    # -- weights ------------------------------------------------------------------------------------------
+
+    def load(self, names: list[str]) -> None:
+        """Fill parameters from the source, fp32. Raises NumericsError on NaN or Inf."""
+        for name in names:
+            module, leaf = self._owner(name)
+            if module is None or leaf not in module._parameters:
+                continue
+            tensor = self.stored(name).to(self.device, torch.float32)
+            if not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise NumericsError(f"The weight {name!r} holds {bad} NaN or Inf values; the source is damaged.")
+            self.set(name, tensor)
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in place of a parameter, and of every parameter tied to it."""
+        module, leaf = self._owner(name)
+        assert module is not None
+        old = module._parameters[leaf]
+        new = nn.Parameter(tensor, requires_grad=False)
+        for owner in self.model.modules():
+            for key, parameter in owner._parameters.items():
+                if parameter is old and parameter is not None:
+                    owner._parameters[key] = new
+
+    def free(self, names: list[str]) -> None:
+        """Give the memory of these parameters back."""
+        for name in names:
+            module, leaf = self._owner(name)
+            if module is not None and leaf in module._parameters:
+                self.set(name, torch.empty(self.shape(name), device="meta"))
+
+    def load_block(self, index: int) -> nn.Module:
+        """Fill one block and return it."""
+        self.load(self.block_tensors(index))
+        return self.blocks[index]
+
+    def free_block(self, index: int) -> None:
+        """Empty one block."""
+        self.free(self.block_tensors(index))
+
+    def _owner(self, name: str) -> tuple[nn.Module | None, str]:
+        path, _, leaf = name.rpartition(".")
+        try:
+            return self.model.get_submodule(path), leaf
+        except AttributeError:
+            return None, leaf
+
+    def _place_buffers(self) -> None:
+        for module in self.model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = buffer.to(self.device)
+
+    # -- running ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Hold the tensors outside the blocks in memory (embeddings, final norm, head)."""
+        names = self.other_tensors()
+        self.load(names)
+        try:
+            yield
+        finally:
+            self.free(names)
+
+    def enter(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """What the first block receives for tokens (windows, length), and how each block is called.
+
+        Needs the tensors outside the blocks in memory.
+        """
+        if self._tuples is None:
+            self._tuples = not self._passes_tensors(tokens[:1])
+        stubs = self._run(tokens, self._tuples, stop=True)
+        calls = [stub.call for stub in stubs]
+        if stubs[0].seen is None or any(call is None for call in calls):
+            raise SourceError(f"{self.source.name}: the model's forward does not call its blocks in turn.")
+        return stubs[0].seen, [call for call in calls if call is not None]
+
+    def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Logits for the hidden states after the last block; needs the tensors outside the blocks."""
+        stubs = self._run(tokens, bool(self._tuples), reply=hidden, stop=False)
+        assert stubs[0].logits is not None
+        return stubs[0].logits
+
+    def _passes_tensors(self, tokens: Tensor) -> bool:
+        """Whether blocks exchange bare tensors (a model that expects tuples cuts the shape up)."""
+        try:
+            stubs = self._run(tokens, False, stop=True)
+        except Exception:
+            return False
+        return all(s.seen is not None and s.seen.shape == stubs[0].seen.shape for s in stubs)  # type: ignore[union-attr]
+
+    def _run(self, tokens: Tensor, as_tuple: bool, stop: bool, reply: Tensor | None = None) -> list[_Stub]:
+        stubs = [_Stub(block, as_tuple) for block in self.blocks]
+        stubs[-1].stop, stubs[-1].reply = stop, reply
+        path, _, leaf = self.adapter.blocks.rpartition(".")
+        parent = self.model.get_submodule(path)
+        setattr(parent, leaf, nn.ModuleList(stubs))
+        quiet = {"use_cache": False} if hasattr(self.source.config, "use_cache") else {}
+        try:
+            output = self.model(tokens.to(self.device), **quiet)
+            stubs[0].logits = output if isinstance(output, Tensor) else output.logits
+        except _Stop:
+            pass
+        finally:
+            setattr(parent, leaf, self.blocks)
+        return stubs
+
+
+def _empty_model(source: Source) -> nn.Module:
+    """The module tree with meta parameters and real buffers."""
+    if isinstance(source, ModuleSource):
+        memo: dict[int, Any] = {}
+        for parameter in source.model.parameters():
+            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        return copy.deepcopy(source.model, memo)
+    import transformers
+
+    kinds = [getattr(transformers, name, None) for name in source.config.architectures or ()]
+    kind = next((k for k in kinds if k is not None), None)
+    with _parameters_on_meta():
+        try:
+            if kind is not None and hasattr(kind, "_from_config"):
+                return kind._from_config(source.config, dtype=torch.float32)
+            return transformers.AutoModelForCausalLM.from_config(
+                source.config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+            )
+        except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0][:200].rstrip(".")
+            raise SourceError(f"transformers cannot build the model of {source.name}: {reason}.") from None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their memory as they are registered; buffers (rotary frequencies) stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:  # a meta one may be tied: keep its identity
+            kind = type(parameter)
+            module._parameters[name] = kind(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,45 @@
+"""The one factor that error feedback needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import NumericsError
+
+_ATTEMPTS = 12
+
+
+def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
+    """Upper-triangular U with (gram + d*mean(diag(gram))*I)^-1 = U^T U, and the d that was used.
+
+    gram: (width, width), symmetric, positive semi-definite up to rounding. `damp` is tried first and grows
+    tenfold while the factorization fails. The arithmetic is fp64: an ill-conditioned Gram loses all its
+    digits in fp32.
+
+    Raises NumericsError when even a damping of 1e3 times the mean does not help, which means the statistics
+    are not finite.
+    Source: GPTQ (Frantar et al. 2022), section 3.3, step 3.
+    """
+    gram64 = gram.to(torch.float64)
+    mean = float(gram64.diagonal().mean())
+    used = damp
+    for _ in range(_ATTEMPTS):
+        damped = gram64.clone()
+        damped.diagonal().add_(used * mean)
+        # With the order of the columns reversed, the lower factor becomes an upper one: damped = R R^T,
+        # so damped^-1 = R^-T R^-1 and U = R^-1. One factorization, and no inverse to square the condition.
+        reversed_lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            R = reversed_lower.flip(0, 1)
+            eye = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
+            U = torch.linalg.solve_triangular(R, eye, upper=True)
+            if bool(torch.isfinite(U).all()):
+                return U.to(torch.float32), used
+        used = max(used * 10, 1e-6)
+        if used > 1e3:
+            break
+    raise NumericsError(
+        f"The input statistics cannot be factorized (mean diagonal {mean:.3g}, damping tried up to {used:.3g}): "
+        "check the calibration text and the weights for NaN or Inf, or raise the option damp."
+    )

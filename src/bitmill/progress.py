@@ -1,0 +1,31 @@
+"""What long work reports while it runs; the command line draws it, a library caller may ignore it."""
+
+from __future__ import annotations
+
+import sys
+
+import psutil
+
+
+class Progress:
+    """Receives the state of long work. This base class ignores it."""
+
+    def start(self, task: str, total: int) -> None:
+        """A task of `total` steps begins."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Some steps of the current task are done."""
+
+    def finish(self) -> None:
+        """The current task is over."""
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far, bytes."""
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,194 @@
+"""A recipe: plain data that says what is done to a model, and nothing else.
+
+    name: gptq                      what people call it
+    weight: {format: uniform, bits: 3, group_size: 64, symmetric: false}
+    solver: {solver: gptq, damp: 0.01, act_order: true, ...}
+    transforms: []                  exact changes to the float model, first to last
+    ignore: []                      glob patterns of linear layers that stay as they are
+
+It round-trips through YAML and JSON, is stored beside every quantized model, and refuses an illegal
+combination when it is built. Named methods (`bitmill.recipes`) are functions from options to a recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bitmill.errors import RecipeError
+from bitmill.formats import Format, format_from_dict
+from bitmill.registry import Registry
+from bitmill.solvers import Solver, solver_from_dict
+from bitmill.solvers.base import Needs
+from bitmill.transforms import Transform, transform_from_dict
+
+METHODS: Registry[type[Method]] = Registry("method", "bitmill.recipes")
+
+
+class _Document(BaseModel):
+    """The shape of a recipe file; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1)
+    weight: dict[str, Any]
+    solver: dict[str, Any]
+    transforms: list[dict[str, Any]] = []
+    ignore: list[str] = []
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which format, chosen how, after which transforms."""
+
+    name: str
+    weight: Format
+    solver: Solver
+    transforms: tuple[Transform, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        reason = self.solver.accepts(self.weight)
+        if reason:
+            raise RecipeError(f"The recipe {self.name!r} cannot be built: {reason}")
+
+    @property
+    def needs(self) -> Needs:
+        """What calibration must collect for this recipe."""
+        return "gram" if self.solver.needs == "gram" else "nothing"
+
+    def ignores(self, layer: str) -> bool:
+        """Whether the linear layer called `layer` stays in float."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `Recipe.from_dict` is its inverse."""
+        return {
+            "name": self.name,
+            "weight": self.weight.to_dict(),
+            "solver": self.solver.to_dict(),
+            "transforms": [t.to_dict() for t in self.transforms],
+            "ignore": list(self.ignore),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Build a recipe from plain data. Raises RecipeError with the offending key or value."""
+        try:
+            document = _Document.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the document"
+            raise RecipeError(f"The recipe is not valid at {where}: {first['msg']}.") from None
+        return cls(
+            name=document.name,
+            weight=format_from_dict(document.weight),
+            solver=solver_from_dict(document.solver),
+            transforms=tuple(transform_from_dict(t) for t in document.transforms),
+            ignore=tuple(document.ignore),
+        )
+
+    def to_yaml(self) -> str:
+        """YAML text; `Recipe.from_yaml` is its inverse."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Build a recipe from YAML (of which JSON is a part). Raises RecipeError."""
+        try:
+            return cls.from_dict(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            first_line = str(error).splitlines()[0]
+            raise RecipeError(f"The recipe is not valid YAML: {first_line}.") from None
+
+    def to_json(self) -> str:
+        """JSON text, a subset of what `from_yaml` reads."""
+        return json.dumps(self.to_dict())
+
+
+def option(default: Any, help: str, **bounds: Any) -> Any:
+    """A field of a method with its help text; the command line and the docs read it from here."""
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of named methods: options with help, and the recipe they make.
+
+    The class docstring is the method card that `bitmill methods NAME` prints.
+    """
+
+    def recipe(self) -> Recipe:
+        """The recipe of these options."""
+        raise NotImplementedError
+
+
+def build_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a named method with some options set, or of a YAML file.
+
+    Raises RecipeError for an unknown method or option, or a value of the wrong type or range.
+    """
+    options = options or {}
+    if method.endswith((".yaml", ".yml", ".json")):
+        if options:
+            raise RecipeError(f"{method} is a recipe file, so change {', '.join(options)} in the file itself.")
+        return Recipe.from_yaml(_read(Path(method)))
+    kind = METHODS.get(method)
+    known = kind.__dataclass_fields__
+    values = {}
+    for key, value in options.items():
+        if key not in known:
+            raise RecipeError(f"The method {method!r} has no option {key!r}; it has: {', '.join(known)}.")
+        values[key] = _typed(method, key, value, known[key].type)
+    return kind(**values).recipe()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe file {path} cannot be read: {error}.") from None
+
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _typed(method: str, key: str, value: Any, kind: Any) -> Any:
+    """Turn a string from the command line into the type of the option."""
+    if not isinstance(value, str):
+        return value
+    name = str(kind)
+    try:
+        if name == "bool":
+            return _WORDS[value.lower()]
+        if name == "int":
+            return int(value)
+        if name == "float":
+            return float(value)
+        if name == "GroupSize":
+            return parse_group_size(value)
+    except (ValueError, KeyError):
+        raise RecipeError(f"The option {key} of {method!r} wants {_wants(name)}, not {value!r}.") from None
+    return value
+
+
+def _wants(kind: str) -> str:
+    return {"bool": "true or false", "int": "a whole number", "float": "a number"}.get(kind, kind)
+
+
+def parse_group_size(text: str | int) -> int | Literal["row", "tensor"]:
+    """'64', 'row' (also -1), 'tensor' (also 0). Raises RecipeError."""
+    word = str(text).strip().lower()
+    if word in ("row", "-1"):
+        return "row"
+    if word in ("tensor", "0"):
+        return "tensor"
+    if word.isdigit():
+        return int(word)
+    raise RecipeError(f"group_size is {text!r}; use a positive number of input columns, 'row' or 'tensor'.")

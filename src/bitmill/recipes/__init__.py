@@ -1,0 +1,1 @@
+"""Named methods: one published method per file, as options and the recipe they make."""

@@ -1,0 +1,1 @@
+"""Human-readable renderings of result data; nothing here computes or measures."""

@@ -1,0 +1,90 @@
+"""The README.md of a quantized folder, written from its report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment
+
+_CARD = """\
+---
+base_model: {{ source }}
+base_model_relation: quantized
+library_name: transformers
+tags:
+- bitmill
+- {{ recipe.name }}
+---
+
+# {{ source }}, quantized by bitmill ({{ recipe.name }}, {{ "%.3f" | format(bits_per_weight) }} bits per weight)
+
+The linear layers of the blocks are stored packed in the format
+`{{ recipe.weight.format }}` ({{ recipe.weight.bits }} bits, group size {{ recipe.weight.group_size }});
+{{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
+Embeddings, norms and the head are as in the source.
+
+## Measured
+{% if measured %}
+| text | windows | perplexity | float | KL divergence (nats) | top-1 agreement | measured by |
+|---|---|---|---|---|---|---|
+{% for m in measured -%}
+| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} | {{ number(m.perplexity) -}}
+ | {{ number(m.reference_perplexity) }} | {{ number(m.kl_divergence) }} | {{ number(m.top1_agreement) -}}
+ | bitmill {{ m.by }} |
+{% endfor %}
+The text was held out from calibration.
+{% else %}
+Nothing was measured. Do so with `bitmill eval FOLDER --reference SOURCE --record`.
+{% endif %}
+{% if worst %}
+Layers with the largest relative output error on the calibration text:
+
+| layer | bits per weight | weight error | output error |
+|---|---|---|---|
+{% for layer in worst -%}
+| `{{ layer.name }}` | {{ number(layer.bits_per_weight) }} | {{ number(layer.weight_error) -}}
+ | {{ number(layer.output_error) }} |
+{% endfor %}
+Every layer is listed in `report.json`.
+{% endif %}
+
+## Made by
+
+bitmill {{ bitmill }}, recipe in `recipe.yaml`:
+
+```yaml
+{{ recipe_yaml }}```
+{% if identity.calibration %}
+Calibrated on {{ identity.calibration.samples }} windows of {{ identity.calibration.seqlen }} tokens of
+`{{ identity.calibration.source }}` (seed {{ identity.calibration.seed }}, sha256
+`{{ identity.calibration.sha256[:16] }}`).
+{% else %}
+No calibration text was used.
+{% endif %}
+
+## Use
+
+```python
+import bitmill  # teaches transformers the format
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """Markdown for a report as `quantize` makes it."""
+    import yaml
+
+    layers = [layer for layer in report["layers"] if layer.get("output_error") is not None]
+    worst = sorted(layers, key=lambda layer: -layer["output_error"])[:5]
+    template = Environment(autoescape=False, trim_blocks=True).from_string(_CARD)
+    return template.render(
+        **report, worst=worst, number=_number, recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False)
+    )
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

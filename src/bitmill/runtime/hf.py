@@ -1,0 +1,96 @@
+"""The transformers hook: after `import bitmill`, from_pretrained understands `quant_method: bitmill`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitmill.errors import CheckpointError
+from bitmill.formats import Format, format_from_dict
+from bitmill.runtime.linear import swap_linear
+from bitmill.version import __version__
+
+QUANT_METHOD = "bitmill"
+FORMAT_VERSION = 1
+
+
+class BitmillConfig(QuantizationConfigMixin):
+    """`quantization_config` of a bitmill checkpoint: formats with the layers that use them, and the recipe."""
+
+    def __init__(self, groups: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.groups = groups or []
+        self.rest = {k: v for k, v in kwargs.items() if k != "quant_method"}
+
+    def layer_formats(self) -> dict[str, Format]:
+        """Layer name -> format."""
+        return layer_formats(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json."""
+        return {"quant_method": QUANT_METHOD, **self.rest, "groups": self.groups}
+
+
+class BitmillQuantizer(HfQuantizer):
+    """Swaps linears for QuantLinear on the meta device; from_pretrained then fills the packed buffers."""
+
+    requires_calibration = True
+    quantization_config: BitmillConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name, format in self.quantization_config.layer_formats().items():
+            try:
+                swap_linear(model, name, format, device="meta")
+            except AttributeError:
+                raise CheckpointError(
+                    f"The checkpoint quantizes {name!r}, which {type(model).__name__} does not have; "
+                    "load it with the model class that config.json names."
+                ) from None
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes the packed buffers back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes carry no gradient."""
+        return False
+
+
+def layer_formats(config: dict[str, Any]) -> dict[str, Format]:
+    """Layer name -> format, from a `quantization_config`.
+
+    Raises CheckpointError when it is not bitmill's, is damaged, or was written by a later version.
+    """
+    if config.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"The model is quantized by {config.get('quant_method')!r}, not by bitmill; load it with that tool."
+        )
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint has format version {version!r}, and this bitmill ({__version__}) reads "
+            f"{FORMAT_VERSION}; update bitmill."
+        )
+    formats: dict[str, Format] = {}
+    try:
+        for group in config["groups"]:
+            format = format_from_dict(group["format"])
+            formats.update(dict.fromkeys(group["layers"], format))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"The quantization_config is damaged: {error!r} in 'groups'.") from None
+    return formats
+
+
+def register() -> None:
+    """Make transformers know bitmill; harmless when called again."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(BitmillConfig)
+        register_quantizer(QUANT_METHOD)(BitmillQuantizer)

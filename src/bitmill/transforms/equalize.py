@@ -1,0 +1,33 @@
+"""Cross-layer equalization: balance the ranges on both sides of a seam.
+
+Problem    one loud input column widens the range of every group it falls into
+Equation   s_c = sqrt(r1_c / r2_c), r1 the largest |weight| that writes channel c, r2 the largest that reads it
+           (a norm writes with its own weight)
+Needs      weights only
+Source     Nagel et al. 2019, "Data-Free Quantization" (arXiv 1906.04721), section 4.1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitmill.transforms.base import TRANSFORMS, Transform
+
+
+@TRANSFORMS.register("equalize")
+@dataclass(frozen=True)
+class Equalize(Transform):
+    """Square-root balancing; `strength` 0 leaves the model alone, 1 balances fully."""
+
+    strength: float = 1.0
+
+    def choose(self, source: Tensor, targets: list[Tensor]) -> Tensor:
+        """s (channels,), normalised to geometric mean 1."""
+        writes = source.abs() if source.dim() == 1 else source.abs().amax(1)
+        reads = torch.stack([t.abs().amax(0) for t in targets]).amax(0)
+        ratio = writes.clamp(min=1e-5) / reads.clamp(min=1e-5)
+        scale = ratio.sqrt().pow(self.strength)
+        return (scale / scale.log().mean().exp()).clamp(1e-3, 1e3)
