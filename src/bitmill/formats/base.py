@@ -215,6 +215,20 @@ def format_from_dict(data: dict[str, Any]) -> Format:
         raise RecipeError(f"The format {name!r} cannot be built from {fields!r}: {error}.") from None
 
 
+def alternate(format: Format, x: Tensor, importance: Tensor, params: Params, rounds: int) -> Params:
+    """Take turns between the nearest codes for the parameters and the best parameters for the codes.
+
+    The weighted error never rises, so this stops at a local minimum, or after `rounds`.
+    """
+    for _ in range(rounds):
+        codes = format.nearest(x, params)
+        fitted = format.refit(x, codes, importance, params)
+        if all(torch.equal(fitted[name], params[name]) for name in params):
+            break
+        params = fitted
+    return params
+
+
 def as_stored(values: Tensor) -> Tensor:
     """Round to what fp16 storage keeps, away from zero and infinity, as fp32."""
     return values.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
