@@ -61,7 +61,7 @@ def read_header(path: Path) -> Header:
         raise SourceError(f"{path} cannot be read ({error.strerror}).") from error
 
 
-class _Damage(Exception):  # noqa: N818 - never leaves this file
+class _Damage(Exception):
     """What is wrong with the file, as a clause."""
 
 
