@@ -1,0 +1,114 @@
+"""BinaryCoding: sums of signed magnitudes, W^ = beta + sum_i alpha_i b_i with b_i in {-1, +1}.
+
+    code   unsigned, `bits` bits; bit i is 1 where b_i = +1
+    alpha  fp16, `bits` magnitudes a group
+    beta   fp16, one a group; only with `offset`
+
+Any uniform grid is the special case alpha_i = scale * 2^i / 2. Bits a weight: bits * (1 + 16/group_size),
+and 16/group_size more with an offset, so that small groups are dear: see `integer_coding` for a form of the
+same numbers that is not.
+
+Source: Xu et al. 2018, "Alternating Multi-bit Quantization" (arXiv 1802.00150), sections 3 and 4; the table
+form is LUT-GEMM's (arXiv 2206.09557), section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bitmill.formats.base import (
+    FORMATS,
+    SLICE,
+    Params,
+    Part,
+    ScalarFormat,
+    alternate,
+    as_stored,
+)
+
+_ROUNDS = 15
+
+
+@FORMATS.register("binary_coding")
+@dataclass(frozen=True)
+class BinaryCoding(ScalarFormat):
+    """Signed sums of `bits` magnitudes per tensor, row or group; `bits` 1 to 5."""
+
+    offset: bool = False
+
+    max_bits: ClassVar[int] = 5  # the least-squares refit solves for `bits` unknowns, and 2**bits levels
+
+    def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
+        """Greedy residual magnitudes; `search` then alternates codes and least squares."""
+        pieces = []
+        rows = max(1, SLICE // max(1, x[0].numel()))
+        for start in range(0, x.shape[0], rows):
+            piece = x[start : start + rows]
+            weight = importance if importance.shape[0] == 1 else importance[start : start + rows]
+            params = self._greedy(piece, weight)
+            pieces.append(alternate(self, piece, weight, params, _ROUNDS) if search else params)
+        return {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+
+    def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
+        """Weighted least squares for the magnitudes (and the offset), kept where it helps.
+
+        Codes take only 2**bits values, so the sums of weights and of weighted x per code say all.
+        """
+        index = codes.long()
+        weight = importance.expand(x.shape)
+        empty = x.new_zeros(*x.shape[:-1], 1 << self.bits)
+        mass = empty.scatter_add(-1, index, weight)
+        moment = empty.scatter_add(-1, index, weight * x)
+        signs = self._signs(x.device)
+        basis = torch.cat([signs, torch.ones_like(signs[:, :1])], 1) if self.offset else signs
+        products = (basis[:, :, None] * basis[:, None, :]).flatten(1)  # (2**bits, unknowns^2)
+        normal = (mass @ products).unflatten(-1, (basis.shape[1], basis.shape[1]))
+        ridge = 1e-6 * mass.sum(-1).clamp(min=1e-30)  # planes may coincide
+        normal = normal + ridge[..., None, None] * torch.eye(basis.shape[1], device=x.device)
+        solution = torch.linalg.solve(normal, moment @ basis)
+        trial = {"alpha": as_stored(solution[..., : self.bits])}
+        if self.offset:
+            trial["beta"] = as_stored(solution[..., self.bits])
+        better = self._error(mass, moment, trial) < self._error(mass, moment, params)
+        return {
+            name: torch.where(better if v.dim() == 2 else better[..., None], v, params[name])
+            for name, v in trial.items()
+        }
+
+    def _error(self, mass: Tensor, moment: Tensor, params: Params) -> Tensor:
+        """Weighted squared error of each group, but for the constant sum of x^2."""
+        table = self.levels(params)
+        return (mass * table.square() - 2 * moment * table).sum(-1)
+
+    def levels(self, params: Params) -> Tensor:
+        """beta + sum of +-alpha, entry c for code c."""
+        table = params["alpha"] @ self._signs(params["alpha"].device).T
+        return table + params["beta"][..., None] if self.offset else table
+
+    def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """fp16 alpha, and fp16 beta with an offset."""
+        grid = self.grid(shape)
+        alpha = Part("alpha", (*grid, self.bits))
+        return (alpha, Part("beta", grid)) if self.offset else (alpha,)
+
+    def _signs(self, device: torch.device) -> Tensor:
+        """(2**bits, bits) of -1 and +1: row c holds the bits of code c."""
+        codes = torch.arange(1 << self.bits, device=device)
+        return 2.0 * ((codes[:, None] >> torch.arange(self.bits, device=device)) & 1) - 1.0
+
+    def _greedy(self, x: Tensor, importance: Tensor) -> Params:
+        total = importance.sum(-1).clamp(min=1e-30)
+        beta = (x * importance).sum(-1) / total if self.offset else torch.zeros_like(x[..., 0])
+        rest, alphas = x - beta[..., None], []
+        for _ in range(self.bits):
+            alpha = (rest.abs() * importance).sum(-1) / total
+            alphas.append(alpha)
+            rest = rest - alpha[..., None] * torch.where(rest >= 0, 1.0, -1.0)
+        params = {"alpha": as_stored(torch.stack(alphas, -1))}
+        if self.offset:
+            params["beta"] = as_stored(beta)
+        return params

@@ -1,0 +1,49 @@
+"""Alternating least squares: nearest codes, best parameters for these codes, and so on.
+
+Lowers the weight error of any format that can refit its parameters; data-free, or with `weighted` counting
+each column by the mean square of its input.
+
+Source: Xu et al. 2018 (arXiv 1802.00150), section 4, for binary coding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitmill.formats import Format
+from bitmill.formats.base import SLICE, alternate
+from bitmill.numerics.grouping import grouped, grouped_importance
+from bitmill.quantized import Quantized, nearest_matrix
+from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
+
+
+@SOLVERS.register("alternating")
+@dataclass(frozen=True)
+class Alternating(Solver):
+    """Up to `rounds` turns from the format's closed-form start."""
+
+    rounds: int = 15
+    weighted: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing, unless errors are weighted."""
+        return "gram" if self.weighted else "nothing"
+
+    def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+        """Quantize W, fp32 (rows, columns)."""
+        shape = (W.shape[0], W.shape[1])
+        columns = stats.importance if self.weighted else None
+        importance = grouped_importance(columns, shape, format.group_size).to(W.device)
+        x = grouped(W, format.group_size)
+        pieces = []
+        rows = max(1, SLICE // max(1, x[0].numel()))
+        for start in range(0, x.shape[0], rows):
+            piece = x[start : start + rows]
+            params = format.fit(piece, importance, search=False)
+            pieces.append(alternate(format, piece, importance, params, self.rounds))
+        params = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+        return nearest_matrix(format, W, params)
