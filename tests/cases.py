@@ -1,0 +1,123 @@
+"""Cases for every registered member, read off its dataclass fields, so that a new member needs no list."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import MISSING, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import RecipeError
+from bitmill.formats import FORMATS, Format, Params, ScalarFormat
+from bitmill.numerics.grouping import grouped, grouped_importance, ungrouped
+from bitmill.recipe import METHODS, build_recipe
+from bitmill.solvers import SOLVERS, Solver
+
+GROUP_SIZES = (64, 40, "row", "tensor")  # 40 leaves a ragged group of 16 in 96 columns
+ROWS, COLUMNS = 6, 96
+
+
+def switched(kind: type, given: dict[str, Any]) -> list[Any]:
+    """`kind(**given)` with every boolean field both ways; combinations that it refuses are left out."""
+    switches = [f.name for f in fields(kind) if str(f.type) == "bool" and f.name not in given]
+    for f in fields(kind):
+        known = f.name in given or f.name in switches
+        assert known or f.default is not MISSING or f.default_factory is not MISSING, (
+            f"{kind.__name__}.{f.name} has no default, so tests/cases.py must give it a value"
+        )
+    made = []
+    for values in itertools.product((False, True), repeat=len(switches)):
+        try:
+            made.append(kind(**given, **dict(zip(switches, values))))
+        except RecipeError:
+            continue
+    return made
+
+
+def formats_of(kind: type[Format]) -> list[Format]:
+    """Every number of bits on ragged groups, and every kind of group at some of them."""
+    made = []
+    for bits in range(1, kind.max_bits + 1):
+        for size in GROUP_SIZES if bits in (1, 3) else (40,):
+            try:
+                made += switched(kind, {"bits": bits, "group_size": size})
+            except RecipeError:
+                continue
+    assert made, f"no case of {kind.__name__} could be built"
+    return made
+
+
+def all_formats() -> list[Format]:
+    return [format for _, kind in FORMATS.items() for format in formats_of(kind)]
+
+
+def scalar_formats() -> list[ScalarFormat]:
+    return [format for format in all_formats() if isinstance(format, ScalarFormat)]
+
+
+def few_formats() -> list[Format]:
+    """For tests whose cost is in what runs the format: 3 bits, ragged groups, rows and tensors."""
+    return [f for f in all_formats() if f.bits == min(3, type(f).max_bits) and f.group_size != 64]
+
+
+def all_solvers() -> list[Solver]:
+    return [solver for _, kind in SOLVERS.items() for solver in switched(kind, {})]
+
+
+def method_options(name: str, **wanted: Any) -> dict[str, Any]:
+    """Those of the wanted options that the method has."""
+    return {key: value for key, value in wanted.items() if key in METHODS.get(name).__dataclass_fields__}
+
+
+def method_recipe(name: str, **wanted: Any) -> Any:
+    return build_recipe(name, method_options(name, **wanted))
+
+
+def weights(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> Tensor:
+    """Heavy-tailed weights of uneven rows, as linear layers have them."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(rows, columns, generator=generator) * 0.05
+    W *= 0.5 + torch.rand(rows, 1, generator=generator)
+    W[torch.rand(rows, columns, generator=generator) < 0.01] *= 4
+    return W + 0.01
+
+
+def inputs(tokens: int = 400, columns: int = COLUMNS, seed: int = 0, correlation: float = 0.9) -> Tensor:
+    """Correlated inputs of uneven channels, X (tokens, columns)."""
+    generator = torch.Generator().manual_seed(1000)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    loud = torch.rand(columns, generator=generator).mul(3).exp()
+    generator.manual_seed(seed)
+    X = torch.randn(tokens, columns, generator=generator)
+    common = torch.randn(tokens, 4, generator=generator) @ mixing[:4] * columns**0.5 / 2
+    return ((1 - correlation) * X + correlation * (X @ mixing * 0.3 + common)) * loud
+
+
+def gram_of(X: Tensor) -> Tensor:
+    return X.T @ X / X.shape[0]
+
+
+def weight_errors(format: Format, W: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
+    """Weighted squared error of rounding W to nearest under params."""
+    decoded = rounded(format, W, params)
+    weight = torch.ones(W.shape[1]) if importance is None else importance
+    return ((W - decoded).double().square() * weight).sum()
+
+
+def rounded(format: Format, W: Tensor, params: Params) -> Tensor:
+    """W (rows, columns) rounded to nearest and decoded."""
+    x = grouped(W, format.group_size)
+    return ungrouped(format.decode(format.nearest(x, params), params), (W.shape[0], W.shape[1]))
+
+
+def fitted(format: Format, W: Tensor, importance: Tensor | None = None, search: bool = True) -> Params:
+    shape = (W.shape[0], W.shape[1])
+    weight = grouped_importance(importance, shape, format.group_size)
+    return format.fit(grouped(W, format.group_size), weight, search)
+
+
+def group_params(params: Params, group: int) -> Params:
+    """The parameters of one group, (rows|1, 1, ...); parts that the groups share stay."""
+    return {k: v if v.shape[1] == 1 else v[:, group : group + 1] for k, v in params.items()}

@@ -1,0 +1,205 @@
+"""The laws of formats, for every registered one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitmill.errors import RecipeError
+from bitmill.formats import FORMATS, Format, ScalarFormat, format_from_dict
+from bitmill.numerics.grouping import grouped, grouped_importance, ungrouped
+from cases import all_formats, fitted, group_params, rounded, scalar_formats, weight_errors, weights
+
+every_format = pytest.mark.parametrize("format", all_formats(), ids=repr)
+every_scalar_format = pytest.mark.parametrize("format", scalar_formats(), ids=repr)
+SHAPE = (6, 96)
+
+
+def importance() -> Tensor:
+    return torch.rand(96, generator=torch.Generator().manual_seed(3)) ** 3 * 10
+
+
+def random_codes(format: Format) -> Tensor:
+    """(rows, groups, width), below 2**bits."""
+    codes = torch.randint(0, 1 << format.bits, SHAPE, generator=torch.Generator().manual_seed(5))
+    return grouped(codes.to(torch.uint8), format.group_size)
+
+
+@every_format
+def test_what_is_stored_can_be_stored_again(format):
+    params = fitted(format, weights())
+    stored = format.decode(random_codes(format), params)
+    again = format.decode(format.nearest(stored, params), params)
+    assert torch.equal(ungrouped(stored, SHAPE), ungrouped(again, SHAPE))
+
+
+@every_scalar_format
+def test_nearest_equals_brute_force(format):
+    params = fitted(format, weights())
+    x = grouped(weights(seed=1), format.group_size)
+    codes = format.nearest(x, params)
+    assert codes.dtype == torch.uint8
+    assert int(codes.max()) < 1 << format.bits
+    levels = format.levels(params).double()
+    assert levels.shape[-1] == 1 << format.bits
+    best = (x[..., None].double() - levels[..., None, :]).abs().amin(-1)
+    reached = (x.double() - format.decode(codes, params).double()).abs()
+    spread = float(levels.abs().max())
+    assert torch.allclose(reached, best, rtol=0, atol=1e-6 * spread)  # the width of a tie in fp32
+
+
+@every_scalar_format
+def test_decode_reads_the_table(format: ScalarFormat):
+    params = fitted(format, weights())
+    codes = random_codes(format)
+    levels = format.levels(params)
+    table = levels.expand(*codes.shape[:2], levels.shape[-1])
+    assert torch.equal(table.gather(-1, codes.long()), format.decode(codes, params))
+
+
+@every_format
+def test_the_rounder_agrees_with_nearest(format):
+    W = weights(seed=1)
+    params = fitted(format, weights())
+    expected = rounded(format, W, params)
+    groups = max(v.shape[1] for v in params.values())
+    width = 96 if groups == 1 else int(format.group_size)
+    for column in (0, 1, 39, 40, 63, 64, 79, 80, 95):
+        one = group_params(params, min(column // width, groups - 1))
+        codes, values = format.rounder(one)(W[:, column])
+        assert codes.shape == values.shape == (6,)
+        shape = (1, 1, 6) if format.group_size == "tensor" else (6, 1, 1)
+        assert torch.equal(format.decode(codes.reshape(shape), one).reshape(6), values)
+        by_rounder, by_nearest = (W[:, column] - values).abs(), (W[:, column] - expected[:, column]).abs()
+        assert torch.allclose(by_rounder, by_nearest, rtol=0, atol=1e-6 * float(W.abs().max()))
+
+
+@every_format
+@pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
+def test_refit_never_raises_the_weighted_error(format, search):
+    W, weight = weights(), importance()
+    x, grouped_weight = grouped(W, format.group_size), grouped_importance(weight, SHAPE, format.group_size)
+    params = fitted(format, W, weight, search)
+    for codes in (format.nearest(x, params), random_codes(format)):
+        before = ((x - format.decode(codes, params)).double().square() * grouped_weight).sum()
+        better = format.refit(x, codes, grouped_weight, params)
+        after = ((x - format.decode(codes, better)).double().square() * grouped_weight).sum()
+        assert after <= before * (1 + 1e-5)
+        assert_same_params(better, read_back(format, ungrouped(codes, SHAPE), better))
+
+
+@every_format
+@pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
+def test_search_is_never_worse_than_no_search(format, weighted):
+    W, weight = weights(), importance() if weighted else None
+    searched = weight_errors(format, W, fitted(format, W, weight, True), weight)
+    start = weight_errors(format, W, fitted(format, W, weight, False), weight)
+    assert searched <= start * (1 + 1e-5)
+
+
+def read_back(format: Format, codes: Tensor, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    return format.unpack(format.pack(codes, params), SHAPE)[1]
+
+
+def assert_same_params(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype == torch.float32, name
+        assert torch.equal(one[name], other[name]), name
+
+
+@every_format
+@pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
+def test_what_is_packed_is_read_back_exactly(format, search):
+    params = fitted(format, weights(), importance(), search)
+    codes = ungrouped(format.nearest(grouped(weights(), format.group_size), params), SHAPE)
+    tensors = format.pack(codes, params)
+    codes_back, params_back = format.unpack(tensors, SHAPE)
+    assert torch.equal(codes, codes_back)
+    assert_same_params(params, params_back)
+
+
+@every_format
+def test_bits_are_honest(format):
+    params = fitted(format, weights())
+    codes = ungrouped(random_codes(format), SHAPE)
+    tensors = format.pack(codes, params)
+    found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    assert found == {name: (tuple(size), dtype) for name, (size, dtype) in format.layout(SHAPE).items()}
+    assert 8 * sum(t.nbytes for t in tensors.values()) == format.stored_bits(SHAPE)
+
+
+@every_format
+def test_plain_data_and_repr_round_trip(format):
+    assert format_from_dict(json.loads(json.dumps(format.to_dict()))) == format
+    kind = type(format)
+    assert eval(repr(format), {kind.__name__: kind}) == format
+    assert hash(format) == hash(dataclasses.replace(format))
+
+
+@pytest.mark.parametrize("format", [f for f in all_formats() if f.local and f.group_size == 40], ids=repr)
+@pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
+def test_padding_does_not_influence_the_fit(format, search):
+    W, weight = weights(), importance()
+    whole = group_params(fitted(format, W, weight, search), 2)  # columns 80 to 95
+    alone = fitted(format, W[:, 80:], weight[80:], search)
+    errors = [weight_errors(format, W[:, 80:], params, weight[80:]) for params in (whole, alone)]
+    assert torch.isclose(errors[0], errors[1], rtol=1e-4)  # sums of another length differ in the last digit
+    if not search:
+        assert_same_params(whole, alone)
+
+
+EXTREMES = {
+    "zeros": lambda: torch.zeros(SHAPE),
+    "constant": lambda: torch.full(SHAPE, 0.3),
+    "negative constant": lambda: torch.full(SHAPE, -0.3),
+    "a zero group": lambda: torch.cat([torch.zeros(6, 80), weights()[:, :16]], 1),
+    "huge": lambda: weights() * 1e6,
+    "tiny": lambda: weights() * 1e-12,
+    "outlier": lambda: weights().index_put((torch.tensor(2), torch.tensor(50)), torch.tensor(1000.0)),
+}
+
+
+@every_format
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_weights_stay_finite(format, extreme):
+    W = EXTREMES[extreme]()
+    for search in (False, True):
+        params = fitted(format, W, importance(), search)
+        decoded = rounded(format, W, params)
+        assert torch.isfinite(decoded).all()
+        codes = ungrouped(format.nearest(grouped(W, format.group_size), params), SHAPE)
+        assert_same_params(params, read_back(format, codes, params))
+        if extreme == "zeros":
+            assert not decoded.any()
+        elif extreme != "huge":  # fp16 parameters end at 65504
+            assert (W - decoded).abs().max() <= 2 * W.abs().max()
+
+
+@every_format
+def test_inputs_without_importance_do_not_break_the_fit(format):
+    dead = importance()
+    dead[:50] = 0
+    for weight in (torch.zeros(96), dead):
+        assert torch.isfinite(rounded(format, weights(), fitted(format, weights(), weight))).all()
+
+
+@pytest.mark.parametrize("name", FORMATS.names())
+def test_nonsense_is_refused_in_one_sentence(name):
+    wrong = [
+        {"bits": 0},
+        {"bits": 99},
+        {"bits": "4"},
+        {"bits": 2, "group_size": 0},
+        {"bits": 2, "group_size": "all"},
+    ]
+    wrong += [{"bits": 2, "unheard_of": 1}, {}]
+    for data in wrong:
+        with pytest.raises(RecipeError) as caught:
+            format_from_dict({"format": name, **data})
+        assert str(caught.value).endswith(".")
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,42 @@
+"""Shared by all tests: seeds, one thread, and fresh memory full of NaN for whoever wants it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent / "unit" / "models"))  # tiny.py, the tiny models
+
+settings.register_profile("bitmill", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.load_profile("bitmill")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """torch.empty hands out NaN (floats) or the largest number (integers): nothing may rely on what it holds."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(before)
