@@ -94,3 +94,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(BitmillConfig)
         register_quantizer(QUANT_METHOD)(BitmillQuantizer)
+
+
+register()

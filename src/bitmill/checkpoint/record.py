@@ -1,0 +1,46 @@
+"""Add a measurement to a finished folder: to its report, and to the model card made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bitmill.checkpoint.files import write_json, write_text
+from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.errors import CheckpointError
+from bitmill.report.card import model_card
+
+# Time and memory belong to the machine, not to the model, and are left out.
+_KEPT = (
+    "text",
+    "split",
+    "seqlen",
+    "windows",
+    "perplexity",
+    "tokens",
+    "kl_divergence",
+    "top1_agreement",
+    "reference_perplexity",
+    "reference",
+)
+_SAME = ("by", "text", "split", "seqlen", "windows", "reference")
+
+
+def record_measurement(folder: Path, result: dict[str, Any]) -> None:
+    """Append what `bitmill.evaluate` returned; a repetition takes the place of the earlier one.
+
+    Raises CheckpointError for a damaged report, OutputError when the folder cannot be written.
+    """
+    report = open_checkpoint(folder).report
+    entry = {"by": "eval", **{key: result[key] for key in _KEPT if result.get(key) is not None}}
+    measured = report.get("measured")
+    if not isinstance(measured, list) or not all(isinstance(m, dict) for m in measured):
+        raise CheckpointError(f"{folder}/report.json has no list 'measured'; quantize again.")
+    kept = [m for m in measured if any(m.get(key) != entry.get(key) for key in _SAME)]
+    report = {**report, "measured": [*kept, entry]}
+    try:
+        card = model_card(report)
+    except Exception as error:  # the template meets whatever the report lacks
+        raise CheckpointError(f"{folder}/report.json is incomplete ({error}); quantize again.") from None
+    write_json(folder / "report.json", report)
+    write_text(folder / "README.md", card)

@@ -1,0 +1,86 @@
+"""bitmill methods and bitmill models."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from bitmill.cli.output import working
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show one method in full.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the methods, or show the card and the options of one."""
+    with working(as_json) as output:
+        from bitmill.recipe import METHODS
+
+        if name is None:
+            listed = [{"name": n, "description": describe(kind)} for n, kind in METHODS.items()]
+            output.result({"methods": listed}, _table(("method", "description"), listed))
+            return
+        kind = METHODS.get(name)
+        options = [option_entry(f) for f in dataclasses.fields(kind)]
+        card = inspect.getdoc(kind) or ""
+        shown = [{**o, "default": str(o["default"])} for o in options]
+        table = _table(("name", "type", "default", "help"), shown)
+        output.result({"name": name, "card": card, "options": options}, _verbatim(card), "", table)
+
+
+def models(as_json: AsJson = False) -> None:
+    """List the demo models and the architectures that are supported."""
+    with working(as_json) as output:
+        from bitmill.models.adapter import ADAPTERS
+        from bitmill.models.zoo import ZOO
+
+        demo = [dataclasses.asdict(model) for _, model in sorted(ZOO.items())]
+        architectures = [
+            {"name": name, "model_types": list(adapter.model_types)} for name, adapter in ADAPTERS.items()
+        ]
+        shown = [{**m, "parameters": f"{m['parameters'] / 1e6:.0f} M"} for m in demo]
+        known = [{**a, "model_types": ", ".join(a["model_types"])} for a in architectures]
+        output.result(
+            {"demo_models": demo, "architectures": architectures},
+            _table(("name", "parameters", "licence", "description"), shown, "Demo models"),
+            "",
+            _table(("name", "model_types"), known, "Architectures (others are walked over generically)"),
+        )
+
+
+def describe(kind: type) -> str:
+    """The first sentence of a method's card."""
+    return (inspect.getdoc(kind) or "").partition("\n")[0]
+
+
+def option_entry(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """One option of a method, from its dataclass field."""
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = field.default_factory() if callable(field.default_factory) else None
+    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+    bounds = {k: v for k, v in field.metadata.items() if k != "help"}
+    return {"name": field.name, "type": kind, "default": default, "help": field.metadata.get("help", ""), **bounds}
+
+
+def _table(columns: tuple[str, ...], rows: list[dict[str, Any]], title: str | None = None) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column == columns[0])
+    for row in rows:
+        table.add_row(*(escape(str(row[column])) for column in columns))
+    return table
+
+
+def _verbatim(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)

@@ -1,0 +1,88 @@
+"""bitmill eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitmill.cli.output import facts, megabytes, number, working
+from bitmill.errors import UsageError
+
+SPLITS = ("eval", "calib", "all")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Quantized folder, or any float model.", show_default=False)],
+    text: Annotated[
+        str, typer.Option(metavar="SOURCE", help="pydoc, a .txt or .jsonl file, or hf:dataset.")
+    ] = "pydoc",
+    split: Annotated[
+        str, typer.Option(help="eval (the last fifth of the text), calib (the rest) or all.")
+    ] = "eval",
+    seqlen: Annotated[int, typer.Option(metavar="L", help="Tokens in a window.")] = 512,
+    windows: Annotated[int, typer.Option(metavar="W", help="How many windows; 0 for all there are.")] = 40,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Float model to compare with, token by token.", show_default=False),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the measurement to the folder's report and model card.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure perplexity, and with --reference the divergence from the float model."""
+    if split not in SPLITS:
+        raise UsageError(f"--split is {split!r}; use one of {', '.join(SPLITS)}.")
+    with working(as_json) as output:
+        output.progress.start("starting", 0)
+        from bitmill import api
+        from bitmill.checkpoint.reader import is_checkpoint
+        from bitmill.checkpoint.record import record_measurement
+
+        if record and not is_checkpoint(Path(model)):
+            raise UsageError(f"--record writes into a quantized folder, and {model!r} is none; leave it out.")
+        result = api.evaluate(
+            model,
+            text_source=text,
+            split=split,  # type: ignore[arg-type]
+            seqlen=seqlen,
+            windows=windows or None,
+            reference=reference,
+            device=device,
+            progress=output.progress,
+            trust_remote_code=trust_remote_code,
+        )
+        result = {"model": model, **result, "reference": reference}
+        if record:
+            record_measurement(Path(model), result)
+        output.result({**result, "recorded": record}, _readable(result, record))
+
+
+def _readable(result: dict[str, Any], recorded: bool) -> Any:
+    rows = [
+        ("model", str(result["model"])),
+        ("text", f"{result['text']}, {result['split']} split, {result['windows']} x {result['seqlen']} tokens"),
+        ("perplexity", number(result["perplexity"], 5)),
+    ]
+    if result["reference"] is not None:
+        agreement = result.get("top1_agreement")
+        rows += [
+            ("reference", f"{result['reference']}, perplexity {number(result.get('reference_perplexity'), 5)}"),
+            ("KL divergence", f"{number(result.get('kl_divergence'))} nats a token"),
+            ("top-1 agreement", f"{agreement:.2%}" if isinstance(agreement, float) else "-"),
+        ]
+    rows += [
+        ("bits per weight", f"{result['bits_per_weight']:.3f}"),
+        ("size", megabytes(result["size_bytes"])),
+        ("time", f"{number(result['time_s'])} s"),
+        ("peak memory", megabytes(result["peak_memory_bytes"])),
+    ]
+    if recorded:
+        rows.append(("recorded in", f"{result['model']}/report.json"))
+    return facts(rows)

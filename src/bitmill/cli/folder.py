@@ -1,0 +1,110 @@
+"""bitmill inspect and bitmill verify."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitmill.cli.output import facts, measured_row, megabytes, working
+
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder that bitmill quantize wrote.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
+    """List what a quantized folder holds, in which formats and how many bits."""
+    with working(as_json) as output:
+        from bitmill.checkpoint import open_checkpoint
+        from bitmill.checkpoint.files import folder_bytes
+
+        checkpoint = open_checkpoint(folder)
+        tensors = list(checkpoint.layers())
+        report = checkpoint.report
+        data = {
+            "folder": str(folder),
+            "source": report.get("source"),
+            "bitmill": report.get("bitmill"),
+            "bits_per_weight": checkpoint.bits_per_weight,
+            "size_bytes": sum(tensor["size_bytes"] for tensor in tensors),
+            "folder_bytes": folder_bytes(folder),
+            "recipe": report.get("recipe"),
+            "measured": report.get("measured", []),
+            "tensors": tensors,
+        }
+        output.result(data, _table(tensors), "", _totals(data))
+
+
+def verify(
+    folder: FolderArgument,
+    quality: Annotated[
+        bool, typer.Option("--quality/--no-quality", help="Measure the recorded perplexity again.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte and every tensor of a quantized folder, and that it still performs as recorded."""
+    with working(as_json) as output:
+        output.progress.start("starting", 0)
+        from bitmill import api
+        from bitmill.checkpoint import open_checkpoint, verify
+        from bitmill.checkpoint.verify import verify_quality
+
+        def perplexity(recorded: dict[str, Any]) -> float:
+            result = api.evaluate(
+                folder,
+                text_source=recorded["text"],
+                split=recorded["split"],
+                seqlen=recorded["seqlen"],
+                windows=recorded["windows"],
+                device=device,
+                progress=output.progress,
+            )
+            return float(result["perplexity"])
+
+        checkpoint = open_checkpoint(folder)
+        counts = verify(checkpoint, output.progress)
+        change = verify_quality(checkpoint, perplexity) if quality else None
+        checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"
+        rows = [("sound", checked)]
+        if quality:
+            said = "nothing was recorded" if change is None else f"as recorded (changed by {change:.2g})"
+            rows.append(("perplexity", said))
+        output.result({"folder": str(folder), "sound": True, **counts, "perplexity_change": change}, facts(rows))
+
+
+def _table(tensors: list[dict[str, Any]]) -> Any:
+    """One row for all tensors that differ in nothing but the number of their block."""
+    from rich.table import Table
+
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for tensor in tensors:
+        name = re.sub(r"\.\d+\.", ".*.", tensor["name"])
+        shape = " x ".join(str(side) for side in tensor["shape"])
+        groups.setdefault((name, tensor["format"], shape), []).append(tensor)
+    table = Table(box=None, pad_edge=False)
+    for title, justify in (("tensor", "left"), ("format", "left"), ("shape", "right"), ("count", "right")):
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("bits/weight", justify="right")
+    table.add_column("size", justify="right")
+    for (name, format, shape), members in groups.items():
+        size = sum(member["size_bytes"] for member in members)
+        bits = members[0]["bits_per_weight"]
+        table.add_row(name, format, shape, str(len(members)), f"{bits:.3f}", megabytes(size))
+    return table
+
+
+def _totals(data: dict[str, Any]) -> Any:
+    recipe = data["recipe"] or {}
+    rows = [
+        ("source", str(data["source"])),
+        ("recipe", str(recipe.get("name", "-"))),
+        ("bits per weight", f"{data['bits_per_weight']:.3f} in the quantized layers"),
+        ("size", f"{megabytes(data['size_bytes'])} of tensors, {megabytes(data['folder_bytes'])} in all"),
+    ]
+    rows += [("measured", measured_row(measured)) for measured in data["measured"]]
+    return facts(rows)

@@ -1,0 +1,147 @@
+"""bitmill generate and bitmill chat."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from bitmill.cli.output import Output, number, working
+from bitmill.errors import UsageError
+
+ModelArgument = Annotated[str, typer.Argument(help="Quantized folder, or any float model.", show_default=False)]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes the likeliest token.")]
+Seed = Annotated[int, typer.Option(metavar="S", help="Seed of the sampling.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or to answer.")],
+    max_new_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the bare text, even if the model has a chat template.")
+    ] = False,
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Generate text; answers the prompt as a chat when the tokenizer has a chat template."""
+    with working(as_json) as output:
+        live, tokenizer = _open(output, model, device, trust_remote_code)
+        from bitmill.evaluate.generate import chat_prompt, encode, generate
+        from bitmill.progress import peak_memory_bytes
+
+        chat = not raw and bool(getattr(tokenizer, "chat_template", None))
+        turns = [{"role": "user", "content": prompt}]
+        ids = chat_prompt(tokenizer, turns) if chat else encode(tokenizer, prompt)
+        if not as_json and not chat:
+            _say(output, prompt)
+        done = generate(
+            live,
+            tokenizer,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            on_text=None if as_json else lambda piece: _say(output, piece),
+        )
+        if not as_json:
+            _say(output, "\n")
+            speed = f"{done.new_tokens} tokens, {number(done.tokens_per_s, 3)} tokens/s"
+            print(f"{speed}, peak memory {peak_memory_bytes() / 1e9:.2f} GB", file=sys.stderr)
+            return
+        output.result(
+            {
+                "text": done.text,
+                "prompt": prompt,
+                "chat": chat,
+                "new_tokens": done.new_tokens,
+                "stopped": done.stopped,
+                "tokens_per_s": done.tokens_per_s,
+                "time_s": done.time_s,
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+        )
+
+
+def chat(
+    model: ModelArgument,
+    max_new_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk with a model; /quit, Ctrl-D or Ctrl-C ends."""
+    with working(False) as output:
+        live, tokenizer = _open(output, model, device, trust_remote_code)
+        from bitmill.evaluate.generate import chat_prompt, generate
+
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(f"{model} has no chat template; use bitmill generate {model} --prompt TEXT.")
+        room = getattr(live.config, "max_position_embeddings", None)
+        turns: list[dict[str, str]] = []
+        try:
+            for line in _lines(output):
+                turns.append({"role": "user", "content": line})
+                ids = chat_prompt(tokenizer, turns)
+                while isinstance(room, int) and len(ids) + max_new_tokens > room and len(turns) > 2:
+                    del turns[:2]  # the oldest question and its answer
+                    ids = chat_prompt(tokenizer, turns)
+                done = generate(
+                    live,
+                    tokenizer,
+                    ids,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed + len(turns),
+                    on_text=lambda piece: _say(output, piece),
+                )
+                _say(output, "\n")
+                turns.append({"role": "assistant", "content": done.text})
+        except KeyboardInterrupt:
+            _say(output, "\n")
+
+
+def _open(output: Output, model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    output.progress.start(f"loading {model}", 0)
+    from bitmill import api
+
+    tokenizer = api.load_tokenizer(model, trust_remote_code=trust_remote_code)
+    live = api.load(model, device=device, trust_remote_code=trust_remote_code)
+    output.progress.finish()
+    return live, tokenizer
+
+
+def _lines(output: Output) -> Iterator[str]:
+    """What the user says, line by line, until /quit or the end of the input."""
+    asks = sys.stdin.isatty()
+    if asks:
+        print("/quit ends the chat.", file=sys.stderr)
+    while True:
+        if asks:
+            _say(output, "> ")
+        line = sys.stdin.readline()
+        if not line:
+            if asks:
+                _say(output, "\n")
+            return
+        line = line.strip()
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+def _say(output: Output, text: str) -> None:
+    output.stdout.write(text)
+    output.stdout.flush()

@@ -1,0 +1,109 @@
+"""What a command prints: its result alone on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+from bitmill.cli.progress import TerminalProgress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what to do next."""
+
+
+class Output:
+    """Where the result of one command goes."""
+
+    def __init__(self, as_json: bool, stdout: TextIO, progress: TerminalProgress) -> None:
+        self.as_json, self.stdout, self.progress = as_json, stdout, progress
+
+    def result(self, data: dict[str, Any], readable: Callable[[], list[RenderableType]]) -> None:
+        """Print `data` as one JSON object, or the readable form of it."""
+        self.progress.finish()
+        if self.as_json:
+            print(json.dumps(plain(data), allow_nan=False), file=self.stdout, flush=True)
+            return
+        from rich.console import Console
+
+        # a file or a pipe has no width: lines are not broken for it
+        console = Console(file=self.stdout, highlight=False, width=None if self.stdout.isatty() else 400)
+        for part in readable():
+            console.print(part, crop=False)
+
+
+@contextlib.contextmanager
+def working(as_json: bool, hint: str = "interrupted") -> Iterator[Output]:
+    """While a command works, whatever libraries print goes to stderr.
+
+    hint: what to say when the user stops it.
+    """
+    progress = TerminalProgress()
+    stdout = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield Output(as_json, stdout, progress)
+    except KeyboardInterrupt:
+        raise Interrupted(hint) from None
+    finally:
+        progress.finish()
+
+
+def plain(value: Any) -> Any:
+    """The same data in types JSON has; NaN and the infinities, which it has not, become null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def in_one_line(text: str, limit: int = 300) -> str:
+    """The text without line breaks and of bounded length."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def facts(rows: list[tuple[str, str]], title: str = "") -> RenderableType:
+    """A small table of names and values."""
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number for people; a dash where there is none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    return f"{value:.{digits}g}" if isinstance(value, float) else f"{value:,}"
+
+
+def megabytes(size_bytes: int) -> str:
+    """A size for people, in MB (10^6 bytes)."""
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
+def measured_row(measured: dict[str, Any]) -> str:
+    """One measurement in a line."""
+    parts = [f"perplexity {number(measured.get('perplexity'))}"]
+    if measured.get("reference_perplexity") is not None:
+        parts.append(f"float {number(measured['reference_perplexity'])}")
+        parts.append(f"KL {number(measured.get('kl_divergence'))} nats")
+        agreement = measured.get("top1_agreement")
+        parts.append("top-1 agreement " + (f"{agreement:.1%}" if isinstance(agreement, float) else "-"))
+    where = f"{measured.get('windows')} x {measured.get('seqlen')} tokens of {measured.get('text')}"
+    return f"{', '.join(parts)} ({where}, {measured.get('split')} split)"

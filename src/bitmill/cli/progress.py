@@ -1,0 +1,112 @@
+"""Progress on stderr: a bar where there is a terminal, a line now and then where there is none."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from bitmill.progress import Progress, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+PATIENCE_S = 2.0  # shorter work shows nothing
+LINE_EVERY_S = 5.0
+
+
+class TerminalProgress(Progress):
+    """Draws the current task once it has lasted longer than PATIENCE_S.
+
+    A task of 0 steps has an unknown length (opening a model): its bar only moves.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._timer: threading.Timer | None = None
+        self._bar: Bar | None = None
+        self._task, self._total, self._done = "", 0, 0
+        self._started = self._last_line = 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def start(self, task: str, total: int) -> None:
+        """Begin a task; nothing is drawn yet."""
+        with self._lock:
+            self.finish()
+            self._task, self._total, self._done = task, total, 0
+            self._started, self._last_line = time.monotonic(), 0.0
+            # a timer, since a task that only loads reports nothing while it does
+            self._timer = threading.Timer(PATIENCE_S, self._appear)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the bar, or print a line if the last one is old enough."""
+        with self._lock:
+            self._done += steps
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=self._done, memory=_memory())
+            elif not self._terminal:
+                self._line()
+
+    def finish(self) -> None:
+        """End the task; the bar of one that was counted stays on the screen."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], memory=_memory())
+                self._bar.stop()
+                self._bar = None
+
+    def _appear(self) -> None:
+        with self._lock:
+            if self._timer is None:  # finished while this thread woke up
+                return
+            if self._terminal:
+                self._bar = _bar(self._total)
+                self._bar.add_task(self._task, total=self._total or None, completed=self._done, memory=_memory())
+                self._bar.start()
+            else:
+                self._line()
+
+    def _line(self) -> None:
+        """At most one line per LINE_EVERY_S, and none in the first PATIENCE_S."""
+        now = time.monotonic()
+        elapsed = now - self._started
+        if elapsed < PATIENCE_S or now - self._last_line < LINE_EVERY_S:
+            return
+        self._last_line = now
+        said = f"{self._task} {self._done}/{self._total}" if self._total else self._task
+        said += f", {elapsed:.0f} s"
+        if self._total and 0 < self._done < self._total:
+            said += f", about {elapsed * (self._total - self._done) / self._done:.0f} s left"
+        print(f"{said}, peak memory {_memory()}", file=sys.stderr, flush=True)
+
+
+def _memory() -> str:
+    return f"{peak_memory_bytes() / 1e9:.2f} GB"
+
+
+def _bar(total: int) -> Bar:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    if total:
+        columns.append(MofNCompleteColumn())
+    columns.append(TimeElapsedColumn())
+    if total:
+        columns += [TextColumn("eta"), TimeRemainingColumn()]
+    columns.append(TextColumn("peak memory {task.fields[memory]}"))
+    return Bar(*columns, console=Console(stderr=True), transient=not total, redirect_stdout=False)
