@@ -17,10 +17,15 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
     tenfold while the factorization fails. The arithmetic is fp64: an ill-conditioned Gram loses all its
     digits in fp32.
 
-    Raises NumericsError when even a damping of 1e3 times the mean does not help, which means the statistics
-    are not finite.
+    Raises NumericsError when the Gram holds NaN or Inf, or when even a damping of 1e3 times the mean does not
+    help.
     Source: GPTQ (Frantar et al. 2022), section 3.3, step 3.
     """
+    if not bool(torch.isfinite(gram).all()):
+        raise NumericsError(
+            "The input statistics hold NaN or Inf, so they cannot be factorized: check the calibration text and "
+            "the weights of the layers before this one."
+        )
     gram64 = gram.to(torch.float64)
     mean = float(gram64.diagonal().mean())
     used = damp
@@ -41,5 +46,5 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
             break
     raise NumericsError(
         f"The input statistics cannot be factorized (mean diagonal {mean:.3g}, damping tried up to {used:.3g}): "
-        "check the calibration text and the weights for NaN or Inf, or raise the option damp."
+        "give it more calibration text, or raise the option damp."
     )

@@ -6,6 +6,9 @@ Needs        the Gram matrix; cost out*in^2 multiplications plus the factorizati
 Grids        fitted before the loop from the original weights (`static_groups`, which act-order needs), or
              when the loop reaches a group, from the weights that already carry its neighbours' corrections
 Order        act-order takes the columns with the largest mean square first, while most freedom is left
+Importance   of a column when grids are fitted: its mean square G_jj, or 1 / (G^-1)_jj, what an error there
+             costs once the other columns have answered it
+Passes       optional coordinate descent afterwards, see `descent`
 Limits       rounding to a finite grid voids the optimality of the unbounded case; groups whose inputs are
              nearly collinear want more damping
 
@@ -17,6 +20,7 @@ which fits a group from weights that lack the updates of the running block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +32,7 @@ from bitmill.numerics.cholesky import inverse_factor
 from bitmill.numerics.grouping import group_width
 from bitmill.quantized import Quantized, fit_matrix
 from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
+from bitmill.solvers.descent import Descent
 
 # Columns updated one by one before the rest of the matrix receives their sum in one product. Small enough
 # that a block of a 3000-row matrix stays in the cache.
@@ -43,8 +48,17 @@ class GPTQ(Solver):
     act_order: bool = True
     static_groups: bool = True
     search: bool = True
+    importance: Literal["diagonal", "inverse"] = "diagonal"
+    column_passes: int = 0
+    group_passes: int = 0
 
     def __post_init__(self) -> None:
+        if self.importance not in ("diagonal", "inverse"):
+            raise RecipeError(f"importance is {self.importance!r}; use 'diagonal' or 'inverse'.")
+        if self.column_passes < 0 or self.group_passes < 0:
+            raise RecipeError(
+                f"column_passes is {self.column_passes!r} and group_passes {self.group_passes!r}; use 0 or more."
+            )
         if not 0 < self.damp < 100:
             raise RecipeError(f"damp is {self.damp!r}; use a positive share of the mean diagonal, such as 0.01.")
         if self.act_order and not self.static_groups:
@@ -66,6 +80,8 @@ class GPTQ(Solver):
             return f"{format.name} fits all groups of a row together, so it needs static_groups=true."
         if not self.static_groups and format.group_size == "tensor":
             return "one grid for the whole tensor cannot be fitted group by group; set static_groups=true."
+        if self.group_passes and format.group_size == "tensor":
+            return "group_passes refit one group at a time, and the whole tensor is one; set group_passes=0."
         return None
 
     def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
@@ -74,15 +90,21 @@ class GPTQ(Solver):
             raise NumericsError("gptq needs the Gram matrix of the layer's inputs; run it with calibration text.")
         gram, W = stats.gram.clone(), W.clone()
         dead = gram.diagonal() == 0
-        gram.diagonal()[dead] = 1.0
+        live = ~dead
+        # The mean of the others: damping is a share of the mean, which dead inputs must not move.
+        gram.diagonal()[dead] = gram.diagonal()[live].mean() if bool(live.any()) else 1.0
         W[:, dead] = 0.0  # an input that is always 0 contributes nothing, whatever its weight
 
-        importance = gram.diagonal().masked_fill(dead, 0.0)
         columns = W.shape[1]
         order = torch.arange(columns, device=W.device)
         if self.act_order:
-            order = torch.argsort(importance, descending=True, stable=True)
-        U, _ = inverse_factor(gram[order][:, order], self.damp)
+            order = torch.argsort(gram.diagonal().masked_fill(dead, 0.0), descending=True, stable=True)
+        U, damp = inverse_factor(gram[order][:, order], self.damp)
+        importance = gram.diagonal()
+        if self.importance == "inverse":
+            importance = torch.empty_like(importance)
+            importance[order] = 1 / U.square().sum(0)
+        importance = importance.masked_fill(dead, 0.0)
 
         width = group_width((W.shape[0], columns), format.group_size)
         grids: _Grids
@@ -90,10 +112,26 @@ class GPTQ(Solver):
             grids = _StaticGrids(format, fit_matrix(format, W, importance, self.search), order // width)
         else:
             grids = _LocalGrids(format, importance, self.search, width)
-        codes = feed_back(W.T[order].contiguous(), U, grids)
-        unordered = torch.empty_like(codes)
-        unordered[order] = codes
-        return Quantized(format, unordered.T.contiguous(), grids.params)
+        visited = feed_back(W.T[order].contiguous(), U, grids)
+        codes = torch.empty_like(visited)
+        codes[order] = visited
+        solved = Quantized(format, codes.T.contiguous(), grids.params)
+        if not self.column_passes and not self.group_passes:
+            return solved
+        gram.diagonal().add_(damp * gram.diagonal().mean())
+        return self._descend(W, solved, gram, order, width)
+
+    def _descend(self, W: Tensor, solved: Quantized, H: Tensor, order: Tensor, width: int) -> Quantized:
+        """Improve a solution by coordinate descent on the damped Gram H."""
+        Q = solved.dequantize().T.contiguous()
+        codes = solved.codes.T.contiguous()
+        descent = Descent(W.T.contiguous(), Q, codes, H, solved.format, solved.params, width)
+        for turn in range(max(self.column_passes, self.group_passes)):
+            if turn < self.group_passes:
+                descent.groups_pass()
+            if turn < self.column_passes:
+                descent.columns_pass(order)
+        return Quantized(solved.format, descent.codes.T.contiguous(), descent.params)
 
 
 def feed_back(Wt: Tensor, U: Tensor, grids: _Grids) -> Tensor:
