@@ -91,7 +91,8 @@ def inputs(tokens: int = 400, columns: int = COLUMNS, seed: int = 0, correlation
     loud = torch.rand(columns, generator=generator).mul(3).exp()
     generator.manual_seed(seed)
     X = torch.randn(tokens, columns, generator=generator)
-    common = torch.randn(tokens, 4, generator=generator) @ mixing[:4] * columns**0.5 / 2
+    few = min(4, columns)
+    common = torch.randn(tokens, few, generator=generator) @ mixing[:few] * columns**0.5 / 2
     return ((1 - correlation) * X + correlation * (X @ mixing * 0.3 + common)) * loud
 
 

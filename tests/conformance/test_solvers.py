@@ -1,0 +1,129 @@
+"""The laws of solvers, for every registered one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bitmill.errors import RecipeError
+from bitmill.formats.uniform import Uniform
+from bitmill.recipe import Recipe
+from bitmill.solvers import SOLVERS, Solver, Statistics, solver_from_dict
+from bitmill.solvers.base import output_error
+from cases import all_solvers, few_formats, fitted, gram_of, inputs, rounded, weights
+
+PAIRS = [(s, f) for s in all_solvers() for f in few_formats() if s.accepts(f) is None]
+every_solver = pytest.mark.parametrize("solver", all_solvers(), ids=repr)
+every_pair = pytest.mark.parametrize(("solver", "format"), PAIRS, ids=repr)
+
+
+def statistics(solver: Solver, seed: int = 0) -> Statistics:
+    """What the solver says it needs, and no more."""
+    return Statistics(gram_of(inputs(seed=seed)), 400) if solver.needs == "gram" else Statistics()
+
+
+@every_pair
+@pytest.mark.parametrize("seed", [0, 1])
+def test_its_objective_is_no_worse_than_nearest_rounding(solver, format, seed):
+    W, stats = weights(12, seed=seed), statistics(solver, seed)
+    solved = solver.solve(W, stats, format).dequantize()
+    nearest = rounded(format, W, fitted(format, W, stats.importance, getattr(solver, "search", False)))
+    # A solver minimises the (weighted) error of the weights, or the error of the outputs.
+    ratios = [output_error(W, solved, gram) / output_error(W, nearest, gram) for gram in objectives(stats)]
+    assert min(ratios) <= 1 + 1e-5
+
+
+def objectives(stats: Statistics) -> list[torch.Tensor | None]:
+    return [None] if stats.gram is None else [stats.gram, torch.diag(stats.gram.diagonal())]
+
+
+@every_pair
+def test_it_is_deterministic_and_leaves_its_arguments_alone(solver, format, nan_memory):
+    W, stats = weights(), statistics(solver)
+    before, gram = W.clone(), None if stats.gram is None else stats.gram.clone()
+    first, second = solver.solve(W, stats, format), solver.solve(W, stats, format)
+    assert torch.equal(W, before)
+    assert gram is None or torch.equal(stats.gram, gram)
+    assert first.codes.dtype == torch.uint8
+    assert first.shape == (6, 96)
+    one, other = first.pack(), second.pack()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert torch.isfinite(first.dequantize()).all()
+
+
+@every_pair
+def test_what_it_solves_is_what_is_stored(solver, format):
+    solved = solver.solve(weights(), statistics(solver), format)
+    codes, params = format.unpack(solved.pack(), solved.shape)
+    assert torch.equal(codes, solved.codes)
+    assert all(torch.equal(params[k], solved.params[k]) for k in params)
+
+
+@pytest.mark.parametrize(("solver", "format"), [p for p in PAIRS if p[1].group_size != "tensor"], ids=repr)
+def test_rows_may_be_solved_together(solver, format):
+    """Layers that read one input are stacked, solved at once and split again."""
+    W, stats = weights(12), statistics(solver)
+    pieces = solver.solve(W, stats, format).split([5, 7])
+    for piece, part in zip(pieces, W.split([5, 7])):
+        alone = solver.solve(part, stats, format)
+        moved = (piece.dequantize() - alone.dequantize()).abs() > 1e-6
+        assert moved.float().mean() < 0.02  # products of other shapes round otherwise now and then
+
+
+@every_solver
+def test_illegal_formats_are_refused_with_a_sentence_when_the_recipe_is_built(solver):
+    for format in few_formats():
+        reason = solver.accepts(format)
+        if reason is None:
+            assert Recipe("test", format, solver).weight == format
+            continue
+        assert reason.endswith(".")
+        with pytest.raises(RecipeError, match="cannot be built"):
+            Recipe("test", format, solver)
+
+
+@every_solver
+def test_formats_that_code_columns_jointly_are_solved_or_refused(solver):
+    class Pairs(Uniform):
+        block = 2
+        name = "pairs"
+
+    reason = solver.accepts(Pairs(3, "row"))
+    assert reason is None or reason.endswith(".")
+
+
+@every_solver
+def test_plain_data_round_trips(solver):
+    assert solver_from_dict(json.loads(json.dumps(solver.to_dict()))) == solver
+    kind = type(solver)
+    assert eval(repr(solver), {kind.__name__: kind}) == solver
+
+
+@pytest.mark.parametrize("solver", [s for s in all_solvers() if s.needs == "nothing"], ids=repr)
+def test_data_free_solvers_need_no_statistics(solver):
+    assert solver.solve(weights(), Statistics(), Uniform(3)).shape == (6, 96)
+
+
+@pytest.mark.parametrize("name", SOLVERS.names())
+def test_unknown_fields_are_refused(name):
+    with pytest.raises(RecipeError, match="unheard_of"):
+        solver_from_dict({"solver": name, "unheard_of": 1})
+
+
+def test_a_solver_needs_a_name():
+    with pytest.raises(RecipeError, match="'solver'"):
+        solver_from_dict({"bits": 3})
+    with pytest.raises(RecipeError, match="gptq"):
+        solver_from_dict({"solver": "guess"})
+
+
+def test_output_error_is_relative():
+    W, X, format = weights(), inputs(), Uniform(2)
+    W_hat = rounded(format, W, fitted(format, W))
+    expected = ((X @ (W - W_hat).T).square().sum() / (X @ W.T).square().sum()).item()
+    assert output_error(W, W_hat, gram_of(X)) == pytest.approx(expected, rel=1e-4)
+    assert output_error(W, W, gram_of(X)) == 0
+    assert output_error(W * 0, W * 0, None) == 0
