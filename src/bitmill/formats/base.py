@@ -111,6 +111,10 @@ class Format(ABC):
     def rounder(self, params: Params) -> Rounder:
         """Fast `w (rows,) -> codes (rows,), values (rows,)` for the params of a single group (rows|1, 1, ...)."""
 
+    def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
+        """Parameters for one group, x (rows, 1, width), while what its row shares stays as in `params`."""
+        return self.fit(x, importance)
+
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
         """Parameters of least weighted error for fixed codes; the same params where a format cannot do better."""
         return params
@@ -194,7 +198,7 @@ class ScalarFormat(Format):
         middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
 
         def column(w: Tensor) -> tuple[Tensor, Tensor]:
-            rank = torch.searchsorted(middles.expand(w.shape[0], -1).contiguous(), w[:, None])
+            rank = torch.searchsorted(middles.expand(w.shape[0], -1).contiguous(), w[:, None].contiguous())
             rows = w.shape[0]
             codes = order.expand(rows, -1).gather(1, rank)[:, 0].to(torch.uint8)
             return codes, table.expand(rows, -1).gather(1, rank)[:, 0]

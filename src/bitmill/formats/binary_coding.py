@@ -86,7 +86,8 @@ class BinaryCoding(ScalarFormat):
 
     def levels(self, params: Params) -> Tensor:
         """beta + sum of +-alpha, entry c for code c."""
-        table = params["alpha"] @ self._signs(params["alpha"].device).T
+        alpha = params["alpha"]
+        table = alpha @ self._signs(alpha.device).T.to(alpha.dtype)
         return table + params["beta"][..., None] if self.offset else table
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:

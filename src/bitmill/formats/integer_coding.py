@@ -1,0 +1,204 @@
+"""IntegerCoding: binary coding with integer magnitudes, stored as an index and two scales.
+
+    levels    scale * 2^(-scale_step * exponent) * (base + subset sums of `bits` positive integers)
+    code      unsigned, `bits` bits; bit i adds step i of the coding
+    coding    index into the shipped list of codings on a `grid_bits`-bit grid; log2(codings) bits a group
+    exponent  unsigned, `scale_bits` bits a group
+    scale     fp16, one a row
+
+A binary coding with m free magnitudes a group costs 16 m bits a group. Here the magnitudes are integers on
+a grid that was quantized to linearly first (the two steps of GPTQT), few integer codings matter, and
+neighbouring groups differ little in scale: the defaults spend one byte a group, 5 bits of index and 3 of
+exponent, which pays for groups of 32. `merged` gives the same numbers as plain binary coding.
+
+Bits a weight: bits + (log2(codings) + scale_bits)/group_size + 16/columns.
+
+Source: GPTQT (arXiv 2407.02891), abstract: linear quantization first, binary coding of its integers second,
+a re-explored scale, both merged. The list, the exponents and the search are bitmill's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import RecipeError
+from bitmill.formats.base import FORMATS, Params, Part, ScalarFormat, as_stored
+from bitmill.numerics.codings import KEEP, bin_moments, levels_of, snap_table
+
+# Ratio of the starting scale to a group's weighted root mean square, on a grid of one unit: where the best
+# codings of Gaussian groups have it.  Found on synthetic groups; the search covers four exponents around.
+_START = {1: 1.6, 2: 3.2, 3: 4.8, 4: 5.76}
+_WINDOW = 4  # exponents tried to both sides of the start
+_HEADROOM = 2  # exponents left above the loudest group's start
+_SLICE = 1 << 17
+
+
+@FORMATS.register("integer_coding")
+@dataclass(frozen=True)
+class IntegerCoding(ScalarFormat):
+    """Integer binary codings from a shipped list: one byte a group by default; `bits` 1 to 4."""
+
+    grid_bits: int = 5
+    codings: int = 32
+    scale_bits: int = 3
+    scale_step: float = 0.2  # octaves
+
+    max_bits: ClassVar[int] = 4
+    local: ClassVar[bool] = False  # the row's scale is shared by its groups
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if f"{self.grid_bits},{self.bits}" not in _lists():
+            known = sorted(int(k[0]) for k in _lists() if k.endswith(f",{self.bits}"))
+            raise RecipeError(f"grid_bits is {self.grid_bits!r}; with {self.bits} bits use one of {known}.")
+        if self.codings not in (1, 2, 4, 8, 16, 32, 64):
+            raise RecipeError(f"codings is {self.codings!r}; use a power of two up to {KEEP}.")
+        if not 1 <= self.scale_bits <= 8 or not 0 < self.scale_step <= 1:
+            raise RecipeError(
+                f"scale_bits is {self.scale_bits!r} and scale_step {self.scale_step!r}; use 1 to 8 bits and a "
+                "step of up to 1 octave."
+            )
+
+    # -- choosing -----------------------------------------------------------------------------------------
+
+    def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
+        """Exponent and coding of least weighted error, all pairs near the start tried exactly."""
+        start = self._start(x, importance)
+        scale = as_stored(start.amax(1, keepdim=True) * 2.0 ** (self.scale_step * _HEADROOM))
+        if not search:
+            exponent = self._exponent_near(start, scale)
+            return {"scale": scale, "exponent": exponent, "coding": torch.zeros_like(exponent)}
+        return self._search(x, importance, scale, start)
+
+    def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
+        """The same for one group (rows, 1, width), at the row's scale."""
+        return self._search(x, importance, params["scale"], self._start(x, importance))
+
+    def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
+        """The best exponent and coding for fixed codes: all pairs are tried."""
+        weight = importance.expand(x.shape)
+        empty = x.new_zeros(*x.shape[:-1], 1 << self.bits)
+        mass = empty.scatter_add(-1, codes.long(), weight)
+        moment = empty.scatter_add(-1, codes.long(), weight * x)
+        table = self._table(x.device)
+        best, chosen = None, dict(params)
+        for exponent in range(1 << self.scale_bits):
+            factor = params["scale"] * _power(self.scale_step, exponent)
+            cost = mass @ table.square().T * factor[..., None] ** 2 - 2 * (moment @ table.T) * factor[..., None]
+            least, coding = cost.min(-1)
+            better = least < best if best is not None else torch.ones_like(least, dtype=torch.bool)
+            best = least if best is None else torch.where(better, least, best)
+            chosen["coding"] = torch.where(better, coding.float(), chosen["coding"])
+            chosen["exponent"] = torch.where(better, float(exponent), chosen["exponent"])
+        return chosen
+
+    def _search(self, x: Tensor, importance: Tensor, scale: Tensor, start: Tensor) -> Params:
+        rows = x.shape[0]
+        near = self._exponent_near(start, scale)
+        coding, exponent = torch.zeros_like(near), near.clone()
+        snapped = snap_table(self._table(torch.device("cpu")), self.grid_bits).to(x.device)
+        cost_matrix = torch.cat([snapped.square(), -2 * snapped], 1).T.contiguous()  # (2 * bins, codings)
+        step = max(1, _SLICE // max(1, x[0].numel()))
+        for first in range(0, rows, step):
+            cut = slice(first, first + step)
+            piece = x[cut]
+            weight = (importance if importance.shape[0] == 1 else importance[cut]).expand(piece.shape)
+            row_scale = scale[cut]
+            best = torch.full(piece.shape[:2], torch.inf, device=x.device)
+            for shift in range(-_WINDOW, _WINDOW + 1):
+                trial = (near[cut] + shift).clamp(0, (1 << self.scale_bits) - 1)
+                factor = row_scale * self._powers(trial)
+                mass, moment = bin_moments(piece / _divisor(factor), weight, self.grid_bits)
+                cost = torch.cat([mass, moment], -1) @ cost_matrix
+                least, index = cost.min(-1)
+                least = least * factor.square()
+                better = least < best
+                best = torch.where(better, least, best)
+                coding[cut] = torch.where(better, index.float(), coding[cut])
+                exponent[cut] = torch.where(better, trial, exponent[cut])
+        return {"scale": scale, "exponent": exponent, "coding": coding}
+
+    def _start(self, x: Tensor, importance: Tensor) -> Tensor:
+        """The scale to start from, (rows, groups)."""
+        total = importance.sum(-1).clamp(min=1e-30)
+        spread = ((x.square() * importance).sum(-1) / total).sqrt()
+        return spread * _START[self.bits] * 2.0**-self.grid_bits
+
+    def _exponent_near(self, start: Tensor, scale: Tensor) -> Tensor:
+        octaves = torch.log2(scale.clamp(min=1e-30) / start.clamp(min=1e-30))
+        return torch.round(octaves / self.scale_step).clamp(0, (1 << self.scale_bits) - 1)
+
+    # -- meaning and storage ------------------------------------------------------------------------------
+
+    def levels(self, params: Params) -> Tensor:
+        """scale * 2^(-scale_step * exponent) * the coding's integers."""
+        factor = params["scale"] * self._powers(params["exponent"])
+        return factor[..., None] * self._table(factor.device)[self._coding(params)]
+
+    def merged(self, params: Params) -> Params:
+        """The same levels as binary coding with an offset: alpha_i = S d_i / 2, beta = S (base + sum d / 2).
+
+        fp64, in which these products and their sums are exact: rounded to fp32 they equal `levels` bit by bit.
+        """
+        factor = (params["scale"] * self._powers(params["exponent"])).double()
+        entries = _entries(self.grid_bits, self.bits).to(factor.device)[self._coding(params)].double()
+        steps = entries[..., 1:]
+        return {
+            "alpha": factor[..., None] * (steps / 2),
+            "beta": factor * (entries[..., 0] + steps.sum(-1) / 2),
+        }
+
+    def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """fp16 row scale, exponent, and the index of the coding (none when there is one)."""
+        rows, groups = self.grid(shape)
+        parts = (Part("scale", (rows, 1)), Part("exponent", (rows, groups), self.scale_bits))
+        if self.codings == 1:
+            return parts
+        return (*parts, Part("coding", (rows, groups), self.codings.bit_length() - 1))
+
+    def unpack_params(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Params:
+        """As stored; a single coding has index 0 everywhere."""
+        params = super().unpack_params(tensors, shape)
+        if self.codings == 1:
+            params["coding"] = torch.zeros_like(params["exponent"])
+        return params
+
+    def _coding(self, params: Params) -> Tensor:
+        return params["coding"].long()
+
+    def _table(self, device: torch.device) -> Tensor:
+        """(codings, 2**bits) integer levels, fp32."""
+        return levels_of(_entries(self.grid_bits, self.bits)[: self.codings]).to(device)
+
+    def _powers(self, exponent: Tensor) -> Tensor:
+        values = [_power(self.scale_step, k) for k in range(1 << self.scale_bits)]
+        return torch.tensor(values, device=exponent.device)[exponent.long()]
+
+
+def _power(step: float, exponent: int) -> float:
+    return 2.0 ** (-step * exponent)
+
+
+def _divisor(factor: Tensor) -> Tensor:
+    """A row of zeros has scale 0; dividing by 1 instead leaves its zeros alone."""
+    return torch.where(factor > 0, factor, torch.ones_like(factor))[..., None]
+
+
+@cache
+def _lists() -> dict[str, list[list[int]]]:
+    text = files("bitmill.formats").joinpath("data/codings.json").read_text(encoding="utf-8")
+    lists: dict[str, list[list[int]]] = json.loads(text)
+    return lists
+
+
+@cache
+def _entries(grid_bits: int, bits: int) -> Tensor:
+    """The shipped codings, int64 (KEEP, 1 + bits): base, then steps."""
+    return torch.tensor(_lists()[f"{grid_bits},{bits}"])
