@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -63,7 +64,17 @@ def few_formats() -> list[Format]:
 
 
 def all_solvers() -> list[Solver]:
-    return [solver for _, kind in SOLVERS.items() for solver in switched(kind, {})]
+    return [solver for _, kind in SOLVERS.items() for solver in (*switched(kind, {}), *varied(kind))]
+
+
+def varied(kind: type) -> list[Any]:
+    """The defaults but for one field: each other word of a Literal, and 1 for a count that is 0."""
+    made = []
+    for f in fields(kind):
+        words = re.findall(r"'([^']+)'", str(f.type).replace('"', "'")) if "Literal" in str(f.type) else []
+        values = [w for w in words if w != f.default] + ([1] if f.type == "int" and f.default == 0 else [])
+        made += [kind(**{f.name: value}) for value in values]
+    return made
 
 
 def method_options(name: str, **wanted: Any) -> dict[str, Any]:

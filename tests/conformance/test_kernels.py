@@ -1,0 +1,128 @@
+"""The law of kernels: apply equals decoding everything and multiplying, on every shape and type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitmill.errors import RecipeError
+from bitmill.formats import Format
+from bitmill.formats.uniform import Uniform
+from bitmill.quantized import Quantized, nearest_matrix
+from bitmill.runtime import QuantLinear
+from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
+from bitmill.runtime.kernels import reference as reference_module
+from bitmill.runtime.kernels.base import KERNELS
+from cases import few_formats, fitted, weights
+
+SHAPES = [(1, 1), (3, 7), (65, 96), (130, 577)]
+KINDS = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
+every_kernel = pytest.mark.parametrize("kernel", KINDS)
+every_format = pytest.mark.parametrize("format", few_formats(), ids=repr)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+
+def quantized(format: Format, shape: tuple[int, int]) -> Quantized:
+    W = weights(*shape)
+    return nearest_matrix(format, W, fitted(format, W, search=False))
+
+
+def applied(kernel: type[Kernel], matrix: Quantized, x: torch.Tensor) -> torch.Tensor:
+    spec = KernelSpec(matrix.format, matrix.shape, CPU)
+    reason = kernel.supports(spec)
+    if reason is not None:
+        assert reason.endswith(".")
+        pytest.skip(reason)
+    return kernel.apply(spec, matrix.pack(), x)
+
+
+@every_kernel
+@every_format
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_equals_decode_and_matmul(kernel, format, shape):
+    matrix = quantized(format, shape)
+    for dtype, tolerance in TOLERANCE.items():
+        x = torch.randn(5, shape[1]).to(dtype)
+        y = applied(kernel, matrix, x)
+        expected = x.double() @ matrix.dequantize().to(dtype).double().T
+        assert y.dtype == dtype
+        assert y.shape == (5, shape[0])
+        assert (y.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@every_kernel
+@pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 3), (2, 1, 4)], ids=str)
+def test_any_number_of_batch_dimensions(kernel, batch):
+    matrix = quantized(Uniform(3, 40), (65, 96))
+    x = torch.randn(*batch, 96)
+    y = applied(kernel, matrix, x)
+    assert y.shape == (*batch, 65)
+    assert torch.allclose(y, x @ matrix.dequantize().T, rtol=1e-4, atol=1e-5)
+
+
+@every_kernel
+def test_inputs_that_are_not_contiguous(kernel):
+    matrix = quantized(Uniform(4, 40), (65, 96))
+    x = torch.randn(96, 6).T
+    assert torch.allclose(applied(kernel, matrix, x), x @ matrix.dequantize().T, rtol=1e-4, atol=1e-5)
+
+
+@every_kernel
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width(kernel, bits):
+    matrix = quantized(Uniform(bits, 40), (65, 97))
+    x = torch.randn(3, 97)
+    assert torch.allclose(applied(kernel, matrix, x), x @ matrix.dequantize().T, rtol=1e-4, atol=1e-5)
+
+
+@every_kernel
+def test_packed_tensors_are_not_modified(kernel):
+    matrix = quantized(Uniform(3, 40), (65, 96))
+    tensors = matrix.pack()
+    before = {k: v.clone() for k, v in tensors.items()}
+    kernel.apply(KernelSpec(matrix.format, matrix.shape, CPU), tensors, torch.randn(2, 96))
+    assert all(torch.equal(tensors[k], before[k]) for k in before)
+
+
+@every_format
+@pytest.mark.parametrize("tile", [1, 96, 700, 1 << 20])
+def test_tiles_of_the_reference_change_nothing(format, tile, monkeypatch):
+    matrix, x = quantized(format, (65, 96)), torch.randn(3, 96)
+    monkeypatch.setattr(reference_module, "_TILE", tile)
+    y = applied(reference_module.Reference, matrix, x)
+    assert torch.allclose(y, x @ matrix.dequantize().T, rtol=1e-4, atol=1e-5)
+
+
+@every_format
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_layer_adds_its_bias(format, shape, bias):
+    matrix = quantized(format, shape)
+    layer = QuantLinear(format, shape, bias)
+    layer.load_state_dict({**matrix.pack(), **({"bias": torch.randn(shape[0])} if bias else {})})
+    for dtype, tolerance in TOLERANCE.items():
+        x = torch.randn(2, 3, shape[1]).to(dtype)
+        expected = x.double() @ matrix.dequantize().double().T + (layer.bias.double() if bias else 0)
+        y = layer(x)
+        assert y.dtype == dtype
+        assert (y.double() - expected).norm() <= 2 * tolerance * expected.norm()
+
+
+def test_the_kernel_of_highest_priority_that_can_is_chosen(monkeypatch):
+    class Picky(Kernel):
+        priority = 10**6
+
+        @staticmethod
+        def supports(spec):
+            return None if spec.format.bits == 4 else "it knows 4 bits alone."
+
+    KERNELS.names()
+    monkeypatch.setitem(KERNELS._members, "picky", Picky)
+    assert choose_kernel(KernelSpec(Uniform(4), (2, 2), CPU)) is Picky
+    assert choose_kernel(KernelSpec(Uniform(3), (2, 2), CPU)) is not Picky
+    monkeypatch.setattr(KERNELS, "_members", {"picky": Picky})
+    with pytest.raises(RecipeError, match="picky: it knows 4 bits alone"):
+        choose_kernel(KernelSpec(Uniform(3), (2, 2), CPU))

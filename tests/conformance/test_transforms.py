@@ -1,0 +1,138 @@
+"""The law of transforms: folded into the float model, they do not change what it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from bitmill.errors import RecipeError
+from bitmill.formats.uniform import Uniform
+from bitmill.models.adapter import ADAPTERS
+from bitmill.models.module import ModuleSource
+from bitmill.models.skeleton import Skeleton
+from bitmill.pipeline.fold import fold_transforms
+from bitmill.recipe import Recipe
+from bitmill.solvers.nearest import Nearest
+from bitmill.transforms import TRANSFORMS, Transform, transform_from_dict
+
+TOKENS = torch.arange(24).view(2, 12) + 3
+ARCHITECTURES = [pytest.param(name, {}, id=name) for name in ADAPTERS.names()] + [
+    pytest.param("llama", {"num_key_value_heads": 4}, id="llama without grouped queries"),
+    pytest.param("llama", {"num_key_value_heads": 1}, id="llama with one key"),
+    pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, id="llama with biases"),
+    pytest.param("opt", {"do_layer_norm_before": False}, id="opt with norms after"),
+    pytest.param("opt", {"activation_function": "gelu"}, id="opt with gelu"),
+]
+
+
+def transforms() -> list[Transform]:
+    """Every transform at its defaults."""
+    return [kind() for _, kind in TRANSFORMS.items()]
+
+
+def loaded(name: str, changes: dict[str, object]) -> Skeleton:
+    skeleton = Skeleton(ModuleSource(tiny_model(name, **changes)))
+    skeleton.load(skeleton.names())
+    return skeleton
+
+
+def folded(skeleton: Skeleton, *chosen: Transform) -> list[dict[str, torch.Tensor]]:
+    recipe = Recipe("test", Uniform(4), Nearest(), chosen)
+    return [fold_transforms(recipe, skeleton, index) for index in range(len(skeleton.blocks))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scramble(Transform):
+    """A hard case for the folding: scales from 0.1 to 10."""
+
+    def choose(self, source: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
+        for target in targets:
+            assert target.shape[1] == source.shape[0]
+        return torch.logspace(-1, 1, source.shape[0])[torch.randperm(source.shape[0])]
+
+
+@pytest.mark.parametrize(("name", "changes"), ARCHITECTURES)
+@pytest.mark.parametrize("transform", [*transforms(), Scramble()], ids=repr)
+@torch.no_grad()
+def test_logits_stay(name, changes, transform):
+    skeleton = loaded(name, changes)
+    before = skeleton.model(TOKENS).logits
+    weights = {n: p.clone() for n, p in skeleton.model.named_parameters()}
+    folded(skeleton, transform)
+    after = skeleton.model(TOKENS).logits
+    assert (after - before).norm() < 1e-4 * before.norm()
+    if skeleton.adapter.seams:
+        assert any(not torch.equal(p, weights[n]) for n, p in skeleton.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ADAPTERS.names())
+@torch.no_grad()
+def test_every_seam_is_folded(name):
+    skeleton = loaded(name, {})
+    seams = skeleton.adapter.seams
+    sources = {n: skeleton.blocks[0].get_submodule(n).weight.clone() for n in {s.source for s in seams}}
+    folded(skeleton, Scramble())
+    for source, weight in sources.items():
+        assert not torch.equal(skeleton.blocks[0].get_submodule(source).weight, weight), source
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
+@torch.no_grad()
+def test_what_changes_and_stays_in_float_is_handed_back(name):
+    skeleton = loaded(name, {})
+    before = {n: p.clone() for n, p in skeleton.model.named_parameters()}
+    changed = folded(skeleton, Scramble())
+    prefix = skeleton.adapter.blocks
+    linears = {f"{prefix}.{i}.{n}.weight" for i in range(2) for n in skeleton.adapter.linears}
+    for block in changed:
+        for key, tensor in block.items():
+            assert key not in linears
+            assert torch.equal(skeleton.model.get_parameter(key), tensor)
+    handed = set().union(*changed)
+    moved = {n for n, p in skeleton.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved - linears <= handed
+
+
+@torch.no_grad()
+def test_transforms_are_folded_one_after_the_other():
+    skeleton = loaded("llama", {})
+    before = skeleton.model(TOKENS).logits
+    folded(skeleton, Scramble(), *transforms(), Scramble())
+    assert (skeleton.model(TOKENS).logits - before).norm() < 1e-4 * before.norm()
+
+
+def test_no_transform_changes_nothing():
+    skeleton = loaded("llama", {})
+    assert folded(skeleton) == [{}, {}]
+
+
+@pytest.mark.parametrize("transform", transforms(), ids=repr)
+def test_chosen_scales_are_positive_and_finite(transform):
+    for source in (torch.randn(8), torch.zeros(8), torch.randn(8, 5) * 1e6):
+        scale = transform.choose(source, [torch.randn(4, 8), torch.zeros(3, 8)])
+        assert scale.shape == (8,)
+        assert torch.isfinite(scale).all()
+        assert (scale > 0).all()
+
+
+@pytest.mark.parametrize("transform", transforms(), ids=repr)
+def test_plain_data_round_trips(transform):
+    assert transform_from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
+
+
+def test_nonsense_is_refused():
+    for data in ({"transform": "magic"}, {"strength": 1.0}, {"transform": "equalize", "unheard_of": 1}):
+        with pytest.raises(RecipeError):
+            transform_from_dict(data)
+
+
+def test_equalize_balances_both_sides():
+    source, target = torch.tensor([[8.0], [1.0]]), torch.tensor([[2.0, 4.0]])
+    transform = TRANSFORMS.get("equalize")()
+    scale = transform.choose(source, [target])
+    writes, reads = source.abs().amax(1) / scale, target.abs().amax(0) * scale
+    assert torch.allclose(writes / reads, (writes / reads)[0].expand(2))
