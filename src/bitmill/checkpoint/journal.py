@@ -44,10 +44,7 @@ class Journal:
             data = json.loads(self.path.read_text(encoding="utf-8"))
             identity, blocks = data["identity"], data["blocks"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"The journal {self.path} cannot be read ({type(error).__name__}); delete {self.path.parent} "
-                "and run without --resume."
-            ) from None
+            raise self.unreadable(type(error).__name__) from None
         difference = first_difference(identity, json.loads(json.dumps(self.identity)))
         if difference:
             key, old, new = difference
@@ -55,14 +52,26 @@ class Journal:
                 f"The unfinished run in {self.path.parent} cannot be resumed: its {key} was {old!r} and is now "
                 f"{new!r}; restore that, or delete the folder and start anew."
             )
-        for entry in blocks:
-            file = shards / Path(entry["file"]).name
-            if not file.is_file() or sha256(file) != entry["sha256"]:
+        entries: list[Any] = blocks if isinstance(blocks, list) else [None]
+        for entry in entries:
+            try:
+                known = {key: entry[key] for key in ("file", "sha256", "layers")}
+                index, file = int(entry["index"]), shards / Path(entry["file"]).name
+            except (KeyError, TypeError, ValueError) as error:
+                raise self.unreadable(f"{type(error).__name__} in its blocks") from None
+            if not file.is_file() or sha256(file) != known["sha256"]:
                 raise CheckpointError(
                     f"The shard {file} of the unfinished run is missing or altered; delete {self.path.parent} "
                     "and run without --resume."
                 )
-            self.blocks[entry["index"]] = {key: entry[key] for key in ("file", "sha256", "layers")}
+            self.blocks[index] = known
+
+    def unreadable(self, reason: str) -> CheckpointError:
+        """The error for a journal that cannot be made sense of."""
+        return CheckpointError(
+            f"The journal {self.path} cannot be read ({reason}); delete {self.path.parent} "
+            "and run without --resume."
+        )
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from bitmill.errors import CheckpointError, SourceError
+from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.formats import Format
 from bitmill.models.safetensors_header import TensorEntry, read_header
 from bitmill.quantized import Quantized, unpack
@@ -28,6 +28,7 @@ class Checkpoint:
     formats: dict[str, Format]
     files: dict[str, Path]  # tensor name -> shard
     entries: dict[str, TensorEntry]
+    shapes: dict[str, tuple[int, int]]  # of the quantized layers, (out, in)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor. Raises CheckpointError when it is missing."""
@@ -38,24 +39,27 @@ class Checkpoint:
 
     def shape(self, layer: str) -> tuple[int, int]:
         """(out, in) of a quantized layer, as recorded."""
-        for entry in self.report.get("layers", []):
-            if entry.get("name") == layer:
-                rows, columns = entry["shape"]
-                return rows, columns
-        raise CheckpointError(f"The report of {self.folder} does not list the layer {layer!r}.")
+        if layer not in self.shapes:
+            raise CheckpointError(f"The report of {self.folder} does not list the layer {layer!r}.")
+        return self.shapes[layer]
 
     def quantized(self, layer: str) -> Quantized:
-        """Read one quantized layer. Raises CheckpointError when a part is missing or has the wrong shape."""
+        """Read one quantized layer."""
         format, shape = self.formats[layer], self.shape(layer)
-        parts = {}
-        for part, (size, dtype) in format.layout(shape).items():
-            name = f"{layer}.{part}"
-            entry = self.entries.get(name)
-            if entry is None or entry.shape != size or entry.dtype != dtype:
-                found = "is missing" if entry is None else f"is {entry.dtype} {entry.shape}"
-                raise CheckpointError(f"The tensor {name!r} {found}, but {format!r} stores {dtype} {size}.")
-            parts[part] = self.tensor(name)
-        return unpack(format, parts, shape)
+        return unpack(format, {part: self.tensor(f"{layer}.{part}") for part in format.layout(shape)}, shape)
+
+    def check(self) -> None:
+        """Raises CheckpointError when a part of a quantized layer is missing or has the wrong shape."""
+        for layer, format in self.formats.items():
+            for part, (size, dtype) in format.layout(self.shape(layer)).items():
+                name = f"{layer}.{part}"
+                entry = self.entries.get(name)
+                if entry is None or entry.shape != size or entry.dtype != dtype:
+                    found = "is missing" if entry is None else f"is {entry.dtype} {entry.shape}"
+                    raise CheckpointError(
+                        f"The tensor {name!r} of {self.folder} {found}, but {format!r} stores {dtype} {size}; "
+                        "the folder is damaged, quantize again."
+                    )
 
     def layers(self) -> Iterator[dict[str, Any]]:
         """One entry a quantized layer or float tensor: name, format, shape, bits_per_weight, size_bytes."""
@@ -111,7 +115,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     described = config.get("quantization_config")
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
-    formats = layer_formats(described)
+    formats, shapes = _formats(described), _layer_shapes(folder, report)
     index = _document(folder, "model.safetensors.index.json").get("weight_map")
     if not isinstance(index, dict):
         raise CheckpointError(f"{folder}/model.safetensors.index.json has no 'weight_map'; quantize again.")
@@ -132,7 +136,35 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             raise CheckpointError(f"The shard {path} holds no tensor {name!r}, which the index promises.")
         files[name] = path
     entries = {name: headers[path.name][name] for name, path in files.items()}
-    return Checkpoint(folder, config, report, formats, files, entries)
+    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes)
+    checkpoint.check()
+    return checkpoint
+
+
+def _formats(described: dict[str, Any]) -> dict[str, Format]:
+    try:
+        return layer_formats(described)
+    except RecipeError as error:  # the same sentence, but it is the folder's fault and not the user's
+        raise CheckpointError(str(error)) from None
+
+
+def _layer_shapes(folder: Path, report: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Shapes of the quantized layers; checks what everyone else takes from the report for granted."""
+    for key in ("layers", "measured"):
+        if not isinstance(report.get(key), list) or not all(isinstance(entry, dict) for entry in report[key]):
+            raise CheckpointError(
+                f"{folder}/report.json has no list {key!r}; the folder is damaged, quantize again."
+            )
+    shapes = {}
+    for entry in report["layers"]:
+        name, shape = entry.get("name"), entry.get("shape")
+        sound = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+        if not isinstance(name, str) or not sound:
+            raise CheckpointError(
+                f"{folder}/report.json gives the layer {name!r} the shape {shape!r}; quantize again."
+            )
+        shapes[name] = (shape[0], shape[1])
+    return shapes
 
 
 def _document(folder: Path, name: str) -> dict[str, Any]:

@@ -33,10 +33,7 @@ def record_measurement(folder: Path, result: dict[str, Any]) -> None:
     """
     report = open_checkpoint(folder).report
     entry = {"by": "eval", **{key: result[key] for key in _KEPT if result.get(key) is not None}}
-    measured = report.get("measured")
-    if not isinstance(measured, list) or not all(isinstance(m, dict) for m in measured):
-        raise CheckpointError(f"{folder}/report.json has no list 'measured'; quantize again.")
-    kept = [m for m in measured if any(m.get(key) != entry.get(key) for key in _SAME)]
+    kept = [m for m in report["measured"] if any(m.get(key) != entry.get(key) for key in _SAME)]
     report = {**report, "measured": [*kept, entry]}
     try:
         card = model_card(report)

@@ -43,9 +43,15 @@ def verify_quality(checkpoint: Checkpoint, evaluate: Callable[[dict[str, object]
     evaluate: from the recorded measurement (text, windows, seqlen) to a perplexity. None when nothing was
     recorded. Raises CheckpointError when it moved by more than 0.1 %.
     """
-    recorded = [m for m in checkpoint.report.get("measured", []) if m.get("by") == "quantize"]
+    recorded = [m for m in checkpoint.report["measured"] if m.get("by") == "quantize"]
     if not recorded:
         return None
+    kinds = {"text": str, "split": str, "seqlen": int, "windows": int, "perplexity": float}
+    for key, kind in kinds.items():
+        if not isinstance(recorded[0].get(key), kind):
+            raise CheckpointError(
+                f"{checkpoint.folder}/report.json records the {key} {recorded[0].get(key)!r}; quantize again."
+            )
     before, now = recorded[0]["perplexity"], evaluate(recorded[0])
     change = abs(now - before) / before
     if change > 1e-3:

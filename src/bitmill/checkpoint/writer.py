@@ -50,6 +50,8 @@ class FolderSink:
         with writing(out):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.work)
+        for half in self.folder.glob("*.tmp"):  # what a killed run was writing
+            half.unlink()
         self.journal = Journal(self.work, identity)
         if resume and self.journal.path.exists():
             self.journal.load(self.folder)
@@ -66,15 +68,18 @@ class FolderSink:
         with safe_open(self.folder / entry["file"], "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         result = BlockResult(index)
-        for name, known in entry["layers"].items():
-            prefix = name + "."
-            parts = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
-            bias = parts.pop("bias", None)
-            if bias is not None:
-                tensors[prefix + "bias"] = bias
-            shape = tuple(known["shape"])
-            quantized = unpack(self.recipe.weight, parts, shape)
-            result.layers[name] = LayerResult(quantized, known["weight_error"], known["output_error"])
+        try:
+            for name, known in entry["layers"].items():
+                prefix = name + "."
+                parts = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+                bias = parts.pop("bias", None)
+                if bias is not None:
+                    tensors[prefix + "bias"] = bias
+                quantized = unpack(self.recipe.weight, parts, tuple(known["shape"]))
+                result.layers[name] = LayerResult(quantized, known["weight_error"], known["output_error"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            # the shard is sound, its digest said so: it is the journal that does not describe it
+            raise self.journal.unreadable(f"its block {index} does not fit the shard") from None
         result.changed = tensors
         self._note(result, self.folder / entry["file"])
         return result
@@ -165,7 +170,8 @@ def check_absent(out: Path, resume: bool, identity: dict[str, Any]) -> bool:
 
 def _lock(work: Path) -> TextIO:
     """Hold the work folder for this process; the lock ends with the process, however it ends."""
-    file = (work / "lock").open("w")
+    with writing(work / "lock"):
+        file = (work / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

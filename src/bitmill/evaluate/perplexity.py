@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bitmill.errors import NumericsError
+from bitmill.errors import NumericsError, UsageError
 from bitmill.progress import Progress
 
 Logits = Callable[[Tensor], Tensor]
@@ -38,6 +38,11 @@ class Comparison:
 
     def add(self, tokens: Tensor, logits: Tensor, reference: Tensor | None = None) -> None:
         """Take in tokens (windows, length) and logits (windows, length, vocabulary) of one or two models."""
+        if reference is not None and reference.shape[-1] != logits.shape[-1]:
+            raise UsageError(
+                f"The reference has a vocabulary of {reference.shape[-1]} and the model one of "
+                f"{logits.shape[-1]}, so they cannot be compared; give the float model it was made from."
+            )
         self.tokens += tokens.numel()
         for window in range(tokens.shape[0]):
             for start in range(0, tokens.shape[1], _POSITIONS):

@@ -116,7 +116,10 @@ class HfSource:
             try:
                 shutil.copyfile(path, target)
             except OSError as error:
-                raise OutputError(f"{path.name} cannot be copied to {target} ({error.strerror}).") from error
+                raise OutputError(
+                    f"{path.name} cannot be copied to {target} ({error.strerror}); "
+                    "free some space, or choose another folder."
+                ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer, or a SourceError."""
