@@ -16,7 +16,7 @@ from bitmill.checkpoint import FolderSink, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.checkpoint.writer import check_absent
-from bitmill.errors import CalibrationError, OutputError, UsageError
+from bitmill.errors import CalibrationError, CheckpointError, OutputError, UsageError
 from bitmill.evaluate.perplexity import compare
 from bitmill.models import text
 from bitmill.models.skeleton import Skeleton
@@ -26,6 +26,7 @@ from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipe import Recipe, build_recipe
 from bitmill.report.card import model_card
 from bitmill.runtime import swap_linear
+from bitmill.runtime.dense import densify
 from bitmill.version import __version__
 
 SECONDS_DIGITS = 3
@@ -85,6 +86,8 @@ def quantize(
     if out is None and not isinstance(model, nn.Module) and not dry_run:
         raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
     check_device(device)
+    progress = progress or Progress()
+    progress.start("opening the model", 0)
     source = open_source(model, trust_remote_code=trust_remote_code)
     if tokenizer is not None and isinstance(model, nn.Module):
         source._tokenizer = tokenizer  # type: ignore[attr-defined]
@@ -93,6 +96,7 @@ def quantize(
     if dry_run:
         return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
 
+    progress.start("reading text and model", 0)
     calib, held_out, described = _windows(source, calibration, recipe, measure)
     identity = _identity(source, recipe, calib, held_out, described, device)
     report: dict[str, Any] = {
@@ -132,19 +136,27 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    dense: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a quantized folder, or any float model, ready to run; quantized weights stay packed.
 
     dtype: type of activations and unquantized weights.
+    dense: unpack all weights at once instead of anew for every token: quicker, with a float model's memory.
     """
     check_device(device)
     if isinstance(model, (str, Path)) and is_checkpoint(Path(model)):
         from transformers import AutoModelForCausalLM
 
         open_checkpoint(model)  # refuses damage before anything is read
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
-        return loaded.eval().to(device)
+        kind: Any = AutoModelForCausalLM
+        loaded, info = kind.from_pretrained(
+            model, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+        if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
+            # transformers would go on with random numbers
+            raise CheckpointError(f"{model} lacks the tensor {absent[0]!r} of its model; quantize it again.")
+        return (densify(loaded, dtype) if dense else loaded).eval().to(device)
     skeleton = Skeleton(open_source(model, trust_remote_code=trust_remote_code), device)
     skeleton.load(skeleton.names())
     return skeleton.model.to(dtype)
@@ -182,6 +194,8 @@ def evaluate(
         if isinstance(model, nn.Module):
             raise UsageError("A live model carries no tokenizer; pass tokenizer=... beside it.")
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    progress = progress or Progress()
+    progress.start("reading text and model", 0)
     ids = text.split_stream(text.token_stream(text_source, tokenizer), split)
     chosen = text.evaluation_windows(ids, seqlen, windows)
     live = _live(model, device, trust_remote_code)

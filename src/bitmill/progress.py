@@ -11,7 +11,7 @@ class Progress:
     """Receives the state of long work. This base class ignores it."""
 
     def start(self, task: str, total: int) -> None:
-        """A task of `total` steps begins."""
+        """A task of `total` steps begins, 0 where that is not known; it ends the task before it."""
 
     def advance(self, steps: int = 1) -> None:
         """Some steps of the current task are done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -14,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitmill.errors import CheckpointError
 from bitmill.formats import Format, format_from_dict
+from bitmill.runtime.dense import densify
 from bitmill.runtime.linear import swap_linear
 from bitmill.version import __version__
 
@@ -47,12 +49,24 @@ class BitmillQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         for name, format in self.quantization_config.layer_formats().items():
             try:
-                swap_linear(model, name, format, device="meta")
+                layer = swap_linear(model, name, format, device="meta")
             except AttributeError:
                 raise CheckpointError(
                     f"The checkpoint quantizes {name!r}, which {type(model).__name__} does not have; "
                     "load it with the model class that config.json names."
                 ) from None
+            # Some architectures (GPT-2) initialise the weights of their linears by name once loading is over;
+            # a stand-in that counts as initialised lets them. It is no parameter and is gone after loading.
+            stand_in = torch.empty(0)
+            stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+            object.__setattr__(layer, "weight", stand_in)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name in self.quantization_config.layer_formats():
+            del model.get_submodule(name).weight
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return densify(model, dtype or torch.float32)
 
     def is_serializable(self) -> bool:
         """save_pretrained writes the packed buffers back."""
