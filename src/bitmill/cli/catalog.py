@@ -23,14 +23,14 @@ def methods(
 
         if name is None:
             listed = [{"name": n, "description": describe(kind)} for n, kind in METHODS.items()]
-            output.result({"methods": listed}, _table(("method", "description"), listed))
+            output.result({"methods": listed}, lambda: [_table(("name", "description"), listed)])
             return
         kind = METHODS.get(name)
         options = [option_entry(f) for f in dataclasses.fields(kind)]
         card = inspect.getdoc(kind) or ""
         shown = [{**o, "default": str(o["default"])} for o in options]
-        table = _table(("name", "type", "default", "help"), shown)
-        output.result({"name": name, "card": card, "options": options}, _verbatim(card), "", table)
+        data = {"name": name, "card": card, "options": options}
+        output.result(data, lambda: [_verbatim(card), "", _table(("name", "type", "default", "help"), shown)])
 
 
 def models(as_json: AsJson = False) -> None:
@@ -47,9 +47,13 @@ def models(as_json: AsJson = False) -> None:
         known = [{**a, "model_types": ", ".join(a["model_types"])} for a in architectures]
         output.result(
             {"demo_models": demo, "architectures": architectures},
-            _table(("name", "parameters", "licence", "description"), shown, "Demo models"),
-            "",
-            _table(("name", "model_types"), known, "Architectures (others are walked over generically)"),
+            lambda: [
+                "Demo models",
+                _table(("name", "parameters", "licence", "description"), shown),
+                "",
+                "Architectures (others are walked over generically)",
+                _table(("name", "model_types"), known),
+            ],
         )
 
 
@@ -68,11 +72,11 @@ def option_entry(field: dataclasses.Field[Any]) -> dict[str, Any]:
     return {"name": field.name, "type": kind, "default": default, "help": field.metadata.get("help", ""), **bounds}
 
 
-def _table(columns: tuple[str, ...], rows: list[dict[str, Any]], title: str | None = None) -> Any:
+def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=column == columns[0])
     for row in rows:
@@ -83,4 +87,4 @@ def _table(columns: tuple[str, ...], rows: list[dict[str, Any]], title: str | No
 def _verbatim(text: str) -> Any:
     from rich.text import Text
 
-    return Text(text)
+    return Text(text, no_wrap=True, overflow="ignore")

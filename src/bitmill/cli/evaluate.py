@@ -61,7 +61,7 @@ def evaluate(
         result = {"model": model, **result, "reference": reference}
         if record:
             record_measurement(Path(model), result)
-        output.result({**result, "recorded": record}, _readable(result, record))
+        output.result({**result, "recorded": record}, lambda: [_readable(result, record)])
 
 
 def _readable(result: dict[str, Any], recorded: bool) -> Any:

@@ -36,7 +36,7 @@ def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
             "measured": report.get("measured", []),
             "tensors": tensors,
         }
-        output.result(data, _table(tensors), "", _totals(data))
+        output.result(data, lambda: [_table(tensors), "", _totals(data)])
 
 
 def verify(
@@ -74,7 +74,8 @@ def verify(
         if quality:
             said = "nothing was recorded" if change is None else f"as recorded (changed by {change:.2g})"
             rows.append(("perplexity", said))
-        output.result({"folder": str(folder), "sound": True, **counts, "perplexity_change": change}, facts(rows))
+        data = {"folder": str(folder), "sound": True, **counts, "perplexity_change": change}
+        output.result(data, lambda: [facts(rows)])
 
 
 def _table(tensors: list[dict[str, Any]]) -> Any:

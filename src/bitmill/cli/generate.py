@@ -15,6 +15,9 @@ ModelArgument = Annotated[str, typer.Argument(help="Quantized folder, or any flo
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes the likeliest token.")]
 Seed = Annotated[int, typer.Option(metavar="S", help="Seed of the sampling.")]
+Dense = Annotated[
+    bool, typer.Option("--dense", help="Unpack all weights first: quicker, with a float model's memory.")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
@@ -30,21 +33,26 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the bare text, even if the model has a chat template.")
     ] = False,
+    dense: Dense = False,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Generate text; answers the prompt as a chat when the tokenizer has a chat template."""
     with working(as_json) as output:
-        live, tokenizer = _open(output, model, device, trust_remote_code)
+        live, tokenizer = _open(output, model, dense, device, trust_remote_code)
         from bitmill.evaluate.generate import chat_prompt, encode, generate
         from bitmill.progress import peak_memory_bytes
 
         chat = not raw and bool(getattr(tokenizer, "chat_template", None))
         turns = [{"role": "user", "content": prompt}]
         ids = chat_prompt(tokenizer, turns) if chat else encode(tokenizer, prompt)
-        if not as_json and not chat:
-            _say(output, prompt)
+        pending = [] if chat else [prompt]  # a bare text is shown with its continuation, once there is one
+
+        def show(piece: str) -> None:
+            _say(output, "".join(pending) + piece)
+            pending.clear()
+
         done = generate(
             live,
             tokenizer,
@@ -52,10 +60,10 @@ def generate(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
-            on_text=None if as_json else lambda piece: _say(output, piece),
+            on_text=None if as_json else show,
         )
         if not as_json:
-            _say(output, "\n")
+            show("\n")
             speed = f"{done.new_tokens} tokens, {number(done.tokens_per_s, 3)} tokens/s"
             print(f"{speed}, peak memory {peak_memory_bytes() / 1e9:.2f} GB", file=sys.stderr)
             return
@@ -69,7 +77,8 @@ def generate(
                 "tokens_per_s": done.tokens_per_s,
                 "time_s": done.time_s,
                 "peak_memory_bytes": peak_memory_bytes(),
-            }
+            },
+            lambda: [],
         )
 
 
@@ -78,12 +87,13 @@ def chat(
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    dense: Dense = False,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a model; /quit, Ctrl-D or Ctrl-C ends."""
     with working(False) as output:
-        live, tokenizer = _open(output, model, device, trust_remote_code)
+        live, tokenizer = _open(output, model, dense, device, trust_remote_code)
         from bitmill.evaluate.generate import chat_prompt, generate
 
         if not getattr(tokenizer, "chat_template", None):
@@ -112,12 +122,12 @@ def chat(
             _say(output, "\n")
 
 
-def _open(output: Output, model: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def _open(output: Output, model: str, dense: bool, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
     output.progress.start(f"loading {model}", 0)
     from bitmill import api
 
     tokenizer = api.load_tokenizer(model, trust_remote_code=trust_remote_code)
-    live = api.load(model, device=device, trust_remote_code=trust_remote_code)
+    live = api.load(model, device=device, dense=dense, trust_remote_code=trust_remote_code)
     output.progress.finish()
     return live, tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import traceback
@@ -79,13 +80,23 @@ def _run(args: list[str] | None) -> int:
     except Exception as error:
         # typer carries click inside since 0.29, so its errors are told by what they can do
         if hasattr(error, "format_message"):
-            if type(error).__name__ == "NoArgsIsHelpError":
-                print(error, file=sys.stderr)
+            if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
                 return 2
-            return _complain(f"{error.format_message().rstrip('.')}; see bitmill --help.", 2)
+            return _complain(f"{error.format_message().rstrip('.')}{_found(error, args)}; see bitmill --help.", 2)
         if _debugging():
             traceback.print_exc()
         return _complain(_unexpected(error), UNEXPECTED)
+
+
+def _found(error: Exception, args: list[str] | None) -> str:
+    """The value that was given for the option an error is about, which its message may leave out."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    words = sys.argv[1:] if args is None else args
+    found = ""
+    for name, value in itertools.pairwise([*words, ""]):  # the last one counts
+        if name.partition("=")[0] in names:
+            found = f" (found {value if name in names else name.partition('=')[2]!r})"
+    return found
 
 
 def _unexpected(error: Exception) -> str:
@@ -104,12 +115,16 @@ def _debugging() -> bool:
 
 
 def _quiet_libraries() -> None:
-    """Must run before transformers is imported, which reads these then; the user's own settings win."""
+    """transformers reads these when it is imported; the user's own settings win."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not _debugging():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if "transformers" in sys.modules:  # called from a program that has it already
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def quantize(
             progress=output.progress,
             **options,
         )
-        output.result({"model": model, **outcome.summary}, _readable(model, outcome.summary, dry_run))
+        data = {"model": model, **outcome.summary}
+        output.result(data, lambda: [_readable(model, outcome.summary, dry_run)])
 
 
 def method_options(bits: str | None, group_size: str | None, settings: list[str]) -> dict[str, Any]:
