@@ -1,0 +1,293 @@
+"""Every command, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from world import TEMPLATE, interrupted_after, save_model, snapshot
+
+from bitmill.cli.main import main
+from bitmill.cli.output import plain
+from bitmill.version import __version__
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command that must succeed; its stdout, and with --json the object on it."""
+
+    def run(*arguments: object, status: int = 0):
+        assert main([str(a) for a in arguments]) == status
+        out = capsys.readouterr().out
+        return json.loads(out, parse_constant=pytest.fail) if "--json" in arguments else out
+
+    return run
+
+
+def test_version_and_help(run):
+    assert run("--version") == f"bitmill {__version__}\n"
+    for command in ("quantize", "eval", "generate", "chat", "inspect", "verify", "methods", "models"):
+        assert command in run("--help")
+        assert "Usage: bitmill" in run(command, "--help")
+
+
+def test_quantize_as_json(world, run):
+    data = run(*world.quantize("--json", "--bits", "3"))
+    assert data["method"] == "gptq"
+    assert data["format"]["bits"] == 3
+    assert data["out"] == str(world.out)
+    assert data["layers"] == 14
+    measured = data["measured"][0]
+    assert measured["windows"] == 2
+    assert measured["kl_divergence"] > 0
+    assert data["peak_memory_bytes"] > 1e6
+
+
+def test_quantize_for_people(world, run):
+    text = run(*world.quantize("--set", "damp=0.02"))
+    for word in ("bits per weight", "perplexity", "written to", str(world.out)):
+        assert word in text
+    assert "damp: 0.02" in (world.out / "recipe.yaml").read_text()
+
+
+def test_default_method(world, run):
+    from bitmill.recipe import METHODS
+
+    expected = "gptqt" if "gptqt" in METHODS.names() else "gptq"
+    assert run(*world.quantize("--dry-run", "--json", method=""))["method"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"), [("8", 8), ("row", "row"), ("-1", "row"), ("tensor", "tensor"), ("0", "tensor")]
+)
+def test_group_sizes(world, run, given, stored):
+    command = ["quantize", world.source, "--method", "rtn", "--measure", "0", "--dry-run", "--json"]
+    assert run(*command, "--group-size", given)["format"]["group_size"] == stored
+
+
+def test_dry_run_writes_nothing(world, run):
+    before = snapshot(world.root)
+    data = run(*world.quantize("--dry-run", "--json"))
+    assert data["dry_run"] is True
+    assert data["size_bytes"] > 0
+    assert snapshot(world.root) == before
+
+
+def test_a_recipe_file_repeats_a_run(world, run):
+    command = [
+        c for c in world.quantize(method=str(world.done / "recipe.yaml")) if c not in ("--group-size", "16")
+    ]
+    run(*command)
+    assert snapshot(world.out) == snapshot(world.done)
+
+
+def test_the_same_command_gives_the_same_bytes(world, run):
+    run(*world.quantize())
+    assert snapshot(world.out) == snapshot(world.done)
+
+
+def test_interrupt_and_resume(world, run, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupted_after(1, patch)
+        assert main(world.quantize()) == 130
+    assert capsys.readouterr().err == "interrupted; continue with --resume\n"
+    assert not world.out.exists()
+    run(*world.quantize("--resume"))
+    assert snapshot(world.out) == snapshot(world.done)
+    assert not world.out.with_name("out.partial").exists()
+    again = run(*world.quantize("--resume", "--json"))
+    assert again["measured"][0]["windows"] == 2
+
+
+def test_eval(world, run):
+    data = run("eval", world.done, "--text", world.text, "--seqlen", 32, "--windows", 2, "--json")
+    assert data["windows"] == 2
+    recorded = json.loads((world.done / "report.json").read_text())["measured"][0]
+    assert data["perplexity"] == pytest.approx(recorded["perplexity"], rel=1e-4)
+    everything = run("eval", world.source, "--text", world.text, "--seqlen", 32, "--windows", 0, "--json")
+    assert everything["windows"] == 400 // 32
+    assert "perplexity" in run("eval", world.done, "--text", world.text, "--seqlen", 32, "--windows", 2)
+
+
+def test_eval_records(world, run):
+    command = ["eval", world.done, "--text", world.text, "--seqlen", 32, "--windows", 3]
+    command += ["--reference", world.source, "--record", "--json"]
+    data = run(*command)
+    assert data["recorded"] is True
+    assert 0 <= data["top1_agreement"] <= 1
+    assert run(*command)["perplexity"] == data["perplexity"]
+    report = json.loads((world.done / "report.json").read_text())
+    assert [m["by"] for m in report["measured"]] == ["quantize", "eval"]  # the repetition replaced itself
+    assert report["measured"][1]["kl_divergence"] == data["kl_divergence"]
+    assert "time_s" not in report["measured"][1]
+    assert "bitmill eval" in (world.done / "README.md").read_text()
+    run("verify", world.done)
+
+
+def test_generate(world, run):
+    command = ["generate", world.done, "--prompt", "w1 w2", "--max-new-tokens", 5]
+    data = run(*command, "--json")
+    assert data["new_tokens"] == 5 or data["stopped"] == "eos"
+    assert data["chat"] is True
+    assert data["text"].strip() in run(*command)
+    assert run(*command, "--json")["text"] == data["text"]
+    assert run(*command, "--dense", "--json")["text"] == data["text"]
+    raw = run(*command, "--raw", "--json")
+    assert raw["chat"] is False
+    assert run(*command, "--raw").startswith("w1 w2")
+    warm = [run(*command, "--temperature", 1.5, "--seed", s, "--json")["text"] for s in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_generate_stops_at_the_end_of_the_context(world, run):
+    data = run("generate", world.done, "--raw", "--prompt", "w1 " * 60, "--max-new-tokens", 20, "--json")
+    assert data["new_tokens"] <= 4
+
+
+def test_chat(world, capsys, monkeypatch):
+    import io
+
+    for said in ("w1 w2\n\nw3\n/quit\nw4\n", "w1 w2\nw3"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        assert main(["chat", str(world.done), "--max-new-tokens", "4"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_chat_forgets_the_oldest_turns(world, monkeypatch, capsys):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2 w3 w4 w5\n" * 4))
+    assert main(["chat", str(world.done), "--max-new-tokens", "16"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_chat_ends_with_ctrl_c(world, monkeypatch):
+    class Stopped:
+        def isatty(self):
+            return False
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Stopped())
+    assert main(["chat", str(world.done)]) == 0
+
+
+def test_inspect(world, run):
+    data = run("inspect", world.done, "--json")
+    names = {t["name"]: t for t in data["tensors"]}
+    layer = names["model.layers.1.mlp.down_proj"]
+    assert set(layer) == {"name", "format", "shape", "bits_per_weight", "size_bytes"}
+    assert layer["shape"] == [32, 48]
+    assert layer["format"] == "uniform"
+    assert names["model.norm.weight"]["bits_per_weight"] == 32
+    assert data["size_bytes"] == sum(t["size_bytes"] for t in data["tensors"])
+    quantized = [t for t in data["tensors"] if t["format"] == "uniform"]
+    weights = sum(math.prod(t["shape"]) for t in quantized)
+    assert data["bits_per_weight"] == pytest.approx(8 * sum(t["size_bytes"] for t in quantized) / weights)
+    assert data["recipe"]["name"] == "gptq"
+    text = run("inspect", world.done)
+    assert "model.layers.*.mlp.down_proj" in text
+    assert "bits per weight" in text
+
+
+def test_verify(world, run):
+    data = run("verify", world.done, "--json")
+    assert data["sound"] is True
+    assert data["layers"] == 14
+    assert data["perplexity_change"] < 1e-3
+    assert run("verify", world.done, "--no-quality", "--json")["perplexity_change"] is None
+    assert "sound" in run("verify", world.done)
+
+
+def test_methods(run):
+    names = {m["name"]: m["description"] for m in run("methods", "--json")["methods"]}
+    assert "GPTQ" in names["gptq"]
+    data = run("methods", "gptq", "--json")
+    assert "arXiv" in data["card"]
+    assert {"name": "damp", "type": "float", "default": 0.01}.items() <= data["options"][3].items()
+    text = run("methods", "gptq")
+    assert "Equation" in text
+    assert "group_size" in text
+    assert "rtn" in run("methods")
+
+
+def test_every_method_has_a_card_and_helpful_options(run):
+    for method in run("methods", "--json")["methods"]:
+        data = run("methods", method["name"], "--json")
+        assert "Paper" in data["card"], method
+        assert all(option["help"] for option in data["options"]), method
+
+
+def test_models(run):
+    data = run("models", "--json")
+    assert data["demo_models"][0]["name"] == "smollm2-135m"
+    assert "llama" in {a["name"] for a in data["architectures"]}
+    assert "smollm2-135m" in run("models")
+
+
+def test_json_knows_no_nan():
+    assert plain({"a": math.nan, "b": [math.inf, 1.0], "c": None, 1: "x"}) == {
+        "a": None, "b": [None, 1.0], "c": None, "1": "x",
+    }  # fmt: skip
+
+
+def test_unexpected_exception(world, run, capsys, monkeypatch):
+    import bitmill.checkpoint
+
+    def broken(folder):
+        raise ZeroDivisionError("of our\nmaking")
+
+    monkeypatch.setattr(bitmill.checkpoint, "open_checkpoint", broken)
+    assert main(["inspect", str(world.done), "--json"]) == 70
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: Unexpected ZeroDivisionError (of our making)")
+    assert err.count("\n") == 1
+    assert "BITMILL_DEBUG=1" in err
+    monkeypatch.setenv("BITMILL_DEBUG", "1")
+    assert main(["inspect", str(world.done)]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_no_chat_template(tmp_path, built, capsys):
+    source = save_model(tmp_path / "plain", chat=False)
+    assert main(["generate", str(source), "--prompt", "w1", "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chat"] is False
+    assert TEMPLATE
+
+
+ORDERS = {
+    "bitmill first": "import bitmill, transformers",
+    "transformers first": "import transformers, bitmill",
+    "transformers in use first": "from transformers import AutoModelForCausalLM; import bitmill",
+    "api first": "import bitmill; bitmill.load; import bitmill.evaluate.generate; bitmill.evaluate.__code__",
+}
+
+
+@pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS)
+def test_transformers_reads_the_folder(built, imports):
+    program = (
+        f"{imports}; import sys; from transformers import AutoModelForCausalLM as A; "
+        "print(type(A.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, built.done], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "QuantLinear"
+
+
+def test_the_command_line_starts_without_torch():
+    program = (
+        "import sys; import bitmill.cli.main as m; m.main(['models', '--json']); m.main(['--help'])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_entry_point_ends_quietly_when_its_reader_leaves(built):
+    command = f'"{sys.executable}" -m bitmill.cli.main inspect "{built.done}" --json | head -c 1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout == "{"
+    assert done.stderr == ""
