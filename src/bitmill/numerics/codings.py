@@ -27,7 +27,7 @@ def enumerate_codings(grid_bits: int, bits: int) -> Tensor:
     """All codings, int64 (count, 1 + bits): base, then steps in falling order."""
     top = (1 << grid_bits) - 1
     low = -(1 << (grid_bits - 1))
-    rows = []
+    rows: list[tuple[int, ...]] = []
     for steps in itertools.combinations_with_replacement(range(top, 0, -1), bits):
         span = sum(steps)
         if span <= top:
