@@ -1,0 +1,185 @@
+"""Every architecture with every method: quantize to a folder, load it again, run it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import tiny_config, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+import bitmill
+from bitmill.checkpoint import open_checkpoint
+from bitmill.errors import SourceError
+from bitmill.models.adapter import ADAPTERS
+from bitmill.models.module import ModuleSource
+from bitmill.models.skeleton import Skeleton
+from bitmill.pipeline.calibration import StagedForward, stages_of
+from bitmill.recipe import METHODS
+from bitmill.runtime import QuantLinear
+from cases import method_options
+
+WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(7))
+TOKENS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(8))
+
+
+def neox() -> nn.Module:
+    """An architecture without an adapter of its own."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = GPTNeoXConfig(**sizes, vocab_size=128, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def model_of(name: str) -> nn.Module:
+    return neox() if name == "gpt_neox" else tiny_model(name)
+
+
+MODELS = [*ADAPTERS.names(), "gpt_neox"]
+
+
+def quantize(model: nn.Module, method: str, out=None, **options):
+    options = method_options(method, group_size=20, **options)  # ragged in 32 and in 48 columns
+    return bitmill.quantize(model, method, calibration=WINDOWS, out=out, measure=0, **options)
+
+
+def live_dequantized(model: nn.Module, folder) -> nn.Module:
+    """The float model with the decoded weights of the folder."""
+    live, checkpoint = copy.deepcopy(model), open_checkpoint(folder)
+    for name in checkpoint.formats:
+        linear, W = live.get_submodule(name), checkpoint.quantized(name).dequantize()
+        linear.weight.data = W if isinstance(linear, nn.Linear) else W.T.contiguous()
+    return live
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, tmp_path):
+    model = model_of(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    out = tmp_path / "quantized"
+    outcome = quantize(model, method, out)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # the source stays as it was
+
+    ours = bitmill.load(out)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    logits = ours(TOKENS).logits
+    assert torch.equal(logits, theirs(TOKENS).logits)
+    expected = live_dequantized(model, out)(TOKENS).logits
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+    layers = [n for n, m in ours.named_modules() if isinstance(m, QuantLinear)]
+    assert sorted(layers) == sorted(open_checkpoint(out).formats)
+    assert len(layers) == outcome.summary["layers"]
+    in_memory = sum(t.nbytes for t in (*ours.parameters(), *ours.buffers()))
+    assert abs(in_memory - stored_bytes(out)) <= 0.1 * stored_bytes(out)
+
+
+def stored_bytes(folder) -> int:
+    total = 0
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            total += sum(file.get_tensor(k).nbytes for k in file.keys())  # noqa: SIM118
+    return total
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@torch.no_grad()
+def test_a_live_model_is_quantized_in_place_to_the_same_numbers(name, method, tmp_path):
+    model = model_of(name)
+    quantize(model, method, tmp_path / "quantized")
+    stored = bitmill.load(tmp_path / "quantized")(TOKENS).logits
+    outcome = quantize(model, method)
+    assert outcome.model is model
+    assert any(isinstance(m, QuantLinear) for m in model.modules())
+    assert torch.equal(model(TOKENS).logits, stored)
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_the_same_job_gives_the_same_bytes(method, tmp_path):
+    for out in ("one", "other"):
+        quantize(model_of("llama"), method, tmp_path / out)
+    files = sorted(f.name for f in (tmp_path / "one").iterdir())
+    assert files == sorted(f.name for f in (tmp_path / "other").iterdir())
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+@torch.no_grad()
+def test_more_bits_come_closer_to_the_float_model(method, tmp_path):
+    if "bits" not in METHODS.get(method).__dataclass_fields__:
+        pytest.skip("this method has no bits to set")
+    model = model_of("llama")
+    reference = torch.log_softmax(model(TOKENS).logits, -1)
+    far = []
+    for bits in (2, 3):
+        quantize(model, method, tmp_path / str(bits), bits=bits)
+        logits = torch.log_softmax(bitmill.load(tmp_path / str(bits))(TOKENS).logits, -1)
+        far.append(float((reference.exp() * (reference - logits)).sum(-1).mean()))
+    assert far[1] < far[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_staged_forward_equals_the_plain_one(name):
+    skeleton = Skeleton(ModuleSource(model_of(name)))
+    with skeleton.outside():
+        batches = [skeleton.enter(tokens) for tokens in (WINDOWS[:4], WINDOWS[4:])]
+        hidden = [start for start, _ in batches]
+        for index in range(len(skeleton.blocks)):
+            block = skeleton.load_block(index)
+            calls = [c[index] for _, c in batches]
+            stages = stages_of(skeleton.adapter, block, hidden[0], calls[0])
+            assert sorted(n for stage in stages for n in stage) == sorted(skeleton.adapter.linears)
+            plain = [call.run(block, h) for call, h in zip(calls, hidden)]
+            forward = StagedForward(block, [h.clone() for h in hidden], calls, [s[0] for s in stages])
+            for stage in stages:
+                inputs = list(forward.inputs(stage[0]))
+                assert [len(X) for X in inputs] == [4 * 16, 2 * 16]
+            staged = forward.outputs()
+            forward.close()
+            assert all(torch.equal(a, b) for a, b in zip(plain, staged))
+            hidden = plain
+        logits = skeleton.leave(WINDOWS[:4], hidden[0])
+    assert torch.allclose(logits, model_of(name)(WINDOWS[:4]).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_ignored_layers_stay_in_float(tmp_path):
+    recipe = bitmill.Recipe.from_dict({**bitmill_recipe("rtn"), "ignore": ["*.down_proj", "model.layers.0.*"]})
+    bitmill.quantize(model_of("llama"), recipe, out=tmp_path / "out", measure=0)
+    names = open_checkpoint(tmp_path / "out").formats
+    assert names
+    assert all(n.startswith("model.layers.1.") and not n.endswith("down_proj") for n in names)
+    assert torch.isfinite(bitmill.load(tmp_path / "out")(TOKENS).logits).all()
+
+
+def bitmill_recipe(name: str) -> dict:
+    return METHODS.get(name)().recipe().to_dict()
+
+
+def test_transforms_travel_through_the_pipeline(tmp_path):
+    """An equalized model at 8 bits is the float model, so what was folded was also stored."""
+    for name in ("llama", "opt", "gemma2"):
+        model = model_of(name)
+        described = {**bitmill_recipe("rtn"), "weight": {"format": "uniform", "bits": 8, "group_size": 16}}
+        recipe = bitmill.Recipe.from_dict({**described, "transforms": [{"transform": "equalize"}]})
+        bitmill.quantize(model, recipe, out=tmp_path / name, measure=0)
+        with torch.no_grad():
+            expected, logits = model(TOKENS).logits, bitmill.load(tmp_path / name)(TOKENS).logits
+        assert (logits - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts_are_refused(model_type, tmp_path):
+    config = tiny_config(model_type, num_local_experts=4, num_experts=4, moe_intermediate_size=16)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(SourceError, match="expert") as caught:
+        quantize(model, "rtn", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,93 @@
+"""Perplexity, divergence and agreement against a computation in plain float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bitmill.errors import NumericsError
+from bitmill.evaluate.perplexity import Comparison, compare
+
+VOCABULARY = 23
+
+
+def table_model(seed: int):
+    """Logits that depend on the token alone."""
+    table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+    return lambda tokens: table[tokens]
+
+
+def naive(model, windows, reference):
+    loss, predicted, divergence, agreed, positions = 0.0, 0, 0.0, 0, 0
+    for window in windows:
+        p = torch.softmax(model(window[None])[0].double(), -1)
+        q = torch.softmax(reference(window[None])[0].double(), -1)
+        for t in range(len(window)):
+            if t + 1 < len(window):
+                loss -= math.log(p[t, window[t + 1]])
+                predicted += 1
+            divergence += float((q[t] * (q[t] / p[t]).log()).sum())
+            agreed += int(p[t].argmax() == q[t].argmax())
+            positions += 1
+    return math.exp(loss / predicted), divergence / positions, agreed / positions
+
+
+@pytest.mark.parametrize("length", [2, 17, 256, 257, 300])  # softmax runs over 256 positions at a time
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_it_equals_the_naive_computation(length, batch):
+    windows = torch.randint(0, VOCABULARY, (3, length))
+    model, reference = table_model(0), table_model(1)
+    result = compare(model, windows, reference, batch=batch)
+    perplexity, divergence, agreement = naive(model, windows, reference)
+    assert result["perplexity"] == pytest.approx(perplexity, rel=1e-5)
+    assert result["kl_divergence"] == pytest.approx(divergence, rel=1e-4)
+    assert result["top1_agreement"] == pytest.approx(agreement)
+    assert result["reference_perplexity"] == pytest.approx(naive(reference, windows, model)[0], rel=1e-5)
+    assert result["tokens"] == 3 * length
+
+
+def test_a_model_agrees_with_itself():
+    windows = torch.randint(0, VOCABULARY, (2, 40))
+    result = compare(table_model(0), windows, table_model(0))
+    assert result["kl_divergence"] == 0
+    assert result["top1_agreement"] == 1
+    assert result["perplexity"] == result["reference_perplexity"]
+
+
+def test_equal_logits_give_the_size_of_the_vocabulary():
+    windows = torch.randint(0, VOCABULARY, (2, 40))
+    result = compare(lambda tokens: torch.zeros(*tokens.shape, VOCABULARY), windows)
+    assert result["perplexity"] == pytest.approx(VOCABULARY)
+    assert "kl_divergence" not in result
+
+
+def test_half_precision_logits_are_compared_in_single():
+    windows = torch.randint(0, VOCABULARY, (2, 40))
+    model = table_model(0)
+    half = compare(lambda tokens: model(tokens).bfloat16(), windows)
+    single = compare(lambda tokens: model(tokens).bfloat16().float(), windows)
+    assert half == single
+
+
+def test_windows_may_be_added_one_by_one():
+    windows = torch.randint(0, VOCABULARY, (3, 30))
+    model, reference = table_model(0), table_model(1)
+    sums = Comparison()
+    for window in windows:
+        sums.add(window[None], model(window[None]), reference(window[None]))
+    assert sums.result() == pytest.approx(compare(model, windows, reference))
+
+
+def test_a_broken_model_has_no_perplexity():
+    windows = torch.randint(0, VOCABULARY, (1, 10))
+    with pytest.raises(NumericsError, match="no perplexity"):
+        compare(lambda tokens: torch.full((*tokens.shape, VOCABULARY), math.nan), windows)
+
+
+def test_a_hopeless_model_does_not_overflow():
+    windows = torch.zeros(1, 10, dtype=torch.long)
+    logits = torch.zeros(1, 10, VOCABULARY)
+    logits[..., 0] = -1e30
+    assert math.isfinite(compare(lambda tokens: logits, windows)["perplexity"])
