@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, Undefined
 
 _CARD = """\
 ---
@@ -54,7 +54,9 @@ bitmill {{ bitmill }}, recipe in `recipe.yaml`:
 
 ```yaml
 {{ recipe_yaml }}```
-{% if identity.calibration %}
+{% if identity.calibration and identity.calibration.source == "tokens" %}
+Calibrated on token windows given by the caller (sha256 `{{ identity.calibration.sha256[:16] }}`).
+{% elif identity.calibration %}
 Calibrated on {{ identity.calibration.samples }} windows of {{ identity.calibration.seqlen }} tokens of
 `{{ identity.calibration.source }}` (seed {{ identity.calibration.seed }}, sha256
 `{{ identity.calibration.sha256[:16] }}`).
@@ -87,4 +89,6 @@ def model_card(report: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, Undefined):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,165 @@
+"""A staged forward stops where each stage's input is ready, and says when a block does not run as described."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitmill.errors import SourceError
+from bitmill.models.adapter import Adapter
+from bitmill.models.skeleton import Call
+from bitmill.pipeline.calibration import StagedForward, stages_of
+
+CALL = Call((), {})
+
+
+class Block(nn.Module):
+    """Two linears that read one input, and a third after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 6)
+        self.idle = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, None]:
+        return x + scale * self.c(self.a(x).relu() * self.b(x)), None
+
+
+class Twice(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x)) + self.a(x)[..., :1]
+
+
+def batches() -> list[Tensor]:
+    return [torch.randn(2, 5, 6), torch.randn(1, 5, 6)]
+
+
+def described(*stages: tuple[str, ...], name: str = "generic:test") -> Adapter:
+    return Adapter(name, ("test",), "blocks", stages, (), (), (), "")
+
+
+@torch.no_grad()
+def test_inputs_and_outputs_equal_a_plain_forward():
+    block, hidden, call = Block(), batches(), Call((), {"scale": 2.0})
+    plain = [block(h, 2.0)[0] for h in hidden]
+    forward = StagedForward(block, [h.clone() for h in hidden], [call, call], ["a", "c"])
+    for X, h in zip(forward.inputs("a"), hidden, strict=True):
+        assert torch.equal(X, h.reshape(-1, 6))
+    for X, h in zip(forward.inputs("c"), hidden, strict=True):
+        assert torch.equal(X, (block.a(h).relu() * block.b(h)).reshape(-1, 4))
+    assert all(torch.equal(x, y) for x, y in zip(forward.outputs(), plain, strict=True))
+    forward.close()
+
+
+@torch.no_grad()
+def test_later_stages_see_what_earlier_ones_became():
+    block, hidden = Block(), batches()
+    forward = StagedForward(block, [h.clone() for h in hidden], [CALL, CALL], ["a", "c"])
+    list(forward.inputs("a"))
+    block.a.weight.data = torch.zeros(4, 6)
+    block.a.bias.data = torch.ones(4)
+    for X, h in zip(forward.inputs("c"), hidden, strict=True):
+        assert torch.equal(X, block.b(h).reshape(-1, 4))
+    block.c.weight.data = torch.zeros(6, 4)
+    block.c.bias.data = torch.zeros(6)
+    assert all(torch.equal(x, h) for x, h in zip(forward.outputs(), hidden, strict=True))
+    forward.close()
+
+
+@torch.no_grad()
+def test_batches_are_released_as_they_are_taken_in():
+    hidden = batches()
+    forward = StagedForward(Block(), hidden, [CALL, CALL], ["a"])
+    list(forward.inputs("a"))
+    assert all(h.numel() == 0 for h in hidden)
+    forward.close()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("leads", "asked", "sentence"),
+    [
+        (["c", "a"], "c", "'c' was expected to run next .* reached 'a'"),
+        (["a", "c"], "c", "'c' was expected to run next .* reached 'a'"),
+        (["idle"], "idle", "'idle' was expected to run next .* ended"),
+    ],
+)
+def test_another_order_than_described_is_refused(leads, asked, sentence):
+    block, hidden = Block(), batches()
+    forward = StagedForward(block, hidden, [CALL, CALL], leads)
+    with pytest.raises(SourceError, match=sentence):
+        list(forward.inputs(asked))
+    forward.close()
+
+
+@torch.no_grad()
+def test_a_stage_that_was_not_asked_for_is_refused():
+    forward = StagedForward(Block(), batches(), [CALL, CALL], ["a", "c"])
+    list(forward.inputs("a"))
+    with pytest.raises(SourceError, match="'c' runs twice"):
+        forward.outputs()
+    forward.close()
+
+
+@torch.no_grad()
+def test_a_linear_that_runs_twice_is_refused():
+    forward = StagedForward(Twice(), batches(), [CALL, CALL], ["a", "c"])
+    list(forward.inputs("a"))
+    list(forward.inputs("c"))
+    with pytest.raises(SourceError, match="'a' runs twice"):
+        forward.outputs()
+    forward.close()
+
+
+@torch.no_grad()
+def test_asking_after_the_end_is_refused():
+    forward = StagedForward(Block(), batches(), [CALL, CALL], ["a"])
+    list(forward.inputs("a"))
+    forward.outputs()
+    with pytest.raises(SourceError, match="ended"):
+        list(forward.inputs("a"))
+    forward.close()
+
+
+@torch.no_grad()
+def test_closing_leaves_no_hook():
+    block = Block()
+    forward = StagedForward(block, batches(), [CALL, CALL], ["a", "c"])
+    list(forward.inputs("a"))
+    forward.close()
+    assert not block.a._forward_pre_hooks
+    assert not block.c._forward_pre_hooks
+    assert block(torch.randn(1, 5, 6))[0].shape == (1, 5, 6)
+
+
+@torch.no_grad()
+def test_a_failure_inside_the_block_reaches_the_caller():
+    class Broken(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            self.a(x)
+            raise ZeroDivisionError
+
+    forward = StagedForward(Broken(), batches(), [CALL, CALL], ["a"])
+    list(forward.inputs("a"))
+    with pytest.raises(ZeroDivisionError):
+        forward.outputs()
+    forward.close()
+
+
+def test_stages_of_a_generic_block_are_found_by_running_it():
+    block = Block()
+    adapter = described(("c",), ("b",), ("a",))
+    assert stages_of(adapter, block, torch.randn(1, 5, 6), CALL) == [["a", "b"], ["c"]]
+    assert not block.a._forward_pre_hooks
+
+
+def test_stages_of_a_known_block_are_those_of_its_adapter():
+    adapter = described(("a", "b"), ("c",), name="known")
+    assert stages_of(adapter, Block(), torch.randn(1, 5, 6), CALL) == [["a", "b"], ["c"]]
+
+
+def test_linears_that_do_not_run_are_named():
+    adapter = described(("a",), ("b",), ("c",), ("idle",))
+    with pytest.raises(SourceError, match="idle do not run"):
+        stages_of(adapter, Block(), torch.randn(1, 5, 6), CALL)

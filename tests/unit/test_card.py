@@ -1,0 +1,104 @@
+"""The model card says what the report says, and no more."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from bitmill.recipe import METHODS, build_recipe
+from bitmill.report.card import model_card
+
+MEASURED = {
+    "by": "quantize",
+    "text": "pydoc",
+    "split": "eval",
+    "windows": 4,
+    "seqlen": 512,
+    "perplexity": 12.3456789,
+    "reference_perplexity": 11.0,
+    "kl_divergence": 0.0123456,
+    "top1_agreement": 0.9,
+}
+CALIBRATION = {"source": "pydoc", "samples": 128, "seqlen": 512, "seed": 3, "sha256": "0123456789abcdef" * 4}
+
+
+def layer(number: int, error: float | None) -> dict:
+    name = f"model.layers.{number}.mlp.up_proj"
+    return {"name": name, "bits_per_weight": 3.25, "weight_error": 0.01, "output_error": error}
+
+
+def report(method: str = "gptq", **changes) -> dict:
+    return {
+        "bitmill": "0.1",
+        "source": "smollm2-135m",
+        "recipe": build_recipe(method).to_dict(),
+        "identity": {"calibration": CALIBRATION},
+        "bits_per_weight": 3.28125,
+        "measured": [MEASURED],
+        "layers": [layer(n, n / 100) for n in range(9)],
+        **changes,
+    }
+
+
+def front_matter(card: str) -> dict:
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_every_method_has_a_card(method):
+    card = model_card(report(method))
+    data = front_matter(card)
+    assert data["base_model"] == "smollm2-135m"
+    assert data["base_model_relation"] == "quantized"
+    assert method in data["tags"]
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe == build_recipe(method).to_dict()
+    assert "3.281 bits per weight" in card
+    assert "{{" not in card
+    assert "{%" not in card
+
+
+def table_rows(card: str, first: str) -> list[list[str]]:
+    rows = [line for line in card.splitlines() if line.startswith(first)]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_measurements_are_rows_of_a_table():
+    rows = table_rows(model_card(report(measured=[MEASURED, {**MEASURED, "by": "eval"}])), "| pydoc")
+    assert rows[0] == ["pydoc, eval split", "4 x 512", "12.35", "11", "0.01235", "0.9", "bitmill quantize"]
+    assert rows[1][-1] == "bitmill eval"
+
+
+def test_figures_that_are_missing_are_dashes():
+    bare = {k: MEASURED[k] for k in ("by", "text", "split", "windows", "seqlen", "perplexity")}
+    assert table_rows(model_card(report(measured=[bare])), "| pydoc")[0][3:6] == ["-", "-", "-"]
+
+
+def test_nothing_measured_is_said():
+    card = model_card(report(measured=[]))
+    assert "Nothing was measured" in card
+    assert "| perplexity |" not in card
+
+
+def test_the_worst_layers_come_first():
+    rows = table_rows(model_card(report()), "| `model.layers")
+    assert [row[0] for row in rows] == [f"`model.layers.{n}.mlp.up_proj`" for n in (8, 7, 6, 5, 4)]
+    assert rows[0][1:] == ["3.25", "0.01", "0.08"]
+
+
+def test_a_data_free_run_lists_no_output_errors():
+    card = model_card(report("rtn", layers=[layer(0, None)], identity={"calibration": None}))
+    assert "largest relative output error" not in card
+    assert "No calibration text was used" in card
+
+
+def test_the_calibration_text_is_named():
+    card = model_card(report())
+    assert "Calibrated on 128 windows of 512 tokens of\n`pydoc` (seed 3, sha256\n`0123456789abcdef`)" in card
+
+
+def test_token_windows_of_a_caller_are_named_by_their_digest():
+    card = model_card(report(identity={"calibration": {"source": "tokens", "sha256": "f" * 64}}))
+    assert "ffffffffffffffff" in card
+    assert "Calibrated on  windows" not in card
