@@ -30,11 +30,22 @@ class GPTQMethod(Method):
     act_order: bool = option(True, "visit columns by falling mean square of their input")
     static_groups: bool = option(True, "fit all grids before the loop; act_order needs it")
     search: bool = option(True, "shrink each range to the least weighted error instead of min-max")
+    importance: str = option("diagonal", "weight of a column's error in the search: 'diagonal' or 'inverse'")
+    column_passes: int = option(0, "rounds of re-rounding columns after the loop (not in the paper)")
+    group_passes: int = option(0, "rounds of refitting groups after the loop (not in the paper)")
 
     def recipe(self) -> Recipe:
         """Uniform format, GPTQ solver."""
         return Recipe(
             "gptq",
             Uniform(self.bits, self.group_size, self.symmetric),
-            GPTQ(self.damp, self.act_order, self.static_groups, self.search),
+            GPTQ(
+                damp=self.damp,
+                act_order=self.act_order,
+                static_groups=self.static_groups,
+                search=self.search,
+                importance=self.importance,  # type: ignore[arg-type]
+                column_passes=self.column_passes,
+                group_passes=self.group_passes,
+            ),
         )
