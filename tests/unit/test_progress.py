@@ -1,0 +1,94 @@
+"""Progress appears when work lasts, and stays out of the way when it does not."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+
+from bitmill.cli import progress as module
+from bitmill.cli.progress import TerminalProgress
+from bitmill.progress import Progress, peak_memory_bytes
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def capture(monkeypatch, terminal: bool) -> Stream:
+    """Inside the test: pytest puts its own stderr back after fixtures have run."""
+    stream = Stream(terminal)
+    monkeypatch.setattr("sys.stderr", stream)
+    return stream
+
+
+def work(steps: int, total: int | None = None) -> None:
+    progress = TerminalProgress()
+    progress.start("grind", steps if total is None else total)
+    for _ in range(steps):
+        time.sleep(0.02)
+        progress.advance()
+    progress.finish()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_short_work_shows_nothing(terminal, monkeypatch):
+    stderr = capture(monkeypatch, terminal)
+    work(5)
+    assert stderr.getvalue() == ""
+
+
+def test_lines_in_a_pipe_are_few(monkeypatch):
+    stderr = capture(monkeypatch, False)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.2)
+    work(30)
+    lines = stderr.getvalue().splitlines()
+    assert 2 <= len(lines) <= 4
+    assert all(line.startswith("grind ") and "/30" in line and "peak memory" in line for line in lines)
+    assert "s left" in lines[0]
+
+
+def test_work_of_unknown_length_speaks_up_by_itself(monkeypatch):
+    stderr = capture(monkeypatch, False)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    progress = TerminalProgress()
+    progress.start("loading", 0)
+    time.sleep(0.2)
+    progress.finish()
+    assert stderr.getvalue().startswith("loading, 0 s, peak memory")
+
+
+@pytest.mark.parametrize("total", [20, 0], ids=["counted", "unknown length"])
+def test_a_bar_on_a_terminal(total, monkeypatch):
+    stderr = capture(monkeypatch, True)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    work(20, total)
+    assert "grind" in stderr.getvalue()
+    assert ("20/20" in stderr.getvalue()) == bool(total)
+
+
+def test_the_next_task_ends_the_one_before(monkeypatch):
+    stderr = capture(monkeypatch, False)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.1)
+    progress = TerminalProgress()
+    for task in range(4):
+        progress.start(f"task {task}", 0)
+        time.sleep(0.05)
+    progress.finish()
+    time.sleep(0.15)
+    assert stderr.getvalue() == ""
+
+
+def test_the_base_ignores_everything():
+    progress = Progress()
+    progress.start("x", 1)
+    progress.advance()
+    progress.finish()
+    assert peak_memory_bytes() > 1_000_000
