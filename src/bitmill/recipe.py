@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitmill.errors import RecipeError
+from bitmill.fields import check_types
 from bitmill.formats import Format, format_from_dict
 from bitmill.registry import Registry
 from bitmill.solvers import Solver, solver_from_dict
@@ -123,6 +124,9 @@ class Method:
 
     The class docstring is the method card that `bitmill methods NAME` prints.
     """
+
+    def __post_init__(self) -> None:
+        check_types(self, METHODS.name_of(self))
 
     def recipe(self) -> Recipe:
         """The recipe of these options."""

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
+from bitmill.fields import check_types
 from bitmill.numerics.grouping import GroupSize, group_grid
 from bitmill.numerics.packing import pack, unpack, words_for
 from bitmill.registry import Registry
@@ -74,12 +75,13 @@ class Format(ABC):
     local: ClassVar[bool] = True  # parameters of one group can be fitted without seeing the rest of the row
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 1 <= self.bits <= self.max_bits:
+        check_types(self, self.name)
+        if not 1 <= self.bits <= self.max_bits:
             raise RecipeError(
                 f"{self.name} stores 1 to {self.max_bits} bits, not {self.bits!r}; choose bits in that range."
             )
         size = self.group_size
-        if size not in ("row", "tensor") and not (isinstance(size, int) and size >= 1):
+        if isinstance(size, int) and size < 1:
             raise RecipeError(
                 f"group_size is {size!r}; use a positive number of input columns, 'row' or 'tensor'."
             )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitmill.errors import RecipeError
 from bitmill.formats import Format
 from bitmill.formats.base import SLICE, alternate
 from bitmill.numerics.grouping import grouped, grouped_importance
@@ -28,6 +29,11 @@ class Alternating(Solver):
     rounds: int = 15
     weighted: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds < 0:
+            raise RecipeError(f"rounds is {self.rounds!r}; use 0 or more.")
+
     @property
     def needs(self) -> Needs:
         """Nothing, unless errors are weighted."""
@@ -36,7 +42,7 @@ class Alternating(Solver):
     def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
         shape = (W.shape[0], W.shape[1])
-        columns = stats.importance if self.weighted else None
+        columns = stats.required_gram(self.name).diagonal() if self.weighted else None
         importance = grouped_importance(columns, shape, format.group_size).to(W.device)
         x = grouped(W, format.group_size)
         pieces = []

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bitmill.errors import RecipeError
+from bitmill.errors import NumericsError, RecipeError
+from bitmill.fields import check_types
 from bitmill.formats import Format
 from bitmill.quantized import Quantized
 from bitmill.registry import Registry
@@ -38,10 +39,21 @@ class Statistics:
         """Mean square of every input, (columns,): the weight of a squared weight error in that column."""
         return None if self.gram is None else self.gram.diagonal()
 
+    def required_gram(self, solver: str) -> Tensor:
+        """The Gram matrix. Raises NumericsError, naming the solver that needs it, when there is none."""
+        if self.gram is None:
+            raise NumericsError(
+                f"{solver} needs the Gram matrix of the layer's inputs; run it with calibration text."
+            )
+        return self.gram
+
 
 @dataclass(frozen=True)
 class Solver(ABC):
     """Base of all solvers: a frozen dataclass of options."""
+
+    def __post_init__(self) -> None:
+        check_types(self, self.name)
 
     @property
     def name(self) -> str:

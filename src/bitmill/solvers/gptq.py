@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitmill.errors import NumericsError, RecipeError
+from bitmill.errors import RecipeError
 from bitmill.formats import Format, Params
 from bitmill.formats.base import Rounder
 from bitmill.numerics.cholesky import inverse_factor
@@ -53,8 +53,7 @@ class GPTQ(Solver):
     group_passes: int = 0
 
     def __post_init__(self) -> None:
-        if self.importance not in ("diagonal", "inverse"):
-            raise RecipeError(f"importance is {self.importance!r}; use 'diagonal' or 'inverse'.")
+        super().__post_init__()
         if self.column_passes < 0 or self.group_passes < 0:
             raise RecipeError(
                 f"column_passes is {self.column_passes!r} and group_passes {self.group_passes!r}; use 0 or more."
@@ -86,9 +85,7 @@ class GPTQ(Solver):
 
     def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
-        if stats.gram is None:
-            raise NumericsError("gptq needs the Gram matrix of the layer's inputs; run it with calibration text.")
-        gram, W = stats.gram.clone(), W.clone()
+        gram, W = stats.required_gram(self.name).clone(), W.clone()
         dead = gram.diagonal() == 0
         live = ~dead
         # The mean of the others: damping is a share of the mean, which dead inputs must not move.

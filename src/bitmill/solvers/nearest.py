@@ -29,5 +29,5 @@ class Nearest(Solver):
 
     def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
-        importance = stats.importance if self.weighted else None
+        importance = stats.required_gram(self.name).diagonal() if self.weighted else None
         return nearest_matrix(format, W, fit_matrix(format, W, importance, self.search))

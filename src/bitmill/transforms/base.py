@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.errors import RecipeError
+from bitmill.fields import check_types
 from bitmill.registry import Registry
 
 TRANSFORMS: Registry[type[Transform]] = Registry("transform", "bitmill.transforms")
@@ -26,6 +27,9 @@ TRANSFORMS: Registry[type[Transform]] = Registry("transform", "bitmill.transform
 @dataclass(frozen=True)
 class Transform(ABC):
     """Base of all transforms: a frozen dataclass of options."""
+
+    def __post_init__(self) -> None:
+        check_types(self, self.name)
 
     @property
     def name(self) -> str:
