@@ -1,5 +1,6 @@
-# make demo   quantize SmolLM2-135M to 3 bits four ways, measure, generate
+# make demo   quantize SmolLM2-135M to 3 bits by several methods, measure, generate
 # make test   lint, types, architecture, tests
+# make docs   the site, in site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +32,7 @@ test: lint
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build dist site demo-output

@@ -1,0 +1,163 @@
+"""What the site does not keep in files: a page for every method, and pages that lie in the repository's root.
+
+mkdocs calls the functions named on_* (mkdocs.yml, `hooks`). The pages are made from the method cards and the
+options of the methods, so that they cannot say anything else than `bitmill methods NAME` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BORROWED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_CARD_LINE = re.compile(r"^([A-Z][a-z]+) {2,}(.*)$")
+_MATRIX = (2048, 2048)
+
+
+def pages() -> dict[str, str]:
+    """Site path -> Markdown of every page that is not a file under docs/."""
+    from bitmill.recipe import METHODS
+
+    made = {f"methods/{name}.md": method_page(name, kind) for name, kind in METHODS.items()}
+    made["methods/index.md"] = methods_index(METHODS.items())
+    for path, file in BORROWED.items():
+        # links written for the root of the repository
+        made[path] = (ROOT / file).read_text(encoding="utf-8").replace("](docs/", "](")
+    return made
+
+
+def method_page(name: str, kind: type) -> str:
+    """Card, options, recipe and cost of one method."""
+    first, _, rest = (inspect.getdoc(kind) or "").partition("\n")
+    recipe = kind().recipe()
+    bits = recipe.weight.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
+    rows = [("option", "default", "type", "meaning"), ("---", "---", "---", "---")]
+    for field in dataclasses.fields(kind):
+        help_text = str(field.metadata.get("help", "")).replace("|", "\\|")
+        rows.append((f"`{field.name}`", f"`{_plain(field.default)}`", str(field.type), help_text))
+    origin = f"Source: `src/{kind.__module__.replace('.', '/')}.py`"
+    test = f"tests/methods/test_{name}.py"
+    if (ROOT / test).exists():
+        origin += f"; the test of the paper's claim: `{test}`"
+    lines = [
+        f"# {name}",
+        "",
+        first,
+        "",
+        *_card(rest),
+        "",
+        "## Use",
+        "",
+        "```sh",
+        f"bitmill quantize smollm2-135m --method {name} -o smollm2-{name}",
+        "```",
+        "",
+        "## Options",
+        "",
+        "Each is set with `--set NAME=VALUE`, or by its name in Python; `bits` and `group_size` have flags too.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        "## What it is made of",
+        "",
+        f"The defaults store {bits:.3f} bits per weight in a matrix of {_MATRIX[0]} x {_MATRIX[1]}, everything "
+        "included. As a recipe file, to change parts that have no option:",
+        "",
+        "```yaml",
+        recipe.to_yaml().rstrip(),
+        "```",
+        "",
+        f"{origin}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def methods_index(members: Any) -> str:
+    """The list of methods."""
+    lines = ["# Methods", "", "One published method a page, made from its source file.", ""]
+    lines += ["| method | what it does | stores by default | calibration |", "|---|---|---|---|"]
+    for name, kind in members:
+        recipe = kind().recipe()
+        bits = recipe.weight.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
+        first = (inspect.getdoc(kind) or "").partition("\n")[0]
+        text = "text" if recipe.needs == "gram" else "none"
+        stored = f"`{recipe.weight.name}`, {bits:.3f} bits per weight"
+        lines.append(f"| [{name}]({name}.md) | {first} | {stored} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def _card(card: str) -> list[str]:
+    """The card's "Word   text" entries as paragraphs, formulas as code."""
+    entries: list[tuple[str, list[str]]] = []
+    for line in textwrap.dedent(card).strip().splitlines():
+        found = _CARD_LINE.match(line)
+        if found:
+            entries.append((found[1], [found[2]]))
+        elif entries and line.strip():
+            entries[-1][1].append(line.strip())
+    shown: list[str] = []
+    for word, lines in entries:
+        if word == "Equation":
+            shown += [f"**{word}**", "", "```text", *lines, "```", ""]
+        else:
+            shown += [f"**{word}**: {_markdown(' '.join(lines))}", ""]
+    return shown
+
+
+def _markdown(text: str) -> str:
+    """Plain text without accidental markup; a paper's number as a link."""
+    text = re.sub(r"([*_<])", r"\\\1", text)
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# -- mkdocs -------------------------------------------------------------------------------------------------
+
+
+def on_config(config: Any) -> Any:
+    """List the pages of the sections that are folders."""
+    methods = sorted(path for path in pages() if path.startswith("methods/") and not path.endswith("index.md"))
+    notes = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    sections = {
+        "methods/": ["methods/index.md", *methods],
+        "decisions/": [f"decisions/{note.name}" for note in notes],
+    }
+    config.nav = [
+        {title: sections.get(target, target) if isinstance(target, str) else target}
+        for entry in config.nav
+        for title, target in entry.items()
+    ]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that are not files."""
+    from mkdocs.structure.files import File
+
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the parts of the README that a page asks for in place of `<!-- readme:PART -->`."""
+    return re.sub(r"<!-- readme:(\w+) -->", lambda found: readme_part(found[1]), markdown)
+
+
+def readme_part(name: str) -> str:
+    """The text of README.md between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, rest = readme.partition(f"<!-- {name}:begin -->")
+    part, end, _ = rest.partition(f"<!-- {name}:end -->")
+    if not end:
+        raise ValueError(f"README.md has no part {name!r}")
+    return part.strip().replace("](docs/", "](")
