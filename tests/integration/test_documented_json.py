@@ -1,0 +1,61 @@
+"""docs/cli.md lists the keys of every JSON object that a command prints."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bitmill.cli.main import main
+
+CLI = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def documented(command: str) -> set[str]:
+    section = CLI[CLI.index(f"\n## bitmill {command}\n") + 1 :].partition("\n## ")[0]
+    return set(re.findall(r"`(\w+)`", section.partition("JSON keys:")[2]))
+
+
+@pytest.fixture
+def keys(capsys):
+    """Run a command that must succeed; the keys it printed, those of listed objects included."""
+
+    def run(*arguments: object) -> set[str]:
+        assert main([*map(str, arguments), "--json"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        nested = ("tensors", "options", "methods", "demo_models", "architectures")
+        return set(data) | {key for name in nested if isinstance(data.get(name), list) for key in data[name][0]}
+
+    return run
+
+
+def test_quantize(world, keys):
+    assert keys(*world.quantize()) | {"dry_run"} == documented("quantize")
+    dry = documented("quantize") - {"measured", "time_s", "peak_memory_bytes"}
+    assert keys(*world.quantize("--dry-run", out=world.root / "dry")) == dry
+
+
+def test_eval(world, keys):
+    command = ["eval", world.done, "--text", world.text, "--seqlen", 32, "--windows", 1]
+    compared = {"kl_divergence", "top1_agreement", "reference_perplexity"}
+    assert keys(*command) == documented("eval") - compared
+    assert keys(*command, "--reference", world.source) == documented("eval")
+
+
+def test_generate(world, keys):
+    assert keys("generate", world.done, "--prompt", "w1", "--max-new-tokens", 1) == documented("generate") - {
+        "eos",
+        "length",
+    }
+
+
+def test_inspect_and_verify(world, keys):
+    assert keys("inspect", world.done) == documented("inspect") - {"float16"}
+    assert keys("verify", world.done, "--no-quality") == documented("verify")
+
+
+def test_catalog(keys):
+    assert keys("methods") | keys("methods", "rtn") == documented("methods")
+    assert keys("models") == documented("models")
