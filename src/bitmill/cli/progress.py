@@ -68,6 +68,7 @@ class TerminalProgress(Progress):
             if self._terminal:
                 self._bar = _bar(self._total)
                 self._bar.add_task(self._task, total=self._total or None, completed=self._done, memory=_memory())
+                self._bar.tasks[0].start_time = self._started  # the time that passed unseen counts too
                 self._bar.start()
             else:
                 self._line()
