@@ -25,8 +25,8 @@ from rich.console import Console  # noqa: E402
 
 import bitmill  # noqa: E402
 from bitmill.cli.progress import TerminalProgress  # noqa: E402
-from bitmill.evaluate.generate import chat_prompt, generate  # noqa: E402
-from bitmill.evaluate.perplexity import Comparison  # noqa: E402
+from bitmill.evaluation.generate import chat_prompt, generate  # noqa: E402
+from bitmill.evaluation.perplexity import Comparison  # noqa: E402
 from bitmill.models import text  # noqa: E402
 from bitmill.models.source import open_source  # noqa: E402
 from bitmill.recipe import METHODS  # noqa: E402

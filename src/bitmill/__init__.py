@@ -7,8 +7,6 @@ torch and transformers themselves are imported on first use, which keeps the com
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from bitmill.errors import BitmillError
@@ -36,6 +34,7 @@ __all__ = [
 _HOMES = {
     "Calibration": "bitmill.api",
     "Outcome": "bitmill.api",
+    "evaluate": "bitmill.api",
     "load": "bitmill.api",
     "load_tokenizer": "bitmill.api",
     "quantize": "bitmill.api",
@@ -44,28 +43,16 @@ _HOMES = {
 }
 
 
-class _Package(ModuleType):
-    """This module, with names that are looked up on first use."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module 'bitmill' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        setattr(self, name, value)
-        return value
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_HOMES, "evaluate"})
-
-    @property
-    def evaluate(self) -> Any:
-        """The function, not the package of that name: importing the package would otherwise hide it."""
-        return importlib.import_module("bitmill.api").evaluate
-
-    @evaluate.setter
-    def evaluate(self, value: Any) -> None:
-        """The import system hangs the package here; it stays reachable by `from bitmill.evaluate import ...`."""
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bitmill' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
 teach_transformers()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,30 +14,29 @@ from bitmill.checkpoint import FolderSink, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.checkpoint.writer import check_absent
-from bitmill.errors import CalibrationError, CheckpointError, OutputError, UsageError
-from bitmill.evaluate.perplexity import compare
+from bitmill.errors import CheckpointError, UsageError
+from bitmill.evaluation.perplexity import compare
+from bitmill.live import ModuleSink, device_of
 from bitmill.models import text
 from bitmill.models.skeleton import Skeleton
-from bitmill.models.source import Source, open_source
-from bitmill.pipeline import BlockResult, Job, run
+from bitmill.models.source import open_source
+from bitmill.pipeline import Job, run
+from bitmill.preparation import (
+    Calibration,
+    check_device,
+    check_length,
+    check_space,
+    job_identity,
+    storage_plan,
+    token_windows,
+)
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipe import Recipe, build_recipe
 from bitmill.report.card import model_card
-from bitmill.runtime import swap_linear
 from bitmill.runtime.dense import densify
 from bitmill.version import __version__
 
 SECONDS_DIGITS = 3
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Which text calibrates, and how much: `samples` windows of `seqlen` tokens, drawn with `seed`."""
-
-    source: str = "pydoc"
-    samples: int = 128
-    seqlen: int = 512
-    seed: int = 0
 
 
 @dataclass
@@ -92,13 +89,13 @@ def quantize(
     if tokenizer is not None and isinstance(model, nn.Module):
         source._tokenizer = tokenizer  # type: ignore[attr-defined]
     skeleton = Skeleton(source, device)
-    plan = _plan(skeleton, recipe)
+    plan = storage_plan(skeleton, recipe)
     if dry_run:
         return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
 
     progress.start("reading text and model", 0)
-    calib, held_out, described = _windows(source, calibration, recipe, measure)
-    identity = _identity(source, recipe, calib, held_out, described, device)
+    calib, held_out, described = token_windows(source, calibration, recipe, measure)
+    identity = job_identity(source, recipe, calib, held_out, described, device)
     report: dict[str, Any] = {
         "bitmill": __version__,
         "source": source.name,
@@ -107,16 +104,16 @@ def quantize(
         "bits_per_weight": plan["bits_per_weight"],
     }
     folder = Path(out) if out is not None else None
-    sink: FolderSink | _ModuleSink
+    sink: FolderSink | ModuleSink
     if folder is not None:
         if check_absent(folder, resume, identity):
             done = open_checkpoint(folder)
             return Outcome(_summary(plan, folder, started, done.report["measured"]), done.report, folder)
-        _check_space(folder, plan["size_bytes"])
+        check_space(folder, plan["size_bytes"])
         sink = FolderSink(folder, recipe, identity, len(skeleton.blocks), resume)
     else:
         assert isinstance(model, nn.Module)
-        sink = _ModuleSink(model)
+        sink = ModuleSink(model)
     try:
         quality = run(Job(skeleton, recipe, calib, held_out), sink, progress)
         measured = [{"by": "quantize", **described["held_out"], **quality}] if quality else []
@@ -200,7 +197,7 @@ def evaluate(
     chosen = text.evaluation_windows(ids, seqlen, windows)
     live = _live(model, device, trust_remote_code)
     other = None if reference is None else _live(reference, device, trust_remote_code)
-    _check_length(getattr(live, "config", None), seqlen)
+    check_length(getattr(live, "config", None), seqlen)
     result = compare(_logits(live), chosen, None if other is None else _logits(other), progress, batch=2)
     if other is not None and "kl_divergence" not in result:
         raise UsageError("The reference gave no logits to compare with.")
@@ -218,133 +215,6 @@ def evaluate(
     }
 
 
-# -- parts of quantize --------------------------------------------------------------------------------------
-
-
-class _ModuleSink:
-    """Puts QuantLinear layers into a live module as blocks finish."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.layers: list[dict[str, Any]] = []
-
-    def finished(self, index: int) -> BlockResult | None:
-        return None
-
-    def write(self, result: BlockResult, skeleton: Skeleton) -> None:
-        for name, layer in result.layers.items():
-            old = self.model.get_submodule(name)
-            bias = getattr(old, "bias", None)
-            device = _device(old)
-            new = swap_linear(self.model, name, layer.quantized.format)
-            for part, tensor in layer.quantized.pack().items():
-                new._buffers[part] = tensor.to(device)
-            new.bias = bias
-            self.layers.append({"name": name, **layer.summary()})
-        for name, tensor in result.changed.items():
-            parameter = self.model.get_parameter(name)
-            parameter.data = tensor.to(parameter.device, parameter.dtype)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def _plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
-    """What would be stored: layers, bits, bytes. Raises UsageError when nothing would be quantized."""
-    layers, weights, bits = 0, 0, 0
-    packed = set()
-    for index in range(len(skeleton.blocks)):
-        for linear in skeleton.adapter.linears:
-            name = f"{skeleton.block_name(index)}.{linear}"
-            if recipe.ignores(name):
-                continue
-            rows, columns = skeleton.shape(f"{name}.weight")
-            if skeleton.adapter.transposed:
-                rows, columns = columns, rows
-            layers += 1
-            weights += rows * columns
-            bits += recipe.weight.stored_bits((rows, columns))
-            packed.add(f"{name}.weight")
-    if not layers:
-        raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
-    rest = sum(
-        torch.Size(skeleton.shape(n)).numel() * skeleton.dtype(n).itemsize
-        for n in skeleton.names()
-        if n not in packed
-    )
-    return {
-        "method": recipe.name,
-        "format": recipe.weight.to_dict(),
-        "layers": layers,
-        "quantized_weights": weights,
-        "bits_per_weight": bits / weights,
-        "size_bytes": bits // 8 + rest,
-        "unquantized_bytes": rest,
-    }
-
-
-def _windows(
-    source: Source, calibration: Calibration | Tensor | None, recipe: Recipe, measure: int
-) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
-    """Token windows to calibrate and to measure on, and how to describe them in the report."""
-    calibrates = recipe.needs != "nothing"
-    if isinstance(calibration, Tensor):
-        digest = text.windows_hash(calibration)
-        return calibration, None, {"calibration": {"source": "tokens", "sha256": digest}}
-    calibration = calibration or Calibration()
-    described: dict[str, Any] = {"calibration": None, "held_out": None}
-    calib = held_out = None
-    if calibrates or measure:
-        _check_length(source.config, calibration.seqlen)
-        ids = text.token_stream(calibration.source, source.tokenizer())
-    if calibrates:
-        part = text.split_stream(ids, "calib")
-        calib = text.calibration_windows(part, calibration.samples, calibration.seqlen, calibration.seed)
-        described["calibration"] = {**vars(calibration), "sha256": text.windows_hash(calib)}
-    if measure:
-        part = text.split_stream(ids, "eval")
-        held_out = text.evaluation_windows(part, calibration.seqlen, measure)
-        described["held_out"] = {
-            "text": calibration.source,
-            "split": "eval",
-            "seqlen": calibration.seqlen,
-            "windows": int(held_out.shape[0]),
-        }
-    return calib, held_out, described
-
-
-def _identity(
-    source: Source,
-    recipe: Recipe,
-    calib: Tensor | None,
-    held_out: Tensor | None,
-    described: dict[str, Any],
-    device: str,
-) -> dict[str, Any]:
-    """Everything that decides the bytes of the result."""
-    import numpy
-    import safetensors
-    import transformers
-
-    return {
-        "model": source.fingerprint(),
-        "recipe": recipe.to_dict(),
-        "calibration": described["calibration"],
-        "held_out": None if held_out is None else text.windows_hash(held_out),
-        "versions": {
-            "bitmill": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-            "numpy": numpy.__version__,
-        },
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _summary(plan: dict[str, Any], out: Path | None, started: float, measured: list[Any]) -> dict[str, Any]:
     return {
         **plan,
@@ -356,37 +226,6 @@ def _summary(plan: dict[str, Any], out: Path | None, started: float, measured: l
     }
 
 
-def _check_space(out: Path, size_bytes: int) -> None:
-    """Refuse a job that cannot fit on the disk before it has cost hours."""
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < size_bytes:
-        raise OutputError(
-            f"The result needs {size_bytes / 1e6:.0f} MB and {parent} has {free / 1e6:.0f} MB free; "
-            "free some space or choose another folder with -o."
-        )
-
-
-def check_device(device: str) -> None:
-    """Raises UsageError for a device that torch does not have here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(f"The device {device!r} is not available here ({reason}); use --device cpu.") from None
-
-
-def _check_length(config: Any, seqlen: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and seqlen > limit:
-        raise CalibrationError(f"seqlen is {seqlen}, but the model reads at most {limit} tokens; lower --seqlen.")
-
-
-# -- parts of evaluate --------------------------------------------------------------------------------------
-
-
 def _live(model: str | Path | nn.Module, device: str, trust_remote_code: bool) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
@@ -394,7 +233,7 @@ def _live(model: str | Path | nn.Module, device: str, trust_remote_code: bool) -
 
 
 def _logits(model: nn.Module) -> Any:
-    device = _device(model)
+    device = device_of(model)
 
     def run_model(tokens: Tensor) -> Tensor:
         output = model(tokens.to(device))

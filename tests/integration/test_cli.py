@@ -264,7 +264,7 @@ ORDERS = {
     "bitmill first": "import bitmill, transformers",
     "transformers first": "import transformers, bitmill",
     "transformers in use first": "from transformers import AutoModelForCausalLM; import bitmill",
-    "api first": "import bitmill; bitmill.load; import bitmill.evaluate.generate; bitmill.evaluate.__code__",
+    "api first": "import bitmill; bitmill.load; import bitmill.evaluation.generate; bitmill.evaluate.__code__",
 }
 
 

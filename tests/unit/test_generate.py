@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bitmill.errors import NumericsError, UsageError
-from bitmill.evaluate.generate import chat_prompt, encode, end_tokens, generate
+from bitmill.evaluation.generate import chat_prompt, encode, end_tokens, generate
 
 
 class Script(nn.Module):

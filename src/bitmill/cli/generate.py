@@ -41,7 +41,7 @@ def generate(
     """Generate text; answers the prompt as a chat when the tokenizer has a chat template."""
     with working(as_json) as output:
         live, tokenizer = _open(output, model, dense, device, trust_remote_code)
-        from bitmill.evaluate.generate import chat_prompt, encode, generate
+        from bitmill.evaluation.generate import chat_prompt, encode, generate
         from bitmill.progress import peak_memory_bytes
 
         chat = not raw and bool(getattr(tokenizer, "chat_template", None))
@@ -94,7 +94,7 @@ def chat(
     """Talk with a model; /quit, Ctrl-D or Ctrl-C ends."""
     with working(False) as output:
         live, tokenizer = _open(output, model, dense, device, trust_remote_code)
-        from bitmill.evaluate.generate import chat_prompt, generate
+        from bitmill.evaluation.generate import chat_prompt, generate
 
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(f"{model} has no chat template; use bitmill generate {model} --prompt TEXT.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bitmill.evaluate.perplexity import Comparison
+from bitmill.evaluation.perplexity import Comparison
 from bitmill.models.skeleton import Call, Skeleton
 
 

@@ -1,0 +1,153 @@
+"""What is settled before the first block: what will be stored, which tokens are read, what identifies the job."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import CalibrationError, OutputError, UsageError
+from bitmill.models import text
+from bitmill.models.skeleton import Skeleton
+from bitmill.models.source import Source
+from bitmill.recipe import Recipe
+from bitmill.version import __version__
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text calibrates, and how much: `samples` windows of `seqlen` tokens, drawn with `seed`."""
+
+    source: str = "pydoc"
+    samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+
+
+def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+    """What would be stored: layers, bits, bytes. Raises UsageError when nothing would be quantized."""
+    layers, weights, bits = 0, 0, 0
+    packed = set()
+    for index in range(len(skeleton.blocks)):
+        for linear in skeleton.adapter.linears:
+            name = f"{skeleton.block_name(index)}.{linear}"
+            if recipe.ignores(name):
+                continue
+            rows, columns = skeleton.shape(f"{name}.weight")
+            if skeleton.adapter.transposed:
+                rows, columns = columns, rows
+            layers += 1
+            weights += rows * columns
+            bits += recipe.weight.stored_bits((rows, columns))
+            packed.add(f"{name}.weight")
+    if not layers:
+        raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
+    rest = sum(
+        torch.Size(skeleton.shape(n)).numel() * skeleton.dtype(n).itemsize
+        for n in skeleton.names()
+        if n not in packed
+    )
+    return {
+        "method": recipe.name,
+        "format": recipe.weight.to_dict(),
+        "layers": layers,
+        "quantized_weights": weights,
+        "bits_per_weight": bits / weights,
+        "size_bytes": bits // 8 + rest,
+        "unquantized_bytes": rest,
+    }
+
+
+def token_windows(
+    source: Source, calibration: Calibration | Tensor | None, recipe: Recipe, measure: int
+) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
+    """Token windows to calibrate and to measure on, and how to describe them in the report."""
+    calibrates = recipe.needs != "nothing"
+    if isinstance(calibration, Tensor):
+        digest = text.windows_hash(calibration)
+        return calibration, None, {"calibration": {"source": "tokens", "sha256": digest}}
+    calibration = calibration or Calibration()
+    described: dict[str, Any] = {"calibration": None, "held_out": None}
+    calib = held_out = None
+    if calibrates or measure:
+        check_length(source.config, calibration.seqlen)
+        ids = text.token_stream(calibration.source, source.tokenizer())
+    if calibrates:
+        part = text.split_stream(ids, "calib")
+        calib = text.calibration_windows(part, calibration.samples, calibration.seqlen, calibration.seed)
+        described["calibration"] = {**vars(calibration), "sha256": text.windows_hash(calib)}
+    if measure:
+        part = text.split_stream(ids, "eval")
+        held_out = text.evaluation_windows(part, calibration.seqlen, measure)
+        described["held_out"] = {
+            "text": calibration.source,
+            "split": "eval",
+            "seqlen": calibration.seqlen,
+            "windows": int(held_out.shape[0]),
+        }
+    return calib, held_out, described
+
+
+def job_identity(
+    source: Source,
+    recipe: Recipe,
+    calib: Tensor | None,
+    held_out: Tensor | None,
+    described: dict[str, Any],
+    device: str,
+) -> dict[str, Any]:
+    """Everything that decides the bytes of the result."""
+    import numpy
+    import safetensors
+    import transformers
+
+    return {
+        "model": source.fingerprint(),
+        "recipe": recipe.to_dict(),
+        "calibration": described["calibration"],
+        "held_out": None if held_out is None else text.windows_hash(held_out),
+        "versions": {
+            "bitmill": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "numpy": numpy.__version__,
+        },
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def check_space(out: Path, size_bytes: int) -> None:
+    """Refuse a job that cannot fit on the disk before it has cost hours."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < size_bytes:
+        raise OutputError(
+            f"The result needs {size_bytes / 1e6:.0f} MB and {parent} has {free / 1e6:.0f} MB free; "
+            "free some space or choose another folder with -o."
+        )
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError for a device that torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"The device {device!r} is not available here ({reason}); use --device cpu.") from None
+
+
+def check_length(config: Any, seqlen: int) -> None:
+    """Raises CalibrationError for windows longer than the model can read."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and seqlen > limit:
+        raise CalibrationError(f"seqlen is {seqlen}, but the model reads at most {limit} tokens; lower --seqlen.")

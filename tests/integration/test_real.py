@@ -1,0 +1,84 @@
+"""The demo's path on the real SmolLM2-135M with few tokens, through the command line and transformers."""
+
+import json
+
+import pytest
+import torch
+
+import bitmill
+from bitmill.cli.main import main
+
+pytestmark = pytest.mark.real
+
+MODEL = "smollm2-135m"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """SmolLM2 in 3 bits by gptqt, without its slower passes."""
+    out = tmp_path_factory.mktemp("real") / "smollm2-3bit"
+    options = ["--set", "group_passes=0", "--set", "column_passes=0", "--samples", "4", "--seqlen", "256"]
+    assert main(["quantize", MODEL, "--method", "gptqt", "--bits", "3", *options, "-o", str(out), "--json"]) == 0
+    return out
+
+
+def command(capsys, *args):
+    capsys.readouterr()
+    assert main([*args, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_float_model_has_the_published_perplexity(capsys):
+    """The whole protocol: 40 windows of 512 tokens of the last 20 % of pydoc."""
+    result = command(capsys, "eval", MODEL, "--text", "pydoc", "--seqlen", "512", "--windows", "40")
+    assert result["perplexity"] == pytest.approx(11.231, abs=0.01)
+    assert result["tokens"] == 40 * 512
+
+
+def test_three_bits_are_stored_in_three_bits(folder, capsys):
+    result = command(capsys, "inspect", str(folder))
+    assert 3.0 < result["bits_per_weight"] < 3.3
+    packed = [t for t in result["tensors"] if t["format"] == "integer_coding"]
+    assert len(packed) == 210
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 115e6
+
+
+def test_quality_is_measured_and_close(folder, capsys):
+    measured = json.loads((folder / "report.json").read_text())["measured"][0]
+    assert measured["perplexity"] < 1.5 * measured["reference_perplexity"]
+    evaluated = command(capsys, "eval", str(folder), "--windows", "2", "--reference", MODEL)
+    assert evaluated["perplexity"] < 1.5 * evaluated["reference_perplexity"]
+    assert 0 < evaluated["kl_divergence"] < 0.6
+    assert evaluated["top1_agreement"] > 0.6
+
+
+def test_transformers_loads_it_packed_and_equal(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert held < 1.1 * stored
+    tokens = torch.arange(100, 132)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        ours = bitmill.load(folder)(tokens).logits
+    assert torch.equal(theirs, ours)
+
+
+def test_it_talks(folder, capsys):
+    prompt = "What is the capital of France? Answer in one sentence."
+    result = command(capsys, "generate", str(folder), "--prompt", prompt, "--max-new-tokens", "24", "--dense")
+    assert "Paris" in result["text"]
+
+
+def test_the_folder_verifies(folder, capsys):
+    assert command(capsys, "verify", str(folder), "--no-quality")
