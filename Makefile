@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The CPU build of torch, pinned: an unpinned torch would bring gigabytes of CUDA.
+# Pinned, so that everyone tests the same. Where pip knows an index of CPU builds it takes one; from plain PyPI
+# on Linux this torch brings CUDA along, which works as well and is only larger.
 TORCH ?= torch==2.13.0
 
 .PHONY: setup demo test lint docs clean

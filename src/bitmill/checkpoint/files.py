@@ -59,7 +59,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, {"format": "pt"})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # the library makes files that only their owner can read
         os.replace(temporary, path)
+
+
+def _umask() -> int:
+    """What this process withholds from the permissions of new files; it can only be read by setting it."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
 
 
 def sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from bitmill.checkpoint.files import sha256, write_json, write_tensors, write_te
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
+from bitmill.models.safetensors_header import read_header
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline.loop import BlockResult, LayerResult
 from bitmill.quantized import unpack
@@ -121,12 +123,17 @@ class FolderSink:
         del tensors
         with writing(self.folder):
             skeleton.source.write_side_files(self.folder)
-        total = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
+        entries = [e for f in self.folder.glob("*.safetensors") for e in read_header(f).values()]
+        total = sum(entry.end - entry.begin for entry in entries)
         write_json(
             self.folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.index.items()))},
         )
         config = json.loads(skeleton.source.config.to_json_string(use_diff=True))
+        stored = [skeleton.dtype(name) for name in skeleton.other_tensors()]
+        config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix(
+            "torch."
+        )
         config["quantization_config"] = quantization_config(self.formats, self.recipe.to_dict())
         write_json(self.folder / "config.json", config)
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())

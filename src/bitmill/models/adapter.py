@@ -94,8 +94,7 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
             return replace(adapter, seams=exact)
     known = sorted(t for _, adapter in ADAPTERS.items() for t in adapter.model_types)
     raise UnknownArchitecture(
-        f"The architecture {model_type!r} has no adapter; known ones are {', '.join(known)}, "
-        "and others can be opened as a live model with the generic adapter."
+        f"The architecture {model_type!r} has no adapter of its own; known ones are {', '.join(known)}."
     )
 
 
