@@ -50,6 +50,36 @@ def test_a_folder_gives_the_same(name, tmp_path):
     assert torch.allclose(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ADAPTERS.names())
+@torch.no_grad()
+def test_the_table_of_embeddings_and_the_head_are_not_held_together(name, tied):
+    model = tiny_model(name, tie_word_embeddings=tied)
+    skeleton = Skeleton(ModuleSource(model))
+    table, head = (f"{path}.weight" for path in (skeleton.adapter.embeddings[0], skeleton.adapter.head))
+    with skeleton.outside("before"):
+        assert table in held(skeleton)
+        assert tied or head not in held(skeleton)
+        hidden, calls = skeleton.enter(TOKENS)
+    assert not held(skeleton)
+    for index, call in enumerate(calls):
+        hidden = call.run(skeleton.load_block(index), hidden)
+        skeleton.free_block(index)
+    with skeleton.outside("after"):
+        assert (table in held(skeleton)) == tied
+        logits = skeleton.leave(TOKENS, hidden)
+    assert torch.allclose(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_damaged_head_is_refused_before_the_blocks():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[1, 2] = float("nan")
+    skeleton = Skeleton(ModuleSource(model))
+    with pytest.raises(NumericsError, match=r"lm_head\.weight' holds 1 NaN"), skeleton.outside("before"):
+        pass
+
+
 def test_only_what_is_in_use_holds_memory():
     skeleton = Skeleton(ModuleSource(tiny_model("llama")))
     assert not held(skeleton)

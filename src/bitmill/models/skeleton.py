@@ -7,18 +7,18 @@ and the head are whatever transformers computes, and no architecture is spelled 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bitmill.errors import NumericsError, SourceError
 from bitmill.models.adapter import Adapter, UnknownArchitecture, adapter_for, generic_adapter
-from bitmill.models.module import ModuleSource
+from bitmill.models.memory import give_back
+from bitmill.models.meta import empty_model
 from bitmill.models.source import Source
 
 
@@ -81,7 +81,7 @@ class Skeleton:
     def __init__(self, source: Source, device: str = "cpu") -> None:
         self.source = source
         self.device = torch.device(device)
-        self.model = _empty_model(source).eval()
+        self.model = empty_model(source).eval()
         if hasattr(self.model, "tie_weights"):
             self.model.tie_weights()  # type: ignore[operator]
         try:
@@ -163,11 +163,15 @@ class Skeleton:
             module, leaf = self._owner(name)
             if module is None or leaf not in module._parameters:
                 continue
-            tensor = self.stored(name).to(self.device, torch.float32)
-            if not bool(torch.isfinite(tensor).all()):
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise NumericsError(f"The weight {name!r} holds {bad} NaN or Inf values; the source is damaged.")
-            self.set(name, tensor)
+            self.set(name, self._finite(name))
+
+    def _finite(self, name: str) -> Tensor:
+        """A stored tensor in fp32. Raises NumericsError on NaN or Inf."""
+        tensor = self.stored(name).to(self.device, torch.float32)
+        # one pass without temporaries: a sum hides no NaN or Inf, though finite numbers may overflow it
+        if not bool(torch.isfinite(tensor.sum())) and (bad := int((~torch.isfinite(tensor)).sum())):
+            raise NumericsError(f"The weight {name!r} holds {bad} NaN or Inf values; the source is damaged.")
+        return tensor
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in place of a parameter, and of every parameter tied to it."""
@@ -181,7 +185,7 @@ class Skeleton:
                     owner._parameters[key] = new
 
     def free(self, names: list[str]) -> None:
-        """Give the memory of these parameters back."""
+        """Empty these parameters."""
         for name in names:
             module, leaf = self._owner(name)
             if module is not None and leaf in module._parameters:
@@ -195,6 +199,7 @@ class Skeleton:
     def free_block(self, index: int) -> None:
         """Empty one block."""
         self.free(self.block_tensors(index))
+        give_back()
 
     def _owner(self, name: str) -> tuple[nn.Module | None, str]:
         path, _, leaf = name.rpartition(".")
@@ -212,19 +217,35 @@ class Skeleton:
     # -- running ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
-        """Hold the tensors outside the blocks in memory (embeddings, final norm, head)."""
-        names = self.other_tensors()
-        self.load(names)
+    def outside(self, side: Literal["both", "before", "after"] = "both") -> Iterator[None]:
+        """Hold the tensors outside the blocks in memory (embeddings, final norm, head).
+
+        side: "before" holds what `enter` needs, "after" what `leave` needs. The table of token embeddings and
+        the head are the largest tensors of most models; no more than one of them is held at a time.
+        """
+        names, spared = self.other_tensors(), self._spared(side)
+        for name in spared if side == "before" else []:
+            self._finite(name)  # a damaged head is refused now, and not after the last block
+        self.load([name for name in names if name not in spared])
         try:
             yield
         finally:
             self.free(names)
+            give_back()
+
+    def _spared(self, side: str) -> list[str]:
+        """The stored tensors outside the blocks that one side can do without."""
+        if side == "both" or self.adapter.name.startswith("generic") or not self.adapter.head:
+            return []  # what a generic walk calls embeddings and head may be used anywhere
+        table, head = (f"{path}.weight" for path in (self.adapter.embeddings[0], self.adapter.head))
+        name = head if side == "before" else table
+        tied = self.model.get_parameter(table) is self.model.get_parameter(head)
+        return [name] if name in self._stored and not tied else []
 
     def enter(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
         """What the first block receives for tokens (windows, length), and how each block is called.
 
-        Needs the tensors outside the blocks in memory.
+        Needs the tensors outside the blocks in memory, those of the side "before".
         """
         if self._tuples is None:
             self._tuples = not self._passes_tensors(tokens[:1])
@@ -235,10 +256,24 @@ class Skeleton:
         return stubs[0].seen, [call for call in calls if call is not None]
 
     def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits for the hidden states after the last block; needs the tensors outside the blocks."""
-        stubs = self._run(tokens, bool(self._tuples), reply=hidden, stop=False)
+        """Logits for the hidden states after the last block; needs the tensors of the side "after"."""
+        with self._no_embeddings():
+            stubs = self._run(tokens, bool(self._tuples), reply=hidden, stop=False)
         assert stubs[0].logits is not None
         return stubs[0].logits
+
+    @contextmanager
+    def _no_embeddings(self) -> Iterator[None]:
+        """Let a table of embeddings that holds no memory answer zeros: no block will look at them."""
+        for name in self._spared("after"):
+            table, width = self._owner(name)[0], self.shape(name)[1]
+            if table is not None and self.model.get_parameter(name).is_meta:
+                table.forward = lambda ids, width=width: torch.zeros(*ids.shape, width, device=self.device)
+        try:
+            yield
+        finally:
+            for name in self._spared("after"):
+                vars(self._owner(name)[0]).pop("forward", None)
 
     def _passes_tensors(self, tokens: Tensor) -> bool:
         """Whether blocks exchange bare tensors (a model that expects tuples cuts the shape up)."""
@@ -263,44 +298,3 @@ class Skeleton:
         finally:
             setattr(parent, leaf, self.blocks)
         return stubs
-
-
-def _empty_model(source: Source) -> nn.Module:
-    """The module tree with meta parameters and real buffers."""
-    if isinstance(source, ModuleSource):
-        memo: dict[int, Any] = {}
-        for parameter in source.model.parameters():
-            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        return copy.deepcopy(source.model, memo)
-    import transformers
-
-    kinds = [getattr(transformers, name, None) for name in source.config.architectures or ()]
-    kind = next((k for k in kinds if k is not None), None)
-    with _parameters_on_meta():
-        try:
-            if kind is not None and hasattr(kind, "_from_config"):
-                return kind._from_config(source.config, dtype=torch.float32)
-            return transformers.AutoModelForCausalLM.from_config(
-                source.config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
-            )
-        except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0][:200].rstrip(".")
-            raise SourceError(f"transformers cannot build the model of {source.name}: {reason}.") from None
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their memory as they are registered; buffers (rotary frequencies) stay real."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:  # a meta one may be tied: keep its identity
-            kind = type(parameter)
-            module._parameters[name] = kind(parameter.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

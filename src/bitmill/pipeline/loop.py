@@ -89,7 +89,7 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, flo
     hidden: list[Tensor] = []
     calls: list[list[Call]] = []
     measure = None
-    with skeleton.outside():
+    with skeleton.outside("before"):
         if calibrates:
             assert job.calibration is not None
             for batch in job.calibration.split(max(1, _BATCH_TOKENS // job.calibration.shape[1])):
@@ -120,7 +120,7 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, flo
     progress.finish()
     if measure is None:
         return {}
-    with skeleton.outside():
+    with skeleton.outside("after"):
         return measure.result()
 
 
@@ -137,13 +137,19 @@ def _quantize_block(
     forward = StagedForward(block, hidden, calls, [stage[0] for stage in stages])
     try:
         for stage in stages:
-            gram = RunningGram(_matrix(block, stage[0], job).shape[1], job.skeleton.device)
-            for X in forward.inputs(stage[0]):
-                gram.add(X)
-            _solve_stage(block, stage, prefix, Statistics(gram.mean(), gram.tokens), job, result)
+            stats = _statistics(forward, stage[0], _matrix(block, stage[0], job).shape[1], job)
+            _solve_stage(block, stage, prefix, stats, job, result)
         return forward.outputs()
     finally:
         forward.close()
+
+
+def _statistics(forward: StagedForward, lead: str, width: int, job: Job) -> Statistics:
+    """What a stage's inputs say about its linears."""
+    gram = RunningGram(width, job.skeleton.device)
+    for X in forward.inputs(lead):
+        gram.add(X)
+    return Statistics(gram.mean(), gram.tokens)
 
 
 def _solve_stage(

@@ -1,0 +1,56 @@
+"""The module tree of a source without its weights: parameters on the meta device, buffers real."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitmill.errors import SourceError
+from bitmill.models.module import ModuleSource
+from bitmill.models.source import Source
+
+
+def empty_model(source: Source) -> nn.Module:
+    """The module tree with meta parameters and real buffers."""
+    if isinstance(source, ModuleSource):
+        memo: dict[int, Any] = {}
+        for parameter in source.model.parameters():
+            memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        return copy.deepcopy(source.model, memo)
+    import transformers
+
+    kinds = [getattr(transformers, name, None) for name in source.config.architectures or ()]
+    kind = next((k for k in kinds if k is not None), None)
+    with _parameters_on_meta():
+        try:
+            if kind is not None and hasattr(kind, "_from_config"):
+                return kind._from_config(source.config, dtype=torch.float32)
+            return transformers.AutoModelForCausalLM.from_config(
+                source.config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+            )
+        except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0][:200].rstrip(".")
+            raise SourceError(f"transformers cannot build the model of {source.name}: {reason}.") from None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters lose their memory as they are registered; buffers (rotary frequencies) stay real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:  # a meta one may be tied: keep its identity
+            kind = type(parameter)
+            module._parameters[name] = kind(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
