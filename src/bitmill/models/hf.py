@@ -36,7 +36,7 @@ WEIGHT_SUFFIXES = (
 
 
 class HfSource:
-    """One folder. Tensors are read one at a time; a shard is mapped only while one of its tensors is copied.
+    """One folder. Tensors are read one at a time.
 
     hub: the folder is a snapshot in the Hub's cache, whose files are links into the cache's blob store; any
     other folder may not link out of itself.
@@ -83,15 +83,22 @@ class HfSource:
         return self._lookup(name)[2].dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor into memory of its own."""
-        from safetensors import SafetensorError, safe_open
+        """Read one tensor into memory of its own.
 
-        shard, stored, _ = self._lookup(name)
+        It is read and not mapped: the pages of a map count as resident, and the copy out of them doubles that.
+        """
+        shard, stored, entry = self._lookup(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        raw = tensor.reshape(-1).view(torch.uint8).numpy()
         try:
-            with safe_open(str(shard), framework="pt") as file:
-                return file.get_tensor(stored).clone()
-        except (SafetensorError, OSError) as error:
+            with shard.open("rb") as file:
+                file.seek(8 + int.from_bytes(file.read(8), "little") + entry.begin)
+                count = file.readinto(raw.data)
+        except OSError as error:
             raise SourceError(f"{shard} cannot be read at {stored!r} ({in_short(error)}).") from error
+        if count != raw.nbytes:
+            raise SourceError(f"{shard} ended inside {stored!r} while it was read; fetch it again.")
+        return tensor
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the config and the bytes of every shard."""
