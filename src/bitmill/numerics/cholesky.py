@@ -26,20 +26,23 @@ def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
             "The input statistics hold NaN or Inf, so they cannot be factorized: check the calibration text and "
             "the weights of the layers before this one."
         )
-    gram64 = gram.to(torch.float64)
-    mean = float(gram64.diagonal().mean())
+    mean = float(gram.diagonal().to(torch.float64).mean())
     used = damp
     for _ in range(_ATTEMPTS):
-        damped = gram64.clone()
-        damped.diagonal().add_(used * mean)
         # With the order of the columns reversed, the lower factor becomes an upper one: damped = R R^T,
         # so damped^-1 = R^-T R^-1 and U = R^-1. One factorization, and no inverse to square the condition.
-        reversed_lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        # No more than two fp64 matrices are alive at a time: for wide layers they are the largest of all.
+        reversed_gram = gram.flip(0, 1).to(torch.float64)
+        reversed_gram.diagonal().add_(used * mean)
+        reversed_lower, info = torch.linalg.cholesky_ex(reversed_gram)
+        del reversed_gram
         if int(info) == 0:
             R = reversed_lower.flip(0, 1)
-            eye = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
-            U = torch.linalg.solve_triangular(R, eye, upper=True)
-            if bool(torch.isfinite(U).all()):
+            del reversed_lower
+            U = torch.eye(R.shape[0], dtype=R.dtype, device=R.device).mT  # column-major, so solved in place
+            torch.linalg.solve_triangular(R, U, upper=True, out=U)
+            del R
+            if bool(torch.isfinite(U.sum())):
                 return U.to(torch.float32), used
         used = max(used * 10, 1e-6)
         if used > 1e3:

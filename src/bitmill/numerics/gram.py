@@ -26,14 +26,21 @@ class RunningGram:
     def add(self, X: Tensor) -> None:
         """Take in inputs X (tokens, width)."""
         X = X.to(torch.float32)
-        width = X.shape[1]
-        panel = -(-width // -(-width // _PANEL))  # equal panels of at most _PANEL
-        for start in range(0, width, panel):
-            stop = min(start + panel, width)
+        for start, stop in self._panels():
             self.sum[start:stop, start:].addmm_(X[:, start:stop].T, X[:, start:])
         self.tokens += X.shape[0]
 
     def mean(self) -> Tensor:
         """The full symmetric matrix, divided by the number of tokens."""
-        upper = torch.triu(self.sum) / max(self.tokens, 1)
-        return upper + torch.triu(upper, 1).T
+        mean = self.sum / max(self.tokens, 1)
+        for start, stop in self._panels():  # in place: whole triangles would take twice the matrix again
+            square = mean[start:stop, start:stop]
+            square.copy_(torch.triu(square) + torch.triu(square, 1).T)
+            mean[stop:, start:stop] = mean[start:stop, stop:].T
+        return mean
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """Equal cuts of the width, of at most _PANEL."""
+        width = self.sum.shape[0]
+        panel = -(-width // -(-width // _PANEL))
+        return [(start, min(start + panel, width)) for start in range(0, width, panel)]

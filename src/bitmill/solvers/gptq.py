@@ -85,18 +85,19 @@ class GPTQ(Solver):
 
     def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
-        gram, W = stats.required_gram(self.name).clone(), W.clone()
+        gram = stats.required_gram(self.name)
         dead = gram.diagonal() == 0
-        live = ~dead
-        # The mean of the others: damping is a share of the mean, which dead inputs must not move.
-        gram.diagonal()[dead] = gram.diagonal()[live].mean() if bool(live.any()) else 1.0
-        W[:, dead] = 0.0  # an input that is always 0 contributes nothing, whatever its weight
+        if bool(dead.any()):
+            gram, W, live = gram.clone(), W.clone(), ~dead
+            # The mean of the others: damping is a share of the mean, which dead inputs must not move.
+            gram.diagonal()[dead] = gram.diagonal()[live].mean() if bool(live.any()) else 1.0
+            W[:, dead] = 0.0  # an input that is always 0 contributes nothing, whatever its weight
 
         columns = W.shape[1]
         order = torch.arange(columns, device=W.device)
         if self.act_order:
             order = torch.argsort(gram.diagonal().masked_fill(dead, 0.0), descending=True, stable=True)
-        U, damp = inverse_factor(gram[order][:, order], self.damp)
+        U, damp = inverse_factor(gram.index_select(0, order).index_select(1, order), self.damp)
         importance = gram.diagonal()
         if self.importance == "inverse":
             importance = torch.empty_like(importance)
@@ -115,8 +116,9 @@ class GPTQ(Solver):
         solved = Quantized(format, codes.T.contiguous(), grids.params)
         if not self.column_passes and not self.group_passes:
             return solved
-        gram.diagonal().add_(damp * gram.diagonal().mean())
-        return self._descend(W, solved, gram, order, width)
+        damped = gram.clone()
+        damped.diagonal().add_(damp * gram.diagonal().mean())
+        return self._descend(W, solved, damped, order, width)
 
     def _descend(self, W: Tensor, solved: Quantized, H: Tensor, order: Tensor, width: int) -> Quantized:
         """Improve a solution by coordinate descent on the damped Gram H."""
