@@ -11,6 +11,12 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _no_progress(monkeypatch):
+    """On a busy machine even tiny work lasts long enough to report progress; stderr is checked here."""
+    monkeypatch.setattr("bitmill.cli.progress.PATIENCE_S", 3600.0)
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> World:
     """Shared; not to be changed."""

@@ -61,7 +61,7 @@ def disk_full_at_the_tokenizer(world, patch):
 
 @fault
 def disk_too_small_from_the_start(world, patch):
-    patch.setattr("bitmill.api.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     return world.quantize(), ["0 MB free", world.root]
 
 

@@ -76,13 +76,14 @@ def test_a_bar_on_a_terminal(total, monkeypatch):
 
 def test_the_next_task_ends_the_one_before(monkeypatch):
     stderr = capture(monkeypatch, False)
-    monkeypatch.setattr(module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(module, "PATIENCE_S", 30.0)
     progress = TerminalProgress()
+    timers = []
     for task in range(4):
         progress.start(f"task {task}", 0)
-        time.sleep(0.05)
+        timers.append(progress._timer)
     progress.finish()
-    time.sleep(0.15)
+    assert all(timer.finished.is_set() for timer in timers)
     assert stderr.getvalue() == ""
 
 
