@@ -75,7 +75,8 @@ def main() -> None:
     caption = (
         f"{MODEL}, {BITS} bits in groups of {GROUP_SIZE}, calibrated on {SAMPLES} windows of {SEQLEN} tokens; "
         f"measured on {WINDOWS} held-out windows of {SEQLEN} tokens of Python's documentation, which is few: "
-        "expect the last digits to move. float is the model as its 4-bit GGUF file decodes, in 16 bits."
+        "expect the last digits to move. top-1 is how often a model's likeliest token is the float model's. "
+        "float is the model as its 4-bit GGUF file decodes, in 16 bits."
     )
     console.print(comparison_table(rows, caption))
 
