@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bitmill.errors import SourceError
 from bitmill.models.adapter import Adapter
-from bitmill.models.skeleton import Call
+from bitmill.models.calls import Call
 from bitmill.pipeline.calibration import StagedForward, stages_of
 
 CALL = Call((), {})

@@ -64,7 +64,7 @@ class Journal:
                     f"The shard {file} of the unfinished run is missing or altered; delete {self.path.parent} "
                     "and run without --resume."
                 )
-            self.blocks[index] = known
+            self.blocks[index] = {**known, "file": file.name}  # the file whose digest was checked
 
     def unreadable(self, reason: str) -> CheckpointError:
         """The error for a journal that cannot be made sense of."""

@@ -144,8 +144,8 @@ class FolderSink:
         write_json(self.folder / "report.json", {**report, "files": {f.name: sha256(f) for f in listed}})
         with writing(self.out):
             os.rename(self.folder, self.out)
+        shutil.rmtree(self.work, ignore_errors=True)  # while the lock still keeps others out
         self.close()
-        shutil.rmtree(self.work, ignore_errors=True)
 
     def close(self) -> None:
         """Let another process use the work folder."""

@@ -236,7 +236,7 @@ def alternate(format: Format, x: Tensor, importance: Tensor, params: Params, rou
 
 
 def as_stored(values: Tensor) -> Tensor:
-    """Round to what fp16 storage keeps, away from zero and infinity, as fp32."""
+    """Round to what fp16 storage keeps, within its range, as fp32; magnitudes below its smallest become 0."""
     return values.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
 
 

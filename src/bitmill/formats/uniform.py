@@ -37,7 +37,10 @@ _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()
 @FORMATS.register("uniform")
 @dataclass(frozen=True)
 class Uniform(ScalarFormat):
-    """Evenly spaced levels: `bits` 1 to 8, one scale (and zero) per tensor, row or group."""
+    """Evenly spaced levels: `bits` 1 to 8, one scale (and zero) per tensor, row or group.
+
+    Symmetric codes have one more negative level than positive ones; with 1 bit they hold no positive number.
+    """
 
     symmetric: bool = False
 

@@ -9,70 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bitmill.errors import NumericsError, SourceError
 from bitmill.models.adapter import Adapter, UnknownArchitecture, adapter_for, generic_adapter
+from bitmill.models.calls import Call, Stop, Stub
 from bitmill.models.memory import give_back
 from bitmill.models.meta import empty_model
 from bitmill.models.source import Source
-
-
-@dataclass(frozen=True)
-class Call:
-    """How the model calls a block: everything but the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Forward one batch of hidden states (windows, tokens, width) through `block`."""
-        return hidden_of(block(hidden, *self.args, **self.kwargs))
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a block returns: a tensor, or a tuple that starts with it."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-class _Stop(Exception):
-    """Leaves the model's forward once every block has been recorded."""
-
-
-class _Stub(nn.Module):
-    """Stands in for a block: records how it was called, and answers with `reply` or its input."""
-
-    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)  # not a submodule: its parameters are not ours
-        self.as_tuple = as_tuple
-        self.stop = False
-        self.reply: Tensor | None = None
-        self.seen: Tensor | None = None
-        self.logits: Tensor | None = None
-        self.call: Call | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        """Models read attributes of their blocks (attention_type); hand out the real block's."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            hidden, rest = args[0], args[1:]
-        else:
-            hidden, rest = kwargs.pop("hidden_states"), ()
-        self.seen, self.call = hidden, Call(rest, kwargs)
-        if self.stop:
-            raise _Stop
-        answer = hidden if self.reply is None else self.reply
-        return (answer,) if self.as_tuple else answer
 
 
 class Skeleton:
@@ -88,8 +35,15 @@ class Skeleton:
             self.adapter: Adapter = adapter_for(source.config)
         except UnknownArchitecture:
             self.adapter = generic_adapter(self.model, source.config)
-        blocks = self.model.get_submodule(self.adapter.blocks)
-        assert isinstance(blocks, nn.ModuleList)
+        try:
+            blocks = self.model.get_submodule(self.adapter.blocks)
+        except AttributeError:
+            blocks = self.model
+        if not isinstance(blocks, nn.ModuleList):
+            raise SourceError(
+                f"{type(self.model).__name__} has no blocks at {self.adapter.blocks!r}, where a language model of "
+                f"its kind ({self.adapter.name}) keeps them; give the whole model with its head."
+            )
         self.blocks: nn.ModuleList = blocks
         self._stored = self._match_names()
         self._place_buffers()
@@ -140,7 +94,7 @@ class Skeleton:
         return [name for name in self.names() if not name.startswith(inside)]
 
     def _check_complete(self) -> None:
-        """Every parameter must have a source, or be tied to one that has."""
+        """Every parameter must have a source, or be tied to one that has, and every linear must be there."""
         owners: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name in self._stored:
@@ -154,16 +108,29 @@ class Skeleton:
                     f"The tensor {owner!r} has shape {self.shape(owner)}, but the config of "
                     f"{self.source.name} asks for {tuple(parameter.shape)}."
                 )
+        blocks = [self.block_name(index) for index in range(len(self.blocks))]
+        for name in (f"{block}.{linear}.weight" for block in blocks for linear in self.adapter.linears):
+            if name not in self._stored:
+                raise SourceError(
+                    f"{self.source.name} holds no tensor {name!r}: it is quantized already, or its adapter does "
+                    "not describe it; give the float model."
+                )
 
     # -- weights ------------------------------------------------------------------------------------------
 
     def load(self, names: list[str]) -> None:
-        """Fill parameters from the source, fp32. Raises NumericsError on NaN or Inf."""
+        """Fill parameters and stored buffers from the source, fp32. Raises NumericsError on NaN or Inf."""
         for name in names:
             module, leaf = self._owner(name)
-            if module is None or leaf not in module._parameters:
+            if module is None:
                 continue
-            self.set(name, self._finite(name))
+            if leaf in module._parameters:
+                self.set(name, self._finite(name))
+            elif (old := module._buffers.get(leaf)) is not None and leaf not in module._non_persistent_buffers_set:
+                kept = (
+                    self._finite(name) if old.is_floating_point() else self.stored(name).to(self.device, old.dtype)
+                )
+                module._buffers[leaf] = kept.reshape(old.shape)
 
     def _finite(self, name: str) -> Tensor:
         """A stored tensor in fp32. Raises NumericsError on NaN or Inf."""
@@ -172,6 +139,11 @@ class Skeleton:
         if not bool(torch.isfinite(tensor.sum())) and (bad := int((~torch.isfinite(tensor)).sum())):
             raise NumericsError(f"The weight {name!r} holds {bad} NaN or Inf values; the source is damaged.")
         return tensor
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether a stored tensor is a parameter of the model; others travel along unused."""
+        module, leaf = self._owner(name)
+        return module is not None and leaf in module._parameters
 
     def set(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in place of a parameter, and of every parameter tied to it."""
@@ -187,8 +159,7 @@ class Skeleton:
     def free(self, names: list[str]) -> None:
         """Empty these parameters."""
         for name in names:
-            module, leaf = self._owner(name)
-            if module is not None and leaf in module._parameters:
+            if self.is_parameter(name):
                 self.set(name, torch.empty(self.shape(name), device="meta"))
 
     def load_block(self, index: int) -> nn.Module:
@@ -283,8 +254,8 @@ class Skeleton:
             return False
         return all(s.seen is not None and s.seen.shape == stubs[0].seen.shape for s in stubs)  # type: ignore[union-attr]
 
-    def _run(self, tokens: Tensor, as_tuple: bool, stop: bool, reply: Tensor | None = None) -> list[_Stub]:
-        stubs = [_Stub(block, as_tuple) for block in self.blocks]
+    def _run(self, tokens: Tensor, as_tuple: bool, stop: bool, reply: Tensor | None = None) -> list[Stub]:
+        stubs = [Stub(block, as_tuple) for block in self.blocks]
         stubs[-1].stop, stubs[-1].reply = stop, reply
         path, _, leaf = self.adapter.blocks.rpartition(".")
         parent = self.model.get_submodule(path)
@@ -293,7 +264,7 @@ class Skeleton:
         try:
             output = self.model(tokens.to(self.device), **quiet)
             stubs[0].logits = output if isinstance(output, Tensor) else output.logits
-        except _Stop:
+        except Stop:
             pass
         finally:
             setattr(parent, leaf, self.blocks)

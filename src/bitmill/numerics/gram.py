@@ -1,9 +1,8 @@
-"""The running second moment of a layer's inputs, X^T X / tokens.
+"""The second moment of a layer's inputs, X^T X / tokens, summed as they come.
 
-Every second-order method reads the same matrix (GPTQ calls 2 X^T X the Hessian of the layer's squared
-output error). It is accumulated in fp32 as a running mean, so that its size does not depend on how many
-tokens were seen, and only upper blocks are computed: the matrix is symmetric, and products cost as much as
-the forward pass itself.
+Every second-order method reads the same matrix (GPTQ calls 2 X^T X the Hessian of the layer's squared output
+error). It is summed in fp32 and divided by the number of tokens when it is read. Only upper blocks are
+computed: the matrix is symmetric, and these products cost as much as the forward pass itself.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitmill.errors import SourceError
 from bitmill.models.adapter import Adapter
-from bitmill.models.skeleton import Call
+from bitmill.models.calls import Call
 
 
 class StagedForward:
@@ -87,10 +87,16 @@ def stages_of(adapter: Adapter, block: nn.Module, hidden: Tensor, call: Call) ->
     """
     if not adapter.name.startswith("generic"):
         return [list(stage) for stage in adapter.stages]
-    order: list[tuple[str, int, Any]] = []
+    order: list[tuple[str, tuple[Any, ...], Any]] = []
 
     def watch(name: str) -> Any:
-        return lambda module, args: order.append((name, args[0].data_ptr(), args[0]))
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not args:
+                raise SourceError(f"The linear layer {name!r} takes its input by keyword, which is not supported.")
+            X = args[0]
+            order.append((name, (X.data_ptr(), tuple(X.shape), X.stride()), X))  # X kept: addresses are reused
+
+        return note
 
     hooks = [block.get_submodule(n).register_forward_pre_hook(watch(n)) for n in adapter.linears]
     try:
@@ -103,10 +109,10 @@ def stages_of(adapter: Adapter, block: nn.Module, hidden: Tensor, call: Call) ->
         raise SourceError(f"The linear layers {', '.join(sorted(idle))} do not run in their block's forward.")
     stages: list[list[str]] = []
     previous = None
-    for name, pointer, _ in order:
-        if stages and pointer == previous:
+    for name, place, _ in order:
+        if stages and place == previous:
             stages[-1].append(name)
         else:
             stages.append([name])
-        previous = pointer
+        previous = place
     return stages

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.errors import RecipeError
-from bitmill.models.skeleton import Call, Skeleton
+from bitmill.models.calls import Call
+from bitmill.models.skeleton import Skeleton
 from bitmill.numerics.gram import RunningGram
 from bitmill.pipeline.calibration import StagedForward, stages_of
 from bitmill.pipeline.fold import fold_transforms
@@ -176,7 +177,8 @@ def _solve_stage(
 def _restore(done: BlockResult, skeleton: Skeleton) -> None:
     """Bring a block to the state in which it was finished."""
     for name, tensor in done.changed.items():
-        skeleton.set(name, tensor.to(skeleton.device, torch.float32))
+        if skeleton.is_parameter(name):
+            skeleton.set(name, tensor.to(skeleton.device, torch.float32))
     block = skeleton.blocks[done.index]
     prefix = skeleton.block_name(done.index) + "."
     for name, layer in done.layers.items():

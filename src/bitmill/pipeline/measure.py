@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.evaluation.perplexity import Comparison
-from bitmill.models.skeleton import Call, Skeleton
+from bitmill.models.calls import Call
+from bitmill.models.skeleton import Skeleton
 
 
 class Measure:

@@ -44,7 +44,11 @@ class QuantLinear(nn.Module):
         kept = self.packed()
         for name in kept:
             self._buffers[name] = None
-        super()._apply(fn, recurse)
+        try:
+            super()._apply(fn, recurse)
+        except Exception:
+            self._buffers.update(kept)
+            raise
         probe = fn(torch.empty(0, device=next(iter(kept.values())).device))
         for name, tensor in kept.items():
             # to_empty() maps a meta tensor to fresh memory; every other fn only tells us the device

@@ -7,7 +7,7 @@ do, and neither can raise the objective tr((W - W^) H (W - W^)^T), H the damped 
              w^_j + (E H)_j / H_jj  with E = W - W^;
     group    give a whole group new parameters: with everything else fixed its best real values are
              t = w^_g + (E H)_g H_gg^-1; fit the group's parameters to t, round t with error feedback inside
-             the group, and keep the result in the rows where it lowers (t - w^_g) H_gg (t - w^_g)^T.
+             the group, and keep the result in the rows where the objective falls.
 
 Columns are QuantEase's steps (Behdin et al. 2023, arXiv 2309.01885, section 3.2) and QuIP's greedy passes;
 the group step alternates codes and parameters in the metric that matters.
@@ -65,9 +65,11 @@ class Descent:
             target = self.Q[cut] + inverse @ self.gradient[cut]  # (width, rows)
             fresh = self._fit(target, 1 / inverse.diagonal(), group)
             codes, value = _feed_back(target, U, self.format.rounder(fresh))
-            better = _quadratic(target - value, H) < _quadratic(target - self.Q[cut], H)
+            moved = value - self.Q[cut]
+            # the exact change of the objective, whatever rounding `target` has been through
+            better = (moved * (H @ moved)).sum(0) < 2 * (moved * self.gradient[cut]).sum(0)
             self._keep(fresh, group, better)
-            moved = torch.where(better, value - self.Q[cut], 0.0)
+            moved = torch.where(better, moved, 0.0)
             self.Q[cut] = torch.where(better, value, self.Q[cut])
             self.codes[cut] = torch.where(better, codes, self.codes[cut])
             self.gradient.addmm_(self.H[:, cut], moved, alpha=-1)
@@ -98,8 +100,3 @@ def _feed_back(target: Tensor, U: Tensor, round_column: Rounder) -> tuple[Tensor
         codes[k], values[k] = round_column(rest[k])
         rest[k + 1 :].addr_(U[k, k + 1 :], (rest[k] - values[k]) / U[k, k], alpha=-1)
     return codes, values
-
-
-def _quadratic(D: Tensor, H: Tensor) -> Tensor:
-    """D^T H D of every row, for D (width, rows)."""
-    return (D * (H @ D)).sum(0)

@@ -97,9 +97,7 @@ def test_super_blocks_are_decoded_and_undecodable_types_are_named(kind, tmp_path
         return
     stored = gguf_header.read_header(path).tensors[name]
     # bytes below 60 make every float16 scale finite
-    raw = torch.randint(
-        0, 60, (stored.size_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    raw = torch.randint(0, 60, (stored.size_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     patched(path, stored.offset, raw.numpy().tobytes())
     expected = gguf.quants.dequantize(raw.numpy(), number).reshape(256, 256)
     assert torch.equal(source.tensor(ours), torch.from_numpy(expected).half())

@@ -24,9 +24,7 @@ from bitmill.models.text import (
 
 def letters(text: str) -> dict[str, list[int]]:
     """A tokenizer of sorts."""
-    logging.getLogger("transformers.tokenization_utils_base").warning(
-        "Token indices sequence length is longer"
-    )
+    logging.getLogger("transformers.tokenization_utils_base").warning("Token indices sequence length is longer")
     return {"input_ids": [ord(c) for c in text]}
 
 
@@ -146,9 +144,7 @@ def test_evaluation_windows_lie_side_by_side():
 
 
 def test_short_texts_are_refused_with_the_numbers():
-    assert "has 16 tokens and a window needs more than 16" in refused(
-        calibration_windows, torch.arange(16), 1, 16
-    )
+    assert "has 16 tokens and a window needs more than 16" in refused(calibration_windows, torch.arange(16), 1, 16)
     assert "has 15 tokens, fewer than one window of 16" in refused(evaluation_windows, torch.arange(15), 16)
     assert "samples is 0" in refused(calibration_windows, torch.arange(99), 0, 16)
     assert "windows is -1" in refused(evaluation_windows, torch.arange(99), 16, -1)

@@ -1,0 +1,62 @@
+"""How a model calls its blocks, learned by standing in for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls a block: everything but the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Forward one batch of hidden states (windows, tokens, width) through `block`."""
+        return hidden_of(block(hidden, *self.args, **self.kwargs))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns: a tensor, or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Stop(Exception):
+    """Leaves the model's forward once every block has been recorded."""
+
+
+class Stub(nn.Module):
+    """Stands in for a block: records how it was called, and answers with `reply` or its input."""
+
+    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: its parameters are not ours
+        self.as_tuple = as_tuple
+        self.stop = False
+        self.reply: Tensor | None = None
+        self.seen: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.call: Call | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Models read attributes of their blocks (attention_type); hand out the real block's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Record the call; then stop, reply, or pass the input on."""
+        if args:
+            hidden, rest = args[0], args[1:]
+        else:
+            hidden, rest = kwargs.pop("hidden_states"), ()
+        self.seen, self.call = hidden, Call(rest, kwargs)
+        if self.stop:
+            raise Stop
+        answer = hidden if self.reply is None else self.reply
+        return (answer,) if self.as_tuple else answer
