@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,7 +42,7 @@ def verify_quality(checkpoint: Checkpoint, evaluate: Callable[[dict[str, object]
     """Measure again what was measured while quantizing: the relative change of the perplexity.
 
     evaluate: from the recorded measurement (text, windows, seqlen) to a perplexity. None when nothing was
-    recorded. Raises CheckpointError when it moved by more than 0.1 %.
+    recorded. Raises CheckpointError when it moved by more than 0.1 %, or what was recorded is no perplexity.
     """
     recorded = [m for m in checkpoint.report["measured"] if m.get("by") == "quantize"]
     if not recorded:
@@ -52,9 +53,15 @@ def verify_quality(checkpoint: Checkpoint, evaluate: Callable[[dict[str, object]
             raise CheckpointError(
                 f"{checkpoint.folder}/report.json records the {key} {recorded[0].get(key)!r}; quantize again."
             )
-    before, now = recorded[0]["perplexity"], evaluate(recorded[0])
+    before = recorded[0]["perplexity"]
+    if not (math.isfinite(before) and before > 0):
+        raise CheckpointError(
+            f"{checkpoint.folder}/report.json records the perplexity {before!r}, which no model has; "
+            "quantize again."
+        )
+    now = evaluate(recorded[0])
     change = abs(now - before) / before
-    if change > 1e-3:
+    if not change <= 1e-3:  # also when it is NaN
         raise CheckpointError(
             f"The model gives perplexity {now:.4f} where {before:.4f} was recorded; its runtime or text differs."
         )
