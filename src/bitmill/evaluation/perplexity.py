@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bitmill.errors import NumericsError, UsageError
+from bitmill.errors import CalibrationError, NumericsError, UsageError
 from bitmill.progress import Progress
 
 Logits = Callable[[Tensor], Tensor]
@@ -61,17 +61,24 @@ class Comparison:
                 self.positions += log_p.shape[0]
 
     def result(self) -> dict[str, float | int]:
-        """The measures as plain numbers. Raises NumericsError when the model's loss is not finite."""
+        """The measures as plain numbers.
+
+        Raises NumericsError when the model's loss is not finite, CalibrationError when nothing was predicted.
+        """
+        if not self.predicted:
+            raise CalibrationError(
+                "No token was predicted, so there is no perplexity; give windows of at least 2 tokens."
+            )
         if not math.isfinite(self.loss):
             raise NumericsError("The model's loss is NaN or infinite, so it has no perplexity; requantize it.")
         result: dict[str, float | int] = {
-            "perplexity": _exp(self.loss / max(self.predicted, 1)),
+            "perplexity": _exp(self.loss / self.predicted),
             "tokens": self.tokens,
         }
         if self.compared:
             result["kl_divergence"] = self.divergence / self.positions
             result["top1_agreement"] = self.agreed / self.positions
-            result["reference_perplexity"] = _exp(self.reference_loss / max(self.predicted, 1))
+            result["reference_perplexity"] = _exp(self.reference_loss / self.predicted)
         return result
 
 

@@ -59,8 +59,15 @@ class Source(Protocol):
         ...
 
 
-def open_source(model: str | Path | nn.Module, *, trust_remote_code: bool = False) -> Source:
+def open_source(
+    model: str | Path | nn.Module,
+    *,
+    trust_remote_code: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Source:
     """Open a demo model by name, a Hugging Face folder, a .gguf file, a live module, or a Hub id.
+
+    tokenizer: what a live module is to be used with; every other source has its own.
 
     Raises SourceError, one sentence, when `model` is none of these or is damaged.
     """
@@ -72,7 +79,7 @@ def open_source(model: str | Path | nn.Module, *, trust_remote_code: bool = Fals
     from bitmill.models.module import ModuleSource
 
     if isinstance(model, nn.Module):
-        return ModuleSource(model)
+        return ModuleSource(model, tokenizer=tokenizer)
     if not str(model).strip():
         raise SourceError(f"No model was named; give a folder, a .gguf file or one of {_zoo_names()}.")
     if isinstance(model, str) and model in zoo.ZOO:

@@ -70,7 +70,8 @@ def split_stream(ids: torch.Tensor, which: str) -> torch.Tensor:
 
 def calibration_windows(ids: torch.Tensor, samples: int, seqlen: int, seed: int = 0) -> torch.Tensor:
     """Windows (samples, seqlen) that start at random places of `ids` (n,); they may overlap."""
-    _check_positive(samples=samples, seqlen=seqlen)
+    _check_positive(samples=samples)
+    _check_seqlen(seqlen)
     if len(ids) <= seqlen:
         raise CalibrationError(
             f"The calibration text has {len(ids)} tokens and a window needs more than {seqlen}; "
@@ -83,7 +84,8 @@ def calibration_windows(ids: torch.Tensor, samples: int, seqlen: int, seed: int 
 
 def evaluation_windows(ids: torch.Tensor, seqlen: int, windows: int | None = None) -> torch.Tensor:
     """The first windows (w, seqlen) of `ids` (n,) side by side; as many as asked for, or as there are."""
-    _check_positive(seqlen=seqlen, windows=1 if windows is None else windows)
+    _check_positive(windows=1 if windows is None else windows)
+    _check_seqlen(seqlen)
     count = len(ids) // seqlen
     if count == 0:
         raise CalibrationError(
@@ -102,6 +104,13 @@ def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise CalibrationError(f"The number of {name} is {number}, and must be at least 1.")
+
+
+def _check_seqlen(seqlen: int) -> None:
+    if seqlen < 2:
+        raise CalibrationError(
+            f"seqlen is {seqlen}, and must be at least 2: a window predicts its tokens from the second on."
+        )
 
 
 def _pydoc() -> str:
