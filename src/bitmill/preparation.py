@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmill.checkpoint.files import folder_bytes
 from bitmill.errors import CalibrationError, OutputError, UsageError
 from bitmill.models import text
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import Source
 from bitmill.recipe import Recipe
 from bitmill.version import __version__
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,20 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
 def token_windows(
     source: Source, calibration: Calibration | Tensor | None, recipe: Recipe, measure: int
 ) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
-    """Token windows to calibrate and to measure on, and how to describe them in the report."""
+    """Token windows to calibrate and to measure on, and how to describe them in the report.
+
+    Of windows that the caller gives nothing is held out. Raises CalibrationError for text or windows of no use.
+    """
     calibrates = recipe.needs != "nothing"
-    if isinstance(calibration, Tensor):
-        digest = text.windows_hash(calibration)
-        return calibration, None, {"calibration": {"source": "tokens", "sha256": digest}}
-    calibration = calibration or Calibration()
     described: dict[str, Any] = {"calibration": None, "held_out": None}
     calib = held_out = None
+    if isinstance(calibration, Tensor):
+        given = _checked(calibration, source.config)
+        if calibrates:
+            calib = given
+            described["calibration"] = {"source": "tokens", "sha256": text.windows_hash(given)}
+        return calib, None, described
+    calibration = calibration or Calibration()
     if calibrates or measure:
         check_length(source.config, calibration.seqlen)
         ids = text.token_stream(calibration.source, source.tokenizer())
@@ -93,6 +102,30 @@ def token_windows(
     return calib, held_out, described
 
 
+def _checked(windows: Tensor, config: Any) -> Tensor:
+    """A caller's windows (windows, length) as int64 on the CPU, if the model can read them."""
+    if windows.is_meta or windows.dim() != 2 or not windows.numel():
+        found = "without data (device 'meta')" if windows.is_meta else f"of shape {tuple(windows.shape)}"
+        raise CalibrationError(f"The calibration tensor is one {found}; give token ids (windows, length).")
+    if windows.dtype not in _INTEGERS:
+        raise CalibrationError(
+            f"The calibration tensor holds {str(windows.dtype).removeprefix('torch.')}; give integer token ids."
+        )
+    windows = windows.to("cpu", torch.int64)
+    if windows.shape[1] < 2:
+        raise CalibrationError("The calibration windows have 1 token; give windows of at least 2.")
+    check_length(config, windows.shape[1])
+    lowest, highest = int(windows.min()), int(windows.max())
+    vocabulary = getattr(config, "vocab_size", None)
+    if lowest < 0 or (isinstance(vocabulary, int) and highest >= vocabulary):
+        known = f" below {vocabulary}" if isinstance(vocabulary, int) else ""
+        raise CalibrationError(
+            f"The calibration tensor holds the token {lowest if lowest < 0 else highest}, but the model's ids are "
+            f"0 and up{known}; give windows made with the model's own tokenizer."
+        )
+    return windows
+
+
 def job_identity(
     source: Source,
     recipe: Recipe,
@@ -107,6 +140,7 @@ def job_identity(
     import transformers
 
     return {
+        "source": source.name,  # named in the report and the card
         "model": source.fingerprint(),
         "recipe": recipe.to_dict(),
         "calibration": described["calibration"],
@@ -119,20 +153,30 @@ def job_identity(
             "safetensors": safetensors.__version__,
             "numpy": numpy.__version__,
         },
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),  # which vector instructions torch's kernels use
         "device": device,
+        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
         "threads": torch.get_num_threads(),
     }
 
 
 def check_space(out: Path, size_bytes: int) -> None:
-    """Refuse a job that cannot fit on the disk before it has cost hours."""
+    """Refuse a job that cannot fit on the disk before it has cost hours.
+
+    What an unfinished run wrote already needs no more space.
+    """
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    if free < size_bytes:
+    try:
+        held = folder_bytes(out.with_name(out.name + ".partial"))
+    except OSError:  # another process is writing there, which the sink will refuse
+        held = 0
+    if free + held < size_bytes:
         raise OutputError(
-            f"The result needs {size_bytes / 1e6:.0f} MB and {parent} has {free / 1e6:.0f} MB free; "
+            f"The result needs {(size_bytes - held) / 1e6:.0f} MB and {parent} has {free / 1e6:.0f} MB free; "
             "free some space or choose another folder with -o."
         )
 

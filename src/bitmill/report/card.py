@@ -32,7 +32,9 @@ Embeddings, norms and the head are as in the source.
  | {{ number(m.reference_perplexity) }} | {{ number(m.kl_divergence) }} | {{ number(m.top1_agreement) -}}
  | bitmill {{ m.by }} |
 {% endfor %}
-{% if measured | rejectattr("split", "equalto", "eval") | list -%}
+{% if identity.calibration and identity.calibration.source == "tokens" -%}
+Whether the caller's calibration windows contain this text is not known.
+{%- elif measured | rejectattr("split", "equalto", "eval") | list -%}
 The eval split was held out from calibration; rows of another split include what was calibrated on.
 {%- else -%}
 The text was held out from calibration.

@@ -1,0 +1,99 @@
+"""What is refused before the first block, and what identifies a job."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bitmill.errors import CalibrationError, OutputError
+from bitmill.evaluation.perplexity import compare
+from bitmill.models.text import calibration_windows, evaluation_windows
+from bitmill.preparation import check_space, job_identity, token_windows
+from bitmill.recipe import build_recipe
+from bitmill.report.card import model_card
+
+CONFIG = SimpleNamespace(vocab_size=100, max_position_embeddings=32)
+SOURCE = SimpleNamespace(name="tiny", config=CONFIG, fingerprint=lambda: "0" * 64)
+WINDOWS = torch.arange(40).view(4, 10)
+
+
+@pytest.mark.parametrize(
+    ("windows", "said"),
+    [
+        (torch.arange(10), r"shape \(10,\)"),
+        (torch.zeros(0, 8, dtype=torch.int64), r"shape \(0, 8\)"),
+        (torch.zeros(2, 8, dtype=torch.int64, device="meta"), "meta"),
+        (torch.zeros(2, 8), "float32"),
+        (torch.zeros(2, 8, dtype=torch.bool), "bool"),
+        (torch.zeros(2, 1, dtype=torch.int64), "1 token"),
+        (torch.zeros(2, 33, dtype=torch.int64), "seqlen is 33"),
+        (torch.full((2, 8), -1), "token -1"),
+        (torch.full((2, 8), 100), "token 100.*below 100"),
+    ],
+)
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_windows_of_no_use_are_refused(windows, said, method):
+    with pytest.raises(CalibrationError, match=said):
+        token_windows(SOURCE, windows, build_recipe(method), 0)
+
+
+def test_windows_are_described_where_they_are_read():
+    calib, held_out, described = token_windows(SOURCE, WINDOWS.to(torch.int16), build_recipe("gptq"), 4)
+    assert calib.dtype == torch.int64
+    assert torch.equal(calib, WINDOWS)
+    assert held_out is None
+    assert described["calibration"]["source"] == "tokens"
+    calib, _, described = token_windows(SOURCE, WINDOWS, build_recipe("rtn"), 4)
+    assert calib is None
+    assert described["calibration"] is None
+
+
+def test_of_a_callers_windows_nothing_is_said_to_be_held_out():
+    measured = {"by": "eval", "text": "pydoc", "split": "eval", "windows": 4, "seqlen": 512, "perplexity": 9.0}
+    report = {
+        "bitmill": "0.1",
+        "source": "tiny",
+        "recipe": build_recipe("gptq").to_dict(),
+        "identity": {"calibration": {"source": "tokens", "sha256": "f" * 64}},
+        "bits_per_weight": 3.0,
+        "measured": [measured],
+        "layers": [],
+    }
+    assert "held out" not in model_card(report)
+    report["identity"] = {"calibration": {**report["identity"]["calibration"], "source": "pydoc"}}
+    assert "The text was held out" in model_card(report)
+
+
+def test_a_job_is_identified_by_its_source_and_its_machine():
+    identity = job_identity(SOURCE, build_recipe("rtn"), None, None, {"calibration": None}, "cpu")
+    assert identity["source"] == "tiny"
+    assert identity["machine"]
+    assert identity["cpu"] == torch.backends.cpu.get_cpu_capability()
+    assert identity["gpu"] is None
+
+
+def test_what_an_unfinished_run_holds_needs_no_more_space(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OutputError, match="free some space"):
+        check_space(tmp_path / "out", 1500)
+    (tmp_path / "out.partial" / "model").mkdir(parents=True)
+    (tmp_path / "out.partial" / "model" / "shard").write_bytes(bytes(600))
+    check_space(tmp_path / "out", 1500)
+    with pytest.raises(OutputError):
+        check_space(tmp_path / "out", 1700)
+
+
+@pytest.mark.parametrize("seqlen", [1, 0, -3])
+def test_windows_without_a_token_to_predict_are_refused(seqlen):
+    with pytest.raises(CalibrationError, match=f"seqlen is {seqlen}"):
+        calibration_windows(torch.arange(99), 4, seqlen)
+    with pytest.raises(CalibrationError, match=f"seqlen is {seqlen}"):
+        evaluation_windows(torch.arange(99), seqlen)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (0, 8)])
+def test_nothing_predicted_is_no_perplexity(shape):
+    with pytest.raises(CalibrationError, match="No token was predicted"):
+        compare(lambda tokens: torch.zeros(*tokens.shape, 5), torch.zeros(shape, dtype=torch.int64))
