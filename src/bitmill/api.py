@@ -14,12 +14,12 @@ from bitmill.checkpoint import FolderSink, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.checkpoint.writer import check_absent
-from bitmill.errors import CheckpointError, UsageError
+from bitmill.errors import BitmillError, CheckpointError, UsageError
 from bitmill.evaluation.perplexity import compare
 from bitmill.live import ModuleSink, device_of
 from bitmill.models import text
 from bitmill.models.skeleton import Skeleton
-from bitmill.models.source import open_source
+from bitmill.models.source import in_short, open_source
 from bitmill.pipeline import Job, run
 from bitmill.preparation import (
     Calibration,
@@ -34,6 +34,7 @@ from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipe import Recipe, build_recipe
 from bitmill.report.card import model_card
 from bitmill.runtime.dense import densify
+from bitmill.runtime.linear import QuantLinear
 from bitmill.version import __version__
 
 SECONDS_DIGITS = 3
@@ -67,7 +68,7 @@ def quantize(
     """Quantize a model with a named method, a recipe file or a `Recipe`.
 
     model: a demo model's name, a Hugging Face folder or hub id, a .gguf file, or a live module.
-    out: the folder to write; without it, a live module is quantized in place.
+    out: the folder to write; without it, a live module is quantized in place, once every layer is done.
     calibration: text to calibrate on, or token windows (samples, seqlen) for a live module without tokenizer.
     measure: held-out windows of the same text to measure on while quantizing; 0 measures nothing.
     options: options of the method, such as bits=3, group_size="row".
@@ -85,9 +86,12 @@ def quantize(
     check_device(device)
     progress = progress or Progress()
     progress.start("opening the model", 0)
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    if tokenizer is not None and isinstance(model, nn.Module):
-        source._tokenizer = tokenizer  # type: ignore[attr-defined]
+    source = open_source(model, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
+    if out is not None and isinstance(model, nn.Module) and not source.config.model_type:
+        raise UsageError(
+            f"{type(model).__name__} has no transformers config (no model_type), so no folder of it could be "
+            "loaded again; leave out=... away to quantize it in place."
+        )
     skeleton = Skeleton(source, device)
     plan = storage_plan(skeleton, recipe)
     if dry_run:
@@ -121,6 +125,8 @@ def quantize(
         report["layers"] = sink.layers
         if isinstance(sink, FolderSink):
             sink.finish(skeleton, report, model_card(report))
+        else:
+            sink.finish()
     finally:
         if isinstance(sink, FolderSink):
             sink.close()
@@ -146,9 +152,8 @@ def load(
         from transformers import AutoModelForCausalLM
 
         open_checkpoint(model)  # refuses damage before anything is read
-        kind: Any = AutoModelForCausalLM
-        loaded, info = kind.from_pretrained(
-            model, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        loaded, info = _from_folder(
+            AutoModelForCausalLM, model, trust_remote_code, dtype=dtype, output_loading_info=True
         )
         if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
             # transformers would go on with random numbers
@@ -164,7 +169,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
     if is_checkpoint(Path(model)):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return _from_folder(AutoTokenizer, model, trust_remote_code)
     return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
 
 
@@ -193,6 +198,7 @@ def evaluate(
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     progress = progress or Progress()
     progress.start("reading text and model", 0)
+    bits, size = _weight_bits(model, trust_remote_code)
     ids = text.split_stream(text.token_stream(text_source, tokenizer), split)
     chosen = text.evaluation_windows(ids, seqlen, windows)
     live = _live(model, device, trust_remote_code)
@@ -201,7 +207,6 @@ def evaluate(
     result = compare(_logits(live), chosen, None if other is None else _logits(other), progress, batch=2)
     if other is not None and "kl_divergence" not in result:
         raise UsageError("The reference gave no logits to compare with.")
-    bits, size = _weight_bits(model)
     return {
         **result,
         "bits_per_weight": bits,
@@ -232,6 +237,22 @@ def _live(model: str | Path | nn.Module, device: str, trust_remote_code: bool) -
     return load(model, device=device, trust_remote_code=trust_remote_code)
 
 
+def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **options: Any) -> Any:
+    """What transformers reads from a folder that bitmill wrote, with one sentence for whatever it raises."""
+    try:
+        return kind.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **options
+        )
+    except BitmillError:
+        raise
+    except Exception as error:  # transformers raises all sorts
+        what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
+        advice = "copy the folder again, or quantize the model again"
+        if "trust_remote_code" in str(error):
+            advice = "if you trust the Python code in it, pass --trust-remote-code (trust_remote_code=True)"
+        raise CheckpointError(f"The {what} of {folder} cannot be loaded ({in_short(error)}); {advice}.") from error
+
+
 def _logits(model: nn.Module) -> Any:
     device = device_of(model)
 
@@ -242,15 +263,19 @@ def _logits(model: nn.Module) -> Any:
     return run_model
 
 
-def _weight_bits(model: str | Path | nn.Module) -> tuple[float, int]:
+def _weight_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:
     """(bits a weight of the quantized layers or of the float weights, bytes on disk or in memory)."""
     if isinstance(model, nn.Module):
         tensors = [*model.parameters(), *model.buffers()]
         size = sum(t.nbytes for t in tensors)
+        packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
+        if packed:
+            bits = sum(m.format.stored_bits(m.shape) for m in packed)
+            return bits / sum(m.out_features * m.in_features for m in packed), size
         return 8 * size / max(sum(t.numel() for t in tensors), 1), size
     if is_checkpoint(Path(model)):
         return open_checkpoint(model).bits_per_weight, folder_bytes(Path(model))
-    source = open_source(model)
+    source = open_source(model, trust_remote_code=trust_remote_code)
     sizes = [(torch.Size(source.shape(n)).numel(), source.dtype(n).itemsize) for n in source.names()]
     total = sum(count * width for count, width in sizes)
     return 8 * total / max(sum(count for count, _ in sizes), 1), total

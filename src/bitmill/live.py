@@ -5,38 +5,51 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bitmill.formats import Format
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline import BlockResult
 from bitmill.runtime import swap_linear
 
 
 class ModuleSink:
-    """Puts QuantLinear layers into a live module as blocks finish."""
+    """Collects packed layers, and puts them into a live module once all of them are there.
+
+    Until `finish` the module is untouched, so that a run that fails leaves the caller's model as it was.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers: list[dict[str, Any]] = []
+        self._packed: list[tuple[str, Format, dict[str, Tensor]]] = []
+        self._changed: dict[str, Tensor] = {}
 
     def finished(self, index: int) -> BlockResult | None:
         """Nothing is kept between runs."""
         return None
 
     def write(self, result: BlockResult, skeleton: Skeleton) -> None:
-        """Replace the block's linears, and what a transform changed."""
+        """Keep the block's packed layers, and what a transform changed."""
         for name, layer in result.layers.items():
-            old = self.model.get_submodule(name)
-            bias = getattr(old, "bias", None)
-            device = device_of(old)
-            new = swap_linear(self.model, name, layer.quantized.format)
-            for part, tensor in layer.quantized.pack().items():
-                new._buffers[part] = tensor.to(device)
-            new.bias = bias
+            device = device_of(self.model.get_submodule(name))
+            parts = {part: tensor.to(device) for part, tensor in layer.quantized.pack().items()}
+            self._packed.append((name, layer.quantized.format, parts))
             self.layers.append({"name": name, **layer.summary()})
         for name, tensor in result.changed.items():
             parameter = self.model.get_parameter(name)
-            parameter.data = tensor.to(parameter.device, parameter.dtype)
+            self._changed[name] = tensor.to(parameter.device, parameter.dtype)
+
+    def finish(self) -> None:
+        """Replace the linears, and what a transform changed; everything is where it belongs already."""
+        for name, format, parts in self._packed:
+            bias = getattr(self.model.get_submodule(name), "bias", None)
+            new = swap_linear(self.model, name, format, "meta")  # the memory is the packed tensors' own
+            new._buffers.update(parts)
+            new.bias = bias
+        for name, tensor in self._changed.items():
+            self.model.get_parameter(name).data = tensor
+        self._packed, self._changed = [], {}
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -1,0 +1,53 @@
+"""A live module is quantized whole or not at all, and what is said of it is true."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+
+import bitmill
+from bitmill.api import _weight_bits
+from bitmill.errors import BitmillError, UsageError
+from bitmill.runtime import QuantLinear
+
+WINDOWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_run_that_fails_leaves_the_module_as_it_was():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    with pytest.raises(BitmillError, match=r"layers\.1\.mlp\.up_proj"):
+        bitmill.quantize(model, "gptq", calibration=WINDOWS, bits=4, group_size=16)
+    assert dict(model.named_modules()) == modules
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n].nan_to_num(7), before[n].nan_to_num(7)) for n in before)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_run_that_succeeds_swaps_every_linear(model_type):
+    model = tiny_model(model_type)
+    outcome = bitmill.quantize(model, "gptq", calibration=WINDOWS, bits=4, group_size=16)
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert len(packed) == len(outcome.report["layers"]) == outcome.summary["layers"]
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert model(WINDOWS).logits.isfinite().all()
+
+
+def test_bits_of_a_live_quantized_model_count_its_packed_layers():
+    model = tiny_model("llama")
+    assert _weight_bits(model, False)[0] == 32
+    outcome = bitmill.quantize(model, "rtn", calibration=WINDOWS, bits=4, group_size=16)
+    bits, size = _weight_bits(model, False)
+    assert bits == pytest.approx(outcome.summary["bits_per_weight"])
+    assert size == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def test_a_folder_needs_a_model_that_transformers_can_build(tmp_path):
+    with pytest.raises(UsageError, match="Sequential has no transformers config"):
+        bitmill.quantize(nn.Sequential(nn.Linear(4, 4)), "rtn", out=tmp_path / "out", measure=0)

@@ -1,0 +1,56 @@
+"""Whatever transformers raises about a folder is one sentence, and nothing is looked for on the network."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import transformers
+
+import bitmill
+from bitmill.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitmill"}}))
+    monkeypatch.setattr("bitmill.api.open_checkpoint", lambda folder: None)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "load"),
+    [
+        ("tokenizer", "AutoTokenizer", bitmill.load_tokenizer),
+        ("model", "AutoModelForCausalLM", bitmill.load),
+    ],
+)
+@pytest.mark.parametrize(
+    ("raised", "advice"),
+    [
+        (KeyError("frobnicator"), "copy the folder again"),
+        (ValueError("pass the argument\n`trust_remote_code=True`."), "--trust-remote-code"),
+    ],
+)
+def test_it_is_one_sentence(folder, monkeypatch, name, kind, load, raised, advice):
+    def fail(cls, path, **options):
+        assert options["local_files_only"]
+        assert options["trust_remote_code"] is False
+        raise raised
+
+    monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", classmethod(fail))
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    said = str(caught.value)
+    assert f"The {name} of {folder} cannot be loaded" in said
+    assert advice in said
+    assert "\n" not in said
+
+
+def test_errors_of_ours_pass_unchanged(folder, monkeypatch):
+    def fail(cls, path, **options):
+        raise CheckpointError("Ours.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", classmethod(fail))
+    with pytest.raises(CheckpointError, match=r"^Ours\.$"):
+        bitmill.load(folder)
