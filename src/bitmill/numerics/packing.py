@@ -55,20 +55,11 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         raise ValueError(
             f"{count} codes of {bits} bits need {words_for(count, bits)} words, found {words.shape[-1]}"
         )
-    runs = (count + _WORD - 1) // _WORD
-    padded = torch.zeros(*words.shape[:-1], runs * bits, dtype=torch.int64, device=words.device)
-    padded[..., : words.shape[-1]] = words.to(torch.int64) & _MASK
-    padded = padded.unflatten(-1, (runs, bits))
-    dtype = torch.uint8 if bits <= 8 else torch.int32
-    codes = torch.empty(*words.shape[:-1], runs, _WORD, dtype=dtype, device=words.device)
-    mask = (1 << bits) - 1
-    for j in range(_WORD):
-        word, shift = divmod(j * bits, _WORD)
-        code = padded[..., word] >> shift
-        if shift + bits > _WORD:
-            code = code | (padded[..., word + 1] << (_WORD - shift))
-        codes[..., j] = (code & mask).to(dtype)
-    return codes.flatten(-2)[..., :count]
+    start = torch.arange(count, device=words.device) * bits
+    wide = words.to(torch.int64) & _MASK
+    wide[..., :-1] |= wide[..., 1:] << _WORD  # each word with the next above it: no code is cut
+    codes = wide.index_select(-1, start // _WORD).bitwise_right_shift_(start % _WORD).bitwise_and_((1 << bits) - 1)
+    return codes.to(torch.uint8 if bits <= 8 else torch.int32)
 
 
 def _check_bits(bits: int) -> None:
