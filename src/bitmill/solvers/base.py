@@ -53,7 +53,7 @@ class Solver(ABC):
     """Base of all solvers: a frozen dataclass of options."""
 
     def __post_init__(self) -> None:
-        check_types(self, self.name)
+        check_types(self, type(self).__name__)
 
     @property
     def name(self) -> str:
@@ -95,5 +95,5 @@ def output_error(W: Tensor, W_hat: Tensor, gram: Tensor | None) -> float:
     """Relative squared error of the layer's output, tr(D G D^T) / tr(W G W^T); of the weights without a Gram."""
     D = W - W_hat
     if gram is None:
-        return float(D.square().sum() / W.square().sum().clamp(min=1e-30))
-    return float(torch.sum((D @ gram) * D) / torch.sum((W @ gram) * W).clamp(min=1e-30))
+        return float(D.square_().sum() / W.square().sum().clamp(min=1e-30))
+    return float((D @ gram).mul_(D).sum() / (W @ gram).mul_(W).sum().clamp(min=1e-30))

@@ -29,7 +29,7 @@ class Transform(ABC):
     """Base of all transforms: a frozen dataclass of options."""
 
     def __post_init__(self) -> None:
-        check_types(self, self.name)
+        check_types(self, type(self).__name__)
 
     @property
     def name(self) -> str:
