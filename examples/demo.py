@@ -37,7 +37,7 @@ OUT = Path("demo-output")
 BITS, GROUP_SIZE = 3, 64
 WANTED = ("rtn", "gptq", "gptqt")
 SAMPLES, SEQLEN, WINDOWS, BATCH = 16, 512, 10, 5
-QUESTION = "What is the capital of France? Answer in one sentence."
+QUESTION = "What is the capital of France?"
 
 console = Console()
 
