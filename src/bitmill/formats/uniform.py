@@ -89,7 +89,7 @@ class Uniform(ScalarFormat):
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """scale * (code - zero)."""
-        return params["scale"][..., None] * (codes.to(torch.float32) - self._zero(params)[..., None])
+        return torch.sub(codes, self._zero(params)[..., None]).mul_(params["scale"][..., None])
 
     def rounder(self, params: Params) -> Rounder:
         """Round and clamp one column."""
@@ -97,7 +97,7 @@ class Uniform(ScalarFormat):
 
         def column(w: Tensor) -> tuple[Tensor, Tensor]:
             codes = self._round(w, scale, zero)
-            return codes.to(torch.uint8), scale * (codes - zero)
+            return codes.to(torch.uint8), codes.sub_(zero).mul_(scale)
 
         return column
 
@@ -108,11 +108,11 @@ class Uniform(ScalarFormat):
         return (scale,) if self.symmetric else (scale, Part("zero", grid, self.bits))
 
     def _round(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return torch.clamp(torch.round(x / scale) + zero, 0, (1 << self.bits) - 1)
+        return (x / scale).round_().add_(zero).clamp_(0, (1 << self.bits) - 1)
 
     def _snap(self, x: Tensor, params: Params) -> Tensor:
         scale, zero = params["scale"][..., None], self._zero(params)[..., None]
-        return scale * (self._round(x, scale, zero) - zero)
+        return self._round(x, scale, zero).sub_(zero).mul_(scale)
 
     def _zero(self, params: Params) -> Tensor:
         if self.symmetric:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bitmill.errors import RecipeError
 from bitmill.models.calls import Call
+from bitmill.models.memory import give_back
 from bitmill.models.skeleton import Skeleton
 from bitmill.numerics.gram import RunningGram
 from bitmill.pipeline.calibration import StagedForward, stages_of
@@ -172,6 +173,7 @@ def _solve_stage(
             None if stats.gram is None else output_error(W, decoded, stats.gram),
         )
         _put(block, name, decoded, job.skeleton)
+    give_back()  # splinters of one stage must not add to the next one's peak
 
 
 def _restore(done: BlockResult, skeleton: Skeleton) -> None:

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from bitmill.errors import NumericsError, RecipeError
