@@ -224,15 +224,27 @@ def format_from_dict(data: dict[str, Any]) -> Format:
 def alternate(format: Format, x: Tensor, importance: Tensor, params: Params, rounds: int) -> Params:
     """Take turns between the nearest codes for the parameters and the best parameters for the codes.
 
-    The weighted error never rises, so this stops at a local minimum, or after `rounds`.
+    The weighted error never rises, so every slice of rows stops at a local minimum, or after `rounds`.
     """
-    for _ in range(rounds):
-        codes = format.nearest(x, params)
-        fitted = format.refit(x, codes, importance, params)
-        if all(torch.equal(fitted[name], params[name]) for name in params):
-            break
-        params = fitted
-    return params
+    pieces = []
+    step = max(1, SLICE // max(1, x[0].numel()))
+    for start in range(0, x.shape[0], step):
+        cut = slice(start, start + step)
+        weight = importance if importance.shape[0] == 1 else importance[cut]
+        piece = {name: value[cut] for name, value in params.items()}
+        for _ in range(rounds):
+            codes = format.nearest(x[cut], piece)
+            fitted = format.refit(x[cut], codes, weight, piece)
+            if all(torch.equal(fitted[name], piece[name]) for name in piece):
+                break
+            piece = fitted
+        pieces.append(piece)
+    return {name: torch.cat([p[name] for p in pieces]) for name in params}
+
+
+def of_group(params: Params, group: int) -> Params:
+    """The parameters of one group; parts shared along the row stay."""
+    return {name: v if v.shape[1] == 1 else v[:, group : group + 1] for name, v in params.items()}
 
 
 def as_stored(values: Tensor) -> Tensor:
@@ -242,4 +254,4 @@ def as_stored(values: Tensor) -> Tensor:
 
 def weighted_error(x: Tensor, y: Tensor, importance: Tensor) -> Tensor:
     """Importance-weighted squared error of each group, (rows, groups)."""
-    return ((x - y).square_() * importance).sum(-1)
+    return (x - y).square_().mul_(importance).sum(-1)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from bitmill.formats.base import (
     FORMATS,
-    SLICE,
     Params,
     Part,
     ScalarFormat,
@@ -44,14 +43,8 @@ class BinaryCoding(ScalarFormat):
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
         """Greedy residual magnitudes; `search` then alternates codes and least squares."""
-        pieces = []
-        rows = max(1, SLICE // max(1, x[0].numel()))
-        for start in range(0, x.shape[0], rows):
-            piece = x[start : start + rows]
-            weight = importance if importance.shape[0] == 1 else importance[start : start + rows]
-            params = self._greedy(piece, weight)
-            pieces.append(alternate(self, piece, weight, params, _ROUNDS) if search else params)
-        return {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+        params = self._greedy(x, importance)
+        return alternate(self, x, importance, params, _ROUNDS) if search else params
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
         """Weighted least squares for the magnitudes (and the offset), kept where it helps.

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import Format
-from bitmill.formats.base import SLICE, alternate
+from bitmill.formats.base import alternate
 from bitmill.numerics.grouping import grouped, grouped_importance
 from bitmill.quantized import Quantized, nearest_matrix
 from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
@@ -45,11 +44,5 @@ class Alternating(Solver):
         columns = stats.required_gram(self.name).diagonal() if self.weighted else None
         importance = grouped_importance(columns, shape, format.group_size).to(W.device)
         x = grouped(W, format.group_size)
-        pieces = []
-        rows = max(1, SLICE // max(1, x[0].numel()))
-        for start in range(0, x.shape[0], rows):
-            piece = x[start : start + rows]
-            params = format.fit(piece, importance, search=False)
-            pieces.append(alternate(format, piece, importance, params, self.rounds))
-        params = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+        params = alternate(format, x, importance, format.fit(x, importance, search=False), self.rounds)
         return nearest_matrix(format, W, params)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import Format, Params
-from bitmill.formats.base import Rounder
+from bitmill.formats.base import Rounder, of_group
 from bitmill.numerics.cholesky import inverse_factor
 
 _BLOCK = 32
@@ -41,7 +41,7 @@ class Descent:
 
     def columns_pass(self, order: Tensor) -> None:
         """Re-round every column once, in `order`."""
-        rounders = [self.format.rounder(self._group(g)) for g in range(self._groups())]
+        rounders = [self.format.rounder(of_group(self.params, g)) for g in range(self._groups())]
         diagonal = self.H.diagonal().tolist()
         for block in order.split(_BLOCK):
             local = self.gradient[block]
@@ -75,13 +75,10 @@ class Descent:
             self.gradient.addmm_(self.H[:, cut], moved, alpha=-1)
 
     def _fit(self, target: Tensor, importance: Tensor, group: int) -> Params:
-        return self.format.fit_group(target.T[:, None, :], importance[None, None, :], self._group(group))
+        return self.format.fit_group(target.T[:, None, :], importance[None, None, :], of_group(self.params, group))
 
     def _groups(self) -> int:
         return max(value.shape[1] for value in self.params.values())
-
-    def _group(self, group: int) -> Params:
-        return {n: v if v.shape[1] == 1 else v[:, group : group + 1] for n, v in self.params.items()}
 
     def _keep(self, fresh: Params, group: int, better: Tensor) -> None:
         for name, value in self.params.items():

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import Format, Params
-from bitmill.formats.base import Rounder
+from bitmill.formats.base import Rounder, of_group
 from bitmill.numerics.cholesky import inverse_factor
 from bitmill.numerics.grouping import group_width
 from bitmill.quantized import Quantized, fit_matrix
@@ -160,7 +160,7 @@ class _StaticGrids:
     def __init__(self, format: Format, params: Params, groups: Tensor) -> None:
         self.params = params
         count = max(value.shape[1] for value in params.values())
-        self._rounders = [format.rounder(_group(params, g)) for g in range(count)]
+        self._rounders = [format.rounder(of_group(params, g)) for g in range(count)]
         self._groups = groups.clamp(max=count - 1).tolist()
 
     def stop(self, start: int, stop: int) -> int:
@@ -194,8 +194,3 @@ class _LocalGrids:
 
 
 _Grids = _StaticGrids | _LocalGrids
-
-
-def _group(params: Params, group: int) -> Params:
-    """The parameters of one group; parts shared along the row stay."""
-    return {name: v if v.shape[1] == 1 else v[:, group : group + 1] for name, v in params.items()}
