@@ -34,7 +34,7 @@ from bitmill.report.table import comparison_table  # noqa: E402
 
 MODEL = "smollm2-135m"
 OUT = Path("demo-output")
-BITS, GROUP_SIZE = 3, 64
+BITS = 3
 WANTED = ("rtn", "gptq", "gptqt")
 SAMPLES, SEQLEN, WINDOWS, BATCH = 16, 512, 10, 5
 QUESTION = "What is the capital of France?"
@@ -53,13 +53,12 @@ def main() -> None:
 
     rows = [float_row()]
     for name in methods:
-        console.print(f"[bold]{name}[/] at {BITS} bits, groups of {GROUP_SIZE}")
+        console.print(f"[bold]{name}[/] at {BITS} bits")
         outcome = bitmill.quantize(
             MODEL,
             name,
             out=OUT / name,
             bits=BITS,
-            group_size=GROUP_SIZE,
             calibration=bitmill.Calibration(samples=SAMPLES, seqlen=SEQLEN),
             measure=0,
             progress=TerminalProgress(),
@@ -73,7 +72,7 @@ def main() -> None:
     for row, measured in zip(rows, compare(models, tokenizer), strict=True):
         row.update(measured)
     caption = (
-        f"{MODEL}, {BITS} bits in groups of {GROUP_SIZE}, calibrated on {SAMPLES} windows of {SEQLEN} tokens; "
+        f"{MODEL}, {BITS} bits with each method's own group size, calibrated on {SAMPLES} windows of {SEQLEN} tokens; "
         f"measured on {WINDOWS} held-out windows of {SEQLEN} tokens of Python's documentation, which is few: "
         "expect the last digits to move. top-1 is how often a model's likeliest token is the float model's. "
         "float is the model as its 4-bit GGUF file decodes, in 16 bits."
