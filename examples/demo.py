@@ -72,7 +72,7 @@ def main() -> None:
     for row, measured in zip(rows, compare(models, tokenizer), strict=True):
         row.update(measured)
     caption = (
-        f"{MODEL}, {BITS} bits with each method's own group size, calibrated on {SAMPLES} windows of {SEQLEN} tokens; "
+        f"{MODEL}, {BITS} bits, each method's own groups, calibrated on {SAMPLES} windows of {SEQLEN} tokens; "
         f"measured on {WINDOWS} held-out windows of {SEQLEN} tokens of Python's documentation, which is few: "
         "expect the last digits to move. top-1 is how often a model's likeliest token is the float model's. "
         "float is the model as its 4-bit GGUF file decodes, in 16 bits."
