@@ -75,8 +75,8 @@ def test_transformers_loads_it_packed_and_equal(folder):
 
 
 def test_it_talks(folder, capsys):
-    options = ["--raw", "--dense", "--max-new-tokens", "8"]
-    result = command(capsys, "generate", str(folder), "--prompt", "The capital of France is", *options)
+    prompt = "What is the capital of France? Answer in one sentence."
+    result = command(capsys, "generate", str(folder), "--prompt", prompt, "--max-new-tokens", "24", "--dense")
     assert "Paris" in result["text"]
 
 
