@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,10 +30,28 @@ def disk_full_at_a_shard(world: World, patch: pytest.MonkeyPatch):
     return world.quantize(), ["disk is full", "out.partial/model"]
 
 
+def full_at(kind: Callable[[int], bool], patch: pytest.MonkeyPatch) -> None:
+    """Fail to flush files of one kind, given by a test of their mode."""
+    flush = os.fsync
+
+    def fail(descriptor):
+        if kind(os.fstat(descriptor).st_mode):
+            fails_with(errno.ENOSPC)()
+        flush(descriptor)
+
+    patch.setattr("bitmill.checkpoint.files.os.fsync", fail)
+
+
 @fault
 def disk_full_at_the_journal(world, patch):
-    patch.setattr("bitmill.checkpoint.files.os.fsync", fails_with(errno.ENOSPC))
+    full_at(stat.S_ISREG, patch)
     return world.quantize(), ["disk is full", "journal.json"]
+
+
+@fault
+def disk_full_at_the_work_folder(world, patch):
+    full_at(stat.S_ISDIR, patch)
+    return world.quantize(), ["disk is full", world.out]
 
 
 @fault
