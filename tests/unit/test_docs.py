@@ -179,7 +179,7 @@ def test_the_picture_shows_every_layer() -> None:
 def test_source_files_are_short() -> None:
     lengths = {
         str(f.relative_to(ROOT)): len(f.read_text(encoding="utf-8").splitlines())
-        for folder in ("src", "docs", "examples", "benchmarks")
+        for folder in ("src", "tests", "docs", "examples", "benchmarks")
         for f in (ROOT / folder).rglob("*.py")
     }
     assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}

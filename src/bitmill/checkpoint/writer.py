@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitmill.checkpoint.config import quantization_config
-from bitmill.checkpoint.files import sha256, write_json, write_tensors, write_text, writing
+from bitmill.checkpoint.files import make_folder, publish, sha256, write_json, write_tensors, write_text, writing
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
@@ -50,7 +49,7 @@ class FolderSink:
                 f"{self.work} holds an unfinished run; continue it with --resume, or delete it to start anew."
             )
         with writing(out):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         self._lock = _lock(self.work)
         for half in self.folder.glob("*.tmp"):  # what a killed run was writing
             half.unlink()
@@ -142,8 +141,7 @@ class FolderSink:
             f for f in self.folder.iterdir() if f.is_file() and f.name not in ("README.md", "report.json")
         )
         write_json(self.folder / "report.json", {**report, "files": {f.name: sha256(f) for f in listed}})
-        with writing(self.out):
-            os.rename(self.folder, self.out)
+        publish(self.folder, self.out)
         shutil.rmtree(self.work, ignore_errors=True)  # while the lock still keeps others out
         self.close()
 
