@@ -77,7 +77,11 @@ def few_formats() -> list[GroupFormat]:
 
 
 def all_solvers() -> list[Solver]:
-    return [solver for _, kind in SOLVERS.items() for solver in (*switched(kind, {}), *varied(kind))]
+    """Every switch and choice of each solver; those that build on another one at their defaults."""
+    kinds = [kind for _, kind in SOLVERS.items()]
+    derived = [kind for kind in kinds if any(base in kinds for base in kind.__mro__[1:])]
+    made = [kind() for kind in derived]
+    return made + [s for kind in kinds if kind not in derived for s in (*switched(kind, {}), *varied(kind))]
 
 
 def varied(kind: type, **given: Any) -> list[Any]:
