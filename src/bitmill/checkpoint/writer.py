@@ -24,7 +24,7 @@ from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
 from bitmill.models.safetensors_header import read_header
 from bitmill.models.skeleton import Skeleton
-from bitmill.pipeline.loop import BlockResult, LayerResult
+from bitmill.pipeline.job import BlockResult, LayerResult
 from bitmill.quantized import unpack
 from bitmill.recipe import Recipe
 
@@ -76,7 +76,7 @@ class FolderSink:
                 bias = parts.pop("bias", None)
                 if bias is not None:
                     tensors[prefix + "bias"] = bias
-                quantized = unpack(self.recipe.weight, parts, tuple(known["shape"]))
+                quantized = unpack(self.recipe.stored, parts, tuple(known["shape"]))
                 result.layers[name] = LayerResult(quantized, known["weight_error"], known["output_error"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
             # the shard is sound, its digest said so: it is the journal that does not describe it
