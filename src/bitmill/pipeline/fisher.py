@@ -13,7 +13,12 @@ section 4.1 and its published gradient code), so this is no Fisher matrix of sin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bitmill.errors import NumericsError
+from bitmill.errors import NumericsError, OutputError
 from bitmill.models.calls import Call
 from bitmill.models.skeleton import Skeleton
+from bitmill.pipeline.job import Job, Sink
+from bitmill.pipeline.store import replace_file
 from bitmill.progress import Progress
 
 WINDOWS = 100  # more windows than these are not read: the published figures use 100
@@ -35,16 +42,22 @@ class Fisher:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def block(self, index: int) -> dict[str, Tensor]:
+    def block(self, index: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Name of the linear inside its block -> F, fp32 (out, in)."""
-        return load_file(self.folder / f"fisher-{index}.safetensors")
+        return load_file(self._file(index), str(device))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all blocks are there: the first block's file is written last."""
+        return self._file(0).exists()
 
     def measure(self, skeleton: Skeleton, windows: Tensor, progress: Progress) -> None:
         """Fill the folder from windows of tokens (windows, length); at most WINDOWS of them are read.
 
-        Raises NumericsError when the model's loss is NaN or Inf.
+        Raises NumericsError when the model's loss is NaN or Inf, OutputError when the folder has no room.
         """
         windows = windows[:WINDOWS]
+        self.folder.mkdir(parents=True, exist_ok=True)
         count = len(skeleton.blocks)
         progress.start("Fisher information", 2 * count)
         with skeleton.outside("before"):
@@ -52,6 +65,7 @@ class Fisher:
         hidden = torch.cat([start for start, _ in entered])
         calls = [call for _, call in entered]
         del entered
+        self._check_space(skeleton, hidden)
         for index in range(count):
             save_file({"hidden": hidden}, self._inputs(index))
             block = skeleton.load_block(index)
@@ -65,9 +79,23 @@ class Fisher:
         for index in reversed(range(count)):
             block = skeleton.load_block(index)
             squares = self._backward(skeleton, block, index, hidden, [call[index] for call in calls])
-            save_file(squares, self.folder / f"fisher-{index}.safetensors")
+            replace_file(self._file(index), partial(save_file, squares))
             skeleton.free_block(index)
             progress.advance()
+
+    def _check_space(self, skeleton: Skeleton, hidden: Tensor) -> None:
+        names = [
+            f"{skeleton.block_name(index)}.{linear}.weight"
+            for index in range(len(skeleton.blocks))
+            for linear in skeleton.adapter.linears
+        ]
+        needed = len(skeleton.blocks) * hidden.nbytes + sum(4 * math.prod(skeleton.shape(name)) for name in names)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OutputError(
+                f"Squared gradients need {needed / 1e6:.0f} MB and {self.folder} has {free / 1e6:.0f} MB free; "
+                "free some space, or calibrate on fewer windows."
+            )
 
     def _backward(
         self, skeleton: Skeleton, block: nn.Module, index: int, gradient: Tensor, calls: list[Call]
@@ -90,8 +118,33 @@ class Fisher:
         self._inputs(index).unlink()
         return {name: square.div_(len(calls)).cpu() for name, square in squares.items()}
 
+    def _file(self, index: int) -> Path:
+        return self.folder / f"fisher-{index:05d}.safetensors"
+
     def _inputs(self, index: int) -> Path:
-        return self.folder / f"inputs-{index}.safetensors"
+        return self.folder / f"inputs-{index:05d}.safetensors"
+
+
+@contextmanager
+def fisher_of(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher | None]:
+    """The Fisher diagonal of a job's model, measured unless an earlier run left it; None where nobody needs it.
+
+    It is kept with the shared statistics, or where the sink works, or else in a temporary folder.
+    """
+    if "fisher" not in job.recipe.needs:
+        yield None
+        return
+    assert job.calibration is not None
+    with tempfile.TemporaryDirectory(prefix="bitmill-") as temporary:
+        fisher = Fisher(job.statistics or (sink.work or Path(temporary)) / "fisher")
+        if not fisher.complete:
+            fisher.measure(job.skeleton, job.calibration, progress)
+        yield fisher
+
+
+def of_scaled(F: Tensor, W: Tensor, scaled: Tensor) -> Tensor:
+    """F of a weight after rows or columns of W were scaled: its gradient was divided by the same numbers."""
+    return F * torch.where(scaled != 0, W / scaled, 1.0).square_()
 
 
 def _square_into(squares: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
