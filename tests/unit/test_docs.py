@@ -156,12 +156,7 @@ def test_the_reader_in_the_docs_reads_frozen_bytes() -> None:
     imports = [n for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.Import, ast.ImportFrom))]
     assert sorted(ast.unparse(n) for n in imports) == ["import json", "import struct"]
     codings = json.loads((ROOT / "src/bitmill/formats/data/codings.json").read_text())
-    tables = (
-        "binary_coding",
-        "codebook",
-        "integer_coding",
-        "uniform",
-    )  # other layouts are described by their formats
+    tables = ("binary_coding", "codebook", "integer_coding", "uniform")  # others: see their formats
     described = [ROOT / "tests" / "fixtures" / f"{name}.json" for name in tables]
     for file in described:
         stored = reader["read_safetensors"](file.with_suffix(".safetensors"))
