@@ -20,7 +20,7 @@ Laws, tested for every registered format (tests/conformance/test_formats.py):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -44,11 +44,12 @@ SLICE = 1 << 18
 
 @dataclass(frozen=True)
 class Part:
-    """How one parameter array is stored: fp16 numbers, or unsigned integers of `bits` bits."""
+    """How one parameter array is stored: floats (fp16, fp32 when `wide`), or unsigned integers of `bits` bits."""
 
     name: str
     shape: tuple[int, ...]  # (rows|1, groups|1, ...)
-    bits: int | None = None  # None: fp16
+    bits: int | None = None  # None: floats
+    wide: bool = False
 
     @property
     def packed_shape(self) -> tuple[int, ...]:
@@ -60,7 +61,9 @@ class Part:
     @property
     def dtype(self) -> torch.dtype:
         """Type on disk."""
-        return torch.float16 if self.bits is None else torch.int32
+        if self.bits is not None:
+            return torch.int32
+        return torch.float32 if self.wide else torch.float16
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,15 @@ class Format(ABC):
         """Parameters of least weighted error for fixed codes; the same params where a format cannot do better."""
         return params
 
+    @property
+    def shifts(self) -> bool:
+        """Whether the levels of a group can be moved together."""
+        return False
+
+    def shift(self, params: Params, by: Tensor) -> Params:
+        """Parameters whose levels lie higher by `by` (rows, groups), as far as can be stored; see `shifts`."""
+        raise NotImplementedError
+
     # -- storage ------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -149,7 +161,7 @@ class Format(ABC):
         for part in self.parts((codes.shape[0], codes.shape[1])):
             values = params[part.name]
             if part.bits is None:
-                tensors[part.name] = values.to(torch.float16).contiguous()
+                tensors[part.name] = values.to(part.dtype).contiguous()
             else:
                 tensors[part.name] = pack(values.movedim(0, -1), part.bits).movedim(-1, 0).contiguous()
         return tensors
@@ -226,20 +238,30 @@ def alternate(format: Format, x: Tensor, importance: Tensor, params: Params, rou
 
     The weighted error never rises, so every slice of rows stops at a local minimum, or after `rounds`.
     """
+
+    def improve(x: Tensor, importance: Tensor, params: Params) -> Params:
+        for _ in range(rounds):
+            fitted = format.refit(x, format.nearest(x, params), importance, params)
+            if all(torch.equal(fitted[name], params[name]) for name in params):
+                break
+            params = fitted
+        return params
+
+    return in_slices(improve, x, importance, params)
+
+
+def in_slices(
+    improve: Callable[[Tensor, Tensor, Params], Params], x: Tensor, importance: Tensor, params: Params
+) -> Params:
+    """`improve(x, importance, params)` a slice of rows at a time; what the rows share stays as it is."""
     pieces = []
     step = max(1, SLICE // max(1, x[0].numel()))
+    shared = {name for name, value in params.items() if value.shape[0] == 1 < x.shape[0]}
     for start in range(0, x.shape[0], step):
         cut = slice(start, start + step)
         weight = importance if importance.shape[0] == 1 else importance[cut]
-        piece = {name: value[cut] for name, value in params.items()}
-        for _ in range(rounds):
-            codes = format.nearest(x[cut], piece)
-            fitted = format.refit(x[cut], codes, weight, piece)
-            if all(torch.equal(fitted[name], piece[name]) for name in piece):
-                break
-            piece = fitted
-        pieces.append(piece)
-    return {name: torch.cat([p[name] for p in pieces]) for name in params}
+        pieces.append(improve(x[cut], weight, {n: v if n in shared else v[cut] for n, v in params.items()}))
+    return {n: v if n in shared else torch.cat([p[n] for p in pieces]) for n, v in params.items()}
 
 
 def of_group(params: Params, group: int) -> Params:
@@ -255,3 +277,43 @@ def as_stored(values: Tensor) -> Tensor:
 def weighted_error(x: Tensor, y: Tensor, importance: Tensor) -> Tensor:
     """Importance-weighted squared error of each group, (rows, groups)."""
     return (x - y).square_().mul_(importance).sum(-1)
+
+
+def least_error(
+    snap: Callable[[Tensor, Params], Tensor],
+    x: Tensor,
+    importance: Tensor,
+    start: Params,
+    trials: Iterable[Params],
+) -> Params:
+    """For every group the parameters of least weighted error: those of `start`, or of one of `trials`.
+
+    snap: x and params to stored numbers.  A trial holds the parts that differ from `start`.
+    """
+    best = dict(start)
+    least = _sliced_error(snap, x, importance, best)
+    for trial in trials:
+        error = _sliced_error(snap, x, importance, {**start, **trial})
+        better = error < least
+        least = torch.where(better, error, least)
+        for name, value in trial.items():
+            best[name] = torch.where(better, value, best[name])
+    return best
+
+
+def _sliced_error(
+    snap: Callable[[Tensor, Params], Tensor], x: Tensor, importance: Tensor, params: Params
+) -> Tensor:
+    pieces = []
+    step = max(1, SLICE // max(1, x[0].numel()))
+    for start in range(0, x.shape[0], step):
+        cut = slice(start, start + step)
+        piece = {name: v if v.shape[0] == 1 else v[cut] for name, v in params.items()}
+        weight = importance if importance.shape[0] == 1 else importance[cut]
+        pieces.append(weighted_error(x[cut], snap(x[cut], piece), weight))
+    return torch.cat(pieces)
+
+
+def positive(scale: Tensor) -> Tensor:
+    """A group of zeros gets scale 1: any positive number stores it exactly. The smallest fp16 bounds the rest."""
+    return torch.where(scale > 0, scale.clamp(min=2.0**-24), torch.ones_like(scale))
