@@ -58,7 +58,7 @@ class NormalFloat(Scaled):
         super().__post_init__()
         if self.bits not in _TABLES:
             raise RecipeError(
-                f"normal_float has tables for 2 to 4 bits, not {self.bits!r}; choose bits in that range."
+                f"normal_float has tables for 2, 3 and 4 bits, not {self.bits!r}; choose one of them."
             )
 
     @property

@@ -52,9 +52,7 @@ class Uniform(ScalarFormat):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.symmetric and self.zero == "float":
-            raise RecipeError(
-                "symmetric fixes the zero, so it cannot be a float: set symmetric=false or zero=integer."
-            )
+            raise RecipeError("symmetric fixes the zero, which cannot be a float then; set symmetric=false.")
 
     @property
     def shifts(self) -> bool:

@@ -25,7 +25,7 @@ class HQQMethod(Method):
     Expect     a smaller error of the weights than round to nearest with the same bits and groups, at 4 bits
                by far; that is not a smaller perplexity at 3 bits and below, where zeros that are no longer
                exact cost more
-    Limits     2 to 8 bits of use in groups of 64 or less; the zero costs as much as the scale
+    Limits     made for groups: one zero a row moves little; the zero costs as many bits as the scale
     Paper      Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models"
     """
 

@@ -43,8 +43,8 @@ class HQQ(Solver):
             raise RecipeError(f"p is {self.p!r}; use a norm above 0 and up to 1.")
         if self.beta <= 0 or self.growth < 1 or self.rounds < 0:
             raise RecipeError(
-                f"beta is {self.beta!r}, growth {self.growth!r} and rounds {self.rounds!r}; use a positive beta, a "
-                "growth of 1 or more, and 0 or more rounds."
+                f"beta is {self.beta!r}, growth {self.growth!r} and rounds {self.rounds!r}; use a positive beta, "
+                "a growth of 1 or more, and 0 or more rounds."
             )
 
     @property
