@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import FORMATS, Format, Params, ScalarFormat
-from bitmill.numerics.grouping import grouped, grouped_importance, ungrouped
+from bitmill.formats import FORMATS, Format, GroupFormat, Params, ScalarFormat, Wrapper
+from bitmill.numerics.grouping import grouped, grouped_importance
+from bitmill.quantized import nearest_matrix
 from bitmill.recipe import METHODS, build_recipe
 from bitmill.solvers import SOLVERS, Solver
 
@@ -39,7 +40,11 @@ def switched(kind: type, given: dict[str, Any]) -> list[Any]:
     return made
 
 
-def formats_of(kind: type[Format]) -> list[Format]:
+def grouped_formats() -> list[str]:
+    return [name for name, kind in FORMATS.items() if issubclass(kind, GroupFormat)]
+
+
+def formats_of(kind: type[GroupFormat]) -> list[GroupFormat]:
     """Every number of bits on ragged groups, and every kind of group at some of them."""
     made = ragged(kind)
     for bits in sorted({1, middle_bits(made)}):
@@ -49,12 +54,12 @@ def formats_of(kind: type[Format]) -> list[Format]:
     return made
 
 
-def ragged(kind: type[Format]) -> list[Format]:
+def ragged(kind: type[GroupFormat]) -> list[GroupFormat]:
     """Every number of bits, on ragged groups."""
     return [format for bits in range(1, kind.max_bits + 1) for format in built(kind, bits, 40)]
 
 
-def built(kind: type[Format], bits: int, size: int | str) -> list[Format]:
+def built(kind: type[GroupFormat], bits: int, size: int | str) -> list[GroupFormat]:
     """The format with every word of its Literal fields and its boolean fields both ways; refused ones left out."""
     hints = typing.get_type_hints(kind)
     words = {name: typing.get_args(h) for name, h in hints.items() if typing.get_origin(h) is Literal}
@@ -65,24 +70,32 @@ def built(kind: type[Format], bits: int, size: int | str) -> list[Format]:
     return made
 
 
-def middle_bits(formats: list[Format]) -> int:
+def middle_bits(formats: list[GroupFormat]) -> int:
     """3 bits, or what the formats have next to it."""
     return min({f.bits for f in formats}, key=lambda bits: (abs(bits - 3), bits))
 
 
-def all_formats() -> list[Format]:
-    return [format for _, kind in FORMATS.items() for format in formats_of(kind)]
+def all_formats() -> list[GroupFormat]:
+    """Every format that solvers work with."""
+    return [format for name in grouped_formats() for format in formats_of(FORMATS.get(name))]
+
+
+def all_wrappers() -> list[Format]:
+    """Every wrapper at its defaults and with each switch, around a scalar format."""
+    kinds = [kind for _, kind in FORMATS.items() if issubclass(kind, Wrapper)]
+    inner = FORMATS.get("uniform")(3, 40)
+    return [format for kind in kinds for format in (*switched(kind, {"inner": inner}), *varied(kind, inner=inner))]
 
 
 def scalar_formats() -> list[ScalarFormat]:
     return [format for format in all_formats() if isinstance(format, ScalarFormat)]
 
 
-def few_formats() -> list[Format]:
+def few_formats() -> list[GroupFormat]:
     """For tests whose cost is in what runs the format: about 3 bits, ragged groups, rows and tensors."""
     made = []
-    for _, kind in FORMATS.items():
-        formats = formats_of(kind)
+    for name in grouped_formats():
+        formats = formats_of(FORMATS.get(name))
         bits = middle_bits(formats)
         made += [f for f in formats if f.bits == bits and f.group_size != 64]
     return made
@@ -92,13 +105,13 @@ def all_solvers() -> list[Solver]:
     return [solver for _, kind in SOLVERS.items() for solver in (*switched(kind, {}), *varied(kind))]
 
 
-def varied(kind: type) -> list[Any]:
+def varied(kind: type, **given: Any) -> list[Any]:
     """The defaults but for one field: each other word of a Literal, and 1 for a count that is 0."""
     made = []
     for f in fields(kind):
         words = re.findall(r"'([^']+)'", str(f.type).replace('"', "'")) if "Literal" in str(f.type) else []
         values = [w for w in words if w != f.default] + ([1] if f.type == "int" and f.default == 0 else [])
-        made += [kind(**{f.name: value}) for value in values]
+        made += [kind(**given, **{f.name: value}) for value in values]
     return made
 
 
@@ -136,23 +149,22 @@ def gram_of(X: Tensor) -> Tensor:
     return X.T @ X / X.shape[0]
 
 
-def weight_errors(format: Format, W: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
+def weight_errors(format: GroupFormat, W: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
     """Weighted squared error of rounding W to nearest under params."""
     decoded = rounded(format, W, params)
     weight = torch.ones(W.shape[1]) if importance is None else importance
     return ((W - decoded).double().square() * weight).sum()
 
 
-def rounded(format: Format, W: Tensor, params: Params) -> Tensor:
+def rounded(format: GroupFormat, W: Tensor, params: Params) -> Tensor:
     """W (rows, columns) rounded to nearest and decoded."""
-    x = grouped(W, format.group_size)
-    return ungrouped(format.decode(format.nearest(x, params), params), (W.shape[0], W.shape[1]))
+    return nearest_matrix(format, W, params).dequantize()
 
 
-def fitted(format: Format, W: Tensor, importance: Tensor | None = None, search: bool = True) -> Params:
+def fitted(format: GroupFormat, W: Tensor, importance: Tensor | None = None, search: bool = True) -> Params:
     shape = (W.shape[0], W.shape[1])
-    weight = grouped_importance(importance, shape, format.group_size)
-    return format.fit(grouped(W, format.group_size), weight, search)
+    weight = grouped_importance(importance, shape, format.group_size, format.block)
+    return format.fit(grouped(W, format.group_size, format.block), weight, search)
 
 
 def group_params(params: Params, group: int) -> Params:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part, as_stored, positive
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.grouped import as_stored, positive
 from bitmill.formats.scaled import Scaled
 from bitmill.numerics.minifloat import ELEMENTS, ElementName, ElementTable
 from bitmill.numerics.table import Table
@@ -48,22 +49,7 @@ class Elements(Scaled):
 class Float(Elements):
     """Small floating-point numbers with one fp16 scale per tensor, row or group."""
 
-    shares: ClassVar[tuple[float, ...]] = (
-        0.6,
-        0.65,
-        0.7,
-        0.75,
-        0.8,
-        0.85,
-        0.9,
-        0.95,
-        1.05,
-        1.1,
-        1.2,
-        1.3,
-        1.4,
-        1.5,
-    )
+    shares: ClassVar[tuple[float, ...]] = tuple(1 + k / 20 for k in (*range(-8, 0), 1, 2, 4, 6, 8, 10))
 
     def factor(self, params: Params) -> Tensor:
         """The scale."""

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part, as_stored, positive
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.grouped import as_stored, positive
 from bitmill.formats.scaled import Scaled
 from bitmill.numerics.table import Table
 

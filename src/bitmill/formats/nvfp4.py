@@ -43,6 +43,11 @@ class NVFP4(Scaled):
     local: ClassVar[bool] = False  # the tensor's scale is shared
     shares: ClassVar[tuple[float, ...]] = (0.7, 0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.2, 1.28, 1.36, 1.43, 1.5)
 
+    @property
+    def stackable(self) -> bool:
+        """Each tensor has a scale of its own."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bits != _ELEMENT.bits:
@@ -74,7 +79,7 @@ class NVFP4(Scaled):
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """E4M3 scale, fp32 scale of the tensor."""
-        return Part("scale", self.grid(shape), 8), Part("tensor_scale", (1, 1), wide=True)
+        return Part("scale", self.grid(shape), 8), Part("tensor_scale", (1, 1), stored_as=torch.float32)
 
 
 @cache

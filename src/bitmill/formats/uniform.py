@@ -22,17 +22,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import (
-    FORMATS,
-    Params,
-    Part,
-    Rounder,
-    ScalarFormat,
-    as_stored,
-    least_error,
-    positive,
-    weighted_error,
-)
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.grouped import Rounder, ScalarFormat, as_stored, least_error, positive, weighted_error
 
 # Shares of the full range that the search tries, widest first.
 _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()

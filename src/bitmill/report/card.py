@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, Undefined
 
+from bitmill.report.words import spelled
+
 _CARD = """\
 ---
 base_model: {{ source }}
@@ -19,7 +21,7 @@ tags:
 # {{ source }}, quantized by bitmill ({{ recipe.name }}, {{ "%.3f" | format(bits_per_weight) }} bits per weight)
 
 The linear layers of the blocks are stored packed in the format
-`{{ recipe.weight.format }}` ({{ recipe.weight.bits }} bits, group size {{ recipe.weight.group_size }});
+{{ spelled(recipe.weight) }};
 {{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
 Embeddings, norms and the head are as in the source.
 
@@ -91,7 +93,11 @@ def model_card(report: dict[str, Any]) -> str:
     worst = sorted(layers, key=lambda layer: -layer["output_error"])[:5]
     template = Environment(autoescape=False, trim_blocks=True).from_string(_CARD)
     return template.render(
-        **report, worst=worst, number=_number, recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False)
+        **report,
+        worst=worst,
+        number=_number,
+        spelled=spelled,
+        recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False),
     )
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import Format
-from bitmill.formats.base import alternate
+from bitmill.formats import GroupFormat
+from bitmill.formats.grouped import alternate
 from bitmill.numerics.grouping import grouped, grouped_importance
 from bitmill.quantized import Quantized, nearest_matrix
-from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
+from bitmill.solvers.base import GRAM, NOTHING, SOLVERS, Solver, Statistics
 
 
 @SOLVERS.register("alternating")
@@ -34,15 +34,15 @@ class Alternating(Solver):
             raise RecipeError(f"rounds is {self.rounds!r}; use 0 or more.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> frozenset[str]:
         """Nothing, unless errors are weighted."""
-        return "gram" if self.weighted else "nothing"
+        return GRAM if self.weighted else NOTHING
 
-    def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
         shape = (W.shape[0], W.shape[1])
         columns = stats.required_gram(self.name).diagonal() if self.weighted else None
-        importance = grouped_importance(columns, shape, format.group_size).to(W.device)
-        x = grouped(W, format.group_size)
+        importance = grouped_importance(columns, shape, format.group_size, format.block).to(W.device)
+        x = grouped(W, format.group_size, format.block)
         params = alternate(format, x, importance, format.fit(x, importance, search=False), self.rounds)
         return nearest_matrix(format, W, params)

@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill.formats import Format, Params
-from bitmill.formats.base import Rounder, of_group
+from bitmill.formats import GroupFormat, Params
+from bitmill.formats.grouped import Rounder, of_group
 from bitmill.numerics.cholesky import inverse_factor
 
 _BLOCK = 32
@@ -33,7 +33,7 @@ class Descent:
     """
 
     def __init__(
-        self, W: Tensor, Q: Tensor, codes: Tensor, H: Tensor, format: Format, params: Params, width: int
+        self, W: Tensor, Q: Tensor, codes: Tensor, H: Tensor, format: GroupFormat, params: Params, width: int
     ) -> None:
         self.Q, self.codes, self.H, self.format, self.width = Q, codes, H, format, width
         self.params = {name: value.clone() for name, value in params.items()}

@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import Format, Params
-from bitmill.formats.base import Rounder, of_group
+from bitmill.formats import GroupFormat, Params
+from bitmill.formats.grouped import Rounder, of_group
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.numerics.grouping import group_width
 from bitmill.quantized import Quantized, fit_matrix
-from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
+from bitmill.solvers.base import GRAM, SOLVERS, Solver, Statistics
 from bitmill.solvers.descent import Descent
 
 # Columns updated one by one before the rest of the matrix receives their sum in one product. Small enough
@@ -67,11 +66,11 @@ class GPTQ(Solver):
             )
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> frozenset[str]:
         """The Gram matrix of the layer's inputs."""
-        return "gram"
+        return GRAM
 
-    def accepts(self, format: Format) -> str | None:
+    def accepts(self, format: GroupFormat) -> str | None:
         """Formats that code one column at a time."""
         if format.block != 1:
             return f"gptq rounds single columns, and {format.name} codes {format.block} columns jointly."
@@ -83,7 +82,7 @@ class GPTQ(Solver):
             return "group_passes refit one group at a time, and the whole tensor is one; set group_passes=0."
         return None
 
-    def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
         gram = stats.required_gram(self.name)
         dead = gram.diagonal() == 0
@@ -104,7 +103,7 @@ class GPTQ(Solver):
             importance[order] = 1 / U.square().sum(0)
         importance = importance.masked_fill(dead, 0.0)
 
-        width = group_width((W.shape[0], columns), format.group_size)
+        width = format.width((W.shape[0], columns))
         grids: _Grids
         if self.static_groups:
             grids = _StaticGrids(format, fit_matrix(format, W, importance, self.search), order // width)
@@ -113,24 +112,26 @@ class GPTQ(Solver):
         visited = feed_back(W.T[order].contiguous(), U, grids)
         codes = torch.empty_like(visited)
         codes[order] = visited
-        solved = Quantized(format, codes.T.contiguous(), grids.params)
+        solved = Quantized(format, codes.T.contiguous(), grids.params, (W.shape[0], columns))
         if not self.column_passes and not self.group_passes:
             return solved
         damped = gram.clone()
         damped.diagonal().add_(damp * gram.diagonal().mean())
-        return self._descend(W, solved, damped, order, width)
+        return self._descend(W, solved, format, damped, order, width)
 
-    def _descend(self, W: Tensor, solved: Quantized, H: Tensor, order: Tensor, width: int) -> Quantized:
+    def _descend(
+        self, W: Tensor, solved: Quantized, format: GroupFormat, H: Tensor, order: Tensor, width: int
+    ) -> Quantized:
         """Improve a solution by coordinate descent on the damped Gram H."""
         Q = solved.dequantize().T.contiguous()
         codes = solved.codes.T.contiguous()
-        descent = Descent(W.T.contiguous(), Q, codes, H, solved.format, solved.params, width)
+        descent = Descent(W.T.contiguous(), Q, codes, H, format, solved.params, width)
         for turn in range(max(self.column_passes, self.group_passes)):
             if turn < self.group_passes:
                 descent.groups_pass()
             if turn < self.column_passes:
                 descent.columns_pass(order)
-        return Quantized(solved.format, descent.codes.T.contiguous(), descent.params)
+        return Quantized(format, descent.codes.T.contiguous(), descent.params, solved.shape)
 
 
 def feed_back(Wt: Tensor, U: Tensor, grids: _Grids) -> Tensor:
@@ -157,7 +158,7 @@ def feed_back(Wt: Tensor, U: Tensor, grids: _Grids) -> Tensor:
 class _StaticGrids:
     """Grids fitted beforehand; columns may come in any order."""
 
-    def __init__(self, format: Format, params: Params, groups: Tensor) -> None:
+    def __init__(self, format: GroupFormat, params: Params, groups: Tensor) -> None:
         self.params = params
         count = max(value.shape[1] for value in params.values())
         self._rounders = [format.rounder(of_group(params, g)) for g in range(count)]
@@ -173,7 +174,7 @@ class _StaticGrids:
 class _LocalGrids:
     """Grids fitted as the loop reaches each group, from weights that carry every correction so far."""
 
-    def __init__(self, format: Format, importance: Tensor, search: bool, width: int) -> None:
+    def __init__(self, format: GroupFormat, importance: Tensor, search: bool, width: int) -> None:
         self._format, self._importance, self._search, self._width = format, importance, search, width
         self._fitted: list[Params] = []
 

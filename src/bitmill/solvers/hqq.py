@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import Format, Params
-from bitmill.formats.base import in_slices
+from bitmill.formats import GroupFormat, Params
+from bitmill.formats.grouped import in_slices
 from bitmill.numerics.grouping import grouped, grouped_importance
 from bitmill.quantized import Quantized, nearest_matrix
-from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
+from bitmill.solvers.base import NOTHING, SOLVERS, Solver, Statistics
 
 
 @SOLVERS.register("hqq")
@@ -48,11 +48,11 @@ class HQQ(Solver):
             )
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> frozenset[str]:
         """Nothing."""
-        return "nothing"
+        return NOTHING
 
-    def accepts(self, format: Format) -> str | None:
+    def accepts(self, format: GroupFormat) -> str | None:
         """Formats whose levels can move."""
         if not format.shifts:
             return (
@@ -61,7 +61,7 @@ class HQQ(Solver):
             )
         return None
 
-    def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
         x = grouped(W, format.group_size)
         weight = grouped_importance(None, (W.shape[0], W.shape[1]), format.group_size).to(W.device)
@@ -72,7 +72,7 @@ class HQQ(Solver):
         params = in_slices(improve, x, weight, format.fit(x, weight, search=False))
         return nearest_matrix(format, W, params)
 
-    def _improve(self, format: Format, x: Tensor, weight: Tensor, params: Params) -> Params:
+    def _improve(self, format: GroupFormat, x: Tensor, weight: Tensor, params: Params) -> Params:
         best, least = params, torch.full(x.shape[:2], torch.inf, device=x.device)
         total = weight.sum(-1)
         step = torch.ones_like(least)

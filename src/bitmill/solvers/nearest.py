@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bitmill.formats import Format
+from bitmill.formats import GroupFormat
 from bitmill.quantized import Quantized, fit_matrix, nearest_matrix
-from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
+from bitmill.solvers.base import GRAM, NOTHING, SOLVERS, Solver, Statistics
 
 
 @SOLVERS.register("nearest")
@@ -23,11 +23,11 @@ class Nearest(Solver):
     weighted: bool = False
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> frozenset[str]:
         """Nothing, unless errors are weighted."""
-        return "gram" if self.weighted else "nothing"
+        return GRAM if self.weighted else NOTHING
 
-    def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
         importance = stats.required_gram(self.name).diagonal() if self.weighted else None
         return nearest_matrix(format, W, fit_matrix(format, W, importance, self.search))
