@@ -149,7 +149,7 @@ def test_words(page: str) -> None:
 
 
 def test_the_reader_in_the_docs_reads_frozen_bytes() -> None:
-    """docs/checkpoint.md decodes the fixtures of the formats that are tables, with Python's standard library alone."""
+    """docs/checkpoint.md decodes the fixtures of the tabular formats, with Python's standard library alone."""
     (code,) = [b for b in _blocks(TEXTS["docs/checkpoint.md"], "python") if "def decode" in b]
     reader: dict = {}
     exec(code, reader)
