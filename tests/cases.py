@@ -46,7 +46,7 @@ def formats_of(kind: type[GroupFormat]) -> list[GroupFormat]:
     """Every number of bits on ragged groups, and every kind of group at some of them."""
     made = []
     for bits in range(1, kind.max_bits + 1):
-        for size in GROUP_SIZES if bits in (1, 3) else (40,):
+        for size in GROUP_SIZES if bits in (1, 3) or kind.block > 1 else (40,):
             try:
                 made += switched(kind, {"bits": bits, "group_size": size})
             except RecipeError:

@@ -31,7 +31,6 @@ from bitmill.numerics.grouping import GroupSize
 class E8(VectorFormat):
     """Scaled points of a shifted E8 lattice; `bits` is 2."""
 
-    bits: int = 2
     group_size: GroupSize = "tensor"
 
     block: ClassVar[int] = e8.BLOCK

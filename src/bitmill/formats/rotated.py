@@ -26,7 +26,7 @@ from torch import Tensor
 from bitmill.formats.base import FORMATS, Params, Part
 from bitmill.formats.grouped import as_stored
 from bitmill.formats.wrapper import InnerSolve, Wrapper
-from bitmill.numerics.rotations import Kind, Rotation, rotation
+from bitmill.numerics.rotations import Rotation, rotation
 
 if TYPE_CHECKING:
     from bitmill.quantized import Quantized
@@ -39,7 +39,7 @@ _RANGE = 64.0  # s is kept within this factor of 1: the other side of the balanc
 class Rotated(Wrapper):
     """The inner format in a random orthogonal basis of inputs, and of outputs unless `sides` is "in"."""
 
-    kind: Kind = "hadamard"
+    kind: Literal["hadamard", "orthogonal"] = "hadamard"
     seed: int = 0
     sides: Literal["both", "in"] = "both"
     rescale: bool = False
