@@ -56,7 +56,8 @@ def formats_of(kind: type[GroupFormat]) -> list[GroupFormat]:
 
 def ragged(kind: type[GroupFormat]) -> list[GroupFormat]:
     """Every number of bits, on ragged groups."""
-    return [format for bits in range(1, kind.max_bits + 1) for format in built(kind, bits, 40)]
+    size = 40 if 40 % kind.block == 0 else 5 * kind.block
+    return [format for bits in range(1, kind.max_bits + 1) for format in built(kind, bits, size)]
 
 
 def built(kind: type[GroupFormat], bits: int, size: int | str) -> list[GroupFormat]:
