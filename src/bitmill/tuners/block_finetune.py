@@ -41,8 +41,8 @@ class BlockFinetune(Tuner):
         super().__post_init__()
         if min(self.epochs, self.tokens, self.patience) < 1 or not self.rate > 0:
             raise RecipeError(
-                f"block_finetune has epochs {self.epochs}, tokens {self.tokens}, patience {self.patience} and rate "
-                f"{self.rate}; use numbers above 0."
+                f"block_finetune has epochs {self.epochs}, tokens {self.tokens}, patience {self.patience} and "
+                f"rate {self.rate}; use numbers above 0."
             )
 
     def after(self, task: BlockTask) -> None:
