@@ -64,7 +64,7 @@ def test_weighting_lowers_the_weighted_error() -> None:
     stats = Statistics(torch.diag(importance), 1)
     format = BinaryCoding(3, 128)
     plain = Alternating().solve(W, stats, format).dequantize()
-    weighted = Alternating(weighted=True).solve(W, stats, format).dequantize()
+    weighted = Alternating(weighted="diagonal").solve(W, stats, format).dequantize()
     assert output_error(W, weighted, stats.gram) < output_error(W, plain, stats.gram)
 
 

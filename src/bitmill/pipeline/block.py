@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from bitmill.models.memory import give_back
 from bitmill.numerics.gram import RunningGram
 from bitmill.pipeline.calibration import StagedForward, first_window, stages_of
+from bitmill.pipeline.fisher import Fisher, of_scaled
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
 from bitmill.pipeline.observe import observe
 from bitmill.pipeline.store import StatisticsStore
 from bitmill.pipeline.streams import Streams
 from bitmill.solvers import Statistics
-from bitmill.solvers.base import output_error, solve_stacked
+from bitmill.solvers.base import FISHER, output_error, solve_stacked
 from bitmill.transforms.base import Activations
 from bitmill.tuners import BlockTask
 
@@ -32,11 +33,17 @@ class _Work:
     keep: bool  # originals and statistics are kept until tuners are done
     originals: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Statistics] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
 
 def quantize_block(
-    job: Job, block: nn.Module, index: int, streams: Streams | None, store: StatisticsStore | None
+    job: Job,
+    block: nn.Module,
+    index: int,
+    streams: Streams | None,
+    store: StatisticsStore | None,
+    fisher: Fisher | None,
 ) -> BlockResult:
     """Quantize the linears of one block in place and move the streams past it."""
     recipe, skeleton = job.recipe, job.skeleton
@@ -51,18 +58,23 @@ def quantize_block(
     targets = streams.targets(block, index) if streams else []
     twin = copy.deepcopy(block) if "cross" in recipe.needs else None
     seen: dict[str, Activations] = {}
-    if job.propagate == "float" and recipe.needs:
+    if job.propagate == "float" and recipe.needs - FISHER:
         seen = _float_statistics(block, index, streams, leads, store)
     elif "activations" in recipe.needs:
         assert streams is not None
         seen = observe(block, streams.hidden, calls, leads)
 
-    result = BlockResult(index, changed=fold_transforms(recipe, skeleton, index, seen))
     task = BlockTask(
         block, names, recipe.stored, calls, list(streams.hidden) if streams else [], targets, index,
         len(skeleton.blocks), adapter.transposed, adapter.seams,
     )  # fmt: skip
     work = _Work(job, task, stages, keep=bool(recipe.tuners))
+    before = {name: task.matrix(name).clone() for name in names} if fisher and recipe.transforms else {}
+    result = BlockResult(index, changed=fold_transforms(recipe, skeleton, index, seen))
+    if fisher:
+        work.fisher = fisher.block(index, skeleton.device)
+        for name, W in before.items():
+            work.fisher[name] = of_scaled(work.fisher[name], W, task.matrix(name))
     if work.keep:
         work.originals = {name: task.matrix(name).clone() for name in names}
     floats = {name: p.detach().clone() for name, p in task.floats()} if recipe.tuners else {}
@@ -98,7 +110,7 @@ def _solve(
 ) -> list[Tensor] | None:
     """Solve every stage. Returns the block's outputs where the passes that collect statistics yield them."""
     job, task = work.job, work.task
-    if job.propagate == "float" or not job.recipe.needs & {"gram", "cross", "fisher"}:
+    if job.propagate == "float" or not job.recipe.needs & {"gram", "cross"}:
         for stage in work.stages:
             known = seen.get(stage[0])
             _solve_stage(work, stage, Statistics(known.gram, known.tokens) if known else Statistics())
@@ -144,6 +156,8 @@ def _solve_stage(work: _Work, stage: list[str], stats: Statistics) -> None:
         if work.keep:
             work.stats[name] = Statistics(stats.gram)
     names = [name for name in stage if name in task.names and name not in task.quantized]
+    if work.fisher and names:
+        stats = replace(stats, fisher=torch.cat([work.fisher[name] for name in names]))
     matrices = [task.matrix(name) for name in names]
     for name, W, quantized in zip(names, matrices, solve_stacked(recipe.solver, matrices, stats, recipe.stored)):
         decoded = quantized.dequantize()

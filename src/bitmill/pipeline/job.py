@@ -65,6 +65,10 @@ class BlockResult:
 class Sink(Protocol):
     """Where finished blocks go; it also says which ones it already holds."""
 
+    @property
+    def work(self) -> Path | None:
+        """A folder for what is needed until the result is there; None where the sink has no such place."""
+
     def finished(self, index: int) -> BlockResult | None:
         """A block finished earlier, so that the loop can go on from it; None to quantize it now."""
 

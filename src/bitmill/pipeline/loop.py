@@ -13,11 +13,13 @@ from bitmill.errors import RecipeError
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.text import windows_hash
 from bitmill.pipeline.block import quantize_block
+from bitmill.pipeline.fisher import Fisher, fisher_of
 from bitmill.pipeline.job import BlockResult, Job, Sink
 from bitmill.pipeline.measure import Measure
 from bitmill.pipeline.store import StatisticsStore
 from bitmill.pipeline.streams import Streams
 from bitmill.progress import Progress
+from bitmill.solvers.base import FISHER
 from bitmill.tuners.base import TARGETS
 
 
@@ -25,10 +27,18 @@ from bitmill.tuners.base import TARGETS
 def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, float | int]:
     """Quantize every block. Returns the measured quality on the held-out windows (empty without them)."""
     progress = progress or Progress()
-    skeleton, recipe = job.skeleton, job.recipe
+    recipe = job.recipe
     if recipe.needs and job.calibration is None:
         raise RecipeError(f"The recipe {recipe.name!r} needs calibration text; give it some with --calib.")
     store = _store(job)
+    with fisher_of(job, sink, progress) as fisher:
+        return _run(job, sink, progress, store, fisher)
+
+
+def _run(
+    job: Job, sink: Sink, progress: Progress, store: StatisticsStore | None, fisher: Fisher | None
+) -> dict[str, float | int]:
+    skeleton, recipe = job.skeleton, job.recipe
     streams = measure = None
     with skeleton.outside("before"):
         if _needs_streams(job, store):
@@ -50,7 +60,7 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, flo
             if streams:
                 streams.advance(block, index, targets, follow_float=job.propagate == "float")
         else:
-            sink.write(quantize_block(job, block, index, streams, store), skeleton)
+            sink.write(quantize_block(job, block, index, streams, store, fisher), skeleton)
         if measure:
             measure.pass_quantized(block, index)
         skeleton.free_block(index)
@@ -77,7 +87,7 @@ def _store(job: Job) -> StatisticsStore | None:
 
 def _needs_streams(job: Job, store: StatisticsStore | None) -> bool:
     """Whether calibration text has to travel through the blocks."""
-    needs = job.recipe.needs
+    needs = job.recipe.needs - FISHER  # which has a pass of its own
     if not needs:
         return False
     stored = store is not None and all(store.has(i) for i in range(len(job.skeleton.blocks)))

@@ -29,7 +29,7 @@ class StatisticsStore:
         file = folder / "identity.json"
         text = json.dumps(identity, sort_keys=True)
         if not file.exists():
-            _replace(file, lambda path: path.write_text(text, encoding="utf-8"))
+            replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
         elif file.read_text(encoding="utf-8") != text:
             raise CalibrationError(
                 f"The statistics in {folder} belong to another model or other calibration text; "
@@ -48,7 +48,7 @@ class StatisticsStore:
             tensors[f"{lead}/mean_abs"] = activations.mean_abs.cpu()
             tensors[f"{lead}/max_abs"] = activations.max_abs.cpu()
             tensors[f"{lead}/tokens"] = torch.tensor(activations.tokens)
-        _replace(self._file(index), lambda path: save_file(tensors, path))
+        replace_file(self._file(index), lambda path: save_file(tensors, path))
 
     def load(self, index: int) -> dict[str, Activations]:
         """What `save` kept."""
@@ -68,7 +68,7 @@ class StatisticsStore:
         return self.folder / f"block-{index:05d}.safetensors"
 
 
-def _replace(file: Path, write: Any) -> None:
+def replace_file(file: Path, write: Any) -> None:
     """Write beside the file and rename: whoever sees it sees all of it."""
     half = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     write(half)

@@ -26,14 +26,16 @@ The linear layers of the blocks are stored packed in the format
 Embeddings, norms and the head are as in the source.
 
 ## Measured
+
 {% if measured %}
 | text | windows | perplexity | float | KL divergence (nats) | top-1 agreement | measured by |
 |---|---|---|---|---|---|---|
 {% for m in measured -%}
-| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} | {{ number(m.perplexity) -}}
- | {{ number(m.reference_perplexity) }} | {{ number(m.kl_divergence) }} | {{ number(m.top1_agreement) -}}
- | bitmill {{ m.by }} |
+| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} | {{ number(m.perplexity) }} |
+{{- " " ~ number(m.reference_perplexity) }} | {{ number(m.kl_divergence) }} | {{ number(m.top1_agreement) }} |
+{{- " bitmill " ~ m.by }} |
 {% endfor %}
+
 {% if identity.calibration and identity.calibration.source == "tokens" -%}
 Whether the caller's calibration windows contain this text is not known.
 {%- elif measured | rejectattr("split", "equalto", "eval") | list -%}
@@ -42,8 +44,10 @@ The eval split was held out from calibration; rows of another split include what
 The text was held out from calibration.
 {%- endif %}
 
+
 {% else %}
 Nothing was measured. Do so with `bitmill eval FOLDER --reference SOURCE --record`.
+
 {% endif %}
 {% if worst %}
 Layers with the largest relative output error on the calibration text:
@@ -51,18 +55,20 @@ Layers with the largest relative output error on the calibration text:
 | layer | bits per weight | weight error | output error |
 |---|---|---|---|
 {% for layer in worst -%}
-| `{{ layer.name }}` | {{ number(layer.bits_per_weight) }} | {{ number(layer.weight_error) -}}
- | {{ number(layer.output_error) }} |
+| `{{ layer.name }}` | {{ number(layer.bits_per_weight) }} | {{ number(layer.weight_error) }} |
+{{- " " ~ number(layer.output_error) }} |
 {% endfor %}
-Every layer is listed in `report.json`.
-{% endif %}
 
+Every layer is listed in `report.json`.
+
+{% endif %}
 ## Made by
 
 bitmill {{ bitmill }}, recipe in `recipe.yaml`:
 
 ```yaml
 {{ recipe_yaml }}```
+
 {% if identity.calibration and identity.calibration.source == "tokens" %}
 Calibrated on token windows given by the caller (sha256 `{{ identity.calibration.sha256[:16] }}`).
 {% elif identity.calibration %}
@@ -91,7 +97,7 @@ def model_card(report: dict[str, Any]) -> str:
 
     layers = [layer for layer in report["layers"] if layer.get("output_error") is not None]
     worst = sorted(layers, key=lambda layer: -layer["output_error"])[:5]
-    template = Environment(autoescape=False, trim_blocks=True).from_string(_CARD)
+    template = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(_CARD)
     return template.render(
         **report,
         worst=worst,

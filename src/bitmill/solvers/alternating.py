@@ -1,7 +1,6 @@
 """Alternating least squares: nearest codes, best parameters for these codes, and so on.
 
-Lowers the weight error of any format that can refit its parameters; data-free, or with `weighted` counting
-each column by the mean square of its input.
+Lowers the weight error of any format that can refit its parameters; data-free, or `weighted` as in `nearest`.
 
 Source: Xu et al. 2018 (arXiv 1802.00150), section 4, for binary coding.
 """
@@ -9,6 +8,7 @@ Source: Xu et al. 2018 (arXiv 1802.00150), section 4, for binary coding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from bitmill.formats import GroupFormat
 from bitmill.formats.grouped import alternate
 from bitmill.numerics.grouping import grouped, grouped_importance
 from bitmill.quantized import Quantized, nearest_matrix
-from bitmill.solvers.base import GRAM, NOTHING, SOLVERS, Solver, Statistics
+from bitmill.solvers.base import SOLVERS, WEIGHTED, Solver, Statistics
 
 
 @SOLVERS.register("alternating")
@@ -26,7 +26,7 @@ class Alternating(Solver):
     """Up to `rounds` turns from the format's closed-form start."""
 
     rounds: int = 15
-    weighted: bool = False
+    weighted: Literal["nothing", "diagonal", "fisher"] = "nothing"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,13 +36,13 @@ class Alternating(Solver):
     @property
     def needs(self) -> frozenset[str]:
         """Nothing, unless errors are weighted."""
-        return GRAM if self.weighted else NOTHING
+        return WEIGHTED[self.weighted]
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
         shape = (W.shape[0], W.shape[1])
-        columns = stats.required_gram(self.name).diagonal() if self.weighted else None
-        importance = grouped_importance(columns, shape, format.group_size, format.block).to(W.device)
+        weight = stats.importance(self.weighted, self.name)
+        importance = grouped_importance(weight, shape, format.group_size, format.block).to(W.device)
         x = grouped(W, format.group_size, format.block)
         params = alternate(format, x, importance, format.fit(x, importance, search=False), self.rounds)
         return nearest_matrix(format, W, params)

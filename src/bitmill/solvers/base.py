@@ -22,6 +22,10 @@ SOLVERS: Registry[type[Solver]] = Registry("solver", "bitmill.solvers")
 
 NOTHING: frozenset[str] = frozenset()
 GRAM = frozenset({"gram"})
+FISHER = frozenset({"fisher"})
+# What a squared weight error may count by, and the statistics that takes: nothing, the mean square of the
+# weight's input, or the mean squared gradient of the loss.
+WEIGHTED = {"nothing": NOTHING, "diagonal": GRAM, "fisher": FISHER}
 STATISTICS = ("gram", "cross", "fisher")  # what `needs` may name
 
 
@@ -52,6 +56,12 @@ class Statistics:
         if self.fisher is None:
             raise NumericsError(f"{solver} needs squared gradients of the loss; run it with calibration text.")
         return self.fisher
+
+    def importance(self, weighted: str, solver: str) -> Tensor | None:
+        """What errors count by, see WEIGHTED: None, (columns,) or (rows, columns)."""
+        if weighted == "fisher":
+            return self.required_fisher(solver)
+        return self.required_gram(solver).diagonal() if weighted == "diagonal" else None
 
     def split(self, sizes: list[int]) -> list[Statistics]:
         """The statistics of stacked layers, apart: rows are cut, what belongs to the inputs is shared."""
