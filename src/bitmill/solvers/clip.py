@@ -48,7 +48,7 @@ class Clip(Solver):
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
         gram = stats.required_gram(self.name)
-        step = W.shape[0] if format.group_size == "tensor" else max(1, _SLICE // W.shape[1])
+        step = max(1, _SLICE // W.shape[1]) if format.stackable else W.shape[0]
         pieces = [self._solve(piece, gram, format) for piece in W.split(step)]
         params = {name: torch.cat([p.params[name] for p in pieces]) for name in pieces[0].params}
         return Quantized(format, torch.cat([p.codes for p in pieces]), params, (W.shape[0], W.shape[1]))
