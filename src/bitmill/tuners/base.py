@@ -75,14 +75,17 @@ class BlockTask:
         self.quantized[name] = quantized
         self.put_matrix(name, quantized.dequantize())
 
+    def as_stored(self, name: str, values: Tensor) -> Tensor:
+        """What the stored type of a parameter that stays in float keeps of `values`."""
+        return values.to(self.dtypes.get(name, values.dtype)).to(values.dtype)
+
     def put_float(self, name: str, values: Tensor) -> None:
         """Replace a parameter that stays in float by what its stored type keeps of `values`."""
-        parameter = self.block.get_parameter(name)
-        parameter.data = values.to(self.dtypes.get(name, parameter.dtype)).to(parameter.dtype)
+        self.block.get_parameter(name).data = self.as_stored(name, values)
 
-    def run(self, batch: int) -> Tensor:
-        """The block's output for one batch, with whatever its weights are now."""
-        return self.calls[batch].run(self.block, self.inputs[batch])
+    def run(self, batch: int, tensors: dict[str, Tensor] | None = None) -> Tensor:
+        """The block's output for one batch, with whatever its weights are now but for `tensors`, by name."""
+        return self.calls[batch].run_with(tensors or {}, self.block, self.inputs[batch])
 
     def floats(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that stay in float: norms, biases, linears that nobody quantizes."""
@@ -92,9 +95,9 @@ class BlockTask:
                 yield name, parameter
 
     @torch.no_grad()
-    def error(self) -> float:
-        """Mean squared distance between the block's outputs and the targets."""
-        total = sum(float((self.run(i) - target).square().sum()) for i, target in enumerate(self.targets))
+    def error(self, tensors: dict[str, Tensor] | None = None) -> float:
+        """Mean squared distance between the block's outputs and the targets; `tensors` as in `run`."""
+        total = sum(float((self.run(i, tensors) - target).square().sum()) for i, target in enumerate(self.targets))
         return total / max(sum(target.numel() for target in self.targets), 1)
 
 
