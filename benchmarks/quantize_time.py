@@ -30,7 +30,7 @@ from bitmill.checkpoint import FolderSink
 from bitmill.models import text
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import open_source
-from bitmill.pipeline.loop import _BATCH_TOKENS
+from bitmill.pipeline.streams import BATCH_TOKENS
 from bitmill.progress import Progress
 
 BOUND = 1.4
@@ -104,7 +104,7 @@ def time_quantize(model: str, method: str, out: Path, samples: int, seqlen: int,
 @torch.no_grad()
 def time_pass(run: Callable[[torch.Tensor], Any], windows: torch.Tensor) -> dict[str, float]:
     """Seconds of one pass over the windows, batched as `quantize` batches them; one batch warms up."""
-    batches = windows.split(max(1, _BATCH_TOKENS // windows.shape[1]))
+    batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     run(batches[0])
     began, cpu = time.perf_counter(), time.process_time()
     for batch in batches:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import FORMATS, Format, Params, ScalarFormat
-from bitmill.numerics.grouping import grouped, grouped_importance, ungrouped
+from bitmill.formats import FORMATS, Format, GroupFormat, Params, ScalarFormat, Wrapper
+from bitmill.numerics.grouping import grouped, grouped_importance
+from bitmill.quantized import nearest_matrix
 from bitmill.recipe import METHODS, build_recipe
 from bitmill.solvers import SOLVERS, Solver
 
@@ -37,7 +38,11 @@ def switched(kind: type, given: dict[str, Any]) -> list[Any]:
     return made
 
 
-def formats_of(kind: type[Format]) -> list[Format]:
+def grouped_formats() -> list[str]:
+    return [name for name, kind in FORMATS.items() if issubclass(kind, GroupFormat)]
+
+
+def formats_of(kind: type[GroupFormat]) -> list[GroupFormat]:
     """Every number of bits on ragged groups, and every kind of group at some of them."""
     made = []
     for bits in range(1, kind.max_bits + 1):
@@ -50,15 +55,23 @@ def formats_of(kind: type[Format]) -> list[Format]:
     return made
 
 
-def all_formats() -> list[Format]:
-    return [format for _, kind in FORMATS.items() for format in formats_of(kind)]
+def all_formats() -> list[GroupFormat]:
+    """Every format that solvers work with."""
+    return [format for name in grouped_formats() for format in formats_of(FORMATS.get(name))]
+
+
+def all_wrappers() -> list[Format]:
+    """Every wrapper at its defaults and with each switch, around a scalar format."""
+    kinds = [kind for _, kind in FORMATS.items() if issubclass(kind, Wrapper)]
+    inner = FORMATS.get("uniform")(3, 40)
+    return [format for kind in kinds for format in (*switched(kind, {"inner": inner}), *varied(kind, inner=inner))]
 
 
 def scalar_formats() -> list[ScalarFormat]:
     return [format for format in all_formats() if isinstance(format, ScalarFormat)]
 
 
-def few_formats() -> list[Format]:
+def few_formats() -> list[GroupFormat]:
     """For tests whose cost is in what runs the format: 3 bits, ragged groups, rows and tensors."""
     return [f for f in all_formats() if f.bits == min(3, type(f).max_bits) and f.group_size != 64]
 
@@ -67,13 +80,13 @@ def all_solvers() -> list[Solver]:
     return [solver for _, kind in SOLVERS.items() for solver in (*switched(kind, {}), *varied(kind))]
 
 
-def varied(kind: type) -> list[Any]:
+def varied(kind: type, **given: Any) -> list[Any]:
     """The defaults but for one field: each other word of a Literal, and 1 for a count that is 0."""
     made = []
     for f in fields(kind):
         words = re.findall(r"'([^']+)'", str(f.type).replace('"', "'")) if "Literal" in str(f.type) else []
         values = [w for w in words if w != f.default] + ([1] if f.type == "int" and f.default == 0 else [])
-        made += [kind(**{f.name: value}) for value in values]
+        made += [kind(**given, **{f.name: value}) for value in values]
     return made
 
 
@@ -111,23 +124,22 @@ def gram_of(X: Tensor) -> Tensor:
     return X.T @ X / X.shape[0]
 
 
-def weight_errors(format: Format, W: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
+def weight_errors(format: GroupFormat, W: Tensor, params: Params, importance: Tensor | None = None) -> Tensor:
     """Weighted squared error of rounding W to nearest under params."""
     decoded = rounded(format, W, params)
     weight = torch.ones(W.shape[1]) if importance is None else importance
     return ((W - decoded).double().square() * weight).sum()
 
 
-def rounded(format: Format, W: Tensor, params: Params) -> Tensor:
+def rounded(format: GroupFormat, W: Tensor, params: Params) -> Tensor:
     """W (rows, columns) rounded to nearest and decoded."""
-    x = grouped(W, format.group_size)
-    return ungrouped(format.decode(format.nearest(x, params), params), (W.shape[0], W.shape[1]))
+    return nearest_matrix(format, W, params).dequantize()
 
 
-def fitted(format: Format, W: Tensor, importance: Tensor | None = None, search: bool = True) -> Params:
+def fitted(format: GroupFormat, W: Tensor, importance: Tensor | None = None, search: bool = True) -> Params:
     shape = (W.shape[0], W.shape[1])
-    weight = grouped_importance(importance, shape, format.group_size)
-    return format.fit(grouped(W, format.group_size), weight, search)
+    weight = grouped_importance(importance, shape, format.group_size, format.block)
+    return format.fit(grouped(W, format.group_size, format.block), weight, search)
 
 
 def group_params(params: Params, group: int) -> Params:

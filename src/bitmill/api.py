@@ -21,6 +21,7 @@ from bitmill.models import text
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import in_short, open_source
 from bitmill.pipeline import Job, run
+from bitmill.pipeline.job import Propagate
 from bitmill.preparation import (
     Calibration,
     check_device,
@@ -60,6 +61,8 @@ def quantize(
     device: str = "cpu",
     resume: bool = False,
     dry_run: bool = False,
+    propagate: Propagate = "quantized",
+    statistics: str | Path | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -71,6 +74,8 @@ def quantize(
     out: the folder to write; without it, a live module is quantized in place, once every layer is done.
     calibration: text to calibrate on, or token windows (samples, seqlen) for a live module without tokenizer.
     measure: held-out windows of the same text to measure on while quantizing; 0 measures nothing.
+    propagate: what later blocks are calibrated on: the quantized blocks' outputs, or the float model's.
+    statistics: with propagate="float", a folder that keeps the statistics for further recipes.
     options: options of the method, such as bits=3, group_size="row".
 
     Raises BitmillError subclasses, each with one sentence.
@@ -99,7 +104,7 @@ def quantize(
 
     progress.start("reading text and model", 0)
     calib, held_out, described = token_windows(source, calibration, recipe, measure)
-    identity = job_identity(source, recipe, calib, held_out, described, device)
+    identity = job_identity(source, recipe, calib, held_out, described, device, propagate)
     report: dict[str, Any] = {
         "bitmill": __version__,
         "source": source.name,
@@ -119,7 +124,8 @@ def quantize(
         assert isinstance(model, nn.Module)
         sink = ModuleSink(model)
     try:
-        quality = run(Job(skeleton, recipe, calib, held_out), sink, progress)
+        shared = Path(statistics) if statistics is not None else None
+        quality = run(Job(skeleton, recipe, calib, held_out, propagate, shared), sink, progress)
         measured = [{"by": "quantize", **described["held_out"], **quality}] if quality else []
         report["measured"] = measured
         report["layers"] = sink.layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class ModuleSink:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.work: Path | None = None
         self.layers: list[dict[str, Any]] = []
         self._packed: list[tuple[str, Format, dict[str, Tensor]]] = []
         self._changed: dict[str, Tensor] = {}

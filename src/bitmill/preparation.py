@@ -46,7 +46,7 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
                 rows, columns = columns, rows
             layers += 1
             weights += rows * columns
-            bits += recipe.weight.stored_bits((rows, columns))
+            bits += recipe.stored.stored_bits((rows, columns))
             packed.add(f"{name}.weight")
     if not layers:
         raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
@@ -57,7 +57,7 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     )
     return {
         "method": recipe.name,
-        "format": recipe.weight.to_dict(),
+        "format": recipe.stored.to_dict(),
         "layers": layers,
         "quantized_weights": weights,
         "bits_per_weight": bits / weights,
@@ -73,7 +73,7 @@ def token_windows(
 
     Of windows that the caller gives nothing is held out. Raises CalibrationError for text or windows of no use.
     """
-    calibrates = recipe.needs != "nothing"
+    calibrates = bool(recipe.needs)
     described: dict[str, Any] = {"calibration": None, "held_out": None}
     calib = held_out = None
     if isinstance(calibration, Tensor):
@@ -133,6 +133,7 @@ def job_identity(
     held_out: Tensor | None,
     described: dict[str, Any],
     device: str,
+    propagate: str = "quantized",
 ) -> dict[str, Any]:
     """Everything that decides the bytes of the result."""
     import numpy
@@ -144,6 +145,7 @@ def job_identity(
         "model": source.fingerprint(),
         "recipe": recipe.to_dict(),
         "calibration": described["calibration"],
+        "propagate": propagate if calib is not None else None,
         "held_out": None if held_out is None else text.windows_hash(held_out),
         "versions": {
             "bitmill": __version__,

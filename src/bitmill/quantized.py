@@ -8,34 +8,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmill.formats import Format, Params
-from bitmill.numerics.grouping import grouped, grouped_importance, ungrouped
+from bitmill.formats import Format, GroupFormat, Params
+from bitmill.numerics.grouping import grouped, grouped_importance
 
 
 @dataclass(frozen=True)
 class Quantized:
     """W^ (rows, columns) in `format`.
 
-    codes: uint8 (rows, columns).  params: name -> fp32 (rows|1, groups|1, ...), as stored.
+    codes: uint8 or int32 (rows, format.codes_in(columns)).  params: name -> fp32, as stored.
     """
 
     format: Format
     codes: Tensor
     params: Params
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns), that is (out, in) of the linear layer."""
-        return self.codes.shape[0], self.codes.shape[1]
+    shape: tuple[int, int]  # (rows, columns), that is (out, in) of the linear layer
 
     def dequantize(self) -> Tensor:
         """The stored numbers, fp32 (rows, columns)."""
-        codes = grouped(self.codes, self.format.group_size)
-        return ungrouped(self.format.decode(codes, self.params), self.shape)
+        return self.format.dequantize(self.codes, self.params, self.shape)
 
     def pack(self) -> dict[str, Tensor]:
         """The tensors to write, as named by `format.layout(shape)`."""
-        return self.format.pack(self.codes, self.params)
+        return self.format.pack(self.codes, self.params, self.shape)
 
     @property
     def bits_per_weight(self) -> float:
@@ -48,24 +43,25 @@ class Quantized:
         pieces = []
         for start, stop in itertools.pairwise(cuts):
             params = {k: v if v.shape[0] == 1 else v[start:stop] for k, v in self.params.items()}
-            pieces.append(Quantized(self.format, self.codes[start:stop], params))
+            pieces.append(Quantized(self.format, self.codes[start:stop], params, (stop - start, self.shape[1])))
         return pieces
 
 
 def unpack(format: Format, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Quantized:
     """Inverse of `Quantized.pack`."""
     codes, params = format.unpack(tensors, shape)
-    return Quantized(format, codes, params)
+    return Quantized(format, codes, params, shape)
 
 
-def fit_matrix(format: Format, W: Tensor, importance: Tensor | None, search: bool) -> Params:
-    """`format.fit` for a matrix W (rows, columns) and importance (columns,)."""
+def fit_matrix(format: GroupFormat, W: Tensor, importance: Tensor | None, search: bool) -> Params:
+    """`format.fit` for a matrix W (rows, columns) and importance (columns,) or (rows, columns)."""
     shape = (W.shape[0], W.shape[1])
-    weight = grouped_importance(importance, shape, format.group_size).to(W.device)
-    return format.fit(grouped(W, format.group_size), weight, search)
+    weight = grouped_importance(importance, shape, format.group_size, format.block).to(W.device)
+    return format.fit(grouped(W, format.group_size, format.block), weight, search)
 
 
-def nearest_matrix(format: Format, W: Tensor, params: Params) -> Quantized:
+def nearest_matrix(format: GroupFormat, W: Tensor, params: Params) -> Quantized:
     """The storable matrix closest to W under fixed params."""
-    codes = format.nearest(grouped(W, format.group_size), params)
-    return Quantized(format, ungrouped(codes, (W.shape[0], W.shape[1])).contiguous(), params)
+    codes = format.nearest(grouped(W, format.group_size, format.block), params)
+    flat = codes.reshape(W.shape[0], -1)[:, : format.codes_in(W.shape[1])].contiguous()
+    return Quantized(format, flat, params, (W.shape[0], W.shape[1]))

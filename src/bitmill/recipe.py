@@ -4,6 +4,7 @@
     weight: {format: uniform, bits: 3, group_size: 64, symmetric: false}
     solver: {solver: gptq, damp: 0.01, act_order: true, ...}
     transforms: []                  exact changes to the float model, first to last
+    tuners: []                      what is learned around the quantized layers, first to last
     ignore: []                      glob patterns of linear layers that stay as they are
 
 It round-trips through YAML and JSON, is stored beside every quantized model, and refuses an illegal
@@ -23,11 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitmill.errors import RecipeError
 from bitmill.fields import check_types
-from bitmill.formats import Format, format_from_dict
+from bitmill.formats import FORMATS, Format
 from bitmill.registry import Registry
-from bitmill.solvers import Solver, solver_from_dict
-from bitmill.solvers.base import Needs
-from bitmill.transforms import Transform, transform_from_dict
+from bitmill.solvers import SOLVERS, Solver
+from bitmill.transforms import TRANSFORMS, FormatTransform, Transform
+from bitmill.tuners import TUNERS, Tuner
 
 METHODS: Registry[type[Method]] = Registry("method", "bitmill.recipes")
 
@@ -41,28 +42,40 @@ class _Document(BaseModel):
     weight: dict[str, Any]
     solver: dict[str, Any]
     transforms: list[dict[str, Any]] = []
+    tuners: list[dict[str, Any]] = []
     ignore: list[str] = []
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which format, chosen how, after which transforms."""
+    """Which format, chosen how, after which transforms, tuned by what."""
 
     name: str
     weight: Format
     solver: Solver
     transforms: tuple[Transform, ...] = ()
     ignore: tuple[str, ...] = ()
+    tuners: tuple[Tuner, ...] = ()
 
     def __post_init__(self) -> None:
-        reason = self.solver.accepts(self.weight)
-        if reason:
+        reasons = [self.solver.accepts(self.weight.core), *(t.accepts(self.stored) for t in self.tuners)]
+        for reason in filter(None, reasons):
             raise RecipeError(f"The recipe {self.name!r} cannot be built: {reason}")
 
     @property
-    def needs(self) -> Needs:
-        """What calibration must collect for this recipe."""
-        return "gram" if self.solver.needs == "gram" else "nothing"
+    def stored(self) -> Format:
+        """The weight format inside what its transforms wrap around it; the first transform is outermost."""
+        format = self.weight
+        for transform in reversed(self.transforms):
+            if isinstance(transform, FormatTransform):
+                format = transform.wrap(format)
+        return format
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What calibration must collect for this recipe; nothing for a data-free one."""
+        optional = [t.needs for t in self.transforms] + [t.needs for t in self.tuners]
+        return (self.solver.needs | self.stored.needs).union(*optional)
 
     def ignores(self, layer: str) -> bool:
         """Whether the linear layer called `layer` stays in float."""
@@ -75,6 +88,7 @@ class Recipe:
             "weight": self.weight.to_dict(),
             "solver": self.solver.to_dict(),
             "transforms": [t.to_dict() for t in self.transforms],
+            "tuners": [t.to_dict() for t in self.tuners],
             "ignore": list(self.ignore),
         }
 
@@ -89,9 +103,10 @@ class Recipe:
             raise RecipeError(f"The recipe is not valid at {where}: {first['msg']}.") from None
         return cls(
             name=document.name,
-            weight=format_from_dict(document.weight),
-            solver=solver_from_dict(document.solver),
-            transforms=tuple(transform_from_dict(t) for t in document.transforms),
+            weight=FORMATS.from_dict(document.weight),
+            solver=SOLVERS.from_dict(document.solver),
+            transforms=tuple(TRANSFORMS.from_dict(t) for t in document.transforms),
+            tuners=tuple(TUNERS.from_dict(t) for t in document.tuners),
             ignore=tuple(document.ignore),
         )
 
@@ -113,9 +128,9 @@ class Recipe:
         return json.dumps(self.to_dict())
 
 
-def option(default: Any, help: str, **bounds: Any) -> Any:
+def option(default: Any, help: str) -> Any:
     """A field of a method with its help text; the command line and the docs read it from here."""
-    return field(default=default, metadata={"help": help, **bounds})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)

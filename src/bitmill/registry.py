@@ -1,4 +1,4 @@
-"""Names for members of one noun: formats, solvers, transforms, recipes, adapters.
+"""Names for members of one noun: formats, solvers, transforms, tuners, recipes, adapters.
 
 A registry discovers its members by importing every module of its package on first use, so that
 adding a member is adding a file.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from dataclasses import fields
+from typing import Any, ClassVar, Generic, TypeVar
 
 from bitmill.errors import RecipeError
+from bitmill.fields import check_types
 
 T = TypeVar("T")
 
@@ -73,3 +75,39 @@ class Registry(Generic[T]):
             if known is member or known is type(member):
                 return name
         raise RecipeError(f"{member!r} is not a registered {self.noun}.")
+
+    def from_dict(self, data: Any) -> Any:
+        """The member described by `Member.to_dict`. Raises RecipeError on unknown names or fields."""
+        values = dict(data) if isinstance(data, dict) else {}
+        name = values.pop(self.noun, None)
+        if not isinstance(name, str):
+            article = "an" if self.noun[0] in "aeiou" else "a"
+            raise RecipeError(
+                f"{article.capitalize()} {self.noun} needs the field {self.noun!r} with its name; found {data!r}."
+            )
+        kind: Any = self.get(name)
+        values = {k: self.from_dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+        try:
+            return kind(**values)
+        except TypeError as error:
+            raise RecipeError(f"The {self.noun} {name!r} cannot be built from {values!r}: {error}.") from None
+
+
+class Member:
+    """Base of members that are plain data: frozen dataclasses whose fields are checked and written out."""
+
+    registry: ClassVar[Registry[Any]]
+
+    def __post_init__(self) -> None:
+        check_types(self, self.name)
+
+    @property
+    def name(self) -> str:
+        """The registered name."""
+        return self.registry.name_of(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `Registry.from_dict` turns back into an equal member."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        plain = {k: v.to_dict() if isinstance(v, Member) else v for k, v in values.items()}
+        return {self.registry.noun: self.name, **plain}

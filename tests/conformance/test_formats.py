@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import FORMATS, Format, ScalarFormat, format_from_dict
+from bitmill.formats import FORMATS, GroupFormat, ScalarFormat
 from bitmill.numerics.grouping import grouped, grouped_importance, ungrouped
-from cases import all_formats, fitted, group_params, rounded, scalar_formats, weight_errors, weights
+from cases import (
+    all_formats,
+    fitted,
+    group_params,
+    grouped_formats,
+    rounded,
+    scalar_formats,
+    weight_errors,
+    weights,
+)
 
 every_format = pytest.mark.parametrize("format", all_formats(), ids=repr)
+every_vector_format = pytest.mark.parametrize("format", [f for f in all_formats() if f.block > 1], ids=repr)
 every_scalar_format = pytest.mark.parametrize("format", scalar_formats(), ids=repr)
 SHAPE = (6, 96)
 
@@ -23,10 +33,22 @@ def importance() -> Tensor:
     return torch.rand(96, generator=torch.Generator().manual_seed(3)) ** 3 * 10
 
 
-def random_codes(format: Format) -> Tensor:
-    """(rows, groups, width), below 2**bits."""
+def random_codes(format: GroupFormat) -> Tensor:
+    """Codes of any numbers: all of them below 2**bits for scalar formats; vector formats may not use them all."""
+    if format.block > 1:
+        W = weights(seed=5)
+        return format.nearest(in_groups(W, format), fitted(format, W))
     codes = torch.randint(0, 1 << format.bits, SHAPE, generator=torch.Generator().manual_seed(5))
     return grouped(codes.to(torch.uint8), format.group_size)
+
+
+def in_groups(W: Tensor, format: GroupFormat) -> Tensor:
+    return grouped(W, format.group_size, format.block)
+
+
+def flat(format: GroupFormat, codes: Tensor) -> Tensor:
+    """Grouped codes as a matrix holds them."""
+    return codes.reshape(SHAPE[0], -1)[:, : format.codes_in(SHAPE[1])].contiguous()
 
 
 @every_format
@@ -61,7 +83,7 @@ def test_decode_reads_the_table(format: ScalarFormat):
     assert torch.equal(table.gather(-1, codes.long()), format.decode(codes, params))
 
 
-@every_format
+@every_scalar_format
 def test_the_rounder_agrees_with_nearest(format):
     W = weights(seed=1)
     params = fitted(format, weights())
@@ -78,18 +100,33 @@ def test_the_rounder_agrees_with_nearest(format):
         assert torch.allclose(by_rounder, by_nearest, rtol=0, atol=1e-6 * float(W.abs().max()))
 
 
+@every_vector_format
+def test_the_rounder_of_blocks_agrees_with_nearest(format):
+    W, params, block = weights(seed=1), fitted(format, weights()), format.block
+    expected = rounded(format, W, params)
+    groups = max(v.shape[1] for v in params.values())
+    for column in (0, 96 // block * block - block):
+        one = group_params(params, min(column // format.width(SHAPE), groups - 1))
+        w = W[:, column : column + block]
+        codes, values = format.rounder(one)(w)
+        assert codes.shape == (6, format.codes_per_block)
+        assert values.shape == w.shape
+        reached, best = (w - values).square().sum(1), (w - expected[:, column : column + block]).square().sum(1)
+        assert torch.allclose(reached, best, rtol=1e-4, atol=1e-9)
+
+
 @every_format
 @pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
 def test_refit_never_raises_the_weighted_error(format, search):
     W, weight = weights(), importance()
-    x, grouped_weight = grouped(W, format.group_size), grouped_importance(weight, SHAPE, format.group_size)
+    x, grouped_weight = in_groups(W, format), grouped_importance(weight, SHAPE, format.group_size, format.block)
     params = fitted(format, W, weight, search)
     for codes in (format.nearest(x, params), random_codes(format)):
         before = ((x - format.decode(codes, params)).double().square() * grouped_weight).sum()
         better = format.refit(x, codes, grouped_weight, params)
         after = ((x - format.decode(codes, better)).double().square() * grouped_weight).sum()
         assert after <= before * (1 + 1e-5)
-        assert_same_params(better, read_back(format, ungrouped(codes, SHAPE), better))
+        assert_same_params(better, read_back(format, flat(format, codes), better))
 
 
 @every_format
@@ -101,8 +138,8 @@ def test_search_is_never_worse_than_no_search(format, weighted):
     assert searched <= start * (1 + 1e-5)
 
 
-def read_back(format: Format, codes: Tensor, params: dict[str, Tensor]) -> dict[str, Tensor]:
-    return format.unpack(format.pack(codes, params), SHAPE)[1]
+def read_back(format: GroupFormat, codes: Tensor, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    return format.unpack(format.pack(codes, params, SHAPE), SHAPE)[1]
 
 
 def assert_same_params(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -116,8 +153,8 @@ def assert_same_params(one: dict[str, Tensor], other: dict[str, Tensor]) -> None
 @pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
 def test_what_is_packed_is_read_back_exactly(format, search):
     params = fitted(format, weights(), importance(), search)
-    codes = ungrouped(format.nearest(grouped(weights(), format.group_size), params), SHAPE)
-    tensors = format.pack(codes, params)
+    codes = flat(format, format.nearest(in_groups(weights(), format), params))
+    tensors = format.pack(codes, params, SHAPE)
     codes_back, params_back = format.unpack(tensors, SHAPE)
     assert torch.equal(codes, codes_back)
     assert_same_params(params, params_back)
@@ -126,8 +163,8 @@ def test_what_is_packed_is_read_back_exactly(format, search):
 @every_format
 def test_bits_are_honest(format):
     params = fitted(format, weights())
-    codes = ungrouped(random_codes(format), SHAPE)
-    tensors = format.pack(codes, params)
+    codes = flat(format, random_codes(format))
+    tensors = format.pack(codes, params, SHAPE)
     found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     assert found == {name: (tuple(size), dtype) for name, (size, dtype) in format.layout(SHAPE).items()}
     assert 8 * sum(t.nbytes for t in tensors.values()) == format.stored_bits(SHAPE)
@@ -135,7 +172,7 @@ def test_bits_are_honest(format):
 
 @every_format
 def test_plain_data_and_repr_round_trip(format):
-    assert format_from_dict(json.loads(json.dumps(format.to_dict()))) == format
+    assert FORMATS.from_dict(json.loads(json.dumps(format.to_dict()))) == format
     kind = type(format)
     assert eval(repr(format), {kind.__name__: kind}) == format
     assert hash(format) == hash(dataclasses.replace(format))
@@ -172,7 +209,7 @@ def test_extreme_weights_stay_finite(format, extreme):
         params = fitted(format, W, importance(), search)
         decoded = rounded(format, W, params)
         assert torch.isfinite(decoded).all()
-        codes = ungrouped(format.nearest(grouped(W, format.group_size), params), SHAPE)
+        codes = flat(format, format.nearest(in_groups(W, format), params))
         assert_same_params(params, read_back(format, codes, params))
         if extreme == "zeros":
             assert not decoded.any()
@@ -188,7 +225,7 @@ def test_inputs_without_importance_do_not_break_the_fit(format):
         assert torch.isfinite(rounded(format, weights(), fitted(format, weights(), weight))).all()
 
 
-@pytest.mark.parametrize("name", FORMATS.names())
+@pytest.mark.parametrize("name", grouped_formats())
 def test_nonsense_is_refused_in_one_sentence(name):
     wrong = [
         {"bits": 0},
@@ -200,6 +237,6 @@ def test_nonsense_is_refused_in_one_sentence(name):
     wrong += [{"bits": 2, "unheard_of": 1}, {}]
     for data in wrong:
         with pytest.raises(RecipeError) as caught:
-            format_from_dict({"format": name, **data})
+            FORMATS.from_dict({"format": name, **data})
         assert str(caught.value).endswith(".")
         assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitmill.formats import FORMATS, format_from_dict
+from bitmill.formats import FORMATS
 from bitmill.quantized import unpack
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -29,7 +29,7 @@ def test_every_format_has_frozen_bytes(name):
 
 @pytest.mark.parametrize(("file", "index", "case"), CASES)
 def test_frozen_bytes_still_decode(file, index, case):
-    format, shape = format_from_dict(case["format"]), tuple(case["shape"])
+    format, shape = FORMATS.from_dict(case["format"]), tuple(case["shape"])
     prefix = f"{index}."
     stored = load_file(file.with_suffix(".safetensors"))
     tensors = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}

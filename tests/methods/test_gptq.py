@@ -13,7 +13,7 @@ from bitmill.formats import Format
 from bitmill.formats.uniform import Uniform
 from bitmill.quantized import Quantized
 from bitmill.solvers import Statistics
-from bitmill.solvers import gptq as module
+from bitmill.solvers import feedback as module
 from bitmill.solvers.base import output_error
 from bitmill.solvers.gptq import GPTQ
 from cases import COLUMNS, fitted, gram_of, group_params, inputs, rounded, weights
@@ -93,7 +93,7 @@ def test_local_grids_equal_refitting_at_each_group(size):
 def test_the_block_size_changes_no_code(solver, block, monkeypatch):
     W, gram, format = weights(ROWS), gram_of(inputs()), Uniform(3, 40)
     usual = solve(solver, W, gram, format)
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr(module, "_CHUNK", block)
     assert torch.equal(solve(solver, W, gram, format).codes, usual.codes)
 
 

@@ -102,3 +102,17 @@ def test_token_windows_of_a_caller_are_named_by_their_digest():
     card = model_card(report(identity={"calibration": {"source": "tokens", "sha256": "f" * 64}}))
     assert "ffffffffffffffff" in card
     assert "Calibrated on  windows" not in card
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("measured", [[], [MEASURED], [MEASURED, {**MEASURED, "split": "all"}]])
+@pytest.mark.parametrize("error", [None, 0.5])
+def test_every_part_of_the_card_stands_apart(method, measured, error):
+    """Markdown takes the line after a table for one more row of it."""
+    card = model_card(report(method, measured=measured, layers=[layer(0, error)]))
+    assert card.endswith("```\n")
+    assert "\n\n\n" not in card
+    for part in card.split("\n\n"):
+        starts = {line[:1] == "|" for line in part.splitlines()}
+        assert len(starts) == 1, part
+        assert "#" not in {line[:1] for line in part.splitlines()[1:]}, part

@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, also after a power cut.
+
+A file's bytes reach the disk before it gets its name, and the name before anything is done that relies on it.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file: to a temporary name first, flushed to the disk, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_text(text, encoding="utf-8")
+        _name(temporary, path)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -57,10 +57,47 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, {"format": "pt"})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # the library makes files that only their owner can read
-        os.replace(temporary, path)
+        _name(temporary, path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync(folder.parent)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Give a folder its final name once all that is in it, whoever wrote it, is on the disk."""
+    with writing(out):
+        for path in (*folder.rglob("*"), folder):
+            _sync(path)
+        os.rename(folder, out)
+        for parent in (out.parent, folder.parent):
+            _sync(parent)
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Give a file that was written under a temporary name its own."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Return once the disk holds the bytes of a file, or the names in a folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # some file systems cannot flush a folder, and some folders may be written but not read
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise
 
 
 def _umask() -> int:

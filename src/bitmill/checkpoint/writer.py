@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,13 +18,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitmill.checkpoint.config import quantization_config
-from bitmill.checkpoint.files import sha256, write_json, write_tensors, write_text, writing
+from bitmill.checkpoint.files import make_folder, publish, sha256, write_json, write_tensors, write_text, writing
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
 from bitmill.models.safetensors_header import read_header
 from bitmill.models.skeleton import Skeleton
-from bitmill.pipeline.loop import BlockResult, LayerResult
+from bitmill.pipeline.job import BlockResult, LayerResult
 from bitmill.quantized import unpack
 from bitmill.recipe import Recipe
 
@@ -50,7 +49,7 @@ class FolderSink:
                 f"{self.work} holds an unfinished run; continue it with --resume, or delete it to start anew."
             )
         with writing(out):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         self._lock = _lock(self.work)
         for half in self.folder.glob("*.tmp"):  # what a killed run was writing
             half.unlink()
@@ -77,7 +76,7 @@ class FolderSink:
                 bias = parts.pop("bias", None)
                 if bias is not None:
                     tensors[prefix + "bias"] = bias
-                quantized = unpack(self.recipe.weight, parts, tuple(known["shape"]))
+                quantized = unpack(self.recipe.stored, parts, tuple(known["shape"]))
                 result.layers[name] = LayerResult(quantized, known["weight_error"], known["output_error"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
             # the shard is sound, its digest said so: it is the journal that does not describe it
@@ -145,8 +144,7 @@ class FolderSink:
         for name, text in documents.items():
             write_text(self.folder / name, text)
         write_json(self.folder / "report.json", {**report, "files": {f.name: sha256(f) for f in listed}})
-        with writing(self.out):
-            os.rename(self.folder, self.out)
+        publish(self.folder, self.out)
         shutil.rmtree(self.work, ignore_errors=True)  # while the lock still keeps others out
         self.close()
 

@@ -68,8 +68,7 @@ def option_entry(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if default is dataclasses.MISSING:
         default = field.default_factory() if callable(field.default_factory) else None
     kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-    bounds = {k: v for k, v in field.metadata.items() if k != "help"}
-    return {"name": field.name, "type": kind, "default": default, "help": field.metadata.get("help", ""), **bounds}
+    return {"name": field.name, "type": kind, "default": default, "help": field.metadata.get("help", "")}
 
 
 def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Any:

@@ -107,5 +107,5 @@ def _totals(data: dict[str, Any]) -> Any:
         ("bits per weight", f"{data['bits_per_weight']:.3f} in the quantized layers"),
         ("size", f"{megabytes(data['size_bytes'])} of tensors, {megabytes(data['folder_bytes'])} in all"),
     ]
-    rows += [("measured", measured_row(measured)) for measured in data["measured"]]
+    rows += [(f"measured by {measured.get('by', '-')}", measured_row(measured)) for measured in data["measured"]]
     return facts(rows)

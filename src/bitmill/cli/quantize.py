@@ -9,6 +9,7 @@ import typer
 
 from bitmill.cli.output import facts, measured_row, megabytes, number, working
 from bitmill.errors import UsageError
+from bitmill.report.words import spelled
 
 FAVOURITES = ("gptqt", "gptq")  # the default method is the first one there is
 
@@ -113,11 +114,10 @@ def default_method() -> str:
 
 
 def _readable(model: str, summary: dict[str, Any], dry_run: bool) -> Any:
-    stored = summary["format"]
     rows = [
         ("model", model),
         ("method", summary["method"]),
-        ("format", ", ".join(f"{k} {v}" if k != "format" else str(v) for k, v in stored.items())),
+        ("format", spelled(summary["format"])),
         ("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"),
         ("bits per weight", f"{summary['bits_per_weight']:.3f}"),
         ("size", f"{megabytes(summary['size_bytes'])}, {megabytes(summary['unquantized_bytes'])} of it in float"),

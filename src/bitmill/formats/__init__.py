@@ -1,5 +1,7 @@
 """Which numbers can be stored, and in which bits. One file per format."""
 
-from bitmill.formats.base import FORMATS, Format, Params, ScalarFormat, format_from_dict
+from bitmill.formats.base import FORMATS, Format, Params
+from bitmill.formats.grouped import GroupFormat, ScalarFormat
+from bitmill.formats.wrapper import Wrapper
 
-__all__ = ["FORMATS", "Format", "Params", "ScalarFormat", "format_from_dict"]
+__all__ = ["FORMATS", "Format", "GroupFormat", "Params", "ScalarFormat", "Wrapper"]

@@ -1,54 +1,45 @@
-"""The contract of a storage format.
+"""What a format is to storage and to the runtime: named tensors of known shapes that decode to a matrix.
 
-Verbs work on grouped tensors, so a format never sees a matrix, a ragged edge or a file:
-
-    x           (rows, groups, width)            the numbers to store
-    importance  (rows|1, groups, width)          weight of each squared error, 0 on padding
-    params      name -> (rows|1, groups|1, ...)  fp32 working values; size 1 means shared
-    codes       (rows, groups, width)            unsigned integers below 2**bits
+    codes    (rows, stored codes a row)   unsigned integers
+    params   name -> fp32 working values, already rounded as stored
 
 Laws, tested for every registered format (tests/conformance/test_formats.py):
 
-    decode(nearest(decode(codes))) == decode(codes)            what is stored can be stored again
-    nearest is the best code of brute force
-    refit never raises the weighted error
-    unpack(pack(codes, params)) == (codes, params)             working values are already rounded as stored
-    packed bytes * 8 == stored_bits(shape)                     honest bits
+    unpack(pack(codes, params)) == (codes, params)
+    packed bytes * 8 == stored_bits(shape)         honest bits
     repr and dict round-trip
+
+`grouped` adds the verbs that solvers use, `wrapper` formats around other formats.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from bitmill.errors import RecipeError
-from bitmill.fields import check_types
-from bitmill.numerics.grouping import GroupSize, group_grid
 from bitmill.numerics.packing import pack, unpack, words_for
-from bitmill.registry import Registry
+from bitmill.registry import Member, Registry
+
+if TYPE_CHECKING:
+    from bitmill.formats.grouped import GroupFormat
 
 Params = dict[str, Tensor]
-Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 FORMATS: Registry[type[Format]] = Registry("format", "bitmill.formats")
-
-# Importance-weighted searches run over slices of rows, so that their temporaries stay in the cache.
-SLICE = 1 << 18
 
 
 @dataclass(frozen=True)
 class Part:
-    """How one parameter array is stored: fp16 numbers, or unsigned integers of `bits` bits."""
+    """How one parameter array is stored: numbers of `dtype`, or unsigned integers of `bits` bits."""
 
     name: str
-    shape: tuple[int, ...]  # (rows|1, groups|1, ...)
-    bits: int | None = None  # None: fp16
+    shape: tuple[int, ...]
+    bits: int | None = None
+    stored_as: torch.dtype = torch.float16  # without `bits`
 
     @property
     def packed_shape(self) -> tuple[int, ...]:
@@ -60,81 +51,64 @@ class Part:
     @property
     def dtype(self) -> torch.dtype:
         """Type on disk."""
-        return torch.float16 if self.bits is None else torch.int32
+        return self.stored_as if self.bits is None else torch.int32
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Working values as they are stored."""
+        if self.bits is None:
+            return values.to(self.stored_as).contiguous()
+        return pack(values.movedim(0, -1), self.bits).movedim(-1, 0).contiguous()
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """Inverse of `pack`, fp32; arrays of integers keep their type."""
+        if self.bits is not None:
+            stored = unpack(stored.movedim(0, -1), self.bits, self.shape[0]).movedim(-1, 0)
+            return stored.to(torch.float32)
+        return stored.to(torch.float32) if stored.is_floating_point() else stored
 
 
 @dataclass(frozen=True)
-class Format(ABC):
+class Format(Member, ABC):
     """Base of all formats: a frozen dataclass whose fields are exactly what a reader needs to decode."""
 
-    bits: int
-    group_size: GroupSize = 64
-
-    block: ClassVar[int] = 1  # columns coded jointly
-    max_bits: ClassVar[int] = 8
-    local: ClassVar[bool] = True  # parameters of one group can be fitted without seeing the rest of the row
-
-    def __post_init__(self) -> None:
-        check_types(self, self.name)
-        if not 1 <= self.bits <= self.max_bits:
-            raise RecipeError(
-                f"{self.name} stores 1 to {self.max_bits} bits, not {self.bits!r}; choose bits in that range."
-            )
-        size = self.group_size
-        if isinstance(size, int) and size < 1:
-            raise RecipeError(
-                f"group_size is {size!r}; use a positive number of input columns, 'row' or 'tensor'."
-            )
+    registry: ClassVar[Registry[type[Format]]] = FORMATS
 
     @property
-    def name(self) -> str:
-        """The registered name."""
-        return FORMATS.name_of(self)
+    def stackable(self) -> bool:
+        """Whether layers that read one input may be solved as one tall matrix."""
+        return True
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that `format_from_dict` turns back into an equal format."""
-        return {"format": self.name, **asdict(self)}
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that solving it uses besides the solver's own, see `solvers.base`."""
+        return frozenset()
 
-    # -- meaning ------------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def core(self) -> GroupFormat:
+        """What a solver works with: the format itself, or the one that wrappers wrap."""
+
+    @property
+    @abstractmethod
+    def code_bits(self) -> int:
+        """Bits of one stored code, 1 to 16."""
 
     @abstractmethod
-    def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """Parameters for x: the best found (`search`), or the format's closed-form start."""
-
-    @abstractmethod
-    def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """Codes (uint8) of the storable numbers closest to x."""
-
-    @abstractmethod
-    def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """The stored numbers, fp32, in the shape of `codes`."""
-
-    @abstractmethod
-    def rounder(self, params: Params) -> Rounder:
-        """Fast `w (rows,) -> codes (rows,), values (rows,)` for the params of a single group (rows|1, 1, ...)."""
-
-    def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
-        """Parameters for one group, x (rows, 1, width), while what its row shares stays as in `params`."""
-        return self.fit(x, importance)
-
-    def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """Parameters of least weighted error for fixed codes; the same params where a format cannot do better."""
-        return params
-
-    # -- storage ------------------------------------------------------------------------------------------
+    def codes_in(self, columns: int) -> int:
+        """Codes that store a row of `columns` weights."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """The stored parameter arrays of a matrix of `shape` (rows, columns), codes not included."""
 
-    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """(rows, groups) of parameters for a matrix of `shape`."""
-        return group_grid(shape, self.group_size)
+    @abstractmethod
+    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """The stored matrix, fp32 of `shape`."""
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of every tensor on disk."""
         tensors = {p.name: (p.packed_shape, p.dtype) for p in self.parts(shape)}
-        return {"codes": ((shape[0], words_for(shape[1], self.bits)), torch.int32), **tensors}
+        return {"codes": ((shape[0], words_for(self.codes_in(shape[1]), self.code_bits)), torch.int32), **tensors}
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Bits on disk of a matrix of `shape`, everything included."""
@@ -143,115 +117,21 @@ class Format(ABC):
             total += torch.Size(size).numel() * dtype.itemsize * 8
         return total
 
-    def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
-        """codes (rows, columns) and params as the tensors that `layout` names."""
-        tensors = {"codes": pack(codes, self.bits)}
-        for part in self.parts((codes.shape[0], codes.shape[1])):
-            values = params[part.name]
-            if part.bits is None:
-                tensors[part.name] = values.to(torch.float16).contiguous()
-            else:
-                tensors[part.name] = pack(values.movedim(0, -1), part.bits).movedim(-1, 0).contiguous()
-        return tensors
+    def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """codes and params as the tensors that `layout` names."""
+        return {
+            "codes": pack(codes, self.code_bits),
+            **{part.name: part.pack(params[part.name]) for part in self.parts(shape)},
+        }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Params]:
-        """Inverse of `pack`: codes (rows, columns) uint8 and fp32 params."""
-        return unpack(tensors["codes"], self.bits, shape[1]), self.unpack_params(tensors, shape)
+        """Inverse of `pack`: codes and fp32 params."""
+        return self.unpack_codes(tensors["codes"], shape[1]), self.unpack_params(tensors, shape)
+
+    def unpack_codes(self, stored: Tensor, columns: int) -> Tensor:
+        """The codes of some rows alone, uint8 up to 8 bits, int32 above."""
+        return unpack(stored, self.code_bits, self.codes_in(columns))
 
     def unpack_params(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Params:
         """The params alone, fp32."""
-        params = {}
-        for part in self.parts(shape):
-            stored = tensors[part.name]
-            if part.bits is not None:
-                stored = unpack(stored.movedim(0, -1), part.bits, part.shape[0]).movedim(-1, 0)
-            params[part.name] = stored.to(torch.float32)
-        return params
-
-
-class ScalarFormat(Format):
-    """A format whose every code is an entry of a small table: `levels(params)[code]`.
-
-    This is what lets one lookup kernel run them all.
-    """
-
-    @abstractmethod
-    def levels(self, params: Params) -> Tensor:
-        """The table: (rows|1, groups|1, 2**bits) fp32, entry c is the value of code c."""
-
-    def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """Count how many midpoints of the sorted table lie below x, then translate rank to code."""
-        table, order = self.levels(params).sort(-1)
-        middles = (table[..., 1:] + table[..., :-1]) / 2
-        rank = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
-        for k in range(middles.shape[-1]):
-            rank += x > middles[..., k : k + 1]
-        shape = (*x.shape[:-1], order.shape[-1])
-        return order.expand(shape).gather(-1, rank).to(torch.uint8)
-
-    def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """Look every code up in its group's table."""
-        table = self.levels(params)
-        return table.expand(*codes.shape[:-1], table.shape[-1]).gather(-1, codes.long())
-
-    def rounder(self, params: Params) -> Rounder:
-        """Sort the table once; then a column costs one binary search and two lookups."""
-        table, order = self.levels(params)[:, 0].sort(-1)
-        middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
-
-        def column(w: Tensor) -> tuple[Tensor, Tensor]:
-            rank = torch.searchsorted(middles.expand(w.shape[0], -1).contiguous(), w[:, None].contiguous())
-            rows = w.shape[0]
-            codes = order.expand(rows, -1).gather(1, rank)[:, 0].to(torch.uint8)
-            return codes, table.expand(rows, -1).gather(1, rank)[:, 0]
-
-        return column
-
-
-def format_from_dict(data: dict[str, Any]) -> Format:
-    """The format described by `Format.to_dict`. Raises RecipeError on unknown names or fields."""
-    fields = dict(data)
-    name = fields.pop("format", None)
-    if not isinstance(name, str):
-        raise RecipeError(f"A format needs the field 'format' with its name; found {data!r}.")
-    kind = FORMATS.get(name)
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        raise RecipeError(f"The format {name!r} cannot be built from {fields!r}: {error}.") from None
-
-
-def alternate(format: Format, x: Tensor, importance: Tensor, params: Params, rounds: int) -> Params:
-    """Take turns between the nearest codes for the parameters and the best parameters for the codes.
-
-    The weighted error never rises, so every slice of rows stops at a local minimum, or after `rounds`.
-    """
-    pieces = []
-    step = max(1, SLICE // max(1, x[0].numel()))
-    for start in range(0, x.shape[0], step):
-        cut = slice(start, start + step)
-        weight = importance if importance.shape[0] == 1 else importance[cut]
-        piece = {name: value[cut] for name, value in params.items()}
-        for _ in range(rounds):
-            codes = format.nearest(x[cut], piece)
-            fitted = format.refit(x[cut], codes, weight, piece)
-            if all(torch.equal(fitted[name], piece[name]) for name in piece):
-                break
-            piece = fitted
-        pieces.append(piece)
-    return {name: torch.cat([p[name] for p in pieces]) for name in params}
-
-
-def of_group(params: Params, group: int) -> Params:
-    """The parameters of one group; parts shared along the row stay."""
-    return {name: v if v.shape[1] == 1 else v[:, group : group + 1] for name, v in params.items()}
-
-
-def as_stored(values: Tensor) -> Tensor:
-    """Round to what fp16 storage keeps, within its range, as fp32; magnitudes below its smallest become 0."""
-    return values.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
-
-
-def weighted_error(x: Tensor, y: Tensor, importance: Tensor) -> Tensor:
-    """Importance-weighted squared error of each group, (rows, groups)."""
-    return (x - y).square_().mul_(importance).sum(-1)
+        return {part.name: part.unpack(tensors[part.name]) for part in self.parts(shape)}

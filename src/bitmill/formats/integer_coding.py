@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part, ScalarFormat, as_stored
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.grouped import ScalarFormat, as_stored
 from bitmill.numerics.codings import KEEP, bin_moments, levels_of, snap_table
 
 # Ratio of the starting scale to a group's weighted root mean square, on a grid of one unit: where the best

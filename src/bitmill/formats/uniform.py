@@ -19,16 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import (
-    FORMATS,
-    SLICE,
-    Params,
-    Part,
-    Rounder,
-    ScalarFormat,
-    as_stored,
-    weighted_error,
-)
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.grouped import SLICE, Rounder, ScalarFormat, as_stored, weighted_error
 
 # Shares of the full range that the search tries, widest first.
 _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()

@@ -47,8 +47,7 @@ class Seam:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The description of one architecture; all paths but `blocks`, `embeddings`, `final_norm`, `head` are
-    relative to a block.
+    """The description of one architecture; all paths but `blocks`, `embeddings`, `head` are relative to a block.
 
     model_types: the values of `config.model_type` it describes.
     blocks: path of the nn.ModuleList of blocks.
@@ -64,7 +63,6 @@ class Adapter:
     fused: tuple[tuple[str, ...], ...]
     seams: tuple[Seam, ...]
     embeddings: tuple[str, ...]
-    final_norm: str
     head: str = "lm_head"
     transposed: bool = False
 
@@ -124,7 +122,6 @@ def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
                 "so a generic adapter cannot describe them; write an adapter for this architecture."
             )
     outside = [(n, m) for n, m in model.named_modules() if n and not n.startswith(f"{path}.")]
-    norms = [n for n, m in outside if "norm" in type(m).__name__.lower()]
     heads = [n for n, m in outside if isinstance(m, nn.Linear)]
     model_type = getattr(config, "model_type", None) or type(model).__name__
     return Adapter(
@@ -135,7 +132,6 @@ def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
         fused=(),
         seams=(),
         embeddings=tuple(n for n, m in outside if isinstance(m, nn.Embedding)),
-        final_norm=norms[-1] if norms else "",
         head=heads[-1] if heads else "",
     )
 

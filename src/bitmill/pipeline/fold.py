@@ -6,20 +6,25 @@ from torch import Tensor
 
 from bitmill.models.skeleton import Skeleton
 from bitmill.recipe import Recipe
-from bitmill.transforms.base import fold
+from bitmill.transforms.base import Activations, SeamTransform, SeamView, fold
 
 
-def fold_transforms(recipe: Recipe, skeleton: Skeleton, index: int) -> dict[str, Tensor]:
-    """Fold every transform of the recipe into every seam of block `index`.
+def fold_transforms(
+    recipe: Recipe, skeleton: Skeleton, index: int, seen: dict[str, Activations] | None = None
+) -> dict[str, Tensor]:
+    """Fold every seam transform of the recipe into every seam of block `index`.
 
+    seen: what the block's linears read, by the linear that stands for its stage; kept true as scales change.
     Returns the tensors that changed and stay in float (norms, biases, ignored linears), by full name, in
     their stored type, which is also what the block now computes with.
     """
-    if not recipe.transforms:
+    seam_transforms = [t for t in recipe.transforms if isinstance(t, SeamTransform)]
+    if not seam_transforms:
         return {}
     block, adapter = skeleton.blocks[index], skeleton.adapter
+    seen = {} if seen is None else seen
     touched: set[str] = set()
-    for transform in recipe.transforms:
+    for transform in seam_transforms:
         for seam in adapter.seams:
             source = block.get_submodule(seam.source)
             targets = [block.get_submodule(name) for name in seam.targets]
@@ -29,7 +34,12 @@ def fold_transforms(recipe: Recipe, skeleton: Skeleton, index: int) -> dict[str,
                 continue  # grouped queries: one head of v feeds several of o's inputs
             if seam.norm_plus_one:
                 written = written + 1
-            fold(transform.choose(written, weights), source, targets, seam.norm_plus_one, adapter.transposed)
+            lead = next((name for name in seam.targets if name in seen), "")
+            view = SeamView(written, weights, recipe.weight.core, seen.get(lead))
+            scale = transform.choose(view)
+            fold(scale, source, targets, seam.norm_plus_one, adapter.transposed)
+            if lead:
+                seen[lead] = seen[lead].divided(scale)
             for name in (seam.source, *seam.targets):
                 touched |= {f"{skeleton.block_name(index)}.{name}.{leaf}" for leaf in ("weight", "bias")}
     quantized = {f"{skeleton.block_name(index)}.{name}" for name in adapter.linears}

@@ -31,4 +31,5 @@ class BCQ(Method):
 
     def recipe(self) -> Recipe:
         """Binary coding, alternating solver."""
-        return Recipe("bcq", BinaryCoding(self.bits, self.group_size), Alternating(self.rounds, self.weighted))
+        solver = Alternating(self.rounds, "diagonal" if self.weighted else "nothing")
+        return Recipe("bcq", BinaryCoding(self.bits, self.group_size), solver)

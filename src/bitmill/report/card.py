@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, Undefined
 
+from bitmill.report.words import spelled
+
 _CARD = """\
 ---
 base_model: {{ source }}
@@ -19,19 +21,21 @@ tags:
 # {{ source }}, quantized by bitmill ({{ recipe.name }}, {{ "%.3f" | format(bits_per_weight) }} bits per weight)
 
 The linear layers of the blocks are stored packed in the format
-`{{ recipe.weight.format }}` ({{ recipe.weight.bits }} bits, group size {{ recipe.weight.group_size }});
+{{ spelled(recipe.weight) }};
 {{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
 Embeddings, norms and the head are as in the source.
 
 ## Measured
+
 {% if measured %}
 | text | windows | perplexity | float | KL divergence (nats) | top-1 agreement | measured by |
 |---|---|---|---|---|---|---|
 {% for m in measured -%}
-| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} | {{ number(m.perplexity) -}}
- | {{ number(m.reference_perplexity) }} | {{ number(m.kl_divergence) }} | {{ number(m.top1_agreement) -}}
- | bitmill {{ m.by }} |
+| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} | {{ number(m.perplexity) }} |
+{{- " " ~ number(m.reference_perplexity) }} | {{ number(m.kl_divergence) }} | {{ number(m.top1_agreement) }} |
+{{- " bitmill " ~ m.by }} |
 {% endfor %}
+
 {% if identity.calibration and identity.calibration.source == "tokens" -%}
 Whether the caller's calibration windows contain this text is not known.
 {%- elif measured | rejectattr("split", "equalto", "eval") | list -%}
@@ -40,8 +44,10 @@ The eval split was held out from calibration; rows of another split include what
 The text was held out from calibration.
 {%- endif %}
 
+
 {% else %}
 Nothing was measured. Do so with `bitmill eval FOLDER --reference SOURCE --record`.
+
 {% endif %}
 {% if worst %}
 Layers with the largest relative output error on the calibration text:
@@ -49,18 +55,20 @@ Layers with the largest relative output error on the calibration text:
 | layer | bits per weight | weight error | output error |
 |---|---|---|---|
 {% for layer in worst -%}
-| `{{ layer.name }}` | {{ number(layer.bits_per_weight) }} | {{ number(layer.weight_error) -}}
- | {{ number(layer.output_error) }} |
+| `{{ layer.name }}` | {{ number(layer.bits_per_weight) }} | {{ number(layer.weight_error) }} |
+{{- " " ~ number(layer.output_error) }} |
 {% endfor %}
-Every layer is listed in `report.json`.
-{% endif %}
 
+Every layer is listed in `report.json`.
+
+{% endif %}
 ## Made by
 
 bitmill {{ bitmill }}, recipe in `recipe.yaml`:
 
 ```yaml
 {{ recipe_yaml }}```
+
 {% if identity.calibration and identity.calibration.source == "tokens" %}
 Calibrated on token windows given by the caller (sha256 `{{ identity.calibration.sha256[:16] }}`).
 {% elif identity.calibration %}
@@ -89,9 +97,13 @@ def model_card(report: dict[str, Any]) -> str:
 
     layers = [layer for layer in report["layers"] if layer.get("output_error") is not None]
     worst = sorted(layers, key=lambda layer: -layer["output_error"])[:5]
-    template = Environment(autoescape=False, trim_blocks=True).from_string(_CARD)
+    template = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(_CARD)
     return template.render(
-        **report, worst=worst, number=_number, recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False)
+        **report,
+        worst=worst,
+        number=_number,
+        spelled=spelled,
+        recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False),
     )
 
 

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitmill.errors import CheckpointError
-from bitmill.formats import Format, format_from_dict
+from bitmill.formats import FORMATS, Format
 from bitmill.runtime.dense import densify
 from bitmill.runtime.linear import swap_linear
 from bitmill.version import __version__
@@ -96,7 +96,7 @@ def layer_formats(config: dict[str, Any]) -> dict[str, Format]:
     formats: dict[str, Format] = {}
     try:
         for group in config["groups"]:
-            format = format_from_dict(group["format"])
+            format = FORMATS.from_dict(group["format"])
             formats.update(dict.fromkeys(group["layers"], format))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The quantization_config is damaged: {error!r} in 'groups'.") from None

@@ -1,7 +1,6 @@
 """Alternating least squares: nearest codes, best parameters for these codes, and so on.
 
-Lowers the weight error of any format that can refit its parameters; data-free, or with `weighted` counting
-each column by the mean square of its input.
+Lowers the weight error of any format that can refit its parameters; data-free, or `weighted` as in `nearest`.
 
 Source: Xu et al. 2018 (arXiv 1802.00150), section 4, for binary coding.
 """
@@ -9,15 +8,16 @@ Source: Xu et al. 2018 (arXiv 1802.00150), section 4, for binary coding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import Format
-from bitmill.formats.base import alternate
+from bitmill.formats import GroupFormat
+from bitmill.formats.grouped import alternate
 from bitmill.numerics.grouping import grouped, grouped_importance
 from bitmill.quantized import Quantized, nearest_matrix
-from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
+from bitmill.solvers.base import SOLVERS, WEIGHTED, Solver, Statistics
 
 
 @SOLVERS.register("alternating")
@@ -26,7 +26,7 @@ class Alternating(Solver):
     """Up to `rounds` turns from the format's closed-form start."""
 
     rounds: int = 15
-    weighted: bool = False
+    weighted: Literal["nothing", "diagonal", "fisher"] = "nothing"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,15 +34,15 @@ class Alternating(Solver):
             raise RecipeError(f"rounds is {self.rounds!r}; use 0 or more.")
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> frozenset[str]:
         """Nothing, unless errors are weighted."""
-        return "gram" if self.weighted else "nothing"
+        return WEIGHTED[self.weighted]
 
-    def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
         shape = (W.shape[0], W.shape[1])
-        columns = stats.required_gram(self.name).diagonal() if self.weighted else None
-        importance = grouped_importance(columns, shape, format.group_size).to(W.device)
-        x = grouped(W, format.group_size)
+        weight = stats.importance(self.weighted, self.name)
+        importance = grouped_importance(weight, shape, format.group_size, format.block).to(W.device)
+        x = grouped(W, format.group_size, format.block)
         params = alternate(format, x, importance, format.fit(x, importance, search=False), self.rounds)
         return nearest_matrix(format, W, params)

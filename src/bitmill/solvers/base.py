@@ -7,36 +7,41 @@ rounding's; the result is deterministic; every scalar format is accepted or refu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from bitmill.errors import NumericsError, RecipeError
-from bitmill.fields import check_types
-from bitmill.formats import Format
+from bitmill.errors import NumericsError
+from bitmill.formats import Format, GroupFormat, Wrapper
 from bitmill.quantized import Quantized
-from bitmill.registry import Registry
-
-Needs = Literal["nothing", "gram"]
+from bitmill.registry import Member, Registry
 
 SOLVERS: Registry[type[Solver]] = Registry("solver", "bitmill.solvers")
+
+NOTHING: frozenset[str] = frozenset()
+GRAM = frozenset({"gram"})
+FISHER = frozenset({"fisher"})
+# What a squared weight error may count by, and the statistics that takes: nothing, the mean square of the
+# weight's input, or the mean squared gradient of the loss.
+WEIGHTED = {"nothing": NOTHING, "diagonal": GRAM, "fisher": FISHER}
+STATISTICS = ("gram", "cross", "fisher")  # what `needs` may name
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration knows of one layer's inputs X (tokens, columns).
+    """What calibration knows of one layer; None where nobody asked.
 
-    gram: X^T X / tokens, fp32 (columns, columns), or None for a data-free run.
+    gram    X^T X / tokens, fp32 (columns, columns), of the inputs X (tokens, columns)
+    cross   (X_float - X)^T X / tokens, fp32 (columns, columns): what earlier layers' errors did to the inputs
+    fisher  mean over sequences of the squared gradient of the loss, fp32 (rows, columns)
     """
 
     gram: Tensor | None = None
     tokens: int = 0
-
-    @property
-    def importance(self) -> Tensor | None:
-        """Mean square of every input, (columns,): the weight of a squared weight error in that column."""
-        return None if self.gram is None else self.gram.diagonal()
+    cross: Tensor | None = None
+    fisher: Tensor | None = None
 
     def required_gram(self, solver: str) -> Tensor:
         """The Gram matrix. Raises NumericsError, naming the solver that needs it, when there is none."""
@@ -46,48 +51,59 @@ class Statistics:
             )
         return self.gram
 
+    def required_fisher(self, solver: str) -> Tensor:
+        """The Fisher diagonal. Raises NumericsError, naming the solver that needs it, when there is none."""
+        if self.fisher is None:
+            raise NumericsError(f"{solver} needs squared gradients of the loss; run it with calibration text.")
+        return self.fisher
+
+    def importance(self, weighted: str, solver: str) -> Tensor | None:
+        """What errors count by, see WEIGHTED: None, (columns,) or (rows, columns)."""
+        if weighted == "fisher":
+            return self.required_fisher(solver)
+        return self.required_gram(solver).diagonal() if weighted == "diagonal" else None
+
+    def split(self, sizes: list[int]) -> list[Statistics]:
+        """The statistics of stacked layers, apart: rows are cut, what belongs to the inputs is shared."""
+        fishers = [None] * len(sizes) if self.fisher is None else self.fisher.split(sizes)
+        return [Statistics(self.gram, self.tokens, self.cross, fisher) for fisher in fishers]
+
 
 @dataclass(frozen=True)
-class Solver(ABC):
+class Solver(Member, ABC):
     """Base of all solvers: a frozen dataclass of options."""
 
-    def __post_init__(self) -> None:
-        check_types(self, type(self).__name__)
-
-    @property
-    def name(self) -> str:
-        """The registered name."""
-        return SOLVERS.name_of(self)
+    registry: ClassVar[Registry[type[Solver]]] = SOLVERS
 
     @property
     @abstractmethod
-    def needs(self) -> Needs:
-        """The statistics that calibration must collect."""
+    def needs(self) -> frozenset[str]:
+        """The statistics that calibration must collect, of STATISTICS."""
 
-    def accepts(self, format: Format) -> str | None:
+    def accepts(self, format: GroupFormat) -> str | None:
         """None, or one sentence that says why this format cannot be solved here."""
         return None
 
     @abstractmethod
-    def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that `solver_from_dict` turns back into an equal solver."""
-        return {"solver": self.name, **asdict(self)}
+
+def solve(solver: Solver, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+    """Quantize W, fp32 (rows, columns): wrappers do their part, the solver sees the innermost format."""
+    if isinstance(format, Wrapper):
+        inner = format.inner
+        return format.solve(W, stats, lambda W, stats: solve(solver, W, stats, inner))
+    assert isinstance(format, GroupFormat)
+    return solver.solve(W, stats, format)
 
 
-def solver_from_dict(data: dict[str, Any]) -> Solver:
-    """The solver described by `Solver.to_dict`. Raises RecipeError on unknown names or fields."""
-    fields = dict(data)
-    name = fields.pop("solver", None)
-    if not isinstance(name, str):
-        raise RecipeError(f"A solver needs the field 'solver' with its name; found {data!r}.")
-    kind = SOLVERS.get(name)
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        raise RecipeError(f"The solver {name!r} cannot be built from {fields!r}: {error}.") from None
+def solve_stacked(solver: Solver, matrices: list[Tensor], stats: Statistics, format: Format) -> list[Quantized]:
+    """Quantize matrices that read one input, as one tall matrix where rows are apart: one factorization."""
+    sizes = [W.shape[0] for W in matrices]
+    if format.stackable and len(matrices) > 1:
+        return solve(solver, torch.cat(matrices), stats, format).split(sizes)
+    return [solve(solver, W, own, format) for W, own in zip(matrices, stats.split(sizes))]
 
 
 def output_error(W: Tensor, W_hat: Tensor, gram: Tensor | None) -> float:

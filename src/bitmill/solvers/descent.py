@@ -4,7 +4,8 @@ GPTQ never looks back: a column rounded early cannot answer for what later colum
 do, and neither can raise the objective tr((W - W^) H (W - W^)^T), H the damped Gram:
 
     column   re-round column j to the value that is best given the errors of all others,
-             w^_j + (E H)_j / H_jj  with E = W - W^;
+             w^_j + (E H)_j / H_jj  with E = W - W^; formats that code blocks re-round a block to what is
+             nearest to w^_B + (E H)_B H_BB^-1, and keep it in the rows where the objective falls;
     group    give a whole group new parameters: with everything else fixed its best real values are
              t = w^_g + (E H)_g H_gg^-1; fit the group's parameters to t, round t with error feedback inside
              the group, and keep the result in the rows where the objective falls.
@@ -18,9 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill.formats import Format, Params
-from bitmill.formats.base import Rounder, of_group
+from bitmill.formats import GroupFormat, Params
+from bitmill.formats.grouped import Rounder, of_group
 from bitmill.numerics.cholesky import inverse_factor
+from bitmill.solvers.feedback import StaticGrids, codes_of, feed_back, round_block
 
 _BLOCK = 32
 
@@ -29,19 +31,24 @@ class Descent:
     """Codes and parameters of one matrix, improved in place.
 
     W, Q: (columns, rows) fp32, float and stored values, columns in natural order.
-    codes: (columns, rows) uint8.  H: (columns, columns), positive definite.  width: columns of a group.
+    codes: (format.codes_in(columns), rows).  H: (columns, columns), positive definite.
+    width: columns of a group.
     """
 
     def __init__(
-        self, W: Tensor, Q: Tensor, codes: Tensor, H: Tensor, format: Format, params: Params, width: int
+        self, W: Tensor, Q: Tensor, codes: Tensor, H: Tensor, format: GroupFormat, params: Params, width: int
     ) -> None:
         self.Q, self.codes, self.H, self.format, self.width = Q, codes, H, format, width
         self.params = {name: value.clone() for name, value in params.items()}
         self.gradient = H @ (W - Q)  # (columns, rows): H times the error, kept up to date
 
     def columns_pass(self, order: Tensor) -> None:
-        """Re-round every column once, in `order`."""
+        """Re-round every column, or block of columns, once, in `order`."""
         rounders = [self.format.rounder(of_group(self.params, g)) for g in range(self._groups())]
+        if self.format.block > 1:
+            for first in order[:: self.format.block].tolist():
+                self._block_step(first, rounders[min(first // self.width, len(rounders) - 1)])
+            return
         diagonal = self.H.diagonal().tolist()
         for block in order.split(_BLOCK):
             local = self.gradient[block]
@@ -55,27 +62,39 @@ class Descent:
                 local.addr_(couple[k], moved[k], alpha=-1)
             self.gradient.addmm_(self.H[:, block], moved, alpha=-1)
 
+    def _block_step(self, first: int, rounder: Rounder) -> None:
+        """Re-round the block of columns that starts at `first`."""
+        cut = slice(first, min(first + self.format.block, self.Q.shape[0]))
+        target = self.Q[cut] + torch.linalg.solve(self.H[cut, cut], self.gradient[cut])
+        self._take(cut, *round_block(rounder, target, self.format.block))
+
     def groups_pass(self) -> None:
         """Offer every group new parameters and codes, once, in natural order."""
         for group in range(self._groups()):
             cut = slice(group * self.width, min((group + 1) * self.width, self.Q.shape[0]))
-            H = self.H[cut, cut].contiguous()
-            U, _ = inverse_factor(H, 1e-6)
+            U, _ = inverse_factor(self.H[cut, cut].contiguous(), 1e-6)
             inverse = U.T @ U
             target = self.Q[cut] + inverse @ self.gradient[cut]  # (width, rows)
             fresh = self._fit(target, 1 / inverse.diagonal(), group)
-            codes, value = _feed_back(target, U, self.format.rounder(fresh))
-            moved = value - self.Q[cut]
-            # the exact change of the objective, whatever rounding `target` has been through
-            better = (moved * (H @ moved)).sum(0) < 2 * (moved * self.gradient[cut]).sum(0)
-            self._keep(fresh, group, better)
-            moved = torch.where(better, moved, 0.0)
-            self.Q[cut] = torch.where(better, value, self.Q[cut])
-            self.codes[cut] = torch.where(better, codes, self.codes[cut])
-            self.gradient.addmm_(self.H[:, cut], moved, alpha=-1)
+            grids = StaticGrids(self.format, fresh, torch.zeros(len(target), dtype=torch.int64))
+            codes = feed_back(target, U, grids, self.format)
+            self._keep(fresh, group, self._take(cut, codes, target))
+
+    def _take(self, cut: slice, codes: Tensor, value: Tensor) -> Tensor:
+        """Replace whole blocks of columns in the rows where the objective falls; says which, (rows,)."""
+        moved = value - self.Q[cut]
+        # the exact change of the objective, whatever the new value has been through
+        better = (moved * (self.H[cut, cut] @ moved)).sum(0) < 2 * (moved * self.gradient[cut]).sum(0)
+        here = codes_of(self.format, cut)
+        self.Q[cut] = torch.where(better, value, self.Q[cut])
+        self.codes[here] = torch.where(better, codes, self.codes[here])
+        self.gradient.addmm_(self.H[:, cut], torch.where(better, moved, 0.0), alpha=-1)
+        return better
 
     def _fit(self, target: Tensor, importance: Tensor, group: int) -> Params:
-        return self.format.fit_group(target.T[:, None, :], importance[None, None, :], of_group(self.params, group))
+        missing = -target.shape[0] % self.format.block  # a ragged last block
+        x, weight = (torch.nn.functional.pad(v, (0, missing)) for v in (target.T, importance))
+        return self.format.fit_group(x[:, None, :], weight[None, None, :], of_group(self.params, group))
 
     def _groups(self) -> int:
         return max(value.shape[1] for value in self.params.values())
@@ -86,14 +105,3 @@ class Descent:
                 continue  # shared by the row, and left alone by fit_group
             chosen = better.reshape(-1, *([1] * (value.dim() - 2)))
             value[:, group] = torch.where(chosen, fresh[name][:, 0], value[:, group])
-
-
-def _feed_back(target: Tensor, U: Tensor, round_column: Rounder) -> tuple[Tensor, Tensor]:
-    """Error feedback inside one group: codes and values, (width, rows) each."""
-    rest = target.clone()
-    codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
-    values = torch.empty_like(rest)
-    for k in range(rest.shape[0]):
-        codes[k], values[k] = round_column(rest[k])
-        rest[k + 1 :].addr_(U[k, k + 1 :], (rest[k] - values[k]) / U[k, k], alpha=-1)
-    return codes, values

@@ -26,17 +26,12 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import Format, Params
-from bitmill.formats.base import Rounder, of_group
+from bitmill.formats import GroupFormat
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.numerics.grouping import group_width
 from bitmill.quantized import Quantized, fit_matrix
-from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
+from bitmill.solvers.base import GRAM, SOLVERS, Solver, Statistics
 from bitmill.solvers.descent import Descent
-
-# Columns updated one by one before the rest of the matrix receives their sum in one product. Small enough
-# that a block of a 3000-row matrix stays in the cache.
-_BLOCK = 32
+from bitmill.solvers.feedback import LocalGrids, StaticGrids, feed_back, visiting_order
 
 
 @SOLVERS.register("gptq")
@@ -67,14 +62,12 @@ class GPTQ(Solver):
             )
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> frozenset[str]:
         """The Gram matrix of the layer's inputs."""
-        return "gram"
+        return GRAM
 
-    def accepts(self, format: Format) -> str | None:
-        """Formats that code one column at a time."""
-        if format.block != 1:
-            return f"gptq rounds single columns, and {format.name} codes {format.block} columns jointly."
+    def accepts(self, format: GroupFormat) -> str | None:
+        """Formats whose parameters can be fitted when these options need them."""
         if not self.static_groups and not format.local:
             return f"{format.name} fits all groups of a row together, so it needs static_groups=true."
         if not self.static_groups and format.group_size == "tensor":
@@ -83,7 +76,7 @@ class GPTQ(Solver):
             return "group_passes refit one group at a time, and the whole tensor is one; set group_passes=0."
         return None
 
-    def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
         gram = stats.required_gram(self.name)
         dead = gram.diagonal() == 0
@@ -94,9 +87,7 @@ class GPTQ(Solver):
             W[:, dead] = 0.0  # an input that is always 0 contributes nothing, whatever its weight
 
         columns = W.shape[1]
-        order = torch.arange(columns, device=W.device)
-        if self.act_order:
-            order = torch.argsort(gram.diagonal().masked_fill(dead, 0.0), descending=True, stable=True)
+        order = visiting_order(gram.diagonal().masked_fill(dead, 0.0), format.block, self.act_order)
         U, damp = inverse_factor(gram.index_select(0, order).index_select(1, order), self.damp)
         importance = gram.diagonal()
         if self.importance == "inverse":
@@ -104,93 +95,33 @@ class GPTQ(Solver):
             importance[order] = 1 / U.square().sum(0)
         importance = importance.masked_fill(dead, 0.0)
 
-        width = group_width((W.shape[0], columns), format.group_size)
-        grids: _Grids
+        width = format.width((W.shape[0], columns))
+        grids: StaticGrids | LocalGrids
         if self.static_groups:
-            grids = _StaticGrids(format, fit_matrix(format, W, importance, self.search), order // width)
+            grids = StaticGrids(format, fit_matrix(format, W, importance, self.search), order // width)
         else:
-            grids = _LocalGrids(format, importance, self.search, width)
-        visited = feed_back(W.T[order].contiguous(), U, grids)
+            grids = LocalGrids(format, importance, self.search, width)
+        visited = feed_back(W.T[order].contiguous(), U, grids, format)
         codes = torch.empty_like(visited)
-        codes[order] = visited
-        solved = Quantized(format, codes.T.contiguous(), grids.params)
+        blocks = order[:: format.block] // format.block
+        codes.unflatten(0, (len(blocks), -1))[blocks] = visited.unflatten(0, (len(blocks), -1))
+        solved = Quantized(format, codes.T.contiguous(), grids.params, (W.shape[0], columns))
         if not self.column_passes and not self.group_passes:
             return solved
         damped = gram.clone()
         damped.diagonal().add_(damp * gram.diagonal().mean())
-        return self._descend(W, solved, damped, order, width)
+        return self._descend(W, solved, format, damped, order, width)
 
-    def _descend(self, W: Tensor, solved: Quantized, H: Tensor, order: Tensor, width: int) -> Quantized:
+    def _descend(
+        self, W: Tensor, solved: Quantized, format: GroupFormat, H: Tensor, order: Tensor, width: int
+    ) -> Quantized:
         """Improve a solution by coordinate descent on the damped Gram H."""
         Q = solved.dequantize().T.contiguous()
         codes = solved.codes.T.contiguous()
-        descent = Descent(W.T.contiguous(), Q, codes, H, solved.format, solved.params, width)
+        descent = Descent(W.T.contiguous(), Q, codes, H, format, solved.params, width)
         for turn in range(max(self.column_passes, self.group_passes)):
             if turn < self.group_passes:
                 descent.groups_pass()
             if turn < self.column_passes:
                 descent.columns_pass(order)
-        return Quantized(solved.format, descent.codes.T.contiguous(), descent.params)
-
-
-def feed_back(Wt: Tensor, U: Tensor, grids: _Grids) -> Tensor:
-    """The loop. Wt (columns, rows) in visiting order, overwritten; returns codes uint8 (columns, rows).
-
-    Columns are kept as contiguous rows, because each step reads one and updates those after it.
-    """
-    columns, rows = Wt.shape
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=Wt.device)
-    diagonal = U.diagonal().tolist()
-    start = 0
-    while start < columns:
-        stop = grids.stop(start, min(start + _BLOCK, columns))
-        errors = torch.empty(stop - start, rows, device=Wt.device)
-        for j in range(start, stop):
-            codes[j], value = grids.rounder(j, Wt)(Wt[j])
-            error = torch.sub(Wt[j], value, out=errors[j - start]).div_(diagonal[j])
-            Wt[j + 1 : stop].addr_(U[j, j + 1 : stop], error, alpha=-1)
-        Wt[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
-        start = stop
-    return codes
-
-
-class _StaticGrids:
-    """Grids fitted beforehand; columns may come in any order."""
-
-    def __init__(self, format: Format, params: Params, groups: Tensor) -> None:
-        self.params = params
-        count = max(value.shape[1] for value in params.values())
-        self._rounders = [format.rounder(of_group(params, g)) for g in range(count)]
-        self._groups = groups.clamp(max=count - 1).tolist()
-
-    def stop(self, start: int, stop: int) -> int:
-        return stop
-
-    def rounder(self, column: int, Wt: Tensor) -> Rounder:
-        return self._rounders[self._groups[column]]
-
-
-class _LocalGrids:
-    """Grids fitted as the loop reaches each group, from weights that carry every correction so far."""
-
-    def __init__(self, format: Format, importance: Tensor, search: bool, width: int) -> None:
-        self._format, self._importance, self._search, self._width = format, importance, search, width
-        self._fitted: list[Params] = []
-
-    def stop(self, start: int, stop: int) -> int:
-        """Blocks end where groups end: inside a block, later columns still lack the block's updates."""
-        return min(stop, (start // self._width + 1) * self._width)
-
-    def rounder(self, column: int, Wt: Tensor) -> Rounder:
-        if column % self._width == 0:
-            cut = slice(column, column + self._width)
-            self._fitted.append(fit_matrix(self._format, Wt[cut].T, self._importance[cut], self._search))
-            self._current = self._format.rounder(self._fitted[-1])
-        return self._current
-
-    @property
-    def params(self) -> Params:
-        return {name: torch.cat([p[name] for p in self._fitted], 1) for name in self._fitted[0]}
-
-
-_Grids = _StaticGrids | _LocalGrids
+        return Quantized(format, descent.codes.T.contiguous(), descent.params, solved.shape)

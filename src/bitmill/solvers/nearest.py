@@ -1,17 +1,19 @@
 """Round to nearest: fit the parameters, then take the closest storable number.
 
-Data-free by default. With `weighted`, errors count by the mean square of their input.
+Data-free by default. `weighted` says what squared errors count by when parameters are fitted: "diagonal" the
+mean square of the weight's input, "fisher" the loss's mean squared gradient by the weight.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from bitmill.formats import Format
+from bitmill.formats import GroupFormat
 from bitmill.quantized import Quantized, fit_matrix, nearest_matrix
-from bitmill.solvers.base import SOLVERS, Needs, Solver, Statistics
+from bitmill.solvers.base import SOLVERS, WEIGHTED, Solver, Statistics
 
 
 @SOLVERS.register("nearest")
@@ -20,14 +22,14 @@ class Nearest(Solver):
     """Nearest rounding; `search` looks for better parameters than the closed-form start."""
 
     search: bool = False
-    weighted: bool = False
+    weighted: Literal["nothing", "diagonal", "fisher"] = "nothing"
 
     @property
-    def needs(self) -> Needs:
+    def needs(self) -> frozenset[str]:
         """Nothing, unless errors are weighted."""
-        return "gram" if self.weighted else "nothing"
+        return WEIGHTED[self.weighted]
 
-    def solve(self, W: Tensor, stats: Statistics, format: Format) -> Quantized:
+    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
-        importance = stats.required_gram(self.name).diagonal() if self.weighted else None
+        importance = stats.importance(self.weighted, self.name)
         return nearest_matrix(format, W, fit_matrix(format, W, importance, self.search))

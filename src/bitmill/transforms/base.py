@@ -1,9 +1,10 @@
-"""The contract of a transform: an exact change of the float model at a seam.
+"""The contract of a transform: an exact change of the float model before it is quantized.
 
-A seam is a place where a matrix and its inverse may be inserted without changing the function: the output
+A seam transform acts where a matrix and its inverse may be inserted without changing the function: the output
 channels of a norm or a linear layer are divided by s, the input columns of the layers that read them are
-multiplied by s. A transform only chooses s; folding it is done here, once, for every architecture that
-describes its seams.
+multiplied by s. It only chooses s; folding it is done here, once, for every architecture that describes its
+seams. A format transform acts on a layer's own matrix and is undone at run time, by the wrapper it puts around
+the weight format.
 
 Law (tests/conformance/test_transforms.py): the float model's logits change by less than 1e-4 relative.
 """
@@ -11,55 +12,78 @@ Law (tests/conformance/test_transforms.py): the float model's logits change by l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bitmill.errors import RecipeError
-from bitmill.fields import check_types
-from bitmill.registry import Registry
+from bitmill.formats import Format, GroupFormat, Wrapper
+from bitmill.registry import Member, Registry
 
 TRANSFORMS: Registry[type[Transform]] = Registry("transform", "bitmill.transforms")
 
 
 @dataclass(frozen=True)
-class Transform(ABC):
+class Activations:
+    """What calibration saw of the tensor X (tokens, channels) that several linears read.
+
+    gram: X^T X / tokens, (channels, channels).  mean_abs, max_abs: of every channel.
+    """
+
+    gram: Tensor
+    mean_abs: Tensor
+    max_abs: Tensor
+    tokens: int
+
+    def divided(self, scale: Tensor) -> Activations:
+        """The same for X / scale."""
+        gram = self.gram / (scale[:, None] * scale[None, :])
+        return Activations(gram, self.mean_abs / scale, self.max_abs / scale, self.tokens)
+
+
+@dataclass(frozen=True)
+class SeamView:
+    """One seam as a transform sees it.
+
+    source: the weight of the norm (channels,) or linear layer (channels, in) before the seam.
+    targets: the weights (out, channels) of the linear layers after it.
+    format: what the targets will be quantized to.
+    activations: what the targets read; None for a transform that does not need it.
+    """
+
+    source: Tensor
+    targets: list[Tensor]
+    format: GroupFormat
+    activations: Activations | None = None
+
+
+@dataclass(frozen=True)
+class Transform(Member, ABC):
     """Base of all transforms: a frozen dataclass of options."""
 
-    def __post_init__(self) -> None:
-        check_types(self, type(self).__name__)
+    registry: ClassVar[Registry[type[Transform]]] = TRANSFORMS
 
     @property
-    def name(self) -> str:
-        """The registered name."""
-        return TRANSFORMS.name_of(self)
+    def needs(self) -> frozenset[str]:
+        """{"activations"} when it looks at what the layers read."""
+        return frozenset()
+
+
+class SeamTransform(Transform):
+    """Scales channels at the seams."""
 
     @abstractmethod
-    def choose(self, source: Tensor, targets: list[Tensor]) -> Tensor:
-        """The positive scale s (channels,) for one seam.
-
-        source: the weight of the norm (channels,) or linear layer (channels, in) before the seam.
-        targets: the weights (out, channels) of the linear layers after it.
-        """
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that `transform_from_dict` turns back into an equal transform."""
-        return {"transform": self.name, **asdict(self)}
+    def choose(self, seam: SeamView) -> Tensor:
+        """The positive scale s (channels,) for one seam."""
 
 
-def transform_from_dict(data: dict[str, Any]) -> Transform:
-    """The transform described by `Transform.to_dict`. Raises RecipeError on unknown names or fields."""
-    fields = dict(data)
-    name = fields.pop("transform", None)
-    if not isinstance(name, str):
-        raise RecipeError(f"A transform needs the field 'transform' with its name; found {data!r}.")
-    kind = TRANSFORMS.get(name)
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        raise RecipeError(f"The transform {name!r} cannot be built from {fields!r}: {error}.") from None
+class FormatTransform(Transform):
+    """Changes the basis in which each matrix is stored."""
+
+    @abstractmethod
+    def wrap(self, format: Format) -> Wrapper:
+        """The format that undoes the change around `format`."""
 
 
 @torch.no_grad()

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmill.transforms.base import TRANSFORMS, Transform
+from bitmill.transforms.base import TRANSFORMS, SeamTransform, SeamView
 
 
 @TRANSFORMS.register("equalize")
 @dataclass(frozen=True)
-class Equalize(Transform):
+class Equalize(SeamTransform):
     """Square-root balancing; `strength` 0 leaves the model alone, 1 balances fully."""
 
     strength: float = 1.0
 
-    def choose(self, source: Tensor, targets: list[Tensor]) -> Tensor:
+    def choose(self, seam: SeamView) -> Tensor:
         """s (channels,), normalised to geometric mean 1."""
-        writes = source.abs() if source.dim() == 1 else source.abs().amax(1)
-        reads = torch.stack([t.abs().amax(0) for t in targets]).amax(0)
+        writes = seam.source.abs() if seam.source.dim() == 1 else seam.source.abs().amax(1)
+        reads = torch.stack([t.abs().amax(0) for t in seam.targets]).amax(0)
         ratio = writes.clamp(min=1e-5) / reads.clamp(min=1e-5)
         scale = ratio.sqrt().pow(self.strength)
         return (scale / scale.log().mean().exp()).clamp(1e-3, 1e3)

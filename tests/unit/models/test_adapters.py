@@ -65,7 +65,7 @@ def test_every_named_module_exists(name):
     for seam in adapter.seams:
         block.get_submodule(seam.source)
         assert set(seam.targets) <= set(adapter.linears)
-    for path in (*adapter.embeddings, adapter.final_norm, adapter.head):
+    for path in (*adapter.embeddings, adapter.head):
         model.get_submodule(path)
 
 
@@ -136,7 +136,7 @@ def test_generic_adapter_walks_an_unknown_model():
     known, found = adapter_for(model.config), generic_adapter(model, model.config)
     assert found.blocks == known.blocks
     assert found.stages == tuple((name,) for name in linear_names(model.model.layers[0]))
-    for field in ("embeddings", "final_norm", "head"):
+    for field in ("embeddings", "head"):
         assert getattr(found, field) == getattr(known, field)
     assert found.seams == ()
     assert found.name == "generic:llama"

@@ -13,7 +13,6 @@ GPT2 = register(
         fused=(),
         seams=(Seam("norm", "ln_1", ("attn.c_attn",)), Seam("norm", "ln_2", ("mlp.c_fc",))),
         embeddings=("transformer.wte", "transformer.wpe"),
-        final_norm="transformer.ln_f",
         transposed=True,
     )
 )

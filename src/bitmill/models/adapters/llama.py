@@ -24,6 +24,5 @@ LLAMA = register(
             Seam("linear", "mlp.up_proj", ("mlp.down_proj",)),
         ),
         embeddings=("model.embed_tokens",),
-        final_norm="model.norm",
     )
 )

@@ -21,6 +21,5 @@ OPT = register(
             Seam("linear", "fc1", ("fc2",), when=(("activation_function", "relu"),)),
         ),
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-        final_norm="model.decoder.final_layer_norm",
     )
 )

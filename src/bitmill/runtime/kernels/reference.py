@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill.numerics.grouping import grouped, ungrouped
-from bitmill.numerics.packing import unpack
+from bitmill.formats import GroupFormat
 from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec
 
 # Weights decoded at a time: 1 M are 4 MB in fp32, about a second-level cache.
@@ -24,8 +23,8 @@ class Reference(Kernel):
 
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
-        """Every format on every device."""
-        return None
+        """Every format whose rows decode apart, on every device."""
+        return None if isinstance(spec.format, GroupFormat) else f"{spec.format.name} has a kernel of its own."
 
     @staticmethod
     def apply(spec: KernelSpec, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -37,8 +36,8 @@ class Reference(Kernel):
         step = max(1, _TILE // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            codes = unpack(tensors["codes"][start:stop], format.bits, columns)
+            codes = format.unpack_codes(tensors["codes"][start:stop], columns)
             tile = {k: v if v.shape[0] == 1 else v[start:stop] for k, v in params.items()}
-            W = ungrouped(format.decode(grouped(codes, format.group_size), tile), (stop - start, columns))
+            W = format.dequantize(codes, tile, (stop - start, columns))
             out[..., start:stop] = torch.nn.functional.linear(x, W.to(x.dtype))
         return out

@@ -1,0 +1,136 @@
+"""Integer points on a pyramid: y with sum |y_i| = pulses, as directions of a vector, and their numbering.
+
+Pyramid vector quantization (Fischer 1986) stores the direction of x as such a y, without any codebook: the
+N(d, k) points in d dimensions with k pulses are numbered from 0 to N - 1. The numbering here halves the
+vector: a point of 2h coordinates with k pulses, j of them in the first half, has
+
+    number = sum_{i<j} N(h, i) N(h, k-i)  +  number of the first half * N(h, k-j)  +  number of the second
+
+down to single coordinates, where 0 pulses have the number 0, and +k and -k have 0 and 1. Every step is made
+for a whole batch at once, and numbers below 2**64 fit the 64 bits of an integer read as unsigned. The
+numbering is part of the storage format: it may never change.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+_SIGN = -(1 << 63)
+_MOVES = 2  # beyond these, one vector in a hundred still improves
+
+
+@cache
+def count(dimension: int, pulses: int) -> int:
+    """N(d, k), the integer vectors of d coordinates with L1 norm k."""
+    if pulses == 0 or dimension == 0:
+        return int(pulses == 0)
+    shorter = count(dimension - 1, pulses)
+    return shorter + count(dimension, pulses - 1) + count(dimension - 1, pulses - 1)
+
+
+def most_pulses(dimension: int, bits: int) -> int:
+    """The largest k with N(dimension, k) <= 2**bits."""
+    pulses = 0
+    while count(dimension, pulses + 1) <= 1 << bits:
+        pulses += 1
+    return pulses
+
+
+def project(x: Tensor, pulses: int) -> Tensor:
+    """y int64 (n, d) with L1 norm `pulses` and nearly the largest cosine to x (n, d) fp32.
+
+    |x| is scaled to the L1 norm and rounded down; each pulse still missing goes where the cosine gains most.
+    Then single pulses move: for t = |y|^2 / <|x|, y> a move that brings y closer to t |x| raises the cosine.
+    A point of the pyramid is its own projection; a zero vector gets all pulses in its first coordinate.
+    """
+    size = x.abs()
+    size[:, 0] = torch.where(size.amax(1) > 0, size[:, 0], 1.0)
+    size *= pulses / size.sum(1, keepdim=True)
+    y = (size + 1e-4).floor_()  # a share that is whole but for rounding; the sum still cannot pass `pulses`
+    cross, power = (size * y).sum(1, keepdim=True), y.square().sum(1, keepdim=True)
+    missing = pulses - y.sum(1, keepdim=True)
+    for _ in range(int(missing.max()) if len(x) else 0):
+        gain = (cross + size).square_().div_(power + 2 * y + 1)
+        _move(y, size, cross, power, gain.argmax(1, keepdim=True), (missing > 0).to(x.dtype))
+        missing -= 1
+    for _ in range(_MOVES):
+        short = size * (power / cross) - y
+        most, place = short.max(1, keepdim=True)
+        least, source = torch.where(y > 0, short, torch.inf).min(1, keepdim=True)
+        better = (most - least > 1 + 1e-4).to(x.dtype)
+        _move(y, size, cross, power, source, -better)
+        _move(y, size, cross, power, place, better)
+    return torch.where(x < 0, -y, y).to(torch.int64)
+
+
+def _move(y: Tensor, size: Tensor, cross: Tensor, power: Tensor, place: Tensor, pulse: Tensor) -> None:
+    """Add `pulse` (n, 1), of 1, 0 or -1, to y at `place` (n, 1), and keep <size, y> and |y|^2."""
+    cross += pulse * size.gather(1, place)
+    power += pulse * (2 * y.gather(1, place) + pulse)
+    y.scatter_add_(1, place, pulse)
+
+
+def number(y: Tensor, pulses: int) -> Tensor:
+    """Numbers int64 (n,), to be read as unsigned, of points y (n, d), d a power of two, L1 norm `pulses`."""
+    size = y.abs()
+    index = ((y < 0) & (size > 0)).to(torch.int64)
+    while size.shape[1] > 1:
+        offsets, counts = _tables(y.shape[1] // size.shape[1], pulses, y.device)
+        first, rest = size[:, ::2], size[:, 1::2]
+        total = first + rest
+        index = offsets[total, first] + index[:, ::2] * counts[rest] + index[:, 1::2]
+        size = total
+    return index[:, 0]
+
+
+def point(numbers: Tensor, dimension: int, pulses: int) -> Tensor:
+    """Inverse of `number`: y int64 (n, dimension) from numbers int64 (n,).
+
+    Numbers of no point (N(dimension, pulses) and above) give some vector, not an error.
+    """
+    index = numbers[:, None]
+    size = torch.full_like(index, pulses)
+    while size.shape[1] < dimension:
+        half = dimension // size.shape[1] // 2
+        offsets, counts = _tables(half, pulses, index.device)
+        first = _search(offsets, size, index)
+        index = index - offsets[size, first]
+        width = counts[size - first]
+        left = index // width
+        index = torch.stack([left, index - left * width], 2).flatten(1)
+        size = torch.stack([first, size - first], 2).flatten(1)
+    return torch.where(index == 1, -size, size)
+
+
+def _search(offsets: Tensor, row: Tensor, index: Tensor) -> Tensor:
+    """The last entry j of offsets[row] that is not above the unsigned index, by halving."""
+    low = torch.zeros_like(row)
+    step = 1 << max(0, int(offsets.shape[1] - 1).bit_length() - 1)
+    while step:
+        trial = low + step
+        inside = trial <= row
+        trial = torch.where(inside, trial, low)
+        low = torch.where((offsets[row, trial] ^ _SIGN) <= (index ^ _SIGN), trial, low)
+        step //= 2
+    return low
+
+
+@lru_cache(maxsize=64)
+def _tables(half: int, pulses: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """offsets (pulses + 1, pulses + 1): points of k pulses with fewer than j in the first half; and N(half, k)."""
+    offsets = torch.zeros(pulses + 1, pulses + 1, dtype=torch.int64)
+    for k in range(pulses + 1):
+        below = 0
+        for j in range(k + 1):
+            offsets[k, j] = _signed(below)
+            below += count(half, j) * count(half, k - j)
+    counts = torch.tensor([_signed(count(half, k)) for k in range(pulses + 1)])
+    return offsets.to(device), counts.to(device)
+
+
+def _signed(value: int) -> int:
+    """The signed integer with the same 64 bits; values of points that do not exist wrap, and are not used."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,0 +1,191 @@
+"""Quantize one block: observe, fold transforms, tune, solve stage by stage, tune, and feed the next."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.models.memory import give_back
+from bitmill.numerics.gram import RunningGram
+from bitmill.pipeline.calibration import StagedForward, first_window, stages_of
+from bitmill.pipeline.fisher import Fisher, of_scaled
+from bitmill.pipeline.fold import fold_transforms
+from bitmill.pipeline.job import BlockResult, Job, LayerResult
+from bitmill.pipeline.observe import observe
+from bitmill.pipeline.store import StatisticsStore
+from bitmill.pipeline.streams import Streams
+from bitmill.solvers import Statistics
+from bitmill.solvers.base import FISHER, output_error, solve_stacked
+from bitmill.transforms.base import Activations
+from bitmill.tuners import BlockTask
+
+
+@dataclass
+class _Work:
+    """A block being quantized, and what is remembered of it for the report."""
+
+    job: Job
+    task: BlockTask
+    stages: list[list[str]]
+    keep: bool  # originals and statistics are kept until tuners are done
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Statistics] = field(default_factory=dict)
+    fisher: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+
+
+def quantize_block(
+    job: Job,
+    block: nn.Module,
+    index: int,
+    streams: Streams | None,
+    store: StatisticsStore | None,
+    fisher: Fisher | None,
+) -> BlockResult:
+    """Quantize the linears of one block in place and move the streams past it."""
+    recipe, skeleton = job.recipe, job.skeleton
+    adapter, prefix = skeleton.adapter, skeleton.block_name(index)
+    calls = streams.calls(index) if streams else []
+    stages = [list(stage) for stage in adapter.stages]
+    if streams:
+        stages = stages_of(adapter, block, streams.hidden[0][:1], first_window(calls[0]))
+    leads = [stage[0] for stage in stages]
+    names = [n for stage in stages for n in stage if not recipe.ignores(f"{prefix}.{n}")]
+
+    targets = streams.targets(block, index) if streams else []
+    twin = copy.deepcopy(block) if "cross" in recipe.needs else None
+    seen: dict[str, Activations] = {}
+    if job.propagate == "float" and recipe.needs - FISHER:
+        seen = _float_statistics(block, index, streams, leads, store)
+    elif "activations" in recipe.needs:
+        assert streams is not None
+        seen = observe(block, streams.hidden, calls, leads)
+
+    task = BlockTask(
+        block, names, recipe.stored, calls, list(streams.hidden) if streams else [], targets, index,
+        len(skeleton.blocks), adapter.transposed, adapter.seams,
+    )  # fmt: skip
+    work = _Work(job, task, stages, keep=bool(recipe.tuners))
+    before = {name: task.matrix(name).clone() for name in names} if fisher and recipe.transforms else {}
+    result = BlockResult(index, changed=fold_transforms(recipe, skeleton, index, seen))
+    if fisher:
+        work.fisher = fisher.block(index, skeleton.device)
+        for name, W in before.items():
+            work.fisher[name] = of_scaled(work.fisher[name], W, task.matrix(name))
+    if work.keep:
+        work.originals = {name: task.matrix(name).clone() for name in names}
+    floats = {name: p.detach().clone() for name, p in task.floats()} if recipe.tuners else {}
+    for tuner in recipe.tuners:
+        tuner.before(task)
+    outputs = _solve(work, streams, seen, twin)
+    for tuner in recipe.tuners:
+        tuner.after(task)
+    _note_floats(work, floats, result)
+    for name in names:
+        result.layers[f"{prefix}.{name}"] = LayerResult(task.quantized[name], *_errors(work, name))
+    if streams:
+        tuned = bool(recipe.tuners)
+        streams.advance(block, index, targets, None if tuned else outputs, job.propagate == "float")
+    return result
+
+
+def _float_statistics(
+    block: nn.Module, index: int, streams: Streams | None, leads: list[str], store: StatisticsStore | None
+) -> dict[str, Activations]:
+    """The float model's statistics of a block, from the store where it has them."""
+    if store and store.has(index):
+        return store.load(index)
+    assert streams is not None
+    seen = observe(block, streams.hidden, streams.calls(index), leads)
+    if store:
+        store.save(index, seen)
+    return seen
+
+
+def _solve(
+    work: _Work, streams: Streams | None, seen: dict[str, Activations], twin: nn.Module | None
+) -> list[Tensor] | None:
+    """Solve every stage. Returns the block's outputs where the passes that collect statistics yield them."""
+    job, task = work.job, work.task
+    if job.propagate == "float" or not job.recipe.needs & {"gram", "cross"}:
+        for stage in work.stages:
+            known = seen.get(stage[0])
+            _solve_stage(work, stage, Statistics(known.gram, known.tokens) if known else Statistics())
+        return None
+    assert streams is not None
+    leads = [stage[0] for stage in work.stages]
+    inputs = list(streams.hidden) if job.recipe.tuners else streams.hidden
+    forward = StagedForward(task.block, inputs, task.calls, leads)
+    beside = None
+    if twin is not None:
+        assert streams.float is not None
+        beside = StagedForward(twin, list(streams.float), task.calls, leads)
+    try:
+        for stage in work.stages:
+            _solve_stage(work, stage, _statistics(forward, beside, stage[0], task.matrix(stage[0]).shape[1], job))
+        return forward.outputs()
+    finally:
+        forward.close()
+        if beside:
+            beside.close()
+
+
+def _statistics(
+    forward: StagedForward, beside: StagedForward | None, lead: str, width: int, job: Job
+) -> Statistics:
+    """What a stage's inputs say about its linears."""
+    gram = RunningGram(width, job.skeleton.device)
+    if beside is None:
+        for X in forward.inputs(lead):
+            gram.add(X)
+        return Statistics(gram.mean(), gram.tokens)
+    cross = torch.zeros(width, width, device=job.skeleton.device)
+    for X, X_float in zip(forward.inputs(lead), beside.inputs(lead)):
+        gram.add(X)
+        cross.addmm_((X_float - X).T, X)
+    return Statistics(gram.mean(), gram.tokens, cross.div_(max(gram.tokens, 1)))
+
+
+def _solve_stage(work: _Work, stage: list[str], stats: Statistics) -> None:
+    """Quantize the linears that read one input, but for those that a tuner has settled."""
+    task, recipe = work.task, work.job.recipe
+    for name in stage:
+        if work.keep:
+            work.stats[name] = Statistics(stats.gram)
+    names = [name for name in stage if name in task.names and name not in task.quantized]
+    if work.fisher and names:
+        stats = replace(stats, fisher=torch.cat([work.fisher[name] for name in names]))
+    matrices = [task.matrix(name) for name in names]
+    for name, W, quantized in zip(names, matrices, solve_stacked(recipe.solver, matrices, stats, recipe.stored)):
+        decoded = quantized.dequantize()
+        original = work.originals.get(name, W)
+        work.errors[name] = _compare(original, decoded, stats.gram)
+        task.quantized[name] = quantized
+        task.put_matrix(name, decoded)
+    give_back()  # splinters of one stage must not add to the next one's peak
+
+
+def _compare(W: Tensor, decoded: Tensor, gram: Tensor | None) -> tuple[float, float | None]:
+    return output_error(W, decoded, None), None if gram is None else output_error(W, decoded, gram)
+
+
+def _errors(work: _Work, name: str) -> tuple[float, float | None]:
+    """The errors of a layer as it ended, tuners included."""
+    if not work.keep:
+        return work.errors[name]
+    stats = work.stats.get(name, Statistics())
+    return _compare(work.originals[name], work.task.quantized[name].dequantize(), stats.gram)
+
+
+def _note_floats(work: _Work, before: dict[str, Tensor], result: BlockResult) -> None:
+    """Round what tuners changed to the type in which it will be stored, and note it."""
+    skeleton = work.job.skeleton
+    for name, parameter in work.task.floats():
+        if name in before and not torch.equal(before[name], parameter):
+            full = f"{skeleton.block_name(result.index)}.{name}"
+            stored = parameter.detach().to(skeleton.dtype(full))
+            skeleton.set(full, stored.float())
+            result.changed[full] = stored

@@ -1,0 +1,179 @@
+"""The Fisher diagonal: how much the model's own loss minds a change of each single weight.
+
+    F = mean over windows of (d loss / d W)^2        loss: mean next-token cross entropy of one window
+
+One backward pass a window, through a model of which one block is in memory at a time: a float forward pass
+leaves the inputs of every block on the disk, then blocks are taken last to first, run again, and sent the
+gradient of their output. Squares are summed in fp32 (a weight's square is of the order of 1e-10, which half
+types round away); results go to the disk too, so memory does not grow with depth.
+
+The gradient is averaged over a window's tokens before it is squared, as in SqueezeLLM (arXiv 2306.07629,
+section 4.1 and its published gradient code), so this is no Fisher matrix of single tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bitmill.errors import NumericsError, OutputError
+from bitmill.models.calls import Call
+from bitmill.models.skeleton import Skeleton
+from bitmill.pipeline.job import Job, Sink
+from bitmill.pipeline.store import replace_file
+from bitmill.progress import Progress
+
+WINDOWS = 100  # more windows than these are not read: the published figures use 100
+
+
+class Fisher:
+    """The Fisher diagonal of every linear of every block, kept in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def block(self, index: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Name of the linear inside its block -> F, fp32 (out, in)."""
+        return load_file(self._file(index), str(device))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all blocks are there: the first block's file is written last."""
+        return self._file(0).exists()
+
+    def measure(self, skeleton: Skeleton, windows: Tensor, progress: Progress) -> None:
+        """Fill the folder from windows of tokens (windows, length); at most WINDOWS of them are read.
+
+        Raises NumericsError when the model's loss is NaN or Inf, OutputError when the folder has no room.
+        """
+        windows = windows[:WINDOWS]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        count = len(skeleton.blocks)
+        progress.start("Fisher information", 2 * count)
+        with skeleton.outside("before"):
+            entered = [skeleton.enter(window[None]) for window in windows]
+        hidden = torch.cat([start for start, _ in entered])
+        calls = [call for _, call in entered]
+        del entered
+        self._check_space(skeleton, hidden)
+        for index in range(count):
+            save_file({"hidden": hidden}, self._inputs(index))
+            block = skeleton.load_block(index)
+            for n, call in enumerate(calls):
+                hidden[n] = call[index].run(block, hidden[n : n + 1])[0]
+            skeleton.free_block(index)
+            progress.advance()
+        with skeleton.outside("after"):
+            for n, window in enumerate(windows):
+                hidden[n] = _loss_gradient(skeleton, window[None], hidden[n : n + 1])[0]
+        for index in reversed(range(count)):
+            block = skeleton.load_block(index)
+            squares = self._backward(skeleton, block, index, hidden, [call[index] for call in calls])
+            replace_file(self._file(index), partial(save_file, squares))
+            skeleton.free_block(index)
+            progress.advance()
+
+    def _check_space(self, skeleton: Skeleton, hidden: Tensor) -> None:
+        names = [
+            f"{skeleton.block_name(index)}.{linear}.weight"
+            for index in range(len(skeleton.blocks))
+            for linear in skeleton.adapter.linears
+        ]
+        needed = len(skeleton.blocks) * hidden.nbytes + sum(4 * math.prod(skeleton.shape(name)) for name in names)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OutputError(
+                f"Squared gradients need {needed / 1e6:.0f} MB and {self.folder} has {free / 1e6:.0f} MB free; "
+                "free some space, or calibrate on fewer windows."
+            )
+
+    def _backward(
+        self, skeleton: Skeleton, block: nn.Module, index: int, gradient: Tensor, calls: list[Call]
+    ) -> dict[str, Tensor]:
+        """Mean squares of one block; `gradient` (windows, tokens, width) goes from its output to its input."""
+        linears = {name: block.get_submodule(name) for name in skeleton.adapter.linears}
+        squares: dict[str, Tensor] = {}
+        hooks = [linear.register_forward_hook(_square_into(squares, name)) for name, linear in linears.items()]
+        try:
+            with safe_open(self._inputs(index), "pt") as file, torch.enable_grad():
+                stored = file.get_slice("hidden")
+                for n, call in enumerate(calls):
+                    start = stored[n : n + 1].to(gradient.device).requires_grad_()
+                    call.run(block, start).backward(gradient[n : n + 1])
+                    assert start.grad is not None
+                    gradient[n] = start.grad[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._inputs(index).unlink()
+        return {name: square.div_(len(calls)).cpu() for name, square in squares.items()}
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"fisher-{index:05d}.safetensors"
+
+    def _inputs(self, index: int) -> Path:
+        return self.folder / f"inputs-{index:05d}.safetensors"
+
+
+@contextmanager
+def fisher_of(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher | None]:
+    """The Fisher diagonal of a job's model, measured unless an earlier run left it; None where nobody needs it.
+
+    It is kept with the shared statistics, or where the sink works, or else in a temporary folder.
+    """
+    if "fisher" not in job.recipe.needs:
+        yield None
+        return
+    assert job.calibration is not None
+    with tempfile.TemporaryDirectory(prefix="bitmill-") as temporary:
+        fisher = Fisher(job.statistics or (sink.work or Path(temporary)) / "fisher")
+        if not fisher.complete:
+            fisher.measure(job.skeleton, job.calibration, progress)
+        yield fisher
+
+
+def of_scaled(F: Tensor, W: Tensor, scaled: Tensor) -> Tensor:
+    """F of a weight after rows or columns of W were scaled: its gradient was divided by the same numbers."""
+    return F * torch.where(scaled != 0, W / scaled, 1.0).square_()
+
+
+def _square_into(squares: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """A forward hook: when the output's gradient G arrives, add (G^T X)^2 to squares[name].
+
+    Weights ask for no gradient of their own, so none is kept for longer than its square takes; and the
+    result is (out, in) whichever way round the module stores its weight.
+    """
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        X = args[0].detach().flatten(0, -2)
+
+        def arrived(G: Tensor) -> None:
+            square = (G.flatten(0, -2).T @ X).square_()
+            squares[name] = squares[name].add_(square) if name in squares else square
+
+        output.register_hook(arrived)
+
+    return hook
+
+
+@torch.enable_grad()
+def _loss_gradient(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """The gradient of the window's loss by the hidden states after the last block, (1, tokens, width)."""
+    hidden = hidden.detach().clone().requires_grad_()
+    logits = skeleton.leave(tokens, hidden)[0, :-1].float()
+    loss = nn.functional.cross_entropy(logits, tokens[0, 1:].to(logits.device))
+    if not bool(torch.isfinite(loss)):
+        raise NumericsError("The model's loss on the calibration text is NaN or Inf; check the source's weights.")
+    loss.backward()
+    assert hidden.grad is not None
+    return hidden.grad

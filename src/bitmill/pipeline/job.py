@@ -1,0 +1,76 @@
+"""What goes into the loop and what comes out of it, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from bitmill.models.skeleton import Skeleton
+from bitmill.quantized import Quantized
+from bitmill.recipe import Recipe
+
+Propagate = Literal["quantized", "float"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done: the model, the recipe, tokens (windows, length) to calibrate and to measure on.
+
+    propagate: what later blocks are calibrated on, the outputs of the quantized blocks before them or the float
+        model's.
+    statistics: a folder that keeps the float model's statistics, so that other recipes find them there.
+    """
+
+    skeleton: Skeleton
+    recipe: Recipe
+    calibration: Tensor | None = None
+    held_out: Tensor | None = None
+    propagate: Propagate = "quantized"
+    statistics: Path | None = None
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One quantized layer and what is known about it."""
+
+    quantized: Quantized
+    weight_error: float  # relative squared error of the weights
+    output_error: float | None  # relative squared error of the outputs on the calibration text
+
+    def summary(self) -> dict[str, Any]:
+        """The layer as plain data, for the report."""
+        quantized = self.quantized
+        return {
+            "format": quantized.format.name,
+            "shape": list(quantized.shape),
+            "bits_per_weight": quantized.bits_per_weight,
+            "size_bytes": quantized.format.stored_bits(quantized.shape) // 8,
+            "weight_error": self.weight_error,
+            "output_error": self.output_error,
+        }
+
+
+@dataclass
+class BlockResult:
+    """One finished block: quantized layers by full name, and float tensors that a transform or tuner changed."""
+
+    index: int
+    layers: dict[str, LayerResult] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Sink(Protocol):
+    """Where finished blocks go; it also says which ones it already holds."""
+
+    @property
+    def work(self) -> Path | None:
+        """A folder for what is needed until the result is there; None where the sink has no such place."""
+
+    def finished(self, index: int) -> BlockResult | None:
+        """A block finished earlier, so that the loop can go on from it; None to quantize it now."""
+
+    def write(self, result: BlockResult, skeleton: Skeleton) -> None:
+        """Keep a finished block."""

@@ -1,0 +1,107 @@
+"""The contract of a tuner: what is learned in a block, before its linears are quantized or after.
+
+`before` may change float weights, or settle layers itself (learned rounding); the solver takes what is left.
+`after` may change what stays in float (norms, biases) and the continuous parameters of quantized layers.
+
+Law (tests/conformance/test_tuners.py): the distance between the block's outputs and the float block's falls on
+the inputs it was tuned on, and what is stored afterwards is exactly what was measured.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.formats import Format
+from bitmill.models.adapter import Seam
+from bitmill.models.calls import Call
+from bitmill.quantized import Quantized
+from bitmill.registry import Member, Registry
+
+TUNERS: Registry[type[Tuner]] = Registry("tuner", "bitmill.tuners")
+
+TARGETS = frozenset({"targets"})  # what `needs` names when a tuner compares with the float model's block outputs
+
+
+@dataclass
+class BlockTask:
+    """One block on its way: what a tuner may look at and change.
+
+    block: the module; its linears hold float weights before, decoded ones after they are settled.
+    names: the linears to be quantized, by path in the block, in the order in which they run.
+    inputs: hidden states (windows, tokens, width), batch by batch, as the quantized blocks before produce them.
+    targets: what the float model has after this block, batch by batch; empty unless a tuner needs it.
+    """
+
+    block: nn.Module
+    names: list[str]
+    format: Format
+    calls: list[Call]
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    index: int
+    depth: int  # blocks of the model
+    transposed: bool = False  # weights are stored (in, out)
+    seams: tuple[Seam, ...] = ()
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+
+    def matrix(self, name: str) -> Tensor:
+        """The weight of a linear as (out, in), fp32."""
+        weight = self.block.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return weight.data.T.contiguous() if self.transposed else weight.data
+
+    def put_matrix(self, name: str, W: Tensor) -> None:
+        """Replace the weight of a linear by W (out, in)."""
+        weight = self.block.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        weight.data = (W.T if self.transposed else W).to(weight.device).contiguous()
+
+    def settle(self, name: str, quantized: Quantized) -> None:
+        """Note a linear's result, and let the block compute with it as it will be stored."""
+        self.quantized[name] = quantized
+        self.put_matrix(name, quantized.dequantize())
+
+    def run(self, batch: int) -> Tensor:
+        """The block's output for one batch, with whatever its weights are now."""
+        return self.calls[batch].run(self.block, self.inputs[batch])
+
+    def floats(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that stay in float: norms, biases, linears that nobody quantizes."""
+        coded = {f"{name}.weight" for name in self.names}
+        for name, parameter in self.block.named_parameters():
+            if name not in coded:
+                yield name, parameter
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Mean squared distance between the block's outputs and the targets."""
+        total = sum(float((self.run(i) - target).square().sum()) for i, target in enumerate(self.targets))
+        return total / max(sum(target.numel() for target in self.targets), 1)
+
+
+@dataclass(frozen=True)
+class Tuner(Member, ABC):
+    """Base of all tuners: a frozen dataclass of options."""
+
+    registry: ClassVar[Registry[type[Tuner]]] = TUNERS
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics, and TARGETS when it compares with the float model."""
+        return TARGETS
+
+    def accepts(self, format: Format) -> str | None:
+        """None, or one sentence that says why this tuner cannot work with this weight format."""
+        return None
+
+    def before(self, task: BlockTask) -> None:
+        """Act while the linears hold float weights."""
+
+    def after(self, task: BlockTask) -> None:
+        """Act when every linear is settled."""

@@ -1,0 +1,128 @@
+"""A power cut leaves what was flushed to the disk, and that is always enough to go on with."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from world import snapshot
+
+from bitmill.checkpoint import files
+from bitmill.checkpoint.journal import Journal
+from bitmill.cli.main import main
+
+
+class Disk:
+    """What of the folder `root` would survive: by inode, bytes and names as they were at their last flush."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.checks = root, 0
+        self.bytes: dict[int, bytes] = {}
+        self.names: dict[int, dict[str, int]] = {}
+
+    def flush(self, descriptor: int) -> None:
+        state = os.fstat(descriptor)
+        if stat.S_ISDIR(state.st_mode):
+            children = os.listdir(descriptor)
+            self.names[state.st_ino] = {name: os.stat(name, dir_fd=descriptor).st_ino for name in children}
+        else:
+            self.bytes[state.st_ino] = os.pread(descriptor, state.st_size, 0)
+
+    def survivors(self) -> dict[str, bytes]:
+        return dict(self._below(self.root.stat().st_ino, Path()))
+
+    def _below(self, inode: int, path: Path) -> Iterator[tuple[str, bytes]]:
+        if inode in self.bytes:
+            yield str(path), self.bytes[inode]
+        for name, child in self.names.get(inode, {}).items():
+            yield from self._below(child, path / name)
+
+    def check(self) -> None:
+        """All that is there would survive, but for the lock, which ends with its process anyway."""
+        assert self.survivors() == {k: v for k, v in snapshot(self.root).items() if not k.endswith("/lock")}
+        self.checks += 1
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch) -> Disk:
+    root = tmp_path / "disk"
+    root.mkdir()
+    disk, replace = Disk(root), os.replace
+
+    def replaced(old: Path, new: Path) -> None:
+        assert disk.bytes.get(os.stat(old).st_ino) == Path(old).read_bytes()  # the name may get there first
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", disk.flush)
+    monkeypatch.setattr(os, "replace", replaced)
+    return disk
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: files.write_text(path, "words"),
+        lambda path: files.write_json(path, {"of": 3}),
+        lambda path: files.write_tensors(path, {"w": torch.ones(3)}),
+    ],
+    ids=["text", "json", "tensors"],
+)
+def test_a_file_survives_with_its_name(write, disk):
+    write(disk.root / "file")
+    disk.check()
+    write(disk.root / "file")  # in place of the first
+    disk.check()
+
+
+def test_a_folder_survives_with_those_above_it(disk):
+    files.make_folder(disk.root / "a" / "b")
+    files.make_folder(disk.root / "a" / "b" / "c")
+    files.write_text(disk.root / "a" / "b" / "c" / "d", "words")
+    disk.check()
+
+
+def test_whatever_a_run_relies_on_survives(disk, world, monkeypatch):
+    out = disk.root / "out"
+    add, rename, rmtree = Journal.add, os.rename, shutil.rmtree
+
+    def added(*args):
+        disk.check()
+        add(*args)
+        disk.check()
+
+    def renamed(*args):
+        disk.check()
+        rename(*args)
+
+    def removed(path, **options):
+        if path == out.with_name("out.partial"):
+            disk.check()
+        rmtree(path, **options)
+
+    monkeypatch.setattr(Journal, "add", added)
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    assert main(world.quantize(out=out)) == 0
+    assert disk.checks == 2 * 2 + 1 + 1
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_folders_will_do(code, tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.make_folder(tmp_path / "a")
+    files.write_text(tmp_path / "a" / "b", "words")
+    files.publish(tmp_path / "a", tmp_path / "c")
+    assert snapshot(tmp_path) == {"c/b": b"words"}

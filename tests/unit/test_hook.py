@@ -1,0 +1,74 @@
+"""The hook teaches once the registry has run, however often somebody looked for it before."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+import pytest
+
+from bitmill import hook
+
+REGISTRY, TEACHER = "bitmill_test_library.auto", "bitmill_test_teacher"
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A library with a registry, and a teacher of it, that nobody has imported yet."""
+    package = tmp_path / "bitmill_test_library"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "auto.py").write_text("KNOWN = []\n")
+    (tmp_path / f"{TEACHER}.py").write_text(f"from {REGISTRY} import KNOWN\nKNOWN.append('bitmill')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(hook, "REGISTRY", REGISTRY)
+    monkeypatch.setattr(hook, "TEACHER", TEACHER)
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, hook._Finder)])
+    yield package
+    for name in [name for name in sys.modules if name.startswith("bitmill_test_")]:
+        del sys.modules[name]
+
+
+def known() -> list[str]:
+    return importlib.import_module(REGISTRY).KNOWN
+
+
+def test_the_registry_is_taught_when_it_is_imported(library):
+    hook.teach_transformers()
+    assert REGISTRY not in sys.modules
+    assert TEACHER not in sys.modules
+    assert known() == ["bitmill"]
+
+
+def test_a_registry_that_is_there_is_taught_at_once(library):
+    registered = known()
+    assert registered == []
+    hook.teach_transformers()
+    assert registered == ["bitmill"]
+
+
+@pytest.mark.parametrize("probed", ["bitmill_test_library", REGISTRY])
+def test_a_probe_before_the_import_changes_nothing(library, probed):
+    hook.teach_transformers()
+    assert importlib.util.find_spec(probed) is not None
+    assert TEACHER not in sys.modules
+    assert known() == ["bitmill"]
+
+
+def test_an_import_that_failed_can_be_repeated(library):
+    source = (library / "auto.py").read_text()
+    (library / "auto.py").write_text("raise ImportError('not yet')\n")
+    hook.teach_transformers()
+    with pytest.raises(ImportError, match="not yet"):
+        known()
+    (library / "auto.py").write_text(source)
+    importlib.invalidate_caches()
+    assert known() == ["bitmill"]
+
+
+def test_teaching_twice_is_teaching_once(library):
+    hook.teach_transformers()
+    hook.teach_transformers()
+    assert sum(isinstance(finder, hook._Finder) for finder in sys.meta_path) == 1
+    assert known() == ["bitmill"]
