@@ -1,4 +1,4 @@
-"""Results of a comparison that never took place, for tests of what is made from them."""
+"""Results of a comparison and a report of a folder that never were, for tests of what is made from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+from bitmill.recipe import build_recipe
 from bitmill.report.results import Results
 
 PERPLEXITY = {  # at 4, 3 and 2 bits
@@ -67,7 +68,9 @@ def variant(method: str, bits: int, perplexity: float | None, blocks: int = 30) 
         "tokens": 20480,
         "quantize_time_s": 14.0 * len(method) ** 2 / bits,
         "peak_memory_bytes": int(1.1e9 + 1e8 * len(method)),
-        "layers": layers(0.4 * 4.0 ** (1 - bits) * (1 + loss), blocks, method not in ("rtn", "hqq"), len(method) + bits),
+        "layers": layers(
+            0.4 * 4.0 ** (1 - bits) * (1 + loss), blocks, method not in ("rtn", "hqq"), len(method) + bits
+        ),
         "samples": [sample(text) for text in spoken],
     }
 
@@ -88,6 +91,7 @@ def document(perplexity: dict[str, tuple[float | None, ...]] | None = None, bloc
             "prompts": list(PROMPTS),
             "chat": True,
             "max_new_tokens": 48,
+            "propagate": "quantized",
             "device": "cpu",
         },
         "machine": {
@@ -112,3 +116,22 @@ def document(perplexity: dict[str, tuple[float | None, ...]] | None = None, bloc
 
 def results(**changes: Any) -> Results:
     return Results.model_validate({**document(), **changes})
+
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'"
+CALIBRATION = {"source": "pydoc", "samples": 128, "seqlen": 512, "seed": 3, "sha256": HASH}
+MEASURED = {"by": "quantize", "text": "pydoc", "split": "eval", "windows": 4, "seqlen": 512, "perplexity": 12.67}
+COMPARED = {**MEASURED, "reference_perplexity": 11.23, "kl_divergence": 0.15, "top1_agreement": 0.814}
+
+
+def report(**changes) -> dict:
+    return {
+        "bitmill": "0.1.0",
+        "source": "smollm2-135m",
+        "recipe": build_recipe("gptq").to_dict(),
+        "identity": {"calibration": CALIBRATION},
+        "bits_per_weight": 3.297,
+        "measured": [COMPARED],
+        "layers": layers(0.05, 30, True, 0),
+        **changes,
+    }

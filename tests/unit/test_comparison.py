@@ -172,7 +172,7 @@ print('{"result": {"perplexity": 2.5}}')
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
-        ("print('{\"failed\": \"It cannot be.\"}'); raise SystemExit(1)", "It cannot be."),
+        ('print(\'{"failed": "It cannot be."}\'); raise SystemExit(1)', "It cannot be."),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ran out of memory"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGABRT)", "died of SIGABRT"),
         ("raise SystemExit(3)", "status 3 and without a result"),

@@ -19,12 +19,13 @@ def compare(
         str, typer.Argument(help="Demo model, Hugging Face folder or hub id, or .gguf file.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="Folder of the comparison; continued if it exists.", show_default=False)
+        Path,
+        typer.Option("-o", "--out", help="Folder of the comparison; continued if it exists.", show_default=False),
     ],
-    methods: Annotated[
-        str, typer.Option(metavar="A,B", help="Named methods, or all.", show_default=False)
+    methods: Annotated[str, typer.Option(metavar="A,B", help="Named methods, or all.", show_default=False)] = "",
+    bits: Annotated[
+        str, typer.Option(metavar="B,C", help="Bits for each of the methods.", show_default=False)
     ] = "",
-    bits: Annotated[str, typer.Option(metavar="B,C", help="Bits for each of the methods.", show_default=False)] = "",
     recipes: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE", help="Recipe .yaml, one variant each; repeatable.", show_default=False),
@@ -44,9 +45,18 @@ def compare(
     windows: Annotated[int, typer.Option(metavar="W", help="Held-out windows to measure on.")] = 40,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts to answer, one a line; three of our own otherwise.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Prompts to answer, one a line; three of our own otherwise.", show_default=False
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 48,
+    propagate: Annotated[
+        str,
+        typer.Option(
+            metavar="WHAT",
+            help="What later blocks are calibrated on: quantized outputs, or float ones (shared by all variants).",
+        ),
+    ] = "quantized",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the quantized folders.")] = False,
     trust_remote_code: Annotated[
@@ -75,6 +85,7 @@ def compare(
             windows=windows,
             prompts=PROMPTS if prompts is None else read_prompts(prompts),
             max_new_tokens=max_new_tokens,
+            propagate=propagate,  # type: ignore[arg-type]
             device=device,
             trust_remote_code=trust_remote_code,
             keep_models=keep_models,
@@ -103,7 +114,9 @@ def per_method(settings: list[str]) -> dict[str, dict[str, Any]]:
         method, dot, key = name.strip().rpartition(".")
         key = key.replace("-", "_")
         if not (equals and dot and method and key.isidentifier()):
-            raise UsageError(f"--set wants METHOD.KEY=VALUE here, not {setting!r}; for example --set gptq.damp=0.05.")
+            raise UsageError(
+                f"--set wants METHOD.KEY=VALUE here, not {setting!r}; for example --set gptq.damp=0.05."
+            )
         of_method = options.setdefault(method, {})
         if key in of_method:
             raise UsageError(f"--set gives {key!r} of {method!r} twice; give it once.")

@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bitmill.errors import RecipeError, UsageError
+from bitmill.pipeline.job import Propagate
 from bitmill.preparation import Calibration
 from bitmill.recipe import METHODS, Recipe, build_recipe
 
@@ -50,6 +51,7 @@ class Grid:
 
     calibration: which text calibrates; its windows' length and its held-out part also measure.
     windows: held-out windows to measure on.
+    propagate: what later blocks are calibrated on; with "float" all cells share the statistics of one pass.
     command: what a user would type for it; it decides nothing.
     """
 
@@ -59,13 +61,16 @@ class Grid:
     windows: int = 40
     prompts: tuple[str, ...] = PROMPTS
     max_new_tokens: int = NEW_TOKENS
+    propagate: Propagate = "quantized"
     device: str = "cpu"
     trust_remote_code: bool = False
     command: str = ""
 
     def __post_init__(self) -> None:
+        if self.propagate not in get_args(Propagate):
+            raise UsageError(f"propagate is {self.propagate!r}; use one of {', '.join(get_args(Propagate))}.")
         if self.windows < 1:
-            raise UsageError(f"windows is {self.windows}; use at least 1, for there is nothing to compare without.")
+            raise UsageError(f"windows is {self.windows}; use at least 1.")
         names = [cell.name for cell in self.cells]
         if not names:
             raise UsageError("There is nothing to compare; name methods with --methods or recipes with --recipes.")
@@ -132,7 +137,7 @@ def _cell(method: str, bits: int, options: dict[str, Any]) -> Cell:
 
 
 def _bits_of(recipe: Recipe) -> int | None:
-    bits = getattr(recipe.weight, "bits", None)
+    bits = recipe.stored.core.bits
     return bits if isinstance(bits, int) else None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bitmill.comparison.cells import NEW_TOKENS, PROMPTS, Grid, Options, plan_cells
 from bitmill.comparison.run import run_grid
+from bitmill.pipeline.job import Propagate
 from bitmill.preparation import Calibration
 from bitmill.progress import Progress
 from bitmill.report.results import Results
@@ -25,6 +26,7 @@ def compare(
     windows: int = 40,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = NEW_TOKENS,
+    propagate: Propagate = "quantized",
     device: str = "cpu",
     trust_remote_code: bool = False,
     keep_models: bool = False,
@@ -37,6 +39,8 @@ def compare(
     options: of each method by name, such as {"gptq": {"damp": 0.05}}.
     windows: held-out windows to measure on.
     prompts: what every variant is to answer, greedily, in at most `max_new_tokens` tokens.
+    propagate: what later blocks are calibrated on: the quantized blocks' outputs, or the float model's, whose
+        statistics are then collected once for all variants.
     keep_models: leave the quantized folders in `out`/cells.
 
     Every variant has a process of its own. One that fails, or that a method does not offer, is a row with a
@@ -55,6 +59,7 @@ def compare(
         ("--seed", calibration.seed, 0),
         ("--windows", windows, None),
         ("--max-new-tokens", max_new_tokens, NEW_TOKENS),
+        ("--propagate", propagate, "quantized"),
         ("--device", device, "cpu"),
         ("-o", Path(out).name, None),
     ):
@@ -67,6 +72,7 @@ def compare(
         windows,
         tuple(prompts),
         max_new_tokens,
+        propagate,
         device,
         trust_remote_code,
         shlex.join(command),

@@ -3,6 +3,8 @@
     DIR/grid.json          the terms of the comparison and the cells asked for last
     DIR/cells/NAME.json    what became of a cell
     DIR/cells/NAME/        its quantized model, until it was measured (kept with `keep_models`)
+    DIR/float.npy          what the float model predicts, until the grid is finished
+    DIR/statistics/        of the float model, until the grid is finished; with propagate="float"
     DIR/results.json       everything, see report/results.py
     DIR/report.html        the page made from it
 
@@ -14,16 +16,17 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitmill.checkpoint.files import write_json, write_text, writing
+from bitmill.checkpoint.files import make_folder, write_json, write_text, writing
 from bitmill.checkpoint.journal import first_difference
 from bitmill.comparison.cells import FLOAT, Cell, Grid
 from bitmill.comparison.machine import describe_machine
 from bitmill.comparison.process import CellFailed, run_cell
-from bitmill.comparison.worker import FLOAT_FILE, GRID_FILE
+from bitmill.comparison.worker import FLOAT_FILE, GRID_FILE, STATISTICS
 from bitmill.errors import BitmillError, CheckpointError, OutputError
 from bitmill.models import text
 from bitmill.models.source import open_source
@@ -43,13 +46,11 @@ def run_grid(
     out: Path,
     *,
     keep_models: bool = False,
-    statistics: Path | None = None,
     progress: Progress | None = None,
     run: RunCell = run_cell,
 ) -> Results:
     """Quantize and measure every cell of `grid` into the folder `out`; returns what results.json holds.
 
-    statistics: a folder of statistics that every cell is to use instead of collecting its own.
     run: how one cell is run.
 
     Raises BitmillError for whatever concerns all cells: the model, the text, the folder, the float model's run.
@@ -60,16 +61,17 @@ def run_grid(
     settings = describe_terms(grid)
     machine = describe_machine(grid.device)
     with writing(out):
-        (out / "cells").mkdir(parents=True, exist_ok=True)
+        make_folder(out / "cells")
         lock = (out / "lock").open("w")
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise OutputError(f"Another process is writing {out}; wait for it, or choose another folder.") from None
+            raise OutputError(
+                f"Another process is writing {out}; wait for it, or choose another folder."
+            ) from None
         records = _Records(out, grid, settings, machine)
-        shared = {"statistics": None if statistics is None else str(statistics)}
-        records.begin({"keep_models": keep_models, "shared": shared})
+        records.begin(keep_models)
         return _run(grid, records, progress, run)
     finally:
         lock.close()
@@ -95,6 +97,7 @@ def describe_terms(grid: Grid) -> dict[str, Any]:
         "prompts": list(grid.prompts),
         "chat": bool(getattr(tokenizer, "chat_template", None)),
         "max_new_tokens": grid.max_new_tokens,
+        "propagate": grid.propagate,
         "device": grid.device,
     }  # fmt: skip
 
@@ -118,7 +121,9 @@ def _run(grid: Grid, records: _Records, progress: Progress, run: RunCell) -> Res
             records.note(cell, {"status": "done", **result})
         except CellFailed as failure:
             records.note(cell, {"status": "failed", "reason": str(failure)})
-    (records.out / FLOAT_FILE).unlink(missing_ok=True)  # gigabytes, and quickly made again
+    # gigabytes, and quickly made again
+    (records.out / FLOAT_FILE).unlink(missing_ok=True)
+    shutil.rmtree(records.out / STATISTICS, ignore_errors=True)
     return records.publish()
 
 
@@ -130,7 +135,7 @@ class _Records:
         self.commands: list[str] = []
         self.terms = json.loads(json.dumps({"settings": settings, "machine": machine}))
 
-    def begin(self, more: dict[str, Any]) -> None:
+    def begin(self, keep_models: bool) -> None:
         """Note the grid. Raises CheckpointError when the folder holds results on other terms."""
         file = self.out / GRID_FILE
         if file.exists():
@@ -145,7 +150,8 @@ class _Records:
             for cell in self.grid.cells:
                 self._check_recipe(cell)
         self.commands.append(self.grid.command)
-        write_json(file, {"terms": self.terms, "commands": self.commands, "grid": self.grid.to_dict(), **more})
+        document = {"terms": self.terms, "commands": self.commands, "grid": self.grid.to_dict()}
+        write_json(file, {**document, "keep_models": keep_models})
 
     def _check_recipe(self, cell: Cell) -> None:
         known = self.read(cell.name)
@@ -189,8 +195,9 @@ class _Records:
             self.read(cell.name) or {"name": cell.name, "method": cell.method, "bits": cell.bits}
             for cell in self.grid.cells
         ]
-        earlier = sorted(file.stem for file in (self.out / "cells").glob("*.json"))
-        variants += [record for name in earlier if name not in [*names, FLOAT] and (record := self.read(name))]
+        others = sorted({file.stem for file in (self.out / "cells").glob("*.json")} - {*names, FLOAT})
+        earlier = [record for name in others if (record := self.read(name))]
+        variants += [record for record in earlier if record.get("status") == "done"]
         results = Results.model_validate(
             {"commands": self.commands, **self.terms, "float": self.read(FLOAT), "variants": variants}
         )
@@ -207,4 +214,3 @@ def _load(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise CheckpointError(f"{file} cannot be read; delete it, and what it held is made again.") from None
-

@@ -34,6 +34,7 @@ from bitmill.recipe import Recipe
 
 GRID_FILE = "grid.json"
 FLOAT_FILE = "float.npy"
+STATISTICS = "statistics"
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -71,7 +72,6 @@ class _Work:
     def __init__(self, folder: Path, grid: Grid, document: dict[str, Any], progress: Progress) -> None:
         self.folder, self.grid, self.progress = folder, grid, progress
         self.keep = bool(document.get("keep_models"))
-        self.shared = {k: v for k, v in document.get("shared", {}).items() if v is not None}
 
     def float_row(self) -> dict[str, Any]:
         """Measure the float model, and keep what it predicts for the variants."""
@@ -103,8 +103,9 @@ class _Work:
             device=self.grid.device,
             resume=True,
             trust_remote_code=self.grid.trust_remote_code,
+            propagate=self.grid.propagate,
+            statistics=self.folder / STATISTICS if self.grid.propagate == "float" else None,
             progress=clock,
-            **self.shared,
         )
         cost = clock.stop(finished=True)
         size = folder_bytes(out)

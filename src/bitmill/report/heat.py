@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitmill.report import text
+from bitmill.report import numbers
 from bitmill.report.results import Layer
 from bitmill.report.view import layer_grid, short_names
 
@@ -45,7 +45,7 @@ def heat_map(layers: Sequence[Layer], key: str) -> HeatMap | None:
         for column, (block, value) in enumerate(zip(grid.blocks, values, strict=True)):
             if value is not None:
                 step = round(STEPS * math.log(value / low) / span) if value > 0 else 0
-                what = f"block {block}, {name}: {text.number(value, 3)}"
+                what = f"block {block}, {name}: {numbers.number(value, 3)}"
                 cells.append((left + _PITCH * column + 1, _PITCH * row + 1, step, what))
     return HeatMap(
         width=left + _PITCH * max(len(grid.blocks), 8) + 2,
@@ -58,5 +58,8 @@ def heat_map(layers: Sequence[Layer], key: str) -> HeatMap | None:
         ],
         cells=cells,
         scale=[(left + 6 * step, bottom + 30, step) for step in range(STEPS + 1)],
-        ends=[(left, bottom + 56, text.number(low, 2)), (left + 6 * STEPS - 14, bottom + 56, text.number(high, 2))],
+        ends=[
+            (left, bottom + 56, numbers.number(low, 2)),
+            (left + 6 * STEPS - 14, bottom + 56, numbers.number(high, 2)),
+        ],
     )

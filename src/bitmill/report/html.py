@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bitmill.report import text, view
+from bitmill.report import numbers, view
 from bitmill.report.card import model_card
 from bitmill.report.heat import STEPS, heat_map
 from bitmill.report.palette import DARK, LIGHT, SHAPES, mark_of
@@ -52,7 +52,9 @@ def folder_page(report: dict[str, Any]) -> str:
     """The page of one quantized folder, from its report: a function of it alone, like everything in the folder."""
     import yaml
 
-    layers = [Layer.model_validate({key: layer.get(key) for key in Layer.model_fields}) for layer in report["layers"]]
+    layers = [
+        Layer.model_validate({key: layer.get(key) for key in Layer.model_fields}) for layer in report["layers"]
+    ]
     error = "output_error" if any(layer.output_error is not None for layer in layers) else "weight_error"
     worst = sorted((v for v in layers if getattr(v, error) is not None), key=lambda v: -getattr(v, error))
     measured = [m for m in report["measured"] if m.get("perplexity") is not None]
@@ -79,14 +81,18 @@ def folder_documents(report: dict[str, Any]) -> dict[str, str]:
 
 def _render(template: str, *, scripts: list[str], **values: Any) -> str:
     code = {name: _script(name) for name in scripts}
-    return _environment().get_template(template).render(
-        **values,
-        scripts=code,
-        digests=[_digest(script) for script in code.values()],
-        css=_file("page.css"),
-        icon=base64.b64encode(_file("icon.svg").encode()).decode(),
-        palette=list(zip(LIGHT, DARK, strict=True)),
-        shapes=SHAPES,
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **values,
+            scripts=code,
+            digests=[_digest(script) for script in code.values()],
+            css=_file("page.css"),
+            icon=base64.b64encode(_file("icon.svg").encode()).decode(),
+            palette=list(zip(LIGHT, DARK, strict=True)),
+            shapes=SHAPES,
+        )
     )
 
 
@@ -100,12 +106,12 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters |= {
-        "number": text.number,
-        "size": text.size,
-        "duration": text.duration,
-        "percent": text.percent,
-        "change": text.change,
-        "plural": text.plural,
+        "number": numbers.number,
+        "size": numbers.size,
+        "duration": numbers.duration,
+        "percent": numbers.percent,
+        "change": numbers.change,
+        "plural": numbers.plural,
     }
     return environment
 

@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitmill.errors import CheckpointError
 
-SCHEMA_VERSION = 1
-
 
 class _Plain(BaseModel):
     """Unknown keys are refused, so that a misspelling cannot pass for a missing figure."""
@@ -94,6 +92,7 @@ class Settings(_Plain):
     prompts: list[str]
     chat: bool  # whether the prompts were put through the tokenizer's chat template
     max_new_tokens: int
+    propagate: Literal["quantized", "float"]
     device: str
 
 
@@ -112,7 +111,7 @@ class Machine(_Plain):
 class Results(_Plain):
     """The whole of results.json."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     commands: list[str]  # those that made the folder, the last one last
     settings: Settings
     machine: Machine

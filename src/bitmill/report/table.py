@@ -51,8 +51,9 @@ def results_table(results: Results) -> Table:
     best = {variant.name for variant in best_of_bits(results)}
     rows = [] if results.float is None else [{"name": "float", **results.float.model_dump()}]
     for variant in in_order(results):
-        row = {**variant.model_dump(), "time_s": variant.quantize_time_s, "best": variant.name in best}
-        rows.append(row)
+        if variant.status == "done":
+            row = {**variant.model_dump(), "time_s": variant.quantize_time_s, "best": variant.name in best}
+            rows.append(row)
     text = results.settings.evaluation
     caption = f"{results.settings.model}, {text.windows} held-out windows of {text.seqlen} tokens"
     return comparison_table(rows, f"{caption}; * lowest perplexity at these bits")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bitmill.report import text
+from bitmill.report import numbers
 from bitmill.report.palette import SHAPES, mark_of
 from bitmill.report.results import Layer, Results, Variant
 
@@ -51,7 +51,7 @@ def headline(results: Results) -> str:
     if not measured:
         return "No variant has been measured yet." if results.variants else "There are no variants."
     if reference is None:
-        return f"{text.plural(len(measured), 'variant')} measured, the float model not."
+        return f"{numbers.plural(len(measured), 'variant')} measured, the float model not."
 
     def ratio(variant: Variant) -> float:
         return (variant.perplexity or 0.0) / reference.perplexity
@@ -59,13 +59,15 @@ def headline(results: Results) -> str:
     close = [variant for variant in best if ratio(variant) <= CLOSE]
     chosen = close[-1] if close else min(measured, key=ratio)
     figures = (
-        f"perplexity {text.number(chosen.perplexity)} against {text.number(reference.perplexity)} "
-        f"({text.change(chosen.perplexity, reference.perplexity)}), at {text.number(chosen.bits_per_weight, 3)} bits "
-        f"per weight and {text.size(chosen.size_bytes)} instead of {text.size(reference.size_bytes)}."
+        f"perplexity {numbers.number(chosen.perplexity)} against {numbers.number(reference.perplexity)} "
+        f"({numbers.change(chosen.perplexity, reference.perplexity)}), at "
+        f"{numbers.number(chosen.bits_per_weight, 3)} bits per weight and {numbers.size(chosen.size_bytes)} "
+        f"instead of {numbers.size(reference.size_bytes)}."
     )
-    if close:
-        return f"Down to {text.plural(chosen.bits or 0, 'bit')}, {chosen.method} stays close to the float model: {figures}"
-    return f"Nothing stays close to the float model; {label(chosen)} comes nearest: {figures}"
+    if not close:
+        return f"Nothing stays close to the float model; {label(chosen)} comes nearest: {figures}"
+    lowest = numbers.plural(chosen.bits or 0, "bit")
+    return f"Down to {lowest}, {chosen.method} stays close to the float model: {figures}"
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,11 @@ _CHARTED = ("name", "bits", "bits_per_weight", "size_bytes", "perplexity", "kl_d
 def hover(variant: Variant, reference: float | None) -> list[tuple[str, str]]:
     """Names and values of one variant's figures."""
     return [
-        ("bits per weight", text.number(variant.bits_per_weight)),
-        ("size", text.size(variant.size_bytes)),
-        ("perplexity", f"{text.number(variant.perplexity)} ({text.change(variant.perplexity, reference)})"),
-        ("KL divergence", f"{text.number(variant.kl_divergence, 3)} nats"),
-        ("top-1 agreement", text.percent(variant.top1_agreement)),
+        ("bits per weight", numbers.number(variant.bits_per_weight)),
+        ("size", numbers.size(variant.size_bytes)),
+        ("perplexity", f"{numbers.number(variant.perplexity)} ({numbers.change(variant.perplexity, reference)})"),
+        ("KL divergence", f"{numbers.number(variant.kl_divergence, 3)} nats"),
+        ("top-1 agreement", numbers.percent(variant.top1_agreement)),
     ]
 
 

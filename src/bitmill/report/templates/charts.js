@@ -241,6 +241,7 @@
   let waiting = 0;
   const soon = () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(draw); };
   document.addEventListener("DOMContentLoaded", () => {
+    document.querySelectorAll(".drawn").forEach((panel) => { panel.hidden = false; });
     document.querySelectorAll('[name="error"]').forEach((input) => input.addEventListener("change", () => { wanted = input.value; }));
     document.querySelectorAll(".controls").forEach((form) => form.addEventListener("change", draw));
     document.addEventListener("bitmill:theme", draw);

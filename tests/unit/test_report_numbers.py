@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bitmill.report import text
+from bitmill.report import numbers
 
 
 def spaced(shown: str) -> str:
-    return shown.replace(text.GAP, " ").replace(text.NARROW, " ")
+    return shown.replace(numbers.GAP, " ").replace(numbers.NARROW, " ")
 
 
 @pytest.mark.parametrize(
@@ -20,22 +20,29 @@ def spaced(shown: str) -> str:
     ],
 )  # fmt: skip
 def test_number(value, shown):
-    assert spaced(text.number(value)) == shown
+    assert spaced(numbers.number(value)) == shown
 
 
 @pytest.mark.parametrize(
     ("value", "shown"), [(None, "–"), (999, "999 B"), (45300, "45.3 kB"), (112e6, "112 MB"), (1.6e9, "1.60 GB")]
 )
 def test_size(value, shown):
-    assert spaced(text.size(value)) == shown
+    assert spaced(numbers.size(value)) == shown
 
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(None, "–"), (1.98, "2.0 s"), (9.97, "10 s"), (119.6, "2 min 00 s"), (175, "2 min 55 s"), (7325, "2 h 02 min")],
+    [
+        (None, "–"),
+        (1.98, "2.0 s"),
+        (9.97, "10 s"),
+        (119.6, "2 min 00 s"),
+        (175, "2 min 55 s"),
+        (7325, "2 h 02 min"),
+    ],
 )
 def test_duration(value, shown):
-    assert spaced(text.duration(value)) == shown
+    assert spaced(numbers.duration(value)) == shown
 
 
 @pytest.mark.parametrize(
@@ -46,10 +53,10 @@ def test_duration(value, shown):
     ],
 )  # fmt: skip
 def test_change(value, reference, shown):
-    assert spaced(text.change(value, reference)) == shown
+    assert spaced(numbers.change(value, reference)) == shown
 
 
 def test_percent_and_plural():
-    assert spaced(text.percent(0.987)) == "98.7 %"
-    assert text.percent(None) == "–"
-    assert [spaced(text.plural(n, "variant")) for n in (0, 1, 2)] == ["0 variants", "1 variant", "2 variants"]
+    assert spaced(numbers.percent(0.987)) == "98.7 %"
+    assert numbers.percent(None) == "–"
+    assert [spaced(numbers.plural(n, "variant")) for n in (0, 1, 2)] == ["0 variants", "1 variant", "2 variants"]
