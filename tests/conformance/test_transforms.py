@@ -1,4 +1,4 @@
-"""The law of transforms: folded into the float model, they do not change what it computes."""
+"""The law of seam transforms: folded into the float model, they do not change what it computes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ ARCHITECTURES = [pytest.param(name, {}, id=name) for name in ADAPTERS.names()] +
 ]
 
 
-def transforms() -> list[Transform]:
-    """Every transform at its defaults."""
-    return [kind() for _, kind in TRANSFORMS.items()]
+def transforms() -> list[SeamTransform]:
+    """Every seam transform at its defaults."""
+    return [kind() for _, kind in TRANSFORMS.items() if issubclass(kind, SeamTransform)]
 
 
 def loaded(name: str, changes: dict[str, object]) -> Skeleton:

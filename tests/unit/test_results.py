@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -57,6 +58,14 @@ def test_what_is_no_json_is_refused(file, text):
     file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_results(file)
+
+
+def test_every_key_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+    schema = Results.model_json_schema()
+    described = [schema, *schema["$defs"].values()]
+    for name in {key for part in described for key in part["properties"]}:
+        assert f"`{name}`" in page, name
 
 
 def test_the_order_is_bits_then_perplexity_then_the_rest():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,7 +28,11 @@ def compare(
     ] = "",
     recipes: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE", help="Recipe .yaml, one variant each; repeatable.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Recipe .yaml or one of your own, one variant each; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -51,10 +55,9 @@ def compare(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 48,
     propagate: Annotated[
-        str,
+        Literal["quantized", "float"],
         typer.Option(
-            metavar="WHAT",
-            help="What later blocks are calibrated on: quantized outputs, or float ones (shared by all variants).",
+            help="Whose outputs later blocks are calibrated on; with float all share one pass's statistics."
         ),
     ] = "quantized",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -85,7 +88,7 @@ def compare(
             windows=windows,
             prompts=PROMPTS if prompts is None else read_prompts(prompts),
             max_new_tokens=max_new_tokens,
-            propagate=propagate,  # type: ignore[arg-type]
+            propagate=propagate,
             device=device,
             trust_remote_code=trust_remote_code,
             keep_models=keep_models,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from bitmill.composition import find_recipe
 from bitmill.errors import RecipeError, UsageError
 from bitmill.pipeline.job import Propagate
 from bitmill.preparation import Calibration
@@ -123,7 +124,7 @@ def plan_cells(
         else:
             cells.append(Cell(_file_name(method), method, _bits_of(fixed), fixed.to_dict()))
     for path in recipes:
-        recipe = build_recipe(str(path))
+        recipe = find_recipe(str(path))
         cells.append(Cell(_file_name(recipe.name), recipe.name, _bits_of(recipe), recipe.to_dict()))
     return tuple(cells)
 
