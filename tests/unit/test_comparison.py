@@ -193,8 +193,8 @@ def test_what_a_failed_process_complained_about_is_kept(cell, tmp_path):
 def test_a_worker_ends_when_whoever_started_it_is_gone():
     program = (
         "import sys, threading, time\n"
-        "from bitmill.comparison.worker import _end_with\n"
-        "threading.Thread(target=_end_with, args=(sys.stdin,), daemon=True).start()\n"
+        "from bitmill.comparison.process import end_with\n"
+        "threading.Thread(target=end_with, args=(sys.stdin,), daemon=True).start()\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     )

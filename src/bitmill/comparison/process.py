@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -65,6 +66,12 @@ def _worker(arguments: list[str], errors: IO[str]) -> Iterator[subprocess.Popen[
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             pipe.close()
+
+
+def end_with(stdin: IO[str]) -> None:
+    """In the worker: wait until whoever started it is gone, and end it."""
+    stdin.read()
+    os._exit(1)
 
 
 def _follow(line: str, progress: Progress, name: str) -> dict[str, Any]:

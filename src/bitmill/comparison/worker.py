@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import threading
@@ -24,6 +23,7 @@ from bitmill import api
 from bitmill.checkpoint.files import folder_bytes, write_json
 from bitmill.checkpoint.record import record_measurement
 from bitmill.comparison.cells import FLOAT, Grid
+from bitmill.comparison.process import end_with
 from bitmill.comparison.reference import Recorded, Recorder
 from bitmill.errors import BitmillError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
@@ -44,7 +44,7 @@ def main(arguments: list[str], stdin: TextIO | None = None, stdout: TextIO | Non
     folder, name = Path(arguments[0]), arguments[1]
     out = stdout or sys.stdout
     if stdin is not None:
-        threading.Thread(target=_end_with, args=(stdin,), daemon=True).start()
+        threading.Thread(target=end_with, args=(stdin,), daemon=True).start()
 
     def say(line: dict[str, Any]) -> None:
         print(json.dumps(line), file=out, flush=True)
@@ -212,11 +212,6 @@ class _Told(Progress):
 
     def finish(self) -> None:
         self.say({"task": None})
-
-
-def _end_with(stdin: TextIO) -> None:
-    stdin.read()
-    os._exit(1)
 
 
 if __name__ == "__main__":
