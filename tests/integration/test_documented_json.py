@@ -33,8 +33,8 @@ def keys(capsys):
 
 
 def test_quantize(world, keys):
-    assert keys(*world.quantize()) | {"dry_run"} == documented("quantize")
-    dry = documented("quantize") - {"measured", "time_s", "peak_memory_bytes"}
+    assert keys(*world.quantize()) | {"dry_run", "chosen"} == documented("quantize")
+    dry = documented("quantize") - {"chosen", "measured", "time_s", "peak_memory_bytes"}
     assert keys(*world.quantize("--dry-run", out=world.root / "dry")) == dry
 
 
