@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import typing
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,15 +46,33 @@ def grouped_formats() -> list[str]:
 
 def formats_of(kind: type[GroupFormat]) -> list[GroupFormat]:
     """Every number of bits on ragged groups, and every kind of group at some of them."""
-    made = []
-    for bits in range(1, kind.max_bits + 1):
-        for size in GROUP_SIZES if bits in (1, 3) else (40,):
-            try:
-                made += switched(kind, {"bits": bits, "group_size": size})
-            except RecipeError:
-                continue
+    made = ragged(kind)
+    for bits in sorted({1, middle_bits(made)}):
+        for size in (size for size in GROUP_SIZES if size != 40):
+            made += built(kind, bits, size)
     assert made, f"no case of {kind.__name__} could be built"
     return made
+
+
+def ragged(kind: type[GroupFormat]) -> list[GroupFormat]:
+    """Every number of bits, on ragged groups."""
+    return [format for bits in range(1, kind.max_bits + 1) for format in built(kind, bits, 40)]
+
+
+def built(kind: type[GroupFormat], bits: int, size: int | str) -> list[GroupFormat]:
+    """The format with every word of its Literal fields and its boolean fields both ways; refused ones left out."""
+    hints = typing.get_type_hints(kind)
+    words = {name: typing.get_args(h) for name, h in hints.items() if typing.get_origin(h) is Literal}
+    made = []
+    for chosen in itertools.product(*words.values()):
+        with contextlib.suppress(RecipeError):
+            made += switched(kind, {"bits": bits, "group_size": size, **dict(zip(words, chosen))})
+    return made
+
+
+def middle_bits(formats: list[GroupFormat]) -> int:
+    """3 bits, or what the formats have next to it."""
+    return min({f.bits for f in formats}, key=lambda bits: (abs(bits - 3), bits))
 
 
 def all_formats() -> list[GroupFormat]:
@@ -74,8 +94,13 @@ def scalar_formats() -> list[ScalarFormat]:
 
 
 def few_formats() -> list[GroupFormat]:
-    """For tests whose cost is in what runs the format: 3 bits, ragged groups, rows and tensors."""
-    return [f for f in all_formats() if f.bits == min(3, type(f).max_bits) and f.group_size != 64]
+    """For tests whose cost is in what runs the format: about 3 bits, ragged groups, rows and tensors."""
+    made = []
+    for name in grouped_formats():
+        formats = formats_of(FORMATS.get(name))
+        bits = middle_bits(formats)
+        made += [f for f in formats if f.bits == bits and f.group_size != 64]
+    return made
 
 
 def all_solvers() -> list[Solver]:

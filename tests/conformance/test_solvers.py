@@ -73,15 +73,16 @@ def test_what_it_solves_is_what_is_stored(solver, format):
     assert all(torch.equal(params[k], solved.params[k]) for k in params)
 
 
-@pytest.mark.parametrize(("solver", "format"), [p for p in PAIRS if p[1].group_size != "tensor"], ids=repr)
+@pytest.mark.parametrize(("solver", "format"), [p for p in PAIRS if p[1].stackable], ids=repr)
 def test_rows_may_be_solved_together(solver, format):
     """Layers that read one input are stacked, solved at once and split again."""
     W, stats = weights(12), statistics(solver, 12)
     pieces = solver.solve(W, stats, format).split([5, 7])
     for piece, part, own in zip(pieces, W.split([5, 7]), stats.split([5, 7])):
         alone = solver.solve(part, own, format)
-        moved = (piece.dequantize() - alone.dequantize()).abs() > 1e-6
-        assert moved.float().mean() < 0.02  # products of other shapes round otherwise now and then
+        # products of other shapes round otherwise now and then: a code, or the last digit of an fp16 parameter
+        moved = (piece.dequantize() - alone.dequantize()).abs() > part.abs().max() * 2**-10
+        assert moved.float().mean() < 0.02
 
 
 @every_solver
@@ -115,7 +116,9 @@ def test_plain_data_round_trips(solver):
 
 @pytest.mark.parametrize("solver", [s for s in all_solvers() if not s.needs], ids=repr)
 def test_data_free_solvers_need_no_statistics(solver):
-    assert solver.solve(weights(), Statistics(), Uniform(3)).shape == (6, 96)
+    for format in few_formats():
+        if solver.accepts(format) is None:
+            assert solver.solve(weights(), Statistics(), format).shape == (6, 96)
 
 
 @pytest.mark.parametrize("name", SOLVERS.names())

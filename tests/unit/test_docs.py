@@ -149,7 +149,7 @@ def test_words(page: str) -> None:
 
 
 def test_the_reader_in_the_docs_reads_frozen_bytes() -> None:
-    """docs/checkpoint.md decodes the fixtures of the oldest formats, with Python's standard library alone."""
+    """docs/checkpoint.md decodes the fixtures of the tabular formats, with Python's standard library alone."""
     (code,) = [b for b in _blocks(TEXTS["docs/checkpoint.md"], "python") if "def decode" in b]
     reader: dict = {}
     exec(code, reader)
@@ -157,6 +157,7 @@ def test_the_reader_in_the_docs_reads_frozen_bytes() -> None:
     assert sorted(ast.unparse(n) for n in imports) == ["import json", "import struct"]
     codings = json.loads((ROOT / "src/bitmill/formats/data/codings.json").read_text())
     tables = ("binary_coding", "codebook", "integer_coding", "uniform")  # others: see their formats
+    tables += ("float", "microscaling", "normal_float", "nvfp4")
     described = [ROOT / "tests" / "fixtures" / f"{name}.json" for name in tables]
     for file in described:
         stored = reader["read_safetensors"](file.with_suffix(".safetensors"))

@@ -71,6 +71,15 @@ class BinaryCoding(ScalarFormat):
         table = self.levels(params)
         return (mass * table.square() - 2 * moment * table).sum(-1)
 
+    @property
+    def shifts(self) -> bool:
+        """With an offset."""
+        return self.offset
+
+    def shift(self, params: Params, by: Tensor) -> Params:
+        """The offset moves."""
+        return {**params, "beta": as_stored(params["beta"] + by)}
+
     def levels(self, params: Params) -> Tensor:
         """beta + sum of +-alpha, entry c for code c."""
         alpha = params["alpha"]

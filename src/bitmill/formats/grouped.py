@@ -16,7 +16,7 @@ in `codes_per_block` integers. Laws:
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -98,6 +98,15 @@ class GroupFormat(Format):
         """Parameters of least weighted error for fixed codes; the same params where a format cannot do better."""
         return params
 
+    @property
+    def shifts(self) -> bool:
+        """Whether the levels of a group can be moved together."""
+        return False
+
+    def shift(self, params: Params, by: Tensor) -> Params:
+        """Parameters whose levels lie higher by `by` (rows, groups), as far as can be stored; see `shifts`."""
+        raise NotImplementedError
+
     # -- storage ------------------------------------------------------------------------------------------
 
     @property
@@ -169,20 +178,63 @@ def alternate(format: GroupFormat, x: Tensor, importance: Tensor, params: Params
 
     The weighted error never rises, so every slice of rows stops at a local minimum, or after `rounds`.
     """
-    pieces = []
-    step = max(1, SLICE // max(1, x[0].numel()))
-    for start in range(0, x.shape[0], step):
-        cut = slice(start, start + step)
-        weight = importance if importance.shape[0] == 1 else importance[cut]
-        piece = {name: value[cut] for name, value in params.items()}
+
+    def improve(x: Tensor, importance: Tensor, params: Params) -> Params:
         for _ in range(rounds):
-            codes = format.nearest(x[cut], piece)
-            fitted = format.refit(x[cut], codes, weight, piece)
-            if all(torch.equal(fitted[name], piece[name]) for name in piece):
+            fitted = format.refit(x, format.nearest(x, params), importance, params)
+            if all(torch.equal(fitted[name], params[name]) for name in params):
                 break
-            piece = fitted
-        pieces.append(piece)
-    return {name: torch.cat([p[name] for p in pieces]) for name in params}
+            params = fitted
+        return params
+
+    return in_slices(improve, x, importance, params)
+
+
+def in_slices(
+    improve: Callable[[Tensor, Tensor, Params], Params], x: Tensor, importance: Tensor, params: Params
+) -> Params:
+    """`improve(x, importance, params)` a slice of rows at a time; what the rows share stays as it is."""
+    pieces = []
+    shared = {name for name, value in params.items() if value.shape[0] == 1 < x.shape[0]}
+    for cut in _slices(x):
+        weight = importance if importance.shape[0] == 1 else importance[cut]
+        pieces.append(improve(x[cut], weight, {n: v if n in shared else v[cut] for n, v in params.items()}))
+    return {n: v if n in shared else torch.cat([p[n] for p in pieces]) for n, v in params.items()}
+
+
+def least_error(
+    snap: Callable[[Tensor, Params], Tensor],
+    x: Tensor,
+    importance: Tensor,
+    start: Params,
+    trials: Iterable[Params],
+) -> Params:
+    """For every group the parameters of least weighted error: those of `start`, or of one of `trials`.
+
+    snap: x and params to stored numbers.  A trial holds the parts that differ from `start`.
+    """
+
+    def error(params: Params) -> Tensor:
+        pieces = []
+        for cut in _slices(x):
+            weight = importance if importance.shape[0] == 1 else importance[cut]
+            piece = {name: v if v.shape[0] == 1 else v[cut] for name, v in params.items()}
+            pieces.append(weighted_error(x[cut], snap(x[cut], piece), weight))
+        return torch.cat(pieces)
+
+    best, least = dict(start), error(start)
+    for trial in trials:
+        reached = error({**start, **trial})
+        better = reached < least
+        least = torch.where(better, reached, least)
+        for name, value in trial.items():
+            best[name] = torch.where(better, value, best[name])
+    return best
+
+
+def _slices(x: Tensor) -> list[slice]:
+    step = max(1, SLICE // max(1, x[0].numel()))
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
 def of_group(params: Params, group: int) -> Params:
@@ -198,3 +250,8 @@ def as_stored(values: Tensor) -> Tensor:
 def weighted_error(x: Tensor, y: Tensor, importance: Tensor) -> Tensor:
     """Importance-weighted squared error of each group, (rows, groups)."""
     return (x - y).square_().mul_(importance).sum(-1)
+
+
+def positive(scale: Tensor) -> Tensor:
+    """A group of zeros gets scale 1: any positive number stores it exactly. The smallest fp16 bounds the rest."""
+    return torch.where(scale > 0, scale.clamp(min=2.0**-24), torch.ones_like(scale))

@@ -2,11 +2,12 @@
 
     code   unsigned, `bits` bits, in [0, 2**bits)
     scale  fp16, one a group
-    zero   unsigned, `bits` bits, one a group; absent when symmetric, where it is 2**(bits-1)
+    zero   unsigned, `bits` bits, one a group; absent when symmetric, where it is 2**(bits-1); fp16 with
+           zero="float"
 
-The range always includes 0 and `zero` is an integer, so that 0 is stored exactly: a fractional zero costs
-more perplexity than its lower weight error gains. Bits a weight: bits + (16 + bits)/group_size, or
-bits + 16/group_size when symmetric.
+The range always includes 0, and an integer zero stores 0 exactly; a fractional one can lower the error of
+the weights, and often costs more perplexity than that gains. Bits a weight: bits + (16 + bits)/group_size,
+bits + 16/group_size when symmetric, bits + 32/group_size with a float zero.
 
 Source: Jacob et al. 2018 (arXiv 1712.05877), section 2.1; the shrinking search of GPTQ's code
 (IST-DASLab/gptq, quant.py), here weighted by importance.
@@ -15,12 +16,14 @@ Source: Jacob et al. 2018 (arXiv 1712.05877), section 2.1; the shrinking search 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.grouped import SLICE, Rounder, ScalarFormat, as_stored, weighted_error
+from bitmill.formats.grouped import Rounder, ScalarFormat, as_stored, least_error, positive, weighted_error
 
 # Shares of the full range that the search tries, widest first.
 _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()
@@ -35,33 +38,32 @@ class Uniform(ScalarFormat):
     """
 
     symmetric: bool = False
+    zero: Literal["integer", "float"] = "integer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.symmetric and self.zero == "float":
+            raise RecipeError("symmetric fixes the zero, which cannot be a float then; set symmetric=false.")
+
+    @property
+    def shifts(self) -> bool:
+        """With a float zero all levels of a group can move together."""
+        return self.zero == "float"
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
         """Min-max range, or the shrunken range of least weighted squared error."""
         low = x.amin(-1).clamp(max=0)
         high = x.amax(-1).clamp(min=0)
-        best = self._from_range(low, high)
+        start = self._from_range(low, high)
         if not search:
-            return best
-        rows = max(1, SLICE // max(1, x[0].numel()))
-        for start in range(0, x.shape[0], rows):
-            cut = slice(start, start + rows)
-            piece, weight = x[cut], importance if importance.shape[0] == 1 else importance[cut]
-            chosen = {name: value[cut] for name, value in best.items()}
-            error = weighted_error(piece, self._snap(piece, chosen), weight)
-            for share in _SHRINK[1:]:
-                trial = self._from_range(low[cut] * share, high[cut] * share)
-                trial_error = weighted_error(piece, self._snap(piece, trial), weight)
-                better = trial_error < error
-                error = torch.where(better, trial_error, error)
-                for name in chosen:
-                    chosen[name] = torch.where(better, trial[name], chosen[name])
-            for name, value in chosen.items():
-                best[name][cut] = value
-        return best
+            return start
+        trials = (self._from_range(low * share, high * share) for share in _SHRINK[1:])
+        return least_error(self._snap, x, importance, start, trials)
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """Weighted least squares for the scale at fixed codes and zero, kept only where it helps."""
+        """Weighted least squares for the scale (and a float zero) at fixed codes, kept only where it helps."""
+        if self.zero == "float":
+            return self._refit_line(x, codes, importance, params)
         steps = codes.to(x.dtype) - self._zero(params)[..., None]
         power = (steps.square() * importance).sum(-1)
         scale = as_stored((steps * x * importance).sum(-1) / power.clamp(min=1e-30))
@@ -69,6 +71,23 @@ class Uniform(ScalarFormat):
         trial = {**params, "scale": scale}
         better = (scale > 0) & (weighted_error(x, self.decode(codes, trial), importance) < old)
         return {**params, "scale": torch.where(better, scale, params["scale"])}
+
+    def _refit_line(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
+        """The line through (code, x): its slope is the scale, its root the zero."""
+        weight = (importance / importance.sum(-1, keepdim=True).clamp(min=1e-30)).expand(x.shape)
+        steps = codes.to(x.dtype)
+        middle, height = (steps * weight).sum(-1), (x * weight).sum(-1)
+        spread = ((steps - middle[..., None]).square() * weight).sum(-1)
+        slope = ((steps - middle[..., None]) * x * weight).sum(-1) / spread.clamp(min=1e-30)
+        scale = torch.where(as_stored(slope) > 0, as_stored(slope), params["scale"])
+        trial = {"scale": scale, "zero": as_stored(middle - height / scale)}
+        old = weighted_error(x, self.decode(codes, params), importance)
+        better = weighted_error(x, self.decode(codes, trial), importance) < old
+        return {name: torch.where(better, value, params[name]) for name, value in trial.items()}
+
+    def shift(self, params: Params, by: Tensor) -> Params:
+        """Levels move up by `by` when the zero moves down by `by / scale`."""
+        return {**params, "zero": as_stored(params["zero"] - by / params["scale"])}
 
     def levels(self, params: Params) -> Tensor:
         """scale * (0..2**bits-1 - zero)."""
@@ -94,12 +113,16 @@ class Uniform(ScalarFormat):
         return column
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 scale, and the zero in `bits` bits when asymmetric."""
+        """fp16 scale; the zero in `bits` bits or fp16, unless symmetric."""
         grid = self.grid(shape)
         scale = Part("scale", grid)
-        return (scale,) if self.symmetric else (scale, Part("zero", grid, self.bits))
+        if self.symmetric:
+            return (scale,)
+        return scale, Part("zero", grid, None if self.zero == "float" else self.bits)
 
     def _round(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        if self.zero == "float":
+            return (x / scale).add_(zero).round_().clamp_(0, (1 << self.bits) - 1)
         return (x / scale).round_().add_(zero).clamp_(0, (1 << self.bits) - 1)
 
     def _snap(self, x: Tensor, params: Params) -> Tensor:
@@ -116,11 +139,8 @@ class Uniform(ScalarFormat):
         top = (1 << self.bits) - 1
         if self.symmetric:
             high = torch.maximum(high, -low)
-            return {"scale": _positive(as_stored(2 * high / top))}
-        scale = _positive(as_stored((high - low) / top))
+            return {"scale": positive(as_stored(2 * high / top))}
+        scale = positive(as_stored((high - low) / top))
+        if self.zero == "float":
+            return {"scale": scale, "zero": as_stored(-low / scale)}
         return {"scale": scale, "zero": torch.clamp(torch.round(-low / scale), 0, top)}
-
-
-def _positive(scale: Tensor) -> Tensor:
-    """A group of zeros gets scale 1: any positive number stores it exactly. The smallest fp16 bounds the rest."""
-    return torch.where(scale > 0, scale.clamp(min=2.0**-24), torch.ones_like(scale))

@@ -123,8 +123,8 @@ def config_bytes(config: PretrainedConfig) -> bytes:
 
 def in_short(error: BaseException) -> str:
     """What a library said, on one line and without a final full stop, to quote inside a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= QUOTED_CHARACTERS else text[:QUOTED_CHARACTERS] + "...").rstrip(".:")
+    text = (" ".join(str(error).split()) or type(error).__name__).rstrip(".:")
+    return text if len(text) <= QUOTED_CHARACTERS else text[:QUOTED_CHARACTERS].rstrip() + "..."
 
 
 def _zoo_names() -> str:
@@ -149,12 +149,15 @@ def _is_hub_id(model: str) -> bool:
 
 def _snapshot(model: str, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted + ["*.py"] * trust_remote_code))
     except Exception as error:  # whatever the network, the proxy or the Hub came up with
+        # "no cached snapshot" says little, what kept the Hub from answering says more
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         raise SourceError(
-            f"{model!r} is no local path and could not be fetched from the Hub ({in_short(error)}); "
+            f"{model!r} is no local path and could not be fetched from the Hub ({in_short(cause or error)}); "
             f"check the name and the network, or use a demo model: {_zoo_names()}."
         ) from error

@@ -142,7 +142,7 @@ def _hub(source: str) -> str:
         from datasets import load_dataset
     except ImportError:
         raise CalibrationError(
-            f"{source!r} needs the package 'datasets'; install it with: pip install 'bitmill[datasets]'."
+            f"{source!r} needs the package 'datasets'; install it with: pip install datasets."
         ) from None
     config = rest[0] if rest else None
     split = rest[1] if len(rest) == 2 else "train"

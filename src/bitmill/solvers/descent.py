@@ -101,7 +101,7 @@ class Descent:
 
     def _keep(self, fresh: Params, group: int, better: Tensor) -> None:
         for name, value in self.params.items():
-            if value.shape[1] == 1 and self._groups() > 1:
-                continue  # shared by the row, and left alone by fit_group
+            if (value.shape[1] == 1 < self._groups()) or (value.shape[0] == 1 < self.Q.shape[1]):
+                continue  # shared by the row or by all rows, and left alone by fit_group
             chosen = better.reshape(-1, *([1] * (value.dim() - 2)))
             value[:, group] = torch.where(chosen, fresh[name][:, 0], value[:, group])

@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from tiny import tiny_model
 from tiny_gguf import write_gguf
 from torch import nn
@@ -17,7 +18,7 @@ from bitmill.models import zoo
 from bitmill.models.gguf import GgufSource
 from bitmill.models.hf import HfSource
 from bitmill.models.module import ModuleSource
-from bitmill.models.source import Source, open_source
+from bitmill.models.source import QUOTED_CHARACTERS, Source, in_short, open_source
 
 
 def refused(model, **kwargs) -> str:
@@ -122,3 +123,26 @@ def test_a_hub_snapshot_is_opened(tmp_path, monkeypatch):
     source = open_source("org/name")
     assert source.name == "org/name"
     assert len(source.names()) == 21
+
+
+@pytest.mark.parametrize(
+    ("said", "quoted"),
+    [("Two\n  lines.", "Two lines"), ("", "ValueError"), ("x" * 500, "x" * QUOTED_CHARACTERS + "...")],
+)
+def test_in_short(said, quoted):
+    assert in_short(ValueError(said)) == quoted
+
+
+def unreachable(*args, **kwargs):
+    raise LocalEntryNotFoundError("no appropriate snapshot folder") from ConnectionError("Name not known")
+
+
+def unknown(*args, **kwargs):
+    response = type("Response", (), {"headers": {}, "request": None})()
+    raise RepositoryNotFoundError("Repository Not Found", response=response) from ValueError("status 404")
+
+
+@pytest.mark.parametrize(("answer", "words"), [(unreachable, "Name not known"), (unknown, "Repository Not Found")])
+def test_why_the_hub_gave_nothing(answer, words, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    assert f"could not be fetched from the Hub ({words}); check the name" in refused("org/name")

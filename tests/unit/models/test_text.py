@@ -82,7 +82,7 @@ def test_unusable_files(tmp_path):
 
 def test_hub_datasets_need_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'bitmill[datasets]'" in refused(load_text, "hf:org/data")
+    assert "pip install datasets" in refused(load_text, "hf:org/data")
     assert "is no Hub dataset" in refused(load_text, "hf:a:b:c:d")
 
 

@@ -1,0 +1,68 @@
+"""Float: floating-point numbers of 4, 6 or 8 bits times a scale, W^ = scale * element(code).
+
+    code   a sign, an exponent and a mantissa, see numerics/minifloat.py
+    scale  fp16, one a group
+
+Bits a weight: bits + 16/group_size.
+
+Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3, e5m2); Micikevicius et al. 2022, "FP8 Formats for
+Deep Learning" (arXiv 2209.05433), section 3.1, for the scale that maps the largest magnitude to the largest
+number; OCP Microscaling Formats Specification 1.0 (e3m2, e2m3, e2m1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import RecipeError
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.grouped import as_stored, positive
+from bitmill.formats.scaled import Scaled
+from bitmill.numerics.minifloat import ELEMENTS, ElementName, ElementTable
+from bitmill.numerics.table import Table
+
+
+@dataclass(frozen=True)
+class Elements(Scaled):
+    """Base of the formats whose table is an element type; `bits` must be the element's."""
+
+    element: ElementName = "e4m3"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits != ELEMENTS[self.element].bits:
+            raise RecipeError(
+                f"bits is {self.bits!r}, but {self.element} has {ELEMENTS[self.element].bits}; change one of them."
+            )
+
+    def table(self, device: torch.device) -> Table:
+        """The element of every code."""
+        return ElementTable(self.element, device)
+
+
+@FORMATS.register("float")
+@dataclass(frozen=True)
+class Float(Elements):
+    """Small floating-point numbers with one fp16 scale per tensor, row or group."""
+
+    shares: ClassVar[tuple[float, ...]] = tuple(1 + k / 20 for k in (*range(-8, 0), 1, 2, 4, 6, 8, 10))
+
+    def factor(self, params: Params) -> Tensor:
+        """The scale."""
+        return params["scale"]
+
+    def start(self, x: Tensor) -> Params:
+        """The largest magnitude becomes the largest number."""
+        return self.with_factor(x.abs().amax(-1) / ELEMENTS[self.element].largest, {})
+
+    def with_factor(self, factor: Tensor, params: Params) -> Params:
+        """The scale in fp16."""
+        return {"scale": positive(as_stored(factor))}
+
+    def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """fp16 scale."""
+        return (Part("scale", self.grid(shape)),)

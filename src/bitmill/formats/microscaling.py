@@ -1,0 +1,61 @@
+"""Microscaling: floating-point elements that share a power of two, W^ = 2^(scale - 127) * element(code).
+
+    code   a sign, an exponent and a mantissa, see numerics/minifloat.py
+    scale  unsigned, 8 bits, one a group: the type E8M0 of the standard; 255, its NaN, is never stored
+
+With e2m1 in groups of 32 this is MXFP4, with e3m2 or e2m3 MXFP6, with e4m3 or e5m2 MXFP8; other group sizes
+are not the standard's. Bits a weight: bits + 8/group_size.
+
+Source: OCP Microscaling Formats (MX) Specification 1.0, the element and scale types and the conversion rule
+(the largest power of two in the group over the largest power of two among the elements); Rouhani et al. 2023
+(arXiv 2310.10537), algorithm 1. The search over the two neighbouring exponents is bitmill's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.float import Elements
+from bitmill.numerics.grouping import GroupSize
+from bitmill.numerics.minifloat import ELEMENTS, ElementName
+
+_BIAS = 127
+_LARGEST = 254
+
+
+@FORMATS.register("microscaling")
+@dataclass(frozen=True)
+class Microscaling(Elements):
+    """Elements with one power of two a group, as the MX standard has them."""
+
+    group_size: GroupSize = 32
+    element: ElementName = "e2m1"
+
+    shares: ClassVar[tuple[float, ...]] = (0.5, 2.0)
+
+    def factor(self, params: Params) -> Tensor:
+        """2^(scale - 127)."""
+        powers = [2.0 ** (code - _BIAS) for code in range(_LARGEST + 1)]
+        return torch.tensor([*powers, torch.nan], device=params["scale"].device)[params["scale"].long()]
+
+    def start(self, x: Tensor) -> Params:
+        """floor(log2(largest magnitude)) less the element's own; larger magnitudes than it can hold saturate."""
+        _, exponent = torch.frexp(x.abs().amax(-1))  # mantissas in [1/2, 1)
+        return self._stored(exponent - 1 - ELEMENTS[self.element].largest_exponent)
+
+    def with_factor(self, factor: Tensor, params: Params) -> Params:
+        """The nearest power of two."""
+        mantissa, exponent = torch.frexp(factor)
+        return self._stored(exponent - (mantissa < 0.75).to(exponent.dtype))
+
+    def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """E8M0 scale."""
+        return (Part("scale", self.grid(shape), 8),)
+
+    def _stored(self, exponent: Tensor) -> Params:
+        return {"scale": (exponent + _BIAS).clamp(1, _LARGEST).to(torch.float32)}

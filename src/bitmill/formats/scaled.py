@@ -1,0 +1,113 @@
+"""Scaled: a fixed table times one factor a group, W^ = factor * table[code].
+
+Floating-point elements and quantile tables differ in the table and in how the factor is stored, and share
+everything else: one search over factors, one least-squares refit, one rounding on the table itself.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bitmill.formats.base import Params
+from bitmill.formats.grouped import Rounder, ScalarFormat, least_error, weighted_error
+from bitmill.numerics.table import Table
+
+
+@dataclass(frozen=True)
+class Scaled(ScalarFormat):
+    """Base of the formats with one table for all groups."""
+
+    shares: ClassVar[tuple[float, ...]] = ()  # multiples of the starting factor that the search tries
+
+    @abstractmethod
+    def table(self, device: torch.device) -> Table:
+        """The table at factor 1, of 2**bits values."""
+
+    @abstractmethod
+    def factor(self, params: Params) -> Tensor:
+        """What the table is multiplied with, positive, (rows|1, groups|1)."""
+
+    @abstractmethod
+    def start(self, x: Tensor) -> Params:
+        """The published closed-form parameters of x (rows, groups, width)."""
+
+    @abstractmethod
+    def with_factor(self, factor: Tensor, params: Params) -> Params:
+        """Those parts of `params` that change when every group's factor (rows, groups) becomes this one.
+
+        The nearest storable factor is taken, and never 0.
+        """
+
+    def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
+        """The published start, or the factor of least weighted error among `shares` of it."""
+        start = self.start(x)
+        return self._search(x, importance, start) if search else start
+
+    def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
+        """The search for one group (rows, 1, width); what groups share stays."""
+        return self._search(x, importance, {**params, **self.start_group(x, params)})
+
+    def start_group(self, x: Tensor, params: Params) -> Params:
+        """The parts of `params` that belong to the groups, as `start` would choose them for x."""
+        return self.start(x)  # all of them, where nothing is shared
+
+    def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
+        """Weighted least squares for the factor at fixed codes, kept only where it helps.
+
+        The error is a parabola in the factor, so the storable factor nearest to its minimum is the best one.
+        """
+        steps = self._table(x.device).lookup(codes)
+        power = (steps.square() * importance).sum(-1)
+        wanted = (steps * x * importance).sum(-1) / power.clamp(min=1e-30)
+        fresh = self.with_factor(wanted.clamp(min=0), params)
+        error = weighted_error(x, self.decode(codes, {**params, **fresh}), importance)
+        better = (wanted > 0) & (error < weighted_error(x, self.decode(codes, params), importance))
+        return {**params, **{name: torch.where(better, v, params[name]) for name, v in fresh.items()}}
+
+    def _search(self, x: Tensor, importance: Tensor, start: Params) -> Params:
+        factor = self.factor(start)
+        trials = (self.with_factor(factor * share, start) for share in self.shares)
+        return least_error(self._snap, x, importance, start, trials)
+
+    # -- the table ----------------------------------------------------------------------------------------
+
+    def levels(self, params: Params) -> Tensor:
+        """factor * table."""
+        factor = self.factor(params)
+        return factor[..., None] * self._table(factor.device).values
+
+    def nearest(self, x: Tensor, params: Params) -> Tensor:
+        """Divide by the factor and round to the one table; equal to the search in each group's own."""
+        return self._table(x.device).codes(x / self.factor(params)[..., None])
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """factor * table[code]."""
+        return self._table(codes.device).lookup(codes).mul_(self.factor(params)[..., None])
+
+    def rounder(self, params: Params) -> Rounder:
+        """The same for one column."""
+        factor = self.factor(params)[:, 0]
+        table = self._table(factor.device)
+
+        def column(w: Tensor) -> tuple[Tensor, Tensor]:
+            codes = table.codes(w / factor)
+            return codes, table.lookup(codes).mul_(factor)
+
+        return column
+
+    def _snap(self, x: Tensor, params: Params) -> Tensor:
+        return self.decode(self.nearest(x, params), params)
+
+    def _table(self, device: torch.device) -> Table:
+        return _table(self, device)
+
+
+@cache
+def _table(format: Scaled, device: torch.device) -> Table:
+    return format.table(device)
