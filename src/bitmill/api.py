@@ -14,6 +14,7 @@ from bitmill.checkpoint import FolderSink, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.checkpoint.writer import check_absent
+from bitmill.composition import find_recipe
 from bitmill.errors import BitmillError, CheckpointError, UsageError
 from bitmill.evaluation.perplexity import compare
 from bitmill.live import ModuleSink, device_of
@@ -32,7 +33,7 @@ from bitmill.preparation import (
     token_windows,
 )
 from bitmill.progress import Progress, peak_memory_bytes
-from bitmill.recipe import Recipe, build_recipe
+from bitmill.recipe import Recipe
 from bitmill.report.card import model_card
 from bitmill.runtime.dense import densify
 from bitmill.runtime.linear import QuantLinear
@@ -83,7 +84,7 @@ def quantize(
     started = time.perf_counter()
     if measure < 0:
         raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
-    recipe = method if isinstance(method, Recipe) else build_recipe(method, options)
+    recipe = method if isinstance(method, Recipe) else find_recipe(method, options)
     if isinstance(method, Recipe) and options:
         raise UsageError(f"A Recipe is complete; change it instead of passing {', '.join(options)}.")
     if out is None and not isinstance(model, nn.Module) and not dry_run:

