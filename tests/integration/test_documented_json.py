@@ -26,7 +26,7 @@ def keys(capsys):
     def run(*arguments: object) -> set[str]:
         assert main([*map(str, arguments), "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
-        nested = ("tensors", "options", "methods", "demo_models", "architectures")
+        nested = ("tensors", "options", "methods", "demo_models", "architectures", "cells", "layers", "kinds")
         return set(data) | {key for name in nested if isinstance(data.get(name), list) for key in data[name][0]}
 
     return run
@@ -53,6 +53,12 @@ def test_compare(world, keys, monkeypatch):
     terms = ["--calib", world.text, "--samples", 4, "--seqlen", 32, "--windows", 1, "--max-new-tokens", 1]
     nothing = ["--methods", "rtn", "--bits", 9]  # cannot be had
     assert keys("compare", world.source, *nothing, *terms, "-o", world.out) == documented("compare")
+
+
+def test_study(world, keys):
+    command = ["study", world.source, "--text", world.text, "--seqlen", 16, "--windows", 1]
+    inside = {"text", "split", "seqlen", "windows", "reference_perplexity"}
+    assert keys(*command) == documented("study") - inside - {"safe", "fair", "poor", "broken"}
 
 
 def test_generate(world, keys):
