@@ -29,7 +29,6 @@ class QuIPSharp(Method):
     Paper      Tseng et al. 2024, "QuIP#" (arXiv 2402.04396)
     """
 
-    bits: int = option(2, "2: sixteen bits a block of eight weights")
     seed: int = option(0, "of the signs")
     sides: Literal["both", "in"] = option("both", "rotate inputs and outputs, or inputs alone with a scale a row")
     damp: float = option(0.01, "share of the Gram's mean diagonal added to its diagonal")
@@ -38,6 +37,6 @@ class QuIPSharp(Method):
 
     def recipe(self) -> Recipe:
         """E8 codes in a Hadamard basis, GPTQ solver by blocks."""
-        format = E8(self.bits, "tensor" if self.sides == "both" else "row")
+        format = E8(2, "tensor" if self.sides == "both" else "row")
         solver = GPTQ(self.damp, self.act_order, search=False, column_passes=self.column_passes)
         return Recipe("quip_sharp", format, solver, (Hadamard(self.seed, self.sides),))
