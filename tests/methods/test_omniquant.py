@@ -10,8 +10,10 @@ from bitmill.formats.uniform import Uniform
 from bitmill.models.module import ModuleSource
 from bitmill.models.skeleton import Skeleton
 from bitmill.numerics.grouping import grouped
+from bitmill.pipeline.observe import observe
 from bitmill.recipe import build_recipe
 from bitmill.solvers import Statistics
+from bitmill.solvers.base import output_error
 from bitmill.solvers.nearest import Nearest
 from bitmill.tuners import BlockTask
 from bitmill.tuners.omniquant import OmniQuant, _Learned, _StraightThrough
@@ -29,9 +31,21 @@ def task_of(name: str = "llama", format: Uniform | None = None) -> BlockTask:
     block, adapter = skeleton.blocks[0], skeleton.adapter
     inputs, calls = [hidden for hidden, _ in batches], [calls[0] for _, calls in batches]
     targets = [call.run(block, hidden) for call, hidden in zip(calls, inputs)]
-    format = format or Uniform(3, 16)
-    names = list(adapter.linears)
-    return BlockTask(block, names, format, calls, inputs, targets, 0, 2, adapter.transposed, adapter.seams)
+    task = BlockTask(
+        block,
+        list(adapter.linears),
+        format or Uniform(3, 16),
+        calls,
+        inputs,
+        targets,
+        index=0,
+        depth=2,
+        transposed=adapter.transposed,
+        seams=adapter.seams,
+    )
+    task.stages = [list(stage) for stage in adapter.stages]
+    task.seen = observe(block, inputs, calls, [stage[0] for stage in task.stages])
+    return task
 
 
 def nearest(task: BlockTask) -> dict[str, Tensor]:
@@ -42,7 +56,9 @@ def nearest(task: BlockTask) -> dict[str, Tensor]:
 
 def quick(**options) -> OmniQuant:
     """Steps large enough for tiny layers."""
-    return OmniQuant(**{"epochs": 20, "tokens": 32, "patience": 20, "lr_lwc": 0.1, "lr_let": 0.02, **options})
+    return OmniQuant(
+        **{"start": "wide", "epochs": 20, "tokens": 32, "patience": 20, "lr_lwc": 0.1, "lr_let": 0.02, **options}
+    )
 
 
 @torch.no_grad()
@@ -66,9 +82,39 @@ def test_each_of_its_parts_helps(options):
     assert end < 0.9 * start
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_learning_goes_on_from_what_a_search_finds(name):
+    found = errors(quick(start="search", lr_lwc=1e-9, lr_let=1e-9), name)[1]
+    assert errors(quick(start="search"), name)[1] < 0.95 * found
+
+
 def test_it_is_never_worse_than_rounding():
-    start, end = errors(OmniQuant(epochs=1, lr_lwc=1e3, lr_let=1e3))
-    assert end == start
+    start, end = errors(OmniQuant(epochs=1, lr_lwc=1e3, lr_let=1e3, start="wide"))
+    assert end <= start
+
+
+@pytest.mark.parametrize("format", [Uniform(3, 20), Uniform(4, "row")], ids=repr)
+@torch.no_grad()
+def test_a_search_starts_it_nearer(format):
+    task = task_of("llama", format)
+    search, wide = (_Learned(task, OmniQuant(start=start)).rounded() for start in ("search", "wide"))
+    near, far = (
+        sum(output_error(task.matrix(n), found[f"{n}.weight"], task.reads(n).gram) for n in task.names)
+        for found in (search, wide)
+    )
+    assert near < 0.95 * far
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_what_the_linears_read_is_kept_true(name):
+    task = task_of(name)
+    learned = _Learned(task, OmniQuant())
+    scramble(learned)
+    learned.settle()
+    now = observe(task.block, task.inputs, task.calls, [stage[0] for stage in task.stages])
+    first = task.stages[0][0]  # later ones read what clamped weights make
+    torch.testing.assert_close(task.seen[first].gram, now[first].gram, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -22,7 +22,8 @@ from bitmill.models.adapter import Seam
 from bitmill.models.calls import Call
 from bitmill.quantized import Quantized
 from bitmill.registry import Member, Registry
-from bitmill.solvers import Statistics
+from bitmill.solvers import Solver, Statistics
+from bitmill.transforms.base import Activations
 
 TUNERS: Registry[type[Tuner]] = Registry("tuner", "bitmill.tuners")
 
@@ -40,6 +41,9 @@ class BlockTask:
     dtypes: the types in which the parameters that stay in float will be stored.
     originals: the float weight (out, in) of every settled linear, as it was when it was settled.
     stats: what the linears' inputs were, as far as the recipe needs to know; `gram` alone is kept.
+    stages: the linears that read one input, together, in the order in which they run.
+    seen: what the first linear of every stage reads, where the recipe needs "activations"; who changes that keeps
+        it true.
     """
 
     block: nn.Module
@@ -56,12 +60,18 @@ class BlockTask:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Statistics] = field(default_factory=dict)
+    stages: list[list[str]] = field(default_factory=list)
+    seen: dict[str, Activations] = field(default_factory=dict)
 
     def matrix(self, name: str) -> Tensor:
         """The weight of a linear as (out, in), fp32."""
         weight = self.block.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         return weight.data.T.contiguous() if self.transposed else weight.data
+
+    def reads(self, name: str) -> Activations | None:
+        """What calibration saw of a linear's input."""
+        return next((self.seen.get(stage[0]) for stage in self.stages if name in stage), None)
 
     def put_matrix(self, name: str, W: Tensor) -> None:
         """Replace the weight of a linear by W (out, in)."""
@@ -114,6 +124,10 @@ class Tuner(Member, ABC):
 
     def accepts(self, format: Format) -> str | None:
         """None, or one sentence that says why this tuner cannot work with this weight format."""
+        return None
+
+    def accepts_solver(self, solver: Solver) -> str | None:
+        """None, or one sentence that says why what this tuner does before would be lost on this solver."""
         return None
 
     def before(self, task: BlockTask) -> None:

@@ -12,13 +12,14 @@ Stored     uniform codes as ever: scales are folded into the block, float weight
 Source     Shao et al. 2023, "OmniQuant" (arXiv 2308.13137), sections 3.2 and 3.3
 
 The authors' scale between q and k is left out: rotary embeddings allow it for pairs of channels only. Their
-start of s is that of SmoothQuant: put that transform, or another, before this tuner.
+start of s is that of SmoothQuant: put that transform, or another, before this tuner. They take thousands of
+steps; where there is time for a few dozen, learning goes further from ranges that the `clip` solver finds first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,11 +29,14 @@ from bitmill.formats import Format
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.quantized import fit_matrix, nearest_matrix
-from bitmill.transforms.base import fold
-from bitmill.tuners.base import TUNERS, BlockTask, Tuner
+from bitmill.solvers import Solver, Statistics
+from bitmill.solvers.clip import Clip
+from bitmill.solvers.nearest import Nearest
+from bitmill.transforms.base import fold, spread
+from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner
 from bitmill.tuners.training import Adam, minibatches
 
-_START = 4.0  # of gamma and beta
+_WIDE = 4.0  # gamma and beta at the start: sigmoid .982
 
 
 @TUNERS.register("omniquant")
@@ -40,17 +44,19 @@ _START = 4.0  # of gamma and beta
 class OmniQuant(Tuner):
     """Learn clipping (`lwc`), channel scales (`let`) and, with these, channel shifts (`shift`).
 
+    start: "search" starts from the ranges of least output error of each layer, "wide" where the paper does.
     epochs: passes over the calibration windows, at most.  patience: epochs without gain after which it stops.
-    lr_lwc, lr_let: of Adam; fall linearly to 0.  tokens: in a step.
+    lr_lwc, lr_let: of Adam; fall linearly to 0; ten and two times the paper's.  tokens: in a step.
     """
 
-    epochs: int = 5
+    epochs: int = 3
     lwc: bool = True
     let: bool = True
     shift: bool = False
-    lr_lwc: float = 1e-2
-    lr_let: float = 5e-3
-    tokens: int = 2048
+    start: Literal["search", "wide"] = "search"
+    lr_lwc: float = 1e-1
+    lr_let: float = 1e-2
+    tokens: int = 1024
     patience: int = 2
     seed: int = 0
 
@@ -64,23 +70,35 @@ class OmniQuant(Tuner):
         if not self.lwc and not self.let:
             raise RecipeError("omniquant has lwc and let false and nothing to learn; set one of them to true.")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The float block's outputs; to start from a search, what the linears read."""
+        return TARGETS | ({"activations"} if self.lwc and self.start == "search" else set())
+
     def accepts(self, format: Format) -> str | None:
         """Uniform grids: their parameters are a range."""
         if isinstance(format, Uniform):
             return None
         return f"omniquant learns ranges of the uniform format, and {format.name} has none."
 
+    def accepts_solver(self, solver: Solver) -> str | None:
+        """Nearest rounding from minimum to maximum: any other one would not use the grid that was learned."""
+        if isinstance(solver, Nearest) and not solver.search:
+            return None
+        return "omniquant learns the grid of nearest rounding from minimum to maximum, so it needs solver nearest."
+
     def before(self, task: BlockTask) -> None:
         """Learn, fold the scales and clamp the weights, unless plain rounding is as good."""
         learned = _Learned(task, self)
-        start = best = task.error(learned.stored(plain=True))
+        start = best = task.error(learned.plain())
         if start == 0:
             return
+        kept: list[Tensor] = []
         clips, scales = Adam(learned.clips), Adam(learned.scales)
         generator = torch.Generator().manual_seed(self.seed)
-        kept, idle, done = None, 0, 0
-        for _ in range(self.epochs):
-            batches = list(minibatches(task, self.tokens, generator))
+        idle = done = 0
+        for epoch in range(self.epochs + 1):
+            batches = list(minibatches(task, self.tokens, generator)) if epoch else []
             for batch in batches:
                 with torch.enable_grad():
                     output = batch.call.run_with(learned.rounded(), task.block, batch.hidden)
@@ -90,12 +108,12 @@ class OmniQuant(Tuner):
                 scales.step(self.lr_let * left)
                 done += 1
             error = task.error(learned.stored())
-            idle = 0 if error < best else idle + 1
+            idle = 0 if error < best or not epoch else idle + 1
             if error < best:
                 best, kept = error, [leaf.detach().clone() for leaf in learned.leaves]
             if idle == self.patience:
                 break
-        if kept is not None:
+        if kept:
             for leaf, value in zip(learned.leaves, kept):
                 leaf.data = value
             learned.settle()
@@ -108,22 +126,40 @@ class _Learned:
         assert isinstance(task.format, Uniform)
         self.task, self.format = task, task.format
         self.parameters = {name: p.detach() for name, p in task.block.named_parameters()}
-        self.ranges: dict[str, tuple[Tensor, Tensor]] = {}  # name of a linear -> gamma, beta (rows, groups)
-        for name in task.names if options.lwc else []:
-            W = task.matrix(name)
-            grid = self.format.grid((W.shape[0], W.shape[1]))
-            self.ranges[name] = tuple(_leaf(W, grid, _START) for _ in range(2))  # type: ignore[assignment]
+        # name of a linear -> gamma and beta, (rows, groups) each
+        self.ranges = {name: self._start(name, options.start) for name in task.names} if options.lwc else {}
         self.seams = [s for s in task.seams if set(s.targets) & set(task.names)] if options.let else []
         sources = [self.parameters[f"{seam.source}.weight"] for seam in self.seams]
         channels = [W.shape[1 if task.transposed and W.dim() == 2 else 0] for W in sources]
-        self.logs = [_leaf(W, (n,), 0.0) for W, n in zip(sources, channels)]
+        self.logs = [W.new_zeros(n, requires_grad=True) for W, n in zip(sources, channels)]
         self.shifts = [
-            _leaf(W, (n,), 0.0) if options.shift and W.dim() == 1 and self._has_biases(seam) else None
+            W.new_zeros(n, requires_grad=True)
+            if options.shift and W.dim() == 1 and self._has_biases(seam)
+            else None
             for seam, W, n in zip(self.seams, sources, channels)
         ]
         self.clips = [leaf for pair in self.ranges.values() for leaf in pair]
         self.scales = [leaf for leaf in (*self.logs, *self.shifts) if leaf is not None]
         self.leaves = self.clips + self.scales
+
+    def _start(self, name: str, start: str) -> tuple[Tensor, Tensor]:
+        """gamma and beta at the start."""
+        W = self.task.matrix(name)
+        shape = (W.shape[0], W.shape[1])
+        wide = W.new_full(self.format.grid(shape), _WIDE)
+        if start == "wide":
+            return wide.clone().requires_grad_(), wide.requires_grad_()
+        seen = self.task.reads(name)
+        assert seen is not None, "omniquant needs to see what the linears read"
+        found = Clip().solve(W, Statistics(seen.gram, seen.tokens), self.format).params
+        x = grouped(W, self.format.group_size)
+        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+        span, shorter = found["scale"] * ((1 << self.format.bits) - 1), torch.minimum(high, -low)
+        limit = span / 2  # where magnitudes were cut, if both ends were or one scale serves both
+        if not self.format.symmetric:
+            limit = torch.where(limit < shorter, limit, span - shorter)
+        gamma, beta = ((limit / end).nan_to_num(1.0).clamp(0.02, 0.995).logit() for end in (high, -low))
+        return gamma.requires_grad_(), beta.requires_grad_()
 
     def _has_biases(self, seam: Any) -> bool:
         return all(f"{name}.bias" in self.parameters for name in (seam.source, *seam.targets))
@@ -152,14 +188,19 @@ class _Learned:
         return tensors
 
     @torch.no_grad()
-    def stored(self, plain: bool = False) -> dict[str, Tensor]:
-        """The same as it would be stored; `plain`: with nothing learned."""
-        if not plain:
-            tensors = self.rounded()
-            coded = {f"{name}.weight" for name in self.task.names}
-            return {n: t if n in coded else self.task.as_stored(n, t) for n, t in tensors.items()}
-        matrices = {name: self.task.matrix(name) for name in self.task.names}
-        return {f"{name}.weight": self._place(_nearest(W, self.format)) for name, W in matrices.items()}
+    def stored(self) -> dict[str, Tensor]:
+        """The same as it would be stored."""
+        coded = {f"{name}.weight" for name in self.task.names}
+        return {n: t if n in coded else self.task.as_stored(n, t) for n, t in self.rounded().items()}
+
+    def plain(self) -> dict[str, Tensor]:
+        """The linears rounded to nearest from minimum to maximum, with nothing learned."""
+        tensors = {}
+        for name in self.task.names:
+            W = self.task.matrix(name)
+            rounded = nearest_matrix(self.format, W, fit_matrix(self.format, W, None, False))
+            tensors[f"{name}.weight"] = self._place(rounded.dequantize())
+        return tensors
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -174,6 +215,12 @@ class _Learned:
             self.task.put_matrix(name, ungrouped(clamped, (W.shape[0], W.shape[1])).contiguous())
         for name, tensor in tensors.items():
             self.task.put_float(name, tensor)
+        for seam, log, shift in zip(self.seams, self.logs, self.shifts):
+            for name in seam.targets:
+                if name in self.task.seen:
+                    seen = self.task.seen.pop(name)
+                    if shift is None:  # the moments of shifted inputs are not known
+                        self.task.seen[name] = seen.divided(spread(log.exp(), len(seen.mean_abs), seam.heads))
 
     def _matrix(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
         """The weight of a linear as (out, in)."""
@@ -224,12 +271,3 @@ class _StraightThrough(torch.autograd.Function):
         of_low = of_low + (grad * (side < 0)).sum(-1)
         of_high = of_high + (grad * (side > 0)).sum(-1)
         return grad * (side == 0) if ctx.needs_input_grad[0] else None, of_low, of_high, None
-
-
-def _leaf(like: Tensor, shape: tuple[int, ...], value: float) -> Tensor:
-    return torch.full(shape, value, device=like.device, requires_grad=True)
-
-
-def _nearest(W: Tensor, format: Uniform) -> Tensor:
-    """W (rows, columns) rounded to nearest from minimum to maximum."""
-    return nearest_matrix(format, W, fit_matrix(format, W, None, False)).dequantize()
