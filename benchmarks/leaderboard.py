@@ -46,22 +46,22 @@ def page(results: Results) -> str:
         "model's, in nats a token; top-1 how often both put the same token first.",
         "",
         _propagation(settings.propagate),
-        f"Times are wall seconds on {machine.cpu}, {machine.cores} cores, {machine.threads} threads, without a GPU; "
+        f"Times are wall seconds on {machine.cpu}, {machine.cores} cores, {machine.threads} threads, no GPU; "
         "memory is the peak of the process.",
         "",
     ]
     for bits in sorted({v.bits for v in results.done() if v.bits}, reverse=True):
         found = [v for v in results.done() if v.bits == bits]
         lines += [f"## {bits} bits", "", f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-        lines += [_row(v) for v in sorted(found, key=lambda v: (v.kl_divergence or 0.0))]
+        lines += [_row(v) for v in sorted(found, key=lambda v: v.kl_divergence or 0.0)]
         lines.append("")
     absent = [v for v in results.variants if v.status in ("failed", "not_applicable")]
     if absent:
         lines += ["## Not in the table", ""]
         lines += [f"- {v.name}: {v.reason}" for v in absent]
         lines.append("")
-    command = "\n".join(results.commands)
-    lines += ["## How it was made", "", "```sh", command, "python benchmarks/leaderboard.py DIR/results.json", "```", ""]
+    commands = [*results.commands, "python benchmarks/leaderboard.py DIR/results.json"]
+    lines += ["## How it was made", "", "```sh", *commands, "```", ""]
     return "\n".join(lines)
 
 
@@ -83,7 +83,8 @@ def data(results: Results) -> str:
 
 
 def _row(v: Variant) -> str:
-    assert v.bits_per_weight and v.perplexity and v.peak_memory_bytes and v.quantize_time_s is not None
+    assert v.bits_per_weight and v.perplexity and v.peak_memory_bytes
+    assert v.quantize_time_s is not None
     cells = (
         f"`{v.method}`",
         str(v.bits),
@@ -100,9 +101,9 @@ def _row(v: Variant) -> str:
 def _propagation(propagate: str) -> str:
     if propagate == "float":
         return (
-            "Every block was calibrated on the float model's hidden states (`--propagate float`), so that one pass "
-            "serves all rows: the first method that needs statistics is charged for collecting them. The default calibrates "
-            "each block on the quantized blocks before it, which is dearer and gives other figures."
+            "Every block was calibrated on the float model's hidden states (`--propagate float`), so that one "
+            "pass serves all rows: the first method that needs statistics is charged for collecting them. The "
+            "default calibrates each block on the quantized blocks before it, which gives other figures."
         )
     return "Every block was calibrated on the outputs of the quantized blocks before it."
 
