@@ -25,7 +25,7 @@ def keys(capsys):
     def run(*arguments: object) -> set[str]:
         assert main([*map(str, arguments), "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
-        nested = ("tensors", "options", "methods", "demo_models", "architectures")
+        nested = ("tensors", "options", "methods", "demo_models", "architectures", "cells", "layers", "kinds")
         return set(data) | {key for name in nested if isinstance(data.get(name), list) for key in data[name][0]}
 
     return run
@@ -42,6 +42,12 @@ def test_eval(world, keys):
     compared = {"kl_divergence", "top1_agreement", "reference_perplexity"}
     assert keys(*command) == documented("eval") - compared
     assert keys(*command, "--reference", world.source) == documented("eval")
+
+
+def test_study(world, keys):
+    command = ["study", world.source, "--text", world.text, "--seqlen", 16, "--windows", 1]
+    inside = {"text", "split", "seqlen", "windows", "reference_perplexity"}
+    assert keys(*command) == documented("study") - inside - {"safe", "fair", "poor", "broken"}
 
 
 def test_generate(world, keys):
