@@ -83,7 +83,9 @@ def data(results: Results) -> str:
 
 
 def _row(v: Variant) -> str:
-    assert v.bits_per_weight and v.perplexity and v.peak_memory_bytes
+    assert v.bits_per_weight is not None
+    assert v.perplexity is not None
+    assert v.peak_memory_bytes is not None
     assert v.quantize_time_s is not None
     cells = (
         f"`{v.method}`",
