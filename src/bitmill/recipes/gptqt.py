@@ -8,7 +8,6 @@ from bitmill.formats.integer_coding import IntegerCoding
 from bitmill.numerics.grouping import GroupSize
 from bitmill.recipe import METHODS, Method, Recipe, option
 from bitmill.solvers.gptaq import GPTAQ
-from bitmill.solvers.gptq import GPTQ
 
 
 @METHODS.register("gptqt")
@@ -50,18 +49,17 @@ class GPTQT(Method):
     alpha: float = option(0.5, "share of the correction for what inputs suffer from earlier layers; 0 for none")
 
     def recipe(self) -> Recipe:
-        """Integer coding, GPTQ solver with descent."""
+        """Integer coding, GPTAQ solver with descent."""
         format = IntegerCoding(
             self.bits, self.group_size, self.grid_bits, self.codings, self.scale_bits, self.scale_step
         )
-        kind, more = (GPTAQ, {"alpha": self.alpha}) if self.alpha else (GPTQ, {})
-        solver = kind(
+        solver = GPTAQ(
             damp=self.damp,
             act_order=self.act_order,
             search=self.search,
             importance=self.importance,  # type: ignore[arg-type]
             column_passes=self.column_passes,
             group_passes=self.group_passes,
-            **more,
+            alpha=self.alpha,
         )
         return Recipe("gptqt", format, solver)
