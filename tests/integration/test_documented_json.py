@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fabricated
 from bitmill.cli.main import main
 
 CLI = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
@@ -32,8 +33,8 @@ def keys(capsys):
 
 
 def test_quantize(world, keys):
-    assert keys(*world.quantize()) | {"dry_run"} == documented("quantize")
-    dry = documented("quantize") - {"measured", "time_s", "peak_memory_bytes"}
+    assert keys(*world.quantize()) | {"dry_run", "chosen"} == documented("quantize")
+    dry = documented("quantize") - {"chosen", "measured", "time_s", "peak_memory_bytes"}
     assert keys(*world.quantize("--dry-run", out=world.root / "dry")) == dry
 
 
@@ -42,6 +43,16 @@ def test_eval(world, keys):
     compared = {"kl_divergence", "top1_agreement", "reference_perplexity"}
     assert keys(*command) == documented("eval") - compared
     assert keys(*command, "--reference", world.source) == documented("eval")
+
+
+def test_compare(world, keys, monkeypatch):
+    from bitmill.comparison.run import run_grid
+
+    row = fabricated.document()["float"]
+    monkeypatch.setattr(run_grid, "__kwdefaults__", {**run_grid.__kwdefaults__, "run": lambda *_: row})
+    terms = ["--calib", world.text, "--samples", 4, "--seqlen", 32, "--windows", 1, "--max-new-tokens", 1]
+    nothing = ["--methods", "rtn", "--bits", 9]  # cannot be had
+    assert keys("compare", world.source, *nothing, *terms, "-o", world.out) == documented("compare")
 
 
 def test_study(world, keys):
