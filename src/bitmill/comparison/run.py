@@ -138,7 +138,7 @@ class _Records:
     def begin(self, keep_models: bool) -> None:
         """Note the grid.
 
-        Raises CheckpointError when the folder holds results on other terms, OutputError when it holds other things.
+        Raises CheckpointError when the folder holds results on other terms, OutputError when other things.
         """
         file = self.out / GRID_FILE
         if file.exists():
