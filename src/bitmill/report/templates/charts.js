@@ -183,7 +183,7 @@
     if (line0 !== null) {
       shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: line0, y1: line0, line: { color: ink, width: 1.2, dash: "dash" } });
       annotations.push({ x: 0.005, xref: "paper", y: value(line0), xanchor: "left", yanchor: "bottom", showarrow: false,
-        text: isPerplexity ? `float ${short(line0)}` : "float 100 %", font: { size: 12, color: ink } });
+        text: isPerplexity ? `float ${line0 < 1e4 ? line0.toPrecision(4) : short(line0)}` : "float 100 %", font: { size: 12, color: ink } });
     }
     const tick = ticks(log ? 10 ** range[0] : range[0], log ? 10 ** range[1] : range[1], log, narrow(element) ? 5 : 7);
     Plotly.react(element, traces, { ...layout, height, margin, annotations, shapes,
@@ -204,8 +204,8 @@
     const key = chosen("error"), missing = known[wanted] ? "" : `${variant.label} read no calibration text: how wrong its outputs are is not known. `;
     const table = known[key];
     if (!table) { Plotly.purge(element); element.textContent = ""; note.textContent = "Nothing is known about its layers."; return; }
-    const all = Object.values(grid.values).flatMap((v) => v[key] ?? []).flat().filter((v) => v > 0).map(Math.log10);
-    const low = Math.min(...all), high = Math.max(...all), small = narrow(element);
+    const all = Object.values(grid.values).flatMap((v) => v[key] ?? []).flat().filter((v) => v > 0).map(Math.log10).sort((a, b) => a - b);
+    const low = all[Math.floor(all.length / 50)], high = all.at(-1), small = narrow(element);
     const { muted, axis, layout } = base(element);
     const stops = [0, 1, 2, 3, 4].map((i) => [i / 4, style(`--heat${i}`)]);
     const tick = ticks(10 ** low, 10 ** high, true, 4);
