@@ -224,11 +224,10 @@ class _Learned:
 
     def _matrix(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
         """The weight of a linear as (out, in)."""
-        W = tensors.get(f"{name}.weight", self.parameters[f"{name}.weight"])
-        return W.T if self.task.transposed else W
+        return self._place(tensors.get(f"{name}.weight", self.parameters[f"{name}.weight"]))
 
     def _place(self, W: Tensor) -> Tensor:
-        """W (out, in) as the block holds it."""
+        """W (out, in) as the block holds it, and back."""
         return W.T if self.task.transposed else W
 
     def _range(self, name: str, W: Tensor) -> tuple[Tensor, Tensor]:
