@@ -85,7 +85,9 @@ def all_wrappers() -> list[Format]:
     """Every wrapper at its defaults and with each switch, around a scalar format."""
     kinds = [kind for _, kind in FORMATS.items() if issubclass(kind, Wrapper)]
     inner = FORMATS.get("uniform")(3, 40)
-    return [format for kind in kinds for format in (*switched(kind, {"inner": inner}), *varied(kind, inner=inner))]
+    made = [format for kind in kinds for format in (*switched(kind, {"inner": inner}), *varied(kind, inner=inner))]
+    shares = [FORMATS.get("sum")(inner, outliers=0.05, sensitive=s) for s in (0.0, 0.02)]  # defaults leave few
+    return [*made, *shares]
 
 
 def scalar_formats() -> list[ScalarFormat]:
