@@ -69,7 +69,6 @@ class AutoRound(Tuner):
         rate = self.rate or 1 / self.iters
         generator = torch.Generator().manual_seed(self.seed)
         done, losses = 0, []
-        self._show(task, roundings)
         while done < self.iters:
             for batch in islice(minibatches(task, self.tokens, generator), self.iters - done):
                 matrices = {name: rounding.matrix().requires_grad_() for name, rounding in roundings.items()}
@@ -85,14 +84,8 @@ class AutoRound(Tuner):
                     assert gradient is not None
                     rounding.step(gradient, now)
                 done += 1
-            0 and self._show(task, roundings)
         for name, rounding in roundings.items():
             task.settle(name, rounding.quantized())
-
-    def _show(self, task, roundings):
-        tensors = {f"{n}.weight": r.matrix() for n, r in roundings.items()}
-        tot = sum(float((c.run_with(tensors, task.block, h) - t).square().sum()) for c, h, t in zip(task.calls, task.inputs, task.targets))
-        print("   full %.4e" % (tot / sum(t.numel() for t in task.targets)), flush=True)
 
 
 class _Rounding:
