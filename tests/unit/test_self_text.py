@@ -99,6 +99,6 @@ def test_a_model_without_a_tokenizer_calibrates_on_its_own_text(tmp_path):
 
 @pytest.mark.parametrize(("samples", "seqlen", "said"), [(0, 16, "samples"), (4, 1, "seqlen"), (4, 65, "64")])
 def test_windows_of_no_use_are_refused(samples, seqlen, said):
+    own = bitmill.Calibration("self", samples, seqlen)
     with pytest.raises(CalibrationError, match=said):
-        own = bitmill.Calibration("self", samples, seqlen)
         bitmill.quantize(tiny_model("llama"), "gptq", calibration=own, measure=0)

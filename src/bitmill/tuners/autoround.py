@@ -42,7 +42,7 @@ class AutoRound(Tuner):
 
     iters: int = 100
     rate: float = 0.0
-    tokens: int = 2048
+    tokens: int = 512
     search: bool = True
     seed: int = 0
 
@@ -64,28 +64,39 @@ class AutoRound(Tuner):
         """Learn, and settle every linear that nobody has settled."""
         format = task.format
         assert isinstance(format, Uniform)
-        open_names = [name for name in task.names if name not in task.quantized]
-        roundings = {name: _Rounding(format, task.matrix(name), self.search) for name in open_names}
+        roundings = {
+            name: _Rounding(format, task.matrix(name), self.search)
+            for name in task.names
+            if name not in task.quantized
+        }
+        for name, rounding in roundings.items():
+            task.settle(name, rounding.quantized())
+        start = task.error()
+        nearest = {name: task.quantized[name] for name in roundings}
+        self._learn(task, roundings)
+        for name, rounding in roundings.items():
+            task.settle(name, rounding.quantized())
+        if task.error() > start:
+            for name, quantized in nearest.items():
+                task.settle(name, quantized)
+
+    def _learn(self, task: BlockTask, roundings: dict[str, _Rounding]) -> None:
+        """All steps; the last ones are so small that the last state stands for the best."""
         rate = self.rate or 1 / self.iters
         generator = torch.Generator().manual_seed(self.seed)
-        done, losses = 0, []
+        done = 0
         while done < self.iters:
             for batch in islice(minibatches(task, self.tokens, generator), self.iters - done):
                 matrices = {name: rounding.matrix().requires_grad_() for name, rounding in roundings.items()}
                 with torch.enable_grad():
                     tensors = {f"{n}.weight": W.T if task.transposed else W for n, W in matrices.items()}
                     output = batch.call.run_with(tensors, task.block, batch.hidden)
-                    loss = (output - batch.target).square().sum()
-                    loss.backward()
-                losses.append(float(loss.detach()))
-                now = rate * (1 - done / self.iters)
+                    (output - batch.target).square().sum().backward()
                 for name, rounding in roundings.items():
                     gradient = matrices[name].grad
                     assert gradient is not None
-                    rounding.step(gradient, now)
+                    rounding.step(gradient, rate * (1 - done / self.iters))
                 done += 1
-        for name, rounding in roundings.items():
-            task.settle(name, rounding.quantized())
 
 
 class _Rounding:
