@@ -89,6 +89,8 @@ class OmniQuant(Tuner):
 
     def before(self, task: BlockTask) -> None:
         """Learn, fold the scales and clamp the weights, unless plain rounding is as good."""
+        if task.quantized:
+            return  # scales must not be folded into what somebody has settled
         learned = _Learned(task, self)
         start = best = task.error(learned.plain())
         if start == 0:
