@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const FAR = 30;  // a perplexity this many times the float model's is off the scale
+  const FAR = 10;  // a perplexity this many times the float model's is off the scale
   const MEASURES = {
     perplexity: { title: "perplexity", better: "lower", text: (v) => short(v) },
     kl_divergence: { title: "KL divergence from float, nats a token", better: "lower", text: (v) => short(v) },
@@ -19,7 +19,8 @@
   // plotly reads some HTML in its texts
   const escape = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
   const short = (value) => {
-    if (Math.abs(value) < 1e5) return String(Number(value.toPrecision(value < 1000 ? 4 : 6)));
+    if (Math.abs(value) < 1e4) return String(Number(value.toPrecision(4)));
+    if (Math.abs(value) < 1e5) return Math.round(value).toLocaleString("en").replaceAll(",", "\u202f");
     const [mantissa, exponent] = value.toExponential(1).split("e");
     return `${mantissa}×10${[...String(Number(exponent))].map((d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).join("")}`;
   };
