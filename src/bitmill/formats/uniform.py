@@ -55,10 +55,10 @@ class Uniform(ScalarFormat):
         """Min-max range, or the shrunken range of least weighted squared error."""
         low = x.amin(-1).clamp(max=0)
         high = x.amax(-1).clamp(min=0)
-        start = self._from_range(low, high)
+        start = self.from_range(low, high)
         if not search:
             return start
-        trials = (self._from_range(low * share, high * share) for share in _SHRINK[1:])
+        trials = (self.from_range(low * share, high * share) for share in _SHRINK[1:])
         return least_error(self._snap, x, importance, start, trials)
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
@@ -129,7 +129,7 @@ class Uniform(ScalarFormat):
             return torch.full_like(params["scale"], 1 << (self.bits - 1))
         return params["zero"]
 
-    def _from_range(self, low: Tensor, high: Tensor) -> Params:
+    def from_range(self, low: Tensor, high: Tensor) -> Params:
         """Scale (never 0) and zero that cover [low, high]."""
         top = (1 << self.bits) - 1
         if self.symmetric:
