@@ -38,7 +38,7 @@ def page(results: Results) -> str:
     lines = [
         "# Leaderboard",
         "",
-        f"Every method on {settings.model}, from one run of `bitmill compare`: the same calibration text "
+        f"Methods on {settings.model}, from one run of `bitmill compare`: the same calibration text "
         f"({calibration.windows} windows of {calibration.seqlen} tokens of {calibration.source}, seed "
         f"{calibration.seed}), the same {evaluation.windows} held-out windows of {evaluation.seqlen} tokens, the "
         "linear layers of the blocks quantized and everything they store counted (bpw). The float model has "

@@ -36,7 +36,9 @@ def rows() -> tuple[Row, ...]:
 def leader(bits: int, within_minutes: float = WITHIN_MINUTES) -> Row | None:
     """The row of least KL divergence at `bits` among those that took at most `within_minutes`; None without one.
 
-    A method may store more than `bits`: rows count up to half a bit above.
+    A method may store more than `bits`: rows count up to half a bit above. One method alone leads nothing.
     """
     fit = [r for r in rows() if r.bits == bits and r.minutes <= within_minutes and r.bits_per_weight <= bits + 0.5]
+    if len({r.method for r in rows() if r.bits == bits}) < 2:
+        return None
     return min(fit, key=lambda r: (r.kl_divergence, r.bits_per_weight), default=None)

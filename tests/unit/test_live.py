@@ -8,7 +8,7 @@ from tiny import tiny_model
 from torch import nn
 
 import bitmill
-from bitmill.api import _weight_bits
+from bitmill.api import stored_bits
 from bitmill.errors import BitmillError, UsageError
 from bitmill.runtime import QuantLinear
 
@@ -41,9 +41,9 @@ def test_a_run_that_succeeds_swaps_every_linear(model_type):
 
 def test_bits_of_a_live_quantized_model_count_its_packed_layers():
     model = tiny_model("llama")
-    assert _weight_bits(model, False)[0] == 32
+    assert stored_bits(model, False)[0] == 32
     outcome = bitmill.quantize(model, "rtn", calibration=WINDOWS, bits=4, group_size=16)
-    bits, size = _weight_bits(model, False)
+    bits, size = stored_bits(model, False)
     assert bits == pytest.approx(outcome.summary["bits_per_weight"])
     assert size == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 

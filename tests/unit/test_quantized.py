@@ -17,7 +17,7 @@ def test_it_decodes_in_its_own_shape(format, shape):
     W = weights(*shape)
     quantized = nearest_matrix(format, W, fit_matrix(format, W, None, True))
     assert quantized.shape == shape
-    assert quantized.codes.dtype == torch.uint8
+    assert quantized.codes.dtype == (torch.uint8 if format.code_bits <= 8 else torch.int32)
     assert quantized.codes.is_contiguous()
     assert torch.equal(quantized.dequantize(), rounded(format, W, quantized.params))
     again = unpack(format, quantized.pack(), shape)
@@ -28,6 +28,8 @@ def test_it_decodes_in_its_own_shape(format, shape):
 
 @every_format
 def test_the_importance_of_columns_is_heard(format):
+    if format.block > 1:
+        pytest.skip("blocks of columns are rounded in the plain metric")
     W, importance = weights(), torch.ones(96)
     importance[3] = 1e6
     params = [fit_matrix(format, W, weight, True) for weight in (None, importance)]

@@ -96,8 +96,6 @@ def quantize(
         from bitmill.composition import compose, find_recipe
 
         chosen = Choice(method, "") if method else default_method(options.get("bits"), within)
-        if chosen.reason:
-            output.note(chosen.reason)
         recipe = compose(
             find_recipe(chosen.method, options),
             format=format,
@@ -121,7 +119,7 @@ def quantize(
         )
         why = {"chosen": chosen.reason} if chosen.reason else {}
         data = {"model": model, **why, **outcome.summary}
-        output.result(data, lambda: [_readable(model, outcome.summary, dry_run)])
+        output.result(data, lambda: [_readable(model, outcome.summary, dry_run, chosen.reason)])
 
 
 def method_options(bits: str | None, group_size: str | None, settings: list[str]) -> dict[str, Any]:
@@ -167,10 +165,10 @@ def default_method(bits: object, within_minutes: float) -> Choice:
     )
 
 
-def _readable(model: str, summary: dict[str, Any], dry_run: bool) -> Any:
+def _readable(model: str, summary: dict[str, Any], dry_run: bool, reason: str) -> Any:
     rows = [
         ("model", model),
-        ("method", summary["method"]),
+        ("method", f"{summary['method']} ({reason})" if reason else summary["method"]),
         ("format", spelled(summary["format"])),
         ("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"),
         ("bits per weight", f"{summary['bits_per_weight']:.3f}"),
