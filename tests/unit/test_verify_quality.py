@@ -37,7 +37,7 @@ def test_an_encoders_figure_moves_by_its_difference():
     """A mean cosine may be 0, so that nothing is relative to it."""
     again = {"pair_cosine": 0.0004}
     assert verify_quality(folder(0.0, "pair_cosine"), lambda m: again) == ("pair_cosine", pytest.approx(4e-4))
-    with pytest.raises(CheckpointError, match="cosine of two sentences 0.2020 where 0.2000"):
+    with pytest.raises(CheckpointError, match=r"cosine of two sentences 0\.2020 where 0\.2000"):
         verify_quality(folder(0.2, "pair_cosine"), lambda m: {"pair_cosine": 0.202})
     with pytest.raises(CheckpointError, match="which no model has"):
         verify_quality(folder(1.5, "pair_cosine"), lambda m: again)

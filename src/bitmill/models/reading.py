@@ -99,8 +99,8 @@ class Sentences:
             chosen.append(torch.tensor(ids, dtype=torch.int64))
         if len(chosen) < SENTENCES:
             raise CalibrationError(
-                f"The evaluation text gives {len(chosen)} sentences of at least {WORDS} words, and {SENTENCES} is the "
-                "least that has neighbours; give a longer text or more windows."
+                f"The evaluation text gives {len(chosen)} of the {SENTENCES} sentences (of {WORDS} words and more) "
+                "that neighbours take; give a longer text or more windows."
             )
         return sorted(chosen, key=len)
 
