@@ -99,7 +99,7 @@ class Sentences:
             chosen.append(torch.tensor(ids, dtype=torch.int64))
         if len(chosen) < SENTENCES:
             raise CalibrationError(
-                f"The evaluation text gives {len(chosen)} of the {SENTENCES} sentences (of {WORDS} words and more) "
+                f"The evaluation text gives {len(chosen)} of the {SENTENCES} sentences of {WORDS} or more words "
                 "that neighbours take; give a longer text or more windows."
             )
         return sorted(chosen, key=len)
