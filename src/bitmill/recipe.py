@@ -58,7 +58,8 @@ class Recipe:
     tuners: tuple[Tuner, ...] = ()
 
     def __post_init__(self) -> None:
-        reasons = [self.solver.accepts(self.weight.core), *(t.accepts(self.stored) for t in self.tuners)]
+        reasons = [self.solver.accepts(self.weight.core)]
+        reasons += [t.accepts(self.stored) or t.accepts_solver(self.solver) for t in self.tuners]
         for reason in filter(None, reasons):
             raise RecipeError(f"The recipe {self.name!r} cannot be built: {reason}")
 

@@ -80,6 +80,7 @@ def quantize_block(
         for name, W in before.items():
             work.fisher[name] = of_scaled(work.fisher[name], W, task.matrix(name))
     floats = {name: p.detach().clone() for name, p in task.floats()} if recipe.tuners else {}
+    task.stages, task.seen = stages, seen
     for tuner in recipe.tuners:
         tuner.before(task)
     outputs = _solve(work, streams, seen, twin)

@@ -6,7 +6,8 @@ decides. What errors of different groups do to each other is left out of that ch
 have cost more than it gained keep their full ranges, so that the result is never worse than nearest rounding.
 
 Source: AWQ's code (mit-han-lab/llm-awq, auto_clip.py), which samples the group's partial outputs on 512 tokens
-where the Gram block is exact over all.
+where the Gram block is exact over all, and leaves q and k alone; clipping them too was better wherever it was
+measured.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from bitmill.models.adapter import Seam
 from bitmill.models.calls import Call
 from bitmill.quantized import Quantized
 from bitmill.registry import Member, Registry
-from bitmill.solvers import Statistics
+from bitmill.solvers import Solver, Statistics
+from bitmill.transforms.base import Activations
 
 TUNERS: Registry[type[Tuner]] = Registry("tuner", "bitmill.tuners")
 
@@ -40,6 +41,9 @@ class BlockTask:
     dtypes: the types in which the parameters that stay in float will be stored.
     originals: the float weight (out, in) of every settled linear, as it was when it was settled.
     stats: what the linears' inputs were, as far as the recipe needs to know; `gram` alone is kept.
+    stages: the linears that read one input, together, in the order in which they run.
+    seen: what the first linear of every stage reads, where the recipe needs "activations"; who changes that keeps
+        it true.
     """
 
     block: nn.Module
@@ -56,12 +60,18 @@ class BlockTask:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Statistics] = field(default_factory=dict)
+    stages: list[list[str]] = field(default_factory=list)
+    seen: dict[str, Activations] = field(default_factory=dict)
 
     def matrix(self, name: str) -> Tensor:
         """The weight of a linear as (out, in), fp32."""
         weight = self.block.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         return weight.data.T.contiguous() if self.transposed else weight.data
+
+    def reads(self, name: str) -> Activations | None:
+        """What calibration saw of a linear's input."""
+        return next((self.seen.get(stage[0]) for stage in self.stages if name in stage), None)
 
     def put_matrix(self, name: str, W: Tensor) -> None:
         """Replace the weight of a linear by W (out, in)."""
@@ -75,14 +85,17 @@ class BlockTask:
         self.quantized[name] = quantized
         self.put_matrix(name, quantized.dequantize())
 
+    def as_stored(self, name: str, values: Tensor) -> Tensor:
+        """What the stored type of a parameter that stays in float keeps of `values`."""
+        return values.to(self.dtypes.get(name, values.dtype)).to(values.dtype)
+
     def put_float(self, name: str, values: Tensor) -> None:
         """Replace a parameter that stays in float by what its stored type keeps of `values`."""
-        parameter = self.block.get_parameter(name)
-        parameter.data = values.to(self.dtypes.get(name, parameter.dtype)).to(parameter.dtype)
+        self.block.get_parameter(name).data = self.as_stored(name, values)
 
-    def run(self, batch: int) -> Tensor:
-        """The block's output for one batch, with whatever its weights are now."""
-        return self.calls[batch].run(self.block, self.inputs[batch])
+    def run(self, batch: int, tensors: dict[str, Tensor] | None = None) -> Tensor:
+        """The block's output for one batch, with whatever its weights are now but for `tensors`, by name."""
+        return self.calls[batch].run_with(tensors or {}, self.block, self.inputs[batch])
 
     def floats(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that stay in float: norms, biases, linears that nobody quantizes."""
@@ -92,9 +105,9 @@ class BlockTask:
                 yield name, parameter
 
     @torch.no_grad()
-    def error(self) -> float:
-        """Mean squared distance between the block's outputs and the targets."""
-        total = sum(float((self.run(i) - target).square().sum()) for i, target in enumerate(self.targets))
+    def error(self, tensors: dict[str, Tensor] | None = None) -> float:
+        """Mean squared distance between the block's outputs and the targets; `tensors` as in `run`."""
+        total = sum(float((self.run(i, tensors) - target).square().sum()) for i, target in enumerate(self.targets))
         return total / max(sum(target.numel() for target in self.targets), 1)
 
 
@@ -111,6 +124,10 @@ class Tuner(Member, ABC):
 
     def accepts(self, format: Format) -> str | None:
         """None, or one sentence that says why this tuner cannot work with this weight format."""
+        return None
+
+    def accepts_solver(self, solver: Solver) -> str | None:
+        """None, or one sentence that says why what this tuner does before would be lost on this solver."""
         return None
 
     def before(self, task: BlockTask) -> None:

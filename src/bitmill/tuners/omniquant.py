@@ -1,0 +1,274 @@
+"""OmniQuant: learn where each group's range is cut, and how loud each channel is, block by block.
+
+Problem    the best clipping and the best channel scales depend on each other and on the rest of the block;
+           searching them layer by layer sees neither
+Equation   high = sigmoid(gamma) max(0, max w), low = sigmoid(beta) min(0, min w), scale = (high - low) / (2^b - 1)
+           with a gamma and a beta a group, from 4 (sigmoid .982) on: learnable weight clipping;
+           at every seam x / s and W s, log s from 0 on, behind norms with a bias (x - d) / s and b + W d too:
+           learnable equivalent transformation
+Loss       mean squared distance of the block, weights rounded straight through, to the float block's outputs
+Stored     uniform codes as ever: scales are folded into the block, float weights clamped to the learned ranges,
+           so that nearest rounding from minimum to maximum gives the very numbers that were learned with
+Source     Shao et al. 2023, "OmniQuant" (arXiv 2308.13137), sections 3.2 and 3.3
+
+The authors' scale between q and k is left out: rotary embeddings allow it for pairs of channels only. Their
+start of s is that of SmoothQuant: put that transform, or another, before this tuner. They take thousands of
+steps; where there is time for a few dozen, learning goes further from ranges that the `clip` solver finds first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import RecipeError
+from bitmill.formats import Format
+from bitmill.formats.uniform import Uniform
+from bitmill.numerics.grouping import grouped, ungrouped
+from bitmill.quantized import fit_matrix, nearest_matrix
+from bitmill.solvers import Solver, Statistics
+from bitmill.solvers.clip import Clip
+from bitmill.solvers.nearest import Nearest
+from bitmill.transforms.base import fold, spread
+from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner
+from bitmill.tuners.training import Adam, minibatches
+
+_WIDE = 4.0  # gamma and beta at the start: sigmoid .982
+
+
+@TUNERS.register("omniquant")
+@dataclass(frozen=True)
+class OmniQuant(Tuner):
+    """Learn clipping (`lwc`), channel scales (`let`) and, with these, channel shifts (`shift`).
+
+    start: "search" starts from the ranges of least output error of each layer, "wide" where the paper does.
+    epochs: passes over the calibration windows, at most.  patience: epochs without gain after which it stops.
+    lr_lwc, lr_let: of Adam; fall linearly to 0; ten and two times the paper's.  tokens: in a step.
+    """
+
+    epochs: int = 3
+    lwc: bool = True
+    let: bool = True
+    shift: bool = False
+    start: Literal["search", "wide"] = "search"
+    lr_lwc: float = 1e-1
+    lr_let: float = 1e-2
+    tokens: int = 1024
+    patience: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.epochs, self.tokens, self.patience) < 1 or not (self.lr_lwc > 0 and self.lr_let > 0):
+            raise RecipeError(
+                f"omniquant has epochs {self.epochs}, tokens {self.tokens}, patience {self.patience}, lr_lwc "
+                f"{self.lr_lwc} and lr_let {self.lr_let}; use positive numbers."
+            )
+        if not self.lwc and not self.let:
+            raise RecipeError("omniquant has lwc and let false and nothing to learn; set one of them to true.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The float block's outputs; to start from a search, what the linears read."""
+        return TARGETS | ({"activations"} if self.lwc and self.start == "search" else set())
+
+    def accepts(self, format: Format) -> str | None:
+        """Uniform grids: their parameters are a range."""
+        if isinstance(format, Uniform):
+            return None
+        return f"omniquant learns ranges of the uniform format, and {format.name} has none."
+
+    def accepts_solver(self, solver: Solver) -> str | None:
+        """Nearest rounding from minimum to maximum: any other one would not use the grid that was learned."""
+        if isinstance(solver, Nearest) and not solver.search:
+            return None
+        return "omniquant learns the grid of nearest rounding from minimum to maximum, so it needs solver nearest."
+
+    def before(self, task: BlockTask) -> None:
+        """Learn, fold the scales and clamp the weights, unless plain rounding is as good."""
+        if task.quantized:
+            return  # scales must not be folded into what somebody has settled
+        learned = _Learned(task, self)
+        start = best = task.error(learned.plain())
+        if start == 0:
+            return
+        kept: list[Tensor] = []
+        clips, scales = Adam(learned.clips), Adam(learned.scales)
+        generator = torch.Generator().manual_seed(self.seed)
+        idle = done = 0
+        for epoch in range(self.epochs + 1):
+            batches = list(minibatches(task, self.tokens, generator)) if epoch else []
+            for batch in batches:
+                with torch.enable_grad():
+                    output = batch.call.run_with(learned.rounded(), task.block, batch.hidden)
+                    ((output - batch.target).square().mean() / start).backward()
+                left = 1 - done / (self.epochs * len(batches))
+                clips.step(self.lr_lwc * left)
+                scales.step(self.lr_let * left)
+                done += 1
+            error = task.error(learned.stored())
+            idle = 0 if error < best or not epoch else idle + 1
+            if error < best:
+                best, kept = error, [leaf.detach().clone() for leaf in learned.leaves]
+            if idle == self.patience:
+                break
+        if kept:
+            for leaf, value in zip(learned.leaves, kept):
+                leaf.data = value
+            learned.settle()
+
+
+class _Learned:
+    """What is learned in a block, and what the block's parameters become by it."""
+
+    def __init__(self, task: BlockTask, options: OmniQuant) -> None:
+        assert isinstance(task.format, Uniform)
+        self.task, self.format = task, task.format
+        self.parameters = {name: p.detach() for name, p in task.block.named_parameters()}
+        # name of a linear -> gamma and beta, (rows, groups) each
+        self.ranges = {name: self._start(name, options.start) for name in task.names} if options.lwc else {}
+        self.seams = [s for s in task.seams if set(s.targets) & set(task.names)] if options.let else []
+        sources = [self.parameters[f"{seam.source}.weight"] for seam in self.seams]
+        channels = [W.shape[1 if task.transposed and W.dim() == 2 else 0] for W in sources]
+        self.logs = [W.new_zeros(n, requires_grad=True) for W, n in zip(sources, channels)]
+        self.shifts = [
+            W.new_zeros(n, requires_grad=True)
+            if options.shift and W.dim() == 1 and self._has_biases(seam)
+            else None
+            for seam, W, n in zip(self.seams, sources, channels)
+        ]
+        self.clips = [leaf for pair in self.ranges.values() for leaf in pair]
+        self.scales = [leaf for leaf in (*self.logs, *self.shifts) if leaf is not None]
+        self.leaves = self.clips + self.scales
+
+    def _start(self, name: str, start: str) -> tuple[Tensor, Tensor]:
+        """gamma and beta at the start."""
+        W = self.task.matrix(name)
+        shape = (W.shape[0], W.shape[1])
+        wide = W.new_full(self.format.grid(shape), _WIDE)
+        if start == "wide":
+            return wide.clone().requires_grad_(), wide.requires_grad_()
+        seen = self.task.reads(name)
+        assert seen is not None, "omniquant needs to see what the linears read"
+        found = Clip().solve(W, Statistics(seen.gram, seen.tokens), self.format).params
+        x = grouped(W, self.format.group_size)
+        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+        span, shorter = found["scale"] * ((1 << self.format.bits) - 1), torch.minimum(high, -low)
+        limit = span / 2  # where magnitudes were cut, if both ends were or one scale serves both
+        if not self.format.symmetric:
+            limit = torch.where(limit < shorter, limit, span - shorter)
+        gamma, beta = ((limit / end).nan_to_num(1.0).clamp(0.02, 0.995).logit() for end in (high, -low))
+        return gamma.requires_grad_(), beta.requires_grad_()
+
+    def _has_biases(self, seam: Any) -> bool:
+        return all(f"{name}.bias" in self.parameters for name in (seam.source, *seam.targets))
+
+    def folded(self) -> dict[str, Tensor]:
+        """The parameters that shifts and scales change, in float."""
+        now, changed = dict(self.parameters), set[str]()
+        for seam, log, shift in zip(self.seams, self.logs, self.shifts):
+            new: dict[str, Tensor] = {}
+            if shift is not None:
+                new[f"{seam.source}.bias"] = now[f"{seam.source}.bias"] - shift
+                for name in seam.targets:
+                    new[f"{name}.bias"] = now[f"{name}.bias"] + self._matrix(name, now) @ shift
+            new |= fold(log.exp(), seam, now | new, self.task.transposed)
+            now, changed = now | new, changed | set(new)
+        return {name: now[name] for name in changed}
+
+    def rounded(self) -> dict[str, Tensor]:
+        """The same with every linear rounded, straight through."""
+        tensors = self.folded()
+        for name in self.task.names:
+            W = self._matrix(name, tensors)
+            low, high = self._range(name, W)
+            x = _StraightThrough.apply(grouped(W, self.format.group_size), low, high, self.format)
+            tensors[f"{name}.weight"] = self._place(ungrouped(x, (W.shape[0], W.shape[1])))
+        return tensors
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """The same as it would be stored."""
+        coded = {f"{name}.weight" for name in self.task.names}
+        return {n: t if n in coded else self.task.as_stored(n, t) for n, t in self.rounded().items()}
+
+    def plain(self) -> dict[str, Tensor]:
+        """The linears rounded to nearest from minimum to maximum, with nothing learned."""
+        tensors = {}
+        for name in self.task.names:
+            W = self.task.matrix(name)
+            rounded = nearest_matrix(self.format, W, fit_matrix(self.format, W, None, False))
+            tensors[f"{name}.weight"] = self._place(rounded.dequantize())
+        return tensors
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Fold what was learned into the block, and clamp its weights to the learned ranges."""
+        tensors = self.folded()
+        for name in self.task.names:
+            W = self._matrix(name, tensors)
+            tensors.pop(f"{name}.weight", None)
+            low, high = self._range(name, W)
+            clamped = grouped(W, self.format.group_size).clamp(low[..., None], high[..., None])
+            self.task.originals[name] = W.clone()
+            self.task.put_matrix(name, ungrouped(clamped, (W.shape[0], W.shape[1])).contiguous())
+        for name, tensor in tensors.items():
+            self.task.put_float(name, tensor)
+        for seam, log, shift in zip(self.seams, self.logs, self.shifts):
+            for name in seam.targets:
+                if name in self.task.seen:
+                    seen = self.task.seen.pop(name)
+                    if shift is None:  # the moments of shifted inputs are not known
+                        self.task.seen[name] = seen.divided(spread(log.exp(), len(seen.mean_abs), seam.heads))
+
+    def _matrix(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight of a linear as (out, in)."""
+        return self._place(tensors.get(f"{name}.weight", self.parameters[f"{name}.weight"]))
+
+    def _place(self, W: Tensor) -> Tensor:
+        """W (out, in) as the block holds it, and back."""
+        return W.T if self.task.transposed else W
+
+    def _range(self, name: str, W: Tensor) -> tuple[Tensor, Tensor]:
+        """low and high (rows, groups) of W as it is now."""
+        x = grouped(W, self.format.group_size)
+        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+        if name not in self.ranges:
+            return low, high
+        gamma, beta = self.ranges[name]
+        return low * beta.sigmoid(), high * gamma.sigmoid()
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Clamp x (rows, groups, width) to [low, high] (rows, groups), and round it on the grid of that range.
+
+    Rounding passes gradients as if it were the identity, so that with steps = W^ / scale
+    dW^/dx = 1 inside the range, dW^/dlow = 1 below it, dW^/dhigh = 1 above it, and everywhere
+    dW^/dscale = steps - clamp(x) / scale.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, format: Uniform) -> Tensor:
+        inside = x.clamp(low[..., None], high[..., None])
+        params = format.fit(inside, x.new_ones(1, 1, 1), search=False)
+        y = format.decode(format.nearest(inside, params), params)
+        side = (x > inside).to(torch.int8) - (x < inside).to(torch.int8)
+        ctx.save_for_backward((y - inside) / params["scale"][..., None], side, low, high)
+        ctx.format = format
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        residual, side, low, high = ctx.saved_tensors
+        of_scale = (grad * residual).sum(-1) / ((1 << ctx.format.bits) - 1)
+        if ctx.format.symmetric:  # scale is 2 max(high, -low) / (2^b - 1)
+            up = high >= -low
+            of_low, of_high = torch.where(up, 0, -2 * of_scale), torch.where(up, 2 * of_scale, 0)
+        else:
+            of_low, of_high = -of_scale, of_scale
+        of_low = of_low + (grad * (side < 0)).sum(-1)
+        of_high = of_high + (grad * (side > 0)).sum(-1)
+        return grad * (side == 0) if ctx.needs_input_grad[0] else None, of_low, of_high, None
