@@ -22,6 +22,19 @@ from bitmill.quantized import fit_matrix
 _CHUNK = 32
 
 
+def without_dead(W: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W, gram and the mask of inputs that are always 0, which contribute nothing whatever their weight: it is 0.
+
+    On the diagonal they get the mean of the others, so that damping, a share of the mean, is not moved.
+    """
+    dead = gram.diagonal() == 0
+    if bool(dead.any()):
+        gram, W, live = gram.clone(), W.clone(), ~dead
+        gram.diagonal()[dead] = gram.diagonal()[live].mean() if bool(live.any()) else 1.0
+        W[:, dead] = 0.0
+    return W, gram, dead
+
+
 def visiting_order(loudness: Tensor, block: int, act_order: bool) -> Tensor:
     """Columns in the order in which they are rounded: blocks stay whole, a ragged one comes last.
 
