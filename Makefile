@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # on Linux this torch brings CUDA along, which works as well and is only larger.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test lint browser docs clean
 
 setup: $(VENV)/.installed
 
@@ -28,8 +28,18 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+# Pages are tested in a Chromium. Where it is missing it is installed, if this is root on a Debian; otherwise
+# the tests that want one are skipped, and say so.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v $$name > /dev/null && exit 0; \
+	done; \
+	[ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null || exit 0; \
+	{ apt-get update && apt-get install -y --no-install-recommends chromium; } > /dev/null 2>&1 \
+	  || echo "chromium could not be installed; tests/browser will be skipped"
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e ".[docs]"

@@ -1,4 +1,5 @@
-"""What the site does not keep in files: a page for every method, and pages that lie in the repository's root.
+"""What the site does not keep in files: a page for every method, one for the parts of recipes, and pages that lie
+in the repository's root.
 
 mkdocs calls the functions named on_* (mkdocs.yml, `hooks`). The pages are made from the method cards and the
 options of the methods, so that they cannot say anything else than `bitmill methods NAME` does.
@@ -25,6 +26,7 @@ def pages() -> dict[str, str]:
 
     made = {f"methods/{name}.md": method_page(name, kind) for name, kind in METHODS.items()}
     made["methods/index.md"] = methods_index(METHODS.items())
+    made["parts.md"] = parts_page()
     for path, file in BORROWED.items():
         # links written for the root of the repository
         made[path] = (ROOT / file).read_text(encoding="utf-8").replace("](docs/", "](")
@@ -35,7 +37,7 @@ def method_page(name: str, kind: type) -> str:
     """Card, options, recipe and cost of one method."""
     first, _, rest = (inspect.getdoc(kind) or "").partition("\n")
     recipe = kind().recipe()
-    bits = recipe.weight.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
+    bits = recipe.stored.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
     rows = [("option", "default", "type", "meaning"), ("---", "---", "---", "---")]
     for field in dataclasses.fields(kind):
         help_text = str(field.metadata.get("help", "")).replace("|", "\\|")
@@ -84,12 +86,30 @@ def methods_index(members: Any) -> str:
     lines += ["| method | what it does | stores by default | calibration |", "|---|---|---|---|"]
     for name, kind in members:
         recipe = kind().recipe()
-        bits = recipe.weight.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
+        bits = recipe.stored.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
         first = (inspect.getdoc(kind) or "").partition("\n")[0]
-        text = "text" if recipe.needs == "gram" else "none"
-        stored = f"`{recipe.weight.name}`, {bits:.3f} bits per weight"
+        text = "text" if recipe.needs else "none"
+        stored = f"`{recipe.stored.name}`, {bits:.3f} bits per weight"
         lines.append(f"| [{name}]({name}.md) | {first} | {stored} | {text} |")
     return "\n".join(lines) + "\n"
+
+
+def parts_page() -> str:
+    """Formats, solvers, transforms and tuners, each as its source file describes it."""
+    from bitmill.formats import FORMATS
+    from bitmill.solvers import SOLVERS
+    from bitmill.transforms import TRANSFORMS
+    from bitmill.tuners import TUNERS
+
+    lines = ["# Parts of recipes", ""]
+    lines += ["What `--format`, `--solver`, `--transform` and `--tuner` may name, made from the source files.", ""]
+    for registry in (FORMATS, SOLVERS, TRANSFORMS, TUNERS):
+        lines += [f"## {registry.noun.capitalize()}s", ""]
+        for name, kind in registry.items():
+            options = ", ".join(f"`{field.name}`" for field in dataclasses.fields(kind)) or "none"
+            described = inspect.getdoc(inspect.getmodule(kind)) or ""
+            lines += [f"### `{name}`", "", "```text", described, "```", "", f"Options: {options}", ""]
+    return "\n".join(lines)
 
 
 def _card(card: str) -> list[str]:

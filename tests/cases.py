@@ -56,7 +56,8 @@ def formats_of(kind: type[GroupFormat]) -> list[GroupFormat]:
 
 def ragged(kind: type[GroupFormat]) -> list[GroupFormat]:
     """Every number of bits, on ragged groups."""
-    return [format for bits in range(1, kind.max_bits + 1) for format in built(kind, bits, 40)]
+    size = 40 if 40 % kind.block == 0 else 5 * kind.block
+    return [format for bits in range(1, kind.max_bits + 1) for format in built(kind, bits, size)]
 
 
 def built(kind: type[GroupFormat], bits: int, size: int | str) -> list[GroupFormat]:
@@ -84,7 +85,9 @@ def all_wrappers() -> list[Format]:
     """Every wrapper at its defaults and with each switch, around a scalar format."""
     kinds = [kind for _, kind in FORMATS.items() if issubclass(kind, Wrapper)]
     inner = FORMATS.get("uniform")(3, 40)
-    return [format for kind in kinds for format in (*switched(kind, {"inner": inner}), *varied(kind, inner=inner))]
+    made = [format for kind in kinds for format in (*switched(kind, {"inner": inner}), *varied(kind, inner=inner))]
+    shares = [FORMATS.get("sum")(inner, outliers=0.05, sensitive=s) for s in (0.0, 0.02)]  # defaults leave few
+    return [*made, *shares]
 
 
 def scalar_formats() -> list[ScalarFormat]:
@@ -102,7 +105,11 @@ def few_formats() -> list[GroupFormat]:
 
 
 def all_solvers() -> list[Solver]:
-    return [solver for _, kind in SOLVERS.items() for solver in (*switched(kind, {}), *varied(kind))]
+    """Every switch and choice of each solver; those that build on another one at their defaults."""
+    kinds = [kind for _, kind in SOLVERS.items()]
+    derived = [kind for kind in kinds if any(base in kinds for base in kind.__mro__[1:])]
+    made = [kind() for kind in derived]
+    return made + [s for kind in kinds if kind not in derived for s in (*switched(kind, {}), *varied(kind))]
 
 
 def varied(kind: type, **given: Any) -> list[Any]:

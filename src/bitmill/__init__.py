@@ -15,6 +15,7 @@ from bitmill.version import __version__
 
 if TYPE_CHECKING:
     from bitmill.api import Calibration, Outcome, evaluate, load, load_tokenizer, quantize
+    from bitmill.comparison.compare import compare
     from bitmill.quantized import Quantized
     from bitmill.recipe import Recipe
 
@@ -25,6 +26,7 @@ __all__ = [
     "Quantized",
     "Recipe",
     "__version__",
+    "compare",
     "evaluate",
     "load",
     "load_tokenizer",
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "Calibration": "bitmill.api",
     "Outcome": "bitmill.api",
+    "compare": "bitmill.comparison.compare",
     "evaluate": "bitmill.api",
     "load": "bitmill.api",
     "load_tokenizer": "bitmill.api",

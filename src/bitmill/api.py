@@ -14,6 +14,7 @@ from bitmill.checkpoint import FolderSink, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.checkpoint.writer import check_absent
+from bitmill.composition import find_recipe
 from bitmill.errors import BitmillError, CheckpointError, UsageError
 from bitmill.evaluation.perplexity import compare
 from bitmill.live import ModuleSink, device_of
@@ -32,8 +33,8 @@ from bitmill.preparation import (
     token_windows,
 )
 from bitmill.progress import Progress, peak_memory_bytes
-from bitmill.recipe import Recipe, build_recipe
-from bitmill.report.card import model_card
+from bitmill.recipe import Recipe
+from bitmill.report.html import folder_documents
 from bitmill.runtime.dense import densify
 from bitmill.runtime.linear import QuantLinear
 from bitmill.version import __version__
@@ -83,7 +84,7 @@ def quantize(
     started = time.perf_counter()
     if measure < 0:
         raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
-    recipe = method if isinstance(method, Recipe) else build_recipe(method, options)
+    recipe = method if isinstance(method, Recipe) else find_recipe(method, options)
     if isinstance(method, Recipe) and options:
         raise UsageError(f"A Recipe is complete; change it instead of passing {', '.join(options)}.")
     if out is None and not isinstance(model, nn.Module) and not dry_run:
@@ -130,7 +131,7 @@ def quantize(
         report["measured"] = measured
         report["layers"] = sink.layers
         if isinstance(sink, FolderSink):
-            sink.finish(skeleton, report, model_card(report))
+            sink.finish(skeleton, report, folder_documents(report))
         else:
             sink.finish()
     finally:
@@ -204,13 +205,13 @@ def evaluate(
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     progress = progress or Progress()
     progress.start("reading text and model", 0)
-    bits, size = _weight_bits(model, trust_remote_code)
+    bits, size = stored_bits(model, trust_remote_code)
     ids = text.split_stream(text.token_stream(text_source, tokenizer), split)
     chosen = text.evaluation_windows(ids, seqlen, windows)
     live = _live(model, device, trust_remote_code)
     other = None if reference is None else _live(reference, device, trust_remote_code)
     check_length(getattr(live, "config", None), seqlen)
-    result = compare(_logits(live), chosen, None if other is None else _logits(other), progress, batch=2)
+    result = compare(logits_of(live), chosen, None if other is None else logits_of(other), progress, batch=2)
     if other is not None and "kl_divergence" not in result:
         raise UsageError("The reference gave no logits to compare with.")
     return {
@@ -259,7 +260,8 @@ def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **optio
         raise CheckpointError(f"The {what} of {folder} cannot be loaded ({in_short(error)}); {advice}.") from error
 
 
-def _logits(model: nn.Module) -> Any:
+def logits_of(model: nn.Module) -> Any:
+    """The model as a function from tokens (windows, length) to logits (windows, length, vocabulary)."""
     device = device_of(model)
 
     def run_model(tokens: Tensor) -> Tensor:
@@ -269,7 +271,7 @@ def _logits(model: nn.Module) -> Any:
     return run_model
 
 
-def _weight_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:
+def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:
     """(bits a weight of the quantized layers or of the float weights, bytes on disk or in memory)."""
     if isinstance(model, nn.Module):
         tensors = [*model.parameters(), *model.buffers()]

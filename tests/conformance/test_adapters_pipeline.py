@@ -47,8 +47,11 @@ def quantize(model: nn.Module, method: str, out=None, **options):
 
 
 def live_dequantized(model: nn.Module, folder) -> nn.Module:
-    """The float model with the decoded weights of the folder."""
+    """The float model with the decoded weights of the folder, and its float tensors, which may have changed."""
     live, checkpoint = copy.deepcopy(model), open_checkpoint(folder)
+    for name, parameter in live.named_parameters():
+        if name in checkpoint.files:
+            parameter.data = checkpoint.tensor(name).to(parameter.dtype)
     for name in checkpoint.formats:
         linear, W = live.get_submodule(name), checkpoint.quantized(name).dequantize()
         linear.weight.data = W if isinstance(linear, nn.Linear) else W.T.contiguous()

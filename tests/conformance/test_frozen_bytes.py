@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitmill.formats import FORMATS
+from bitmill.formats import FORMATS, Wrapper
 from bitmill.quantized import unpack
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -35,7 +35,9 @@ def test_frozen_bytes_still_decode(file, index, case):
     tensors = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
     quantized = unpack(format, tensors, shape)
     expected = torch.tensor(case["decoded"], dtype=torch.float32)
-    assert torch.equal(quantized.dequantize(), expected)
+    # wrappers may sum, as rotations do, and the last digit of a sum belongs to the machine
+    digits = 1e-6 * float(expected.abs().max()) if isinstance(format, Wrapper) else 0.0
+    assert torch.allclose(quantized.dequantize(), expected, rtol=0, atol=digits)
     again = quantized.pack()
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[k], tensors[k]) for k in tensors)

@@ -83,7 +83,9 @@ def test_packed_tensors_are_not_modified(kernel):
     matrix = quantized(Uniform(3, 40), (65, 96))
     tensors = matrix.pack()
     before = {k: v.clone() for k, v in tensors.items()}
-    kernel.apply(KernelSpec(matrix.format, matrix.shape, CPU), tensors, torch.randn(2, 96))
+    spec = KernelSpec(matrix.format, matrix.shape, CPU)
+    if kernel.supports(spec) is None:
+        kernel.apply(spec, tensors, torch.randn(2, 96))
     assert all(torch.equal(tensors[k], before[k]) for k in before)
 
 

@@ -1,4 +1,4 @@
-"""The law of transforms: folded into the float model, they do not change what it computes."""
+"""The law of seam transforms: folded into the float model, they do not change what it computes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from bitmill.errors import RecipeError
+from bitmill.errors import NumericsError, RecipeError
 from bitmill.formats.uniform import Uniform
 from bitmill.models.adapter import ADAPTERS
 from bitmill.models.module import ModuleSource
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline.fold import fold_transforms
+from bitmill.pipeline.observe import observe
 from bitmill.recipe import Recipe
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms import TRANSFORMS, SeamTransform, SeamView, Transform
+from bitmill.transforms.base import Activations
 
 TOKENS = torch.arange(24).view(2, 12) + 3
 ARCHITECTURES = [pytest.param(name, {}, id=name) for name in ADAPTERS.names()] + [
@@ -29,9 +31,9 @@ ARCHITECTURES = [pytest.param(name, {}, id=name) for name in ADAPTERS.names()] +
 ]
 
 
-def transforms() -> list[Transform]:
-    """Every transform at its defaults."""
-    return [kind() for _, kind in TRANSFORMS.items()]
+def transforms() -> list[SeamTransform]:
+    """Every seam transform at its defaults."""
+    return [kind() for _, kind in TRANSFORMS.items() if issubclass(kind, SeamTransform)]
 
 
 def loaded(name: str, changes: dict[str, object]) -> Skeleton:
@@ -40,9 +42,27 @@ def loaded(name: str, changes: dict[str, object]) -> Skeleton:
     return skeleton
 
 
-def folded(skeleton: Skeleton, *chosen: Transform) -> list[dict[str, torch.Tensor]]:
-    recipe = Recipe("test", Uniform(4), Nearest(), chosen)
-    return [fold_transforms(recipe, skeleton, index) for index in range(len(skeleton.blocks))]
+def folded(skeleton: Skeleton, *chosen: Transform, ignore=()) -> list[dict[str, torch.Tensor]]:
+    """What a recipe of these transforms changes, block by block, once it has seen what it needs."""
+    recipe = Recipe("test", Uniform(4), Nearest(), chosen, ignore)
+    changed = []
+    hidden, calls = skeleton.enter(TOKENS)
+    for index, block in enumerate(skeleton.blocks):
+        leads = [stage[0] for stage in skeleton.adapter.stages]
+        seen = observe(block, [hidden], [calls[index]], leads) if recipe.needs else None
+        changed.append(fold_transforms(recipe, skeleton, index, seen))
+        if seen:
+            assert_seen(seen, observe(block, [hidden], [calls[index]], leads))
+        hidden = calls[index].run(block, hidden)
+    return changed
+
+
+def assert_seen(kept: dict[str, Activations], now: dict[str, Activations]) -> None:
+    """What was seen before the fold is kept true while scales change."""
+    for lead, expected in now.items():
+        for name in ("gram", "mean_abs", "max_abs"):
+            found, wanted = getattr(kept[lead], name), getattr(expected, name)
+            assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +74,7 @@ class Scramble(SeamTransform):
     def choose(self, seam: SeamView) -> torch.Tensor:
         source = seam.source
         for target in seam.targets:
-            assert target.shape[1] == source.shape[0]
+            assert target.shape[1] % source.shape[0] == 0
         return torch.logspace(-1, 1, source.shape[0])[torch.randperm(source.shape[0])]
 
 
@@ -76,11 +96,34 @@ def test_logits_stay(name, changes, transform):
 @torch.no_grad()
 def test_every_seam_is_folded(name):
     skeleton = loaded(name, {})
-    seams = skeleton.adapter.seams
-    sources = {n: skeleton.blocks[0].get_submodule(n).weight.clone() for n in {s.source for s in seams}}
-    folded(skeleton, Scramble())
-    for source, weight in sources.items():
-        assert not torch.equal(skeleton.blocks[0].get_submodule(source).weight, weight), source
+    for seam in skeleton.adapter.seams:
+        names = [f"{n}.weight" for n in (seam.source, *seam.targets)]
+        before = {n: skeleton.blocks[0].get_parameter(n).clone() for n in names}
+        others = [n for s in skeleton.adapter.seams for n in s.targets if s != seam]
+        folded(skeleton, Scramble(), ignore=[f"*.{n}" for n in others])
+        for n in names:
+            assert not torch.equal(skeleton.blocks[0].get_parameter(n), before[n]), n
+
+
+@torch.no_grad()
+def test_with_grouped_queries_every_reader_of_a_channel_is_scaled_alike():
+    skeleton = loaded("llama", {"num_attention_heads": 4, "num_key_value_heads": 2})
+    v, o = (skeleton.blocks[0].self_attn.get_submodule(name).weight for name in ("v_proj", "o_proj"))
+    v_before, o_before = v.clone(), o.clone()
+    folded(skeleton, Scramble(), ignore=["*.q_proj", "*.k_proj", "*.v_proj", "*.mlp.*"])
+    v, o = (skeleton.blocks[0].self_attn.get_submodule(name).weight for name in ("v_proj", "o_proj"))
+    by_channel, by_column = (v_before / v)[:, 0], (o / o_before)[0]
+    heads = by_channel.view(2, 8)
+    torch.testing.assert_close(by_column.view(4, 8), heads[[0, 0, 1, 1]])
+    assert len(by_channel.unique()) > 8
+
+
+@torch.no_grad()
+def test_seams_whose_readers_stay_in_float_are_left_alone():
+    skeleton = loaded("llama", {})
+    before = {n: p.clone() for n, p in skeleton.model.named_parameters()}
+    assert folded(skeleton, Scramble(), ignore=["*"]) == [{}, {}]
+    assert all(torch.equal(p, before[n]) for n, p in skeleton.model.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
@@ -115,11 +158,20 @@ def test_no_transform_changes_nothing():
 
 @pytest.mark.parametrize("transform", transforms(), ids=repr)
 def test_chosen_scales_are_positive_and_finite(transform):
-    for source in (torch.randn(8), torch.zeros(8), torch.randn(8, 5) * 1e6):
-        scale = transform.choose(SeamView(source, [torch.randn(4, 8), torch.zeros(3, 8)], Uniform(4)))
+    X = torch.randn(20, 8) * torch.tensor([0, 1e-4, 1e4, 1, 1, 1, 1, 1])
+    seen = Activations(X.T @ X / 20, X.abs().mean(0), X.abs().amax(0), 20)
+    silent = Activations(torch.zeros(8, 8), torch.zeros(8), torch.zeros(8), 20)
+    for source, activations in ((torch.randn(8), seen), (torch.zeros(8), silent), (torch.randn(8, 5) * 1e6, seen)):
+        scale = transform.choose(SeamView(source, [torch.randn(4, 8), torch.zeros(3, 8)], Uniform(4), activations))
         assert scale.shape == (8,)
         assert torch.isfinite(scale).all()
         assert (scale > 0).all()
+
+
+@pytest.mark.parametrize("transform", [t for t in transforms() if t.needs], ids=repr)
+def test_without_what_it_needs_it_says_so(transform):
+    with pytest.raises(NumericsError, match=transform.name):
+        transform.choose(SeamView(torch.randn(8), [torch.randn(4, 8)], Uniform(4)))
 
 
 @pytest.mark.parametrize("transform", transforms(), ids=repr)

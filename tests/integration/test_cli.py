@@ -29,7 +29,7 @@ def run(capsys):
 
 def test_version_and_help(run):
     assert run("--version") == f"bitmill {__version__}\n"
-    for command in ("quantize", "eval", "generate", "chat", "inspect", "verify", "methods", "models"):
+    for command in ("quantize", "eval", "study", "generate", "chat", "inspect", "verify", "methods", "models"):
         assert command in run("--help")
         assert "Usage: bitmill" in run(command, "--help")
 

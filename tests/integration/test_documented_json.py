@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fabricated
 from bitmill.cli.main import main
 
 CLI = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
@@ -25,15 +26,15 @@ def keys(capsys):
     def run(*arguments: object) -> set[str]:
         assert main([*map(str, arguments), "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
-        nested = ("tensors", "options", "methods", "demo_models", "architectures")
+        nested = ("tensors", "options", "methods", "demo_models", "architectures", "cells", "layers", "kinds")
         return set(data) | {key for name in nested if isinstance(data.get(name), list) for key in data[name][0]}
 
     return run
 
 
 def test_quantize(world, keys):
-    assert keys(*world.quantize()) | {"dry_run"} == documented("quantize")
-    dry = documented("quantize") - {"measured", "time_s", "peak_memory_bytes"}
+    assert keys(*world.quantize()) | {"dry_run", "chosen"} == documented("quantize")
+    dry = documented("quantize") - {"chosen", "measured", "time_s", "peak_memory_bytes"}
     assert keys(*world.quantize("--dry-run", out=world.root / "dry")) == dry
 
 
@@ -42,6 +43,22 @@ def test_eval(world, keys):
     compared = {"kl_divergence", "top1_agreement", "reference_perplexity"}
     assert keys(*command) == documented("eval") - compared
     assert keys(*command, "--reference", world.source) == documented("eval")
+
+
+def test_compare(world, keys, monkeypatch):
+    from bitmill.comparison.run import run_grid
+
+    row = fabricated.document()["float"]
+    monkeypatch.setattr(run_grid, "__kwdefaults__", {**run_grid.__kwdefaults__, "run": lambda *_: row})
+    terms = ["--calib", world.text, "--samples", 4, "--seqlen", 32, "--windows", 1, "--max-new-tokens", 1]
+    nothing = ["--methods", "rtn", "--bits", 9]  # cannot be had
+    assert keys("compare", world.source, *nothing, *terms, "-o", world.out) == documented("compare")
+
+
+def test_study(world, keys):
+    command = ["study", world.source, "--text", world.text, "--seqlen", 16, "--windows", 1]
+    inside = {"text", "split", "seqlen", "windows", "reference_perplexity"}
+    assert keys(*command) == documented("study") - inside - {"safe", "fair", "poor", "broken"}
 
 
 def test_generate(world, keys):

@@ -15,7 +15,7 @@ from world import arguments, save_model, snapshot, write_text
 
 BLOCKS = 4
 # Each file appears by os.replace: the journal, then per block a shard and the journal, then the rest.
-LAST = 1 + 2 * BLOCKS + 6
+LAST = 1 + 2 * BLOCKS + 7
 
 
 def quantize(folder: str, resume: bool, call: str = "", count: int = 0, after: bool = False) -> None:

@@ -1,17 +1,15 @@
-"""Pyramid points: counted, numbered, projected; and the Beta law of the gains."""
+"""Pyramid points: counted, numbered, projected."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmill.numerics.beta import beta_quantile
 from bitmill.numerics.pyramid import count, most_pulses, number, point, project
 
 SHAPES = st.tuples(st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 58))
@@ -124,14 +122,3 @@ def test_the_numbering_is_frozen() -> None:
         -1,
         -3,
     ]
-
-
-def test_beta_quantiles() -> None:
-    assert beta_quantile(0.3, 1, 1) == pytest.approx(0.3, abs=1e-14)
-    assert beta_quantile(0.5, 7.5, 7.5) == pytest.approx(0.5, abs=1e-14)
-    assert beta_quantile(0.25, 2, 1) == pytest.approx(0.5, abs=1e-14)
-    assert beta_quantile(0.9, 1, 280) == pytest.approx(1 - math.exp(math.log(0.1) / 280), rel=1e-12)
-    x = torch.randn(20000, 64).square()
-    share = x[:, :16].sum(1) / x.sum(1)
-    for p in (1 / 32, 0.5, 31 / 32):
-        assert float((share < beta_quantile(p, 8, 24)).float().mean()) == pytest.approx(p, abs=0.012)

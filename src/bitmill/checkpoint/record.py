@@ -1,4 +1,4 @@
-"""Add a measurement to a finished folder: to its report, and to the model card made from it."""
+"""Add a measurement to a finished folder: to its report, and to the model card and the page made from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from bitmill.checkpoint.files import write_json, write_text
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import CheckpointError
-from bitmill.report.card import model_card
+from bitmill.report.html import folder_documents
 
 # Time and memory belong to the machine, not to the model, and are left out.
 _KEPT = (
@@ -36,8 +36,9 @@ def record_measurement(folder: Path, result: dict[str, Any]) -> None:
     kept = [m for m in report["measured"] if any(m.get(key) != entry.get(key) for key in _SAME)]
     report = {**report, "measured": [*kept, entry]}
     try:
-        card = model_card(report)
-    except Exception as error:  # the template meets whatever the report lacks
+        documents = folder_documents(report)
+    except Exception as error:  # the templates meet whatever the report lacks
         raise CheckpointError(f"{folder}/report.json is incomplete ({error}); quantize again.") from None
     write_json(folder / "report.json", report)
-    write_text(folder / "README.md", card)
+    for name, text in documents.items():
+        write_text(folder / name, text)

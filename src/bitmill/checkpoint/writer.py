@@ -113,8 +113,11 @@ class FolderSink:
 
     # -- the rest -----------------------------------------------------------------------------------------
 
-    def finish(self, skeleton: Skeleton, report: dict[str, Any], card: str) -> None:
-        """Write everything that is not a block, then give the folder its name."""
+    def finish(self, skeleton: Skeleton, report: dict[str, Any], documents: dict[str, str]) -> None:
+        """Write everything that is not a block, then give the folder its name.
+
+        documents: file name -> text of what only says what the report says; their digests are not recorded.
+        """
         file = self._shard(0)
         tensors = {name: skeleton.stored(name) for name in skeleton.other_tensors()}
         write_tensors(file, tensors)
@@ -136,10 +139,10 @@ class FolderSink:
         config["quantization_config"] = quantization_config(self.formats, self.recipe.to_dict())
         write_json(self.folder / "config.json", config)
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
-        write_text(self.folder / "README.md", card)
-        listed = sorted(
-            f for f in self.folder.iterdir() if f.is_file() and f.name not in ("README.md", "report.json")
-        )
+        unlisted = {*documents, "report.json"}
+        listed = sorted(f for f in self.folder.iterdir() if f.is_file() and f.name not in unlisted)
+        for name, text in documents.items():
+            write_text(self.folder / name, text)
         write_json(self.folder / "report.json", {**report, "files": {f.name: sha256(f) for f in listed}})
         publish(self.folder, self.out)
         shutil.rmtree(self.work, ignore_errors=True)  # while the lock still keeps others out

@@ -1,14 +1,18 @@
-"""bitmill methods and bitmill models."""
+"""bitmill methods, bitmill recipes and bitmill models."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitmill.cli.output import working
+
+if TYPE_CHECKING:
+    from bitmill.formats import Format
+    from bitmill.recipe import Recipe
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -31,6 +35,46 @@ def methods(
         shown = [{**o, "default": str(o["default"])} for o in options]
         data = {"name": name, "card": card, "options": options}
         output.result(data, lambda: [_verbatim(card), "", _table(("name", "type", "default", "help"), shown)])
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Print one recipe as YAML, to start your own from.", show_default=False)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Option of it.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the recipes there are: named methods, your own files, and the parts they can be put together from."""
+    with working(as_json) as output:
+        from bitmill.cli.quantize import method_options
+        from bitmill.composition import find_recipe, user_recipes
+        from bitmill.formats import FORMATS
+        from bitmill.recipe import METHODS
+        from bitmill.solvers import SOLVERS
+        from bitmill.transforms import TRANSFORMS
+        from bitmill.tuners import TUNERS
+
+        if name is not None:
+            recipe = find_recipe(name, method_options(None, None, settings or []))
+            output.result(recipe.to_dict(), lambda: [_verbatim(recipe.to_yaml().rstrip())])
+            return
+        named = [_recipe_row(n, find_recipe(n), describe(kind)) for n, kind in METHODS.items()]
+        own = [_recipe_row(n, find_recipe(n), str(file)) for n, file in user_recipes().items()]
+        parts = {r.noun: r.names() for r in (FORMATS, SOLVERS, TRANSFORMS, TUNERS)}
+        columns = ("name", "format", "solver", "transforms", "tuners")
+        output.result(
+            {"named": named, "user": own, "parts": parts},
+            lambda: [
+                _table(columns, named),
+                *(["", "Your own", _table((*columns, "description"), own)] if own else []),
+                "",
+                "Parts, for --format, --solver, --transform, --tuner",
+                _table(("noun", "names"), [{"noun": k, "names": ", ".join(v)} for k, v in parts.items()]),
+            ],
+        )
 
 
 def models(as_json: AsJson = False) -> None:
@@ -60,6 +104,23 @@ def models(as_json: AsJson = False) -> None:
 def describe(kind: type) -> str:
     """The first sentence of a method's card."""
     return (inspect.getdoc(kind) or "").partition("\n")[0]
+
+
+def _recipe_row(name: str, recipe: Recipe, description: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "format": _chain(recipe.stored),
+        "solver": recipe.solver.name,
+        "transforms": ", ".join(t.name for t in recipe.transforms) or "-",
+        "tuners": ", ".join(t.name for t in recipe.tuners) or "-",
+        "description": description,
+    }
+
+
+def _chain(format: Format) -> str:
+    """A format and what it is wrapped in: `rotated of sum of codebook`."""
+    inner = getattr(format, "inner", None)
+    return format.name if inner is None else f"{format.name} of {_chain(inner)}"
 
 
 def option_entry(field: dataclasses.Field[Any]) -> dict[str, Any]:

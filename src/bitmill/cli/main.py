@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bitmill.cli import catalog, evaluate, folder, generate, quantize
+from bitmill.cli import catalog, compare, evaluate, folder, generate, quantize, study
 from bitmill.cli.output import Interrupted, in_one_line
 from bitmill.errors import BitmillError
 from bitmill.version import __version__
@@ -29,11 +29,14 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("study")(study.study)
 app.command("generate")(generate.generate)
 app.command("chat")(generate.chat)
 app.command("inspect")(folder.inspect)
 app.command("verify")(folder.verify)
 app.command("methods")(catalog.methods)
+app.command("recipes")(catalog.recipes)
 app.command("models")(catalog.models)
 
 

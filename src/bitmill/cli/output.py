@@ -38,6 +38,11 @@ class Output:
         for part in readable():
             console.print(part, crop=False)
 
+    def note(self, text: str) -> None:
+        """Say something on stderr, between progress lines."""
+        self.progress.finish()
+        print(text, file=sys.stderr, flush=True)
+
 
 @contextlib.contextmanager
 def working(as_json: bool, hint: str = "interrupted") -> Iterator[Output]:

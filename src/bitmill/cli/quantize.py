@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from bitmill.cli.output import facts, measured_row, megabytes, number, working
 from bitmill.errors import UsageError
+from bitmill.leaderboard import WITHIN_MINUTES, leader
 from bitmill.report.words import spelled
 
-FAVOURITES = ("gptqt", "gptq")  # the default method is the first one there is
+FALLBACK, DEFAULT_BITS = "gptqt", 3
 
 
 def quantize(
@@ -24,7 +25,9 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Named method (see bitmill methods) or recipe .yaml; gptqt when left out.", show_default=False
+            help="Named method or recipe (see bitmill methods, bitmill recipes), or a .yaml file; the leader of "
+            "the leaderboard at these bits when left out.",
+            show_default=False,
         ),
     ] = None,
     bits: Annotated[
@@ -42,6 +45,30 @@ def quantize(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Option of the method; repeatable.", show_default=False),
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="PART", help="Another weight format, NAME or NAME:key=value,...", show_default=False),
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(metavar="PART", help="Another solver, spelled likewise.", show_default=False)
+    ] = None,
+    transform: Annotated[
+        list[str] | None, typer.Option(metavar="PART", help="A transform more; repeatable.", show_default=False)
+    ] = None,
+    tuner: Annotated[
+        list[str] | None, typer.Option(metavar="PART", help="A tuner more; repeatable.", show_default=False)
+    ] = None,
+    sparse: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Keep this share of the weights apart in 16 bits.", show_default=False),
+    ] = None,
+    propagate: Annotated[
+        Literal["quantized", "float"],
+        typer.Option(help="Whose outputs later blocks are calibrated on: the quantized or the float blocks'."),
+    ] = "quantized",
+    within: Annotated[
+        float, typer.Option(metavar="MINUTES", help="Without --method: how long the leader may take.")
+    ] = WITHIN_MINUTES,
     calib: Annotated[
         str, typer.Option(metavar="SOURCE", help="Calibration text: pydoc, a .txt or .jsonl file, hf:dataset.")
     ] = "pydoc",
@@ -65,10 +92,22 @@ def quantize(
     with working(as_json, hint) as output:
         output.progress.start("starting", 0)
         from bitmill import api
+        from bitmill.composition import compose, find_recipe
 
+        chosen = Choice(method, "") if method else default_method(options.get("bits"), within)
+        if chosen.reason:
+            output.note(chosen.reason)
+        recipe = compose(
+            find_recipe(chosen.method, options),
+            format=format,
+            solver=solver,
+            transforms=transform or (),
+            tuners=tuner or (),
+            sparse=sparse,
+        )
         outcome = api.quantize(
             model,
-            method or default_method(),
+            recipe,
             out=out,
             calibration=api.Calibration(calib, samples, seqlen, seed),
             measure=measure,
@@ -76,10 +115,11 @@ def quantize(
             resume=resume,
             dry_run=dry_run,
             trust_remote_code=trust_remote_code,
+            propagate=propagate,
             progress=output.progress,
-            **options,
         )
-        data = {"model": model, **outcome.summary}
+        why = {"chosen": chosen.reason} if chosen.reason else {}
+        data = {"model": model, **why, **outcome.summary}
         output.result(data, lambda: [_readable(model, outcome.summary, dry_run)])
 
 
@@ -106,11 +146,24 @@ def method_options(bits: str | None, group_size: str | None, settings: list[str]
     return options
 
 
-def default_method() -> str:
-    """The method used when none is named."""
-    from bitmill.recipe import METHODS
+class Choice(NamedTuple):
+    """A method and why it was taken ("" when the user named it)."""
 
-    return next(name for name in FAVOURITES if name in METHODS.names())
+    method: str
+    reason: str
+
+
+def default_method(bits: object, within_minutes: float) -> Choice:
+    """The method used when none is named: the leader of the leaderboard at these bits."""
+    wanted = int(str(bits)) if str(bits).isdigit() else DEFAULT_BITS
+    row = leader(wanted, within_minutes)
+    if row is None:
+        return Choice(FALLBACK, f"no --method, and nothing on the leaderboard at {wanted} bits: {FALLBACK}")
+    return Choice(
+        row.method,
+        f"no --method: {row.method} leads the leaderboard at {wanted} bits (KL {row.kl_divergence:.3f} at "
+        f"{row.bits_per_weight:.2f} bits per weight, {row.minutes:.0f} minutes) within {within_minutes:g} minutes",
+    )
 
 
 def _readable(model: str, summary: dict[str, Any], dry_run: bool) -> Any:

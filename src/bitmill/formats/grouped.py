@@ -41,7 +41,6 @@ class GroupFormat(Format):
     group_size: GroupSize = 64
 
     block: ClassVar[int] = 1  # columns coded jointly
-    codes_per_block: ClassVar[int] = 1
     max_bits: ClassVar[int] = 8
     local: ClassVar[bool] = True  # parameters of one group can be fitted without seeing the rest of the row
     learned: ClassVar[bool] = False  # a block is `scale` times a sum from `codebooks`, which all rows share
@@ -114,6 +113,11 @@ class GroupFormat(Format):
     def code_bits(self) -> int:
         """One code a column, of `bits` bits; vector formats say otherwise."""
         return self.bits
+
+    @property
+    def codes_per_block(self) -> int:
+        """Codes that store one block of columns."""
+        return 1
 
     def codes_in(self, columns: int) -> int:
         """Codes of a row: `codes_per_block` for every whole or ragged block."""

@@ -38,6 +38,7 @@ from bitmill.numerics.codings import KEEP, bin_moments, levels_of, snap_table
 _START = {1: 1.6, 2: 3.2, 3: 4.8, 4: 5.76}
 _WINDOW = 4  # exponents tried to both sides of the start
 _HEADROOM = 2  # exponents left above the loudest group's start
+_REACH = 4  # exponents by which a row's window may move from there, either way
 _SLICE = 1 << 17
 
 
@@ -70,13 +71,32 @@ class IntegerCoding(ScalarFormat):
     # -- choosing -----------------------------------------------------------------------------------------
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """Exponent and coding of least weighted error, all pairs near the start tried exactly."""
+        """Row scale, exponents and codings of least weighted error: every pair near the start is tried exactly."""
         start = self._start(x, importance)
         scale = as_stored(start.amax(1, keepdim=True) * 2.0 ** (self.scale_step * _HEADROOM))
+        exponent = self._exponent_near(start, scale)
+        params = {"scale": scale, "exponent": exponent, "coding": torch.zeros_like(exponent)}
         if not search:
-            exponent = self._exponent_near(start, scale)
-            return {"scale": scale, "exponent": exponent, "coding": torch.zeros_like(exponent)}
-        return self._search(x, importance, scale, start)
+            return params
+        count = 1 << self.scale_bits
+        reach = min(count, _REACH)
+        for cut in self._slices(x):
+            weight = importance if importance.shape[0] == 1 else importance[cut]
+            tried = [
+                self._cheapest(x[cut], weight, scale[cut] * _power(self.scale_step, exponent))
+                for exponent in range(-reach, count + reach)
+            ]
+            costs, codings = (torch.stack(part) for part in zip(*tried))  # (exponents, rows, groups)
+            # each row takes the run of `count` exponents that serves its groups best
+            first = costs.unfold(0, count, 1).amin(-1).sum(-1).argmin(0)  # (rows,)
+            run = first + torch.arange(count, device=x.device)[:, None]
+            costs = costs.gather(0, run[..., None].expand(-1, -1, costs.shape[2]))
+            chosen = costs.argmin(0)  # (rows, groups)
+            params["exponent"][cut] = chosen.to(torch.float32)
+            params["coding"][cut] = codings.gather(0, (first[:, None] + chosen)[None])[0].to(torch.float32)
+            shift = torch.exp2(-self.scale_step * (first - reach).to(torch.float32))
+            params["scale"][cut] = as_stored(scale[cut] * shift[:, None])
+        return params
 
     def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
         """The same for one group (rows, 1, width), at the row's scale."""
@@ -101,30 +121,32 @@ class IntegerCoding(ScalarFormat):
         return chosen
 
     def _search(self, x: Tensor, importance: Tensor, scale: Tensor, start: Tensor) -> Params:
-        rows = x.shape[0]
         near = self._exponent_near(start, scale)
         coding, exponent = torch.zeros_like(near), near.clone()
-        snapped = snap_table(self._table(torch.device("cpu")), self.grid_bits).to(x.device)
-        cost_matrix = torch.cat([snapped.square(), -2 * snapped], 1).T.contiguous()  # (2 * bins, codings)
-        step = max(1, _SLICE // max(1, x[0].numel()))
-        for first in range(0, rows, step):
-            cut = slice(first, first + step)
-            piece = x[cut]
-            weight = (importance if importance.shape[0] == 1 else importance[cut]).expand(piece.shape)
-            row_scale = scale[cut]
-            best = torch.full(piece.shape[:2], torch.inf, device=x.device)
+        for cut in self._slices(x):
+            weight = importance if importance.shape[0] == 1 else importance[cut]
+            best = torch.full(x[cut].shape[:2], torch.inf, device=x.device)
             for shift in range(-_WINDOW, _WINDOW + 1):
                 trial = (near[cut] + shift).clamp(0, (1 << self.scale_bits) - 1)
-                factor = row_scale * self._powers(trial)
-                mass, moment = bin_moments(piece / _divisor(factor), weight, self.grid_bits)
-                cost = torch.cat([mass, moment], -1) @ cost_matrix
-                least, index = cost.min(-1)
-                least = least * factor.square()
+                least, index = self._cheapest(x[cut], weight, scale[cut] * self._powers(trial))
                 better = least < best
                 best = torch.where(better, least, best)
                 coding[cut] = torch.where(better, index.float(), coding[cut])
                 exponent[cut] = torch.where(better, trial, exponent[cut])
         return {"scale": scale, "exponent": exponent, "coding": coding}
+
+    def _cheapest(self, x: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted error of the best coding of each group at the given scale, and its index."""
+        snapped = snap_table(self._table(torch.device("cpu")), self.grid_bits).to(x.device)
+        cost_matrix = torch.cat([snapped.square(), -2 * snapped], 1).T.contiguous()  # (2 * bins, codings)
+        mass, moment = bin_moments(x / _divisor(factor), importance.expand(x.shape), self.grid_bits)
+        least, index = (torch.cat([mass, moment], -1) @ cost_matrix).min(-1)
+        return least * factor.square(), index
+
+    def _slices(self, x: Tensor) -> list[slice]:
+        """Rows whose temporaries stay in the cache."""
+        step = max(1, _SLICE // max(1, x[0].numel()))
+        return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
     def _start(self, x: Tensor, importance: Tensor) -> Tensor:
         """The scale to start from, (rows, groups)."""

@@ -36,6 +36,7 @@ class Seam:
         source has: with grouped queries every head of v is repeated heads / kv_heads times, head by head.
     norm_plus_one: the norm multiplies by (1 + weight), as Gemma's does.
     when: (config attribute, value) pairs that must all hold for the seam to be exact.
+    heads: kv_heads, where they are repeated; `adapter_for` reads it off the config.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Seam:
     targets: tuple[str, ...]
     norm_plus_one: bool = False
     when: tuple[tuple[str, object], ...] = ()
+    heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
     for _, adapter in ADAPTERS.items():
         if model_type in adapter.model_types:
             exact = tuple(s for s in adapter.seams if all(getattr(config, k, None) == v for k, v in s.when))
-            return replace(adapter, seams=exact)
+            heads = getattr(config, "num_key_value_heads", None) or 1
+            return replace(adapter, seams=tuple(replace(seam, heads=heads) for seam in exact))
     known = sorted(t for _, adapter in ADAPTERS.items() for t in adapter.model_types)
     raise UnknownArchitecture(
         f"The architecture {model_type!r} has no adapter of its own; known ones are {', '.join(known)}."

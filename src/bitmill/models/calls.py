@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,22 @@ class Call:
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Forward one batch of hidden states (windows, tokens, width) through `block`."""
         return hidden_of(block(hidden, *self.args, **self.kwargs))
+
+    def run_with(self, tensors: dict[str, Tensor], block: nn.Module, hidden: Tensor) -> Tensor:
+        """The same with some of the block's parameters, by name, replaced by tensors that may carry gradients."""
+        return hidden_of(functional_call(block, tensors, (hidden, *self.args), self.kwargs))
+
+    def cut(self, windows: int, start: int, stop: int) -> Call:
+        """The same call for the windows `start` to `stop` of a batch of `windows`."""
+
+        def of(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value[start:stop] if value.dim() > 1 and value.shape[0] == windows > 1 else value
+            if isinstance(value, tuple):
+                return tuple(of(v) for v in value)
+            return value
+
+        return Call(tuple(of(a) for a in self.args), {k: of(v) for k, v in self.kwargs.items()})
 
 
 def hidden_of(output: Any) -> Tensor:

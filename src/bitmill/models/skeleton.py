@@ -156,6 +156,15 @@ class Skeleton:
                 if parameter is old and parameter is not None:
                     owner._parameters[key] = new
 
+    def matrix(self, name: str) -> Tensor:
+        """The weight of a linear in memory as (out, in)."""
+        weight = self.model.get_parameter(name).data
+        return weight.T.contiguous() if self.adapter.transposed else weight
+
+    def set_matrix(self, name: str, W: Tensor) -> None:
+        """Put W (out, in) in place of the weight of a linear."""
+        self.set(name, (W.T if self.adapter.transposed else W).to(self.device).contiguous())
+
     def free(self, names: list[str]) -> None:
         """Empty these parameters."""
         for name in names:

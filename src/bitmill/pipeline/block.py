@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bitmill.models.memory import give_back
 from bitmill.numerics.gram import RunningGram
-from bitmill.pipeline.calibration import StagedForward, first_window, stages_of
+from bitmill.pipeline.calibration import StagedForward, stages_of
 from bitmill.pipeline.fisher import Fisher, of_scaled
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
@@ -30,9 +30,7 @@ class _Work:
     job: Job
     task: BlockTask
     stages: list[list[str]]
-    keep: bool  # originals and statistics are kept until tuners are done
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    stats: dict[str, Statistics] = field(default_factory=dict)
+    keep: bool  # float weights and statistics are kept until tuners are done
     fisher: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
@@ -51,7 +49,8 @@ def quantize_block(
     calls = streams.calls(index) if streams else []
     stages = [list(stage) for stage in adapter.stages]
     if streams:
-        stages = stages_of(adapter, block, streams.hidden[0][:1], first_window(calls[0]))
+        first = streams.hidden[0]
+        stages = stages_of(adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
     leads = [stage[0] for stage in stages]
     names = [n for stage in stages for n in stage if not recipe.ignores(f"{prefix}.{n}")]
 
@@ -69,14 +68,14 @@ def quantize_block(
         len(skeleton.blocks), adapter.transposed, adapter.seams,
     )  # fmt: skip
     work = _Work(job, task, stages, keep=bool(recipe.tuners))
+    if work.keep:
+        task.dtypes = {name: skeleton.dtype(f"{prefix}.{name}") for name, _ in task.floats()}
     before = {name: task.matrix(name).clone() for name in names} if fisher and recipe.transforms else {}
     result = BlockResult(index, changed=fold_transforms(recipe, skeleton, index, seen))
     if fisher:
         work.fisher = fisher.block(index, skeleton.device)
         for name, W in before.items():
             work.fisher[name] = of_scaled(work.fisher[name], W, task.matrix(name))
-    if work.keep:
-        work.originals = {name: task.matrix(name).clone() for name in names}
     floats = {name: p.detach().clone() for name, p in task.floats()} if recipe.tuners else {}
     for tuner in recipe.tuners:
         tuner.before(task)
@@ -154,17 +153,19 @@ def _solve_stage(work: _Work, stage: list[str], stats: Statistics) -> None:
     task, recipe = work.task, work.job.recipe
     for name in stage:
         if work.keep:
-            work.stats[name] = Statistics(stats.gram)
+            task.stats[name] = Statistics(stats.gram)
     names = [name for name in stage if name in task.names and name not in task.quantized]
     if work.fisher and names:
         stats = replace(stats, fisher=torch.cat([work.fisher[name] for name in names]))
     matrices = [task.matrix(name) for name in names]
     for name, W, quantized in zip(names, matrices, solve_stacked(recipe.solver, matrices, stats, recipe.stored)):
-        decoded = quantized.dequantize()
-        original = work.originals.get(name, W)
-        work.errors[name] = _compare(original, decoded, stats.gram)
-        task.quantized[name] = quantized
-        task.put_matrix(name, decoded)
+        if work.keep:
+            task.settle(name, quantized)
+        else:
+            decoded = quantized.dequantize()
+            work.errors[name] = _compare(W, decoded, stats.gram)
+            task.quantized[name] = quantized
+            task.put_matrix(name, decoded)
     give_back()  # splinters of one stage must not add to the next one's peak
 
 
@@ -176,8 +177,9 @@ def _errors(work: _Work, name: str) -> tuple[float, float | None]:
     """The errors of a layer as it ended, tuners included."""
     if not work.keep:
         return work.errors[name]
-    stats = work.stats.get(name, Statistics())
-    return _compare(work.originals[name], work.task.quantized[name].dequantize(), stats.gram)
+    task = work.task
+    stats = task.stats.get(name, Statistics())
+    return _compare(task.originals[name], task.quantized[name].dequantize(), stats.gram)
 
 
 def _note_floats(work: _Work, before: dict[str, Tensor], result: BlockResult) -> None:

@@ -116,16 +116,3 @@ def stages_of(adapter: Adapter, block: nn.Module, hidden: Tensor, call: Call) ->
             stages.append([name])
         previous = place
     return stages
-
-
-def first_window(call: Call) -> Call:
-    """The same call for a batch of one window."""
-
-    def cut(value: object) -> object:
-        if isinstance(value, Tensor):
-            return value[:1] if value.dim() > 1 and value.shape[0] > 1 else value
-        if isinstance(value, tuple):
-            return tuple(cut(v) for v in value)
-        return value
-
-    return Call(tuple(cut(a) for a in call.args), {k: cut(v) for k, v in call.kwargs.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bitmill.models.skeleton import Skeleton
@@ -9,6 +10,7 @@ from bitmill.recipe import Recipe
 from bitmill.transforms.base import Activations, SeamTransform, SeamView, fold
 
 
+@torch.no_grad()
 def fold_transforms(
     recipe: Recipe, skeleton: Skeleton, index: int, seen: dict[str, Activations] | None = None
 ) -> dict[str, Tensor]:
@@ -23,26 +25,26 @@ def fold_transforms(
         return {}
     block, adapter = skeleton.blocks[index], skeleton.adapter
     seen = {} if seen is None else seen
+    prefix = skeleton.block_name(index)
     touched: set[str] = set()
     for transform in seam_transforms:
         for seam in adapter.seams:
-            source = block.get_submodule(seam.source)
-            targets = [block.get_submodule(name) for name in seam.targets]
-            weights = [_matrix(m.weight, adapter.transposed) for m in targets]
-            written = _matrix(source.weight, adapter.transposed)
-            if written.shape[0] != weights[0].shape[1]:
-                continue  # grouped queries: one head of v feeds several of o's inputs
-            if seam.norm_plus_one:
-                written = written + 1
+            coded = [name for name in seam.targets if not recipe.ignores(f"{prefix}.{name}")]
+            if not coded:
+                continue  # nobody would gain
+            parameters = dict(block.named_parameters())
+            targets = [_matrix(parameters[f"{name}.weight"], adapter.transposed) for name in coded]
+            source = _matrix(parameters[f"{seam.source}.weight"], adapter.transposed)
+            source = source + 1 if seam.norm_plus_one else source
             lead = next((name for name in seam.targets if name in seen), "")
-            view = SeamView(written, weights, recipe.weight.core, seen.get(lead))
+            view = SeamView(source, targets, recipe.weight.core, seen.get(lead), seam.heads)
             scale = transform.choose(view)
-            fold(scale, source, targets, seam.norm_plus_one, adapter.transposed)
+            for name, tensor in fold(scale, seam, parameters, adapter.transposed).items():
+                parameters[name].data = tensor
+                touched.add(f"{prefix}.{name}")
             if lead:
-                seen[lead] = seen[lead].divided(scale)
-            for name in (seam.source, *seam.targets):
-                touched |= {f"{skeleton.block_name(index)}.{name}.{leaf}" for leaf in ("weight", "bias")}
-    quantized = {f"{skeleton.block_name(index)}.{name}" for name in adapter.linears}
+                seen[lead] = seen[lead].divided(view.columns(scale))
+    quantized = {f"{prefix}.{name}" for name in adapter.linears}
     quantized = {f"{name}.weight" for name in quantized if not recipe.ignores(name)}
     changed = {}
     for name in sorted((touched & set(skeleton.names())) - quantized):
@@ -52,6 +54,5 @@ def fold_transforms(
     return changed
 
 
-def _matrix(weight: object, transposed: bool) -> Tensor:
-    assert isinstance(weight, Tensor)
+def _matrix(weight: Tensor, transposed: bool) -> Tensor:
     return weight.T if transposed and weight.dim() == 2 else weight

@@ -100,6 +100,4 @@ def _restore(done: BlockResult, skeleton: Skeleton) -> None:
         if skeleton.is_parameter(name):
             skeleton.set(name, tensor.to(skeleton.device, torch.float32))
     for name, layer in done.layers.items():
-        W = layer.quantized.dequantize()
-        W = W.T if skeleton.adapter.transposed else W
-        skeleton.set(f"{name}.weight", W.to(skeleton.device).contiguous())
+        skeleton.set_matrix(f"{name}.weight", layer.quantized.dequantize())

@@ -12,14 +12,18 @@ Law (tests/conformance/test_transforms.py): the float model's logits change by l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bitmill.errors import NumericsError
 from bitmill.formats import Format, GroupFormat, Wrapper
 from bitmill.registry import Member, Registry
+
+if TYPE_CHECKING:
+    from bitmill.models.adapter import Seam
 
 TRANSFORMS: Registry[type[Transform]] = Registry("transform", "bitmill.transforms")
 
@@ -47,15 +51,35 @@ class SeamView:
     """One seam as a transform sees it.
 
     source: the weight of the norm (channels,) or linear layer (channels, in) before the seam.
-    targets: the weights (out, channels) of the linear layers after it.
+    targets: the weights (out, columns) of the linear layers after it that will be quantized.
     format: what the targets will be quantized to.
     activations: what the targets read; None for a transform that does not need it.
+    heads: of the source. With grouped queries the targets have more columns than the source has channels: they
+        read every head several times in turn.
     """
 
     source: Tensor
     targets: list[Tensor]
     format: GroupFormat
     activations: Activations | None = None
+    heads: int = 1
+
+    def required_activations(self, transform: str) -> Activations:
+        """What the targets read. Raises NumericsError, naming the transform that asks, when nobody looked."""
+        if self.activations is None:
+            raise NumericsError(f"{transform} needs to see the layers' inputs; run it with calibration text.")
+        return self.activations
+
+    def columns(self, values: Tensor) -> Tensor:
+        """Values of the channels (channels,) as the targets' columns (columns,) see them."""
+        return spread(values, self.targets[0].shape[1], self.heads)
+
+    def readers(self, values: Tensor) -> Tensor:
+        """Values of the columns (columns,) by the channel they read: (readers of a channel, channels)."""
+        repeats = values.shape[0] // self.source.shape[0]
+        if repeats == 1:
+            return values[None]
+        return values.unflatten(0, (self.heads, repeats, -1)).transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -86,20 +110,28 @@ class FormatTransform(Transform):
         """The format that undoes the change around `format`."""
 
 
-@torch.no_grad()
-def fold(scale: Tensor, source: nn.Module, targets: list[nn.Module], plus_one: bool, transposed: bool) -> None:
-    """Divide the seam's source by `scale` (channels,) and multiply its targets' input columns by it, in place.
+def fold(scale: Tensor, seam: Seam, tensors: Mapping[str, Tensor], transposed: bool) -> dict[str, Tensor]:
+    """Divide the seam's source by `scale` (channels,) and multiply what its targets read by it.
 
-    plus_one: the norm multiplies by 1 + weight (Gemma).  transposed: weights are (in, out) (GPT-2).
+    tensors: the parameters of the block, by name.  transposed: weights are (in, out) (GPT-2).
+    Returns those that change, and leaves its arguments alone: a scale can be learned through it.
     """
-    weight, bias = source.weight, getattr(source, "bias", None)
-    assert isinstance(weight, Tensor)
+    weight, bias = tensors[f"{seam.source}.weight"], tensors.get(f"{seam.source}.bias")
     if weight.dim() == 1:
-        weight.copy_((weight + 1) / scale - 1 if plus_one else weight / scale)
+        divided = (weight + 1) / scale - 1 if seam.norm_plus_one else weight / scale
     else:
-        weight.div_(scale[None, :] if transposed else scale[:, None])
+        divided = weight / (scale[None, :] if transposed else scale[:, None])
+    changed = {f"{seam.source}.weight": divided}
     if bias is not None:
-        bias.div_(scale)
-    for target in targets:
-        assert isinstance(target.weight, Tensor)
-        target.weight.mul_(scale[:, None] if transposed else scale[None, :])
+        changed[f"{seam.source}.bias"] = bias / scale
+    for target in (f"{name}.weight" for name in seam.targets):
+        weight = tensors[target]
+        columns = spread(scale, weight.shape[0 if transposed else 1], seam.heads)
+        changed[target] = weight * (columns[:, None] if transposed else columns[None, :])
+    return changed
+
+
+def spread(values: Tensor, columns: int, heads: int) -> Tensor:
+    """Values of a seam's channels (channels,) as its targets' `columns` see them: each head repeated in turn."""
+    repeats = columns // values.shape[0]
+    return values if repeats == 1 else values.unflatten(0, (heads, 1, -1)).expand(-1, repeats, -1).flatten()

@@ -27,7 +27,7 @@ class Equalize(SeamTransform):
     def choose(self, seam: SeamView) -> Tensor:
         """s (channels,), normalised to geometric mean 1."""
         writes = seam.source.abs() if seam.source.dim() == 1 else seam.source.abs().amax(1)
-        reads = torch.stack([t.abs().amax(0) for t in seam.targets]).amax(0)
+        reads = seam.readers(torch.stack([t.abs().amax(0) for t in seam.targets]).amax(0)).amax(0)
         ratio = writes.clamp(min=1e-5) / reads.clamp(min=1e-5)
         scale = ratio.sqrt().pow(self.strength)
         return (scale / scale.log().mean().exp()).clamp(1e-3, 1e3)

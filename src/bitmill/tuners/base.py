@@ -22,6 +22,7 @@ from bitmill.models.adapter import Seam
 from bitmill.models.calls import Call
 from bitmill.quantized import Quantized
 from bitmill.registry import Member, Registry
+from bitmill.solvers import Statistics
 
 TUNERS: Registry[type[Tuner]] = Registry("tuner", "bitmill.tuners")
 
@@ -36,6 +37,9 @@ class BlockTask:
     names: the linears to be quantized, by path in the block, in the order in which they run.
     inputs: hidden states (windows, tokens, width), batch by batch, as the quantized blocks before produce them.
     targets: what the float model has after this block, batch by batch; empty unless a tuner needs it.
+    dtypes: the types in which the parameters that stay in float will be stored.
+    originals: the float weight (out, in) of every settled linear, as it was when it was settled.
+    stats: what the linears' inputs were, as far as the recipe needs to know; `gram` alone is kept.
     """
 
     block: nn.Module
@@ -49,6 +53,9 @@ class BlockTask:
     transposed: bool = False  # weights are stored (in, out)
     seams: tuple[Seam, ...] = ()
     quantized: dict[str, Quantized] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Statistics] = field(default_factory=dict)
 
     def matrix(self, name: str) -> Tensor:
         """The weight of a linear as (out, in), fp32."""
@@ -64,8 +71,14 @@ class BlockTask:
 
     def settle(self, name: str, quantized: Quantized) -> None:
         """Note a linear's result, and let the block compute with it as it will be stored."""
+        self.originals.setdefault(name, self.matrix(name))
         self.quantized[name] = quantized
         self.put_matrix(name, quantized.dequantize())
+
+    def put_float(self, name: str, values: Tensor) -> None:
+        """Replace a parameter that stays in float by what its stored type keeps of `values`."""
+        parameter = self.block.get_parameter(name)
+        parameter.data = values.to(self.dtypes.get(name, parameter.dtype)).to(parameter.dtype)
 
     def run(self, batch: int) -> Tensor:
         """The block's output for one batch, with whatever its weights are now."""

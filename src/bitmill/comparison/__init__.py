@@ -1,0 +1,1 @@
+"""A grid of recipes and bits, quantized and measured on the same terms: what `bitmill compare` runs."""

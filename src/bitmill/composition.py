@@ -1,0 +1,99 @@
+"""Recipes put together from parts: any format, solver, transforms and tuners, on top of a named method.
+
+A part is spelled as on the command line, `NAME` or `NAME:key=value,key=value`, values as in YAML:
+`codebook:bits=3,group_size=row`. What a part leaves out is its default; bits stay those of the base recipe.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bitmill.errors import RecipeError
+from bitmill.formats import FORMATS
+from bitmill.recipe import METHODS, Recipe, build_recipe
+from bitmill.registry import Registry
+from bitmill.solvers import SOLVERS
+from bitmill.transforms import TRANSFORMS
+from bitmill.tuners import TUNERS
+
+
+def compose(
+    base: Recipe,
+    *,
+    format: str | None = None,
+    solver: str | None = None,
+    transforms: Sequence[str] = (),
+    tuners: Sequence[str] = (),
+    sparse: float | None = None,
+) -> Recipe:
+    """`base` with other parts: format and solver are replaced, transforms and tuners added after its own.
+
+    sparse: share of the weights that are stored apart in fp16, beside the dense format.
+    Raises RecipeError for an unknown part or option, and for parts that cannot work together.
+    """
+    names, weight = [base.name], base.weight
+    chosen: dict[str, Any] = {}
+    if format is not None:
+        part = _part(FORMATS, format)
+        kept = {"bits": base.weight.core.bits} if "bits" in _fields(FORMATS, part["format"]) else {}
+        weight = FORMATS.from_dict({**kept, **part})
+        names.append(weight.name)
+    if sparse is not None:
+        weight = FORMATS.from_dict(
+            {"format": "sum", "inner": weight.to_dict(), "outliers": sparse, "sensitive": 0.0}
+        )
+        names.append("sparse")
+    if solver is not None:
+        chosen["solver"] = SOLVERS.from_dict(_part(SOLVERS, solver))
+        names.append(chosen["solver"].name)
+    more = {
+        "transforms": [TRANSFORMS.from_dict(_part(TRANSFORMS, spelled)) for spelled in transforms],
+        "tuners": [TUNERS.from_dict(_part(TUNERS, spelled)) for spelled in tuners],
+    }
+    for noun, members in more.items():
+        names += [member.name for member in members]
+        chosen[noun] = (*getattr(base, noun), *members)
+    return replace(base, name="+".join(names), weight=weight, **chosen)
+
+
+def find_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a named method, of a file, or of a user's recipe of that name.
+
+    Raises RecipeError when there is none.
+    """
+    if method not in METHODS.names() and (file := user_recipes().get(method)):
+        return build_recipe(str(file), options)
+    return build_recipe(method, options)
+
+
+def user_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes in the user's folder: BITMILL_RECIPES, else ~/.config/bitmill/recipes."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    folder = Path(os.environ.get("BITMILL_RECIPES") or config / "bitmill" / "recipes")
+    return {file.stem: file for file in sorted(folder.glob("*.y*ml"))} if folder.is_dir() else {}
+
+
+def _part(registry: Registry[Any], spelled: str) -> dict[str, Any]:
+    """The plain data of `NAME:key=value,...`."""
+    name, _, options = spelled.partition(":")
+    part: dict[str, Any] = {registry.noun: name.strip()}
+    known = _fields(registry, name.strip())
+    for option in filter(None, (o.strip() for o in options.split(","))):
+        key, equals, value = option.partition("=")
+        if not equals or key not in known:
+            raise RecipeError(
+                f"The {registry.noun} {name!r} has no option {option!r}; write NAME:key=value,... with keys of: "
+                f"{', '.join(known) or '(none)'}."
+            )
+        part[key] = yaml.safe_load(value)
+    return part
+
+
+def _fields(registry: Registry[Any], name: str) -> list[str]:
+    return [f.name for f in fields(registry.get(name))]

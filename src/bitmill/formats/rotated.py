@@ -1,0 +1,111 @@
+"""Rotated: another format for the same matrix in a random orthogonal basis.
+
+    W^ = U^T Q V diag(1/s)      Q what the inner format stores, U and V orthogonal, made from the seed
+
+    rescale  fp16 s, one a column; with `rescale` alone
+
+In that basis the weights are incoherent: none stands out, whatever W was, and all rows and columns have much
+the same size, so that a coarse format serves them. At run time V acts on the inputs and U^T on the outputs, in
+O(n log n) (`kind` "hadamard") or O(n**1.5) ("orthogonal") operations each, see `numerics.rotations`. With
+`rescale`, columns are first scaled by s_j = (G_jj / |W_:j|^2)^(1/4), which balances weights against inputs.
+
+    stored bits: the inner format's; and 16/rows a weight with rescale
+    sides        "in" leaves the outputs alone: half the run time cost, and outliers of rows stay
+
+Source: QuIP (Chee et al. 2023, arXiv 2307.13304), section 4; QuIP# (arXiv 2402.04396), section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.grouped import as_stored
+from bitmill.formats.wrapper import InnerSolve, Wrapper
+from bitmill.numerics.rotations import Rotation, rotation
+
+if TYPE_CHECKING:
+    from bitmill.quantized import Quantized
+
+_RANGE = 64.0  # s is kept within this factor of 1: the other side of the balance grows by what one side loses
+
+
+@FORMATS.register("rotated")
+@dataclass(frozen=True)
+class Rotated(Wrapper):
+    """The inner format in a random orthogonal basis of inputs, and of outputs unless `sides` is "in"."""
+
+    kind: Literal["hadamard", "orthogonal"] = "hadamard"
+    seed: int = 0
+    sides: Literal["both", "in"] = "both"
+    rescale: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The mean squares of the inputs, with rescale."""
+        return self.inner.needs | (frozenset({"gram"}) if self.rescale else frozenset())
+
+    @property
+    def stackable(self) -> bool:
+        """Rows stay apart where the outputs are not rotated."""
+        return self.sides == "in" and self.inner.stackable
+
+    def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """s, with rescale."""
+        return (Part("rescale", (1, shape[1])),) if self.rescale else ()
+
+    def on_inputs(self, columns: int, device: torch.device) -> Rotation:
+        """V."""
+        return rotation(self.kind, columns, 2 * self.seed, device)
+
+    def on_outputs(self, rows: int, device: torch.device) -> Rotation | None:
+        """U; None where outputs stay as they are."""
+        return None if self.sides == "in" else rotation(self.kind, rows, 2 * self.seed + 1, device)
+
+    def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
+        """Solve U W diag(s) V^T against V diag(1/s) G diag(1/s) V^T."""
+        gram, cross, fisher = stats.gram, stats.cross, stats.fisher
+        V, U = self.on_inputs(W.shape[1], W.device), self.on_outputs(W.shape[0], W.device)
+        if gram is not None:
+            W = torch.where(gram.diagonal() > 0, W, 0.0)  # no input, no weight: it would only fill the basis
+        own = {}
+        if self.rescale:
+            s = _balance(W, stats.required_gram(self.name))
+            W, own = W * s, {"rescale": s[None]}
+            gram, cross = (None if G is None else G / s / s[:, None] for G in (gram, cross))
+        rotated = V.forward(W)
+        if U is not None:
+            rotated = U.forward(rotated.T).T.contiguous()
+        if gram is not None:
+            gram = V.congruent(gram)
+            gram = (gram + gram.T) / 2  # symmetric but for rounding
+        if cross is not None:
+            cross = V.congruent(cross)
+        if fisher is not None:  # of gradients nothing but their squares is known: every direction has the mean
+            fisher = fisher.mean().expand(W.shape)
+        solved = solve_inner(rotated, replace(stats, gram=gram, cross=cross, fisher=fisher))
+        return replace(solved, format=self, params={**solved.params, **own})
+
+    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """The stored matrix in the basis of the layer, fp32 of `shape`."""
+        W = self.inner.dequantize(codes, self.inner_params(params, shape), shape)
+        V, U = self.on_inputs(shape[1], W.device), self.on_outputs(shape[0], W.device)
+        if U is not None:
+            W = U.inverse(W.T).T
+        W = V.inverse(W.contiguous())
+        return W / params["rescale"] if self.rescale else W
+
+
+def _balance(W: Tensor, gram: Tensor) -> Tensor:
+    """s (columns,) as stored, of geometric mean about 1; 1 for columns without weights or inputs."""
+    loud, large = gram.diagonal().to(torch.float64), W.square().sum(0).to(torch.float64)
+    live = (loud > 0) & (large > 0)
+    ratio = torch.where(live, loud / large.clamp(min=1e-300), 1.0)
+    octaves = ratio.log() / 4
+    if bool(live.any()):
+        octaves = torch.where(live, octaves - octaves[live].mean(), 0.0)
+    return as_stored(octaves.exp().clamp(1 / _RANGE, _RANGE).float())

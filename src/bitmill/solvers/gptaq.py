@@ -1,0 +1,67 @@
+"""GPTAQ: GPTQ towards what the float model would have computed, from the inputs the quantized model gives.
+
+Problem    minimise || X_float W^T - X W^^T ||^2: the inputs X already carry the errors of earlier layers, and the
+           layer should undo what it can of them
+Equation   with D = (X_float - X)^T X / tokens and G = X^T X / tokens, the best real-valued matrix is
+           W* = W + W D (G + damp I)^-1, and || X W*^T - X W^^T ||^2 is GPTQ's problem; alpha scales the step
+Needs      the Gram matrix and the cross-Gram D: the float blocks run beside the quantized ones
+Cost       GPTQ's, one more forward pass, and one triangular solve a layer
+Limits     D is estimated from the calibration text and fits it: alpha below 1 is a shrinkage
+
+Li et al. 2025, "GPTAQ" (arXiv 2504.02692). The paper spreads the same correction over the columns to come while
+it rounds (strictly upper part, alpha 0.25); here it is applied to all columns at once, before the loop, so that
+any format and order can follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import NumericsError, RecipeError
+from bitmill.formats import GroupFormat
+from bitmill.numerics.cholesky import inverse_factor
+from bitmill.quantized import Quantized
+from bitmill.solvers.base import SOLVERS, Statistics
+from bitmill.solvers.gptq import GPTQ
+
+
+@SOLVERS.register("gptaq")
+@dataclass(frozen=True)
+class GPTAQ(GPTQ):
+    """Error feedback with asymmetric calibration."""
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha is {self.alpha!r}; use a share of the correction from 0 to 1.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Gram matrix, and how the inputs differ from the float model's."""
+        return super().needs | {"cross"}
+
+    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
+        """Quantize W, fp32 (rows, columns), against stats.gram and stats.cross."""
+        if stats.cross is None:
+            raise NumericsError(f"{self.name} needs the float model's inputs beside; use propagate=quantized.")
+        return super().solve(self._retarget(W, stats), stats, format)
+
+    def _retarget(self, W: Tensor, stats: Statistics) -> Tensor:
+        """W* (rows, columns)."""
+        gram = stats.required_gram(self.name)
+        assert stats.cross is not None
+        if not bool(gram.any()):
+            return W
+        U, _ = inverse_factor(_alive(gram), self.damp)
+        return W + self.alpha * ((W @ stats.cross) @ U.T) @ U
+
+
+def _alive(gram: Tensor) -> Tensor:
+    """The Gram with ones for inputs that are always 0; the cross-Gram holds zeros there."""
+    dead = gram.diagonal() == 0
+    return gram + torch.diag(dead.to(gram.dtype)) if bool(dead.any()) else gram

@@ -1,0 +1,131 @@
+"""What gradient-based tuners share: minibatches of windows, parameters in units of their own size, Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitmill.formats.base import Part
+from bitmill.models.calls import Call
+from bitmill.quantized import Quantized
+from bitmill.tuners.base import BlockTask
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Some windows: how the block is called for them, what goes in, what should come out."""
+
+    call: Call
+    hidden: Tensor  # (windows, tokens, width)
+    target: Tensor
+
+
+def minibatches(task: BlockTask, tokens: int, generator: torch.Generator) -> Iterator[Minibatch]:
+    """Every window once, in random order, about `tokens` tokens at a time and never more than one batch."""
+    cuts = []
+    for batch, hidden in enumerate(task.inputs):
+        step = max(1, tokens // hidden.shape[1])
+        cuts += [(batch, start, start + step) for start in range(0, hidden.shape[0], step)]
+    for k in torch.randperm(len(cuts), generator=generator).tolist():
+        batch, start, stop = cuts[k]
+        hidden = task.inputs[batch]
+        call = task.calls[batch].cut(hidden.shape[0], start, stop)
+        yield Minibatch(call, hidden[start:stop], task.targets[batch][start:stop])
+
+
+class Leaf:
+    """A tensor that is learned, counted in units of its size, so that one learning rate serves all of them.
+
+    The unit is the root mean square of a row of parameters, or of a whole vector.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self.start = start
+        axes = tuple(range(1 if start.dim() > 1 else 0, start.dim()))
+        self.unit = start.square().mean(axes, keepdim=True).sqrt()
+        self.steps = torch.zeros_like(start, requires_grad=True)
+
+    def value(self) -> Tensor:
+        """The tensor now, with its gradient."""
+        return torch.addcmul(self.start, self.unit, self.steps)
+
+
+class Free:
+    """What a tuner trains in a settled block: parameters of quantized layers, norms and biases.
+
+    params: train the continuous parts of every quantized layer.  norms: train the vectors that stay in float.
+    """
+
+    def __init__(self, task: BlockTask, params: bool, norms: bool) -> None:
+        self.task = task
+        self.params: dict[str, dict[str, Leaf]] = {}
+        for name, quantized in task.quantized.items() if params else ():
+            known = quantized.params
+            self.params[name] = {part.name: Leaf(known[part.name]) for part in continuous_parts(quantized)}
+        vectors = [(name, p) for name, p in task.floats() if p.dim() == 1] if norms else []
+        self.floats = {name: Leaf(parameter.data) for name, parameter in vectors}
+
+    def leaves(self) -> list[Leaf]:
+        """All of them."""
+        return [leaf for parts in self.params.values() for leaf in parts.values()] + list(self.floats.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The block's weights and vectors with their gradients, by name."""
+        tensors = {name: leaf.value() for name, leaf in self.floats.items()}
+        for name, parts in self.params.items():
+            quantized = self.task.quantized[name]
+            params = {**quantized.params, **{part: leaf.value() for part, leaf in parts.items()}}
+            W = quantized.format.dequantize(quantized.codes, params, quantized.shape)
+            tensors[f"{name}.weight"] = W.T if self.task.transposed else W
+        return tensors
+
+    @torch.no_grad()
+    def store(self) -> None:
+        """Let the block compute with what storage keeps of the present state."""
+        for name, leaf in self.floats.items():
+            self.task.put_float(name, leaf.value())
+        for name, parts in self.params.items():
+            quantized, params = self.task.quantized[name], dict(self.task.quantized[name].params)
+            for part in continuous_parts(quantized):
+                params[part.name] = part.unpack(part.pack(parts[part.name].value()))
+            self.task.settle(name, replace(quantized, params=params))
+
+    def state(self) -> list[Tensor]:
+        """A copy of where everything is."""
+        return [leaf.steps.detach().clone() for leaf in self.leaves()]
+
+    def restore(self, state: list[Tensor]) -> None:
+        """Go back to a `state`."""
+        for leaf, steps in zip(self.leaves(), state):
+            leaf.steps.data = steps
+        self.store()
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980), algorithm 1; torch's own takes seconds to import."""
+
+    def __init__(self, leaves: list[Tensor], first: float = 0.9, second: float = 0.95) -> None:
+        self.leaves, self.first, self.second, self.count = leaves, first, second, 0
+        self.mean = [torch.zeros_like(leaf) for leaf in leaves]
+        self.power = [torch.zeros_like(leaf) for leaf in leaves]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Move every leaf by about `rate`, and forget its gradient."""
+        self.count += 1
+        first, second = 1 - self.first**self.count, 1 - self.second**self.count
+        for leaf, mean, power in zip(self.leaves, self.mean, self.power):
+            if leaf.grad is not None:
+                mean.lerp_(leaf.grad, 1 - self.first)
+                power.mul_(self.second).addcmul_(leaf.grad, leaf.grad, value=1 - self.second)
+                leaf.addcdiv_(mean / first, (power / second).sqrt_().add_(1e-12), value=-rate)
+                leaf.grad = None
+
+
+def continuous_parts(quantized: Quantized) -> list[Part]:
+    """The stored parameters that are numbers, and not indices: what a gradient can move."""
+    parts = quantized.format.parts(quantized.shape)
+    return [part for part in parts if part.bits is None and part.stored_as.is_floating_point]

@@ -1,0 +1,175 @@
+"""The laws of tuners, for every registered one: they bring a block closer, and what they measured is stored."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor, nn
+
+import bitmill
+from bitmill.errors import RecipeError
+from bitmill.formats import Format
+from bitmill.formats.uniform import Uniform
+from bitmill.models.module import ModuleSource
+from bitmill.models.skeleton import Skeleton
+from bitmill.pipeline import BlockResult, Job, run
+from bitmill.recipe import Recipe
+from bitmill.solvers import Solver
+from bitmill.solvers.gptq import GPTQ
+from bitmill.solvers.nearest import Nearest
+from bitmill.tuners import TUNERS, BlockTask, Tuner
+from cases import all_wrappers, few_formats, varied
+
+WINDOWS = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(7))
+MODELS = ["llama", "opt", "gpt2", "gemma2"]
+ALL = [tuner for _, kind in TUNERS.items() for tuner in (kind(), *varied(kind))]
+every_tuner = pytest.mark.parametrize("tuner", ALL, ids=repr)
+
+
+class Keep:
+    """A sink that keeps the blocks, and finds those that it is given finished."""
+
+    def __init__(self, done: list[BlockResult] | None = None) -> None:
+        self.done, self.blocks = done or [], list[BlockResult]()
+
+    def finished(self, index: int) -> BlockResult | None:
+        return self.done[index] if index < len(self.done) else None
+
+    def write(self, result: BlockResult, skeleton: Skeleton) -> None:
+        self.blocks.append(result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch(Tuner):
+    """Does nothing but to note how far the block is from the float one."""
+
+    name = "watch"  # type: ignore[assignment]
+    seen: list = dataclasses.field(default_factory=list)
+
+    def after(self, task: BlockTask) -> None:
+        self.seen.append(task.error())
+
+
+def recipe_of(tuner: Tuner, format: Format | None = None, solver: Solver | None = None) -> Recipe:
+    return Recipe("test", format or Uniform(2, 16), solver or Nearest(), tuners=(tuner,))
+
+
+def errors(tuner: Tuner | None = None, model: str = "llama", **choices) -> list[float]:
+    """The error of each block of a tiny model, as the tuner left it."""
+    watch, sink = Watch(), Keep()
+    recipe = recipe_of(watch, **choices)
+    if tuner:
+        recipe = dataclasses.replace(recipe, tuners=(tuner, watch))
+    run(Job(Skeleton(ModuleSource(tiny_model(model))), recipe, WINDOWS), sink)
+    return watch.seen
+
+
+@torch.no_grad()
+def hidden_states(model: nn.Module, blocks: str) -> list[Tensor]:
+    """What every block of a model makes of the windows."""
+    seen: list[Tensor] = []
+
+    def note(module, args, output):
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(note) for block in model.get_submodule(blocks)]
+    model(WINDOWS)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def quantize(recipe: Recipe, model: nn.Module, out=None, **options):
+    return bitmill.quantize(model, recipe, calibration=WINDOWS, out=out, measure=0, **options)
+
+
+@every_tuner
+@pytest.mark.parametrize("solver", [Nearest(), GPTQ()], ids=["nearest", "gptq"])
+def test_the_block_comes_closer(tuner, solver):
+    assert errors(tuner, solver=solver)[0] < errors(solver=solver)[0]
+
+
+@every_tuner
+def test_it_is_never_worse(tuner):
+    """At 8 bits there is little to gain, and nothing may be lost."""
+    assert errors(tuner, format=Uniform(8, 16))[0] <= errors(format=Uniform(8, 16))[0]
+
+
+@every_tuner
+@pytest.mark.parametrize("model", MODELS)
+def test_what_was_measured_is_stored(tuner, model, tmp_path):
+    """The folder's model is as far from the float model, block by block, as the tuner said."""
+    source = tiny_model(model)
+    skeleton = Skeleton(ModuleSource(copy.deepcopy(source)))
+    quantize(recipe_of(tuner), source, tmp_path / "out")
+    path = skeleton.adapter.blocks
+    before, after = hidden_states(source, path), hidden_states(bitmill.load(tmp_path / "out"), path)
+    found = [float((a - b).square().mean()) for a, b in zip(before, after)]
+    assert found == pytest.approx(errors(tuner, model), rel=1e-3)
+
+
+@every_tuner
+def test_the_same_job_gives_the_same_bytes(tuner, tmp_path):
+    for out in ("one", "other"):
+        torch.manual_seed(len(out))  # whoever draws numbers has a generator of its own
+        model = tiny_model("llama")
+        quantize(recipe_of(tuner), model, tmp_path / out)
+    for file in sorted((tmp_path / "one").iterdir()):
+        assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes(), file
+
+
+@every_tuner
+def test_a_resumed_run_finds_what_was_tuned(tuner):
+    """Blocks that are finished come back with their tuned norms: the next block is the same, bit by bit."""
+    recipe = recipe_of(tuner)
+    whole, rest = Keep(), Keep()
+    run(Job(Skeleton(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), whole)
+    rest.done = whole.blocks[:1]
+    run(Job(Skeleton(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), rest)
+    first, second = whole.blocks[1], rest.blocks[0]
+    assert first.changed.keys() == second.changed.keys()
+    assert all(torch.equal(tensor, second.changed[name]) for name, tensor in first.changed.items())
+    for name, layer in first.layers.items():
+        mine, theirs = layer.quantized.pack(), second.layers[name].quantized.pack()
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+
+
+@every_tuner
+@pytest.mark.parametrize("format", [*few_formats(), *all_wrappers()], ids=repr)
+def test_every_format_is_taken_or_refused_with_a_reason(tuner, format):
+    reason = tuner.accepts(format)
+    if reason:
+        assert reason.endswith(".")
+        with pytest.raises(RecipeError, match="cannot be built"):
+            recipe_of(tuner, format)
+        return
+    assert errors(tuner, format=format)[0] <= errors(format=format)[0]
+
+
+@every_tuner
+def test_source_weights_are_left_alone(tuner):
+    model = tiny_model("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run(Job(Skeleton(ModuleSource(model)), recipe_of(tuner), WINDOWS), Keep())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@every_tuner
+def test_plain_data_round_trips(tuner):
+    assert TUNERS.from_dict(json.loads(json.dumps(tuner.to_dict()))) == tuner
+    recipe = recipe_of(tuner)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@every_tuner
+def test_nonsense_is_refused(tuner):
+    for field in dataclasses.fields(tuner):
+        with pytest.raises(RecipeError, match=field.name):
+            TUNERS.from_dict({**tuner.to_dict(), field.name: [3]})
+    with pytest.raises(RecipeError, match="unheard_of"):
+        TUNERS.from_dict({**tuner.to_dict(), "unheard_of": 1})

@@ -1,0 +1,28 @@
+"""bitmill study, as a user types it."""
+
+from __future__ import annotations
+
+import json
+
+from bitmill.cli.main import main
+
+
+def test_as_json(world, capsys):
+    assert main(["study", str(world.source), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["measured"] is None
+    assert len(data["cells"]) == 34
+    assert data["verdicts"][-1].startswith("smallest fair: ")
+
+
+def test_for_people(world, capsys):
+    text = ["--text", str(world.text), "--windows", "2", "--seqlen", "16", "--search"]
+    assert main(["study", str(world.source), *text]) == 0
+    out = capsys.readouterr().out
+    for word in ("2 x 16 tokens", "shrunken", "smallest safe", "4 bits: ", "nvfp4 in groups of 16: ", "ppl", "KL"):
+        assert word in out
+
+
+def test_windows_belong_to_a_text(world, capsys):
+    assert main(["study", str(world.source), "--windows", "3"]) == 2
+    assert "--text" in capsys.readouterr().err

@@ -1,0 +1,289 @@
+"""bitmill compare: a grid with a cell that fails, killed and continued."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bitmill.cli.main import main
+from bitmill.comparison import process, run, worker
+from bitmill.comparison.process import CellFailed
+from bitmill.errors import NumericsError
+from bitmill.recipe import build_recipe
+from bitmill.report.results import read_results
+
+TERMS = ["--samples", "4", "--seqlen", "32", "--windows", "2", "--max-new-tokens", "3"]
+
+
+def in_this_process(folder: Path, name: str, log: Path, progress) -> dict:
+    """Run a cell here: a process of its own spends seconds on imports."""
+    stdout = io.StringIO()
+    worker.main([str(folder), name], stdout=stdout)
+    said: dict = {}
+    for line in stdout.getvalue().splitlines():
+        said |= process._follow(line, progress, name)
+    if "result" not in said:
+        raise CellFailed(said["failed"])
+    return said["result"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": in_this_process})
+
+
+@pytest.fixture
+def broken(world) -> Path:
+    """A recipe that cannot be carried out: nothing would be quantized."""
+    path = world.root / "broken.yaml"
+    text = build_recipe("rtn").to_yaml()
+    path.write_text(text.replace("name: rtn", "name: broken").replace("ignore: []", "ignore: ['*']"))
+    return path
+
+
+def command(world, *more: object, methods: str = "rtn,gptq", bits: str = "3,4") -> list[str]:
+    grid = ["--methods", methods, "--bits", bits] if methods else []
+    return ["compare", "source", *grid, "--calib", world.text.name, *TERMS, "-o", "grid", *map(str, more)]
+
+
+def results(world):
+    return read_results(world.root / "grid" / "results.json")
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_grid(world, quick, capsys):
+    assert main(command(world, "--set", "gptq.damp=0.05", "--json")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = results(world)
+    assert [v.name for v in found.variants] == ["rtn-3bit", "rtn-4bit", "gptq-3bit", "gptq-4bit"]
+    assert [v["name"] for v in printed["variants"]] == [v.name for v in found.variants]
+    assert "layers" not in printed["variants"][0]
+    for variant in found.variants:
+        assert variant.status == "done"
+        assert variant.tokens == found.float.tokens == 64
+        assert variant.kl_divergence > 0
+        assert 0 <= variant.top1_agreement <= 1
+        assert variant.quantize_time_s > 0
+        assert variant.peak_memory_bytes > 1e6
+        assert variant.size_bytes < 5 * found.float.size_bytes
+        assert len(variant.layers) == 14
+        assert len(variant.samples) == len(found.float.samples) == 3
+    assert found.variants[2].recipe["solver"]["damp"] == 0.05
+    assert found.variants[2].layers[0].output_error > 0
+    assert found.settings.chat is True
+    assert "--set gptq.damp=0.05" in found.commands[0]
+    kept = {"grid.json", "results.json", "report.html", "lock", "cells/float.json"}
+    assert names(world.root / "grid") == kept | {f"cells/{v.name}.json" for v in found.variants}
+    page = (world.root / "grid" / "report.html").read_text()
+    assert all(f"{v.method} {v.bits}-bit" in page for v in found.variants)
+
+
+def test_what_is_measured_is_what_eval_measures(world, quick, capsys):
+    assert main(command(world, "--keep-models", methods="gptq", bits="3")) == 0
+    (variant,) = results(world).variants
+    folder = world.root / "grid" / "cells" / "gptq-3bit"
+    capsys.readouterr()
+    evaluate = ["eval", str(folder), "--text", world.text.name, "--seqlen", "32", "--windows", "2"]
+    assert main([*evaluate, "--reference", "source", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert variant.perplexity == pytest.approx(measured["perplexity"], rel=1e-5)
+    assert variant.kl_divergence == pytest.approx(measured["kl_divergence"], rel=1e-2)
+    assert variant.top1_agreement == measured["top1_agreement"]
+    assert results(world).float.perplexity == pytest.approx(measured["reference_perplexity"], rel=1e-5)
+    recorded = json.loads((folder / "report.json").read_text())["measured"]
+    assert recorded[0]["perplexity"] == variant.perplexity
+    assert main(["verify", str(folder)]) == 0
+
+
+def test_the_same_command_again_does_nothing_again(world, quick, monkeypatch):
+    assert main(command(world, bits="3")) == 0
+    before = names(world.root / "grid"), results(world)
+    monkeypatch.setattr(worker, "main", pytest.fail)
+    assert main(command(world, bits="3")) == 0
+    assert (names(world.root / "grid"), results(world)) == before
+
+
+def test_a_grid_grows(world, quick):
+    assert main(command(world, methods="rtn", bits="3")) == 0
+    before = results(world).variants[0]
+    assert main(command(world, methods="gptq", bits="4")) == 0
+    found = results(world)
+    assert [v.name for v in found.variants] == ["gptq-4bit", "rtn-3bit"]
+    assert found.variants[1] == before
+    assert len(found.commands) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--windows", "3"], "settings.evaluation.windows was 2 and is now 3"),
+        (["--seed", "1"], "settings.calibration.seed was 0 and is now 1"),
+        (
+            ["--set", "rtn.group_size=8"],
+            "holds 'rtn-3bit' with another recipe (weight.group_size was 64 and is now 8)",
+        ),
+        (["--propagate", "float"], "settings.propagate was 'quantized' and is now 'float'"),
+    ],
+)
+def test_other_terms_are_refused(world, quick, capsys, more, said):
+    assert main(command(world, methods="rtn", bits="3")) == 0
+    capsys.readouterr()
+    assert main(command(world, *more, methods="rtn", bits="3")) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_cells_that_fail_or_do_not_exist_are_rows(world, quick, broken, capsys, monkeypatch):
+    from bitmill import api
+
+    quantize = api.quantize
+
+    def sometimes(model, recipe, **options):
+        if recipe.name == "gptq" and recipe.weight.bits == 3:
+            raise NumericsError("A matrix is not finite; use another.")
+        if recipe.name == "gptq":
+            raise ZeroDivisionError("of our\nmaking")
+        return quantize(model, recipe, **options)
+
+    monkeypatch.setattr(api, "quantize", sometimes)
+    assert main(command(world, "--recipes", broken, bits="3,4,9")) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("error: 3 of 7 variants failed, the first one 'gptq-3bit'")
+    rows = {v.name: (v.status, v.reason) for v in results(world).variants}
+    assert rows["rtn-3bit"] == rows["rtn-4bit"] == ("done", None)
+    assert rows["rtn-9bit"][0] == rows["gptq-9bit"][0] == "not_applicable"
+    assert rows["gptq-3bit"] == ("failed", "A matrix is not finite; use another.")
+    assert rows["gptq-4bit"] == ("failed", "Unexpected ZeroDivisionError: of our making.")
+    assert rows["broken"][0] == "failed"
+    assert "ignores every linear layer" in rows["broken"][1]
+    for name in ("gptq-3bit: failed: A matrix", "rtn-9bit: not applicable: "):
+        assert name in out
+    monkeypatch.setattr(api, "quantize", quantize)
+    assert main(command(world, bits="3,4,9")) == 0  # what failed is tried again
+    assert {v.status for v in results(world).variants if v.name != "broken"} == {"done", "not_applicable"}
+
+
+def test_statistics_are_shared(world, quick):
+    assert main(command(world, "--propagate", "float", methods="gptq")) == 0
+    assert {v.status for v in results(world).variants} == {"done"}
+    assert not (world.root / "grid" / "statistics").exists()
+
+
+def test_prompts_from_a_file(world, quick, capsys):
+    (world.root / "prompts.txt").write_text("w1 w2\n\n  w3 \n")
+    assert main(command(world, "--prompts", "prompts.txt", methods="rtn", bits="4")) == 0
+    assert results(world).settings.prompts == ["w1 w2", "w3"]
+    (world.root / "prompts.txt").write_text("\n")
+    assert main(command(world, "--prompts", "prompts.txt", methods="rtn", bits="4")) == 2
+    assert main(command(world, "--prompts", "nowhere.txt", methods="rtn", bits="4")) == 2
+    assert "nowhere.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        (["--bits", "three"], 2, "'three'"),
+        (["--methods", "nonsense"], 2, "no method 'nonsense'"),
+        (["--methods", ""], 2, "nothing to compare"),
+        (["--set", "damp=1"], 2, "METHOD.KEY=VALUE"),
+        (["--set", "rtn.bits=1"], 2, "--bits"),
+        (["--set", "rtn.x=1", "--set", "rtn.x=2"], 2, "twice"),
+        (["--propagate", "sideways"], 2, "'sideways'"),
+        (["--calib", "nowhere.txt"], 1, "nowhere.txt"),
+        (["--seqlen", "65"], 1, "at most 64 tokens"),
+        (["-o", "text.txt"], 1, "text.txt"),
+    ],
+)
+def test_what_concerns_the_whole_grid_is_one_sentence(world, quick, capsys, more, status, said):
+    assert main(command(world, *more, methods="rtn", bits="3")) == status
+    out, err = capsys.readouterr()
+    assert said in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_the_float_model_must_be_measured(world, quick, capsys, monkeypatch):
+    def fail(*_):
+        raise CellFailed("Its process was killed.")
+
+    monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": fail})
+    assert main(command(world)) == 1
+    assert "The float model cannot be measured: Its process was killed." in capsys.readouterr().err
+
+
+def test_one_process_at_a_time(world, quick, capsys):
+    import fcntl
+
+    (world.root / "grid" / "cells").mkdir(parents=True)
+    with (world.root / "grid" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(command(world)) == 1
+    assert "Another process" in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_named(world, quick, capsys):
+    assert main(command(world, methods="rtn", bits="3")) == 0
+    (world.root / "grid" / "cells" / "rtn-3bit.json").write_text("{")
+    assert main(command(world, methods="rtn", bits="3")) == 1
+    assert "rtn-3bit.json cannot be read; delete it" in capsys.readouterr().err
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Workers of a comparison that are alive."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"bitmill.comparison.worker" in words and str(folder).encode() in words:
+            found.append(int(entry.name))
+    return found
+
+
+def wait_for(condition, what: str, limit_s: float = 120.0):
+    started = time.monotonic()
+    while not (value := condition()):
+        assert time.monotonic() - started < limit_s, what
+        time.sleep(0.05)
+    return value
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+def test_killed_and_continued(world, broken, quick, capsys):
+    """A grid with a cell that fails, each in its own process; then the whole is killed, and continued here."""
+    grid = world.root / "grid"
+    arguments = command(world, "--recipes", broken)
+    arguments[arguments.index("-o") + 1] = str(grid)
+    start = [sys.executable, "-m", "bitmill.cli.main", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(start, cwd=world.root, env=environment, stderr=subprocess.DEVNULL)
+    wait_for((grid / "cells" / "rtn-3bit.json").exists, "the first cell")
+    wait_for(lambda: processes_of(grid), "the second cell")
+    killed.kill()
+    killed.wait()
+    wait_for(lambda: not processes_of(grid), "the child to notice")
+    before = read_results(grid / "results.json")
+    assert [v.status for v in before.variants[:2]] == ["done", "pending"]
+    assert before.variants[0].peak_memory_bytes > 1e8  # torch alone
+    assert (grid / "float.npy").exists()
+
+    assert main(arguments) == 1  # for the cell that fails
+    found = read_results(grid / "results.json")
+    assert found.variants[0] == before.variants[0]
+    assert found.float == before.float
+    assert [v.status for v in found.variants] == ["done"] * 4 + ["failed"]
+    assert "gptq-4bit" in capsys.readouterr().out
+    assert not (grid / "float.npy").exists()
+    assert not [name for name in names(grid) if name.endswith((".state", ".tmp"))]

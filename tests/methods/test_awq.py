@@ -1,0 +1,97 @@
+"""AWQ (arXiv 2306.00978): scaling salient channels, and clipping, on seeded layers with loud inputs."""
+
+import pytest
+import torch
+
+from bitmill.formats import GroupFormat
+from bitmill.formats.binary_coding import BinaryCoding
+from bitmill.formats.uniform import Uniform
+from bitmill.quantized import fit_matrix, nearest_matrix
+from bitmill.recipe import build_recipe
+from bitmill.solvers import Solver, Statistics
+from bitmill.solvers.base import output_error
+from bitmill.solvers.clip import Clip
+from bitmill.solvers.nearest import Nearest
+from bitmill.transforms.awq import AWQ
+from bitmill.transforms.base import Activations, SeamView
+
+COLUMNS = 192
+
+
+def layer(seed: int) -> tuple[torch.Tensor, Activations, torch.Tensor]:
+    """Heavy-tailed weights, calibration inputs with a few loud channels, and the Gram matrix of held-out ones."""
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.eye(COLUMNS) + 0.5 * torch.randn(COLUMNS, COLUMNS, generator=draw) / COLUMNS**0.5
+    loud = torch.where(torch.rand(COLUMNS, generator=draw) < 0.03, 10.0, 1.0)
+    X = torch.randn(2048, COLUMNS, generator=draw) @ mix * loud
+    W = torch.randn(64, COLUMNS, generator=draw)
+    W = 0.02 * W / torch.randn(64, COLUMNS, 5, generator=draw).square().mean(-1).sqrt()
+    X, held_out = X.split(1024)
+    seen = Activations(X.T @ X / 1024, X.abs().mean(0), X.abs().amax(0), 1024)
+    return W, seen, held_out.T @ held_out / 1024
+
+
+def error(
+    seed: int, format: GroupFormat, solver: Solver, awq: AWQ | None = None, calibrated: bool = False
+) -> float:
+    """Relative output error, held out unless `calibrated`."""
+    W, seen, held_out = layer(seed)
+    scale = torch.ones(COLUMNS) if awq is None else awq.choose(SeamView(scale_source(), [W], format, seen))
+    solved = solver.solve(W * scale, Statistics(seen.divided(scale).gram, 1024), format)
+    return output_error(W, solved.dequantize() / scale, seen.gram if calibrated else held_out)
+
+
+def scale_source() -> torch.Tensor:
+    return torch.ones(COLUMNS)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_scaling_lowers_the_output_error_and_clipping_lowers_it_further(bits, seed):
+    format = Uniform(bits, 64)
+    nearest, scaled, both = (
+        error(seed, format, *how) for how in ((Nearest(),), (Nearest(), AWQ()), (Clip(), AWQ()))
+    )
+    assert scaled < 0.85 * nearest
+    assert both < 0.95 * scaled
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("format", [Uniform(2, 64), Uniform(4, "row"), BinaryCoding(2, 48)], ids=repr)
+def test_it_never_loses_to_no_scale_on_the_calibration_text(format, seed):
+    assert error(seed, format, Nearest(), AWQ(), True) <= error(seed, format, Nearest(), None, True)
+
+
+@pytest.mark.parametrize("format", [Uniform(3, 64), Uniform(3, 80), Uniform(4, "row")], ids=repr)
+def test_clipping_by_the_output_beats_clipping_by_the_weights(format):
+    """Shrinking a range to the least error of the weights gives the tails away that loud channels read."""
+    ours, full, weights = (error(0, format, s, None, True) for s in (Clip(), Nearest(), Nearest(search=True)))
+    assert ours < 0.95 * full
+    assert ours < 0.95 * weights
+
+
+def test_clipping_tries_every_share_and_keeps_the_least_error_of_the_group():
+    W, seen, _ = layer(0)
+    W, gram = W[:6, :64], seen.gram[:64, :64]  # one group: its own part of the error is all there is
+    format = Uniform(3, 64)
+    solved = Clip(steps=10, lowest=0.5).solve(W, Statistics(gram), format)
+    found = ((W - solved.dequantize()) @ gram * (W - solved.dequantize())).sum(1)
+    least = torch.full_like(found, torch.inf)
+    for share in torch.arange(1, 0.5, -0.05).tolist():
+        limit = W.abs().amax(1, keepdim=True) * share
+        params = fit_matrix(format, W.clamp(-limit, limit), None, False)
+        D = W - nearest_matrix(format, W, params).dequantize()
+        least = torch.minimum(least, (D @ gram * D).sum(1))
+    torch.testing.assert_close(found, least, rtol=1e-3, atol=0)
+
+
+def test_several_targets_share_one_scale_that_suits_their_sum():
+    W, seen, _ = layer(0)
+    both = AWQ().choose(SeamView(scale_source(), [W[:32], W[32:]], Uniform(3, 64), seen))
+    assert torch.equal(both, AWQ().choose(SeamView(scale_source(), [W], Uniform(3, 64), seen)))
+
+
+def test_the_recipe_is_made_of_these():
+    recipe = build_recipe("awq", {"bits": 3})
+    assert recipe.needs == {"activations", "gram"}
+    assert build_recipe("awq", {"clip": "false"}).solver == Nearest()

@@ -1,0 +1,82 @@
+"""Block fine-tuning (AQLM, arXiv 2401.06118, section 3.4) on the blocks of a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from bitmill.formats.binary_coding import BinaryCoding
+from bitmill.formats.codebook import Codebook
+from bitmill.formats.uniform import Uniform
+from bitmill.models.module import ModuleSource
+from bitmill.models.skeleton import Skeleton
+from bitmill.pipeline import BlockResult, Job, run
+from bitmill.recipe import Recipe
+from bitmill.solvers.nearest import Nearest
+from bitmill.tuners import Tuner
+from bitmill.tuners.block_finetune import BlockFinetune
+
+draw = torch.Generator().manual_seed(3)
+CALIBRATION, HELD_OUT = (torch.randint(3, 128, (32, 32), generator=draw) for _ in range(2))
+
+
+LONG = BlockFinetune(epochs=8, tokens=128)  # a tiny text has few steps in it
+
+
+class Keep:
+    def __init__(self) -> None:
+        self.blocks: list[BlockResult] = []
+
+    def finished(self, index):
+        return None
+
+    def write(self, result, skeleton):
+        self.blocks.append(result)
+
+
+def quantized(*tuners: Tuner, format=None) -> tuple[list[BlockResult], float]:
+    """The blocks of a tiny llama, and the divergence from the float model on windows that nobody was tuned on."""
+    recipe = Recipe("test", format or Uniform(2, 16), Nearest(), tuners=tuners)
+    sink = Keep()
+    skeleton = Skeleton(ModuleSource(tiny_model("llama")))
+    return sink.blocks, run(Job(skeleton, recipe, CALIBRATION, HELD_OUT), sink)["kl_divergence"]
+
+
+@pytest.mark.parametrize("format", [Uniform(2, 16), Uniform(3, "row", True), Codebook(2), BinaryCoding(2, 16)])
+def test_the_whole_model_comes_closer_on_text_it_has_not_seen(format):
+    assert quantized(LONG, format=format)[1] < 0.9 * quantized(format=format)[1]
+
+
+def test_parameters_matter_more_than_norms():
+    """AQLM, section 4.3: most of the gain comes from what the layers store."""
+    none, norms, params, everything = (
+        quantized(*tuner)[1]
+        for tuner in ((), *((dataclasses.replace(LONG, which=w),) for w in ("norms", "params", "all")))
+    )
+    assert params < norms < none
+    assert everything < norms
+
+
+@pytest.mark.parametrize("which", ["all", "norms", "params"])
+def test_codes_stay_and_only_what_was_asked_for_changes(which):
+    before, after = quantized()[0], quantized(BlockFinetune(which=which))[0]
+    old, new = before[0], after[0]  # the second block has other inputs
+    for name, layer in old.layers.items():
+        tuned = new.layers[name].quantized
+        assert torch.equal(tuned.codes, layer.quantized.codes)
+        assert torch.equal(tuned.params["zero"], layer.quantized.params["zero"])
+        same = torch.equal(tuned.params["scale"], layer.quantized.params["scale"])
+        assert same == (which == "norms")
+    assert bool(new.changed) == (which != "params")
+
+
+def test_a_seed_is_a_run():
+    first, again, other = (quantized(BlockFinetune(seed=s))[1] for s in (0, 0, 1))
+    assert first == again != other
+
+
+def test_windows_may_be_longer_than_a_step():
+    assert quantized(BlockFinetune(tokens=1))[1] < quantized()[1]

@@ -1,0 +1,64 @@
+"""GPTAQ (arXiv 2504.02692): the layer answers for errors its inputs already carry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitmill.errors import NumericsError, RecipeError
+from bitmill.formats.uniform import Uniform
+from bitmill.solvers import Statistics
+from bitmill.solvers.gptaq import GPTAQ
+from bitmill.solvers.gptq import GPTQ
+from cases import gram_of, inputs, weights
+
+
+def disturbed(seed: int = 0, tokens: int = 800) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float model's inputs, and what is left of them after coarse layers: a mixture, shrunk and noisy."""
+    X_float = inputs(tokens, seed=seed)
+    generator = torch.Generator().manual_seed(7)
+    mixing = torch.eye(96) * 0.9 + torch.randn(96, 96, generator=generator) * 0.02
+    generator.manual_seed(seed + 50)
+    noise = torch.randn(X_float.shape, generator=generator)
+    return X_float, X_float @ mixing + 0.1 * X_float.std(0) * noise
+
+
+def statistics(X_float: torch.Tensor, X: torch.Tensor) -> Statistics:
+    return Statistics(gram_of(X), X.shape[0], (X_float - X).T @ X / X.shape[0])
+
+
+def held_out_error(solved: torch.Tensor, W: torch.Tensor) -> float:
+    X_float, X = disturbed(seed=1)
+    return float((X_float @ W.T - X @ solved.T).square().sum() / (X_float @ W.T).square().sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_it_matches_the_float_model_better_than_gptq(bits):
+    W, format = weights(24), Uniform(bits, 32)
+    stats = statistics(*disturbed())
+    plain = GPTQ().solve(W, stats, format).dequantize()
+    asymmetric = GPTAQ(alpha=1.0).solve(W, stats, format).dequantize()
+    assert held_out_error(asymmetric, W) < 0.9 * held_out_error(plain, W)
+
+
+def test_without_a_correction_it_is_gptq():
+    W, format, stats = weights(24), Uniform(3, 32), statistics(*disturbed())
+    expected = GPTQ().solve(W, stats, format).dequantize()
+    assert torch.equal(GPTAQ(alpha=0.0).solve(W, stats, format).dequantize(), expected)
+    same = Statistics(stats.gram, stats.tokens, torch.zeros_like(stats.gram))
+    assert torch.equal(GPTAQ(alpha=1.0).solve(W, same, format).dequantize(), expected)
+
+
+def test_dead_inputs_are_left_alone():
+    X_float, X = disturbed()
+    X_float[:, 5] = X[:, 5] = 0
+    solved = GPTAQ().solve(weights(), statistics(X_float, X), Uniform(4, 32)).dequantize()
+    assert torch.isfinite(solved).all()
+
+
+def test_what_it_needs_is_asked_for():
+    assert GPTAQ().needs == {"gram", "cross"}
+    with pytest.raises(NumericsError, match="float model's inputs"):
+        GPTAQ().solve(weights(), Statistics(gram_of(inputs()), 400), Uniform(3))
+    with pytest.raises(RecipeError, match="alpha"):
+        GPTAQ(alpha=1.5)

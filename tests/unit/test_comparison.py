@@ -1,0 +1,224 @@
+"""The plan of a comparison, and how a cell's process is followed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bitmill.comparison import process
+from bitmill.comparison.cells import Cell, Grid, plan_cells
+from bitmill.comparison.process import CellFailed, run_cell
+from bitmill.comparison.reference import Recorded, Recorder
+from bitmill.errors import CheckpointError, OutputError, RecipeError, UsageError
+from bitmill.evaluation.perplexity import compare
+from bitmill.progress import Progress
+from bitmill.recipe import build_recipe
+
+
+def test_one_cell_for_every_method_and_bits():
+    cells = plan_cells(["rtn", "gptq"], [3, 4], options={"gptq": {"damp": "0.05"}})
+    assert [cell.name for cell in cells] == ["rtn-3bit", "rtn-4bit", "gptq-3bit", "gptq-4bit"]
+    assert [cell.bits for cell in cells] == [3, 4, 3, 4]
+    assert cells[3].recipe["weight"]["bits"] == 4
+    assert cells[3].recipe["solver"]["damp"] == 0.05
+    assert all(cell.reason is None for cell in cells)
+
+
+def test_bits_that_a_method_does_not_have_are_not_applicable():
+    (cell,) = plan_cells(["rtn"], [9])
+    assert cell.recipe is None
+    assert "8" in cell.reason
+
+
+def test_a_recipe_file_is_one_cell(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(build_recipe("gptq", {"bits": 2}).to_yaml().replace("name: gptq", "name: my gptq!"))
+    (cell,) = plan_cells([], [], [path])
+    assert (cell.name, cell.method, cell.bits) == ("my-gptq", "my gptq!", 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((["nonsense"], [3]), None, "no method 'nonsense'"),
+        ((["rtn"], []), None, "--bits"),
+        ((["rtn", "rtn"], [3]), None, "twice"),
+        ((["rtn"], [3, 3]), None, "twice"),
+        ((["rtn"], [3]), {"gptq": {"damp": 1}}, "not among the methods"),
+        ((["gptq"], [3]), {"gptq": {"dampness": 1}}, "no option 'dampness'"),
+        ((["gptq"], [3]), {"gptq": {"damp": "much"}}, "wants a number"),
+        ((["gptq"], [3]), {"gptq": {"bits": 3}}, "--bits"),
+    ],
+)
+def test_what_is_wrong_at_any_bits_is_refused(arguments, options, message):
+    with pytest.raises(RecipeError if "option" in message or "wants" in message else UsageError, match=message):
+        plan_cells(*arguments, options=options)
+
+
+def test_a_grid_is_plain_data():
+    grid = Grid("model", plan_cells(["rtn"], [3, 9]), windows=3, prompts=("a", "b"))
+    assert Grid.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
+
+
+@pytest.mark.parametrize(
+    ("cells", "windows", "message"),
+    [
+        ((), 1, "nothing to compare"),
+        ((Cell("a", "a", 3, {}), Cell("a", "a", 3, {})), 1, "Two variants"),
+        ((Cell("float", "float", 3, {}),), 1, "cannot be called"),
+        ((Cell("a", "a", 3, {}),), 0, "at least 1"),
+    ],
+)
+def test_grids_that_make_no_sense(cells, windows, message):
+    with pytest.raises(UsageError, match=message):
+        Grid("model", cells, windows=windows)
+
+
+# -- the float model's predictions --------------------------------------------------------------------------
+
+
+def test_recorded_predictions_are_as_good_as_the_model(tmp_path):
+    torch.manual_seed(0)
+    windows = torch.randint(0, 50, (5, 40))
+    table, noise = 4 * torch.randn(50, 50), 0.02 * torch.randn(50, 50)
+
+    def exact(tokens):
+        return table[tokens] + 30  # far from 0, where fp16 is coarse
+
+    def model(tokens):
+        return (table + noise)[tokens] + 30
+
+    recorder = Recorder(tmp_path / "float.npy", exact, windows)
+    row = compare(recorder, windows, batch=2)
+    recorder.keep()
+    direct = compare(model, windows, exact)
+    recorded = compare(model, windows, Recorded(tmp_path / "float.npy", windows), batch=3)
+    assert row["perplexity"] == pytest.approx(direct["reference_perplexity"])
+    assert recorded["kl_divergence"] == pytest.approx(direct["kl_divergence"], rel=1e-2)
+    assert recorded["kl_divergence"] < 1e-3
+    assert recorded["top1_agreement"] == direct["top1_agreement"]
+    assert [f.name for f in tmp_path.iterdir()] == ["float.npy"]
+
+
+def test_predictions_of_other_windows_are_refused(tmp_path):
+    windows = torch.zeros(2, 4, dtype=torch.int64)
+    recorder = Recorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
+    compare(recorder, windows)
+    recorder.keep()
+    with pytest.raises(CheckpointError, match="windows"):
+        Recorded(tmp_path / "float.npy", windows[:1])
+    (tmp_path / "float.npy").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Recorded(tmp_path / "float.npy", windows)
+
+
+def test_predictions_that_do_not_fit_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    windows = torch.zeros(2, 4, dtype=torch.int64)
+    recorder = Recorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
+    with pytest.raises(OutputError, match="lower --windows"):
+        recorder(windows)
+
+
+# -- the process of a cell ----------------------------------------------------------------------------------
+
+
+class Noted(Progress):
+    def __init__(self):
+        self.tasks, self.steps = [], 0
+
+    def start(self, task, total):
+        self.tasks.append((task, total))
+
+    def advance(self, steps=1):
+        self.steps += steps
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch):
+    """Run a program in place of a worker."""
+
+    def run(program: str, progress: Progress | None = None) -> dict:
+        monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", program))
+        return run_cell(tmp_path, "gptq-3bit", tmp_path / "gptq-3bit.log", progress or Progress())
+
+    return run
+
+
+def test_a_result_and_its_progress(cell, tmp_path):
+    noted = Noted()
+    program = """
+print('{"task": "quantize", "total": 2}')
+print('{"steps": 1}')
+print("a library speaks")
+print('[1, 2]')
+print('{"task": null}')
+print('{"result": {"perplexity": 2.5}}')
+"""
+    assert cell(program, noted) == {"perplexity": 2.5}
+    assert noted.tasks == [("gptq-3bit: quantize", 2)]
+    assert noted.steps == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ('print(\'{"failed": "It cannot be."}\'); raise SystemExit(1)', "It cannot be."),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ran out of memory"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGABRT)", "died of SIGABRT"),
+        ("raise SystemExit(3)", "status 3 and without a result"),
+    ],
+)
+def test_a_process_that_fails(cell, tmp_path, program, reason):
+    with pytest.raises(CellFailed, match=reason):
+        cell(program)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_failed_process_complained_about_is_kept(cell, tmp_path):
+    with pytest.raises(CellFailed, match=r"see gptq-3bit\.log"):
+        cell("raise ValueError('of all things')")
+    assert "of all things" in (tmp_path / "gptq-3bit.log").read_text()
+
+
+def test_a_worker_ends_when_whoever_started_it_is_gone():
+    program = (
+        "import sys, threading, time\n"
+        "from bitmill.comparison.process import end_with\n"
+        "threading.Thread(target=end_with, args=(sys.stdin,), daemon=True).start()\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"ready\n"
+    child.stdin.close()
+    assert child.wait(30) == 1
+    child.stdout.close()
+
+
+def test_an_interrupted_comparison_leaves_no_process(cell, tmp_path):
+    class Impatient(Progress):
+        def start(self, task, total):
+            raise KeyboardInterrupt
+
+    program = f"""
+import os, pathlib, time
+pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
+print('{{"task": "quantize", "total": 2}}', flush=True)
+time.sleep(60)
+"""
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        cell(program, Impatient())
+    assert time.monotonic() - started < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)

@@ -1,0 +1,77 @@
+"""Recipes from parts, users' recipes, and the leader of the leaderboard."""
+
+from __future__ import annotations
+
+import pytest
+
+from bitmill import leaderboard
+from bitmill.composition import compose, find_recipe
+from bitmill.errors import RecipeError
+from bitmill.recipe import Recipe, build_recipe
+
+
+def base() -> Recipe:
+    return build_recipe("gptq", {"bits": "3"})
+
+
+def test_parts_replace_and_add():
+    recipe = compose(base(), format="codebook:group_size=row", solver="gptq:damp=0.05", transforms=["equalize"])
+    assert recipe.name == "gptq+codebook+gptq+equalize"
+    assert (recipe.weight.name, recipe.weight.bits, recipe.weight.group_size) == ("codebook", 3, "row")
+    assert recipe.solver.damp == 0.05
+    assert [t.name for t in recipe.transforms] == ["equalize"]
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_nothing_changes_nothing():
+    assert compose(base()) == base()
+
+
+@pytest.mark.parametrize(
+    ("parts", "word"),
+    [
+        ({"format": "paper"}, "no format 'paper'"),
+        ({"format": "uniform:bats=3"}, "bats=3"),
+        ({"format": "uniform:bits"}, "'bits'"),
+        ({"format": "uniform:bits=three"}, "bits of uniform is 'three'"),
+        ({"solver": "magic"}, "no solver 'magic'"),
+        ({"transforms": ["equalize:strength"]}, "strength"),
+        ({"tuners": ["luck"]}, "no tuner 'luck'"),
+    ],
+)
+def test_nonsense_is_refused(parts, word):
+    with pytest.raises(RecipeError, match=word) as caught:
+        compose(base(), **parts)
+    assert str(caught.value).endswith(".")
+
+
+def test_illegal_combinations_are_refused_when_they_are_built():
+    with pytest.raises(RecipeError, match="cannot be built"):
+        compose(base(), format="integer_coding", solver="gptq:static_groups=false,act_order=false")
+
+
+def test_a_users_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITMILL_RECIPES", str(tmp_path))
+    with pytest.raises(RecipeError, match="mine"):
+        find_recipe("mine")
+    (tmp_path / "mine.yaml").write_text(compose(base(), transforms=["equalize"]).to_yaml())
+    assert [t.name for t in find_recipe("mine").transforms] == ["equalize"]
+    (tmp_path / "rtn.yaml").write_text(base().to_yaml())  # named methods keep their names
+    assert find_recipe("rtn").name == "rtn"
+
+
+def row(method: str, bits: int, bpw: float, kl: float, minutes: float) -> leaderboard.Row:
+    return leaderboard.Row(method, bits, bpw, 20.0, kl, minutes)
+
+
+def test_the_leader_has_the_least_divergence_within_the_time(monkeypatch):
+    rows = (row("quick", 3, 3.2, 0.3, 1), row("slow", 3, 3.2, 0.1, 60), row("large", 3, 3.8, 0.05, 1))
+    monkeypatch.setattr(leaderboard, "rows", lambda: rows)
+    assert leaderboard.leader(3, 5).method == "quick"
+    assert leaderboard.leader(3, 100).method == "slow"
+    assert leaderboard.leader(2) is None
+
+
+def test_the_shipped_leaderboard_names_methods_that_exist():
+    for entry in leaderboard.rows():
+        assert build_recipe(entry.method, {"bits": entry.bits}).name

@@ -1,0 +1,64 @@
+"""Calibrating every block on the float model, and sharing what was seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+
+import bitmill
+from bitmill.errors import CalibrationError, RecipeError
+from bitmill.pipeline import loop
+
+WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(7))
+TOKENS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(8))
+
+
+def logits(method: str = "gptq", **options) -> torch.Tensor:
+    model = tiny_model("llama")
+    bitmill.quantize(model, method, calibration=WINDOWS, measure=0, bits=3, **options)
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def test_shared_statistics_give_the_same_model_without_another_pass(tmp_path, monkeypatch):
+    alone = logits(propagate="float")
+    assert torch.equal(logits(propagate="float", statistics=tmp_path / "s"), alone)
+    monkeypatch.setattr(loop, "Streams", None)  # no text travels through the blocks any more
+    assert torch.equal(logits(propagate="float", statistics=tmp_path / "s"), alone)
+    assert not torch.equal(logits("gptqt", propagate="float", statistics=tmp_path / "s"), alone)
+
+
+def test_the_first_block_is_the_same_either_way_and_later_ones_are_not():
+    layers = []
+    for propagate in ("float", "quantized"):
+        outcome = bitmill.quantize(
+            tiny_model("llama"), "gptq", calibration=WINDOWS, measure=0, bits=2, propagate=propagate
+        )
+        layers.append([layer["output_error"] for layer in outcome.report["layers"]])
+    first = 3  # q, k and v read what both have in common
+    assert layers[0][:first] == pytest.approx(layers[1][:first], rel=1e-4)
+    assert layers[0][first:] != pytest.approx(layers[1][first:], rel=1e-4)
+
+
+def test_a_method_that_looks_at_earlier_errors_finds_none():
+    assert torch.allclose(logits("gptaq", propagate="quantized", alpha=0.0), logits("gptq"), atol=1e-4)
+    assert not torch.allclose(logits("gptaq", propagate="quantized", alpha=1.0), logits("gptq"), atol=1e-4)
+
+
+def test_statistics_of_other_text_are_refused(tmp_path):
+    logits(propagate="float", statistics=tmp_path)
+    with pytest.raises(CalibrationError, match="other calibration text"):
+        bitmill.quantize(
+            tiny_model("llama"),
+            "gptq",
+            calibration=WINDOWS + 1 - 1 * (WINDOWS > 100),
+            measure=0,
+            propagate="float",
+            statistics=tmp_path,
+        )
+
+
+def test_statistics_of_quantized_blocks_cannot_be_shared(tmp_path):
+    with pytest.raises(RecipeError, match="propagate"):
+        logits(statistics=tmp_path)
