@@ -104,7 +104,7 @@ def quantize(
         return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
 
     progress.start("reading text and model", 0)
-    calib, held_out, described = token_windows(source, calibration, recipe, measure)
+    calib, held_out, described = token_windows(source, calibration, recipe, measure, device, progress)
     identity = job_identity(source, recipe, calib, held_out, described, device, propagate)
     report: dict[str, Any] = {
         "bitmill": __version__,

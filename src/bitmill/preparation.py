@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 from dataclasses import dataclass
@@ -12,19 +13,25 @@ import torch
 from torch import Tensor
 
 from bitmill.checkpoint.files import folder_bytes
-from bitmill.errors import CalibrationError, OutputError, UsageError
+from bitmill.errors import CalibrationError, OutputError, SourceError, UsageError
+from bitmill.evaluation.self_text import self_windows
 from bitmill.models import text
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import Source
+from bitmill.progress import Progress
 from bitmill.recipe import Recipe
 from bitmill.version import __version__
 
+SELF = "self"  # a calibration source: the model writes its text itself
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text calibrates, and how much: `samples` windows of `seqlen` tokens, drawn with `seed`."""
+    """Which text calibrates, and how much: `samples` windows of `seqlen` tokens, drawn with `seed`.
+
+    source: pydoc, a .txt or .jsonl file, hf:dataset, or self: text that the float model writes.
+    """
 
     source: str = "pydoc"
     samples: int = 128
@@ -67,11 +74,17 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
 
 
 def token_windows(
-    source: Source, calibration: Calibration | Tensor | None, recipe: Recipe, measure: int
+    source: Source,
+    calibration: Calibration | Tensor | None,
+    recipe: Recipe,
+    measure: int,
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
     """Token windows to calibrate and to measure on, and how to describe them in the report.
 
-    Of windows that the caller gives nothing is held out. Raises CalibrationError for text or windows of no use.
+    Of windows that the caller gives nothing is held out; beside text of the model's own, pydoc is.
+    Raises CalibrationError for text or windows of no use.
     """
     calibrates = bool(recipe.needs)
     described: dict[str, Any] = {"calibration": None, "held_out": None}
@@ -83,23 +96,42 @@ def token_windows(
             described["calibration"] = {"source": "tokens", "sha256": text.windows_hash(given)}
         return calib, None, described
     calibration = calibration or Calibration()
+    own = calibration.source == SELF
     if calibrates or measure:
         check_length(source.config, calibration.seqlen)
-        ids = text.token_stream(calibration.source, source.tokenizer())
+    if measure or (calibrates and not own):
+        name = Calibration.source if own else calibration.source
+        ids = text.token_stream(name, source.tokenizer())
     if calibrates:
-        part = text.split_stream(ids, "calib")
-        calib = text.calibration_windows(part, calibration.samples, calibration.seqlen, calibration.seed)
+        if own:
+            calib = _own_windows(source, calibration, device, progress)
+        else:
+            part = text.split_stream(ids, "calib")
+            calib = text.calibration_windows(part, calibration.samples, calibration.seqlen, calibration.seed)
         described["calibration"] = {**vars(calibration), "sha256": text.windows_hash(calib)}
     if measure:
         part = text.split_stream(ids, "eval")
         held_out = text.evaluation_windows(part, calibration.seqlen, measure)
         described["held_out"] = {
-            "text": calibration.source,
+            "text": name,
             "split": "eval",
             "seqlen": calibration.seqlen,
             "windows": int(held_out.shape[0]),
         }
     return calib, held_out, described
+
+
+def _own_windows(source: Source, calibration: Calibration, device: str, progress: Progress | None) -> Tensor:
+    """Windows that the float model writes; it is in memory as a whole meanwhile."""
+    text.check_windows(calibration.samples, calibration.seqlen)
+    skeleton = Skeleton(source, device)
+    skeleton.load(skeleton.names())
+    config = source.config
+    never = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    with contextlib.suppress(SourceError):  # no tokenizer: the config's own are all that is known
+        never |= set(source.tokenizer().all_special_ids)
+    first = {token for token in never if isinstance(token, int)}
+    return self_windows(skeleton.model, calibration.samples, calibration.seqlen, calibration.seed, first, progress)
 
 
 def _checked(windows: Tensor, config: Any) -> Tensor:

@@ -19,6 +19,9 @@ class Progress:
     def finish(self) -> None:
         """The current task is over."""
 
+    def note_memory(self, size_bytes: int) -> None:
+        """The work is done in another process, whose highest memory so far this is."""
+
 
 def peak_memory_bytes() -> int:
     """Highest resident memory of this process so far, bytes."""

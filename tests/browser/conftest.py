@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PATIENCE_MS = 180_000  # a busy machine is slow, and not wrong
 WINDOWS = {
     "desktop": {"viewport": {"width": 1280, "height": 900}},
     "phone": {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True},
@@ -58,6 +59,7 @@ def visit(browser, tmp_path) -> Iterator[Callable[..., Opened]]:
         file.write_text(html, encoding="utf-8")
         context = browser.new_context(**WINDOWS[window], **options)
         contexts.append(context)
+        context.set_default_timeout(PATIENCE_MS)
         opened = Opened(context.new_page())
         opened.page.goto(file.as_uri())
         if options.get("java_script_enabled", True):

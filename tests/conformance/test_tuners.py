@@ -89,15 +89,16 @@ def quantize(recipe: Recipe, model: nn.Module, out=None, **options):
 
 
 @every_tuner
-@pytest.mark.parametrize("solver", [Nearest(), GPTQ()], ids=["nearest", "gptq"])
-def test_the_block_comes_closer(tuner, solver):
-    assert errors(tuner, solver=solver)[0] < errors(solver=solver)[0]
+def test_the_block_comes_closer(tuner):
+    assert errors(tuner)[0] < errors()[0]
 
 
 @every_tuner
-def test_it_is_never_worse(tuner):
-    """At 8 bits there is little to gain, and nothing may be lost."""
-    assert errors(tuner, format=Uniform(8, 16))[0] <= errors(format=Uniform(8, 16))[0]
+@pytest.mark.parametrize(("bits", "solver"), [(8, Nearest(search=True)), (2, GPTQ())], ids=repr)
+def test_it_is_never_worse(tuner, bits, solver):
+    """Where many bits or a solver have left little to gain, nothing may be lost."""
+    choices = {"format": Uniform(bits, 16), "solver": solver}
+    assert errors(tuner, **choices)[0] <= errors(**choices)[0]
 
 
 @every_tuner

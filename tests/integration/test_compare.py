@@ -232,6 +232,13 @@ def test_one_process_at_a_time(world, quick, capsys):
     assert "Another process" in capsys.readouterr().err
 
 
+def test_a_folder_of_other_things_is_left_alone(world, quick, capsys):
+    (world.root / "grid").mkdir()
+    (world.root / "grid" / "thesis.txt").touch()
+    assert main(command(world)) == 1
+    assert "holds 'thesis.txt' and no comparison" in capsys.readouterr().err
+
+
 def test_a_damaged_record_is_named(world, quick, capsys):
     assert main(command(world, methods="rtn", bits="3")) == 0
     (world.root / "grid" / "cells" / "rtn-3bit.json").write_text("{")

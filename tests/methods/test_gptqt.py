@@ -33,7 +33,9 @@ def layer(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def held_out_error(seed: int, solver: Solver, format: Format) -> float:
     W, gram, held_out = layer(seed)
-    return output_error(W, solver.solve(W, Statistics(gram, 2048), format).dequantize(), held_out)
+    return output_error(
+        W, solver.solve(W, Statistics(gram, 2048, torch.zeros_like(gram)), format).dequantize(), held_out
+    )
 
 
 def recipe_error(seed: int, bits: int, **options: object) -> float:
@@ -67,7 +69,7 @@ def test_minimising_the_weight_error_alone_overfits(bits: int) -> None:
     """The abstract's motive: more weight error, less output error than alternating least squares."""
     W, gram, held_out = layer(0)
     recipe = build_recipe("gptqt", {"bits": bits})
-    ours = recipe.solver.solve(W, Statistics(gram, 2048), recipe.weight).dequantize()
+    ours = recipe.solver.solve(W, Statistics(gram, 2048, torch.zeros_like(gram)), recipe.weight).dequantize()
     alternating = Alternating().solve(W, Statistics(), recipe.weight).dequantize()
     assert output_error(W, ours, None) > output_error(W, alternating, None)
     assert output_error(W, ours, held_out) < output_error(W, alternating, held_out)

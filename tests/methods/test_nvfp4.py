@@ -16,6 +16,10 @@ from bitmill.formats.normal_float import NormalFloat
 from bitmill.formats.nvfp4 import NVFP4
 from bitmill.quantized import Quantized, fit_matrix, nearest_matrix
 from bitmill.recipe import build_recipe
+from bitmill.solvers import Statistics
+from bitmill.solvers.base import output_error
+from bitmill.solvers.gptq import GPTQ
+from cases import inputs
 
 
 def gaussian(seed: int) -> torch.Tensor:
@@ -109,3 +113,19 @@ def test_bits() -> None:
     count = math.prod(shape)
     assert build_recipe("mxfp4").weight.stored_bits(shape) == 4.25 * count
     assert build_recipe("nvfp4").weight.stored_bits(shape) == 4.5 * count + 32
+
+
+@pytest.mark.parametrize(
+    "format", [NVFP4(4, 16), NVFP4(4, "row"), Microscaling(4, 32), NormalFloat(4, 32, double=True)], ids=repr
+)
+def test_error_feedback_composes_with_them(format: Format) -> None:
+    """Shared scales stay what they are while groups are refitted one by one."""
+    W = heavy_tailed(0)[:16, :128]
+    X = inputs(512, 128)
+    gram = X.T @ X / len(X)
+    nearest = solved(W, format, search=True)
+    fed_back = GPTQ().solve(W, Statistics(gram, len(X)), format)
+    improved = GPTQ(column_passes=2, group_passes=1).solve(W, Statistics(gram, len(X)), format)
+    errors = [output_error(W, q.dequantize(), gram) for q in (nearest, fed_back, improved)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.8 * errors[0]

@@ -20,7 +20,7 @@ from bitmill.comparison.reference import Recorded, Recorder
 from bitmill.errors import CheckpointError, OutputError, RecipeError, UsageError
 from bitmill.evaluation.perplexity import compare
 from bitmill.progress import Progress
-from bitmill.recipe import build_recipe
+from bitmill.recipe import METHODS, build_recipe
 
 
 def test_one_cell_for_every_method_and_bits():
@@ -36,6 +36,14 @@ def test_bits_that_a_method_does_not_have_are_not_applicable():
     (cell,) = plan_cells(["rtn"], [9])
     assert cell.recipe is None
     assert "8" in cell.reason
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_every_method_can_be_compared(method):
+    cells = plan_cells([method], [2, 4, 9])
+    assert len(cells) == (3 if "bits" in METHODS.get(method).__dataclass_fields__ else 1)
+    assert all((cell.recipe is None) == bool(cell.reason) for cell in cells)
+    assert any(cell.recipe for cell in cells)
 
 
 def test_a_recipe_file_is_one_cell(tmp_path):
@@ -141,6 +149,9 @@ class Noted(Progress):
     def advance(self, steps=1):
         self.steps += steps
 
+    def note_memory(self, size_bytes):
+        self.memory = size_bytes
+
 
 @pytest.fixture
 def cell(tmp_path, monkeypatch):
@@ -157,7 +168,7 @@ def test_a_result_and_its_progress(cell, tmp_path):
     noted = Noted()
     program = """
 print('{"task": "quantize", "total": 2}')
-print('{"steps": 1}')
+print('{"steps": 1, "memory": 123}')
 print("a library speaks")
 print('[1, 2]')
 print('{"task": null}')
@@ -165,7 +176,7 @@ print('{"result": {"perplexity": 2.5}}')
 """
     assert cell(program, noted) == {"perplexity": 2.5}
     assert noted.tasks == [("gptq-3bit: quantize", 2)]
-    assert noted.steps == 1
+    assert (noted.steps, noted.memory) == (1, 123)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -41,7 +41,12 @@ def test_the_first_block_is_the_same_either_way_and_later_ones_are_not():
     assert layers[0][first:] != pytest.approx(layers[1][first:], rel=1e-4)
 
 
-def test_a_method_that_looks_at_earlier_errors_finds_none():
+def test_a_method_that_looks_at_earlier_errors_finds_none(tmp_path):
+    plain = logits("gptq", propagate="float", statistics=tmp_path)
+    assert torch.allclose(logits("gptaq", propagate="float", statistics=tmp_path), plain, atol=1e-4)
+
+
+def test_without_correction_gptaq_is_gptq():
     assert torch.allclose(logits("gptaq", propagate="quantized", alpha=0.0), logits("gptq"), atol=1e-4)
     assert not torch.allclose(logits("gptaq", propagate="quantized", alpha=1.0), logits("gptq"), atol=1e-4)
 

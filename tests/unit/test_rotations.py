@@ -73,6 +73,16 @@ def test_seeds_differ(kind: str) -> None:
     assert torch.equal(one, matrix(kind, 96, 0))
 
 
+@every_kind
+def test_gradients_pass_even_if_inference_came_first(kind: str) -> None:
+    with torch.inference_mode():
+        rotation(kind, 84, 5).forward(torch.randn(2, 84))
+    x = torch.randn(2, 84, requires_grad=True)
+    rotation(kind, 84, 5).forward(x).square().sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, 2 * x, atol=1e-4)
+
+
 def test_half_precision_is_computed_in_single() -> None:
     x = torch.randn(2, 96)
     turned = rotation("hadamard", 96, 0)

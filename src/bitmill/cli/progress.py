@@ -29,6 +29,7 @@ class TerminalProgress(Progress):
         self._task, self._total, self._done = "", 0, 0
         self._started = self._last_line = 0.0
         self._terminal = sys.stderr.isatty()
+        self._elsewhere: int | None = None
 
     def start(self, task: str, total: int) -> None:
         """Begin a task; nothing is drawn yet."""
@@ -46,7 +47,7 @@ class TerminalProgress(Progress):
         with self._lock:
             self._done += steps
             if self._bar is not None:
-                self._bar.update(self._bar.task_ids[0], completed=self._done, memory=_memory())
+                self._bar.update(self._bar.task_ids[0], completed=self._done, memory=self._memory())
             elif not self._terminal:
                 self._line()
 
@@ -57,9 +58,16 @@ class TerminalProgress(Progress):
                 self._timer.cancel()
                 self._timer = None
             if self._bar is not None:
-                self._bar.update(self._bar.task_ids[0], memory=_memory())
+                self._bar.update(self._bar.task_ids[0], memory=self._memory())
                 self._bar.stop()
                 self._bar = None
+
+    def note_memory(self, size_bytes: int) -> None:
+        """Show this as the memory, and not this process's own."""
+        self._elsewhere = size_bytes
+
+    def _memory(self) -> str:
+        return f"{(self._elsewhere or peak_memory_bytes()) / 1e9:.2f} GB"
 
     def _appear(self) -> None:
         with self._lock:
@@ -67,7 +75,9 @@ class TerminalProgress(Progress):
                 return
             if self._terminal:
                 self._bar = _bar(self._total)
-                self._bar.add_task(self._task, total=self._total or None, completed=self._done, memory=_memory())
+                self._bar.add_task(
+                    self._task, total=self._total or None, completed=self._done, memory=self._memory()
+                )
                 self._bar.tasks[0].start_time = self._started  # the time that passed unseen counts too
                 self._bar.start()
             else:
@@ -84,11 +94,7 @@ class TerminalProgress(Progress):
         said += f", {elapsed:.0f} s"
         if self._total and 0 < self._done < self._total:
             said += f", about {elapsed * (self._total - self._done) / self._done:.0f} s left"
-        print(f"{said}, peak memory {_memory()}", file=sys.stderr, flush=True)
-
-
-def _memory() -> str:
-    return f"{peak_memory_bytes() / 1e9:.2f} GB"
+        print(f"{said}, peak memory {self._memory()}", file=sys.stderr, flush=True)
 
 
 def _bar(total: int) -> Bar:

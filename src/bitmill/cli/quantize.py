@@ -70,7 +70,8 @@ def quantize(
         float, typer.Option(metavar="MINUTES", help="Without --method: how long the leader may take.")
     ] = WITHIN_MINUTES,
     calib: Annotated[
-        str, typer.Option(metavar="SOURCE", help="Calibration text: pydoc, a .txt or .jsonl file, hf:dataset.")
+        str,
+        typer.Option(metavar="SOURCE", help="Calibration text: pydoc, self, a .txt or .jsonl file, hf:dataset."),
     ] = "pydoc",
     samples: Annotated[int, typer.Option(metavar="N", help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(metavar="L", help="Tokens in a window.")] = 512,

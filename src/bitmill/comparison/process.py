@@ -82,6 +82,8 @@ def _follow(line: str, progress: Progress, name: str) -> dict[str, Any]:
         return {}
     if not isinstance(message, dict):
         return {}
+    if "memory" in message:
+        progress.note_memory(int(message["memory"]))
     if "steps" in message:
         progress.advance(int(message["steps"]))
     elif "task" in message:

@@ -136,7 +136,10 @@ class _Records:
         self.terms = json.loads(json.dumps({"settings": settings, "machine": machine}))
 
     def begin(self, keep_models: bool) -> None:
-        """Note the grid. Raises CheckpointError when the folder holds results on other terms."""
+        """Note the grid.
+
+        Raises CheckpointError when the folder holds results on other terms, OutputError when other things.
+        """
         file = self.out / GRID_FILE
         if file.exists():
             before = _load(file)
@@ -149,6 +152,8 @@ class _Records:
                 )
             for cell in self.grid.cells:
                 self._check_recipe(cell)
+        elif strange := sorted({entry.name for entry in self.out.iterdir()} - {"cells", "lock"}):
+            raise OutputError(f"{self.out} holds {strange[0]!r} and no comparison; choose another folder with -o.")
         self.commands.append(self.grid.command)
         document = {"terms": self.terms, "commands": self.commands, "grid": self.grid.to_dict()}
         write_json(file, {**document, "keep_models": keep_models})

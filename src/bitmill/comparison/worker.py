@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from bitmill import api
 from bitmill.checkpoint.files import folder_bytes, write_json
 from bitmill.checkpoint.record import record_measurement
@@ -53,6 +55,7 @@ def main(arguments: list[str], stdin: TextIO | None = None, stdout: TextIO | Non
         try:
             document = json.loads((folder / GRID_FILE).read_text(encoding="utf-8"))
             grid = Grid.from_dict(document["grid"])
+            torch.set_num_threads(document["terms"]["machine"]["threads"])
             work = _Work(folder, grid, document, _Told(say))
             say({"result": work.float_row() if name == FLOAT else work.variant(name)})
         except BitmillError as error:
@@ -205,10 +208,10 @@ class _Told(Progress):
         self.say = say
 
     def start(self, task: str, total: int) -> None:
-        self.say({"task": task, "total": total})
+        self.say({"task": task, "total": total, "memory": peak_memory_bytes()})
 
     def advance(self, steps: int = 1) -> None:
-        self.say({"steps": steps})
+        self.say({"steps": steps, "memory": peak_memory_bytes()})
 
     def finish(self) -> None:
         self.say({"task": None})

@@ -61,7 +61,7 @@ def generate(
         known = [*prompt, *tokens] if cache is None else tokens[-1:]
         output = model(torch.tensor([known], device=device), past_key_values=cache, use_cache=True)
         cache = getattr(output, "past_key_values", None)
-        token = _choose(output.logits[0, -1], temperature, generator)
+        token = int(choose(output.logits[:, -1], temperature, generator))
         if step == 0:
             first_done = time.perf_counter()
         if token in ends:
@@ -123,16 +123,16 @@ def _check(model: nn.Module, prompt: list[int], max_new_tokens: int, temperature
     return limit - len(prompt)
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """One token id from logits (vocabulary,)."""
+def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Token ids (n,) from logits (n, vocabulary). Raises NumericsError when they are not finite."""
     logits = logits.float().cpu()
-    if not bool(torch.isfinite(logits).any()) or bool(torch.isnan(logits).any()):
+    if not bool(torch.isfinite(logits).any(-1).all()) or bool(torch.isnan(logits).any()):
         raise NumericsError("The model's logits are NaN or infinite, so it cannot generate; requantize it.")
     if temperature == 0:
-        return int(logits.argmax())
+        return logits.argmax(-1)
     # subtracting the maximum first keeps tiny temperatures finite
-    probabilities = torch.softmax((logits - logits.max()).double() / temperature, -1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, -1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 class _Pieces:

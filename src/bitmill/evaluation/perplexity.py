@@ -53,7 +53,7 @@ class Comparison:
                 self.predicted += following.numel()
                 if reference is None:
                     continue
-                log_q = torch.log_softmax(reference[window, cut].float(), -1)
+                log_q = torch.log_softmax(reference[window, cut].to(log_p.device).float(), -1)
                 self.compared = True
                 self.reference_loss += _loss(log_q, following)
                 self.divergence += float((log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64))

@@ -24,6 +24,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params, Part
 from bitmill.formats.grouped import Rounder, ScalarFormat, as_stored, least_error, positive, weighted_error
+from bitmill.formats.scale import refit_scale
 
 # Shares of the full range that the search tries, widest first.
 _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()
@@ -54,23 +55,17 @@ class Uniform(ScalarFormat):
         """Min-max range, or the shrunken range of least weighted squared error."""
         low = x.amin(-1).clamp(max=0)
         high = x.amax(-1).clamp(min=0)
-        start = self._from_range(low, high)
+        start = self.from_range(low, high)
         if not search:
             return start
-        trials = (self._from_range(low * share, high * share) for share in _SHRINK[1:])
+        trials = (self.from_range(low * share, high * share) for share in _SHRINK[1:])
         return least_error(self._snap, x, importance, start, trials)
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
         """Weighted least squares for the scale (and a float zero) at fixed codes, kept only where it helps."""
         if self.zero == "float":
             return self._refit_line(x, codes, importance, params)
-        steps = codes.to(x.dtype) - self._zero(params)[..., None]
-        power = (steps.square() * importance).sum(-1)
-        scale = as_stored((steps * x * importance).sum(-1) / power.clamp(min=1e-30))
-        old = weighted_error(x, self.decode(codes, params), importance)
-        trial = {**params, "scale": scale}
-        better = (scale > 0) & (weighted_error(x, self.decode(codes, trial), importance) < old)
-        return {**params, "scale": torch.where(better, scale, params["scale"])}
+        return refit_scale(self, x, codes, importance, params)
 
     def _refit_line(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
         """The line through (code, x): its slope is the scale, its root the zero."""
@@ -134,7 +129,7 @@ class Uniform(ScalarFormat):
             return torch.full_like(params["scale"], 1 << (self.bits - 1))
         return params["zero"]
 
-    def _from_range(self, low: Tensor, high: Tensor) -> Params:
+    def from_range(self, low: Tensor, high: Tensor) -> Params:
         """Scale (never 0) and zero that cover [low, high]."""
         top = (1 << self.bits) - 1
         if self.symmetric:

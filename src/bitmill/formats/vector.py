@@ -12,15 +12,15 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from bitmill.formats.base import Params, Part
-from bitmill.formats.grouped import GroupFormat, Rounder, as_stored, weighted_error
+from bitmill.formats.grouped import GroupFormat, Rounder, as_stored, least_error
+from bitmill.formats.scale import over, refit_scale, weighted_rms
 from bitmill.numerics.grouping import GroupSize
 
-# Scales that the search tries, as shares of the one from the RMS; the first is that one.
-_SHARES = (1.0, 0.8, 0.9, 1.1, 1.25, 1.5)
+# Scales that the search tries besides the one from the RMS, as shares of it.
+_SHARES = (0.8, 0.9, 1.1, 1.25, 1.5)
 _SAMPLE = 1 << 15  # vectors that the search looks at, or 64 of a group
 
 
@@ -42,40 +42,23 @@ class VectorFormat(GroupFormat):
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
         """The scale that brings the (weighted) RMS to the set's; `search` tries others on a sample of blocks."""
-        weight = importance.expand(x.shape)
-        weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, torch.ones_like(weight))
-        power = (x.square() * weight).sum(-1) / weight.sum(-1)
-        start = power.sqrt() / self.rms
-        best = as_stored(start)
+        start = weighted_rms(x, importance) / self.rms
+        params = {"scale": as_stored(start)}
         if not search:
-            return {"scale": best}
+            return params
         blocks = x.unflatten(-1, (-1, self.block))
         step = max(1, min(blocks[..., 0].numel() // _SAMPLE, blocks.shape[2] // 64))
-        sample = blocks[:, :, ::step].flatten(2)
-        weight = weight.unflatten(-1, (-1, self.block))[:, :, ::step].flatten(2)
-        error = None
-        for share in _SHARES:
-            trial = {"scale": as_stored(start * share)}
-            trial_error = weighted_error(sample, self.decode(self.nearest(sample, trial), trial), weight)
-            if error is None:
-                error = trial_error
-            best = torch.where(trial_error < error, trial["scale"], best)
-            error = torch.minimum(error, trial_error)
-        return {"scale": best}
+        weight = importance.unflatten(-1, (-1, self.block))[:, :, ::step].flatten(2)
+        trials = ({"scale": as_stored(start * share)} for share in _SHARES)
+        return least_error(self._snap, blocks[:, :, ::step].flatten(2), weight, params, trials)
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
         """Weighted least squares for the scale at fixed codes, kept only where it helps."""
-        unit = self.decode(codes, {"scale": torch.ones_like(params["scale"])})
-        power = (unit.square() * importance).sum(-1)
-        scale = as_stored((unit * x * importance).sum(-1) / power.clamp(min=1e-30))
-        trial = {"scale": scale}
-        old = weighted_error(x, self.decode(codes, params), importance)
-        better = (scale > 0) & (weighted_error(x, self.decode(codes, trial), importance) < old)
-        return {"scale": torch.where(better, scale, params["scale"])}
+        return refit_scale(self, x, codes, importance, params)
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """Codes of the closest vectors."""
-        unit = _over(x, params["scale"][..., None])
+        unit = over(x, params["scale"][..., None])
         return self.encode(unit.reshape(-1, self.block)).reshape(*x.shape[:-1], -1)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -88,7 +71,7 @@ class VectorFormat(GroupFormat):
         scale = params["scale"][:, 0, None]
 
         def block(w: Tensor) -> tuple[Tensor, Tensor]:
-            codes = self.encode(_over(w, scale))
+            codes = self.encode(over(w, scale))
             return codes, self.points(codes) * scale
 
         return block
@@ -97,7 +80,5 @@ class VectorFormat(GroupFormat):
         """fp16 scale."""
         return (Part("scale", self.grid(shape)),)
 
-
-def _over(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, and 0 where the scale is: all codes mean 0 there."""
-    return torch.where(scale > 0, x / torch.where(scale > 0, scale, 1.0), 0.0)
+    def _snap(self, x: Tensor, params: Params) -> Tensor:
+        return self.decode(self.nearest(x, params), params)

@@ -70,8 +70,7 @@ def split_stream(ids: torch.Tensor, which: str) -> torch.Tensor:
 
 def calibration_windows(ids: torch.Tensor, samples: int, seqlen: int, seed: int = 0) -> torch.Tensor:
     """Windows (samples, seqlen) that start at random places of `ids` (n,); they may overlap."""
-    _check_positive(samples=samples)
-    _check_seqlen(seqlen)
+    check_windows(samples, seqlen)
     if len(ids) <= seqlen:
         raise CalibrationError(
             f"The calibration text has {len(ids)} tokens and a window needs more than {seqlen}; "
@@ -98,6 +97,12 @@ def evaluation_windows(ids: torch.Tensor, seqlen: int, windows: int | None = Non
 def windows_hash(windows: torch.Tensor) -> str:
     """sha256 (hex) of the int64 token ids, little endian: tells whether two runs saw the same text."""
     return hashlib.sha256(windows.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def check_windows(samples: int, seqlen: int) -> None:
+    """Raises CalibrationError for a number or a length of windows that is none."""
+    _check_positive(samples=samples)
+    _check_seqlen(seqlen)
 
 
 def _check_positive(**numbers: int) -> None:

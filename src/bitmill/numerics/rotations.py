@@ -117,8 +117,9 @@ class Rotation:
 @lru_cache(maxsize=64)
 def rotation(kind: Kind, width: int, seed: int, device: torch.device | str = "cpu") -> Rotation:
     """The rotation of `width` that `seed` means. Cached: the layers of a model share a few widths."""
-    made = _hadamard_steps(width, seed) if kind == "hadamard" else _orthogonal_steps(width, seed)
-    return Rotation(width, tuple(_moved(step, torch.device(device)) for step in made))
+    with torch.inference_mode(False):  # what is kept must serve training too, whoever asks for it first
+        made = _hadamard_steps(width, seed) if kind == "hadamard" else _orthogonal_steps(width, seed)
+        return Rotation(width, tuple(_moved(step, torch.device(device)) for step in made))
 
 
 def hartley(x: Tensor) -> Tensor:

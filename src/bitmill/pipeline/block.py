@@ -55,7 +55,6 @@ def quantize_block(
     names = [n for stage in stages for n in stage if not recipe.ignores(f"{prefix}.{n}")]
 
     targets = streams.targets(block, index) if streams else []
-    twin = copy.deepcopy(block) if "cross" in recipe.needs else None
     seen: dict[str, Activations] = {}
     if job.propagate == "float" and recipe.needs - FISHER:
         seen = _float_statistics(block, index, streams, leads, store)
@@ -64,14 +63,18 @@ def quantize_block(
         seen = observe(block, streams.hidden, calls, leads)
 
     task = BlockTask(
-        block, names, recipe.stored, calls, list(streams.hidden) if streams else [], targets, index,
-        len(skeleton.blocks), adapter.transposed, adapter.seams,
+        block, names, recipe.stored, calls, [], targets, index, len(skeleton.blocks), adapter.transposed,
+        adapter.seams,
     )  # fmt: skip
+    if streams and recipe.tuners:  # nobody else needs the inputs once they have passed
+        task.inputs = list(streams.hidden)
     work = _Work(job, task, stages, keep=bool(recipe.tuners))
     if work.keep:
         task.dtypes = {name: skeleton.dtype(f"{prefix}.{name}") for name, _ in task.floats()}
     before = {name: task.matrix(name).clone() for name in names} if fisher and recipe.transforms else {}
     result = BlockResult(index, changed=fold_transforms(recipe, skeleton, index, seen))
+    # beside the block as it is quantized, the float one in the same basis
+    twin = copy.deepcopy(block) if "cross" in recipe.needs and job.propagate == "quantized" else None
     if fisher:
         work.fisher = fisher.block(index, skeleton.device)
         for name, W in before.items():
@@ -112,7 +115,10 @@ def _solve(
     if job.propagate == "float" or not job.recipe.needs & {"gram", "cross"}:
         for stage in work.stages:
             known = seen.get(stage[0])
-            _solve_stage(work, stage, Statistics(known.gram, known.tokens) if known else Statistics())
+            stats = Statistics(known.gram, known.tokens) if known else Statistics()
+            if known and "cross" in job.recipe.needs:  # the inputs are the float model's own
+                stats = replace(stats, cross=torch.zeros_like(known.gram))
+            _solve_stage(work, stage, stats)
         return None
     assert streams is not None
     leads = [stage[0] for stage in work.stages]

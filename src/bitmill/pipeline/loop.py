@@ -38,13 +38,12 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, flo
 def _run(
     job: Job, sink: Sink, progress: Progress, store: StatisticsStore | None, fisher: Fisher | None
 ) -> dict[str, float | int]:
-    skeleton, recipe = job.skeleton, job.recipe
+    skeleton = job.skeleton
     streams = measure = None
     with skeleton.outside("before"):
         if _needs_streams(job, store):
             assert job.calibration is not None
-            compare = job.propagate == "float" or bool(recipe.needs & (TARGETS | {"cross"}))
-            streams = Streams(skeleton, job.calibration, compare)
+            streams = Streams(skeleton, job.calibration, job.propagate == "float" or _compares(job))
         if job.held_out is not None:
             measure = Measure(skeleton, job.held_out)
 
@@ -91,7 +90,13 @@ def _needs_streams(job: Job, store: StatisticsStore | None) -> bool:
     if not needs:
         return False
     stored = store is not None and all(store.has(i) for i in range(len(job.skeleton.blocks)))
-    return not stored or bool(needs & (TARGETS | {"cross"}))
+    return not stored or _compares(job)
+
+
+def _compares(job: Job) -> bool:
+    """Whether somebody looks at the float model's hidden states beside those of the quantized one."""
+    beside = TARGETS if job.propagate == "float" else TARGETS | {"cross"}
+    return bool(job.recipe.needs & beside)
 
 
 def _restore(done: BlockResult, skeleton: Skeleton) -> None:

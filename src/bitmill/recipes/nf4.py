@@ -26,7 +26,8 @@ class NF4(Method):
     Expect     below the error of a symmetric 4-bit grid in the same groups, and about that of an asymmetric
                one, which stores a zero besides; ahead of both where weights have heavy tails
     Limits     4 bits as published; the tables for 2 and 3 bits are bitmill's, and at 2 bits three of four
-               levels are -absmax, 0 and absmax: use search=true there
+               levels are -absmax, 0 and absmax; search=true lowers the error of the weights, and not always
+               the perplexity
     Paper      Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314)
     """
 

@@ -28,8 +28,8 @@ class SqueezeLLM(Method):
     Needs      one backward pass of the float model for each of at most 100 windows of calibration text, block
                by block; with fisher=false nothing
     Cost       about five forward passes over these windows, and disk for the inputs of every block meanwhile
-    Expect     with 3 bits clearly better than the same levels without weights, and better still with sparse ones;
-               no error feedback, so methods that have it may be ahead at equal bits
+    Expect     3 bits on a small model: without the gradients it breaks, with them and the sparse weights it is
+               usable; error feedback with the same format is ahead of it, see the solver gptq
     Limits     layers see the float model's inputs, not those of the quantized blocks before them
     Paper      Kim et al. 2023 (arXiv 2306.07629)
     """

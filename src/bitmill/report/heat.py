@@ -33,7 +33,8 @@ def heat_map(layers: Sequence[Layer], key: str) -> HeatMap | None:
     known = [value for layer in layers if (value := getattr(layer, key)) is not None and value > 0]
     if not known:
         return None
-    low, high = min(known), max(known)
+    known.sort()
+    low, high = known[len(known) // 50], known[-1]  # a few layers without error must not pale all the others
     span = math.log(high / low) or 1.0
     grid = layer_grid(layers)
     names = short_names(grid.rows)
@@ -44,7 +45,7 @@ def heat_map(layers: Sequence[Layer], key: str) -> HeatMap | None:
     for row, (name, values) in enumerate(zip(grid.rows, grid.values(layers, key), strict=True)):
         for column, (block, value) in enumerate(zip(grid.blocks, values, strict=True)):
             if value is not None:
-                step = round(STEPS * math.log(value / low) / span) if value > 0 else 0
+                step = round(STEPS * max(0.0, math.log(value / low) / span)) if value > 0 else 0
                 what = f"block {block}, {name}: {numbers.number(value, 3)}"
                 cells.append((left + _PITCH * column + 1, _PITCH * row + 1, step, what))
     return HeatMap(
@@ -59,7 +60,7 @@ def heat_map(layers: Sequence[Layer], key: str) -> HeatMap | None:
         cells=cells,
         scale=[(left + 6 * step, bottom + 30, step) for step in range(STEPS + 1)],
         ends=[
-            (left, bottom + 56, numbers.number(low, 2)),
+            (left, bottom + 56, ("≤" if known[0] < low else "") + numbers.number(low, 2)),
             (left + 6 * STEPS - 14, bottom + 56, numbers.number(high, 2)),
         ],
     )

@@ -43,22 +43,21 @@ class GPTAQ(GPTQ):
     @property
     def needs(self) -> frozenset[str]:
         """The Gram matrix, and how the inputs differ from the float model's."""
-        return super().needs | {"cross"}
+        return super().needs | {"cross"} if self.alpha else super().needs
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram and stats.cross."""
-        if stats.cross is None:
-            raise NumericsError(f"{self.name} needs the float model's inputs beside; use propagate=quantized.")
-        return super().solve(self._retarget(W, stats), stats, format)
+        if self.alpha and stats.cross is None:
+            raise NumericsError(f"{self.name} needs the float model's inputs beside; give it calibration text.")
+        target = W if stats.cross is None else self._retarget(W, stats.required_gram(self.name), stats.cross)
+        return super().solve(target, stats, format)
 
-    def _retarget(self, W: Tensor, stats: Statistics) -> Tensor:
+    def _retarget(self, W: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
         """W* (rows, columns)."""
-        gram = stats.required_gram(self.name)
-        assert stats.cross is not None
-        if not bool(gram.any()):
+        if not self.alpha or not bool(cross.any()):
             return W
         U, _ = inverse_factor(_alive(gram), self.damp)
-        return W + self.alpha * ((W @ stats.cross) @ U.T) @ U
+        return W + self.alpha * ((W @ cross) @ U.T) @ U
 
 
 def _alive(gram: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const FAR = 30;  // a perplexity this many times the float model's is off the scale
+  const FAR = 10;  // a perplexity this many times the float model's is off the scale
   const MEASURES = {
     perplexity: { title: "perplexity", better: "lower", text: (v) => short(v) },
     kl_divergence: { title: "KL divergence from float, nats a token", better: "lower", text: (v) => short(v) },
@@ -19,7 +19,8 @@
   // plotly reads some HTML in its texts
   const escape = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
   const short = (value) => {
-    if (Math.abs(value) < 1e5) return String(Number(value.toPrecision(value < 1000 ? 4 : 6)));
+    if (Math.abs(value) < 1e4) return String(Number(value.toPrecision(4)));
+    if (Math.abs(value) < 1e5) return Math.round(value).toLocaleString("en").replaceAll(",", "\u202f");
     const [mantissa, exponent] = value.toExponential(1).split("e");
     return `${mantissa}×10${[...String(Number(exponent))].map((d) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[d]).join("")}`;
   };
@@ -183,7 +184,7 @@
     if (line0 !== null) {
       shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: line0, y1: line0, line: { color: ink, width: 1.2, dash: "dash" } });
       annotations.push({ x: 0.005, xref: "paper", y: value(line0), xanchor: "left", yanchor: "bottom", showarrow: false,
-        text: isPerplexity ? `float ${short(line0)}` : "float 100 %", font: { size: 12, color: ink } });
+        text: isPerplexity ? `float ${line0 < 1e4 ? line0.toPrecision(4) : short(line0)}` : "float 100 %", font: { size: 12, color: ink } });
     }
     const tick = ticks(log ? 10 ** range[0] : range[0], log ? 10 ** range[1] : range[1], log, narrow(element) ? 5 : 7);
     Plotly.react(element, traces, { ...layout, height, margin, annotations, shapes,
@@ -204,8 +205,8 @@
     const key = chosen("error"), missing = known[wanted] ? "" : `${variant.label} read no calibration text: how wrong its outputs are is not known. `;
     const table = known[key];
     if (!table) { Plotly.purge(element); element.textContent = ""; note.textContent = "Nothing is known about its layers."; return; }
-    const all = Object.values(grid.values).flatMap((v) => v[key] ?? []).flat().filter((v) => v > 0).map(Math.log10);
-    const low = Math.min(...all), high = Math.max(...all), small = narrow(element);
+    const all = Object.values(grid.values).flatMap((v) => v[key] ?? []).flat().filter((v) => v > 0).map(Math.log10).sort((a, b) => a - b);
+    const low = all[Math.floor(all.length / 50)], high = all.at(-1), small = narrow(element);
     const { muted, axis, layout } = base(element);
     const stops = [0, 1, 2, 3, 4].map((i) => [i / 4, style(`--heat${i}`)]);
     const tick = ticks(10 ** low, 10 ** high, true, 4);

@@ -1,0 +1,114 @@
+"""Turn the results of `bitmill compare` into docs/leaderboard.md and the table that picks the default method.
+
+    bitmill compare smollm2-135m --methods ... --bits 2,3,4 -o board
+    python benchmarks/leaderboard.py board/results.json
+
+Nothing is measured here: every figure is taken from results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bitmill.recipe import METHODS
+from bitmill.report.results import Results, Variant, read_results
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "leaderboard.md"
+DATA = ROOT / "src" / "bitmill" / "data" / "leaderboard.json"
+HEAD = ("method", "bits", "bpw", "perplexity", "KL", "top-1", "quantized in", "peak memory")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    results = read_results(parser.parse_args().results)
+    PAGE.write_text(page(results), encoding="utf-8")
+    DATA.write_text(data(results), encoding="utf-8")
+    print(f"{len(results.done())} variants written to {PAGE} and {DATA}")
+
+
+def page(results: Results) -> str:
+    """docs/leaderboard.md."""
+    settings, machine, base = results.settings, results.machine, results.float
+    assert base is not None
+    calibration, evaluation = settings.calibration, settings.evaluation
+    lines = [
+        "# Leaderboard",
+        "",
+        f"Every method on {settings.model}, from one run of `bitmill compare`: the same calibration text "
+        f"({calibration.windows} windows of {calibration.seqlen} tokens of {calibration.source}, seed "
+        f"{calibration.seed}), the same {evaluation.windows} held-out windows of {evaluation.seqlen} tokens, the "
+        "linear layers of the blocks quantized and everything they store counted (bpw). The float model has "
+        f"perplexity {base.perplexity:.3f}. KL is the divergence of the next-token distribution from the float "
+        "model's, in nats a token; top-1 how often both put the same token first.",
+        "",
+        _propagation(settings.propagate),
+        f"Times are wall seconds on {machine.cpu}, {machine.cores} cores, {machine.threads} threads, no GPU; "
+        "memory is the peak of the process.",
+        "",
+    ]
+    for bits in sorted({v.bits for v in results.done() if v.bits}, reverse=True):
+        found = [v for v in results.done() if v.bits == bits]
+        lines += [f"## {bits} bits", "", f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+        lines += [_row(v) for v in sorted(found, key=lambda v: v.kl_divergence or 0.0)]
+        lines.append("")
+    absent = [v for v in results.variants if v.status in ("failed", "not_applicable")]
+    if absent:
+        lines += ["## Not in the table", ""]
+        lines += [f"- {v.name}: {v.reason}" for v in absent]
+        lines.append("")
+    commands = [*results.commands, "python benchmarks/leaderboard.py DIR/results.json"]
+    lines += ["## How it was made", "", "```sh", *commands, "```", ""]
+    return "\n".join(lines)
+
+
+def data(results: Results) -> str:
+    """data/leaderboard.json: what `bitmill.leaderboard` reads."""
+    rows = [
+        {
+            "method": v.method,
+            "bits": v.bits,
+            "bits_per_weight": round(v.bits_per_weight or 0.0, 4),
+            "perplexity": round(v.perplexity or 0.0, 4),
+            "kl_divergence": round(v.kl_divergence or 0.0, 5),
+            "minutes": round((v.quantize_time_s or 0.0) / 60, 2),
+        }
+        for v in results.done()
+        if v.method in METHODS.names() and v.bits
+    ]
+    return json.dumps({"model": results.settings.model, "rows": rows}, indent=1) + "\n"
+
+
+def _row(v: Variant) -> str:
+    assert v.bits_per_weight is not None
+    assert v.perplexity is not None
+    assert v.peak_memory_bytes is not None
+    assert v.quantize_time_s is not None
+    cells = (
+        f"`{v.method}`",
+        str(v.bits),
+        f"{v.bits_per_weight:.3f}",
+        f"{v.perplexity:.2f}" if v.perplexity < 1000 else f"{v.perplexity:.3g}",
+        f"{v.kl_divergence:.3f}",
+        f"{v.top1_agreement:.1%}",
+        f"{v.quantize_time_s:.0f} s",
+        f"{v.peak_memory_bytes / 1e9:.2f} GB",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _propagation(propagate: str) -> str:
+    if propagate == "float":
+        return (
+            "Every block was calibrated on the float model's hidden states (`--propagate float`), so that one "
+            "pass serves all rows: the first method that needs statistics is charged for collecting them. The "
+            "default calibrates each block on the quantized blocks before it, which gives other figures."
+        )
+    return "Every block was calibrated on the outputs of the quantized blocks before it."
+
+
+if __name__ == "__main__":
+    main()

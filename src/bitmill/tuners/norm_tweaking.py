@@ -1,0 +1,79 @@
+"""Norm tweaking: norms learn to give a quantized block the output distribution of the float one.
+
+    loss = 1/C sum_c (|mean_f,c - mean_q,c| + |var_f,c - var_q,c|)      over tokens, channel by channel
+
+One pass over the calibration windows, Adam on the weights and biases of norms and nothing else; the learning
+rate grows with depth, because errors do. The state before is restored where the loss did not fall.
+
+Source: Norm Tweaking (Li et al. 2023, arXiv 2309.02784), algorithm 1 and equations 2 and 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import RecipeError
+from bitmill.tuners.base import TUNERS, BlockTask, Tuner
+from bitmill.tuners.training import Adam, Free, minibatches
+
+
+@TUNERS.register("norm_tweaking")
+@dataclass(frozen=True)
+class NormTweaking(Tuner):
+    """Train norms on the distribution of the block's outputs.
+
+    rate: of Adam in the first block, in units of the root mean square of each vector.
+    growth: the last block's rate is about (1 + growth) times the first one's.  tokens: in a step.
+    """
+
+    rate: float = 1e-3
+    growth: float = 1.0
+    tokens: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rate > 0 or self.growth < 0 or self.tokens < 1:
+            raise RecipeError(
+                f"norm_tweaking has rate {self.rate}, growth {self.growth} and tokens {self.tokens}; use a rate "
+                "and tokens above 0 and a growth of at least 0."
+            )
+
+    def after(self, task: BlockTask) -> None:
+        """One pass of Adam over the windows."""
+        free = Free(task, params=False, norms=True)
+        if not free.leaves():
+            return
+        rate = self.rate * (1 + self.growth * task.index / task.depth)
+        optimizer = Adam([leaf.steps for leaf in free.leaves()])
+        start, before = free.state(), self.loss(task)
+        generator = torch.Generator().manual_seed(self.seed)
+        for batch in minibatches(task, self.tokens, generator):
+            with torch.enable_grad():
+                output = batch.call.run_with(free.tensors(), task.block, batch.hidden)
+                distance(moments([output]), moments([batch.target])).backward()
+            optimizer.step(rate)
+        free.store()
+        after = self.loss(task)
+        if not after < before:
+            free.restore(start)
+
+    @torch.no_grad()
+    def loss(self, task: BlockTask) -> float:
+        """Distance of the block's outputs from the float block's, over all windows."""
+        outputs = moments([task.run(i) for i in range(len(task.inputs))])
+        return float(distance(outputs, moments(task.targets)))
+
+
+def moments(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance (channels,) over the tokens of hidden states (windows, tokens, channels)."""
+    rows = torch.cat([batch.flatten(0, 1) for batch in batches])
+    return rows.mean(0), rows.var(0, correction=0)
+
+
+def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of two pairs of mean and variance."""
+    return (first[0] - second[0]).abs().mean() + (first[1] - second[1]).abs().mean()

@@ -1,0 +1,90 @@
+"""QuIP (arXiv 2307.13304): incoherence, LDLQ, and what both do at 2 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from rotated_layers import held_out_error, layer
+from torch import Tensor
+
+from bitmill.formats.half_integer import HalfInteger
+from bitmill.quantized import Quantized
+from bitmill.recipe import Recipe, build_recipe
+from bitmill.solvers import Statistics
+from bitmill.solvers.base import output_error, solve
+from bitmill.solvers.nearest import Nearest
+
+SEEDS = [0, 1]
+ROTATIONS = ["orthogonal", "hadamard"]
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_no_weight_stands_out_in_the_rotated_basis(rotation: str) -> None:
+    """Definition 1 and lemma 5: max |W_ij| <= mu |W|_F / sqrt(rows columns) with a mu of logarithms."""
+    W, gram, _ = layer(0)
+    W[3, 5] = 3.0  # a hundred and fifty times the RMS
+    seen = {}
+
+    def solve_inner(M: Tensor, inner: Statistics) -> Quantized:
+        seen["W"] = M
+        return solve(Nearest(), M, inner, HalfInteger(2))
+
+    build_recipe("quip", {"rotation": rotation}).stored.solve(W, Statistics(gram, 2048), solve_inner)
+    assert standing_out(W) > 60
+    assert standing_out(seen["W"]) < 12
+
+
+def standing_out(W: Tensor) -> float:
+    """The mu of the paper's incoherence: the largest entry over the RMS."""
+    return float(W.abs().max() / W.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("search", [True, False])
+def test_below_gptq_with_a_scale_a_row_at_2_bits(seed: int, rotation: str, search: bool) -> None:
+    ours = held_out_error(seed, "quip", bits=2, rotation=rotation)
+    theirs = held_out_error(seed, "gptq", bits=2, group_size="row", search=search)
+    assert ours < 0.95 * theirs
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_range_of_the_paper_beats_gptq_of_the_paper(seed: int) -> None:
+    """2.4 RMS against min-max rows, neither searched."""
+    ours = held_out_error(seed, "quip", bits=2, search=False)
+    assert ours < 0.5 * held_out_error(seed, "gptq", bits=2, group_size="row", search=False)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ldlq_beats_nearest_rounding(seed: int, bits: int) -> None:
+    """Theorem 1, in the rotated basis."""
+    recipe = build_recipe("quip", {"bits": bits})
+    nearest = Recipe("nearest", recipe.weight, Nearest(search=True), recipe.transforms)
+    assert held_out_error(seed, recipe) < 0.7 * held_out_error(seed, nearest)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("bits", [2, 3])
+def test_incoherence_processing_helps_the_same_grid(seed: int, bits: int) -> None:
+    recipe = build_recipe("quip", {"bits": bits})
+    assert held_out_error(seed, recipe) < 0.8 * held_out_error(seed, dataclasses.replace(recipe, transforms=()))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_greedy_passes_lower_the_objective(seed: int) -> None:
+    W, gram, _ = layer(seed)
+
+    def objective(passes: int) -> float:
+        recipe = build_recipe("quip", {"column_passes": passes})
+        return output_error(W, solve(recipe.solver, W, Statistics(gram, 2048), recipe.stored).dequantize(), gram)
+
+    assert objective(2) < objective(1) < objective(0)
+
+
+def test_bits_are_codes_and_one_scale() -> None:
+    assert build_recipe("quip").stored.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16
+    assert (
+        build_recipe("quip", {"rescale": True}).stored.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16 + 1536 * 16
+    )
