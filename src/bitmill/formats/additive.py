@@ -52,7 +52,7 @@ class Additive(GroupFormat):
             raise RecipeError(f"codebooks is {self.codebooks!r}; use 1 to 8.")
 
     @property
-    def codes_per_block(self) -> int:  # type: ignore[override]
+    def codes_per_block(self) -> int:
         """One in each codebook."""
         return self.codebooks
 
@@ -118,9 +118,7 @@ class Additive(GroupFormat):
 
     def _better(self, x: Tensor, codes: Tensor, importance: Tensor, old: Params, new: Params) -> Params:
         """Whichever has less weighted error."""
-        errors = [
-            ((x - self.decode(codes, p)).double().square() * importance).sum() for p in (new, old)
-        ]
+        errors = [((x - self.decode(codes, p)).double().square() * importance).sum() for p in (new, old)]
         return new if bool(errors[0] < errors[1]) else old
 
     # -- meaning ------------------------------------------------------------------------------------------

@@ -7,9 +7,6 @@
     points     (n, width)
 
 Which codes are best is a quadratic assignment, so the search keeps a beam of hypotheses, codebook by codebook.
-Its cost is in finding minima among K sums. Sorting them out would cost several times that, so where more than
-one is wanted, the codebook is cut into equal runs and the best of each run is taken: the best of all is always
-among them.
 
 Residual k-means and codes one codebook at a time: Chen, Guan and Wang 2010, "Approximate nearest neighbor search
 by residual vector quantization"; sums of free vectors, their beam search and their least squares: Babenko and
@@ -23,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_SHARE = 8  # runs of codes for every hypothesis that is to be kept
 _SLICE = 1 << 20  # sums of a search at a time: with their temporaries about a second-level cache
 
 
@@ -54,39 +52,41 @@ def search(pull: Tensor, metric: Tensor, codebooks: Tensor, beam: int) -> tuple[
     step = max(1, _SLICE // (beam * size if len(codebooks) > 1 else size))
     lean = codebooks @ metric  # (M, K, width)
     norms = (lean * codebooks).sum(-1)
-    pieces = [_search(piece, metric, codebooks, lean, norms, beam) for piece in pull.split(step)]
+    pieces = [_search(piece, codebooks, lean, norms, beam) for piece in pull.split(step)]
     codes = torch.cat(pieces)
     return codes, decode(codes, codebooks)
 
 
-def _search(pull: Tensor, metric: Tensor, codebooks: Tensor, lean: Tensor, norms: Tensor, beam: int) -> Tensor:
-    count, size = pull.shape[0], codebooks.shape[1]
+def _search(pull: Tensor, codebooks: Tensor, lean: Tensor, norms: Tensor, beam: int) -> Tensor:
     costs = torch.addmm(norms[0], pull, codebooks[0].T, alpha=-2)
     if len(codebooks) == 1:
         return costs.argmin(1, keepdim=True)
-    value, code = _runs(costs, beam)
+    value, _, code = _best(costs[:, None], beam)
     codes = [code]
     left = pull[:, None] - lean[0].index_select(0, code.flatten()).unflatten(0, code.shape)
-    for m in range(1, len(codebooks) - 1):
+    for m in range(1, len(codebooks)):
         costs = torch.addmm(norms[m], left.flatten(0, 1), codebooks[m].T, alpha=-2).unflatten(0, value.shape)
-        halves = (costs + value[..., None]).unflatten(2, (2, size // 2)).flatten(1, 2)
-        value, kept = halves.amin(2).topk(min(beam, halves.shape[1]), 1, largest=False)
-        code = halves.gather(1, kept[..., None].expand(-1, -1, size // 2)).argmin(2) + kept % 2 * (size // 2)
-        codes = [c.gather(1, kept // 2) for c in codes] + [code]
-        parents = left.gather(1, (kept // 2)[..., None].expand(-1, -1, left.shape[2]))
-        left = parents - lean[m].index_select(0, codes[-1].flatten()).unflatten(0, kept.shape)
-    # the last codebook: whose best sum is least, then where that is; minima without places are far cheaper
-    costs = torch.addmm(norms[-1], left.flatten(0, 1), codebooks[-1].T, alpha=-2)
-    best = (costs.amin(1).unflatten(0, value.shape) + value).argmin(1, keepdim=True)
-    last = costs.view(count, -1, size)[torch.arange(count, device=pull.device), best[:, 0]].argmin(1, keepdim=True)
-    return torch.cat([*(c.gather(1, best) for c in codes), last], 1)
+        value, parent, code = _best(costs.add_(value[..., None]), beam if m < len(codebooks) - 1 else 1)
+        codes = [c.gather(1, parent) for c in codes] + [code]
+        parents = left.gather(1, parent[..., None].expand(-1, -1, left.shape[2]))
+        left = parents - lean[m].index_select(0, code.flatten()).unflatten(0, code.shape)
+    return torch.cat(codes, 1)
 
 
-def _runs(costs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The least of each of `count` equal runs of the last axis, and where it is: (..., count) each."""
-    length = costs.shape[-1] // count
-    value, place = costs.unflatten(-1, (count, length)).min(-1)
-    return value, place + torch.arange(0, costs.shape[-1], length, device=costs.device)
+def _best(costs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Nearly the `count` least of costs (n, hypotheses, K): their values, hypotheses and codes, (n, count) each.
+
+    Sorting out many numbers is dear, finding where a minimum is less so, and its value alone next to free: so
+    runs of codes are ranked by their least, and the best runs give one code each. The least of all is exact.
+    """
+    hypotheses, size = costs.shape[1:]
+    count = min(count, hypotheses * size)
+    cuts = min(size, max(1, 1 << (_SHARE * count // hypotheses - 1).bit_length())) if count > 1 else 1
+    runs = costs.unflatten(2, (cuts, size // cuts)).flatten(1, 2)
+    least = runs.amin(2)
+    value, kept = least.topk(count, 1, largest=False) if count > 1 else least.min(1, keepdim=True)
+    code = runs.gather(1, kept[..., None].expand(-1, -1, size // cuts)).argmin(2)
+    return value, kept // cuts, code + kept % cuts * (size // cuts)
 
 
 def residual_kmeans(x: Tensor, weight: Tensor, books: int, size: int, rounds: int, seed: int = 0) -> Tensor:
@@ -103,7 +103,7 @@ def residual_kmeans(x: Tensor, weight: Tensor, books: int, size: int, rounds: in
             code = _closest(x, weight, centres)
             mass = torch.zeros_like(centres).index_add_(0, code, weight)
             moment = torch.zeros_like(centres).index_add_(0, code, weight * x)
-            used = torch.zeros(size, device=x.device).index_add_(0, code, torch.ones_like(x[:, 0])) > 0
+            used = torch.bincount(code, minlength=size) > 0
             centres = torch.where(mass > 0, moment / mass.clamp(min=1e-30), centres)
             centres = torch.where(used[:, None], centres, x[_places(draw, x, size)])
         x = x - centres[_closest(x, weight, centres)]

@@ -7,6 +7,7 @@ Start        residual k-means; then `rounds` times: code a sample of rows by err
              searched in the metric of what blocks to come cannot absorb, and refit the codebooks to the outcome
 Alternate    least squares for codebooks and scales at fixed codes, by conjugate gradients in the metric of H,
              and a sweep that searches every block again; until a turn gains less than `tolerance`
+Target       with `alpha`, W is first moved to answer errors of earlier layers, see `gptaq`
 Cost         a sweep is rows * columns * beam * codebooks * K / 8 sums of the vectors' products, K vectors each
 
 Egiazarian et al. 2024, "AQLM" (arXiv 2401.06118), section 3. There codes start from residual k-means alone, and
@@ -29,6 +30,7 @@ from bitmill.quantized import Quantized, fit_matrix
 from bitmill.solvers.base import GRAM, SOLVERS, Solver, Statistics
 from bitmill.solvers.descent import Descent
 from bitmill.solvers.feedback import feed_back, without_dead
+from bitmill.solvers.gptaq import retarget
 
 _SAMPLE = 1 << 13  # blocks coded in a round of training
 _STEPS = 4  # of conjugate gradients
@@ -43,7 +45,8 @@ class BeamSearch(Solver):
     sweeps: int = 4
     tolerance: float = 0.005
     rounds: int = 16
-    damp: float = 0.03
+    damp: float = 0.05
+    alpha: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,12 +56,14 @@ class BeamSearch(Solver):
                 f"{self.tolerance!r}; use a beam of at least 1 and nothing negative."
             )
         if not 0 < self.damp < 100:
-            raise RecipeError(f"damp is {self.damp!r}; use a positive share of the mean diagonal, such as 0.03.")
+            raise RecipeError(f"damp is {self.damp!r}; use a positive share of the mean diagonal, such as 0.05.")
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"alpha is {self.alpha!r}; use a share of the correction from 0 to 1.")
 
     @property
     def needs(self) -> frozenset[str]:
-        """The Gram matrix of the layer's inputs."""
-        return GRAM
+        """The Gram matrix of the layer's inputs; with alpha, how they differ from the float model's."""
+        return GRAM | {"cross"} if self.alpha else GRAM
 
     def accepts(self, format: GroupFormat) -> str | None:
         """Formats with learned codebooks."""
@@ -68,6 +73,7 @@ class BeamSearch(Solver):
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
+        W = retarget(W, stats, self.alpha, self.damp, self.name)
         W, gram, dead = without_dead(W, stats.required_gram(self.name))
         U, damp = inverse_factor(gram, self.damp)
         H = gram.clone()
@@ -225,6 +231,8 @@ class _Sweep(Descent):
     def _block_step(self, first: int, rounder: Rounder) -> None:
         cut = slice(first, min(first + self.format.block, self.Q.shape[0]))
         metric = self.H[cut, cut]
-        pull = torch.nn.functional.pad((self.gradient[cut] + metric @ self.Q[cut]).T, (0, first + self.format.block - cut.stop))
+        pull = torch.nn.functional.pad(
+            (self.gradient[cut] + metric @ self.Q[cut]).T, (0, first + self.format.block - cut.stop)
+        )
         codes, values = self._state.search(first, pull, self._state._whole(metric))
         self._take(cut, codes.T, values.T[: len(metric)])

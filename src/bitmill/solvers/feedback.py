@@ -10,6 +10,8 @@ block LDLQ of QuIP# (arXiv 2402.04396, section 4.1). A block is rounded to the n
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -113,6 +115,16 @@ def empty_codes(format: GroupFormat, columns: int, rows: int, device: torch.devi
     return torch.empty(format.codes_in(columns), rows, dtype=dtype, device=device)
 
 
+class Grids(Protocol):
+    """What rounds the columns, or blocks of columns, in the order in which they are visited."""
+
+    def stop(self, start: int, stop: int) -> int:
+        """Where a chunk from `start` that may reach to `stop` ends."""
+
+    def rounder(self, column: int, Wt: Tensor) -> Rounder:
+        """Of the column, or block that starts there, visited at this turn; Wt as it is then."""
+
+
 class StaticGrids:
     """Grids fitted beforehand; columns may come in any order.
 
@@ -157,6 +169,3 @@ class LocalGrids:
     def params(self) -> Params:
         """Of all groups, once the loop is over."""
         return {name: torch.cat([p[name] for p in self._fitted], 1) for name in self._fitted[0]}
-
-
-Grids = StaticGrids | LocalGrids
