@@ -37,8 +37,8 @@ def page(boards: list[Results]) -> str:
         "# Leaderboard",
         "",
         f"Methods on {boards[0].settings.model}, the linear layers of the blocks quantized and everything they "
-        "store counted (bpw). KL is the divergence of the next-token distribution from the float model's, in nats a "
-        "token; top-1 how often both put the same token first. Rows of one table share calibration text, held-out "
+        "store counted (bpw). KL is the divergence of the next-token distribution from the float model's, in nats "
+        "a token; top-1 how often both put the same token first. Rows of one table share calibration text, held-out "
         "windows and machine; rows of different tables are not to be compared.",
         "",
     ]
@@ -68,8 +68,8 @@ def _board(results: Results) -> list[str]:
         f"Calibration windows from {calibration.source} (seed {calibration.seed}), measured on "
         f"{evaluation.windows} held-out windows of {evaluation.seqlen} tokens; the float model has perplexity "
         f"{base.perplexity:.3f} on them. {_propagation(settings.propagate)} Times are wall seconds on "
-        f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads, no GPU, with other work on the machine; "
-        "memory is the peak of the process.",
+        f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads, no GPU, with other work on the "
+        "machine; memory is the peak of the process.",
         "",
     ]
     for bits in sorted({v.bits for v in results.done() if v.bits}, reverse=True):
