@@ -38,8 +38,8 @@ def page(boards: list[Results]) -> str:
         "",
         f"Methods on {boards[0].settings.model}, the linear layers of the blocks quantized and everything they "
         "store counted (bpw). KL is the divergence of the next-token distribution from the float model's, in nats "
-        "a token; top-1 how often both put the same token first. Rows of one table share calibration text, held-out "
-        "windows and machine; rows of different tables are not to be compared.",
+        "a token; top-1 how often both put the same token first. Rows of one table share calibration text, held-"
+        "out windows and machine; rows of different tables are not to be compared.",
         "",
     ]
     for board in boards:
