@@ -109,6 +109,8 @@ def _table(cells: list[dict[str, Any]], measured: bool) -> Any:
             f"{cell['sqnr_db']:.1f}", f"{cell['worst_sqnr_db']:.1f}",
         ]  # fmt: skip
         if measured:
-            row += [number(cell["perplexity"]), number(cell["kl_divergence"], 3), f"{cell['top1_agreement']:.1%}"]
+            agreed = cell["top1_agreement"]  # None in a cell that is beyond measuring
+            row += [number(cell["perplexity"]), number(cell["kl_divergence"], 3)]
+            row.append("-" if agreed is None else f"{agreed:.1%}")
         table.add_row(*row, cell["verdict"])
     return table
