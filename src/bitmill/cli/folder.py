@@ -45,6 +45,9 @@ def verify(
         bool, typer.Option("--quality/--no-quality", help="Measure the recorded perplexity again.")
     ] = True,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check every byte and every tensor of a quantized folder, and that it still performs as recorded."""
@@ -63,6 +66,7 @@ def verify(
                 windows=recorded["windows"],
                 device=device,
                 progress=output.progress,
+                trust_remote_code=trust_remote_code,
             )
             return float(result["perplexity"])
 
