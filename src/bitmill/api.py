@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bitmill.checkpoint import FolderSink, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
-from bitmill.checkpoint.writer import check_absent
+from bitmill.checkpoint.writer import check_new, is_finished
 from bitmill.composition import find_recipe
 from bitmill.errors import BitmillError, CheckpointError, UsageError
 from bitmill.evaluation.perplexity import compare
@@ -102,6 +102,9 @@ def quantize(
     plan = storage_plan(skeleton, recipe)
     if dry_run:
         return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
+    folder = Path(out) if out is not None else None
+    if folder is not None and not resume:
+        check_new(folder)  # before text is read, or written by the model itself
 
     progress.start("reading text and model", 0)
     calib, held_out, described = token_windows(source, calibration, recipe, measure, device, progress)
@@ -113,10 +116,9 @@ def quantize(
         "identity": identity,
         "bits_per_weight": plan["bits_per_weight"],
     }
-    folder = Path(out) if out is not None else None
     sink: FolderSink | ModuleSink
     if folder is not None:
-        if check_absent(folder, resume, identity):
+        if resume and is_finished(folder, identity):
             done = open_checkpoint(folder)
             return Outcome(_summary(plan, folder, started, done.report["measured"]), done.report, folder)
         check_space(folder, plan["size_bytes"])

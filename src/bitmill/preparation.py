@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitmill.checkpoint.files import folder_bytes
+from bitmill.checkpoint.writer import work_of
 from bitmill.errors import CalibrationError, OutputError, SourceError, UsageError
 from bitmill.evaluation.self_text import self_windows
 from bitmill.models import text
@@ -205,7 +206,7 @@ def check_space(out: Path, size_bytes: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     try:
-        held = folder_bytes(out.with_name(out.name + ".partial"))
+        held = folder_bytes(work_of(out) / "model")
     except OSError:  # another process is writing there, which the sink will refuse
         held = 0
     if free + held < size_bytes:
