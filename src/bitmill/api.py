@@ -14,7 +14,6 @@ from bitmill.checkpoint import FolderSink, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.checkpoint.writer import check_new, is_finished
-from bitmill.composition import find_recipe
 from bitmill.errors import BitmillError, CheckpointError, UsageError
 from bitmill.evaluation.perplexity import compare
 from bitmill.live import ModuleSink, device_of
@@ -29,6 +28,7 @@ from bitmill.preparation import (
     check_length,
     check_space,
     job_identity,
+    settled_recipe,
     storage_plan,
     token_windows,
 )
@@ -54,7 +54,7 @@ class Outcome:
 
 def quantize(
     model: str | Path | nn.Module,
-    method: str | Recipe = "gptq",
+    method: str | Path | Recipe | None = None,
     *,
     out: str | Path | None = None,
     calibration: Calibration | Tensor | None = None,
@@ -72,6 +72,7 @@ def quantize(
     """Quantize a model with a named method, a recipe file or a `Recipe`.
 
     model: a demo model's name, a Hugging Face folder or hub id, a .gguf file, or a live module.
+    method: without one, the leader of the leaderboard at these bits; `summary["chosen"]` says which, and why.
     out: the folder to write; without it, a live module is quantized in place, once every layer is done.
     calibration: text to calibrate on, or token windows (samples, seqlen) for a live module without tokenizer.
     measure: held-out windows of the same text to measure on while quantizing; 0 measures nothing.
@@ -84,9 +85,9 @@ def quantize(
     started = time.perf_counter()
     if measure < 0:
         raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
-    recipe = method if isinstance(method, Recipe) else find_recipe(method, options)
     if isinstance(method, Recipe) and options:
         raise UsageError(f"A Recipe is complete; change it instead of passing {', '.join(options)}.")
+    recipe, chosen = settled_recipe(method, options)
     if out is None and not isinstance(model, nn.Module) and not dry_run:
         raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
     check_device(device)
@@ -99,7 +100,7 @@ def quantize(
             "loaded again; leave out=... away to quantize it in place."
         )
     skeleton = Skeleton(source, device)
-    plan = storage_plan(skeleton, recipe)
+    plan = {**chosen, **storage_plan(skeleton, recipe)}
     if dry_run:
         return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
     folder = Path(out) if out is not None else None
