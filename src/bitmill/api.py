@@ -16,7 +16,7 @@ from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.checkpoint.writer import check_new, is_finished
 from bitmill.errors import BitmillError, CheckpointError, UsageError
 from bitmill.evaluation.perplexity import compare
-from bitmill.live import ModuleSink, device_of
+from bitmill.live import ModuleSink, device_of, evaluating
 from bitmill.models import text
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import in_short, open_source
@@ -214,7 +214,8 @@ def evaluate(
     live = _live(model, device, trust_remote_code)
     other = None if reference is None else _live(reference, device, trust_remote_code)
     check_length(getattr(live, "config", None), seqlen)
-    result = compare(logits_of(live), chosen, None if other is None else logits_of(other), progress, batch=2)
+    with evaluating(live), evaluating(other):
+        result = compare(logits_of(live), chosen, None if other is None else logits_of(other), progress, batch=2)
     if other is not None and "kl_divergence" not in result:
         raise UsageError("The reference gave no logits to compare with.")
     return {
