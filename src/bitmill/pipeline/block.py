@@ -52,7 +52,7 @@ def quantize_block(
         first = streams.hidden[0]
         stages = stages_of(adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
     elif store and store.has(index):  # by the leads of its stages
-        stages = store.stages(index)
+        stages = store.stages(index) or stages
     leads = [stage[0] for stage in stages]
     names = [n for stage in stages for n in stage if not recipe.ignores(f"{prefix}.{n}")]
 

@@ -52,9 +52,12 @@ class StatisticsStore:
         replace_file(self._file(index), lambda path: save_file(tensors, path, described))
 
     def stages(self, index: int) -> list[list[str]]:
-        """The linears of a block in the order in which they run, those that read the same tensor together."""
+        """The linears of a block in the order in which they run, those that read the same tensor together.
+
+        Empty where an earlier version wrote the file.
+        """
         with safe_open(self._file(index), "pt") as file:
-            stages: list[list[str]] = json.loads(file.metadata()["stages"])
+            stages: list[list[str]] = json.loads((file.metadata() or {}).get("stages", "[]"))
             return stages
 
     def load(self, index: int, device: torch.device | str = "cpu") -> dict[str, Activations]:
