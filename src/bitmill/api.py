@@ -15,9 +15,14 @@ from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.checkpoint.writer import check_new, is_finished
 from bitmill.errors import BitmillError, CheckpointError, UsageError
+from bitmill.evaluation.judge import judge_of
 from bitmill.evaluation.perplexity import compare
-from bitmill.live import ModuleSink, device_of, evaluating
-from bitmill.models import text
+from bitmill.live import ModuleSink, evaluating
+from bitmill.models.adapter import is_encoder
+from bitmill.models.calls import answers_of
+from bitmill.models.meta import auto_class
+from bitmill.models.pooling import MEAN, read_pooling
+from bitmill.models.reading import reading_of, windows_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import in_short, open_source
 from bitmill.pipeline import Job, run
@@ -40,6 +45,7 @@ from bitmill.runtime.linear import QuantLinear
 from bitmill.version import __version__
 
 SECONDS_DIGITS = 3
+_SENTENCES = 32  # run at a time, of one length
 
 
 @dataclass
@@ -106,7 +112,6 @@ def quantize(
     folder = Path(out) if out is not None else None
     if folder is not None and not resume:
         check_new(folder)  # before text is read, or written by the model itself
-
     progress.start("reading text and model", 0)
     calib, held_out, described = token_windows(source, calibration, recipe, measure, device, progress)
     identity = job_identity(source, recipe, calib, held_out, described, device, propagate)
@@ -116,6 +121,7 @@ def quantize(
         "recipe": recipe.to_dict(),
         "identity": identity,
         "bits_per_weight": plan["bits_per_weight"],
+        "auto_class": auto_class(source.config).__name__,
     }
     sink: FolderSink | ModuleSink
     if folder is not None:
@@ -159,11 +165,9 @@ def load(
     """
     check_device(device)
     if isinstance(model, (str, Path)) and is_checkpoint(Path(model)):
-        from transformers import AutoModelForCausalLM
-
-        open_checkpoint(model)  # refuses damage before anything is read
+        config = open_checkpoint(model).config  # refuses damage before anything is read
         loaded, info = _from_folder(
-            AutoModelForCausalLM, model, trust_remote_code, dtype=dtype, output_loading_info=True
+            auto_class(config), model, trust_remote_code, dtype=dtype, output_loading_info=True
         )
         if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
             # transformers would go on with random numbers
@@ -198,6 +202,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity on non-overlapping windows; with `reference`, KL divergence and top-1 agreement to it.
 
+    An encoder is measured on the sentences in as much text, see `bitmill.evaluation.embedding`: pair_cosine, and
+    with a reference cosine_similarity and neighbour_agreement.
+
     Returns plain data: perplexity, tokens, bits_per_weight, size_bytes, time_s, peak_memory_bytes, and with a
     reference kl_divergence (nats a token), top1_agreement and reference_perplexity.
     """
@@ -209,15 +216,14 @@ def evaluate(
     progress = progress or Progress()
     progress.start("reading text and model", 0)
     bits, size = stored_bits(model, trust_remote_code)
-    ids = text.split_stream(text.token_stream(text_source, tokenizer), split)
-    chosen = text.evaluation_windows(ids, seqlen, windows)
+    encoder, pooling = _kind(model, trust_remote_code)
+    chosen = reading_of(text_source, tokenizer, encoder).held_out(split, seqlen, windows)
     live = _live(model, device, trust_remote_code)
     other = None if reference is None else _live(reference, device, trust_remote_code)
     check_length(getattr(live, "config", None), seqlen)
+    against, judge = None if other is None else answers_of(other), judge_of(encoder, pooling)
     with evaluating(live), evaluating(other):
-        result = compare(logits_of(live), chosen, None if other is None else logits_of(other), progress, batch=2)
-    if other is not None and "kl_divergence" not in result:
-        raise UsageError("The reference gave no logits to compare with.")
+        result = compare(answers_of(live), chosen, against, progress, _SENTENCES if encoder else 2, judge)
     return {
         **result,
         "bits_per_weight": bits,
@@ -225,7 +231,7 @@ def evaluate(
         "text": text_source,
         "split": split,
         "seqlen": seqlen,
-        "windows": int(chosen.shape[0]),
+        "windows": windows_of(chosen, seqlen),
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -264,15 +270,16 @@ def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **optio
         raise CheckpointError(f"The {what} of {folder} cannot be loaded ({in_short(error)}); {advice}.") from error
 
 
-def logits_of(model: nn.Module) -> Any:
-    """The model as a function from tokens (windows, length) to logits (windows, length, vocabulary)."""
-    device = device_of(model)
-
-    def run_model(tokens: Tensor) -> Tensor:
-        output = model(tokens.to(device))
-        return output if isinstance(output, Tensor) else output.logits
-
-    return run_model
+def _kind(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[bool, str]:
+    """Whether a model is an encoder, and how its embeddings are pooled."""
+    if isinstance(model, nn.Module):
+        return is_encoder(getattr(model, "config", None)), MEAN
+    if is_checkpoint(Path(model)):
+        encoder = is_encoder(open_checkpoint(model).config)
+        return encoder, read_pooling(Path(model)) if encoder else MEAN
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    encoder = is_encoder(source.config)
+    return encoder, source.pooling() if encoder else MEAN
 
 
 def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:

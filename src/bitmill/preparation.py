@@ -19,6 +19,8 @@ from bitmill.errors import CalibrationError, OutputError, SourceError, UsageErro
 from bitmill.evaluation.self_text import self_windows
 from bitmill.leaderboard import leading_recipe
 from bitmill.models import text
+from bitmill.models.adapter import is_encoder
+from bitmill.models.reading import reading_of, windows_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import Source
 from bitmill.progress import Progress
@@ -93,7 +95,7 @@ def token_windows(
     measure: int,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
+) -> tuple[Tensor | None, text.Windows | None, dict[str, Any]]:
     """Token windows to calibrate and to measure on, and how to describe them in the report.
 
     Of windows that the caller gives nothing is held out; beside text of the model's own, pydoc is.
@@ -101,7 +103,8 @@ def token_windows(
     """
     calibrates = bool(recipe.needs)
     described: dict[str, Any] = {"calibration": None, "held_out": None}
-    calib = held_out = None
+    calib: Tensor | None = None
+    held_out: text.Windows | None = None
     if isinstance(calibration, Tensor):
         given = _checked(calibration, source.config)
         if calibrates:
@@ -114,28 +117,28 @@ def token_windows(
         check_length(source.config, calibration.seqlen)
     if measure or (calibrates and not own):
         name = Calibration.source if own else calibration.source
-        ids = text.token_stream(name, source.tokenizer())
+        reading = reading_of(name, source.tokenizer(), is_encoder(source.config))
     if calibrates:
         if own:
             calib = _own_windows(source, calibration, device, progress)
         else:
-            part = text.split_stream(ids, "calib")
-            calib = text.calibration_windows(part, calibration.samples, calibration.seqlen, calibration.seed)
+            calib = reading.calibration(calibration.samples, calibration.seqlen, calibration.seed)
         described["calibration"] = {**vars(calibration), "sha256": text.windows_hash(calib)}
     if measure:
-        part = text.split_stream(ids, "eval")
-        held_out = text.evaluation_windows(part, calibration.seqlen, measure)
+        held_out = reading.held_out("eval", calibration.seqlen, measure)
         described["held_out"] = {
             "text": name,
             "split": "eval",
             "seqlen": calibration.seqlen,
-            "windows": int(held_out.shape[0]),
+            "windows": windows_of(held_out, calibration.seqlen),
         }
     return calib, held_out, described
 
 
 def _own_windows(source: Source, calibration: Calibration, device: str, progress: Progress | None) -> Tensor:
     """Windows that the float model writes; it is in memory as a whole meanwhile."""
+    if is_encoder(source.config):
+        raise UsageError(f"{source.name} is an encoder, which writes no text; calibrate it on another one.")
     text.check_windows(calibration.samples, calibration.seqlen)
     skeleton = Skeleton(source, device)
     skeleton.load(skeleton.names())
@@ -175,7 +178,7 @@ def job_identity(
     source: Source,
     recipe: Recipe,
     calib: Tensor | None,
-    held_out: Tensor | None,
+    held_out: text.Windows | None,
     described: dict[str, Any],
     device: str,
     propagate: str = "quantized",

@@ -142,10 +142,11 @@ class FolderSink:
         write_json(self.folder / "config.json", config)
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         unlisted = {*documents, "report.json"}
-        listed = sorted(f for f in self.folder.iterdir() if f.is_file() and f.name not in unlisted)
+        files = {f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if f.is_file()}
+        digests = {name: sha256(file) for name, file in files.items() if name not in unlisted}
         for name, text in documents.items():
             write_text(self.folder / name, text)
-        write_json(self.folder / "report.json", {**report, "files": {f.name: sha256(f) for f in listed}})
+        write_json(self.folder / "report.json", {**report, "files": digests})
         publish(self.folder, self.out)
         shutil.rmtree(self.work, ignore_errors=True)  # while the lock still keeps others out
         self.close()

@@ -42,7 +42,7 @@ def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
 def verify(
     folder: FolderArgument,
     quality: Annotated[
-        bool, typer.Option("--quality/--no-quality", help="Measure the recorded perplexity again.")
+        bool, typer.Option("--quality/--no-quality", help="Measure what was recorded again.")
     ] = True,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -54,9 +54,10 @@ def verify(
         from bitmill import api
         from bitmill.checkpoint import open_checkpoint, verify
         from bitmill.checkpoint.verify import verify_quality
+        from bitmill.report.figures import OWN
 
-        def perplexity(recorded: dict[str, Any]) -> float:
-            result = api.evaluate(
+        def again(recorded: dict[str, Any]) -> dict[str, Any]:
+            return api.evaluate(
                 folder,
                 text_source=recorded["text"],
                 split=recorded["split"],
@@ -66,17 +67,17 @@ def verify(
                 progress=output.progress,
                 trust_remote_code=trust_remote_code,
             )
-            return float(result["perplexity"])
 
         checkpoint = open_checkpoint(folder)
         counts = verify(checkpoint, output.progress)
-        change = verify_quality(checkpoint, perplexity) if quality else None
+        found = verify_quality(checkpoint, again) if quality else None
         checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"
         rows = [("sound", checked)]
         if quality:
-            said = "nothing was recorded" if change is None else f"as recorded (changed by {change:.2g})"
-            rows.append(("perplexity", said))
-        data = {"folder": str(folder), "sound": True, **counts, "perplexity_change": change}
+            said = "nothing was recorded" if found is None else f"as recorded (changed by {found[1]:.2g})"
+            rows.append((found[0].replace("_", " ") if found else "perplexity", said))
+        changes = {f"{key}_change": found[1] if found and found[0] == key else None for key in OWN}
+        data = {"folder": str(folder), "sound": True, **counts, **changes}
         output.result(data, lambda: [facts(rows)])
 
 

@@ -5,18 +5,21 @@ Both streams pass each block while it is in memory anyway, so even a model that 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from bitmill.evaluation.perplexity import Comparison
+from bitmill.evaluation.judge import judge_of
 from bitmill.models.calls import Call
 from bitmill.models.skeleton import Skeleton
+from bitmill.models.text import Windows
 
 
 class Measure:
-    """Float and quantized hidden states of held-out windows (windows, length)."""
+    """Float and quantized hidden states of held-out windows, one by one."""
 
-    def __init__(self, skeleton: Skeleton, windows: Tensor) -> None:
+    def __init__(self, skeleton: Skeleton, windows: Windows) -> None:
         self.skeleton, self.windows = skeleton, windows
         self.float: list[Tensor] = []
         self.quantized: list[Tensor] = []
@@ -36,10 +39,10 @@ class Measure:
         self.quantized = [c[index].run(block, h) for c, h in zip(self.calls, self.quantized)]
 
     @torch.no_grad()
-    def result(self) -> dict[str, float | int]:
-        """Perplexity, KL and top-1 agreement; needs the tensors outside the blocks in memory."""
-        comparison = Comparison()
+    def result(self) -> dict[str, Any]:
+        """What the model's judge finds; needs the tensors outside the blocks in memory."""
+        judge = judge_of(self.skeleton.adapter.encoder, self.skeleton.source.pooling())
         for window, reference, quantized in zip(self.windows, self.float, self.quantized):
             tokens = window[None]
-            comparison.add(tokens, self.skeleton.leave(tokens, quantized), self.skeleton.leave(tokens, reference))
-        return comparison.result()
+            judge.add(tokens, self.skeleton.leave(tokens, quantized), self.skeleton.leave(tokens, reference))
+        return judge.result()
