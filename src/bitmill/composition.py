@@ -45,7 +45,7 @@ def compose(
     chosen: dict[str, Any] = {}
     if format is not None:
         part = _part(FORMATS, format)
-        kept = {"bits": base.weight.core.bits} if "bits" in _fields(FORMATS, part["format"]) else {}
+        kept = {"bits": int(base.weight.rate)} if "bits" in _fields(FORMATS, part["format"]) else {}
         weight = FORMATS.from_dict({**kept, **part})
         names.append(weight.name)
     if sparse is not None:

@@ -23,6 +23,12 @@ def test_parts_replace_and_add():
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
+def test_bits_are_those_of_a_weight_whatever_the_codes_are():
+    assert build_recipe("aqlm", {"bits": 2}).weight.rate == 2
+    assert build_recipe("quip_sharp").stored.rate == 2
+    assert compose(build_recipe("aqlm", {"bits": 2}), format="uniform", solver="nearest").weight.bits == 2
+
+
 def test_parts_alone_make_a_recipe():
     recipe = from_parts("codebook:group_size=row", "gptq:damp=0.05", {"bits": "2"})
     assert (recipe.name, recipe.weight.bits, recipe.solver.damp) == ("codebook+gptq", 2, 0.05)

@@ -140,9 +140,8 @@ def _cell(method: str, bits: int, options: dict[str, Any]) -> Cell:
         return Cell(name, method, bits, None, str(error))
 
 
-def _bits_of(recipe: Recipe) -> int | None:
-    bits = recipe.stored.core.bits
-    return bits if isinstance(bits, int) else None
+def _bits_of(recipe: Recipe) -> int:
+    return int(recipe.stored.rate)
 
 
 def _file_name(text: str) -> str:

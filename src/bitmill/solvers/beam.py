@@ -71,9 +71,12 @@ class BeamSearch(Solver):
             return None
         return f"beam_search searches sums of learned codebooks, and {format.name} has none; use gptq."
 
+    def target(self, W: Tensor, stats: Statistics) -> Tensor:
+        """W moved against the errors of earlier layers, with alpha."""
+        return retarget(W, stats, self.alpha, self.damp, self.name)
+
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
-        W = retarget(W, stats, self.alpha, self.damp, self.name)
         W, gram, dead = without_dead(W, stats.required_gram(self.name))
         U, damp = inverse_factor(gram, self.damp)
         H = gram.clone()

@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import NumericsError, RecipeError
-from bitmill.formats import GroupFormat
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.quantized import Quantized
 from bitmill.solvers.base import SOLVERS, Statistics
 from bitmill.solvers.gptq import GPTQ
 
@@ -45,9 +43,9 @@ class GPTAQ(GPTQ):
         """The Gram matrix, and how the inputs differ from the float model's."""
         return super().needs | {"cross"} if self.alpha else super().needs
 
-    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns), against stats.gram and stats.cross."""
-        return super().solve(retarget(W, stats, self.alpha, self.damp, self.name), stats, format)
+    def target(self, W: Tensor, stats: Statistics) -> Tensor:
+        """W moved against the errors of earlier layers; needs stats.gram and stats.cross."""
+        return retarget(W, stats, self.alpha, self.damp, self.name)
 
 
 def retarget(W: Tensor, stats: Statistics, alpha: float, damp: float, solver: str) -> Tensor:
