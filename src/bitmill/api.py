@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from bitmill.checkpoint import FolderSink, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
-from bitmill.checkpoint.writer import check_absent
-from bitmill.composition import find_recipe
+from bitmill.checkpoint.writer import check_new, is_finished
 from bitmill.errors import BitmillError, CheckpointError, UsageError
 from bitmill.evaluation.judge import judge_of
 from bitmill.evaluation.perplexity import compare
-from bitmill.live import ModuleSink
+from bitmill.live import ModuleSink, evaluating
 from bitmill.models.adapter import is_encoder
 from bitmill.models.calls import answers_of
 from bitmill.models.meta import auto_class
@@ -34,6 +33,7 @@ from bitmill.preparation import (
     check_length,
     check_space,
     job_identity,
+    settled_recipe,
     storage_plan,
     token_windows,
 )
@@ -60,7 +60,7 @@ class Outcome:
 
 def quantize(
     model: str | Path | nn.Module,
-    method: str | Recipe = "gptq",
+    method: str | Path | Recipe | None = None,
     *,
     out: str | Path | None = None,
     calibration: Calibration | Tensor | None = None,
@@ -78,6 +78,7 @@ def quantize(
     """Quantize a model with a named method, a recipe file or a `Recipe`.
 
     model: a demo model's name, a Hugging Face folder or hub id, a .gguf file, or a live module.
+    method: without one, the leader of the leaderboard at these bits; `summary["chosen"]` says which, and why.
     out: the folder to write; without it, a live module is quantized in place, once every layer is done.
     calibration: text to calibrate on, or token windows (samples, seqlen) for a live module without tokenizer.
     measure: held-out windows of the same text to measure on while quantizing; 0 measures nothing.
@@ -90,9 +91,9 @@ def quantize(
     started = time.perf_counter()
     if measure < 0:
         raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
-    recipe = method if isinstance(method, Recipe) else find_recipe(method, options)
     if isinstance(method, Recipe) and options:
         raise UsageError(f"A Recipe is complete; change it instead of passing {', '.join(options)}.")
+    recipe, chosen = settled_recipe(method, options)
     if out is None and not isinstance(model, nn.Module) and not dry_run:
         raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
     check_device(device)
@@ -105,10 +106,12 @@ def quantize(
             "loaded again; leave out=... away to quantize it in place."
         )
     skeleton = Skeleton(source, device)
-    plan = storage_plan(skeleton, recipe)
+    plan = {**chosen, **storage_plan(skeleton, recipe)}
     if dry_run:
         return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
-
+    folder = Path(out) if out is not None else None
+    if folder is not None and not resume:
+        check_new(folder)  # before text is read, or written by the model itself
     progress.start("reading text and model", 0)
     calib, held_out, described = token_windows(source, calibration, recipe, measure, device, progress)
     identity = job_identity(source, recipe, calib, held_out, described, device, propagate)
@@ -120,10 +123,9 @@ def quantize(
         "bits_per_weight": plan["bits_per_weight"],
         "auto_class": auto_class(source.config).__name__,
     }
-    folder = Path(out) if out is not None else None
     sink: FolderSink | ModuleSink
     if folder is not None:
-        if check_absent(folder, resume, identity):
+        if resume and is_finished(folder, identity):
             done = open_checkpoint(folder)
             return Outcome(_summary(plan, folder, started, done.report["measured"]), done.report, folder)
         check_space(folder, plan["size_bytes"])
@@ -220,7 +222,9 @@ def evaluate(
     other = None if reference is None else _live(reference, device, trust_remote_code)
     check_length(getattr(live, "config", None), seqlen)
     against, judge = None if other is None else answers_of(other), judge_of(pooling)
-    result = compare(answers_of(live), chosen, against, progress, 2 if pooling is None else _SENTENCES, judge)
+    batch = 2 if pooling is None else _SENTENCES
+    with evaluating(live), evaluating(other):
+        result = compare(answers_of(live), chosen, against, progress, batch, judge)
     return {
         **result,
         "bits_per_weight": bits,

@@ -7,6 +7,7 @@ A part is spelled as on the command line, `NAME` or `NAME:key=value,key=value`, 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from bitmill.registry import Registry
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def compose(
@@ -91,8 +94,18 @@ def _part(registry: Registry[Any], spelled: str) -> dict[str, Any]:
                 f"The {registry.noun} {name!r} has no option {option!r}; write NAME:key=value,... with keys of: "
                 f"{', '.join(known) or '(none)'}."
             )
-        part[key] = yaml.safe_load(value)
+        part[key] = _value(value)
     return part
+
+
+def _value(text: str) -> Any:
+    """A value as in YAML, and numbers such as 1e-3, which YAML 1.1 wants as 1.0e-3."""
+    if _EXPONENT.fullmatch(text.strip()):
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text  # the check of the field's type will say what is wrong with it
 
 
 def _fields(registry: Registry[Any], name: str) -> list[str]:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from bitmill.checkpoint.files import folder_bytes
+from bitmill.checkpoint.writer import work_of
+from bitmill.composition import find_recipe
 from bitmill.errors import CalibrationError, OutputError, SourceError, UsageError
 from bitmill.evaluation.self_text import self_windows
+from bitmill.leaderboard import leading_recipe
 from bitmill.models import text
 from bitmill.models.adapter import is_encoder
 from bitmill.models.pooling import pooling_of
@@ -40,6 +43,16 @@ class Calibration:
     samples: int = 128
     seqlen: int = 512
     seed: int = 0
+
+
+def settled_recipe(method: str | Path | Recipe | None, options: dict[str, Any]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe that is meant, and for the summary why it was `chosen`, where nobody named one."""
+    if isinstance(method, Recipe):
+        return method, {}
+    if method is not None:
+        return find_recipe(str(method), options), {}
+    recipe, reason = leading_recipe(options)
+    return recipe, {"chosen": reason}
 
 
 def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
@@ -211,7 +224,7 @@ def check_space(out: Path, size_bytes: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     try:
-        held = folder_bytes(out.with_name(out.name + ".partial"))
+        held = folder_bytes(work_of(out) / "model")
     except OSError:  # another process is writing there, which the sink will refuse
         held = 0
     if free + held < size_bytes:

@@ -54,10 +54,14 @@ def test_quantize_for_people(world, run):
 
 
 def test_default_method(world, run):
-    from bitmill.recipe import METHODS
+    import bitmill
 
-    expected = "gptqt" if "gptqt" in METHODS.names() else "gptq"
-    assert run(*world.quantize("--dry-run", "--json", method=""))["method"] == expected
+    typed = run(*world.quantize("--dry-run", "--json", method=""))
+    called = bitmill.quantize(world.source, group_size=16, dry_run=True).summary
+    for key in ("method", "format", "chosen"):
+        assert typed[key] == called[key]
+    assert typed["method"] in typed["chosen"]
+    assert typed["format"]["bits"] == 3
 
 
 @pytest.mark.parametrize(

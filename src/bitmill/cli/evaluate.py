@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.options import AsJson, Device, TrustRemoteCode
 from bitmill.cli.output import facts, figure_value, megabytes, number, working
 from bitmill.errors import UsageError
 
@@ -30,11 +31,9 @@ def evaluate(
     record: Annotated[
         bool, typer.Option("--record", help="Add the measurement to the folder's report and model card.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, and with --reference the divergence from the float model; of an encoder, embeddings."""
     if split not in SPLITS:

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.options import AsJson, Device, TrustRemoteCode
 from bitmill.cli.output import facts, measured_row, megabytes, working
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that bitmill quantize wrote.", show_default=False)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
@@ -44,7 +44,8 @@ def verify(
     quality: Annotated[
         bool, typer.Option("--quality/--no-quality", help="Measure what was recorded again.")
     ] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Check every byte and every tensor of a quantized folder, and that it still performs as recorded."""
@@ -64,6 +65,7 @@ def verify(
                 windows=recorded["windows"],
                 device=device,
                 progress=output.progress,
+                trust_remote_code=trust_remote_code,
             )
 
         checkpoint = open_checkpoint(folder)

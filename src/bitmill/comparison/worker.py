@@ -24,6 +24,7 @@ import torch
 from bitmill import api
 from bitmill.checkpoint.files import folder_bytes, write_json
 from bitmill.checkpoint.record import record_measurement
+from bitmill.checkpoint.writer import work_of
 from bitmill.comparison.cells import FLOAT, Grid
 from bitmill.comparison.process import end_with
 from bitmill.comparison.reference import Recorded, Recorder
@@ -97,7 +98,10 @@ class _Work:
         (cell,) = (cell for cell in self.grid.cells if cell.name == name)
         assert cell.recipe is not None
         out = self.folder / "cells" / name
-        clock = _Clock(out.with_name(name + ".state"), self.progress)
+        state = out.with_name(name + ".state")
+        if not out.exists() and not work_of(out).exists():
+            state.unlink(missing_ok=True)  # the work that it counts is gone
+        clock = _Clock(state, self.progress)
         outcome = api.quantize(
             self.grid.model,
             Recipe.from_dict(cell.recipe),

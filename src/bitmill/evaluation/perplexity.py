@@ -61,7 +61,9 @@ class Comparison:
                 log_q = torch.log_softmax(reference[window, cut].to(log_p.device).float(), -1)
                 self.compared = True
                 self.reference_loss += _loss(log_q, following)
-                self.divergence += float((log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64))
+                q = log_q.exp()  # what the reference rules out counts nothing, and is no 0 * infinity
+                divergence = (q * (log_q - log_p)).masked_fill_(q == 0, 0.0)
+                self.divergence += float(divergence.sum(dtype=torch.float64))
                 self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
                 self.positions += log_p.shape[0]
 
