@@ -17,6 +17,7 @@ import yaml
 
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
+from bitmill.leaderboard import DEFAULT_BITS
 from bitmill.recipe import METHODS, Recipe, build_recipe
 from bitmill.registry import Registry
 from bitmill.solvers import SOLVERS
@@ -63,6 +64,25 @@ def compose(
         names += [member.name for member in members]
         chosen[noun] = (*getattr(base, noun), *members)
     return replace(base, name="+".join(names), weight=weight, **chosen)
+
+
+def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) -> Recipe:
+    """A recipe of a format and a solver and nothing else, for others to be added with `compose`.
+
+    options: of the format where the part does not say, such as `bits`, else DEFAULT_BITS. Raises RecipeError as
+    `compose` does, and for options that the format does not have.
+    """
+    known, part = _fields(FORMATS, format.partition(":")[0].strip()), _part(FORMATS, format)
+    if stray := next((key for key in options or {} if key not in known), None):
+        raise RecipeError(
+            f"There is no method whose option {stray!r} could be set, and the format {part['format']!r} has none "
+            "of that name; give --method, or options with the parts, as in NAME:key=value."
+        )
+    given = {"bits": DEFAULT_BITS} if "bits" in known else {}
+    given |= {key: _value(str(value)) for key, value in (options or {}).items()}
+    weight = FORMATS.from_dict({**given, **part})
+    solved = SOLVERS.from_dict(_part(SOLVERS, solver))
+    return Recipe(f"{weight.name}+{solved.name}", weight, solved)
 
 
 def find_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:

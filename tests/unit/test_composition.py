@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bitmill import leaderboard
-from bitmill.composition import compose, find_recipe
+from bitmill.composition import compose, find_recipe, from_parts
 from bitmill.errors import RecipeError
 from bitmill.recipe import METHODS, Recipe, build_recipe
 
@@ -21,6 +21,16 @@ def test_parts_replace_and_add():
     assert recipe.solver.damp == 0.05
     assert [t.name for t in recipe.transforms] == ["equalize"]
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_parts_alone_make_a_recipe():
+    recipe = from_parts("codebook:group_size=row", "gptq:damp=0.05", {"bits": "2"})
+    assert (recipe.name, recipe.weight.bits, recipe.solver.damp) == ("codebook+gptq", 2, 0.05)
+    assert (recipe.transforms, recipe.tuners) == ((), ())
+    assert from_parts("codebook:bits=4", "gptq", {"bits": "2"}).weight.bits == 4
+    assert from_parts("uniform", "nearest").weight.bits == leaderboard.DEFAULT_BITS
+    with pytest.raises(RecipeError, match="no method whose option 'damp'"):
+        from_parts("uniform", "gptq", {"damp": "0.1"})
 
 
 def test_values_are_spelled_as_numbers_are():

@@ -90,10 +90,16 @@ def quantize(
     with working(as_json, hint) as output:
         output.progress.start("starting", 0)
         from bitmill import api
-        from bitmill.composition import compose, find_recipe
+        from bitmill.composition import compose, find_recipe, from_parts
         from bitmill.leaderboard import leading_recipe
 
-        base, reason = (find_recipe(method, options), "") if method else leading_recipe(options, within)
+        if method:
+            base, reason = find_recipe(method, options), ""
+        elif format and solver:  # which leave nothing of a leader but what it adds to them
+            base, reason = from_parts(format, solver, options), ""
+            format = solver = None
+        else:
+            base, reason = leading_recipe(options, within)
         recipe = compose(
             base,
             format=format,
