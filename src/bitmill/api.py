@@ -21,7 +21,7 @@ from bitmill.live import ModuleSink, evaluating
 from bitmill.models.adapter import is_encoder
 from bitmill.models.calls import answers_of
 from bitmill.models.meta import auto_class
-from bitmill.models.pooling import MEAN, read_pooling
+from bitmill.models.pooling import MEAN, pooling_of, read_pooling
 from bitmill.models.reading import reading_of, windows_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import in_short, open_source
@@ -216,14 +216,15 @@ def evaluate(
     progress = progress or Progress()
     progress.start("reading text and model", 0)
     bits, size = stored_bits(model, trust_remote_code)
-    encoder, pooling = _kind(model, trust_remote_code)
-    chosen = reading_of(text_source, tokenizer, encoder).held_out(split, seqlen, windows)
+    pooling = _pooling(model, trust_remote_code)
+    chosen = reading_of(text_source, tokenizer, encoder=pooling is not None).held_out(split, seqlen, windows)
     live = _live(model, device, trust_remote_code)
     other = None if reference is None else _live(reference, device, trust_remote_code)
     check_length(getattr(live, "config", None), seqlen)
-    against, judge = None if other is None else answers_of(other), judge_of(encoder, pooling)
+    against, judge = None if other is None else answers_of(other), judge_of(pooling)
+    batch = 2 if pooling is None else _SENTENCES
     with evaluating(live), evaluating(other):
-        result = compare(answers_of(live), chosen, against, progress, _SENTENCES if encoder else 2, judge)
+        result = compare(answers_of(live), chosen, against, progress, batch, judge)
     return {
         **result,
         "bits_per_weight": bits,
@@ -270,16 +271,13 @@ def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **optio
         raise CheckpointError(f"The {what} of {folder} cannot be loaded ({in_short(error)}); {advice}.") from error
 
 
-def _kind(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[bool, str]:
-    """Whether a model is an encoder, and how its embeddings are pooled."""
+def _pooling(model: str | Path | nn.Module, trust_remote_code: bool) -> str | None:
+    """How the embeddings of an encoder are pooled; None for any other model."""
     if isinstance(model, nn.Module):
-        return is_encoder(getattr(model, "config", None)), MEAN
+        return MEAN if is_encoder(getattr(model, "config", None)) else None
     if is_checkpoint(Path(model)):
-        encoder = is_encoder(open_checkpoint(model).config)
-        return encoder, read_pooling(Path(model)) if encoder else MEAN
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    encoder = is_encoder(source.config)
-    return encoder, source.pooling() if encoder else MEAN
+        return read_pooling(Path(model)) if is_encoder(open_checkpoint(model).config) else None
+    return pooling_of(open_source(model, trust_remote_code=trust_remote_code))
 
 
 def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:

@@ -20,6 +20,7 @@ from bitmill.evaluation.self_text import self_windows
 from bitmill.leaderboard import leading_recipe
 from bitmill.models import text
 from bitmill.models.adapter import is_encoder
+from bitmill.models.pooling import pooling_of
 from bitmill.models.reading import reading_of, windows_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import Source
@@ -115,6 +116,8 @@ def token_windows(
     own = calibration.source == SELF
     if calibrates or measure:
         check_length(source.config, calibration.seqlen)
+    if measure:
+        pooling_of(source)  # one that cannot be measured is refused now, and not after the last block
     if measure or (calibrates and not own):
         name = Calibration.source if own else calibration.source
         reading = reading_of(name, source.tokenizer(), is_encoder(source.config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -111,8 +112,6 @@ def test_its_folder_is_sound_and_described(done, run):
 
 
 def test_a_recorded_measurement_has_its_figures(source, done, run, tmp_path):
-    import shutil
-
     folder = shutil.copytree(done, tmp_path / "copy")
     text = source.parent / "text.txt"
     run("eval", folder, "--text", text, "--seqlen", 32, "--reference", source, "--record", "--json")
@@ -136,6 +135,16 @@ def test_what_an_encoder_cannot_do_is_one_sentence(source, done, run, tmp_path, 
     assert said in message
     assert message.strip().startswith("error: ")
     assert message.strip().count("\n") == 0
+
+
+def test_a_pooling_that_is_unknown_is_refused_before_the_first_block(source, run, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "copy")
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    command = ["quantize", folder, "--method", "rtn", "-o", tmp_path / "out", "--seqlen", 32]
+    text = ["--calib", source.parent / "text.txt"]
+    assert "--measure 0" in run(*command, *text, status=1)
+    assert not list(tmp_path.glob("out*"))
+    assert run(*command, "--measure", 0, "--json")["measured"] == []
 
 
 def test_a_study_needs_no_text(source, run):

@@ -86,5 +86,5 @@ def test_what_cannot_be_judged_is_refused():
 
 
 def test_who_judges_whom():
-    assert isinstance(judge_of(False, "mean"), Comparison)
-    assert judge_of(True, "cls") == Embeddings("cls")
+    assert isinstance(judge_of(None), Comparison)
+    assert judge_of("cls") == Embeddings("cls")

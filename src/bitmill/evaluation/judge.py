@@ -22,6 +22,6 @@ class Judge(Protocol):
         ...
 
 
-def judge_of(encoder: bool, pooling: str) -> Judge:
-    """The judge of a decoder, or of an encoder whose embeddings are pooled that way."""
-    return Embeddings(pooling) if encoder else Comparison()
+def judge_of(pooling: str | None) -> Judge:
+    """The judge of an encoder whose embeddings are pooled that way, or, without any, of a decoder."""
+    return Comparison() if pooling is None else Embeddings(pooling)

@@ -57,6 +57,7 @@ class HfSource:
         # snapshots/<commit>/file -> ../../blobs/<hash>, inside models--org--name
         self._root = self.folder.resolve().parents[1] if hub else self.folder.resolve()
         self.config = self._read_config()
+        self._modules = {str(module["path"]) for module in sentence_modules(self.folder)} - {""}
         self._shards = self._find_shards()
         self._entries: dict[str, tuple[Path, str, TensorEntry]] = {}
         for shard in self._shards:
@@ -115,9 +116,8 @@ class HfSource:
 
         The model card becomes SOURCE_README.md; a link that leads out of the folder is left behind.
         """
-        modules = {str(module["path"]) for module in sentence_modules(self.folder)} - {""}
         files = [path for path in self.folder.iterdir() if path.name != "config.json"]
-        files += [path for module in modules for path in (self.folder / module).glob("*")]
+        files += [path for module in self._modules for path in (self.folder / module).glob("*")]
         for path in sorted(files):
             if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
                 continue

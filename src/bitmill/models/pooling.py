@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.errors import SourceError
-from bitmill.models.source import in_short
+from bitmill.models.adapter import is_encoder
+from bitmill.models.source import Source, in_short
 
 MEAN = "mean"
 _MODES = {
@@ -21,6 +22,11 @@ _MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
 }
+
+
+def pooling_of(source: Source) -> str | None:
+    """How the embeddings of a model are pooled; None unless it is an encoder, whatever its folder says."""
+    return source.pooling() if is_encoder(source.config) else None
 
 
 def read_pooling(folder: Path) -> str:

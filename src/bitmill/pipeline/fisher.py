@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from bitmill.errors import NumericsError, OutputError
 from bitmill.evaluation.embedding import embed
 from bitmill.models.calls import Call
+from bitmill.models.pooling import pooling_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline.job import Job, Sink
 from bitmill.pipeline.store import replace_file
@@ -78,7 +79,8 @@ class Fisher:
             skeleton.free_block(index)
             progress.advance()
         with skeleton.outside("after"):
-            loss = _projection(skeleton) if skeleton.adapter.encoder else _cross_entropy
+            pooling = pooling_of(skeleton.source)
+            loss = _cross_entropy if pooling is None else _projection(pooling)
             for n, window in enumerate(windows):
                 hidden[n] = _loss_gradient(skeleton, window[None], hidden[n : n + 1], loss)[0]
         for index in reversed(range(count)):
@@ -176,9 +178,9 @@ def _cross_entropy(tokens: Tensor, logits: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:].to(logits.device))
 
 
-def _projection(skeleton: Skeleton) -> Callable[[Tensor, Tensor], Tensor]:
+def _projection(pooling: str) -> Callable[[Tensor, Tensor], Tensor]:
     """A loss for an encoder: its embedding along a direction that is drawn anew for every window."""
-    generator, pooling = torch.Generator().manual_seed(0), skeleton.source.pooling()
+    generator = torch.Generator().manual_seed(0)
 
     def loss(tokens: Tensor, hidden: Tensor) -> Tensor:
         direction = torch.randn(hidden.shape[-1], generator=generator)

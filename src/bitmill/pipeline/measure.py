@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bitmill.evaluation.judge import judge_of
 from bitmill.models.calls import Call
+from bitmill.models.pooling import pooling_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.text import Windows
 
@@ -21,6 +22,7 @@ class Measure:
 
     def __init__(self, skeleton: Skeleton, windows: Windows) -> None:
         self.skeleton, self.windows = skeleton, windows
+        self.judge = judge_of(pooling_of(skeleton.source))
         self.float: list[Tensor] = []
         self.quantized: list[Tensor] = []
         self.calls: list[list[Call]] = []
@@ -41,8 +43,7 @@ class Measure:
     @torch.no_grad()
     def result(self) -> dict[str, Any]:
         """What the model's judge finds; needs the tensors outside the blocks in memory."""
-        judge = judge_of(self.skeleton.adapter.encoder, self.skeleton.source.pooling())
         for window, reference, quantized in zip(self.windows, self.float, self.quantized):
             tokens = window[None]
-            judge.add(tokens, self.skeleton.leave(tokens, quantized), self.skeleton.leave(tokens, reference))
-        return judge.result()
+            self.judge.add(tokens, self.skeleton.leave(tokens, quantized), self.skeleton.leave(tokens, reference))
+        return self.judge.result()
