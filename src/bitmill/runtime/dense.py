@@ -20,7 +20,7 @@ def densify(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
     config = getattr(model, "config", None)
-    if hasattr(config, "quantization_config"):  # or a saved copy would claim to be packed
+    if config is not None and hasattr(config, "quantization_config"):  # or a saved copy would claim to be packed
         del config.quantization_config
     for trace in (
         "hf_quantizer",
