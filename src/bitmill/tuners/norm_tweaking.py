@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.tuners.base import TUNERS, BlockTask, Tuner
+from bitmill.tuners.base import TUNERS, BlockTask, Tuner, energy
 from bitmill.tuners.training import Adam, Free, minibatches
 
 
@@ -54,7 +54,7 @@ class NormTweaking(Tuner):
         for batch in minibatches(task, self.tokens, generator):
             with torch.enable_grad():
                 output = batch.call.run_with(free.tensors(), task.block, batch.hidden)
-                distance(moments([output]), moments([batch.target])).backward()
+                distance(moments([output], [batch.target]), moments([batch.target])).backward()
             optimizer.step(rate)
         free.store()
         after = self.loss(task)
@@ -64,13 +64,17 @@ class NormTweaking(Tuner):
     @torch.no_grad()
     def loss(self, task: BlockTask) -> float:
         """Distance of the block's outputs from the float block's, over all windows."""
-        outputs = moments([task.run(i) for i in range(len(task.inputs))])
+        outputs = moments([task.run(i) for i in range(len(task.inputs))], task.targets)
         return float(distance(outputs, moments(task.targets)))
 
 
-def moments(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance (channels,) over the tokens of hidden states (windows, tokens, channels)."""
-    rows = torch.cat([batch.flatten(0, 1) for batch in batches])
+def moments(batches: list[Tensor], targets: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and variance (channels,) over the tokens of hidden states (windows, tokens, channels).
+
+    Tokens are brought to the length of `targets`, else to their own, so that attention sinks count as others do.
+    """
+    lengths = [energy(target).sqrt()[..., None] for target in targets or batches]
+    rows = torch.cat([(batch / length).flatten(0, 1) for batch, length in zip(batches, lengths)])
     return rows.mean(0), rows.var(0, correction=0)
 
 
