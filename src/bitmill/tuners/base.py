@@ -117,12 +117,12 @@ def relative(output: Tensor, target: Tensor) -> Tensor:
     Every token counts alike, as it does for the norms that read it. Left in the units of the hidden states, one
     attention sink, with a thousand times the energy of other tokens, would be all that a tuner hears of.
     """
-    return (output - target).square().sum(-1) / energy(target)
+    return (output - target).square().mean(-1) / energy(target)
 
 
 def energy(hidden: Tensor) -> Tensor:
-    """Squared length (...) of hidden states (..., width), and no less than what can be divided by."""
-    return hidden.square().sum(-1).clamp(min=1e-30)
+    """Mean square (...) of hidden states (..., width), and no less than what can be divided by."""
+    return hidden.square().mean(-1).clamp(min=1e-30)
 
 
 @dataclass(frozen=True)
