@@ -1,10 +1,9 @@
 """Block fine-tuning: codes stay, everything continuous around them learns from the float block's outputs.
 
 Trained are the fp16 parameters of every quantized layer of the block (scales, tables, codebooks: whatever the
-format stores as numbers) and the norms and biases, by Adam on the distance to the float block,
-in which every token counts alike. After every epoch the parameters are rounded as they would be stored; the best of
-these states is kept, the start included, and an epoch that did not gain is taken back and the next one goes at half
-the rate.
+format stores as numbers) and the norms and biases, by Adam on the distance to the float block, in which every
+token counts alike. After every epoch the parameters are rounded as they would be stored; the best of these states
+is kept, the start included, and an epoch that did not gain is taken back and the next one goes at half the rate.
 
 Source: AQLM (Egiazarian et al. 2024, arXiv 2401.06118), section 3.4.
 """
