@@ -32,7 +32,7 @@ class NormTweaking(Tuner):
 
     rate: float = 1e-3
     growth: float = 1.0
-    tokens: int = 2048
+    tokens: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
