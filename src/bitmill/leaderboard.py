@@ -77,7 +77,10 @@ def leading_recipe(
     row = leader(bits, within_minutes, suits)
     if row is None:
         method = next((name for name in FALLBACKS if _has(name, bits)), FALLBACKS[0])
-        reason = f"no method was named, and nothing leads the leaderboard at {bits} bits: {method}"
+        reason = (
+            f"no method was named, and the leaderboard has nothing at {bits} bits within {within_minutes:g} "
+            f"minutes{_among(asked)}: {method}"
+        )
     else:
         method = row.method
         reason = (

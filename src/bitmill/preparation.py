@@ -93,7 +93,7 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
 
 def _check_ignored(skeleton: Skeleton, recipe: Recipe) -> None:
     """Raises UsageError for a pattern that no module answers to: what it was to spare would be quantized."""
-    modules = [name.removesuffix(".weight") for name in skeleton.names() if name.endswith(".weight")]
+    modules = [name for name, _ in skeleton.model.named_modules()]
     for pattern in recipe.ignore:
         if not any(fnmatchcase(module, pattern) for module in modules):
             first = f"{skeleton.block_name(0)}.{skeleton.adapter.linears[0]}"

@@ -103,8 +103,9 @@ class _Work:
         state = out.with_name(name + ".state")
         if not out.exists() and not work_of(out).exists():
             state.unlink(missing_ok=True)  # the work that it counts is gone
+        strange = not state.exists()  # nothing is there, or work that nobody has counted
         clock = _Clock(state, self.progress, cell.recipe)
-        if clock.other:  # work on a recipe that the cell no longer has
+        if strange or clock.other:  # or on a recipe that the cell no longer has
             shutil.rmtree(out, ignore_errors=True)
             shutil.rmtree(work_of(out), ignore_errors=True)
         outcome = api.quantize(
@@ -199,6 +200,7 @@ class _Clock(Progress):
         self.peak = int(before.get("peak_memory_bytes", 0))
         self.finished = bool(before.get("finished"))  # what follows is not quantizing
         self.started = time.perf_counter()
+        self.stop()  # a run that ends in its first block has said what it worked on
 
     def start(self, task: str, total: int) -> None:
         self.inner.start(task, total)

@@ -128,7 +128,7 @@ class _State:
 
     def quantized(self) -> Quantized:
         """The present state; later ones replace its tensors and leave them as they are."""
-        return Quantized(self.format, self.codes, dict(self.params), self.shape)
+        return Quantized(self.format, self.codes.clone(), dict(self.params), self.shape)
 
     # -- codes --------------------------------------------------------------------------------------------
 
