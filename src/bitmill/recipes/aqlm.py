@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from bitmill.errors import RecipeError
 from bitmill.formats.additive import Additive
+from bitmill.formats.base import Format
+from bitmill.formats.shared import Shared
 from bitmill.recipe import METHODS, Method, Recipe, option
 from bitmill.solvers.beam import BeamSearch
 from bitmill.transforms.permute import Permute
@@ -37,6 +39,7 @@ class AQLM(Method):
 
     bits: float = option(2, "bits of the codes for one weight: times 8, a multiple of codebook_bits")
     codebook_bits: int = option(8, "bits of one code, 1 to 8; a codebook has 2**codebook_bits vectors")
+    shared: bool = option(False, "one set of codebooks for the like layers of all blocks, learned beforehand")
     permute: bool = option(True, "deal columns to blocks by importance")
     beam: int = option(8, "hypotheses kept in the search of a block, a power of two")
     rounds: int = option(16, "rounds of training the codebooks on samples of rows")
@@ -53,7 +56,9 @@ class AQLM(Method):
                 f"bits is {self.bits!r} and codebook_bits {self.codebook_bits!r}; eight times bits must be a "
                 "multiple of codebook_bits, as with 2 and 8, or 2.25 and 6."
             )
-        format = Additive(self.codebook_bits, "row", int(books))
+        format: Format = Additive(self.codebook_bits, "row", int(books))
+        if self.shared:
+            format = Shared(format)
         solver = BeamSearch(self.beam, self.sweeps, rounds=self.rounds, damp=self.damp, alpha=self.alpha)
         tuners = (BlockFinetune(epochs=self.epochs),) if self.epochs else ()
         return Recipe("aqlm", format, solver, (Permute(),) if self.permute else (), tuners=tuners)
