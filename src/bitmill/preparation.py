@@ -6,6 +6,7 @@ import contextlib
 import platform
 import shutil
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def settled_recipe(method: str | Path | Recipe | None, options: dict[str, Any]) 
 
 def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     """What would be stored: layers, bits, bytes. Raises UsageError when nothing would be quantized."""
+    _check_ignored(skeleton, recipe)
     layers, weights = [], 0
     packed = set()
     for index in range(len(skeleton.blocks)):
@@ -88,6 +90,18 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
         "size_bytes": bits // 8 + rest,
         "unquantized_bytes": rest,
     }
+
+
+def _check_ignored(skeleton: Skeleton, recipe: Recipe) -> None:
+    """Raises UsageError for a pattern that no module answers to: what it was to spare would be quantized."""
+    modules = [name.removesuffix(".weight") for name in skeleton.names() if name.endswith(".weight")]
+    for pattern in recipe.ignore:
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            first = f"{skeleton.block_name(0)}.{skeleton.adapter.linears[0]}"
+            raise UsageError(
+                f"Nothing in the model is called {pattern!r}, which the recipe {recipe.name!r} ignores; patterns "
+                f"match whole names such as {first!r}, and * stands for any characters."
+            )
 
 
 def token_windows(
