@@ -67,7 +67,8 @@ class Recipe:
         """Why what layers share could not be learned."""
         if not self.stored.shared or self.solver.learner(self.weight.core, 1) is not None:
             return None
-        return f"{self.solver.name} cannot learn {', '.join(sorted(self.stored.shared))} for many layers at once."
+        parts = ", ".join(sorted(self.stored.shared))
+        return f"{self.solver.name} cannot learn {parts} for many layers at once; use the format without 'shared'."
 
     @property
     def stored(self) -> Format:

@@ -27,13 +27,15 @@ class AQLM(Method):
     Needs      the Gram matrix of every layer's inputs, how these differ from the float model's, and the float
                blocks' outputs (calibration text)
     Stored     M codes for eight weights; for every layer fp16 scales, M fp16 codebooks and an order of the
-               columns: bits + 128 M 2**codebook_bits/(rows columns) + 16/columns + log2(columns)/rows
+               columns: bits + 128 M 2**codebook_bits/(rows columns) + 16/columns + log2(columns)/rows; with
+               `shared` the codebooks once for the like layers of all blocks (all q_proj, all k_proj, ...)
     Cost       much the dearest of the methods here: minutes of one core for ten million weights
     Expect     below every scalar method at its bits
     Limits     no codebook beyond 8 bits, so not the paper's 1x16, which would be several times the codes of a
-               small model; small layers want small codebooks: bits=2.25 codebook_bits=6 is three of 64 vectors
+               small model; small layers want small codebooks: bits=2.25 codebook_bits=6 is three of 64 vectors;
+               shared codebooks are learned from float weights before the first block, and no block tunes them
     Changed    codes start from error feedback, least squares takes the place of Adam, columns are dealt to blocks
-               by importance (permute=false leaves them in place), alpha
+               by importance (permute=false leaves them in place), alpha, shared
     Paper      AQLM (arXiv 2401.06118); alpha after GPTAQ (arXiv 2504.02692)
     """
 
