@@ -1,9 +1,5 @@
 """The second moment of a layer's inputs, X^T X / tokens, summed as they come.
 
-Tokens that are far louder than others count as if they were not. An attention sink, of which there is one a
-window, can carry all but a thousandth of the energy that a layer reads; damping, a share of the mean energy, would
-drown the rest, and what the layer does to all other tokens would be left to chance.
-
 Every second-order method reads the same matrix (GPTQ calls 2 X^T X the Hessian of the layer's squared output
 error). It is summed in fp32 and divided by the number of tokens when it is read. Only upper blocks are
 computed: the matrix is symmetric, and these products cost as much as the forward pass itself.
@@ -17,8 +13,6 @@ from torch import Tensor
 # Widest panel of rows computed at a time. Wide panels make fast products, narrow ones skip more of the
 # lower triangle; 384 was the fastest of 96 to 768 on AVX-512 for widths from 576 to 1536.
 _PANEL = 384
-# Energy of a token, in units of the median of those around it, above which it counts no more than this.
-_LOUDEST = 32.0
 
 
 class RunningGram:
@@ -28,16 +22,12 @@ class RunningGram:
         self.sum = torch.zeros(width, width, device=device)
         self.tokens = 0
 
-    def add(self, X: Tensor) -> Tensor:
-        """Take in inputs X (tokens, width). Returns what each token counts, (tokens, 1), 1 for most."""
+    def add(self, X: Tensor) -> None:
+        """Take in inputs X (tokens, width)."""
         X = X.to(torch.float32)
-        weight = temperance(X)
-        if bool((weight < 1).any()):
-            X = X * weight.sqrt()
         for start, stop in self._panels():
             self.sum[start:stop, start:].addmm_(X[:, start:stop].T, X[:, start:])
         self.tokens += X.shape[0]
-        return weight
 
     def mean(self) -> Tensor:
         """The full symmetric matrix, divided by the number of tokens."""
@@ -53,10 +43,3 @@ class RunningGram:
         width = self.sum.shape[0]
         panel = -(-width // -(-width // _PANEL))
         return [(start, min(start + panel, width)) for start in range(0, width, panel)]
-
-
-def temperance(X: Tensor) -> Tensor:
-    """Weights (tokens, 1) that bring no token of X (tokens, width) above _LOUDEST times the median energy."""
-    energy = X.square().sum(1, keepdim=True)
-    limit = _LOUDEST * energy.median()
-    return torch.where((energy > limit) & (limit > 0), limit / energy, 1.0)

@@ -162,8 +162,8 @@ def _statistics(
         return Statistics(gram.mean(), gram.tokens)
     cross = torch.zeros(width, width, device=job.skeleton.device)
     for X, X_float in zip(forward.inputs(lead), beside.inputs(lead)):
-        weight = gram.add(X)
-        cross.addmm_(((X_float - X) * weight).T, X)
+        gram.add(X)
+        cross.addmm_((X_float - X).T, X)
     return Statistics(gram.mean(), gram.tokens, cross.div_(max(gram.tokens, 1)))
 
 
