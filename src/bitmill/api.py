@@ -17,6 +17,7 @@ from bitmill.checkpoint.writer import check_new, is_finished
 from bitmill.errors import BitmillError, CheckpointError, UsageError
 from bitmill.evaluation.judge import judge_of
 from bitmill.evaluation.perplexity import compare
+from bitmill.formats.base import bits_together
 from bitmill.live import ModuleSink, evaluating
 from bitmill.models.adapter import is_encoder
 from bitmill.models.calls import answers_of
@@ -287,7 +288,7 @@ def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple
         size = sum(t.nbytes for t in tensors)
         packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
         if packed:
-            bits = sum(m.format.stored_bits(m.shape) for m in packed)
+            bits = bits_together((m.format, m.shape, id(m.shared or m)) for m in packed)
             return bits / sum(m.out_features * m.in_features for m in packed), size
         return 8 * size / max(sum(t.numel() for t in tensors), 1), size
     if is_checkpoint(Path(model)):

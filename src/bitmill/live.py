@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from bitmill.formats import Format
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline import BlockResult
+from bitmill.pipeline.job import Shared
 from bitmill.runtime import swap_linear
+from bitmill.runtime.packed import shared_module
 
 
 class ModuleSink:
@@ -26,8 +28,9 @@ class ModuleSink:
         self.model = model
         self.work: Path | None = None
         self.layers: list[dict[str, Any]] = []
-        self._packed: list[tuple[str, Format, dict[str, Tensor]]] = []
+        self._packed: list[tuple[str, Format, dict[str, Tensor], str]] = []
         self._changed: dict[str, Tensor] = {}
+        self._shared: Shared = {}
 
     def finished(self, index: int) -> BlockResult | None:
         """Nothing is kept between runs."""
@@ -37,18 +40,30 @@ class ModuleSink:
         """Keep the block's packed layers, and what a transform changed."""
         for name, layer in result.layers.items():
             device = device_of(self.model.get_submodule(name))
-            parts = {part: tensor.to(device) for part, tensor in layer.quantized.pack().items()}
-            self._packed.append((name, layer.quantized.format, parts))
+            parts = {part: tensor.to(device) for part, tensor in layer.own().items()}
+            self._packed.append((name, layer.quantized.format, parts, layer.shared))
             self.layers.append({"name": name, **layer.summary()})
         for name, tensor in result.changed.items():
             parameter = self.model.get_parameter(name)
             self._changed[name] = tensor.to(parameter.device, parameter.dtype)
 
+    def shared(self) -> Shared | None:
+        """Nothing is kept between runs."""
+        return None
+
+    def share(self, parts: Shared) -> None:
+        """Keep what layers share."""
+        self._shared = parts
+
     def finish(self) -> None:
         """Replace the linears, and what a transform changed; everything is where it belongs already."""
-        for name, format, parts in self._packed:
-            bias = getattr(self.model.get_submodule(name), "bias", None)
-            new = swap_linear(self.model, name, format, "meta")  # the memory is the packed tensors' own
+        for name, format, parts, place in self._packed:
+            old, shared = self.model.get_submodule(name), None
+            bias, device = getattr(old, "bias", None), device_of(old)
+            if place:
+                shared = shared_module(self.model, place, format, "meta")
+                shared._buffers.update({part: tensor.to(device) for part, tensor in self._shared[place].items()})
+            new = swap_linear(self.model, name, format, "meta", shared)  # the memory is the packed tensors' own
             new._buffers.update(parts)
             new.bias = bias
         for name, tensor in self._changed.items():

@@ -18,6 +18,7 @@ from bitmill.checkpoint.writer import work_of
 from bitmill.composition import find_recipe
 from bitmill.errors import CalibrationError, OutputError, SourceError, UsageError
 from bitmill.evaluation.self_text import self_windows
+from bitmill.formats.base import bits_together
 from bitmill.leaderboard import leading_recipe
 from bitmill.models import text
 from bitmill.models.adapter import is_encoder
@@ -59,7 +60,7 @@ def settled_recipe(method: str | Path | Recipe | None, options: dict[str, Any]) 
 def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     """What would be stored: layers, bits, bytes. Raises UsageError when nothing would be quantized."""
     _check_ignored(skeleton, recipe)
-    layers, weights, bits = 0, 0, 0
+    layers, weights = [], 0
     packed = set()
     for index in range(len(skeleton.blocks)):
         for linear in skeleton.adapter.linears:
@@ -69,12 +70,12 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
             rows, columns = skeleton.shape(f"{name}.weight")
             if skeleton.adapter.transposed:
                 rows, columns = columns, rows
-            layers += 1
             weights += rows * columns
-            bits += recipe.stored.stored_bits((rows, columns))
+            layers.append((recipe.stored, (rows, columns), linear))
             packed.add(f"{name}.weight")
     if not layers:
         raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
+    bits = bits_together(layers)
     rest = sum(
         torch.Size(skeleton.shape(n)).numel() * skeleton.dtype(n).itemsize
         for n in skeleton.names()
@@ -83,7 +84,7 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     return {
         "method": recipe.name,
         "format": recipe.stored.to_dict(),
-        "layers": layers,
+        "layers": len(layers),
         "quantized_weights": weights,
         "bits_per_weight": bits / weights,
         "size_bytes": bits // 8 + rest,

@@ -58,10 +58,17 @@ class Recipe:
     tuners: tuple[Tuner, ...] = ()
 
     def __post_init__(self) -> None:
-        reasons = [self.solver.accepts(self.weight.core)]
+        reasons = [self.solver.accepts(self.weight.core), self._sharing()]
         reasons += [t.accepts(self.stored) or t.accepts_solver(self.solver) for t in self.tuners]
         for reason in filter(None, reasons):
             raise RecipeError(f"The recipe {self.name!r} cannot be built: {reason}")
+
+    def _sharing(self) -> str | None:
+        """Why what layers share could not be learned."""
+        if not self.stored.shared or self.solver.learner(self.weight.core, 1) is not None:
+            return None
+        parts = ", ".join(sorted(self.stored.shared))
+        return f"{self.solver.name} cannot learn {parts} for many layers at once; use the format without 'shared'."
 
     @property
     def stored(self) -> Format:

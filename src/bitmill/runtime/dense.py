@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bitmill.quantized import unpack
+from bitmill.quantized import SHARED, unpack
 from bitmill.runtime.linear import QuantLinear
 
 
@@ -19,6 +19,7 @@ def densify(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
             linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
+    model._modules.pop(SHARED, None)  # nobody looks there any more
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "quantization_config"):  # or a saved copy would claim to be packed
         del config.quantization_config

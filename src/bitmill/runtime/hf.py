@@ -15,8 +15,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitmill.errors import CheckpointError
 from bitmill.formats import FORMATS, Format
+from bitmill.quantized import SHARED
 from bitmill.runtime.dense import densify
 from bitmill.runtime.linear import swap_linear
+from bitmill.runtime.packed import shared_module
 from bitmill.version import __version__
 
 QUANT_METHOD = "bitmill"
@@ -47,9 +49,11 @@ class BitmillQuantizer(HfQuantizer):
     quantization_config: BitmillConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        places = layer_places(self.quantization_config.to_dict())
         for name, format in self.quantization_config.layer_formats().items():
+            shared = shared_module(model, places[name], format, "meta") if name in places else None
             try:
-                layer = swap_linear(model, name, format, device="meta")
+                layer = swap_linear(model, name, format, "meta", shared)
             except AttributeError:
                 raise CheckpointError(
                     f"The checkpoint quantizes {name!r}, which {type(model).__name__} does not have; "
@@ -101,6 +105,25 @@ def layer_formats(config: dict[str, Any]) -> dict[str, Format]:
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The quantization_config is damaged: {error!r} in 'groups'.") from None
     return formats
+
+
+def layer_places(config: dict[str, Any]) -> dict[str, str]:
+    """Layer name -> path of the module that holds what it shares, for those that share something.
+
+    Raises CheckpointError for a path that leads elsewhere.
+    """
+    places: dict[str, str] = {}
+    for group in config["groups"]:
+        place = group.get("shared")
+        if place is None:
+            continue
+        sharing = FORMATS.from_dict(group["format"]).shared
+        if not sharing or not isinstance(place, str) or not place.startswith(f"{SHARED}."):
+            raise CheckpointError(
+                f"The quantization_config is damaged: its layers cannot share what is in {place!r}."
+            )
+        places.update(dict.fromkeys(group["layers"], place))
+    return places
 
 
 def register() -> None:
