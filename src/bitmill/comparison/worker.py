@@ -108,19 +108,23 @@ class _Work:
         if strange or clock.other:  # or on a recipe that the cell no longer has
             shutil.rmtree(out, ignore_errors=True)
             shutil.rmtree(work_of(out), ignore_errors=True)
-        outcome = api.quantize(
-            self.grid.model,
-            Recipe.from_dict(cell.recipe),
-            out=out,
-            calibration=self.grid.calibration,
-            measure=0,
-            device=self.grid.device,
-            resume=True,
-            trust_remote_code=self.grid.trust_remote_code,
-            propagate=self.grid.propagate,
-            statistics=self.folder / STATISTICS if self.grid.propagate == "float" else None,
-            progress=clock,
-        )
+        try:
+            outcome = api.quantize(
+                self.grid.model,
+                Recipe.from_dict(cell.recipe),
+                out=out,
+                calibration=self.grid.calibration,
+                measure=0,
+                device=self.grid.device,
+                resume=True,
+                trust_remote_code=self.grid.trust_remote_code,
+                propagate=self.grid.propagate,
+                statistics=self.folder / STATISTICS if self.grid.propagate == "float" else None,
+                progress=clock,
+            )
+        finally:
+            if not out.exists() and not work_of(out).exists():
+                state.unlink(missing_ok=True)  # it failed before there was any work
         cost = clock.stop(finished=True)
         size = folder_bytes(out)
         windows, tokenizer = self._windows(out)

@@ -22,6 +22,7 @@ class QuantLinear(Packed):
     """
 
     shared: Packed | None
+    was_conv1d = False  # it took the place of a layer of GPT-2's kind, which keeps its weight as (in, out)
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ def swap_linear(
         assert isinstance(old.weight, Tensor)
         shape = (old.weight.shape[1], old.weight.shape[0])
     new = QuantLinear(format, shape, getattr(old, "bias", None) is not None, device, shared)
+    new.was_conv1d = not isinstance(old, nn.Linear)
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, new)
     return new
