@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from bitmill.recipe import METHODS, build_recipe
+from bitmill.recipe import METHODS
 from bitmill.report.results import Results, Variant, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +68,8 @@ def page(boards: list[Results]) -> str:
     lines += [
         "## How it was made",
         "",
+        "The recipe files are in `benchmarks/recipes`.",
+        "",
         "```sh",
         *commands,
         f"python benchmarks/leaderboard.py {' '.join(folders(commands))}",
@@ -106,7 +108,7 @@ def _board(results: Results) -> list[str]:
         lines.append("")
     absent = [v for v in results.variants if v.status != "done"]
     if absent:
-        lines += ["Not in the tables:", "", *(f"- {v.name}: {v.reason or v.status}" for v in absent), ""]
+        lines += ["Not in the tables:", "", *(f"- {v.name}: {v.reason or 'not run'}" for v in absent), ""]
     return lines
 
 
@@ -122,17 +124,9 @@ def data(results: Results) -> str:
             "minutes": round((v.quantize_time_s or 0.0) / 60, 2),
         }
         for v in results.done()
-        if v.bits and _at_defaults(v)
+        if v.method in METHODS.names() and v.bits
     ]
     return json.dumps({"model": results.settings.model, "rows": rows}, indent=1) + "\n"
-
-
-def _at_defaults(v: Variant) -> bool:
-    """Whether a variant is a named method at its defaults, which is what the table that picks one promises."""
-    if v.method not in METHODS.names():
-        return False
-    options = {"bits": v.bits} if "bits" in METHODS.get(v.method).__dataclass_fields__ else {}
-    return v.recipe == json.loads(json.dumps(build_recipe(v.method, options).to_dict()))
 
 
 def _row(v: Variant) -> str:

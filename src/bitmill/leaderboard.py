@@ -86,7 +86,7 @@ def leading_recipe(
         reason = (
             f"no method was named: {method} leads the leaderboard at {bits} bits (KL {row.kl_divergence:.3f} at "
             f"{row.bits_per_weight:.2f} bits per weight, {row.minutes:.0f} minutes) "
-            f"within {within_minutes:g} minutes{_among(asked)}"
+            f"within {within_minutes:g} minutes, on the float model's statistics{_among(asked)}"
         )
     if "bits" not in METHODS.get(method).__dataclass_fields__:
         del given["bits"]  # it has no others
