@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
-from bitmill.recipe import METHODS
+from bitmill.recipe import METHODS, build_recipe
 from bitmill.report.results import Results, Variant, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -124,9 +125,26 @@ def data(results: Results) -> str:
             "minutes": round((v.quantize_time_s or 0.0) / 60, 2),
         }
         for v in results.done()
-        if v.method in METHODS.names() and v.bits
+        if v.bits and _is_default(v)
     ]
     return json.dumps({"model": results.settings.model, "rows": rows}, indent=1) + "\n"
+
+
+def _is_default(v: Variant) -> bool:
+    """Whether a variant is a named method as it comes, and no recipe of somebody's that bears its name."""
+    if v.method not in METHODS.names():
+        return False
+    has_bits = "bits" in METHODS.get(v.method).__dataclass_fields__
+    return _agrees(v.recipe, build_recipe(v.method, {"bits": v.bits} if has_bits else {}).to_dict())
+
+
+def _agrees(measured: Any, today: Any) -> bool:
+    """Equal but for options that did not exist when it was measured."""
+    if isinstance(measured, dict):
+        return isinstance(today, dict) and all(_agrees(value, today.get(key)) for key, value in measured.items())
+    if isinstance(measured, list | tuple):
+        return len(measured) == len(today) and all(map(_agrees, measured, today))
+    return bool(measured == today)
 
 
 def _row(v: Variant) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def compose(
     chosen: dict[str, Any] = {}
     if format is not None:
         part = _part(FORMATS, format)
-        kept = {"bits": int(base.weight.rate)} if "bits" in _fields(FORMATS, part["format"]) else {}
+        kept = {"bits": int(base.weight.rate)} if "bits" in FORMATS.options(part["format"]) else {}
         weight, rate = FORMATS.from_dict({**kept, **part}), base.weight.rate
         if kept.keys() - part.keys() and weight.rate != rate:  # its bits are not those of a weight
             raise RecipeError(
@@ -78,7 +78,7 @@ def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) 
     `compose` does, and for options that the format does not have.
     """
     part = _part(FORMATS, format)
-    known = _fields(FORMATS, part["format"])
+    known = FORMATS.options(part["format"])
     if stray := next((key for key in options or {} if key not in known), None):
         raise RecipeError(
             f"There is no method whose option {stray!r} could be set, and the format {part['format']!r} has none "
@@ -112,13 +112,14 @@ def _part(registry: Registry[Any], spelled: str) -> dict[str, Any]:
     """The plain data of `NAME:key=value,...`."""
     name, _, options = spelled.partition(":")
     part: dict[str, Any] = {registry.noun: name.strip()}
-    known = _fields(registry, name.strip())
+    known = registry.options(name.strip())
     for option in filter(None, (o.strip() for o in options.split(","))):
         key, equals, value = option.partition("=")
-        if not equals or key not in known:
+        if key not in known:
+            raise registry.no_option(name.strip(), key)
+        if not equals:
             raise RecipeError(
-                f"The {registry.noun} {name!r} has no option {option!r}; write NAME:key=value,... with keys of: "
-                f"{', '.join(known) or '(none)'}."
+                f"The option {key!r} of the {registry.noun} {name.strip()!r} has no value; write {key}=VALUE."
             )
         part[key] = _value(value)
     return part
@@ -132,7 +133,3 @@ def _value(text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         return text  # the check of the field's type will say what is wrong with it
-
-
-def _fields(registry: Registry[Any], name: str) -> list[str]:
-    return [f.name for f in fields(registry.get(name))]

@@ -93,14 +93,15 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_ignored(skeleton: Skeleton, recipe: Recipe) -> None:
-    """Raises UsageError for a pattern that no module answers to: what it was to spare would be quantized."""
-    modules = [name for name, _ in skeleton.model.named_modules()]
+    """Raises UsageError for a pattern that no matrix answers to: what it was to spare would be quantized."""
+    named = skeleton.model.named_parameters(remove_duplicate=False)
+    matrices = {name.removesuffix(".weight") for name, weight in named if weight.dim() == 2}
     for pattern in recipe.ignore:
-        if not any(fnmatchcase(module, pattern) for module in modules):
+        if not any(fnmatchcase(matrix, pattern) for matrix in matrices):
             first = f"{skeleton.block_name(0)}.{skeleton.adapter.linears[0]}"
             raise UsageError(
-                f"Nothing in the model is called {pattern!r}, which the recipe {recipe.name!r} ignores; patterns "
-                f"match whole names such as {first!r}, and * stands for any characters."
+                f"No layer with a matrix of weights is called {pattern!r}, which the recipe {recipe.name!r} "
+                f"ignores; patterns match whole names such as {first!r}, and * stands for any characters."
             )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 from bitmill.errors import RecipeError
@@ -76,6 +76,16 @@ class Registry(Generic[T]):
                 return name
         raise RecipeError(f"{member!r} is not a registered {self.noun}.")
 
+    def options(self, name: str) -> dict[str, Field[Any]]:
+        """The options of the member called `name`, in order. Raises RecipeError when there is none."""
+        kind: Any = self.get(name)
+        return {f.name: f for f in fields(kind) if f.init}
+
+    def no_option(self, name: str, option: str) -> RecipeError:
+        """The error of an option that the member called `name` does not have."""
+        known = ", ".join(self.options(name)) or "(none)"
+        return RecipeError(f"The {self.noun} {name!r} has no option {option!r}; it has: {known}.")
+
     def from_dict(self, data: Any) -> Any:
         """The member described by `Member.to_dict`. Raises RecipeError on unknown names or fields."""
         values = dict(data) if isinstance(data, dict) else {}
@@ -87,11 +97,9 @@ class Registry(Generic[T]):
             )
         kind: Any = self.get(name)
         values = {k: self.from_dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-        known = {f.name: f for f in fields(kind) if f.init}
+        known = self.options(name)
         if strange := next((key for key in values if key not in known), None):
-            raise RecipeError(
-                f"The {self.noun} {name!r} has no option {strange!r}; it has: {', '.join(known) or '(none)'}."
-            )
+            raise self.no_option(name, strange)
         wanted = (k for k, f in known.items() if f.default is MISSING and f.default_factory is MISSING)
         if absent := next((key for key in wanted if key not in values), None):
             raise RecipeError(f"The {self.noun} {name!r} needs the option {absent!r}; give it a value.")

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import nn
+from world import interrupted_after
 
 import bitmill
 from bitmill.api import stored_bits
-from bitmill.checkpoint import FolderSink, open_checkpoint, verify
+from bitmill.checkpoint import open_checkpoint, verify
 from bitmill.errors import CheckpointError
 from bitmill.models.calls import answers_of
 from bitmill.models.meta import auto_class
@@ -132,18 +133,11 @@ def test_layers_that_stay_in_float_have_no_say(tmp_path):
 
 
 def interrupted(folder, monkeypatch, after: int) -> None:
-    """A run that fails when it has written `after` blocks."""
-    write = FolderSink.write
-
-    def failing(self, result, skeleton):
-        if result.index == after:
-            raise KeyboardInterrupt
-        write(self, result, skeleton)
-
-    monkeypatch.setattr(FolderSink, "write", failing)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_model("llama"), folder)
-    monkeypatch.setattr(FolderSink, "write", write)
+    """A run that is stopped when it has written `after` blocks."""
+    with monkeypatch.context() as patch:
+        interrupted_after(after, patch)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny_model("llama"), folder)
 
 
 @pytest.mark.parametrize("after", [0, 1])

@@ -68,7 +68,7 @@ def test_nothing_changes_nothing():
     ("parts", "word"),
     [
         ({"format": "paper"}, "no format 'paper'"),
-        ({"format": "uniform:bats=3"}, "bats=3"),
+        ({"format": "uniform:bats=3"}, "no option 'bats'"),
         ({"format": "uniform:bits"}, "'bits'"),
         ({"format": "uniform:bits=three"}, "bits of uniform is 'three'"),
         ({"format": "uniform:bits=[3"}, r"bits of uniform is '\[3'"),

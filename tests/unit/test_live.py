@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -70,10 +71,15 @@ def test_a_module_in_training_is_measured_without_dropout_and_goes_on_training(t
     assert not model.transformer.h[0].training
 
 
-def test_an_ignored_name_must_be_there():
-    recipe = replace(build_recipe("rtn", {"group_size": 16}), ignore=("*.q_porj",))
-    with pytest.raises(UsageError, match=r"Nothing in the model is called '\*\.q_porj'"):
+@pytest.mark.parametrize("name", ["*.q_porj", "*norm", "model.layers"])
+def test_an_ignored_name_must_be_there(name):
+    recipe = replace(build_recipe("rtn", {"group_size": 16}), ignore=(name,))
+    with pytest.raises(UsageError, match="matrix of weights is called " + re.escape(repr(name))):
         bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS)
+
+
+def test_an_ignored_name_may_be_a_head():
+    recipe = build_recipe("rtn", {"group_size": 16})
     bitmill.quantize(tiny_model("llama"), replace(recipe, ignore=("*.q_proj", "lm_head")), calibration=WINDOWS)
 
 
