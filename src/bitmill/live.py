@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.formats import Format
+from bitmill.models.ends import Ends, ends_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline import BlockResult
-from bitmill.runtime import swap_linear
+from bitmill.pipeline.job import OUTSIDE
+from bitmill.runtime import QuantLinear, swap_layers
 
 
 class ModuleSink:
@@ -26,7 +28,8 @@ class ModuleSink:
         self.model = model
         self.work: Path | None = None
         self.layers: list[dict[str, Any]] = []
-        self._packed: list[tuple[str, Format, dict[str, Tensor]]] = []
+        self._packed: dict[str, tuple[Format, dict[str, Tensor]]] = {}
+        self._ends: Ends | None = None
         self._changed: dict[str, Tensor] = {}
 
     def finished(self, index: int) -> BlockResult | None:
@@ -38,22 +41,27 @@ class ModuleSink:
         for name, layer in result.layers.items():
             device = device_of(self.model.get_submodule(name))
             parts = {part: tensor.to(device) for part, tensor in layer.quantized.pack().items()}
-            self._packed.append((name, layer.quantized.format, parts))
+            self._packed[name] = layer.quantized.format, parts
             self.layers.append({"name": name, **layer.summary()})
+        if result.index == OUTSIDE:
+            self._ends = ends_of(skeleton)
         for name, tensor in result.changed.items():
             parameter = self.model.get_parameter(name)
             self._changed[name] = tensor.to(parameter.device, parameter.dtype)
 
     def finish(self) -> None:
         """Replace the linears, and what a transform changed; everything is where it belongs already."""
-        for name, format, parts in self._packed:
-            bias = getattr(self.model.get_submodule(name), "bias", None)
-            new = swap_linear(self.model, name, format, "meta")  # the memory is the packed tensors' own
-            new._buffers.update(parts)
-            new.bias = bias
+        formats, ends = {name: format for name, (format, _) in self._packed.items()}, self._ends
+        biases = {name: getattr(module, "bias", None) for name, module in self.model.named_modules()}
+        # on the meta device: the memory is the packed tensors' own
+        for name, new in swap_layers(self.model, formats, ends and ends.to_dict(), "meta").items():
+            if name in self._packed:
+                new._buffers.update(self._packed[name][1])
+            if isinstance(new, QuantLinear):
+                new.bias = biases[name]
         for name, tensor in self._changed.items():
             self.model.get_parameter(name).data = tensor
-        self._packed, self._changed = [], {}
+        self._packed, self._changed = {}, {}
 
 
 @contextmanager

@@ -9,8 +9,12 @@ from bitmill.runtime.hf import FORMAT_VERSION, QUANT_METHOD
 from bitmill.version import __version__
 
 
-def quantization_config(layers: dict[str, Format], recipe: dict[str, Any]) -> dict[str, Any]:
+def quantization_config(
+    layers: dict[str, Format], recipe: dict[str, Any], ends: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The `quantization_config` of config.json: formats, each with the layers that use it, and the recipe.
+
+    ends: embedding, head and whether they are tied, where they are quantized.
 
     `bitmill.runtime.hf.layer_formats` reads it.
     """
@@ -27,5 +31,6 @@ def quantization_config(layers: dict[str, Format], recipe: dict[str, Any]) -> di
         "format_version": FORMAT_VERSION,
         "bitmill_version": __version__,
         "groups": groups,
+        **({"ends": ends} if ends else {}),
         "recipe": recipe,
     }

@@ -61,6 +61,12 @@ def quantize(
         float | None,
         typer.Option(metavar="SHARE", help="Keep this share of the weights apart in 16 bits.", show_default=False),
     ] = None,
+    head_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="8|6|4", help="Bits of embedding and output head; float when left out.", show_default=False
+        ),
+    ] = None,
     propagate: Annotated[
         Literal["quantized", "float"],
         typer.Option(help="Whose outputs later blocks are calibrated on: the quantized or the float blocks'."),
@@ -119,6 +125,7 @@ def quantize(
             dry_run=dry_run,
             trust_remote_code=trust_remote_code,
             propagate=propagate,
+            head_bits=head_bits,
             progress=output.progress,
         )
         why = {"chosen": reason} if reason else {}

@@ -6,17 +6,34 @@ import torch
 from torch import nn
 
 from bitmill.quantized import unpack
+from bitmill.runtime.embedding import QuantEmbedding, restore_embedding
 from bitmill.runtime.linear import QuantLinear
+from bitmill.runtime.packed import Packed
 
 
 def densify(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Replace every QuantLinear by an nn.Linear with its decoded weight, in place; returns the model."""
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]:
+    """Give every packed layer its decoded weight as an ordinary one, in place; returns the model.
+
+    What was tied stays tied.
+    """
+    packed = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Packed)]
+    packed.sort(key=lambda named: isinstance(named[1], QuantLinear))  # a head may be tied to a table
+    for name, layer in packed:
+        if isinstance(layer, QuantEmbedding):
+            restore_embedding(layer, _decoded(layer, dtype))
+            continue
+        assert isinstance(layer, QuantLinear)
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        decoded = unpack(layer.format, layer.packed(), layer.shape).dequantize()
-        linear.weight = nn.Parameter(decoded.to(dtype), requires_grad=False)
+        if layer.tied is None:
+            linear.weight = nn.Parameter(_decoded(layer, dtype), requires_grad=False)
+        else:
+            linear.weight = layer.tied.weight  # type: ignore[assignment]
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
     return model
+
+
+def _decoded(layer: Packed, dtype: torch.dtype) -> torch.Tensor:
+    return unpack(layer.format, layer.packed(), layer.shape).dequantize().to(dtype)

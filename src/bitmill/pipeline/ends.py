@@ -1,0 +1,86 @@
+"""Quantize where tokens enter a model and where they leave it: the table of embeddings and the head.
+
+No calibration text says anything about a table that is looked up, so both are rounded to nearest, within the
+range of least squared error. Blocks are calibrated on what the stored table gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from bitmill.models.ends import Ends, ends_of
+from bitmill.models.memory import give_back
+from bitmill.models.skeleton import Skeleton
+from bitmill.pipeline.job import OUTSIDE, BlockResult, Job, LayerResult, Sink
+from bitmill.progress import Progress
+from bitmill.solvers import SOLVERS, Statistics
+from bitmill.solvers.base import solve
+
+_SLICE = 1 << 20  # weights that are compared at a time: these are the largest matrices of a model
+
+
+class QuantizedEnds:
+    """The quantized ends of a model, to be put into its skeleton."""
+
+    def __init__(self, skeleton: Skeleton, ends: Ends, layers: dict[str, LayerResult]) -> None:
+        self._skeleton, self._ends, self._layers = skeleton, ends, layers
+        self._head: Tensor | None = None
+
+    def put_embedding(self) -> None:
+        """Put the decoded table in place of the float one; needs the side "before"."""
+        self._skeleton.set(f"{self._ends.embedding}.weight", self._decoded(self._ends.embedding))
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Let the decoded head take the float one's place for a while; needs the side "after"."""
+        if not self._ends.head:
+            yield
+            return
+        if self._head is None:
+            self._head = self._decoded(self._ends.embedding if self._ends.tied else self._ends.head)
+        name = f"{self._ends.head}.weight"
+        before = self._skeleton.model.get_parameter(name).data
+        self._skeleton.set(name, self._head)
+        try:
+            yield
+        finally:
+            self._skeleton.set(name, before)
+
+    def _decoded(self, layer: str) -> Tensor:
+        return self._layers[layer].quantized.dequantize().to(self._skeleton.device)
+
+
+def quantize_ends(job: Job, sink: Sink, progress: Progress) -> QuantizedEnds | None:
+    """Quantize embedding and head, or take over what an earlier run did; None where they stay in float."""
+    if job.recipe.head is None:
+        return None
+    skeleton, ends = job.skeleton, ends_of(job.skeleton)
+    result = sink.finished(OUTSIDE)
+    if result is None:
+        progress.start("embedding and head", len(ends.layers))
+        result = BlockResult(OUTSIDE)
+        for layer in ends.layers:
+            result.layers[layer] = _quantize(job, skeleton.finite(ends.stored(layer, skeleton)))
+            give_back()
+            progress.advance()
+        sink.write(result, skeleton)
+        progress.finish()
+    return QuantizedEnds(skeleton, ends, result.layers)
+
+
+@torch.no_grad()
+def _quantize(job: Job, W: Tensor) -> LayerResult:
+    """Round a matrix to nearest."""
+    assert job.recipe.head is not None
+    nearest = SOLVERS.from_dict({"solver": "nearest", "search": True})
+    quantized = solve(nearest, W, Statistics(), job.recipe.head)
+    error = total = 0.0
+    sizes = [len(part) for part in W.split(max(1, _SLICE // W.shape[1]))]
+    for part, piece in zip(W.split(sizes), quantized.split(sizes)):
+        error += float((part - piece.dequantize()).square_().sum())
+        total += float(part.square().sum())
+    return LayerResult(quantized, error / max(total, 1e-30), None)

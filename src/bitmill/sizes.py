@@ -1,0 +1,92 @@
+"""What a model takes: as planned, on the disk, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitmill.checkpoint import open_checkpoint
+from bitmill.checkpoint.files import folder_bytes
+from bitmill.checkpoint.reader import is_checkpoint
+from bitmill.errors import UsageError
+from bitmill.formats import Format
+from bitmill.models.ends import ends_of
+from bitmill.models.skeleton import Skeleton
+from bitmill.models.source import open_source
+from bitmill.recipe import Recipe
+from bitmill.runtime.packed import Packed
+
+
+def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+    """What would be stored: layers, bits, bytes.
+
+    `bits_per_weight` counts the linears of the blocks; embedding and head have `head_bits_per_weight` (None in
+    float) and `head_bytes` (0 in float). Raises UsageError when nothing would be quantized, SourceError when the
+    recipe has a format for embedding and head and the model has none that can be.
+    """
+    adapter = skeleton.adapter
+    packed: set[str] = set()
+    shapes: list[tuple[int, int]] = []
+    for index in range(len(skeleton.blocks)):
+        for name in (f"{skeleton.block_name(index)}.{linear}" for linear in adapter.linears):
+            if recipe.ignores(name):
+                continue
+            rows, columns = skeleton.shape(f"{name}.weight")
+            shapes.append((columns, rows) if adapter.transposed else (rows, columns))
+            packed.add(f"{name}.weight")
+    if not shapes:
+        raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
+    bits, weights = _stored((recipe.stored, shape) for shape in shapes)
+    head_bits = head_weights = 0
+    if recipe.head is not None:
+        ends, format = ends_of(skeleton), recipe.head
+        outside = [skeleton.shape(ends.stored(layer, skeleton)) for layer in ends.layers]
+        head_bits, head_weights = _stored((format, (rows, columns)) for rows, columns in outside)
+        packed.update(ends.weights)
+    rest = sum(
+        torch.Size(skeleton.shape(n)).numel() * skeleton.dtype(n).itemsize
+        for n in skeleton.names()
+        if n not in packed
+    )
+    return {
+        "method": recipe.name,
+        "format": recipe.stored.to_dict(),
+        "layers": len(shapes),
+        "quantized_weights": weights,
+        "bits_per_weight": bits / weights,
+        "size_bytes": (bits + head_bits) // 8 + rest,
+        "head_bits_per_weight": head_bits / head_weights if head_weights else None,
+        "head_bytes": head_bits // 8,
+        "unquantized_bytes": rest,
+    }
+
+
+def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:
+    """(bits a weight of the blocks' quantized layers or of the float weights, bytes on disk or in memory)."""
+    if isinstance(model, nn.Module):
+        tensors = [*model.parameters(), *model.buffers()]
+        size = sum(t.nbytes for t in tensors)
+        packed = [m for m in model.modules() if isinstance(m, Packed) and not m.outside]
+        if packed:
+            bits, weights = _stored((m.format, m.shape) for m in packed)
+            return bits / weights, size
+        return 8 * size / max(sum(t.numel() for t in tensors), 1), size
+    if is_checkpoint(Path(model)):
+        return open_checkpoint(model).bits_per_weight, folder_bytes(Path(model))
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    sizes = [(torch.Size(source.shape(n)).numel(), source.dtype(n).itemsize) for n in source.names()]
+    total = sum(count * width for count, width in sizes)
+    return 8 * total / max(sum(count for count, _ in sizes), 1), total
+
+
+def _stored(matrices: Iterable[tuple[Format, tuple[int, int]]]) -> tuple[int, int]:
+    """(bits, weights) of all of them."""
+    bits = weights = 0
+    for format, (rows, columns) in matrices:
+        bits += format.stored_bits((rows, columns))
+        weights += rows * columns
+    return bits, weights
