@@ -20,6 +20,7 @@ from bitmill.evaluation.perplexity import compare
 from bitmill.live import ModuleSink, evaluating
 from bitmill.models.adapter import is_encoder
 from bitmill.models.calls import answers_of
+from bitmill.models.ends import ends_of
 from bitmill.models.meta import auto_class
 from bitmill.models.pooling import MEAN, pooling_of, read_pooling
 from bitmill.models.reading import reading_of, windows_of
@@ -121,6 +122,7 @@ def quantize(
         "recipe": recipe.to_dict(),
         "identity": identity,
         **{key: plan[key] for key in STORED},
+        "ends": ends_of(skeleton).to_dict() if recipe.head else None,
         "auto_class": auto_class(source.config).__name__,
     }
     sink: FolderSink | ModuleSink

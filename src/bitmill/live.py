@@ -54,7 +54,7 @@ class ModuleSink:
         formats, ends = {name: format for name, (format, _) in self._packed.items()}, self._ends
         biases = {name: getattr(module, "bias", None) for name, module in self.model.named_modules()}
         # on the meta device: the memory is the packed tensors' own
-        for name, new in swap_layers(self.model, formats, ends and ends.to_dict(), "meta").items():
+        for name, new in swap_layers(self.model, formats, ends.to_dict() if ends else None, "meta").items():
             if name in self._packed:
                 new._buffers.update(self._packed[name][1])
             if isinstance(new, QuantLinear):

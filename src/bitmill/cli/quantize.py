@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bitmill.cli.options import AsJson, Device, TrustRemoteCode
+from bitmill.cli.options import AsJson, Device, HeadBits, TrustRemoteCode
 from bitmill.cli.output import facts, measured_row, megabytes, number, working
 from bitmill.errors import UsageError
 from bitmill.leaderboard import WITHIN_MINUTES
@@ -61,12 +61,6 @@ def quantize(
         float | None,
         typer.Option(metavar="SHARE", help="Keep this share of the weights apart in 16 bits.", show_default=False),
     ] = None,
-    head_bits: Annotated[
-        int | None,
-        typer.Option(
-            metavar="8|6|4", help="Bits of embedding and output head; float when left out.", show_default=False
-        ),
-    ] = None,
     propagate: Annotated[
         Literal["quantized", "float"],
         typer.Option(help="Whose outputs later blocks are calibrated on: the quantized or the float blocks'."),
@@ -84,6 +78,7 @@ def quantize(
     measure: Annotated[
         int, typer.Option(metavar="W", help="Held-out windows to measure on meanwhile; 0 for none.")
     ] = 4,
+    head_bits: HeadBits = None,
     device: Device = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be stored, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
@@ -163,8 +158,12 @@ def _readable(model: str, summary: dict[str, Any], dry_run: bool, reason: str) -
         ("format", spelled(summary["format"])),
         ("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"),
         ("bits per weight", f"{summary['bits_per_weight']:.3f}"),
-        ("size", f"{megabytes(summary['size_bytes'])}, {megabytes(summary['unquantized_bytes'])} of it in float"),
     ]
+    size = f"{megabytes(summary['size_bytes'])}, {megabytes(summary['unquantized_bytes'])} of it in float"
+    if summary["head_bytes"]:
+        rows.append(("embedding and head", f"{summary['head_bits_per_weight']:.3f} bits per weight"))
+        size += f", {megabytes(summary['head_bytes'])} embedding and head"
+    rows.append(("size", size))
     if dry_run:
         return facts([*rows, ("written", "nothing, this was a dry run")])
     for measured in summary["measured"]:

@@ -69,7 +69,7 @@ class Part:
         return stored.to(torch.float32) if stored.is_floating_point() else stored
 
     def unpack_rows(self, stored: Tensor, rows: Tensor) -> Tensor:
-        """What `unpack` gives for some rows, int64 (n,), without unpacking the others; all where rows share one."""
+        """What `unpack` gives for some rows, int64 (n,), at their cost alone; all of it where rows share it."""
         if self.shape[0] == 1:
             return self.unpack(stored)
         if self.bits is not None:

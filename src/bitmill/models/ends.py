@@ -47,24 +47,27 @@ class Ends:
 
 
 def ends_of(skeleton: Skeleton) -> Ends:
-    """The ends of a model. Raises SourceError where they are not a plain table and a plain linear."""
-    adapter, model = skeleton.adapter, skeleton.model
-    modules = dict(model.named_modules())
-    size = getattr(skeleton.source.config, "vocab_size", None)
-    tables = [(path, table) for path in adapter.embeddings if isinstance(table := modules.get(path), nn.Embedding)]
-    if adapter.name.startswith("generic"):  # tables of positions and the like are among them
-        tables = [(path, table) for path, table in tables if table.num_embeddings == size]
+    """The ends of a model. Raises SourceError where they are not a plain table and a plain linear.
+
+    A generic walk finds tables of other things and linears of other uses too; what has a row for every token counts.
+    """
+    adapter, name = skeleton.adapter, skeleton.source.name
+    modules = dict(skeleton.model.named_modules())
+    tables = {path: table for path in adapter.embeddings if isinstance(table := modules.get(path), nn.Embedding)}
+    head = modules.get(adapter.head) if adapter.head else None
+    if adapter.name.startswith("generic"):
+        vocabulary = getattr(skeleton.source.config, "vocab_size", None) or getattr(head, "out_features", None)
+        tables = {path: table for path, table in tables.items() if table.num_embeddings == vocabulary}
+        head = head if getattr(head, "out_features", None) == vocabulary else None
     if not tables:
         raise SourceError(
-            f"{skeleton.source.name} has no table of token embeddings that bitmill knows, so it stays in float; "
-            "leave --head-bits (head_bits) out."
+            f"{name} has no table of token embeddings that bitmill knows, so it stays in float; leave --head-bits "
+            "(head_bits) out."
         )
-    path, table = tables[0]
-    head = modules.get(adapter.head) if adapter.head else None
-    if head is not None and not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear | None):
         raise SourceError(
-            f"The head of {skeleton.source.name} is a {type(head).__name__} and no linear layer, so it stays in "
-            "float; leave --head-bits (head_bits) out."
+            f"The head of {name} is a {type(head).__name__} and no linear layer, so it stays in float; leave "
+            "--head-bits (head_bits) out."
         )
-    tied = head is not None and head.weight is table.weight
-    return Ends(path, adapter.head if head is not None else "", tied)
+    path, table = next(iter(tables.items()))
+    return Ends(path, "" if head is None else adapter.head, head is not None and head.weight is table.weight)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitmill.models.ends import Ends, ends_of
 from bitmill.models.memory import give_back
@@ -20,7 +20,7 @@ from bitmill.progress import Progress
 from bitmill.solvers import SOLVERS, Statistics
 from bitmill.solvers.base import solve
 
-_SLICE = 1 << 20  # weights that are compared at a time: these are the largest matrices of a model
+_SLICE = 1 << 20  # weights that are decoded at a time: these are the largest matrices of a model
 
 
 class QuantizedEnds:
@@ -28,30 +28,35 @@ class QuantizedEnds:
 
     def __init__(self, skeleton: Skeleton, ends: Ends, layers: dict[str, LayerResult]) -> None:
         self._skeleton, self._ends, self._layers = skeleton, ends, layers
-        self._head: Tensor | None = None
 
     def put_embedding(self) -> None:
         """Put the decoded table in place of the float one; needs the side "before"."""
-        self._skeleton.set(f"{self._ends.embedding}.weight", self._decoded(self._ends.embedding))
+        decoded = self._layers[self._ends.embedding].quantized.dequantize()
+        self._skeleton.set(f"{self._ends.embedding}.weight", decoded.to(self._skeleton.device))
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Let the decoded head take the float one's place for a while; needs the side "after"."""
+        """Let the quantized head answer in place of the float one for a while; needs the side "after".
+
+        It is decoded by slices of rows, so that no second matrix of its size is in memory.
+        """
         if not self._ends.head:
             yield
             return
-        if self._head is None:
-            self._head = self._decoded(self._ends.embedding if self._ends.tied else self._ends.head)
-        name = f"{self._ends.head}.weight"
-        before = self._skeleton.model.get_parameter(name).data
-        self._skeleton.set(name, self._head)
+        module = self._skeleton.model.get_submodule(self._ends.head)
+        assert isinstance(module, nn.Linear)
+        quantized = self._layers[self._ends.embedding if self._ends.tied else self._ends.head].quantized
+        pieces = quantized.split(_slices(quantized.shape))
+
+        def forward(x: Tensor) -> Tensor:
+            y = torch.cat([nn.functional.linear(x, piece.dequantize().to(x)) for piece in pieces], -1)
+            return y if module.bias is None else y + module.bias
+
+        module.forward = forward
         try:
             yield
         finally:
-            self._skeleton.set(name, before)
-
-    def _decoded(self, layer: str) -> Tensor:
-        return self._layers[layer].quantized.dequantize().to(self._skeleton.device)
+            vars(module).pop("forward")
 
 
 def quantize_ends(job: Job, sink: Sink, progress: Progress) -> QuantizedEnds | None:
@@ -79,8 +84,14 @@ def _quantize(job: Job, W: Tensor) -> LayerResult:
     nearest = SOLVERS.from_dict({"solver": "nearest", "search": True})
     quantized = solve(nearest, W, Statistics(), job.recipe.head)
     error = total = 0.0
-    sizes = [len(part) for part in W.split(max(1, _SLICE // W.shape[1]))]
+    sizes = _slices(quantized.shape)
     for part, piece in zip(W.split(sizes), quantized.split(sizes)):
         error += float((part - piece.dequantize()).square_().sum())
         total += float(part.square().sum())
     return LayerResult(quantized, error / max(total, 1e-30), None)
+
+
+def _slices(shape: tuple[int, int]) -> list[int]:
+    """Rows of the slices in which a matrix is decoded."""
+    rows, step = shape[0], max(1, _SLICE // shape[1])
+    return [min(step, rows - start) for start in range(0, rows, step)]

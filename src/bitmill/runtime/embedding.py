@@ -46,7 +46,7 @@ def swap_embedding(model: nn.Module, name: str, format: Format, device: Any = No
     rows, columns = table.weight.shape
     stand_in = table.weight.data.new_empty(rows, 0)
     del table._parameters["weight"]
-    table.__class__ = _quantized(type(table))
+    table.__class__ = _quantized(type(table))  # type: ignore[arg-type]
     assert isinstance(table, QuantEmbedding)
     table.register_buffer("weight", stand_in, persistent=False)
     table.hold(format, (rows, columns), device)
@@ -58,6 +58,6 @@ def restore_embedding(table: QuantEmbedding, weight: Tensor) -> None:
     for name in (*table.packed(), "weight"):
         del table._buffers[name]
     del table.format, table.shape
-    table.__class__ = table.plain
+    table.__class__ = table.plain  # type: ignore[assignment]
     table.weight = nn.Parameter(weight, requires_grad=False)
     table._non_persistent_buffers_set.discard("weight")

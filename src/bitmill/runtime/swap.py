@@ -42,4 +42,3 @@ def swap_layers(
 def outside(ends: Ends | None) -> tuple[str, ...]:
     """The quantized layers that lie outside the blocks, a tied head among them."""
     return tuple(ends[key] for key in ("embedding", "head") if ends[key]) if ends else ()
-
