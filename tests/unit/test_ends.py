@@ -165,7 +165,7 @@ def test_a_table_decodes_what_is_looked_up(kind, bits):
 )
 def test_damaged_ends_are_refused(ends):
     groups = [{"format": {"format": "uniform", "bits": 4}, "layers": ["a", "b"]}]
-    with pytest.raises(CheckpointError, match="damaged.*'ends'") as caught:
+    with pytest.raises(CheckpointError, match=r"damaged.*'ends'") as caught:
         quantized_ends({"groups": groups, "ends": ends})
     assert "\n" not in str(caught.value)
     assert quantized_ends({"groups": groups}) is None

@@ -49,7 +49,7 @@ class Ends:
 def ends_of(skeleton: Skeleton) -> Ends:
     """The ends of a model. Raises SourceError where they are not a plain table and a plain linear.
 
-    A generic walk finds tables of other things and linears of other uses too; what has a row for every token counts.
+    A generic walk finds other tables and linears too: what has a row for every token counts.
     """
     adapter, name = skeleton.adapter, skeleton.source.name
     modules = dict(skeleton.model.named_modules())
