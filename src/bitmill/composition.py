@@ -89,7 +89,8 @@ def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) 
     options: of the format where the part does not say, such as `bits`, else DEFAULT_BITS. Raises RecipeError as
     `compose` does, and for options that the format does not have.
     """
-    known, part = _fields(FORMATS, format.partition(":")[0].strip()), _part(FORMATS, format)
+    part = _part(FORMATS, format)
+    known = _fields(FORMATS, part["format"])
     if stray := next((key for key in options or {} if key not in known), None):
         raise RecipeError(
             f"There is no method whose option {stray!r} could be set, and the format {part['format']!r} has none "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     """What would be stored: layers, bits, bytes.
 
     `bits_per_weight` counts the linears of the blocks; embedding and head have `head_bits_per_weight` (None in
-    float) and `head_bytes` (0 in float). Raises UsageError when nothing would be quantized, SourceError when the
-    recipe has a format for embedding and head and the model has none that can be.
+    float) and `head_bytes` (0 in float). Raises UsageError when nothing would be quantized and for ignored names that make no
+    sense, SourceError when the recipe has a format for embedding and head and the model has none that can be.
     """
+    _check_ignored(skeleton, recipe)
     adapter = skeleton.adapter
     packed: set[str] = set()
     shapes: list[tuple[int, int]] = []
@@ -44,6 +46,11 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     head_bits = head_weights = 0
     if recipe.head is not None:
         ends, format = ends_of(skeleton), recipe.head
+        if ignored := next((path for path in (ends.embedding, ends.head) if path and recipe.ignores(path)), None):
+            raise UsageError(
+                f"The recipe {recipe.name!r} ignores {ignored!r}, and embedding and head are to be quantized; "
+                "leave out one of the two."
+            )
         outside = [skeleton.shape(ends.stored(layer, skeleton)) for layer in ends.layers]
         head_bits, head_weights = _stored((format, (rows, columns)) for rows, columns in outside)
         packed.update(ends.weights)
@@ -63,6 +70,18 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
         "head_bytes": head_bits // 8,
         "unquantized_bytes": rest,
     }
+
+
+def _check_ignored(skeleton: Skeleton, recipe: Recipe) -> None:
+    """Raises UsageError for a pattern that no module answers to: what it was to spare would be quantized."""
+    modules = [name.removesuffix(".weight") for name in skeleton.names() if name.endswith(".weight")]
+    for pattern in recipe.ignore:
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            first = f"{skeleton.block_name(0)}.{skeleton.adapter.linears[0]}"
+            raise UsageError(
+                f"Nothing in the model is called {pattern!r}, which the recipe {recipe.name!r} ignores; patterns "
+                f"match whole names such as {first!r}, and * stands for any characters."
+            )
 
 
 def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:

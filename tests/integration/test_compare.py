@@ -127,6 +127,26 @@ def test_a_grid_grows(world, quick):
     assert len(found.commands) == 2
 
 
+def test_work_on_another_recipe_is_not_continued(world, quick):
+    cells = world.root / "grid" / "cells"
+    (cells / "gptq-3bit.partial").mkdir(parents=True)
+    (cells / "gptq-3bit.partial" / "journal.json").write_text("{}")
+    (cells / "gptq-3bit.state").write_text('{"quantize_time_s": 1e6, "recipe": {"name": "another"}}')
+    assert main(command(world, methods="gptq", bits="3")) == 0
+    (variant,) = results(world).variants
+    assert variant.quantize_time_s < 1e5
+
+
+def test_held_out_windows_are_those_of_the_float_model(world, quick, capsys):
+    assert main(command(world, methods="rtn", bits="3")) == 0
+    grid = json.loads((world.root / "grid" / "grid.json").read_text())
+    grid["terms"]["settings"]["evaluation"]["sha256"] = "0" * 64
+    (world.root / "grid" / "grid.json").write_text(json.dumps(grid))
+    said = io.StringIO()
+    assert worker.main([str(world.root / "grid"), "rtn-3bit"], stdout=said) == 1
+    assert "no longer what it was" in json.loads(said.getvalue().splitlines()[-1])["failed"]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

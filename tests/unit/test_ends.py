@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import bitmill
 from bitmill.composition import HEAD_BITS, with_head
-from bitmill.errors import CheckpointError, RecipeError, SourceError
+from bitmill.errors import CheckpointError, RecipeError, SourceError, UsageError
 from bitmill.formats.uniform import Uniform
 from bitmill.models.ends import Ends, ends_of
 from bitmill.models.module import ModuleSource
@@ -112,6 +113,12 @@ def test_the_head_is_a_part_of_the_recipe():
     data = {**bare.to_dict(), "head": {"format": "sum", "inner": {"format": "uniform", "bits": 4}}}
     with pytest.raises(RecipeError, match="'sum' decodes whole matrices"):
         Recipe.from_dict(data)
+
+
+def test_what_is_ignored_cannot_be_quantized_too():
+    recipe = with_head(replace(build_recipe("rtn"), ignore=("lm_head",)), 8)
+    with pytest.raises(UsageError, match="ignores 'lm_head'"):
+        bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS, measure=0)
 
 
 class Scaled(nn.Embedding):

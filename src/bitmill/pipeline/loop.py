@@ -24,6 +24,7 @@ from bitmill.pipeline.streams import Streams
 from bitmill.progress import Progress
 from bitmill.solvers.base import FISHER
 from bitmill.tuners.base import TARGETS
+from bitmill.version import __version__
 
 
 @torch.no_grad()
@@ -90,7 +91,12 @@ def _store(job: Job) -> StatisticsStore | None:
             "Statistics can be shared only when the float model's are propagated; use propagate=float."
         )
     assert job.calibration is not None
-    identity = {"model": job.skeleton.source.fingerprint(), "windows": windows_hash(job.calibration)}
+    identity = {
+        "model": job.skeleton.source.fingerprint(),
+        "windows": windows_hash(job.calibration),
+        "device": str(job.skeleton.device),
+        "versions": [__version__, torch.__version__],
+    }
     return StatisticsStore(job.statistics, identity)
 
 

@@ -32,6 +32,16 @@ def densify(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
             linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "quantization_config"):  # or a saved copy would claim to be packed
+        del config.quantization_config
+    for trace in (
+        "hf_quantizer",
+        "quantization_method",
+        "is_quantized",
+    ):  # by which transformers refuses training and saving
+        if hasattr(model, trace):
+            delattr(model, trace)
     return model
 
 

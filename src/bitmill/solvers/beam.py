@@ -86,12 +86,15 @@ class BeamSearch(Solver):
         self._train(state)
         state.feed_back()
         error = state.refit()
+        best = state.quantized()
         for _ in range(self.sweeps):
             state.sweep()
             before, error = error, state.refit()
+            if error < before:  # what is stored is rounded, so that a turn can lose
+                best = state.quantized()
             if error > before * (1 - self.tolerance):
                 break
-        return Quantized(format, state.codes, state.params, state.shape)
+        return best
 
     def _train(self, state: _State) -> None:
         """Fit the codebooks to a few rows at a time, coded as they will be."""
@@ -122,6 +125,10 @@ class _State:
         """Some of the rows."""
         params = {**self.params, "scale": self.params["scale"][rows if len(self.params["scale"]) > 1 else [0]]}
         return _State(self.W[rows], self.H, self.U, self.format, params, self.beam)
+
+    def quantized(self) -> Quantized:
+        """The present state; later ones replace its tensors and leave them as they are."""
+        return Quantized(self.format, self.codes, dict(self.params), self.shape)
 
     # -- codes --------------------------------------------------------------------------------------------
 
