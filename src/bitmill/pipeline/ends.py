@@ -46,11 +46,14 @@ class QuantizedEnds:
         module = self._skeleton.model.get_submodule(self._ends.head)
         assert isinstance(module, nn.Linear)
         quantized = self._layers[self._ends.embedding if self._ends.tied else self._ends.head].quantized
-        pieces = quantized.split(_slices(quantized.shape))
+        sizes = _slices(quantized.shape)
+        pieces = quantized.split(sizes)
 
         def forward(x: Tensor) -> Tensor:
-            y = torch.cat([nn.functional.linear(x, piece.dequantize().to(x)) for piece in pieces], -1)
-            return y if module.bias is None else y + module.bias
+            y = x.new_empty(*x.shape[:-1], quantized.shape[0])
+            for piece, out in zip(pieces, y.split(sizes, -1)):
+                out.copy_(nn.functional.linear(x, piece.dequantize().to(x)))
+            return y if module.bias is None else y.add_(module.bias)
 
         vars(module)["forward"] = forward
         try:
