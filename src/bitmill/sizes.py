@@ -28,8 +28,8 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     `bits_per_weight` counts the linears of the blocks; embedding and head have `head_bits_per_weight` (None in
     float) and `head_bytes` (0 in float).
 
-    Raises UsageError when nothing would be quantized and for ignored names that make no sense, SourceError when the
-    recipe has a format for embedding and head and the model has none that can be.
+    Raises UsageError when nothing would be quantized and for ignored names that make no sense, SourceError when
+    embedding and head are to be quantized and cannot be.
     """
     _check_ignored(skeleton, recipe)
     adapter = skeleton.adapter
