@@ -23,8 +23,8 @@ def sizes(report: Report) -> list[tuple[str, int]]:
     if report.get("unquantized_bytes") is None:
         return []
     inside, outside = (sum(v["size_bytes"] for v in layers) for layers in split_layers(report))
-    parts = [("the blocks' linear layers", inside), (_ends_named(report), outside)]
-    return [part for part in parts if part[1]] + [("what is in float", report["unquantized_bytes"])]
+    parts = [("in the blocks' linear layers", inside), (f"in {_ends_named(report)}", outside)]
+    return [part for part in parts if part[1]] + [("in float", report["unquantized_bytes"])]
 
 
 def ends_said(report: Report) -> str:
@@ -37,7 +37,7 @@ def ends_said(report: Report) -> str:
     once = ", one matrix for both" if ends["tied"] else ""
     return (
         f"{named.capitalize()} are stored packed too, in {spelled(report['recipe']['head'])}, {bits}{once}; "
-        "norms and biases are as in the source."
+        "all else outside the blocks is as in the source."
     )
 
 
@@ -46,9 +46,9 @@ def sizes_said(report: Report) -> str:
     known = sizes(report)
     if not known:
         return ""
-    listed = [f"{numbers.size(size)} {name}" for name, size in known]
+    listed = ", ".join(f"{numbers.size(size)} {name}" for name, size in known)
     total = numbers.size(sum(size for _, size in known))
-    return f"The tensors take {total}: {', '.join(listed[:-1])} and {listed[-1]}.".replace(numbers.GAP, " ")
+    return f"The tensors take {total}: {listed}.".replace(numbers.GAP, " ")
 
 
 def _ends_named(report: Report) -> str:
