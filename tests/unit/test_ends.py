@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import Tensor, nn
 
 import bitmill
+from bitmill.checkpoint import open_checkpoint
 from bitmill.composition import HEAD_BITS, with_head
 from bitmill.errors import CheckpointError, RecipeError, SourceError, UsageError
 from bitmill.formats.uniform import Uniform
@@ -176,3 +178,24 @@ def test_damaged_ends_are_refused(ends):
         quantized_ends({"groups": groups, "ends": ends})
     assert "\n" not in str(caught.value)
     assert quantized_ends({"groups": groups}) is None
+
+
+@pytest.mark.parametrize("names", [["lm_head.weight"], ["lm_head.weight", "model.embed_tokens.weight"]])
+@torch.no_grad()
+def test_a_tied_matrix_is_stored_once_whatever_the_source_calls_it(names, tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    table = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, **{name: table.clone() for name in names}}, file, {"format": "pt"})
+    summary = bitmill.quantize(tmp_path / "source", "rtn", out=tmp_path / "out", head_bits=8, measure=0).summary
+    checkpoint = open_checkpoint(tmp_path / "out")
+    outside = [name for name in checkpoint.files if "layers" not in name]
+    stored = ["codes", "scale", "zero"]
+    assert outside == [*(f"model.embed_tokens.{part}" for part in stored), "model.norm.weight"]
+    assert summary["unquantized_bytes"] == 4 * 32 * 5  # norms
+    packed = bitmill.load(tmp_path / "out")
+    assert packed.lm_head.tied is packed.model.embed_tokens
+    bitmill.quantize(model, "rtn", head_bits=8, calibration=WINDOWS, measure=0)
+    assert torch.equal(packed(WINDOWS).logits, model(WINDOWS).logits)
