@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from bitmill.models.ends import ends_of
 from bitmill.models.meta import auto_class
 from bitmill.models.module import ModuleSource
 from bitmill.models.skeleton import Skeleton
+from bitmill.recipe import build_recipe
 from bitmill.runtime import QuantEmbedding, QuantLinear
 from bitmill.runtime.packed import Packed
+from cases import few_formats
 
 ENCODERS = [name for name, adapter in ADAPTERS.items() if adapter.encoder]
 CASES = [(name, tied) for name in MODELS for tied in (True, False) if name not in ENCODERS or not tied]
@@ -38,6 +41,7 @@ def model_of(name: str, tied: bool) -> nn.Module:
 
 def quantize(model: nn.Module, out=None, head_bits: int | None = 8, **options):
     options = {"method": "rtn", "bits": 4, "group_size": 20, "measure": 0, **options}
+    options = {key: value for key, value in options.items() if value is not None}
     return bitmill.quantize(model, out=out, calibration=WINDOWS, head_bits=head_bits, **options)
 
 
@@ -128,6 +132,17 @@ def test_the_folder_shrinks_by_what_was_computed(name, tied, tmp_path):
         saved = stored_bytes(tmp_path / "float") - stored_bytes(tmp_path / str(bits))
         assert saved == floats - summary["head_bytes"]
         assert plan["size_bytes"] == stored_bytes(tmp_path / str(bits))
+
+
+@pytest.mark.parametrize("format", [f for f in few_formats() if f.group_size in (40, "tensor")], ids=repr)
+@torch.no_grad()
+def test_a_recipe_may_name_any_format_whose_rows_decode_apart(format, tmp_path):
+    model = model_of("llama", True)
+    recipe = replace(build_recipe("rtn"), head=format)
+    quantize(model, tmp_path / "out", None, method=recipe, bits=None, group_size=None)
+    packed, plain = bitmill.load(tmp_path / "out"), bitmill.load(tmp_path / "out", dense=True)
+    assert torch.equal(packed.model.embed_tokens(TOKENS), plain.model.embed_tokens(TOKENS))
+    assert torch.allclose(answer(packed), answer(plain), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "tied"), [("llama", True), ("gemma2", False), ("gpt2", True), ("bert", False)])

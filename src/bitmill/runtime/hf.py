@@ -46,14 +46,14 @@ class BitmillConfig(QuantizationConfigMixin):
 
 
 class BitmillQuantizer(HfQuantizer):
-    """Swaps linears for QuantLinear on the meta device; from_pretrained then fills the packed buffers."""
+    """Swaps layers for packed ones on the meta device; from_pretrained then fills the packed buffers."""
 
     requires_calibration = True
     quantization_config: BitmillConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         formats, ends = self.quantization_config.layer_formats(), self.quantization_config.ends()
-        names = {name for name, _ in model.named_modules()}
+        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         if absent := next((name for name in (*formats, *outside(ends)) if name not in names), None):
             raise CheckpointError(
                 f"The checkpoint quantizes {absent!r}, which {type(model).__name__} does not have; "
