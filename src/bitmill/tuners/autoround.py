@@ -25,7 +25,7 @@ from bitmill.formats.base import Params
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.quantized import Quantized
-from bitmill.tuners.base import TUNERS, BlockTask, Tuner
+from bitmill.tuners.base import TUNERS, BlockTask, Tuner, relative
 from bitmill.tuners.training import minibatches
 
 _NARROWEST = 0.05  # of a group's range
@@ -91,7 +91,7 @@ class AutoRound(Tuner):
                 with torch.enable_grad():
                     tensors = {f"{n}.weight": W.T if task.transposed else W for n, W in matrices.items()}
                     output = batch.call.run_with(tensors, task.block, batch.hidden)
-                    (output - batch.target).square().sum().backward()
+                    relative(output, batch.target).sum().backward()
                 for name, rounding in roundings.items():
                     gradient = matrices[name].grad
                     assert gradient is not None

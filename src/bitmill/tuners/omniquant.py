@@ -33,7 +33,7 @@ from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.clip import Clip
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.base import fold, spread
-from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner
+from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner, relative
 from bitmill.tuners.training import Adam, minibatches
 
 _WIDE = 4.0  # gamma and beta at the start: sigmoid .982
@@ -104,7 +104,7 @@ class OmniQuant(Tuner):
             for batch in batches:
                 with torch.enable_grad():
                     output = batch.call.run_with(learned.rounded(), task.block, batch.hidden)
-                    ((output - batch.target).square().mean() / start).backward()
+                    (relative(output, batch.target).mean() / start).backward()
                 left = 1 - done / (self.epochs * len(batches))
                 clips.step(self.lr_lwc * left)
                 scales.step(self.lr_let * left)
