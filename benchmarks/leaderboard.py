@@ -68,6 +68,8 @@ def page(boards: list[Results]) -> str:
     lines += [
         "## How it was made",
         "",
+        "The recipe files are in `benchmarks/recipes`.",
+        "",
         "```sh",
         *commands,
         f"python benchmarks/leaderboard.py {' '.join(folders(commands))}",
@@ -104,9 +106,9 @@ def _board(results: Results) -> list[str]:
         lines += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
         lines += [_row(v) for v in sorted(found, key=lambda v: v.kl_divergence or 0.0)]
         lines.append("")
-    absent = [v for v in results.variants if v.status in ("failed", "not_applicable")]
+    absent = [v for v in results.variants if v.status != "done"]
     if absent:
-        lines += ["Not in the tables:", "", *(f"- {v.name}: {v.reason}" for v in absent), ""]
+        lines += ["Not in the tables:", "", *(f"- {v.name}: {v.reason or 'not run'}" for v in absent), ""]
     return lines
 
 

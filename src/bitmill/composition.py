@@ -47,7 +47,12 @@ def compose(
     if format is not None:
         part = _part(FORMATS, format)
         kept = {"bits": int(base.weight.rate)} if "bits" in _fields(FORMATS, part["format"]) else {}
-        weight = FORMATS.from_dict({**kept, **part})
+        weight, rate = FORMATS.from_dict({**kept, **part}), base.weight.rate
+        if kept.keys() - part.keys() and weight.rate != rate:  # its bits are not those of a weight
+            raise RecipeError(
+                f"The recipe {base.name!r} has {rate:g} bits a weight and {part['format']!r} has {weight.rate:g} "
+                f"with bits={kept['bits']}; say the bits with the part, as in {part['format']}:bits=N."
+            )
         names.append(weight.name)
     if sparse is not None:
         weight = FORMATS.from_dict(

@@ -71,6 +71,13 @@ class Recipe:
         for reason in filter(None, reasons):
             raise RecipeError(f"The recipe {self.name!r} cannot be built: {reason}")
 
+    def _sharing(self) -> str | None:
+        """Why what layers share could not be learned."""
+        if not self.stored.shared or self.solver.learner(self.weight.core, 1) is not None:
+            return None
+        parts = ", ".join(sorted(self.stored.shared))
+        return f"{self.solver.name} cannot learn {parts} for many layers at once; use the format without 'shared'."
+
     @property
     def stored(self) -> Format:
         """The weight format inside what its transforms wrap around it; the first transform is outermost."""

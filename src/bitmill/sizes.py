@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Hashable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.errors import UsageError
 from bitmill.formats import Format
+from bitmill.formats.base import bits_together
 from bitmill.models.ends import ends_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import open_source
 from bitmill.recipe import Recipe
-from bitmill.runtime.packed import Packed
+from bitmill.runtime.linear import QuantLinear
+
+_Layer = tuple[Format, tuple[int, int], Hashable]  # and by what those that share parts know each other
 
 
 def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
@@ -34,17 +38,18 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     _check_ignored(skeleton, recipe)
     adapter = skeleton.adapter
     packed: set[str] = set()
-    shapes: list[tuple[int, int]] = []
+    layers: list[_Layer] = []
     for index in range(len(skeleton.blocks)):
-        for name in (f"{skeleton.block_name(index)}.{linear}" for linear in adapter.linears):
+        for linear in adapter.linears:
+            name = f"{skeleton.block_name(index)}.{linear}"
             if recipe.ignores(name):
                 continue
             rows, columns = skeleton.shape(f"{name}.weight")
-            shapes.append((columns, rows) if adapter.transposed else (rows, columns))
+            layers.append((recipe.stored, (columns, rows) if adapter.transposed else (rows, columns), linear))
             packed.add(f"{name}.weight")
-    if not shapes:
+    if not layers:
         raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
-    bits, weights = _stored((recipe.stored, shape) for shape in shapes)
+    bits, weights = _stored(layers)
     head_bits = head_weights = 0
     if recipe.head is not None:
         ends, format = ends_of(skeleton), recipe.head
@@ -53,8 +58,8 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
                 f"The recipe {recipe.name!r} ignores {ignored!r}, and embedding and head are to be quantized; "
                 "leave out one of the two."
             )
-        outside = [skeleton.shape(ends.stored(layer, skeleton)) for layer in ends.layers]
-        head_bits, head_weights = _stored((format, (rows, columns)) for rows, columns in outside)
+        outside = [(layer, skeleton.shape(ends.stored(layer, skeleton))) for layer in ends.layers]
+        head_bits, head_weights = _stored((format, (rows, columns), name) for name, (rows, columns) in outside)
         packed.update(ends.weights)
     rest = sum(
         torch.Size(skeleton.shape(n)).numel() * skeleton.dtype(n).itemsize
@@ -64,7 +69,7 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
     return {
         "method": recipe.name,
         "format": recipe.stored.to_dict(),
-        "layers": len(shapes),
+        "layers": len(layers),
         "quantized_weights": weights,
         "bits_per_weight": bits / weights,
         "size_bytes": (bits + head_bits) // 8 + rest,
@@ -76,7 +81,7 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
 
 def _check_ignored(skeleton: Skeleton, recipe: Recipe) -> None:
     """Raises UsageError for a pattern that no module answers to: what it was to spare would be quantized."""
-    modules = [name.removesuffix(".weight") for name in skeleton.names() if name.endswith(".weight")]
+    modules = [name for name, _ in skeleton.model.named_modules()]
     for pattern in recipe.ignore:
         if not any(fnmatchcase(module, pattern) for module in modules):
             first = f"{skeleton.block_name(0)}.{skeleton.adapter.linears[0]}"
@@ -91,9 +96,9 @@ def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple
     if isinstance(model, nn.Module):
         tensors = [*model.parameters(), *model.buffers()]
         size = sum(t.nbytes for t in tensors)
-        packed = [m for m in model.modules() if isinstance(m, Packed) and not m.outside]
+        packed = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.outside]
         if packed:
-            bits, weights = _stored((m.format, m.shape) for m in packed)
+            bits, weights = _stored((m.format, m.shape, id(m.shared or m)) for m in packed)
             return bits / weights, size
         return 8 * size / max(sum(t.numel() for t in tensors), 1), size
     if is_checkpoint(Path(model)):
@@ -104,10 +109,7 @@ def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple
     return 8 * total / max(sum(count for count, _ in sizes), 1), total
 
 
-def _stored(matrices: Iterable[tuple[Format, tuple[int, int]]]) -> tuple[int, int]:
+def _stored(layers: Iterable[_Layer]) -> tuple[int, int]:
     """(bits, weights) of all of them."""
-    bits = weights = 0
-    for format, (rows, columns) in matrices:
-        bits += format.stored_bits((rows, columns))
-        weights += rows * columns
-    return bits, weights
+    known = list(layers)
+    return bits_together(known), sum(math.prod(shape) for _, shape, _ in known)

@@ -77,8 +77,9 @@ def test_an_ignored_name_must_be_there():
     bitmill.quantize(tiny_model("llama"), replace(recipe, ignore=("*.q_proj", "lm_head")), calibration=WINDOWS)
 
 
-def test_an_unpacked_model_is_saved_as_a_float_one(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "float")
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_an_unpacked_model_is_saved_as_a_float_one(tmp_path, model_type):
+    tiny_model(model_type).save_pretrained(tmp_path / "float")
     bitmill.quantize(tmp_path / "float", "rtn", out=tmp_path / "packed", measure=0, group_size=16)
     model = bitmill.load(tmp_path / "packed", dense=True)
     model.save_pretrained(tmp_path / "unpacked")

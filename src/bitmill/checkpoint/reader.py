@@ -14,9 +14,10 @@ from torch import Tensor
 
 from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.formats import Format
+from bitmill.formats.base import bits_together
 from bitmill.models.safetensors_header import TensorEntry, read_header
 from bitmill.quantized import Quantized, unpack
-from bitmill.runtime.hf import layer_formats, quantized_ends
+from bitmill.runtime.hf import layer_formats, layer_places, quantized_ends
 from bitmill.runtime.swap import outside
 
 
@@ -31,6 +32,7 @@ class Checkpoint:
     files: dict[str, Path]  # tensor name -> shard
     entries: dict[str, TensorEntry]
     shapes: dict[str, tuple[int, int]]  # of the quantized layers, (out, in)
+    places: dict[str, str]  # of what quantized layers share, for those that do
     outside: tuple[str, ...] = ()  # embedding and head, where they are quantized
 
     def tensor(self, name: str) -> Tensor:
@@ -49,13 +51,19 @@ class Checkpoint:
     def quantized(self, layer: str) -> Quantized:
         """Read one quantized layer."""
         format, shape = self.formats[layer], self.shape(layer)
-        return unpack(format, {part: self.tensor(f"{layer}.{part}") for part in format.layout(shape)}, shape)
+        return unpack(format, {part: self.tensor(name) for part, name in self._names(layer).items()}, shape)
+
+    def _names(self, layer: str) -> dict[str, str]:
+        """Part -> the tensor that holds it: the layer's own, or one that it shares."""
+        format, place = self.formats[layer], self.places.get(layer, layer)
+        return {p: f"{place if p in format.shared else layer}.{p}" for p in format.layout(self.shape(layer))}
 
     def check(self) -> None:
         """Raises CheckpointError when a part of a quantized layer is missing or has the wrong shape."""
         for layer, format in self.formats.items():
+            names = self._names(layer)
             for part, (size, dtype) in format.layout(self.shape(layer)).items():
-                name = f"{layer}.{part}"
+                name = names[part]
                 entry = self.entries.get(name)
                 if entry is None or entry.shape != size or entry.dtype != dtype:
                     found = "is missing" if entry is None else f"is {entry.dtype} {entry.shape}"
@@ -69,8 +77,9 @@ class Checkpoint:
         packed = set()
         for name, format in self.formats.items():
             shape = self.shape(name)
-            bits = format.stored_bits(shape)
-            packed |= {f"{name}.{part}" for part in format.layout(shape)}
+            own = format.own_layout(shape) if name in self.places else format.layout(shape)
+            bits = format.own_bits(shape) if name in self.places else format.stored_bits(shape)
+            packed |= {f"{name}.{part}" for part in own}
             yield {
                 "name": name,
                 "format": format.name,
@@ -99,7 +108,7 @@ class Checkpoint:
         return self._bits([name for name in self.formats if name in self.outside]) if self.outside else None
 
     def _bits(self, layers: list[str]) -> float:
-        bits = sum(self.formats[name].stored_bits(self.shape(name)) for name in layers)
+        bits = bits_together((self.formats[n], self.shape(n), self.places.get(n, n)) for n in layers)
         return bits / max(sum(math.prod(self.shape(name)) for name in layers), 1)
 
 
@@ -125,7 +134,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     described = config.get("quantization_config")
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
-    formats, shapes = _formats(described), _layer_shapes(folder, report)
+    formats, shapes, places = _formats(described), _layer_shapes(folder, report), layer_places(described)
     ends = outside(quantized_ends(described))
     index = _document(folder, "model.safetensors.index.json").get("weight_map")
     if not isinstance(index, dict):
@@ -147,7 +156,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             raise CheckpointError(f"The shard {path} holds no tensor {name!r}, which the index promises.")
         files[name] = path
     entries = {name: headers[path.name][name] for name, path in files.items()}
-    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes, ends)
+    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes, places, ends)
     checkpoint.check()
     return checkpoint
 

@@ -104,23 +104,28 @@ class _Work:
         state = out.with_name(name + ".state")
         if not out.exists() and not work_of(out).exists():
             state.unlink(missing_ok=True)  # the work that it counts is gone
+        strange = not state.exists()  # nothing is there, or work that nobody has counted
         clock = _Clock(state, self.progress, cell.recipe)
-        if clock.other:  # work on a recipe that the cell no longer has
+        if strange or clock.other:  # or on a recipe that the cell no longer has
             shutil.rmtree(out, ignore_errors=True)
             shutil.rmtree(work_of(out), ignore_errors=True)
-        outcome = api.quantize(
-            self.grid.model,
-            Recipe.from_dict(cell.recipe),
-            out=out,
-            calibration=self.grid.calibration,
-            measure=0,
-            device=self.grid.device,
-            resume=True,
-            trust_remote_code=self.grid.trust_remote_code,
-            propagate=self.grid.propagate,
-            statistics=self.folder / STATISTICS if self.grid.propagate == "float" else None,
-            progress=clock,
-        )
+        try:
+            outcome = api.quantize(
+                self.grid.model,
+                Recipe.from_dict(cell.recipe),
+                out=out,
+                calibration=self.grid.calibration,
+                measure=0,
+                device=self.grid.device,
+                resume=True,
+                trust_remote_code=self.grid.trust_remote_code,
+                propagate=self.grid.propagate,
+                statistics=self.folder / STATISTICS if self.grid.propagate == "float" else None,
+                progress=clock,
+            )
+        finally:
+            if not out.exists() and not work_of(out).exists():
+                state.unlink(missing_ok=True)  # it failed before there was any work
         cost = clock.stop(finished=True)
         size = folder_bytes(out)
         windows, tokenizer = self._windows(out)
@@ -201,6 +206,7 @@ class _Clock(Progress):
         self.peak = int(before.get("peak_memory_bytes", 0))
         self.finished = bool(before.get("finished"))  # what follows is not quantizing
         self.started = time.perf_counter()
+        self.stop()  # a run that ends in its first block has said what it worked on
 
     def start(self, task: str, total: int) -> None:
         self.inner.start(task, total)

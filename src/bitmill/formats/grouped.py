@@ -43,6 +43,7 @@ class GroupFormat(Format):
     block: ClassVar[int] = 1  # columns coded jointly
     max_bits: ClassVar[int] = 8
     local: ClassVar[bool] = True  # parameters of one group can be fitted without seeing the rest of the row
+    common: ClassVar[frozenset[str]] = frozenset()  # parts of one size for all matrices, which layers may share
     learned: ClassVar[bool] = False  # a block is `scale` times a sum from `codebooks`, which all rows share
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class GroupFormat(Format):
         """
 
     def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
-        """Parameters for one group, x (rows, 1, width), while what its row shares stays as in `params`."""
+        """Parameters for groups x (rows, groups, width), while what they share stays as in `params`."""
         return self.fit(x, importance)
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bitmill.errors import RecipeError
+from bitmill.formats import Params
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.text import windows_hash
 from bitmill.pipeline.block import quantize_block
@@ -19,6 +20,7 @@ from bitmill.pipeline.ends import quantize_ends
 from bitmill.pipeline.fisher import Fisher, fisher_of
 from bitmill.pipeline.job import BlockResult, Job, Sink
 from bitmill.pipeline.measure import Measure
+from bitmill.pipeline.shared import shared_parts
 from bitmill.pipeline.store import StatisticsStore
 from bitmill.pipeline.streams import Streams
 from bitmill.progress import Progress
@@ -35,12 +37,18 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any
     if recipe.needs and job.calibration is None:
         raise RecipeError(f"The recipe {recipe.name!r} needs calibration text; give it some with --calib.")
     store = _store(job)
+    shared = shared_parts(job, sink, progress)
     with fisher_of(job, sink, progress) as fisher:
-        return _run(job, sink, progress, store, fisher)
+        return _run(job, sink, progress, store, fisher, shared)
 
 
 def _run(
-    job: Job, sink: Sink, progress: Progress, store: StatisticsStore | None, fisher: Fisher | None
+    job: Job,
+    sink: Sink,
+    progress: Progress,
+    store: StatisticsStore | None,
+    fisher: Fisher | None,
+    shared: dict[str, Params],
 ) -> dict[str, Any]:
     skeleton = job.skeleton
     streams = measure = None
@@ -70,7 +78,7 @@ def _run(
             if streams:
                 streams.advance(block, index, targets, follow_float=job.propagate == "float")
         else:
-            sink.write(quantize_block(job, block, index, streams, store, fisher), skeleton)
+            sink.write(quantize_block(job, block, index, streams, store, fisher, shared), skeleton)
         if measure:
             measure.pass_quantized(block, index)
         skeleton.free_block(index)

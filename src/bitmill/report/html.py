@@ -25,7 +25,7 @@ from bitmill.report.card import model_card
 from bitmill.report.figures import figures_of, own_figure
 from bitmill.report.heat import STEPS, heat_map
 from bitmill.report.palette import DARK, LIGHT, SHAPES, mark_of
-from bitmill.report.parts import ends_said, sizes, split_layers
+from bitmill.report.parts import bytes_inside, ends_said, sizes, split_layers
 from bitmill.report.results import Layer, Results
 
 
@@ -70,6 +70,7 @@ def folder_page(report: dict[str, Any]) -> str:
         layers=layers,
         ends=ends_said(report),
         sizes=sizes(report),
+        inside=bytes_inside(report),
         error=error,
         worst=worst[:8],
         steps=STEPS,

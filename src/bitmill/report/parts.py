@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from bitmill.report import numbers
@@ -18,12 +19,20 @@ def split_layers(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, A
     return [v for v in layers if v["name"] not in outside], [v for v in layers if v["name"] in outside]
 
 
+def bytes_inside(report: Report) -> int:
+    """What the quantized layers of the blocks take, in bytes, with what they share."""
+    layers, _ = split_layers(report)
+    if any("shared" in layer for layer in layers):  # which no layer counts as its own, but the model's bits do
+        return round(report["bits_per_weight"] * sum(math.prod(layer["shape"]) for layer in layers) / 8)
+    return sum(layer["size_bytes"] for layer in layers)
+
+
 def sizes(report: Report) -> list[tuple[str, int]]:
     """What the tensors of each part take, in bytes; empty where an earlier version wrote the report."""
     if report.get("unquantized_bytes") is None:
         return []
-    inside, outside = (sum(v["size_bytes"] for v in layers) for layers in split_layers(report))
-    parts = [("in the blocks' linear layers", inside), (f"in {_ends_named(report)}", outside)]
+    outside = sum(layer["size_bytes"] for layer in split_layers(report)[1])
+    parts = [("in the blocks' linear layers", bytes_inside(report)), (f"in {_ends_named(report)}", outside)]
     return [part for part in parts if part[1]] + [("in float", report["unquantized_bytes"])]
 
 

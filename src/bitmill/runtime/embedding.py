@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from bitmill.formats import Format, GroupFormat
-from bitmill.runtime.packed import Packed
+from bitmill.runtime.packed import PackedMatrix
 
 
-class QuantEmbedding(Packed, nn.Embedding):
+class QuantEmbedding(PackedMatrix, nn.Embedding):
     """A table of which only the rows that are looked up are decoded.
 
     A layer becomes one in place (`swap_embedding`) and keeps what its own class does around the lookup, such as
@@ -49,7 +49,8 @@ def swap_embedding(model: nn.Module, name: str, format: Format, device: Any = No
     table.__class__ = _quantized(type(table))  # type: ignore[arg-type]
     assert isinstance(table, QuantEmbedding)
     table.register_buffer("weight", stand_in, persistent=False)
-    table.hold(format, (rows, columns), device)
+    table.format, table.shape = format, (rows, columns)
+    table.hold(format.layout(table.shape), device)
     return table
 
 
@@ -57,7 +58,8 @@ def restore_embedding(table: QuantEmbedding, weight: Tensor) -> None:
     """The inverse: make the layer what it was, with another weight (rows, columns)."""
     for name in (*table.packed(), "weight"):
         del table._buffers[name]
-    del table.format, table.shape
+    for name in ("format", "shape", "outside", "_held"):
+        vars(table).pop(name, None)
     table.__class__ = table.plain  # type: ignore[assignment]
     table.weight = nn.Parameter(weight, requires_grad=False)
     table._non_persistent_buffers_set.discard("weight")

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitmill.errors import CheckpointError
 from bitmill.formats import FORMATS, Format
+from bitmill.quantized import SHARED
 from bitmill.runtime.dense import densify
 from bitmill.runtime.linear import QuantLinear
 from bitmill.runtime.swap import Ends, outside, swap_layers
@@ -32,14 +33,6 @@ class BitmillConfig(QuantizationConfigMixin):
         self.groups = groups or []
         self.rest = {k: v for k, v in kwargs.items() if k != "quant_method"}
 
-    def layer_formats(self) -> dict[str, Format]:
-        """Layer name -> format."""
-        return layer_formats(self.to_dict())
-
-    def ends(self) -> Ends | None:
-        """Where tokens enter and leave the model, if that is quantized."""
-        return quantized_ends(self.to_dict())
-
     def to_dict(self) -> dict[str, Any]:
         """As in config.json."""
         return {"quant_method": QUANT_METHOD, **self.rest, "groups": self.groups}
@@ -52,14 +45,15 @@ class BitmillQuantizer(HfQuantizer):
     quantization_config: BitmillConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        formats, ends = self.quantization_config.layer_formats(), self.quantization_config.ends()
+        config = self.quantization_config.to_dict()
+        formats, ends, places = layer_formats(config), quantized_ends(config), layer_places(config)
         names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         if absent := next((name for name in (*formats, *outside(ends)) if name not in names), None):
             raise CheckpointError(
                 f"The checkpoint quantizes {absent!r}, which {type(model).__name__} does not have; "
                 "load it with the model class that config.json names."
             )
-        self._swapped = swap_layers(model, formats, ends, device="meta")
+        self._swapped = swap_layers(model, formats, ends, places, device="meta")
         self._ties = dict(getattr(model, "all_tied_weights_keys", {}))
         for name in outside(ends):  # their weights are no parameters any more that could be tied
             model.all_tied_weights_keys.pop(f"{name}.weight", None)
@@ -131,6 +125,25 @@ def quantized_ends(config: dict[str, Any]) -> Ends | None:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"The quantization_config is damaged: {error!r} in 'ends'.") from None
     return dict(ends)
+
+
+def layer_places(config: dict[str, Any]) -> dict[str, str]:
+    """Layer name -> path of the module that holds what it shares, for those that share something.
+
+    Raises CheckpointError for a path that leads elsewhere.
+    """
+    places: dict[str, str] = {}
+    for group in config["groups"]:
+        place = group.get("shared")
+        if place is None:
+            continue
+        sharing = FORMATS.from_dict(group["format"]).shared
+        if not sharing or not isinstance(place, str) or not place.startswith(f"{SHARED}."):
+            raise CheckpointError(
+                f"The quantization_config is damaged: its layers cannot share what is in {place!r}."
+            )
+        places.update(dict.fromkeys(group["layers"], place))
+    return places
 
 
 def register() -> None:

@@ -115,7 +115,7 @@ def relative(output: Tensor, target: Tensor) -> Tensor:
     """Squared distance of hidden states (..., width) from their targets, as a share of the targets' (...).
 
     Every token counts alike, as it does for the norms that read it. Left in the units of the hidden states, one
-    attention sink, with a thousand times the energy of other tokens, would be all that a tuner hears of.
+    attention sink, with ten thousand times the energy of other tokens, would be all that a tuner hears of.
     """
     return (output - target).square().mean(-1) / energy(target)
 

@@ -3,8 +3,9 @@
     loss = 1/C sum_c (|mean_f,c - mean_q,c| + |var_f,c - var_q,c|)      over tokens, channel by channel
 
 One pass over the calibration windows, Adam on the weights and biases of norms and nothing else; the learning
-rate grows with depth, because errors do. The state before is restored where the loss did not fall, or the outputs
-have left the float block's further behind.
+rate grows with depth, because errors do. Hidden states are counted in units of the float token's root mean
+square, or an attention sink would be all of the variance. A block's norms stay as they were unless both the
+loss and the tokens' own distance from the float block's outputs fell.
 
 Source: Norm Tweaking (Li et al. 2023, arXiv 2309.02784), algorithm 1 and equations 2 and 3.
 """
