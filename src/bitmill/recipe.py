@@ -61,7 +61,7 @@ class Recipe:
     head: Format | None = None  # of embedding and head
 
     def __post_init__(self) -> None:
-        reasons = [self.solver.accepts(self.weight.core)]
+        reasons = [self.solver.accepts(self.weight.core), self._sharing()]
         if self.head is not None and not isinstance(self.head, GroupFormat):
             reasons.append(
                 f"rows of a table of embeddings are decoded one by one, and {self.head.name!r} decodes whole "
