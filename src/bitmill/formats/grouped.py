@@ -139,6 +139,14 @@ class GroupFormat(Format):
             size = min(size, self.width(shape)) // self.block * self.codes_per_block
         return ungrouped(self.decode(grouped(codes, size), params), shape)
 
+    def dequantize_rows(self, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
+        """Some rows, int64 (n,), of a packed matrix of `shape`: fp32 (n, columns), at the cost of those rows."""
+        if not rows.numel():
+            return torch.empty(0, shape[1], device=rows.device)
+        codes = self.unpack_codes(tensors["codes"][rows], shape[1])
+        params = {part.name: part.unpack_rows(tensors[part.name], rows) for part in self.parts(shape)}
+        return self.dequantize(codes, params, (rows.shape[0], shape[1]))
+
 
 class ScalarFormat(GroupFormat):
     """A format whose every code is an entry of a small table: `levels(params)[code]`.

@@ -1,4 +1,4 @@
-"""A module that holds packed tensors: casts of the model leave them alone, for they mean what their bits say."""
+"""Modules that hold packed tensors: casts of the model leave them alone, for they mean what their bits say."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from bitmill.formats.base import Layout
 class Packed(nn.Module):
     """Buffers named as on disk, of the shapes and types of `layout`."""
 
+    _held: tuple[str, ...] = ()
+
     def __init__(self, layout: Layout, device: Any = None) -> None:
         super().__init__()
+        self.hold(layout, device)
+
+    def hold(self, layout: Layout, device: Any = None) -> None:
+        """Make room for the tensors of `layout`."""
         self._held = tuple(layout)
         for name, (size, dtype) in layout.items():
             self.register_buffer(name, torch.empty(size, dtype=dtype, device=device))
@@ -35,13 +41,21 @@ class Packed(nn.Module):
         except Exception:
             self._buffers.update(kept)
             raise
-        probe = fn(torch.empty(0, device=next(t.device for t in kept.values() if t is not None)))
         for name, tensor in kept.items():
             assert tensor is not None
+            probe = fn(torch.empty(0, device=tensor.device))
             # to_empty() maps a meta tensor to fresh memory; every other fn only tells us the device
             moved = torch.empty_like(tensor, device=probe.device) if tensor.is_meta else tensor.to(probe.device)
             self._buffers[name] = moved
         return self
+
+
+class PackedMatrix(Packed):
+    """W^ (rows, columns) in any format."""
+
+    format: Format
+    shape: tuple[int, int]
+    outside = False  # of all blocks: a table of embeddings, or the head
 
 
 def shared_module(model: nn.Module, place: str, format: Format, device: Any = None) -> Packed:
