@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import Format, Params
+from bitmill.formats.lookup import Lookup
 from bitmill.numerics.grouping import GroupSize, group_grid, group_width, grouped, ungrouped
 
 Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -147,6 +148,13 @@ class ScalarFormat(GroupFormat):
     @abstractmethod
     def levels(self, params: Params) -> Tensor:
         """The table: (rows|1, groups|1, 2**bits) fp32, entry c is the value of code c."""
+
+    def lookup(self, params: Params) -> Lookup:
+        """The same levels as tables and factors; here a table for every group, which formats with fewer override."""
+        levels = self.levels(params)
+        which = torch.arange(levels.shape[0] * levels.shape[1], device=levels.device).view(levels.shape[:2])
+        one = torch.ones(1, 1, device=levels.device)
+        return Lookup(levels.flatten(0, 1), one, 0 * one, which)
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """Count how many midpoints of the sorted table lie below x, then translate rank to code."""

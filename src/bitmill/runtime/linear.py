@@ -9,36 +9,69 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.formats import Format
-from bitmill.runtime.kernels import KernelSpec, choose_kernel
+from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
 
 
 class QuantLinear(nn.Module):
     """y = x W^T + b with W kept packed, for any format.
 
-    The packed tensors are buffers named as on disk. Casting the model (`.to(torch.bfloat16)`) moves them but
-    leaves their types alone: they mean what their bits say.
+    The packed tensors are buffers named as on disk. The first forward hands them to a kernel, which may lay them
+    out anew: then the buffers are the kernel's, and only one of the two layouts is held. Whoever asks for the
+    packed tensors after that (by name, `packed`, `state_dict`) gets them back, bit by bit, in place of the
+    kernel's. Casting the model (`.to(torch.bfloat16)`) moves them but leaves their types alone: they mean what
+    their bits say.
     """
 
     def __init__(self, format: Format, shape: tuple[int, int], bias: bool, device: Any = None) -> None:
         super().__init__()
         self.format, self.shape = format, shape
         self.out_features, self.in_features = shape
-        for name, (size, dtype) in format.layout(shape).items():
-            self.register_buffer(name, torch.empty(size, dtype=dtype, device=device))
+        self._kernel: Kernel | None = None
+        self._hold({name: torch.empty(n, dtype=t, device=device) for name, (n, t) in format.layout(shape).items()})
         self.bias = nn.Parameter(torch.empty(shape[0], device=device), requires_grad=False) if bias else None
-        self._spec: KernelSpec | None = None
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
-        return {name: getattr(self, name) for name in self.format.layout(self.shape)}
+        if self._kernel is not None:
+            kernel, self._kernel = self._kernel, None
+            for name in kernel.tensors:
+                self._buffers.pop(name, None)
+            self._hold(kernel.restore())
+        return {name: self._buffers[name] for name in self.format.layout(self.shape)}  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in the type of x."""
-        if self._spec is None or self._spec.device != x.device:
-            self._spec = KernelSpec(self.format, self.shape, x.device)
-            self._kernel = choose_kernel(self._spec)
-        y = self._kernel.apply(self._spec, self.packed(), x)
+        if self._kernel is None or self._kernel.spec.device != x.device:
+            self._prepare(x.device)
+        assert self._kernel is not None
+        y = self._kernel.apply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _prepare(self, device: torch.device) -> None:
+        spec, packed = KernelSpec(self.format, self.shape, device), self.packed()
+        kernel = choose_kernel(spec)(spec, packed)
+        for name in packed:
+            del self._buffers[name]
+        self._hold(kernel.tensors)
+        self._kernel = kernel
+
+    def _hold(self, tensors: dict[str, Tensor]) -> None:
+        self._buffers.update(tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        """Packed tensors that the kernel has taken are asked back."""
+        taken = self.__dict__.get("_kernel")
+        if taken is not None and name in self.format.layout(self.shape):
+            return self.packed()[name]
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.packed()
+        super()._save_to_state_dict(*args)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.packed()
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         kept = self.packed()

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from bitmill.formats import Wrapper
 from bitmill.numerics.sparse import places
-from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec, choose_kernel
+from bitmill.runtime.kernels.around import Around
+from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 
 _PARTS = ("sparse_values", "sparse_columns", "sparse_counts")
 
@@ -16,10 +17,8 @@ _TILE = 1 << 20
 
 
 @KERNELS.register("sum")
-class SumKernel(Kernel):
+class SumKernel(Around):
     """y = x inner^T, then x[column] * value added to y[row] for every entry."""
-
-    priority = 0
 
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
@@ -30,21 +29,21 @@ class SumKernel(Kernel):
                 return None
         return f"{spec.format.name} stores no sparse entries."
 
-    @staticmethod
-    def apply(spec: KernelSpec, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        """x (..., in) to (..., out). The entries are added in fp32, as many tokens at a time as memory allows."""
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         assert isinstance(spec.format, Wrapper)
-        inner = KernelSpec(spec.format.inner, spec.shape, spec.device)
-        dense = {name: tensor for name, tensor in tensors.items() if name not in _PARTS}
-        y = choose_kernel(inner).apply(inner, dense, x)
-        rows, columns = places(tensors["sparse_counts"], tensors["sparse_columns"])
-        values = tensors["sparse_values"].to(torch.float32)
-        tokens, out = x.reshape(-1, spec.shape[1]), y.reshape(-1, spec.shape[0])
+        super().__init__(spec, tensors, KernelSpec(spec.format.inner, spec.shape, spec.device))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out). The entries are added in fp32, as many tokens at a time as memory allows."""
+        y = self.inner.apply(x)
+        rows, columns = places(self.own["sparse_counts"], self.own["sparse_columns"])
+        values = self.own["sparse_values"].to(torch.float32)
+        tokens, out = x.reshape(-1, self.spec.shape[1]), y.reshape(-1, self.spec.shape[0])
         step = max(1, _TILE // max(1, len(values)))
         for start in range(0, tokens.shape[0], step):
             cut = slice(start, start + step)
             products = tokens[cut, columns].to(torch.float32) * values
-            added = torch.zeros(products.shape[0], spec.shape[0], device=x.device)
+            added = torch.zeros(products.shape[0], self.spec.shape[0], device=x.device)
             added.index_add_(1, rows, products)
             out[cut] += added.to(y.dtype)
         return out.reshape(y.shape)
