@@ -112,6 +112,10 @@ NB_MODULE(_native, m) {
     m.def("linear", linear_of, "layout"_a, "source"_a, "wide"_a, "record_bytes"_a, "records_per_tile"_a, "bank_bits"_a,
           "zero"_a, "codes"_a, "tables"_a, "ids"_a.none(), "powers"_a.none(), "scales"_a.none(), "zeros"_a.none(),
           "row_scales"_a, "act"_a, "x"_a, "y"_a, "threads"_a);
+    m.def("read_all", [](Bytes bytes, int threads) {
+        nb::gil_scoped_release free;
+        return read_all(bytes.data(), bytes.size(), threads);
+    });
     m.def("isas", available_isas);
     m.def("isa", [] { return std::string(isa().name); });
     m.def("use_isa", use_isa);

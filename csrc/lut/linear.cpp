@@ -1,6 +1,8 @@
 #include "linear.h"
 
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "../threads.h"
@@ -58,6 +60,20 @@ std::vector<std::string> available_isas() {
 const Isa& isa() { return *current(); }
 
 void use_isa(const std::string& name) { current() = find(name); }
+
+uint64_t read_all(const uint8_t* bytes, int64_t count, int threads) {
+    std::atomic<uint64_t> total{0};
+    in_shares(count / 64, threads, [&](int64_t first, int64_t last) {
+        uint64_t sums[8] = {};
+        for (int64_t line = first; line < last; ++line) {
+            uint64_t words[8];
+            std::memcpy(words, bytes + 64 * line, 64);
+            for (int i = 0; i < 8; ++i) sums[i] += words[i];
+        }
+        for (const uint64_t sum : sums) total += sum;
+    });
+    return total;
+}
 
 void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads) {
     const Isa& best = isa();

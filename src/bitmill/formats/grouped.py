@@ -150,7 +150,7 @@ class ScalarFormat(GroupFormat):
         """The table: (rows|1, groups|1, 2**bits) fp32, entry c is the value of code c."""
 
     def lookup(self, params: Params) -> Lookup:
-        """The same levels as tables and factors; here a table for every group, which formats with fewer override."""
+        """The same levels as tables and factors; here a table for every group: formats with fewer override it."""
         levels = self.levels(params)
         which = torch.arange(levels.shape[0] * levels.shape[1], device=levels.device).view(levels.shape[:2])
         one = torch.ones(1, 1, device=levels.device)

@@ -190,7 +190,7 @@ def _set_zero(made: ByteTables, zero: Tensor, tiled: Tiled) -> None:
     if bool((zero == zero.flatten()[0]).all()):
         made.zero = float(zero.flatten()[0])
         return
-    whole = torch.equal(zero, zero.round()) and 0 <= float(zero.min()) and float(zero.max()) <= 255
+    whole = torch.equal(zero, zero.round()) and float(zero.min()) >= 0 and float(zero.max()) <= 255
     made.zeros = tiled(zero.to(torch.uint8 if whole else torch.float16))
 
 

@@ -19,8 +19,9 @@ def lut_linear(x: Tensor, codes: Tensor, parts: list[Tensor | None], plan: list[
     library = native()
     y = torch.empty(x.shape[0], plan[0])
     layout = library.Layout(*plan[:6])
-    *shape, act = plan[6:]
-    library.linear(layout, *shape, zero, codes, *parts, act, x.contiguous(), y, threads())
+    source, wide, record_bytes, records, bank_bits, act = plan[6:]
+    tables = (source, bool(wide), record_bytes, records, bank_bits, zero)
+    library.linear(layout, *tables, codes, *parts, act, x.contiguous(), y, threads())
     return y
 
 

@@ -55,7 +55,9 @@ class Lut(Kernel):
         params = format.unpack_params(tensors, spec.shape)
         act, columns = activations(), spec.shape[1]
         width = min(format.width(spec.shape), columns)
-        made = byte_tables(format.lookup(params), spec.shape, width, format.bits, act == "int16" or format.bits > 4)
+        made = byte_tables(
+            format.lookup(params), spec.shape, width, format.bits, act == "int16" or format.bits > 4
+        )
         self._layout = [*spec.shape, width, format.bits, made.rows_per_tile, made.group_blocks]
         self._plan = [*self._layout, made.source, int(made.wide), made.record_bytes, made.records_per_tile]
         self._plan += [made.bank_bits, ACTIVATIONS.index(act)]
@@ -67,7 +69,7 @@ class Lut(Kernel):
 
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """Codes and tables as the kernel reads them, and the packed parameters, small, for decoding and restoring."""
+        """Codes and tables as the kernel reads them, and the packed parameters, for decoding and restoring."""
         parts = {f"lut_{name}": part for name, part in zip(_PARTS, self._parts) if part is not None}
         return {**self._packed, "lut_codes": self._codes, **parts}
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.rotated import Rotated
-from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.around import Around
+from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 
 
 @KERNELS.register("rotated")
