@@ -60,10 +60,12 @@ class QuantLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Packed tensors that the kernel has taken are asked back."""
-        taken = self.__dict__.get("_kernel")
-        if taken is not None and name in self.format.layout(self.shape):
-            return self.packed()[name]
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self.__dict__.get("_kernel") is None or name not in self.format.layout(self.shape):
+                raise
+        return self.packed()[name]
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.packed()

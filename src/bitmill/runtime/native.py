@@ -32,11 +32,16 @@ def native() -> Any:
     """The extension module. Raises UsageError where it is absent or BITMILL_ISA names what this machine lacks."""
     if _native is None:
         raise UsageError(f"bitmill was installed without its compiled kernels ({why_not}); reinstall it.")
+    _check_isa()
+    return _native
+
+
+@cache
+def _check_isa() -> None:
     try:
         _native.isa()
     except ValueError as error:
         raise UsageError(f"BITMILL_ISA is {os.environ.get('BITMILL_ISA')!r}, but {error}.") from None
-    return _native
 
 
 def is_available() -> bool:

@@ -10,8 +10,7 @@ from bitmill.runtime.native import native, threads
 _SCHEMA = "(Tensor x, Tensor codes, Tensor?[] parts, int[] plan, float zero) -> Tensor"
 
 
-@torch.library.custom_op("bitmill::lut_linear", mutates_args=(), device_types="cpu", schema=_SCHEMA)
-def lut_linear(x: Tensor, codes: Tensor, parts: list[Tensor | None], plan: list[int], zero: float) -> Tensor:
+def run_lut_linear(x: Tensor, codes: Tensor, parts: list[Tensor | None], plan: list[int], zero: float) -> Tensor:
     """x (tokens, in) fp32 to (tokens, out).
 
     codes, parts, plan, zero: the weights as `kernels.lut` lays them out; plan starts with (out, in).
@@ -23,6 +22,10 @@ def lut_linear(x: Tensor, codes: Tensor, parts: list[Tensor | None], plan: list[
     tables = (source, bool(wide), record_bytes, records, bank_bits, zero)
     library.linear(layout, *tables, codes, *parts, act, x.contiguous(), y, threads())
     return y
+
+
+_NAME = "bitmill::lut_linear"
+lut_linear = torch.library.custom_op(_NAME, run_lut_linear, mutates_args=(), device_types="cpu", schema=_SCHEMA)
 
 
 @lut_linear.register_fake

@@ -21,7 +21,7 @@ from bitmill.runtime.byte_tables import byte_tables
 from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec
 from bitmill.runtime.kernels.reference import by_tiles
 from bitmill.runtime.native import ACTIVATIONS, activations, is_available, native, threads
-from bitmill.runtime.ops import lut_linear
+from bitmill.runtime.ops import lut_linear, run_lut_linear
 
 MOST_TOKENS = 16
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
@@ -71,7 +71,8 @@ class Lut(Kernel):
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Codes and tables as the kernel reads them, and the packed parameters, for decoding and restoring."""
         parts = {f"lut_{name}": part for name, part in zip(_PARTS, self._parts) if part is not None}
-        return {**self._packed, "lut_codes": self._codes, **parts}
+        packed = {f"lut_packed_{name}": tensor for name, tensor in self._packed.items()}
+        return {"lut_codes": self._codes, **parts, **packed}
 
     def restore(self) -> dict[str, Tensor]:
         """The packed tensors, bit by bit."""
@@ -85,7 +86,9 @@ class Lut(Kernel):
         if not 0 < tokens <= MOST_TOKENS or (torch.is_grad_enabled() and x.requires_grad):
             return by_tiles(self.spec, self._params(), self._rows, x)
         flat = x.reshape(tokens, self.spec.shape[1]).to(torch.float32)
-        y = lut_linear(flat, self._codes, self._parts, self._plan, self._zero)
+        # outside of a trace the operator's dispatch, some 40 us, would be most of a small layer's time
+        run = run_lut_linear if type(flat) is Tensor and not torch.compiler.is_compiling() else lut_linear
+        y = run(flat, self._codes, self._parts, self._plan, self._zero)
         return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
 
     def _params(self) -> Params:
