@@ -1,10 +1,10 @@
 #!/bin/sh
-# Builds tests/driver.cpp with the address and undefined behaviour sanitizers and runs it. CXX and FLAGS may be set.
+# Builds tests/driver.cpp with the address and undefined behaviour sanitizers and runs it. CXX, OPT and FLAGS may be set.
 set -eu
 cd "$(dirname "$0")/.."
 out=${TMPDIR:-/tmp}/bitmill-sanitize
 mkdir -p "$out"
-flags="-std=c++17 -O1 -g -ffp-contract=off -fopenmp -fno-omit-frame-pointer ${FLAGS--fsanitize=address,undefined -fno-sanitize-recover=all}"
+flags="-std=c++17 ${OPT--O1} -g -ffp-contract=off -fopenmp -fno-omit-frame-pointer ${FLAGS--fsanitize=address,undefined -fno-sanitize-recover=all}"
 x86=
 case $(uname -m) in
 x86_64)

@@ -199,7 +199,7 @@ def test_it_is_chosen_by_itself_unless_another_is_asked_for(monkeypatch):
 
 
 def test_other_formats_and_devices_have_a_reason():
-    assert Lut.supports(KernelSpec(FORMATS.get("e8")(), (8, 8), CPU)) == "e8 is no table of single numbers."
+    assert Lut.supports(KernelSpec(FORMATS.get("e8")(bits=2), (8, 8), CPU)) == "e8 is no table of single numbers."
     assert "meta" in Lut.supports(KernelSpec(Uniform(4), (8, 8), torch.device("meta")))
 
 
