@@ -1,9 +1,10 @@
 """Turn the results of `bitmill compare` into docs/leaderboard.md and the table that picks the default method.
 
     bitmill compare smollm2-135m --methods ... --bits 2,3,4 -o board
-    python benchmarks/leaderboard.py board/results.json
+    python benchmarks/leaderboard.py board/results.json [others/results.json ...]
 
-Nothing is measured here: every figure is taken from results.json.
+The default is picked from the first; the others, on other terms, follow it in the page. Nothing is measured here:
+every figure is taken from results.json.
 """
 
 from __future__ import annotations
@@ -18,51 +19,69 @@ from bitmill.report.results import Results, Variant, read_results
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "leaderboard.md"
 DATA = ROOT / "src" / "bitmill" / "data" / "leaderboard.json"
-HEAD = ("method", "bits", "bpw", "perplexity", "KL", "top-1", "quantized in", "peak memory")
+HEAD = ("method", "bpw", "perplexity", "KL", "top-1", "quantized in", "peak memory")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    results = read_results(parser.parse_args().results)
-    PAGE.write_text(page(results), encoding="utf-8")
-    DATA.write_text(data(results), encoding="utf-8")
-    print(f"{len(results.done())} variants written to {PAGE} and {DATA}")
+    parser.add_argument("results", type=Path, nargs="+")
+    boards = [read_results(path) for path in parser.parse_args().results]
+    PAGE.write_text(page(boards), encoding="utf-8")
+    DATA.write_text(data(boards[0]), encoding="utf-8")
+    print(f"{sum(len(board.done()) for board in boards)} variants written to {PAGE}, the first's to {DATA}")
 
 
-def page(results: Results) -> str:
+def page(boards: list[Results]) -> str:
     """docs/leaderboard.md."""
+    lines = [
+        "# Leaderboard",
+        "",
+        f"Methods on {boards[0].settings.model}, the linear layers of the blocks quantized and everything they "
+        "store counted (bpw). KL is the divergence of the next-token distribution from the float model's, in nats "
+        "a token; top-1 how often both put the same token first. Rows of one table share calibration text, held-"
+        "out windows and machine; rows of different tables are not to be compared.",
+        "",
+    ]
+    for board in boards:
+        lines += _board(board)
+    commands = [command for board in boards for command in board.commands]
+    lines += [
+        "## How it was made",
+        "",
+        "```sh",
+        *commands,
+        "python benchmarks/leaderboard.py */results.json",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _board(results: Results) -> list[str]:
+    """One run of `bitmill compare`."""
     settings, machine, base = results.settings, results.machine, results.float
     assert base is not None
     calibration, evaluation = settings.calibration, settings.evaluation
     lines = [
-        "# Leaderboard",
+        f"## Calibrated on {calibration.windows} x {calibration.seqlen} tokens",
         "",
-        f"Methods on {settings.model}, from one run of `bitmill compare`: the same calibration text "
-        f"({calibration.windows} windows of {calibration.seqlen} tokens of {calibration.source}, seed "
-        f"{calibration.seed}), the same {evaluation.windows} held-out windows of {evaluation.seqlen} tokens, the "
-        "linear layers of the blocks quantized and everything they store counted (bpw). The float model has "
-        f"perplexity {base.perplexity:.3f}. KL is the divergence of the next-token distribution from the float "
-        "model's, in nats a token; top-1 how often both put the same token first.",
-        "",
-        _propagation(settings.propagate),
-        f"Times are wall seconds on {machine.cpu}, {machine.cores} cores, {machine.threads} threads, no GPU; "
-        "memory is the peak of the process.",
+        f"Calibration windows from {calibration.source} (seed {calibration.seed}), measured on "
+        f"{evaluation.windows} held-out windows of {evaluation.seqlen} tokens; the float model has perplexity "
+        f"{base.perplexity:.3f} on them. {_propagation(settings.propagate)} Times are wall seconds on "
+        f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads, no GPU, with other work on the "
+        "machine; memory is the peak of the process.",
         "",
     ]
     for bits in sorted({v.bits for v in results.done() if v.bits}, reverse=True):
         found = [v for v in results.done() if v.bits == bits]
-        lines += [f"## {bits} bits", "", f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+        lines += [f"### {bits} bits, {calibration.windows} windows", ""]
+        lines += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
         lines += [_row(v) for v in sorted(found, key=lambda v: v.kl_divergence or 0.0)]
         lines.append("")
     absent = [v for v in results.variants if v.status in ("failed", "not_applicable")]
     if absent:
-        lines += ["## Not in the table", ""]
-        lines += [f"- {v.name}: {v.reason}" for v in absent]
-        lines.append("")
-    commands = [*results.commands, "python benchmarks/leaderboard.py DIR/results.json"]
-    lines += ["## How it was made", "", "```sh", *commands, "```", ""]
-    return "\n".join(lines)
+        lines += ["Not in the tables:", "", *(f"- {v.name}: {v.reason}" for v in absent), ""]
+    return lines
 
 
 def data(results: Results) -> str:
@@ -89,7 +108,6 @@ def _row(v: Variant) -> str:
     assert v.quantize_time_s is not None
     cells = (
         f"`{v.method}`",
-        str(v.bits),
         f"{v.bits_per_weight:.3f}",
         f"{v.perplexity:.2f}" if v.perplexity < 1000 else f"{v.perplexity:.3g}",
         f"{v.kl_divergence:.3f}",

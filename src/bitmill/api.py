@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from bitmill.checkpoint import FolderSink, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import is_checkpoint
-from bitmill.checkpoint.writer import check_absent
-from bitmill.composition import find_recipe
+from bitmill.checkpoint.writer import check_new, is_finished
 from bitmill.errors import BitmillError, CheckpointError, UsageError
+from bitmill.evaluation.judge import judge_of
 from bitmill.evaluation.perplexity import compare
-from bitmill.live import ModuleSink, device_of
-from bitmill.models import text
+from bitmill.live import ModuleSink, evaluating
+from bitmill.models.adapter import is_encoder
+from bitmill.models.calls import answers_of
+from bitmill.models.meta import auto_class
+from bitmill.models.pooling import MEAN, pooling_of, read_pooling
+from bitmill.models.reading import reading_of, windows_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import in_short, open_source
 from bitmill.pipeline import Job, run
@@ -29,6 +33,7 @@ from bitmill.preparation import (
     check_length,
     check_space,
     job_identity,
+    settled_recipe,
     storage_plan,
     token_windows,
 )
@@ -40,6 +45,7 @@ from bitmill.runtime.linear import QuantLinear
 from bitmill.version import __version__
 
 SECONDS_DIGITS = 3
+_SENTENCES = 32  # run at a time, of one length
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Outcome:
 
 def quantize(
     model: str | Path | nn.Module,
-    method: str | Recipe = "gptq",
+    method: str | Path | Recipe | None = None,
     *,
     out: str | Path | None = None,
     calibration: Calibration | Tensor | None = None,
@@ -72,6 +78,7 @@ def quantize(
     """Quantize a model with a named method, a recipe file or a `Recipe`.
 
     model: a demo model's name, a Hugging Face folder or hub id, a .gguf file, or a live module.
+    method: without one, the leader of the leaderboard at these bits; `summary["chosen"]` says which, and why.
     out: the folder to write; without it, a live module is quantized in place, once every layer is done.
     calibration: text to calibrate on, or token windows (samples, seqlen) for a live module without tokenizer.
     measure: held-out windows of the same text to measure on while quantizing; 0 measures nothing.
@@ -84,9 +91,9 @@ def quantize(
     started = time.perf_counter()
     if measure < 0:
         raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
-    recipe = method if isinstance(method, Recipe) else find_recipe(method, options)
     if isinstance(method, Recipe) and options:
         raise UsageError(f"A Recipe is complete; change it instead of passing {', '.join(options)}.")
+    recipe, chosen = settled_recipe(method, options)
     if out is None and not isinstance(model, nn.Module) and not dry_run:
         raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
     check_device(device)
@@ -99,10 +106,12 @@ def quantize(
             "loaded again; leave out=... away to quantize it in place."
         )
     skeleton = Skeleton(source, device)
-    plan = storage_plan(skeleton, recipe)
+    plan = {**chosen, **storage_plan(skeleton, recipe)}
     if dry_run:
         return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
-
+    folder = Path(out) if out is not None else None
+    if folder is not None and not resume:
+        check_new(folder)  # before text is read, or written by the model itself
     progress.start("reading text and model", 0)
     calib, held_out, described = token_windows(source, calibration, recipe, measure, device, progress)
     identity = job_identity(source, recipe, calib, held_out, described, device, propagate)
@@ -112,11 +121,11 @@ def quantize(
         "recipe": recipe.to_dict(),
         "identity": identity,
         "bits_per_weight": plan["bits_per_weight"],
+        "auto_class": auto_class(source.config).__name__,
     }
-    folder = Path(out) if out is not None else None
     sink: FolderSink | ModuleSink
     if folder is not None:
-        if check_absent(folder, resume, identity):
+        if resume and is_finished(folder, identity):
             done = open_checkpoint(folder)
             return Outcome(_summary(plan, folder, started, done.report["measured"]), done.report, folder)
         check_space(folder, plan["size_bytes"])
@@ -156,11 +165,9 @@ def load(
     """
     check_device(device)
     if isinstance(model, (str, Path)) and is_checkpoint(Path(model)):
-        from transformers import AutoModelForCausalLM
-
-        open_checkpoint(model)  # refuses damage before anything is read
+        config = open_checkpoint(model).config  # refuses damage before anything is read
         loaded, info = _from_folder(
-            AutoModelForCausalLM, model, trust_remote_code, dtype=dtype, output_loading_info=True
+            auto_class(config), model, trust_remote_code, dtype=dtype, output_loading_info=True
         )
         if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
             # transformers would go on with random numbers
@@ -195,6 +202,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity on non-overlapping windows; with `reference`, KL divergence and top-1 agreement to it.
 
+    An encoder is measured on the sentences in as much text, see `bitmill.evaluation.embedding`: pair_cosine, and
+    with a reference cosine_similarity and neighbour_agreement.
+
     Returns plain data: perplexity, tokens, bits_per_weight, size_bytes, time_s, peak_memory_bytes, and with a
     reference kl_divergence (nats a token), top1_agreement and reference_perplexity.
     """
@@ -206,14 +216,15 @@ def evaluate(
     progress = progress or Progress()
     progress.start("reading text and model", 0)
     bits, size = stored_bits(model, trust_remote_code)
-    ids = text.split_stream(text.token_stream(text_source, tokenizer), split)
-    chosen = text.evaluation_windows(ids, seqlen, windows)
+    pooling = _pooling(model, trust_remote_code)
+    chosen = reading_of(text_source, tokenizer, encoder=pooling is not None).held_out(split, seqlen, windows)
     live = _live(model, device, trust_remote_code)
     other = None if reference is None else _live(reference, device, trust_remote_code)
     check_length(getattr(live, "config", None), seqlen)
-    result = compare(logits_of(live), chosen, None if other is None else logits_of(other), progress, batch=2)
-    if other is not None and "kl_divergence" not in result:
-        raise UsageError("The reference gave no logits to compare with.")
+    against, judge = None if other is None else answers_of(other), judge_of(pooling)
+    batch = 2 if pooling is None else _SENTENCES
+    with evaluating(live), evaluating(other):
+        result = compare(answers_of(live), chosen, against, progress, batch, judge)
     return {
         **result,
         "bits_per_weight": bits,
@@ -221,7 +232,7 @@ def evaluate(
         "text": text_source,
         "split": split,
         "seqlen": seqlen,
-        "windows": int(chosen.shape[0]),
+        "windows": windows_of(chosen, seqlen),
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
         "peak_memory_bytes": peak_memory_bytes(),
     }
@@ -260,15 +271,13 @@ def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **optio
         raise CheckpointError(f"The {what} of {folder} cannot be loaded ({in_short(error)}); {advice}.") from error
 
 
-def logits_of(model: nn.Module) -> Any:
-    """The model as a function from tokens (windows, length) to logits (windows, length, vocabulary)."""
-    device = device_of(model)
-
-    def run_model(tokens: Tensor) -> Tensor:
-        output = model(tokens.to(device))
-        return output if isinstance(output, Tensor) else output.logits
-
-    return run_model
+def _pooling(model: str | Path | nn.Module, trust_remote_code: bool) -> str | None:
+    """How the embeddings of an encoder are pooled; None for any other model."""
+    if isinstance(model, nn.Module):
+        return MEAN if is_encoder(getattr(model, "config", None)) else None
+    if is_checkpoint(Path(model)):
+        return read_pooling(Path(model)) if is_encoder(open_checkpoint(model).config) else None
+    return pooling_of(open_source(model, trust_remote_code=trust_remote_code))
 
 
 def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:

@@ -7,6 +7,7 @@ A part is spelled as on the command line, `NAME` or `NAME:key=value,key=value`, 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,11 +17,14 @@ import yaml
 
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
+from bitmill.leaderboard import DEFAULT_BITS
 from bitmill.recipe import METHODS, Recipe, build_recipe
 from bitmill.registry import Registry
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS
+
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def compose(
@@ -41,7 +45,7 @@ def compose(
     chosen: dict[str, Any] = {}
     if format is not None:
         part = _part(FORMATS, format)
-        kept = {"bits": base.weight.core.bits} if "bits" in _fields(FORMATS, part["format"]) else {}
+        kept = {"bits": int(base.weight.rate)} if "bits" in _fields(FORMATS, part["format"]) else {}
         weight = FORMATS.from_dict({**kept, **part})
         names.append(weight.name)
     if sparse is not None:
@@ -60,6 +64,25 @@ def compose(
         names += [member.name for member in members]
         chosen[noun] = (*getattr(base, noun), *members)
     return replace(base, name="+".join(names), weight=weight, **chosen)
+
+
+def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) -> Recipe:
+    """A recipe of a format and a solver and nothing else, for others to be added with `compose`.
+
+    options: of the format where the part does not say, such as `bits`, else DEFAULT_BITS. Raises RecipeError as
+    `compose` does, and for options that the format does not have.
+    """
+    known, part = _fields(FORMATS, format.partition(":")[0].strip()), _part(FORMATS, format)
+    if stray := next((key for key in options or {} if key not in known), None):
+        raise RecipeError(
+            f"There is no method whose option {stray!r} could be set, and the format {part['format']!r} has none "
+            "of that name; give --method, or options with the parts, as in NAME:key=value."
+        )
+    given = {"bits": DEFAULT_BITS} if "bits" in known else {}
+    given |= {key: _value(str(value)) for key, value in (options or {}).items()}
+    weight = FORMATS.from_dict({**given, **part})
+    solved = SOLVERS.from_dict(_part(SOLVERS, solver))
+    return Recipe(f"{weight.name}+{solved.name}", weight, solved)
 
 
 def find_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
@@ -91,8 +114,18 @@ def _part(registry: Registry[Any], spelled: str) -> dict[str, Any]:
                 f"The {registry.noun} {name!r} has no option {option!r}; write NAME:key=value,... with keys of: "
                 f"{', '.join(known) or '(none)'}."
             )
-        part[key] = yaml.safe_load(value)
+        part[key] = _value(value)
     return part
+
+
+def _value(text: str) -> Any:
+    """A value as in YAML, and numbers such as 1e-3, which YAML 1.1 wants as 1.0e-3."""
+    if _EXPONENT.fullmatch(text.strip()):
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text  # the check of the field's type will say what is wrong with it
 
 
 def _fields(registry: Registry[Any], name: str) -> list[str]:

@@ -10,8 +10,16 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from bitmill.errors import RecipeError
+
+if TYPE_CHECKING:
+    from bitmill.recipe import Recipe
 
 WITHIN_MINUTES = 15.0
+DEFAULT_BITS = 3
+FALLBACKS = ("gptqt", "gptq")  # where nothing leads: the first that has these bits
 
 
 @dataclass(frozen=True)
@@ -42,3 +50,39 @@ def leader(bits: int, within_minutes: float = WITHIN_MINUTES) -> Row | None:
     if len({r.method for r in rows() if r.bits == bits}) < 2:
         return None
     return min(fit, key=lambda r: (r.kl_divergence, r.bits_per_weight), default=None)
+
+
+def leading_recipe(
+    options: dict[str, Any] | None = None, within_minutes: float = WITHIN_MINUTES
+) -> tuple[Recipe, str]:
+    """What is used when no method is named, and why: the leader at `options["bits"]`, or at DEFAULT_BITS.
+
+    options: of that method, as for `build_recipe`. Raises RecipeError for those that it does not have.
+    """
+    from bitmill.recipe import METHODS, build_recipe  # imports torch, which reading the table does not need
+
+    given = {"bits": DEFAULT_BITS, **(options or {})}
+    bits = int(given["bits"]) if str(given["bits"]).isdecimal() else DEFAULT_BITS  # the method refuses the rest
+    row = leader(bits, within_minutes)
+    if row is None:
+        method = next((name for name in FALLBACKS if _has(name, bits)), FALLBACKS[0])
+        reason = f"no method was named, and nothing leads the leaderboard at {bits} bits: {method}"
+    else:
+        method = row.method
+        reason = (
+            f"no method was named: {method} leads the leaderboard at {bits} bits (KL {row.kl_divergence:.3f} at "
+            f"{row.bits_per_weight:.2f} bits per weight, {row.minutes:.0f} minutes) "
+            f"within {within_minutes:g} minutes"
+        )
+    if "bits" not in METHODS.get(method).__dataclass_fields__:
+        del given["bits"]  # it has no others
+    return build_recipe(method, given), reason
+
+
+def _has(method: str, bits: int) -> bool:
+    from bitmill.recipe import build_recipe
+
+    try:
+        return bool(build_recipe(method, {"bits": bits}))
+    except RecipeError:
+        return False

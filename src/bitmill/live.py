@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,19 @@ class ModuleSink:
         for name, tensor in self._changed.items():
             self.model.get_parameter(name).data = tensor
         self._packed, self._changed = [], {}
+
+
+@contextmanager
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Keep dropout and the like out of what is measured; a module that was training goes on with it."""
+    training = [m for m in module.modules() if m.training] if module is not None else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from bitmill.checkpoint.files import folder_bytes
+from bitmill.checkpoint.writer import work_of
+from bitmill.composition import find_recipe
 from bitmill.errors import CalibrationError, OutputError, SourceError, UsageError
 from bitmill.evaluation.self_text import self_windows
+from bitmill.leaderboard import leading_recipe
 from bitmill.models import text
+from bitmill.models.adapter import is_encoder
+from bitmill.models.pooling import pooling_of
+from bitmill.models.reading import reading_of, windows_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import Source
 from bitmill.progress import Progress
@@ -37,6 +43,16 @@ class Calibration:
     samples: int = 128
     seqlen: int = 512
     seed: int = 0
+
+
+def settled_recipe(method: str | Path | Recipe | None, options: dict[str, Any]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe that is meant, and for the summary why it was `chosen`, where nobody named one."""
+    if isinstance(method, Recipe):
+        return method, {}
+    if method is not None:
+        return find_recipe(str(method), options), {}
+    recipe, reason = leading_recipe(options)
+    return recipe, {"chosen": reason}
 
 
 def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
@@ -80,7 +96,7 @@ def token_windows(
     measure: int,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
+) -> tuple[Tensor | None, text.Windows | None, dict[str, Any]]:
     """Token windows to calibrate and to measure on, and how to describe them in the report.
 
     Of windows that the caller gives nothing is held out; beside text of the model's own, pydoc is.
@@ -88,7 +104,8 @@ def token_windows(
     """
     calibrates = bool(recipe.needs)
     described: dict[str, Any] = {"calibration": None, "held_out": None}
-    calib = held_out = None
+    calib: Tensor | None = None
+    held_out: text.Windows | None = None
     if isinstance(calibration, Tensor):
         given = _checked(calibration, source.config)
         if calibrates:
@@ -99,30 +116,32 @@ def token_windows(
     own = calibration.source == SELF
     if calibrates or measure:
         check_length(source.config, calibration.seqlen)
+    if measure:
+        pooling_of(source)  # one that cannot be measured is refused now, and not after the last block
     if measure or (calibrates and not own):
         name = Calibration.source if own else calibration.source
-        ids = text.token_stream(name, source.tokenizer())
+        reading = reading_of(name, source.tokenizer(), is_encoder(source.config))
     if calibrates:
         if own:
             calib = _own_windows(source, calibration, device, progress)
         else:
-            part = text.split_stream(ids, "calib")
-            calib = text.calibration_windows(part, calibration.samples, calibration.seqlen, calibration.seed)
+            calib = reading.calibration(calibration.samples, calibration.seqlen, calibration.seed)
         described["calibration"] = {**vars(calibration), "sha256": text.windows_hash(calib)}
     if measure:
-        part = text.split_stream(ids, "eval")
-        held_out = text.evaluation_windows(part, calibration.seqlen, measure)
+        held_out = reading.held_out("eval", calibration.seqlen, measure)
         described["held_out"] = {
             "text": name,
             "split": "eval",
             "seqlen": calibration.seqlen,
-            "windows": int(held_out.shape[0]),
+            "windows": windows_of(held_out, calibration.seqlen),
         }
     return calib, held_out, described
 
 
 def _own_windows(source: Source, calibration: Calibration, device: str, progress: Progress | None) -> Tensor:
     """Windows that the float model writes; it is in memory as a whole meanwhile."""
+    if is_encoder(source.config):
+        raise UsageError(f"{source.name} is an encoder, which writes no text; calibrate it on another one.")
     text.check_windows(calibration.samples, calibration.seqlen)
     skeleton = Skeleton(source, device)
     skeleton.load(skeleton.names())
@@ -162,7 +181,7 @@ def job_identity(
     source: Source,
     recipe: Recipe,
     calib: Tensor | None,
-    held_out: Tensor | None,
+    held_out: text.Windows | None,
     described: dict[str, Any],
     device: str,
     propagate: str = "quantized",
@@ -205,7 +224,7 @@ def check_space(out: Path, size_bytes: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     try:
-        held = folder_bytes(out.with_name(out.name + ".partial"))
+        held = folder_bytes(work_of(out) / "model")
     except OSError:  # another process is writing there, which the sink will refuse
         held = 0
     if free + held < size_bytes:

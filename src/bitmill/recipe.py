@@ -119,10 +119,11 @@ class Recipe:
     def from_yaml(cls, text: str) -> Recipe:
         """Build a recipe from YAML (of which JSON is a part). Raises RecipeError."""
         try:
-            return cls.from_dict(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            first_line = str(error).splitlines()[0]
+            plain = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that are none are a ValueError
+            first_line = str(error).splitlines()[0].rstrip(":.")
             raise RecipeError(f"The recipe is not valid YAML: {first_line}.") from None
+        return cls.from_dict(plain)
 
     def to_json(self) -> str:
         """JSON text, a subset of what `from_yaml` reads."""
@@ -172,8 +173,14 @@ def build_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe file {path} cannot be read: {error}.") from None
+    except FileNotFoundError:
+        raise RecipeError(
+            f"There is no recipe file {path}; give one that is there, or a named method (bitmill methods)."
+        ) from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"The recipe file {path} is not UTF-8 text; give a YAML or JSON file.") from None
+    except OSError as error:
+        raise RecipeError(f"The recipe file {path} cannot be read: {error.strerror}.") from None
 
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from bitmill.errors import NumericsError, UsageError
 from bitmill.evaluation.perplexity import Comparison
-from bitmill.models import text
+from bitmill.models.reading import reading_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import open_source
+from bitmill.models.text import Windows
 from bitmill.numerics.grouping import GroupSize
 from bitmill.pipeline.measure import Measure
 from bitmill.preparation import check_device, check_length
@@ -134,9 +135,12 @@ def study(
     skeleton = Skeleton(source, device)
     chosen = None
     if text_source is not None:
+        if skeleton.adapter.encoder:
+            raise UsageError(
+                f"{source.name} is an encoder, which has no perplexity to measure; leave the text away."
+            )
         check_length(source.config, seqlen)
-        ids = text.split_stream(text.token_stream(text_source, source.tokenizer()), "eval")
-        chosen = text.evaluation_windows(ids, seqlen, windows)
+        chosen = reading_of(text_source, source.tokenizer(), encoder=False).held_out("eval", seqlen, windows)
     table = cells(search)
     shapes = _walk(skeleton, table, chosen, progress)
     weights = sum(rows * columns for rows, columns in shapes.values())
@@ -147,7 +151,12 @@ def study(
     measured = None
     if chosen is not None:
         reference = table[0].comparison.result()["reference_perplexity"]
-        described = {"text": str(text_source), "split": "eval", "seqlen": seqlen, "windows": int(chosen.shape[0])}
+        described = {
+            "text": str(text_source),
+            "split": "eval",
+            "seqlen": seqlen,
+            "windows": len(chosen),
+        }
         measured = {**described, "reference_perplexity": reference}
     return {
         "model": source.name,
@@ -164,7 +173,7 @@ def study(
 
 
 def _walk(
-    skeleton: Skeleton, table: list[Cell], windows: Tensor | None, progress: Progress
+    skeleton: Skeleton, table: list[Cell], windows: Windows | None, progress: Progress
 ) -> dict[str, tuple[int, int]]:
     """Fill the cells; returns the shape of every layer."""
     shapes: dict[str, tuple[int, int]] = {}

@@ -15,6 +15,8 @@ import bitmill
 from bitmill.checkpoint import open_checkpoint
 from bitmill.errors import SourceError
 from bitmill.models.adapter import ADAPTERS
+from bitmill.models.calls import answers_of
+from bitmill.models.meta import auto_class
 from bitmill.models.module import ModuleSource
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline.calibration import StagedForward, stages_of
@@ -36,6 +38,11 @@ def neox() -> nn.Module:
 
 def model_of(name: str) -> nn.Module:
     return neox() if name == "gpt_neox" else tiny_model(name)
+
+
+def answer(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    """Logits, or an encoder's hidden states."""
+    return answers_of(model)(tokens)
 
 
 MODELS = [*ADAPTERS.names(), "gpt_neox"]
@@ -69,10 +76,10 @@ def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, tmp_pa
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # the source stays as it was
 
     ours = bitmill.load(out)
-    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-    logits = ours(TOKENS).logits
-    assert torch.equal(logits, theirs(TOKENS).logits)
-    expected = live_dequantized(model, out)(TOKENS).logits
+    theirs = auto_class(model.config).from_pretrained(out, dtype=torch.float32).eval()
+    logits = answer(ours)
+    assert torch.equal(logits, answer(theirs))
+    expected = answer(live_dequantized(model, out))
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
     layers = [n for n, m in ours.named_modules() if isinstance(m, QuantLinear)]
@@ -91,16 +98,16 @@ def stored_bytes(folder) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS.names())
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gpt_neox"])
 @torch.no_grad()
 def test_a_live_model_is_quantized_in_place_to_the_same_numbers(name, method, tmp_path):
     model = model_of(name)
     quantize(model, method, tmp_path / "quantized")
-    stored = bitmill.load(tmp_path / "quantized")(TOKENS).logits
+    stored = answer(bitmill.load(tmp_path / "quantized"))
     outcome = quantize(model, method)
     assert outcome.model is model
     assert any(isinstance(m, QuantLinear) for m in model.modules())
-    assert torch.equal(model(TOKENS).logits, stored)
+    assert torch.equal(answer(model), stored)
 
 
 @pytest.mark.parametrize("method", METHODS.names())
@@ -120,9 +127,9 @@ def test_more_bits_come_closer_to_the_float_model(method, tmp_path):
         pytest.skip("this method has no bits to set")
     model = model_of("llama")
     reference = torch.log_softmax(model(TOKENS).logits, -1)
-    far = []
+    far, small = [], method_options(method, codebook_bits=4)  # 256 vectors would hold a tiny matrix whole
     for bits in (2, 3):
-        quantize(model, method, tmp_path / str(bits), bits=bits)
+        quantize(model, method, tmp_path / str(bits), bits=bits, **small)
         logits = torch.log_softmax(bitmill.load(tmp_path / str(bits))(TOKENS).logits, -1)
         far.append(float((reference.exp() * (reference - logits)).sum(-1).mean()))
     assert far[1] < far[0]
@@ -150,7 +157,7 @@ def test_a_staged_forward_equals_the_plain_one(name):
             assert all(torch.equal(a, b) for a, b in zip(plain, staged))
             hidden = plain
         logits = skeleton.leave(WINDOWS[:4], hidden[0])
-    assert torch.allclose(logits, model_of(name)(WINDOWS[:4]).logits, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(logits, answer(model_of(name), WINDOWS[:4]), rtol=1e-4, atol=1e-4)
 
 
 def test_ignored_layers_stay_in_float(tmp_path):
@@ -168,13 +175,13 @@ def bitmill_recipe(name: str) -> dict:
 
 def test_transforms_travel_through_the_pipeline(tmp_path):
     """An equalized model at 8 bits is the float model, so what was folded was also stored."""
-    for name in ("llama", "opt", "gemma2"):
+    for name in ("llama", "opt", "gemma2", "bert"):
         model = model_of(name)
         described = {**bitmill_recipe("rtn"), "weight": {"format": "uniform", "bits": 8, "group_size": 16}}
         recipe = bitmill.Recipe.from_dict({**described, "transforms": [{"transform": "equalize"}]})
         bitmill.quantize(model, recipe, out=tmp_path / name, measure=0)
         with torch.no_grad():
-            expected, logits = model(TOKENS).logits, bitmill.load(tmp_path / name)(TOKENS).logits
+            expected, logits = answer(model), answer(bitmill.load(tmp_path / name))
         assert (logits - expected).norm() < 0.05 * expected.norm()
 
 

@@ -54,10 +54,14 @@ def test_quantize_for_people(world, run):
 
 
 def test_default_method(world, run):
-    from bitmill.recipe import METHODS
+    import bitmill
 
-    expected = "gptqt" if "gptqt" in METHODS.names() else "gptq"
-    assert run(*world.quantize("--dry-run", "--json", method=""))["method"] == expected
+    typed = run(*world.quantize("--dry-run", "--json", method=""))
+    called = bitmill.quantize(world.source, group_size=16, dry_run=True).summary
+    for key in ("method", "format", "chosen"):
+        assert typed[key] == called[key]
+    assert typed["method"] in typed["chosen"]
+    assert typed["format"]["bits"] == 3
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,7 @@ def test_every_method_has_a_card_and_helpful_options(run):
 
 def test_models(run):
     data = run("models", "--json")
-    assert data["demo_models"][0]["name"] == "smollm2-135m"
+    assert [model["name"] for model in data["demo_models"]] == ["minilm", "smollm2-135m"]
     assert "llama" in {a["name"] for a in data["architectures"]}
     assert "smollm2-135m" in run("models")
 

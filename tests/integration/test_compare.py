@@ -114,8 +114,12 @@ def test_the_same_command_again_does_nothing_again(world, quick, monkeypatch):
 
 
 def test_a_grid_grows(world, quick):
+    state = world.root / "grid" / "cells" / "rtn-3bit.state"
+    state.parent.mkdir(parents=True)
+    state.write_text('{"quantize_time_s": 1e6}')  # of work that is gone
     assert main(command(world, methods="rtn", bits="3")) == 0
     before = results(world).variants[0]
+    assert before.quantize_time_s < 1e5
     assert main(command(world, methods="gptq", bits="4")) == 0
     found = results(world)
     assert [v.name for v in found.variants] == ["gptq-4bit", "rtn-3bit"]

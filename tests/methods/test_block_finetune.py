@@ -73,6 +73,14 @@ def test_codes_stay_and_only_what_was_asked_for_changes(which):
     assert bool(new.changed) == (which != "params")
 
 
+def test_epochs_that_lose_leave_no_trace():
+    before, after = quantized()[0][0], quantized(BlockFinetune(epochs=3, rate=30.0))[0][0]
+    assert not after.changed
+    for name, layer in before.layers.items():
+        for part, values in layer.quantized.params.items():
+            assert torch.equal(after.layers[name].quantized.params[part], values)
+
+
 def test_a_seed_is_a_run():
     first, again, other = (quantized(BlockFinetune(seed=s))[1] for s in (0, 0, 1))
     assert first == again != other

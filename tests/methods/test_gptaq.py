@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from bitmill.errors import NumericsError, RecipeError
+from bitmill.formats.sum import Sum
 from bitmill.formats.uniform import Uniform
 from bitmill.solvers import Statistics
+from bitmill.solvers.base import solve
 from bitmill.solvers.gptaq import GPTAQ
 from bitmill.solvers.gptq import GPTQ
 from cases import gram_of, inputs, weights
@@ -37,28 +39,39 @@ def test_it_matches_the_float_model_better_than_gptq(bits):
     W, format = weights(24), Uniform(bits, 32)
     stats = statistics(*disturbed())
     plain = GPTQ().solve(W, stats, format).dequantize()
-    asymmetric = GPTAQ(alpha=1.0).solve(W, stats, format).dequantize()
+    asymmetric = solve(GPTAQ(alpha=1.0), W, stats, format).dequantize()
     assert held_out_error(asymmetric, W) < 0.9 * held_out_error(plain, W)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_sparse_values_approach_the_same_matrix(bits):
+    W, stats = weights(24), statistics(*disturbed())
+    dense, both = (
+        solve(GPTAQ(alpha=1.0), W, stats, format).dequantize()
+        for format in (Uniform(bits, 32), Sum(Uniform(bits, 32), outliers=0.02))
+    )
+    plain = solve(GPTQ(), W, stats, Sum(Uniform(bits, 32), outliers=0.02)).dequantize()
+    assert held_out_error(both, W) < 0.95 * min(held_out_error(dense, W), held_out_error(plain, W))
 
 
 def test_without_a_correction_it_is_gptq():
     W, format, stats = weights(24), Uniform(3, 32), statistics(*disturbed())
     expected = GPTQ().solve(W, stats, format).dequantize()
-    assert torch.equal(GPTAQ(alpha=0.0).solve(W, stats, format).dequantize(), expected)
+    assert torch.equal(solve(GPTAQ(alpha=0.0), W, stats, format).dequantize(), expected)
     same = Statistics(stats.gram, stats.tokens, torch.zeros_like(stats.gram))
-    assert torch.equal(GPTAQ(alpha=1.0).solve(W, same, format).dequantize(), expected)
+    assert torch.equal(solve(GPTAQ(alpha=1.0), W, same, format).dequantize(), expected)
 
 
 def test_dead_inputs_are_left_alone():
     X_float, X = disturbed()
     X_float[:, 5] = X[:, 5] = 0
-    solved = GPTAQ().solve(weights(), statistics(X_float, X), Uniform(4, 32)).dequantize()
+    solved = solve(GPTAQ(), weights(), statistics(X_float, X), Uniform(4, 32)).dequantize()
     assert torch.isfinite(solved).all()
 
 
 def test_what_it_needs_is_asked_for():
     assert GPTAQ().needs == {"gram", "cross"}
     with pytest.raises(NumericsError, match="float model's inputs"):
-        GPTAQ().solve(weights(), Statistics(gram_of(inputs()), 400), Uniform(3))
+        solve(GPTAQ(), weights(), Statistics(gram_of(inputs()), 400), Uniform(3))
     with pytest.raises(RecipeError, match="alpha"):
         GPTAQ(alpha=1.5)

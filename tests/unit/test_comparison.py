@@ -38,6 +38,13 @@ def test_bits_that_a_method_does_not_have_are_not_applicable():
     assert "8" in cell.reason
 
 
+def test_options_need_fit_only_the_bits_asked_for():
+    two, three = plan_cells(["gptqt"], [2, 3], options={"gptqt": {"grid_bits": 6}})  # 3 bits are its default
+    assert two.recipe["weight"]["grid_bits"] == 6
+    assert three.recipe is None
+    assert "grid_bits is 6" in three.reason
+
+
 @pytest.mark.parametrize("method", METHODS.names())
 def test_every_method_can_be_compared(method):
     cells = plan_cells([method], [2, 4, 9])

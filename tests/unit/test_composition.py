@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bitmill import leaderboard
-from bitmill.composition import compose, find_recipe
+from bitmill.composition import compose, find_recipe, from_parts
 from bitmill.errors import RecipeError
-from bitmill.recipe import Recipe, build_recipe
+from bitmill.recipe import METHODS, Recipe, build_recipe
 
 
 def base() -> Recipe:
@@ -23,6 +23,43 @@ def test_parts_replace_and_add():
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
+def test_bits_are_those_of_a_weight_whatever_the_codes_are():
+    assert build_recipe("aqlm", {"bits": 2}).weight.rate == 2
+    assert build_recipe("quip_sharp").stored.rate == 2
+    assert compose(build_recipe("aqlm", {"bits": 2}), format="uniform", solver="nearest").weight.bits == 2
+
+
+def test_parts_alone_make_a_recipe():
+    recipe = from_parts("codebook:group_size=row", "gptq:damp=0.05", {"bits": "2"})
+    assert (recipe.name, recipe.weight.bits, recipe.solver.damp) == ("codebook+gptq", 2, 0.05)
+    assert (recipe.transforms, recipe.tuners) == ((), ())
+    assert from_parts("codebook:bits=4", "gptq", {"bits": "2"}).weight.bits == 4
+    assert from_parts("uniform", "nearest").weight.bits == leaderboard.DEFAULT_BITS
+    with pytest.raises(RecipeError, match="no method whose option 'damp'"):
+        from_parts("uniform", "gptq", {"damp": "0.1"})
+
+
+def test_values_are_spelled_as_numbers_are():
+    recipe = compose(base(), format="float:bits=8,element=e5m2", solver="gptq:damp=1e-3,act_order=false")
+    assert (recipe.solver.damp, recipe.solver.act_order, recipe.weight.element) == (1e-3, False, "e5m2")
+
+
+def test_a_recipe_file_that_is_none_is_one_sentence(tmp_path):
+    with pytest.raises(RecipeError, match=r"^There is no recipe file .*absent\.yaml; give .*\.$"):
+        build_recipe(str(tmp_path / "absent.yaml"))
+    file = tmp_path / "mine.yaml"
+    for content, word in (
+        (b"\xff", "not UTF-8"),
+        (b"name: [", "not valid YAML"),
+        (b"a: 2026-13-45", "not valid YAML"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(RecipeError, match=word) as caught:
+            build_recipe(str(file))
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).count(". ") == 0
+
+
 def test_nothing_changes_nothing():
     assert compose(base()) == base()
 
@@ -34,6 +71,9 @@ def test_nothing_changes_nothing():
         ({"format": "uniform:bats=3"}, "bats=3"),
         ({"format": "uniform:bits"}, "'bits'"),
         ({"format": "uniform:bits=three"}, "bits of uniform is 'three'"),
+        ({"format": "uniform:bits=[3"}, r"bits of uniform is '\[3'"),
+        ({"solver": "gptq:damp=@"}, "damp of gptq is '@'"),
+        ({"solver": "gptq:damp=2026-13-45"}, "damp of gptq is '2026-13-45'"),
         ({"solver": "magic"}, "no solver 'magic'"),
         ({"transforms": ["equalize:strength"]}, "strength"),
         ({"tuners": ["luck"]}, "no tuner 'luck'"),
@@ -74,4 +114,32 @@ def test_the_leader_has_the_least_divergence_within_the_time(monkeypatch):
 
 def test_the_shipped_leaderboard_names_methods_that_exist():
     for entry in leaderboard.rows():
-        assert build_recipe(entry.method, {"bits": entry.bits}).name
+        bits = {"bits": entry.bits} if "bits" in METHODS.get(entry.method).__dataclass_fields__ else {}
+        assert build_recipe(entry.method, bits).name
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "bits"),
+    [
+        ({}, "gptq", 3),  # gptq's own default is 4
+        ({"bits": "4"}, "gptq", 4),
+        ({"bits": 2}, "quip_sharp", 2),  # which has no option bits
+        ({"bits": 1}, "gptqt", 1),  # not on the table
+        ({"bits": 8}, "gptq", 8),  # nor that, and gptqt has no 8 bits
+        ({"group_size": "row"}, "gptq", 3),
+    ],
+)
+def test_the_leader_is_built_at_the_bits_it_leads(monkeypatch, options, name, bits):
+    table = [row("gptq", bits, bits + 0.3, 0.1, 1) for bits in (3, 4)] + [row("quip_sharp", 2, 2.0, 0.9, 1)]
+    others = [row("rtn", bits, bits + 0.3, 2.0, 1) for bits in (2, 3, 4)]
+    monkeypatch.setattr(leaderboard, "rows", lambda: tuple(table + others))
+    recipe, why = leaderboard.leading_recipe(options)
+    assert (recipe.name, recipe.stored.core.bits) == (name, bits)
+    assert why.startswith("no method was named")
+    assert name in why
+
+
+def test_what_the_leader_does_not_have_is_refused():
+    for options, word in (({"bits": "three"}, "whole number"), ({"luck": 1}, "no option 'luck'")):
+        with pytest.raises(RecipeError, match=word):
+            leaderboard.leading_recipe(options)

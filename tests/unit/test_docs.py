@@ -155,7 +155,7 @@ def test_the_reader_in_the_docs_reads_frozen_bytes() -> None:
     assert sorted(ast.unparse(n) for n in imports) == ["import json", "import struct"]
     codings = json.loads((ROOT / "src/bitmill/formats/data/codings.json").read_text())
     tables = ("binary_coding", "codebook", "integer_coding", "uniform")  # others: see their formats
-    tables += ("float", "microscaling", "normal_float", "nvfp4")
+    tables += ("float", "half_integer", "microscaling", "normal_float", "nvfp4", "sum")
     described = [ROOT / "tests" / "fixtures" / f"{name}.json" for name in tables]
     for file in described:
         stored = reader["read_safetensors"](file.with_suffix(".safetensors"))

@@ -12,7 +12,7 @@ from torch import nn
 import bitmill
 from bitmill.errors import NumericsError, OutputError
 from bitmill.formats.codebook import Codebook
-from bitmill.models.adapter import ADAPTERS
+from bitmill.models.adapter import ADAPTERS, is_encoder
 from bitmill.models.module import ModuleSource
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline import fisher as module
@@ -28,9 +28,14 @@ WINDOWS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed
 def by_autograd(model: nn.Module, windows: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
     """Mean of squared gradients, one window at a time."""
     total: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
     for window in windows:
         model.zero_grad()
-        model(window[None], labels=window[None]).loss.backward()
+        if is_encoder(model.config):
+            embedding = nn.functional.normalize(model(window[None]).last_hidden_state.mean(1), dim=-1)[0]
+            (embedding @ torch.randn(len(embedding), generator=generator)).backward()
+        else:
+            model(window[None], labels=window[None]).loss.backward()
         for name in names:
             gradient = model.get_submodule(name).weight.grad
             gradient = gradient if isinstance(model.get_submodule(name), nn.Linear) else gradient.T

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from bitmill.checkpoint import FolderSink
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.errors import CheckpointError
+from bitmill.recipe import build_recipe
 
 IDENTITY = {"model": "abc", "recipe": {"bits": 3, "ignore": ["*.x"]}, "threads": 1, "calibration": None}
 LAYERS = {"model.layers.0.q": {"shape": [4, 8], "weight_error": 0.125, "output_error": None}}
@@ -120,3 +122,12 @@ def test_a_missing_journal_is_refused(tmp_path):
 )
 def test_the_first_difference(old, new, expected):
     assert first_difference(old, new) == expected
+
+
+def test_a_resume_that_is_refused_lets_others_in(tmp_path):
+    recipe = build_recipe("rtn")
+    FolderSink(tmp_path / "out", recipe, {"seed": 1}, 1, resume=False).close()
+    with pytest.raises(CheckpointError, match="seed was 1 and is now 2") as caught:
+        FolderSink(tmp_path / "out", recipe, {"seed": 2}, 1, resume=True)
+    FolderSink(tmp_path / "out", recipe, {"seed": 1}, 1, resume=True).close()  # while the error is still held
+    assert caught.value

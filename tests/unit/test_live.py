@@ -48,6 +48,25 @@ def test_bits_of_a_live_quantized_model_count_its_packed_layers():
     assert size == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
+class Words:
+    """A tokenizer of sorts."""
+
+    def __call__(self, text):
+        return {"input_ids": [3 + ord(letter) % 100 for letter in text]}
+
+
+def test_a_module_in_training_is_measured_without_dropout_and_goes_on_training(tmp_path):
+    (tmp_path / "text.txt").write_text("All that glitters is not gold. " * 20)
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    terms = {"text_source": str(tmp_path / "text.txt"), "seqlen": 16, "windows": 2, "tokenizer": Words()}
+    expected = bitmill.evaluate(model, **terms)["perplexity"]
+    model.train()
+    model.transformer.h[0].eval()
+    assert bitmill.evaluate(model, reference=model, **terms)["perplexity"] == expected
+    assert model.training
+    assert not model.transformer.h[0].training
+
+
 def test_a_folder_needs_a_model_that_transformers_can_build(tmp_path):
     with pytest.raises(UsageError, match="Sequential has no transformers config"):
         bitmill.quantize(nn.Sequential(nn.Linear(4, 4)), "rtn", out=tmp_path / "out", measure=0)

@@ -86,6 +86,19 @@ def test_a_broken_model_has_no_perplexity():
         compare(lambda tokens: torch.full((*tokens.shape, VOCABULARY), math.nan), windows)
 
 
+def test_tokens_that_are_ruled_out_do_not_count():
+    windows = torch.randint(1, VOCABULARY, (2, 10))
+
+    def ruled_out(model, logit):
+        return lambda tokens: torch.cat([torch.full((*tokens.shape, 1), logit), model(tokens)[..., 1:]], -1)
+
+    model, reference = table_model(0), table_model(1)
+    expected = compare(ruled_out(model, -60.0), windows, ruled_out(reference, -60.0))["kl_divergence"]
+    for logit in (-1e30, -math.inf):
+        found = compare(ruled_out(model, logit), windows, ruled_out(reference, -math.inf))["kl_divergence"]
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_hopeless_model_does_not_overflow():
     windows = torch.zeros(1, 10, dtype=torch.long)
     logits = torch.zeros(1, 10, VOCABULARY)

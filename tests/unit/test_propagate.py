@@ -14,19 +14,23 @@ WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed
 TOKENS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(8))
 
 
-def logits(method: str = "gptq", **options) -> torch.Tensor:
-    model = tiny_model("llama")
+def logits(method: str = "gptq", architecture: str = "llama", **options) -> torch.Tensor:
+    model = tiny_model(architecture)
     bitmill.quantize(model, method, calibration=WINDOWS, measure=0, bits=3, **options)
     with torch.no_grad():
         return model(TOKENS).logits
 
 
-def test_shared_statistics_give_the_same_model_without_another_pass(tmp_path, monkeypatch):
-    alone = logits(propagate="float")
-    assert torch.equal(logits(propagate="float", statistics=tmp_path / "s"), alone)
+@pytest.mark.parametrize("architecture", ["llama", "olmo"])  # the second one is walked over generically
+def test_shared_statistics_give_the_same_model_without_another_pass(architecture, tmp_path, monkeypatch):
+    def shared(method: str = "gptq") -> torch.Tensor:
+        return logits(method, architecture, propagate="float", statistics=tmp_path / "s")
+
+    alone = logits(architecture=architecture, propagate="float")
+    assert torch.equal(shared(), alone)
     monkeypatch.setattr(loop, "Streams", None)  # no text travels through the blocks any more
-    assert torch.equal(logits(propagate="float", statistics=tmp_path / "s"), alone)
-    assert not torch.equal(logits("gptqt", propagate="float", statistics=tmp_path / "s"), alone)
+    assert torch.equal(shared(), alone)
+    assert not torch.equal(shared("gptqt"), alone)
 
 
 def test_the_first_block_is_the_same_either_way_and_later_ones_are_not():

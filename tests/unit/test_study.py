@@ -10,13 +10,15 @@ import torch
 from tiny import tiny_model
 
 import bitmill
+from bitmill.cli.study import _table
 from bitmill.errors import UsageError
 from bitmill.evaluation.perplexity import compare
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import open_source
 from bitmill.progress import Progress
+from bitmill.recipe import build_recipe
 from bitmill.report.verdicts import BROKEN, LIMITS, WORDS, verdict, verdicts
-from bitmill.study import BITS, FLOATS, SIZES, _walk, cells, decibels, study
+from bitmill.study import BITS, FLOATS, SIZES, Cell, _walk, cells, decibels, study
 
 WINDOWS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
 architectures = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -129,6 +131,14 @@ def test_verdicts_in_words() -> None:
         "smallest fair: 4 bits per row, 4.10 bits per weight",
     ]
     assert verdicts([cell(0, 0)])[-2:] == ["smallest safe: nothing here", "smallest fair: nothing here"]
+
+
+def test_a_cell_beyond_measuring_is_a_row_too() -> None:
+    made = Cell(build_recipe("rtn"), 4, 64, errors={"a": 0.1}, stored_bits=4)
+    made.comparison.predicted, made.comparison.loss = 1, math.nan
+    result = made.result(1)
+    assert (result["perplexity"], result["kl_divergence"], result["top1_agreement"]) == (None, math.inf, None)
+    assert _table([{**result, "verdict": verdict(result)}], measured=True).row_count == 1
 
 
 def test_decibels() -> None:

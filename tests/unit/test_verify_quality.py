@@ -12,22 +12,32 @@ from bitmill.checkpoint.verify import verify_quality
 from bitmill.errors import CheckpointError
 
 
-def folder(perplexity: float) -> SimpleNamespace:
+def folder(value: float, key: str = "perplexity") -> SimpleNamespace:
     recorded = {"by": "quantize", "text": "pydoc", "split": "eval", "seqlen": 8, "windows": 1}
-    return SimpleNamespace(folder=Path("out"), report={"measured": [{**recorded, "perplexity": perplexity}]})
+    return SimpleNamespace(folder=Path("out"), report={"measured": [{**recorded, key: value}]})
 
 
 @pytest.mark.parametrize("recorded", [math.nan, math.inf, -math.inf, 0.0, -3.0])
 def test_a_perplexity_that_no_model_has_is_refused(recorded):
     with pytest.raises(CheckpointError, match="which no model has"):
-        verify_quality(folder(recorded), lambda m: 12.0)
+        verify_quality(folder(recorded), lambda m: {"perplexity": 12.0})
 
 
 @pytest.mark.parametrize("now", [math.nan, math.inf, 12.1, 0.0])
 def test_a_perplexity_that_moved_is_refused(now):
     with pytest.raises(CheckpointError, match="was recorded"):
-        verify_quality(folder(12.0), lambda m: now)
+        verify_quality(folder(12.0), lambda m: {"perplexity": now})
 
 
 def test_a_perplexity_that_stayed_is_sound():
-    assert verify_quality(folder(12.0), lambda m: 12.006) == pytest.approx(5e-4)
+    assert verify_quality(folder(12.0), lambda m: {"perplexity": 12.006}) == ("perplexity", pytest.approx(5e-4))
+
+
+def test_an_encoders_figure_moves_by_its_difference():
+    """A mean cosine may be 0, so that nothing is relative to it."""
+    again = {"pair_cosine": 0.0004}
+    assert verify_quality(folder(0.0, "pair_cosine"), lambda m: again) == ("pair_cosine", pytest.approx(4e-4))
+    with pytest.raises(CheckpointError, match=r"cosine of two sentences 0\.2020 where 0\.2000"):
+        verify_quality(folder(0.2, "pair_cosine"), lambda m: {"pair_cosine": 0.202})
+    with pytest.raises(CheckpointError, match="which no model has"):
+        verify_quality(folder(1.5, "pair_cosine"), lambda m: again)

@@ -8,6 +8,7 @@ from typing import Any
 from bitmill.checkpoint.files import write_json, write_text
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import CheckpointError
+from bitmill.report.figures import EMBEDDING, LANGUAGE
 from bitmill.report.html import folder_documents
 
 # Time and memory belong to the machine, not to the model, and are left out.
@@ -16,11 +17,9 @@ _KEPT = (
     "split",
     "seqlen",
     "windows",
-    "perplexity",
     "tokens",
-    "kl_divergence",
-    "top1_agreement",
-    "reference_perplexity",
+    "pooling",
+    *(figure.key for figure in LANGUAGE + EMBEDDING),
     "reference",
 )
 _SAME = ("by", "text", "split", "seqlen", "windows", "reference")

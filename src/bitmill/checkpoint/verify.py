@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,6 +12,10 @@ from bitmill.checkpoint.files import sha256
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.errors import CheckpointError
 from bitmill.progress import Progress
+from bitmill.report.figures import own_figure
+
+# key -> name, and the numbers that it may be: above the first, up to the second
+_FIGURES = {"perplexity": ("perplexity", 0.0, math.inf), "pair_cosine": ("cosine of two sentences", -1.0, 1.0)}
 
 
 def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, int]:
@@ -24,7 +29,7 @@ def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str
         raise CheckpointError(f"{checkpoint.folder}/report.json records no file digests; quantize again.")
     for name, digest in files.items():
         path = checkpoint.folder / name
-        if path.name != name or not path.is_file():
+        if not path.resolve().is_relative_to(checkpoint.folder.resolve()) or not path.is_file():
             raise CheckpointError(f"{path} is missing, but report.json records it; copy the folder again.")
         if sha256(path) != digest:
             raise CheckpointError(f"{path} was altered since it was written (its sha256 differs); copy it again.")
@@ -38,31 +43,35 @@ def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str
     return {"files": len(files), "layers": len(checkpoint.formats), "tensors": len(checkpoint.entries)}
 
 
-def verify_quality(checkpoint: Checkpoint, evaluate: Callable[[dict[str, object]], float]) -> float | None:
-    """Measure again what was measured while quantizing: the relative change of the perplexity.
+def verify_quality(
+    checkpoint: Checkpoint, evaluate: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[str, float] | None:
+    """Measure again what was measured while quantizing: which figure it is, and by how much it changed.
 
-    evaluate: from the recorded measurement (text, windows, seqlen) to a perplexity. None when nothing was
-    recorded. Raises CheckpointError when it moved by more than 0.1 %, or what was recorded is no perplexity.
+    evaluate: from the recorded measurement (text, windows, seqlen) to a new one. The change is that of the
+    perplexity, relative, or of an encoder's `pair_cosine`, absolute; None when nothing was recorded.
+    Raises CheckpointError when it moved by more than 0.001, or what was recorded is no such figure.
     """
     recorded = [m for m in checkpoint.report["measured"] if m.get("by") == "quantize"]
     if not recorded:
         return None
-    kinds = {"text": str, "split": str, "seqlen": int, "windows": int, "perplexity": float}
-    for key, kind in kinds.items():
-        if not isinstance(recorded[0].get(key), kind):
+    key = own_figure(recorded[0]) or "perplexity"
+    name, least, most = _FIGURES[key]
+    kinds = {"text": str, "split": str, "seqlen": int, "windows": int, key: float}
+    for field, kind in kinds.items():
+        if not isinstance(recorded[0].get(field), kind):
             raise CheckpointError(
-                f"{checkpoint.folder}/report.json records the {key} {recorded[0].get(key)!r}; quantize again."
+                f"{checkpoint.folder}/report.json records the {field} {recorded[0].get(field)!r}; quantize again."
             )
-    before = recorded[0]["perplexity"]
-    if not (math.isfinite(before) and before > 0):
+    before = recorded[0][key]
+    if not (math.isfinite(before) and least < before <= most):
         raise CheckpointError(
-            f"{checkpoint.folder}/report.json records the perplexity {before!r}, which no model has; "
-            "quantize again."
+            f"{checkpoint.folder}/report.json records the {name} {before!r}, which no model has; quantize again."
         )
-    now = evaluate(recorded[0])
-    change = abs(now - before) / before
+    now = evaluate(recorded[0])[key]
+    change = abs(now - before) / (before if key == "perplexity" else 1)
     if not change <= 1e-3:  # also when it is NaN
         raise CheckpointError(
-            f"The model gives perplexity {now:.4f} where {before:.4f} was recorded; its runtime or text differs."
+            f"The model gives {name} {now:.4f} where {before:.4f} was recorded; its runtime or text differs."
         )
-    return change
+    return key, change

@@ -38,26 +38,28 @@ class FolderSink:
 
     def __init__(self, out: Path, recipe: Recipe, identity: dict[str, Any], blocks: int, resume: bool) -> None:
         self.out, self.recipe = out, recipe
-        self.work = out.with_name(out.name + ".partial")
+        self.work = work_of(out)
         self.folder = self.work / "model"
         self.shards = blocks + 1  # the first holds what lies outside the blocks
         self.index: dict[str, str] = {}
         self.layers: list[dict[str, Any]] = []
         self.formats: dict[str, Format] = {}
-        if self.work.exists() and not resume:
-            raise OutputError(
-                f"{self.work} holds an unfinished run; continue it with --resume, or delete it to start anew."
-            )
+        if not resume:
+            check_new(out)
         with writing(out):
             make_folder(self.folder)
         self._lock = _lock(self.work)
-        for half in self.folder.glob("*.tmp"):  # what a killed run was writing
-            half.unlink()
-        self.journal = Journal(self.work, identity)
-        if resume and self.journal.path.exists():
-            self.journal.load(self.folder)
-        else:
-            self.journal.save()
+        try:
+            for half in self.folder.glob("*.tmp"):  # what a killed run was writing
+                half.unlink()
+            self.journal = Journal(self.work, identity)
+            if resume and self.journal.path.exists():
+                self.journal.load(self.folder)
+            else:
+                self.journal.save()
+        except BaseException:
+            self.close()  # who catches the error holds this object, and would keep others out
+            raise
 
     # -- blocks -------------------------------------------------------------------------------------------
 
@@ -140,10 +142,11 @@ class FolderSink:
         write_json(self.folder / "config.json", config)
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         unlisted = {*documents, "report.json"}
-        listed = sorted(f for f in self.folder.iterdir() if f.is_file() and f.name not in unlisted)
+        files = {f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if f.is_file()}
+        digests = {name: sha256(file) for name, file in files.items() if name not in unlisted}
         for name, text in documents.items():
             write_text(self.folder / name, text)
-        write_json(self.folder / "report.json", {**report, "files": {f.name: sha256(f) for f in listed}})
+        write_json(self.folder / "report.json", {**report, "files": digests})
         publish(self.folder, self.out)
         shutil.rmtree(self.work, ignore_errors=True)  # while the lock still keeps others out
         self.close()
@@ -156,12 +159,26 @@ class FolderSink:
         return self.folder / f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
 
 
-def check_absent(out: Path, resume: bool, identity: dict[str, Any]) -> bool:
-    """Refuse an existing `out`. With `resume`, True when it already holds the result of this very job."""
+def check_new(out: Path) -> None:
+    """Raises OutputError when `out`, or an unfinished run of it, is there already."""
+    if out.exists():
+        raise OutputError(f"{out} exists already; choose another folder with -o, or remove it first.")
+    work = work_of(out)
+    if work.exists():
+        raise OutputError(
+            f"{work} holds an unfinished run; continue it with --resume, or delete it to start anew."
+        )
+
+
+def work_of(out: Path) -> Path:
+    """Where `out` is made."""
+    return out.with_name(out.name + ".partial")
+
+
+def is_finished(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether `out` holds the result of this very job. Raises BitmillError when it holds something else."""
     if not out.exists():
         return False
-    if not resume:
-        raise OutputError(f"{out} exists already; choose another folder with -o, or remove it first.")
     try:
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         difference = first_difference(report["identity"], json.loads(json.dumps(identity)))
@@ -172,7 +189,7 @@ def check_absent(out: Path, resume: bool, identity: dict[str, Any]) -> bool:
         raise CheckpointError(
             f"{out} is finished already, but its {key} was {old!r} and is now {new!r}; choose another folder."
         )
-    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    shutil.rmtree(work_of(out), ignore_errors=True)
     return True
 
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitmill.cli.options import AsJson
 from bitmill.cli.output import working
 
 if TYPE_CHECKING:
     from bitmill.formats import Format
     from bitmill.recipe import Recipe
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def methods(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from bitmill.cli.options import AsJson, Device, TrustRemoteCode
 from bitmill.cli.output import working
 from bitmill.errors import BitmillError, UsageError
 
@@ -60,12 +61,10 @@ def compare(
             help="Whose outputs later blocks are calibrated on; with float all share one pass's statistics."
         ),
     ] = "quantized",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the quantized folders.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize a model in several ways, measure each on the same terms, and write a page about it."""
     with working(as_json, "interrupted; the same command continues") as output:

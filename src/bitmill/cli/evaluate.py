@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bitmill.cli.output import facts, megabytes, number, working
+from bitmill.cli.options import AsJson, Device, TrustRemoteCode
+from bitmill.cli.output import facts, figure_value, megabytes, number, working
 from bitmill.errors import UsageError
 
 SPLITS = ("eval", "calib", "all")
@@ -25,18 +26,16 @@ def evaluate(
     windows: Annotated[int, typer.Option(metavar="W", help="How many windows; 0 for all there are.")] = 40,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Float model to compare with, token by token.", show_default=False),
+        typer.Option(metavar="MODEL", help="Float model to compare with.", show_default=False),
     ] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Add the measurement to the folder's report and model card.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, and with --reference the divergence from the float model."""
+    """Measure perplexity, and with --reference the divergence from the float model; of an encoder, embeddings."""
     if split not in SPLITS:
         raise UsageError(f"--split is {split!r}; use one of {', '.join(SPLITS)}.")
     with working(as_json) as output:
@@ -65,18 +64,15 @@ def evaluate(
 
 
 def _readable(result: dict[str, Any], recorded: bool) -> Any:
+    from bitmill.report.figures import figures_of
+
     rows = [
         ("model", str(result["model"])),
         ("text", f"{result['text']}, {result['split']} split, {result['windows']} x {result['seqlen']} tokens"),
-        ("perplexity", number(result["perplexity"], 5)),
+        *(("reference", str(name)) for name in [result["reference"]] if name is not None),
     ]
-    if result["reference"] is not None:
-        agreement = result.get("top1_agreement")
-        rows += [
-            ("reference", f"{result['reference']}, perplexity {number(result.get('reference_perplexity'), 5)}"),
-            ("KL divergence", f"{number(result.get('kl_divergence'))} nats a token"),
-            ("top-1 agreement", f"{agreement:.2%}" if isinstance(agreement, float) else "-"),
-        ]
+    known = [figure for figure in figures_of([result]) if result.get(figure.key) is not None]
+    rows += [(figure.name, figure_value(figure, result)) for figure in known]
     rows += [
         ("bits per weight", f"{result['bits_per_weight']:.3f}"),
         ("size", megabytes(result["size_bytes"])),

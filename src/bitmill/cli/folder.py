@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.options import AsJson, Device, TrustRemoteCode
 from bitmill.cli.output import facts, measured_row, megabytes, working
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that bitmill quantize wrote.", show_default=False)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
@@ -42,9 +42,10 @@ def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
 def verify(
     folder: FolderArgument,
     quality: Annotated[
-        bool, typer.Option("--quality/--no-quality", help="Measure the recorded perplexity again.")
+        bool, typer.Option("--quality/--no-quality", help="Measure what was recorded again.")
     ] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Check every byte and every tensor of a quantized folder, and that it still performs as recorded."""
@@ -53,9 +54,10 @@ def verify(
         from bitmill import api
         from bitmill.checkpoint import open_checkpoint, verify
         from bitmill.checkpoint.verify import verify_quality
+        from bitmill.report.figures import OWN
 
-        def perplexity(recorded: dict[str, Any]) -> float:
-            result = api.evaluate(
+        def again(recorded: dict[str, Any]) -> dict[str, Any]:
+            return api.evaluate(
                 folder,
                 text_source=recorded["text"],
                 split=recorded["split"],
@@ -63,18 +65,19 @@ def verify(
                 windows=recorded["windows"],
                 device=device,
                 progress=output.progress,
+                trust_remote_code=trust_remote_code,
             )
-            return float(result["perplexity"])
 
         checkpoint = open_checkpoint(folder)
         counts = verify(checkpoint, output.progress)
-        change = verify_quality(checkpoint, perplexity) if quality else None
+        found = verify_quality(checkpoint, again) if quality else None
         checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"
         rows = [("sound", checked)]
         if quality:
-            said = "nothing was recorded" if change is None else f"as recorded (changed by {change:.2g})"
-            rows.append(("perplexity", said))
-        data = {"folder": str(folder), "sound": True, **counts, "perplexity_change": change}
+            said = "nothing was recorded" if found is None else f"as recorded (changed by {found[1]:.2g})"
+            rows.append((found[0].replace("_", " ") if found else "perplexity", said))
+        changes = {f"{key}_change": found[1] if found and found[0] == key else None for key in OWN}
+        data = {"folder": str(folder), "sound": True, **counts, **changes}
         output.result(data, lambda: [facts(rows)])
 
 

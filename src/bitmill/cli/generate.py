@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.options import AsJson, Device, TrustRemoteCode
 from bitmill.cli.output import Output, number, working
 from bitmill.errors import UsageError
 
@@ -17,10 +18,6 @@ Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes th
 Seed = Annotated[int, typer.Option(metavar="S", help="Seed of the sampling.")]
 Dense = Annotated[
     bool, typer.Option("--dense", help="Unpack all weights first: quicker, with a float model's memory.")
-]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
 
 
@@ -36,7 +33,7 @@ def generate(
     dense: Dense = False,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Generate text; answers the prompt as a chat when the tokenizer has a chat template."""
     with working(as_json) as output:
@@ -125,9 +122,11 @@ def chat(
 def _open(output: Output, model: str, dense: bool, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
     output.progress.start(f"loading {model}", 0)
     from bitmill import api
+    from bitmill.evaluation.generate import check_generates
 
     tokenizer = api.load_tokenizer(model, trust_remote_code=trust_remote_code)
     live = api.load(model, device=device, dense=dense, trust_remote_code=trust_remote_code)
+    check_generates(live, model)
     output.progress.finish()
     return live, tokenizer
 

@@ -14,6 +14,8 @@ from bitmill.cli.progress import TerminalProgress
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from bitmill.report.figures import Figure
+
 
 class Interrupted(Exception):
     """Ctrl-C, with what to do next."""
@@ -97,13 +99,19 @@ def megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:,.1f} MB"
 
 
+def figure_value(figure: Figure, measured: dict[str, Any]) -> str:
+    """One figure of a measurement, with its unit; a dash where it is missing."""
+    value = measured.get(figure.key)
+    if value is None:
+        return "-"
+    return f"{value:.2%}" if figure.share else f"{number(value, 5)} {figure.unit}".rstrip()
+
+
 def measured_row(measured: dict[str, Any]) -> str:
     """One measurement in a line."""
-    parts = [f"perplexity {number(measured.get('perplexity'))}"]
-    if measured.get("reference_perplexity") is not None:
-        parts.append(f"float {number(measured['reference_perplexity'])}")
-        parts.append(f"KL {number(measured.get('kl_divergence'))} nats")
-        agreement = measured.get("top1_agreement")
-        parts.append("top-1 agreement " + (f"{agreement:.1%}" if isinstance(agreement, float) else "-"))
+    from bitmill.report.figures import figures_of
+
+    known = [figure for figure in figures_of([measured]) if measured.get(figure.key) is not None]
+    parts = [f"{figure.name} {figure_value(figure, measured)}" for figure in known]
     where = f"{measured.get('windows')} x {measured.get('seqlen')} tokens of {measured.get('text')}"
     return f"{', '.join(parts)} ({where}, {measured.get('split')} split)"

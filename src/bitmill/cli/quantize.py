@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import typer
 
+from bitmill.cli.options import AsJson, Device, TrustRemoteCode
 from bitmill.cli.output import facts, measured_row, megabytes, number, working
 from bitmill.errors import UsageError
-from bitmill.leaderboard import WITHIN_MINUTES, leader
+from bitmill.leaderboard import WITHIN_MINUTES
 from bitmill.report.words import spelled
-
-FALLBACK, DEFAULT_BITS = "gptqt", 3
 
 
 def quantize(
@@ -79,13 +78,11 @@ def quantize(
     measure: Annotated[
         int, typer.Option(metavar="W", help="Held-out windows to measure on meanwhile; 0 for none.")
     ] = 4,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be stored, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize a model into a folder that transformers can load."""
     options = method_options(bits, group_size, settings or [])
@@ -93,11 +90,18 @@ def quantize(
     with working(as_json, hint) as output:
         output.progress.start("starting", 0)
         from bitmill import api
-        from bitmill.composition import compose, find_recipe
+        from bitmill.composition import compose, find_recipe, from_parts
+        from bitmill.leaderboard import leading_recipe
 
-        chosen = Choice(method, "") if method else default_method(options.get("bits"), within)
+        if method:
+            base, reason = find_recipe(method, options), ""
+        elif format and solver:  # which leave nothing of a leader but what it adds to them
+            base, reason = from_parts(format, solver, options), ""
+            format = solver = None
+        else:
+            base, reason = leading_recipe(options, within)
         recipe = compose(
-            find_recipe(chosen.method, options),
+            base,
             format=format,
             solver=solver,
             transforms=transform or (),
@@ -117,9 +121,9 @@ def quantize(
             propagate=propagate,
             progress=output.progress,
         )
-        why = {"chosen": chosen.reason} if chosen.reason else {}
+        why = {"chosen": reason} if reason else {}
         data = {"model": model, **why, **outcome.summary}
-        output.result(data, lambda: [_readable(model, outcome.summary, dry_run, chosen.reason)])
+        output.result(data, lambda: [_readable(model, outcome.summary, dry_run, reason)])
 
 
 def method_options(bits: str | None, group_size: str | None, settings: list[str]) -> dict[str, Any]:
@@ -143,26 +147,6 @@ def method_options(bits: str | None, group_size: str | None, settings: list[str]
             raise UsageError(f"{key!r} is given twice, as {flag} {shortcut} and --set {key}={options[key]}.")
         options[key] = shortcut
     return options
-
-
-class Choice(NamedTuple):
-    """A method and why it was taken ("" when the user named it)."""
-
-    method: str
-    reason: str
-
-
-def default_method(bits: object, within_minutes: float) -> Choice:
-    """The method used when none is named: the leader of the leaderboard at these bits."""
-    wanted = int(str(bits)) if str(bits).isdigit() else DEFAULT_BITS
-    row = leader(wanted, within_minutes)
-    if row is None:
-        return Choice(FALLBACK, f"no --method, and nothing on the leaderboard at {wanted} bits: {FALLBACK}")
-    return Choice(
-        row.method,
-        f"no --method: {row.method} leads the leaderboard at {wanted} bits (KL {row.kl_divergence:.3f} at "
-        f"{row.bits_per_weight:.2f} bits per weight, {row.minutes:.0f} minutes) within {within_minutes:g} minutes",
-    )
 
 
 def _readable(model: str, summary: dict[str, Any], dry_run: bool, reason: str) -> Any:

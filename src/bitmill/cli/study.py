@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.options import AsJson, Device, TrustRemoteCode
 from bitmill.cli.output import facts, megabytes, number, working
 from bitmill.errors import UsageError
 
@@ -31,11 +32,9 @@ def study(
         int | None, typer.Option(metavar="L", help="Tokens in a window; 512 when left out.", show_default=False)
     ] = None,
     search: Annotated[bool, typer.Option("--search", help="Shrink each range to the least weight error.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find out which bits and group sizes a model tolerates, without calibration text."""
     if text is None and (windows is not None or seqlen is not None):
@@ -109,6 +108,8 @@ def _table(cells: list[dict[str, Any]], measured: bool) -> Any:
             f"{cell['sqnr_db']:.1f}", f"{cell['worst_sqnr_db']:.1f}",
         ]  # fmt: skip
         if measured:
-            row += [number(cell["perplexity"]), number(cell["kl_divergence"], 3), f"{cell['top1_agreement']:.1%}"]
+            agreed = cell["top1_agreement"]  # None in a cell that is beyond measuring
+            row += [number(cell["perplexity"]), number(cell["kl_divergence"], 3)]
+            row.append("-" if agreed is None else f"{agreed:.1%}")
         table.add_row(*row, cell["verdict"])
     return table

@@ -118,10 +118,13 @@ def plan_cells(
         given = dict(options.get(method, {}))
         if "bits" in given:
             raise UsageError(f"The bits of {method!r} are set as an option; give them with --bits.")
-        fixed = build_recipe(method, given)  # what is wrong at any bits is refused here
         if "bits" in METHODS.get(method).__dataclass_fields__:
-            cells += [_cell(method, count, given) for count in bits]
+            row = [_cell(method, count, given) for count in bits]
+            if not any(cell.recipe for cell in row):
+                build_recipe(method, given)  # refuses what is wrong at any bits
+            cells += row
         else:
+            fixed = build_recipe(method, given)
             cells.append(Cell(_file_name(method), method, _bits_of(fixed), fixed.to_dict()))
     for path in recipes:
         recipe = find_recipe(str(path))
@@ -137,9 +140,8 @@ def _cell(method: str, bits: int, options: dict[str, Any]) -> Cell:
         return Cell(name, method, bits, None, str(error))
 
 
-def _bits_of(recipe: Recipe) -> int | None:
-    bits = recipe.stored.core.bits
-    return bits if isinstance(bits, int) else None
+def _bits_of(recipe: Recipe) -> int:
+    return int(recipe.stored.rate)
 
 
 def _file_name(text: str) -> str:

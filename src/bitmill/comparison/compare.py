@@ -65,6 +65,7 @@ def compare(
     ):
         if given != usual:
             command += [name, str(given)]
+    command += ["--trust-remote-code"] * trust_remote_code + ["--keep-models"] * keep_models
     grid = Grid(
         str(model),
         plan_cells(methods, bits, recipes, options),

@@ -27,8 +27,10 @@ from bitmill.comparison.cells import FLOAT, Cell, Grid
 from bitmill.comparison.machine import describe_machine
 from bitmill.comparison.process import CellFailed, run_cell
 from bitmill.comparison.worker import FLOAT_FILE, GRID_FILE, STATISTICS
-from bitmill.errors import BitmillError, CheckpointError, OutputError
+from bitmill.errors import BitmillError, CheckpointError, OutputError, UsageError
 from bitmill.models import text
+from bitmill.models.adapter import is_encoder
+from bitmill.models.reading import reading_of
 from bitmill.models.source import open_source
 from bitmill.preparation import check_device, check_length
 from bitmill.progress import Progress
@@ -81,25 +83,30 @@ def describe_terms(grid: Grid) -> dict[str, Any]:
     """`settings` of the results. Raises BitmillError for a model or a text that cannot be used."""
     check_device(grid.device)
     source = open_source(grid.model, trust_remote_code=grid.trust_remote_code)
+    if is_encoder(source.config):
+        raise UsageError(
+            f"{grid.model} is an encoder, and a comparison is one of perplexities and answers; quantize it by "
+            "each method, and measure with bitmill eval --reference."
+        )
     terms, tokenizer = grid.calibration, source.tokenizer()
     check_length(source.config, terms.seqlen)
-    ids = text.token_stream(terms.source, tokenizer)
-    calib = text.calibration_windows(text.split_stream(ids, "calib"), terms.samples, terms.seqlen, terms.seed)
-    held_out = text.evaluation_windows(text.split_stream(ids, "eval"), terms.seqlen, grid.windows)
+    reading = reading_of(terms.source, tokenizer, encoder=False)
+    calib = reading.calibration(terms.samples, terms.seqlen, terms.seed)
+    held_out = reading.held_out("eval", terms.seqlen, grid.windows)
     window = {"source": terms.source, "seqlen": terms.seqlen}
+    of_calib = {"windows": terms.samples, "seed": terms.seed, "sha256": text.windows_hash(calib)}
+    of_held_out = {"windows": len(held_out), "seed": None, "sha256": text.windows_hash(held_out)}
     return {
         "model": grid.model,
         "fingerprint": source.fingerprint(),
-        "calibration": {
-            **window, "windows": terms.samples, "seed": terms.seed, "sha256": text.windows_hash(calib)
-        },
-        "evaluation": {**window, "windows": len(held_out), "seed": None, "sha256": text.windows_hash(held_out)},
+        "calibration": {**window, **of_calib},
+        "evaluation": {**window, **of_held_out},
         "prompts": list(grid.prompts),
         "chat": bool(getattr(tokenizer, "chat_template", None)),
         "max_new_tokens": grid.max_new_tokens,
         "propagate": grid.propagate,
         "device": grid.device,
-    }  # fmt: skip
+    }
 
 
 def _run(grid: Grid, records: _Records, progress: Progress, run: RunCell) -> Results:

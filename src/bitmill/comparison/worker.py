@@ -24,13 +24,15 @@ import torch
 from bitmill import api
 from bitmill.checkpoint.files import folder_bytes, write_json
 from bitmill.checkpoint.record import record_measurement
+from bitmill.checkpoint.writer import work_of
 from bitmill.comparison.cells import FLOAT, Grid
 from bitmill.comparison.process import end_with
 from bitmill.comparison.reference import Recorded, Recorder
 from bitmill.errors import BitmillError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
 from bitmill.evaluation.perplexity import compare
-from bitmill.models import text
+from bitmill.models.calls import answers_of
+from bitmill.models.reading import reading_of
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipe import Recipe
 
@@ -81,7 +83,7 @@ class _Work:
         bits, size = api.stored_bits(self.grid.model, self.grid.trust_remote_code)
         windows, tokenizer = self._windows(self.grid.model)
         model = api.load(self.grid.model, **self._loading())
-        recorder = Recorder(self.folder / FLOAT_FILE, api.logits_of(model), windows)
+        recorder = Recorder(self.folder / FLOAT_FILE, answers_of(model), windows)
         measured = compare(recorder, windows, None, self.progress, batch=1)
         recorder.keep()
         return {
@@ -96,7 +98,10 @@ class _Work:
         (cell,) = (cell for cell in self.grid.cells if cell.name == name)
         assert cell.recipe is not None
         out = self.folder / "cells" / name
-        clock = _Clock(out.with_name(name + ".state"), self.progress)
+        state = out.with_name(name + ".state")
+        if not out.exists() and not work_of(out).exists():
+            state.unlink(missing_ok=True)  # the work that it counts is gone
+        clock = _Clock(state, self.progress)
         outcome = api.quantize(
             self.grid.model,
             Recipe.from_dict(cell.recipe),
@@ -115,7 +120,7 @@ class _Work:
         windows, tokenizer = self._windows(out)
         model = api.load(out, dense=True, **self._loading())
         recorded = Recorded(self.folder / FLOAT_FILE, windows)
-        measured = compare(api.logits_of(model), windows, recorded, self.progress, batch=1)
+        measured = compare(answers_of(model), windows, recorded, self.progress, batch=1)
         reference = measured.pop("reference_perplexity")
         samples = self._answers(model, tokenizer)
         del model
@@ -141,8 +146,8 @@ class _Work:
         self.progress.start("reading text and model", 0)
         tokenizer = api.load_tokenizer(model, trust_remote_code=self.grid.trust_remote_code)
         terms = self.grid.calibration
-        ids = text.split_stream(text.token_stream(terms.source, tokenizer), "eval")
-        return text.evaluation_windows(ids, terms.seqlen, self.grid.windows), tokenizer
+        reading = reading_of(terms.source, tokenizer, encoder=False)
+        return reading.held_out("eval", terms.seqlen, self.grid.windows), tokenizer
 
     def _answers(self, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         """Greedy answers to the prompts, as a chat where the tokenizer has a template."""

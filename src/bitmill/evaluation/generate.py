@@ -47,6 +47,7 @@ def generate(
     on_text: receives the text piece by piece, never half a character.
     Raises UsageError for a prompt the model cannot read, NumericsError when its logits are not finite.
     """
+    check_generates(model)
     room = _check(model, prompt, max_new_tokens, temperature)
     ends = end_tokens(model, tokenizer)
     device = next(model.parameters()).device
@@ -74,6 +75,16 @@ def generate(
     timed = len(tokens) - 1  # the first token is the prompt's time
     speed = timed / (ended - first_done) if timed > 0 else None
     return Generation(pieces.text, tokens, stopped, ended - started, speed)
+
+
+def check_generates(model: nn.Module, name: str = "") -> None:
+    """Raises UsageError for a model that predicts no tokens, such as an encoder."""
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is not None and not can_generate():
+        raise UsageError(
+            f"{name or 'The model'} is a {type(model).__name__}, which predicts no tokens and so writes no text; "
+            "give a language model."
+        )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

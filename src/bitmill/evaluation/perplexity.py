@@ -7,15 +7,20 @@ top1_agreement  share of positions where both models put the same token first
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bitmill.errors import CalibrationError, NumericsError, UsageError
 from bitmill.progress import Progress
+
+if TYPE_CHECKING:
+    from bitmill.evaluation.judge import Judge
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -56,7 +61,9 @@ class Comparison:
                 log_q = torch.log_softmax(reference[window, cut].to(log_p.device).float(), -1)
                 self.compared = True
                 self.reference_loss += _loss(log_q, following)
-                self.divergence += float((log_q.exp() * (log_q - log_p)).sum(dtype=torch.float64))
+                q = log_q.exp()  # what the reference rules out counts nothing, and is no 0 * infinity
+                divergence = (q * (log_q - log_p)).masked_fill_(q == 0, 0.0)
+                self.divergence += float(divergence.sum(dtype=torch.float64))
                 self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
                 self.positions += log_p.shape[0]
 
@@ -94,18 +101,26 @@ def _exp(mean_loss: float) -> float:
 @torch.no_grad()
 def compare(
     model: Logits,
-    windows: Tensor,
+    windows: Tensor | list[Tensor],
     reference: Logits | None = None,
     progress: Progress | None = None,
     batch: int = 4,
-) -> dict[str, float | int]:
-    """Evaluate callables from tokens (windows, length) to logits (windows, length, vocabulary)."""
+    judge: Judge | None = None,
+) -> dict[str, Any]:
+    """Evaluate callables from tokens (windows, length) to logits, or what `judge` wants (windows, length, n)."""
     progress = progress or Progress()
-    comparison = Comparison()
-    progress.start("evaluate", windows.shape[0])
-    for start in range(0, windows.shape[0], batch):
-        tokens = windows[start : start + batch]
-        comparison.add(tokens, model(tokens), reference(tokens) if reference else None)
+    judge = judge or Comparison()
+    progress.start("evaluate", len(windows))
+    for tokens in _batches(windows, batch):
+        judge.add(tokens, model(tokens), reference(tokens) if reference else None)
         progress.advance(tokens.shape[0])
     progress.finish()
-    return comparison.result()
+    return judge.result()
+
+
+def _batches(windows: Tensor | list[Tensor], batch: int) -> Iterator[Tensor]:
+    """Up to `batch` windows at a time, (w, length): those in turn that have one length."""
+    for _, alike in itertools.groupby(windows, key=len):
+        rows = list(alike)
+        for start in range(0, len(rows), batch):
+            yield torch.stack(rows[start : start + batch])

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Params = dict[str, Tensor]
 
+_LONG = 1 << 12  # columns of a row whose ragged end counts for nothing
+
 FORMATS: Registry[type[Format]] = Registry("format", "bitmill.formats")
 
 
@@ -92,6 +94,11 @@ class Format(Member, ABC):
     @abstractmethod
     def code_bits(self) -> int:
         """Bits of one stored code, 1 to 16."""
+
+    @property
+    def rate(self) -> float:
+        """Bits of the codes for one weight of a long row: what users mean by the bits of a format."""
+        return self.codes_in(_LONG) * self.code_bits / _LONG
 
     @abstractmethod
     def codes_in(self, columns: int) -> int:

@@ -44,6 +44,7 @@ class GroupFormat(Format):
     block: ClassVar[int] = 1  # columns coded jointly
     max_bits: ClassVar[int] = 8
     local: ClassVar[bool] = True  # parameters of one group can be fitted without seeing the rest of the row
+    learned: ClassVar[bool] = False  # a block is `scale` times a sum from `codebooks`, which all rows share
 
     def __post_init__(self) -> None:
         super().__post_init__()

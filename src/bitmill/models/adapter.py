@@ -55,7 +55,9 @@ class Adapter:
     blocks: path of the nn.ModuleList of blocks.
     stages: the linears of a block in true-sequential order; those in one tuple read the same tensor.
     fused: linears that serving engines merge into one matrix, which must share a bit width.
+    head: path of what turns hidden states into logits; "" where there is none.
     transposed: weights are stored (in, out), as in GPT-2's Conv1D.
+    encoder: it reads a text as a whole and answers with hidden states; it predicts no token.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Adapter:
     embeddings: tuple[str, ...]
     head: str = "lm_head"
     transposed: bool = False
+    encoder: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -97,6 +100,12 @@ def adapter_for(config: PretrainedConfig) -> Adapter:
     raise UnknownArchitecture(
         f"The architecture {model_type!r} has no adapter of its own; known ones are {', '.join(known)}."
     )
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether a config, an object or the dict of a config.json, is that of a known encoder."""
+    model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return any(adapter.encoder and model_type in adapter.model_types for _, adapter in ADAPTERS.items())
 
 
 def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,20 @@ def hidden_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def answer_of(output: Any) -> Tensor:
+    """What a model says of its tokens (windows, tokens, n): logits, or the hidden states of an encoder."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits
+
+
+def answers_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model as a function from tokens (windows, length), wherever they are, to its answer."""
+    device = next(model.parameters()).device
+    return lambda tokens: answer_of(model(tokens.to(device)))
+
+
 class Stop(Exception):
     """Leaves the model's forward once every block has been recorded."""
 
@@ -56,7 +71,7 @@ class Stub(nn.Module):
         self.stop = False
         self.reply: Tensor | None = None
         self.seen: Tensor | None = None
-        self.logits: Tensor | None = None
+        self.answer: Tensor | None = None
         self.call: Call | None = None
 
     def __getattr__(self, name: str) -> Any:

@@ -19,6 +19,7 @@ from bitmill.errors import SourceError
 from bitmill.models.gguf_header import StoredTensor, read_header
 from bitmill.models.gguf_map import build_config, layout_for, transformers_name
 from bitmill.models.gguf_rope import undo_rope_factors
+from bitmill.models.pooling import MEAN
 from bitmill.models.source import config_bytes, hash_file, in_short
 
 if TYPE_CHECKING:
@@ -115,6 +116,10 @@ class GgufSource:
                     "give the tokenizer of the original model."
                 ) from error
         return self._tokenizer
+
+    def pooling(self) -> str:
+        """The mean over tokens; no GGUF architecture that is read here is an encoder."""
+        return MEAN
 
     def _lookup(self, name: str) -> str:
         try:

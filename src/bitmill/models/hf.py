@@ -12,6 +12,7 @@ import torch
 
 from bitmill.errors import OutputError, SourceError
 from bitmill.models.adapter import UnknownArchitecture, adapter_for
+from bitmill.models.pooling import read_pooling, sentence_modules
 from bitmill.models.safetensors_header import TensorEntry, read_header
 from bitmill.models.source import config_bytes, hash_file, in_short
 
@@ -56,6 +57,7 @@ class HfSource:
         # snapshots/<commit>/file -> ../../blobs/<hash>, inside models--org--name
         self._root = self.folder.resolve().parents[1] if hub else self.folder.resolve()
         self.config = self._read_config()
+        self._modules = {str(module["path"]) for module in sentence_modules(self.folder)} - {""}
         self._shards = self._find_shards()
         self._entries: dict[str, tuple[Path, str, TensorEntry]] = {}
         for shard in self._shards:
@@ -110,17 +112,21 @@ class HfSource:
         return self._fingerprint
 
     def write_side_files(self, folder: Path) -> None:
-        """Copy every regular file of the folder that is neither weights nor config.json.
+        """Copy every regular file of the folder that is neither weights nor config.json, and those of its modules.
 
         The model card becomes SOURCE_README.md; a link that leads out of the folder is left behind.
         """
-        for path in sorted(self.folder.iterdir()):
-            if path.name == "config.json" or path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
+        files = [path for path in self.folder.iterdir() if path.name != "config.json"]
+        files += [path for module in self._modules for path in (self.folder / module).glob("*")]
+        for path in sorted(files):
+            if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
                 continue
             if not path.is_file() or not self._inside(path):
                 continue
-            target = folder / ("SOURCE_README.md" if path.name == "README.md" else path.name)
+            name = path.relative_to(self.folder)
+            target = folder / ("SOURCE_README.md" if name == Path("README.md") else name)
             try:
+                target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
             except OSError as error:
                 raise OutputError(
@@ -141,6 +147,10 @@ class HfSource:
                 f"{self.folder} holds no tokenizer that can be loaded ({in_short(error)}); "
                 "copy the tokenizer files of the original model into it."
             ) from error
+
+    def pooling(self) -> str:
+        """As the folder's 1_Pooling/config.json says it."""
+        return read_pooling(self.folder)
 
     def _lookup(self, name: str) -> tuple[Path, str, TensorEntry]:
         try:

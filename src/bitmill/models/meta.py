@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bitmill.errors import SourceError
+from bitmill.models.adapter import is_encoder
 from bitmill.models.module import ModuleSource
 from bitmill.models.source import Source
 
@@ -30,12 +31,19 @@ def empty_model(source: Source) -> nn.Module:
         try:
             if kind is not None and hasattr(kind, "_from_config"):
                 return kind._from_config(source.config, dtype=torch.float32)
-            return transformers.AutoModelForCausalLM.from_config(
+            return auto_class(source.config).from_config(
                 source.config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
             )
         except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
             reason = str(error).strip().splitlines()[0][:200].rstrip(".")
             raise SourceError(f"transformers cannot build the model of {source.name}: {reason}.") from None
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that builds and loads the model of a config (an object or a dict)."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModel if is_encoder(config) else AutoModelForCausalLM
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitmill.errors import SourceError
+from bitmill.models.pooling import MEAN
 from bitmill.models.source import config_bytes
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ class ModuleSource:
         if self._tokenizer is None:
             raise SourceError(f"The live model {self.name!r} carries no tokenizer; pass one beside it.")
         return self._tokenizer
+
+    def pooling(self) -> str:
+        """The mean over tokens: a module says nothing about it."""
+        return MEAN
 
     def _get(self, name: str) -> torch.Tensor:
         try:

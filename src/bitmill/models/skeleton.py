@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from bitmill.errors import NumericsError, SourceError
 from bitmill.models.adapter import Adapter, UnknownArchitecture, adapter_for, generic_adapter
-from bitmill.models.calls import Call, Stop, Stub
+from bitmill.models.calls import Call, Stop, Stub, answer_of
 from bitmill.models.memory import give_back
-from bitmill.models.meta import empty_model
+from bitmill.models.meta import auto_class, empty_model
 from bitmill.models.source import Source
 
 
@@ -41,8 +41,9 @@ class Skeleton:
             blocks = self.model
         if not isinstance(blocks, nn.ModuleList):
             raise SourceError(
-                f"{type(self.model).__name__} has no blocks at {self.adapter.blocks!r}, where a language model of "
-                f"its kind ({self.adapter.name}) keeps them; give the whole model with its head."
+                f"{type(self.model).__name__} has no blocks at {self.adapter.blocks!r}, where a model of its kind "
+                f"({self.adapter.name}) keeps them; give the model that transformers loads as "
+                f"{auto_class(source.config).__name__}."
             )
         self.blocks: nn.ModuleList = blocks
         self._stored = self._match_names()
@@ -236,11 +237,14 @@ class Skeleton:
         return stubs[0].seen, [call for call in calls if call is not None]
 
     def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits for the hidden states after the last block; needs the tensors of the side "after"."""
+        """Logits for the hidden states after the last block, or an encoder's final hidden states.
+
+        Needs the tensors of the side "after".
+        """
         with self._no_embeddings():
             stubs = self._run(tokens, bool(self._tuples), reply=hidden, stop=False)
-        assert stubs[0].logits is not None
-        return stubs[0].logits
+        assert stubs[0].answer is not None
+        return stubs[0].answer
 
     @contextmanager
     def _no_embeddings(self) -> Iterator[None]:
@@ -272,7 +276,7 @@ class Skeleton:
         quiet = {"use_cache": False} if hasattr(self.source.config, "use_cache") else {}
         try:
             output = self.model(tokens.to(self.device), **quiet)
-            stubs[0].logits = output if isinstance(output, Tensor) else output.logits
+            stubs[0].answer = answer_of(output)
         except Stop:
             pass
         finally:

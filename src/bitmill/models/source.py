@@ -58,6 +58,10 @@ class Source(Protocol):
         """The tokenizer, or a SourceError."""
         ...
 
+    def pooling(self) -> str:
+        """How an encoder's hidden states become one embedding, see `bitmill.models.pooling`."""
+        ...
+
 
 def open_source(
     model: str | Path | nn.Module,
@@ -83,7 +87,8 @@ def open_source(
     if not str(model).strip():
         raise SourceError(f"No model was named; give a folder, a .gguf file or one of {_zoo_names()}.")
     if isinstance(model, str) and model in zoo.ZOO:
-        return GgufSource(zoo.fetch(model), name=model)
+        fetched = zoo.fetch(model)
+        return HfSource(fetched, name=model) if fetched.is_dir() else GgufSource(fetched, name=model)
     path = Path(model).expanduser()
     if path.is_dir():
         return HfSource(path, trust_remote_code=trust_remote_code)

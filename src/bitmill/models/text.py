@@ -14,12 +14,15 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from bitmill.errors import CalibrationError
 from bitmill.models.source import in_short
+
+Windows = torch.Tensor | list[torch.Tensor]  # token ids (windows, length), or of several lengths
+Stream = TypeVar("Stream", torch.Tensor, str)
 
 CALIBRATION_SHARE = 0.8
 HUB_CHARACTERS = 20_000_000  # a Hub dataset is streamed up to here; some are terabytes
@@ -54,13 +57,13 @@ def load_text(source: str | Path) -> str:
 
 def token_stream(source: str | Path, tokenizer: Any) -> torch.Tensor:
     """The tokens (n,) int64 of a source, special tokens as the tokenizer adds them to one text."""
-    with _no_length_warning():
+    with no_length_warning():
         ids = tokenizer(load_text(source))["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def split_stream(ids: torch.Tensor, which: str) -> torch.Tensor:
-    """The part of a stream (n,) that calibrates ("calib", the first 80 %), the "eval" rest, or "all"."""
+def split_stream(ids: Stream, which: str) -> Stream:
+    """The tokens (n,) or characters that calibrate ("calib", the first 80 %), the "eval" rest, or "all"."""
     cut = int(len(ids) * CALIBRATION_SHARE)
     parts = {"calib": ids[:cut], "eval": ids[cut:], "all": ids}
     if which not in parts:
@@ -94,8 +97,13 @@ def evaluation_windows(ids: torch.Tensor, seqlen: int, windows: int | None = Non
     return ids[: count * seqlen].view(count, seqlen)[:windows]
 
 
-def windows_hash(windows: torch.Tensor) -> str:
-    """sha256 (hex) of the int64 token ids, little endian: tells whether two runs saw the same text."""
+def windows_hash(windows: Windows) -> str:
+    """sha256 (hex) of the int64 token ids, little endian: tells whether two runs saw the same text.
+
+    Windows of several lengths are hashed behind their lengths.
+    """
+    if not isinstance(windows, torch.Tensor):
+        windows = torch.cat([torch.tensor([len(window) for window in windows]), *windows])
     return hashlib.sha256(windows.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
@@ -173,7 +181,7 @@ def _until(characters: int, texts: Iterable[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _no_length_warning() -> Iterator[None]:
+def no_length_warning() -> Iterator[None]:
     """A stream is longer than any model's context on purpose; transformers warns about that."""
     logger = logging.getLogger("transformers.tokenization_utils_base")
     level = logger.level

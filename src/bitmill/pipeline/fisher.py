@@ -1,6 +1,7 @@
 """The Fisher diagonal: how much the model's own loss minds a change of each single weight.
 
-    F = mean over windows of (d loss / d W)^2        loss: mean next-token cross entropy of one window
+    F = mean over windows of (d loss / d W)^2        loss: mean next-token cross entropy of one window;
+                                                     of an encoder u e, e its embedding, u drawn from N(0, I)
 
 One backward pass a window, through a model of which one block is in memory at a time: a float forward pass
 leaves the inputs of every block on the disk, then blocks are taken last to first, run again, and sent the
@@ -8,7 +9,9 @@ gradient of their output. Squares are summed in fp32 (a weight's square is of th
 types round away); results go to the disk too, so memory does not grow with depth.
 
 The gradient is averaged over a window's tokens before it is squared, as in SqueezeLLM (arXiv 2306.07629,
-section 4.1 and its published gradient code), so this is no Fisher matrix of single tokens.
+section 4.1 and its published gradient code), so this is no Fisher matrix of single tokens. An encoder has no
+tokens to predict; the mean over u of (d u e / d W)^2 is |d e / d W|^2, how far a small change of W moves the
+embedding, which is the Fisher diagonal of a model that answers e and noise.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitmill.errors import NumericsError, OutputError
+from bitmill.evaluation.embedding import embed
 from bitmill.models.calls import Call
+from bitmill.models.pooling import pooling_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline.job import Job, Sink
 from bitmill.pipeline.store import replace_file
@@ -74,8 +79,10 @@ class Fisher:
             skeleton.free_block(index)
             progress.advance()
         with skeleton.outside("after"):
+            pooling = pooling_of(skeleton.source)
+            loss = _cross_entropy if pooling is None else _projection(pooling)
             for n, window in enumerate(windows):
-                hidden[n] = _loss_gradient(skeleton, window[None], hidden[n : n + 1])[0]
+                hidden[n] = _loss_gradient(skeleton, window[None], hidden[n : n + 1], loss)[0]
         for index in reversed(range(count)):
             block = skeleton.load_block(index)
             squares = self._backward(skeleton, block, index, hidden, [call[index] for call in calls])
@@ -166,12 +173,29 @@ def _square_into(squares: dict[str, Tensor], name: str) -> Callable[[nn.Module, 
     return hook
 
 
+def _cross_entropy(tokens: Tensor, logits: Tensor) -> Tensor:
+    """Mean next-token loss of tokens (1, n) under logits (1, n, vocabulary)."""
+    return nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:].to(logits.device))
+
+
+def _projection(pooling: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss for an encoder: its embedding along a direction that is drawn anew for every window."""
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(tokens: Tensor, hidden: Tensor) -> Tensor:
+        direction = torch.randn(hidden.shape[-1], generator=generator)
+        return embed(hidden, pooling)[0] @ direction.to(hidden.device)
+
+    return loss
+
+
 @torch.enable_grad()
-def _loss_gradient(skeleton: Skeleton, tokens: Tensor, hidden: Tensor) -> Tensor:
+def _loss_gradient(
+    skeleton: Skeleton, tokens: Tensor, hidden: Tensor, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """The gradient of the window's loss by the hidden states after the last block, (1, tokens, width)."""
     hidden = hidden.detach().clone().requires_grad_()
-    logits = skeleton.leave(tokens, hidden)[0, :-1].float()
-    loss = nn.functional.cross_entropy(logits, tokens[0, 1:].to(logits.device))
+    loss = loss_of(tokens, skeleton.leave(tokens, hidden))
     if not bool(torch.isfinite(loss)):
         raise NumericsError("The model's loss on the calibration text is NaN or Inf; check the source's weights.")
     loss.backward()

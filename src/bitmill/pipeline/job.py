@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from bitmill.models.skeleton import Skeleton
+from bitmill.models.text import Windows
 from bitmill.quantized import Quantized
 from bitmill.recipe import Recipe
 
@@ -27,7 +28,7 @@ class Job:
     skeleton: Skeleton
     recipe: Recipe
     calibration: Tensor | None = None
-    held_out: Tensor | None = None
+    held_out: Windows | None = None
     propagate: Propagate = "quantized"
     statistics: Path | None = None
 

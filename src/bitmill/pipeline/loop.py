@@ -7,6 +7,8 @@ the job says so, on what the float model has there, so that many recipes can sha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from bitmill.errors import RecipeError
@@ -24,7 +26,7 @@ from bitmill.tuners.base import TARGETS
 
 
 @torch.no_grad()
-def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, float | int]:
+def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any]:
     """Quantize every block. Returns the measured quality on the held-out windows (empty without them)."""
     progress = progress or Progress()
     recipe = job.recipe
@@ -37,7 +39,7 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, flo
 
 def _run(
     job: Job, sink: Sink, progress: Progress, store: StatisticsStore | None, fisher: Fisher | None
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     skeleton = job.skeleton
     streams = measure = None
     with skeleton.outside("before"):

@@ -5,19 +5,24 @@ Both streams pass each block while it is in memory anyway, so even a model that 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from bitmill.evaluation.perplexity import Comparison
+from bitmill.evaluation.judge import judge_of
 from bitmill.models.calls import Call
+from bitmill.models.pooling import pooling_of
 from bitmill.models.skeleton import Skeleton
+from bitmill.models.text import Windows
 
 
 class Measure:
-    """Float and quantized hidden states of held-out windows (windows, length)."""
+    """Float and quantized hidden states of held-out windows, one by one."""
 
-    def __init__(self, skeleton: Skeleton, windows: Tensor) -> None:
+    def __init__(self, skeleton: Skeleton, windows: Windows) -> None:
         self.skeleton, self.windows = skeleton, windows
+        self.judge = judge_of(pooling_of(skeleton.source))
         self.float: list[Tensor] = []
         self.quantized: list[Tensor] = []
         self.calls: list[list[Call]] = []
@@ -36,10 +41,9 @@ class Measure:
         self.quantized = [c[index].run(block, h) for c, h in zip(self.calls, self.quantized)]
 
     @torch.no_grad()
-    def result(self) -> dict[str, float | int]:
-        """Perplexity, KL and top-1 agreement; needs the tensors outside the blocks in memory."""
-        comparison = Comparison()
+    def result(self) -> dict[str, Any]:
+        """What the model's judge finds; needs the tensors outside the blocks in memory."""
         for window, reference, quantized in zip(self.windows, self.float, self.quantized):
             tokens = window[None]
-            comparison.add(tokens, self.skeleton.leave(tokens, quantized), self.skeleton.leave(tokens, reference))
-        return comparison.result()
+            self.judge.add(tokens, self.skeleton.leave(tokens, quantized), self.skeleton.leave(tokens, reference))
+        return self.judge.result()

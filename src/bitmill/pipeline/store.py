@@ -40,19 +40,29 @@ class StatisticsStore:
         """Whether block `index` has been seen."""
         return self._file(index).exists()
 
-    def save(self, index: int, seen: dict[str, Activations]) -> None:
-        """Keep what `observe` saw in a block."""
+    def save(self, index: int, seen: dict[str, Activations], stages: list[list[str]]) -> None:
+        """Keep what `observe` saw in a block, and which of its linears read the same tensor."""
         tensors: dict[str, Tensor] = {}
         for lead, activations in seen.items():
             tensors[f"{lead}/gram"] = activations.gram.cpu()
             tensors[f"{lead}/mean_abs"] = activations.mean_abs.cpu()
             tensors[f"{lead}/max_abs"] = activations.max_abs.cpu()
             tensors[f"{lead}/tokens"] = torch.tensor(activations.tokens)
-        replace_file(self._file(index), lambda path: save_file(tensors, path))
+        described = {"stages": json.dumps(stages)}
+        replace_file(self._file(index), lambda path: save_file(tensors, path, described))
 
-    def load(self, index: int) -> dict[str, Activations]:
-        """What `save` kept."""
+    def stages(self, index: int) -> list[list[str]]:
+        """The linears of a block in the order in which they run, those that read the same tensor together.
+
+        Empty where an earlier version wrote the file.
+        """
         with safe_open(self._file(index), "pt") as file:
+            stages: list[list[str]] = json.loads((file.metadata() or {}).get("stages", "[]"))
+            return stages
+
+    def load(self, index: int, device: torch.device | str = "cpu") -> dict[str, Activations]:
+        """What `save` kept."""
+        with safe_open(self._file(index), "pt", str(device)) as file:
             leads = sorted({key.rpartition("/")[0] for key in file.keys()})  # noqa: SIM118
             return {
                 lead: Activations(

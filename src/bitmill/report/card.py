@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, Undefined
 
+from bitmill.report.figures import figures_of
 from bitmill.report.words import spelled
 
 _CARD = """\
@@ -28,12 +29,11 @@ Embeddings, norms and the head are as in the source.
 ## Measured
 
 {% if measured %}
-| text | windows | perplexity | float | KL divergence (nats) | top-1 agreement | measured by |
-|---|---|---|---|---|---|---|
+| text | windows |{% for f in figures %} {{ f.title }} |{% endfor %} measured by |
+|---|---|{% for f in figures %}---|{% endfor %}---|
 {% for m in measured -%}
-| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} | {{ number(m.perplexity) }} |
-{{- " " ~ number(m.reference_perplexity) }} | {{ number(m.kl_divergence) }} | {{ number(m.top1_agreement) }} |
-{{- " bitmill " ~ m.by }} |
+| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} |
+{%- for f in figures %} {{ number(m[f.key]) }} |{% endfor %} bitmill {{ m.by }} |
 {% endfor %}
 
 {% if identity.calibration and identity.calibration.source == "tokens" -%}
@@ -83,9 +83,9 @@ No calibration text was used.
 
 ```python
 import bitmill  # teaches transformers the format
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {{ auto }}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
+model = {{ auto }}.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 """
@@ -101,6 +101,8 @@ def model_card(report: dict[str, Any]) -> str:
     return template.render(
         **report,
         worst=worst,
+        figures=figures_of(report["measured"]),
+        auto=report.get("auto_class", "AutoModelForCausalLM"),
         number=_number,
         spelled=spelled,
         recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False),

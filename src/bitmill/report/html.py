@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from bitmill.report import numbers, view
 from bitmill.report.card import model_card
+from bitmill.report.figures import figures_of, own_figure
 from bitmill.report.heat import STEPS, heat_map
 from bitmill.report.palette import DARK, LIGHT, SHAPES, mark_of
 from bitmill.report.results import Layer, Results
@@ -57,13 +58,14 @@ def folder_page(report: dict[str, Any]) -> str:
     ]
     error = "output_error" if any(layer.output_error is not None for layer in layers) else "weight_error"
     worst = sorted((v for v in layers if getattr(v, error) is not None), key=lambda v: -getattr(v, error))
-    measured = [m for m in report["measured"] if m.get("perplexity") is not None]
+    measured = [m for m in report["measured"] if own_figure(m)]
     return _render(
         "folder.html",
         scripts=["page.js"],
         report=report,
         calibration=report["identity"].get("calibration"),
         measured=measured,
+        figures=figures_of(measured),
         latest=measured[-1] if measured else None,
         layers=layers,
         error=error,

@@ -38,6 +38,12 @@ class Alternating(Solver):
         """Nothing, unless errors are weighted."""
         return WEIGHTED[self.weighted]
 
+    def accepts(self, format: GroupFormat) -> str | None:
+        """Formats whose rows are apart: these take turns slice by slice."""
+        if format.learned:
+            return f"alternating goes row by row, and all rows share the codebooks of {format.name}."
+        return None
+
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns)."""
         shape = (W.shape[0], W.shape[1])

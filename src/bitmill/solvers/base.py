@@ -84,16 +84,27 @@ class Solver(Member, ABC):
         """None, or one sentence that says why this format cannot be solved here."""
         return None
 
+    def target(self, W: Tensor, stats: Statistics) -> Tensor:
+        """The matrix to come close to, in the metric of stats.gram: W, or what would serve the model better.
+
+        It is moved before wrappers do their part, so that all parts of a sum approach the same matrix.
+        """
+        return W
+
     @abstractmethod
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns)."""
+        """Quantize W, fp32 (rows, columns), which is the target already."""
 
 
 def solve(solver: Solver, W: Tensor, stats: Statistics, format: Format) -> Quantized:
     """Quantize W, fp32 (rows, columns): wrappers do their part, the solver sees the innermost format."""
+    return _solve(solver, solver.target(W, stats), stats, format)
+
+
+def _solve(solver: Solver, W: Tensor, stats: Statistics, format: Format) -> Quantized:
     if isinstance(format, Wrapper):
         inner = format.inner
-        return format.solve(W, stats, lambda W, stats: solve(solver, W, stats, inner))
+        return format.solve(W, stats, lambda W, stats: _solve(solver, W, stats, inner))
     assert isinstance(format, GroupFormat)
     return solver.solve(W, stats, format)
 

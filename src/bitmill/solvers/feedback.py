@@ -10,6 +10,8 @@ block LDLQ of QuIP# (arXiv 2402.04396, section 4.1). A block is rounded to the n
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,19 @@ from bitmill.quantized import fit_matrix
 # Columns updated one by one before the rest of the matrix receives their sum in one product. Small enough
 # that a chunk of a 3000-row matrix stays in the cache.
 _CHUNK = 32
+
+
+def without_dead(W: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W, gram and the mask of inputs that are always 0, which contribute nothing whatever their weight: it is 0.
+
+    On the diagonal they get the mean of the others, so that damping, a share of the mean, is not moved.
+    """
+    dead = gram.diagonal() == 0
+    if bool(dead.any()):
+        gram, W, live = gram.clone(), W.clone(), ~dead
+        gram.diagonal()[dead] = gram.diagonal()[live].mean() if bool(live.any()) else 1.0
+        W[:, dead] = 0.0
+    return W, gram, dead
 
 
 def visiting_order(loudness: Tensor, block: int, act_order: bool) -> Tensor:
@@ -100,6 +115,16 @@ def empty_codes(format: GroupFormat, columns: int, rows: int, device: torch.devi
     return torch.empty(format.codes_in(columns), rows, dtype=dtype, device=device)
 
 
+class Grids(Protocol):
+    """What rounds the columns, or blocks of columns, in the order in which they are visited."""
+
+    def stop(self, start: int, stop: int) -> int:
+        """Where a chunk from `start` that may reach to `stop` ends."""
+
+    def rounder(self, column: int, Wt: Tensor) -> Rounder:
+        """Of the column, or block that starts there, visited at this turn; Wt as it is then."""
+
+
 class StaticGrids:
     """Grids fitted beforehand; columns may come in any order.
 
@@ -144,6 +169,3 @@ class LocalGrids:
     def params(self) -> Params:
         """Of all groups, once the loop is over."""
         return {name: torch.cat([p[name] for p in self._fitted], 1) for name in self._fitted[0]}
-
-
-Grids = StaticGrids | LocalGrids

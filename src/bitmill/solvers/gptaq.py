@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import NumericsError, RecipeError
-from bitmill.formats import GroupFormat
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.quantized import Quantized
 from bitmill.solvers.base import SOLVERS, Statistics
 from bitmill.solvers.gptq import GPTQ
 
@@ -45,19 +43,24 @@ class GPTAQ(GPTQ):
         """The Gram matrix, and how the inputs differ from the float model's."""
         return super().needs | {"cross"} if self.alpha else super().needs
 
-    def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns), against stats.gram and stats.cross."""
-        if self.alpha and stats.cross is None:
-            raise NumericsError(f"{self.name} needs the float model's inputs beside; give it calibration text.")
-        target = W if stats.cross is None else self._retarget(W, stats.required_gram(self.name), stats.cross)
-        return super().solve(target, stats, format)
+    def target(self, W: Tensor, stats: Statistics) -> Tensor:
+        """W moved against the errors of earlier layers; needs stats.gram and stats.cross."""
+        return retarget(W, stats, self.alpha, self.damp, self.name)
 
-    def _retarget(self, W: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
-        """W* (rows, columns)."""
-        if not self.alpha or not bool(cross.any()):
-            return W
-        U, _ = inverse_factor(_alive(gram), self.damp)
-        return W + self.alpha * ((W @ cross) @ U.T) @ U
+
+def retarget(W: Tensor, stats: Statistics, alpha: float, damp: float, solver: str) -> Tensor:
+    """The matrix (rows, columns) to quantize instead of W, the share `alpha` of the way to W*.
+
+    Raises NumericsError, naming the solver, when there are no statistics of the float model's inputs.
+    """
+    if not alpha:
+        return W
+    if stats.cross is None:
+        raise NumericsError(f"{solver} needs the float model's inputs beside; give it calibration text.")
+    if not bool(stats.cross.any()):
+        return W
+    U, _ = inverse_factor(_alive(stats.required_gram(solver)), damp)
+    return W + alpha * ((W @ stats.cross) @ U.T) @ U
 
 
 def _alive(gram: Tensor) -> Tensor:

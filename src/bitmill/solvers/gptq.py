@@ -31,7 +31,7 @@ from bitmill.numerics.cholesky import inverse_factor
 from bitmill.quantized import Quantized, fit_matrix
 from bitmill.solvers.base import GRAM, SOLVERS, Solver, Statistics
 from bitmill.solvers.descent import Descent
-from bitmill.solvers.feedback import LocalGrids, StaticGrids, feed_back, visiting_order
+from bitmill.solvers.feedback import LocalGrids, StaticGrids, feed_back, visiting_order, without_dead
 
 
 @SOLVERS.register("gptq")
@@ -78,14 +78,7 @@ class GPTQ(Solver):
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
-        gram = stats.required_gram(self.name)
-        dead = gram.diagonal() == 0
-        if bool(dead.any()):
-            gram, W, live = gram.clone(), W.clone(), ~dead
-            # The mean of the others: damping is a share of the mean, which dead inputs must not move.
-            gram.diagonal()[dead] = gram.diagonal()[live].mean() if bool(live.any()) else 1.0
-            W[:, dead] = 0.0  # an input that is always 0 contributes nothing, whatever its weight
-
+        W, gram, dead = without_dead(W, stats.required_gram(self.name))
         columns = W.shape[1]
         order = visiting_order(gram.diagonal().masked_fill(dead, 0.0), format.block, self.act_order)
         U, damp = inverse_factor(gram.index_select(0, order).index_select(1, order), self.damp)

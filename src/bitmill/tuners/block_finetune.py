@@ -3,7 +3,7 @@
 Trained are the fp16 parameters of every quantized layer of the block (scales, tables, codebooks: whatever the
 format stores as numbers) and the norms and biases, by Adam on the mean squared distance to the float block.
 After every epoch the parameters are rounded as they would be stored; the best of these states is kept, the
-start included.
+start included, and an epoch that did not gain is taken back and the next one goes at half the rate.
 
 Source: AQLM (Egiazarian et al. 2024, arXiv 2401.06118), section 3.4.
 """
@@ -25,24 +25,23 @@ from bitmill.tuners.training import Adam, Free, minibatches
 class BlockFinetune(Tuner):
     """Train what is continuous in a quantized block.
 
-    epochs: passes over the calibration windows, at most.  patience: epochs without gain after which it stops.
+    epochs: passes over the calibration windows.  tokens: in a step.
     rate: of Adam, in units of the root mean square of each parameter's row; falls linearly to 0.
-    tokens: in a step.  which: "norms" with biases, the quantized layers' "params", or "all".
+    which: "norms" with biases, the quantized layers' "params", or "all".
     """
 
     epochs: int = 3
-    rate: float = 1e-2
+    rate: float = 3e-3
     tokens: int = 512
-    patience: int = 1
     which: Literal["all", "norms", "params"] = "all"
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.epochs, self.tokens, self.patience) < 1 or not self.rate > 0:
+        if min(self.epochs, self.tokens) < 1 or not self.rate > 0:
             raise RecipeError(
-                f"block_finetune has epochs {self.epochs}, tokens {self.tokens}, patience {self.patience} and "
-                f"rate {self.rate}; use numbers above 0."
+                f"block_finetune has epochs {self.epochs}, tokens {self.tokens} and rate {self.rate}; use numbers "
+                "above 0."
             )
 
     def after(self, task: BlockTask) -> None:
@@ -51,22 +50,21 @@ class BlockFinetune(Tuner):
         start = best = task.error()
         if not free.leaves() or start == 0:
             return
-        optimizer = Adam([leaf.steps for leaf in free.leaves()])
         generator = torch.Generator().manual_seed(self.seed)
-        kept, idle, done = free.state(), 0, 0
-        for _ in range(self.epochs):
+        kept, rate = free.state(), self.rate
+        for epoch in range(self.epochs):
+            optimizer = Adam([leaf.steps for leaf in free.leaves()])
             batches = list(minibatches(task, self.tokens, generator))
-            for batch in batches:
+            for step, batch in enumerate(batches):
                 with torch.enable_grad():
                     output = batch.call.run_with(free.tensors(), task.block, batch.hidden)
                     ((output - batch.target).square().mean() / start).backward()
-                optimizer.step(self.rate * (1 - done / (self.epochs * len(batches))))
-                done += 1
+                optimizer.step(rate * (1 - (epoch + step / len(batches)) / self.epochs))
             free.store()
             error = task.error()
-            idle = 0 if error < best else idle + 1
             if error < best:
                 best, kept = error, free.state()
-            if idle == self.patience:
-                break
+            else:
+                free.restore(kept)
+                rate /= 2
         free.restore(kept)

@@ -100,7 +100,7 @@ class Free:
     def restore(self, state: list[Tensor]) -> None:
         """Go back to a `state`."""
         for leaf, steps in zip(self.leaves(), state):
-            leaf.steps.data = steps
+            leaf.steps.data.copy_(steps)  # training goes on in place, and must not reach the state
         self.store()
 
 

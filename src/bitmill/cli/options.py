@@ -1,0 +1,13 @@
+"""Options that mean the same in every command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -1,0 +1,84 @@
+"""Permuted: another format for the same matrix with its columns in another order.
+
+    order  the column stored at each place, ceil(log2(columns)) bits each
+
+Formats that code blocks of columns spend the same bits on every block, and codebooks that all blocks share can
+give the places in a block unequal shares of them. So columns are dealt like cards: sorted by what an error
+there costs, the first place of every block has one of the most important columns, the last place one of the
+least. Formats that code single columns get them sorted, and groups hold columns of one kind.
+
+    cost of column j   (mean over rows of w_ij^2 / mean w_i^2) / (H^-1)_jj,  H the damped Gram of the inputs
+
+At run time the inputs are gathered in the same order. Bits a weight: the inner format's and about
+log2(columns)/rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.wrapper import InnerSolve, Wrapper
+from bitmill.numerics.cholesky import inverse_factor
+
+if TYPE_CHECKING:
+    from bitmill.quantized import Quantized
+
+_DAMP = 0.05
+
+
+@FORMATS.register("permuted")
+@dataclass(frozen=True)
+class Permuted(Wrapper):
+    """The inner format for columns dealt to its blocks by importance."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The Gram matrix of the inputs."""
+        return self.inner.needs | frozenset({"gram"})
+
+    def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """The order: a permutation of the columns."""
+        bits = max(1, (shape[1] - 1).bit_length())
+        if bits > 16:
+            return (Part("order", (shape[1],), stored_as=torch.int32),)
+        return (Part("order", (shape[1],), bits),)
+
+    def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
+        """Solve the matrix and its statistics in the order chosen."""
+        order = deal(_cost(W, stats.required_gram(self.name)), self.core.block)
+        gram, cross = (None if G is None else G[order][:, order] for G in (stats.gram, stats.cross))
+        fisher = None if stats.fisher is None else stats.fisher[:, order]
+        solved = solve_inner(W[:, order], replace(stats, gram=gram, cross=cross, fisher=fisher))
+        part = self.own_parts(solved.shape)[0]
+        own = {"order": order.to(torch.float32 if part.bits else torch.int32)}
+        return replace(solved, format=self, params={**solved.params, **own})
+
+    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """The stored matrix with its columns back in place, fp32 of `shape`."""
+        W = self.inner.dequantize(codes, self.inner_params(params, shape), shape)
+        return W[:, params["order"].long().argsort()]
+
+
+def deal(cost: Tensor, block: int) -> Tensor:
+    """Columns in the order in which they are stored, (columns,): falling cost goes round the blocks.
+
+    Place p of block i gets the column of rank p * blocks + i; what fills no block comes last.
+    """
+    ranked = torch.argsort(cost, descending=True, stable=True)
+    whole = len(ranked) // block * block
+    return torch.cat([ranked[:whole].reshape(block, -1).T.reshape(-1), ranked[whole:]])
+
+
+def _cost(W: Tensor, gram: Tensor) -> Tensor:
+    """What errors in proportion to the weights cost in each column, (columns,), once others have answered."""
+    power = W.square().mean(1, keepdim=True)
+    size = (W.square() / power.clamp(min=1e-30)).mean(0)
+    if not bool(gram.diagonal().any()):
+        return size
+    U, _ = inverse_factor(gram, _DAMP)
+    return size / U.square().sum(0)

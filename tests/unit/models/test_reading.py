@@ -1,0 +1,111 @@
+"""A decoder reads windows of a stream; an encoder reads sentences, and windows between its own tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitmill.errors import CalibrationError
+from bitmill.models import text
+from bitmill.models.reading import reading_of, windows_of
+
+CLS, SEP = 1, 2
+
+
+class Words:
+    """A tokenizer of whole words, numbered from 10 on as they come, between [CLS] and [SEP]."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, int] = {}
+
+    def __call__(self, said, add_special_tokens=True, truncation=False, max_length=None):
+        ids = [self.known.setdefault(word, len(self.known) + 10) for word in said.split()]
+        if add_special_tokens:
+            ids = [CLS, *(ids[: max_length - 2] if truncation else ids), SEP]
+        return {"input_ids": ids}
+
+
+def sentence(number: int, words: int = 6) -> str:
+    letters = "abcdefghij"
+    name = letters[number // 10] + letters[number % 10]
+    return f"{name} " + " ".join(f"word{name}" for _ in range(words - 2)) + " end."
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(sentence(n, 6 + n % 3) for n in range(100)))
+    return path
+
+
+def test_a_decoder_reads_the_published_windows(file):
+    def letters(said):
+        return {"input_ids": [ord(c) for c in said]}
+
+    ids = text.token_stream(file, letters)
+    reading = reading_of(file, letters, encoder=False)
+    calib = text.calibration_windows(text.split_stream(ids, "calib"), 3, 16, 5)
+    assert torch.equal(reading.calibration(3, 16, 5), calib)
+    held_out = reading.held_out("eval", 16, 4)
+    assert torch.equal(held_out, text.evaluation_windows(text.split_stream(ids, "eval"), 16, 4))
+    assert windows_of(held_out, 16) == 4
+
+
+def test_windows_of_an_encoder_lie_between_its_own_tokens(file):
+    windows = reading_of(file, Words(), encoder=True).calibration(5, 16, seed=0)
+    assert windows.shape == (5, 16)
+    assert windows[:, 0].tolist() == [CLS] * 5
+    assert windows[:, -1].tolist() == [SEP] * 5
+    assert int(windows[:, 1:-1].min()) >= 10
+    assert torch.equal(windows, reading_of(file, Words(), encoder=True).calibration(5, 16, seed=0))
+    with pytest.raises(CalibrationError, match="seqlen is 3, 2 of them"):
+        reading_of(file, Words(), encoder=True).calibration(5, 3, seed=0)
+
+
+def test_an_encoder_is_measured_on_the_sentences_of_the_last_fifth(file):
+    words = Words()
+    held_out = reading_of(file, words, encoder=True).held_out("eval", 32, None)
+    assert 18 <= len(held_out) <= 21
+    assert [len(ids) for ids in held_out] == sorted(len(ids) for ids in held_out)
+    last = words(sentence(99, 6 + 99 % 3))["input_ids"]
+    assert last in [ids.tolist() for ids in held_out]
+    assert all(ids[0] == CLS and ids[-1] == SEP for ids in held_out)
+
+
+def test_as_many_sentences_as_fit(file):
+    reading = reading_of(file, Words(), encoder=True)
+    some = reading.held_out("eval", 16, 4)
+    assert 64 - 16 < sum(map(len, some)) <= 64
+    assert windows_of(some, 16) == 4
+    whole = reading.held_out("eval", 16, 1000)
+    again = reading.held_out("eval", 16, windows_of(whole, 16))
+    assert [ids.tolist() for ids in whole] == [ids.tolist() for ids in again]
+    assert max(map(len, reading.held_out("eval", 6, None))) == 6
+
+
+def test_no_sentence_twice_and_none_that_calibrates(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join([*(sentence(n) for n in range(16)), *(sentence(n) for n in (0, 20, 21, 21, 22))]))
+    reading = reading_of(path, Words(), encoder=True)
+    assert len(reading.held_out("eval", 32, None)) == 3
+    assert len(reading.held_out("all", 32, None)) == 19
+
+
+def test_what_is_no_sentence_is_left_out(tmp_path):
+    path = tmp_path / "text.txt"
+    lines = [
+        "A heading of some more words",
+        "x = 1 + 2 * 3 / 4.",
+        "Too short it is.",
+        *(sentence(n) for n in range(3)),
+    ]
+    path.write_text("\n\n".join(lines))
+    assert len(reading_of(path, Words(), encoder=True).held_out("all", 32, None)) == 3
+    with pytest.raises(CalibrationError, match=r"gives 1 of the 3 sentences.*longer text or more windows\.$"):
+        reading_of(path, Words(), encoder=True).held_out("eval", 32, 1)
+
+
+def test_the_hash_tells_lengths_apart():
+    one, other = [torch.tensor([1, 2]), torch.tensor([3])], [torch.tensor([1]), torch.tensor([2, 3])]
+    assert text.windows_hash(one) != text.windows_hash(other)
+    assert text.windows_hash(one) == text.windows_hash([ids.clone() for ids in one])

@@ -1,0 +1,90 @@
+"""Embeddings are compared as their definitions say, however many there are."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from bitmill.errors import CalibrationError, NumericsError, UsageError
+from bitmill.evaluation import embedding
+from bitmill.evaluation.embedding import Embeddings, embed, nearest, pair_cosine
+from bitmill.evaluation.judge import judge_of
+from bitmill.evaluation.perplexity import Comparison, compare
+
+GENERATOR = torch.Generator().manual_seed(3)
+HIDDEN = torch.randn(40, 6, 16, generator=GENERATOR) + 0.5
+OTHER = HIDDEN + 0.3 * torch.randn(40, 6, 16, generator=GENERATOR)
+TOKENS = torch.arange(240).view(40, 6)
+
+
+def test_poolings():
+    for pooling, expected in (("mean", HIDDEN.mean(1)), ("cls", HIDDEN[:, 0]), ("max", HIDDEN.amax(1))):
+        assert torch.allclose(embed(HIDDEN, pooling), expected / expected.norm(dim=-1, keepdim=True))
+
+
+def test_the_figures_are_what_their_names_say(monkeypatch):
+    monkeypatch.setattr(embedding, "_ROWS", 7)  # as if there were too many sentences to hold
+    result = compare(lambda t: HIDDEN[t[:, 0] // 6], TOKENS, lambda t: OTHER[t[:, 0] // 6], None, 16, Embeddings())
+    own, other = HIDDEN.mean(1), OTHER.mean(1)
+    table, reference = (cosine_similarity(e[:, None], e[None], dim=-1) for e in (own, other))
+    off = ~torch.eye(40, dtype=torch.bool)
+    assert result["cosine_similarity"] == pytest.approx(float(cosine_similarity(own, other).mean()), abs=1e-6)
+    assert result["pair_cosine"] == pytest.approx(float(table[off].mean()), abs=1e-6)
+    assert result["reference_pair_cosine"] == pytest.approx(float(reference[off].mean()), abs=1e-6)
+    found = [t.masked_fill(~off, -2).argmax(-1) for t in (table, reference)]
+    assert 0 < result["neighbour_agreement"] < 1
+    assert result["neighbour_agreement"] == pytest.approx(float((found[0] == found[1]).double().mean()))
+    assert (result["sentences"], result["tokens"], result["pooling"]) == (40, 240, "mean")
+    assert "perplexity" not in result
+
+
+def test_a_model_agrees_with_itself():
+    judge = Embeddings()
+    judge.add(TOKENS, HIDDEN, HIDDEN)
+    result = judge.result()
+    assert result["cosine_similarity"] == pytest.approx(1)
+    assert result["neighbour_agreement"] == 1
+    assert result["pair_cosine"] == result["reference_pair_cosine"]
+
+
+def test_without_a_reference_there_is_nothing_to_agree_with():
+    judge = Embeddings("cls")
+    judge.add(TOKENS, HIDDEN)
+    assert set(judge.result()) == {"pair_cosine", "sentences", "tokens", "pooling"}
+
+
+def test_sentences_of_several_lengths_are_batched_by_length():
+    shapes = []
+
+    def model(tokens):
+        shapes.append(tuple(tokens.shape))
+        return torch.ones(*tokens.shape, 4)
+
+    sentences = [torch.zeros(n, dtype=torch.int64) for n in (3, 3, 3, 5, 8, 8)]
+    compare(model, sentences, batch=2, judge=Embeddings())
+    assert shapes == [(2, 3), (1, 3), (1, 5), (2, 8)]
+
+
+def test_neighbours_and_pairs_by_hand():
+    unit = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    assert nearest(unit).tolist() == [2, 2, 1]
+    assert pair_cosine(unit) == pytest.approx((0.0 + 0.6 + 0.8) / 3)
+
+
+def test_what_cannot_be_judged_is_refused():
+    with pytest.raises(CalibrationError, match="Fewer than two"):
+        Embeddings().result()
+    judge = Embeddings()
+    judge.add(TOKENS, HIDDEN * math.nan)
+    with pytest.raises(NumericsError, match="NaN"):
+        judge.result()
+    with pytest.raises(UsageError, match="embeddings of 8 numbers and the model of 16"):
+        Embeddings().add(TOKENS, HIDDEN, HIDDEN[..., :8])
+
+
+def test_who_judges_whom():
+    assert isinstance(judge_of(None), Comparison)
+    assert judge_of("cls") == Embeddings("cls")
