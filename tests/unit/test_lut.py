@@ -40,10 +40,11 @@ WIDTHS = {
 @pytest.fixture(params=ISAS, autouse=True)
 def isa(request, monkeypatch, nan_memory):
     monkeypatch.setenv("BITMILL_KERNEL", "lut")
-    before = native.native().isa()
-    native.native().use_isa(request.param)
+    library = native.native()
+    before = library.isa()
+    library.use_isa(request.param)
     yield request.param
-    native.native().use_isa(before)
+    library.use_isa(before)
 
 
 def quantized(format: ScalarFormat, shape: tuple[int, int]) -> Quantized:
