@@ -234,6 +234,6 @@ struct Isa {
     Kernel (*choose)(const Weights& w, Act act, int tokens);
     void (*read_inputs)(const Layout& layout, const float* x, int64_t tokens, Act act, struct Buffers& out);
 };
-extern const Isa avx512_isa, avx2_isa, neon_isa, scalar_isa;
+extern const Isa avx512_isa, avx2_isa, scalar_isa;
 
 }  // namespace bitmill

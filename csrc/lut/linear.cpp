@@ -25,9 +25,6 @@ std::vector<const Isa*> known_isas() {
         known.push_back(&avx512_isa);
     if (avx2) known.push_back(&avx2_isa);
 #endif
-#ifdef BITMILL_NEON
-    known.push_back(&neon_isa);
-#endif
     known.push_back(&scalar_isa);
     return known;
 }
