@@ -6,6 +6,7 @@
 // of 16 in two bytes, times one step for every few columns, so that a block of 64 codes costs a lookup and a dot
 // product of bytes (or two); sums are exact integers until a step ends.
 #pragma once
+#include <type_traits>
 #include <utility>
 
 #include "layout.h"
