@@ -31,7 +31,7 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
         raise UsageError(f"tokens is {tokens}; use at least 2.")
     if not is_checkpoint(Path(model)):
         raise UsageError(f"{model} is no quantized folder; write one with bitmill quantize {model} -o DIR.")
-    live = api.load(model, trust_remote_code=trust_remote_code)
+    live: Any = api.load(model, trust_remote_code=trust_remote_code)
     prompt = torch.randint(
         0, int(live.config.vocab_size), (1, _PROMPT), generator=torch.Generator().manual_seed(0)
     )

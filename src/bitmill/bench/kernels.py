@@ -95,7 +95,7 @@ def _measure(
     return {
         "kernel": KERNELS.name_of(kind),
         "format": format.name,
-        "bits": format.bits,
+        "bits": format.code_bits,
         "group_size": getattr(format, "group_size", None),
         "shape": list(shape),
         "tokens": x.shape[0],

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmill.formats.lookup import Lookup
+from bitmill.formats import Lookup
 
 Tiled = Callable[[Tensor], Tensor]
 

@@ -69,11 +69,11 @@ class QuantLinear(nn.Module):
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.packed()
-        super()._save_to_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.packed()
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         kept = self.packed()
