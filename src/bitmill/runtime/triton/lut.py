@@ -1,0 +1,292 @@
+"""lut_gemv and lut_gemm: y = x W^^T where every code is an entry of a small table, at 1 to 8 bits.
+
+    W^[r, k] = scale[r, g] * powers[power[r, g]] * (table[code[r, k]] - zero[r, g])
+
+They read codes in lanes (`lanes`), prepared once at load: in the packed layout groups begin anywhere in a word, so
+that the word and the shift of a code are variables, a second load and two more shifts each. In lanes they are constants
+of the compiled kernel, one funnel shift and one mask at every width, and neighbouring threads read neighbouring
+words.
+
+lut_gemv serves one token: a program sums a few rows in fp32 in one pass over their words, and nobody adds to them
+after it, so that equal inputs give equal bits. lut_gemm serves more: values are decoded in the type of the inputs
+and multiplied by the matrix units, summed in fp32.
+
+Where the only table is the codes themselves (uniform levels) lut_gemv reads none: a code becomes the mantissa of
+a float in [1, 2), and the ones are taken off again, as the sum of the inputs, once a lane.
+
+    lut_gemv   |error of y_r| <= 2^-16 * sum_k |x_k| * |scale_rk| * (2^bits + |zero_rk|), with the largest |table| in
+               place of 2^bits where a table is read
+    lut_gemm   |error of y_r| <= (2^-24 * (columns + 32) + u) * sum_k |x_k| * |scale_rk| * (max |table| + |zero_rk|), u
+               2^-8 for bf16 inputs, 2^-11 for fp16, 0 for fp32
+
+both in fp32; y is rounded to the type of x after that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bitmill.formats import Lookup
+from bitmill.runtime.triton.available import MOST_TOKENS, widens
+from bitmill.runtime.triton.lanes import lanes_per_group, stride_of
+from bitmill.runtime.triton.tiles import of_group, places, words_of
+
+GEMV_ROWS = 8
+GEMM_ROWS, GEMM_LANES = 32, 32
+
+
+@triton.jit
+def _factors(
+    scales, zeros, ids, powers, rows, groups, inside,
+    SCALE: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, ID_BITS: tl.constexpr,
+):  # fmt: skip
+    """Scale, zero and number of the table of every lane: fp32, fp32, int32."""
+    scale = of_group(scales, rows, groups, inside, SCALE).to(tl.float32)
+    zero = of_group(zeros, rows, groups, inside, ZERO).to(tl.float32)
+    table = inside.to(tl.int32) * 0
+    if ids is not None:
+        table += of_group(ids, rows, groups, inside, TABLE).to(tl.int32)
+        if powers is not None:
+            scale *= tl.load(powers + (table >> ID_BITS), mask=inside, other=0)
+            table &= (1 << ID_BITS) - 1
+    else:  # a table for every group, row or matrix
+        if TABLE[0] > 1:
+            table += rows * TABLE[1]
+        if TABLE[1] > 1:
+            table += groups
+        table = tl.where(inside, table, 0)
+    return scale, zero, table
+
+
+@triton.jit(do_not_specialize_on_alignment=["codes"])
+def lut_gemv(
+    x, y, codes, tables, scales, zeros, ids, powers, count,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
+    PER_GROUP: tl.constexpr, STRIDE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+    TABLE: tl.constexpr, ID_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y (count,) = W^ x; `ROWS` rows a program, `BLOCK` lanes at a time. tables is None where codes are levels."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, LANES, BLOCK):
+        lanes = (start + tl.arange(0, BLOCK))[None, :]
+        inside = (rows < count) & (lanes < LANES)
+        words = words_of(codes, rows, lanes, inside, BITS, LANES)
+        groups, offset = places(lanes, PER_GROUP, STRIDE)
+        scale, zero, table = _factors(
+            scales, zeros, ids, powers, rows, groups, inside, SCALE, ZERO, TABLE, ID_BITS
+        )
+        sums = tl.zeros([ROWS, BLOCK], tl.float32)
+        ones = tl.zeros([1, BLOCK], tl.float32)
+        for i in tl.static_range(32):
+            column = groups * WIDTH + offset + i * STRIDE
+            real = (lanes < LANES) & (offset + i * STRIDE < WIDTH) & (column < COLUMNS)
+            v = tl.load(x + column, mask=real, other=0).to(tl.float32)
+            ones += v
+            code = words[i * BITS // 32]
+            if tables is None:
+                # the bits of a code alone are a denormal float, code * 2**(place - 149): where it fits into
+                # the mantissa it need not be shifted, for the input is scaled instead, once for all rows
+                if i * BITS % 32 + BITS <= 23:
+                    level = code & (((1 << BITS) - 1) << i * BITS % 32)
+                    v *= 2.0 ** (80 - i * BITS % 32)
+                elif i * BITS % 32 + BITS <= 32:
+                    level = (code >> 9) & (((1 << BITS) - 1) << (i * BITS % 32 - 9))
+                    v *= 2.0 ** (80 - i * BITS % 32 + 9)
+                else:
+                    level = (code >> i * BITS % 32) | (words[i * BITS // 32 + 1] << (32 - i * BITS % 32))
+                    level = level & ((1 << BITS) - 1)
+                    v *= 2.0**80
+                sums = tl.fma(level.to(tl.float32, bitcast=True), v, sums)
+            else:
+                code = code >> (i * BITS % 32)
+                if i * BITS % 32 + BITS > 32:
+                    code |= words[i * BITS // 32 + 1] << (32 - i * BITS % 32)
+                at = tables + table * (1 << BITS) + (code & ((1 << BITS) - 1)).to(tl.int64)
+                sums = tl.fma(tl.load(at).to(tl.float32), v, sums)
+        if tables is None:
+            sums *= 2.0**69
+        total += scale * (sums - zero * ones)
+    tl.store(y + rows, tl.sum(total, 1)[:, None].to(y.dtype.element_ty), mask=rows < count)
+
+
+@triton.jit
+def lut_gemm(
+    x, y, codes, tables, scales, zeros, ids, powers, count, tokens,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
+    PER_GROUP: tl.constexpr, STRIDE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+    TABLE: tl.constexpr, ID_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """y (tokens, count) = x W^^T; `ROWS` rows and `TOKENS` tokens a program, `BLOCK` lanes at a time.
+
+    WIDE: multiply in fp32, for the sake of Triton's interpreter.
+    """
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    which = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[None, :]
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    for start in range(0, LANES, BLOCK):
+        lanes = (start + tl.arange(0, BLOCK))[None, :]
+        inside = (rows < count) & (lanes < LANES)
+        words = words_of(codes, rows, lanes, inside, BITS, LANES)
+        groups, offset = places(lanes, PER_GROUP, STRIDE)
+        scale, zero, table = _factors(
+            scales, zeros, ids, powers, rows, groups, inside, SCALE, ZERO, TABLE, ID_BITS
+        )
+        down = (start + tl.arange(0, BLOCK))[:, None]  # the same lanes, for the inputs
+        down_groups, down_offset = places(down, PER_GROUP, STRIDE)
+        for i in tl.static_range(32):
+            column = down_groups * WIDTH + down_offset + i * STRIDE
+            real = (down < LANES) & (down_offset + i * STRIDE < WIDTH) & (column < COLUMNS)
+            v = tl.load(x + which.to(tl.int64) * COLUMNS + column, mask=real & (which < tokens), other=0)
+            code = words[i * BITS // 32] >> (i * BITS % 32)
+            if i * BITS % 32 + BITS > 32:
+                code |= words[i * BITS // 32 + 1] << (32 - i * BITS % 32)
+            code = code & ((1 << BITS) - 1)
+            if tables is None:
+                level = code.to(tl.float32)
+            else:
+                level = tl.load(tables + table * (1 << BITS) + code.to(tl.int64)).to(tl.float32)
+            weight = (scale * (level - zero)).to(v.dtype)
+            if WIDE:
+                weight, v = weight.to(tl.float32), v.to(tl.float32)
+            total = tl.dot(weight, v, total, input_precision="ieee")
+    at = y + which.to(tl.int64) * count + rows
+    tl.store(at, total.to(y.dtype.element_ty), mask=(rows < count) & (which < tokens))
+
+
+def gemv_block(lanes: int) -> tuple[int, int]:
+    """(lanes at a time, warps): a lane a thread."""
+    block = max(32, min(128, triton.next_power_of_2(lanes)))
+    return block, block // 32
+
+
+@dataclass(frozen=True)
+class LutWeights:
+    """A matrix as the kernels read it. Sizes of 1 are shared along that axis."""
+
+    shape: tuple[int, int]
+    width: int  # columns of a group
+    codes: Tensor  # int32 (rows, bits, lanes)
+    tables: Tensor | None  # fp32, one a group fp16: (rows|1, groups|1, 2**bits), (n, 1, 2**bits) with ids; None: 0, 1, 2, ...
+    scales: Tensor  # fp16 or fp32 (rows|1, groups|1)
+    zeros: Tensor  # uint8, fp16 or fp32 (rows|1, groups|1)
+    ids: Tensor | None = None  # uint8 or int32 (rows|1, groups|1): table + (power << id_bits)
+    powers: Tensor | None = None  # fp32
+    id_bits: int = 0
+
+    def parts(self) -> list[Tensor | None]:
+        """The tensors, in the order of the operator's arguments."""
+        return [self.codes, self.tables, self.scales, self.zeros, self.ids, self.powers]
+
+    def plan(self) -> list[int]:
+        """The rest: rows, columns, width, id_bits."""
+        return [*self.shape, self.width, self.id_bits]
+
+
+def prepare(lookup: Lookup, codes: Tensor, shape: tuple[int, int], width: int) -> LutWeights:
+    """Tables and factors of a matrix in groups of `width` columns, and its codes (rows, bits, lanes)."""
+    scale, zero, tables = lookup.scale, lookup.zero, lookup.tables
+    ids, powers, id_bits = lookup.table, lookup.powers if lookup.power is not None else None, 0
+    if tables.shape[0] == 1:
+        ids = None
+    if ids is not None and powers is None and torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):
+        placed, ids = tables.view(*ids.shape, -1), None  # one for each: no need to say which
+    else:
+        placed = tables[:, None]
+    if powers is not None:
+        id_bits = (tables.shape[0] - 1).bit_length()
+        ids = (0 if ids is None else ids) + (lookup.power << id_bits)
+    if ids is not None:
+        ids = ids.to(torch.uint8 if int(ids.max()) < 256 else torch.int32)
+    step = _step(tables)
+    if step is not None:
+        scale, zero = scale * step, (zero - tables[0, 0]) / step
+    return LutWeights(
+        shape,
+        width,
+        codes,
+        None if step is not None else _smallest(placed) if placed.shape[1] > 1 else placed.contiguous(),
+        _smallest(scale),
+        _smallest(zero, torch.uint8),
+        None if ids is None else ids.contiguous(),
+        None if powers is None else powers.to(torch.float32).contiguous(),
+        id_bits,
+    )
+
+
+def _step(tables: Tensor) -> float | None:
+    """The step of one table of even steps that are a power of two, so that dividing by it is exact."""
+    if tables.shape[0] > 1 or tables.shape[1] < 2:
+        return None
+    step = float(tables[0, 1] - tables[0, 0])
+    even = tables[0, 0] + step * torch.arange(tables.shape[1], device=tables.device)
+    return step if step > 0 and math.frexp(step)[0] == 0.5 and torch.equal(tables[0], even) else None
+
+
+def _smallest(values: Tensor, *types: torch.dtype) -> Tensor:
+    """In the first of `types`, fp16 that holds the values exactly, or as they are."""
+    for dtype in (*types, torch.float16):
+        if torch.equal(values.to(dtype).to(values.dtype), values):
+            return values.to(dtype).contiguous()
+    return values.contiguous()
+
+
+_SCHEMA = (
+    "(Tensor x, Tensor codes, Tensor? tables, Tensor scales, Tensor zeros, Tensor? ids, Tensor? powers, int[] plan)"
+    " -> Tensor"
+)
+
+
+def run_lut(
+    x: Tensor,
+    codes: Tensor,
+    tables: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor,
+    ids: Tensor | None,
+    powers: Tensor | None,
+    plan: list[int],
+) -> Tensor:
+    """x (tokens, in) to (tokens, out) in the type of x: `LutWeights.parts` and `.plan`."""
+    rows, columns, width, id_bits = plan
+    tokens, lanes = x.shape[0], codes.shape[2]
+    y = x.new_empty(tokens, rows)
+    table = (1, 1) if tables is None else tuple(tables.shape[:2])
+    constants = {
+        "COLUMNS": columns,
+        "WIDTH": width,
+        "BITS": codes.shape[1],
+        "LANES": lanes,
+        "PER_GROUP": lanes_per_group(width),
+        "STRIDE": stride_of(width),
+        "SCALE": tuple(scales.shape),
+        "ZERO": tuple(zeros.shape),
+        "TABLE": table if ids is None else tuple(ids.shape),
+        "ID_BITS": id_bits,
+    }
+    x, parts = x.contiguous(), (codes, tables, scales, zeros, ids, powers)
+    if tokens == 1:
+        block, warps = gemv_block(lanes)
+        grid = (triton.cdiv(rows, GEMV_ROWS),)
+        lut_gemv[grid](x, y, *parts, rows, **constants, ROWS=GEMV_ROWS, BLOCK=block, num_warps=warps)
+    else:
+        size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
+        grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
+        blocks = {"ROWS": GEMM_ROWS, "BLOCK": GEMM_LANES, "TOKENS": size, "WIDE": widens(x)}
+        lut_gemm[grid](x, y, *parts, rows, tokens, **constants, **blocks, num_warps=4)
+    return y
+
+
+lut = torch.library.custom_op("bitmill::triton_lut", run_lut, mutates_args=(), schema=_SCHEMA)
+
+
+@lut.register_fake
+def _(x, codes, tables, scales, zeros, ids, powers, plan):
+    return x.new_empty(x.shape[0], plan[0])
