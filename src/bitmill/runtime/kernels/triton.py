@@ -116,7 +116,9 @@ class _Lut(_Family):
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Codes, tables and factors as the kernel reads them, and the packed parameters where these differ."""
         own = {id(tensor) for tensor in self.packed.values()}
-        parts = {f"triton_{i}": part for i, part in enumerate(self._parts) if part is not None and id(part) not in own}
+        parts = {
+            f"triton_{i}": part for i, part in enumerate(self._parts) if part is not None and id(part) not in own
+        }
         return {**parts, **{f"triton_packed_{name}": tensor for name, tensor in self.packed.items()}}
 
     def restore(self) -> dict[str, Tensor]:

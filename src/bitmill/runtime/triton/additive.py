@@ -2,15 +2,17 @@
 
     W^[r, 8 j + d] = scale[r, g] * sum_m codebooks[m, code[r, j, m], d]
 
-They read the packed layout as it is: a code stands for eight weights, so that finding it in the stream of bits, with shifts
-that differ from code to code, costs little beside them, and the codebooks lie in the cache. A program serves some rows
-and all their blocks: outputs are written once, by one program, and equal inputs give equal bits.
+They read the packed layout as it is: a code stands for eight weights, so that finding it in the stream of bits,
+with shifts that differ from code to code, costs little beside them; the codebooks lie in the cache. A program
+serves some rows and all their blocks: an output is written once, by one program, and equal inputs give equal bits.
 
-One token: additive_gemv, in fp32. More: additive_gemm decodes weights in the type of the inputs for the matrix units.
+One token: additive_gemv, in fp32. More: additive_gemm decodes weights in the type of the inputs for the matrix
+units.
 
-    additive_gemv   |error of y_r| <= 2^-15 * sum_k |x_k| * scale_rk * sum_m |codebooks[m, code, d]|
-    additive_gemm   |error of y_r| <= (2^-24 * (columns + 32) + u) * the same sum, u 2^-8 for bf16 inputs, 2^-11 for fp16, 0 for
-                    fp32
+With m_rk = scale * sum_m |codebooks[m, code, d]|, and before y is rounded to the type of x,
+
+    additive_gemv   |error of y_r| <= 2^-18 * sum_k |x_k| * m_rk
+    additive_gemm   |error of y_r| <= (2^-24 * (columns + 64) + u) * sum_k |x_k| * m_rk, u as in `lut`
 """
 
 from __future__ import annotations
@@ -23,18 +25,18 @@ from torch import Tensor
 from bitmill.runtime.triton.available import MOST_TOKENS, widens
 from bitmill.runtime.triton.tiles import of_group
 
-GEMV_ROWS, GEMV_BLOCKS = 4, 32
+GEMV_ROWS, GEMV_BLOCKS = 8, 64
 GEMM_ROWS, GEMM_BLOCKS = 32, 8
 
 
 @triton.jit
-def _weights(
-    codes, books, scales, rows, blocks, inside,
-    WORDS: tl.constexpr, BITS: tl.constexpr, BOOKS: tl.constexpr, PER_GROUP: tl.constexpr, SCALE: tl.constexpr,
+def _sums(
+    codes, books, rows, blocks, inside,
+    WORDS: tl.constexpr, BITS: tl.constexpr, BOOKS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows' blocks, fp32 (rows, blocks, 8)."""
+    """Some rows' blocks before scaling, fp32: rows (R, 1, 1) and blocks (1, S, 1) give (R, S, 8)."""
     d = tl.arange(0, 8)[None, None, :]
-    total = tl.zeros([inside.shape[0], inside.shape[1], 8], tl.float32)
+    total = 0.0
     for m in tl.static_range(BOOKS):
         bit = (blocks * BOOKS + m) * BITS
         at = codes + rows.to(tl.int64) * WORDS + bit // 32
@@ -43,10 +45,10 @@ def _weights(
             cut = inside & (bit % 32 + BITS > 32)
             above = tl.load(at + 1, mask=cut, other=0).to(tl.uint32, bitcast=True)
             code |= above << ((32 - bit % 32) % 32).to(tl.uint32)
-        code = (code & ((1 << BITS) - 1)).to(tl.int32) + (m << BITS)
-        total += tl.load(books + code[:, :, None] * 8 + d).to(tl.float32)
-    scale = of_group(scales, rows, blocks // PER_GROUP, inside, SCALE).to(tl.float32)
-    return total * scale[:, :, None]
+        code = (code & ((1 << BITS) - 1)) | (m << BITS)
+        vector = tl.load(books + (code * 8).to(tl.int64) + d).to(tl.float32)
+        total += vector
+    return total
 
 
 @triton.jit
@@ -56,18 +58,19 @@ def additive_gemv(
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """y (count,) = W^ x; `ROWS` rows a program, `STEP` blocks at a time. PER_GROUP: blocks of a group."""
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    total = tl.zeros([ROWS, STEP], tl.float32)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
+    total = tl.zeros([ROWS, STEP, 1], tl.float32)
     for start in range(0, BLOCKS, STEP):
-        blocks = start + tl.arange(0, STEP)
-        inside = (rows < count) & (blocks < BLOCKS)[None, :]
-        weights = _weights(
-            codes, books, scales, rows, blocks[None, :], inside, WORDS, BITS, BOOKS, PER_GROUP, SCALE
-        )
-        column = blocks[:, None] * 8 + tl.arange(0, 8)[None, :]
+        blocks = (start + tl.arange(0, STEP))[None, :, None]
+        inside = (rows < count) & (blocks < BLOCKS)
+        sums = _sums(codes, books, rows, blocks, inside, WORDS, BITS, BOOKS)
+        column = blocks * 8 + tl.arange(0, 8)[None, None, :]
         v = tl.load(x + column, mask=column < COLUMNS, other=0).to(tl.float32)
-        total += tl.sum(weights * v[None, :, :], 2)
-    tl.store(y + rows, tl.sum(total, 1)[:, None].to(y.dtype.element_ty), mask=rows < count)
+        scale = of_group(scales, rows, blocks // PER_GROUP, inside, SCALE).to(tl.float32)
+        total += scale * tl.sum(sums * v, 2, keep_dims=True)
+    out = tl.sum(tl.sum(total, 2), 1)
+    where = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(y + where, out.to(y.dtype.element_ty), mask=where < count)
 
 
 @triton.jit
@@ -81,23 +84,23 @@ def additive_gemm(
 
     WIDE: multiply in fp32, for the sake of Triton's interpreter.
     """
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
     which = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[None, :]
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     for start in range(0, BLOCKS, STEP):
-        blocks = (start + tl.arange(0, STEP))[None, :]
+        blocks = (start + tl.arange(0, STEP))[None, :, None]
         inside = (rows < count) & (blocks < BLOCKS)
-        weights = _weights(codes, books, scales, rows, blocks, inside, WORDS, BITS, BOOKS, PER_GROUP, SCALE)
+        scale = of_group(scales, rows, blocks // PER_GROUP, inside, SCALE).to(tl.float32)
+        weights = _sums(codes, books, rows, blocks, inside, WORDS, BITS, BOOKS) * scale
         column = (start * 8 + tl.arange(0, STEP * 8))[:, None]
-        v = tl.load(
-            x + which.to(tl.int64) * COLUMNS + column, mask=(column < COLUMNS) & (which < tokens), other=0
-        )
-        weights = tl.reshape(weights, [ROWS, STEP * 8]).to(v.dtype)
+        v = tl.load(x + which.to(tl.int64) * COLUMNS + column, mask=(column < COLUMNS) & (which < tokens), other=0)
+        weights = tl.reshape(weights.to(v.dtype), [ROWS, STEP * 8])
         if WIDE:
             weights, v = weights.to(tl.float32), v.to(tl.float32)
         total = tl.dot(weights, v, total, input_precision="ieee")
-    at = y + which.to(tl.int64) * count + rows
-    tl.store(at, total.to(y.dtype.element_ty), mask=(rows < count) & (which < tokens))
+    down = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    at = y + which.to(tl.int64) * count + down
+    tl.store(at, total.to(y.dtype.element_ty), mask=(down < count) & (which < tokens))
 
 
 _SCHEMA = "(Tensor x, Tensor codes, Tensor books, Tensor scales, int[] plan) -> Tensor"
@@ -124,15 +127,16 @@ def run_additive(x: Tensor, codes: Tensor, books: Tensor, scales: Tensor, plan: 
         "SCALE": tuple(scales.shape),
     }
     x = x.contiguous()
-    if tokens == 1:
-        grid = (triton.cdiv(rows, GEMV_ROWS),)
-        sizes = {"ROWS": GEMV_ROWS, "STEP": GEMV_BLOCKS}
-        additive_gemv[grid](x, y, codes, books, scales, rows, **constants, **sizes, num_warps=4)
-    else:
-        size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
-        grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
-        sizes = {"ROWS": GEMM_ROWS, "STEP": GEMM_BLOCKS, "TOKENS": size, "WIDE": widens(x)}
-        additive_gemm[grid](x, y, codes, books, scales, rows, tokens, **constants, **sizes, num_warps=4)
+    with torch.cuda.device_of(x):
+        if tokens == 1:
+            grid = (triton.cdiv(rows, GEMV_ROWS), 1)
+            sizes = {"ROWS": GEMV_ROWS, "STEP": GEMV_BLOCKS}
+            additive_gemv[grid](x, y, codes, books, scales, rows, **constants, **sizes, num_warps=4)
+        else:
+            size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
+            grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
+            sizes = {"ROWS": GEMM_ROWS, "STEP": GEMM_BLOCKS, "TOKENS": size, "WIDE": widens(x)}
+            additive_gemm[grid](x, y, codes, books, scales, rows, tokens, **constants, **sizes, num_warps=4)
     return y
 
 

@@ -4,16 +4,17 @@
     y[r]     = sum_g ( (beta - sum_i alpha_i) * sum_k x_k + 2 * sum_i alpha_i * sum_{k: b_i = +1} x_k )
 
 They read planes in lanes (`lanes`), prepared once at load: word i of a lane holds bit i of its 32 codes. The inner
-sums of binary_gemv then cost one mask and one multiply-add a bit, without unpacking codes, and no table of
-2**bits levels a group is read or built: four bytes a weight's bit at 64 columns a group would be as much memory as the
-codes of 4 bits. Tables of the inputs' sums, four or eight signs at a time, as on a CPU, would halve the arithmetic again, and
-cost a launch to build them, a lookup in memory each, and codes that lie the other way round.
+sums of binary_gemv then cost one mask and one multiply-add a bit, without unpacking codes, and no table of 2**bits
+levels a group is built or read, which in small groups are more than the magnitudes. Tables of sums of the inputs,
+for several signs at a time, as LUT-GEMM has them, would take another launch, or shared memory that Triton does not
+hand out.
 
 One token: binary_gemv, in fp32. More: binary_gemm decodes weights in the type of the inputs for the matrix units.
 
-    binary_gemv   |error of y_r| <= 2^-15 * sum_k |x_k| * (|beta_rk| + sum_i |alpha_rki|)
-    binary_gemm   |error of y_r| <= (2^-24 * (columns + 32) + u) * the same sum, u 2^-8 for bf16 inputs, 2^-11 for fp16, 0 for
-                  fp32
+With m_rk = |beta| + sum_i |alpha_i|, and before y is rounded to the type of x,
+
+    binary_gemv   |error of y_r| <= 2^-17 * sum_k |x_k| * m_rk
+    binary_gemm   |error of y_r| <= (2^-24 * (columns + 64) + u) * sum_k |x_k| * m_rk, u as in `lut`
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bitmill.runtime.triton.lut import GEMM_LANES, GEMM_ROWS, GEMV_ROWS, gemv_bl
 from bitmill.runtime.triton.tiles import of_group, places, words_of
 
 
-@triton.jit(do_not_specialize_on_alignment=["codes"])  # as in lut_gemv
+@triton.jit(do_not_specialize_on_alignment=["x", "codes", "alphas", "betas"])  # as in lut_gemv
 def binary_gemv(
     x, y, codes, alphas, betas, count,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
@@ -135,16 +136,17 @@ def run_binary(x: Tensor, codes: Tensor, alphas: Tensor, betas: Tensor | None, p
         "BETA": (1, 1) if betas is None else tuple(betas.shape),
     }
     x = x.contiguous()
-    if tokens == 1:
-        block, warps = gemv_block(lanes)
-        grid = (triton.cdiv(rows, GEMV_ROWS),)
-        sizes = {"ROWS": GEMV_ROWS, "BLOCK": block}
-        binary_gemv[grid](x, y, codes, alphas, betas, rows, **constants, **sizes, num_warps=warps)
-    else:
-        size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
-        grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
-        sizes = {"ROWS": GEMM_ROWS, "BLOCK": GEMM_LANES, "TOKENS": size, "WIDE": widens(x)}
-        binary_gemm[grid](x, y, codes, alphas, betas, rows, tokens, **constants, **sizes, num_warps=4)
+    with torch.cuda.device_of(x):
+        if tokens == 1:
+            block, warps = gemv_block(lanes)
+            grid = (triton.cdiv(rows, GEMV_ROWS), 1)
+            sizes = {"ROWS": GEMV_ROWS, "BLOCK": block}
+            binary_gemv[grid](x, y, codes, alphas, betas, rows, **constants, **sizes, num_warps=warps)
+        else:
+            size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
+            grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
+            sizes = {"ROWS": GEMM_ROWS, "BLOCK": GEMM_LANES, "TOKENS": size, "WIDE": widens(x)}
+            binary_gemm[grid](x, y, codes, alphas, betas, rows, tokens, **constants, **sizes, num_warps=4)
     return y
 
 

@@ -9,11 +9,11 @@ lane, and word j of a row's lanes lie together:
     lanes    whole ones for every group: ceil(width / 32) of them; only groups of another width than a multiple
              of 32 are padded, with code 0
     stride   code i of lane l is column i * stride + l % stride of its 32 * stride columns. Threads that hold
-             neighbouring lanes then multiply their code i with neighbouring inputs. The largest power of two up to 32 that
-             divides the lanes of a group
+             neighbouring lanes then multiply their code i with neighbouring inputs. The largest power of two up to
+             32 that divides the lanes of a group
 
-The bits stored are those of the packed layout, but for that padding. Planes are the same for binary codings: bit i of
-a lane's 32 codes is its word i.
+The bits stored are those of the packed layout, but for that padding. Planes are the same for binary codings: bit i
+of a lane's 32 codes is its word i.
 """
 
 from __future__ import annotations

@@ -2,24 +2,25 @@
 
     W^[r, k] = scale[r, g] * powers[power[r, g]] * (table[code[r, k]] - zero[r, g])
 
-They read codes in lanes (`lanes`), prepared once at load: in the packed layout groups begin anywhere in a word, so
-that the word and the shift of a code are variables, a second load and two more shifts each. In lanes they are constants
-of the compiled kernel, one funnel shift and one mask at every width, and neighbouring threads read neighbouring
-words.
+They read codes in lanes (`lanes`), prepared once at load: in the packed layout groups begin anywhere in a word,
+so that the word and the shift of a code are variables. In lanes they are constants of the compiled kernel, at most
+one funnel shift and one mask at every width, and neighbouring threads read neighbouring words.
 
 lut_gemv serves one token: a program sums a few rows in fp32 in one pass over their words, and nobody adds to them
 after it, so that equal inputs give equal bits. lut_gemm serves more: values are decoded in the type of the inputs
 and multiplied by the matrix units, summed in fp32.
 
-Where the only table is the codes themselves (uniform levels) lut_gemv reads none: a code becomes the mantissa of
-a float in [1, 2), and the ones are taken off again, as the sum of the inputs, once a lane.
+Where the only table is the codes themselves (uniform levels) lut_gemv reads none, and most codes it need not even
+shift: the bits of a code inside of a word are a denormal float, and exact; multiplied with an input that is larger
+by a power of two they are a normal one.
 
-    lut_gemv   |error of y_r| <= 2^-16 * sum_k |x_k| * |scale_rk| * (2^bits + |zero_rk|), with the largest |table| in
-               place of 2^bits where a table is read
-    lut_gemm   |error of y_r| <= (2^-24 * (columns + 32) + u) * sum_k |x_k| * |scale_rk| * (max |table| + |zero_rk|), u
-               2^-8 for bf16 inputs, 2^-11 for fp16, 0 for fp32
+With m_rk = |scale * power| * (max |table| + |zero|), and before y is rounded to the type of x,
 
-both in fp32; y is rounded to the type of x after that.
+    lut_gemv   |error of y_r| <= 2^-18 * sum_k |x_k| * m_rk
+    lut_gemm   |error of y_r| <= (2^-24 * (columns + 64) + u) * sum_k |x_k| * m_rk, u 2^-8 for bf16 inputs, 2^-11
+               for fp16 unless weights are too small for it, 0 for fp32
+
+for up to 2^16 columns and inputs of lut_gemv below 2^47.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ GEMM_ROWS, GEMM_LANES = 32, 32
 @triton.jit
 def _factors(
     scales, zeros, ids, powers, rows, groups, inside,
-    SCALE: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, ID_BITS: tl.constexpr,
+    SCALE: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, ID_BITS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Scale, zero and number of the table of every lane: fp32, fp32, int32."""
+    """Scale, zero and the first entry of the table of every lane: fp32, fp32, int32."""
     scale = of_group(scales, rows, groups, inside, SCALE).to(tl.float32)
     zero = of_group(zeros, rows, groups, inside, ZERO).to(tl.float32)
     table = inside.to(tl.int32) * 0
@@ -61,10 +62,12 @@ def _factors(
         if TABLE[1] > 1:
             table += groups
         table = tl.where(inside, table, 0)
-    return scale, zero, table
+    return scale, zero, table << BITS
 
 
-@triton.jit(do_not_specialize_on_alignment=["codes"])
+# One lane a thread: of tensors known to be aligned a thread would load several, of others not, and what it holds
+# of the ones would have to be exchanged for what it holds of the others, for every code.
+@triton.jit(do_not_specialize_on_alignment=["x", "codes", "scales", "zeros", "ids"])
 def lut_gemv(
     x, y, codes, tables, scales, zeros, ids, powers, count,
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr,
@@ -80,7 +83,7 @@ def lut_gemv(
         words = words_of(codes, rows, lanes, inside, BITS, LANES)
         groups, offset = places(lanes, PER_GROUP, STRIDE)
         scale, zero, table = _factors(
-            scales, zeros, ids, powers, rows, groups, inside, SCALE, ZERO, TABLE, ID_BITS
+            scales, zeros, ids, powers, rows, groups, inside, SCALE, ZERO, TABLE, ID_BITS, BITS
         )
         sums = tl.zeros([ROWS, BLOCK], tl.float32)
         ones = tl.zeros([1, BLOCK], tl.float32)
@@ -91,8 +94,8 @@ def lut_gemv(
             ones += v
             code = words[i * BITS // 32]
             if tables is None:
-                # the bits of a code alone are a denormal float, code * 2**(place - 149): where it fits into
-                # the mantissa it need not be shifted, for the input is scaled instead, once for all rows
+                # the bits of a code alone are the float code * 2**(place - 149), if they lie in its mantissa;
+                # place is undone on the side of the input, once for all rows
                 if i * BITS % 32 + BITS <= 23:
                     level = code & (((1 << BITS) - 1) << i * BITS % 32)
                     v *= 2.0 ** (80 - i * BITS % 32)
@@ -108,7 +111,7 @@ def lut_gemv(
                 code = code >> (i * BITS % 32)
                 if i * BITS % 32 + BITS > 32:
                     code |= words[i * BITS // 32 + 1] << (32 - i * BITS % 32)
-                at = tables + table * (1 << BITS) + (code & ((1 << BITS) - 1)).to(tl.int64)
+                at = tables + table + (code & ((1 << BITS) - 1)).to(tl.int64)
                 sums = tl.fma(tl.load(at).to(tl.float32), v, sums)
         if tables is None:
             sums *= 2.0**69
@@ -135,10 +138,11 @@ def lut_gemm(
         lanes = (start + tl.arange(0, BLOCK))[None, :]
         inside = (rows < count) & (lanes < LANES)
         words = words_of(codes, rows, lanes, inside, BITS, LANES)
-        groups, offset = places(lanes, PER_GROUP, STRIDE)
+        groups, _ = places(lanes, PER_GROUP, STRIDE)
         scale, zero, table = _factors(
-            scales, zeros, ids, powers, rows, groups, inside, SCALE, ZERO, TABLE, ID_BITS
+            scales, zeros, ids, powers, rows, groups, inside, SCALE, ZERO, TABLE, ID_BITS, BITS
         )
+        bias = -scale * zero
         down = (start + tl.arange(0, BLOCK))[:, None]  # the same lanes, for the inputs
         down_groups, down_offset = places(down, PER_GROUP, STRIDE)
         for i in tl.static_range(32):
@@ -152,8 +156,8 @@ def lut_gemm(
             if tables is None:
                 level = code.to(tl.float32)
             else:
-                level = tl.load(tables + table * (1 << BITS) + code.to(tl.int64)).to(tl.float32)
-            weight = (scale * (level - zero)).to(v.dtype)
+                level = tl.load(tables + table + code.to(tl.int64)).to(tl.float32)
+            weight = tl.fma(level, scale, bias).to(v.dtype)
             if WIDE:
                 weight, v = weight.to(tl.float32), v.to(tl.float32)
             total = tl.dot(weight, v, total, input_precision="ieee")
@@ -174,7 +178,7 @@ class LutWeights:
     shape: tuple[int, int]
     width: int  # columns of a group
     codes: Tensor  # int32 (rows, bits, lanes)
-    tables: Tensor | None  # fp32, one a group fp16: (rows|1, groups|1, 2**bits), (n, 1, 2**bits) with ids; None: 0, 1, 2, ...
+    tables: Tensor | None  # fp16 or fp32 (rows|1, groups|1, 2**bits), with ids (n, 1, 2**bits); None: 0, 1, 2, ...
     scales: Tensor  # fp16 or fp32 (rows|1, groups|1)
     zeros: Tensor  # uint8, fp16 or fp32 (rows|1, groups|1)
     ids: Tensor | None = None  # uint8 or int32 (rows|1, groups|1): table + (power << id_bits)
@@ -193,16 +197,15 @@ class LutWeights:
 def prepare(lookup: Lookup, codes: Tensor, shape: tuple[int, int], width: int) -> LutWeights:
     """Tables and factors of a matrix in groups of `width` columns, and its codes (rows, bits, lanes)."""
     scale, zero, tables = lookup.scale, lookup.zero, lookup.tables
-    ids, powers, id_bits = lookup.table, lookup.powers if lookup.power is not None else None, 0
+    ids, power, powers, id_bits = lookup.table, lookup.power, lookup.powers, 0
+    placed = tables[:, None]
     if tables.shape[0] == 1:
         ids = None
-    if ids is not None and powers is None and torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device)):
-        placed, ids = tables.view(*ids.shape, -1), None  # one for each: no need to say which
-    else:
-        placed = tables[:, None]
-    if powers is not None:
+    elif ids is not None and power is None and _counts(ids):  # a table for each: no need to say which
+        placed, ids = tables.view(*ids.shape, -1), None
+    if power is not None and powers is not None:
         id_bits = (tables.shape[0] - 1).bit_length()
-        ids = (0 if ids is None else ids) + (lookup.power << id_bits)
+        ids = power << id_bits if ids is None else ids + (power << id_bits)
     if ids is not None:
         ids = ids.to(torch.uint8 if int(ids.max()) < 256 else torch.int32)
     step = _step(tables)
@@ -216,9 +219,13 @@ def prepare(lookup: Lookup, codes: Tensor, shape: tuple[int, int], width: int) -
         _smallest(scale),
         _smallest(zero, torch.uint8),
         None if ids is None else ids.contiguous(),
-        None if powers is None else powers.to(torch.float32).contiguous(),
+        None if power is None or powers is None else powers.to(torch.float32).contiguous(),
         id_bits,
     )
+
+
+def _counts(ids: Tensor) -> bool:
+    return torch.equal(ids.flatten(), torch.arange(ids.numel(), device=ids.device))
 
 
 def _step(tables: Tensor) -> float | None:
@@ -239,8 +246,8 @@ def _smallest(values: Tensor, *types: torch.dtype) -> Tensor:
 
 
 _SCHEMA = (
-    "(Tensor x, Tensor codes, Tensor? tables, Tensor scales, Tensor zeros, Tensor? ids, Tensor? powers, int[] plan)"
-    " -> Tensor"
+    "(Tensor x, Tensor codes, Tensor? tables, Tensor scales, Tensor zeros, Tensor? ids, Tensor? powers, "
+    "int[] plan) -> Tensor"
 )
 
 
@@ -272,15 +279,17 @@ def run_lut(
         "ID_BITS": id_bits,
     }
     x, parts = x.contiguous(), (codes, tables, scales, zeros, ids, powers)
-    if tokens == 1:
-        block, warps = gemv_block(lanes)
-        grid = (triton.cdiv(rows, GEMV_ROWS),)
-        lut_gemv[grid](x, y, *parts, rows, **constants, ROWS=GEMV_ROWS, BLOCK=block, num_warps=warps)
-    else:
-        size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
-        grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
-        blocks = {"ROWS": GEMM_ROWS, "BLOCK": GEMM_LANES, "TOKENS": size, "WIDE": widens(x)}
-        lut_gemm[grid](x, y, *parts, rows, tokens, **constants, **blocks, num_warps=4)
+    with torch.cuda.device_of(x):
+        if tokens == 1:
+            block, warps = gemv_block(lanes)
+            grid = (triton.cdiv(rows, GEMV_ROWS), 1)
+            blocks = {"ROWS": GEMV_ROWS, "BLOCK": block}
+            lut_gemv[grid](x, y, *parts, rows, **constants, **blocks, num_warps=warps)
+        else:
+            size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
+            grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
+            blocks = {"ROWS": GEMM_ROWS, "BLOCK": GEMM_LANES, "TOKENS": size, "WIDE": widens(x)}
+            lut_gemm[grid](x, y, *parts, rows, tokens, **constants, **blocks, num_warps=4)
     return y
 
 

@@ -32,6 +32,3 @@ def places(lanes, PER_GROUP: tl.constexpr, STRIDE: tl.constexpr):
     """Group of every lane, and the offset in it of code 0; code i is i * STRIDE further."""
     inner = lanes % PER_GROUP
     return lanes // PER_GROUP, inner // STRIDE * (STRIDE * 32) + inner % STRIDE
-
-
-# One word a load: with codes known to be aligned a thread would load four, and hold its inputs otherwise than these.
