@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiled import CPU, ISAS, exact, kernel_of, needs_native, quantized, rounded_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,6 @@ from bitmill.runtime.kernels.vector import VectorKernel
 from bitmill.runtime.rotation_plan import _without_sylvester, rotation_plan
 from bitmill.solvers import Statistics
 from cases import weights
-from compiled import CPU, ISAS, exact, kernel_of, needs_native, quantized, rounded_to
 
 pytestmark = needs_native
 SHAPES = [(1, 1), (3, 7), (65, 96), (20, 577), (5, 1100)]

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+from compiled import CPU, ISAS, needs_native, quantized
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from bitmill.formats import FORMATS, ScalarFormat
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized, nearest_matrix
+from bitmill.quantized import Quantized
 from bitmill.runtime import QuantLinear, native, ops
 from bitmill.runtime.byte_tables import as_integers, group_blocks, rounded
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
@@ -24,7 +25,6 @@ from bitmill.runtime.kernels.compiled import MOST_TOKENS
 from bitmill.runtime.kernels.lut import Lut
 from bitmill.runtime.kernels.reference import Reference
 from cases import few_formats
-from compiled import CPU, ISAS, needs_native, quantized
 
 pytestmark = needs_native
 SCALAR = [f for f in few_formats() if isinstance(f, ScalarFormat)]
@@ -252,15 +252,22 @@ def test_odd_tables_stay_odd(wide):
     tables = torch.cat([tables, -tables.flip(-1)], -1)
     entries, steps, zero = rounded(tables, wide, False, odd=True)
     assert torch.equal(entries + entries.flip(-1), torch.full((50, 16), 65535.0 if wide else 255.0))
-    assert ((steps * (entries - zero) - tables).abs() <= steps * 0.5001).all()
+    assert ((steps * (entries - zero) - tables).abs() <= steps * 0.51).all()  # fp32 has 24 bits
 
 
 def test_binary_coding_stores_half_its_tables():
     kind = KernelSpec(BinaryCoding(4, 128), (16, 512), CPU)
     kernel = Lut(kind, quantized(BinaryCoding(4, 128), (16, 512)).pack())
     assert kernel.tensors["lut_tables"].numel() == 16 * 4 * 8
-    assert Lut(KernelSpec(BinaryCoding(4, 128, offset=True), (16, 512), CPU),
-               quantized(BinaryCoding(4, 128, offset=True), (16, 512)).pack()).tensors["lut_tables"].numel() == 16 * 4 * 16
+    assert (
+        Lut(
+            KernelSpec(BinaryCoding(4, 128, offset=True), (16, 512), CPU),
+            quantized(BinaryCoding(4, 128, offset=True), (16, 512)).pack(),
+        )
+        .tensors["lut_tables"]
+        .numel()
+        == 16 * 4 * 16
+    )
 
 
 def test_groups_are_whole_blocks():

@@ -1,4 +1,4 @@
-"""Tables of a scalar format as the lookup kernels hold them: unsigned bytes, or 16-bit numbers in two bytes, or fp32.
+"""Tables of a scalar format as the lookup kernels hold them: unsigned bytes, 16-bit numbers in two bytes, or fp32.
 
     W^ = row_scale * scale * (table[code] - zero)
 
@@ -88,7 +88,8 @@ def rounded(tables: Tensor, wide: bool, half_steps: bool, odd: bool = False) -> 
         step = torch.where(up.isfinite(), up, step)
     step = torch.where(step > 0, step, torch.ones_like(step))
     if odd:
-        return (tables / step + reach).round().clamp(0, 2 * reach), step, reach
+        first = (tables[..., : tables.shape[-1] // 2] / step + reach).round().clamp(0, 2 * reach)
+        return torch.cat([first, 2 * reach - first.flip(-1)], -1), step, reach
     return (tables / step).round().clamp(-reach, reach) + (reach + 1), step, reach + 1
 
 
@@ -167,7 +168,7 @@ def _without_zero(lookup: Lookup) -> Lookup:
 
 
 def _float_records(tables: Tensor, banked: bool) -> Tensor:
-    """Records (n, numbers) of tables (n, ...), at least 64 numbers each; a bank is one, of a power of two of tables."""
+    """Tables (n, ...) as records of at least 64 numbers; a bank is one, of a power of two of tables."""
     if banked:
         more = (1 << (tables.shape[0] - 1).bit_length()) - tables.shape[0]
         return torch.nn.functional.pad(tables, (0, 0, 0, more)).flatten().contiguous()
@@ -206,7 +207,7 @@ def _records(entries: Tensor, bits: int, R: int, wide: bool) -> Tensor:
             part = part.unflatten(-1, (-1, 4)).transpose(1, 2).flatten(1)
         else:
             part = part.flatten(1)
-            if part.shape[1] < 64:  # repeated: the kernels leave dirt above the code
+            if R == 1 and part.shape[1] < 64:  # repeated: the kernels leave dirt above the code
                 part = part.repeat(1, 64 // part.shape[1])
         made.append(part)
     return torch.cat(made, 1).contiguous()

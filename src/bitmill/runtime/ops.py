@@ -28,6 +28,7 @@ class Operator:
         self.op.register_fake(lambda x, *rest: x.new_empty(x.shape[0], width(x, *rest)))
 
     def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        """The outputs, by the operator where something looks on."""
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
         return self.run(x, *rest) if plain else self.op(x, *rest)
 
@@ -71,10 +72,14 @@ def _sparse_add(x: Tensor, y: Tensor, starts: Tensor, places: Tensor, values: Te
 
 
 lut_linear = Operator(
-    "Tensor codes, Tensor?[] parts, int[] plan, float zero", _lut_linear, lambda x, codes, parts, plan, zero: plan[0]
+    "Tensor codes, Tensor?[] parts, int[] plan, float zero",
+    _lut_linear,
+    lambda x, codes, parts, plan, zero: plan[0],
 )
 additive = Operator(
-    "Tensor codes, Tensor books, Tensor scales, int[] layout", _additive, lambda x, codes, books, scales, layout: layout[0]
+    "Tensor codes, Tensor books, Tensor scales, int[] layout",
+    _additive,
+    lambda x, codes, books, scales, layout: layout[0],
 )
 vector_linear = Operator("Tensor[] parts, int[] plan", _vector_linear, lambda x, parts, plan: parts[0].shape[0])
 rotate = Operator("Tensor steps, Tensor numbers, Tensor orders", _rotate, lambda x, *rest: x.shape[1])

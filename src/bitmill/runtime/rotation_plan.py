@@ -75,7 +75,9 @@ class RotationPlan:
         numbers = torch.nn.functional.pad(F.T, (0, -len(F) % _LANES)).flatten()
         self._add(_MATRIX, start, width, len(F), inner, numbers)
 
-    def _add(self, turn: int, start: int, width: int, order: int, inner: int, values: Tensor | None = None) -> None:
+    def _add(
+        self, turn: int, start: int, width: int, order: int, inner: int, values: Tensor | None = None
+    ) -> None:
         held = self._orders if turn == _PERMUTE else self._numbers
         self._steps.append((turn, start, width, order, inner, sum(len(v) for v in held)))
         if values is not None:

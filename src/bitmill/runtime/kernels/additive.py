@@ -1,4 +1,4 @@
-"""Sums of codebook vectors: one table of products for every code of a row, shared by all rows (csrc/additive).
+"""Sums of codebook vectors: tables of products with the inputs, which all rows share (csrc/additive).
 
 The product of a block of inputs with each vector of a codebook is computed once a token; a code then costs a lookup
 and an addition. Tables are rounded to 13 bits, so that one vector looks up 64 rows: an output moves by at most
@@ -28,7 +28,9 @@ class AdditiveKernel(Relaid):
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
         """Additive formats on the CPU, where the compiled kernels are installed."""
-        return lacking(spec) if isinstance(spec.format, Additive) else f"{spec.format.name} has no codebooks to add."
+        return (
+            lacking(spec) if isinstance(spec.format, Additive) else f"{spec.format.name} has no codebooks to add."
+        )
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         format, (rows, columns) = spec.format, spec.shape

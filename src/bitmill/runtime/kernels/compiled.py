@@ -23,7 +23,9 @@ MOST_TOKENS = 16
 def is_few(x: Tensor) -> bool:
     """Whether x (..., in) is for the extension: few tokens on the CPU, without gradients."""
     tokens = x.numel() // x.shape[-1]
-    return 0 < tokens <= MOST_TOKENS and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+    return (
+        0 < tokens <= MOST_TOKENS and x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+    )
 
 
 def lacking(spec: KernelSpec) -> str | None:

@@ -6,13 +6,11 @@ codes once, rounds the inputs to integers with a step for every 16 to 64 columns
     int8   |error of y_r| <= sum over steps s of max|x_s| / 254 * sum of |W^_rs|, and where the format's levels
            are no round numbers 1/254 of a table's largest magnitude a weight (5 bits and more: 1/65534)
     int16  the same with 65024 in place of 254, and 65534 at every width
+    float32  no rounding: fp32 tables, inputs and sums
 
-BITMILL_ACTIVATIONS=float32 rounds neither: tables and inputs in fp32, as exact as fp32 sums, and two to four times
-slower where the cache holds the codes.
-
-Free-form levels, of codebooks or binary coding at up to 4 bits, are what the rounding of tables to bytes is about:
-of weights with RMS s and a largest level m it adds an error of RMS m / 440 to each weight, some 0.7 % of s with
-m = 3 s, next to the 1 % or so that rounding the inputs to int8 makes.
+Free-form levels, of codebooks or binary coding, at up to 4 bits are what rounding tables to bytes is about. With m
+a table's largest magnitude it adds an error of RMS m / 440 to each weight, 0.7 % of their RMS where m is three
+times that, to the 0.5 % or so of an output that rounding Gaussian inputs to int8 costs.
 """
 
 from __future__ import annotations
@@ -55,7 +53,14 @@ class Lut(Relaid):
         kind: Entries = "floats" if act == "float32" else "words" if act == "int16" or format.bits > 4 else "bytes"
         made = byte_tables(format.lookup(params), spec.shape, width, format.bits, kind)
         super().__init__(spec, tensors, [*spec.shape, width, format.bits, made.rows_per_tile, made.group_blocks])
-        self.plan = [*self.layout, made.source, int(made.wide), int(made.mirrored), made.record_bytes, made.records_per_tile]
+        self.plan = [
+            *self.layout,
+            made.source,
+            int(made.wide),
+            int(made.mirrored),
+            made.record_bytes,
+            made.records_per_tile,
+        ]
         self.plan += [made.bank_bits, ACTIVATIONS.index(act)]
         self.zero = made.zero
         self.parts = [_flat(getattr(made, name), name not in _FLOATS) for name in _PARTS]

@@ -39,7 +39,9 @@ class SumKernel(Around):
             starts = torch.zeros(spec.shape[0] + 1, dtype=torch.int64)
             torch.cumsum(from_index(self.own["sparse_counts"]), 0, out=starts[1:])
             columns = self.own["sparse_columns"].contiguous()
-            if not columns.numel() or int(from_index(columns).max()) < spec.shape[1]:  # the compiled code trusts them
+            if (
+                not columns.numel() or int(from_index(columns).max()) < spec.shape[1]
+            ):  # the compiled code trusts them
                 values = self.own["sparse_values"].contiguous()
                 self._entries = starts, columns.view(torch.uint8), values.view(torch.uint8)
 

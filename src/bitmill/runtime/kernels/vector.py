@@ -29,7 +29,9 @@ class VectorKernel(Compiled):
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
         """The lattice E8 and pyramids on the CPU, where the compiled kernels are installed."""
-        return lacking(spec) if isinstance(spec.format, _SETS) else f"{spec.format.name} has no fixed set of vectors."
+        return (
+            lacking(spec) if isinstance(spec.format, _SETS) else f"{spec.format.name} has no fixed set of vectors."
+        )
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         super().__init__(spec, tensors)
