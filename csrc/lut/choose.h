@@ -7,7 +7,8 @@
 //                     5..8   1             8n               2 bytes
 //     a bank          1..4   as each row                    1 byte
 //
-// Two bytes of up to 4 bits only with int16 inputs: the rounding of int8 inputs hides what they would gain.
+// Two bytes of up to 4 bits only with int16 inputs: the rounding of int8 inputs hides what they would gain. Inputs in
+// float32 have kernels of their own (lut/floats.h).
 //
 // Included by one source file for each instruction set, which is compiled with its own flags.
 #pragma once

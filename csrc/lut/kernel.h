@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../simd/inline.h"
+#include "codes.h"
 #include "layout.h"
 
 namespace bitmill {
@@ -16,14 +18,16 @@ namespace bitmill {
 // Whose table it is: one for all, each row's (or each row's in each group), or one of a bank of up to 32.
 enum class Source { shared, own, bank };
 enum class Zero { constant, bytes, halves };
-enum class Act { int8, int16 };  // what inputs are rounded to
+enum class Act { int8, int16, float32 };  // what inputs are rounded to
 
 struct Weights {
     Layout layout;
     Source source;
     bool wide;
     const uint8_t* codes;
-    const uint8_t* tables;      // records of V::Whole or V::Lanes; of a wide table the low bytes, then the high
+    const uint8_t* tables;      // records of V::Whole or V::Lanes; of a wide table the low bytes, then the high;
+                                // for float32 of fp32, row by row
+    bool mirrored;              // own tables of 3 or 4 bits hold the first half: entry[~code] = ~entry[code]
     int64_t record_bytes;       // of one table record
     int64_t records_per_tile;   // 0 for one record in all, 1, or one for every padded group
     const uint8_t* ids;         // (tiles, padded groups, R): table + tables_in_bank * power, with a bank
@@ -43,40 +47,14 @@ struct Inputs {
     const int8_t* lows;    // of int16 the low bytes: x = 255 high + low, each from -127 to 127
     const float* steps;    // (tokens, blocks / step_blocks)
     const float* sums;     // (tokens, padded groups)
+    const float* floats;   // (tokens, padded columns), with float32 in place of the first three
     int64_t columns, step_count, groups;  // strides of a token
 };
 
-// Blocks that share one step of the inputs: those of 32 columns, of 64 where a block has them, or of the group.
+// Blocks that share one step of the inputs: those of 32 columns, of 64 where blocks are wide, or of the group.
 constexpr int step_blocks(int rows_per_tile, int group_blocks) {
-    const int most = rows_per_tile == 16 ? 8 : rows_per_tile == 4 ? 2 : 1;
+    const int most = rows_per_tile == 16 ? 8 : rows_per_tile == 4 ? 4 : 1;
     return group_blocks < most ? group_blocks : most;
-}
-
-#define BITMILL_INLINE inline __attribute__((always_inline))
-
-// The codes of block i of a chunk; bits above the code are dirt. The 1-bit field goes to position `top`.
-template <class V, int bits, int i, int top>
-BITMILL_INLINE typename V::Bytes block_codes(const uint8_t* p) {
-    if constexpr (bits == 8) {
-        return V::load(p + 64 * i);
-    } else {
-        constexpr int has4 = bits & 4, has2 = bits & 2, has1 = bits & 1;
-        typename V::Bytes code{};
-        if constexpr (has4) code = V::template shifted<4 * (i % 2)>(V::load(p + 64 * (i / 2)));
-        if constexpr (has2) {
-            constexpr int at = has4;
-            const auto field = V::template shifted<2 * (i % 4) - at>(V::load(p + 64 * has4 + 64 * (i / 4)));
-            if constexpr (has4) code = V::template select<15>(code, field);
-            else code = field;
-        }
-        if constexpr (has1) {
-            constexpr int at = top, below = has4 + has2;
-            const auto field = V::template shifted<i - at>(V::load(p + 64 * below));
-            if constexpr (below) code = V::template select<(1 << below) - 1>(code, field);
-            else code = field;
-        }
-        return code;
-    }
 }
 
 // One tile's worth of state: R rows, T tokens.
@@ -107,8 +85,15 @@ struct Tile {
     }
 
     BITMILL_INLINE void load_tables(const uint8_t* record) {
-        low.load(record);
-        if constexpr (wide) high.load(record + w.record_bytes / 2);
+        load_table(low, record);
+        if constexpr (wide) load_table(high, record + w.record_bytes / 2);
+    }
+
+    BITMILL_INLINE void load_table(Look& to, const uint8_t* record) {
+        if constexpr (!whole && bits >= 3) {
+            if (w.mirrored) return to.load_mirrored(record);
+        }
+        to.load(record);
     }
 
     BITMILL_INLINE void clear() {
@@ -139,11 +124,13 @@ struct Tile {
             dots<0>(u, v, in.bytes + first, t);
             if constexpr (act == Act::int16) dots<1>(u, v, in.lows + first, t);
         }
-        if constexpr ((i + 1) % S == 0) end_step();
-        if constexpr (i == 3 && S == 8) {
-            if (F == 4) end_step(), end_group(), begin_group();
-        } else if constexpr (i % 2 == 1 && i < 7 && S == 2) {
-            if ((i + 1) % F == 0) end_group(), begin_group();
+        constexpr bool stepped = (i + 1) % S == 0;
+        if constexpr (stepped) end_step();
+        if constexpr (i == 3 || (R == 4 && i % 2 == 1 && i < 7)) {  // where groups of less than a chunk may end
+            if ((i + 1) % F == 0) {
+                if constexpr (!stepped) end_step();
+                end_group(), begin_group();
+            }
         }
     }
 
@@ -228,13 +215,13 @@ void tiles(const Weights& w, const Inputs& in, float* y, int64_t stride, int64_t
         Tile<V, bits, R, source, wide, act, T>(w, in, tile).run(y, stride);
 }
 
-// One instruction set: the kernel for some weights and 1 or 4 tokens at once, or null where there is none
-// (lut/choose.h says which exist), and how it wants its inputs.
-struct Isa {
-    const char* name;
+// What an instruction set has: the kernel for some weights and 1 or 4 tokens at once, or null where there is none
+// (lut/choose.h says which exist), that of float32 inputs for one token, and how it wants its inputs.
+struct LookupKernels {
     Kernel (*choose)(const Weights& w, Act act, int tokens);
+    Kernel (*floats)(const Weights& w);
     void (*read_inputs)(const Layout& layout, const float* x, int64_t tokens, Act act, struct Buffers& out);
 };
-extern const Isa avx512_isa, avx2_isa, scalar_isa;
+extern const LookupKernels avx512_lookup, avx2_lookup, neon_lookup, scalar_lookup;
 
 }  // namespace bitmill

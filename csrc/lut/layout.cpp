@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../threads.h"
+#include "../words.h"
 
 namespace bitmill {
 namespace {
@@ -31,36 +32,6 @@ void pack_block(const uint8_t* codes, int bits, int i, uint8_t* chunk) {
         for (int b = 0; b < 64; ++b)
             chunk[offset + b] = static_cast<uint8_t>(chunk[offset + b] | (codes[b] >> done & mask) << shift);
     });
-}
-
-// A row of codes from a dense stream of 32-bit words, least significant bit first.
-void read_words(const uint32_t* words, int bits, int64_t count, uint8_t* codes) {
-    uint64_t held = 0;
-    int have = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        if (have < bits) {
-            held |= static_cast<uint64_t>(*words++) << have;
-            have += 32;
-        }
-        codes[i] = static_cast<uint8_t>(held & ((1u << bits) - 1));
-        held >>= bits;
-        have -= bits;
-    }
-}
-
-void write_words(const uint8_t* codes, int bits, int64_t count, uint32_t* words) {
-    uint64_t held = 0;
-    int have = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        held |= static_cast<uint64_t>(codes[i]) << have;
-        have += bits;
-        if (have >= 32) {
-            *words++ = static_cast<uint32_t>(held);
-            held >>= 32;
-            have -= 32;
-        }
-    }
-    if (have) *words = static_cast<uint32_t>(held);
 }
 
 // The codes of one tile, (rows of the tile, padded columns), from its chunks, and back.

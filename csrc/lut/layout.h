@@ -2,7 +2,8 @@
 //
 // A block is 64 codes, one byte each once unpacked: `rows_per_tile` (R) rows times 64 / R columns, row after row.
 // R is 16, 4 or 1: so that every row of a block can have a table of its own in one vector register, or, with one
-// table for all (R = 16), so that scales and zeros of 16 rows are handled at once and no sum crosses lanes.
+// table for all (R = 16), so that scales and zeros of 16 rows are handled at once and no sum crosses lanes. Or it is
+// 64 (additive/), where every column has a table of its own.
 //
 // A chunk is 8 blocks along the columns in 64 * bits bytes: the bits of a code are split into fields of 4, 2 and
 // 1 bits (7 = 4 + 2 + 1), and every field fills whole 64-byte vectors:

@@ -1,18 +1,8 @@
 // y = x W^T for a few tokens, on all threads, with the best instruction set there is or the one asked for.
 #pragma once
-#include <string>
-#include <vector>
-
 #include "kernel.h"
 
 namespace bitmill {
-
-// Instruction sets that this machine has, best first.
-std::vector<std::string> available_isas();
-
-// The one in use: BITMILL_ISA, or the best. Both throw std::invalid_argument for one that is not available.
-const Isa& isa();
-void use_isa(const std::string& name);
 
 // x (tokens, columns), y (tokens, rows). Throws std::invalid_argument where there is no kernel for the weights.
 void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads);

@@ -1,21 +1,11 @@
 // The kernels in plain C++ for every width at once: what the vector kernels are tested against, and what runs where
 // they do not. Loops go over the 64 bytes of a block, so that compilers can vectorize them for any machine.
-#include <cmath>
-
+#include "../simd/scalar.h"
+#include "floats.h"
 #include "inputs.h"
-#include "kernel.h"
 
 namespace bitmill {
 namespace {
-
-struct Scalar {};
-
-float from_half(uint16_t h) {
-    const int exponent = h >> 10 & 31, mantissa = h & 1023;
-    const float sign = h & 0x8000 ? -1.0f : 1.0f;
-    if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
-    return sign * (exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(1.0f * mantissa, -24));
-}
 
 // The table entries of 64 codes. A record holds one table, or one for every row of the tile: see choose.h and simd/.
 struct Tables {
@@ -24,7 +14,20 @@ struct Tables {
 
     int place(int lane, int code) const {  // within a record
         if (w.source == Source::shared || R == 1) return code;
-        return R == 4 ? lane / 16 * 16 + code : code / 4 * 64 + lane / 4 * 4 + code % 4;
+        return R == 4 ? lane / 16 * (w.mirrored ? 8 : 16) + code : code / 4 * 64 + lane / 4 * 4 + code % 4;
+    }
+
+    // Of fp32 tables: those of rows follow each other.
+    void look(int64_t tile, int64_t group, const uint8_t* codes, float* values) const {
+        const float* tables = reinterpret_cast<const float*>(w.tables);
+        const int64_t record = w.records_per_tile ? tile * w.records_per_tile + (w.records_per_tile > 1 ? group : 0) : 0;
+        for (int l = 0; l < 64; ++l) {
+            int64_t table = 0;
+            if (w.source == Source::own) table = record * (float_record(bits, R, w.source) >> bits) + l * R / 64;
+            if (w.source == Source::bank)
+                table = w.ids[(tile * w.layout.padded_groups() + group) * R + l * R / 64] & ((1 << w.bank_bits) - 1);
+            values[l] = tables[(table << bits) + codes[l]];
+        }
     }
 
     void look(int64_t tile, int64_t group, const uint8_t* codes, int32_t* values) const {
@@ -41,8 +44,10 @@ struct Tables {
         const uint8_t* low = w.tables + record * w.record_bytes;
         const uint8_t* high = low + w.record_bytes / 2;
         for (int l = 0; l < 64; ++l) {
-            const int at = place(l, codes[l]);
+            const bool turned = w.mirrored && codes[l] >> (bits - 1);
+            const int at = place(l, turned ? codes[l] ^ ((1 << bits) - 1) : codes[l]);
             values[l] = low[at] + (w.wide ? high[at] << 8 : 0);
+            if (turned) values[l] = (w.wide ? 65535 : 255) - values[l];
         }
     }
 };
@@ -60,31 +65,35 @@ float zero_of(const Weights& w, int64_t at) {
     }
 }
 
-void tiles(const Weights& w, const Inputs& in, float* y, int64_t first, int64_t last, Act act) {
+template <Act act>
+void tiles(const Weights& w, const Inputs& in, float* y, int64_t, int64_t first, int64_t last) {
     const Layout& layout = w.layout;
     const Tables tables{w};
     const int R = layout.rows_per_tile, F = layout.group_blocks, S = step_blocks(R, F), width = 64 / R;
     const int64_t blocks = layout.chunks() * 8, groups = layout.padded_groups();
+    using Value = std::conditional_t<act == Act::float32, float, int32_t>;
+    using Sum = std::conditional_t<act == Act::float32, float, int64_t>;
     uint8_t codes[64];
-    int32_t values[64];
+    Value values[64];
     for (int64_t tile = first; tile < last; ++tile) {
         float total[16] = {}, part[16] = {};
-        int64_t whole[16] = {};
+        Sum whole[16] = {};
         const uint8_t* stored = w.codes + tile * layout.tile_bytes();
         for (int64_t b = 0; b < blocks; ++b) {
             const int64_t group = b / F;
             unpack_block(stored + b / 8 * 64 * layout.bits, layout.bits, static_cast<int>(b % 8), codes);
             tables.look(tile, group, codes, values);
-            int32_t x[64];
+            Value x[64];
             for (int c = 0; c < width; ++c) {
                 const int64_t at = b * width + c;
-                x[c] = act == Act::int8 ? in.bytes[at] : 255 * in.bytes[at] + in.lows[at];
+                if constexpr (act == Act::float32) x[c] = in.floats[at];
+                else x[c] = act == Act::int8 ? in.bytes[at] : 255 * in.bytes[at] + in.lows[at];
             }
             for (int r = 0; r < R; ++r)
-                for (int c = 0; c < width; ++c) whole[r] += static_cast<int64_t>(values[r * width + c]) * x[c];
+                for (int c = 0; c < width; ++c) whole[r] += static_cast<Sum>(values[r * width + c]) * x[c];
             if ((b + 1) % S == 0)
                 for (int r = 0; r < R; ++r) {
-                    part[r] += in.steps[b / S] * static_cast<float>(whole[r]);
+                    part[r] += (act == Act::float32 ? 1.0f : in.steps[b / S]) * static_cast<float>(whole[r]);
                     whole[r] = 0;
                 }
             if ((b + 1) % F && b + 1 < blocks) continue;
@@ -99,18 +108,15 @@ void tiles(const Weights& w, const Inputs& in, float* y, int64_t first, int64_t 
     }
 }
 
-template <Act act>
-void with(const Weights& w, const Inputs& in, float* y, int64_t, int64_t first, int64_t last) {
-    tiles(w, in, y, first, last, act);
-}
-
 Kernel choose_scalar(const Weights&, Act act, int tokens) {
     if (tokens > 1) return nullptr;
-    return act == Act::int8 ? with<Act::int8> : with<Act::int16>;
+    return act == Act::int8 ? tiles<Act::int8> : tiles<Act::int16>;
 }
+
+Kernel choose_floats(const Weights&) { return tiles<Act::float32>; }
 
 }  // namespace
 
-const Isa scalar_isa = {"scalar", choose_scalar, read_inputs<Scalar>};
+const LookupKernels scalar_lookup = {choose_scalar, choose_floats, read_inputs<Scalar>};
 
 }  // namespace bitmill

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../lut/kernel.h"
+#include "inline.h"
 
 namespace bitmill {
 
@@ -57,6 +57,29 @@ struct Avx2 {
     }
     static BITMILL_INLINE Ints dot(Ints sum, Bytes u, Bytes x) { return {dot(sum.a, u.a, x.a), dot(sum.b, u.b, x.b)}; }
 
+    // 64 sums of 16 bits, of which every table gives the low and the high bytes apart.
+    struct Shorts { __m256i v[4]; };
+    static BITMILL_INLINE Shorts no_shorts() {
+        const __m256i none = _mm256_setzero_si256();
+        return {{none, none, none, none}};
+    }
+    static BITMILL_INLINE Shorts add(Shorts sum, Bytes low, Bytes high) {
+        return {{_mm256_add_epi16(sum.v[0], _mm256_unpacklo_epi8(low.a, high.a)),
+                 _mm256_add_epi16(sum.v[1], _mm256_unpackhi_epi8(low.a, high.a)),
+                 _mm256_add_epi16(sum.v[2], _mm256_unpacklo_epi8(low.b, high.b)),
+                 _mm256_add_epi16(sum.v[3], _mm256_unpackhi_epi8(low.b, high.b))}};
+    }
+    static BITMILL_INLINE void to_floats(Shorts s, Floats (&out)[4]) {  // halves were taken in turns: undone
+        const auto wide = [](__m256i both) {
+            return to_float({_mm256_cvtepi16_epi32(_mm256_castsi256_si128(both)),
+                             _mm256_cvtepi16_epi32(_mm256_extracti128_si256(both, 1))});
+        };
+        for (int i = 0; i < 2; ++i) {
+            out[2 * i] = wide(_mm256_permute2x128_si256(s.v[2 * i], s.v[2 * i + 1], 0x20));
+            out[2 * i + 1] = wide(_mm256_permute2x128_si256(s.v[2 * i], s.v[2 * i + 1], 0x31));
+        }
+    }
+
     static BITMILL_INLINE Floats zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static BITMILL_INLINE Floats all(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
     static BITMILL_INLINE Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
@@ -66,7 +89,9 @@ struct Avx2 {
     static BITMILL_INLINE Floats fnma(Floats x, Floats y, Floats z) {
         return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
     }
+    static BITMILL_INLINE Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
     static BITMILL_INLINE Floats sub(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+    static BITMILL_INLINE Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
     static BITMILL_INLINE void store(float* p, Floats v) {
         _mm256_storeu_ps(p, v.a);
         _mm256_storeu_ps(p + 8, v.b);
@@ -123,6 +148,36 @@ struct Avx2 {
         return {_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8)};
     }
 
+    // Bytes 16 i to 16 i + 15 as numbers, and numbers from tables of floats.
+    template <int i>
+    static BITMILL_INLINE Ints sixteen(Bytes v) {
+        const __m128i part = _mm256_extracti128_si256(i < 2 ? v.a : v.b, i % 2);
+        return {_mm256_cvtepu8_epi32(part), _mm256_cvtepu8_epi32(_mm_srli_si128(part, 8))};
+    }
+    template <int bits>
+    static BITMILL_INLINE Ints masked(Ints v) {
+        const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+        return {_mm256_and_si256(v.a, mask), _mm256_and_si256(v.b, mask)};
+    }
+    template <int bits>
+    static BITMILL_INLINE Ints of_rows(Ints v) {  // four rows' tables of 2^bits follow each other
+        const __m256i rows = _mm256_setr_epi32(0, 0, 0, 0, 1 << bits, 1 << bits, 1 << bits, 1 << bits);
+        return {_mm256_or_si256(v.a, rows), _mm256_or_si256(v.b, _mm256_add_epi32(rows, _mm256_set1_epi32(2 << bits)))};
+    }
+    template <int bits>
+    static BITMILL_INLINE Floats look(const float* table, Ints at) {  // tables are at least 16 numbers
+        if constexpr (bits <= 3) {
+            const __m256 entries = _mm256_loadu_ps(table);
+            return {_mm256_permutevar8x32_ps(entries, at.a), _mm256_permutevar8x32_ps(entries, at.b)};
+        } else {
+            return {_mm256_i32gather_ps(table, at.a, 4), _mm256_i32gather_ps(table, at.b, 4)};
+        }
+    }
+    static BITMILL_INLINE Floats fours_of(const float* p) {  // p[0] to p[3], four times
+        const __m256 v = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+        return {v, v};
+    }
+
     // One table for all 64 bytes, in pieces of 16 entries.
     template <int bits>
     struct Whole {
@@ -162,6 +217,25 @@ struct Avx2 {
             for (int i = 0; i < vectors; ++i)
                 entries[i] = {_mm256_xor_si256(half(record + 64 * i), flip),
                               _mm256_xor_si256(half(record + 64 * i + 32), flip)};
+        }
+
+        BITMILL_INLINE void load_mirrored(const uint8_t* record) {  // halves of tables, 8 or 4 bytes a row
+            const __m256i flip = same(bias);
+            if constexpr (bits == 4) {
+                const __m128i each[2] = {_mm_set_epi64x(0x0001020304050607, 0x0706050403020100),
+                                         _mm_set_epi64x(0x08090a0b0c0d0e0f, 0x0f0e0d0c0b0a0908)};
+                const __m256i turn = _mm256_xor_si256(flip, _mm256_set_epi64x(-1, 0, -1, 0));
+                const auto two = [&](const uint8_t* p) {
+                    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+                    return _mm256_xor_si256(_mm256_set_m128i(_mm_shuffle_epi8(v, each[1]), _mm_shuffle_epi8(v, each[0])), turn);
+                };
+                entries[0] = {two(record), two(record + 16)};
+            } else {
+                const __m256i back = _mm256_broadcastsi128_si256(_mm_set_epi32(0x0c0d0e0f, 0x08090a0b, 0x04050607, 0x00010203));
+                const auto turned = [&](__m256i v) { return _mm256_xor_si256(_mm256_shuffle_epi8(v, back), same(255)); };
+                entries[0] = {_mm256_xor_si256(half(record), flip), _mm256_xor_si256(half(record + 32), flip)};
+                entries[vectors - 1] = {turned(entries[0].a), turned(entries[0].b)};
+            }
         }
 
         BITMILL_INLINE void from_bank(const uint8_t* bank, const uint8_t* ids, int mask) {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../lut/kernel.h"
+#include "inline.h"
 
 namespace bitmill {
 
@@ -46,12 +46,32 @@ struct Avx512 {
     static BITMILL_INLINE Ints no_ints() { return _mm512_setzero_si512(); }
     static BITMILL_INLINE Ints dot(Ints sum, Bytes u, Bytes x) { return _mm512_dpbusd_epi32(sum, u, x); }
 
+    // 64 sums of 16 bits, of which every table gives the low and the high bytes apart.
+    struct Shorts { __m512i low, high; };
+    static BITMILL_INLINE Shorts no_shorts() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+    static BITMILL_INLINE Shorts add(Shorts sum, Bytes low, Bytes high) {
+        return {_mm512_add_epi16(sum.low, _mm512_unpacklo_epi8(low, high)),
+                _mm512_add_epi16(sum.high, _mm512_unpackhi_epi8(low, high))};
+    }
+    static BITMILL_INLINE void to_floats(Shorts s, Floats (&out)[4]) {  // quarters of 8 were taken in turns: undone
+        const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+        const __m512i last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        const auto halves = [&](__m512i both, Floats* to) {
+            to[0] = to_float(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(both)));
+            to[1] = to_float(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(both, 1)));
+        };
+        halves(_mm512_permutex2var_epi64(s.low, first, s.high), out);
+        halves(_mm512_permutex2var_epi64(s.low, last, s.high), out + 2);
+    }
+
     static BITMILL_INLINE Floats zero() { return _mm512_setzero_ps(); }
     static BITMILL_INLINE Floats all(float v) { return _mm512_set1_ps(v); }
     static BITMILL_INLINE Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
     static BITMILL_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static BITMILL_INLINE Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+    static BITMILL_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static BITMILL_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+    static BITMILL_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static BITMILL_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
     // Numbers of R rows, each in all lanes of its row.
@@ -103,6 +123,25 @@ struct Avx512 {
         }
     }
 
+    // Bytes 16 i to 16 i + 15 as numbers, and numbers from tables of floats.
+    template <int i>
+    static BITMILL_INLINE Ints sixteen(Bytes v) { return _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(v, i)); }
+    template <int bits>
+    static BITMILL_INLINE Ints masked(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi32((1 << bits) - 1)); }
+    template <int bits>
+    static BITMILL_INLINE Ints of_rows(Ints v) {  // four rows' tables of 2^bits follow each other
+        return _mm512_or_si512(v, _mm512_slli_epi32(each_four(), bits));
+    }
+    template <int bits>
+    static BITMILL_INLINE Floats look(const float* table, Ints at) {  // tables are at least 16 numbers
+        if constexpr (bits <= 4) return _mm512_permutexvar_ps(at, _mm512_loadu_ps(table));
+        else if constexpr (bits == 5) return _mm512_permutex2var_ps(_mm512_loadu_ps(table), at, _mm512_loadu_ps(table + 16));
+        else return _mm512_i32gather_ps(at, table, 4);
+    }
+    static BITMILL_INLINE Floats fours_of(const float* p) {  // p[0] to p[3], four times
+        return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    }
+
     // One table for all 64 bytes, repeated to 64 entries where it is shorter: dirt above the code does no harm.
     template <int bits>
     struct Whole {
@@ -136,6 +175,19 @@ struct Avx512 {
 
         BITMILL_INLINE void load(const uint8_t* record) {
             for (int i = 0; i < vectors; ++i) entries[i] = Avx512::load(record + 64 * i);
+        }
+
+        BITMILL_INLINE void load_mirrored(const uint8_t* record) {  // halves of tables, 8 or 4 bytes a row
+            if constexpr (bits == 4) {
+                const Bytes both = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(record)));
+                const Bytes each = _mm512_set_epi64(0x18191a1b1c1d1e1f, 0x1f1e1d1c1b1a1918, 0x1011121314151617, 0x1716151413121110,
+                                                    0x08090a0b0c0d0e0f, 0x0f0e0d0c0b0a0908, 0x0001020304050607, 0x0706050403020100);
+                entries[0] = _mm512_xor_si512(_mm512_permutexvar_epi8(each, both), _mm512_set_epi64(-1, 0, -1, 0, -1, 0, -1, 0));
+            } else {
+                const Bytes back = _mm512_broadcast_i32x4(_mm_set_epi32(0x0c0d0e0f, 0x08090a0b, 0x04050607, 0x00010203));
+                entries[0] = Avx512::load(record);
+                entries[1] = _mm512_xor_si512(_mm512_shuffle_epi8(entries[0], back), _mm512_set1_epi8(-1));
+            }
         }
 
         // Bank of up to 32 tables: for each four entries 32 words; with 4 bits, tables of 16 bytes.

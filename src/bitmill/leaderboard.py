@@ -7,6 +7,7 @@ windows, one machine. `benchmarks/leaderboard.py` writes both.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -41,12 +42,16 @@ def rows() -> tuple[Row, ...]:
     return tuple(Row(**row) for row in json.loads(text)["rows"])
 
 
-def leader(bits: int, within_minutes: float = WITHIN_MINUTES) -> Row | None:
+def leader(
+    bits: int, within_minutes: float = WITHIN_MINUTES, suits: Callable[[str], bool] = lambda method: True
+) -> Row | None:
     """The row of least KL divergence at `bits` among those that took at most `within_minutes`; None without one.
 
     A method may store more than `bits`: rows count up to half a bit above. One method alone leads nothing.
+    suits: says of a method whether it may lead.
     """
     fit = [r for r in rows() if r.bits == bits and r.minutes <= within_minutes and r.bits_per_weight <= bits + 0.5]
+    fit = [r for r in fit if suits(r.method)]
     if len({r.method for r in rows() if r.bits == bits}) < 2:
         return None
     return min(fit, key=lambda r: (r.kl_divergence, r.bits_per_weight), default=None)
@@ -57,13 +62,19 @@ def leading_recipe(
 ) -> tuple[Recipe, str]:
     """What is used when no method is named, and why: the leader at `options["bits"]`, or at DEFAULT_BITS.
 
-    options: of that method, as for `build_recipe`. Raises RecipeError for those that it does not have.
+    options: of that method, as for `build_recipe`. It leads among the methods that have them all; where none has,
+    RecipeError is raised.
     """
     from bitmill.recipe import METHODS, build_recipe  # imports torch, which reading the table does not need
 
     given = {"bits": DEFAULT_BITS, **(options or {})}
     bits = int(given["bits"]) if str(given["bits"]).isdecimal() else DEFAULT_BITS  # the method refuses the rest
-    row = leader(bits, within_minutes)
+    asked = sorted(given.keys() - {"bits"})
+
+    def suits(method: str) -> bool:
+        return set(asked) <= set(METHODS.get(method).__dataclass_fields__)
+
+    row = leader(bits, within_minutes, suits)
     if row is None:
         method = next((name for name in FALLBACKS if _has(name, bits)), FALLBACKS[0])
         reason = f"no method was named, and nothing leads the leaderboard at {bits} bits: {method}"
@@ -72,11 +83,15 @@ def leading_recipe(
         reason = (
             f"no method was named: {method} leads the leaderboard at {bits} bits (KL {row.kl_divergence:.3f} at "
             f"{row.bits_per_weight:.2f} bits per weight, {row.minutes:.0f} minutes) "
-            f"within {within_minutes:g} minutes"
+            f"within {within_minutes:g} minutes{_among(asked)}"
         )
     if "bits" not in METHODS.get(method).__dataclass_fields__:
         del given["bits"]  # it has no others
     return build_recipe(method, given), reason
+
+
+def _among(options: list[str]) -> str:
+    return f", among methods with {' and '.join(options)}" if options else ""
 
 
 def _has(method: str, bits: int) -> bool:

@@ -6,43 +6,14 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import tiny_model
+from tuned_blocks import quantized
 
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.uniform import Uniform
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
-from bitmill.pipeline import BlockResult, Job, run
-from bitmill.recipe import Recipe
-from bitmill.solvers.nearest import Nearest
-from bitmill.tuners import Tuner
 from bitmill.tuners.block_finetune import BlockFinetune
 
-draw = torch.Generator().manual_seed(3)
-CALIBRATION, HELD_OUT = (torch.randint(3, 128, (32, 32), generator=draw) for _ in range(2))
-
-
 LONG = BlockFinetune(epochs=8, tokens=128)  # a tiny text has few steps in it
-
-
-class Keep:
-    def __init__(self) -> None:
-        self.blocks: list[BlockResult] = []
-
-    def finished(self, index):
-        return None
-
-    def write(self, result, skeleton):
-        self.blocks.append(result)
-
-
-def quantized(*tuners: Tuner, format=None) -> tuple[list[BlockResult], float]:
-    """The blocks of a tiny llama, and the divergence from the float model on windows that nobody was tuned on."""
-    recipe = Recipe("test", format or Uniform(2, 16), Nearest(), tuners=tuners)
-    sink = Keep()
-    skeleton = Skeleton(ModuleSource(tiny_model("llama")))
-    return sink.blocks, run(Job(skeleton, recipe, CALIBRATION, HELD_OUT), sink)["kl_divergence"]
 
 
 @pytest.mark.parametrize("format", [Uniform(2, 16), Uniform(3, "row", True), Codebook(2), BinaryCoding(2, 16)])

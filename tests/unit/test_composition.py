@@ -127,6 +127,7 @@ def test_the_shipped_leaderboard_names_methods_that_exist():
         ({"bits": 1}, "gptqt", 1),  # not on the table
         ({"bits": 8}, "gptq", 8),  # nor that, and gptqt has no 8 bits
         ({"group_size": "row"}, "gptq", 3),
+        ({"bits": 2, "group_size": 32}, "rtn", 2),  # quip_sharp leads, and has no groups
     ],
 )
 def test_the_leader_is_built_at_the_bits_it_leads(monkeypatch, options, name, bits):

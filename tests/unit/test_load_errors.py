@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -14,7 +15,8 @@ from bitmill.errors import CheckpointError
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitmill"}}))
-    monkeypatch.setattr("bitmill.api.open_checkpoint", lambda folder: None)
+    sound = SimpleNamespace(config={"model_type": "llama"})
+    monkeypatch.setattr("bitmill.api.open_checkpoint", lambda folder: sound)
     return tmp_path
 
 

@@ -7,25 +7,26 @@ import logging
 
 import pytest
 import torch
+from compiled import CPU, ISAS, needs_native, quantized
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bitmill.errors import RecipeError, UsageError
 from bitmill.formats import FORMATS, ScalarFormat
+from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized, nearest_matrix
+from bitmill.quantized import Quantized
 from bitmill.runtime import QuantLinear, native, ops
 from bitmill.runtime.byte_tables import as_integers, group_blocks, rounded
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
-from bitmill.runtime.kernels.lut import MOST_TOKENS, Lut
+from bitmill.runtime.kernels.compiled import MOST_TOKENS
+from bitmill.runtime.kernels.lut import Lut
 from bitmill.runtime.kernels.reference import Reference
-from cases import few_formats, fitted, weights
+from cases import few_formats
 
-CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(native._native is None, reason="the compiled kernels are not installed")
-ISAS = native._native.isas() if native._native else []
+pytestmark = needs_native
 SCALAR = [f for f in few_formats() if isinstance(f, ScalarFormat)]
 WIDTHS = {
     "uniform": 8,
@@ -47,26 +48,21 @@ def isa(request, monkeypatch, nan_memory):
     library.use_isa(before)
 
 
-def quantized(format: ScalarFormat, shape: tuple[int, int]) -> Quantized:
-    W = weights(*shape)
-    return nearest_matrix(format, W, fitted(format, W, search=False))
-
-
 def check(matrix: Quantized, x: Tensor, act: str) -> None:
     """|y - x W^^T| within the bound of runtime/kernels/lut.py, with the largest input in place of each step's."""
     spec = KernelSpec(matrix.format, matrix.shape, CPU)
     kernel = Lut(spec, matrix.pack())
     y = kernel.apply(x).double()
     W, X = matrix.dequantize().double(), x.double()
-    parts, coarse = (1, 254) if act == "int8" and matrix.format.bits <= 4 else (1, 65534)
-    entry = (
-        matrix.format.levels(matrix.params).double().abs().amax((-1, -2)).expand(matrix.shape[0]) * parts / coarse
-    )
-    step = X.abs().amax(-1, keepdim=True) / (254 if act == "int8" else 65024)
-    bound = step * W.abs().sum(1) + (X.abs() + step).sum(-1, keepdim=True) * entry
-    slack = (
-        2e-3 * (X.abs() @ W.abs().T) if act == "int8" else 2e-5 * (X.abs() @ W.abs().T)
-    )  # fp16 scales; fp32 sums
+    size = X.abs() @ W.abs().T
+    if act == "float32":
+        bound, slack = 0, 1e-6 * size.max() * x.shape[1] ** 0.5
+    else:
+        coarse = 254 if act == "int8" and matrix.format.bits <= 4 else 65534
+        entry = matrix.format.levels(matrix.params).double().abs().amax((-1, -2)).expand(matrix.shape[0]) / coarse
+        step = X.abs().amax(-1, keepdim=True) / (254 if act == "int8" else 65024)
+        bound = step * W.abs().sum(1) + (X.abs() + step).sum(-1, keepdim=True) * entry
+        slack = (2e-3 if act == "int8" else 2e-5) * size  # fp16 scales; fp32 sums
     assert y.shape == (x.shape[0], matrix.shape[0])
     assert bool(((y - X @ W.T).abs() <= bound * 1.001 + slack + 1e-6).all())
 
@@ -96,10 +92,10 @@ def test_any_shape_width_and_group(data):
 
 def test_typical_errors_are_far_below_the_bound(monkeypatch):
     x = torch.randn(4, 512)
-    for format in (Uniform(3, 64), Codebook(3), Uniform(8, 64)):
+    for format in (Uniform(3, 64), Codebook(3), BinaryCoding(4, 64), Uniform(8, 64)):
         matrix = quantized(format, (64, 512))
         expected = x @ matrix.dequantize().T
-        for act, share in (("int8", 1.5e-2), ("int16", 1e-4)):
+        for act, share in (("int8", 1.5e-2), ("int16", 1e-4), ("float32", 1e-6)):
             monkeypatch.setenv("BITMILL_ACTIVATIONS", act)
             y = Lut(KernelSpec(format, matrix.shape, CPU), matrix.pack()).apply(x)
             assert (y - expected).norm() <= share * expected.norm()
@@ -181,8 +177,8 @@ def test_gradients_take_the_exact_way():
 
 def test_it_is_a_torch_operator():
     kernel = Lut(KernelSpec(Uniform(4, 64), (20, 96), CPU), quantized(Uniform(4, 64), (20, 96)).pack())
-    arguments = (torch.randn(2, 96), kernel._codes, kernel._parts, kernel._plan, kernel._zero)
-    torch.library.opcheck(ops.lut_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = (torch.randn(2, 96), kernel.codes, kernel.parts, kernel.plan, kernel.zero)
+    torch.library.opcheck(ops.lut_linear.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 # -- choosing -----------------------------------------------------------------------------------------------
@@ -248,6 +244,30 @@ def test_other_tables_are_rounded_within_the_bound(wide, half_steps, size):
     grows = 1.002 if size > 1e-5 and not wide else 4e2 if half_steps else 1
     limit = tables.abs().amax(-1, keepdim=True) / (65534 if wide else 254) * (grows if half_steps else 1)
     assert ((steps * (entries - zero) - tables).abs() <= limit * 1.001 + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_odd_tables_stay_odd(wide):
+    tables = torch.randn(50, 8)
+    tables = torch.cat([tables, -tables.flip(-1)], -1)
+    entries, steps, zero = rounded(tables, wide, False, odd=True)
+    assert torch.equal(entries + entries.flip(-1), torch.full((50, 16), 65535.0 if wide else 255.0))
+    assert ((steps * (entries - zero) - tables).abs() <= steps * 0.51).all()  # fp32 has 24 bits
+
+
+def test_binary_coding_stores_half_its_tables():
+    kind = KernelSpec(BinaryCoding(4, 128), (16, 512), CPU)
+    kernel = Lut(kind, quantized(BinaryCoding(4, 128), (16, 512)).pack())
+    assert kernel.tensors["lut_tables"].numel() == 16 * 4 * 8
+    assert (
+        Lut(
+            KernelSpec(BinaryCoding(4, 128, offset=True), (16, 512), CPU),
+            quantized(BinaryCoding(4, 128, offset=True), (16, 512)).pack(),
+        )
+        .tensors["lut_tables"]
+        .numel()
+        == 16 * 4 * 16
+    )
 
 
 def test_groups_are_whole_blocks():

@@ -24,7 +24,7 @@ from bitmill.runtime.native import activations, is_available, native, threads
 SHAPES = ((4096, 4096), (4096, 11008))  # (out, in)
 _CPU = torch.device("cpu")
 
-# name, bits, group size
+# name, bits (of a codebook, where there are some), group size
 CASES: tuple[tuple[str, int, int | str], ...] = (
     *(("uniform", bits, 64) for bits in range(1, 9)),
     *(("codebook", bits, "row") for bits in range(1, 9)),
@@ -32,6 +32,9 @@ CASES: tuple[tuple[str, int, int | str], ...] = (
     *(("integer_coding", bits, 32) for bits in range(1, 5)),
     ("normal_float", 4, 64),
     ("microscaling", 4, 32),
+    ("additive", 8, "row"),
+    ("e8", 2, "tensor"),
+    *(("pyramid", bits, "row") for bits in (2, 3, 4)),
 )
 
 
@@ -95,7 +98,7 @@ def _measure(
     return {
         "kernel": KERNELS.name_of(kind),
         "format": format.name,
-        "bits": format.code_bits,
+        "bits": int(format.rate) if format.rate.is_integer() else format.rate,
         "group_size": getattr(format, "group_size", None),
         "shape": list(shape),
         "tokens": x.shape[0],

@@ -17,7 +17,10 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 
 def label(variant: Variant) -> str:
     """What people read: `gptq 3-bit`, or the recipe's own name."""
-    return f"{variant.method} {variant.bits}-bit" if variant.name.endswith(f"-{variant.bits}bit") else variant.name
+    bits = f"-{variant.bits}bit"
+    if not variant.name.endswith(bits):
+        return variant.name
+    return variant.method if variant.method.endswith(bits) else f"{variant.method} {variant.bits}-bit"
 
 
 def in_order(results: Results) -> list[Variant]:

@@ -1,10 +1,11 @@
-"""Tables of a scalar format as the lookup kernels hold them: unsigned bytes, or 16-bit numbers in two bytes.
+"""Tables of a scalar format as the lookup kernels hold them: unsigned bytes, 16-bit numbers in two bytes, or fp32.
 
     W^ = row_scale * scale * (table[code] - zero)
 
 Exact where all entries are multiples of one power of two within the range (codes, codings, e2m1, e2m3). Other
 tables are rounded, each with a step of its own: no entry then moves by more than 1/254 of the table's largest
-magnitude in one byte, 1/65534 in two.
+magnitude in one byte, 1/65534 in two. Tables of rows or groups that are their own negative, read backwards (binary
+coding without an offset), are stored by half.
 
 Numbers of a row's groups are laid out tile by tile, as (tiles, groups, rows of a tile): csrc/lut/layout.h.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +22,11 @@ from torch import Tensor
 from bitmill.formats import Lookup
 
 Tiled = Callable[[Tensor], Tensor]
+Entries = Literal["bytes", "words", "floats"]
 
 SHARED, OWN, BANK = 0, 1, 2  # csrc/lut/kernel.h: Source
 _BANK_TABLES, _BANK_POWERS = 32, 16
+_HALVED = (3, 4)  # bits of tables that can be stored by half
 _WHOLE_FROM = 5  # bits from which a table fills a vector, and a tile is one row
 
 
@@ -44,6 +48,7 @@ class ByteTables:
     ids: Tensor | None = None  # uint8
     powers: Tensor | None = None
     bank_bits: int = 0
+    mirrored: bool = False
 
 
 def rows_per_tile(bits: int, source: int) -> int:
@@ -70,31 +75,38 @@ def as_integers(tables: Tensor, most: int) -> tuple[Tensor, float, int] | None:
     return None
 
 
-def rounded(tables: Tensor, wide: bool, half_steps: bool) -> tuple[Tensor, Tensor, int]:
+def rounded(tables: Tensor, wide: bool, half_steps: bool, odd: bool = False) -> tuple[Tensor, Tensor, float]:
     """(entries, steps (..., 1), zero) with every table close to its step * (entries - zero).
 
-    half_steps: the steps must be fp16 numbers, and are rounded up to them.
+    half_steps: the steps must be fp16 numbers, and are rounded up to them.  odd: entries c and ~c sum to a table's
+    largest, as their levels do to 0.
     """
-    reach = 32767 if wide else 127
+    reach = (32767 if wide else 127) + odd / 2
     step = tables.abs().amax(-1, keepdim=True) / reach
     if half_steps:
         up = (step * (1 + 2.0**-10) + 2.0**-25).to(torch.float16).to(torch.float32)
         step = torch.where(up.isfinite(), up, step)
     step = torch.where(step > 0, step, torch.ones_like(step))
+    if odd:
+        first = (tables[..., : tables.shape[-1] // 2] / step + reach).round().clamp(0, 2 * reach)
+        return torch.cat([first, 2 * reach - first.flip(-1)], -1), step, reach
     return (tables / step).round().clamp(-reach, reach) + (reach + 1), step, reach + 1
 
 
-def byte_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int, wide: bool) -> ByteTables:
+def byte_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int, kind: Entries) -> ByteTables:
     """The tables of a matrix of `shape` (rows, columns) in groups of `width` columns.
 
-    wide: store tables that bytes cannot hold exactly in two bytes an entry.
+    kind: "bytes", or "words" to store tables that bytes cannot hold exactly in two bytes an entry, or "floats".
     """
     rows, columns = shape
     groups = -(-columns // width)
+    wide, floats = kind != "bytes", kind == "floats"
+    if floats and not torch.equal(lookup.zero.to(torch.float16).to(torch.float32), lookup.zero):
+        lookup = _without_zero(lookup)
     fixed = as_integers(lookup.tables, 255) or (as_integers(lookup.tables, 65535) if wide else None)
     tables, count = lookup.tables, lookup.tables.shape[0]
     single, narrow = count == 1, fixed is not None and bool(fixed[0].max() <= 255)
-    banked = narrow and not single and _fits_bank(lookup, bits)
+    banked = (narrow or floats) and not single and _fits_bank(lookup, bits)
     source = SHARED if single else BANK if banked else OWN
     R = rows_per_tile(bits, source)
     F = group_blocks(width, R)
@@ -108,36 +120,60 @@ def byte_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int, w
         out[:rows, :groups] = full
         return out.unflatten(0, (tiles, R)).transpose(1, 2).contiguous()
 
+    def of_rows(tables: Tensor) -> Tensor:
+        """Tables (rows|1, groups|1, entries) as records, of a row or of its groups: (n, R, entries)."""
+        made.records_per_tile = padded if tables.shape[1] > 1 else 1
+        return tiled(tables)[:, : made.records_per_tile].flatten(0, 1)  # rows' tables are the same in every group
+
+    each = tables if single or lookup.table is None else tables[lookup.table]  # (rows|1, groups|1, entries)
+    each = each if each.dim() == 3 else each[None]
     scale, zero = lookup.scale if banked else lookup.factor(), lookup.zero
-    if fixed is not None:
+    made = ByteTables(R, F, source, False, tables, 0, 0, 0.0, torch.ones(tiles * R))
+    if floats:
+        made.tables = _float_records(of_rows(each) if source == OWN else tables, banked)
+    elif fixed is not None:
         entries, step, base = fixed
         scale, zero = scale * step, zero / step + base
+        entries = entries if source != OWN or lookup.table is None else entries[lookup.table]
     else:
-        each = tables if single or lookup.table is None else tables[lookup.table]  # (rows|1, groups|1, entries)
-        each = each if each.dim() == 3 else each[None]
-        entries, steps, base = rounded(each, wide, groups > 1 and not single)
-        zero = zero / steps[..., 0] + base
+        half = bits in _HALVED and source == OWN
+        made.mirrored = half and torch.equal(tables, -tables.flip(-1))
+        entries, steps, offset = rounded(each, wide, groups > 1 and not single, made.mirrored)
+        zero = zero / steps[..., 0] + offset
         scale = scale * steps[..., 0]
-    if bits >= _WHOLE_FROM and source == OWN:
-        narrow = False  # there is no kernel for that
-    made = ByteTables(R, F, source, wide and not narrow, tables, 0, 0, 0.0, torch.ones(tiles * R))
-    if single:
-        made.tables = _records(entries.reshape(1, -1), bits, 1, made.wide)
-    elif banked:
-        made.tables, made.bank_bits = _bank(entries, bits), max(0, (count - 1).bit_length())
+    if not floats:
+        # own tables of many bits have two bytes an entry always: there is no other kernel
+        made.wide = wide and (not narrow or (bits >= _WHOLE_FROM and source == OWN))
+        if single:
+            made.tables = _records(entries.reshape(1, -1), bits, 1, made.wide)
+        elif banked:
+            made.tables = _bank(entries, bits)
+        else:
+            entries = entries[..., : entries.shape[-1] // 2] if made.mirrored else entries
+            made.tables = _records(of_rows(entries), bits, R, made.wide)
+    if banked:
+        made.bank_bits = max(0, (count - 1).bit_length())
         made.ids, made.powers = _ids(lookup, made.bank_bits, rows, groups, tiled)
-    else:
-        if fixed is not None:
-            assert lookup.table is not None
-            entries = entries[lookup.table]
-        grouped_tables = entries.shape[1] > 1
-        made.records_per_tile = padded if grouped_tables else 1
-        placed = tiled(entries)[:, : made.records_per_tile]  # rows' tables are the same in every group
-        made.tables = _records(placed.flatten(0, 1), bits, R, made.wide)
-    made.record_bytes = made.tables.shape[-1] if made.tables.dim() > 1 else 0
+    made.record_bytes = made.tables.shape[-1] * made.tables.element_size() if made.tables.dim() > 1 else 0
     _set_zero(made, zero, tiled)
     _set_scale(made, scale, groups, tiled, wide, rows)
     return made
+
+
+def _without_zero(lookup: Lookup) -> Lookup:
+    """The same levels with tables of their own for all that has another zero."""
+    levels = lookup.levels()
+    which = torch.arange(levels.shape[0] * levels.shape[1]).view(levels.shape[:2])
+    return Lookup(levels.flatten(0, 1), torch.ones(1, 1), torch.zeros(1, 1), which)
+
+
+def _float_records(tables: Tensor, banked: bool) -> Tensor:
+    """Tables (n, ...) as records of at least 64 numbers; a bank is one, of a power of two of tables."""
+    if banked:
+        more = (1 << (tables.shape[0] - 1).bit_length()) - tables.shape[0]
+        return torch.nn.functional.pad(tables, (0, 0, 0, more)).flatten().contiguous()
+    flat = tables.flatten(1)
+    return torch.nn.functional.pad(flat, (0, max(0, 64 - flat.shape[1]))).contiguous()
 
 
 def _fits_bank(lookup: Lookup, bits: int) -> bool:
@@ -171,7 +207,7 @@ def _records(entries: Tensor, bits: int, R: int, wide: bool) -> Tensor:
             part = part.unflatten(-1, (-1, 4)).transpose(1, 2).flatten(1)
         else:
             part = part.flatten(1)
-            if part.shape[1] < 64:  # repeated: the kernels leave dirt above the code
+            if R == 1 and part.shape[1] < 64:  # repeated: the kernels leave dirt above the code
                 part = part.repeat(1, 64 // part.shape[1])
         made.append(part)
     return torch.cat(made, 1).contiguous()

@@ -1,8 +1,8 @@
 """The compiled kernels, where there are any, and how they are chosen.
 
-BITMILL_ISA          avx512, avx2 or scalar: the instruction set to use, instead of the best there is
+BITMILL_ISA          avx512, avx2, neon or scalar: the instruction set to use, instead of the best there is
 BITMILL_KERNEL       the name of a kernel ("reference", "lut") to take wherever it supports a layer
-BITMILL_ACTIVATIONS  int8 or int16: what the lookup kernels round their inputs to
+BITMILL_ACTIVATIONS  int8 or int16: what the lookup kernels round their inputs to; float32: nothing is rounded
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ except ImportError as error:
     _native = None
     why_not = str(error)
 
-ACTIVATIONS = ("int8", "int16")
+ACTIVATIONS = ("int8", "int16", "float32")  # csrc/lut/kernel.h: Act
 DEFAULT_ACTIVATIONS = "int8"
 
 

@@ -31,17 +31,26 @@ class Reference(Kernel):
         """x (..., in) to (..., out)."""
         format, stored, columns = self.spec.format, self.tensors["codes"], self.spec.shape[1]
         params = format.unpack_params(self.tensors, self.spec.shape)
-        return by_tiles(self.spec, params, lambda rows: format.unpack_codes(stored[rows], columns), x)
+        weights = decoded(self.spec, params, lambda rows: format.unpack_codes(stored[rows], columns))
+        return by_tiles(self.spec, weights, x)
 
 
-def by_tiles(spec: KernelSpec, params: Params, codes: Callable[[slice], Tensor], x: Tensor) -> Tensor:
-    """x W^^T with W^ decoded a tile at a time; `codes` gives those of some rows, (rows, codes a row)."""
+def decoded(spec: KernelSpec, params: Params, codes: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
+    """Some rows of W^ as a function, from a function that gives their codes, (rows, codes a row)."""
+
+    def weights(rows: slice) -> Tensor:
+        tile = {k: v if v.shape[0] == 1 else v[rows] for k, v in params.items()}
+        return spec.format.dequantize(codes(rows), tile, (rows.stop - rows.start, spec.shape[1]))
+
+    return weights
+
+
+def by_tiles(spec: KernelSpec, weights: Callable[[slice], Tensor], x: Tensor) -> Tensor:
+    """x W^^T with W^ decoded a tile at a time; `weights` gives some of its rows, fp32."""
     rows, columns = spec.shape
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     step = max(1, _TILE // columns)
     for start in range(0, rows, step):
         cut = slice(start, min(start + step, rows))
-        tile = {k: v if v.shape[0] == 1 else v[cut] for k, v in params.items()}
-        W = spec.format.dequantize(codes(cut), tile, (cut.stop - start, columns))
-        out[..., cut] = torch.nn.functional.linear(x, W.to(x.dtype))
+        out[..., cut] = torch.nn.functional.linear(x, weights(cut).to(x.dtype))
     return out

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import Wrapper
-from bitmill.numerics.sparse import places
+from bitmill.numerics.sparse import from_index, places
+from bitmill.runtime import ops
 from bitmill.runtime.kernels.around import Around
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.kernels.compiled import is_few, may_compile
 
 _PARTS = ("sparse_values", "sparse_columns", "sparse_counts")
 
@@ -32,10 +34,32 @@ class SumKernel(Around):
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         assert isinstance(spec.format, Wrapper)
         super().__init__(spec, tensors, KernelSpec(spec.format.inner, spec.shape, spec.device))
+        self._entries: tuple[Tensor, Tensor, Tensor] | None = None
+        if may_compile(spec):
+            starts = torch.zeros(spec.shape[0] + 1, dtype=torch.int64)
+            torch.cumsum(from_index(self.own["sparse_counts"]), 0, out=starts[1:])
+            columns = self.own["sparse_columns"].contiguous()
+            if (
+                not columns.numel() or int(from_index(columns).max()) < spec.shape[1]
+            ):  # the compiled code trusts them
+                values = self.own["sparse_values"].contiguous()
+                self._entries = starts, columns.view(torch.uint8), values.view(torch.uint8)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """The inner kernel's, the entries, and where each row's start."""
+        return {**super().tensors, **({} if self._entries is None else {"sparse_starts": self._entries[0]})}
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out). The entries are added in fp32, as many tokens at a time as memory allows."""
-        y = self.inner.apply(x)
+        """x (..., in) to (..., out). The entries are added in fp32."""
+        if self._entries is not None and is_few(x):
+            wide = x.reshape(-1, self.spec.shape[1]).to(torch.float32)
+            y = ops.sparse_add(wide, self.inner.apply(wide), *self._entries)
+            return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
+        return self._by_torch(x, self.inner.apply(x))
+
+    def _by_torch(self, x: Tensor, y: Tensor) -> Tensor:
+        """As many tokens at a time as memory allows."""
         rows, columns = places(self.own["sparse_counts"], self.own["sparse_columns"])
         values = self.own["sparse_values"].to(torch.float32)
         tokens, out = x.reshape(-1, self.spec.shape[1]), y.reshape(-1, self.spec.shape[0])

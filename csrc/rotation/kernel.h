@@ -1,0 +1,102 @@
+// The kernels of rotation.h for an instruction set V.
+#pragma once
+#include <cstring>
+
+#include "../simd/inline.h"
+#include "rotation.h"
+
+namespace bitmill {
+
+// inner is a multiple of 16.
+template <class V>
+BITMILL_INLINE void butterflies(const RotationStep& s, float* x) {
+    for (int64_t half = s.inner; half < s.order * s.inner; half *= 2)
+        for (int64_t from = 0; from < s.width; from += 2 * half)
+            for (int64_t i = from; i < from + half; i += 16) {
+                const auto a = V::template rows<16>(x + i), b = V::template rows<16>(x + i + half);
+                V::store(x + i, V::add(a, b));
+                V::store(x + i + half, V::sub(a, b));
+            }
+}
+
+// 64 outputs of one vector of `order` adjacent inputs.
+template <class V>
+BITMILL_INLINE void matrix_of_adjacent(const RotationStep& s, const float* matrix, const float* x, float* y) {
+    const int64_t stride = padded_order(s.order);
+    for (int64_t i = 0; i < s.order; i += 64) {
+        const int64_t vectors = (s.order - i + 15) / 16, used = vectors < 4 ? vectors : 4;
+        typename V::Floats sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+        for (int64_t j = 0; j < s.order; ++j) {
+            const auto one = V::all(x[j]);
+            for (int64_t v = 0; v < used; ++v)
+                sums[v] = V::fma(one, V::template rows<16>(matrix + j * stride + i + 16 * v), sums[v]);
+        }
+        for (int64_t v = 0; v < used; ++v) {
+            float lanes[16];
+            V::store(lanes, sums[v]);
+            const int64_t left = s.order - i - 16 * v;
+            std::memcpy(y + i + 16 * v, lanes, (left < 16 ? left : 16) * sizeof(float));
+        }
+    }
+}
+
+// The same for 16 vectors side by side, whose elements are `inner` apart; 4 outputs at a time share the loads.
+template <class V>
+BITMILL_INLINE void matrix_of_sixteen(const RotationStep& s, const float* matrix, const float* x, float* y) {
+    const int64_t stride = padded_order(s.order);
+    for (int64_t i = 0; i < s.order; i += 4) {
+        typename V::Floats sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+        for (int64_t j = 0; j < s.order; ++j) {
+            const auto in = V::template rows<16>(x + j * s.inner);
+            for (int v = 0; v < 4; ++v) sums[v] = V::fma(V::all(matrix[j * stride + i + v]), in, sums[v]);
+        }
+        for (int64_t v = 0; v < 4 && i + v < s.order; ++v) V::store(y + (i + v) * s.inner, sums[v]);
+    }
+}
+
+template <class V>
+BITMILL_INLINE void matrix(const RotationStep& s, const float* matrix, const float* x, float* y) {
+    const int64_t stride = padded_order(s.order);
+    for (int64_t from = 0; from < s.width; from += s.order * s.inner) {
+        if (s.inner == 1) {
+            matrix_of_adjacent<V>(s, matrix, x + from, y + from);
+            continue;
+        }
+        int64_t n = from;
+        for (; n + 16 <= from + s.inner; n += 16) matrix_of_sixteen<V>(s, matrix, x + n, y + n);
+        for (; n < from + s.inner; ++n)
+            for (int64_t i = 0; i < s.order; ++i) {
+                float sum = 0;
+                for (int64_t j = 0; j < s.order; ++j) sum += matrix[j * stride + i] * x[n + j * s.inner];
+                y[n + i * s.inner] = sum;
+            }
+    }
+}
+
+template <class V>
+void rotate_with(const Rotation& r, float* x, float* spare) {
+    for (const RotationStep* s = r.steps; s < r.steps + r.count; ++s) {
+        float* in = x + s->start;
+        const float* numbers = r.numbers + s->at;
+        switch (s->turn) {
+            case Turn::multiply:
+                for (int64_t i = 0; i < s->width; ++i) in[i] *= numbers[i];
+                continue;
+            case Turn::butterflies:
+                butterflies<V>(*s, in);
+                continue;
+            case Turn::permute:
+                for (int64_t i = 0; i < s->width; ++i) spare[i] = in[r.orders[s->at + i]];
+                break;
+            case Turn::matrix:
+                matrix<V>(*s, numbers, in, spare);
+                break;
+        }
+        std::memcpy(in, spare, s->width * sizeof(float));
+    }
+}
+
+template <class V>
+constexpr RotationKernels rotation_kernels = {rotate_with<V>};
+
+}  // namespace bitmill

@@ -1,0 +1,46 @@
+"""Norm Tweaking (arXiv 2309.02784) and the refit of norms: norms alone make up for some of what rounding did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tuned_blocks import quantized
+
+from bitmill.formats.uniform import Uniform
+from bitmill.solvers import Solver
+from bitmill.solvers.gptq import GPTQ
+from bitmill.solvers.nearest import Nearest
+from bitmill.tuners import Tuner
+from bitmill.tuners.norm_refit import NormRefit
+from bitmill.tuners.norm_tweaking import NormTweaking, distance, moments
+
+TUNERS = [NormTweaking(rate=5e-3, tokens=128), NormRefit()]  # a tiny text has few steps in it
+
+
+@pytest.mark.parametrize("tuner", TUNERS, ids=repr)
+@pytest.mark.parametrize("solver", [Nearest(), GPTQ()], ids=repr)
+@pytest.mark.parametrize("bits", [2, 3])
+def test_it_lifts_any_method_on_text_it_has_not_seen(tuner: Tuner, solver: Solver, bits: int):
+    """Tables 2 and 8 of the paper: with GPTQ and rounding to nearest, 2 bits included."""
+    format = Uniform(bits, 16)
+    before, after = (quantized(*t, format=format, solver=solver)[1] for t in ((), (tuner,)))
+    assert after < before
+
+
+@pytest.mark.parametrize("tuner", TUNERS, ids=repr)
+def test_norms_alone_change(tuner: Tuner):
+    before, after = quantized()[0][0], quantized(tuner)[0][0]
+    assert after.changed
+    assert all("norm" in name for name in after.changed)
+    for name, layer in before.layers.items():
+        assert torch.equal(after.layers[name].quantized.codes, layer.quantized.codes)
+
+
+def test_the_loss_is_of_distributions():
+    """Equations 2 and 3: means and variances of channels; the order of the tokens does not matter."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 16, 8, generator=draw)
+    shuffled = hidden.flatten(0, 1)[torch.randperm(64, generator=draw)].reshape(4, 16, 8)
+    assert float(distance(moments([hidden]), moments([shuffled]))) < 1e-6
+    assert float(distance(moments([hidden]), moments([hidden + 1]))) == pytest.approx(1, rel=1e-5)
+    assert float(distance(moments([hidden]), moments([2 * hidden]))) > 1
