@@ -1,9 +1,9 @@
-"""Triton's kernels on a GPU: packed bytes a second against the device's bandwidth, and times against torch in bf16.
+"""Triton's kernels on a GPU: packed bytes a second against the device's bandwidth, times against torch in bf16.
 
 One token by default. A line counts only if the kernel's result is right: every case is first compared with decode
 and matmul in fp64. Bandwidth is that of a copy on the device (bytes read and written), measured in the same run.
-Weights rotate over copies that are together larger than the cache; launches are replayed from a CUDA graph, so that
-what is timed is the kernels.
+Weights rotate over copies that are together larger than the cache; launches are replayed from a CUDA graph, so
+that what is timed is the kernels.
 
     python benchmarks/gpu_kernels.py                    # one JSON object; minutes, most of it compilation
     python benchmarks/gpu_kernels.py --tokens 16 --formats uniform codebook
@@ -97,8 +97,8 @@ def median_time_s(calls: list[Callable[[], Any]]) -> float:
     return statistics.median(times)
 
 
-def bandwidth_GBps() -> float:
-    """Bytes a second that a copy on the device reads and writes."""
+def measured_bandwidth() -> float:
+    """GB a second that a copy on the device reads and writes."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     return 2 * COPIED_BYTES / median_time_s([lambda: target.copy_(source)]) / 1e9
@@ -109,7 +109,9 @@ def copies_of(size: int) -> int:
     return max(2, min(MOST_COPIES, -(-ROTATED_BYTES // size)))
 
 
-def measure(name: str, format: Format, shape: tuple[int, int], tokens: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    name: str, format: Format, shape: tuple[int, int], tokens: int, device: torch.device
+) -> dict[str, Any]:
     """One line: correctness, and on a GPU the times of the kernel."""
     x = torch.randn(tokens, shape[1], device=device).to(torch.bfloat16)
     packed = random_packed(format, shape, device)
@@ -120,9 +122,8 @@ def measure(name: str, format: Format, shape: tuple[int, int], tokens: int, devi
     line: dict[str, Any] = {"kernel": "triton", "format": name, "bits": format.rate, "shape": list(shape)}
     line |= {"tokens": tokens, "packed_bytes": size, "error": error, "right": error <= ALLOWED}
     if device.type == "cuda" and line["right"]:
-        kernels = [kernel] + [
-            Triton(spec, {key: tensor.clone() for key, tensor in packed.items()}) for _ in range(copies_of(size) - 1)
-        ]
+        others = [{key: tensor.clone() for key, tensor in packed.items()} for _ in range(copies_of(size) - 1)]
+        kernels = [kernel, *(Triton(spec, tensors) for tensors in others)]
         line["time_s"] = median_time_s([lambda k=k: k.apply(x) for k in kernels])
         line["GBps"] = size / line["time_s"] / 1e9
     return line
@@ -156,7 +157,7 @@ def main() -> int:
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if on_gpu else "Triton's interpreter",
         "torch": torch.__version__,
-        "bandwidth_GBps": bandwidth_GBps() if on_gpu else None,
+        "bandwidth_GBps": measured_bandwidth() if on_gpu else None,
         "kernels": [],
     }
     for text in arguments.shapes:

@@ -186,12 +186,16 @@ def test_a_layer_gives_the_packed_tensors_back(format):
 @pytest.mark.parametrize(
     "format", [Uniform(3, 40), IntegerCoding(3, 32), BinaryCoding(2, 40, offset=True), Additive(5, 40)], ids=repr
 )
-def test_compile_and_export_pass_through(format):
+def test_compile_and_export_pass_through(format, monkeypatch):
     layer, x = layer_of(quantized(format, (3, 130))), torch.randn(1, 130, device=DEVICE)
     y = layer(x)  # lays the weights out
     torch._dynamo.reset()
     compiled = torch.compile(nn.Sequential(layer), backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x), y)
+    operator, seen = layer._kernel._family._operator, []
+    monkeypatch.setattr(operator, "run", lambda *arguments: seen.append(arguments) or operator.op(*arguments))
+    layer(x)
+    torch.library.opcheck(operator.op, seen[0], test_utils=("test_schema", "test_faketensor"))
     exported = torch.export.export(nn.Sequential(layer), (x,))
     assert any("triton_" in str(node.target) for node in exported.graph.nodes)
     assert torch.allclose(exported.module()(x), y)

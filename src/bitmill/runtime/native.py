@@ -1,7 +1,7 @@
 """The compiled kernels, where there are any, and how they are chosen.
 
 BITMILL_ISA          avx512, avx2, neon or scalar: the instruction set to use, instead of the best there is
-BITMILL_KERNEL       the name of a kernel ("reference", "lut") to take wherever it supports a layer
+BITMILL_KERNEL       the name of a kernel ("reference", "lut", "triton") to take wherever it supports a layer
 BITMILL_ACTIVATIONS  int8 or int16: what the lookup kernels round their inputs to; float32: nothing is rounded
 """
 

@@ -18,12 +18,17 @@ class Operator:
     time.
     """
 
-    def __init__(self, schema: str, run: Callable[..., Tensor], width: Callable[..., int]) -> None:
-        """schema: of the arguments after x.  width: the outputs of a token, from the same arguments."""
+    def __init__(
+        self, schema: str, run: Callable[..., Tensor], width: Callable[..., int], device: str | None = "cpu"
+    ) -> None:
+        """schema: of the arguments after x.  width: the outputs of a token, from the same arguments.
+
+        device: the type of device it runs on; None for every.
+        """
         self.run = run
         name = f"bitmill::{run.__name__[1:]}"
         self.op = torch.library.custom_op(
-            name, run, mutates_args=(), device_types="cpu", schema=f"(Tensor x, {schema}) -> Tensor"
+            name, run, mutates_args=(), device_types=device, schema=f"(Tensor x, {schema}) -> Tensor"
         )
         self.op.register_fake(lambda x, *rest: x.new_empty(x.shape[0], width(x, *rest)))
 

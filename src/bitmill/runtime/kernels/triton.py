@@ -10,8 +10,6 @@ Many tokens, and inputs that need gradients, decode tiles of rows and multiply w
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ from bitmill.formats.additive import Additive
 from bitmill.formats.base import Params
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec
-from bitmill.runtime.kernels.reference import by_tiles
+from bitmill.runtime.kernels.reference import by_tiles, decoded
 from bitmill.runtime.triton.available import MOST_TOKENS, why_not
 from bitmill.runtime.triton.lanes import codes_of, codes_of_planes, from_words, to_lanes, to_planes
 
@@ -65,7 +63,8 @@ class Triton(Kernel):
         tokens = x.numel() // columns
         learns = torch.is_grad_enabled() and x.requires_grad
         if not 0 < tokens <= MOST_TOKENS or learns or x.dtype not in _TYPES:
-            return by_tiles(self.spec, self._family.params(), self._family.codes, x)
+            weights = decoded(self.spec, self._family.params(), self._family.codes)
+            return by_tiles(self.spec, weights, x)
         y = self._family.apply(x.reshape(tokens, columns))
         return y.view(*x.shape[:-1], rows)
 
@@ -107,7 +106,7 @@ class _Lut(_Family):
 
         format = spec.format
         assert isinstance(format, ScalarFormat)
-        self._run, self._op = lut.run_lut, lut.lut
+        self._operator = lut.lut
         codes = to_lanes(tensors["codes"], format.bits, spec.shape[1], self.width)
         made = lut.prepare(format.lookup(self.params()), codes, spec.shape, self.width)
         self._parts, self._plan = [self._shared(part) for part in made.parts()], made.plan()
@@ -128,7 +127,7 @@ class _Lut(_Family):
 
     def apply(self, x: Tensor) -> Tensor:
         """x (tokens, in) to (tokens, out)."""
-        return _call(self._run, self._op, x, *self._parts, self._plan)
+        return self._operator(x, *self._parts, self._plan)
 
     def codes(self, rows: slice) -> Tensor:
         """Codes of some rows."""
@@ -151,7 +150,7 @@ class _Binary(_Family):
         from bitmill.runtime.triton import binary
 
         assert isinstance(spec.format, BinaryCoding)
-        self._run, self._op = binary.run_binary, binary.binary
+        self._operator = binary.binary
         self._codes = to_planes(tensors["codes"], spec.format.bits, spec.shape[1], self.width)
 
     @property
@@ -166,7 +165,7 @@ class _Binary(_Family):
     def apply(self, x: Tensor) -> Tensor:
         """x (tokens, in) to (tokens, out)."""
         plan = [*self.spec.shape, self.width]
-        return _call(self._run, self._op, x, self._codes, self.packed["alpha"], self.packed.get("beta"), plan)
+        return self._operator(x, self._codes, self.packed["alpha"], self.packed.get("beta"), plan)
 
     def codes(self, rows: slice) -> Tensor:
         """Codes of some rows."""
@@ -180,7 +179,7 @@ class _Additive(_Family):
         super().__init__(spec, tensors)
         from bitmill.runtime.triton import additive
 
-        self._run, self._op = additive.run_additive, additive.additive
+        self._operator = additive.additive
         self.tensors = tensors
 
     def apply(self, x: Tensor) -> Tensor:
@@ -189,14 +188,8 @@ class _Additive(_Family):
         assert isinstance(format, Additive)
         books = self.tensors["codebooks"].view(format.codebooks, 1 << format.bits, format.block)
         plan = [*self.spec.shape, self.width, format.bits]
-        return _call(self._run, self._op, x, self.tensors["codes"], books, self.tensors["scale"], plan)
+        return self._operator(x, self.tensors["codes"], books, self.tensors["scale"], plan)
 
     def codes(self, rows: slice) -> Tensor:
         """Codes of some rows."""
         return self.spec.format.unpack_codes(self.tensors["codes"][rows], self.spec.shape[1])
-
-
-def _call(run: Callable[..., Tensor], operator: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
-    """Outside of a trace the operator's dispatch, some 40 us, would be most of a small layer's time."""
-    traced = type(x) is not Tensor or torch.compiler.is_compiling()
-    return (operator if traced else run)(x, *arguments)

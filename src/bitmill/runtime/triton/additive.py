@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitmill.runtime.ops import Operator
 from bitmill.runtime.triton.available import MOST_TOKENS, widens
 from bitmill.runtime.triton.tiles import of_group
 
@@ -103,10 +104,10 @@ def additive_gemm(
     tl.store(at, total.to(y.dtype.element_ty), mask=(down < count) & (which < tokens))
 
 
-_SCHEMA = "(Tensor x, Tensor codes, Tensor books, Tensor scales, int[] plan) -> Tensor"
+_SCHEMA = "Tensor codes, Tensor books, Tensor scales, int[] plan"
 
 
-def run_additive(x: Tensor, codes: Tensor, books: Tensor, scales: Tensor, plan: list[int]) -> Tensor:
+def _triton_additive(x: Tensor, codes: Tensor, books: Tensor, scales: Tensor, plan: list[int]) -> Tensor:
     """x (tokens, in) to (tokens, out) in the type of x.
 
     codes   int32 (rows, words), packed
@@ -140,9 +141,4 @@ def run_additive(x: Tensor, codes: Tensor, books: Tensor, scales: Tensor, plan: 
     return y
 
 
-additive = torch.library.custom_op("bitmill::triton_additive", run_additive, mutates_args=(), schema=_SCHEMA)
-
-
-@additive.register_fake
-def _(x, codes, books, scales, plan):
-    return x.new_empty(x.shape[0], plan[0])
+additive = Operator(_SCHEMA, _triton_additive, lambda x, *rest: rest[-1][0], device=None)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitmill.runtime.ops import Operator
 from bitmill.runtime.triton.available import MOST_TOKENS, widens
 from bitmill.runtime.triton.lanes import lanes_per_group, stride_of
 from bitmill.runtime.triton.lut import GEMM_LANES, GEMM_ROWS, GEMV_ROWS, gemv_block
@@ -111,10 +112,10 @@ def binary_gemm(
     tl.store(at, total.to(y.dtype.element_ty), mask=(rows < count) & (which < tokens))
 
 
-_SCHEMA = "(Tensor x, Tensor codes, Tensor alphas, Tensor? betas, int[] plan) -> Tensor"
+_SCHEMA = "Tensor codes, Tensor alphas, Tensor? betas, int[] plan"
 
 
-def run_binary(x: Tensor, codes: Tensor, alphas: Tensor, betas: Tensor | None, plan: list[int]) -> Tensor:
+def _triton_binary(x: Tensor, codes: Tensor, alphas: Tensor, betas: Tensor | None, plan: list[int]) -> Tensor:
     """x (tokens, in) to (tokens, out) in the type of x.
 
     codes   int32 (rows, bits, lanes), `lanes.to_planes`
@@ -150,9 +151,4 @@ def run_binary(x: Tensor, codes: Tensor, alphas: Tensor, betas: Tensor | None, p
     return y
 
 
-binary = torch.library.custom_op("bitmill::triton_binary", run_binary, mutates_args=(), schema=_SCHEMA)
-
-
-@binary.register_fake
-def _(x, codes, alphas, betas, plan):
-    return x.new_empty(x.shape[0], plan[0])
+binary = Operator(_SCHEMA, _triton_binary, lambda x, *rest: rest[-1][0], device=None)

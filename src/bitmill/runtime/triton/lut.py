@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitmill.formats import Lookup
+from bitmill.runtime.ops import Operator
 from bitmill.runtime.triton.available import MOST_TOKENS, widens
 from bitmill.runtime.triton.lanes import lanes_per_group, stride_of
 from bitmill.runtime.triton.tiles import of_group, places, words_of
@@ -245,13 +246,10 @@ def _smallest(values: Tensor, *types: torch.dtype) -> Tensor:
     return values.contiguous()
 
 
-_SCHEMA = (
-    "(Tensor x, Tensor codes, Tensor? tables, Tensor scales, Tensor zeros, Tensor? ids, Tensor? powers, "
-    "int[] plan) -> Tensor"
-)
+_SCHEMA = "Tensor codes, Tensor? tables, Tensor scales, Tensor zeros, Tensor? ids, Tensor? powers, int[] plan"
 
 
-def run_lut(
+def _triton_lut(
     x: Tensor,
     codes: Tensor,
     tables: Tensor | None,
@@ -293,9 +291,4 @@ def run_lut(
     return y
 
 
-lut = torch.library.custom_op("bitmill::triton_lut", run_lut, mutates_args=(), schema=_SCHEMA)
-
-
-@lut.register_fake
-def _(x, codes, tables, scales, zeros, ids, powers, plan):
-    return x.new_empty(x.shape[0], plan[0])
+lut = Operator(_SCHEMA, _triton_lut, lambda x, *rest: rest[-1][0], device=None)
