@@ -67,7 +67,7 @@ def additive_gemv(
         sums = _sums(codes, books, rows, blocks, inside, WORDS, BITS, BOOKS)
         column = blocks * 8 + tl.arange(0, 8)[None, None, :]
         v = tl.load(x + column, mask=column < COLUMNS, other=0).to(tl.float32)
-        scale = of_group(scales, rows, blocks // PER_GROUP, inside, SCALE).to(tl.float32)
+        scale = of_group(scales, rows, blocks // PER_GROUP, inside, count, SCALE).to(tl.float32)
         total += scale * tl.sum(sums * v, 2, keep_dims=True)
     out = tl.sum(tl.sum(total, 2), 1)
     where = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -91,7 +91,7 @@ def additive_gemm(
     for start in range(0, BLOCKS, STEP):
         blocks = (start + tl.arange(0, STEP))[None, :, None]
         inside = (rows < count) & (blocks < BLOCKS)
-        scale = of_group(scales, rows, blocks // PER_GROUP, inside, SCALE).to(tl.float32)
+        scale = of_group(scales, rows, blocks // PER_GROUP, inside, count, SCALE).to(tl.float32)
         weights = _sums(codes, books, rows, blocks, inside, WORDS, BITS, BOOKS) * scale
         column = (start * 8 + tl.arange(0, STEP * 8))[:, None]
         v = tl.load(x + which.to(tl.int64) * COLUMNS + column, mask=(column < COLUMNS) & (which < tokens), other=0)

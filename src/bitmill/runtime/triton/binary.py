@@ -63,9 +63,9 @@ def binary_gemv(
             sums = added
         level = tl.zeros([ROWS, BLOCK], tl.float32)  # of a weight with all bits 0
         if betas is not None:
-            level += of_group(betas, rows, groups, inside, BETA).to(tl.float32)
+            level += of_group(betas, rows, groups, inside, count, BETA).to(tl.float32)
         for plane in tl.static_range(BITS):
-            alpha = of_group(alphas + plane, rows, groups, inside, ALPHA, BITS)
+            alpha = of_group(alphas + plane, rows, groups, inside, count, ALPHA, BITS)
             level -= alpha.to(tl.float32)
             total += (alpha.to(tl.float32) * 2.0**70) * sums[plane]
         total += level * ones
@@ -90,11 +90,11 @@ def binary_gemm(
         groups, _ = places(lanes, PER_GROUP, STRIDE)
         alpha = ()
         for plane in tl.static_range(BITS):
-            part = of_group(alphas + plane, rows, groups, inside, ALPHA, BITS)
+            part = of_group(alphas + plane, rows, groups, inside, count, ALPHA, BITS)
             alpha = alpha + (part.to(tl.float32),)  # noqa: RUF005
         level = tl.zeros([ROWS, BLOCK], tl.float32)
         if betas is not None:
-            level += of_group(betas, rows, groups, inside, BETA).to(tl.float32)
+            level += of_group(betas, rows, groups, inside, count, BETA).to(tl.float32)
         down = (start + tl.arange(0, BLOCK))[:, None]
         down_groups, down_offset = places(down, PER_GROUP, STRIDE)
         for i in tl.static_range(32):

@@ -45,15 +45,15 @@ GEMM_ROWS, GEMM_LANES = 32, 32
 
 @triton.jit
 def _factors(
-    scales, zeros, ids, powers, rows, groups, inside,
+    scales, zeros, ids, powers, rows, groups, inside, count,
     SCALE: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, ID_BITS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Scale, zero and the first entry of the table of every lane: fp32, fp32, int32."""
-    scale = of_group(scales, rows, groups, inside, SCALE).to(tl.float32)
-    zero = of_group(zeros, rows, groups, inside, ZERO).to(tl.float32)
+    scale = of_group(scales, rows, groups, inside, count, SCALE).to(tl.float32)
+    zero = of_group(zeros, rows, groups, inside, count, ZERO).to(tl.float32)
     table = inside.to(tl.int32) * 0
     if ids is not None:
-        table += of_group(ids, rows, groups, inside, TABLE).to(tl.int32)
+        table += of_group(ids, rows, groups, inside, count, TABLE).to(tl.int32)
         if powers is not None:
             scale *= tl.load(powers + (table >> ID_BITS), mask=inside, other=0)
             table &= (1 << ID_BITS) - 1
@@ -84,7 +84,7 @@ def lut_gemv(
         words = words_of(codes, rows, lanes, inside, BITS, LANES)
         groups, offset = places(lanes, PER_GROUP, STRIDE)
         scale, zero, table = _factors(
-            scales, zeros, ids, powers, rows, groups, inside, SCALE, ZERO, TABLE, ID_BITS, BITS
+            scales, zeros, ids, powers, rows, groups, inside, count, SCALE, ZERO, TABLE, ID_BITS, BITS
         )
         sums = tl.zeros([ROWS, BLOCK], tl.float32)
         ones = tl.zeros([1, BLOCK], tl.float32)
@@ -141,7 +141,7 @@ def lut_gemm(
         words = words_of(codes, rows, lanes, inside, BITS, LANES)
         groups, _ = places(lanes, PER_GROUP, STRIDE)
         scale, zero, table = _factors(
-            scales, zeros, ids, powers, rows, groups, inside, SCALE, ZERO, TABLE, ID_BITS, BITS
+            scales, zeros, ids, powers, rows, groups, inside, count, SCALE, ZERO, TABLE, ID_BITS, BITS
         )
         bias = -scale * zero
         down = (start + tl.arange(0, BLOCK))[:, None]  # the same lanes, for the inputs

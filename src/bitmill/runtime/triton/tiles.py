@@ -17,14 +17,21 @@ def words_of(codes, rows, lanes, inside, BITS: tl.constexpr, LANES: tl.constexpr
 
 
 @triton.jit
-def of_group(values, rows, groups, inside, SHAPE: tl.constexpr, EACH: tl.constexpr = 1):
-    """values (rows|1, groups|1) of `SHAPE`, `EACH` numbers apart, at some rows and the groups of some lanes."""
-    at = values + (rows + groups) * 0
-    if SHAPE[0] > 1:
-        at += rows.to(tl.int64) * (SHAPE[1] * EACH)
+def of_group(values, rows, groups, inside, count, SHAPE: tl.constexpr, EACH: tl.constexpr = 1):
+    """values (rows|1, groups|1) of `SHAPE`, `EACH` numbers apart, at some rows and the groups of some lanes.
+
+    Sizes of 1 stay 1: what is read a row at a time would otherwise be spread over threads by rows.
+    """
     if SHAPE[1] > 1:
-        at += groups * EACH
-    return tl.load(at, mask=inside, other=0)
+        at = values + rows * 0 + groups * EACH
+        if SHAPE[0] > 1:
+            at += rows.to(tl.int64) * (SHAPE[1] * EACH)
+        found = tl.load(at, mask=inside, other=0)
+    elif SHAPE[0] > 1:
+        found = tl.load(values + rows.to(tl.int64) * EACH, mask=rows < count, other=0)
+    else:
+        found = tl.load(values)
+    return found
 
 
 @triton.jit
