@@ -19,23 +19,22 @@ BITMILL_INLINE void butterflies(const RotationStep& s, float* x) {
             }
 }
 
-// 64 outputs of one vector of `order` adjacent inputs.
+// One vector of `order` inputs, `inner` apart; 64 outputs at a time.
 template <class V>
-BITMILL_INLINE void matrix_of_adjacent(const RotationStep& s, const float* matrix, const float* x, float* y) {
+BITMILL_INLINE void matrix_of_one(const RotationStep& s, const float* matrix, const float* x, float* y) {
     const int64_t stride = padded_order(s.order);
     for (int64_t i = 0; i < s.order; i += 64) {
-        const int64_t vectors = (s.order - i + 15) / 16, used = vectors < 4 ? vectors : 4;
+        const int64_t vectors = (stride - i) / 16, used = vectors < 4 ? vectors : 4;
         typename V::Floats sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
         for (int64_t j = 0; j < s.order; ++j) {
-            const auto one = V::all(x[j]);
+            const auto one = V::all(x[j * s.inner]);
             for (int64_t v = 0; v < used; ++v)
                 sums[v] = V::fma(one, V::template rows<16>(matrix + j * stride + i + 16 * v), sums[v]);
         }
         for (int64_t v = 0; v < used; ++v) {
             float lanes[16];
             V::store(lanes, sums[v]);
-            const int64_t left = s.order - i - 16 * v;
-            std::memcpy(y + i + 16 * v, lanes, (left < 16 ? left : 16) * sizeof(float));
+            for (int64_t k = i + 16 * v; k < s.order && k < i + 16 * v + 16; ++k) y[k * s.inner] = lanes[k % 16];
         }
     }
 }
@@ -56,20 +55,10 @@ BITMILL_INLINE void matrix_of_sixteen(const RotationStep& s, const float* matrix
 
 template <class V>
 BITMILL_INLINE void matrix(const RotationStep& s, const float* matrix, const float* x, float* y) {
-    const int64_t stride = padded_order(s.order);
     for (int64_t from = 0; from < s.width; from += s.order * s.inner) {
-        if (s.inner == 1) {
-            matrix_of_adjacent<V>(s, matrix, x + from, y + from);
-            continue;
-        }
         int64_t n = from;
         for (; n + 16 <= from + s.inner; n += 16) matrix_of_sixteen<V>(s, matrix, x + n, y + n);
-        for (; n < from + s.inner; ++n)
-            for (int64_t i = 0; i < s.order; ++i) {
-                float sum = 0;
-                for (int64_t j = 0; j < s.order; ++j) sum += matrix[j * stride + i] * x[n + j * s.inner];
-                y[n + i * s.inner] = sum;
-            }
+        for (; n < from + s.inner; ++n) matrix_of_one<V>(s, matrix, x + n, y + n);
     }
 }
 

@@ -1,7 +1,8 @@
-"""Sums of codebook vectors: tables of products with the inputs, which all rows share (csrc/additive).
+"""Sums of codebook vectors: tables of products with the inputs, shared by all rows (csrc/additive).
 
-The product of a block of inputs with each vector of a codebook is computed once a token; a code then costs a lookup
-and an addition. Tables are rounded to 13 bits, so that one vector looks up 64 rows: an output moves by at most
+The product of a block of inputs with each vector of a codebook is computed once a token; a code then costs a
+lookup and an addition. Tables are rounded to 13 bits, so that one vector looks up 64 rows; an output moves by
+at most
 
     sum over its codes of scale * max|products of the inputs there with all vectors, in eight codes| / 8190
 """
