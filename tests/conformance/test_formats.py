@@ -251,3 +251,11 @@ def test_nonsense_is_refused_in_one_sentence(name):
             FORMATS.from_dict({"format": name, **data})
         assert str(caught.value).endswith(".")
         assert "\n" not in str(caught.value)
+
+
+@every_scalar_format
+def test_the_lookup_has_the_same_levels(format):
+    params = fitted(format, weights())
+    levels, lookup = format.levels(params), format.lookup(params)
+    assert lookup.tables.shape[1] == 1 << format.bits
+    assert torch.allclose(lookup.levels().expand_as(levels), levels, rtol=1e-6, atol=0)

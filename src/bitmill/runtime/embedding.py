@@ -14,6 +14,9 @@ from bitmill.runtime.packed import PackedMatrix
 class QuantEmbedding(PackedMatrix, nn.Embedding):
     """A table of which only the rows that are looked up are decoded.
 
+    Where a head is tied to it, the head's kernel has the tensors from its first call on, and the rows are asked of
+    that: the two never take turns.
+
     A layer becomes one in place (`swap_embedding`) and keeps what its own class does around the lookup, such as
     Gemma's factor; `weight` is left as an empty buffer, for whoever asks for its type or device.
     """
@@ -23,7 +26,11 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Token ids (...) to their rows (..., columns), in the model's type."""
         assert isinstance(self.format, GroupFormat)
-        rows = self.format.dequantize_rows(self.packed(), self.shape, input.reshape(-1).long())
+        ids = input.reshape(-1).long()
+        if self._kernel is not None:
+            rows = self._kernel.rows(ids)
+        else:
+            rows = self.format.dequantize_rows(self.packed(), self.shape, ids)
         return rows.to(self.weight.dtype).view(*input.shape, self.shape[1])
 
     def extra_repr(self) -> str:
@@ -58,7 +65,7 @@ def restore_embedding(table: QuantEmbedding, weight: Tensor) -> None:
     """The inverse: make the layer what it was, with another weight (rows, columns)."""
     for name in (*table.packed(), "weight"):
         del table._buffers[name]
-    for name in ("format", "shape", "outside", "_held"):
+    for name in ("format", "shape", "outside", "_held", "_kernel"):
         vars(table).pop(name, None)
     table.__class__ = table.plain  # type: ignore[assignment]
     table.weight = nn.Parameter(weight, requires_grad=False)

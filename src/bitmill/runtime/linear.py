@@ -8,22 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.formats import Format
-from bitmill.runtime.kernels import KernelSpec, choose_kernel
+from bitmill.runtime.kernels import Kernel
 from bitmill.runtime.packed import Packed, PackedMatrix
 
 
 class QuantLinear(PackedMatrix):
     """y = x W^T + b with W kept packed, for any format.
 
-    The packed tensors are buffers named as on disk. Casting the model (`.to(torch.bfloat16)`) moves them but
-    leaves their types alone: they mean what their bits say.
-
-    tied: the layer whose matrix this one reads; it keeps none of its own then.
-    shared: the module that holds the parts which the layer shares with others; without it, they are its own.
+    tied: the layer whose matrix this one reads, by that layer's kernel; it keeps none of its own then.
     """
 
     tied: PackedMatrix | None
-    shared: Packed | None
     was_conv1d = False  # it took the place of a layer of GPT-2's kind, which keeps its weight as (in, out)
 
     def __init__(
@@ -42,20 +37,18 @@ class QuantLinear(PackedMatrix):
         object.__setattr__(self, "tied", tied)  # neither is a part of this module: both belong to the model
         object.__setattr__(self, "shared", shared)
         self.bias = nn.Parameter(torch.empty(shape[0], device=device), requires_grad=False) if bias else None
-        self._spec: KernelSpec | None = None
 
     def packed(self) -> dict[str, Tensor]:
         """All packed tensors by name, those that are not its own too."""
-        if self.tied is not None:
-            return self.tied.packed()
-        return {**super().packed(), **(self.shared.packed() if self.shared else {})}
+        return super().packed() if self.tied is None else self.tied.packed()
+
+    def kernel_on(self, device: torch.device) -> Kernel:
+        """Its own, or that of the layer it is tied to."""
+        return super().kernel_on(device) if self.tied is None else self.tied.kernel_on(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in the type of x."""
-        if self._spec is None or self._spec.device != x.device:
-            self._spec = KernelSpec(self.format, self.shape, x.device)
-            self._kernel = choose_kernel(self._spec)
-        y = self._kernel.apply(self._spec, self.packed(), x)
+        y = self.kernel_on(x.device).apply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
