@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Compiled(Kernel):
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         if not is_few(x):
-            return by_tiles(self.spec, self.weights, x)
+            return by_tiles(self.spec, self.decoder(), x)
         y = self.few(x.reshape(-1, self.spec.shape[1]).to(torch.float32))
         return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
 
@@ -58,8 +59,12 @@ class Compiled(Kernel):
         """x (tokens, in) to (tokens, out), fp32, by the extension."""
 
     @abstractmethod
+    def decoder(self) -> Callable[[slice], Tensor]:
+        """Some rows of W^ as a function, fp32, as `format.dequantize` gives them."""
+
     def weights(self, rows: slice) -> Tensor:
-        """Some rows of W^, fp32, as `format.dequantize` gives them."""
+        """Some rows of W^."""
+        return self.decoder()(rows)
 
 
 class Relaid(Compiled):
@@ -94,9 +99,9 @@ class Relaid(Compiled):
         native().codes_at(native().Layout(*self.layout), self.codes, ids.contiguous(), codes, threads())
         return format.rows_of(codes, self.packed, self.spec.shape, ids)
 
-    def weights(self, rows: slice) -> Tensor:
-        """Some rows of W^."""
-        return decoded(self.spec, self._params(), self._rows)(rows)
+    def decoder(self) -> Callable[[slice], Tensor]:
+        """By the format."""
+        return decoded(self.spec, self._params(), self._rows)
 
     def _params(self) -> Params:
         return self.spec.format.unpack_params(self.packed, self.spec.shape)

@@ -48,8 +48,10 @@ def decoded(spec: KernelSpec, params: Params, codes: Callable[[slice], Tensor]) 
 def by_tiles(spec: KernelSpec, weights: Callable[[slice], Tensor], x: Tensor) -> Tensor:
     """x W^^T with W^ decoded a tile at a time; `weights` gives some of its rows, fp32."""
     rows, columns = spec.shape
-    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     step = max(1, _TILE // columns)
+    if step >= rows:
+        return torch.nn.functional.linear(x, weights(slice(0, rows)).to(x.dtype))
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):
         cut = slice(start, min(start + step, rows))
         out[..., cut] = torch.nn.functional.linear(x, weights(cut).to(x.dtype))
