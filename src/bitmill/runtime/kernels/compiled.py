@@ -7,6 +7,7 @@ decode tiles of rows and multiply in floats, bit by bit as the reference kernel 
 from __future__ import annotations
 
 import os
+import threading
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from bitmill.runtime.kernels.reference import by_tiles, decoded
 from bitmill.runtime.native import is_available, native, threads
 
 MOST_TOKENS = 16
+_memory = threading.local()
 
 
 def is_few(x: Tensor) -> bool:
@@ -42,6 +44,18 @@ def may_compile(spec: KernelSpec) -> bool:
     return os.environ.get("BITMILL_KERNEL") != "reference" and lacking(spec) is None
 
 
+def tile_memory(rows: slice, columns: int) -> Tensor:
+    """Room for a decoded tile, (rows, columns) fp32, which the thread's next tile overwrites.
+
+    Fresh memory has to be cleared by the system first, which takes longer than decoding.
+    """
+    size = (rows.stop - rows.start) * columns
+    held = getattr(_memory, "tile", None)
+    if held is None or held.numel() < size:
+        held = _memory.tile = torch.empty(size)
+    return held[:size].view(-1, columns)
+
+
 class Compiled(Kernel):
     """A kernel of the extension."""
 
@@ -60,11 +74,11 @@ class Compiled(Kernel):
 
     @abstractmethod
     def decoder(self) -> Callable[[slice], Tensor]:
-        """Some rows of W^ as a function, fp32, as `format.dequantize` gives them."""
+        """Some rows of W^ as a function, fp32, as `format.dequantize` gives them, until the next call."""
 
     def weights(self, rows: slice) -> Tensor:
         """Some rows of W^."""
-        return self.decoder()(rows)
+        return self.decoder()(rows).clone()
 
 
 class Relaid(Compiled):

@@ -24,7 +24,7 @@ from bitmill.formats import ScalarFormat
 from bitmill.runtime import ops
 from bitmill.runtime.byte_tables import Entries, byte_tables
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Relaid, lacking
+from bitmill.runtime.kernels.compiled import Relaid, lacking, tile_memory
 from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
 
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
@@ -82,7 +82,7 @@ class Lut(Relaid):
             tables = torch.nn.functional.pad(found.tables.flatten(), (0, 64))  # whole vectors are read
             ids = None if found.table is None else found.table.to(torch.int32).contiguous()
             numbers = found.factor().contiguous(), found.zero.contiguous()
-            out = torch.empty(rows.stop - rows.start, self.spec.shape[1])
+            out = tile_memory(rows, self.spec.shape[1])
             native().decode(layout, self.codes, tables, ids, *numbers, rows.start, out, threads())
             return out
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from bitmill.formats.pyramid import LENGTHS, Pyramid
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Compiled, lacking
+from bitmill.runtime.kernels.compiled import Compiled, lacking, tile_memory
 from bitmill.runtime.kernels.vector import VectorKernel
 from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
 
@@ -109,7 +109,7 @@ class Points(Compiled):
         layout = native().Layout(*self._layout)
 
         def weights(rows: slice) -> Tensor:
-            out = torch.empty(rows.stop - rows.start, self.spec.shape[1])
+            out = tile_memory(rows, self.spec.shape[1])
             native().points_decode(layout, self._codes, *self._parts, rows.start, out, threads())
             return out
 

@@ -18,7 +18,7 @@ from bitmill.formats.vector import VectorFormat
 from bitmill.numerics import e8
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Compiled, lacking
+from bitmill.runtime.kernels.compiled import Compiled, lacking, tile_memory
 from bitmill.runtime.native import native, threads
 
 _SETS = (E8, Pyramid)  # csrc/vector/vector.h: VectorSet
@@ -51,7 +51,7 @@ class VectorKernel(Compiled):
         """As the product has it."""
 
         def weights(rows: slice) -> Tensor:
-            out = torch.empty(rows.stop - rows.start, self.spec.shape[1])
+            out = tile_memory(rows, self.spec.shape[1])
             native().vector_decode(*self._plan, *self._parts, rows.start, out, threads())
             return out
 
