@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 # on Linux this torch brings CUDA along, which works as well and is only larger.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test lint browser docs clean
+.PHONY: setup demo test lint browser sanitize docs clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
@@ -42,9 +42,13 @@ browser:
 	{ apt-get update && apt-get install -y --no-install-recommends chromium; } > /dev/null 2>&1 \
 	  || echo "chromium could not be installed; tests/browser will be skipped"
 
+# The compiled kernels against plain loops, under the address and undefined behaviour sanitizers.
+sanitize:
+	csrc/tests/sanitize.sh
+
 docs: setup
 	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) build dist site demo-output
+	rm -rf $(VENV) build dist site demo-output src/bitmill/runtime/_native*.so

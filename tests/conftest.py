@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent / "unit" / "models"))  # tiny.py, the tiny models
+
+# Exact everywhere; the tests of the compiled kernels ask for them.
+os.environ.setdefault("BITMILL_KERNEL", "reference")
 
 settings.register_profile("bitmill", deadline=None, max_examples=40, derandomize=True, database=None)
 settings.load_profile("bitmill")

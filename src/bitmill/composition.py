@@ -24,6 +24,7 @@ from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS
 
+HEAD_BITS = (8, 6, 4)
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -69,6 +70,22 @@ def compose(
         names += [member.name for member in members]
         chosen[noun] = (*getattr(base, noun), *members)
     return replace(base, name="+".join(names), weight=weight, **chosen)
+
+
+def with_head(recipe: Recipe, head_bits: int | None) -> Recipe:
+    """`recipe` with embedding and head at `head_bits` bits in groups of 64 columns; None leaves them as they were.
+
+    Raises RecipeError for another number of bits than HEAD_BITS.
+    """
+    if head_bits is None:
+        return recipe
+    if isinstance(head_bits, bool) or head_bits not in HEAD_BITS:
+        known = ", ".join(str(bits) for bits in HEAD_BITS[:-1])
+        raise RecipeError(
+            f"head_bits is {head_bits!r}; use {known} or {HEAD_BITS[-1]}, or leave it out and embedding and head "
+            "stay in float."
+        )
+    return replace(recipe, head=FORMATS.from_dict({"format": "uniform", "bits": int(head_bits)}))
 
 
 def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) -> Recipe:

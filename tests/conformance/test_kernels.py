@@ -36,7 +36,12 @@ def applied(kernel: type[Kernel], matrix: Quantized, x: torch.Tensor) -> torch.T
     if reason is not None:
         assert reason.endswith(".")
         pytest.skip(reason)
-    return kernel.apply(spec, matrix.pack(), x)
+    return kernel(spec, matrix.pack()).apply(x)
+
+
+def near(kernel: type[Kernel], y: torch.Tensor, matrix: Quantized, x: torch.Tensor) -> bool:
+    expected = x.double() @ matrix.dequantize().double().T
+    return bool((y.double() - expected).norm() <= max(1e-5, kernel.tolerance) * expected.norm())
 
 
 @every_kernel
@@ -50,7 +55,7 @@ def test_it_equals_decode_and_matmul(kernel, format, shape):
         expected = x.double() @ matrix.dequantize().to(dtype).double().T
         assert y.dtype == dtype
         assert y.shape == (5, shape[0])
-        assert (y.double() - expected).norm() <= tolerance * expected.norm()
+        assert (y.double() - expected).norm() <= max(tolerance, kernel.tolerance) * expected.norm()
 
 
 @every_kernel
@@ -60,14 +65,14 @@ def test_any_number_of_batch_dimensions(kernel, batch):
     x = torch.randn(*batch, 96)
     y = applied(kernel, matrix, x)
     assert y.shape == (*batch, 65)
-    assert torch.allclose(y, x @ matrix.dequantize().T, rtol=1e-4, atol=1e-5)
+    assert near(kernel, y, matrix, x)
 
 
 @every_kernel
 def test_inputs_that_are_not_contiguous(kernel):
     matrix = quantized(Uniform(4, 40), (65, 96))
     x = torch.randn(96, 6).T
-    assert torch.allclose(applied(kernel, matrix, x), x @ matrix.dequantize().T, rtol=1e-4, atol=1e-5)
+    assert near(kernel, applied(kernel, matrix, x), matrix, x)
 
 
 @every_kernel
@@ -75,7 +80,19 @@ def test_inputs_that_are_not_contiguous(kernel):
 def test_every_width(kernel, bits):
     matrix = quantized(Uniform(bits, 40), (65, 97))
     x = torch.randn(3, 97)
-    assert torch.allclose(applied(kernel, matrix, x), x @ matrix.dequantize().T, rtol=1e-4, atol=1e-5)
+    assert near(kernel, applied(kernel, matrix, x), matrix, x)
+
+
+@every_kernel
+@every_format
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_packed_tensors_come_back(kernel, format, shape):
+    matrix = quantized(format, shape)
+    spec = KernelSpec(format, shape, CPU)
+    if kernel.supports(spec) is None:
+        tensors, back = matrix.pack(), kernel(spec, matrix.pack()).restore()
+        assert back.keys() == tensors.keys()
+        assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 @every_kernel
@@ -85,7 +102,7 @@ def test_packed_tensors_are_not_modified(kernel):
     before = {k: v.clone() for k, v in tensors.items()}
     spec = KernelSpec(matrix.format, matrix.shape, CPU)
     if kernel.supports(spec) is None:
-        kernel.apply(spec, tensors, torch.randn(2, 96))
+        kernel(spec, tensors).apply(torch.randn(2, 96))
     assert all(torch.equal(tensors[k], before[k]) for k in before)
 
 
@@ -121,6 +138,10 @@ def test_the_kernel_of_highest_priority_that_can_is_chosen(monkeypatch):
         def supports(spec):
             return None if spec.format.bits == 4 else "it knows 4 bits alone."
 
+        def apply(self, x):
+            return x
+
+    monkeypatch.delenv("BITMILL_KERNEL", raising=False)
     KERNELS.names()
     monkeypatch.setitem(KERNELS._members, "picky", Picky)
     assert choose_kernel(KernelSpec(Uniform(4), (2, 2), CPU)) is Picky

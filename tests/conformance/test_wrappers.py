@@ -66,7 +66,7 @@ def test_its_kernel_equals_decode_and_matmul(format, shape, dtype, nan_memory):
     matrix = solved(format, Nearest(), shape)
     spec = KernelSpec(format, shape, torch.device("cpu"))
     x = torch.randn(2, 5, shape[1]).to(dtype)
-    y = choose_kernel(spec).apply(spec, matrix.pack(), x)
+    y = choose_kernel(spec)(spec, matrix.pack()).apply(x)
     expected = x.double() @ matrix.dequantize().double().T
     assert y.dtype == dtype
     assert y.shape == (2, 5, shape[0])

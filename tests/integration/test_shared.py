@@ -23,6 +23,7 @@ from bitmill.models.meta import auto_class
 from bitmill.models.skeleton import Skeleton
 from bitmill.quantized import SHARED
 from bitmill.recipe import build_recipe
+from bitmill.report.parts import bytes_inside, sizes
 from bitmill.runtime import QuantLinear
 from bitmill.solvers.learning import CodebookLearner
 
@@ -92,6 +93,35 @@ def test_every_way_to_load_gives_the_same_answers(name, tmp_path):
     }
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_embedding_and_head_beside_it(name, tied, tmp_path):
+    model = tiny_model(name, tie_word_embeddings=tied)
+    outcome = quantize(model, tmp_path / "out", head_bits=8)
+    checkpoint, tensors = open_checkpoint(tmp_path / "out"), tensors_of(tmp_path / "out")
+    assert {checkpoint.formats[n].name for n in checkpoint.outside if n in checkpoint.formats} == {"uniform"}
+    alone = quantize(model, dry_run=True).summary
+    assert outcome.summary["bits_per_weight"] == checkpoint.bits_per_weight == alone["bits_per_weight"]
+    parts = dict(sizes(outcome.report))
+    assert sum(parts.values()) == sum(t.nbytes for t in tensors.values())
+    assert parts["in the blocks' linear layers"] == bytes_inside(outcome.report)
+    assert parts["in token embeddings and head"] == outcome.summary["head_bytes"]
+    packed = bitmill.load(tmp_path / "out")
+    expected = answer(packed)
+    assert stored_bits(packed, False)[0] == checkpoint.bits_per_weight
+    packed.save_pretrained(tmp_path / "again")
+    assert torch.equal(answer(auto_class(model.config).from_pretrained(tmp_path / "again")), expected)
+    assert torch.equal(answer(copy.deepcopy(packed)), expected)
+    dense = bitmill.load(tmp_path / "out", dense=True)
+    assert torch.allclose(answer(dense), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert dense.state_dict().keys() == model.state_dict().keys()
+    assert {n: type(m) for n, m in dense.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+    assert (dense.get_output_embeddings().weight is dense.get_input_embeddings().weight) == tied
+    quantize(model, head_bits=8)  # in place
+    assert torch.equal(answer(model), expected)
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
 def test_fine_tuning_leaves_them_alone(tmp_path):
     for epochs in (0, 2):
         quantize(tiny_model("llama"), tmp_path / str(epochs), epochs=epochs)
@@ -132,20 +162,20 @@ def test_layers_that_stay_in_float_have_no_say(tmp_path):
     assert answer(bitmill.load(tmp_path / "out")).isfinite().all()
 
 
-def interrupted(folder, monkeypatch, after: int) -> None:
+def interrupted(folder, monkeypatch, after: int, **options) -> None:
     """A run that is stopped when it has written `after` blocks."""
     with monkeypatch.context() as patch:
         interrupted_after(after, patch)
         with pytest.raises(KeyboardInterrupt):
-            quantize(tiny_model("llama"), folder)
+            quantize(tiny_model("llama"), folder, **options)
 
 
-@pytest.mark.parametrize("after", [0, 1])
-def test_a_resumed_run_finds_what_was_learned(after, tmp_path, monkeypatch):
-    quantize(tiny_model("llama"), tmp_path / "whole")
-    interrupted(tmp_path / "out", monkeypatch, after)
+@pytest.mark.parametrize(("after", "head_bits"), [(0, None), (1, None), (-1, 8), (0, 8), (1, 8)])
+def test_a_resumed_run_finds_what_was_learned(after, head_bits, tmp_path, monkeypatch):
+    quantize(tiny_model("llama"), tmp_path / "whole", head_bits=head_bits)
+    interrupted(tmp_path / "out", monkeypatch, after, head_bits=head_bits)
     monkeypatch.setattr(CodebookLearner, "see", None)  # nobody looks a second time
-    quantize(tiny_model("llama"), tmp_path / "out", resume=True)
+    quantize(tiny_model("llama"), tmp_path / "out", resume=True, head_bits=head_bits)
     files = sorted(f.name for f in (tmp_path / "whole").iterdir())
     assert files == sorted(f.name for f in (tmp_path / "out").iterdir())
     for file in files:

@@ -10,11 +10,15 @@ from bitmill.version import __version__
 
 
 def quantization_config(
-    layers: dict[str, Format], recipe: dict[str, Any], places: dict[str, str] | None = None
+    layers: dict[str, Format],
+    recipe: dict[str, Any],
+    places: dict[str, str] | None = None,
+    ends: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json: formats, each with the layers that use it, and the recipe.
 
-    places: layer -> where what it shares is. `layer_formats` and `layer_places` of `bitmill.runtime.hf` read it.
+    places: layer -> where what it shares is.  ends: embedding, head and whether they are tied, where they are
+    quantized.  `layer_formats`, `layer_places` and `quantized_ends` of `bitmill.runtime.hf` read it.
     """
     groups: list[dict[str, Any]] = []
     for name, format in layers.items():
@@ -30,5 +34,6 @@ def quantization_config(
         "format_version": FORMAT_VERSION,
         "bitmill_version": __version__,
         "groups": groups,
+        **({"ends": ends} if ends else {}),
         "recipe": recipe,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from bitmill.formats import Format
 from bitmill.formats.base import bits_together
 from bitmill.models.safetensors_header import TensorEntry, read_header
 from bitmill.quantized import Quantized, unpack
-from bitmill.runtime.hf import layer_formats, layer_places
+from bitmill.runtime.hf import layer_formats, layer_places, quantized_ends
+from bitmill.runtime.swap import outside
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Checkpoint:
     entries: dict[str, TensorEntry]
     shapes: dict[str, tuple[int, int]]  # of the quantized layers, (out, in)
     places: dict[str, str]  # of what quantized layers share, for those that do
+    outside: tuple[str, ...] = ()  # embedding and head, where they are quantized
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor. Raises CheckpointError when it is missing."""
@@ -96,10 +99,17 @@ class Checkpoint:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk of the quantized layers, all metadata included, over their weights."""
-        bits = bits_together((f, self.shape(n), self.places.get(n, n)) for n, f in self.formats.items())
-        weights = sum(self.shape(n)[0] * self.shape(n)[1] for n in self.formats)
-        return bits / max(weights, 1)
+        """Bits on disk of the quantized layers of all blocks, all metadata included, over their weights."""
+        return self._bits([name for name in self.formats if name not in self.outside])
+
+    @property
+    def head_bits_per_weight(self) -> float | None:
+        """The same of embedding and head; None where they are in float."""
+        return self._bits([name for name in self.formats if name in self.outside]) if self.outside else None
+
+    def _bits(self, layers: list[str]) -> float:
+        bits = bits_together((self.formats[n], self.shape(n), self.places.get(n, n)) for n in layers)
+        return bits / max(sum(math.prod(self.shape(name)) for name in layers), 1)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -125,6 +135,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
     formats, shapes, places = _formats(described), _layer_shapes(folder, report), layer_places(described)
+    ends = outside(quantized_ends(described))
     index = _document(folder, "model.safetensors.index.json").get("weight_map")
     if not isinstance(index, dict):
         raise CheckpointError(f"{folder}/model.safetensors.index.json has no 'weight_map'; quantize again.")
@@ -145,7 +156,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             raise CheckpointError(f"The shard {path} holds no tensor {name!r}, which the index promises.")
         files[name] = path
     entries = {name: headers[path.name][name] for name, path in files.items()}
-    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes, places)
+    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes, places, ends)
     checkpoint.check()
     return checkpoint
 

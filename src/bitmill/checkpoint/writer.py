@@ -23,9 +23,10 @@ from bitmill.checkpoint.files import make_folder, publish, sha256, write_json, w
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
+from bitmill.models.ends import ends_of
 from bitmill.models.safetensors_header import read_header
 from bitmill.models.skeleton import Skeleton
-from bitmill.pipeline.job import BlockResult, LayerResult, Shared
+from bitmill.pipeline.job import OUTSIDE, BlockResult, LayerResult, Shared
 from bitmill.quantized import unpack
 from bitmill.recipe import Recipe
 
@@ -99,6 +100,8 @@ class FolderSink:
         with safe_open(self.folder / entry["file"], "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         result = BlockResult(index)
+        format = self.recipe.stored if index != OUTSIDE else self.recipe.head
+        assert format is not None
         try:
             for name, known in entry["layers"].items():
                 prefix = name + "."
@@ -108,7 +111,7 @@ class FolderSink:
                     tensors[prefix + "bias"] = bias
                 place = known.get("shared", "")
                 parts |= self._shared[place] if place else {}
-                quantized = unpack(self.recipe.stored, parts, tuple(known["shape"]))
+                quantized = unpack(format, parts, tuple(known["shape"]))
                 result.layers[name] = LayerResult(quantized, known["weight_error"], known["output_error"], place)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
             # the shard is sound, its digest said so: it is the journal that does not describe it
@@ -123,8 +126,11 @@ class FolderSink:
         for name, layer in result.layers.items():
             for part, tensor in layer.own().items():
                 tensors[f"{name}.{part}"] = tensor
-        for name in skeleton.block_tensors(result.index):
-            if name.removesuffix(".weight") not in result.layers:
+        names, packed = skeleton.block_tensors(result.index), {f"{name}.weight" for name in result.layers}
+        if result.index == OUTSIDE:
+            names, packed = skeleton.other_tensors(), set(ends_of(skeleton).weights)
+        for name in names:
+            if name not in packed:
                 tensors[name] = result.changed[name] if name in result.changed else skeleton.stored(name)
         file = self._shard(result.index + 1)
         write_tensors(file, tensors)
@@ -152,11 +158,12 @@ class FolderSink:
 
         documents: file name -> text of what only says what the report says; their digests are not recorded.
         """
-        file = self._shard(0)
-        tensors = {name: skeleton.stored(name) for name in skeleton.other_tensors()}
-        write_tensors(file, tensors)
-        self.index.update(dict.fromkeys(tensors, file.name))
-        del tensors
+        if self.recipe.head is None:  # otherwise it was written first
+            file = self._shard(0)
+            tensors = {name: skeleton.stored(name) for name in skeleton.other_tensors()}
+            write_tensors(file, tensors)
+            self.index.update(dict.fromkeys(tensors, file.name))
+            del tensors
         with writing(self.folder):
             skeleton.source.write_side_files(self.folder)
         entries = [e for f in self.folder.glob("*.safetensors") for e in read_header(f).values()]
@@ -170,7 +177,10 @@ class FolderSink:
         config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix(
             "torch."
         )
-        config["quantization_config"] = quantization_config(self.formats, self.recipe.to_dict(), self._places)
+        ends = ends_of(skeleton).to_dict() if self.recipe.head else None
+        config["quantization_config"] = quantization_config(
+            self.formats, self.recipe.to_dict(), self._places, ends
+        )
         write_json(self.folder / "config.json", config)
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         unlisted = {*documents, "report.json"}

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bitmill.cli import catalog, compare, evaluate, folder, generate, quantize, study
+from bitmill.cli import bench, catalog, compare, evaluate, folder, generate, quantize, study
 from bitmill.cli.output import Interrupted, in_one_line
 from bitmill.errors import BitmillError
 from bitmill.version import __version__
@@ -38,6 +38,7 @@ app.command("verify")(folder.verify)
 app.command("methods")(catalog.methods)
 app.command("recipes")(catalog.recipes)
 app.command("models")(catalog.models)
+app.add_typer(bench.app, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -36,6 +36,7 @@ from bitmill.models.reading import reading_of
 from bitmill.models.text import windows_hash
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipe import Recipe
+from bitmill.report.parts import split_layers
 
 GRID_FILE = "grid.json"
 FLOAT_FILE = "float.npy"
@@ -141,7 +142,8 @@ class _Work:
         else:
             shutil.rmtree(out)
         clock.path.unlink(missing_ok=True)
-        layers = [{key: layer[key] for key in _LAYER_KEYS} for layer in outcome.report["layers"]]
+        inside, _ = split_layers(outcome.report)
+        layers = [{key: layer[key] for key in _LAYER_KEYS} for layer in inside]
         return {
             "bits_per_weight": outcome.summary["bits_per_weight"],
             "size_bytes": size,

@@ -2,6 +2,7 @@
 
 from bitmill.formats.base import FORMATS, Format, Params
 from bitmill.formats.grouped import GroupFormat, ScalarFormat
+from bitmill.formats.lookup import Lookup
 from bitmill.formats.wrapper import Wrapper
 
-__all__ = ["FORMATS", "Format", "GroupFormat", "Params", "ScalarFormat", "Wrapper"]
+__all__ = ["FORMATS", "Format", "GroupFormat", "Lookup", "Params", "ScalarFormat", "Wrapper"]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.numerics.packing import pack, unpack, words_for
+from bitmill.numerics.packing import pack, unpack, unpack_at, words_for
 from bitmill.registry import Member, Registry
 
 if TYPE_CHECKING:
@@ -69,6 +69,14 @@ class Part:
             stored = unpack(stored.movedim(0, -1), self.bits, self.shape[0]).movedim(-1, 0)
             return stored.to(torch.float32)
         return stored.to(torch.float32) if stored.is_floating_point() else stored
+
+    def unpack_rows(self, stored: Tensor, rows: Tensor) -> Tensor:
+        """What `unpack` gives for some rows, int64 (n,), at their cost alone; all of it where rows share it."""
+        if self.shape[0] == 1:
+            return self.unpack(stored)
+        if self.bits is not None:
+            return unpack_at(stored.movedim(0, -1), self.bits, rows).movedim(-1, 0).to(torch.float32)
+        return stored[rows].to(torch.float32) if stored.is_floating_point() else stored[rows]
 
 
 @dataclass(frozen=True)

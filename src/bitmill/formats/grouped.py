@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import Format, Params
+from bitmill.formats.lookup import Lookup
 from bitmill.numerics.grouping import GroupSize, group_grid, group_width, grouped, ungrouped
 
 Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -139,6 +140,17 @@ class GroupFormat(Format):
             size = min(size, self.width(shape)) // self.block * self.codes_per_block
         return ungrouped(self.decode(grouped(codes, size), params), shape)
 
+    def dequantize_rows(self, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
+        """Some rows, int64 (n,), of a packed matrix of `shape`: fp32 (n, columns), at the cost of those rows."""
+        return self.rows_of(self.unpack_codes(tensors["codes"][rows], shape[1]), tensors, shape, rows)
+
+    def rows_of(self, codes: Tensor, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
+        """The same from the codes of those rows; of the packed tensors only the parameters are read."""
+        if not rows.numel():
+            return torch.empty(0, shape[1], device=rows.device)
+        params = {part.name: part.unpack_rows(tensors[part.name], rows) for part in self.parts(shape)}
+        return self.dequantize(codes, params, (rows.shape[0], shape[1]))
+
 
 class ScalarFormat(GroupFormat):
     """A format whose every code is an entry of a small table: `levels(params)[code]`.
@@ -149,6 +161,13 @@ class ScalarFormat(GroupFormat):
     @abstractmethod
     def levels(self, params: Params) -> Tensor:
         """The table: (rows|1, groups|1, 2**bits) fp32, entry c is the value of code c."""
+
+    def lookup(self, params: Params) -> Lookup:
+        """The same levels as tables and factors; here a table for every group: formats with fewer override it."""
+        levels = self.levels(params)
+        which = torch.arange(levels.shape[0] * levels.shape[1], device=levels.device).view(levels.shape[:2])
+        one = torch.ones(1, 1, device=levels.device)
+        return Lookup(levels.flatten(0, 1), one, 0 * one, which)
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """Count how many midpoints of the sorted table lie below x, then translate rank to code."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitmill.formats.base import FORMATS, Params, Part
 from bitmill.formats.grouped import Rounder, ScalarFormat, as_stored, least_error
+from bitmill.formats.lookup import Lookup
 from bitmill.formats.scale import over, refit_scale, weighted_rms
 from bitmill.numerics.grouping import GroupSize
 
@@ -49,6 +50,11 @@ class HalfInteger(ScalarFormat):
         """scale * (-centre ... centre)."""
         codes = torch.arange(1 << self.bits, device=params["scale"].device)
         return params["scale"][..., None] * (codes - self._centre)
+
+    def lookup(self, params: Params) -> Lookup:
+        """One table, of the codes themselves."""
+        codes = torch.arange(1 << self.bits, device=params["scale"].device, dtype=torch.float32)
+        return Lookup(codes[None], params["scale"], torch.full_like(params["scale"], self._centre))
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """Round and clamp."""

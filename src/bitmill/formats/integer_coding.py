@@ -31,6 +31,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params, Part
 from bitmill.formats.grouped import ScalarFormat, as_stored
+from bitmill.formats.lookup import Lookup
 from bitmill.numerics.codings import KEEP, bin_moments, levels_of, snap_table
 
 # Ratio of the starting scale to a group's weighted root mean square, on a grid of one unit: where the best
@@ -165,6 +166,13 @@ class IntegerCoding(ScalarFormat):
         factor = params["scale"] * self._powers(params["exponent"])
         return factor[..., None] * self._table(factor.device)[self._coding(params)]
 
+    def lookup(self, params: Params) -> Lookup:
+        """The shipped codings, chosen among by `coding`, times one of few powers."""
+        device = params["scale"].device
+        scale, exponent = params["scale"], params["exponent"].long()
+        powers, zero = self._all_powers(device), torch.zeros_like(scale)
+        return Lookup(self._table(device), scale, zero, self._coding(params), powers, exponent)
+
     def merged(self, params: Params) -> Params:
         """The same levels as binary coding with an offset: alpha_i = S d_i / 2, beta = S (base + sum d / 2).
 
@@ -201,8 +209,10 @@ class IntegerCoding(ScalarFormat):
         return levels_of(_entries(self.grid_bits, self.bits)[: self.codings]).to(device)
 
     def _powers(self, exponent: Tensor) -> Tensor:
-        values = [_power(self.scale_step, k) for k in range(1 << self.scale_bits)]
-        return torch.tensor(values, device=exponent.device)[exponent.long()]
+        return self._all_powers(exponent.device)[exponent.long()]
+
+    def _all_powers(self, device: torch.device) -> Tensor:
+        return torch.tensor([_power(self.scale_step, k) for k in range(1 << self.scale_bits)], device=device)
 
 
 def _power(step: float, exponent: int) -> float:

@@ -30,7 +30,7 @@ from bitmill.formats.vector import VectorFormat
 from bitmill.numerics.pyramid import most_pulses, number, point, project
 
 # Lloyd-Max levels of the norm of 16 standard normal numbers.
-_LENGTHS = (
+LENGTHS = (
     2.255, 2.645, 2.923, 3.153, 3.358, 3.549, 3.731, 3.910,
     4.090, 4.275, 4.469, 4.677, 4.910, 5.183, 5.527, 6.044,
 )  # fmt: skip
@@ -90,9 +90,10 @@ class Pyramid(VectorFormat):
 
 
 def _unit(y: Tensor) -> Tensor:
-    return y / y.square().sum(1, keepdim=True).to(torch.float32).sqrt()
+    # a root taken in fp64 rounds to the same fp32 everywhere; those in fp32 are off by a bit on some machines
+    return y / y.square().sum(1, keepdim=True).to(torch.float64).sqrt().to(torch.float32)
 
 
 @lru_cache(maxsize=8)
 def _lengths(device: torch.device) -> Tensor:
-    return torch.tensor(_LENGTHS, device=device)
+    return torch.tensor(LENGTHS, device=device)

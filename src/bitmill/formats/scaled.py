@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitmill.formats.base import Params
 from bitmill.formats.grouped import Rounder, ScalarFormat, least_error, weighted_error
+from bitmill.formats.lookup import Lookup
 from bitmill.numerics.table import Table
 
 
@@ -81,6 +82,11 @@ class Scaled(ScalarFormat):
         """factor * table."""
         factor = self.factor(params)
         return factor[..., None] * self._table(factor.device).values
+
+    def lookup(self, params: Params) -> Lookup:
+        """One table."""
+        factor = self.factor(params)
+        return Lookup(self._table(factor.device).values[None], factor, torch.zeros_like(factor))
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """Divide by the factor and round to the one table; equal to the search in each group's own."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params, Part
 from bitmill.formats.grouped import Rounder, ScalarFormat, as_stored, least_error, positive, weighted_error
+from bitmill.formats.lookup import Lookup
 from bitmill.formats.scale import refit_scale
 
 # Shares of the full range that the search tries, widest first.
@@ -88,6 +89,11 @@ class Uniform(ScalarFormat):
         """scale * (0..2**bits-1 - zero)."""
         codes = torch.arange(1 << self.bits, device=params["scale"].device, dtype=torch.float32)
         return params["scale"][..., None] * (codes - self._zero(params)[..., None])
+
+    def lookup(self, params: Params) -> Lookup:
+        """One table, of the codes themselves."""
+        codes = torch.arange(1 << self.bits, device=params["scale"].device, dtype=torch.float32)
+        return Lookup(codes[None], params["scale"], self._zero(params))
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """Round and clamp; equal to the table search and much faster at 8 bits."""

@@ -14,6 +14,7 @@ from bitmill.quantized import Quantized
 from bitmill.recipe import Recipe
 
 Propagate = Literal["quantized", "float"]
+OUTSIDE = -1  # what stands for the index of a block where the layers outside of all blocks are meant
 Shared = dict[str, dict[str, Tensor]]  # path of a module, see `shared_place` -> packed tensors that layers share
 
 
@@ -68,7 +69,10 @@ class LayerResult:
 
 @dataclass
 class BlockResult:
-    """One finished block: quantized layers by full name, and float tensors that a transform or tuner changed."""
+    """One finished block: quantized layers by full name, and float tensors that a transform or tuner changed.
+
+    The index OUTSIDE stands for embedding and head.
+    """
 
     index: int
     layers: dict[str, LayerResult] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from bitmill.formats import Params
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.text import windows_hash
 from bitmill.pipeline.block import quantize_block
+from bitmill.pipeline.ends import quantize_ends
 from bitmill.pipeline.fisher import Fisher, fisher_of
 from bitmill.pipeline.job import BlockResult, Job, Sink
 from bitmill.pipeline.measure import Measure
@@ -51,12 +52,19 @@ def _run(
 ) -> dict[str, Any]:
     skeleton = job.skeleton
     streams = measure = None
+    ends = quantize_ends(job, sink, progress)
     with skeleton.outside("before"):
         if _needs_streams(job, store):
             assert job.calibration is not None
             streams = Streams(skeleton, job.calibration, job.propagate == "float" or _compares(job))
         if job.held_out is not None:
             measure = Measure(skeleton, job.held_out)
+        if ends:  # until here the float model's own embeddings were read
+            ends.put_embedding()
+            if streams and job.propagate != "float":
+                streams.enter()
+            if measure:
+                measure.enter()
 
     progress.start("quantize", len(skeleton.blocks))
     for index in range(len(skeleton.blocks)):
@@ -79,7 +87,7 @@ def _run(
     if measure is None:
         return {}
     with skeleton.outside("after"):
-        return measure.result()
+        return measure.result(ends)
 
 
 def _store(job: Job) -> StatisticsStore | None:

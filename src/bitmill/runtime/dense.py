@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitmill.quantized import SHARED, unpack
+from bitmill.runtime.embedding import QuantEmbedding, restore_embedding
 from bitmill.runtime.linear import QuantLinear
+from bitmill.runtime.packed import PackedMatrix
 
 _TRACES = ("hf_quantizer", "quantization_method", "is_quantized")  # by which transformers refuses training
 
 
 def densify(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Give every QuantLinear's place to what was there before, with the decoded weight; returns the model."""
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]:
-        linear = _plain(layer)
-        decoded = unpack(layer.format, layer.packed(), layer.shape).dequantize().to(dtype)
-        weight = decoded.T.contiguous() if layer.was_conv1d else decoded
+    """Give every packed layer's place to what was there before, with the decoded weight; returns the model.
+
+    What was tied stays tied.
+    """
+    packed = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedMatrix)]
+    packed.sort(key=lambda named: isinstance(named[1], QuantLinear))  # a head may be tied to a table
+    for name, layer in packed:
+        if isinstance(layer, QuantEmbedding):
+            restore_embedding(layer, _decoded(layer, dtype))
+            continue
+        assert isinstance(layer, QuantLinear)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-        linear.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        linear = _plain(layer)
+        linear.register_parameter("weight", _weight(layer, dtype))
         linear.register_parameter("bias", bias)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
@@ -30,6 +39,20 @@ def densify(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
         if hasattr(model, trace):
             delattr(model, trace)
     return model
+
+
+def _decoded(layer: PackedMatrix, dtype: torch.dtype) -> Tensor:
+    return unpack(layer.format, layer.packed(), layer.shape).dequantize().to(dtype)
+
+
+def _weight(layer: QuantLinear, dtype: torch.dtype) -> nn.Parameter:
+    """The decoded weight as the float layer keeps it; where it is tied, that of the table, which is decoded."""
+    if layer.tied is not None:
+        weight = layer.tied.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+    decoded = _decoded(layer, dtype)
+    return nn.Parameter(decoded.T.contiguous() if layer.was_conv1d else decoded, requires_grad=False)
 
 
 def _plain(layer: QuantLinear) -> nn.Module:

@@ -8,20 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.formats import Format
-from bitmill.runtime.kernels import KernelSpec, choose_kernel
-from bitmill.runtime.packed import Packed
+from bitmill.runtime.kernels import Kernel
+from bitmill.runtime.packed import Packed, PackedMatrix
 
 
-class QuantLinear(Packed):
+class QuantLinear(PackedMatrix):
     """y = x W^T + b with W kept packed, for any format.
 
-    The packed tensors are buffers named as on disk. Casting the model (`.to(torch.bfloat16)`) moves them but
-    leaves their types alone: they mean what their bits say.
-
-    shared: the module that holds the parts which the layer shares with others; without it, they are its own.
+    tied: the layer whose matrix this one reads, by that layer's kernel; it keeps none of its own then.
     """
 
-    shared: Packed | None
+    tied: PackedMatrix | None
     was_conv1d = False  # it took the place of a layer of GPT-2's kind, which keeps its weight as (in, out)
 
     def __init__(
@@ -30,25 +27,28 @@ class QuantLinear(Packed):
         shape: tuple[int, int],
         bias: bool,
         device: Any = None,
+        tied: PackedMatrix | None = None,
         shared: Packed | None = None,
     ) -> None:
-        super().__init__(format.own_layout(shape) if shared else format.layout(shape), device)
+        own = format.own_layout(shape) if shared else format.layout(shape)
+        super().__init__({} if tied else own, device)
         self.format, self.shape = format, shape
         self.out_features, self.in_features = shape
-        object.__setattr__(self, "shared", shared)  # not a part of this module: it belongs to the model
+        object.__setattr__(self, "tied", tied)  # neither is a part of this module: both belong to the model
+        object.__setattr__(self, "shared", shared)
         self.bias = nn.Parameter(torch.empty(shape[0], device=device), requires_grad=False) if bias else None
-        self._spec: KernelSpec | None = None
 
     def packed(self) -> dict[str, Tensor]:
-        """All packed tensors by name, those that it shares too."""
-        return {**super().packed(), **(self.shared.packed() if self.shared else {})}
+        """All packed tensors by name, those that are not its own too."""
+        return super().packed() if self.tied is None else self.tied.packed()
+
+    def kernel_on(self, device: torch.device) -> Kernel:
+        """Its own, or that of the layer it is tied to."""
+        return super().kernel_on(device) if self.tied is None else self.tied.kernel_on(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in the type of x."""
-        if self._spec is None or self._spec.device != x.device:
-            self._spec = KernelSpec(self.format, self.shape, x.device)
-            self._kernel = choose_kernel(self._spec)
-        y = self._kernel.apply(self._spec, self.packed(), x)
+        y = self.kernel_on(x.device).apply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -57,7 +57,12 @@ class QuantLinear(Packed):
 
 
 def swap_linear(
-    model: nn.Module, name: str, format: Format, device: Any = None, shared: Packed | None = None
+    model: nn.Module,
+    name: str,
+    format: Format,
+    device: Any = None,
+    tied: PackedMatrix | None = None,
+    shared: Packed | None = None,
 ) -> QuantLinear:
     """Replace the linear (nn.Linear or GPT-2's Conv1D) called `name` by an empty QuantLinear and return it."""
     old = model.get_submodule(name)
@@ -66,7 +71,7 @@ def swap_linear(
     else:  # Conv1D keeps (in, out)
         assert isinstance(old.weight, Tensor)
         shape = (old.weight.shape[1], old.weight.shape[0])
-    new = QuantLinear(format, shape, getattr(old, "bias", None) is not None, device, shared)
+    new = QuantLinear(format, shape, getattr(old, "bias", None) is not None, device, tied, shared)
     new.was_conv1d = not isinstance(old, nn.Linear)
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, new)

@@ -1,10 +1,12 @@
 """The contract of a kernel, and how one is chosen.
 
-Law (tests/conformance/test_kernels.py): apply equals decode + matmul, on odd shapes and ragged groups.
+Law (tests/conformance/test_kernels.py): apply equals decode + matmul within the kernel's `tolerance`, on odd
+shapes and ragged groups; restore gives back what was packed, bit by bit.
 """
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import Format
+from bitmill.formats import Format, GroupFormat
 from bitmill.registry import Registry
 
 KERNELS: Registry[type[Kernel]] = Registry("kernel", "bitmill.runtime.kernels")
@@ -29,25 +31,50 @@ class KernelSpec:
 
 
 class Kernel(ABC):
-    """Computes x @ W^.T from packed tensors."""
+    """Computes x @ W^.T for one matrix.
+
+    A kernel takes over the packed tensors of `format.layout`, lays them out as it likes, once, and can give them
+    back. `tensors` is all it holds, so that memory can be counted.
+    """
 
     priority: ClassVar[int] = 0  # the highest that supports a layer serves it
+    tolerance: ClassVar[float] = 1e-5  # |y - x W^^T| / |x W^^T| that fp32 inputs may show
+
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
+        self.spec, self.tensors = spec, dict(tensors)
 
     @staticmethod
     @abstractmethod
     def supports(spec: KernelSpec) -> str | None:
         """None for yes, or one sentence that says why not."""
 
-    @staticmethod
     @abstractmethod
-    def apply(spec: KernelSpec, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        """x (..., in) to (..., out), in the type of x; `tensors` as named by `format.layout`."""
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), in the type of x."""
+
+    def restore(self) -> dict[str, Tensor]:
+        """The packed tensors, as they were given."""
+        return self.tensors
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W^, int64 (n,), as `format.dequantize_rows` gives them: fp32 (n, in).
+
+        Kernels that lay codes out anew override it, for a cost of those rows alone.
+        """
+        assert isinstance(self.spec.format, GroupFormat)
+        return self.spec.format.dequantize_rows(self.restore(), self.spec.shape, ids)
 
 
 def choose_kernel(spec: KernelSpec) -> type[Kernel]:
-    """The kernel of highest priority that supports `spec`. Raises RecipeError with every reason if none does."""
+    """The kernel of highest priority that supports `spec`, or the one that BITMILL_KERNEL names where it does.
+
+    Raises RecipeError with every reason if none does.
+    """
+    forced = os.environ.get("BITMILL_KERNEL")
+    if forced:
+        KERNELS.get(forced)  # an unknown name is an error
     reasons = []
-    for name, kernel in sorted(KERNELS.items(), key=lambda item: -item[1].priority):
+    for name, kernel in sorted(KERNELS.items(), key=lambda item: (item[0] != forced, -item[1].priority)):
         reason = kernel.supports(spec)
         if reason is None:
             return kernel

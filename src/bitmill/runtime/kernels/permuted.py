@@ -7,24 +7,24 @@ from dataclasses import replace
 from torch import Tensor
 
 from bitmill.formats.permuted import Permuted
-from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec, choose_kernel
+from bitmill.runtime.kernels.around import Around
+from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 
 
 @KERNELS.register("permuted")
-class PermutedKernel(Kernel):
+class PermutedKernel(Around):
     """x W^^T = x[order] inner^T."""
-
-    priority = 0
 
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
         """Permuted formats around what some kernel runs."""
         return None if isinstance(spec.format, Permuted) else f"{spec.format.name} has its columns in place."
 
-    @staticmethod
-    def apply(spec: KernelSpec, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         assert isinstance(spec.format, Permuted)
-        order = spec.format.own_parts(spec.shape)[0].unpack(tensors["order"]).long()
-        inner = replace(spec, format=spec.format.inner)
-        return choose_kernel(inner).apply(inner, tensors, x[..., order])
+        super().__init__(spec, tensors, replace(spec, format=spec.format.inner))
+        self._order = spec.format.own_parts(spec.shape)[0].unpack(self.own["order"]).long()
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        return self.inner.apply(x[..., self._order])

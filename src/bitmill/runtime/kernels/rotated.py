@@ -8,31 +8,46 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.rotated import Rotated
-from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec, choose_kernel
+from bitmill.runtime.kernels.around import Around
+from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.kernels.compiled import is_few, may_compile
+from bitmill.runtime.rotation_plan import rotation_plan
 
 
 @KERNELS.register("rotated")
-class RotatedKernel(Kernel):
+class RotatedKernel(Around):
     """x W^^T = ((x diag(1/s)) V^T Q^T) U: two cheap rotations around any kernel."""
-
-    priority = 0
 
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
         """Rotated formats around what some kernel runs."""
         return None if isinstance(spec.format, Rotated) else f"{spec.format.name} is not in a rotated basis."
 
-    @staticmethod
-    def apply(spec: KernelSpec, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        """x (..., in) to (..., out). Rotations are computed in fp32, the product between in the type of x."""
-        format = spec.format
-        assert isinstance(format, Rotated)
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
+        assert isinstance(spec.format, Rotated)
+        super().__init__(spec, tensors, replace(spec, format=spec.format.inner))
         rows, columns = spec.shape
+        self._rescale = self.own["rescale"].to(torch.float32) if spec.format.rescale else None
+        self._V, self._U = spec.format.on_inputs(columns, spec.device), spec.format.on_outputs(rows, spec.device)
+        # few tokens are turned by compiled code, where there is some for both sides
+        self._plans = [rotation_plan(self._V, False), None if self._U is None else rotation_plan(self._U, True)]
+        self._compiled = may_compile(spec) and None not in self._plans[: 1 if self._U is None else 2]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out). Rotations are computed in fp32; many tokens multiply in the type of x."""
+        if self._compiled and is_few(x):
+            return self._few(x.reshape(-1, self.spec.shape[1])).to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
         y = x.to(torch.float32)
-        if format.rescale:
-            y = y / tensors["rescale"].to(torch.float32)
-        y = format.on_inputs(columns, x.device).forward(y).to(x.dtype)
-        inner = replace(spec, format=format.inner)
-        y = choose_kernel(inner).apply(inner, tensors, y)
-        U = format.on_outputs(rows, x.device)
-        return y if U is None else U.inverse(y).to(x.dtype)
+        if self._rescale is not None:
+            y = y / self._rescale
+        y = self.inner.apply(self._V.forward(y).to(x.dtype))
+        return y if self._U is None else self._U.inverse(y).to(x.dtype)
+
+    def _few(self, x: Tensor) -> Tensor:
+        y = x.to(torch.float32)
+        if self._rescale is not None:
+            y = y / self._rescale
+        forward, back = self._plans
+        assert forward is not None
+        y = self.inner.apply(forward.apply(y))
+        return y if back is None else back.apply(y)

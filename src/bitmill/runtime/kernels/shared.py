@@ -7,23 +7,23 @@ from dataclasses import replace
 from torch import Tensor
 
 from bitmill.formats.shared import Shared
-from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec, choose_kernel
+from bitmill.runtime.kernels.around import Around
+from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 
 
 @KERNELS.register("shared")
-class SharedKernel(Kernel):
+class SharedKernel(Around):
     """The inner format's kernel."""
-
-    priority = 0
 
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
         """Formats whose parts other layers share, around what some kernel runs."""
         return None if isinstance(spec.format, Shared) else f"{spec.format.name} shares nothing."
 
-    @staticmethod
-    def apply(spec: KernelSpec, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         assert isinstance(spec.format, Shared)
-        inner = replace(spec, format=spec.format.inner)
-        return choose_kernel(inner).apply(inner, tensors, x)
+        super().__init__(spec, tensors, replace(spec, format=spec.format.inner))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        return self.inner.apply(x)

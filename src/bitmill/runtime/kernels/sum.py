@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import Wrapper
-from bitmill.numerics.sparse import places
-from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec, choose_kernel
+from bitmill.numerics.sparse import from_index, places
+from bitmill.runtime import ops
+from bitmill.runtime.kernels.around import Around
+from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.kernels.compiled import is_few, may_compile
 
 _PARTS = ("sparse_values", "sparse_columns", "sparse_counts")
 
@@ -16,10 +19,8 @@ _TILE = 1 << 20
 
 
 @KERNELS.register("sum")
-class SumKernel(Kernel):
+class SumKernel(Around):
     """y = x inner^T, then x[column] * value added to y[row] for every entry."""
-
-    priority = 0
 
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
@@ -30,21 +31,43 @@ class SumKernel(Kernel):
                 return None
         return f"{spec.format.name} stores no sparse entries."
 
-    @staticmethod
-    def apply(spec: KernelSpec, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        """x (..., in) to (..., out). The entries are added in fp32, as many tokens at a time as memory allows."""
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         assert isinstance(spec.format, Wrapper)
-        inner = KernelSpec(spec.format.inner, spec.shape, spec.device)
-        dense = {name: tensor for name, tensor in tensors.items() if name not in _PARTS}
-        y = choose_kernel(inner).apply(inner, dense, x)
-        rows, columns = places(tensors["sparse_counts"], tensors["sparse_columns"])
-        values = tensors["sparse_values"].to(torch.float32)
-        tokens, out = x.reshape(-1, spec.shape[1]), y.reshape(-1, spec.shape[0])
+        super().__init__(spec, tensors, KernelSpec(spec.format.inner, spec.shape, spec.device))
+        self._entries: tuple[Tensor, Tensor, Tensor] | None = None
+        if may_compile(spec):
+            starts = torch.zeros(spec.shape[0] + 1, dtype=torch.int64)
+            torch.cumsum(from_index(self.own["sparse_counts"]), 0, out=starts[1:])
+            columns = self.own["sparse_columns"].contiguous()
+            if (
+                not columns.numel() or int(from_index(columns).max()) < spec.shape[1]
+            ):  # the compiled code trusts them
+                values = self.own["sparse_values"].contiguous()
+                self._entries = starts, columns.view(torch.uint8), values.view(torch.uint8)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """The inner kernel's, the entries, and where each row's start."""
+        return {**super().tensors, **({} if self._entries is None else {"sparse_starts": self._entries[0]})}
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out). The entries are added in fp32."""
+        if self._entries is not None and is_few(x):
+            wide = x.reshape(-1, self.spec.shape[1]).to(torch.float32)
+            y = ops.sparse_add(wide, self.inner.apply(wide), *self._entries)
+            return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
+        return self._by_torch(x, self.inner.apply(x))
+
+    def _by_torch(self, x: Tensor, y: Tensor) -> Tensor:
+        """As many tokens at a time as memory allows."""
+        rows, columns = places(self.own["sparse_counts"], self.own["sparse_columns"])
+        values = self.own["sparse_values"].to(torch.float32)
+        tokens, out = x.reshape(-1, self.spec.shape[1]), y.reshape(-1, self.spec.shape[0])
         step = max(1, _TILE // max(1, len(values)))
         for start in range(0, tokens.shape[0], step):
             cut = slice(start, start + step)
             products = tokens[cut, columns].to(torch.float32) * values
-            added = torch.zeros(products.shape[0], spec.shape[0], device=x.device)
+            added = torch.zeros(products.shape[0], self.spec.shape[0], device=x.device)
             added.index_add_(1, rows, products)
             out[cut] += added.to(y.dtype)
         return out.reshape(y.shape)

@@ -1,0 +1,34 @@
+// The instruction sets: each is a list of kernels compiled for it, and which one runs is decided at run time.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "lut/levels.h"
+
+namespace bitmill {
+
+struct LookupKernels;    // lut/kernel.h
+struct AdditiveKernels;  // additive/additive.h
+struct VectorKernels;    // vector/vector.h
+struct RotationKernels;  // rotation/rotation.h
+struct SparseKernels;    // sparse/sparse.h
+
+struct Isa {
+    const char* name;
+    const LookupKernels* lookup;
+    DecodeRows decode;
+    const AdditiveKernels* additive;
+    const VectorKernels* vector;
+    const RotationKernels* rotation;
+    const SparseKernels* sparse;
+};
+extern const Isa avx512_isa, avx2_isa, neon_isa, scalar_isa;
+
+// Those that this machine has, best first.
+std::vector<std::string> available_isas();
+
+// The one in use: BITMILL_ISA, or the best. Both throw std::invalid_argument for one that is not available.
+const Isa& isa();
+void use_isa(const std::string& name);
+
+}  // namespace bitmill

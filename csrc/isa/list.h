@@ -1,0 +1,18 @@
+// All kernels but those of lut/, which have sources of their own: they are many, and slow to compile.
+#pragma once
+#include "../additive/kernel.h"
+#include "../isa.h"
+#include "../lut/decode.h"
+#include "../lut/kernel.h"
+#include "../rotation/kernel.h"
+#include "../sparse/kernel.h"
+#include "../vector/kernel.h"
+
+namespace bitmill {
+
+template <class V>
+constexpr Isa isa_of(const char* name, const LookupKernels* lookup) {
+    return {name, lookup, decode_rows_with<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>, &sparse_kernels<V>};
+}
+
+}  // namespace bitmill

@@ -1,0 +1,8 @@
+#include "../simd/avx2.h"
+
+#include "choose.h"
+#include "floats.h"
+
+namespace bitmill {
+const LookupKernels avx2_lookup = {choose<Avx2>, float_kernel<Avx2, 1>, read_inputs<Avx2>};
+}  // namespace bitmill

@@ -1,0 +1,34 @@
+// Codes of the layout (lut/layout.h), 64 at a time, with the vectors of an instruction set V.
+#pragma once
+#include <cstdint>
+
+#include "../simd/inline.h"
+
+namespace bitmill {
+
+// The codes of block i of a chunk; bits above the code are dirt. The 1-bit field goes to position `top`.
+template <class V, int bits, int i, int top>
+BITMILL_INLINE typename V::Bytes block_codes(const uint8_t* p) {
+    if constexpr (bits == 8) {
+        return V::load(p + 64 * i);
+    } else {
+        constexpr int has4 = bits & 4, has2 = bits & 2, has1 = bits & 1;
+        typename V::Bytes code{};
+        if constexpr (has4) code = V::template shifted<4 * (i % 2)>(V::load(p + 64 * (i / 2)));
+        if constexpr (has2) {
+            constexpr int at = has4;
+            const auto field = V::template shifted<2 * (i % 4) - at>(V::load(p + 64 * has4 + 64 * (i / 4)));
+            if constexpr (has4) code = V::template select<15>(code, field);
+            else code = field;
+        }
+        if constexpr (has1) {
+            constexpr int at = top, below = has4 + has2;
+            const auto field = V::template shifted<i - at>(V::load(p + 64 * below));
+            if constexpr (below) code = V::template select<(1 << below) - 1>(code, field);
+            else code = field;
+        }
+        return code;
+    }
+}
+
+}  // namespace bitmill

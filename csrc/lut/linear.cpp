@@ -1,0 +1,72 @@
+#include "linear.h"
+
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+
+#include "../isa.h"
+#include "../threads.h"
+#include "inputs.h"
+
+namespace bitmill {
+namespace {
+
+// Codes that all tokens visit before the next ones are read: they stay in a core's second-level cache.
+constexpr int64_t cached_bytes = 256 << 10;
+
+}  // namespace
+
+uint64_t read_all(const uint8_t* bytes, int64_t count, int threads) {
+    std::atomic<uint64_t> total{0};
+    in_shares(count / 64, threads, [&](int64_t first, int64_t last) {
+        uint64_t sums[8] = {};
+        for (int64_t line = first; line < last; ++line) {
+            uint64_t words[8];
+            std::memcpy(words, bytes + 64 * line, 64);
+            for (int i = 0; i < 8; ++i) sums[i] += words[i];
+        }
+        for (const uint64_t sum : sums) total += sum;
+    });
+    return total;
+}
+
+void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads) {
+    const LookupKernels& best = *isa().lookup;
+    const Layout& layout = weights.layout;
+    const bool floats = act == Act::float32;
+    const Kernel one = floats ? best.floats(weights) : best.choose(weights, act, 1);
+    const Kernel four = floats ? nullptr : best.choose(weights, act, 4);
+    if (!one) throw std::invalid_argument("no kernel for these weights");
+    thread_local Buffers buffers;
+    best.read_inputs(layout, x, tokens, act, buffers);
+    const Inputs inputs = buffers.inputs;
+    const auto from = [&](int64_t t) {
+        Inputs rest = inputs;
+        rest.bytes += t * inputs.columns, rest.lows += t * inputs.columns;
+        rest.steps += t * inputs.step_count, rest.sums += t * inputs.groups, rest.floats += t * inputs.columns;
+        return rest;
+    };
+    const int64_t share = tokens > 1 ? std::max<int64_t>(1, cached_bytes / layout.tile_bytes()) : layout.tiles();
+    in_shares(layout.tiles(), threads, [&](int64_t first, int64_t last) {
+        for (int64_t next; first < last; first = next) {
+            next = std::min(last, first + share);
+            for (int64_t t = 0; t < tokens;) {
+                const bool many = four && t + 4 <= tokens;
+                (many ? four : one)(weights, from(t), y + t * layout.rows, layout.rows, first, next);
+                t += many ? 4 : 1;
+            }
+        }
+    });
+}
+
+void decode_levels(const Levels& levels, int64_t count, float* out, int threads) {
+    const Layout& l = levels.layout;
+    const int64_t R = l.rows_per_tile, first = levels.first, last = first + count;
+    in_shares((last + R - 1) / R - first / R, threads, [&](int64_t from, int64_t to) {
+        std::vector<uint8_t> codes(R * l.padded_columns() + 64);
+        const int64_t start = std::max(first, (first / R + from) * R), stop = std::min(last, (first / R + to) * R);
+        isa().decode(levels, out + (start - first) * l.columns, codes.data(), start, stop);
+    });
+}
+
+}  // namespace bitmill

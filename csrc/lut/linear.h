@@ -1,0 +1,13 @@
+// y = x W^T for a few tokens, on all threads, with the best instruction set there is or the one asked for.
+#pragma once
+#include "kernel.h"
+
+namespace bitmill {
+
+// x (tokens, columns), y (tokens, rows). Throws std::invalid_argument where there is no kernel for the weights.
+void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads);
+
+// The sum of all 64-bit words: as fast as memory can be read.
+uint64_t read_all(const uint8_t* bytes, int64_t count, int threads);
+
+}  // namespace bitmill

@@ -1,0 +1,122 @@
+// The kernels in plain C++ for every width at once: what the vector kernels are tested against, and what runs where
+// they do not. Loops go over the 64 bytes of a block, so that compilers can vectorize them for any machine.
+#include "../simd/scalar.h"
+#include "floats.h"
+#include "inputs.h"
+
+namespace bitmill {
+namespace {
+
+// The table entries of 64 codes. A record holds one table, or one for every row of the tile: see choose.h and simd/.
+struct Tables {
+    const Weights& w;
+    const int R = w.layout.rows_per_tile, bits = w.layout.bits;
+
+    int place(int lane, int code) const {  // within a record
+        if (w.source == Source::shared || R == 1) return code;
+        return R == 4 ? lane / 16 * (w.mirrored ? 8 : 16) + code : code / 4 * 64 + lane / 4 * 4 + code % 4;
+    }
+
+    // Of fp32 tables: those of rows follow each other.
+    void look(int64_t tile, int64_t group, const uint8_t* codes, float* values) const {
+        const float* tables = reinterpret_cast<const float*>(w.tables);
+        const int64_t record = w.records_per_tile ? tile * w.records_per_tile + (w.records_per_tile > 1 ? group : 0) : 0;
+        for (int l = 0; l < 64; ++l) {
+            int64_t table = 0;
+            if (w.source == Source::own) table = record * (float_record(bits, R, w.source) >> bits) + l * R / 64;
+            if (w.source == Source::bank)
+                table = w.ids[(tile * w.layout.padded_groups() + group) * R + l * R / 64] & ((1 << w.bank_bits) - 1);
+            values[l] = tables[(table << bits) + codes[l]];
+        }
+    }
+
+    void look(int64_t tile, int64_t group, const uint8_t* codes, int32_t* values) const {
+        const int64_t groups = w.layout.padded_groups();
+        if (w.source == Source::bank) {
+            const uint8_t* ids = w.ids + (tile * groups + group) * R;
+            for (int l = 0; l < 64; ++l) {
+                const int id = ids[l * R / 64] & ((1 << w.bank_bits) - 1), c = codes[l];
+                values[l] = w.tables[bits == 4 ? 16 * id + c : c / 4 * 128 + 4 * id + c % 4];
+            }
+            return;
+        }
+        const int64_t record = w.records_per_tile ? tile * w.records_per_tile + (w.records_per_tile > 1 ? group : 0) : 0;
+        const uint8_t* low = w.tables + record * w.record_bytes;
+        const uint8_t* high = low + w.record_bytes / 2;
+        for (int l = 0; l < 64; ++l) {
+            const bool turned = w.mirrored && codes[l] >> (bits - 1);
+            const int at = place(l, turned ? codes[l] ^ ((1 << bits) - 1) : codes[l]);
+            values[l] = low[at] + (w.wide ? high[at] << 8 : 0);
+            if (turned) values[l] = (w.wide ? 65535 : 255) - values[l];
+        }
+    }
+};
+
+float scale_of(const Weights& w, int64_t at) {
+    if (w.wide_scales) return static_cast<const float*>(w.scales)[at];
+    return w.scales ? from_half(static_cast<const uint16_t*>(w.scales)[at]) : 1.0f;
+}
+
+float zero_of(const Weights& w, int64_t at) {
+    switch (w.zero_kind) {
+        case Zero::bytes: return static_cast<const uint8_t*>(w.zeros)[at];
+        case Zero::halves: return from_half(static_cast<const uint16_t*>(w.zeros)[at]);
+        default: return w.zero;
+    }
+}
+
+template <Act act>
+void tiles(const Weights& w, const Inputs& in, float* y, int64_t, int64_t first, int64_t last) {
+    const Layout& layout = w.layout;
+    const Tables tables{w};
+    const int R = layout.rows_per_tile, F = layout.group_blocks, S = step_blocks(R, F), width = 64 / R;
+    const int64_t blocks = layout.chunks() * 8, groups = layout.padded_groups();
+    using Value = std::conditional_t<act == Act::float32, float, int32_t>;
+    using Sum = std::conditional_t<act == Act::float32, float, int64_t>;
+    uint8_t codes[64];
+    Value values[64];
+    for (int64_t tile = first; tile < last; ++tile) {
+        float total[16] = {}, part[16] = {};
+        Sum whole[16] = {};
+        const uint8_t* stored = w.codes + tile * layout.tile_bytes();
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t group = b / F;
+            unpack_block(stored + b / 8 * 64 * layout.bits, layout.bits, static_cast<int>(b % 8), codes);
+            tables.look(tile, group, codes, values);
+            Value x[64];
+            for (int c = 0; c < width; ++c) {
+                const int64_t at = b * width + c;
+                if constexpr (act == Act::float32) x[c] = in.floats[at];
+                else x[c] = act == Act::int8 ? in.bytes[at] : 255 * in.bytes[at] + in.lows[at];
+            }
+            for (int r = 0; r < R; ++r)
+                for (int c = 0; c < width; ++c) whole[r] += static_cast<Sum>(values[r * width + c]) * x[c];
+            if ((b + 1) % S == 0)
+                for (int r = 0; r < R; ++r) {
+                    part[r] += (act == Act::float32 ? 1.0f : in.steps[b / S]) * static_cast<float>(whole[r]);
+                    whole[r] = 0;
+                }
+            if ((b + 1) % F && b + 1 < blocks) continue;
+            for (int r = 0; r < R; ++r) {
+                const int64_t at = (tile * groups + group) * R + r;
+                const float scale = w.source == Source::bank ? w.powers[w.ids[at] >> w.bank_bits] : scale_of(w, at);
+                total[r] += scale * (part[r] - zero_of(w, at) * in.sums[group]);
+                part[r] = 0;
+            }
+        }
+        for (int r = 0; r < R && tile * R + r < layout.rows; ++r) y[tile * R + r] = total[r] * w.row_scales[tile * R + r];
+    }
+}
+
+Kernel choose_scalar(const Weights&, Act act, int tokens) {
+    if (tokens > 1) return nullptr;
+    return act == Act::int8 ? tiles<Act::int8> : tiles<Act::int16>;
+}
+
+Kernel choose_floats(const Weights&) { return tiles<Act::float32>; }
+
+}  // namespace
+
+const LookupKernels scalar_lookup = {choose_scalar, choose_floats, read_inputs<Scalar>};
+
+}  // namespace bitmill

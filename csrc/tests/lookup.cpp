@@ -1,0 +1,124 @@
+// The lookup kernels of every instruction set against those in plain C++, on random weights of odd shapes.
+#include "../isa.h"
+#include "../lut/floats.h"
+#include "../lut/inputs.h"
+#include "../lut/linear.h"
+#include "driver.h"
+
+namespace bitmill {
+namespace {
+
+struct Case {
+    Layout layout;
+    Source source;
+    bool wide, per_group, mirrored;
+    int zero_kind, scale_kind;  // none, bytes, halves; none, halves, floats
+    bool floats = false;
+};
+
+struct Arrays {
+    std::vector<uint8_t> codes, tables, ids, zeros;
+    std::vector<float> powers, row_scales;
+    std::vector<uint8_t> scales;
+    std::vector<uint32_t> words;
+    Weights w{};
+};
+
+Arrays make(const Case& c) {
+    const Layout& l = c.layout;
+    Arrays a;
+    const int64_t words = (l.columns * l.bits + 31) / 32, places = l.tiles() * l.padded_groups() * l.rows_per_tile;
+    a.words.assign(l.rows * words, 0);
+    for (int64_t r = 0; r < l.rows; ++r)
+        for (int64_t i = 0; i < l.columns * l.bits; ++i)
+            if (below(2)) a.words[r * words + i / 32] |= 1u << i % 32;
+    a.codes.assign(l.tiles() * l.tile_bytes(), 0);
+    to_layout(l, a.words.data(), words, a.codes.data(), 2);
+    std::vector<uint32_t> back(a.words.size(), 0xffffffff);
+    from_layout(l, a.codes.data(), back.data(), words, 2);
+    if (back != a.words) throw std::runtime_error("codes do not come back");
+    const int64_t one = c.source == Source::own && l.rows_per_tile == 16 && l.bits == 3 ? 128
+                        : l.bits == 8                                               ? 256
+                        : l.bits == 7                                               ? 128
+                                                                                    : 64;
+    const int64_t bytes = one * (c.wide ? 2 : 1) / (c.mirrored ? 2 : 1);
+    const int64_t record = c.floats ? 4 * float_record(l.bits, l.rows_per_tile, c.source) : bytes, each = c.source == Source::own ? c.per_group ? l.padded_groups() : 1 : 0;
+    if (c.floats) {
+        const auto numbers = random_floats(c.source == Source::bank ? 32 << l.bits : record / 4 * (each ? l.tiles() * each : 1));
+        a.tables.resize(4 * numbers.size());
+        std::memcpy(a.tables.data(), numbers.data(), a.tables.size());
+    } else if (c.source == Source::bank) a.tables = random_bytes(512);
+    else a.tables = random_bytes(record * (each ? l.tiles() * each : 1));
+    if (c.source == Source::shared || l.rows_per_tile == 1)  // shorter tables are repeated
+        for (size_t at = 0; at < a.tables.size(); ++at)
+            if (l.bits < 6 && c.source != Source::bank && !c.floats)
+                a.tables[at] = a.tables[at / 64 * 64 + at % 64 % (size_t{1} << l.bits)];
+    a.powers.resize(16);
+    for (auto& p : a.powers) p = 0.5f + below(100) / 50.0f;
+    if (c.source == Source::bank) a.ids = random_bytes(places);
+    for (auto& id : a.ids) id &= 127;  // 32 tables, 4 powers
+    a.row_scales.assign(l.tiles() * l.rows_per_tile, 0.25f);
+    if (c.zero_kind) a.zeros = random_bytes(places * c.zero_kind);
+    if (c.zero_kind == 2)
+        for (int64_t i = 0; i < places; ++i) a.zeros[2 * i + 1] = 0x40;  // halves from 2 to 2.5
+    if (c.scale_kind) a.scales = random_bytes(places * (c.scale_kind == 1 ? 2 : 4));
+    for (int64_t i = 0; i < places && c.scale_kind == 1; ++i) a.scales[2 * i + 1] = 0x38;
+    for (int64_t i = 0; i < places && c.scale_kind == 2; ++i) {
+        const float s = 0.1f + static_cast<float>(below(8));
+        std::memcpy(&a.scales[4 * i], &s, 4);
+    }
+    a.w = {l, c.source, c.wide, a.codes.data(), a.tables.data(), c.mirrored, record, each, a.ids.data(), 5, a.powers.data(),
+           c.scale_kind ? a.scales.data() : nullptr, c.scale_kind == 2,
+           static_cast<Zero>(c.zero_kind), 3.5f, a.zeros.data(), a.row_scales.data()};
+    return a;
+}
+
+void run(const Case& c) {
+    const Arrays a = make(c);
+    const Layout& l = c.layout;
+    for (const Act act : {Act::int8, Act::int16, Act::float32}) {
+        if ((act == Act::float32) != c.floats) continue;
+        for (const int tokens : {1, 5}) {
+            std::vector<float> x(tokens * l.columns), expected(tokens * l.rows, NAN);
+            for (auto& v : x) v = static_cast<float>(below(2001) - 1000) / 300.0f;
+            use_isa("scalar");
+            linear(a.w, x.data(), tokens, act, expected.data(), 1);
+            for (const auto& name : available_isas()) {
+                use_isa(name);
+                if (name == "scalar" || (!c.floats && !isa().lookup->choose(a.w, act, 1))) continue;
+                std::vector<float> y(tokens * l.rows, NAN);
+                linear(a.w, x.data(), tokens, act, y.data(), 2);
+                report(difference(y, expected), 5e-5, "%s: %ld x %ld, group %ld, %d bits, R %d, F %d, source %d, wide %d, int%d, %d tokens",
+                       name.c_str(), static_cast<long>(l.rows), static_cast<long>(l.columns), static_cast<long>(l.group),
+                       l.bits, l.rows_per_tile, l.group_blocks, static_cast<int>(c.source), c.wide,
+                       act == Act::int8 ? 8 : act == Act::int16 ? 16 : 32, tokens);  // fp32 sums in another order
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void test_lookup() {
+    const int64_t shapes[][3] = {{1, 1, 1}, {3, 7, 7}, {17, 130, 16}, {33, 300, 64}, {20, 577, 40}, {5, 96, 32}};
+    int turn = 0;
+    for (const auto& s : shapes)
+        for (int bits = 1; bits <= 8; ++bits)
+            for (const Source source : {Source::shared, Source::own, Source::bank})
+                for (const bool wide : {false, true}) {
+                    if (source == Source::bank && (wide || bits > 4)) continue;
+                    const int R = source == Source::shared || bits < 4 ? 16 : bits == 4 ? 4 : 1;
+                    if (R == 1 && !wide) continue;
+                    const int64_t blocks = (s[2] * R + 63) / 64;
+                    int F = static_cast<int>((blocks + 7) / 8 * 8);
+                    if (R == 16 && blocks <= 4) F = 4;
+                    if (R == 4 && blocks <= 4) F = blocks <= 2 ? 2 : 4;
+                    ++turn;
+                    const Layout layout{s[0], s[1], s[2], bits, R, F};
+                    const bool halved = source == Source::own && (bits == 3 || bits == 4);
+                    run({layout, source, wide, turn % 2 == 0, halved && turn % 4 < 2, turn % 3, turn / 3 % 3});
+                    if (!wide || R == 1) run({layout, source, false, turn % 2 == 0, false, turn % 3, turn / 3 % 3, true});
+                }
+}
+
+}  // namespace bitmill

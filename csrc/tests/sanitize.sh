@@ -1,0 +1,34 @@
+#!/bin/sh
+# Builds the tests of the kernels with the address and undefined behaviour sanitizers and runs them. CXX, OPT, FLAGS
+# (of the compiler) and RUN (an emulator) may be set.
+set -eu
+cd "$(dirname "$0")/.."
+out=${TMPDIR:-/tmp}/bitmill-sanitize
+mkdir -p "$out"
+cxx="${CXX:-g++} -std=c++17 ${OPT--O1} -g -ffp-contract=off -fopenmp -fno-omit-frame-pointer"
+cxx="$cxx ${FLAGS--fsanitize=address,undefined -fno-sanitize-recover=all}"
+avx2="-mavx2 -mfma -mf16c"
+avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni"
+objects=
+compile() {  # flags, sources
+  flags=$1; shift
+  for source in "$@"; do
+    object="$out/$(echo "$source" | tr / _).o"
+    $cxx $flags -c "$source" -o "$object"
+    objects="$objects $object"
+  done
+}
+case $(${CXX:-g++} -dumpmachine) in
+x86_64*)
+  compile "-w $avx2" lut/avx2.cpp isa/avx2.cpp
+  compile "-w $avx512" lut/avx512.cpp isa/avx512.cpp
+  shared=-DBITMILL_X86 ;;
+aarch64*)
+  compile -w lut/neon.cpp isa/neon.cpp
+  shared=-DBITMILL_ARM ;;
+*) shared= ;;
+esac
+compile "$shared" isa.cpp isa/scalar.cpp lut/layout.cpp lut/linear.cpp lut/scalar.cpp \
+  additive/additive.cpp vector/vector.cpp rotation/rotation.cpp sparse/sparse.cpp tests/*.cpp
+$cxx $objects -o "$out/driver"
+OMP_NUM_THREADS=2 ${RUN-} "$out/driver"

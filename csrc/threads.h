@@ -1,0 +1,28 @@
+// Static shares of a range, one a thread. OpenMP, because torch brings the same runtime: its threads are reused, so
+// that no second pool competes for the cores. Without OpenMP everything runs in the calling thread.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace bitmill {
+
+template <class Body>
+void in_shares(int64_t count, int threads, const Body& body) {
+    threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        {
+            const int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
+            body(count * self / team, count * (self + 1) / team);
+        }
+        return;
+    }
+#endif
+    body(int64_t{0}, count);
+}
+
+}  // namespace bitmill

@@ -1,0 +1,100 @@
+"""Lookup kernels: codes stay packed, every code is an entry of a small table of bytes.
+
+One compiled kernel serves every scalar format at 1 to 8 bits (csrc/lut). Up to 16 tokens at a time it reads the
+codes once, rounds the inputs to integers with a step for every 16 to 64 columns, and sums exactly:
+
+    int8   |error of y_r| <= sum over steps s of max|x_s| / 254 * sum of |W^_rs|, and where the format's levels
+           are no round numbers 1/254 of a table's largest magnitude a weight (5 bits and more: 1/65534)
+    int16  the same with 65024 in place of 254, and 65534 at every width
+    float32  no rounding: fp32 tables, inputs and sums
+
+Free-form levels, of codebooks or binary coding, at up to 4 bits are what rounding tables to bytes is about. With m
+a table's largest magnitude it adds an error of RMS m / 440 to each weight, 0.7 % of their RMS where m is three
+times that, to the 0.5 % or so of an output that rounding Gaussian inputs to int8 costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitmill.formats import ScalarFormat
+from bitmill.runtime import ops
+from bitmill.runtime.byte_tables import Entries, byte_tables
+from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.kernels.compiled import Relaid, lacking, tile_memory
+from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
+
+_PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
+_FLOATS = ("powers", "row_scales")  # taken as fp32; the rest as bytes, whose type their number tells
+
+
+@KERNELS.register("lut")
+class Lut(Relaid):
+    """Table lookup and dot products of bytes, compiled for this machine's instruction set."""
+
+    tolerance = 2e-2
+
+    @staticmethod
+    def supports(spec: KernelSpec) -> str | None:
+        """Scalar formats of up to 8 bits on the CPU, where the compiled kernels are installed."""
+        if not isinstance(spec.format, ScalarFormat):
+            return f"{spec.format.name} is no table of single numbers."
+        if spec.format.bits > 8:
+            return f"{spec.format.name} has {spec.format.bits} bits, more than 8."
+        return lacking(spec)
+
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
+        format = spec.format
+        assert isinstance(format, ScalarFormat)
+        params = format.unpack_params(tensors, spec.shape)
+        act, columns = activations(), spec.shape[1]
+        width = min(format.width(spec.shape), columns)
+        kind: Entries = "floats" if act == "float32" else "words" if act == "int16" or format.bits > 4 else "bytes"
+        made = byte_tables(format.lookup(params), spec.shape, width, format.bits, kind)
+        super().__init__(spec, tensors, [*spec.shape, width, format.bits, made.rows_per_tile, made.group_blocks])
+        self.plan = [
+            *self.layout,
+            made.source,
+            int(made.wide),
+            int(made.mirrored),
+            made.record_bytes,
+            made.records_per_tile,
+        ]
+        self.plan += [made.bank_bits, ACTIVATIONS.index(act)]
+        self.zero = made.zero
+        self.parts = [_flat(getattr(made, name), name not in _FLOATS) for name in _PARTS]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """Codes and tables as the kernel reads them, and the packed parameters."""
+        return self.held("lut", {name: part for name, part in zip(_PARTS, self.parts) if part is not None})
+
+    def decoder(self) -> Callable[[slice], Tensor]:
+        """By table lookup in fp32, each weight as the format computes it."""
+        format, params, layout = self.spec.format, self._params(), native().Layout(*self.layout)
+        assert isinstance(format, ScalarFormat)
+
+        def weights(rows: slice) -> Tensor:
+            found = format.lookup({k: v if v.shape[0] == 1 else v[rows] for k, v in params.items()})
+            tables = torch.nn.functional.pad(found.tables.flatten(), (0, 64))  # whole vectors are read
+            ids = None if found.table is None else found.table.to(torch.int32).contiguous()
+            numbers = found.factor().contiguous(), found.zero.contiguous()
+            out = tile_memory(rows, self.spec.shape[1])
+            native().decode(layout, self.codes, tables, ids, *numbers, rows.start, out, threads())
+            return out
+
+        return weights
+
+    def few(self, x: Tensor) -> Tensor:
+        """By table lookup."""
+        return ops.lut_linear(x, self.codes, self.parts, self.plan, self.zero)
+
+
+def _flat(part: Tensor | None, as_bytes: bool) -> Tensor | None:
+    if part is None:
+        return None
+    part = part.flatten().contiguous()
+    return part.view(torch.uint8) if as_bytes else part

@@ -1,0 +1,62 @@
+"""Lattice and pyramid codes: rows decoded in the cache by compiled code, and multiplied in fp32 (csrc/vector).
+
+Codes stay as they are packed. Decoding rounds as the formats' `dequantize` does, so many tokens, which multiply
+decoded tiles with torch, come out bit by bit as with the reference kernel; few tokens differ by fp32 sums alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitmill.formats import Format
+from bitmill.formats.e8 import E8
+from bitmill.formats.pyramid import LENGTHS, Pyramid
+from bitmill.formats.vector import VectorFormat
+from bitmill.numerics import e8
+from bitmill.runtime import ops
+from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.kernels.compiled import Compiled, lacking, tile_memory
+from bitmill.runtime.native import native, threads
+
+_SETS = (E8, Pyramid)  # csrc/vector/vector.h: VectorSet
+
+
+@KERNELS.register("vector")
+class VectorKernel(Compiled):
+    """Decode into the cache and multiply, compiled for this machine's instruction set."""
+
+    @staticmethod
+    def supports(spec: KernelSpec) -> str | None:
+        """The lattice E8 and pyramids on the CPU, where the compiled kernels are installed."""
+        return (
+            lacking(spec) if isinstance(spec.format, _SETS) else f"{spec.format.name} has no fixed set of vectors."
+        )
+
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
+        super().__init__(spec, tensors)
+        format = spec.format
+        assert isinstance(format, VectorFormat)
+        scale = format.unpack_params(tensors, spec.shape)["scale"].contiguous()
+        self._plan = [_SETS.index(type(format)), format.width(spec.shape), format.bits]
+        self._parts = [tensors["codes"].contiguous(), scale, _table(format)]
+
+    def few(self, x: Tensor) -> Tensor:
+        """By decoding each row once."""
+        return ops.vector_linear(x, self._parts, self._plan)
+
+    def decoder(self) -> Callable[[slice], Tensor]:
+        """As the product has it."""
+
+        def weights(rows: slice) -> Tensor:
+            out = tile_memory(rows, self.spec.shape[1])
+            native().vector_decode(*self._plan, *self._parts, rows.start, out, threads())
+            return out
+
+        return weights
+
+
+def _table(format: Format) -> Tensor:
+    return e8.patterns().flatten() if isinstance(format, E8) else torch.tensor(LENGTHS)

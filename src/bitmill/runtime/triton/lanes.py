@@ -1,0 +1,99 @@
+"""Codes in lanes: the layout of `lut`, made once when a layer is first used.
+
+A stored row is one stream of `bits`-bit codes in 32-bit words, in which neighbours share words and groups begin
+anywhere. A GPU wants each thread to read whole words that need no neighbour, and neighbouring threads to read
+neighbouring words. So 32 codes of one group, which fill exactly `bits` words at every width from 1 to 8, are a
+lane, and word j of a row's lanes lie together:
+
+    words    int32 (rows, bits, lanes);  code i of a lane occupies bits i*bits ... of its `bits` words
+    lanes    whole ones for every group: ceil(width / 32) of them; only groups of another width than a multiple
+             of 32 are padded, with code 0
+    stride   code i of lane l is column i * stride + l % stride of its 32 * stride columns. Threads that hold
+             neighbouring lanes then multiply their code i with neighbouring inputs. The largest power of two up to
+             32 that divides the lanes of a group
+
+The bits stored are those of the packed layout, but for that padding. Planes are the same for binary codings: bit i
+of a lane's 32 codes is its word i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from bitmill.numerics.packing import pack, unpack
+
+Codes = Callable[[Tensor, int, int], Tensor]
+
+LANE = 32
+_SLICE = 1 << 24  # codes laid out at a time, some 0.3 GB of temporaries
+
+
+def lanes_per_group(width: int) -> int:
+    """Lanes that hold `width` columns."""
+    return -(-width // LANE)
+
+
+def stride_of(width: int) -> int:
+    """Columns between neighbouring codes of a lane."""
+    lanes = lanes_per_group(width)
+    return min(LANE, lanes & -lanes)
+
+
+def lanes_in(columns: int, width: int) -> int:
+    """Lanes of a row."""
+    return -(-columns // width) * lanes_per_group(width)
+
+
+def to_lanes(packed: Tensor, bits: int, columns: int, width: int) -> Tensor:
+    """Packed codes (rows, words) to (rows, bits, lanes), int32."""
+    rows, stride, lanes = packed.shape[0], stride_of(width), lanes_in(columns, width)
+    out = packed.new_empty(rows, bits, lanes)
+    for cut in _slices(rows, columns):
+        codes = unpack(packed[cut], bits, columns)
+        codes = _padded(_padded(codes, width).unflatten(1, (-1, width)), lanes_per_group(width) * LANE).flatten(1)
+        codes = codes.unflatten(1, (-1, LANE, stride)).transpose(2, 3).reshape(-1, lanes, LANE)
+        out[cut] = pack(codes, bits).transpose(1, 2)
+    return out
+
+
+def to_planes(packed: Tensor, bits: int, columns: int, width: int) -> Tensor:
+    """Packed codes (rows, words) to (rows, bits, lanes), int32, a word for each bit."""
+    out = packed.new_empty(packed.shape[0], bits, lanes_in(columns, width))
+    for cut in _slices(packed.shape[0], columns):
+        codes = unpack(packed[cut], bits, columns)
+        planes = [to_lanes(pack(codes >> i & 1, 1), 1, columns, width) for i in range(bits)]
+        out[cut] = torch.cat(planes, 1)
+    return out
+
+
+def codes_of_planes(words: Tensor, columns: int, width: int) -> Tensor:
+    """Codes of some rows, uint8 (rows, columns)."""
+    planes = [codes_of(words[:, i : i + 1], columns, width) << i for i in range(words.shape[1])]
+    return torch.stack(planes).sum(0, dtype=torch.uint8)
+
+
+def from_words(words: Tensor, columns: int, width: int, codes: Codes) -> Tensor:
+    """The packed codes again, bit by bit; `codes` is `codes_of` or `codes_of_planes`."""
+    bits = words.shape[1]
+    slices = _slices(words.shape[0], columns)
+    return torch.cat([pack(codes(words[cut], columns, width), bits) for cut in slices])
+
+
+def codes_of(words: Tensor, columns: int, width: int) -> Tensor:
+    """Codes of some rows, uint8 (rows, columns)."""
+    stride, lanes = stride_of(width), words.shape[2]
+    codes = unpack(words.transpose(1, 2), words.shape[1], LANE)
+    codes = codes.reshape(-1, lanes // stride, stride, LANE).transpose(2, 3).flatten(1)
+    return codes.unflatten(1, (-1, lanes_per_group(width) * LANE))[..., :width].flatten(1)[:, :columns]
+
+
+def _padded(codes: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(codes, (0, -codes.shape[-1] % multiple))
+
+
+def _slices(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _SLICE // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
