@@ -15,6 +15,8 @@ times that, to the 0.5 % or so of an output that rounding Gaussian inputs to int
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from bitmill.runtime import ops
 from bitmill.runtime.byte_tables import Entries, byte_tables
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import Relaid, lacking
-from bitmill.runtime.native import ACTIVATIONS, activations
+from bitmill.runtime.native import ACTIVATIONS, activations, native
 
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
 _FLOATS = ("powers", "row_scales")  # taken as fp32; the rest as bytes, whose type their number tells
@@ -73,6 +75,13 @@ class Lut(Relaid):
     def few(self, x: Tensor) -> Tensor:
         """By table lookup."""
         return ops.lut_linear(x, self.codes, self.parts, self.plan, self.zero)
+
+    def step_linear(self) -> Any:
+        """The same lookups for the decode step."""
+        source, wide, mirrored, record_bytes, records, bank_bits, act = self.plan[6:]
+        tables = (source, bool(wide), bool(mirrored), record_bytes, records, bank_bits, self.zero)
+        layout = native().Layout(*self.layout)
+        return native().lookup_linear(layout, *tables, self.codes, *self.parts, act)
 
 
 def _flat(part: Tensor | None, as_bytes: bool) -> Tensor | None:

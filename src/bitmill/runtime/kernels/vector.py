@@ -6,6 +6,8 @@ decoded tiles with torch, come out bit by bit as with the reference kernel; few 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,11 @@ class VectorKernel(Compiled):
         out = torch.empty(rows.stop - rows.start, self.spec.shape[1])
         native().vector_decode(*self._plan, *self._parts, rows.start, out, threads())
         return out
+
+    def step_linear(self) -> Any:
+        """The same decoding for the decode step."""
+        set, width, bits = self._plan
+        return native().step_vector_linear(set, self.spec.shape[1], width, bits, *self._parts)
 
 
 def _table(format: Format) -> Tensor:
