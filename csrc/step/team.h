@@ -26,7 +26,7 @@ public:
     }
 
 private:
-    static constexpr int patience = 20000;
+    static constexpr int patience = 2000;
     alignas(64) std::atomic<int> arrived{0};
     alignas(64) std::atomic<uint32_t> turn{0};
 

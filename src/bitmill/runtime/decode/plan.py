@@ -99,7 +99,7 @@ class Plan:
             made = kernel.step_linear()
             if made is None:
                 raise NotEligibleError(f"{name} is {module.format.name}, whose kernel is no compiled one")
-            self._kernels.append((module, kernel))
+            self._kernels.append((module.tied or module, kernel))
             return made
         if type(module) is not nn.Linear:
             raise NotEligibleError(f"{name} is a {type(module).__name__}")
