@@ -66,24 +66,38 @@ struct Builder {
     }
 };
 
-void advance(Model& model, Floats embedding, Floats cos, Floats sin, Array<float, 5> past, int64_t length, Array<float, 1> logits,
+std::vector<float> row_of(const Linear& table, int64_t row) {
+    require(0 <= row && row < table.rows, "a row is out of range");
+    std::vector<float> out(table.columns);
+    if (!table.row(row, out.data())) out.clear();
+    return out;
+}
+
+// The token's embedding is given, or a row of a table.
+void advance(Model& model, MaybeFloats embedding, const Linear* table, int64_t token, Floats cos, Floats sin, Array<float, 5> past, int64_t length, Array<float, 1> logits,
              int threads) {
     const Shape& s = model.shape;
     const auto is = [&](size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; };
-    require(is(embedding.size(), s.hidden) && is(cos.size(), s.dim) && is(sin.size(), s.dim) && is(logits.size(), model.tokens()),
+    std::vector<float> row;
+    if (table) {
+        require(table->columns == s.hidden, "the table has another width");
+        row = row_of(*table, token);
+    }
+    const float* first = embedding ? embedding->data() : row.data();
+    require(is(embedding ? embedding->size() : row.size(), s.hidden) && is(cos.size(), s.dim) && is(sin.size(), s.dim) && is(logits.size(), model.tokens()),
             "an array has another size");
     require(is(past.shape(0), model.depth()) && past.shape(1) == 2 && is(past.shape(2), s.kv_heads) && is(past.shape(4), s.dim) &&
                 0 <= length && length < static_cast<int64_t>(past.shape(3)),
             "the past has another shape, or no room");
     const Position at{cos.data(), sin.data(), {past.data(), static_cast<int64_t>(past.shape(3)), length}};
     nb::gil_scoped_release free;
-    model.advance(embedding.data(), at, logits.data(), threads);
+    model.advance(first, at, logits.data(), threads);
 }
 
 }  // namespace
 
 void bind_step(nb::module_& m) {
-    nb::class_<Linear>(m, "Linear");
+    nb::class_<Linear>(m, "Linear").def("row", row_of, "row"_a);
     m.def("lookup_linear", lookup, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a, "records_per_tile"_a,
           "bank_bits"_a, "zero"_a, "codes"_a, "tables"_a, "ids"_a.none(), "powers"_a.none(), "scales"_a.none(), "zeros"_a.none(),
           "row_scales"_a, "act"_a, nb::keep_alive<0, 9>(), nb::keep_alive<0, 10>(), nb::keep_alive<0, 11>(),
@@ -131,7 +145,7 @@ void bind_step(nb::module_& m) {
              nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
         .def("build", &Builder::build, "norm"_a, "head"_a, "bias"_a.none(), nb::keep_alive<0, 1>(),
              nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>());
-    nb::class_<Model>(m, "Model").def("advance", advance, "embedding"_a, "cos"_a, "sin"_a, "past"_a, "length"_a, "logits"_a,
+    nb::class_<Model>(m, "Model").def("advance", advance, "embedding"_a.none(), "table"_a.none(), "token"_a, "cos"_a, "sin"_a, "past"_a, "length"_a, "logits"_a,
                                       "threads"_a);
 }
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "../isa.h"
+#include "../lut/linear.h"
 #include "step.h"
 
 namespace bitmill {
@@ -42,11 +43,25 @@ void LookupLinear::apply(const Team& team, Room room, const float* x, float* y) 
     if (first < last) lookup_kernel(weights, act)(weights, room.inputs.of(weights.layout, x, act), y, rows, first, last);
 }
 
+bool LookupLinear::row(int64_t row, float* out) const {
+    lookup_row(weights, act, row, out);
+    return true;
+}
+
 void DenseLinear::apply(const Team& team, Room, const float* x, float* y) const {
     const auto [first, last] = team.share(rows);
     const StepKernels& best = *isa().step;
     if (wide) best.dense(static_cast<const float*>(weights), columns, x, y, first, last);
     else best.dense_bf16(static_cast<const uint16_t*>(weights), columns, x, y, first, last);
+}
+
+bool DenseLinear::row(int64_t row, float* out) const {
+    if (wide) std::memcpy(out, static_cast<const float*>(weights) + row * columns, columns * sizeof(float));
+    for (int64_t i = 0; !wide && i < columns; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(weights)[row * columns + i]) << 16;
+        std::memcpy(out + i, &bits, sizeof(float));
+    }
+    return true;
 }
 
 VectorLinear::VectorLinear(const Vectors& weights) : Linear(weights.rows, weights.columns), weights(weights) {

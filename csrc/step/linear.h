@@ -44,12 +44,15 @@ public:
     // y = W x. Every thread of the team calls it, with the same numbers in x, be it its own copy or not, and the one y,
     // which is whole when all have passed the next wait.
     virtual void apply(const Team& team, Room room, const float* x, float* y) const = 0;
+    // One row of W, as embeddings are looked up; whether there is a way.
+    virtual bool row(int64_t, float*) const { return false; }
 };
 
 class LookupLinear : public Linear {
 public:
     LookupLinear(const Weights& weights, Act act);  // throws std::invalid_argument where there is no kernel
     void apply(const Team& team, Room room, const float* x, float* y) const override;
+    bool row(int64_t row, float* out) const override;
 
 private:
     const Weights weights;
@@ -62,6 +65,7 @@ public:
     DenseLinear(const void* weights, bool wide, int64_t rows, int64_t columns)
         : Linear(rows, columns), weights(weights), wide(wide) {}
     void apply(const Team& team, Room room, const float* x, float* y) const override;
+    bool row(int64_t row, float* out) const override;
 
 private:
     const void* weights;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 
 #include "../isa.h"
@@ -38,6 +39,7 @@ Model::Model(const Shape& shape, std::vector<Block> all, const float* norm, cons
 }
 
 void Model::advance(const float* embedding, const Position& at, float* logits, int threads) {
+    const std::lock_guard<std::mutex> alone(busy);
     threads_.resize(std::max(threads, 1));
     for (Thread& t : threads_) {
         t.x.assign(embedding, embedding + shape.hidden);

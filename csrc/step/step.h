@@ -7,6 +7,7 @@
 // its own copy of x. So threads wait for each other only where one reads what another wrote: five times a block.
 #pragma once
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "linear.h"
@@ -68,7 +69,7 @@ public:
     int64_t tokens() const { return head.linear->rows; }
 
     // From the embedding of a token to the logits of the next. Appends its keys and values to the past, whose capacity
-    // must have room. One call at a time.
+    // must have room. Calls wait for each other.
     void advance(const float* embedding, const Position& at, float* logits, int threads);
 
 private:
@@ -80,6 +81,7 @@ private:
     int64_t inner = 0, own = 0;
     std::vector<float> q, k, v, attended, o, gate, up, down, shared;
     std::vector<Thread> threads_;
+    std::mutex busy;
 
     void run(const Team& team, Thread& self, const Position& at, float* logits);
     void attention(const Team& team, Thread& self, const Block& block, int64_t index, const Position& at);

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from bitmill.errors import UsageError
 from bitmill.runtime.decode.past import past_of
 from bitmill.runtime.decode.plan import NotEligibleError, Plan
-from bitmill.runtime.native import activations, threads
+from bitmill.runtime.native import activations
 
 # How far the logits of both ways may be apart, relative to their spread: sums in another order, which where inputs are
 # rounded to integers may round them the other way.
@@ -63,9 +63,7 @@ class StepForward:
             return self.__wrapped__(**kwargs)
         past, length = found
         past.make_room(length + 1, length)
-        logits = torch.empty(plan.tokens)
-        embedding = plan.embedding(ids).to(torch.float32).view(-1)
-        plan.model.advance(embedding, *plan.angles(length), past.numbers, length, logits, threads())
+        logits = plan.advance(ids, past.numbers, length)
         if not self._agrees:
             return self._tried(logits, kwargs)
         cache = kwargs["past_key_values"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitmill.runtime.linear import QuantLinear
-from bitmill.runtime.native import is_available, native
+from bitmill.runtime.native import is_available, native, threads
 
 _CPU = torch.device("cpu")
+_kernel_of = attrgetter("_kernel")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _GATED = ("gate_proj", "up_proj", "down_proj")
@@ -54,11 +56,33 @@ class Plan:
         except ValueError as error:
             raise NotEligibleError(f"its layers do not fit together ({error})") from None
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._table = self._rows(head)
+        self._watched = [owner for owner, _ in self._kernels], [kernel for _, kernel in self._kernels]
+
+    def advance(self, ids: Tensor, past: Tensor, length: int) -> Tensor:
+        """Logits (tokens,) of what follows the token `ids` (1, 1); its keys and values are appended to the past."""
+        logits = torch.empty(self.tokens)
+        row = None if self._table is not None else self.embedding(ids).to(torch.float32).view(-1)
+        self.model.advance(row, self._table, int(ids), *self.angles(length), past, length, logits, threads())
+        return logits
+
+    def _rows(self, head: Any) -> Any:
+        """What looks up embeddings in compiled code, where it gives what the model's own table gives."""
+        if type(self.embedding) is nn.Embedding:
+            table = self._linear(self.embedding, "embed_tokens")
+        elif getattr(head, "tied", None) is self.embedding:
+            table = self._linear(head, "lm_head")
+        else:
+            return None
+        ids = torch.linspace(0, self.tokens - 1, 8).long()
+        own = self.embedding(ids).to(torch.float32)
+        rows = torch.tensor([table.row(int(i)) for i in ids])
+        return table if rows.shape == own.shape and torch.allclose(rows, own, rtol=1e-5, atol=1e-7) else None
 
     def is_current(self) -> bool:
         """Whether the model still holds the tensors that the plan was made of, and nobody listens to its layers."""
         return (
-            all(layer._kernel is kernel for layer, kernel in self._kernels)
+            list(map(_kernel_of, self._watched[0])) == self._watched[1]
             and all(tensor.data_ptr() == place for tensor, place in self._tensors)
             and not any(m._forward_hooks or m._forward_pre_hooks for m in self._hooked)
         )
@@ -101,7 +125,7 @@ class Plan:
                 raise NotEligibleError(f"{name} is {module.format.name}, whose kernel is no compiled one")
             self._kernels.append((module.tied or module, kernel))
             return made
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, nn.Embedding):
             raise NotEligibleError(f"{name} is a {type(module).__name__}")
         weight = module.weight.detach()
         if weight.device.type != "cpu" or not weight.is_contiguous():
