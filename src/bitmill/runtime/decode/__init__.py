@@ -1,5 +1,5 @@
-"""Decoding token by token in compiled code: what transformers spends between the products is most of a small model's time."""
+"""Decoding token by token in compiled code (csrc/step): Python would take longer than a small model's products."""
 
-from bitmill.runtime.decode.forward import decode_path, speed_up
+from bitmill.runtime.decode.forward import attach, decode_path, detach
 
-__all__ = ["decode_path", "speed_up"]
+__all__ = ["attach", "decode_path", "detach"]

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence where the compiled step can append to them, in layers that transformers can read."""
+"""Keys and values of one sequence where the compiled step can append to them, as layers that transformers reads."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PastLayer(DynamicLayer):
         return self.past.numbers[self.index, which][None, :, : self.length].to(self.dtype)
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
         """(sequences, heads, tokens, dim)."""
         return self._part(0)
 
@@ -69,7 +69,7 @@ class PastLayer(DynamicLayer):
         self._others[0] = keys
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         """(sequences, heads, tokens, dim)."""
         return self._part(1)
 
@@ -117,7 +117,12 @@ def past_of(cache: Any, blocks: int, heads: int, dim: int) -> tuple[Past, int] |
     if type(first) is PastLayer:
         past, length = first.past, first.length
         for layer in layers:
-            if type(layer) is not PastLayer or layer.past is not past or layer.length != length or not layer.is_ours:
+            if (
+                type(layer) is not PastLayer
+                or layer.past is not past
+                or layer.length != length
+                or not layer.is_ours
+            ):
                 return None
         return (past, length) if length else None
     if not all(_is_plain(layer, heads, dim) for layer in layers):
@@ -135,5 +140,5 @@ def past_of(cache: Any, blocks: int, heads: int, dim: int) -> tuple[Past, int] |
 def _is_plain(layer: Any, heads: int, dim: int) -> bool:
     if type(layer) is not DynamicLayer or not layer.is_initialized:
         return False
-    keys = layer.keys
+    keys: Any = layer.keys
     return keys.dim() == 4 and keys.shape[:2] == (1, heads) and keys.shape[3] == dim and keys.device.type == "cpu"

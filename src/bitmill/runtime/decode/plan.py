@@ -1,7 +1,8 @@
-"""Which models the compiled step can run, and what it is built from: their own tensors, never copies of matrices."""
+"""Which models the compiled step can run, and what it is built of: their own tensors, never copies of matrices."""
 
 from __future__ import annotations
 
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -32,17 +33,19 @@ class Plan:
         """Raises NotEligibleError."""
         if not is_available():
             raise NotEligibleError("the compiled kernels are not installed")
-        base, head, layers = _parts(model)
+        base, head, layers = parts_of(model)
         attention, mlp = layers[0].self_attn, layers[0].mlp
         self.blocks, self.dim = len(layers), int(attention.head_dim)
         self.heads = int(attention.q_proj.out_features) // self.dim
         self.kv_heads = int(attention.k_proj.out_features) // self.dim
         if type(mlp.act_fn).__name__ not in _SILU:
             raise NotEligibleError(f"its activation is {type(mlp.act_fn).__name__}, not SiLU")
-        self.embedding, self.rotary = model.get_input_embeddings(), base.rotary_emb
+        self.embedding: Any = model.get_input_embeddings()
+        self.rotary: Any = base.rotary_emb
         self.dtype: torch.dtype = base.norm.weight.dtype
         self.tokens = int(head.out_features)
-        self._kernels: list[tuple[Any, Any]] = []
+        self._owners: list[Any] = []
+        self._kernels: list[Any] = []
         self._tensors: list[tuple[Tensor, int]] = []
         self._hooked = [*layers, base, base.norm, head]
         hidden = int(attention.q_proj.in_features)
@@ -52,15 +55,19 @@ class Plan:
         try:
             for layer in layers:
                 self._block(builder, layer)
-            self.model = builder.build(self._vector(base.norm.weight), self._linear(head, "lm_head"), self._bias(head))
-        except ValueError as error:
+            self.model = builder.build(
+                self._vector(base.norm.weight), self._linear(head, "lm_head"), self._bias(head)
+            )
+        except (TypeError, ValueError) as error:
             raise NotEligibleError(f"its layers do not fit together ({error})") from None
         self._angles: tuple[Tensor, Tensor] | None = None
         self._table = self._rows(head)
-        self._watched = [owner for owner, _ in self._kernels], [kernel for _, kernel in self._kernels]
+        inside = [part for layer in layers for part in (layer, layer.self_attn, layer.mlp)]
+        self._parents = [module._modules for module in (model, base, base.layers, *inside)]
+        self._modules = list(chain.from_iterable(map(dict.values, self._parents)))
 
     def advance(self, ids: Tensor, past: Tensor, length: int) -> Tensor:
-        """Logits (tokens,) of what follows the token `ids` (1, 1); its keys and values are appended to the past."""
+        """Logits (tokens,) of what follows the token `ids` (1, 1); its keys and values join the past."""
         logits = torch.empty(self.tokens)
         row = None if self._table is not None else self.embedding(ids).to(torch.float32).view(-1)
         self.model.advance(row, self._table, int(ids), *self.angles(length), past, length, logits, threads())
@@ -68,9 +75,10 @@ class Plan:
 
     def _rows(self, head: Any) -> Any:
         """What looks up embeddings in compiled code, where it gives what the model's own table gives."""
+        tied: Any = getattr(head, "tied", None)
         if type(self.embedding) is nn.Embedding:
             table = self._linear(self.embedding, "embed_tokens")
-        elif getattr(head, "tied", None) is self.embedding:
+        elif tied is self.embedding:
             table = self._linear(head, "lm_head")
         else:
             return None
@@ -80,9 +88,10 @@ class Plan:
         return table if rows.shape == own.shape and torch.allclose(rows, own, rtol=1e-5, atol=1e-7) else None
 
     def is_current(self) -> bool:
-        """Whether the model still holds the tensors that the plan was made of, and nobody listens to its layers."""
+        """Whether the model is still made of what the plan was made of, and nobody listens to its layers."""
         return (
-            list(map(_kernel_of, self._watched[0])) == self._watched[1]
+            list(chain.from_iterable(map(dict.values, self._parents))) == self._modules
+            and list(map(_kernel_of, self._owners)) == self._kernels
             and all(tensor.data_ptr() == place for tensor, place in self._tensors)
             and not any(m._forward_hooks or m._forward_pre_hooks for m in self._hooked)
         )
@@ -123,7 +132,8 @@ class Plan:
             made = kernel.step_linear()
             if made is None:
                 raise NotEligibleError(f"{name} is {module.format.name}, whose kernel is no compiled one")
-            self._kernels.append((module.tied or module, kernel))
+            self._owners.append(module.tied or module)
+            self._kernels.append(kernel)
             return made
         if type(module) not in (nn.Linear, nn.Embedding):
             raise NotEligibleError(f"{name} is a {type(module).__name__}")
@@ -148,8 +158,8 @@ class Plan:
         self._tensors.append((tensor, tensor.data_ptr()))
 
 
-def _parts(model: Any) -> tuple[Any, nn.Linear, list[Any]]:
-    """The base model, the head and the blocks of a model that is built as Llama is."""
+def parts_of(model: Any) -> tuple[Any, nn.Linear, list[Any]]:
+    """The base model, the head and the blocks of a model that is built as Llama is. Raises NotEligibleError."""
     try:
         base, head = model.model, model.lm_head
         layers = list(base.layers)

@@ -53,7 +53,7 @@ class Kernel(ABC):
         """x (..., in) to (..., out), in the type of x."""
 
     def step_linear(self) -> Any:
-        """The matrix as the compiled decode step multiplies with it (csrc/step); None where that is up to torch."""
+        """The matrix as the compiled decode step multiplies with it (csrc/step); None where only torch can."""
         return None
 
     def restore(self) -> dict[str, Tensor]:

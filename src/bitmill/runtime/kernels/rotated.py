@@ -61,4 +61,5 @@ class RotatedKernel(Around):
             return None
         forward, back = self._plans
         assert forward is not None
-        return native().rotated_linear(inner, self._rescale, *forward.parts, *(NOTHING if back is None else back.parts))
+        rescale = None if self._rescale is None else self._rescale.flatten()
+        return native().rotated_linear(inner, rescale, *forward.parts, *(NOTHING if back is None else back.parts))
