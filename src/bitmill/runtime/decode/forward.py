@@ -1,9 +1,9 @@
 """The forward of a model with the compiled step in front: it takes calls of one token, transformers all others.
 
 Nothing above it changes: `generate()` with its processors, streamers and stopping criteria, and every loop that
-calls the model with `past_key_values`. A call goes to the step when it continues one sequence by one token, on the
-CPU, without gradients, from a cache of the ordinary kind, and asks for logits alone. The first such call of a model
-runs both ways, and the step is dropped unless they agree: what a config or a subclass does beyond Llama shows there.
+calls the model with `past_key_values`. A call goes to the step when it continues one sequence by one token, on
+the CPU, without gradients, from a cache of the ordinary kind, and asks for logits alone. The first such call of a
+model runs both ways, and the step is dropped unless they agree: what a subclass does beyond Llama shows there.
 
 BITMILL_DECODE=off leaves all calls to transformers.
 """

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence where the compiled step can append to them, as layers that transformers reads."""
+"""Keys and values of one sequence where the compiled step appends to them, as layers that transformers reads."""
 
 from __future__ import annotations
 
