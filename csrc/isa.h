@@ -12,6 +12,7 @@ struct AdditiveKernels;  // additive/additive.h
 struct VectorKernels;    // vector/vector.h
 struct RotationKernels;  // rotation/rotation.h
 struct SparseKernels;    // sparse/sparse.h
+struct StepKernels;      // step/step.h
 
 struct Isa {
     const char* name;
@@ -21,6 +22,7 @@ struct Isa {
     const VectorKernels* vector;
     const RotationKernels* rotation;
     const SparseKernels* sparse;
+    const StepKernels* step;
 };
 extern const Isa avx512_isa, avx2_isa, neon_isa, scalar_isa;
 

@@ -6,13 +6,15 @@
 #include "../lut/kernel.h"
 #include "../rotation/kernel.h"
 #include "../sparse/kernel.h"
+#include "../step/kernel.h"
 #include "../vector/kernel.h"
 
 namespace bitmill {
 
 template <class V>
 constexpr Isa isa_of(const char* name, const LookupKernels* lookup) {
-    return {name, lookup, decode_rows_with<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>, &sparse_kernels<V>};
+    return {name, lookup, decode_rows_with<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>,
+            &sparse_kernels<V>, &step_kernels<V>};
 }
 
 }  // namespace bitmill

@@ -7,6 +7,9 @@ namespace bitmill {
 // x (tokens, columns), y (tokens, rows). Throws std::invalid_argument where there is no kernel for the weights.
 void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads);
 
+// One row of W^, with whatever rounding its tables have.
+void lookup_row(const Weights& weights, Act act, int64_t row, float* out);
+
 // The sum of all 64-bit words: as fast as memory can be read.
 uint64_t read_all(const uint8_t* bytes, int64_t count, int threads);
 

@@ -3,6 +3,7 @@
 #include "../simd/scalar.h"
 #include "floats.h"
 #include "inputs.h"
+#include "linear.h"
 
 namespace bitmill {
 namespace {
@@ -17,38 +18,37 @@ struct Tables {
         return R == 4 ? lane / 16 * (w.mirrored ? 8 : 16) + code : code / 4 * 64 + lane / 4 * 4 + code % 4;
     }
 
-    // Of fp32 tables: those of rows follow each other.
-    void look(int64_t tile, int64_t group, const uint8_t* codes, float* values) const {
-        const float* tables = reinterpret_cast<const float*>(w.tables);
-        const int64_t record = w.records_per_tile ? tile * w.records_per_tile + (w.records_per_tile > 1 ? group : 0) : 0;
-        for (int l = 0; l < 64; ++l) {
-            int64_t table = 0;
-            if (w.source == Source::own) table = record * (float_record(bits, R, w.source) >> bits) + l * R / 64;
-            if (w.source == Source::bank)
-                table = w.ids[(tile * w.layout.padded_groups() + group) * R + l * R / 64] & ((1 << w.bank_bits) - 1);
-            values[l] = tables[(table << bits) + codes[l]];
-        }
+    int64_t record(int64_t tile, int64_t group) const {
+        return w.records_per_tile ? tile * w.records_per_tile + (w.records_per_tile > 1 ? group : 0) : 0;
     }
 
-    void look(int64_t tile, int64_t group, const uint8_t* codes, int32_t* values) const {
-        const int64_t groups = w.layout.padded_groups();
+    // What a code of lane l, which is of row l * R / 64 of its tile, stands for.
+    float entry(int64_t tile, int64_t group, int l, int code, float) const {  // rows' fp32 tables follow each other
+        const float* tables = reinterpret_cast<const float*>(w.tables);
+        int64_t table = 0;
+        if (w.source == Source::own) table = record(tile, group) * (float_record(bits, R, w.source) >> bits) + l * R / 64;
+        if (w.source == Source::bank) table = id(tile, group, l) & ((1 << w.bank_bits) - 1);
+        return tables[(table << bits) + code];
+    }
+
+    int32_t entry(int64_t tile, int64_t group, int l, int code, int32_t) const {
         if (w.source == Source::bank) {
-            const uint8_t* ids = w.ids + (tile * groups + group) * R;
-            for (int l = 0; l < 64; ++l) {
-                const int id = ids[l * R / 64] & ((1 << w.bank_bits) - 1), c = codes[l];
-                values[l] = w.tables[bits == 4 ? 16 * id + c : c / 4 * 128 + 4 * id + c % 4];
-            }
-            return;
+            const int table = id(tile, group, l) & ((1 << w.bank_bits) - 1);
+            return w.tables[bits == 4 ? 16 * table + code : code / 4 * 128 + 4 * table + code % 4];
         }
-        const int64_t record = w.records_per_tile ? tile * w.records_per_tile + (w.records_per_tile > 1 ? group : 0) : 0;
-        const uint8_t* low = w.tables + record * w.record_bytes;
+        const uint8_t* low = w.tables + record(tile, group) * w.record_bytes;
         const uint8_t* high = low + w.record_bytes / 2;
-        for (int l = 0; l < 64; ++l) {
-            const bool turned = w.mirrored && codes[l] >> (bits - 1);
-            const int at = place(l, turned ? codes[l] ^ ((1 << bits) - 1) : codes[l]);
-            values[l] = low[at] + (w.wide ? high[at] << 8 : 0);
-            if (turned) values[l] = (w.wide ? 65535 : 255) - values[l];
-        }
+        const bool turned = w.mirrored && code >> (bits - 1);
+        const int at = place(l, turned ? code ^ ((1 << bits) - 1) : code);
+        const int32_t value = low[at] + (w.wide ? high[at] << 8 : 0);
+        return turned ? (w.wide ? 65535 : 255) - value : value;
+    }
+
+    int id(int64_t tile, int64_t group, int l) const { return w.ids[(tile * w.layout.padded_groups() + group) * R + l * R / 64]; }
+
+    template <class Value>
+    void look(int64_t tile, int64_t group, const uint8_t* codes, Value* values) const {
+        for (int l = 0; l < 64; ++l) values[l] = entry(tile, group, l, codes[l], Value{});
     }
 };
 
@@ -63,6 +63,10 @@ float zero_of(const Weights& w, int64_t at) {
         case Zero::halves: return from_half(static_cast<const uint16_t*>(w.zeros)[at]);
         default: return w.zero;
     }
+}
+
+float group_scale(const Weights& w, int64_t at) {
+    return w.source == Source::bank ? w.powers[w.ids[at] >> w.bank_bits] : scale_of(w, at);
 }
 
 template <Act act>
@@ -99,8 +103,7 @@ void tiles(const Weights& w, const Inputs& in, float* y, int64_t, int64_t first,
             if ((b + 1) % F && b + 1 < blocks) continue;
             for (int r = 0; r < R; ++r) {
                 const int64_t at = (tile * groups + group) * R + r;
-                const float scale = w.source == Source::bank ? w.powers[w.ids[at] >> w.bank_bits] : scale_of(w, at);
-                total[r] += scale * (part[r] - zero_of(w, at) * in.sums[group]);
+                total[r] += group_scale(w, at) * (part[r] - zero_of(w, at) * in.sums[group]);
                 part[r] = 0;
             }
         }
@@ -116,6 +119,24 @@ Kernel choose_scalar(const Weights&, Act act, int tokens) {
 Kernel choose_floats(const Weights&) { return tiles<Act::float32>; }
 
 }  // namespace
+
+void lookup_row(const Weights& w, Act act, int64_t row, float* out) {
+    const Layout& l = w.layout;
+    const Tables tables{w};
+    const int64_t tile = row / l.rows_per_tile, within = row % l.rows_per_tile;
+    const int lane = static_cast<int>(within * l.block_columns());
+    std::vector<uint8_t> codes(l.columns);
+    codes_at(l, w.codes, &row, 1, codes.data(), 1);
+    for (int64_t g = 0; g < l.groups(); ++g) {
+        const int64_t at = (tile * l.padded_groups() + g) * l.rows_per_tile + within;
+        const float scale = w.row_scales[row] * group_scale(w, at), zero = zero_of(w, at);
+        for (int64_t c = g * l.group; c < l.columns && c < (g + 1) * l.group; ++c) {
+            const float level = act == Act::float32 ? tables.entry(tile, g, lane, codes[c], 0.0f)
+                                                    : static_cast<float>(tables.entry(tile, g, lane, codes[c], 0));
+            out[c] = scale * (level - zero);
+        }
+    }
+}
 
 const LookupKernels scalar_lookup = {choose_scalar, choose_floats, read_inputs<Scalar>};
 

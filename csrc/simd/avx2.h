@@ -100,6 +100,19 @@ struct Avx2 {
         _mm256_storeu_ps(p, v.a);
         _mm256_storeu_ps(p + 8, v.b);
     }
+    static BITMILL_INLINE float sum(Floats v) {
+        const __m256 both = _mm256_add_ps(v.a, v.b);
+        __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+        four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+    }
+    static BITMILL_INLINE Floats of_bf16(const uint16_t* p) {
+        const auto eight = [](const uint16_t* at) {
+            const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+            return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+        };
+        return {eight(p), eight(p + 8)};
+    }
 
     // Numbers of R rows, each in all lanes of its row.
     template <int R>

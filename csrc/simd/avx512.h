@@ -77,6 +77,11 @@ struct Avx512 {
         return mul(r, fnma(mul(v, all(0.5f)), mul(r, r), all(1.5f)));
     }
     static BITMILL_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+    static BITMILL_INLINE float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+    static BITMILL_INLINE Floats of_bf16(const uint16_t* p) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
 
     // Numbers of R rows, each in all lanes of its row.
     template <int R>

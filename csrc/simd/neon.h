@@ -112,6 +112,12 @@ struct Neon {
     static BITMILL_INLINE void store(float* p, Floats v) {
         for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, v.v[i]);
     }
+    static BITMILL_INLINE float sum(Floats v) {
+        return vaddvq_f32(vaddq_f32(vaddq_f32(v.v[0], v.v[1]), vaddq_f32(v.v[2], v.v[3])));
+    }
+    static BITMILL_INLINE Floats of_bf16(const uint16_t* p) {
+        return each<Floats>([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
+    }
 
     // Numbers of R rows, each in all lanes of its row.
     static BITMILL_INLINE float32x4_t halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }

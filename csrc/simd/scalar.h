@@ -81,6 +81,19 @@ struct Scalar {
     static BITMILL_INLINE Floats to_float(const Ints& v) { return each([&](int i) { return static_cast<float>(v.v[i]); }); }
     static BITMILL_INLINE Floats inverse_root(const Floats& v) { return each([&](int i) { return 1 / std::sqrt(v.v[i]); }); }
     static BITMILL_INLINE void store(float* p, const Floats& v) { std::memcpy(p, v.v, 64); }
+    static BITMILL_INLINE float sum(Floats v) {
+        for (int width = 8; width; width /= 2)
+            for (int i = 0; i < width; ++i) v.v[i] += v.v[i + width];
+        return v.v[0];
+    }
+    static BITMILL_INLINE Floats of_bf16(const uint16_t* p) {
+        return each([&](int i) {
+            const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+            float value;
+            std::memcpy(&value, &bits, 4);
+            return value;
+        });
+    }
 
     template <int R>
     static BITMILL_INLINE Floats rows(const float* p) { return each([&](int i) { return p[i * R / 16]; }); }

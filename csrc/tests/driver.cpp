@@ -8,6 +8,7 @@ int main() {
     bitmill::test_vector();
     bitmill::test_rotation();
     bitmill::test_sparse();
+    bitmill::test_step();
     std::printf("%d kernel runs, %d failures\n", bitmill::runs, bitmill::failures);
     return bitmill::failures != 0;
 }

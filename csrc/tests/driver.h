@@ -54,5 +54,6 @@ void test_additive();
 void test_vector();
 void test_rotation();
 void test_sparse();
+void test_step();
 
 }  // namespace bitmill

@@ -40,6 +40,7 @@ from bitmill.preparation import (
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipe import Recipe
 from bitmill.report.html import folder_documents
+from bitmill.runtime.decode import attach
 from bitmill.runtime.dense import densify
 from bitmill.sizes import storage_plan, stored_bits
 from bitmill.version import __version__
@@ -177,7 +178,7 @@ def load(
         return (densify(loaded, dtype) if dense else loaded).eval().to(device)
     skeleton = Skeleton(open_source(model, trust_remote_code=trust_remote_code), device)
     skeleton.load(skeleton.names())
-    return skeleton.model.to(dtype)
+    return attach(skeleton.model.to(dtype))
 
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any:

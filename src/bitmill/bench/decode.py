@@ -15,6 +15,7 @@ from bitmill import api
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.errors import UsageError
 from bitmill.progress import peak_memory_bytes
+from bitmill.runtime.decode import decode_path, detach
 from bitmill.runtime.dense import densify
 
 _PROMPT = 16
@@ -24,19 +25,23 @@ _PROMPT = 16
 def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = False) -> dict[str, Any]:
     """Decode `tokens` tokens, one at a time, with the packed and then with the float weights.
 
-    Returns tokens_per_s, float_tokens_per_s, ratio, and peak_memory_bytes of the process up to the end of the
-    packed run. Times are medians over the tokens. Raises UsageError for a model that is not quantized.
+    Returns tokens_per_s, float_tokens_per_s, ratio, peak_memory_bytes of the process up to the end of the packed
+    run, and path: "step" where the packed model decodes by the compiled step, or why it does not. The float model
+    runs by transformers' own forward. Times are medians over the tokens. Raises UsageError for a model that is not
+    quantized.
     """
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; use at least 2.")
     live, prompt = packed_model(model, _PROMPT, trust_remote_code)
     packed = _tokens_per_s(live, prompt, tokens)
     peak = peak_memory_bytes()
-    live = densify(live)
+    path = decode_path(live)
+    live = densify(detach(live))
     gc.collect()
     dense = _tokens_per_s(live, prompt, tokens)
     return {
         "model": str(model),
+        "path": path,
         "threads": torch.get_num_threads(),
         "tokens": tokens,
         "tokens_per_s": packed,
@@ -57,9 +62,9 @@ def packed_model(model: str | Path, tokens: int, trust_remote_code: bool) -> tup
 
 def _tokens_per_s(live: nn.Module, prompt: Tensor, tokens: int) -> float:
     cache, step, times = None, prompt, []
-    for _ in range(tokens + 1):
+    for _ in range(tokens + 2):
         started = time.perf_counter()
         output = live(step, past_key_values=cache, use_cache=True)
         cache, step = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
         times.append(time.perf_counter() - started)
-    return 1 / median(times[1:])  # the first read the prompt
+    return 1 / median(times[2:])  # the first read the prompt, the second prepared the step

@@ -70,6 +70,7 @@ def decode(
 
         result = bench_decode(model, tokens, trust_remote_code)
         rows = [
+            ("path", "compiled step" if result["path"] == "step" else result["path"]),
             ("packed", f"{number(result['tokens_per_s'])} tokens/s"),
             ("float", f"{number(result['float_tokens_per_s'])} tokens/s"),
             ("ratio", number(result["ratio"])),

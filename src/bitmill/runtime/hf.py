@@ -69,6 +69,9 @@ class BitmillQuantizer(HfQuantizer):
             del layer.weight
         model.all_tied_weights_keys = self._ties  # of the plain model that it may become again
         self._swapped = {}
+        from bitmill.runtime.decode import attach  # transformers is not all there while this file is imported
+
+        attach(model)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         return densify(model, dtype or torch.float32)

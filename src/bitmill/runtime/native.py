@@ -3,6 +3,7 @@
 BITMILL_ISA          avx512, avx2, neon or scalar: the instruction set to use, instead of the best there is
 BITMILL_KERNEL       the name of a kernel ("reference", "lut", "triton") to take wherever it supports a layer
 BITMILL_ACTIVATIONS  int8 or int16: what the lookup kernels round their inputs to; float32: nothing is rounded
+BITMILL_DECODE       off: single tokens go through transformers' own forward, not through the compiled step
 """
 
 from __future__ import annotations

@@ -20,6 +20,12 @@ from bitmill.runtime import ops
 _LANES = 16
 _MULTIPLY, _PERMUTE, _BUTTERFLIES, _MATRIX = range(4)  # csrc/rotation/rotation.h: Turn
 
+NOTHING = (
+    torch.empty(0, 6, dtype=torch.int64),
+    torch.empty(0),
+    torch.empty(0, dtype=torch.int32),
+)  # parts of no turn
+
 
 class RotationPlan:
     """A rotation, forwards or backwards, whose factors are all matrices."""

@@ -9,6 +9,8 @@ at most
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from bitmill.formats.additive import Additive
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import Relaid, lacking
+from bitmill.runtime.native import native
 
 _ROWS, _CHUNK = 64, 8  # of a tile, codes: csrc/additive/additive.h
 
@@ -52,6 +55,11 @@ class AdditiveKernel(Relaid):
     def few(self, x: Tensor) -> Tensor:
         """By table lookup."""
         return ops.additive(x, self.codes, self._books, self._scales, self.layout)
+
+    def step_linear(self) -> Any:
+        """The same lookups for the decode step."""
+        layout = native().Layout(*self.layout)
+        return native().additive_linear(layout, self.spec.shape[1], self.codes, self._books, self._scales)
 
 
 def _tiled(scale: Tensor, rows: int, groups: int) -> Tensor:

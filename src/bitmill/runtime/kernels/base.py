@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,10 @@ class Kernel(ABC):
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in the type of x."""
+
+    def step_linear(self) -> Any:
+        """The matrix as the compiled decode step multiplies with it (csrc/step); None where only torch can."""
+        return None
 
     def restore(self) -> dict[str, Tensor]:
         """The packed tensors, as they were given."""

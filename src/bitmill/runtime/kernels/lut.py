@@ -16,6 +16,7 @@ times that, to the 0.5 % or so of an output that rounding Gaussian inputs to int
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,13 @@ class Lut(Relaid):
     def few(self, x: Tensor) -> Tensor:
         """By table lookup."""
         return ops.lut_linear(x, self.codes, self.parts, self.plan, self.zero)
+
+    def step_linear(self) -> Any:
+        """The same lookups for the decode step."""
+        source, wide, mirrored, record_bytes, records, bank_bits, act = self.plan[6:]
+        tables = (source, bool(wide), bool(mirrored), record_bytes, records, bank_bits, self.zero)
+        layout = native().Layout(*self.layout)
+        return native().lookup_linear(layout, *tables, self.codes, *self.parts, act)
 
 
 def _flat(part: Tensor | None, as_bytes: bool) -> Tensor | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from bitmill.formats.permuted import Permuted
 from bitmill.runtime.kernels.around import Around
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.native import native
 
 
 @KERNELS.register("permuted")
@@ -28,3 +30,8 @@ class PermutedKernel(Around):
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         return self.inner.apply(x[..., self._order])
+
+    def step_linear(self) -> Any:
+        """The inner kernel's, behind the same gather."""
+        inner = self.inner.step_linear()
+        return None if inner is None else native().permuted_linear(inner, self._order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from bitmill.formats.rotated import Rotated
 from bitmill.runtime.kernels.around import Around
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import is_few, may_compile
-from bitmill.runtime.rotation_plan import rotation_plan
+from bitmill.runtime.native import native
+from bitmill.runtime.rotation_plan import NOTHING, rotation_plan
 
 
 @KERNELS.register("rotated")
@@ -51,3 +53,13 @@ class RotatedKernel(Around):
         assert forward is not None
         y = self.inner.apply(forward.apply(y))
         return y if back is None else back.apply(y)
+
+    def step_linear(self) -> Any:
+        """The inner kernel's between the same rotations, where these are compiled."""
+        inner = self.inner.step_linear() if self._compiled else None
+        if inner is None:
+            return None
+        forward, back = self._plans
+        assert forward is not None
+        rescale = None if self._rescale is None else self._rescale.flatten()
+        return native().rotated_linear(inner, rescale, *forward.parts, *(NOTHING if back is None else back.parts))

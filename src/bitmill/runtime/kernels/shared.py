@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -27,3 +28,7 @@ class SharedKernel(Around):
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         return self.inner.apply(x)
+
+    def step_linear(self) -> Any:
+        """The inner kernel's."""
+        return self.inner.step_linear()

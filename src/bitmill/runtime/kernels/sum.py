@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from bitmill.runtime import ops
 from bitmill.runtime.kernels.around import Around
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import is_few, may_compile
+from bitmill.runtime.native import native
 
 _PARTS = ("sparse_values", "sparse_columns", "sparse_counts")
 
@@ -57,6 +60,11 @@ class SumKernel(Around):
             y = ops.sparse_add(wide, self.inner.apply(wide), *self._entries)
             return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
         return self._by_torch(x, self.inner.apply(x))
+
+    def step_linear(self) -> Any:
+        """The inner kernel's, and the same entries."""
+        inner = None if self._entries is None else self.inner.step_linear()
+        return None if inner is None else native().sum_linear(inner, *self._entries)  # type: ignore[misc]
 
     def _by_torch(self, x: Tensor, y: Tensor) -> Tensor:
         """As many tokens at a time as memory allows."""

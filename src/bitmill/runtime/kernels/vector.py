@@ -7,6 +7,7 @@ decoded tiles with torch, come out bit by bit as with the reference kernel; few 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,11 @@ class VectorKernel(Compiled):
             return out
 
         return weights
+
+    def step_linear(self) -> Any:
+        """The same decoding for the decode step."""
+        set, width, bits = self._plan
+        return native().step_vector_linear(set, self.spec.shape[1], width, bits, *self._parts)
 
 
 def _table(format: Format) -> Tensor:

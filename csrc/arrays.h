@@ -1,0 +1,47 @@
+// Arrays of the Python module as what the kernels take. Every function checks what these must not meet, shapes that do
+// not fit each other, and throws std::invalid_argument.
+#pragma once
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "additive/additive.h"
+#include "lut/kernel.h"
+#include "rotation/rotation.h"
+#include "sparse/sparse.h"
+#include "vector/vector.h"
+
+namespace bitmill {
+
+namespace nb = nanobind;
+
+template <class T, int dims>
+using Array = nb::ndarray<T, nb::ndim<dims>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
+using Some = std::optional<Bytes>;
+
+inline void require(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+void check(const Layout& layout, size_t code_bytes);
+
+Weights lookup_weights(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes, int64_t records_per_tile,
+                       int bank_bits, float zero, const Bytes& codes, const Bytes& tables, const Some& ids,
+                       const std::optional<Array<const float, 1>>& powers, const Some& scales, const Some& zeros,
+                       const Array<const float, 1>& row_scales, int act);
+Additive additive_weights(const Layout& l, const Bytes& codes, const Array<const float, 3>& books, const Bytes& scales,
+                          int64_t columns);
+Vectors vectors(int set, int64_t columns, int64_t group, int bits, const Array<const int32_t, 2>& words,
+                const Array<const float, 2>& scales, const Array<const float, 1>& table);
+Rotation rotation(const Array<const int64_t, 2>& steps, const Array<const float, 1>& numbers,
+                  const Array<const int32_t, 1>& orders, int64_t width);
+Sparse sparse(const Array<const int64_t, 1>& starts, const Bytes& places, const Array<const uint8_t, 1>& values, int64_t rows,
+              int64_t columns);
+
+void bind_step(nb::module_& m);
+
+}  // namespace bitmill

@@ -1,0 +1,30 @@
+// exp in fp32 within 2 units in the last place, without branches: loops of it become vectors.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "inline.h"
+#include "round.h"
+
+namespace bitmill {
+
+// Of numbers beyond +-87 it is that of +-87: 1.6e-38 and 6e37.
+BITMILL_INLINE float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 87.0f ? 87.0f : x;
+    const float whole = x * 1.44269504f + rounding - rounding;
+    const float rest = x - whole * 0.693359375f - whole * -2.12194440e-4f;  // ln 2 in two parts
+    float y = 1.9875691500e-4f;  // Cephes' polynomial
+    y = y * rest + 1.3981999507e-3f;
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * rest * rest + rest + 1.0f;
+    const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return y * power;
+}
+
+}  // namespace bitmill

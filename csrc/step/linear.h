@@ -1,0 +1,127 @@
+// Matrices as the threads of a step multiply with them together: one token, no region of threads of their own.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../additive/additive.h"
+#include "../lut/inputs.h"
+#include "../rotation/rotation.h"
+#include "../sparse/sparse.h"
+#include "../vector/vector.h"
+#include "team.h"
+
+namespace bitmill {
+
+// What a thread has to itself: inputs as the lookup kernels want them, which layers that read the same ones share.
+class LookupInputs {
+public:
+    void changed() { from = nullptr; }
+    const Inputs& of(const Layout& layout, const float* x, Act act);
+
+private:
+    Buffers buffers;
+    const float* from = nullptr;
+    Layout layout{};
+    Act act{};
+};
+
+// Memory for the time of a product: `own` of each thread, `shared` by all.
+struct Room {
+    LookupInputs& inputs;
+    float *own, *shared;
+};
+
+class Linear {
+public:
+    const int64_t rows, columns;
+    int64_t own = 0, shared = 0;  // floats that it needs of a Room
+
+    Linear(int64_t rows, int64_t columns) : rows(rows), columns(columns) {}
+    virtual ~Linear() = default;
+    Linear(const Linear&) = delete;
+
+    // y = W x. Every thread of the team calls it, with the same numbers in x, be it its own copy or not, and the one y,
+    // which is whole when all have passed the next wait.
+    virtual void apply(const Team& team, Room room, const float* x, float* y) const = 0;
+    // One row of W, as embeddings are looked up; whether there is a way.
+    virtual bool row(int64_t, float*) const { return false; }
+};
+
+class LookupLinear : public Linear {
+public:
+    LookupLinear(const Weights& weights, Act act);  // throws std::invalid_argument where there is no kernel
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    bool row(int64_t row, float* out) const override;
+
+private:
+    const Weights weights;
+    const Act act;
+};
+
+// Unquantized, fp32 or bf16: rows x columns numbers.
+class DenseLinear : public Linear {
+public:
+    DenseLinear(const void* weights, bool wide, int64_t rows, int64_t columns)
+        : Linear(rows, columns), weights(weights), wide(wide) {}
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    bool row(int64_t row, float* out) const override;
+
+private:
+    const void* weights;
+    const bool wide;
+};
+
+class VectorLinear : public Linear {
+public:
+    explicit VectorLinear(const Vectors& weights);
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+
+private:
+    const Vectors weights;
+};
+
+class AdditiveLinear : public Linear {
+public:
+    AdditiveLinear(const Additive& weights, int64_t columns);
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+
+private:
+    const Additive weights;
+    const int64_t padded;
+};
+
+// U^T W' V diag(1 / rescale); no rescale and no rotation of the outputs where they are null or of no steps.
+class RotatedLinear : public Linear {
+public:
+    RotatedLinear(const Linear& inner, const float* rescale, const Rotation& inputs, const Rotation& outputs);
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+
+private:
+    const Linear& inner;
+    const float* rescale;
+    const Rotation inputs, outputs;
+};
+
+class SumLinear : public Linear {
+public:
+    SumLinear(const Linear& inner, const Sparse& entries);
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+
+private:
+    const Linear& inner;
+    const Sparse entries;
+};
+
+// W' x[order].
+class PermutedLinear : public Linear {
+public:
+    PermutedLinear(const Linear& inner, const int64_t* order);
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+
+private:
+    const Linear& inner;
+    const int64_t* order;
+};
+
+}  // namespace bitmill

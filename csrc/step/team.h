@@ -1,0 +1,51 @@
+// The threads of one parallel region that lasts a whole token. A small model has hundreds of products a token: starting
+// a region for each would cost more than many of them, a wait costs a fraction of a microsecond.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <utility>
+
+namespace bitmill {
+
+class Barrier {
+public:
+    // Returns once `count` threads have come; what they wrote before is then seen by all.
+    void wait(int count) {
+        if (count == 1) return;
+        const uint32_t now = turn.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+            arrived.store(0, std::memory_order_relaxed);
+            turn.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; turn.load(std::memory_order_acquire) == now; ++spins) {
+            if (spins < patience) pause();
+            else std::this_thread::yield();  // another process may have the core that we wait for
+        }
+    }
+
+private:
+    static constexpr int patience = 2000;
+    alignas(64) std::atomic<int> arrived{0};
+    alignas(64) std::atomic<uint32_t> turn{0};
+
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+};
+
+// What one thread knows of it.
+struct Team {
+    int self, count;
+    Barrier* barrier;
+
+    void wait() const { barrier->wait(count); }
+    std::pair<int64_t, int64_t> share(int64_t all) const { return {all * self / count, all * (self + 1) / count}; }
+};
+
+}  // namespace bitmill

@@ -1,0 +1,179 @@
+"""The forward of a model with the compiled step in front: it takes calls of one token, transformers all others.
+
+Nothing above it changes: `generate()` with its processors, streamers and stopping criteria, and every loop that
+calls the model with `past_key_values`. A call goes to the step when it continues one sequence by one token, on
+the CPU, without gradients, from a cache of the ordinary kind, and asks for logits alone. The first such call of a
+model runs both ways, and the step is dropped unless they agree: what a subclass does beyond Llama shows there.
+
+BITMILL_DECODE=off leaves all calls to transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from bitmill.errors import UsageError
+from bitmill.runtime.decode.past import past_of
+from bitmill.runtime.decode.plan import NotEligibleError, Plan, parts_of
+from bitmill.runtime.native import activations
+
+# How far the logits of both ways may be apart, relative to their spread: sums in another order, which where inputs
+# are rounded to integers may round them the other way.
+_APART = {"float32": 1e-3, "int16": 1e-2, "int8": 0.15}
+
+_IGNORED = ("use_cache", "return_dict", "cache_position")  # True, None or implied
+
+
+class StepForward:
+    """Stands in for `model.forward`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.why_not: str | None = None  # one sentence, once it is known that the model cannot use the step
+        self._plan: Plan | None = None
+        self._agrees = False
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The model's own forward, whose signature this one has."""
+        return MethodType(type(self.model).forward, self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of the model make their own plan."""
+        return {"model": self.model, "why_not": self.why_not, "_plan": None, "_agrees": False}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The step where the call is one for it, or else the model's own forward."""
+        if len(args) == 1:
+            kwargs, args = {"input_ids": args[0], **kwargs}, ()
+        if args or self.why_not is not None:
+            return self.__wrapped__(*args, **kwargs)
+        ids = kwargs.get("input_ids")
+        if ids is None or ids.shape != (1, 1) or not _is_plain(kwargs, ids):
+            return self.__wrapped__(**kwargs)
+        plan = self._current_plan()
+        found = (
+            None if plan is None else past_of(kwargs.get("past_key_values"), plan.blocks, plan.kv_heads, plan.dim)
+        )
+        if plan is None or found is None or not _continues(kwargs, found[1]):
+            return self.__wrapped__(**kwargs)
+        past, length = found
+        past.make_room(length + 1, length)
+        logits = plan.advance(ids, past.numbers, length)
+        if not self._agrees:
+            return self._tried(logits, kwargs)
+        cache = kwargs["past_key_values"]
+        for layer in cache.layers:
+            layer.length = length + 1
+        return CausalLMOutputWithPast(logits=logits.to(plan.dtype).view(1, 1, -1), past_key_values=cache)
+
+    def prepare(self) -> str | None:
+        """Build what the step needs, if it is not there; why the model cannot use it, in one sentence, or None."""
+        if self.why_not is None:
+            self._current_plan()
+        return self.why_not
+
+    def _current_plan(self) -> Plan | None:
+        if self._plan is not None and self._plan.is_current():
+            return self._plan
+        self._plan, self._agrees = None, False
+        try:
+            plan = Plan(self.model)
+            plan.angles(0)
+            self._plan = plan if plan.is_current() else None
+        except NotEligibleError as error:
+            self._refuse(str(error))
+        return self._plan
+
+    def _tried(self, logits: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The model's own answer to the first call; the step is kept if it gave the same."""
+        output = self.__wrapped__(**kwargs)
+        expected = output.logits.view(-1).to(torch.float32)
+        apart = (logits - expected).norm() / (expected - expected.mean()).norm()
+        self._agrees = bool(
+            apart <= max(_APART[activations()], 0.02 if expected.dtype != output.logits.dtype else 0)
+        )
+        if not self._agrees:
+            self._refuse(f"the compiled step differs by {float(apart):.2g}")
+        return output
+
+    def _refuse(self, reason: str) -> None:
+        self.why_not, self._plan = _sentence(reason), None
+        logging.getLogger("bitmill").info(self.why_not)
+
+
+def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:
+    """Whether the call asks for the logits of one token and nothing else."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return False
+    for name, value in kwargs.items():
+        if (
+            name in ("input_ids", "past_key_values", "attention_mask", "position_ids", "cache_position")
+            or value is None
+        ):
+            continue
+        if name == "logits_to_keep":
+            if not isinstance(value, int) or value not in (0, 1):
+                return False
+        elif name in _IGNORED:
+            if value is not True:
+                return False
+        elif value is not False:  # output_attentions and the like
+            return False
+    return True
+
+
+def _continues(kwargs: dict[str, Any], length: int) -> bool:
+    """Whether the token follows the `length` of the cache, none of which is masked."""
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None and not (mask.shape == (1, length + 1) and bool(mask.all())):
+        return False
+    return positions is None or (positions.numel() == 1 and int(positions) == length)
+
+
+def attach(model: Any) -> Any:
+    """Put the compiled step in front of the forward of a model that is built as Llama is; returns the model.
+
+    BITMILL_DECODE=off leaves it alone. Raises UsageError for another value of it.
+    """
+    wanted = os.environ.get("BITMILL_DECODE") or "on"
+    if wanted not in ("on", "off"):
+        raise UsageError(f"BITMILL_DECODE is {wanted!r}; use on or off.")
+    if wanted == "on" and "forward" not in vars(model) and _why_not(model) is None:
+        model.forward = StepForward(model)
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Give the model its own forward back; returns the model."""
+    if isinstance(vars(model).get("forward"), StepForward):
+        del model.forward
+    return model
+
+
+def decode_path(model: Any) -> str:
+    """The path of single tokens: "step", or one sentence that says why it is transformers' own forward."""
+    forward = vars(model).get("forward")
+    if isinstance(forward, StepForward):
+        return forward.prepare() or "step"
+    return _why_not(model) or _sentence("no step is attached")
+
+
+def _why_not(model: Any) -> str | None:
+    try:
+        parts_of(model)
+    except NotEligibleError as error:
+        return _sentence(str(error))
+    return None
+
+
+def _sentence(reason: str) -> str:
+    return f"It decodes by transformers' own forward: {reason}."

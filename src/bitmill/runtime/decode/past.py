@@ -1,0 +1,144 @@
+"""Keys and values of one sequence where the compiled step appends to them, as layers that transformers reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+_LEAST = 256  # tokens
+
+
+class Past:
+    """Memory for the keys and values of all blocks: `numbers`, fp32 (blocks, 2, heads, capacity, dim)."""
+
+    def __init__(self, blocks: int, heads: int, dim: int, tokens: int) -> None:
+        self.numbers = torch.empty(blocks, 2, heads, _capacity(tokens), dim)
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens fit."""
+        return self.numbers.shape[3]
+
+    def make_room(self, tokens: int, length: int) -> None:
+        """Room for `tokens`, of which `length` are there; memory doubles when it must grow."""
+        if tokens <= self.capacity:
+            return
+        blocks, two, heads, _, dim = self.numbers.shape
+        grown = torch.empty(blocks, two, heads, _capacity(tokens), dim)
+        grown[..., :length, :] = self.numbers[..., :length, :]
+        self.numbers = grown
+
+
+def _capacity(tokens: int) -> int:
+    return max(_LEAST, 1 << (tokens - 1).bit_length())
+
+
+class PastLayer(DynamicLayer):
+    """One block's part of a Past, as transformers' caches hold it.
+
+    Whoever puts other tensors in the place of `keys` and `values` (beam search, several sequences) takes the layer
+    out of the Past, and it goes on as an ordinary one.
+    """
+
+    def __init__(self, past: Past, index: int, length: int, dtype: torch.dtype) -> None:
+        self.past, self.index, self.length, self.dtype = past, index, length, dtype
+        self.device, self.is_initialized = torch.device("cpu"), True
+        self._others: list[Tensor | None] = [None, None]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its keys and values are the Past's."""
+        return self._others[0] is None and self._others[1] is None
+
+    def _part(self, which: int) -> Tensor:
+        other = self._others[which]
+        if other is not None:
+            return other
+        return self.past.numbers[self.index, which][None, :, : self.length].to(self.dtype)
+
+    @property
+    def keys(self) -> Tensor:
+        """(sequences, heads, tokens, dim)."""
+        return self._part(0)
+
+    @keys.setter
+    def keys(self, keys: Tensor) -> None:
+        self._others[0] = keys
+
+    @property
+    def values(self) -> Tensor:
+        """(sequences, heads, tokens, dim)."""
+        return self._part(1)
+
+    @values.setter
+    def values(self, values: Tensor) -> None:
+        self._others[1] = values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values (sequences, heads, tokens, dim); returns all there are."""
+        if not self.is_ours or key_states.shape[0] != 1 or key_states.requires_grad:
+            return super().update(key_states, value_states, *args, **kwargs)
+        end = self.length + key_states.shape[-2]
+        # blocks are updated one after the other: all of them have at least as much as this one
+        self.past.make_room(end, self.past.capacity)
+        for which, states in enumerate((key_states, value_states)):
+            self.past.numbers[self.index, which, :, self.length : end] = states[0]
+        self.length = end
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens that are there."""
+        return self.length if self.is_ours else super().get_seq_length()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.length, self._others = 0, [None, None]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; `tokens_to_remove` is negative, as transformers has it."""
+        if tokens_to_remove > 0 or not self.is_ours:
+            super().crop(tokens_to_remove)
+        else:
+            self.length = max(0, self.length + tokens_to_remove)
+
+
+def past_of(cache: Any, blocks: int, heads: int, dim: int) -> tuple[Past, int] | None:
+    """The Past of a cache and how many tokens it holds; an ordinary cache of one sequence is made into one first.
+
+    None where the cache is of another kind, or holds nothing yet.
+    """
+    layers = getattr(cache, "layers", None)
+    if not isinstance(cache, Cache) or layers is None or len(layers) != blocks or cache.offloading:
+        return None
+    first = layers[0]
+    if type(first) is PastLayer:
+        past, length = first.past, first.length
+        for layer in layers:
+            if (
+                type(layer) is not PastLayer
+                or layer.past is not past
+                or layer.length != length
+                or not layer.is_ours
+            ):
+                return None
+        return (past, length) if length else None
+    if not all(_is_plain(layer, heads, dim) for layer in layers):
+        return None
+    length = first.get_seq_length()
+    if not length or any(layer.get_seq_length() != length for layer in layers):
+        return None
+    past = Past(blocks, heads, dim, length + 1)
+    for index, layer in enumerate(layers):
+        past.numbers[index, 0, :, :length], past.numbers[index, 1, :, :length] = layer.keys[0], layer.values[0]
+        layers[index] = PastLayer(past, index, length, layer.dtype)
+    return past, length
+
+
+def _is_plain(layer: Any, heads: int, dim: int) -> bool:
+    if type(layer) is not DynamicLayer or not layer.is_initialized:
+        return False
+    keys: Any = layer.keys
+    return keys.dim() == 4 and keys.shape[:2] == (1, heads) and keys.shape[3] == dim and keys.device.type == "cpu"
