@@ -3,8 +3,8 @@
     bitmill compare smollm2-135m --methods ... --bits 2,3,4 -o board
     python benchmarks/leaderboard.py board/results.json [others/results.json ...]
 
-The default is picked from the first; the others, on other terms, follow it in the page. Nothing is measured here:
-every figure is taken from results.json.
+Runs on the same terms share their tables. The default is picked from those of the first file; runs on other terms
+follow in the page. Nothing is measured here: every figure is taken from results.json.
 """
 
 from __future__ import annotations
@@ -25,10 +25,30 @@ HEAD = ("method", "bpw", "perplexity", "KL", "top-1", "quantized in", "peak memo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
-    boards = [read_results(path) for path in parser.parse_args().results]
+    boards = merged([read_results(path) for path in parser.parse_args().results])
     PAGE.write_text(page(boards), encoding="utf-8")
     DATA.write_text(data(boards[0]), encoding="utf-8")
     print(f"{sum(len(board.done()) for board in boards)} variants written to {PAGE}, the first's to {DATA}")
+
+
+def merged(runs: list[Results]) -> list[Results]:
+    """Runs on the same terms as one; of a variant measured twice, the first run's."""
+    boards: list[Results] = []
+    for run in runs:
+        same = next(
+            (k for k, b in enumerate(boards) if (b.settings, b.machine) == (run.settings, run.machine)), None
+        )
+        if same is None:
+            boards.append(run)
+            continue
+        board = boards[same]
+        names = {v.name for v in board.done()}
+        variants = [v for v in board.variants if v.status == "done" or v.name not in {w.name for w in run.done()}]
+        variants += [v for v in run.variants if v.name not in names]
+        boards[same] = board.model_copy(
+            update={"variants": variants, "commands": [*board.commands, *run.commands]}
+        )
+    return boards
 
 
 def page(boards: list[Results]) -> str:
@@ -48,13 +68,21 @@ def page(boards: list[Results]) -> str:
     lines += [
         "## How it was made",
         "",
+        "The recipe files are in `benchmarks/recipes`.",
+        "",
         "```sh",
         *commands,
-        "python benchmarks/leaderboard.py */results.json",
+        f"python benchmarks/leaderboard.py {' '.join(folders(commands))}",
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def folders(commands: list[str]) -> list[str]:
+    """The results that the commands write, each once."""
+    found = [words[words.index("-o") + 1] for command in commands if "-o" in (words := command.split())]
+    return [f"{folder}/results.json" for folder in dict.fromkeys(found)]
 
 
 def _board(results: Results) -> list[str]:
@@ -78,9 +106,9 @@ def _board(results: Results) -> list[str]:
         lines += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
         lines += [_row(v) for v in sorted(found, key=lambda v: v.kl_divergence or 0.0)]
         lines.append("")
-    absent = [v for v in results.variants if v.status in ("failed", "not_applicable")]
+    absent = [v for v in results.variants if v.status != "done"]
     if absent:
-        lines += ["Not in the tables:", "", *(f"- {v.name}: {v.reason}" for v in absent), ""]
+        lines += ["Not in the tables:", "", *(f"- {v.name}: {v.reason or 'not run'}" for v in absent), ""]
     return lines
 
 

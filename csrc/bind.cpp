@@ -66,6 +66,15 @@ void codes_of_rows(const Layout& l, Bytes stored, int64_t first, Array<uint8_t, 
     codes_of(l, stored.data(), first, count, out.data(), threads);
 }
 
+void codes_at_rows(const Layout& l, Bytes stored, Array<const int64_t, 1> rows, Array<uint8_t, 2> out, int threads) {
+    check(l, stored.size());
+    require(out.shape(0) == rows.shape(0) && out.shape(1) == static_cast<size_t>(l.columns), "out has another shape");
+    for (size_t i = 0; i < rows.size(); ++i)
+        if (rows.data()[i] < 0 || rows.data()[i] >= l.rows) throw std::out_of_range("a row is out of range");
+    nb::gil_scoped_release free;
+    codes_at(l, stored.data(), rows.data(), rows.size(), out.data(), threads);
+}
+
 void linear_of(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes, int64_t records_per_tile, int bank_bits,
                float zero, Bytes codes, Bytes tables, std::optional<Bytes> ids, std::optional<Array<const float, 1>> powers,
                std::optional<Bytes> scales, std::optional<Bytes> zeros, Array<const float, 1> row_scales, int act,
@@ -202,6 +211,7 @@ NB_MODULE(_native, m) {
     m.def("to_layout", to_layout_of, "layout"_a, "words"_a, "out"_a, "threads"_a);
     m.def("from_layout", from_layout_of, "layout"_a, "stored"_a, "words"_a, "threads"_a);
     m.def("codes_of", codes_of_rows, "layout"_a, "stored"_a, "first"_a, "out"_a, "threads"_a);
+    m.def("codes_at", codes_at_rows, "layout"_a, "stored"_a, "rows"_a, "out"_a, "threads"_a);
     m.def("linear", linear_of, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a, "records_per_tile"_a, "bank_bits"_a,
           "zero"_a, "codes"_a, "tables"_a, "ids"_a.none(), "powers"_a.none(), "scales"_a.none(), "zeros"_a.none(),
           "row_scales"_a, "act"_a, "x"_a, "y"_a, "threads"_a);

@@ -101,6 +101,28 @@ void codes_of(const Layout& l, const uint8_t* stored, int64_t first, int64_t cou
     });
 }
 
+void codes_at(const Layout& l, const uint8_t* stored, const int64_t* rows, int64_t count, uint8_t* out, int threads) {
+    const int64_t R = l.rows_per_tile, width = l.block_columns();
+    in_shares(count, threads, [&](int64_t first, int64_t last) {
+        std::vector<uint8_t> padded(l.padded_columns());
+        for (int64_t i = first; i < last; ++i) {
+            const uint8_t* tile = stored + rows[i] / R * l.tile_bytes();
+            std::fill(padded.begin(), padded.end(), uint8_t{0});
+            for (int64_t b = 0; b < l.chunks() * 8; ++b) {
+                const uint8_t* chunk = tile + b / 8 * 64 * l.bits + rows[i] % R * width;
+                uint8_t* to = padded.data() + b * width;
+                each_field(l.bits, static_cast<int>(b % 8), [&](int offset, int shift, int bits, int done) {
+                    for (int64_t c = 0; c < width; ++c)
+                        to[c] = static_cast<uint8_t>(to[c] | (chunk[offset + c] >> shift & ((1 << bits) - 1)) << done);
+                });
+            }
+            each_group(l, [&](int64_t to, int64_t from, int64_t columns) {
+                std::memcpy(out + i * l.columns + to, padded.data() + from, columns);
+            });
+        }
+    });
+}
+
 void from_layout(const Layout& l, const uint8_t* stored, uint32_t* words, int64_t words_per_row, int threads) {
     in_shares(l.tiles(), threads, [&](int64_t first, int64_t last) {
         std::vector<uint8_t> codes(l.rows_per_tile * l.columns);

@@ -51,5 +51,7 @@ void to_layout(const Layout& layout, const uint32_t* words, int64_t words_per_ro
 void from_layout(const Layout& layout, const uint8_t* stored, uint32_t* words, int64_t words_per_row, int threads);
 // Codes of `count` rows from `first` on, one byte each, (count, columns).
 void codes_of(const Layout& layout, const uint8_t* stored, int64_t first, int64_t count, uint8_t* out, int threads);
+// The same of any rows, in any order.
+void codes_at(const Layout& layout, const uint8_t* stored, const int64_t* rows, int64_t count, uint8_t* out, int threads);
 
 }  // namespace bitmill

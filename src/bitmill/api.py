@@ -20,6 +20,7 @@ from bitmill.evaluation.perplexity import compare
 from bitmill.live import ModuleSink, evaluating
 from bitmill.models.adapter import is_encoder
 from bitmill.models.calls import answers_of
+from bitmill.models.ends import ends_of
 from bitmill.models.meta import auto_class
 from bitmill.models.pooling import MEAN, pooling_of, read_pooling
 from bitmill.models.reading import reading_of, windows_of
@@ -34,17 +35,17 @@ from bitmill.preparation import (
     check_space,
     job_identity,
     settled_recipe,
-    storage_plan,
     token_windows,
 )
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipe import Recipe
 from bitmill.report.html import folder_documents
 from bitmill.runtime.dense import densify
-from bitmill.runtime.linear import QuantLinear
+from bitmill.sizes import storage_plan, stored_bits
 from bitmill.version import __version__
 
 SECONDS_DIGITS = 3
+STORED = ("bits_per_weight", "head_bits_per_weight", "head_bytes", "unquantized_bytes")  # also in report.json
 _SENTENCES = 32  # run at a time, of one length
 
 
@@ -70,6 +71,7 @@ def quantize(
     dry_run: bool = False,
     propagate: Propagate = "quantized",
     statistics: str | Path | None = None,
+    head_bits: int | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -84,6 +86,7 @@ def quantize(
     measure: held-out windows of the same text to measure on while quantizing; 0 measures nothing.
     propagate: what later blocks are calibrated on: the quantized blocks' outputs, or the float model's.
     statistics: with propagate="float", a folder that keeps the statistics for further recipes.
+    head_bits: of embedding and output head, 8, 6 or 4; they stay in float without it.
     options: options of the method, such as bits=3, group_size="row".
 
     Raises BitmillError subclasses, each with one sentence.
@@ -91,9 +94,7 @@ def quantize(
     started = time.perf_counter()
     if measure < 0:
         raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
-    if isinstance(method, Recipe) and options:
-        raise UsageError(f"A Recipe is complete; change it instead of passing {', '.join(options)}.")
-    recipe, chosen = settled_recipe(method, options)
+    recipe, chosen = settled_recipe(method, options, head_bits)
     if out is None and not isinstance(model, nn.Module) and not dry_run:
         raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
     check_device(device)
@@ -120,7 +121,8 @@ def quantize(
         "source": source.name,
         "recipe": recipe.to_dict(),
         "identity": identity,
-        "bits_per_weight": plan["bits_per_weight"],
+        **{key: plan[key] for key in STORED},
+        "ends": ends_of(skeleton).to_dict() if recipe.head else None,
         "auto_class": auto_class(source.config).__name__,
     }
     sink: FolderSink | ModuleSink
@@ -278,21 +280,3 @@ def _pooling(model: str | Path | nn.Module, trust_remote_code: bool) -> str | No
     if is_checkpoint(Path(model)):
         return read_pooling(Path(model)) if is_encoder(open_checkpoint(model).config) else None
     return pooling_of(open_source(model, trust_remote_code=trust_remote_code))
-
-
-def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:
-    """(bits a weight of the quantized layers or of the float weights, bytes on disk or in memory)."""
-    if isinstance(model, nn.Module):
-        tensors = [*model.parameters(), *model.buffers()]
-        size = sum(t.nbytes for t in tensors)
-        packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
-        if packed:
-            bits = sum(m.format.stored_bits(m.shape) for m in packed)
-            return bits / sum(m.out_features * m.in_features for m in packed), size
-        return 8 * size / max(sum(t.numel() for t in tensors), 1), size
-    if is_checkpoint(Path(model)):
-        return open_checkpoint(model).bits_per_weight, folder_bytes(Path(model))
-    source = open_source(model, trust_remote_code=trust_remote_code)
-    sizes = [(torch.Size(source.shape(n)).numel(), source.dtype(n).itemsize) for n in source.names()]
-    total = sum(count * width for count, width in sizes)
-    return 8 * total / max(sum(count for count, _ in sizes), 1), total

@@ -24,6 +24,7 @@ from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS
 
+HEAD_BITS = (8, 6, 4)
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -46,7 +47,12 @@ def compose(
     if format is not None:
         part = _part(FORMATS, format)
         kept = {"bits": int(base.weight.rate)} if "bits" in _fields(FORMATS, part["format"]) else {}
-        weight = FORMATS.from_dict({**kept, **part})
+        weight, rate = FORMATS.from_dict({**kept, **part}), base.weight.rate
+        if kept.keys() - part.keys() and weight.rate != rate:  # its bits are not those of a weight
+            raise RecipeError(
+                f"The recipe {base.name!r} has {rate:g} bits a weight and {part['format']!r} has {weight.rate:g} "
+                f"with bits={kept['bits']}; say the bits with the part, as in {part['format']}:bits=N."
+            )
         names.append(weight.name)
     if sparse is not None:
         weight = FORMATS.from_dict(
@@ -66,13 +72,30 @@ def compose(
     return replace(base, name="+".join(names), weight=weight, **chosen)
 
 
+def with_head(recipe: Recipe, head_bits: int | None) -> Recipe:
+    """`recipe` with embedding and head at `head_bits` bits in groups of 64 columns; None leaves them as they were.
+
+    Raises RecipeError for another number of bits than HEAD_BITS.
+    """
+    if head_bits is None:
+        return recipe
+    if isinstance(head_bits, bool) or head_bits not in HEAD_BITS:
+        known = ", ".join(str(bits) for bits in HEAD_BITS[:-1])
+        raise RecipeError(
+            f"head_bits is {head_bits!r}; use {known} or {HEAD_BITS[-1]}, or leave it out and embedding and head "
+            "stay in float."
+        )
+    return replace(recipe, head=FORMATS.from_dict({"format": "uniform", "bits": int(head_bits)}))
+
+
 def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) -> Recipe:
     """A recipe of a format and a solver and nothing else, for others to be added with `compose`.
 
     options: of the format where the part does not say, such as `bits`, else DEFAULT_BITS. Raises RecipeError as
     `compose` does, and for options that the format does not have.
     """
-    known, part = _fields(FORMATS, format.partition(":")[0].strip()), _part(FORMATS, format)
+    part = _part(FORMATS, format)
+    known = _fields(FORMATS, part["format"])
     if stray := next((key for key in options or {} if key not in known), None):
         raise RecipeError(
             f"There is no method whose option {stray!r} could be set, and the format {part['format']!r} has none "

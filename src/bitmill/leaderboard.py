@@ -77,13 +77,16 @@ def leading_recipe(
     row = leader(bits, within_minutes, suits)
     if row is None:
         method = next((name for name in FALLBACKS if _has(name, bits)), FALLBACKS[0])
-        reason = f"no method was named, and nothing leads the leaderboard at {bits} bits: {method}"
+        reason = (
+            f"no method was named, and the leaderboard has nothing at {bits} bits within {within_minutes:g} "
+            f"minutes{_among(asked)}: {method}"
+        )
     else:
         method = row.method
         reason = (
             f"no method was named: {method} leads the leaderboard at {bits} bits (KL {row.kl_divergence:.3f} at "
             f"{row.bits_per_weight:.2f} bits per weight, {row.minutes:.0f} minutes) "
-            f"within {within_minutes:g} minutes{_among(asked)}"
+            f"within {within_minutes:g} minutes, on the float model's statistics{_among(asked)}"
         )
     if "bits" not in METHODS.get(method).__dataclass_fields__:
         del given["bits"]  # it has no others

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.formats import Format
+from bitmill.models.ends import Ends, ends_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline import BlockResult
-from bitmill.runtime import swap_linear
+from bitmill.pipeline.job import OUTSIDE, Shared
+from bitmill.runtime import QuantLinear, swap_layers
 
 
 class ModuleSink:
@@ -26,8 +28,11 @@ class ModuleSink:
         self.model = model
         self.work: Path | None = None
         self.layers: list[dict[str, Any]] = []
-        self._packed: list[tuple[str, Format, dict[str, Tensor]]] = []
+        self._packed: dict[str, tuple[Format, dict[str, Tensor]]] = {}
+        self._places: dict[str, str] = {}
+        self._ends: Ends | None = None
         self._changed: dict[str, Tensor] = {}
+        self._shared: Shared = {}
 
     def finished(self, index: int) -> BlockResult | None:
         """Nothing is kept between runs."""
@@ -37,23 +42,42 @@ class ModuleSink:
         """Keep the block's packed layers, and what a transform changed."""
         for name, layer in result.layers.items():
             device = device_of(self.model.get_submodule(name))
-            parts = {part: tensor.to(device) for part, tensor in layer.quantized.pack().items()}
-            self._packed.append((name, layer.quantized.format, parts))
+            parts = {part: tensor.to(device) for part, tensor in layer.own().items()}
+            self._packed[name] = layer.quantized.format, parts
+            if layer.shared:
+                self._places[name] = layer.shared
             self.layers.append({"name": name, **layer.summary()})
+        if result.index == OUTSIDE:
+            self._ends = ends_of(skeleton)
         for name, tensor in result.changed.items():
             parameter = self.model.get_parameter(name)
             self._changed[name] = tensor.to(parameter.device, parameter.dtype)
 
+    def shared(self) -> Shared | None:
+        """Nothing is kept between runs."""
+        return None
+
+    def share(self, parts: Shared) -> None:
+        """Keep what layers share."""
+        self._shared = parts
+
     def finish(self) -> None:
         """Replace the linears, and what a transform changed; everything is where it belongs already."""
-        for name, format, parts in self._packed:
-            bias = getattr(self.model.get_submodule(name), "bias", None)
-            new = swap_linear(self.model, name, format, "meta")  # the memory is the packed tensors' own
+        formats = {name: format for name, (format, _) in self._packed.items()}
+        ends = self._ends.to_dict() if self._ends else None
+        biases = {name: getattr(module, "bias", None) for name, module in self.model.named_modules()}
+        # on the meta device: the memory is the packed tensors' own
+        for name, new in swap_layers(self.model, formats, ends, self._places, "meta").items():
+            parts = self._packed[name][1] if name in self._packed else {}  # a tied head has none
             new._buffers.update(parts)
-            new.bias = bias
+            if isinstance(new, QuantLinear):
+                new.bias = biases[name]
+                if new.shared is not None:
+                    shared, device = self._shared[self._places[name]], parts["codes"].device
+                    new.shared._buffers.update({part: tensor.to(device) for part, tensor in shared.items()})
         for name, tensor in self._changed.items():
             self.model.get_parameter(name).data = tensor
-        self._packed, self._changed = [], {}
+        self._packed, self._changed, self._shared = {}, {}, {}
 
 
 @contextmanager

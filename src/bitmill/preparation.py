@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.writer import work_of
-from bitmill.composition import find_recipe
+from bitmill.composition import find_recipe, with_head
 from bitmill.errors import CalibrationError, OutputError, SourceError, UsageError
 from bitmill.evaluation.self_text import self_windows
 from bitmill.leaderboard import leading_recipe
@@ -45,48 +45,21 @@ class Calibration:
     seed: int = 0
 
 
-def settled_recipe(method: str | Path | Recipe | None, options: dict[str, Any]) -> tuple[Recipe, dict[str, str]]:
-    """The recipe that is meant, and for the summary why it was `chosen`, where nobody named one."""
+def settled_recipe(
+    method: str | Path | Recipe | None, options: dict[str, Any], head_bits: int | None = None
+) -> tuple[Recipe, dict[str, str]]:
+    """The recipe that is meant, and for the summary why it was `chosen`, where nobody named one.
+
+    head_bits: of embedding and head, instead of what the recipe says of them.
+    """
     if isinstance(method, Recipe):
-        return method, {}
+        if options:
+            raise UsageError(f"A Recipe is complete; change it instead of passing {', '.join(options)}.")
+        return with_head(method, head_bits), {}
     if method is not None:
-        return find_recipe(str(method), options), {}
+        return with_head(find_recipe(str(method), options), head_bits), {}
     recipe, reason = leading_recipe(options)
-    return recipe, {"chosen": reason}
-
-
-def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
-    """What would be stored: layers, bits, bytes. Raises UsageError when nothing would be quantized."""
-    layers, weights, bits = 0, 0, 0
-    packed = set()
-    for index in range(len(skeleton.blocks)):
-        for linear in skeleton.adapter.linears:
-            name = f"{skeleton.block_name(index)}.{linear}"
-            if recipe.ignores(name):
-                continue
-            rows, columns = skeleton.shape(f"{name}.weight")
-            if skeleton.adapter.transposed:
-                rows, columns = columns, rows
-            layers += 1
-            weights += rows * columns
-            bits += recipe.stored.stored_bits((rows, columns))
-            packed.add(f"{name}.weight")
-    if not layers:
-        raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
-    rest = sum(
-        torch.Size(skeleton.shape(n)).numel() * skeleton.dtype(n).itemsize
-        for n in skeleton.names()
-        if n not in packed
-    )
-    return {
-        "method": recipe.name,
-        "format": recipe.stored.to_dict(),
-        "layers": layers,
-        "quantized_weights": weights,
-        "bits_per_weight": bits / weights,
-        "size_bytes": bits // 8 + rest,
-        "unquantized_bytes": rest,
-    }
+    return with_head(recipe, head_bits), {"chosen": reason}
 
 
 def token_windows(

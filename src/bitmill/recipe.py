@@ -6,6 +6,7 @@
     transforms: []                  exact changes to the float model, first to last
     tuners: []                      what is learned around the quantized layers, first to last
     ignore: []                      glob patterns of linear layers that stay as they are
+    head: {format: uniform, ...}    embedding and head, rounded to nearest; in float where this is left out
 
 It round-trips through YAML and JSON, is stored beside every quantized model, and refuses an illegal
 combination when it is built. Named methods (`bitmill.recipes`) are functions from options to a recipe.
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitmill.errors import RecipeError
 from bitmill.fields import check_types
-from bitmill.formats import FORMATS, Format
+from bitmill.formats import FORMATS, Format, GroupFormat
 from bitmill.registry import Registry
 from bitmill.solvers import SOLVERS, Solver
 from bitmill.transforms import TRANSFORMS, FormatTransform, Transform
@@ -44,6 +45,7 @@ class _Document(BaseModel):
     transforms: list[dict[str, Any]] = []
     tuners: list[dict[str, Any]] = []
     ignore: list[str] = []
+    head: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,25 @@ class Recipe:
     transforms: tuple[Transform, ...] = ()
     ignore: tuple[str, ...] = ()
     tuners: tuple[Tuner, ...] = ()
+    head: Format | None = None  # of embedding and head
 
     def __post_init__(self) -> None:
-        reasons = [self.solver.accepts(self.weight.core)]
+        reasons = [self.solver.accepts(self.weight.core), self._sharing()]
+        if self.head is not None and not isinstance(self.head, GroupFormat):
+            reasons.append(
+                f"rows of a table of embeddings are decoded one by one, and {self.head.name!r} decodes whole "
+                "matrices; choose another format for the head, such as uniform."
+            )
         reasons += [t.accepts(self.stored) or t.accepts_solver(self.solver) for t in self.tuners]
         for reason in filter(None, reasons):
             raise RecipeError(f"The recipe {self.name!r} cannot be built: {reason}")
+
+    def _sharing(self) -> str | None:
+        """Why what layers share could not be learned."""
+        if not self.stored.shared or self.solver.learner(self.weight.core, 1) is not None:
+            return None
+        parts = ", ".join(sorted(self.stored.shared))
+        return f"{self.solver.name} cannot learn {parts} for many layers at once; use the format without 'shared'."
 
     @property
     def stored(self) -> Format:
@@ -91,6 +106,7 @@ class Recipe:
             "transforms": [t.to_dict() for t in self.transforms],
             "tuners": [t.to_dict() for t in self.tuners],
             "ignore": list(self.ignore),
+            **({} if self.head is None else {"head": self.head.to_dict()}),
         }
 
     @classmethod
@@ -109,6 +125,7 @@ class Recipe:
             transforms=tuple(TRANSFORMS.from_dict(t) for t in document.transforms),
             tuners=tuple(TUNERS.from_dict(t) for t in document.tuners),
             ignore=tuple(document.ignore),
+            head=None if document.head is None else FORMATS.from_dict(document.head),
         )
 
     def to_yaml(self) -> str:

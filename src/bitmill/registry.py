@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 from bitmill.errors import RecipeError
@@ -87,10 +87,15 @@ class Registry(Generic[T]):
             )
         kind: Any = self.get(name)
         values = {k: self.from_dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-        try:
-            return kind(**values)
-        except TypeError as error:
-            raise RecipeError(f"The {self.noun} {name!r} cannot be built from {values!r}: {error}.") from None
+        known = {f.name: f for f in fields(kind) if f.init}
+        if strange := next((key for key in values if key not in known), None):
+            raise RecipeError(
+                f"The {self.noun} {name!r} has no option {strange!r}; it has: {', '.join(known) or '(none)'}."
+            )
+        wanted = (k for k, f in known.items() if f.default is MISSING and f.default_factory is MISSING)
+        if absent := next((key for key in wanted if key not in values), None):
+            raise RecipeError(f"The {self.noun} {name!r} needs the option {absent!r}; give it a value.")
+        return kind(**values)
 
 
 class Member:

@@ -161,6 +161,17 @@ def test_what_is_packed_is_read_back_exactly(format, search):
 
 
 @every_format
+def test_rows_decode_apart(format):
+    """In any order, and as often as asked for: this is how a table of embeddings is read."""
+    params = fitted(format, weights())
+    tensors = format.pack(flat(format, format.nearest(in_groups(weights(), format), params)), params, SHAPE)
+    whole = format.dequantize(*format.unpack(tensors, SHAPE), SHAPE)
+    for rows in ([5, 0, 3, 3], [2], []):
+        found = format.dequantize_rows(tensors, SHAPE, torch.tensor(rows, dtype=torch.int64))
+        assert torch.equal(found, whole[rows])
+
+
+@every_format
 def test_bits_are_honest(format):
     params = fitted(format, weights())
     codes = flat(format, random_codes(format))

@@ -1,6 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
+from grids import in_this_process
 from world import World, build_world
+
+from bitmill.comparison import run
+from bitmill.recipe import build_recipe
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,3 +34,17 @@ def world(built, tmp_path, monkeypatch) -> World:
     """A copy to spoil, and the current folder."""
     monkeypatch.chdir(tmp_path)
     return built.copy(tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": in_this_process})
+
+
+@pytest.fixture
+def broken(world) -> Path:
+    """A recipe that cannot be carried out: nothing would be quantized."""
+    path = world.root / "broken.yaml"
+    text = build_recipe("rtn").to_yaml()
+    path.write_text(text.replace("name: rtn", "name: broken").replace("ignore: []", "ignore: ['*']"))
+    return path

@@ -1,64 +1,17 @@
-"""bitmill compare: a grid with a cell that fails, killed and continued."""
+"""bitmill compare: a grid with a cell that fails, other terms, damage."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
+from grids import command, names, results
 
 from bitmill.cli.main import main
-from bitmill.comparison import process, run, worker
+from bitmill.comparison import run, worker
 from bitmill.comparison.process import CellFailed
 from bitmill.errors import NumericsError
-from bitmill.recipe import build_recipe
-from bitmill.report.results import read_results
-
-TERMS = ["--samples", "4", "--seqlen", "32", "--windows", "2", "--max-new-tokens", "3"]
-
-
-def in_this_process(folder: Path, name: str, log: Path, progress) -> dict:
-    """Run a cell here: a process of its own spends seconds on imports."""
-    stdout = io.StringIO()
-    worker.main([str(folder), name], stdout=stdout)
-    said: dict = {}
-    for line in stdout.getvalue().splitlines():
-        said |= process._follow(line, progress, name)
-    if "result" not in said:
-        raise CellFailed(said["failed"])
-    return said["result"]
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": in_this_process})
-
-
-@pytest.fixture
-def broken(world) -> Path:
-    """A recipe that cannot be carried out: nothing would be quantized."""
-    path = world.root / "broken.yaml"
-    text = build_recipe("rtn").to_yaml()
-    path.write_text(text.replace("name: rtn", "name: broken").replace("ignore: []", "ignore: ['*']"))
-    return path
-
-
-def command(world, *more: object, methods: str = "rtn,gptq", bits: str = "3,4") -> list[str]:
-    grid = ["--methods", methods, "--bits", bits] if methods else []
-    return ["compare", "source", *grid, "--calib", world.text.name, *TERMS, "-o", "grid", *map(str, more)]
-
-
-def results(world):
-    return read_results(world.root / "grid" / "results.json")
-
-
-def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_grid(world, quick, capsys):
@@ -125,6 +78,26 @@ def test_a_grid_grows(world, quick):
     assert [v.name for v in found.variants] == ["gptq-4bit", "rtn-3bit"]
     assert found.variants[1] == before
     assert len(found.commands) == 2
+
+
+def test_work_on_another_recipe_is_not_continued(world, quick):
+    cells = world.root / "grid" / "cells"
+    (cells / "gptq-3bit.partial").mkdir(parents=True)
+    (cells / "gptq-3bit.partial" / "journal.json").write_text("{}")
+    (cells / "gptq-3bit.state").write_text('{"quantize_time_s": 1e6, "recipe": {"name": "another"}}')
+    assert main(command(world, methods="gptq", bits="3")) == 0
+    (variant,) = results(world).variants
+    assert variant.quantize_time_s < 1e5
+
+
+def test_held_out_windows_are_those_of_the_float_model(world, quick, capsys):
+    assert main(command(world, methods="rtn", bits="3")) == 0
+    grid = json.loads((world.root / "grid" / "grid.json").read_text())
+    grid["terms"]["settings"]["evaluation"]["sha256"] = "0" * 64
+    (world.root / "grid" / "grid.json").write_text(json.dumps(grid))
+    said = io.StringIO()
+    assert worker.main([str(world.root / "grid"), "rtn-3bit"], stdout=said) == 1
+    assert "no longer what it was" in json.loads(said.getvalue().splitlines()[-1])["failed"]
 
 
 @pytest.mark.parametrize(
@@ -248,53 +221,3 @@ def test_a_damaged_record_is_named(world, quick, capsys):
     (world.root / "grid" / "cells" / "rtn-3bit.json").write_text("{")
     assert main(command(world, methods="rtn", bits="3")) == 1
     assert "rtn-3bit.json cannot be read; delete it" in capsys.readouterr().err
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Workers of a comparison that are alive."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"bitmill.comparison.worker" in words and str(folder).encode() in words:
-            found.append(int(entry.name))
-    return found
-
-
-def wait_for(condition, what: str, limit_s: float = 120.0):
-    started = time.monotonic()
-    while not (value := condition()):
-        assert time.monotonic() - started < limit_s, what
-        time.sleep(0.05)
-    return value
-
-
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
-def test_killed_and_continued(world, broken, quick, capsys):
-    """A grid with a cell that fails, each in its own process; then the whole is killed, and continued here."""
-    grid = world.root / "grid"
-    arguments = command(world, "--recipes", broken)
-    arguments[arguments.index("-o") + 1] = str(grid)
-    start = [sys.executable, "-m", "bitmill.cli.main", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(start, cwd=world.root, env=environment, stderr=subprocess.DEVNULL)
-    wait_for((grid / "cells" / "rtn-3bit.json").exists, "the first cell")
-    wait_for(lambda: processes_of(grid), "the second cell")
-    killed.kill()
-    killed.wait()
-    wait_for(lambda: not processes_of(grid), "the child to notice")
-    before = read_results(grid / "results.json")
-    assert [v.status for v in before.variants[:2]] == ["done", "pending"]
-    assert before.variants[0].peak_memory_bytes > 1e8  # torch alone
-    assert (grid / "float.npy").exists()
-
-    assert main(arguments) == 1  # for the cell that fails
-    found = read_results(grid / "results.json")
-    assert found.variants[0] == before.variants[0]
-    assert found.float == before.float
-    assert [v.status for v in found.variants] == ["done"] * 4 + ["failed"]
-    assert "gptq-4bit" in capsys.readouterr().out
-    assert not (grid / "float.npy").exists()
-    assert not [name for name in names(grid) if name.endswith((".state", ".tmp"))]

@@ -150,3 +150,18 @@ def test_a_pooling_that_is_unknown_is_refused_before_the_first_block(source, run
 def test_a_study_needs_no_text(source, run):
     cells = run("study", source, "--json")["cells"]
     assert cells[0]["sqnr_db"] > cells[-1]["sqnr_db"]
+
+
+def test_its_table_of_words_can_be_quantized(source, run, tmp_path):
+    out, text = tmp_path / "out", source.parent / "text.txt"
+    command = ["quantize", source, "--method", "rtn", "--bits", 8, "--head-bits", 8, "-o", out, "--json"]
+    summary = run(*command, "--calib", text, "--seqlen", 32, "--measure", 8)
+    checkpoint = open_checkpoint(out)
+    assert checkpoint.outside == ("embeddings.word_embeddings",)
+    assert summary["head_bits_per_weight"] == checkpoint.head_bits_per_weight == 8 + (16 + 8) / 32
+    found = run("eval", out, "--text", text, "--seqlen", 32, "--windows", 8, "--reference", source, "--json")
+    for key in FIGURES:
+        assert found[key] == pytest.approx(summary["measured"][0][key], rel=1e-5), key
+    assert found["cosine_similarity"] > 0.99
+    assert "Token embeddings are stored packed too" in (out / "README.md").read_text()
+    run("verify", out)

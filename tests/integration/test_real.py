@@ -1,5 +1,6 @@
 """The demo's path on the real SmolLM2-135M with few tokens, through the command line and transformers."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 
 import bitmill
 from bitmill.cli.main import main
+from bitmill.models.text import load_text
 
 pytestmark = pytest.mark.real
 
 MODEL = "smollm2-135m"
+TEXT_SHA256 = "71f2ff5d99bd"  # of pydoc in Python 3.11.7; other releases say some things in other words
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,6 +41,8 @@ def command(capsys, *args):
 
 def test_the_float_model_has_the_published_perplexity(capsys):
     """The whole protocol: 40 windows of 512 tokens of the last 20 % of pydoc."""
+    if not hashlib.sha256(load_text("pydoc").encode()).hexdigest().startswith(TEXT_SHA256):
+        pytest.skip("the pydoc of this Python is another text than the one of the published figures")
     result = command(capsys, "eval", MODEL, "--text", "pydoc", "--seqlen", "512", "--windows", "40")
     assert result["perplexity"] == pytest.approx(11.231, abs=0.01)
     assert result["tokens"] == 40 * 512

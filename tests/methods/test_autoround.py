@@ -11,7 +11,7 @@ from bitmill.recipe import build_recipe
 from bitmill.solvers.gptq import GPTQ
 from bitmill.tuners.autoround import AutoRound
 
-LEARNED = AutoRound(iters=60, tokens=128)
+LEARNED = AutoRound(tokens=128)
 
 
 @pytest.mark.parametrize("bits", [2, 3])

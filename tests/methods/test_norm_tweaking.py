@@ -42,5 +42,16 @@ def test_the_loss_is_of_distributions():
     hidden = torch.randn(4, 16, 8, generator=draw)
     shuffled = hidden.flatten(0, 1)[torch.randperm(64, generator=draw)].reshape(4, 16, 8)
     assert float(distance(moments([hidden]), moments([shuffled]))) < 1e-6
-    assert float(distance(moments([hidden]), moments([hidden + 1]))) == pytest.approx(1, rel=1e-5)
-    assert float(distance(moments([hidden]), moments([2 * hidden]))) > 1
+    hidden /= hidden.square().mean(-1, keepdim=True).sqrt()
+    assert float(distance(moments([hidden]), moments([hidden + 1], [hidden]))) == pytest.approx(1, rel=1e-5)
+    assert float(distance(moments([hidden]), moments([2 * hidden], [hidden]))) > 1
+
+
+def test_a_loud_token_is_one_of_many():
+    """The paper's loss would be that of an attention sink alone."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 16, 8, generator=draw)
+    loud, wrong = hidden.clone(), hidden + torch.randn(4, 16, 8, generator=draw)
+    loud[:, 0] *= 1e3
+    still = torch.where(loud == hidden, wrong, loud)
+    assert float(distance(moments([still], [loud]), moments([loud]))) > 0.2

@@ -116,3 +116,36 @@ def test_every_part_of_the_card_stands_apart(method, measured, error):
         starts = {line[:1] == "|" for line in part.splitlines()}
         assert len(starts) == 1, part
         assert "#" not in {line[:1] for line in part.splitlines()[1:]}, part
+
+
+HEAD = {"format": "uniform", "bits": 8, "group_size": 64, "symmetric": False, "zero": "integer"}
+SIZED = {
+    "shape": [1, 1],
+    "format": "uniform",
+    "size_bytes": 3_000_000,
+    "bits_per_weight": 8.375,
+    "weight_error": 0.0,
+}
+
+
+@pytest.mark.parametrize("head", ["lm_head", ""])
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_tells_what_embedding_and_head_take(head, tied):
+    ends = {"embedding": "model.embed_tokens", "head": head, "tied": tied}
+    outside = [{**SIZED, "name": name} for name in (("model.embed_tokens", head)[: 2 - tied]) if name]
+    sized = [{**layer(n, 0.1), "size_bytes": 1_000_000} for n in range(9)]
+    recipe = {**build_recipe("gptq").to_dict(), "head": HEAD}
+    told = {"head_bits_per_weight": 8.375, "ends": ends, "unquantized_bytes": 500_000}
+    card = model_card(report(recipe=recipe, layers=outside + sized, **told))
+    named = "oken embeddings and head" if head else "oken embeddings"
+    total, both = (12.5, "3.00 MB") if len(outside) == 1 else (15.5, "6.00 MB")
+    assert f"T{named} are stored packed too, in uniform (bits 8, group_size 64" in card
+    assert (", one matrix for both" in card) == tied
+    assert f"The tensors take {total} MB: 9.00 MB in the blocks' linear layers, {both} in t{named}, 500 kB" in card
+
+
+def test_without_it_the_card_tells_what_is_in_float():
+    sized = [{**layer(n, 0.1), "size_bytes": 1_000_000} for n in range(9)]
+    card = model_card(report(layers=sized, ends=None, head_bits_per_weight=None, unquantized_bytes=56_000_000))
+    assert "Embeddings, norms and the head are as in the source." in card
+    assert "The tensors take 65.0 MB: 9.00 MB in the blocks' linear layers, 56.0 MB in float." in card

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -10,6 +12,7 @@ from torch import nn
 import bitmill
 from bitmill.api import stored_bits
 from bitmill.errors import BitmillError, UsageError
+from bitmill.recipe import build_recipe
 from bitmill.runtime import QuantLinear
 
 WINDOWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -65,6 +68,24 @@ def test_a_module_in_training_is_measured_without_dropout_and_goes_on_training(t
     assert bitmill.evaluate(model, reference=model, **terms)["perplexity"] == expected
     assert model.training
     assert not model.transformer.h[0].training
+
+
+def test_an_ignored_name_must_be_there():
+    recipe = replace(build_recipe("rtn", {"group_size": 16}), ignore=("*.q_porj",))
+    with pytest.raises(UsageError, match=r"Nothing in the model is called '\*\.q_porj'"):
+        bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS)
+    bitmill.quantize(tiny_model("llama"), replace(recipe, ignore=("*.q_proj", "lm_head")), calibration=WINDOWS)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_an_unpacked_model_is_saved_as_a_float_one(tmp_path, model_type):
+    tiny_model(model_type).save_pretrained(tmp_path / "float")
+    bitmill.quantize(tmp_path / "float", "rtn", out=tmp_path / "packed", measure=0, group_size=16)
+    model = bitmill.load(tmp_path / "packed", dense=True)
+    model.save_pretrained(tmp_path / "unpacked")
+    back = bitmill.load(tmp_path / "unpacked")
+    assert torch.equal(back(WINDOWS).logits, model(WINDOWS).logits)
+    assert "quantization_config" not in back.config.to_dict()
 
 
 def test_a_folder_needs_a_model_that_transformers_can_build(tmp_path):

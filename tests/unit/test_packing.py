@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmill.numerics.packing import MAX_BITS, pack, unpack, words_for
+from bitmill.numerics.packing import MAX_BITS, pack, unpack, unpack_at, words_for
 
 
 def words_by_integers(codes: list[int], bits: int) -> list[int]:
@@ -61,6 +61,14 @@ def test_widths_that_divide_a_word_follow_compressed_tensors(bits):
     words = pack(codes, bits).long() & 0xFFFFFFFF
     for j in range(codes.shape[1]):
         assert torch.equal((words[:, j // per_word] >> (bits * (j % per_word))) % (1 << bits), codes[:, j])
+
+
+@pytest.mark.parametrize("bits", range(1, MAX_BITS + 1))
+def test_single_codes_are_read_from_their_words(bits):
+    codes = torch.randint(0, 1 << bits, (3, 77))
+    codes[:, -1] = (1 << bits) - 1
+    index = torch.cat([torch.arange(77).flip(0), torch.tensor([0, 76, 76])])
+    assert torch.equal(unpack_at(pack(codes, bits), bits, index), codes[:, index])
 
 
 def test_a_known_word():

@@ -68,10 +68,21 @@ def test_work_of_unknown_length_speaks_up_by_itself(monkeypatch):
 @pytest.mark.parametrize("total", [20, 0], ids=["counted", "unknown length"])
 def test_a_bar_on_a_terminal(total, monkeypatch):
     stderr = capture(monkeypatch, True)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(module, "PATIENCE_S", 0.05)
     work(20, total)
     assert "grind" in stderr.getvalue()
     assert ("20/20" in stderr.getvalue()) == bool(total)
+
+
+@pytest.mark.parametrize("total", [20, 0], ids=["counted", "unknown length"])
+def test_a_dumb_terminal_gets_lines(total, monkeypatch):
+    stderr = capture(monkeypatch, True)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    work(20, total)
+    assert stderr.getvalue().startswith("grind")
+    assert "\x1b" not in stderr.getvalue()
 
 
 def test_the_next_task_ends_the_one_before(monkeypatch):

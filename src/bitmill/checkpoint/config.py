@@ -9,17 +9,24 @@ from bitmill.runtime.hf import FORMAT_VERSION, QUANT_METHOD
 from bitmill.version import __version__
 
 
-def quantization_config(layers: dict[str, Format], recipe: dict[str, Any]) -> dict[str, Any]:
+def quantization_config(
+    layers: dict[str, Format],
+    recipe: dict[str, Any],
+    places: dict[str, str] | None = None,
+    ends: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The `quantization_config` of config.json: formats, each with the layers that use it, and the recipe.
 
-    `bitmill.runtime.hf.layer_formats` reads it.
+    places: layer -> where what it shares is.  ends: embedding, head and whether they are tied, where they are
+    quantized.  `layer_formats`, `layer_places` and `quantized_ends` of `bitmill.runtime.hf` read it.
     """
     groups: list[dict[str, Any]] = []
     for name, format in layers.items():
-        described = format.to_dict()
-        group = next((g for g in groups if g["format"] == described), None)
+        place = (places or {}).get(name)
+        described = {"format": format.to_dict(), **({"shared": place} if place else {})}
+        group = next((g for g in groups if {k: v for k, v in g.items() if k != "layers"} == described), None)
         if group is None:
-            group = {"format": described, "layers": []}
+            group = {**described, "layers": []}
             groups.append(group)
         group["layers"].append(name)
     return {
@@ -27,5 +34,6 @@ def quantization_config(layers: dict[str, Format], recipe: dict[str, Any]) -> di
         "format_version": FORMAT_VERSION,
         "bitmill_version": __version__,
         "groups": groups,
+        **({"ends": ends} if ends else {}),
         "recipe": recipe,
     }

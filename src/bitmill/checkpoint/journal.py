@@ -24,15 +24,22 @@ class Journal:
         self.path = work / NAME
         self.identity = identity
         self.blocks: dict[int, dict[str, Any]] = {}
+        self.shared: dict[str, Any] | None = None
 
     def save(self) -> None:
         """Write the journal; after this, the blocks in it survive a crash."""
         blocks = [{"index": index, **entry} for index, entry in sorted(self.blocks.items())]
-        write_json(self.path, {"identity": self.identity, "blocks": blocks})
+        shared = {"shared": self.shared} if self.shared else {}
+        write_json(self.path, {"identity": self.identity, **shared, "blocks": blocks})
 
     def add(self, index: int, file: Path, layers: dict[str, Any]) -> None:
         """Note a finished block: its shard, the shard's digest, and what is known of each layer."""
         self.blocks[index] = {"file": file.name, "sha256": sha256(file), "layers": layers}
+        self.save()
+
+    def share(self, file: Path) -> None:
+        """Note the shard of what layers share, and its digest."""
+        self.shared = {"file": file.name, "sha256": sha256(file)}
         self.save()
 
     def load(self, shards: Path) -> None:
@@ -56,15 +63,25 @@ class Journal:
         for entry in entries:
             try:
                 known = {key: entry[key] for key in ("file", "sha256", "layers")}
-                index, file = int(entry["index"]), shards / Path(entry["file"]).name
+                index = int(entry["index"])
+                self.blocks[index] = {**known, "file": self._checked(shards, known)}
             except (KeyError, TypeError, ValueError) as error:
                 raise self.unreadable(f"{type(error).__name__} in its blocks") from None
-            if not file.is_file() or sha256(file) != known["sha256"]:
-                raise CheckpointError(
-                    f"The shard {file} of the unfinished run is missing or altered; delete {self.path.parent} "
-                    "and run without --resume."
-                )
-            self.blocks[index] = {**known, "file": file.name}  # the file whose digest was checked
+        if (shared := data.get("shared")) is not None:
+            try:
+                self.shared = {"file": self._checked(shards, shared), "sha256": shared["sha256"]}
+            except (KeyError, TypeError, ValueError) as error:
+                raise self.unreadable(f"{type(error).__name__} in what is shared") from None
+
+    def _checked(self, shards: Path, entry: dict[str, Any]) -> str:
+        """The name of a shard, if its digest is the one that was noted."""
+        file = shards / Path(entry["file"]).name
+        if not file.is_file() or sha256(file) != entry["sha256"]:
+            raise CheckpointError(
+                f"The shard {file} of the unfinished run is missing or altered; delete {self.path.parent} "
+                "and run without --resume."
+            )
+        return file.name
 
     def unreadable(self, reason: str) -> CheckpointError:
         """The error for a journal that cannot be made sense of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.formats import Format
+from bitmill.formats.base import bits_together
 from bitmill.models.safetensors_header import TensorEntry, read_header
 from bitmill.quantized import Quantized, unpack
-from bitmill.runtime.hf import layer_formats
+from bitmill.runtime.hf import layer_formats, layer_places, quantized_ends
+from bitmill.runtime.swap import outside
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Checkpoint:
     files: dict[str, Path]  # tensor name -> shard
     entries: dict[str, TensorEntry]
     shapes: dict[str, tuple[int, int]]  # of the quantized layers, (out, in)
+    places: dict[str, str]  # of what quantized layers share, for those that do
+    outside: tuple[str, ...] = ()  # embedding and head, where they are quantized
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor. Raises CheckpointError when it is missing."""
@@ -46,13 +51,19 @@ class Checkpoint:
     def quantized(self, layer: str) -> Quantized:
         """Read one quantized layer."""
         format, shape = self.formats[layer], self.shape(layer)
-        return unpack(format, {part: self.tensor(f"{layer}.{part}") for part in format.layout(shape)}, shape)
+        return unpack(format, {part: self.tensor(name) for part, name in self._names(layer).items()}, shape)
+
+    def _names(self, layer: str) -> dict[str, str]:
+        """Part -> the tensor that holds it: the layer's own, or one that it shares."""
+        format, place = self.formats[layer], self.places.get(layer, layer)
+        return {p: f"{place if p in format.shared else layer}.{p}" for p in format.layout(self.shape(layer))}
 
     def check(self) -> None:
         """Raises CheckpointError when a part of a quantized layer is missing or has the wrong shape."""
         for layer, format in self.formats.items():
+            names = self._names(layer)
             for part, (size, dtype) in format.layout(self.shape(layer)).items():
-                name = f"{layer}.{part}"
+                name = names[part]
                 entry = self.entries.get(name)
                 if entry is None or entry.shape != size or entry.dtype != dtype:
                     found = "is missing" if entry is None else f"is {entry.dtype} {entry.shape}"
@@ -66,8 +77,9 @@ class Checkpoint:
         packed = set()
         for name, format in self.formats.items():
             shape = self.shape(name)
-            bits = format.stored_bits(shape)
-            packed |= {f"{name}.{part}" for part in format.layout(shape)}
+            own = format.own_layout(shape) if name in self.places else format.layout(shape)
+            bits = format.own_bits(shape) if name in self.places else format.stored_bits(shape)
+            packed |= {f"{name}.{part}" for part in own}
             yield {
                 "name": name,
                 "format": format.name,
@@ -87,10 +99,17 @@ class Checkpoint:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk of the quantized layers, all metadata included, over their weights."""
-        bits = sum(f.stored_bits(self.shape(n)) for n, f in self.formats.items())
-        weights = sum(self.shape(n)[0] * self.shape(n)[1] for n in self.formats)
-        return bits / max(weights, 1)
+        """Bits on disk of the quantized layers of all blocks, all metadata included, over their weights."""
+        return self._bits([name for name in self.formats if name not in self.outside])
+
+    @property
+    def head_bits_per_weight(self) -> float | None:
+        """The same of embedding and head; None where they are in float."""
+        return self._bits([name for name in self.formats if name in self.outside]) if self.outside else None
+
+    def _bits(self, layers: list[str]) -> float:
+        bits = bits_together((self.formats[n], self.shape(n), self.places.get(n, n)) for n in layers)
+        return bits / max(sum(math.prod(self.shape(name)) for name in layers), 1)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -115,7 +134,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     described = config.get("quantization_config")
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
-    formats, shapes = _formats(described), _layer_shapes(folder, report)
+    formats, shapes, places = _formats(described), _layer_shapes(folder, report), layer_places(described)
+    ends = outside(quantized_ends(described))
     index = _document(folder, "model.safetensors.index.json").get("weight_map")
     if not isinstance(index, dict):
         raise CheckpointError(f"{folder}/model.safetensors.index.json has no 'weight_map'; quantize again.")
@@ -136,7 +156,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             raise CheckpointError(f"The shard {path} holds no tensor {name!r}, which the index promises.")
         files[name] = path
     entries = {name: headers[path.name][name] for name, path in files.items()}
-    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes)
+    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes, places, ends)
     checkpoint.check()
     return checkpoint
 

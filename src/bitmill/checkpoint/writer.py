@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bitmill.checkpoint.config import quantization_config
@@ -22,9 +23,10 @@ from bitmill.checkpoint.files import make_folder, publish, sha256, write_json, w
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
+from bitmill.models.ends import ends_of
 from bitmill.models.safetensors_header import read_header
 from bitmill.models.skeleton import Skeleton
-from bitmill.pipeline.job import BlockResult, LayerResult
+from bitmill.pipeline.job import OUTSIDE, BlockResult, LayerResult, Shared
 from bitmill.quantized import unpack
 from bitmill.recipe import Recipe
 
@@ -40,10 +42,13 @@ class FolderSink:
         self.out, self.recipe = out, recipe
         self.work = work_of(out)
         self.folder = self.work / "model"
-        self.shards = blocks + 1  # the first holds what lies outside the blocks
+        # the first holds what lies outside the blocks, the last what they share
+        self.shards = blocks + 1 + bool(recipe.stored.shared)
         self.index: dict[str, str] = {}
         self.layers: list[dict[str, Any]] = []
         self.formats: dict[str, Format] = {}
+        self._shared: Shared = {}
+        self._places: dict[str, str] = {}
         if not resume:
             check_new(out)
         with writing(out):
@@ -61,6 +66,30 @@ class FolderSink:
             self.close()  # who catches the error holds this object, and would keep others out
             raise
 
+    # -- what layers share --------------------------------------------------------------------------------
+
+    def shared(self) -> Shared | None:
+        """Read what an earlier run kept."""
+        if self.journal.shared is None:
+            return None
+        file = self.folder / self.journal.shared["file"]
+        self._keep(load_file(file), file)
+        return self._shared
+
+    def share(self, parts: Shared) -> None:
+        """Write what layers share into a shard of its own."""
+        tensors = {f"{place}.{part}": tensor for place, named in parts.items() for part, tensor in named.items()}
+        file = self._shard(self.shards - 1)
+        write_tensors(file, tensors)
+        self._keep(tensors, file)
+        self.journal.share(file)
+
+    def _keep(self, tensors: dict[str, Tensor], file: Path) -> None:
+        self.index.update(dict.fromkeys(tensors, file.name))
+        for name, tensor in tensors.items():
+            place, _, part = name.rpartition(".")
+            self._shared.setdefault(place, {})[part] = tensor
+
     # -- blocks -------------------------------------------------------------------------------------------
 
     def finished(self, index: int) -> BlockResult | None:
@@ -71,6 +100,8 @@ class FolderSink:
         with safe_open(self.folder / entry["file"], "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         result = BlockResult(index)
+        format = self.recipe.stored if index != OUTSIDE else self.recipe.head
+        assert format is not None
         try:
             for name, known in entry["layers"].items():
                 prefix = name + "."
@@ -78,8 +109,10 @@ class FolderSink:
                 bias = parts.pop("bias", None)
                 if bias is not None:
                     tensors[prefix + "bias"] = bias
-                quantized = unpack(self.recipe.stored, parts, tuple(known["shape"]))
-                result.layers[name] = LayerResult(quantized, known["weight_error"], known["output_error"])
+                place = known.get("shared", "")
+                parts |= self._shared[place] if place else {}
+                quantized = unpack(format, parts, tuple(known["shape"]))
+                result.layers[name] = LayerResult(quantized, known["weight_error"], known["output_error"], place)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
             # the shard is sound, its digest said so: it is the journal that does not describe it
             raise self.journal.unreadable(f"its block {index} does not fit the shard") from None
@@ -91,10 +124,13 @@ class FolderSink:
         """Pack a block into its shard: quantized layers, and everything else as the source holds it."""
         tensors: dict[str, Tensor] = {}
         for name, layer in result.layers.items():
-            for part, tensor in layer.quantized.pack().items():
+            for part, tensor in layer.own().items():
                 tensors[f"{name}.{part}"] = tensor
-        for name in skeleton.block_tensors(result.index):
-            if name.removesuffix(".weight") not in result.layers:
+        names, packed = skeleton.block_tensors(result.index), {f"{name}.weight" for name in result.layers}
+        if result.index == OUTSIDE:
+            names, packed = skeleton.other_tensors(), set(ends_of(skeleton).weights)
+        for name in names:
+            if name not in packed:
                 tensors[name] = result.changed[name] if name in result.changed else skeleton.stored(name)
         file = self._shard(result.index + 1)
         write_tensors(file, tensors)
@@ -112,6 +148,8 @@ class FolderSink:
         for name, layer in result.layers.items():
             self.formats[name] = layer.quantized.format
             self.layers.append({"name": name, **layer.summary()})
+            if layer.shared:
+                self._places[name] = layer.shared
 
     # -- the rest -----------------------------------------------------------------------------------------
 
@@ -120,11 +158,12 @@ class FolderSink:
 
         documents: file name -> text of what only says what the report says; their digests are not recorded.
         """
-        file = self._shard(0)
-        tensors = {name: skeleton.stored(name) for name in skeleton.other_tensors()}
-        write_tensors(file, tensors)
-        self.index.update(dict.fromkeys(tensors, file.name))
-        del tensors
+        if self.recipe.head is None:  # otherwise it was written first
+            file = self._shard(0)
+            tensors = {name: skeleton.stored(name) for name in skeleton.other_tensors()}
+            write_tensors(file, tensors)
+            self.index.update(dict.fromkeys(tensors, file.name))
+            del tensors
         with writing(self.folder):
             skeleton.source.write_side_files(self.folder)
         entries = [e for f in self.folder.glob("*.safetensors") for e in read_header(f).values()]
@@ -138,7 +177,10 @@ class FolderSink:
         config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix(
             "torch."
         )
-        config["quantization_config"] = quantization_config(self.formats, self.recipe.to_dict())
+        ends = ends_of(skeleton).to_dict() if self.recipe.head else None
+        config["quantization_config"] = quantization_config(
+            self.formats, self.recipe.to_dict(), self._places, ends
+        )
         write_json(self.folder / "config.json", config)
         write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
         unlisted = {*documents, "report.json"}

@@ -50,7 +50,7 @@ def recipes(
     with working(as_json) as output:
         from bitmill.cli.quantize import method_options
         from bitmill.composition import find_recipe, user_recipes
-        from bitmill.formats import FORMATS
+        from bitmill.formats import FORMATS, Wrapper
         from bitmill.recipe import METHODS
         from bitmill.solvers import SOLVERS
         from bitmill.transforms import TRANSFORMS
@@ -63,6 +63,8 @@ def recipes(
         named = [_recipe_row(n, find_recipe(n), describe(kind)) for n, kind in METHODS.items()]
         own = [_recipe_row(n, find_recipe(n), str(file)) for n, file in user_recipes().items()]
         parts = {r.noun: r.names() for r in (FORMATS, SOLVERS, TRANSFORMS, TUNERS)}
+        # wrappers come from --sparse and from transforms
+        parts["format"] = [n for n, kind in FORMATS.items() if not issubclass(kind, Wrapper)]
         columns = ("name", "format", "solver", "transforms", "tuners")
         output.result(
             {"named": named, "user": own, "parts": parts},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bitmill.cli.options import AsJson, Device, TrustRemoteCode
+from bitmill.cli.options import AsJson, Device, HeadBits, TrustRemoteCode
 from bitmill.cli.output import working
 from bitmill.errors import BitmillError, UsageError
 
@@ -61,6 +61,7 @@ def compare(
             help="Whose outputs later blocks are calibrated on; with float all share one pass's statistics."
         ),
     ] = "quantized",
+    head_bits: HeadBits = None,
     device: Device = "cpu",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the quantized folders.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -88,6 +89,7 @@ def compare(
             prompts=PROMPTS if prompts is None else read_prompts(prompts),
             max_new_tokens=max_new_tokens,
             propagate=propagate,
+            head_bits=head_bits,
             device=device,
             trust_remote_code=trust_remote_code,
             keep_models=keep_models,

@@ -30,6 +30,7 @@ def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
             "source": report.get("source"),
             "bitmill": report.get("bitmill"),
             "bits_per_weight": checkpoint.bits_per_weight,
+            "head_bits_per_weight": checkpoint.head_bits_per_weight,
             "size_bytes": sum(tensor["size_bytes"] for tensor in tensors),
             "folder_bytes": folder_bytes(folder),
             "recipe": report.get("recipe"),
@@ -107,7 +108,8 @@ def _totals(data: dict[str, Any]) -> Any:
     rows = [
         ("source", str(data["source"])),
         ("recipe", str(recipe.get("name", "-"))),
-        ("bits per weight", f"{data['bits_per_weight']:.3f} in the quantized layers"),
+        ("bits per weight", f"{data['bits_per_weight']:.3f} in the quantized layers of the blocks"),
+        *(("", f"{bits:.3f} in embedding and head") for bits in [data["head_bits_per_weight"]] if bits),
         ("size", f"{megabytes(data['size_bytes'])} of tensors, {megabytes(data['folder_bytes'])} in all"),
     ]
     rows += [(f"measured by {measured.get('by', '-')}", measured_row(measured)) for measured in data["measured"]]

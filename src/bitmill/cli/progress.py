@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 2.0  # shorter work shows nothing
 LINE_EVERY_S = 5.0
+DUMB = ("dumb", "unknown")  # values of TERM
 
 
 class TerminalProgress(Progress):
@@ -28,7 +30,8 @@ class TerminalProgress(Progress):
         self._bar: Bar | None = None
         self._task, self._total, self._done = "", 0, 0
         self._started = self._last_line = 0.0
-        self._terminal = sys.stderr.isatty()
+        # a dumb terminal cannot move its cursor, so a bar would never be drawn: it gets lines, as a pipe does
+        self._terminal = sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in DUMB
         self._elsewhere: int | None = None
 
     def start(self, task: str, total: int) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bitmill.cli.options import AsJson, Device, TrustRemoteCode
+from bitmill.cli.options import AsJson, Device, HeadBits, TrustRemoteCode
 from bitmill.cli.output import facts, measured_row, megabytes, number, working
 from bitmill.errors import UsageError
 from bitmill.leaderboard import WITHIN_MINUTES
@@ -78,6 +78,7 @@ def quantize(
     measure: Annotated[
         int, typer.Option(metavar="W", help="Held-out windows to measure on meanwhile; 0 for none.")
     ] = 4,
+    head_bits: HeadBits = None,
     device: Device = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be stored, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
@@ -119,6 +120,7 @@ def quantize(
             dry_run=dry_run,
             trust_remote_code=trust_remote_code,
             propagate=propagate,
+            head_bits=head_bits,
             progress=output.progress,
         )
         why = {"chosen": reason} if reason else {}
@@ -156,8 +158,12 @@ def _readable(model: str, summary: dict[str, Any], dry_run: bool, reason: str) -
         ("format", spelled(summary["format"])),
         ("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"),
         ("bits per weight", f"{summary['bits_per_weight']:.3f}"),
-        ("size", f"{megabytes(summary['size_bytes'])}, {megabytes(summary['unquantized_bytes'])} of it in float"),
     ]
+    size = f"{megabytes(summary['size_bytes'])}, {megabytes(summary['unquantized_bytes'])} of it in float"
+    if summary["head_bytes"]:
+        rows.append(("embedding and head", f"{summary['head_bits_per_weight']:.3f} bits per weight"))
+        size += f", {megabytes(summary['head_bytes'])} embedding and head"
+    rows.append(("size", size))
     if dry_run:
         return facts([*rows, ("written", "nothing, this was a dry run")])
     for measured in summary["measured"]:

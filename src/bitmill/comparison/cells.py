@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from bitmill.composition import find_recipe
+from bitmill.composition import find_recipe, with_head
 from bitmill.errors import RecipeError, UsageError
 from bitmill.pipeline.job import Propagate
 from bitmill.preparation import Calibration
@@ -98,10 +98,15 @@ class Grid:
 
 
 def plan_cells(
-    methods: Sequence[str], bits: Sequence[int], recipes: Sequence[str | Path] = (), options: Options | None = None
+    methods: Sequence[str],
+    bits: Sequence[int],
+    recipes: Sequence[str | Path] = (),
+    options: Options | None = None,
+    head_bits: int | None = None,
 ) -> tuple[Cell, ...]:
     """One cell for every method at every number of bits, and one for every recipe file.
 
+    head_bits: of embedding and head, in all cells.
     options: of each method by name, such as {"gptq": {"damp": 0.05}}. A method without an option `bits` has one
     cell. A method that refuses some bits has a cell that says so; unknown methods and options, and values that
     are wrong at any bits, raise RecipeError.
@@ -119,23 +124,24 @@ def plan_cells(
         if "bits" in given:
             raise UsageError(f"The bits of {method!r} are set as an option; give them with --bits.")
         if "bits" in METHODS.get(method).__dataclass_fields__:
-            row = [_cell(method, count, given) for count in bits]
+            row = [_cell(method, count, given, head_bits) for count in bits]
             if not any(cell.recipe for cell in row):
-                build_recipe(method, given)  # refuses what is wrong at any bits
+                with_head(build_recipe(method, given), head_bits)  # refuses what is wrong at any bits
             cells += row
         else:
-            fixed = build_recipe(method, given)
+            fixed = with_head(build_recipe(method, given), head_bits)
             cells.append(Cell(_file_name(method), method, _bits_of(fixed), fixed.to_dict()))
     for path in recipes:
-        recipe = find_recipe(str(path))
+        recipe = with_head(find_recipe(str(path)), head_bits)
         cells.append(Cell(_file_name(recipe.name), recipe.name, _bits_of(recipe), recipe.to_dict()))
     return tuple(cells)
 
 
-def _cell(method: str, bits: int, options: dict[str, Any]) -> Cell:
+def _cell(method: str, bits: int, options: dict[str, Any], head_bits: int | None) -> Cell:
     name = f"{_file_name(method)}-{bits}bit"
     try:
-        return Cell(name, method, bits, build_recipe(method, {**options, "bits": bits}).to_dict())
+        recipe = with_head(build_recipe(method, {**options, "bits": bits}), head_bits)
+        return Cell(name, method, bits, recipe.to_dict())
     except RecipeError as error:
         return Cell(name, method, bits, None, str(error))
 

@@ -27,6 +27,7 @@ def compare(
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = NEW_TOKENS,
     propagate: Propagate = "quantized",
+    head_bits: int | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
     keep_models: bool = False,
@@ -41,6 +42,7 @@ def compare(
     prompts: what every variant is to answer, greedily, in at most `max_new_tokens` tokens.
     propagate: what later blocks are calibrated on: the quantized blocks' outputs, or the float model's, whose
         statistics are then collected once for all variants.
+    head_bits: of every variant's embedding and output head, 8, 6 or 4; they stay in float without it.
     keep_models: leave the quantized folders in `out`/cells.
 
     Every variant has a process of its own. One that fails, or that a method does not offer, is a row with a
@@ -60,6 +62,7 @@ def compare(
         ("--windows", windows, None),
         ("--max-new-tokens", max_new_tokens, NEW_TOKENS),
         ("--propagate", propagate, "quantized"),
+        ("--head-bits", head_bits, None),
         ("--device", device, "cpu"),
         ("-o", Path(out).name, None),
     ):
@@ -68,7 +71,7 @@ def compare(
     command += ["--trust-remote-code"] * trust_remote_code + ["--keep-models"] * keep_models
     grid = Grid(
         str(model),
-        plan_cells(methods, bits, recipes, options),
+        plan_cells(methods, bits, recipes, options, head_bits),
         calibration,
         windows,
         tuple(prompts),

@@ -28,13 +28,15 @@ from bitmill.checkpoint.writer import work_of
 from bitmill.comparison.cells import FLOAT, Grid
 from bitmill.comparison.process import end_with
 from bitmill.comparison.reference import Recorded, Recorder
-from bitmill.errors import BitmillError
+from bitmill.errors import BitmillError, CheckpointError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
 from bitmill.evaluation.perplexity import compare
 from bitmill.models.calls import answers_of
 from bitmill.models.reading import reading_of
+from bitmill.models.text import windows_hash
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipe import Recipe
+from bitmill.report.parts import split_layers
 
 GRID_FILE = "grid.json"
 FLOAT_FILE = "float.npy"
@@ -77,6 +79,7 @@ class _Work:
     def __init__(self, folder: Path, grid: Grid, document: dict[str, Any], progress: Progress) -> None:
         self.folder, self.grid, self.progress = folder, grid, progress
         self.keep = bool(document.get("keep_models"))
+        self.held_out = document["terms"]["settings"]["evaluation"]["sha256"]
 
     def float_row(self) -> dict[str, Any]:
         """Measure the float model, and keep what it predicts for the variants."""
@@ -101,20 +104,28 @@ class _Work:
         state = out.with_name(name + ".state")
         if not out.exists() and not work_of(out).exists():
             state.unlink(missing_ok=True)  # the work that it counts is gone
-        clock = _Clock(state, self.progress)
-        outcome = api.quantize(
-            self.grid.model,
-            Recipe.from_dict(cell.recipe),
-            out=out,
-            calibration=self.grid.calibration,
-            measure=0,
-            device=self.grid.device,
-            resume=True,
-            trust_remote_code=self.grid.trust_remote_code,
-            propagate=self.grid.propagate,
-            statistics=self.folder / STATISTICS if self.grid.propagate == "float" else None,
-            progress=clock,
-        )
+        strange = not state.exists()  # nothing is there, or work that nobody has counted
+        clock = _Clock(state, self.progress, cell.recipe)
+        if strange or clock.other:  # or on a recipe that the cell no longer has
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(work_of(out), ignore_errors=True)
+        try:
+            outcome = api.quantize(
+                self.grid.model,
+                Recipe.from_dict(cell.recipe),
+                out=out,
+                calibration=self.grid.calibration,
+                measure=0,
+                device=self.grid.device,
+                resume=True,
+                trust_remote_code=self.grid.trust_remote_code,
+                propagate=self.grid.propagate,
+                statistics=self.folder / STATISTICS if self.grid.propagate == "float" else None,
+                progress=clock,
+            )
+        finally:
+            if not out.exists() and not work_of(out).exists():
+                state.unlink(missing_ok=True)  # it failed before there was any work
         cost = clock.stop(finished=True)
         size = folder_bytes(out)
         windows, tokenizer = self._windows(out)
@@ -131,7 +142,8 @@ class _Work:
         else:
             shutil.rmtree(out)
         clock.path.unlink(missing_ok=True)
-        layers = [{key: layer[key] for key in _LAYER_KEYS} for layer in outcome.report["layers"]]
+        inside, _ = split_layers(outcome.report)
+        layers = [{key: layer[key] for key in _LAYER_KEYS} for layer in inside]
         return {
             "bits_per_weight": outcome.summary["bits_per_weight"],
             "size_bytes": size,
@@ -147,7 +159,13 @@ class _Work:
         tokenizer = api.load_tokenizer(model, trust_remote_code=self.grid.trust_remote_code)
         terms = self.grid.calibration
         reading = reading_of(terms.source, tokenizer, encoder=False)
-        return reading.held_out("eval", terms.seqlen, self.grid.windows), tokenizer
+        windows = reading.held_out("eval", terms.seqlen, self.grid.windows)
+        if windows_hash(windows) != self.held_out:
+            raise CheckpointError(
+                f"The tokenizer of {model} or the text {terms.source!r} is no longer what it was when the "
+                "comparison began, so that results would not compare; choose another folder with -o."
+            )
+        return windows, tokenizer
 
     def _answers(self, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         """Greedy answers to the prompts, as a chat where the tokenizer has a template."""
@@ -175,15 +193,20 @@ class _Clock(Progress):
     """Counts the time and the memory that quantizing takes, over all the processes that took part in it.
 
     Noted after every block, as the blocks are: a run that was killed and resumed is charged for each block once.
+    other: whether what was noted is the work on another recipe, which this one is not charged for.
     """
 
-    def __init__(self, path: Path, inner: Progress) -> None:
-        self.path, self.inner = path, inner
+    def __init__(self, path: Path, inner: Progress, recipe: dict[str, Any]) -> None:
+        self.path, self.inner, self.recipe = path, inner, json.loads(json.dumps(recipe))
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.other = before.get("recipe", self.recipe) != self.recipe
+        if self.other:
+            before = {}
         self.time_s = float(before.get("quantize_time_s", 0.0))
         self.peak = int(before.get("peak_memory_bytes", 0))
         self.finished = bool(before.get("finished"))  # what follows is not quantizing
         self.started = time.perf_counter()
+        self.stop()  # a run that ends in its first block has said what it worked on
 
     def start(self, task: str, total: int) -> None:
         self.inner.start(task, total)
@@ -202,7 +225,7 @@ class _Clock(Progress):
             "quantize_time_s": round(self.time_s + elapsed, 3),
             "peak_memory_bytes": self.peak if self.finished else max(self.peak, peak_memory_bytes()),
         }
-        write_json(self.path, {**cost, "finished": finished or self.finished})
+        write_json(self.path, {**cost, "finished": finished or self.finished, "recipe": self.recipe})
         return cost
 
 

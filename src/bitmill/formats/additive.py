@@ -44,6 +44,7 @@ class Additive(GroupFormat):
 
     block: ClassVar[int] = 8
     local: ClassVar[bool] = False  # all groups and rows share the codebooks
+    common: ClassVar[frozenset[str]] = frozenset({"codebooks"})
     learned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

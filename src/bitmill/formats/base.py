@@ -15,19 +15,21 @@ Laws, tested for every registered format (tests/conformance/test_formats.py):
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from bitmill.numerics.packing import pack, unpack, words_for
+from bitmill.numerics.packing import pack, unpack, unpack_at, words_for
 from bitmill.registry import Member, Registry
 
 if TYPE_CHECKING:
     from bitmill.formats.grouped import GroupFormat
 
 Params = dict[str, Tensor]
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype) of tensors on disk
 
 _LONG = 1 << 12  # columns of a row whose ragged end counts for nothing
 
@@ -68,6 +70,14 @@ class Part:
             return stored.to(torch.float32)
         return stored.to(torch.float32) if stored.is_floating_point() else stored
 
+    def unpack_rows(self, stored: Tensor, rows: Tensor) -> Tensor:
+        """What `unpack` gives for some rows, int64 (n,), at their cost alone; all of it where rows share it."""
+        if self.shape[0] == 1:
+            return self.unpack(stored)
+        if self.bits is not None:
+            return unpack_at(stored.movedim(0, -1), self.bits, rows).movedim(-1, 0).to(torch.float32)
+        return stored[rows].to(torch.float32) if stored.is_floating_point() else stored[rows]
+
 
 @dataclass(frozen=True)
 class Format(Member, ABC):
@@ -83,6 +93,11 @@ class Format(Member, ABC):
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that solving it uses besides the solver's own, see `solvers.base`."""
+        return frozenset()
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of the parts that all layers of a kind share: learned before the first block, stored once."""
         return frozenset()
 
     @property
@@ -112,17 +127,26 @@ class Format(Member, ABC):
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
         """The stored matrix, fp32 of `shape`."""
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> (shape, dtype) of every tensor on disk."""
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """Every tensor that decoding takes."""
         tensors = {p.name: (p.packed_shape, p.dtype) for p in self.parts(shape)}
         return {"codes": ((shape[0], words_for(self.codes_in(shape[1]), self.code_bits)), torch.int32), **tensors}
 
+    def own_layout(self, shape: tuple[int, int]) -> Layout:
+        """Those that a layer does not share."""
+        return {name: entry for name, entry in self.layout(shape).items() if name not in self.shared}
+
+    def shared_layout(self) -> Layout:
+        """Those that it shares, whose size no matrix has a say in."""
+        return {name: entry for name, entry in self.layout((1, 1)).items() if name in self.shared}
+
     def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits on disk of a matrix of `shape`, everything included."""
-        total = 0
-        for size, dtype in self.layout(shape).values():
-            total += torch.Size(size).numel() * dtype.itemsize * 8
-        return total
+        """Bits on disk of a single matrix of `shape`, everything included."""
+        return _bits(self.layout(shape))
+
+    def own_bits(self, shape: tuple[int, int]) -> int:
+        """Bits on disk of a layer that shares what it can."""
+        return _bits(self.own_layout(shape))
 
     def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> dict[str, Tensor]:
         """codes and params as the tensors that `layout` names."""
@@ -142,3 +166,25 @@ class Format(Member, ABC):
     def unpack_params(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Params:
         """The params alone, fp32."""
         return {part.name: part.unpack(tensors[part.name]) for part in self.parts(shape)}
+
+    def pack_shared(self, params: Params) -> dict[str, Tensor]:
+        """The shared parts as the tensors that `shared_layout` names."""
+        return {part.name: part.pack(params[part.name]) for part in self.parts((1, 1)) if part.name in self.shared}
+
+    def unpack_shared(self, tensors: dict[str, Tensor]) -> Params:
+        """Inverse of `pack_shared`."""
+        parts = (part for part in self.parts((1, 1)) if part.name in self.shared)
+        return {part.name: part.unpack(tensors[part.name]) for part in parts}
+
+
+def bits_together(layers: Iterable[tuple[Format, tuple[int, int], Hashable]]) -> int:
+    """Bits on disk of layers, everything included: format, shape, and by what the sharing know each other."""
+    total, shared = 0, dict[Hashable, int]()
+    for format, shape, place in layers:
+        total += format.own_bits(shape)
+        shared[place] = _bits(format.shared_layout()) if format.shared else 0
+    return total + sum(shared.values())
+
+
+def _bits(layout: Layout) -> int:
+    return sum(torch.Size(size).numel() * dtype.itemsize * 8 for size, dtype in layout.values())

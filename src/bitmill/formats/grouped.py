@@ -44,6 +44,7 @@ class GroupFormat(Format):
     block: ClassVar[int] = 1  # columns coded jointly
     max_bits: ClassVar[int] = 8
     local: ClassVar[bool] = True  # parameters of one group can be fitted without seeing the rest of the row
+    common: ClassVar[frozenset[str]] = frozenset()  # parts of one size for all matrices, which layers may share
     learned: ClassVar[bool] = False  # a block is `scale` times a sum from `codebooks`, which all rows share
 
     def __post_init__(self) -> None:
@@ -92,7 +93,7 @@ class GroupFormat(Format):
         """
 
     def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
-        """Parameters for one group, x (rows, 1, width), while what its row shares stays as in `params`."""
+        """Parameters for groups x (rows, groups, width), while what they share stays as in `params`."""
         return self.fit(x, importance)
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
@@ -138,6 +139,17 @@ class GroupFormat(Format):
         if isinstance(size, int):
             size = min(size, self.width(shape)) // self.block * self.codes_per_block
         return ungrouped(self.decode(grouped(codes, size), params), shape)
+
+    def dequantize_rows(self, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
+        """Some rows, int64 (n,), of a packed matrix of `shape`: fp32 (n, columns), at the cost of those rows."""
+        if not rows.numel():
+            return torch.empty(0, shape[1], device=rows.device)
+        return self.rows_of(self.unpack_codes(tensors["codes"][rows], shape[1]), tensors, shape, rows)
+
+    def rows_of(self, codes: Tensor, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
+        """The same from the codes of those rows; of the packed tensors only the parameters are read."""
+        params = {part.name: part.unpack_rows(tensors[part.name], rows) for part in self.parts(shape)}
+        return self.dequantize(codes, params, (rows.shape[0], shape[1]))
 
 
 class ScalarFormat(GroupFormat):

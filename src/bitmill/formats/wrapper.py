@@ -40,6 +40,11 @@ class Wrapper(Format):
         return self.inner.needs
 
     @property
+    def shared(self) -> frozenset[str]:
+        """The inner format's."""
+        return self.inner.shared
+
+    @property
     def bits(self) -> int:
         """Bits of the core's code for one weight."""
         return self.core.bits

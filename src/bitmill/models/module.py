@@ -82,7 +82,10 @@ class ModuleSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The caller's tokenizer, or a SourceError."""
         if self._tokenizer is None:
-            raise SourceError(f"The live model {self.name!r} carries no tokenizer; pass one beside it.")
+            raise SourceError(
+                f"The live model {self.name!r} carries no tokenizer; pass one beside it, or token windows as "
+                "calibration and measure=0."
+            )
         return self._tokenizer
 
     def pooling(self) -> str:

@@ -126,14 +126,14 @@ class Skeleton:
             if module is None:
                 continue
             if leaf in module._parameters:
-                self.set(name, self._finite(name))
+                self.set(name, self.finite(name))
             elif (old := module._buffers.get(leaf)) is not None and leaf not in module._non_persistent_buffers_set:
                 kept = (
-                    self._finite(name) if old.is_floating_point() else self.stored(name).to(self.device, old.dtype)
+                    self.finite(name) if old.is_floating_point() else self.stored(name).to(self.device, old.dtype)
                 )
                 module._buffers[leaf] = kept.reshape(old.shape)
 
-    def _finite(self, name: str) -> Tensor:
+    def finite(self, name: str) -> Tensor:
         """A stored tensor in fp32. Raises NumericsError on NaN or Inf."""
         tensor = self.stored(name).to(self.device, torch.float32)
         # one pass without temporaries: a sum hides no NaN or Inf, though finite numbers may overflow it
@@ -206,7 +206,7 @@ class Skeleton:
         """
         names, spared = self.other_tensors(), self._spared(side)
         for name in spared if side == "before" else []:
-            self._finite(name)  # a damaged head is refused now, and not after the last block
+            self.finite(name)  # a damaged head is refused now, and not after the last block
         self.load([name for name in names if name not in spared])
         try:
             yield

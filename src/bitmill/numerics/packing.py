@@ -62,6 +62,16 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     return codes.to(torch.uint8 if bits <= 8 else torch.int32)
 
 
+def unpack_at(words: Tensor, bits: int, index: Tensor) -> Tensor:
+    """The codes at some places of the last axis alone: int32 (..., w) and index (n,) to int64 (..., n)."""
+    _check_bits(bits)
+    start = index * bits
+    word, last = start // _WORD, words.shape[-1] - 1
+    low = words.index_select(-1, word).to(torch.int64) & _MASK
+    high = words.index_select(-1, (word + 1).clamp(max=last)).to(torch.int64)
+    return (low | high << _WORD).bitwise_right_shift_(start % _WORD).bitwise_and_((1 << bits) - 1)
+
+
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits must be 1..{MAX_BITS}, found {bits}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from bitmill.formats import Params
 from bitmill.models.memory import give_back
 from bitmill.numerics.gram import RunningGram
 from bitmill.pipeline.calibration import StagedForward, stages_of
@@ -17,6 +18,7 @@ from bitmill.pipeline.job import BlockResult, Job, LayerResult
 from bitmill.pipeline.observe import observe
 from bitmill.pipeline.store import StatisticsStore
 from bitmill.pipeline.streams import Streams
+from bitmill.quantized import shared_place
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import FISHER, output_error, solve_stacked
 from bitmill.transforms.base import Activations
@@ -31,6 +33,7 @@ class _Work:
     task: BlockTask
     stages: list[list[str]]
     keep: bool  # float weights and statistics are kept until tuners are done
+    shared: dict[str, Params]  # linear -> parts that it shares with its like in other blocks
     fisher: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
 
@@ -42,6 +45,7 @@ def quantize_block(
     streams: Streams | None,
     store: StatisticsStore | None,
     fisher: Fisher | None,
+    shared: dict[str, Params],
 ) -> BlockResult:
     """Quantize the linears of one block in place and move the streams past it."""
     recipe, skeleton = job.recipe, job.skeleton
@@ -70,7 +74,7 @@ def quantize_block(
     )  # fmt: skip
     if streams and recipe.tuners:  # nobody else needs the inputs once they have passed
         task.inputs = list(streams.hidden)
-    work = _Work(job, task, stages, keep=bool(recipe.tuners))
+    work = _Work(job, task, stages, bool(recipe.tuners), shared)
     if work.keep:
         task.dtypes = {name: skeleton.dtype(f"{prefix}.{name}") for name, _ in task.floats()}
     before = {name: task.matrix(name).clone() for name in names} if fisher and recipe.transforms else {}
@@ -90,7 +94,8 @@ def quantize_block(
         tuner.after(task)
     _note_floats(work, floats, result)
     for name in names:
-        result.layers[f"{prefix}.{name}"] = LayerResult(task.quantized[name], *_errors(work, name))
+        place = shared_place(name) if name in shared else ""
+        result.layers[f"{prefix}.{name}"] = LayerResult(task.quantized[name], *_errors(work, name), place)
     if streams:
         tuned = bool(recipe.tuners)
         streams.advance(block, index, targets, None if tuned else outputs, job.propagate == "float")
@@ -172,7 +177,9 @@ def _solve_stage(work: _Work, stage: list[str], stats: Statistics) -> None:
     if work.fisher and names:
         stats = replace(stats, fisher=torch.cat([work.fisher[name] for name in names]))
     matrices = [task.matrix(name) for name in names]
-    for name, W, quantized in zip(names, matrices, solve_stacked(recipe.solver, matrices, stats, recipe.stored)):
+    shared = [work.shared.get(name) for name in names]
+    solved = solve_stacked(recipe.solver, matrices, stats, recipe.stored, shared)
+    for name, W, quantized in zip(names, matrices, solved):
         if work.keep:
             task.settle(name, quantized)
         else:

@@ -14,6 +14,8 @@ from bitmill.quantized import Quantized
 from bitmill.recipe import Recipe
 
 Propagate = Literal["quantized", "float"]
+OUTSIDE = -1  # what stands for the index of a block where the layers outside of all blocks are meant
+Shared = dict[str, dict[str, Tensor]]  # path of a module, see `shared_place` -> packed tensors that layers share
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,42 @@ class Job:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One quantized layer and what is known about it."""
+    """One quantized layer and what is known about it.
+
+    shared: where the parts are that it shares, as the path of a module; "" where it shares none.
+    """
 
     quantized: Quantized
     weight_error: float  # relative squared error of the weights
     output_error: float | None  # relative squared error of the outputs on the calibration text
+    shared: str = ""
 
     def summary(self) -> dict[str, Any]:
-        """The layer as plain data, for the report."""
-        quantized = self.quantized
-        return {
+        """The layer as plain data, for the report; what it shares is not counted."""
+        quantized, shape = self.quantized, self.quantized.shape
+        bits = quantized.format.own_bits(shape)
+        described = {
             "format": quantized.format.name,
-            "shape": list(quantized.shape),
-            "bits_per_weight": quantized.bits_per_weight,
-            "size_bytes": quantized.format.stored_bits(quantized.shape) // 8,
+            "shape": list(shape),
+            "bits_per_weight": bits / (shape[0] * shape[1]),
+            "size_bytes": bits // 8,
             "weight_error": self.weight_error,
             "output_error": self.output_error,
         }
+        return {**described, "shared": self.shared} if self.shared else described
+
+    def own(self) -> dict[str, Tensor]:
+        """The packed tensors that belong to this layer alone."""
+        shared = self.quantized.format.shared
+        return {name: tensor for name, tensor in self.quantized.pack().items() if name not in shared}
 
 
 @dataclass
 class BlockResult:
-    """One finished block: quantized layers by full name, and float tensors that a transform or tuner changed."""
+    """One finished block: quantized layers by full name, and float tensors that a transform or tuner changed.
+
+    The index OUTSIDE stands for embedding and head.
+    """
 
     index: int
     layers: dict[str, LayerResult] = field(default_factory=dict)
@@ -75,3 +91,9 @@ class Sink(Protocol):
 
     def write(self, result: BlockResult, skeleton: Skeleton) -> None:
         """Keep a finished block."""
+
+    def shared(self) -> Shared | None:
+        """What an earlier run kept by `share`. Asked, as `share` is called, only where layers share parts."""
+
+    def share(self, parts: Shared) -> None:
+        """Keep what layers share, before the first block comes."""

@@ -12,17 +12,21 @@ from typing import Any
 import torch
 
 from bitmill.errors import RecipeError
+from bitmill.formats import Params
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.text import windows_hash
 from bitmill.pipeline.block import quantize_block
+from bitmill.pipeline.ends import quantize_ends
 from bitmill.pipeline.fisher import Fisher, fisher_of
 from bitmill.pipeline.job import BlockResult, Job, Sink
 from bitmill.pipeline.measure import Measure
+from bitmill.pipeline.shared import shared_parts
 from bitmill.pipeline.store import StatisticsStore
 from bitmill.pipeline.streams import Streams
 from bitmill.progress import Progress
 from bitmill.solvers.base import FISHER
 from bitmill.tuners.base import TARGETS
+from bitmill.version import __version__
 
 
 @torch.no_grad()
@@ -33,21 +37,34 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any
     if recipe.needs and job.calibration is None:
         raise RecipeError(f"The recipe {recipe.name!r} needs calibration text; give it some with --calib.")
     store = _store(job)
+    shared = shared_parts(job, sink, progress)
     with fisher_of(job, sink, progress) as fisher:
-        return _run(job, sink, progress, store, fisher)
+        return _run(job, sink, progress, store, fisher, shared)
 
 
 def _run(
-    job: Job, sink: Sink, progress: Progress, store: StatisticsStore | None, fisher: Fisher | None
+    job: Job,
+    sink: Sink,
+    progress: Progress,
+    store: StatisticsStore | None,
+    fisher: Fisher | None,
+    shared: dict[str, Params],
 ) -> dict[str, Any]:
     skeleton = job.skeleton
     streams = measure = None
+    ends = quantize_ends(job, sink, progress)
     with skeleton.outside("before"):
         if _needs_streams(job, store):
             assert job.calibration is not None
             streams = Streams(skeleton, job.calibration, job.propagate == "float" or _compares(job))
         if job.held_out is not None:
             measure = Measure(skeleton, job.held_out)
+        if ends:  # until here the float model's own embeddings were read
+            ends.put_embedding()
+            if streams and job.propagate != "float":
+                streams.enter()
+            if measure:
+                measure.enter()
 
     progress.start("quantize", len(skeleton.blocks))
     for index in range(len(skeleton.blocks)):
@@ -61,7 +78,7 @@ def _run(
             if streams:
                 streams.advance(block, index, targets, follow_float=job.propagate == "float")
         else:
-            sink.write(quantize_block(job, block, index, streams, store, fisher), skeleton)
+            sink.write(quantize_block(job, block, index, streams, store, fisher, shared), skeleton)
         if measure:
             measure.pass_quantized(block, index)
         skeleton.free_block(index)
@@ -70,7 +87,7 @@ def _run(
     if measure is None:
         return {}
     with skeleton.outside("after"):
-        return measure.result()
+        return measure.result(ends)
 
 
 def _store(job: Job) -> StatisticsStore | None:
@@ -82,7 +99,12 @@ def _store(job: Job) -> StatisticsStore | None:
             "Statistics can be shared only when the float model's are propagated; use propagate=float."
         )
     assert job.calibration is not None
-    identity = {"model": job.skeleton.source.fingerprint(), "windows": windows_hash(job.calibration)}
+    identity = {
+        "model": job.skeleton.source.fingerprint(),
+        "windows": windows_hash(job.calibration),
+        "device": str(job.skeleton.device),
+        "versions": [__version__, torch.__version__],
+    }
     return StatisticsStore(job.statistics, identity)
 
 

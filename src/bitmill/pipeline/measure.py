@@ -5,6 +5,7 @@ Both streams pass each block while it is in memory anyway, so even a model that 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from bitmill.models.calls import Call
 from bitmill.models.pooling import pooling_of
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.text import Windows
+from bitmill.pipeline.ends import QuantizedEnds
 
 
 class Measure:
@@ -23,12 +25,15 @@ class Measure:
     def __init__(self, skeleton: Skeleton, windows: Windows) -> None:
         self.skeleton, self.windows = skeleton, windows
         self.judge = judge_of(pooling_of(skeleton.source))
-        self.float: list[Tensor] = []
+        self.enter()
+        self.float = list(self.quantized)
+
+    def enter(self) -> None:
+        """Begin the quantized stream with the embeddings that are in memory now."""
         self.quantized: list[Tensor] = []
         self.calls: list[list[Call]] = []
-        for window in windows:
-            hidden, calls = skeleton.enter(window[None])
-            self.float.append(hidden)
+        for window in self.windows:
+            hidden, calls = self.skeleton.enter(window[None])
             self.quantized.append(hidden)
             self.calls.append(calls)
 
@@ -41,9 +46,14 @@ class Measure:
         self.quantized = [c[index].run(block, h) for c, h in zip(self.calls, self.quantized)]
 
     @torch.no_grad()
-    def result(self) -> dict[str, Any]:
-        """What the model's judge finds; needs the tensors outside the blocks in memory."""
+    def result(self, ends: QuantizedEnds | None = None) -> dict[str, Any]:
+        """What the model's judge finds; needs the tensors outside the blocks in memory.
+
+        ends: with the head through which the quantized stream leaves, where that is another than the float one.
+        """
         for window, reference, quantized in zip(self.windows, self.float, self.quantized):
             tokens = window[None]
-            self.judge.add(tokens, self.skeleton.leave(tokens, quantized), self.skeleton.leave(tokens, reference))
+            with ends.head() if ends else nullcontext():
+                answer = self.skeleton.leave(tokens, quantized)
+            self.judge.add(tokens, answer, self.skeleton.leave(tokens, reference))
         return self.judge.result()

@@ -32,7 +32,7 @@ class StatisticsStore:
             replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
         elif file.read_text(encoding="utf-8") != text:
             raise CalibrationError(
-                f"The statistics in {folder} belong to another model or other calibration text; "
+                f"The statistics in {folder} belong to another model, text, device or version; "
                 "choose another folder, or delete it."
             )
 

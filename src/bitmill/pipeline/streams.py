@@ -23,13 +23,19 @@ class Streams:
     """
 
     def __init__(self, skeleton: Skeleton, windows: Tensor, compare: bool) -> None:
+        self._skeleton = skeleton
+        self._batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self.enter()
+        self.float: list[Tensor] | None = list(self.hidden) if compare else None
+
+    def enter(self) -> None:
+        """Begin with the embeddings that are in memory now; the float stream stays where it is."""
         self.hidden: list[Tensor] = []
         self._calls: list[list[Call]] = []
-        for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
-            start, calls = skeleton.enter(batch)
+        for batch in self._batches:
+            start, calls = self._skeleton.enter(batch)
             self.hidden.append(start)
             self._calls.append(calls)
-        self.float: list[Tensor] | None = list(self.hidden) if compare else None
 
     def calls(self, index: int) -> list[Call]:
         """How block `index` is called, batch by batch."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from bitmill.errors import RecipeError
 from bitmill.formats.additive import Additive
+from bitmill.formats.base import Format
+from bitmill.formats.shared import Shared
 from bitmill.recipe import METHODS, Method, Recipe, option
 from bitmill.solvers.beam import BeamSearch
 from bitmill.transforms.permute import Permute
@@ -25,18 +27,21 @@ class AQLM(Method):
     Needs      the Gram matrix of every layer's inputs, how these differ from the float model's, and the float
                blocks' outputs (calibration text)
     Stored     M codes for eight weights; for every layer fp16 scales, M fp16 codebooks and an order of the
-               columns: bits + 128 M 2**codebook_bits/(rows columns) + 16/columns + log2(columns)/rows
+               columns: bits + 128 M 2**codebook_bits/(rows columns) + 16/columns + log2(columns)/rows; with
+               `shared` the codebooks once for the like layers of all blocks (all q_proj, all k_proj, ...)
     Cost       much the dearest of the methods here: minutes of one core for ten million weights
     Expect     below every scalar method at its bits
     Limits     no codebook beyond 8 bits, so not the paper's 1x16, which would be several times the codes of a
-               small model; small layers want small codebooks: bits=2.25 codebook_bits=6 is three of 64 vectors
+               small model; small layers want small codebooks: bits=2.25 codebook_bits=6 is three of 64 vectors;
+               shared codebooks are learned from float weights before the first block, and no block tunes them
     Changed    codes start from error feedback, least squares takes the place of Adam, columns are dealt to blocks
-               by importance (permute=false leaves them in place), alpha
+               by importance (permute=false leaves them in place), alpha, shared
     Paper      AQLM (arXiv 2401.06118); alpha after GPTAQ (arXiv 2504.02692)
     """
 
     bits: float = option(2, "bits of the codes for one weight: times 8, a multiple of codebook_bits")
     codebook_bits: int = option(8, "bits of one code, 1 to 8; a codebook has 2**codebook_bits vectors")
+    shared: bool = option(False, "one set of codebooks for the like layers of all blocks, learned beforehand")
     permute: bool = option(True, "deal columns to blocks by importance")
     beam: int = option(8, "hypotheses kept in the search of a block, a power of two")
     rounds: int = option(16, "rounds of training the codebooks on samples of rows")
@@ -53,7 +58,9 @@ class AQLM(Method):
                 f"bits is {self.bits!r} and codebook_bits {self.codebook_bits!r}; eight times bits must be a "
                 "multiple of codebook_bits, as with 2 and 8, or 2.25 and 6."
             )
-        format = Additive(self.codebook_bits, "row", int(books))
+        format: Format = Additive(self.codebook_bits, "row", int(books))
+        if self.shared:
+            format = Shared(format)
         solver = BeamSearch(self.beam, self.sweeps, rounds=self.rounds, damp=self.damp, alpha=self.alpha)
         tuners = (BlockFinetune(epochs=self.epochs),) if self.epochs else ()
         return Recipe("aqlm", format, solver, (Permute(),) if self.permute else (), tuners=tuners)

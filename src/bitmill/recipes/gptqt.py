@@ -28,7 +28,8 @@ class GPTQT(Method):
     Needs      the Gram matrix of every layer's inputs and, with alpha, their cross-Gram with the float model's
                (calibration text)
     Cost       GPTQ's, about as much again for the search and the passes, and one more forward pass with alpha
-    Expect     3 bits between gptq's 3 and 4; 2 bits about twice the float perplexity on a 135M model
+    Expect     3 bits between gptq's 3 and 4; 2 bits about one and a half times the float perplexity on a
+               135M model
     Limits     1 to 4 bits; the paper's body is not public, so grid, search and storage are reconstructions; the
                passes and alpha are not in it
     Paper      GPTQT (arXiv 2407.02891); alpha after GPTAQ (arXiv 2504.02692)

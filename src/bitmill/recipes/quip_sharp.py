@@ -24,7 +24,7 @@ class QuIPSharp(Method):
     Needs      the Gram matrix of every layer's inputs and, with alpha, their cross-Gram with the float model's
                (calibration text)
     Cost       about twice gptq's; a pass more costs as much again. Two rotations a layer at run time
-    Expect     a smaller error than any method on scalar levels at 2 bits
+    Expect     a smaller error than any method on scalar levels with as few bits on disk
     Limits     2 bits; the paper's residual codebooks for 3 and 4 bits and its fine-tuning are not here; which
                29 of the lattice points of norm 12 are used is this program's choice, and so is alpha
     Paper      Tseng et al. 2024, "QuIP#" (arXiv 2402.04396); alpha after GPTAQ (arXiv 2504.02692)

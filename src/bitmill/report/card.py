@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, Undefined
 
 from bitmill.report.figures import figures_of
+from bitmill.report.parts import ends_said, sizes_said, split_layers
 from bitmill.report.words import spelled
 
 _CARD = """\
@@ -24,7 +25,10 @@ tags:
 The linear layers of the blocks are stored packed in the format
 {{ spelled(recipe.weight) }};
 {{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
-Embeddings, norms and the head are as in the source.
+{{ ends }}
+{% if sizes %}
+{{ sizes }}
+{% endif %}
 
 ## Measured
 
@@ -95,11 +99,11 @@ def model_card(report: dict[str, Any]) -> str:
     """Markdown for a report as `quantize` makes it."""
     import yaml
 
-    layers = [layer for layer in report["layers"] if layer.get("output_error") is not None]
+    layers = [layer for layer in split_layers(report)[0] if layer.get("output_error") is not None]
     worst = sorted(layers, key=lambda layer: -layer["output_error"])[:5]
     template = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(_CARD)
     return template.render(
-        **report,
+        **{**report, "ends": ends_said(report), "sizes": sizes_said(report)},
         worst=worst,
         figures=figures_of(report["measured"]),
         auto=report.get("auto_class", "AutoModelForCausalLM"),

@@ -25,6 +25,7 @@ from bitmill.report.card import model_card
 from bitmill.report.figures import figures_of, own_figure
 from bitmill.report.heat import STEPS, heat_map
 from bitmill.report.palette import DARK, LIGHT, SHAPES, mark_of
+from bitmill.report.parts import bytes_inside, ends_said, sizes, split_layers
 from bitmill.report.results import Layer, Results
 
 
@@ -53,9 +54,8 @@ def folder_page(report: dict[str, Any]) -> str:
     """The page of one quantized folder, from its report: a function of it alone, like everything in the folder."""
     import yaml
 
-    layers = [
-        Layer.model_validate({key: layer.get(key) for key in Layer.model_fields}) for layer in report["layers"]
-    ]
+    inside, _ = split_layers(report)
+    layers = [Layer.model_validate({key: layer.get(key) for key in Layer.model_fields}) for layer in inside]
     error = "output_error" if any(layer.output_error is not None for layer in layers) else "weight_error"
     worst = sorted((v for v in layers if getattr(v, error) is not None), key=lambda v: -getattr(v, error))
     measured = [m for m in report["measured"] if own_figure(m)]
@@ -68,6 +68,9 @@ def folder_page(report: dict[str, Any]) -> str:
         figures=figures_of(measured),
         latest=measured[-1] if measured else None,
         layers=layers,
+        ends=ends_said(report),
+        sizes=sizes(report),
+        inside=bytes_inside(report),
         error=error,
         worst=worst[:8],
         steps=STEPS,

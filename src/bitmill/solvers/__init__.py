@@ -1,5 +1,5 @@
 """Which of the storable numbers is chosen. One file per solver."""
 
-from bitmill.solvers.base import SOLVERS, Solver, Statistics
+from bitmill.solvers.base import SOLVERS, Learner, Solver, Statistics
 
-__all__ = ["SOLVERS", "Solver", "Statistics"]
+__all__ = ["SOLVERS", "Learner", "Solver", "Statistics"]

@@ -7,14 +7,15 @@ rounding's; the result is deterministic; every scalar format is accepted or refu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bitmill.errors import NumericsError
-from bitmill.formats import Format, GroupFormat, Wrapper
+from bitmill.formats import Format, GroupFormat, Params, Wrapper
 from bitmill.quantized import Quantized
 from bitmill.registry import Member, Registry
 
@@ -31,17 +32,19 @@ STATISTICS = ("gram", "cross", "fisher")  # what `needs` may name
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration knows of one layer; None where nobody asked.
+    """What is known of one layer before it is solved; None where nobody asked.
 
     gram    X^T X / tokens, fp32 (columns, columns), of the inputs X (tokens, columns)
     cross   (X_float - X)^T X / tokens, fp32 (columns, columns): what earlier layers' errors did to the inputs
     fisher  mean over sequences of the squared gradient of the loss, fp32 (rows, columns)
+    shared  parts that all layers of the kind share, learned before the first block and to be taken as they are
     """
 
     gram: Tensor | None = None
     tokens: int = 0
     cross: Tensor | None = None
     fisher: Tensor | None = None
+    shared: Params | None = None
 
     def required_gram(self, solver: str) -> Tensor:
         """The Gram matrix. Raises NumericsError, naming the solver that needs it, when there is none."""
@@ -69,6 +72,22 @@ class Statistics:
         return [Statistics(self.gram, self.tokens, self.cross, fisher) for fisher in fishers]
 
 
+class Learner(ABC):
+    """Learns what all layers of a kind share.
+
+    The layers go by one after another, in float and as their solver would be handed them, and are gone when the
+    next one comes: a learner keeps what it needs of each, and answers at the end.
+    """
+
+    @abstractmethod
+    def see(self, W: Tensor, stats: Statistics) -> None:
+        """Look at a layer, W fp32 (rows, columns)."""
+
+    @abstractmethod
+    def learn(self) -> Params:
+        """The shared parts, as stored."""
+
+
 @dataclass(frozen=True)
 class Solver(Member, ABC):
     """Base of all solvers: a frozen dataclass of options."""
@@ -82,6 +101,10 @@ class Solver(Member, ABC):
 
     def accepts(self, format: GroupFormat) -> str | None:
         """None, or one sentence that says why this format cannot be solved here."""
+        return None
+
+    def learner(self, format: GroupFormat, layers: int) -> Learner | None:
+        """Who learns what `layers` layers share; None where this solver cannot take stats.shared."""
         return None
 
     def target(self, W: Tensor, stats: Statistics) -> Tensor:
@@ -109,12 +132,45 @@ def _solve(solver: Solver, W: Tensor, stats: Statistics, format: Format) -> Quan
     return solver.solve(W, stats, format)
 
 
-def solve_stacked(solver: Solver, matrices: list[Tensor], stats: Statistics, format: Format) -> list[Quantized]:
-    """Quantize matrices that read one input, as one tall matrix where rows are apart: one factorization."""
+def inside(W: Tensor, stats: Statistics, format: Format) -> tuple[Tensor, Statistics]:
+    """What a solver would be handed of W once the wrappers of `format` have done their part."""
+    if not isinstance(format, Wrapper):
+        return W, stats
+
+    def take(W: Tensor, stats: Statistics) -> Quantized:
+        raise _Handed(W, stats)
+
+    try:
+        format.solve(W, stats, take)
+    except _Handed as handed:
+        return inside(handed.W, handed.stats, format.inner)
+    raise AssertionError(f"{format.name} solved a matrix without its inner format")
+
+
+class _Handed(Exception):
+    """Stops a wrapper where it hands its matrix over: nobody wants it solved."""
+
+    def __init__(self, W: Tensor, stats: Statistics) -> None:
+        super().__init__()
+        self.W, self.stats = W, stats
+
+
+def solve_stacked(
+    solver: Solver,
+    matrices: list[Tensor],
+    stats: Statistics,
+    format: Format,
+    shared: Sequence[Params | None] | None = None,
+) -> list[Quantized]:
+    """Quantize matrices that read one input, as one tall matrix where rows are apart: one factorization.
+
+    shared: what each matrix shares with its like in other blocks.
+    """
     sizes = [W.shape[0] for W in matrices]
     if format.stackable and len(matrices) > 1:
         return solve(solver, torch.cat(matrices), stats, format).split(sizes)
-    return [solve(solver, W, own, format) for W, own in zip(matrices, stats.split(sizes))]
+    known = [replace(own, shared=params) for own, params in zip(stats.split(sizes), shared or [None] * len(sizes))]
+    return [solve(solver, W, own, format) for W, own in zip(matrices, known)]
 
 
 def output_error(W: Tensor, W_hat: Tensor, gram: Tensor | None) -> float:

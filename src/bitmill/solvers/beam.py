@@ -7,6 +7,7 @@ Start        residual k-means; then `rounds` times: code a sample of rows by err
              searched in the metric of what blocks to come cannot absorb, and refit the codebooks to the outcome
 Alternate    least squares for codebooks and scales at fixed codes, by conjugate gradients in the metric of H,
              and a sweep that searches every block again; until a turn gains less than `tolerance`
+Shared       codebooks that layers share are learned by `learning` beforehand; what is refitted is then the scales
 Target       with `alpha`, W is first moved to answer errors of earlier layers, see `gptaq`
 Cost         a sweep is rows * columns * beam * codebooks * K / 8 sums of the vectors' products, K vectors each
 
@@ -26,11 +27,12 @@ from bitmill.formats import GroupFormat, Params
 from bitmill.formats.grouped import Rounder, as_stored
 from bitmill.numerics import additive
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.quantized import Quantized, fit_matrix
+from bitmill.quantized import Quantized, fit_matrix, fit_rest
 from bitmill.solvers.base import GRAM, SOLVERS, Solver, Statistics
 from bitmill.solvers.descent import Descent
 from bitmill.solvers.feedback import feed_back, without_dead
 from bitmill.solvers.gptaq import retarget
+from bitmill.solvers.learning import CodebookLearner
 
 _SAMPLE = 1 << 13  # blocks coded in a round of training
 _STEPS = 4  # of conjugate gradients
@@ -71,6 +73,10 @@ class BeamSearch(Solver):
             return None
         return f"beam_search searches sums of learned codebooks, and {format.name} has none; use gptq."
 
+    def learner(self, format: GroupFormat, layers: int) -> CodebookLearner:
+        """Learns codebooks by the same search and least squares, from rows of all layers."""
+        return CodebookLearner(format, layers, self.beam, self.rounds, self.damp)
+
     def target(self, W: Tensor, stats: Statistics) -> Tensor:
         """W moved against the errors of earlier layers, with alpha."""
         return retarget(W, stats, self.alpha, self.damp, self.name)
@@ -82,16 +88,23 @@ class BeamSearch(Solver):
         H = gram.clone()
         H.diagonal().add_(damp * gram.diagonal().mean())
         importance = (1 / U.square().sum(0)).masked_fill(dead, 0.0)
-        state = _State(W, H, U, format, fit_matrix(format, W, importance, False), self.beam)
-        self._train(state)
+        if stats.shared is None:
+            state = _State(W, H, U, format, fit_matrix(format, W, importance, False), self.beam)
+            self._train(state)
+        else:
+            known = {name: value.to(W.device) for name, value in stats.shared.items()}
+            state = _State(W, H, U, format, fit_rest(format, W, importance, known), self.beam, frozen=True)
         state.feed_back()
         error = state.refit()
+        best = state.quantized()
         for _ in range(self.sweeps):
             state.sweep()
             before, error = error, state.refit()
+            if error < before:  # what is stored is rounded, so that a turn can lose
+                best = state.quantized()
             if error > before * (1 - self.tolerance):
                 break
-        return Quantized(format, state.codes, state.params, state.shape)
+        return best
 
     def _train(self, state: _State) -> None:
         """Fit the codebooks to a few rows at a time, coded as they will be."""
@@ -109,11 +122,14 @@ class BeamSearch(Solver):
 class _State:
     """A matrix on its way: codes (rows, codes), params as stored.
 
-    W (rows, columns), H (columns, columns), U as in `feed_back`.
+    W (rows, columns), H (columns, columns), U as in `feed_back`.  frozen: the codebooks belong to others too.
     """
 
-    def __init__(self, W: Tensor, H: Tensor, U: Tensor, format: GroupFormat, params: Params, beam: int) -> None:
+    def __init__(
+        self, W: Tensor, H: Tensor, U: Tensor, format: GroupFormat, params: Params, beam: int, frozen: bool = False
+    ) -> None:
         self.W, self.H, self.U, self.format, self.params, self.beam = W, H, U, format, dict(params), beam
+        self.frozen = frozen
         self.shape = (W.shape[0], W.shape[1])
         self.missing = -W.shape[1] % format.block  # columns of a ragged last block
         self.codes = torch.empty(0)
@@ -122,6 +138,10 @@ class _State:
         """Some of the rows."""
         params = {**self.params, "scale": self.params["scale"][rows if len(self.params["scale"]) > 1 else [0]]}
         return _State(self.W[rows], self.H, self.U, self.format, params, self.beam)
+
+    def quantized(self) -> Quantized:
+        """The present state; later ones replace its tensors and leave them as they are."""
+        return Quantized(self.format, self.codes.clone(), dict(self.params), self.shape)
 
     # -- codes --------------------------------------------------------------------------------------------
 
@@ -161,7 +181,8 @@ class _State:
 
     def refit(self) -> float:
         """Codebooks, then scales; returns what is left of the objective."""
-        self.refit_codebooks()
+        if not self.frozen:
+            self.refit_codebooks()
         return self._refit_scales()
 
     def refit_codebooks(self) -> None:

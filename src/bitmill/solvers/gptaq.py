@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from bitmill.errors import NumericsError, RecipeError
 from bitmill.numerics.cholesky import inverse_factor
 from bitmill.solvers.base import SOLVERS, Statistics
+from bitmill.solvers.feedback import without_dead
 from bitmill.solvers.gptq import GPTQ
 
 
@@ -59,11 +59,6 @@ def retarget(W: Tensor, stats: Statistics, alpha: float, damp: float, solver: st
         raise NumericsError(f"{solver} needs the float model's inputs beside; give it calibration text.")
     if not bool(stats.cross.any()):
         return W
-    U, _ = inverse_factor(_alive(stats.required_gram(solver)), damp)
+    _, gram, _ = without_dead(W, stats.required_gram(solver))  # the cross-Gram is 0 at dead inputs
+    U, _ = inverse_factor(gram, damp)
     return W + alpha * ((W @ stats.cross) @ U.T) @ U
-
-
-def _alive(gram: Tensor) -> Tensor:
-    """The Gram with ones for inputs that are always 0; the cross-Gram holds zeros there."""
-    dead = gram.diagonal() == 0
-    return gram + torch.diag(dead.to(gram.dtype)) if bool(dead.any()) else gram

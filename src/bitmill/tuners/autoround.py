@@ -2,7 +2,8 @@
 
     W^ = scale * (clip(round(W / scale + V) + zero) - zero)      V in [-1/2, 1/2], one a weight, starting at 0
     low = beta min(W), high = alpha max(W)                       alpha, beta in (0, 1], one a group
-    V -= rate * sign(dL/dV),   alpha and beta alike              L: squared distance of the block's outputs
+    V -= rate * sign(dL/dV),   alpha and beta alike              L: squared distance of the block's outputs,
+                                                             each token's as a share of its energy
 
 All linears of a block learn together, on inputs as the quantized blocks before produce them, against what the
 float model has after the block. The rate falls linearly to 0. The gradient with respect to W^ is all that
@@ -25,7 +26,9 @@ from bitmill.formats.base import Params
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.quantized import Quantized
-from bitmill.tuners.base import TUNERS, BlockTask, Tuner
+from bitmill.solvers import Solver
+from bitmill.solvers.nearest import Nearest
+from bitmill.tuners.base import TUNERS, BlockTask, Tuner, relative
 from bitmill.tuners.training import minibatches
 
 _NARROWEST = 0.05  # of a group's range
@@ -60,6 +63,12 @@ class AutoRound(Tuner):
             return None
         return f"autoround learns the rounding of uniform grids and the weight format is {format.name!r}."
 
+    def accepts_solver(self, solver: Solver) -> str | None:
+        """Nearest rounding: the tuner settles every linear, and another solver would have none left."""
+        if isinstance(solver, Nearest):
+            return None
+        return f"autoround rounds every linear itself, and {solver.name} would have none left; use solver nearest."
+
     def before(self, task: BlockTask) -> None:
         """Learn, and settle every linear that nobody has settled."""
         format = task.format
@@ -76,7 +85,7 @@ class AutoRound(Tuner):
         self._learn(task, roundings)
         for name, rounding in roundings.items():
             task.settle(name, rounding.quantized())
-        if task.error() > start:
+        if not task.error() <= start:
             for name, quantized in nearest.items():
                 task.settle(name, quantized)
 
@@ -91,7 +100,7 @@ class AutoRound(Tuner):
                 with torch.enable_grad():
                     tensors = {f"{n}.weight": W.T if task.transposed else W for n, W in matrices.items()}
                     output = batch.call.run_with(tensors, task.block, batch.hidden)
-                    (output - batch.target).square().sum().backward()
+                    relative(output, batch.target).sum().backward()
                 for name, rounding in roundings.items():
                     gradient = matrices[name].grad
                     assert gradient is not None

@@ -106,9 +106,23 @@ class BlockTask:
 
     @torch.no_grad()
     def error(self, tensors: dict[str, Tensor] | None = None) -> float:
-        """Mean squared distance between the block's outputs and the targets; `tensors` as in `run`."""
-        total = sum(float((self.run(i, tensors) - target).square().sum()) for i, target in enumerate(self.targets))
-        return total / max(sum(target.numel() for target in self.targets), 1)
+        """Distance between the block's outputs and the targets, a mean over tokens; `tensors` as in `run`."""
+        total = sum(float(relative(self.run(i, tensors), target).sum()) for i, target in enumerate(self.targets))
+        return total / max(sum(target[..., 0].numel() for target in self.targets), 1)
+
+
+def relative(output: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of hidden states (..., width) from their targets, as a share of the targets' (...).
+
+    Every token counts alike, as it does for the norms that read it. Left in the units of the hidden states, one
+    attention sink, with ten thousand times the energy of other tokens, would be all that a tuner hears of.
+    """
+    return (output - target).square().mean(-1) / energy(target)
+
+
+def energy(hidden: Tensor) -> Tensor:
+    """Mean square (...) of hidden states (..., width), and no less than what can be divided by."""
+    return hidden.square().mean(-1).clamp(min=1e-30)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Block fine-tuning: codes stay, everything continuous around them learns from the float block's outputs.
 
 Trained are the fp16 parameters of every quantized layer of the block (scales, tables, codebooks: whatever the
-format stores as numbers) and the norms and biases, by Adam on the mean squared distance to the float block.
-After every epoch the parameters are rounded as they would be stored; the best of these states is kept, the
-start included, and an epoch that did not gain is taken back and the next one goes at half the rate.
+format stores as numbers) and the norms and biases, by Adam on the distance to the float block, in which every
+token counts alike. After every epoch the parameters are rounded as they would be stored; the best of these states
+is kept, the start included, and an epoch that did not gain is taken back and the next one goes at half the rate.
 
 Source: AQLM (Egiazarian et al. 2024, arXiv 2401.06118), section 3.4.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.tuners.base import TUNERS, BlockTask, Tuner
+from bitmill.tuners.base import TUNERS, BlockTask, Tuner, relative
 from bitmill.tuners.training import Adam, Free, minibatches
 
 
@@ -58,7 +58,7 @@ class BlockFinetune(Tuner):
             for step, batch in enumerate(batches):
                 with torch.enable_grad():
                     output = batch.call.run_with(free.tensors(), task.block, batch.hidden)
-                    ((output - batch.target).square().mean() / start).backward()
+                    (relative(output, batch.target).mean() / start).backward()
                 optimizer.step(rate * (1 - (epoch + step / len(batches)) / self.epochs))
             free.store()
             error = task.error()

@@ -3,7 +3,9 @@
     loss = 1/C sum_c (|mean_f,c - mean_q,c| + |var_f,c - var_q,c|)      over tokens, channel by channel
 
 One pass over the calibration windows, Adam on the weights and biases of norms and nothing else; the learning
-rate grows with depth, because errors do. The state before is restored where the loss did not fall.
+rate grows with depth, because errors do. Hidden states are counted in units of the float token's root mean
+square, or an attention sink would be all of the variance. A block's norms stay as they were unless both the
+loss and the tokens' own distance from the float block's outputs fell.
 
 Source: Norm Tweaking (Li et al. 2023, arXiv 2309.02784), algorithm 1 and equations 2 and 3.
 """
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.tuners.base import TUNERS, BlockTask, Tuner
+from bitmill.tuners.base import TUNERS, BlockTask, Tuner, energy, relative
 from bitmill.tuners.training import Adam, Free, minibatches
 
 
@@ -31,7 +33,7 @@ class NormTweaking(Tuner):
 
     rate: float = 1e-3
     growth: float = 1.0
-    tokens: int = 2048
+    tokens: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,28 +51,34 @@ class NormTweaking(Tuner):
             return
         rate = self.rate * (1 + self.growth * task.index / task.depth)
         optimizer = Adam([leaf.steps for leaf in free.leaves()])
-        start, before = free.state(), self.loss(task)
+        start, before = free.state(), self.losses(task)
         generator = torch.Generator().manual_seed(self.seed)
         for batch in minibatches(task, self.tokens, generator):
             with torch.enable_grad():
                 output = batch.call.run_with(free.tensors(), task.block, batch.hidden)
-                distance(moments([output]), moments([batch.target])).backward()
+                distance(moments([output], [batch.target]), moments([batch.target])).backward()
             optimizer.step(rate)
         free.store()
-        after = self.loss(task)
-        if not after < before:
+        if not all(now < then for now, then in zip(self.losses(task), before)):
             free.restore(start)
 
     @torch.no_grad()
-    def loss(self, task: BlockTask) -> float:
-        """Distance of the block's outputs from the float block's, over all windows."""
-        outputs = moments([task.run(i) for i in range(len(task.inputs))])
-        return float(distance(outputs, moments(task.targets)))
+    def losses(self, task: BlockTask) -> tuple[float, float]:
+        """Distances of the block's outputs from the float block's: of their distributions, and token by token."""
+        outputs = [task.run(i) for i in range(len(task.inputs))]
+        apart = distance(moments(outputs, task.targets), moments(task.targets))
+        return float(apart), float(
+            torch.cat([relative(*pair).flatten() for pair in zip(outputs, task.targets)]).mean()
+        )
 
 
-def moments(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance (channels,) over the tokens of hidden states (windows, tokens, channels)."""
-    rows = torch.cat([batch.flatten(0, 1) for batch in batches])
+def moments(batches: list[Tensor], targets: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and variance (channels,) over the tokens of hidden states (windows, tokens, channels).
+
+    In units of the root mean square of each token of `targets`, else of its own: sinks count as others do.
+    """
+    units = [energy(target).sqrt()[..., None] for target in targets or batches]
+    rows = torch.cat([(batch / unit).flatten(0, 1) for batch, unit in zip(batches, units)])
     return rows.mean(0), rows.var(0, correction=0)
 
 

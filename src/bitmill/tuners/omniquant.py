@@ -6,7 +6,8 @@ Equation   high = sigmoid(gamma) max(0, max w), low = sigmoid(beta) min(0, min w
            with a gamma and a beta a group, from 4 (sigmoid .982) on: learnable weight clipping;
            at every seam x / s and W s, log s from 0 on, behind norms with a bias (x - d) / s and b + W d too:
            learnable equivalent transformation
-Loss       mean squared distance of the block, weights rounded straight through, to the float block's outputs
+Loss       squared distance of the block's outputs, weights rounded straight through, from the float block's, as a
+           share of each token's energy
 Stored     uniform codes as ever: scales are folded into the block, float weights clamped to the learned ranges,
            so that nearest rounding from minimum to maximum gives the very numbers that were learned with
 Source     Shao et al. 2023, "OmniQuant" (arXiv 2308.13137), sections 3.2 and 3.3
@@ -33,7 +34,7 @@ from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.clip import Clip
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.base import fold, spread
-from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner
+from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner, relative
 from bitmill.tuners.training import Adam, minibatches
 
 _WIDE = 4.0  # gamma and beta at the start: sigmoid .982
@@ -104,7 +105,7 @@ class OmniQuant(Tuner):
             for batch in batches:
                 with torch.enable_grad():
                     output = batch.call.run_with(learned.rounded(), task.block, batch.hidden)
-                    ((output - batch.target).square().mean() / start).backward()
+                    (relative(output, batch.target).mean() / start).backward()
                 left = 1 - done / (self.epochs * len(batches))
                 clips.step(self.lr_lwc * left)
                 scales.step(self.lr_let * left)

@@ -126,6 +126,10 @@ class Adam:
 
 
 def continuous_parts(quantized: Quantized) -> list[Part]:
-    """The stored parameters that are numbers, and not indices: what a gradient can move."""
-    parts = quantized.format.parts(quantized.shape)
+    """The stored parameters that are numbers, and not indices: what a gradient can move.
+
+    What other layers share is left alone: a block does not know what they would make of another value.
+    """
+    format = quantized.format
+    parts = (part for part in format.parts(quantized.shape) if part.name not in format.shared)
     return [part for part in parts if part.bits is None and part.stored_as.is_floating_point]

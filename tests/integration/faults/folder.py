@@ -105,6 +105,7 @@ for command in COMMANDS:
             "1000000000",
         ),
         f"{command} of damaged groups": folder_fault(command, lambda f: quantization(f, groups=[1]), "groups"),
+        f"{command} of damaged ends": folder_fault(command, lambda f: quantization(f, ends={"head": 1}), "'ends'"),
         f"{command} of layers that are not there": folder_fault(
             command, lambda f: regroup(f, layers=["model.layers.7.mlp.up_proj"]), "model.layers.7.mlp.up_proj"
         ),

@@ -29,6 +29,10 @@ fault |= {
     "bits twice": with_options("--bits", "3", "--set", "bits=4", words=["--bits 3", "bits=4"]),
     "group size -7": with_options("--group-size", "-7", words=["'-7'"]),
     "group size wide": with_options("--group-size", "wide", words=["'wide'"]),
+    "head bits 5": with_options("--head-bits", "5", words=["head_bits is 5", "8, 6 or 4"]),
+    "head bits 0": with_options("--head-bits", "0", words=["head_bits is 0"]),
+    "head bits 16": with_options("--head-bits", "16", words=["head_bits is 16"]),
+    "head bits many": with_options("--head-bits", "many", words=["many"]),
     "set without value": with_options("--set", "damp", words=["'damp'"]),
     "set without key": with_options("--set", "=3", words=["'=3'"]),
     "set unknown key": with_options("--set", "dumb=3", words=["'dumb'", "damp"]),
@@ -94,3 +98,9 @@ def recipe_word_for_number(world, patch):
 @fault
 def recipe_ignores_everything(world, patch):
     return recipe_of(world, lambda text: text.replace("ignore: []", "ignore: ['*']")), ["ignores every"]
+
+
+@fault
+def recipe_head_that_decodes_as_a_whole(world, patch):
+    rotated = "head: {format: rotated, kind: hadamard, inner: {format: uniform, bits: 4}}\n"
+    return recipe_of(world, lambda text: text + rotated), ["'rotated'", "uniform"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import Format
+from bitmill.formats import Format, GroupFormat
 from bitmill.registry import Registry
 
 KERNELS: Registry[type[Kernel]] = Registry("kernel", "bitmill.runtime.kernels")
@@ -55,6 +55,14 @@ class Kernel(ABC):
     def restore(self) -> dict[str, Tensor]:
         """The packed tensors, as they were given."""
         return self.tensors
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W^, int64 (n,), as `format.dequantize_rows` gives them: fp32 (n, in).
+
+        Kernels that lay codes out anew override it, for a cost of those rows alone.
+        """
+        assert isinstance(self.spec.format, GroupFormat)
+        return self.spec.format.dequantize_rows(self.restore(), self.spec.shape, ids)
 
 
 def choose_kernel(spec: KernelSpec) -> type[Kernel]:

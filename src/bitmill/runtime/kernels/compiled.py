@@ -12,6 +12,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from bitmill.formats import GroupFormat
 from bitmill.formats.base import Params
 from bitmill.runtime.kernels.base import Kernel, KernelSpec
 from bitmill.runtime.kernels.reference import by_tiles, decoded
@@ -84,6 +85,14 @@ class Relaid(Compiled):
         words = torch.empty(self.spec.shape[0], self._words, dtype=torch.int32)
         native().from_layout(native().Layout(*self.layout), self.codes, words, threads())
         return {"codes": words, **self.packed}
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W^, int64 (n,): fp32 (n, in)."""
+        format = self.spec.format
+        assert isinstance(format, GroupFormat)
+        codes = torch.empty(len(ids), self.layout[1], dtype=torch.uint8)
+        native().codes_at(native().Layout(*self.layout), self.codes, ids.contiguous(), codes, threads())
+        return format.rows_of(codes, self.packed, self.spec.shape, ids)
 
     def weights(self, rows: slice) -> Tensor:
         """Some rows of W^."""

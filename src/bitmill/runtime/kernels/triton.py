@@ -57,6 +57,11 @@ class Triton(Kernel):
         """The packed tensors, bit by bit."""
         return self._family.restore()
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W^, int64 (n,): fp32 (n, in)."""
+        assert isinstance(self.spec.format, GroupFormat)
+        return self.spec.format.rows_of(self._family.codes(ids), self._family.packed, self.spec.shape, ids)
+
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         rows, columns = self.spec.shape
@@ -93,7 +98,7 @@ class _Family(Kernel):
         return min(format.width(self.spec.shape), -(-self.spec.shape[1] // format.block) * format.block)
 
     @abstractmethod
-    def codes(self, rows: slice) -> Tensor:
+    def codes(self, rows: slice | Tensor) -> Tensor:
         """Codes of some rows, as the format has them."""
 
 
@@ -129,7 +134,7 @@ class _Lut(_Family):
         """x (tokens, in) to (tokens, out)."""
         return self._operator(x, *self._parts, self._plan)
 
-    def codes(self, rows: slice) -> Tensor:
+    def codes(self, rows: slice | Tensor) -> Tensor:
         """Codes of some rows."""
         assert self._parts[0] is not None
         return codes_of(self._parts[0][rows], self.spec.shape[1], self.width)
@@ -167,7 +172,7 @@ class _Binary(_Family):
         plan = [*self.spec.shape, self.width]
         return self._operator(x, self._codes, self.packed["alpha"], self.packed.get("beta"), plan)
 
-    def codes(self, rows: slice) -> Tensor:
+    def codes(self, rows: slice | Tensor) -> Tensor:
         """Codes of some rows."""
         return codes_of_planes(self._codes[rows], self.spec.shape[1], self.width)
 
@@ -190,6 +195,6 @@ class _Additive(_Family):
         plan = [*self.spec.shape, self.width, format.bits]
         return self._operator(x, self.tensors["codes"], books, self.tensors["scale"], plan)
 
-    def codes(self, rows: slice) -> Tensor:
+    def codes(self, rows: slice | Tensor) -> Tensor:
         """Codes of some rows."""
         return self.spec.format.unpack_codes(self.tensors["codes"][rows], self.spec.shape[1])

@@ -1,0 +1,51 @@
+"""Shared: another format whose parts of fixed size are stored once for all layers of a kind.
+
+Codebooks that a small matrix cannot pay for cost next to nothing when the same linear of every block uses them:
+two of 256 vectors of eight are 0.2 bits a weight of one 576 x 576 matrix, and 0.007 of thirty. They are learned
+from all blocks before the first one is quantized, and nobody changes them afterwards.
+
+A kind is the path of a linear inside its block, such as `self_attn.q_proj`. A layer keeps its codes and all other
+parts of the inner format; a matrix alone is a kind of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from bitmill.errors import RecipeError
+from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.wrapper import InnerSolve, Wrapper
+
+if TYPE_CHECKING:
+    from bitmill.quantized import Quantized
+
+
+@FORMATS.register("shared")
+@dataclass(frozen=True)
+class Shared(Wrapper):
+    """The inner format, with its `common` parts shared by all layers of a kind."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.core.common:
+            raise RecipeError(f"{self.core.name} has no parts that layers could share; use it without `shared`.")
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Those of the core."""
+        return self.core.common
+
+    def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """None: it only says where the inner format's are."""
+        return ()
+
+    def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
+        """As the inner format; the solver takes what is shared from `stats.shared`."""
+        return replace(solve_inner(W, stats), format=self)
+
+    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """The inner matrix."""
+        return self.inner.dequantize(codes, params, shape)

@@ -1,0 +1,94 @@
+"""What all layers of a kind share, learned before the first block is quantized.
+
+The float model goes by once, one block in memory at a time, with the calibration text beside it where the recipe
+needs statistics. Each linear is shown to the learner of its kind as its solver would be handed it, after the
+transforms and wrappers of the recipe; what a learner keeps of a layer is small.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from bitmill.formats import Params
+from bitmill.pipeline.calibration import stages_of
+from bitmill.pipeline.fold import fold_transforms
+from bitmill.pipeline.job import Job, Sink
+from bitmill.pipeline.observe import observe
+from bitmill.pipeline.streams import Streams
+from bitmill.progress import Progress
+from bitmill.quantized import shared_place
+from bitmill.solvers import Learner, Statistics
+from bitmill.solvers.base import inside
+
+_OBSERVED = {"gram", "cross", "activations"}  # of what calibration may collect, what a float pass can see
+
+
+def shared_parts(job: Job, sink: Sink, progress: Progress) -> dict[str, Params]:
+    """Kind (the path of a linear in its block) -> parts that its layers share; the sink keeps them.
+
+    Empty where the recipe's format shares nothing.
+    """
+    format = job.recipe.stored
+    if not format.shared:
+        return {}
+    kept = sink.shared()
+    if kept is None:
+        learned = _learn(job, progress)
+        kept = {shared_place(kind): format.pack_shared(params) for kind, params in learned.items()}
+        sink.share(kept)
+    device = job.skeleton.device
+    parts = {kind: kept[shared_place(kind)] for kind in _kinds(job)}
+    return {
+        kind: {name: value.to(device) for name, value in format.unpack_shared(tensors).items()}
+        for kind, tensors in parts.items()
+    }
+
+
+def _kinds(job: Job) -> Counter[str]:
+    """How many layers of each kind are quantized."""
+    names = [job.skeleton.block_name(index) for index in range(len(job.skeleton.blocks))]
+    linears = job.skeleton.adapter.linears
+    return Counter(kind for kind in linears for name in names if not job.recipe.ignores(f"{name}.{kind}"))
+
+
+def _learn(job: Job, progress: Progress) -> dict[str, Params]:
+    skeleton, recipe = job.skeleton, job.recipe
+    learners: dict[str, Learner] = {}
+    for kind, layers in _kinds(job).items():
+        learner = recipe.solver.learner(recipe.weight.core, layers)
+        assert learner is not None  # the recipe has asked
+        learners[kind] = learner
+    progress.start("what layers share", len(skeleton.blocks) + len(learners))
+    streams = None
+    if job.calibration is not None and recipe.needs & _OBSERVED:
+        with skeleton.outside("before"):
+            streams = Streams(skeleton, job.calibration, compare=False)
+    for index in range(len(skeleton.blocks)):
+        _show(job, index, streams, learners)
+        progress.advance()
+    learned = {}
+    for kind in list(learners):
+        learned[kind] = learners.pop(kind).learn()
+        progress.advance()
+    progress.finish()
+    return learned
+
+
+def _show(job: Job, index: int, streams: Streams | None, learners: dict[str, Learner]) -> None:
+    """Let the learners see the linears of one block, and move the stream past it."""
+    skeleton, recipe = job.skeleton, job.recipe
+    block, stages, seen = skeleton.load_block(index), [list(stage) for stage in skeleton.adapter.stages], {}
+    if streams:
+        calls, first = streams.calls(index), streams.hidden[0]
+        stages = stages_of(skeleton.adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
+        seen = observe(block, streams.hidden, calls, [stage[0] for stage in stages])
+        streams.advance(block, index, [])
+    fold_transforms(recipe, skeleton, index, seen)
+    for stage in stages:
+        known = seen.get(stage[0])
+        stats = Statistics(known.gram, known.tokens) if known else Statistics()
+        for kind in stage:
+            name = f"{skeleton.block_name(index)}.{kind}"
+            if not recipe.ignores(name):
+                learners[kind].see(*inside(skeleton.matrix(f"{name}.weight"), stats, recipe.stored))
+    skeleton.free_block(index)

@@ -1,0 +1,140 @@
+"""Modules that hold packed tensors: casts of the model leave them alone, for they mean what their bits say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.errors import CheckpointError
+from bitmill.formats import Format
+from bitmill.formats.base import Layout
+from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
+
+
+class Packed(nn.Module):
+    """Buffers named as on disk, of the shapes and types of `layout`."""
+
+    _held: tuple[str, ...] = ()
+
+    def __init__(self, layout: Layout, device: Any = None) -> None:
+        super().__init__()
+        self.hold(layout, device)
+
+    def hold(self, layout: Layout, device: Any = None) -> None:
+        """Make room for the tensors of `layout`."""
+        self._held = tuple(layout)
+        for name, (size, dtype) in layout.items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype, device=device))
+
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {name: getattr(self, name) for name in self._held}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: self._buffers[name] for name in self._held}
+        for name in kept:
+            self._buffers[name] = None
+        try:
+            super()._apply(fn, recurse)
+        except Exception:
+            self._buffers.update(kept)
+            raise
+        for name, tensor in kept.items():
+            assert tensor is not None
+            probe = fn(torch.empty(0, device=tensor.device))
+            # to_empty() maps a meta tensor to fresh memory; every other fn only tells us the device
+            moved = torch.empty_like(tensor, device=probe.device) if tensor.is_meta else tensor.to(probe.device)
+            self._buffers[name] = moved
+        return self
+
+
+class PackedMatrix(Packed):
+    """W^ (rows, columns) in any format.
+
+    Whoever computes with it has a kernel do so, which takes over the tensors and may lay them out anew: then the
+    buffers are the kernel's, and only one of the two layouts is held. Whoever asks for the packed tensors after
+    that (by name, `packed`, `state_dict`) gets them back, bit by bit, in place of the kernel's.
+
+    shared: the module that holds the parts which the matrix shares with others; a kernel reads them there.
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    outside = False  # of all blocks: a table of embeddings, or the head
+    shared: Packed | None = None
+    _kernel: Kernel | None = None
+
+    def packed(self) -> dict[str, Tensor]:
+        """All packed tensors by name, those that it shares too."""
+        self._take_back()
+        return {**super().packed(), **(self.shared.packed() if self.shared else {})}
+
+    def kernel_on(self, device: torch.device) -> Kernel:
+        """What multiplies with the matrix there; from now on it holds the tensors."""
+        if self._kernel is None or self._kernel.spec.device != device:
+            spec, tensors = KernelSpec(self.format, self.shape, device), self.packed()
+            kernel = choose_kernel(spec)(spec, tensors)
+            shared = {id(tensors[name]) for name in tensors if name not in self._held}
+            for name in self._held:
+                del self._buffers[name]
+            self._buffers.update({name: t for name, t in kernel.tensors.items() if id(t) not in shared})
+            self._kernel = kernel
+        return self._kernel
+
+    def _take_back(self) -> None:
+        if self._kernel is None:
+            return
+        kernel, self._kernel = self._kernel, None
+        for name in kernel.tensors:
+            self._buffers.pop(name, None)
+        tensors = kernel.restore()
+        self._buffers.update({name: tensors[name] for name in self._held})
+
+    def __getattr__(self, name: str) -> Any:
+        """Packed tensors that a kernel has taken are asked back."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self._kernel is None or name not in self._held:
+                raise
+        return self.packed()[name]
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._take_back()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._take_back()
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._take_back()
+        return super()._apply(fn, recurse)
+
+
+def shared_module(model: nn.Module, place: str, format: Format, device: Any = None) -> Packed:
+    """The module at the path `place` that holds what layers of `format` share, made if it is not there yet.
+
+    Raises CheckpointError when something else is there.
+    """
+    above, (*path, leaf) = model, place.split(".")
+    for name in path:
+        if name not in above._modules:
+            _put(above, name, nn.Module(), place)
+        above = above.get_submodule(name)
+    if leaf not in above._modules:
+        _put(above, leaf, Packed(format.shared_layout(), device), place)
+    found = above.get_submodule(leaf)
+    if isinstance(found, Packed) and set(found.packed()) == format.shared:
+        return found
+    raise CheckpointError(f"{place!r} of {type(model).__name__} is no place for what layers share.")
+
+
+def _put(above: nn.Module, name: str, module: nn.Module, place: str) -> None:
+    try:
+        above.add_module(name, module)
+    except KeyError:  # an attribute of that name, or no name at all
+        raise CheckpointError(f"{place!r} of {type(above).__name__} is no place for what layers share.") from None

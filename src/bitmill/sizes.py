@@ -1,0 +1,115 @@
+"""What a model takes: as planned, on the disk, in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitmill.checkpoint import open_checkpoint
+from bitmill.checkpoint.files import folder_bytes
+from bitmill.checkpoint.reader import is_checkpoint
+from bitmill.errors import UsageError
+from bitmill.formats import Format
+from bitmill.formats.base import bits_together
+from bitmill.models.ends import ends_of
+from bitmill.models.skeleton import Skeleton
+from bitmill.models.source import open_source
+from bitmill.recipe import Recipe
+from bitmill.runtime.linear import QuantLinear
+
+_Layer = tuple[Format, tuple[int, int], Hashable]  # and by what those that share parts know each other
+
+
+def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+    """What would be stored: layers, bits, bytes.
+
+    `bits_per_weight` counts the linears of the blocks; embedding and head have `head_bits_per_weight` (None in
+    float) and `head_bytes` (0 in float).
+
+    Raises UsageError when nothing would be quantized and for ignored names that make no sense, SourceError when
+    embedding and head are to be quantized and cannot be.
+    """
+    _check_ignored(skeleton, recipe)
+    adapter = skeleton.adapter
+    packed: set[str] = set()
+    layers: list[_Layer] = []
+    for index in range(len(skeleton.blocks)):
+        for linear in adapter.linears:
+            name = f"{skeleton.block_name(index)}.{linear}"
+            if recipe.ignores(name):
+                continue
+            rows, columns = skeleton.shape(f"{name}.weight")
+            layers.append((recipe.stored, (columns, rows) if adapter.transposed else (rows, columns), linear))
+            packed.add(f"{name}.weight")
+    if not layers:
+        raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
+    bits, weights = _stored(layers)
+    head_bits = head_weights = 0
+    if recipe.head is not None:
+        ends, format = ends_of(skeleton), recipe.head
+        if ignored := next((path for path in (ends.embedding, ends.head) if path and recipe.ignores(path)), None):
+            raise UsageError(
+                f"The recipe {recipe.name!r} ignores {ignored!r}, and embedding and head are to be quantized; "
+                "leave out one of the two."
+            )
+        outside = [(layer, skeleton.shape(ends.stored(layer, skeleton))) for layer in ends.layers]
+        head_bits, head_weights = _stored((format, (rows, columns), name) for name, (rows, columns) in outside)
+        packed.update(ends.weights)
+    rest = sum(
+        torch.Size(skeleton.shape(n)).numel() * skeleton.dtype(n).itemsize
+        for n in skeleton.names()
+        if n not in packed
+    )
+    return {
+        "method": recipe.name,
+        "format": recipe.stored.to_dict(),
+        "layers": len(layers),
+        "quantized_weights": weights,
+        "bits_per_weight": bits / weights,
+        "size_bytes": (bits + head_bits) // 8 + rest,
+        "head_bits_per_weight": head_bits / head_weights if head_weights else None,
+        "head_bytes": head_bits // 8,
+        "unquantized_bytes": rest,
+    }
+
+
+def _check_ignored(skeleton: Skeleton, recipe: Recipe) -> None:
+    """Raises UsageError for a pattern that no module answers to: what it was to spare would be quantized."""
+    modules = [name for name, _ in skeleton.model.named_modules()]
+    for pattern in recipe.ignore:
+        if not any(fnmatchcase(module, pattern) for module in modules):
+            first = f"{skeleton.block_name(0)}.{skeleton.adapter.linears[0]}"
+            raise UsageError(
+                f"Nothing in the model is called {pattern!r}, which the recipe {recipe.name!r} ignores; patterns "
+                f"match whole names such as {first!r}, and * stands for any characters."
+            )
+
+
+def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:
+    """(bits a weight of the blocks' quantized layers or of the float weights, bytes on disk or in memory)."""
+    if isinstance(model, nn.Module):
+        tensors = [*model.parameters(), *model.buffers()]
+        size = sum(t.nbytes for t in tensors)
+        packed = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.outside]
+        if packed:
+            bits, weights = _stored((m.format, m.shape, id(m.shared or m)) for m in packed)
+            return bits / weights, size
+        return 8 * size / max(sum(t.numel() for t in tensors), 1), size
+    if is_checkpoint(Path(model)):
+        return open_checkpoint(model).bits_per_weight, folder_bytes(Path(model))
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    sizes = [(torch.Size(source.shape(n)).numel(), source.dtype(n).itemsize) for n in source.names()]
+    total = sum(count * width for count, width in sizes)
+    return 8 * total / max(sum(count for count, _ in sizes), 1), total
+
+
+def _stored(layers: Iterable[_Layer]) -> tuple[int, int]:
+    """(bits, weights) of all of them."""
+    known = list(layers)
+    return bits_together(known), sum(math.prod(shape) for _, shape, _ in known)

@@ -1,0 +1,37 @@
+"""Comparisons in a world of tests: the command, what it left, and cells that run in this process."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from bitmill.comparison import process, worker
+from bitmill.comparison.process import CellFailed
+from bitmill.report.results import read_results
+
+TERMS = ["--samples", "4", "--seqlen", "32", "--windows", "2", "--max-new-tokens", "3"]
+
+
+def in_this_process(folder: Path, name: str, log: Path, progress) -> dict:
+    """Run a cell here: a process of its own spends seconds on imports."""
+    stdout = io.StringIO()
+    worker.main([str(folder), name], stdout=stdout)
+    said: dict = {}
+    for line in stdout.getvalue().splitlines():
+        said |= process._follow(line, progress, name)
+    if "result" not in said:
+        raise CellFailed(said["failed"])
+    return said["result"]
+
+
+def command(world, *more: object, methods: str = "rtn,gptq", bits: str = "3,4") -> list[str]:
+    grid = ["--methods", methods, "--bits", bits] if methods else []
+    return ["compare", "source", *grid, "--calib", world.text.name, *TERMS, "-o", "grid", *map(str, more)]
+
+
+def results(world):
+    return read_results(world.root / "grid" / "results.json")
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
