@@ -1,0 +1,108 @@
+"""The models of the comparison in the formats of all engines, made on first use and kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+GGUF_TYPES = ("Q4_0", "Q4_1", "Q3_K", "Q8_0")
+BITS = (4, 3, 2)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A float model, and how bitmill quantizes it.
+
+    head_bits: what llama.cpp stores the output matrix of the same model in.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    head_bits: int
+    text: str | None
+
+    def source(self, folder: Path) -> str:
+        """What bitmill and transformers load."""
+        if self.text is not None:
+            return self.name
+        sys.path.insert(0, str(HERE.parent))
+        from memory import checkpoint  # of TinyLlama's shape, random weights
+
+        return str(checkpoint(folder, 22))
+
+    def words(self, tokens: list[int]) -> str:
+        """Text of token ids, where there is any."""
+        if self.text is None:
+            return ""
+        return str(_tokenizer(self.name).decode(tokens))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return list(_tokenizer(self.name)(text)["input_ids"])
+
+    def packed(self, folder: Path, bits: int) -> Path:
+        """bitmill's folder."""
+        out = folder / f"{self.name}-{bits}-bits-head-{self.head_bits}"
+        if not out.is_dir():
+            _say(f"quantizing {self.name} to {bits} bits")
+            command = [sys.executable, "-m", "bitmill.cli.main", "quantize", self.source(folder), *self.options]
+            command += ["--bits", str(bits), "--head-bits", str(self.head_bits), "--measure", "0", "-o", str(out)]
+            command += ["--resume"] if out.with_name(out.name + ".partial").is_dir() else []
+            _run(command)
+        return out
+
+    def gguf(self, folder: Path, kind: str, python: str) -> Path:
+        """llama.cpp's file, quantized by llama.cpp; `python` is its environment's."""
+        out = folder / f"{self.name}-{kind}.gguf"
+        if not out.is_file():
+            _say(f"quantizing {self.name} to {kind}")
+            _run([python, str(HERE / "gguf_quantize.py"), str(self._float_gguf(folder)), str(out), kind])
+        return out
+
+    def _float_gguf(self, folder: Path) -> Path:
+        out = folder / f"{self.name}-F16.gguf"
+        if not out.is_file():
+            from gguf_float import write_float
+
+            from bitmill.models.zoo import fetch
+
+            write_float(fetch(self.name) if self.text is not None else Path(self.source(folder)), out)
+        return out
+
+    def tidy(self, folder: Path) -> None:
+        """Remove what only the making of the others needed."""
+        if all((folder / f"{self.name}-{kind}.gguf").is_file() for kind in GGUF_TYPES):
+            (folder / f"{self.name}-F16.gguf").unlink(missing_ok=True)
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("smollm2-135m", ("--method", "gptq", "--samples", "8", "--seqlen", "256"), 8, "The capital of France is"),
+        Model("synthetic-1b", ("--method", "rtn"), 6, None),
+    )
+}
+
+
+@cache
+def _tokenizer(name: str) -> Any:
+    import bitmill
+
+    return bitmill.load_tokenizer(name)
+
+
+def _run(command: list[str]) -> None:
+    threads = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    variables = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    if subprocess.run(command, env=variables, stdout=sys.stderr).returncode:
+        raise SystemExit(f"{' '.join(command)} failed.")
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
