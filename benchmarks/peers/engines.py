@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from models import BITS, GGUF_TYPES, HERE, Model
+from models import BITS, GGUF_TYPES, HERE, Model, types_of
 
 PEERS = ("llama.cpp", "torch", "vllm")
 SAID = 16  # tokens of a check
@@ -21,13 +21,17 @@ MOST_NATS = 4.0  # a token, that the float model may give to a continuation; gue
 
 @dataclass(frozen=True)
 class Engine:
-    """A program, a model's file, and how the two are called in tables. bits: of bitmill's."""
+    """A program, a model's file, and how the two are called in tables.
+
+    made: what the file holds, or by which command it was made. bits: of bitmill's.
+    """
 
     name: str
     peer: str
     script: str
     python: str
     file: str
+    made: str = ""
     option: str | None = None
     bits: int | None = None
 
@@ -39,16 +43,26 @@ def engines_of(model: Model, files: Path, pythons: dict[str, str]) -> list[Engin
         python = pythons["llama.cpp"]
         for kind in GGUF_TYPES:
             file = model.gguf(files, kind, python)
-            peers.append(Engine(f"llama.cpp {kind}", "llama.cpp", "peer_llama_cpp.py", python, str(file)))
+            peers.append(
+                Engine(f"llama.cpp {kind}", "llama.cpp", "peer_llama_cpp.py", python, str(file), types_of(file))
+            )
         model.tidy(files)
     source, ours = model.source(files), pythons["bitmill"]
     if "torch" in pythons:
-        peers.append(Engine("torch bf16", "torch", "peer_torch.py", ours, source, "bf16"))
+        peers.append(Engine("torch bf16", "torch", "peer_torch.py", ours, source, option="bf16"))
     if "vllm" in pythons:
         peers.append(Engine("vLLM bf16", "vllm", "peer_vllm.py", pythons["vllm"], model.folder(files)))
-    float32 = Engine("torch fp32", "torch", "peer_torch.py", ours, source, "fp32")
+    float32 = Engine("torch fp32", "torch", "peer_torch.py", ours, source, option="fp32")
     packed = [
-        Engine(f"bitmill {bits}", "bitmill", "peer_bitmill.py", ours, str(model.packed(files, bits)), None, bits)
+        Engine(
+            f"bitmill {bits}",
+            "bitmill",
+            "peer_bitmill.py",
+            ours,
+            str(model.packed(files, bits)),
+            " ".join(model.command(bits)),
+            bits=bits,
+        )
         for bits in BITS
     ]
     turns = [float32]
@@ -120,6 +134,7 @@ class Worker:
             "peer": self.engine.peer,
             "bits": self.engine.bits,
             "size_bytes": settings.pop("size_bytes", 0),
+            "made": self.engine.made,
             "settings": settings,
             "check": {name: value for name, value in self.checked.items() if name != "logits"},
             "decode": {"tokens_per_s": 1 / median(decode), "seconds": decode} if decode else None,

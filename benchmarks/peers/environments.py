@@ -30,7 +30,7 @@ ENVIRONMENTS = {
 
 
 def python_of(peer: str, folder: Path, jobs: int) -> str:
-    """The interpreter of a peer, installed under `folder` unless it is there; ours for peers that need no other."""
+    """The interpreter of a peer, installed under `folder` if it is not there; ours where it needs no other."""
     if peer not in ENVIRONMENTS:
         return sys.executable
     wanted, home = ENVIRONMENTS[peer], folder / peer

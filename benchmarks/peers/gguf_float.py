@@ -1,7 +1,7 @@
 """The float model as an F16 GGUF file, from which llama.cpp makes its own formats.
 
-A .gguf file keeps everything but its tensors' types; a folder of a Llama gets a file without a vocabulary, which is
-enough to run token ids.
+A .gguf file keeps everything but its tensors' types; a folder of a Llama gets a file without a vocabulary,
+which is enough to run token ids.
 """
 
 from __future__ import annotations

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bitmill.bench.memory import cache_bytes
 from bitmill.comparison.machine import describe_machine
 
-SETS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_vbmi", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+SETS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_vbmi",
+    "avx512_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+)
 
 
 def describe_host(threads: int) -> dict[str, Any]:
@@ -21,8 +33,13 @@ def describe_host(threads: int) -> dict[str, Any]:
         "instruction_sets": _instruction_sets(),
         "cache_bytes": cache_bytes(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "load_average": os.getloadavg()[0],
+        "busy": busy(),
     }
+
+
+def busy() -> float:
+    """The share of the processors that others use, seen while nothing of this benchmark runs."""
+    return psutil.cpu_percent(interval=1) / 100
 
 
 def _instruction_sets() -> list[str]:

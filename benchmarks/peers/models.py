@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,9 +21,11 @@ class Model:
     """A float model, and how bitmill quantizes it.
 
     head_bits: what llama.cpp stores the output matrix of the same model in.
+    text: what it is asked to continue; a model without one has random weights and no words.
     """
 
     name: str
+    about: str
     options: tuple[str, ...]
     head_bits: int
     text: str | None
@@ -51,11 +54,16 @@ class Model:
         out = folder / f"{self.name}-{bits}-bits-head-{self.head_bits}"
         if not out.is_dir():
             _say(f"quantizing {self.name} to {bits} bits")
-            command = [sys.executable, "-m", "bitmill.cli.main", "quantize", self.source(folder), *self.options]
-            command += ["--bits", str(bits), "--head-bits", str(self.head_bits), "--measure", "0", "-o", str(out)]
+            command = [sys.executable, "-m", "bitmill.cli.main", *self.command(bits, self.source(folder))[1:]]
+            command += ["--measure", "0", "-o", str(out)]
             command += ["--resume"] if out.with_name(out.name + ".partial").is_dir() else []
             _run(command)
         return out
+
+    def command(self, bits: int, source: str | None = None) -> list[str]:
+        """How bitmill quantizes it, without where to."""
+        made = ["bitmill", "quantize", source or self.name, *self.options]
+        return [*made, "--bits", str(bits), "--head-bits", str(self.head_bits)]
 
     def gguf(self, folder: Path, kind: str, python: str) -> Path:
         """llama.cpp's file, quantized by llama.cpp; `python` is its environment's."""
@@ -84,10 +92,32 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("smollm2-135m", ("--method", "gptq", "--samples", "8", "--seqlen", "256"), 8, "The capital of France is"),
-        Model("synthetic-1b", ("--method", "rtn"), 6, None),
+        Model(
+            "smollm2-135m",
+            "135 M weights, 30 blocks, the head tied to the embedding. Its rows of 576 are no multiple of the 256 "
+            "that k-quants take together, so llama.cpp stores most of its Q3_K in other types.",
+            ("--method", "gptq", "--samples", "8", "--seqlen", "256"),
+            8,
+            "The capital of France is",
+        ),
+        Model(
+            "synthetic-1b",
+            "1.1 B random weights in the shape of TinyLlama: 22 blocks, hidden 2048, intermediate 5632, 32 heads, "
+            "4 of them for keys and values, 32000 tokens. What it says means nothing, its speed is a model's.",
+            ("--method", "rtn"),
+            6,
+            None,
+        ),
     )
 }
+
+
+def types_of(file: Path) -> str:
+    """How many matrices of a GGUF file are stored in which type."""
+    import gguf
+
+    found = Counter(t.tensor_type.name for t in gguf.GGUFReader(file).tensors if len(t.shape) > 1)
+    return ", ".join(f"{count} {kind}" for kind, count in found.most_common())
 
 
 @cache

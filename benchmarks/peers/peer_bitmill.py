@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,22 @@ class Packed(Transformers):
             "version": bitmill.__version__,
             "kernels": native().isa() if is_available() else None,
             "activations": activations(),
+            "decode": _decode_path(self.model),
             "size_bytes": folder_bytes(self.folder),
         }
 
     def bandwidth(self) -> float:
         """Bytes a second that all threads read."""
         return max(self.memory.measure() for _ in range(3))
+
+
+def _decode_path(model: Any) -> str:
+    """Whether tokens are decoded by the compiled step, and if not, why."""
+    if find_spec("bitmill.runtime.decode") is None:
+        return "transformers' own forward"
+    from bitmill.runtime.decode import decode_path
+
+    return str(decode_path(model))
 
 
 if __name__ == "__main__":

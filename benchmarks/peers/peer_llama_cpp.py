@@ -43,16 +43,18 @@ class LlamaCpp(Engine):
         return super().prefill(prompt)
 
     def tune(self, prompt: list[int], tokens: int) -> None:
-        """Flash attention or not, all threads or one less, how much of the prompt at once: whichever is fastest."""
-        threads = sorted({max(1, self.threads - 1), self.threads})
-        decode = [{"threads": n, "ubatch": 512, "flash_attention": flash} for n in threads for flash in (0, 1)]
+        """Flash attention or not, all threads or one less, how much of a prompt at once: what is fastest."""
+        sizes = sorted({max(1, self.threads - 1), self.threads})
+        decode = [{"threads": n, "ubatch": 512, "flash_attention": flash} for n in sizes for flash in (0, 1)]
         prefill = [
             {"threads": self.threads, "ubatch": size, "flash_attention": flash}
             for size, flash in itertools.product((128, 512), (0, 1))
         ]
-        self.chosen = {}
+        short = prompt[:16]
         self.chosen = {
-            "decode": min(decode, key=lambda uses: self._seconds(uses, lambda: Engine.decode(self, prompt[:16], tokens))),
+            "decode": min(
+                decode, key=lambda uses: self._seconds(uses, lambda: Engine.decode(self, short, tokens))
+            ),
             "prefill": min(prefill, key=lambda uses: self._seconds(uses, lambda: Engine.prefill(self, prompt))),
         }
 

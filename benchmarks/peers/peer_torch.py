@@ -11,6 +11,7 @@ import transformers
 from worker import Engine, serve
 
 import bitmill
+from bitmill.bench.memory import timed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -46,6 +47,11 @@ class Transformers(Engine):
         logits = self.model(torch.tensor([prompt + continuation])).logits[0].float()
         chosen = logits[len(prompt) - 1 : -1].log_softmax(-1)
         return -float(chosen.gather(-1, torch.tensor(continuation)[:, None]).mean())
+
+    def arithmetic(self) -> float:
+        """fp32 operations a second of a large matrix product."""
+        a, b = torch.randn(2, 1536, 1536)
+        return 2 * 1536**3 / min(timed(lambda: a @ b) for _ in range(8))
 
     def _run(self, tokens: list[int]) -> np.ndarray:
         ids = torch.tensor([tokens])

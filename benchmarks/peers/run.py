@@ -4,11 +4,11 @@
     python benchmarks/peers/run.py                      # measures; minutes
     python benchmarks/peers/run.py --model smollm2-135m --peers llama.cpp --turns 1 --json
 
-Every engine is a process that holds its model and waits while another one works. A turn asks all of them once, bitmill
-between its peers; figures are medians over the turns, ratios medians of the ratios within a turn. An engine that does
-not pass its check is not measured: logits finite, of the right size, and near the float model's; a continuation that
-the float model finds likely. Results go to benchmarks/results/peers-MODEL.json after every turn;
-benchmarks/performance.py makes the page of them.
+Every engine is a process that holds its model and waits while another one works. A turn asks all of them once,
+bitmill between its peers; figures are medians over the turns, ratios medians of the ratios within a turn. An engine
+that does not pass its check is not measured: logits finite, of the right size, and near the float model's; a
+continuation that the float model finds likely. Results go to benchmarks/results/peers-MODEL.json after every turn,
+and benchmarks/performance.py makes the page of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from engines import PEERS, Worker, engines_of
 from environments import python_of
-from host import describe_host
+from host import busy, describe_host
 from models import HERE, MODELS, Model
 
 from bitmill.models.zoo import cache_folder
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Plain data: machine, and for every engine its check, decode, prefill and memory; ratios of bitmill to each."""
+    """Plain data: machine; of every engine its check, decode, prefill and memory; ratios of bitmill to each."""
     files, peers = arguments.folder / "models", arguments.peers.split(",")
     files.mkdir(parents=True, exist_ok=True)
     pythons = {peer: python_of(peer, arguments.folder, arguments.jobs) for peer in ("bitmill", *peers)}
@@ -75,8 +75,8 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     prompt, long = prompts(model)
     result: dict[str, Any] = {
         "model": model.name,
+        "about": model.about,
         "machine": describe_host(arguments.threads),
-        "command": "python benchmarks/peers/run.py",
         "prompt_tokens": PROMPT,
         "decode_tokens": arguments.tokens,
         "prefill_tokens": PREFILL,
@@ -86,6 +86,7 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         measured = [w for w in workers if w.check(prompt, model, reference=workers[0])]
         for worker in measured:
             worker.settle(long)
+        result["machine"]["arithmetic"] = workers[0].ask("arithmetic")
         for turn in range(max(arguments.turns, arguments.prefill_turns)):
             result.setdefault("read_bandwidths", []).append(workers[1].ask("bandwidth"))
             for worker in measured:
@@ -96,12 +97,13 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
                 if turn < arguments.prefill_turns:
                     time.sleep(PAUSE_S)
                     worker.prefill(long)
-            result["machine"]["load_average_after"] = os.getloadavg()[0]
             result |= {"engines": [worker.result() for worker in workers], "ratios": ratios(measured)}
             save(result, arguments.out / f"peers-{model.name}.json")
     finally:
         for worker in workers:
             worker.close()
+    result["machine"]["busy"] = max(result["machine"]["busy"], busy())
+    save(result, arguments.out / f"peers-{model.name}.json")
     return result
 
 
@@ -142,7 +144,7 @@ def show(result: dict[str, Any]) -> None:
     machine = result["machine"]
     console.print(
         f"{result['model']} on {machine['cpu']}, {machine['threads']} threads, "
-        f"{median(result['read_bandwidths']) / 1e9:.1f} GB/s read; load {machine['load_average']:.1f}"
+        f"{median(result['read_bandwidths']) / 1e9:.1f} GB/s read; others use {machine['busy']:.0%}"
     )
     table = Table(box=None, pad_edge=False)
     for column in ("engine", "MB", "decode tokens/s", "prefill tokens/s", "peak MB", "check"):
