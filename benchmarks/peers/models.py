@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).parent
 GGUF_TYPES = ("Q4_0", "Q4_1", "Q3_K", "Q8_0")
 BITS = (4, 3, 2)
@@ -48,6 +50,18 @@ class Model:
     def ids(self, text: str) -> list[int]:
         """Token ids of a text."""
         return list(_tokenizer(self.name)(text)["input_ids"])
+
+    def folder(self, files: Path) -> str:
+        """The float model as a folder that any program of transformers' kind loads."""
+        if self.text is None:
+            return self.source(files)
+        out = files / f"{self.name}-folder"
+        if not (out / "config.json").is_file():
+            import bitmill
+
+            bitmill.load_tokenizer(self.name).save_pretrained(out)
+            bitmill.load(self.name, dtype=torch.bfloat16).save_pretrained(out)
+        return str(out)
 
     def packed(self, folder: Path, bits: int) -> Path:
         """bitmill's folder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,8 @@ class LlamaCpp(Engine):
         ]
         short = prompt[:16]
         self.chosen = {
-            "decode": min(
-                decode, key=lambda uses: self._seconds(uses, lambda: Engine.decode(self, short, tokens))
-            ),
-            "prefill": min(prefill, key=lambda uses: self._seconds(uses, lambda: Engine.prefill(self, prompt))),
+            "decode": self._fastest(decode, lambda: Engine.decode(self, short, tokens)),
+            "prefill": self._fastest(prefill, lambda: Engine.prefill(self, prompt)),
         }
 
     def settings(self) -> dict[str, Any]:
@@ -66,10 +65,12 @@ class LlamaCpp(Engine):
             **self.chosen,
         }
 
-    def _seconds(self, uses: dict[str, int], measure: Any) -> float:
-        self._open(uses)
-        measure()
-        return min(measure(), measure())
+    def _fastest(self, settings: list[dict[str, int]], measure: Callable[[], float]) -> dict[str, int]:
+        def seconds(uses: dict[str, int]) -> float:
+            self._open(uses)
+            return min(measure() for _ in range(2))
+
+        return min(settings, key=seconds)
 
     def _open(self, uses: dict[str, int]) -> None:
         """A context of these settings, unless it is the one that is open."""

@@ -5,10 +5,10 @@
     python benchmarks/peers/run.py --model smollm2-135m --peers llama.cpp --turns 1 --json
 
 Every engine is a process that holds its model and waits while another one works. A turn asks all of them once,
-bitmill between its peers; figures are medians over the turns, ratios medians of the ratios within a turn. An engine
-that does not pass its check is not measured: logits finite, of the right size, and near the float model's; a
-continuation that the float model finds likely. Results go to benchmarks/results/peers-MODEL.json after every turn,
-and benchmarks/performance.py makes the page of them.
+bitmill between its peers; figures are medians over the turns, ratios medians of the ratios within a turn. An
+engine that does not pass its check is not measured: logits finite, of the right size, and near the float model's;
+a continuation that the float model finds likely. Results go to benchmarks/results/peers-MODEL.json after every
+turn, and benchmarks/performance.py makes the page of them.
 """
 
 from __future__ import annotations
