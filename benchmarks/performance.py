@@ -187,7 +187,14 @@ def _model(run: dict[str, Any]) -> list[str]:
     lines += ["", *_notes(run)]
     said = [e for e in run["engines"] if e["check"].get("text")]
     if said:
-        lines += ["What they said:", "", "```text", *(f"{e['name']:16s} {_line(e)}" for e in said), "```", ""]
+        lines += [
+            "What they said:",
+            "",
+            "```text",
+            *(f"{e['name']:16s} {e['check']['text']}" for e in said),
+            "```",
+            "",
+        ]
     return lines
 
 
@@ -213,10 +220,6 @@ def _switch(uses: dict[str, int]) -> str:
 
 def _named(engine: dict[str, Any]) -> str:
     return f"**{engine['name']} bits**" if engine["peer"] == "bitmill" else engine["name"]
-
-
-def _line(engine: dict[str, Any]) -> str:
-    return " ".join(engine["check"]["text"].split())
 
 
 def _speed(measured: dict[str, Any] | None) -> str:

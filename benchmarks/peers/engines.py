@@ -16,7 +16,7 @@ from models import BITS, GGUF_TYPES, HERE, Model, types_of
 PEERS = ("llama.cpp", "torch", "vllm")
 SAID = 16  # tokens of a check
 LEAST_COSINE = 0.5  # between the logits of an engine and the float model's
-MOST_NATS = 4.0  # a token, that the float model may give to a continuation; guessing is worth 10.8
+MOST_NATS = 5.0  # a token, that the float model may give to a continuation; guessing is worth 10.8
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Worker:
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / f"{engine.name.replace(' ', '-')}.log"
         command = [engine.python, str(HERE / engine.script), engine.file, "--threads", str(threads)]
-        command += [engine.option] if engine.option else []
+        command += ["--option", engine.option] if engine.option else []
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
@@ -104,13 +104,14 @@ class Worker:
         expected = reference.checked["logits"] if self is not reference else logits
         answer["cosine"] = cosine(logits, expected) if logits else None
         answer["nats"] = reference.ask("score", prompt=prompt, continuation=answer["tokens"])
-        answer["text"] = model.words(prompt + answer["tokens"])
+        answer["text"] = " ".join(model.words(answer["tokens"]).split())
         answer["passed"] = (
             answer["finite"]
             and (not logits or (len(logits) == len(expected) and answer["cosine"] >= LEAST_COSINE))
             and (model.text is None or answer["nats"] <= MOST_NATS)
         )
         self.checked = {**answer, "logits": logits}
+        self.settings = self.ask("settings")
         return bool(answer["passed"])
 
     def settle(self, prompt: list[int]) -> None:

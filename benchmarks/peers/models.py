@@ -110,7 +110,7 @@ MODELS = {
             "smollm2-135m",
             "135 M weights, 30 blocks, the head tied to the embedding. Its rows of 576 are no multiple of the 256 "
             "that k-quants take together, so llama.cpp stores most of its Q3_K in other types.",
-            ("--method", "gptq", "--samples", "8", "--seqlen", "256"),
+            ("--method", "gptq", "--samples", "16"),
             8,
             "The capital of France is",
         ),

@@ -18,7 +18,7 @@ from bitmill.runtime.native import activations, is_available, native
 class Packed(Transformers):
     """What `bitmill.load` returns."""
 
-    def load(self, model: Path, options: list[str]) -> Any:
+    def load(self, model: Path, option: str) -> Any:
         self.folder, self.memory = model, ReadBandwidth()
         return bitmill.load(model)
 

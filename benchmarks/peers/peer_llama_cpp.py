@@ -16,7 +16,7 @@ from worker import Engine, serve
 class LlamaCpp(Engine):
     """A GGUF file."""
 
-    def __init__(self, model: Path, threads: int, context: int, options: list[str]) -> None:
+    def __init__(self, model: Path, threads: int, context: int, option: str) -> None:
         ll.llama_backend_init()
         self.model = ll.llama_model_load_from_file(str(model).encode(), ll.llama_model_default_params())
         if not self.model:

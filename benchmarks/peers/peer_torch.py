@@ -19,14 +19,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Transformers(Engine):
     """Any causal model as transformers runs it: its own cache, one call a token."""
 
-    def __init__(self, model: Path, threads: int, context: int, options: list[str]) -> None:
+    def __init__(self, model: Path, threads: int, context: int, option: str) -> None:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        self.model = self.load(model, options)
+        self.model = self.load(model, option)
         self.cache: Any = None
 
-    def load(self, model: Path, options: list[str]) -> Any:
-        dtype = DTYPES[options[0]]
+    def load(self, model: Path, option: str) -> Any:
+        dtype = DTYPES[option]
         if model.is_dir():
             return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         return bitmill.load(str(model), dtype=dtype)

@@ -17,7 +17,7 @@ from worker import Engine, serve
 class Vllm(Engine):
     """A folder of transformers."""
 
-    def __init__(self, model: Path, threads: int, context: int, options: list[str]) -> None:
+    def __init__(self, model: Path, threads: int, context: int, option: str) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self.model = vllm.LLM(
             str(model),

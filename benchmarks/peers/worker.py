@@ -24,7 +24,7 @@ import numpy as np
 class Engine:
     """A loaded model that reads tokens and says what comes next."""
 
-    def __init__(self, model: Path, threads: int, context: int, options: list[str]) -> None:
+    def __init__(self, model: Path, threads: int, context: int, option: str) -> None:
         raise NotImplementedError
 
     def read(self, tokens: list[int]) -> np.ndarray:
@@ -74,14 +74,14 @@ def serve(kind: type[Engine]) -> None:
     """Answer requests until there are none; only answers go to stdout, whatever libraries print to stderr."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
+    parser.add_argument("--option", default="")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("options", nargs="*")
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    engine = kind(arguments.model, arguments.threads, arguments.context, arguments.options)
+    engine = kind(arguments.model, arguments.threads, arguments.context, arguments.option)
     _say(answers, {"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
