@@ -75,6 +75,36 @@ void codes_at_rows(const Layout& l, Bytes stored, Array<const int64_t, 1> rows, 
     codes_at(l, stored.data(), rows.data(), rows.size(), out.data(), threads);
 }
 
+void bytes_to_layout_of(const Layout& l, Array<const uint8_t, 2> codes, Array<uint8_t, 1> out, int threads) {
+    check(l, out.size());
+    require(codes.shape(0) == static_cast<size_t>(l.rows) && codes.shape(1) == static_cast<size_t>(l.columns),
+            "codes have another shape");
+    nb::gil_scoped_release free;
+    bytes_to_layout(l, codes.data(), out.data(), threads);
+}
+
+void decode_of(const Layout& l, Bytes codes, Array<const float, 1> tables, std::optional<Array<const int32_t, 2>> ids,
+               Array<const float, 2> scales, Array<const float, 2> zeros, int64_t first, Array<float, 2> out, int threads) {
+    check(l, codes.size());
+    require(l.rows_per_tile <= 16, "a tile has up to 16 rows");
+    const auto fits = [&](size_t rows, size_t groups) {
+        return (rows == 1 || rows == out.shape(0)) && (groups == 1 || groups == static_cast<size_t>(l.groups()));
+    };
+    require(fits(scales.shape(0), scales.shape(1)) && fits(zeros.shape(0), zeros.shape(1)) &&
+                (!ids || fits(ids->shape(0), ids->shape(1))), "numbers are of other groups");
+    const int64_t one = int64_t{1} << l.bits, count = (static_cast<int64_t>(tables.size()) - 64) / one;
+    require(count > 0, "the tables are too small");
+    for (size_t i = 0; ids && i < ids->size(); ++i) require(0 <= ids->data()[i] && ids->data()[i] < count, "there is no such table");
+    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows && out.shape(1) == static_cast<size_t>(l.columns),
+            "the rows are not the layout's");
+    const auto size = [](const auto& a, int i) { return static_cast<int64_t>(a.shape(i)); };
+    const Levels levels{l, codes.data(), first, tables.data(), ids ? ids->data() : nullptr, scales.data(), zeros.data(),
+                        ids ? size(*ids, 0) : 1, ids ? size(*ids, 1) : 1, size(scales, 0), size(scales, 1),
+                        size(zeros, 0), size(zeros, 1)};
+    nb::gil_scoped_release free;
+    decode_levels(levels, out.shape(0), out.data(), threads);
+}
+
 void linear_of(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes, int64_t records_per_tile, int bank_bits,
                float zero, Bytes codes, Bytes tables, std::optional<Bytes> ids, std::optional<Array<const float, 1>> powers,
                std::optional<Bytes> scales, std::optional<Bytes> zeros, Array<const float, 1> row_scales, int act,
@@ -164,6 +194,62 @@ void vector_decode_of(int set, int64_t group, int bits, Array<const int32_t, 2> 
     vector_decode(w, first, out.shape(0), out.data(), threads);
 }
 
+void coordinates_of(int bits, int64_t columns, Array<const int32_t, 2> words, Array<int8_t, 2> y, Array<uint8_t, 2> gains,
+                    int threads) {
+    const int64_t points = (columns + 15) / 16, rows = words.shape(0);
+    require(1 <= bits && bits <= 4 && columns > 0 && static_cast<int64_t>(words.shape(1)) * 32 >= points * (16 * bits + 4) &&
+                static_cast<int64_t>(y.shape(0)) == rows && static_cast<int64_t>(y.shape(1)) == 16 * points &&
+                static_cast<int64_t>(gains.shape(0)) == rows && static_cast<int64_t>(gains.shape(1)) == points,
+            "the arrays are not of one matrix");
+    const Vectors w{VectorSet::pyramid, rows, columns, columns, reinterpret_cast<const uint32_t*>(words.data()),
+                    static_cast<int64_t>(words.shape(1)), nullptr, 1, false, bits, nullptr};
+    nb::gil_scoped_release free;
+    coordinates(w, y.data(), gains.data(), threads);
+}
+
+void numbers_of(int bits, Array<const int8_t, 2> y, Array<const uint8_t, 2> gains, Array<int32_t, 2> words, int threads) {
+    const int64_t rows = y.shape(0), points = gains.shape(1);
+    require(1 <= bits && bits <= 4 && static_cast<int64_t>(y.shape(1)) == 16 * points &&
+                static_cast<int64_t>(gains.shape(0)) == rows && static_cast<int64_t>(words.shape(0)) == rows &&
+                static_cast<int64_t>(words.shape(1)) == (points * (16 * bits + 4) + 31) / 32,
+            "the arrays are not of one matrix");
+    nb::gil_scoped_release free;
+    numbers(bits, rows, points, y.data(), gains.data(), reinterpret_cast<uint32_t*>(words.data()), words.shape(1), threads);
+}
+
+Points points(const Layout& l, const Bytes& codes, const Bytes& gains, const Array<const float, 1>& lengths,
+              const Array<const float, 1>& scales, const Array<const int32_t, 1>& starts, const Array<const int32_t, 1>& places,
+              const Array<const int8_t, 2>& odd, int64_t columns) {
+    check(l, codes.size());
+    require(3 <= l.bits && l.bits <= 5 && l.rows_per_tile == 16 && l.group == 16 && l.group_blocks == 4 && l.columns % 16 == 0,
+            "points have layouts of their own");
+    require(l.columns - 16 < columns && columns <= l.columns, "there are other columns");
+    require(gains.size() == static_cast<size_t>(l.tiles() * l.chunks() * 16) && lengths.size() == 256, "gains have another size");
+    require(scales.size() == 1 || scales.size() == static_cast<size_t>(l.rows), "scales are of other rows");
+    require(starts.size() == static_cast<size_t>(l.rows + 1) && starts.data()[0] == 0 &&
+                starts.data()[l.rows] == static_cast<int64_t>(places.size()) && odd.shape(0) == places.size() && odd.shape(1) == 16,
+            "the odd points are not the matrix's");
+    return {l, codes.data(), gains.data(), lengths.data(), scales.data(), scales.size() > 1, starts.data(), places.data(), odd.data()};
+}
+
+void points_linear_of(const Layout& l, Bytes codes, Bytes gains, Array<const float, 1> lengths, Array<const float, 1> scales,
+                      Array<const int32_t, 1> starts, Array<const int32_t, 1> places, Array<const int8_t, 2> odd, int act,
+                      Array<const float, 2> x, Array<float, 2> y, int threads) {
+    const Points w = points(l, codes, gains, lengths, scales, starts, places, odd, x.shape(1));
+    require(0 <= act && act <= 1 && y.shape(0) == x.shape(0) && y.shape(1) == static_cast<size_t>(l.rows), "y has another shape");
+    nb::gil_scoped_release free;
+    points_linear(w, x.data(), x.shape(1), x.shape(0), static_cast<Act>(act), y.data(), threads);
+}
+
+void points_decode_of(const Layout& l, Bytes codes, Bytes gains, Array<const float, 1> lengths, Array<const float, 1> scales,
+                      Array<const int32_t, 1> starts, Array<const int32_t, 1> places, Array<const int8_t, 2> odd, int64_t first,
+                      Array<float, 2> out, int threads) {
+    const Points w = points(l, codes, gains, lengths, scales, starts, places, odd, out.shape(1));
+    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows, "the rows are not the matrix's");
+    nb::gil_scoped_release free;
+    points_decode(w, out.shape(1), first, out.shape(0), out.data(), threads);
+}
+
 void rotate_of(Array<const int64_t, 2> steps, Array<const float, 1> numbers, Array<const int32_t, 1> orders,
                Array<float, 2> x, int threads) {
     static_assert(sizeof(RotationStep) == 6 * sizeof(int64_t));
@@ -211,6 +297,9 @@ NB_MODULE(_native, m) {
     m.def("to_layout", to_layout_of, "layout"_a, "words"_a, "out"_a, "threads"_a);
     m.def("from_layout", from_layout_of, "layout"_a, "stored"_a, "words"_a, "threads"_a);
     m.def("codes_of", codes_of_rows, "layout"_a, "stored"_a, "first"_a, "out"_a, "threads"_a);
+    m.def("bytes_to_layout", bytes_to_layout_of, "layout"_a, "codes"_a, "out"_a, "threads"_a);
+    m.def("decode", decode_of, "layout"_a, "codes"_a, "tables"_a, "ids"_a.none(), "scales"_a, "zeros"_a, "first"_a, "out"_a,
+          "threads"_a);
     m.def("codes_at", codes_at_rows, "layout"_a, "stored"_a, "rows"_a, "out"_a, "threads"_a);
     m.def("linear", linear_of, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a, "records_per_tile"_a, "bank_bits"_a,
           "zero"_a, "codes"_a, "tables"_a, "ids"_a.none(), "powers"_a.none(), "scales"_a.none(), "zeros"_a.none(),
@@ -220,6 +309,12 @@ NB_MODULE(_native, m) {
           "threads"_a);
     m.def("vector_decode", vector_decode_of, "set"_a, "group"_a, "bits"_a, "words"_a, "scales"_a, "table"_a, "first"_a,
           "out"_a, "threads"_a);
+    m.def("coordinates", coordinates_of, "bits"_a, "columns"_a, "words"_a, "y"_a, "gains"_a, "threads"_a);
+    m.def("numbers", numbers_of, "bits"_a, "y"_a, "gains"_a, "words"_a, "threads"_a);
+    m.def("points_linear", points_linear_of, "layout"_a, "codes"_a, "gains"_a, "lengths"_a, "scales"_a, "starts"_a, "places"_a,
+          "odd"_a, "act"_a, "x"_a, "y"_a, "threads"_a);
+    m.def("points_decode", points_decode_of, "layout"_a, "codes"_a, "gains"_a, "lengths"_a, "scales"_a, "starts"_a, "places"_a,
+          "odd"_a, "first"_a, "out"_a, "threads"_a);
     m.def("rotate", rotate_of, "steps"_a, "numbers"_a, "orders"_a, "x"_a, "threads"_a);
     m.def("sparse_add", sparse_add_of, "starts"_a, "places"_a, "values"_a, "x"_a, "y"_a, "threads"_a);
     m.def("read_all", [](Bytes bytes, int threads) {

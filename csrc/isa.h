@@ -3,6 +3,8 @@
 #include <string>
 #include <vector>
 
+#include "lut/levels.h"
+
 namespace bitmill {
 
 struct LookupKernels;    // lut/kernel.h
@@ -14,6 +16,7 @@ struct SparseKernels;    // sparse/sparse.h
 struct Isa {
     const char* name;
     const LookupKernels* lookup;
+    DecodeRows decode;
     const AdditiveKernels* additive;
     const VectorKernels* vector;
     const RotationKernels* rotation;

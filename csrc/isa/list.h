@@ -2,6 +2,7 @@
 #pragma once
 #include "../additive/kernel.h"
 #include "../isa.h"
+#include "../lut/decode.h"
 #include "../lut/kernel.h"
 #include "../rotation/kernel.h"
 #include "../sparse/kernel.h"
@@ -11,7 +12,7 @@ namespace bitmill {
 
 template <class V>
 constexpr Isa isa_of(const char* name, const LookupKernels* lookup) {
-    return {name, lookup, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>, &sparse_kernels<V>};
+    return {name, lookup, decode_rows_with<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>, &sparse_kernels<V>};
 }
 
 }  // namespace bitmill

@@ -71,12 +71,14 @@ void unpack_block(const uint8_t* chunk, int bits, int i, uint8_t* codes) {
     });
 }
 
-void to_layout(const Layout& l, const uint32_t* words, int64_t words_per_row, uint8_t* out, int threads) {
+// read(row, codes) gives a row's codes.
+template <class Read>
+void fill_layout(const Layout& l, uint8_t* out, int threads, const Read& read) {
     in_shares(l.tiles(), threads, [&](int64_t first, int64_t last) {
         std::vector<uint8_t> row(l.columns), tile(l.rows_per_tile * l.padded_columns());
         for (int64_t t = first; t < last; ++t) {
             for (int64_t r = 0; r < l.rows_per_tile && t * l.rows_per_tile + r < l.rows; ++r) {
-                read_words(words + (t * l.rows_per_tile + r) * words_per_row, l.bits, l.columns, row.data());
+                read(t * l.rows_per_tile + r, row.data());
                 each_group(l, [&](int64_t from, int64_t to, int64_t count) {
                     std::memcpy(tile.data() + r * l.padded_columns() + to, row.data() + from, count);
                 });
@@ -84,6 +86,16 @@ void to_layout(const Layout& l, const uint32_t* words, int64_t words_per_row, ui
             pack_tile(l, tile.data(), out + t * l.tile_bytes());
         }
     });
+}
+
+void to_layout(const Layout& l, const uint32_t* words, int64_t words_per_row, uint8_t* out, int threads) {
+    fill_layout(l, out, threads, [&](int64_t row, uint8_t* codes) {
+        read_words(words + row * words_per_row, l.bits, l.columns, codes);
+    });
+}
+
+void bytes_to_layout(const Layout& l, const uint8_t* codes, uint8_t* out, int threads) {
+    fill_layout(l, out, threads, [&](int64_t row, uint8_t* to) { std::memcpy(to, codes + row * l.columns, l.columns); });
 }
 
 void codes_of(const Layout& l, const uint8_t* stored, int64_t first, int64_t count, uint8_t* out, int threads) {

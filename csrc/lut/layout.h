@@ -48,6 +48,8 @@ void unpack_block(const uint8_t* chunk, int bits, int i, uint8_t* codes);
 // Dense rows of codes, least significant bit first in 32-bit words (numerics/packing.py), to the layout above, and
 // back. `words` is (rows, words_per_row); `out` of to_layout is zeroed by the caller.
 void to_layout(const Layout& layout, const uint32_t* words, int64_t words_per_row, uint8_t* out, int threads);
+// The same from one byte a code, (rows, columns).
+void bytes_to_layout(const Layout& layout, const uint8_t* codes, uint8_t* out, int threads);
 void from_layout(const Layout& layout, const uint8_t* stored, uint32_t* words, int64_t words_per_row, int threads);
 // Codes of `count` rows from `first` on, one byte each, (count, columns).
 void codes_of(const Layout& layout, const uint8_t* stored, int64_t first, int64_t count, uint8_t* out, int threads);

@@ -59,4 +59,14 @@ void linear(const Weights& weights, const float* x, int64_t tokens, Act act, flo
     });
 }
 
+void decode_levels(const Levels& levels, int64_t count, float* out, int threads) {
+    const Layout& l = levels.layout;
+    const int64_t R = l.rows_per_tile, first = levels.first, last = first + count;
+    in_shares((last + R - 1) / R - first / R, threads, [&](int64_t from, int64_t to) {
+        std::vector<uint8_t> codes(R * l.padded_columns() + 64);
+        const int64_t start = std::max(first, (first / R + from) * R), stop = std::min(last, (first / R + to) * R);
+        isa().decode(levels, out + (start - first) * l.columns, codes.data(), start, stop);
+    });
+}
+
 }  // namespace bitmill

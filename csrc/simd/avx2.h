@@ -92,6 +92,10 @@ struct Avx2 {
     static BITMILL_INLINE Floats add(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
     static BITMILL_INLINE Floats sub(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
     static BITMILL_INLINE Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+    static BITMILL_INLINE Floats inverse_root(Floats v) {  // 1 / sqrt(v), nearly to the last bit
+        const Floats r = {_mm256_rsqrt_ps(v.a), _mm256_rsqrt_ps(v.b)};
+        return mul(r, fnma(mul(v, all(0.5f)), mul(r, r), all(1.5f)));
+    }
     static BITMILL_INLINE void store(float* p, Floats v) {
         _mm256_storeu_ps(p, v.a);
         _mm256_storeu_ps(p + 8, v.b);

@@ -72,6 +72,10 @@ struct Avx512 {
     static BITMILL_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static BITMILL_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
     static BITMILL_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static BITMILL_INLINE Floats inverse_root(Floats v) {  // 1 / sqrt(v), nearly to the last bit
+        const Floats r = _mm512_rsqrt14_ps(v);
+        return mul(r, fnma(mul(v, all(0.5f)), mul(r, r), all(1.5f)));
+    }
     static BITMILL_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 
     // Numbers of R rows, each in all lanes of its row.

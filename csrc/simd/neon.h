@@ -102,6 +102,13 @@ struct Neon {
     static BITMILL_INLINE Floats mul(Floats x, Floats y) {
         return each<Floats>([&](int i) { return vmulq_f32(x.v[i], y.v[i]); });
     }
+    static BITMILL_INLINE Floats inverse_root(Floats v) {  // 1 / sqrt(v), nearly to the last bit
+        return each<Floats>([&](int i) {
+            float32x4_t r = vrsqrteq_f32(v.v[i]);
+            for (int step = 0; step < 2; ++step) r = vmulq_f32(r, vrsqrtsq_f32(vmulq_f32(v.v[i], r), r));
+            return r;
+        });
+    }
     static BITMILL_INLINE void store(float* p, Floats v) {
         for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, v.v[i]);
     }

@@ -17,9 +17,10 @@ inline float from_half(uint16_t h) {
 
 struct Scalar {
     struct Bytes { uint8_t v[64]; };
+    struct Ints { int32_t v[16]; };
     struct Floats { float v[16]; };
     struct Shorts { int16_t v[64]; };
-    static constexpr int bias = 0;
+    static constexpr int batch = 1, bias = 0;
 
     static BITMILL_INLINE Bytes load(const uint8_t* p) {
         Bytes out;
@@ -48,6 +49,18 @@ struct Scalar {
         for (int i = 0; i < 64; ++i) out[i / 16].v[i % 16] = s.v[i];
     }
 
+    template <int R>
+    static BITMILL_INLINE Bytes spread(const int8_t* x) {  // one block's columns to all of its R rows
+        Bytes out;
+        for (int i = 0; i < 64; ++i) out.v[i] = static_cast<uint8_t>(x[i % (64 / R)]);
+        return out;
+    }
+    static BITMILL_INLINE Ints no_ints() { return {}; }
+    static BITMILL_INLINE Ints dot(Ints sum, const Bytes& u, const Bytes& x) {
+        for (int i = 0; i < 64; ++i) sum.v[i / 4] += u.v[i] * static_cast<int8_t>(x.v[i]);
+        return sum;
+    }
+
     template <class Each>
     static BITMILL_INLINE Floats each(const Each& value) {
         Floats out;
@@ -62,6 +75,11 @@ struct Scalar {
     static BITMILL_INLINE Floats fma(const Floats& x, const Floats& y, const Floats& z) {
         return each([&](int i) { return x.v[i] * y.v[i] + z.v[i]; });
     }
+    static BITMILL_INLINE Floats fnma(const Floats& x, const Floats& y, const Floats& z) {
+        return each([&](int i) { return z.v[i] - x.v[i] * y.v[i]; });
+    }
+    static BITMILL_INLINE Floats to_float(const Ints& v) { return each([&](int i) { return static_cast<float>(v.v[i]); }); }
+    static BITMILL_INLINE Floats inverse_root(const Floats& v) { return each([&](int i) { return 1 / std::sqrt(v.v[i]); }); }
     static BITMILL_INLINE void store(float* p, const Floats& v) { std::memcpy(p, v.v, 64); }
 
     template <int R>
@@ -71,8 +89,25 @@ struct Scalar {
         return each([&](int i) { return from_half(halves[i * R / 16]); });
     }
 
+    template <int R>
+    static BITMILL_INLINE Floats named(const float* powers, const uint8_t* ids, int shift) {  // powers[id >> shift]
+        return each([&](int i) { return powers[ids[i * R / 16] >> shift]; });
+    }
+
+    template <int i>
+    static BITMILL_INLINE Ints sixteen(const Bytes& v) {  // bytes 16 i to 16 i + 15 as numbers
+        Ints out;
+        for (int l = 0; l < 16; ++l) out.v[l] = v.v[16 * i + l];
+        return out;
+    }
+    template <int bits>
+    static BITMILL_INLINE Floats look(const float* table, const Ints& at) {
+        return each([&](int i) { return table[at.v[i]]; });
+    }
+
     template <int bits>
     struct Whole {  // a table for all bytes
+        static constexpr int top = bits - 1;  // where the code's last bit is expected
         const uint8_t* record;
         BITMILL_INLINE void load(const uint8_t* from) { record = from; }
         BITMILL_INLINE Bytes look(Bytes code) const {

@@ -3,6 +3,7 @@
 #include "../simd/inline.h"
 #include "e8.h"
 #include "pyramid.h"
+#include "relaid.h"
 
 namespace bitmill {
 
@@ -65,6 +66,19 @@ void vector_decode_with(const Vectors& w, float* out, int64_t first, int64_t las
 }
 
 template <class V>
-constexpr VectorKernels vector_kernels = {vector_linear_with<V>, vector_decode_with<V>};
+void coordinates_with(const Vectors& w, int8_t* y, uint8_t* gains, int64_t first, int64_t last) {
+    const Pyramid<V> set(w);
+    const int64_t points = (w.columns + 15) / 16;
+    int32_t point[16];
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t p = 0; p < points; ++p, y += 16) {
+            *gains++ = static_cast<uint8_t>(set.coordinates(w.words + row * w.words_per_row, p, point));
+            for (int i = 0; i < 16; ++i) y[i] = static_cast<int8_t>(point[i]);
+        }
+}
+
+template <class V>
+constexpr VectorKernels vector_kernels = {vector_linear_with<V>, vector_decode_with<V>, coordinates_with<V>,
+                                          points_linear_with<V>, points_decode_with<V>};
 
 }  // namespace bitmill

@@ -19,7 +19,9 @@ struct Pyramid {
     uint64_t counts[width + 1][most];       // [d][k]: points of d coordinates with k pulses, modulo 2^64
     uint64_t offsets[3][most][most];        // [halves of 8, 4, 2][k][j]: points with fewer than j of k in the first half
 
-    explicit Pyramid(const Vectors& w) : lengths(w.table), bits(w.bits) {
+    explicit Pyramid(const Vectors& w) : Pyramid(w.bits, w.table) {}
+
+    Pyramid(int bits, const float* lengths) : lengths(lengths), bits(bits) {
         for (int k = 0; k < most; ++k) counts[0][k] = k == 0;
         for (int d = 1; d <= width; ++d)
             for (int k = 0; k < most; ++k)
@@ -74,18 +76,45 @@ struct Pyramid {
         return held & ((1u << count) - 1);
     }
 
+    // The point of block b, and its gain.
+    BITMILL_INLINE int coordinates(const uint32_t* words, int64_t b, int32_t* y) const {
+        const int64_t at = b * (16 * bits + 4);
+        Part whole{0, pulses}, eights[2], fours[4], twos[8];
+        for (int i = 0; i < bits; ++i) whole.number |= bits_at(words, at + 16 * i, 16) << 16 * i;
+        split<0>(whole, eights);
+        for (int i = 0; i < 2; ++i) split<1>(eights[i], fours + 2 * i);
+        for (int i = 0; i < 4; ++i) split<2>(fours[i], twos + 2 * i);
+        for (int i = 0; i < 8; ++i) pair(twos[i], y + 2 * i);
+        return static_cast<int>(bits_at(words, at + 16 * bits, 4));
+    }
+
+    // The inverse, of y with the right number of pulses.
+    uint64_t number(const int8_t* y) const {
+        uint64_t found[8];
+        int held[8];
+        for (int i = 0; i < 8; ++i) {
+            const int a = y[2 * i], b = y[2 * i + 1], first = a < 0 ? -a : a;
+            held[i] = first + (b < 0 ? -b : b);
+            if (!held[i]) found[i] = 0;
+            else if (first == 0) found[i] = b < 0;
+            else if (first == held[i]) found[i] = static_cast<uint64_t>(4 * first - 2 + (a < 0));
+            else found[i] = static_cast<uint64_t>(4 * first - 2 + 2 * (a < 0) + (b < 0));
+        }
+        for (int level = 2, parts = 8; level >= 0; --level, parts /= 2)
+            for (int i = 0; i < parts / 2; ++i) {
+                const int first = held[2 * i], rest = held[2 * i + 1], all = first + rest < most ? first + rest : most - 1;
+                found[i] = offsets[level][all][first] + found[2 * i] * counts[8 >> level][rest] + found[2 * i + 1];
+                held[i] = all;
+            }
+        return found[0];
+    }
+
     BITMILL_INLINE void points(const uint32_t* words, int64_t first, int64_t count, float* out) const {
         for (int64_t b = first; b < first + count; ++b, out += width) {
-            const int64_t at = b * (16 * bits + 4);
-            Part whole{0, pulses}, eights[2], fours[4], twos[8];
-            for (int i = 0; i < bits; ++i) whole.number |= bits_at(words, at + 16 * i, 16) << 16 * i;
-            split<0>(whole, eights);
-            for (int i = 0; i < 2; ++i) split<1>(eights[i], fours + 2 * i);
-            for (int i = 0; i < 4; ++i) split<2>(fours[i], twos + 2 * i);
             int32_t y[width], power = 0;
-            for (int i = 0; i < 8; ++i) pair(twos[i], y + 2 * i);
+            const float length = lengths[coordinates(words, b, y)];
             for (int i = 0; i < width; ++i) power += y[i] * y[i];
-            const float norm = std::sqrt(static_cast<float>(power)), length = lengths[bits_at(words, at + 16 * bits, 4)];
+            const float norm = std::sqrt(static_cast<float>(power));
             for (int i = 0; i < width; ++i) out[i] = static_cast<float>(y[i]) / norm * length;
         }
     }

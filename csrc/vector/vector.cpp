@@ -4,7 +4,12 @@
 #include <vector>
 
 #include "../isa.h"
+#include "../lut/inputs.h"
+#include "../simd/scalar.h"
 #include "../threads.h"
+#include "../words.h"
+#include "pyramid.h"
+#include "relaid.h"
 
 namespace bitmill {
 
@@ -22,6 +27,56 @@ void vector_decode(const Vectors& w, int64_t first, int64_t count, float* out, i
     const auto& best = *isa().vector;
     in_shares(count, threads, [&](int64_t from, int64_t to) {
         best.decode(w, out + from * w.columns, first + from, first + to);
+    });
+}
+
+void coordinates(const Vectors& w, int8_t* y, uint8_t* gains, int threads) {
+    const auto& best = *isa().vector;
+    const int64_t points = w.padded_columns() / 16;
+    in_shares(w.rows, threads, [&](int64_t first, int64_t last) {
+        best.coordinates(w, y + first * points * 16, gains + first * points, first, last);
+    });
+}
+
+void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint8_t* gains, uint32_t* words,
+             int64_t words_per_row, int threads) {
+    in_shares(rows, threads, [&](int64_t first, int64_t last) {
+        const Pyramid<Scalar> set(bits, nullptr);
+        const int digits = 4 * bits + 1;
+        std::vector<uint8_t> codes(points * digits);
+        for (int64_t row = first; row < last; ++row) {
+            for (int64_t p = 0; p < points; ++p) {
+                const uint64_t number = set.number(y + (row * points + p) * 16);
+                for (int d = 0; d < digits - 1; ++d) codes[p * digits + d] = static_cast<uint8_t>(number >> 4 * d & 15);
+                codes[p * digits + digits - 1] = gains[row * points + p];
+            }
+            write_words(codes.data(), 4, points * digits, words + row * words_per_row);
+        }
+    });
+}
+
+void points_linear(const Points& w, const float* x, int64_t columns, int64_t tokens, Act act, float* y, int threads) {
+    thread_local std::vector<float> padded;
+    thread_local Buffers buffers;
+    const int64_t width = w.layout.columns;
+    if (columns < width) {
+        padded.assign(tokens * width, 0.0f);
+        for (int64_t t = 0; t < tokens; ++t) std::memcpy(padded.data() + t * width, x + t * columns, columns * sizeof(float));
+        x = padded.data();
+    }
+    isa().lookup->read_inputs(w.layout, x, tokens, act, buffers);
+    const Inputs in = buffers.inputs;
+    const auto& best = *isa().vector;
+    in_shares(w.layout.tiles(), threads, [&](int64_t first, int64_t last) {
+        best.points_linear(w, in, act, tokens, y, first, last);
+        add_odd(w, x, tokens, y, first * 16, std::min(last * 16, w.layout.rows));
+    });
+}
+
+void points_decode(const Points& w, int64_t columns, int64_t first, int64_t count, float* out, int threads) {
+    const auto& best = *isa().vector;
+    in_shares(count, threads, [&](int64_t from, int64_t to) {
+        best.points_decode(w, out + from * columns, columns, first + from, first + to);
     });
 }
 

@@ -5,6 +5,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../lut/kernel.h"
+
 namespace bitmill {
 
 enum class VectorSet { e8, pyramid };
@@ -26,15 +28,47 @@ struct Vectors {
     int64_t padded_columns() const { return (columns + 15) / 16 * 16; }
 };
 
+// Pyramid points laid out anew: vector/relaid.h.
+struct Points {
+    Layout layout;            // of coordinates of bits + 1 bits; columns are whole points
+    const uint8_t* codes;
+    const uint8_t* gains;     // (tiles, chunks, 16): of a row's two points in a chunk, the first in the low half
+    const float* lengths;     // the 16 of them, 16 times
+    const float* scales;      // (rows or 1)
+    bool own_scales;
+    const int32_t* odd_starts;  // (rows + 1): where a row's odd points start, in the order of their places
+    const int32_t* odd_places;  // which point of the row
+    const int8_t* odd_points;   // (odd points, 16)
+
+    float scale_of(int64_t row) const { return scales[own_scales ? row : 0]; }
+    int gain(int64_t row, int64_t point) const {
+        return gains[(row / 16 * layout.chunks() + point / 2) * 16 + row % 16] >> 4 * (point % 2) & 15;
+    }
+    int odd_gain(int64_t row, int64_t odd) const { return gain(row, odd_places[odd]); }
+};
+
 // What an instruction set has, for rows [first, last). x is (tokens, padded columns), zero where padded.
 struct VectorKernels {
     void (*linear)(const Vectors&, const float* x, int64_t tokens, float* y, int64_t first, int64_t last);
     void (*decode)(const Vectors&, float* out, int64_t first, int64_t last);  // out is (last - first, columns)
+    // Coordinates (last - first, whole blocks * 16) and gains (last - first, blocks) of a pyramid's points.
+    void (*coordinates)(const Vectors&, int8_t* y, uint8_t* gains, int64_t first, int64_t last);
+    // Points laid out anew: tiles [first, last), and rows [first, last) of W^.
+    void (*points_linear)(const Points&, const Inputs&, Act, int64_t tokens, float* y, int64_t first, int64_t last);
+    void (*points_decode)(const Points&, float* out, int64_t columns, int64_t first, int64_t last);
 };
 
 // x (tokens, columns), y (tokens, rows).
 void vector_linear(const Vectors& weights, const float* x, int64_t tokens, float* y, int threads);
 // Rows from `first` on, (count, columns).
 void vector_decode(const Vectors& weights, int64_t first, int64_t count, float* out, int threads);
+
+// What `Points` are made from, and the packed words again, (rows, words_per_row).
+void coordinates(const Vectors& weights, int8_t* y, uint8_t* gains, int threads);
+void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint8_t* gains, uint32_t* words,
+             int64_t words_per_row, int threads);
+// x (tokens, columns) and W^ (.., columns), whose last point may be cut.
+void points_linear(const Points& weights, const float* x, int64_t columns, int64_t tokens, Act act, float* y, int threads);
+void points_decode(const Points& weights, int64_t columns, int64_t first, int64_t count, float* out, int threads);
 
 }  // namespace bitmill

@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_model
 
+import bitmill
 from bitmill.bench import memory
 from bitmill.bench.kernels import CASES, bench_kernels, random_packed
 from bitmill.cli.main import main
@@ -58,6 +60,21 @@ def test_the_command_prints_json(capsys):
     assert "uniform" in capsys.readouterr().out
 
 
+def test_models_are_measured(tmp_path, capsys):
+    bitmill.quantize(tiny_model("llama"), "rtn", bits=4, out=tmp_path / "out", measure=0)
+    for command, more in (("decode", []), ("prefill", ["--turns", "2"])):
+        arguments = ["bench", command, str(tmp_path / "out"), "--tokens", "7", *more]
+        assert main([*arguments, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["tokens"] == 7
+        assert result["ratio"] == pytest.approx(result["tokens_per_s"] / result["float_tokens_per_s"])
+        assert result["peak_memory_bytes"] > 0
+        assert main(arguments) == 0
+        assert "tokens/s" in capsys.readouterr().out
+    assert result["first_call_s"] > 0
+    assert result["time_to_first_token_s"] == pytest.approx(7 / result["tokens_per_s"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -65,6 +82,9 @@ def test_the_command_prints_json(capsys):
         (["kernels", "--format", "nonsense"], "--format is 'nonsense'"),
         (["kernels", "--turns", "0"], "--turns is 0"),
         (["decode", "nowhere"], "nowhere is no quantized folder"),
+        (["prefill", "nowhere"], "nowhere is no quantized folder"),
+        (["prefill", "nowhere", "--turns", "0"], "turns is 0"),
+        (["prefill", "nowhere", "--tokens", "0"], "tokens is 0"),
     ],
 )
 def test_what_is_refused(arguments, sentence, capsys):

@@ -29,12 +29,7 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
     """
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; use at least 2.")
-    if not is_checkpoint(Path(model)):
-        raise UsageError(f"{model} is no quantized folder; write one with bitmill quantize {model} -o DIR.")
-    live: Any = api.load(model, trust_remote_code=trust_remote_code)
-    prompt = torch.randint(
-        0, int(live.config.vocab_size), (1, _PROMPT), generator=torch.Generator().manual_seed(0)
-    )
+    live, prompt = packed_model(model, _PROMPT, trust_remote_code)
     packed = _tokens_per_s(live, prompt, tokens)
     peak = peak_memory_bytes()
     live = densify(live)
@@ -49,6 +44,15 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
         "ratio": packed / dense,
         "peak_memory_bytes": peak,
     }
+
+
+def packed_model(model: str | Path, tokens: int, trust_remote_code: bool) -> tuple[Any, Tensor]:
+    """The model of a quantized folder, and a prompt (1, tokens). Raises UsageError for one that is none."""
+    if not is_checkpoint(Path(model)):
+        raise UsageError(f"{model} is no quantized folder; write one with bitmill quantize {model} -o DIR.")
+    live: Any = api.load(model, trust_remote_code=trust_remote_code)
+    generator = torch.Generator().manual_seed(0)
+    return live, torch.randint(0, int(live.config.vocab_size), (1, tokens), generator=generator)
 
 
 def _tokens_per_s(live: nn.Module, prompt: Tensor, tokens: int) -> float:

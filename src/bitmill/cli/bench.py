@@ -1,4 +1,4 @@
-"""bitmill bench kernels and bitmill bench decode."""
+"""bitmill bench kernels, bitmill bench decode and bitmill bench prefill."""
 
 from __future__ import annotations
 
@@ -73,6 +73,33 @@ def decode(
             ("packed", f"{number(result['tokens_per_s'])} tokens/s"),
             ("float", f"{number(result['float_tokens_per_s'])} tokens/s"),
             ("ratio", number(result["ratio"])),
+            ("peak memory", megabytes(result["peak_memory_bytes"])),
+        ]
+        output.result(result, lambda: [facts(rows)])
+
+
+@app.command("prefill")
+def prefill(
+    model: Annotated[str, typer.Argument(help="Quantized folder.", show_default=False)],
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt.")] = 512,
+    turns: Annotated[int, typer.Option(metavar="N", help="Measurements, whose median is reported.")] = 5,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time to read a prompt and choose the next token, of a quantized model and of the same model in fp32."""
+    with working(as_json) as output:
+        output.progress.start(f"reading a prompt with {model}", 0)
+        from bitmill.bench.prefill import bench_prefill
+
+        result = bench_prefill(model, tokens, turns, trust_remote_code)
+        rows = [
+            ("packed", f"{number(result['tokens_per_s'])} tokens/s"),
+            ("float", f"{number(result['float_tokens_per_s'])} tokens/s"),
+            ("ratio", number(result["ratio"])),
+            ("first token after", f"{number(result['time_to_first_token_s'])} s"),
+            ("first call", f"{number(result['first_call_s'])} s"),
             ("peak memory", megabytes(result["peak_memory_bytes"])),
         ]
         output.result(result, lambda: [facts(rows)])

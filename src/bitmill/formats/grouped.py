@@ -142,12 +142,12 @@ class GroupFormat(Format):
 
     def dequantize_rows(self, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
         """Some rows, int64 (n,), of a packed matrix of `shape`: fp32 (n, columns), at the cost of those rows."""
-        if not rows.numel():
-            return torch.empty(0, shape[1], device=rows.device)
         return self.rows_of(self.unpack_codes(tensors["codes"][rows], shape[1]), tensors, shape, rows)
 
     def rows_of(self, codes: Tensor, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
         """The same from the codes of those rows; of the packed tensors only the parameters are read."""
+        if not rows.numel():
+            return torch.empty(0, shape[1], device=rows.device)
         params = {part.name: part.unpack_rows(tensors[part.name], rows) for part in self.parts(shape)}
         return self.dequantize(codes, params, (rows.shape[0], shape[1]))
 

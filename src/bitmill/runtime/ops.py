@@ -62,6 +62,13 @@ def _vector_linear(x: Tensor, parts: list[Tensor], plan: list[int]) -> Tensor:
     return y
 
 
+def _points_linear(x: Tensor, codes: Tensor, parts: list[Tensor], plan: list[int]) -> Tensor:
+    """codes, parts, plan: as `kernels.points` has them; plan starts with `out`."""
+    y = torch.empty(x.shape[0], plan[0])
+    native().points_linear(native().Layout(*plan[:6]), codes, *parts, plan[6], x.contiguous(), y, threads())
+    return y
+
+
 def _rotate(x: Tensor, steps: Tensor, numbers: Tensor, orders: Tensor) -> Tensor:
     """steps, numbers, orders: a chain of turns, see `runtime.rotation_plan`."""
     y = x.clone(memory_format=torch.contiguous_format)
@@ -87,6 +94,9 @@ additive = Operator(
     lambda x, codes, books, scales, layout: layout[0],
 )
 vector_linear = Operator("Tensor[] parts, int[] plan", _vector_linear, lambda x, parts, plan: parts[0].shape[0])
+points_linear = Operator(
+    "Tensor codes, Tensor[] parts, int[] plan", _points_linear, lambda x, codes, parts, plan: plan[0]
+)
 rotate = Operator("Tensor steps, Tensor numbers, Tensor orders", _rotate, lambda x, *rest: x.shape[1])
 sparse_add = Operator(
     "Tensor y, Tensor starts, Tensor places, Tensor values", _sparse_add, lambda x, y, *rest: y.shape[1]

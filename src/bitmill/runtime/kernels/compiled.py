@@ -7,7 +7,9 @@ decode tiles of rows and multiply in floats, bit by bit as the reference kernel 
 from __future__ import annotations
 
 import os
+import threading
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from bitmill.runtime.kernels.reference import by_tiles, decoded
 from bitmill.runtime.native import is_available, native, threads
 
 MOST_TOKENS = 16
+_memory = threading.local()
 
 
 def is_few(x: Tensor) -> bool:
@@ -41,6 +44,18 @@ def may_compile(spec: KernelSpec) -> bool:
     return os.environ.get("BITMILL_KERNEL") != "reference" and lacking(spec) is None
 
 
+def tile_memory(rows: slice, columns: int) -> Tensor:
+    """Room for a decoded tile, (rows, columns) fp32, which the thread's next tile overwrites.
+
+    Fresh memory has to be cleared by the system first, which takes longer than decoding.
+    """
+    size = (rows.stop - rows.start) * columns
+    held = getattr(_memory, "tile", None)
+    if held is None or held.numel() < size:
+        held = _memory.tile = torch.empty(size)
+    return held[:size].view(-1, columns)
+
+
 class Compiled(Kernel):
     """A kernel of the extension."""
 
@@ -49,7 +64,7 @@ class Compiled(Kernel):
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         if not is_few(x):
-            return by_tiles(self.spec, self.weights, x)
+            return by_tiles(self.spec, self.decoder(), x)
         y = self.few(x.reshape(-1, self.spec.shape[1]).to(torch.float32))
         return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
 
@@ -58,8 +73,12 @@ class Compiled(Kernel):
         """x (tokens, in) to (tokens, out), fp32, by the extension."""
 
     @abstractmethod
+    def decoder(self) -> Callable[[slice], Tensor]:
+        """Some rows of W^ as a function, fp32, as `format.dequantize` gives them, until the next call."""
+
     def weights(self, rows: slice) -> Tensor:
-        """Some rows of W^, fp32, as `format.dequantize` gives them."""
+        """Some rows of W^."""
+        return self.decoder()(rows).clone()
 
 
 class Relaid(Compiled):
@@ -94,9 +113,9 @@ class Relaid(Compiled):
         native().codes_at(native().Layout(*self.layout), self.codes, ids.contiguous(), codes, threads())
         return format.rows_of(codes, self.packed, self.spec.shape, ids)
 
-    def weights(self, rows: slice) -> Tensor:
-        """Some rows of W^."""
-        return decoded(self.spec, self._params(), self._rows)(rows)
+    def decoder(self) -> Callable[[slice], Tensor]:
+        """By the format."""
+        return decoded(self.spec, self._params(), self._rows)
 
     def _params(self) -> Params:
         return self.spec.format.unpack_params(self.packed, self.spec.shape)

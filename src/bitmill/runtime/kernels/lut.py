@@ -15,6 +15,8 @@ times that, to the 0.5 % or so of an output that rounding Gaussian inputs to int
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ from bitmill.formats import ScalarFormat
 from bitmill.runtime import ops
 from bitmill.runtime.byte_tables import Entries, byte_tables
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Relaid, lacking
-from bitmill.runtime.native import ACTIVATIONS, activations
+from bitmill.runtime.kernels.compiled import Relaid, lacking, tile_memory
+from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
 
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
 _FLOATS = ("powers", "row_scales")  # taken as fp32; the rest as bytes, whose type their number tells
@@ -69,6 +71,22 @@ class Lut(Relaid):
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Codes and tables as the kernel reads them, and the packed parameters."""
         return self.held("lut", {name: part for name, part in zip(_PARTS, self.parts) if part is not None})
+
+    def decoder(self) -> Callable[[slice], Tensor]:
+        """By table lookup in fp32, each weight as the format computes it."""
+        format, params, layout = self.spec.format, self._params(), native().Layout(*self.layout)
+        assert isinstance(format, ScalarFormat)
+
+        def weights(rows: slice) -> Tensor:
+            found = format.lookup({k: v if v.shape[0] == 1 else v[rows] for k, v in params.items()})
+            tables = torch.nn.functional.pad(found.tables.flatten(), (0, 64))  # whole vectors are read
+            ids = None if found.table is None else found.table.to(torch.int32).contiguous()
+            numbers = found.factor().contiguous(), found.zero.contiguous()
+            out = tile_memory(rows, self.spec.shape[1])
+            native().decode(layout, self.codes, tables, ids, *numbers, rows.start, out, threads())
+            return out
+
+        return weights
 
     def few(self, x: Tensor) -> Tensor:
         """By table lookup."""

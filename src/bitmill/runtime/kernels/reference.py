@@ -46,11 +46,22 @@ def decoded(spec: KernelSpec, params: Params, codes: Callable[[slice], Tensor]) 
 
 
 def by_tiles(spec: KernelSpec, weights: Callable[[slice], Tensor], x: Tensor) -> Tensor:
-    """x W^^T with W^ decoded a tile at a time; `weights` gives some of its rows, fp32."""
+    """x W^^T with W^ decoded a tile at a time.
+
+    weights: gives some of its rows, fp32, in memory that the next call may overwrite.
+    """
     rows, columns = spec.shape
-    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     step = max(1, _TILE // columns)
+    learns = torch.is_grad_enabled() and x.requires_grad
+    if step >= rows:
+        W = weights(slice(0, rows)).to(x.dtype)
+        return torch.nn.functional.linear(x, W.clone() if learns else W)
+    tokens, out = x.reshape(-1, columns), torch.empty(x[..., 0].numel(), rows, dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):
         cut = slice(start, min(start + step, rows))
-        out[..., cut] = torch.nn.functional.linear(x, weights(cut).to(x.dtype))
-    return out
+        W = weights(cut).to(x.dtype)
+        if learns:
+            out[:, cut] = torch.nn.functional.linear(tokens, W.clone())
+        else:
+            torch.mm(tokens, W.T, out=out[:, cut])  # where it belongs, without a copy
+    return out.view(*x.shape[:-1], rows)

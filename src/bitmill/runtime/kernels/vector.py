@@ -6,6 +6,8 @@ decoded tiles with torch, come out bit by bit as with the reference kernel; few 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from bitmill.formats.vector import VectorFormat
 from bitmill.numerics import e8
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Compiled, lacking
+from bitmill.runtime.kernels.compiled import Compiled, lacking, tile_memory
 from bitmill.runtime.native import native, threads
 
 _SETS = (E8, Pyramid)  # csrc/vector/vector.h: VectorSet
@@ -45,11 +47,15 @@ class VectorKernel(Compiled):
         """By decoding each row once."""
         return ops.vector_linear(x, self._parts, self._plan)
 
-    def weights(self, rows: slice) -> Tensor:
-        """Some rows of W^."""
-        out = torch.empty(rows.stop - rows.start, self.spec.shape[1])
-        native().vector_decode(*self._plan, *self._parts, rows.start, out, threads())
-        return out
+    def decoder(self) -> Callable[[slice], Tensor]:
+        """As the product has it."""
+
+        def weights(rows: slice) -> Tensor:
+            out = tile_memory(rows, self.spec.shape[1])
+            native().vector_decode(*self._plan, *self._parts, rows.start, out, threads())
+            return out
+
+        return weights
 
 
 def _table(format: Format) -> Tensor:
