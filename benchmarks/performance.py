@@ -45,8 +45,8 @@ def page(kernels: dict[str, Any] | None, runs: list[dict[str, Any]]) -> str:
         "# Performance",
         "",
         "How fast quantized weights run: single matrix-vector products against the memory they are read from, and "
-        "whole models beside other programs on the same machine. Figures are medians over turns in which everything "
-        "compared was measured one after the other, so ratios hold where absolute figures may not.",
+        "whole models beside other programs on the same machine. Figures are medians over turns in which all that "
+        "is compared was measured one after the other, so ratios hold where absolute figures may not.",
         "",
     ]
     if runs:
@@ -65,8 +65,8 @@ def page(kernels: dict[str, Any] | None, runs: list[dict[str, Any]]) -> str:
         "```",
         "",
         "`--prepare` makes an environment for every peer and the models in all their formats, once; the other "
-        "commands take minutes. `--threads N` limits all engines, `--model`, `--peers` and `--turns` shorten a run, "
-        "`--peers llama.cpp,torch,vllm` adds vLLM.",
+        "commands take minutes. `--threads N` limits all engines, `--model`, `--peers` and `--turns` shorten a "
+        "run, `--peers llama.cpp,torch,vllm` adds vLLM.",
         "",
     ]
     return "\n".join(lines)
@@ -108,10 +108,10 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
         "",
         "![Roofline of the kernels](assets/roofline.svg)",
         "",
-        f"One token, {kernels['threads']} threads, {kernels['isa'] or 'reference'} kernels, {kernels['activations']} "
-        "activations. Weights are cold: copies take turns until more than the caches hold has been read. GB/s counts "
-        f"packed bytes, of {kernels['read_bandwidth_GBps']:.1f} GB/s that reading alone reaches; the last column of a "
-        "shape is how many times faster than torch's fp32 `F.linear` the kernel is.",
+        f"One token, {kernels['threads']} threads, {kernels['isa'] or 'reference'} kernels, "
+        f"{kernels['activations']} activations. Weights are cold: copies take turns until more than the caches "
+        f"hold has been read. GB/s counts packed bytes, of {kernels['read_bandwidth_GBps']:.1f} GB/s that reading "
+        "alone reaches; the last column of a shape is how many times faster than torch's fp32 `F.linear` it is.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
@@ -150,14 +150,14 @@ def _evenness(cases: list[dict[str, Any]]) -> list[str]:
 
 def _how_models_were_measured(run: dict[str, Any]) -> list[str]:
     return [
-        "Every engine is a process of its own; they take turns, bitmill between its peers. Decode is the median time "
-        f"of {run['decode_tokens']} greedy tokens after a prompt of {run['prompt_tokens']}, prefill the time until "
-        f"the logits after {run['prefill_tokens']} tokens are there. llama.cpp is compiled for this machine and "
-        "called through its C interface, with whichever threads, flash attention and batch were fastest for that "
-        "file in the same run. Size is what the weights take on disk; memory is the peak of the process, which for "
-        "llama.cpp counts the mapped file beside weights it has laid out anew. An engine is measured only if its "
-        "logits are near the fp32 model's (cosine) and its continuation is one that model finds likely (nats a "
-        "token).",
+        "Every engine is a process of its own; they take turns, bitmill between its peers. Decode is the median "
+        f"time of {run['decode_tokens']} greedy tokens after a prompt of {run['prompt_tokens']}, prefill the time "
+        f"until the logits after {run['prefill_tokens']} tokens are there. llama.cpp is compiled for this machine "
+        "and called through its C interface, with whichever threads, flash attention and batch were fastest for "
+        "that file in the same run. Size is what the weights take on disk; memory is the peak of the process, "
+        "which for llama.cpp counts the mapped file beside weights it has laid out anew. An engine is measured "
+        "only if its logits are near the fp32 model's (cosine) and its continuation is one that this model finds "
+        "likely (nats a token).",
         "",
     ]
 

@@ -1,4 +1,4 @@
-"""The roofline of the matrix-vector kernels as SVG: what memory and arithmetic allow, and what each kernel reaches."""
+"""The roofline of the matrix-vector kernels as SVG: what the machine allows, and what each kernel reaches."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ STYLE = """
     .grid { stroke: #ebe7de; } .roof { stroke: #23201a; stroke-width: 2.5; fill: none; }
     .compute { stroke: #8a8373; stroke-width: 2; stroke-dasharray: 7 5; fill: none; }
     .share { stroke: #b9b2a3; stroke-width: 1.2; stroke-dasharray: 3 4; fill: none; }
-    .f0 { fill: #c2410c; } .f1 { fill: #2563eb; } .f2 { fill: #15803d; } .f3 { fill: #a21caf; } .f4 { fill: #8a8373; }
+    .f0 { fill: #c2410c; } .f1 { fill: #2563eb; } .f2 { fill: #15803d; } .f3 { fill: #a21caf; }
+    .f4 { fill: #8a8373; }
     .float { fill: none; stroke: #23201a; stroke-width: 2.2; } .dot { stroke: #ffffff; stroke-width: 1; }
     @media (prefers-color-scheme: dark) {
       .page { fill: #1d1f23; stroke: #3a3e46; } .plot { fill: #25282e; stroke: #666d79; }
       text { fill: #b6bac2; } .head, .bits { fill: #f1efe9; } .grid { stroke: #33373f; }
       .roof { stroke: #f1efe9; } .compute { stroke: #9aa0ab; } .share { stroke: #666d79; }
-      .f0 { fill: #fb923c; } .f1 { fill: #7fa5ff; } .f2 { fill: #4ade80; } .f3 { fill: #e879f9; } .f4 { fill: #9aa0ab; }
-      .float { stroke: #f1efe9; } .dot { stroke: #25282e; }
+      .f0 { fill: #fb923c; } .f1 { fill: #7fa5ff; } .f2 { fill: #4ade80; } .f3 { fill: #e879f9; }
+      .f4 { fill: #9aa0ab; } .float { stroke: #f1efe9; } .dot { stroke: #25282e; }
     }"""
 
 
@@ -73,8 +74,8 @@ def roofline(kernels: dict[str, Any], arithmetic: float | None) -> str:
             'aria-labelledby="title desc" font-family="system-ui, -apple-system, \'Segoe UI\', Roboto, '
             "'DejaVu Sans', sans-serif\">",
             f'  <title id="title">{escape(title)}</title>',
-            '  <desc id="desc">Operations a second of every kernel over operations a byte of packed weights, under '
-            "the roof that the read bandwidth makes. Fewer bits a weight lie further right.</desc>",
+            '  <desc id="desc">Operations a second of every kernel over operations a byte of packed weights, '
+            "under the roof that the read bandwidth makes. Fewer bits a weight lie further right.</desc>",
             f"  <style>{STYLE}\n  </style>",
             f'  <rect class="page" x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="10"/>',
             f'  <text class="head" x="{LEFT}" y="38">{escape(title)}</text>',
@@ -101,10 +102,8 @@ def _frame(axes: Axes) -> list[str]:
         if axes.y[0] <= tick * 1e9 <= axes.y[1]:
             _, y = axes.at(axes.x[0], tick * 1e9)
             made.append(f'<text x="{x0 - 8}" y="{y + 5}" text-anchor="end">{tick}</text>')
-    middle = (x0 + x1) / 2
-    made.append(
-        f'<text class="axis" x="{middle}" y="{HEIGHT - 22}" text-anchor="middle">operations a byte of weights</text>'
-    )
+    at = f'x="{(x0 + x1) / 2}" y="{HEIGHT - 22}"'
+    made.append(f'<text class="axis" {at} text-anchor="middle">operations a byte of weights</text>')
     made.append(
         f'<text class="axis" transform="translate(30 {(y0 + y1) / 2}) rotate(-90)" text-anchor="middle">'
         "billion operations a second</text>"

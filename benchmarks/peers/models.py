@@ -23,6 +23,7 @@ class Model:
     """A float model, and how bitmill quantizes it.
 
     head_bits: what llama.cpp stores the output matrix of the same model in.
+    turns: how often decode and prefill are measured, where not told.
     text: what it is asked to continue; a model without one has random weights and no words.
     """
 
@@ -30,6 +31,7 @@ class Model:
     about: str
     options: tuple[str, ...]
     head_bits: int
+    turns: tuple[int, int]
     text: str | None
 
     def source(self, folder: Path) -> str:
@@ -112,6 +114,7 @@ MODELS = {
             "that k-quants take together, so llama.cpp stores most of its Q3_K in other types.",
             ("--method", "gptq", "--samples", "16"),
             8,
+            (5, 3),
             "The capital of France is",
         ),
         Model(
@@ -120,6 +123,7 @@ MODELS = {
             "4 of them for keys and values, 32000 tokens. What it says means nothing, its speed is a model's.",
             ("--method", "rtn"),
             6,
+            (3, 2),
             None,
         ),
     )

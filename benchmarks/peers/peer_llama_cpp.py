@@ -52,9 +52,10 @@ class LlamaCpp(Engine):
             for size, flash in itertools.product((128, 512), (0, 1))
         ]
         short = prompt[:16]
+        super().tune(prompt, tokens)
         self.chosen = {
             "decode": self._fastest(decode, lambda: Engine.decode(self, short, tokens)),
-            "prefill": self._fastest(prefill, lambda: Engine.prefill(self, prompt)),
+            "prefill": self._fastest(prefill, lambda: Engine.prefill(self, prompt[:256])),
         }
 
     def settings(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class LlamaCpp(Engine):
     def _fastest(self, settings: list[dict[str, int]], measure: Callable[[], float]) -> dict[str, int]:
         def seconds(uses: dict[str, int]) -> float:
             self._open(uses)
-            return min(measure() for _ in range(2))
+            return measure()
 
         return min(settings, key=seconds)
 

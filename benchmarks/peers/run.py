@@ -39,9 +39,9 @@ def main() -> int:
     parser.add_argument("--model", choices=sorted(MODELS), nargs="+", default=list(MODELS))
     parser.add_argument("--peers", default="llama.cpp,torch", help=f"of {','.join(PEERS)} (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--turns", type=int, default=5, help="of decode (default: %(default)s)")
-    parser.add_argument("--prefill-turns", type=int, default=3, help="of prefill (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=48, help="decoded in a turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, help="of decode (default: 5, of the large model 3)")
+    parser.add_argument("--prefill-turns", type=int, help="of prefill (default: 3, of the large model 2)")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in a turn (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "peers", help="of environments and models")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -87,14 +87,15 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         for worker in measured:
             worker.settle(long)
         result["machine"]["arithmetic"] = workers[0].ask("arithmetic")
-        for turn in range(max(arguments.turns, arguments.prefill_turns)):
+        decodes, prefills = arguments.turns or model.turns[0], arguments.prefill_turns or model.turns[1]
+        for turn in range(max(decodes, prefills)):
             result.setdefault("read_bandwidths", []).append(workers[1].ask("bandwidth"))
             for worker in measured:
-                if turn < arguments.turns:
+                if turn < decodes:
                     time.sleep(PAUSE_S)
                     worker.decode(long[:PROMPT], arguments.tokens)
             for worker in measured:
-                if turn < arguments.prefill_turns:
+                if turn < prefills:
                     time.sleep(PAUSE_S)
                     worker.prefill(long)
             result |= {"engines": [worker.result() for worker in workers], "ratios": ratios(measured)}

@@ -40,7 +40,9 @@ class Engine:
         return {}
 
     def tune(self, prompt: list[int], tokens: int) -> None:
-        """Find the fastest settings, where the engine has any that change its answers by rounding alone."""
+        """Run once what will be measured; find the fastest settings, where the engine has a choice of them."""
+        self.decode(prompt[:16], 2)
+        self.prefill(prompt)
 
     # -- what is measured; an engine that has no `step` says these itself ----------------------------------
 
