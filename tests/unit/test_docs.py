@@ -92,6 +92,7 @@ def _check_quantize(page: str, call: ast.Call) -> None:
 def test_commands_exist(page: str, line: str) -> None:
     words = line.partition("#")[0].split()
     command = COMMANDS[words[1]]
+    command = command.commands[words[2]] if hasattr(command, "commands") else command
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("-")} <= known
     if "--method" in words:
@@ -103,7 +104,8 @@ def test_every_command_and_option_is_documented(name: str) -> None:
     text = TEXTS["docs/cli.md"]
     start = text.index(f"\n## bitmill {name}\n")
     section = text[start : text.find("\n## ", start + 1)]
-    options = [o for p in COMMANDS[name].params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")]
+    commands = [COMMANDS[name], *getattr(COMMANDS[name], "commands", {}).values()]
+    options = [o for c in commands for p in c.params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")]
     for option in options:
         if option not in ("--quality", "--help"):  # documented by its opposite
             assert option in section, f"{option} of bitmill {name}"

@@ -1,0 +1,49 @@
+"""bitmill: a quantized folder, its weights packed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from peer_torch import Transformers
+from worker import serve
+
+import bitmill
+from bitmill.bench.memory import ReadBandwidth
+from bitmill.checkpoint.files import folder_bytes
+from bitmill.runtime.native import activations, is_available, native
+
+
+class Packed(Transformers):
+    """What `bitmill.load` returns."""
+
+    def load(self, model: Path, option: str) -> Any:
+        self.folder, self.memory = model, ReadBandwidth()
+        return bitmill.load(model)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "version": bitmill.__version__,
+            "kernels": native().isa() if is_available() else None,
+            "activations": activations(),
+            "decode": _decode_path(self.model),
+            "size_bytes": folder_bytes(self.folder),
+        }
+
+    def bandwidth(self) -> float:
+        """Bytes a second that all threads read."""
+        return max(self.memory.measure() for _ in range(3))
+
+
+def _decode_path(model: Any) -> str:
+    """Whether tokens are decoded by the compiled step, and if not, why."""
+    if find_spec("bitmill.runtime.decode") is None:
+        return "transformers' own forward"
+    from bitmill.runtime.decode import decode_path
+
+    return str(decode_path(model))
+
+
+if __name__ == "__main__":
+    serve(Packed)
