@@ -83,6 +83,21 @@ Vectors vectors(int set, int64_t columns, int64_t group, int bits, const Array<c
             scales.shape(0) > 1, bits, table.data()};
 }
 
+Points points(const Layout& l, const Bytes& codes, const Bytes& gains, const Array<const float, 1>& lengths,
+              const Array<const float, 1>& scales, const Array<const int32_t, 1>& starts, const Array<const int32_t, 1>& places,
+              const Array<const int8_t, 2>& odd, int64_t columns) {
+    check(l, codes.size());
+    require(3 <= l.bits && l.bits <= 5 && l.rows_per_tile == 16 && l.group == 16 && l.group_blocks == 4 && l.columns % 16 == 0,
+            "points have layouts of their own");
+    require(l.columns - 16 < columns && columns <= l.columns, "there are other columns");
+    require(gains.size() == static_cast<size_t>(l.tiles() * l.chunks() * 16) && lengths.size() == 256, "gains have another size");
+    require(scales.size() == 1 || scales.size() == static_cast<size_t>(l.rows), "scales are of other rows");
+    require(starts.size() == static_cast<size_t>(l.rows + 1) && starts.data()[0] == 0 &&
+                starts.data()[l.rows] == static_cast<int64_t>(places.size()) && odd.shape(0) == places.size() && odd.shape(1) == 16,
+            "the odd points are not the matrix's");
+    return {l, codes.data(), gains.data(), lengths.data(), scales.data(), scales.size() > 1, starts.data(), places.data(), odd.data()};
+}
+
 Rotation rotation(const Array<const int64_t, 2>& steps, const Array<const float, 1>& numbers,
                   const Array<const int32_t, 1>& orders, int64_t width) {
     static_assert(sizeof(RotationStep) == 6 * sizeof(int64_t));

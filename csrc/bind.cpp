@@ -135,21 +135,6 @@ void numbers_of(int bits, Array<const int8_t, 2> y, Array<const uint8_t, 2> gain
     numbers(bits, rows, points, y.data(), gains.data(), reinterpret_cast<uint32_t*>(words.data()), words.shape(1), threads);
 }
 
-Points points(const Layout& l, const Bytes& codes, const Bytes& gains, const Array<const float, 1>& lengths,
-              const Array<const float, 1>& scales, const Array<const int32_t, 1>& starts, const Array<const int32_t, 1>& places,
-              const Array<const int8_t, 2>& odd, int64_t columns) {
-    check(l, codes.size());
-    require(3 <= l.bits && l.bits <= 5 && l.rows_per_tile == 16 && l.group == 16 && l.group_blocks == 4 && l.columns % 16 == 0,
-            "points have layouts of their own");
-    require(l.columns - 16 < columns && columns <= l.columns, "there are other columns");
-    require(gains.size() == static_cast<size_t>(l.tiles() * l.chunks() * 16) && lengths.size() == 256, "gains have another size");
-    require(scales.size() == 1 || scales.size() == static_cast<size_t>(l.rows), "scales are of other rows");
-    require(starts.size() == static_cast<size_t>(l.rows + 1) && starts.data()[0] == 0 &&
-                starts.data()[l.rows] == static_cast<int64_t>(places.size()) && odd.shape(0) == places.size() && odd.shape(1) == 16,
-            "the odd points are not the matrix's");
-    return {l, codes.data(), gains.data(), lengths.data(), scales.data(), scales.size() > 1, starts.data(), places.data(), odd.data()};
-}
-
 void points_linear_of(const Layout& l, Bytes codes, Bytes gains, Array<const float, 1> lengths, Array<const float, 1> scales,
                       Array<const int32_t, 1> starts, Array<const int32_t, 1> places, Array<const int8_t, 2> odd, int act,
                       Array<const float, 2> x, Array<float, 2> y, int threads) {

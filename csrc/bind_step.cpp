@@ -113,6 +113,15 @@ void bind_step(nb::module_& m) {
         return made<VectorLinear>(vectors(set, columns, group, bits, words, scales, table));
     }, "set"_a, "columns"_a, "group"_a, "bits"_a, "words"_a, "scales"_a, "table"_a, nb::keep_alive<0, 5>(),
           nb::keep_alive<0, 6>(), nb::keep_alive<0, 7>());
+    m.def("step_points_linear", [](const Layout& l, int64_t columns, Bytes codes, Bytes gains, Floats lengths, Floats scales,
+                                   Array<const int32_t, 1> starts, Array<const int32_t, 1> places,
+                                   Array<const int8_t, 2> odd, int act) {
+        require(0 <= act && act <= 1, "there are no such inputs");
+        return made<PointsLinear>(points(l, codes, gains, lengths, scales, starts, places, odd, columns), columns,
+                                  static_cast<Act>(act));
+    }, "layout"_a, "columns"_a, "codes"_a, "gains"_a, "lengths"_a, "scales"_a, "starts"_a, "places"_a, "odd"_a, "act"_a,
+          nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(), nb::keep_alive<0, 6>(),
+          nb::keep_alive<0, 7>(), nb::keep_alive<0, 8>(), nb::keep_alive<0, 9>());
     m.def("additive_linear", [](const Layout& l, int64_t columns, Bytes codes, Array<const float, 3> books, Bytes scales) {
         return made<AdditiveLinear>(additive_weights(l, codes, books, scales, columns), columns);
     }, "layout"_a, "columns"_a, "codes"_a, "books"_a, "scales"_a, nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(),

@@ -75,6 +75,18 @@ void VectorLinear::apply(const Team& team, Room room, const float* x, float* y) 
     isa().vector->linear(weights, room.own, 1, y, first, last);
 }
 
+void PointsLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+    if (own) {  // the last point is cut
+        std::memcpy(room.own, x, columns * sizeof(float));
+        std::fill(room.own + columns, room.own + own, 0.0f);
+        room.inputs.changed();
+        x = room.own;
+    }
+    const auto [first, last] = team.share(weights.layout.tiles());
+    if (first < last) points_tiles(weights, room.inputs.of(weights.layout, x, act), x, 1, act, y, first, last);
+    if (own) room.inputs.changed();
+}
+
 AdditiveLinear::AdditiveLinear(const Additive& weights, int64_t columns)
     : Linear(weights.layout.rows, columns), weights(weights),
       padded(weights.layout.columns / weights.codebooks * weights.width) {

@@ -81,6 +81,20 @@ private:
     const Vectors weights;
 };
 
+// Pyramid points laid out anew.
+class PointsLinear : public Linear {
+public:
+    PointsLinear(const Points& weights, int64_t columns, Act act)
+        : Linear(weights.layout.rows, columns), weights(weights), act(act) {
+        own = columns < weights.layout.columns ? weights.layout.columns : 0;
+    }
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+
+private:
+    const Points weights;
+    const Act act;
+};
+
 class AdditiveLinear : public Linear {
 public:
     AdditiveLinear(const Additive& weights, int64_t columns);

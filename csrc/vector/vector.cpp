@@ -66,11 +66,14 @@ void points_linear(const Points& w, const float* x, int64_t columns, int64_t tok
     }
     isa().lookup->read_inputs(w.layout, x, tokens, act, buffers);
     const Inputs in = buffers.inputs;
-    const auto& best = *isa().vector;
-    in_shares(w.layout.tiles(), threads, [&](int64_t first, int64_t last) {
-        best.points_linear(w, in, act, tokens, y, first, last);
-        add_odd(w, x, tokens, y, first * 16, std::min(last * 16, w.layout.rows));
-    });
+    in_shares(w.layout.tiles(), threads,
+              [&](int64_t first, int64_t last) { points_tiles(w, in, x, tokens, act, y, first, last); });
+}
+
+void points_tiles(const Points& w, const Inputs& in, const float* x, int64_t tokens, Act act, float* y, int64_t first,
+                  int64_t last) {
+    isa().vector->points_linear(w, in, act, tokens, y, first, last);
+    add_odd(w, x, tokens, y, first * 16, std::min(last * 16, w.layout.rows));
 }
 
 void points_decode(const Points& w, int64_t columns, int64_t first, int64_t count, float* out, int threads) {

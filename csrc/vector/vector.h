@@ -69,6 +69,9 @@ void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint
              int64_t words_per_row, int threads);
 // x (tokens, columns) and W^ (.., columns), whose last point may be cut.
 void points_linear(const Points& weights, const float* x, int64_t columns, int64_t tokens, Act act, float* y, int threads);
+// Tiles [first, last) of it, with `inputs` what the lookup kernels read of x, (tokens, layout.columns), zero where padded.
+void points_tiles(const Points& weights, const Inputs& inputs, const float* x, int64_t tokens, Act act, float* y, int64_t first,
+                  int64_t last);
 void points_decode(const Points& weights, int64_t columns, int64_t first, int64_t count, float* out, int threads);
 
 }  // namespace bitmill

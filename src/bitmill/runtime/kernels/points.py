@@ -14,6 +14,7 @@ Other pyramids (1 bit, scales of groups, inputs in float32, numbers of no point)
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,6 +121,13 @@ class Points(Compiled):
         if self._packed is not None:
             return self._packed.few(x)
         return ops.points_linear(x, self._codes, self._parts, self._plan)
+
+    def step_linear(self) -> Any:
+        """The same lookups for the decode step."""
+        if self._packed is not None:
+            return self._packed.step_linear()
+        layout = native().Layout(*self._layout)
+        return native().step_points_linear(layout, self.spec.shape[1], self._codes, *self._parts, self._plan[-1])
 
 
 def _numbers(bits: int, y: Tensor, gains: Tensor, size: torch.Size) -> Tensor:
