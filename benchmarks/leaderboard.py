@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bitmill.errors import RecipeError
 from bitmill.recipe import METHODS, build_recipe
 from bitmill.report.results import Results, Variant, read_results
 
@@ -66,6 +67,7 @@ def page(boards: list[Results]) -> str:
     for board in boards:
         lines += _board(board)
     commands = [command for board in boards for command in board.commands]
+    lines += ["## What is missing", "", *_missing(boards), ""]
     lines += [
         "## How it was made",
         "",
@@ -111,6 +113,23 @@ def _board(results: Results) -> list[str]:
     if absent:
         lines += ["Not in the tables:", "", *(f"- {v.name}: {v.reason or 'not run'}" for v in absent), ""]
     return lines
+
+
+def _missing(boards: list[Results]) -> list[str]:
+    """The methods that no table has at bits that they could have, line by line."""
+    found = {(v.method, v.bits) for board in boards for v in board.done()}
+    lines = []
+    for bits in (4, 3, 2):
+        names = [name for name in METHODS.names() if (name, bits) not in found and _exists(name, bits)]
+        lines += [f"- {bits} bits: {', '.join(f'`{name}`' for name in names)}"] if names else []
+    return lines or ["Nothing."]
+
+
+def _exists(method: str, bits: int) -> bool:
+    try:
+        return build_recipe(method, {"bits": bits}).weight.rate == bits
+    except RecipeError:
+        return False
 
 
 def data(results: Results) -> str:
