@@ -225,3 +225,12 @@ def test_it_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("BITMILL_DECODE", "sometimes")
     with pytest.raises(UsageError, match="sometimes"):
         attach(odd_model())
+
+
+def test_compilers_see_the_model_itself(model):
+    with torch.no_grad():
+        expected = model(input_ids=PROMPT, use_cache=False).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(input_ids=PROMPT, use_cache=False).logits, expected)
+        exported = torch.export.export(model, (), {"input_ids": PROMPT, "use_cache": False}, strict=False)
+        assert torch.equal(exported.module()(input_ids=PROMPT, use_cache=False).logits, expected)

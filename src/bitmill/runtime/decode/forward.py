@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from bitmill.runtime.decode.past import past_of
 from bitmill.runtime.decode.plan import NotEligibleError, Plan, parts_of
 from bitmill.runtime.native import activations
 
-# How far the logits of both ways may be apart, relative to their spread: sums in another order, which where inputs
-# are rounded to integers may round them the other way.
-_APART = {"float32": 1e-3, "int16": 1e-2, "int8": 0.15}
+# How far the logits of both ways may be apart, relative to their spread. Sums in another order round a few inputs
+# to another integer, and that moves all that follow: some blocks on, both differ by as much as rounding costs.
+_APART = {"float32": 1e-3, "int16": 2e-2, "int8": 0.3}
+_APART_BF16 = 0.1
 
 _IGNORED = ("use_cache", "return_dict", "cache_position")  # True, None or implied
 
@@ -46,25 +47,33 @@ class StepForward:
         """The model's own forward, whose signature this one has."""
         return MethodType(type(self.model).forward, self.model)
 
+    @property
+    def __code__(self) -> CodeType:
+        """The same; torch.export looks for it."""
+        code: CodeType = type(self.model).forward.__code__
+        return code
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of the model make their own plan."""
         return {"model": self.model, "why_not": self.why_not, "_plan": None, "_agrees": False}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The step where the call is one for it, or else the model's own forward."""
+        if torch.compiler.is_compiling():
+            return self._own(*args, **kwargs)
         if len(args) == 1:
             kwargs, args = {"input_ids": args[0], **kwargs}, ()
         if args or self.why_not is not None:
-            return self.__wrapped__(*args, **kwargs)
+            return self._own(*args, **kwargs)
         ids = kwargs.get("input_ids")
         if ids is None or ids.shape != (1, 1) or not _is_plain(kwargs, ids):
-            return self.__wrapped__(**kwargs)
+            return self._own(**kwargs)
         plan = self._current_plan()
         found = (
             None if plan is None else past_of(kwargs.get("past_key_values"), plan.blocks, plan.kv_heads, plan.dim)
         )
         if plan is None or found is None or not _continues(kwargs, found[1]):
-            return self.__wrapped__(**kwargs)
+            return self._own(**kwargs)
         past, length = found
         past.make_room(length + 1, length)
         logits = plan.advance(ids, past.numbers, length)
@@ -74,6 +83,9 @@ class StepForward:
         for layer in cache.layers:
             layer.length = length + 1
         return CausalLMOutputWithPast(logits=logits.to(plan.dtype).view(1, 1, -1), past_key_values=cache)
+
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.model).forward(self.model, *args, **kwargs)
 
     def prepare(self) -> str | None:
         """Build what the step needs, if it is not there; why the model cannot use it, in one sentence, or None."""
@@ -95,12 +107,11 @@ class StepForward:
 
     def _tried(self, logits: Tensor, kwargs: dict[str, Any]) -> Any:
         """The model's own answer to the first call; the step is kept if it gave the same."""
-        output = self.__wrapped__(**kwargs)
+        output = self._own(**kwargs)
         expected = output.logits.view(-1).to(torch.float32)
         apart = (logits - expected).norm() / (expected - expected.mean()).norm()
-        self._agrees = bool(
-            apart <= max(_APART[activations()], 0.02 if expected.dtype != output.logits.dtype else 0)
-        )
+        limit = _APART[activations()]
+        self._agrees = bool(apart <= (limit if output.logits.dtype == torch.float32 else max(limit, _APART_BF16)))
         if not self._agrees:
             self._refuse(f"the compiled step differs by {float(apart):.2g}")
         return output
@@ -112,7 +123,7 @@ class StepForward:
 
 def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:
     """Whether the call asks for the logits of one token and nothing else."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or ids.device.type != "cpu":
+    if torch.is_grad_enabled() or ids.device.type != "cpu":
         return False
     for name, value in kwargs.items():
         if (
