@@ -30,13 +30,19 @@ COMMANDS = (
 
 
 def main() -> None:
-    kernels = _read(RESULTS / "kernels.json")
-    runs = [run for run in map(_read, sorted(RESULTS.glob("peers-*.json"))) if run]
+    kernels, runs = results()
     if kernels:
         arithmetic = [run["machine"]["arithmetic"] for run in runs if run["machine"].get("arithmetic")]
         PICTURE.write_text(roofline(kernels, max(arithmetic, default=None)), encoding="utf-8")
     PAGE.write_text(page(kernels, runs), encoding="utf-8")
     print(f"{PAGE} made from {bool(kernels) + len(runs)} results")
+
+
+def results() -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """What is in benchmarks/results: of the kernels, and of every model."""
+    return _read(RESULTS / "kernels.json"), [
+        run for f in sorted(RESULTS.glob("peers-*.json")) if (run := _read(f))
+    ]
 
 
 def page(kernels: dict[str, Any] | None, runs: list[dict[str, Any]]) -> str:
