@@ -42,6 +42,68 @@ void run(VectorSet set, int bits, int64_t rows, int64_t columns, int64_t group, 
     }
 }
 
+// Points laid out anew against decoded rows, the packed words again, and every instruction set alike.
+void run_points(int bits, int64_t rows, int64_t columns) {
+    const int64_t points = (columns + 15) / 16, words = (points * (16 * bits + 4) + 31) / 32, width = 16 * points;
+    constexpr int pulses[] = {4, 12, 27, 58};
+    std::vector<int8_t> y(rows * width, 0), back(y.size());
+    std::vector<uint8_t> gains(rows * points), gains_back(gains.size());
+    for (int64_t p = 0; p < rows * points; ++p) {
+        gains[p] = static_cast<uint8_t>(below(16));
+        for (int k = 0, place = 0; k < pulses[bits - 1]; ++k) {
+            if (p % 7) place = below(16);  // or all in one coordinate
+            int8_t& v = y[16 * p + place];
+            v = static_cast<int8_t>(v ? v + (v > 0 ? 1 : -1) : below(2) ? 1 : -1);
+        }
+    }
+    std::vector<uint32_t> stored(rows * words, 0);
+    numbers(bits, rows, points, y.data(), gains.data(), stored.data(), words, 2);
+    const auto scales = random_floats(rows), x = random_floats(5 * columns);
+    auto lengths = random_floats(16);
+    for (int i = 16; i < 256; ++i) lengths.push_back(lengths[i % 16]);
+    const Vectors packed{VectorSet::pyramid, rows, columns, width, stored.data(), words, scales.data(), 1, true, bits, lengths.data()};
+    const Layout l{rows, width, 16, bits + 1, 16, 4};
+    const int half = 1 << bits;
+    std::vector<uint8_t> codes(y.size()), pairs(l.tiles() * l.chunks() * 16), laid(l.tiles() * l.tile_bytes());
+    std::vector<int32_t> starts{0}, places;
+    std::vector<int8_t> odd;
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t p = 0; p < points; ++p) {
+            const int8_t* point = y.data() + row * width + 16 * p;
+            bool beyond = false;
+            for (int i = 0; i < 16; ++i) beyond = beyond || point[i] >= half || point[i] <= -half;
+            for (int i = 0; i < 16; ++i) codes[row * width + 16 * p + i] = beyond ? 0 : static_cast<uint8_t>(point[i] + half);
+            if (beyond) places.push_back(static_cast<int32_t>(p)), odd.insert(odd.end(), point, point + 16);
+            pairs[(row / 16 * l.chunks() + p / 2) * 16 + row % 16] |= static_cast<uint8_t>(gains[row * points + p] << 4 * (p % 2));
+        }
+        starts.push_back(static_cast<int32_t>(places.size()));
+    }
+    bytes_to_layout(l, codes.data(), laid.data(), 2);
+    const Points w{l, laid.data(), pairs.data(), lengths.data(), scales.data(), true, starts.data(), places.data(), odd.data()};
+    std::vector<float> W(rows * columns, NAN);
+    use_isa("scalar");
+    vector_decode(packed, 0, rows, W.data(), 1);
+    for (const auto& name : available_isas()) {
+        use_isa(name);
+        coordinates(packed, back.data(), gains_back.data(), 2);
+        report(back == y && gains_back == gains ? 0 : 1, 0, "points %s: numbers, %d bits", name.c_str(), bits);
+        std::vector<float> again(W.size(), NAN);
+        points_decode(w, columns, 0, 1, again.data(), 2);
+        points_decode(w, columns, 1, rows - 1, again.data() + columns, 2);
+        report(difference(again, W), 0, "points %s: decode %d bits", name.c_str(), bits);
+        for (const Act act : {Act::int8, Act::int16}) {
+            std::vector<float> out(5 * rows, NAN);
+            points_linear(w, x.data(), columns, 5, act, out.data(), 2);
+            std::vector<double> expected(out.size());
+            for (int t = 0; t < 5; ++t)
+                for (int64_t i = 0; i < rows * columns; ++i)
+                    expected[t * rows + i / columns] += static_cast<double>(W[i]) * x[t * columns + i % columns];
+            report(difference(out, expected), act == Act::int8 ? 2e-2 : 1e-4, "points %s: %ld x %ld, %d bits", name.c_str(),
+                   static_cast<long>(rows), static_cast<long>(columns), bits);
+        }
+    }
+}
+
 }  // namespace
 
 void test_vector() {
@@ -52,6 +114,10 @@ void test_vector() {
             run(VectorSet::pyramid, bits, 3, 7, own ? 16 : 1 << 30, own);
             run(VectorSet::pyramid, bits, 9, 1100, 48, own);
         }
+    }
+    for (int bits = 2; bits <= 4; ++bits) {
+        run_points(bits, 3, 7);
+        run_points(bits, 37, 1100);
     }
 }
 

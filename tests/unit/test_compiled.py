@@ -19,8 +19,9 @@ from bitmill.numerics.hadamard import hadamard
 from bitmill.numerics.rotations import rotation
 from bitmill.quantized import Quantized
 from bitmill.runtime import native, ops
-from bitmill.runtime.kernels import KernelSpec
+from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.additive import AdditiveKernel
+from bitmill.runtime.kernels.points import Points
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.runtime.kernels.rotated import RotatedKernel
 from bitmill.runtime.kernels.sum import SumKernel
@@ -123,6 +124,51 @@ def test_numbers_of_no_point_decode_to_some_vector():
     assert torch.isfinite(kernel.apply(torch.randn(1, 64))).all()
 
 
+# -- pyramid points laid out anew -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["int8", "int16"])
+@pytest.mark.parametrize("format", [*(Pyramid(bits) for bits in (2, 3, 4)), Pyramid(3, "tensor")], ids=repr)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_points(format, shape, act, monkeypatch):
+    monkeypatch.setenv("BITMILL_ACTIVATIONS", act)
+    W = weights(*shape)
+    W[:, ::40] *= 30  # points with nearly all pulses in one coordinate
+    matrix, x = rounded_to(format, W), torch.randn(6, shape[1])
+    kernel = kernel_of(Points, matrix)
+    assert kernel._packed is None
+    assert len(kernel._parts[4]) > 0
+    tensors, back = matrix.pack(), kernel.restore()
+    assert tensors.keys() == back.keys()
+    assert all(torch.equal(tensors[name], back[name]) for name in tensors)
+    decoded = torch.cat([kernel.weights(slice(0, 1)), kernel.weights(slice(1, shape[0]))])
+    assert torch.equal(decoded, matrix.dequantize())
+    bound = x.abs().amax(1)[:, None] / (254 if act == "int8" else 65024) * decoded.abs().sum(1)
+    slack = 3e-6 * (x.abs() @ decoded.abs().T).max()
+    assert bool(((kernel.apply(x) - exact(matrix, x)).abs() <= bound + slack).all())
+    many = torch.randn(17, shape[1])
+    assert torch.equal(kernel.apply(many), kernel_of(Reference, matrix).apply(many))
+
+
+def test_points_are_for_rounded_inputs_and_scales_of_rows(monkeypatch):
+    def chosen(format):
+        return choose_kernel(KernelSpec(format, (20, 577), CPU))
+
+    assert chosen(Pyramid(2)) is Points
+    assert chosen(Pyramid(1)) is chosen(Pyramid(2, 32)) is VectorKernel
+    monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
+    assert chosen(Pyramid(2)) is VectorKernel
+
+
+def test_numbers_of_no_point_stay_packed():
+    tensors = {"codes": torch.full((4, 9), -1, dtype=torch.int32), "scale": torch.ones(4, 1).half()}
+    kernel = Points(KernelSpec(Pyramid(4), (4, 64), CPU), tensors)
+    assert kernel._packed is not None
+    assert torch.equal(kernel.restore()["codes"], tensors["codes"])
+    assert torch.isfinite(kernel.apply(torch.randn(1, 64))).all()
+    assert torch.isfinite(kernel.apply(torch.randn(17, 64))).all()
+
+
 # -- rotations ------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +206,8 @@ def test_sylvester_is_found_inside_of_a_factor():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("sides", ["both", "in"])
-def test_rotated_layers_around_compiled_kernels(sides, rescale, dtype):
+def test_rotated_layers_around_compiled_kernels(sides, rescale, dtype, monkeypatch):
+    monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
     format = Rotated(Pyramid(2), "hadamard", 1, sides, rescale)
     W = wrapped(Rotated(Pyramid(2), "hadamard", 1, sides), (24, 96))
     own = {"rescale": (torch.rand(1, 96) + 0.5).half().float()} if rescale else {}
@@ -178,7 +225,8 @@ def test_rotated_layers_around_compiled_kernels(sides, rescale, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("shape", [(6, 7), (65, 96), (20, 577)], ids=str)
-def test_entries_are_added(shape, tokens, dtype):
+def test_entries_are_added(shape, tokens, dtype, monkeypatch):
+    monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
     matrix = wrapped(Sum(Pyramid(2), outliers=0.2, sensitive=0.02), shape)
     x = torch.randn(tokens, shape[1]).to(dtype)
     y = kernel_of(SumKernel, matrix).apply(x)
@@ -202,11 +250,13 @@ def test_they_are_torch_operators():
     x = torch.randn(2, 96)
     sums = kernel_of(AdditiveKernel, random_codes(Additive(4), (70, 96)))
     vectors = kernel_of(VectorKernel, quantized(E8(2), (5, 96)))
+    points = kernel_of(Points, quantized(Pyramid(2), (5, 96)))
     entries = kernel_of(SumKernel, wrapped(Sum(Uniform(3), outliers=0.2), (6, 96)))
     plan = rotation_plan(rotation("hadamard", 96, 0), False)
     for operator, arguments in (
         (ops.additive, (sums.codes, sums._books, sums._scales, sums.layout)),
         (ops.vector_linear, (vectors._parts, vectors._plan)),
+        (ops.points_linear, (points._codes, points._parts, points._plan)),
         (ops.rotate, plan.parts),
         (ops.sparse_add, (torch.randn(2, 6), *entries._entries)),
     ):

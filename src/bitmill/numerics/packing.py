@@ -55,9 +55,13 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         raise ValueError(
             f"{count} codes of {bits} bits need {words_for(count, bits)} words, found {words.shape[-1]}"
         )
+    if _WORD % bits == 0:  # no code is cut
+        shifts = torch.arange(0, _WORD, bits, dtype=torch.int32, device=words.device)
+        codes = (words[..., None] >> shifts).bitwise_and_((1 << bits) - 1).flatten(-2)[..., :count]
+        return codes.to(torch.uint8 if bits <= 8 else torch.int32)
     start = torch.arange(count, device=words.device) * bits
     wide = words.to(torch.int64) & _MASK
-    wide[..., :-1] |= wide[..., 1:] << _WORD  # each word with the next above it: no code is cut
+    wide[..., :-1] |= wide[..., 1:] << _WORD  # each word with the next above it
     codes = wide.index_select(-1, start // _WORD).bitwise_right_shift_(start % _WORD).bitwise_and_((1 << bits) - 1)
     return codes.to(torch.uint8 if bits <= 8 else torch.int32)
 
