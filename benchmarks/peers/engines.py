@@ -103,7 +103,9 @@ class Worker:
         logits = answer.pop("logits")
         expected = reference.checked["logits"] if self is not reference else logits
         answer["cosine"] = cosine(logits, expected) if logits else None
-        answer["nats"] = reference.ask("score", prompt=prompt, continuation=answer["tokens"])
+        answer["nats"] = None
+        if model.text is not None:
+            answer["nats"] = reference.ask("score", prompt=prompt, continuation=answer["tokens"])
         answer["text"] = " ".join(model.words(answer["tokens"]).split())
         answer["passed"] = (
             answer["finite"]
