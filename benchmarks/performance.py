@@ -30,13 +30,19 @@ COMMANDS = (
 
 
 def main() -> None:
-    kernels = _read(RESULTS / "kernels.json")
-    runs = [run for run in map(_read, sorted(RESULTS.glob("peers-*.json"))) if run]
+    kernels, runs = results()
     if kernels:
         arithmetic = [run["machine"]["arithmetic"] for run in runs if run["machine"].get("arithmetic")]
         PICTURE.write_text(roofline(kernels, max(arithmetic, default=None)), encoding="utf-8")
     PAGE.write_text(page(kernels, runs), encoding="utf-8")
     print(f"{PAGE} made from {bool(kernels) + len(runs)} results")
+
+
+def results() -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """What is in benchmarks/results: of the kernels, and of every model."""
+    return _read(RESULTS / "kernels.json"), [
+        run for f in sorted(RESULTS.glob("peers-*.json")) if (run := _read(f))
+    ]
 
 
 def page(kernels: dict[str, Any] | None, runs: list[dict[str, Any]]) -> str:
@@ -102,7 +108,7 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
     shapes = sorted({tuple(case["shape"]) for case in cases})
     head = ["format", "bits", "group", "bits a weight", "kernel"]
     for out, inputs in shapes:
-        head += [f"{out} x {inputs}", "GB/s", "of bandwidth", "torch fp32"]
+        head += [f"{out} x {inputs}", "GB/s", "of bandwidth", "over torch fp32"]
     lines = [
         "## Matrix-vector products",
         "",
@@ -165,7 +171,7 @@ def _how_models_were_measured(run: dict[str, Any]) -> list[str]:
 def _model(run: dict[str, Any]) -> list[str]:
     head = ("engine", "size", "decode, tokens/s", "prefill, tokens/s", "peak memory", "cosine", "nats")
     lines = [f"### {run['model']}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for engine in run["engines"]:
+    for engine in _ours_first(run):
         check = engine["check"]
         cells = [
             _named(engine),
@@ -185,7 +191,7 @@ def _model(run: dict[str, Any]) -> list[str]:
         cells = [peer] + [_ratio(found[bits][what]) for what in ("decode", "prefill") for bits in ours]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *_notes(run)]
-    said = [e for e in run["engines"] if e["check"].get("text")]
+    said = [e for e in _ours_first(run) if e["check"].get("text")]
     if said:
         lines += [
             "What they said:",
@@ -198,19 +204,29 @@ def _model(run: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _ours_first(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """bitmill's, then the peers together."""
+    order = ["bitmill", *dict.fromkeys(engine["peer"] for engine in reversed(run["engines"]))]
+    return sorted(run["engines"], key=lambda engine: order.index(engine["peer"]))
+
+
 def _notes(run: dict[str, Any]) -> list[str]:
     notes = [run["about"]] if run.get("about") else []
-    for engine in run["engines"]:
+    for engine in _ours_first(run):
         uses = engine["settings"].get("decode")
         if engine["peer"] == "llama.cpp" and uses:
             batch = engine["settings"]["prefill"]
             notes.append(
-                f"{engine['name']}: {engine['made']}; decode with {uses['threads']} threads, "
+                f"{engine['name']}: matrices in {engine['made']}; decode with {uses['threads']} threads, "
                 f"flash attention {_switch(uses)}; prefill by {batch['ubatch']} tokens, flash attention "
                 f"{_switch(batch)}."
             )
         if engine["peer"] == "bitmill":
-            notes.append(f"{engine['name']}: `{engine['made']}`; decode path: {engine['settings']['decode']}")
+            notes.append(
+                f"{engine['name']}: `{engine['made']}`; decode path: {engine['settings']['decode']}.".replace(
+                    "..", "."
+                )
+            )
     return [*(f"- {note}" for note in notes), ""]
 
 

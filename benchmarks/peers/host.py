@@ -17,7 +17,7 @@ SETS = (
     "avx512f",
     "avx512bw",
     "avx512_vnni",
-    "avx512_vbmi",
+    "avx512vbmi",
     "avx512_bf16",
     "amx_int8",
     "asimddp",

@@ -49,12 +49,12 @@ class Engine:
     def check(self, prompt: list[int], tokens: int) -> dict[str, Any]:
         """Greedy continuation, and the logits it began with."""
         logits = self.read(prompt)
-        first, said, finite = logits, [], True
+        first, said, finite = logits.tolist(), [], True  # before the engine writes over them
         for _ in range(tokens):
             finite &= bool(np.isfinite(logits).all())
             said.append(int(logits.argmax()))
             logits = self.step(said[-1])
-        return {"tokens": said, "finite": finite, "vocabulary": len(first), "logits": first.tolist()}
+        return {"tokens": said, "finite": finite, "vocabulary": len(first), "logits": first}
 
     def decode(self, prompt: list[int], tokens: int) -> float:
         """Seconds a token, the median over greedy tokens."""
