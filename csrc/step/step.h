@@ -4,7 +4,7 @@
 //     x += down(silu(gate(n)) * up(n))                     n = norm(x)     for every block; logits = head(norm(x))
 //
 // Products share their rows among threads; what lies between them is small, and every thread does it for itself on
-// its own copy of x. So threads wait for each other only where one reads what another wrote: five times a block.
+// its own copy of x. So threads wait for each other only where one reads what another wrote: six times a block.
 #pragma once
 #include <cstdint>
 #include <mutex>
