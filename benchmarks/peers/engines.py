@@ -15,7 +15,6 @@ from models import BITS, GGUF_TYPES, HERE, Model, types_of
 
 PEERS = ("llama.cpp", "torch", "vllm")
 SAID = 12  # tokens of a check
-LEAST_COSINE = 0.3  # between the logits of an engine and the float model's
 MOST_NATS = 5.0  # a token, that the float model may give to a continuation; guessing is worth 10.8
 
 
@@ -109,7 +108,7 @@ class Worker:
         answer["text"] = " ".join(model.words(answer["tokens"]).split())
         answer["passed"] = (
             answer["finite"]
-            and (not logits or (len(logits) == len(expected) and answer["cosine"] >= LEAST_COSINE))
+            and (not logits or (len(logits) == len(expected) and answer["cosine"] >= model.least_cosine))
             and (model.text is None or answer["nats"] <= MOST_NATS)
         )
         self.checked = {**answer, "logits": logits}

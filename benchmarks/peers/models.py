@@ -24,6 +24,7 @@ class Model:
 
     head_bits: what llama.cpp stores the output matrix of the same model in.
     turns: how often decode and prefill are measured, where not told.
+    least_cosine: between the logits of an engine and the float model's, to count as the same model.
     text: what it is asked to continue; a model without one has random weights and no words.
     """
 
@@ -32,6 +33,7 @@ class Model:
     options: tuple[str, ...]
     head_bits: int
     turns: tuple[int, int]
+    least_cosine: float
     text: str | None
 
     def source(self, folder: Path) -> str:
@@ -115,6 +117,7 @@ MODELS = {
             ("--method", "gptq", "--samples", "16"),
             8,
             (5, 3),
+            0.3,
             "The capital of France is",
         ),
         Model(
@@ -124,6 +127,7 @@ MODELS = {
             ("--method", "rtn"),
             6,
             (3, 2),
+            0.05,  # random weights tolerate 2 bits badly; of 32000 logits, chance gives 0.006
             None,
         ),
     )

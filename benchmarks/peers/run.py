@@ -149,7 +149,7 @@ def show(result: dict[str, Any]) -> None:
     )
     table = Table(box=None, pad_edge=False)
     for column in ("engine", "MB", "decode tokens/s", "prefill tokens/s", "peak MB", "check"):
-        table.add_column(column, justify="left" if column in ("engine", "check") else "right")
+        table.add_column(column, justify="left" if column in ("engine", "check") else "right", no_wrap=True)
     for engine in result["engines"]:
         check = engine["check"]
         said = check["text"] or f"cosine {check['cosine']:.3f}"
