@@ -164,7 +164,7 @@ def load(
     """Load a quantized folder, or any float model, ready to run; quantized weights stay packed.
 
     dtype: type of activations and unquantized weights.
-    dense: unpack all weights at once instead of anew for every token: quicker, with a float model's memory.
+    dense: unpack all weights, for an ordinary model with a float model's memory.
     """
     check_device(device)
     if isinstance(model, (str, Path)) and is_checkpoint(Path(model)):

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from bitmill.bench.memory import ReadBandwidth, copies_of, linear_time, timed
 from bitmill.formats import FORMATS, Format
+from bitmill.formats.pyramid import Pyramid
+from bitmill.quantized import fit_matrix, nearest_matrix
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.base import KERNELS
 from bitmill.runtime.native import activations, is_available, native, threads
@@ -111,8 +113,16 @@ def _measure(
 
 
 def random_packed(format: Format, shape: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
-    """Packed tensors of random codes and small positive parameters; speed does not depend on the numbers."""
+    """Packed tensors of random codes and small positive parameters; speed does not depend on the numbers.
+
+    But not every number names a point of a pyramid: those are of 64 rows of random weights, again and again.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(format, Pyramid):
+        W = torch.randn(min(64, shape[0]), shape[1], generator=generator) * 0.02
+        few = nearest_matrix(format, W, fit_matrix(format, W, None, False)).pack()
+        rows = torch.arange(shape[0]) % len(W)
+        return {name: t[rows] if len(t) == len(W) else t for name, t in few.items()}
     made = {}
     for name, (size, dtype) in format.layout(shape).items():
         if dtype.is_floating_point:

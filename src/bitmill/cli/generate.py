@@ -17,7 +17,7 @@ MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to genera
 Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes the likeliest token.")]
 Seed = Annotated[int, typer.Option(metavar="S", help="Seed of the sampling.")]
 Dense = Annotated[
-    bool, typer.Option("--dense", help="Unpack all weights first: quicker, with a float model's memory.")
+    bool, typer.Option("--dense", help="Unpack all weights first: an ordinary model, with a float model's memory.")
 ]
 
 
