@@ -117,9 +117,9 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
         f"One token, {kernels['threads']} threads, {kernels['isa'] or 'reference'} kernels, "
         f"{kernels['activations']} activations. Weights are cold: copies take turns until more than the caches "
         f"hold has been read. GB/s counts packed bytes, of {kernels['read_bandwidth_GBps']:.1f} GB/s that reading "
-        "alone reaches; the last column of a shape is how many times faster than torch's fp32 `F.linear` it is. The "
-        "`points` kernel reads more than it counts: it lays pyramids out as integers of one bit more, 1.3 to 1.6 "
-        "times the packed size.",
+        "alone reaches; the last column of a shape is how many times faster than torch's fp32 `F.linear` it is. "
+        "The `points` kernel reads more than it counts: it lays pyramids out as integers of one bit more, 1.3 to "
+        "1.6 times the packed size.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
