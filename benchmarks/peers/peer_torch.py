@@ -12,6 +12,7 @@ from worker import Engine, serve
 
 import bitmill
 from bitmill.bench.memory import timed
+from bitmill.runtime.decode import detach
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -29,7 +30,7 @@ class Transformers(Engine):
         dtype = DTYPES[option]
         if model.is_dir():
             return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
-        return bitmill.load(str(model), dtype=dtype)
+        return detach(bitmill.load(str(model), dtype=dtype))  # or its tokens would take bitmill's own step
 
     def read(self, tokens: list[int]) -> np.ndarray:
         self.cache = None
