@@ -121,10 +121,10 @@ struct Scalar {
     template <int bits>
     struct Whole {  // a table for all bytes
         static constexpr int top = bits - 1;  // where the code's last bit is expected
-        const uint8_t* record;
-        BITMILL_INLINE void load(const uint8_t* from) { record = from; }
+        uint8_t entries[1 << bits];
+        BITMILL_INLINE void load(const uint8_t* record) { std::memcpy(entries, record, sizeof entries); }
         BITMILL_INLINE Bytes look(Bytes code) const {
-            for (auto& b : code.v) b = record[b & ((1 << bits) - 1)];
+            for (auto& b : code.v) b = entries[b & ((1 << bits) - 1)];
             return code;
         }
     };
