@@ -81,7 +81,10 @@ class StepForward:
             return self._own(**kwargs)
         past, length = found
         past.make_room(length + 1, length)
-        logits = plan.advance(ids, past.numbers, length)
+        try:
+            logits = plan.advance(ids, past.numbers, length)
+        except _TRIPS:  # a token that the table does not have
+            return self._own(**kwargs)
         if not self._agrees:
             return self._tried(logits, kwargs)
         cache = kwargs["past_key_values"]
