@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from bitmill.formats import FORMATS
+from bitmill.quantized import SHARED
 from bitmill.runtime.decode import attach, decode_path, detach
 from bitmill.runtime.decode.forward import StepForward
 from bitmill.runtime.decode.watch import Watch
@@ -80,6 +81,13 @@ def test_derived_classes_are_refused(model):
     assert "OtherMLP of " in decode_path(model)
     model.model.layers[1].mlp.__class__ = LlamaMLP
     assert decode_path(model) == "step"
+
+
+def test_what_layers_share_is_no_part_of_the_model(model):
+    model.add_module(SHARED, nn.Module())
+    assert decode_path(model) == "step"
+    model.add_module("score", nn.Linear(42, 2))
+    assert "its modules are not those of a LlamaForCausalLM" in decode_path(model)
 
 
 def test_what_the_plan_trips_over_is_a_refusal(model):
