@@ -193,9 +193,7 @@ def test_hooks_are_called(model):
 
 
 def test_a_model_that_does_more_than_llama_is_found_out(model):
-    layer = model.model.layers[1]
-    plain = layer.mlp.forward
-    layer.mlp.forward = lambda x: 1.1 * plain(x)
+    model.model.layers[1].self_attn.scaling = 1.0  # all blocks have the first one's
     found, _ = logits(model, TOKENS)
     assert "differs" in decode_path(model)
     assert torch.equal(found, logits(detach(model), TOKENS)[0])
@@ -208,7 +206,7 @@ def test_reasons():
         decode_path(attach(odd_model(hidden_act="gelu"))),
         decode_path(attach(odd_model().to(torch.float16))),
     ]
-    for sentence, reason in zip(said, ("not built as Llama is", "a window of the past", "not SiLU", "float16")):
+    for sentence, reason in zip(said, ("GPT2LMHeadModel of", "a window of the past", "not SiLU", "float16")):
         assert sentence.startswith("It decodes by transformers' own forward: ")
         assert reason in sentence
 

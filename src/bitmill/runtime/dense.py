@@ -42,7 +42,7 @@ def densify(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def _decoded(layer: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    return unpack(layer.format, layer.packed(), layer.shape).dequantize().to(dtype)
+    return unpack(layer.format, layer.packed(), layer.shape).dequantize().to(dtype).contiguous()
 
 
 def _weight(layer: QuantLinear, dtype: torch.dtype) -> nn.Parameter:

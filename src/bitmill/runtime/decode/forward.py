@@ -2,8 +2,9 @@
 
 Nothing above it changes: `generate()` with its processors, streamers and stopping criteria, and every loop that
 calls the model with `past_key_values`. A call goes to the step when it continues one sequence by one token, on
-the CPU, without gradients, from a cache of the ordinary kind, and asks for logits alone. The first such call of a
-model runs both ways, and the step is dropped unless they agree: what a subclass does beyond Llama shows there.
+the CPU, without gradients, from a cache of the ordinary kind, and asks for logits alone. Only models whose code
+the step was written after qualify (parts.py); the first such call of one runs both ways, and the step is dropped
+unless they agree.
 
 BITMILL_DECODE=off leaves all calls to transformers.
 """
@@ -21,14 +22,19 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bitmill.errors import UsageError
+from bitmill.runtime.decode.parts import NotEligibleError, parts_of
 from bitmill.runtime.decode.past import past_of
-from bitmill.runtime.decode.plan import NotEligibleError, Plan, parts_of
+from bitmill.runtime.decode.plan import Plan
+from bitmill.runtime.decode.watch import Watch
 from bitmill.runtime.native import activations
 
 # How far the logits of both ways may be apart, relative to their spread. Sums in another order round a few inputs
 # to another integer, and that moves all that follow: some blocks on, both differ by as much as rounding costs.
 _APART = {"float32": 1e-3, "int16": 2e-2, "int8": 0.3}
 _APART_BF16 = 0.1
+
+# The step is optional: what it trips over is the model's own to raise.
+_TRIPS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _IGNORED = ("use_cache", "return_dict", "cache_position")  # True, None or implied
 
@@ -38,7 +44,8 @@ class StepForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.why_not: str | None = None  # one sentence, once it is known that the model cannot use the step
+        self.why_not: str | None = None  # one sentence, while the model as it is cannot use the step
+        self._watch: Watch | None = None
         self._plan: Plan | None = None
         self._agrees = False
 
@@ -55,7 +62,7 @@ class StepForward:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of the model make their own plan."""
-        return {"model": self.model, "why_not": self.why_not, "_plan": None, "_agrees": False}
+        return {"model": self.model, "why_not": None, "_watch": None, "_plan": None, "_agrees": False}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The step where the call is one for it, or else the model's own forward."""
@@ -63,20 +70,21 @@ class StepForward:
             return self._own(*args, **kwargs)
         if len(args) == 1:
             kwargs, args = {"input_ids": args[0], **kwargs}, ()
-        if args or self.why_not is not None:
-            return self._own(*args, **kwargs)
         ids = kwargs.get("input_ids")
-        if ids is None or ids.shape != (1, 1) or not _is_plain(kwargs, ids):
-            return self._own(**kwargs)
+        if args or type(ids) is not Tensor or ids.shape != (1, 1) or not _is_plain(kwargs, ids):
+            return self._own(*args, **kwargs)
         plan = self._current_plan()
-        found = (
-            None if plan is None else past_of(kwargs.get("past_key_values"), plan.blocks, plan.kv_heads, plan.dim)
-        )
-        if plan is None or found is None or not _continues(kwargs, found[1]):
+        if plan is None or self._watch is None or self._watch.wanted() is not None:
+            return self._own(**kwargs)
+        found = past_of(kwargs.get("past_key_values"), plan.blocks, plan.kv_heads, plan.dim)
+        if found is None or not _continues(kwargs, found[1]):
             return self._own(**kwargs)
         past, length = found
         past.make_room(length + 1, length)
-        logits = plan.advance(ids, past.numbers, length)
+        try:
+            logits = plan.advance(ids, past.numbers, length)
+        except _TRIPS:  # a token that the table does not have
+            return self._own(**kwargs)
         if not self._agrees:
             return self._tried(logits, kwargs)
         cache = kwargs["past_key_values"]
@@ -89,20 +97,27 @@ class StepForward:
 
     def prepare(self) -> str | None:
         """Build what the step needs, if it is not there; why the model cannot use it, in one sentence, or None."""
-        if self.why_not is None:
-            self._current_plan()
-        return self.why_not
+        self._current_plan()
+        if self.why_not is not None or self._watch is None:
+            return self.why_not
+        wanted = self._watch.wanted()
+        return None if wanted is None else _sentence(wanted)
 
     def _current_plan(self) -> Plan | None:
-        if self._plan is not None and self._plan.is_current():
-            return self._plan
-        self._plan, self._agrees = None, False
+        """None for a model that was refused, until something about it changes."""
+        plan, watch = self._plan, self._watch
+        if watch is not None and watch.is_current() and (plan is None or plan.is_current()):
+            return plan
+        self._plan, self._watch, self._agrees, self.why_not = None, None, False, None
         try:
+            self._watch = Watch(self.model)
             plan = Plan(self.model)
             plan.angles(0)
-            self._plan = plan if plan.is_current() else None
+            self._plan = plan
         except NotEligibleError as error:
             self._refuse(str(error))
+        except _TRIPS as error:
+            self._refuse(f"{type(error).__name__}, {error}")
         return self._plan
 
     def _tried(self, logits: Tensor, kwargs: dict[str, Any]) -> Any:
@@ -145,15 +160,18 @@ def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:
 def _continues(kwargs: dict[str, Any], length: int) -> bool:
     """Whether the token follows the `length` of the cache, none of which is masked."""
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and not (mask.shape == (1, length + 1) and bool(mask.all())):
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (1, length + 1) and bool(mask.all())):
         return False
-    return positions is None or (positions.numel() == 1 and int(positions) == length)
+    if positions is None:
+        return True
+    return isinstance(positions, Tensor) and positions.numel() == 1 and int(positions) == length
 
 
 def attach(model: Any) -> Any:
-    """Put the compiled step in front of the forward of a model that is built as Llama is; returns the model.
+    """Put the compiled step in front of the forward of a model that it computes (parts.py); returns the model.
 
-    BITMILL_DECODE=off leaves it alone. Raises UsageError for another value of it.
+    BITMILL_DECODE=off leaves it alone. A shallow copy (copy.copy) shares the model's forward as it shares its
+    modules. Raises UsageError for another value of it.
     """
     wanted = os.environ.get("BITMILL_DECODE") or "on"
     if wanted not in ("on", "off"):
@@ -183,6 +201,8 @@ def _why_not(model: Any) -> str | None:
         parts_of(model)
     except NotEligibleError as error:
         return _sentence(str(error))
+    except _TRIPS as error:
+        return _sentence(f"{type(error).__name__}, {error}")
     return None
 
 

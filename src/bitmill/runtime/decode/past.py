@@ -15,7 +15,7 @@ class Past:
     """Memory for the keys and values of all blocks: `numbers`, fp32 (blocks, 2, heads, capacity, dim)."""
 
     def __init__(self, blocks: int, heads: int, dim: int, tokens: int) -> None:
-        self.numbers = torch.empty(blocks, 2, heads, _capacity(tokens), dim)
+        self.numbers = _memory(blocks, heads, tokens, dim)
 
     @property
     def capacity(self) -> int:
@@ -26,21 +26,24 @@ class Past:
         """Room for `tokens`, of which `length` are there; memory doubles when it must grow."""
         if tokens <= self.capacity:
             return
-        blocks, two, heads, _, dim = self.numbers.shape
-        grown = torch.empty(blocks, two, heads, _capacity(tokens), dim)
+        blocks, _, heads, _, dim = self.numbers.shape
+        grown = _memory(blocks, heads, tokens, dim)
         grown[..., :length, :] = self.numbers[..., :length, :]
         self.numbers = grown
 
 
-def _capacity(tokens: int) -> int:
-    return max(_LEAST, 1 << (tokens - 1).bit_length())
+def _memory(blocks: int, heads: int, tokens: int, dim: int) -> Tensor:
+    capacity = max(_LEAST, 1 << (tokens - 1).bit_length())
+    with torch.inference_mode(False):  # a tensor made in that mode can be written to in no other
+        return torch.empty(blocks, 2, heads, capacity, dim)
 
 
 class PastLayer(DynamicLayer):
     """One block's part of a Past, as transformers' caches hold it.
 
     Whoever puts other tensors in the place of `keys` and `values` (beam search, several sequences) takes the layer
-    out of the Past, and it goes on as an ordinary one.
+    out of the Past, and it goes on as an ordinary one. What `keys` and `values` return may be views: clone what
+    shall outlast a `crop`, for the tokens that follow are written over those that were forgotten.
     """
 
     def __init__(self, past: Past, index: int, length: int, dtype: torch.dtype) -> None:
@@ -80,6 +83,8 @@ class PastLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values (sequences, heads, tokens, dim); returns all there are."""
         if not self.is_ours or key_states.shape[0] != 1 or key_states.requires_grad:
+            if self.is_ours and not self.length:  # nothing is there that must be of the same shape
+                self.lazy_initialization(key_states, value_states)
             return super().update(key_states, value_states, *args, **kwargs)
         end = self.length + key_states.shape[-2]
         # blocks are updated one after the other: all of them have at least as much as this one

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from itertools import chain
+import contextlib
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitmill.runtime.decode.parts import GATED, HEAD_NORMS, PROJECTIONS, NotEligibleError, parts_of
 from bitmill.runtime.linear import QuantLinear
 from bitmill.runtime.native import is_available, native, threads
 
 _CPU = torch.device("cpu")
 _kernel_of = attrgetter("_kernel")
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_HEAD_NORMS = ("q_norm", "k_norm")
-_GATED = ("gate_proj", "up_proj", "down_proj")
 _SILU = ("SiLU", "SiLUActivation")
 # Kinds of rotary embedding whose angles depend on the position alone.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-class NotEligibleError(Exception):
-    """One sentence that says why a model cannot use the compiled step."""
-
-
 class Plan:
-    """The compiled model, and what must stay as it is for it to be this model's."""
+    """The compiled model, and which kernels and numbers must stay as they are; a Watch sees to all else."""
 
     def __init__(self, model: Any) -> None:
         """Raises NotEligibleError."""
@@ -46,8 +40,7 @@ class Plan:
         self.tokens = int(head.out_features)
         self._owners: list[Any] = []
         self._kernels: list[Any] = []
-        self._tensors: list[tuple[Tensor, int]] = []
-        self._hooked = [*layers, base, base.norm, head]
+        self._copied: list[Tensor] = []
         hidden = int(attention.q_proj.in_features)
         builder = native().ModelBuilder(
             hidden, self.heads, self.kv_heads, self.dim, _epsilon(base.norm), float(attention.scaling)
@@ -62,9 +55,13 @@ class Plan:
             raise NotEligibleError(f"its layers do not fit together ({error})") from None
         self._angles: tuple[Tensor, Tensor] | None = None
         self._table = self._rows(head)
-        inside = [part for layer in layers for part in (layer, layer.self_attn, layer.mlp)]
-        self._parents = [module._modules for module in (model, base, base.layers, *inside)]
-        self._modules = list(chain.from_iterable(map(dict.values, self._parents)))
+        self._fixed = getattr(self.rotary, "rope_type", "default") in _FIXED_ROPE
+        self._frequencies = self.rotary.inv_freq
+        if self._fixed and not self._frequencies.is_inference():
+            self._copied.append(self._frequencies)
+        if any(tensor.is_inference() for tensor in self._copied):
+            raise NotEligibleError("it was made in inference mode, where changes of numbers leave no trace")
+        self._versions = _versions(self._copied)
 
     def advance(self, ids: Tensor, past: Tensor, length: int) -> Tensor:
         """Logits (tokens,) of what follows the token `ids` (1, 1); its keys and values join the past."""
@@ -76,11 +73,13 @@ class Plan:
     def _rows(self, head: Any) -> Any:
         """What looks up embeddings in compiled code, where it gives what the model's own table gives."""
         tied: Any = getattr(head, "tied", None)
+        table = None
         if type(self.embedding) is nn.Embedding:
-            table = self._linear(self.embedding, "embed_tokens")
+            with contextlib.suppress(NotEligibleError):
+                table = self._linear(self.embedding, "embed_tokens")
         elif tied is self.embedding:
             table = self._linear(head, "lm_head")
-        else:
+        if table is None:
             return None
         ids = torch.linspace(0, self.tokens - 1, 8).long()
         own = self.embedding(ids).to(torch.float32)
@@ -88,17 +87,19 @@ class Plan:
         return table if rows.shape == own.shape and torch.allclose(rows, own, rtol=1e-5, atol=1e-7) else None
 
     def is_current(self) -> bool:
-        """Whether the model is still made of what the plan was made of, and nobody listens to its layers."""
+        """Whether the kernels are the same, and nobody has changed what was copied.
+
+        An edit through `.data` leaves no trace, and is missed where a copy was needed.
+        """
         return (
-            list(chain.from_iterable(map(dict.values, self._parents))) == self._modules
-            and list(map(_kernel_of, self._owners)) == self._kernels
-            and all(tensor.data_ptr() == place for tensor, place in self._tensors)
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in self._hooked)
+            list(map(_kernel_of, self._owners)) == self._kernels
+            and _versions(self._copied) == self._versions
+            and (not self._fixed or self.rotary.inv_freq is self._frequencies)
         )
 
     def angles(self, position: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (dim,) of a position, by the model's own rotary embedding."""
-        if getattr(self.rotary, "rope_type", "default") not in _FIXED_ROPE:
+        if not self._fixed:
             cos, sin = self._rotate(torch.tensor([[position]]))
             return cos[0], sin[0]
         if self._angles is None or position >= len(self._angles[0]):
@@ -115,9 +116,9 @@ class Plan:
 
     def _block(self, builder: Any, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        modules = [(f"self_attn.{n}", getattr(attention, n)) for n in _PROJECTIONS]
-        modules += [(f"mlp.{n}", getattr(mlp, n)) for n in _GATED]
-        norms = [getattr(attention, n, None) for n in _HEAD_NORMS]
+        modules = [(f"self_attn.{n}", getattr(attention, n)) for n in PROJECTIONS]
+        modules += [(f"mlp.{n}", getattr(mlp, n)) for n in GATED]
+        norms = [getattr(attention, n, None) for n in HEAD_NORMS]
         builder.block(
             self._vector(layer.input_layernorm.weight),
             self._vector(layer.post_attention_layernorm.weight),
@@ -127,7 +128,7 @@ class Plan:
         )
 
     def _linear(self, module: Any, name: str) -> Any:
-        if isinstance(module, QuantLinear):
+        if type(module) is QuantLinear:
             kernel = module.kernel_on(_CPU)
             made = kernel.step_linear()
             if made is None:
@@ -138,9 +139,10 @@ class Plan:
         if type(module) not in (nn.Linear, nn.Embedding):
             raise NotEligibleError(f"{name} is a {type(module).__name__}")
         weight = module.weight.detach()
-        if weight.device.type != "cpu" or not weight.is_contiguous():
-            raise NotEligibleError(f"{name} is not a matrix in the CPU's memory")
-        self._watch(module.weight)
+        if weight.device.type != "cpu":
+            raise NotEligibleError(f"{name} is not in the CPU's memory")
+        if not weight.is_contiguous():
+            raise NotEligibleError(f"{name} is not contiguous, row by row")
         if weight.dtype == torch.float32:
             return native().dense_linear(weight)
         if weight.dtype == torch.bfloat16:
@@ -151,47 +153,15 @@ class Plan:
         return None if module.bias is None else self._vector(module.bias)
 
     def _vector(self, parameter: Tensor) -> Tensor:
-        self._watch(parameter)
-        return parameter.detach().to(torch.float32).contiguous()
-
-    def _watch(self, tensor: Tensor) -> None:
-        self._tensors.append((tensor, tensor.data_ptr()))
-
-
-def parts_of(model: Any) -> tuple[Any, nn.Linear, list[Any]]:
-    """The base model, the head and the blocks of a model that is built as Llama is. Raises NotEligibleError."""
-    try:
-        base, head = model.model, model.lm_head
-        layers = list(base.layers)
-        found = [
-            _names(model) == {"model", "lm_head"},
-            _names(base) == {"embed_tokens", "layers", "norm", "rotary_emb"},
-            bool(layers),
-        ]
-        for layer in layers:
-            attention = _names(layer.self_attn)
-            found += [
-                _names(layer) == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-                attention in ({*_PROJECTIONS}, {*_PROJECTIONS, *_HEAD_NORMS}),
-                _names(layer.mlp) == {*_GATED, "act_fn"},
-                type(layer) is type(layers[0]),
-            ]
-    except AttributeError:
-        found = [False]
-    if not all(found):
-        raise NotEligibleError(f"{type(model).__name__} is not built as Llama is")
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if kinds != {"full_attention"} or (sliding and not getattr(config, "layer_types", None)):
-        raise NotEligibleError("its attention looks at a window of the past")
-    if len(layers) != config.num_hidden_layers:
-        raise NotEligibleError("its config names another number of blocks")
-    return base, head, layers
+        vector = parameter.detach().to(torch.float32).contiguous()
+        if vector.data_ptr() != parameter.data_ptr():
+            self._copied.append(parameter)
+        return vector
 
 
-def _names(module: nn.Module) -> set[str]:
-    return {name for name, child in module.named_children()}
+def _versions(tensors: list[Tensor]) -> list[int]:
+    """How often each was changed in place."""
+    return [tensor._version for tensor in tensors]
 
 
 def _epsilon(norm: Any) -> float:
