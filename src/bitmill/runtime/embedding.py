@@ -27,8 +27,9 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
         """Token ids (...) to their rows (..., columns), in the model's type."""
         assert isinstance(self.format, GroupFormat)
         ids = input.reshape(-1).long()
-        if self._kernel is not None:
-            rows = self._kernel.rows(ids)
+        kernel = self._kernel
+        if kernel is not None:
+            rows = kernel.rows(ids)
         else:
             rows = self.format.dequantize_rows(self.packed(), self.shape, ids)
         return rows.to(self.weight.dtype).view(*input.shape, self.shape[1])
