@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from bitmill.formats import Format, GroupFormat
+from bitmill.runtime import ops
 from bitmill.runtime.packed import PackedMatrix
 
 
@@ -30,6 +31,8 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
         kernel = self._kernel
         if kernel is not None:
             rows = kernel.rows(ids)
+        elif ops.watched(input):
+            rows = self.kernel_on(self.weight.device).rows(ids)
         else:
             rows = self.format.dequantize_rows(self.packed(), self.shape, ids)
         return rows.to(self.weight.dtype).view(*input.shape, self.shape[1])
@@ -57,7 +60,7 @@ def swap_embedding(model: nn.Module, name: str, format: Format, device: Any = No
     table.__class__ = _quantized(type(table))  # type: ignore[arg-type]
     assert isinstance(table, QuantEmbedding)
     table.register_buffer("weight", stand_in, persistent=False)
-    table.format, table.shape = format, (rows, columns)
+    table.format, table.shape, table._text = format, (rows, columns), ops.text_of(format)
     table.hold(format.layout(table.shape), device)
     return table
 
@@ -66,7 +69,7 @@ def restore_embedding(table: QuantEmbedding, weight: Tensor) -> None:
     """The inverse: make the layer what it was, with another weight (rows, columns)."""
     for name in (*table.packed(), "weight"):
         del table._buffers[name]
-    for name in ("format", "shape", "outside", "_held", "_kernel"):
+    for name in ("format", "shape", "outside", "_held", "_kernel", "_text"):
         vars(table).pop(name, None)
     table.__class__ = table.plain  # type: ignore[assignment]
     table.weight = nn.Parameter(weight, requires_grad=False)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from bitmill.errors import CheckpointError
 from bitmill.formats import Format
 from bitmill.formats.base import Layout
+from bitmill.runtime import ops
 from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
+from bitmill.runtime.kernels.reference import Stored
 
 _TURN = threading.RLock()  # held by whoever lays a matrix out anew or asks for its packed tensors
 
@@ -69,18 +71,29 @@ class PackedMatrix(Packed):
     outside = False  # of all blocks: a table of embeddings, or the head
     shared: Packed | None = None
     _kernel: Kernel | None = None
+    _text: str  # `ops.text_of` the format
 
     def packed(self) -> dict[str, Tensor]:
         """All packed tensors by name, those that it shares too."""
+        if self._kernel is None and ops.watched():
+            return self._as_stored()
         with _TURN:
             self._take_back()
-            return {**super().packed(), **(self.shared.packed() if self.shared else {})}
+            return self._as_stored()
+
+    def _as_stored(self) -> dict[str, Tensor]:
+        return {**super().packed(), **(self.shared.packed() if self.shared else {})}
 
     def kernel_on(self, device: torch.device) -> Kernel:
-        """What multiplies with the matrix there; from now on it holds the tensors."""
+        """What multiplies with the matrix there; from now on it holds the tensors.
+
+        A trace that comes before its first use decodes the packed tensors each time: slow, use it once before.
+        """
         kernel = self._kernel
         if kernel is not None and kernel.spec.device == device:
             return kernel
+        if ops.watched():
+            return Stored(KernelSpec(self.format, self.shape, device), self.packed(), self._text)
         with _TURN:
             if self._kernel is None or self._kernel.spec.device != device:
                 self._kernel = self._lay_out(device)
