@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from compiled import needs_native, quantized, rounded_to
@@ -38,8 +40,15 @@ def layer_of(format: Format) -> QuantLinear:
     return layer
 
 
-def table_of(format: Format) -> QuantEmbedding:
-    model = nn.ModuleDict({"table": nn.Embedding(*SHAPE)})
+class Doubled(nn.Embedding):
+    """A class of its own, as Gemma has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def table_of(format: Format, kind: type[nn.Embedding] = nn.Embedding) -> QuantEmbedding:
+    model = nn.ModuleDict({"table": kind(*SHAPE)})
     table = swap_embedding(model, "table", format)
     table.load_state_dict(quantized(format, SHAPE).pack())
     return table
@@ -115,3 +124,16 @@ def test_recorded_and_batched(prepared, tokens):
     expected = layer(other)
     assert (recorded - expected).norm() <= 5e-3 * expected.norm()
     assert (batched - torch.stack([layer(x) for x in many])).norm() <= 5e-3 * batched.norm()
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_tables_with_a_class_of_their_own_are_pickled(prepared):
+    table, file = table_of(Uniform(4, 16), Doubled), io.BytesIO()
+    expected = table(IDS)
+    if prepared:
+        table.kernel_on(torch.device("cpu"))
+    torch.save(table, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert type(again) is type(table)
+    assert torch.equal(again(IDS), expected)

@@ -41,6 +41,15 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
         """Shown by print(model)."""
         return f"{self.shape[0]} x {self.shape[1]}, {self.format!r}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles by the float layer's class: no module has one made by `_quantized`."""
+        return _blank, (self.plain,), vars(self).copy()
+
+
+def _blank(kind: type[nn.Embedding]) -> QuantEmbedding:
+    made = _quantized(kind)  # type: ignore[arg-type]
+    return made.__new__(made)
+
 
 @cache
 def _quantized(kind: type[nn.Embedding]) -> type[QuantEmbedding]:
