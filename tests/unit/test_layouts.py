@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import bitmill
 from bitmill.formats.additive import Additive
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.uniform import Uniform
+from bitmill.quantized import Quantized
 from bitmill.runtime import QuantEmbedding, QuantLinear
 from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec
 from bitmill.runtime.kernels.reference import Reference
@@ -42,6 +44,12 @@ def held_bytes(model: nn.Module) -> int:
 @torch.no_grad()
 def answer(model: nn.Module) -> Tensor:
     return model(IDS).logits
+
+
+def layer_of(matrix: Quantized) -> QuantLinear:
+    layer = QuantLinear(matrix.format, matrix.shape, bias=False)
+    layer.load_state_dict(matrix.pack())
+    return layer
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -110,6 +118,27 @@ def test_a_row_that_is_not_there():
     for kind in (Reference, dict(KERNELS.items())["lut"]):
         with pytest.raises(IndexError):
             kind(KernelSpec(matrix.format, (50, 44), CPU), matrix.pack()).rows(torch.tensor([50]))
+
+
+def test_the_first_use_by_several_threads():
+    matrix, x = quantized(Uniform(4, 16), (200, 44)), torch.randn(1, 44)
+    expected, failed = layer_of(matrix)(x), []
+    for _ in range(10):
+        layer, together = layer_of(matrix), threading.Barrier(4)
+
+        def use(layer=layer, together=together):
+            together.wait()
+            try:
+                assert torch.equal(layer(x), expected)
+                assert torch.equal(layer.codes, layer.state_dict()["codes"])
+            except Exception as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=use) for _ in range(4)]
+        for step in ("start", "join"):
+            for thread in threads:
+                getattr(thread, step)()
+    assert not failed
 
 
 def test_shared_parts_stay_where_they_are():

@@ -177,7 +177,7 @@ def test_gradients_take_the_exact_way():
 
 def test_it_is_a_torch_operator():
     kernel = Lut(KernelSpec(Uniform(4, 64), (20, 96), CPU), quantized(Uniform(4, 64), (20, 96)).pack())
-    arguments = (torch.randn(2, 96), kernel.codes, kernel.parts, kernel.plan, kernel.zero)
+    arguments = (torch.randn(2, 96), kernel.codes, *kernel.parts, kernel.plan, kernel.zero)
     torch.library.opcheck(ops.lut_linear.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 
 from bitmill.formats import FORMATS, GroupFormat, ScalarFormat
@@ -18,6 +20,7 @@ from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.runtime.kernels.triton import Triton
 from bitmill.runtime.triton import available
+from bitmill.runtime.triton.lut import _factors
 from cases import few_formats, fitted, weights
 
 DEVICE = torch.device("cpu" if available.is_interpreted() else "cuda")
@@ -199,3 +202,19 @@ def test_compile_and_export_pass_through(format, monkeypatch):
     exported = torch.export.export(nn.Sequential(layer), (x,))
     assert any("triton_" in str(node.target) for node in exported.graph.nodes)
     assert torch.allclose(exported.module()(x), y)
+
+
+@triton.jit
+def first_entries(out, one, START: tl.constexpr):
+    rows, groups = (START + tl.arange(0, 2))[:, None], tl.arange(0, 2)[None, :]
+    inside = (rows >= START) & (groups < 2)
+    alone: tl.constexpr = (1, 1)
+    each: tl.constexpr = (START + 2, 2)
+    _, _, table = _factors(one, one, None, None, rows, groups, inside, START + 2, alone, alone, each, 0, 8)
+    tl.store(out + (rows - START) * 2 + groups, table)
+
+
+def test_tables_may_have_more_entries_than_an_int32_counts():
+    start, out = 1 << 23, torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    first_entries[(1,)](out, torch.ones(1, 1, device=DEVICE), start)
+    assert out.flatten().tolist() == [(2 * start + i) << 8 for i in range(4)]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from bitmill.formats import Format, GroupFormat
+from bitmill.runtime import ops
 from bitmill.runtime.packed import PackedMatrix
 
 
@@ -27,8 +28,11 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
         """Token ids (...) to their rows (..., columns), in the model's type."""
         assert isinstance(self.format, GroupFormat)
         ids = input.reshape(-1).long()
-        if self._kernel is not None:
-            rows = self._kernel.rows(ids)
+        kernel = self._kernel
+        if kernel is not None:
+            rows = kernel.rows(ids)
+        elif ops.watched(input):
+            rows = self.kernel_on(self.weight.device).rows(ids)
         else:
             rows = self.format.dequantize_rows(self.packed(), self.shape, ids)
         return rows.to(self.weight.dtype).view(*input.shape, self.shape[1])
@@ -36,6 +40,15 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.shape[0]} x {self.shape[1]}, {self.format!r}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles by the float layer's class: no module has one made by `_quantized`."""
+        return _blank, (self.plain,), vars(self).copy()
+
+
+def _blank(kind: type[nn.Embedding]) -> QuantEmbedding:
+    made = _quantized(kind)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 @cache
@@ -56,7 +69,7 @@ def swap_embedding(model: nn.Module, name: str, format: Format, device: Any = No
     table.__class__ = _quantized(type(table))  # type: ignore[arg-type]
     assert isinstance(table, QuantEmbedding)
     table.register_buffer("weight", stand_in, persistent=False)
-    table.format, table.shape = format, (rows, columns)
+    table.format, table.shape, table._text = format, (rows, columns), ops.text_of(format)
     table.hold(format.layout(table.shape), device)
     return table
 
@@ -65,7 +78,7 @@ def restore_embedding(table: QuantEmbedding, weight: Tensor) -> None:
     """The inverse: make the layer what it was, with another weight (rows, columns)."""
     for name in (*table.packed(), "weight"):
         del table._buffers[name]
-    for name in ("format", "shape", "outside", "_held", "_kernel"):
+    for name in ("format", "shape", "outside", "_held", "_kernel", "_text"):
         vars(table).pop(name, None)
     table.__class__ = table.plain  # type: ignore[assignment]
     table.weight = nn.Parameter(weight, requires_grad=False)

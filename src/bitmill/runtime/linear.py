@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.formats import Format
+from bitmill.runtime import ops
 from bitmill.runtime.kernels import Kernel
 from bitmill.runtime.packed import Packed, PackedMatrix
 
@@ -32,7 +33,7 @@ class QuantLinear(PackedMatrix):
     ) -> None:
         own = format.own_layout(shape) if shared else format.layout(shape)
         super().__init__({} if tied else own, device)
-        self.format, self.shape = format, shape
+        self.format, self.shape, self._text = format, shape, ops.text_of(format)
         self.out_features, self.in_features = shape
         object.__setattr__(self, "tied", tied)  # neither is a part of this module: both belong to the model
         object.__setattr__(self, "shared", shared)

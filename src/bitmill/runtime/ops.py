@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitmill.formats import FORMATS, Format, GroupFormat
 from bitmill.runtime.native import native, threads
+
+
+def watched(x: Tensor | None = None) -> bool:
+    """Whether a trace, a transform or a mode looks on at what is done (with x)."""
+    return (
+        torch.compiler.is_compiling()
+        or (x is not None and type(x) is not Tensor)
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 class Operator:
@@ -31,15 +45,100 @@ class Operator:
             name, run, mutates_args=(), device_types=device, schema=f"(Tensor x, {schema}) -> Tensor"
         )
         self.op.register_fake(lambda x, *rest: x.new_empty(x.shape[0], width(x, *rest)))
+        self.op.register_vmap(self._batched)
 
     def __call__(self, x: Tensor, *rest: Any) -> Tensor:
         """The outputs, by the operator where something looks on."""
-        plain = type(x) is Tensor and not torch.compiler.is_compiling()
-        return self.run(x, *rest) if plain else self.op(x, *rest)
+        return self.op(x, *rest) if watched(x) else self.run(x, *rest)
+
+    def _batched(self, info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Tensor, int]:
+        """One after the other, for torch.vmap."""
+        each = [
+            self.op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(given, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(each), 0
 
 
-def _lut_linear(x: Tensor, codes: Tensor, parts: list[Tensor | None], plan: list[int], zero: float) -> Tensor:
-    """codes, parts, plan, zero: the weights as `kernels.lut` lays them out; plan starts with (out, in)."""
+@lru_cache(maxsize=256)
+def _format(text: str) -> Format:
+    return FORMATS.from_dict(json.loads(text))
+
+
+@lru_cache(maxsize=256)
+def text_of(format: Format) -> str:
+    """A format as an argument of the operators below."""
+    return json.dumps(format.to_dict())
+
+
+# -- rows of W^ (n, in), fp32, in fresh memory: what traces decode by ------------------------------------------
+
+
+def _fake_rows(of: Tensor, ids: Tensor, columns: int) -> Tensor:
+    return of.new_empty(ids.shape[0], columns, dtype=torch.float32)
+
+
+@torch.library.custom_op("bitmill::packed_rows", mutates_args=())
+def packed_rows(ids: Tensor, tensors: list[Tensor], format: str, shape: list[int]) -> Tensor:
+    """tensors: packed, in the order of `layout`."""
+    made, size = _format(format), (shape[0], shape[1])
+    named = dict(zip(made.layout(size), tensors))
+    if isinstance(made, GroupFormat):
+        return made.dequantize_rows(named, size, ids).clone()
+    return made.dequantize(*made.unpack(named, size), size)[ids]
+
+
+@packed_rows.register_fake
+def _(ids: Tensor, tensors: list[Tensor], format: str, shape: list[int]) -> Tensor:
+    return _fake_rows(tensors[0], ids, shape[1])
+
+
+@torch.library.custom_op("bitmill::relaid_rows", mutates_args=(), device_types="cpu")
+def relaid_rows(
+    ids: Tensor, codes: Tensor, packed: list[Tensor], layout: list[int], format: str, shape: list[int]
+) -> Tensor:
+    """codes: in the layout of csrc/lut/layout.h.  packed: the rest, in the order of the format's."""
+    made, size = _format(format), (shape[0], shape[1])
+    assert isinstance(made, GroupFormat)
+    found = torch.empty(len(ids), layout[1], dtype=torch.uint8)
+    native().codes_at(native().Layout(*layout), codes, ids.contiguous(), found, threads())
+    names = [name for name in made.layout(size) if name != "codes"]
+    return made.rows_of(found, dict(zip(names, packed)), size, ids).clone()
+
+
+@relaid_rows.register_fake
+def _(
+    ids: Tensor, codes: Tensor, packed: list[Tensor], layout: list[int], format: str, shape: list[int]
+) -> Tensor:
+    return _fake_rows(codes, ids, shape[1])
+
+
+@torch.library.custom_op("bitmill::points_rows", mutates_args=(), device_types="cpu")
+def points_rows(ids: Tensor, codes: Tensor, parts: list[Tensor], plan: list[int], columns: int) -> Tensor:
+    """codes, parts, plan: as `kernels.points` has them."""
+    which, out = ids.tolist(), torch.empty(len(ids), columns)
+    if which and not 0 <= min(which) <= max(which) < plan[0]:
+        raise IndexError(f"rows {min(which)} to {max(which)} of a matrix that has {plan[0]}")
+    layout = native().Layout(*plan[:6])
+    if which and which == list(range(which[0], which[0] + len(which))):
+        native().points_decode(layout, codes, *parts, which[0], out, threads())
+        return out
+    for i, row in enumerate(which):
+        native().points_decode(layout, codes, *parts, row, out[i : i + 1], threads())
+    return out
+
+
+@points_rows.register_fake
+def _(ids: Tensor, codes: Tensor, parts: list[Tensor], plan: list[int], columns: int) -> Tensor:
+    return _fake_rows(codes, ids, columns)
+
+
+# -- products --------------------------------------------------------------------------------------------------
+
+
+def _lut_linear(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    """codes, six parts, plan, zero: the weights as `kernels.lut` lays them out; plan starts with (out, in)."""
+    *parts, plan, zero = rest
     library = native()
     y = torch.empty(x.shape[0], plan[0])
     source, wide, mirrored, record_bytes, records, bank_bits, act = plan[6:]
@@ -84,9 +183,10 @@ def _sparse_add(x: Tensor, y: Tensor, starts: Tensor, places: Tensor, values: Te
 
 
 lut_linear = Operator(
-    "Tensor codes, Tensor?[] parts, int[] plan, float zero",
+    "Tensor codes, Tensor? tables, Tensor? ids, Tensor? powers, Tensor? scales, Tensor? zeros, "
+    "Tensor? row_scales, int[] plan, float zero",  # no list of optional tensors: torch.jit.trace has none
     _lut_linear,
-    lambda x, codes, parts, plan, zero: plan[0],
+    lambda x, *rest: rest[-2][0],
 )
 additive = Operator(
     "Tensor codes, Tensor books, Tensor scales, int[] layout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 from bitmill.errors import CheckpointError
 from bitmill.formats import Format
 from bitmill.formats.base import Layout
+from bitmill.runtime import ops
 from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
+from bitmill.runtime.kernels.reference import Stored
+
+_TURN = threading.RLock()  # held by whoever lays a matrix out anew or asks for its packed tensors
 
 
 class Packed(nn.Module):
@@ -66,23 +71,42 @@ class PackedMatrix(Packed):
     outside = False  # of all blocks: a table of embeddings, or the head
     shared: Packed | None = None
     _kernel: Kernel | None = None
+    _text: str  # `ops.text_of` the format
 
     def packed(self) -> dict[str, Tensor]:
         """All packed tensors by name, those that it shares too."""
-        self._take_back()
+        if self._kernel is None and ops.watched():
+            return self._as_stored()
+        with _TURN:
+            self._take_back()
+            return self._as_stored()
+
+    def _as_stored(self) -> dict[str, Tensor]:
         return {**super().packed(), **(self.shared.packed() if self.shared else {})}
 
     def kernel_on(self, device: torch.device) -> Kernel:
-        """What multiplies with the matrix there; from now on it holds the tensors."""
-        if self._kernel is None or self._kernel.spec.device != device:
-            spec, tensors = KernelSpec(self.format, self.shape, device), self.packed()
-            kernel = choose_kernel(spec)(spec, tensors)
-            shared = {id(tensors[name]) for name in tensors if name not in self._held}
-            for name in self._held:
-                del self._buffers[name]
-            self._buffers.update({name: t for name, t in kernel.tensors.items() if id(t) not in shared})
-            self._kernel = kernel
-        return self._kernel
+        """What multiplies with the matrix there; from now on it holds the tensors.
+
+        A trace that comes before its first use decodes the packed tensors each time: slow, use it once before.
+        """
+        kernel = self._kernel
+        if kernel is not None and kernel.spec.device == device:
+            return kernel
+        if ops.watched():
+            return Stored(KernelSpec(self.format, self.shape, device), self.packed(), self._text)
+        with _TURN:
+            if self._kernel is None or self._kernel.spec.device != device:
+                self._kernel = self._lay_out(device)
+            return self._kernel
+
+    def _lay_out(self, device: torch.device) -> Kernel:
+        spec, tensors = KernelSpec(self.format, self.shape, device), self.packed()
+        kernel = choose_kernel(spec)(spec, tensors)
+        shared = {id(tensors[name]) for name in tensors if name not in self._held}
+        for name in self._held:
+            del self._buffers[name]
+        self._buffers.update({name: t for name, t in kernel.tensors.items() if id(t) not in shared})
+        return kernel
 
     def _take_back(self) -> None:
         if self._kernel is None:
@@ -98,21 +122,25 @@ class PackedMatrix(Packed):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if self._kernel is None or name not in self._held:
+            if name not in self._held:
                 raise
-        return self.packed()[name]
+        with _TURN:  # another thread may be laying them out
+            return super().__getattr__(name) if self._kernel is None else self.packed()[name]
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        self._take_back()
-        super()._save_to_state_dict(*args)
+        with _TURN:
+            self._take_back()
+            super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._take_back()
-        super()._load_from_state_dict(*args)
+        with _TURN:
+            self._take_back()
+            super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._take_back()
-        return super()._apply(fn, recurse)
+        with _TURN:
+            self._take_back()
+            return super()._apply(fn, recurse)
 
 
 def shared_module(model: nn.Module, place: str, format: Format, device: Any = None) -> Packed:

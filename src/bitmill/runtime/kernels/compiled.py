@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitmill.formats import GroupFormat
 from bitmill.formats.base import Params
+from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import Kernel, KernelSpec
 from bitmill.runtime.kernels.reference import by_tiles, decoded
 from bitmill.runtime.native import is_available, native, threads
@@ -64,7 +65,7 @@ class Compiled(Kernel):
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         if not is_few(x):
-            return by_tiles(self.spec, self.decoder(), x)
+            return by_tiles(self.spec, self._tile if ops.watched(x) else self.decoder(), x)
         y = self.few(x.reshape(-1, self.spec.shape[1]).to(torch.float32))
         return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
 
@@ -80,13 +81,17 @@ class Compiled(Kernel):
         """Some rows of W^."""
         return self.decoder()(rows).clone()
 
+    def _tile(self, rows: slice) -> Tensor:
+        """The same for traces."""
+        return self.rows(torch.arange(rows.start, rows.stop))
+
 
 class Relaid(Compiled):
     """A kernel that holds the codes in the layout of csrc/lut/layout.h, and the packed parameters for decoding."""
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor], layout: list[int]) -> None:
         """layout: the arguments of `Layout` in csrc/bind.cpp."""
-        self.spec, self.layout = spec, layout
+        self.spec, self.layout, self._text = spec, layout, ops.text_of(spec.format)
         self._words = tensors["codes"].shape[1]
         self.packed = {name: tensor for name, tensor in tensors.items() if name != "codes"}
         made = native().Layout(*layout)
@@ -109,6 +114,9 @@ class Relaid(Compiled):
         """Rows of W^, int64 (n,): fp32 (n, in)."""
         format = self.spec.format
         assert isinstance(format, GroupFormat)
+        if ops.watched(ids):
+            packed = [self.packed[name] for name in format.layout(self.spec.shape) if name != "codes"]
+            return ops.relaid_rows(ids, self.codes, packed, self.layout, self._text, list(self.spec.shape))
         codes = torch.empty(len(ids), self.layout[1], dtype=torch.uint8)
         native().codes_at(native().Layout(*self.layout), self.codes, ids.contiguous(), codes, threads())
         return format.rows_of(codes, self.packed, self.spec.shape, ids)

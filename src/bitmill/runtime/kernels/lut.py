@@ -91,7 +91,7 @@ class Lut(Relaid):
 
     def few(self, x: Tensor) -> Tensor:
         """By table lookup."""
-        return ops.lut_linear(x, self.codes, self.parts, self.plan, self.zero)
+        return ops.lut_linear(x, self.codes, *self.parts, self.plan, self.zero)
 
     def step_linear(self) -> Any:
         """The same lookups for the decode step."""

@@ -116,6 +116,12 @@ class Points(Compiled):
 
         return weights
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W^, int64 (n,): fp32 (n, in)."""
+        if self._packed is not None:
+            return self._packed.rows(ids)
+        return ops.points_rows(ids, self._codes, self._parts, self._plan, self.spec.shape[1])
+
     def few(self, x: Tensor) -> Tensor:
         """By lookup."""
         if self._packed is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitmill.formats import GroupFormat
 from bitmill.formats.base import Params
+from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec
 
 # Weights decoded at a time: 1 M are 4 MB in fp32, about a second-level cache.
@@ -22,6 +23,10 @@ _TILE = 1 << 20
 class Reference(Kernel):
     """Decode by tiles of rows and multiply with torch."""
 
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
+        super().__init__(spec, tensors)
+        self._text = ops.text_of(spec.format)
+
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
         """Every format whose rows decode apart, on every device."""
@@ -29,10 +34,16 @@ class Reference(Kernel):
 
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
+        if ops.watched(x):
+            return Stored(self.spec, self.tensors, self._text).apply(x)
         format, stored, columns = self.spec.format, self.tensors["codes"], self.spec.shape[1]
         params = format.unpack_params(self.tensors, self.spec.shape)
         weights = decoded(self.spec, params, lambda rows: format.unpack_codes(stored[rows], columns))
         return by_tiles(self.spec, weights, x)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W^, int64 (n,): fp32 (n, in)."""
+        return stored_rows(self.spec, self.tensors, self._text, ids) if ops.watched(ids) else super().rows(ids)
 
 
 def decoded(spec: KernelSpec, params: Params, codes: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
@@ -53,15 +64,47 @@ def by_tiles(spec: KernelSpec, weights: Callable[[slice], Tensor], x: Tensor) ->
     rows, columns = spec.shape
     step = max(1, _TILE // columns)
     learns = torch.is_grad_enabled() and x.requires_grad
+    keeps = learns or ops.watched(x)
     if step >= rows:
         W = weights(slice(0, rows)).to(x.dtype)
         return torch.nn.functional.linear(x, W.clone() if learns else W)
+    cuts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    if keeps:
+        return torch.cat([torch.nn.functional.linear(x, weights(cut).to(x.dtype).clone()) for cut in cuts], -1)
     tokens, out = x.reshape(-1, columns), torch.empty(x[..., 0].numel(), rows, dtype=x.dtype, device=x.device)
-    for start in range(0, rows, step):
-        cut = slice(start, min(start + step, rows))
-        W = weights(cut).to(x.dtype)
-        if learns:
-            out[:, cut] = torch.nn.functional.linear(tokens, W.clone())
-        else:
-            torch.mm(tokens, W.T, out=out[:, cut])  # where it belongs, without a copy
+    for cut in cuts:
+        torch.mm(tokens, weights(cut).to(x.dtype).T, out=out[:, cut])  # where it belongs, without a copy
     return out.view(*x.shape[:-1], rows)
+
+
+class Stored(Kernel):
+    """Packed tensors as they are, for traces: whoever traces cannot lay them out anew. Never registered."""
+
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor], text: str) -> None:
+        """text: `ops.text_of` the format, which no trace could make."""
+        self.spec, self.tensors, self.text = spec, tensors, text
+
+    @staticmethod
+    def supports(spec: KernelSpec) -> str | None:
+        """Everything."""
+        return None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        if isinstance(self.spec.format, GroupFormat):
+            return by_tiles(self.spec, self.tile, x)
+        return torch.nn.functional.linear(x, self.tile(slice(0, self.spec.shape[0])).to(x.dtype))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W^, int64 (n,): fp32 (n, in)."""
+        return stored_rows(self.spec, self.tensors, self.text, ids)
+
+    def tile(self, rows: slice) -> Tensor:
+        """Some rows of W^."""
+        return self.rows(torch.arange(rows.start, rows.stop, device=self.spec.device))
+
+
+def stored_rows(spec: KernelSpec, tensors: dict[str, Tensor], text: str, ids: Tensor) -> Tensor:
+    """Rows of W^, int64 (n,): fp32 (n, in), by an operator, from the packed tensors."""
+    ordered = [tensors[name] for name in spec.format.layout(spec.shape)]
+    return ops.packed_rows(ids, ordered, text, list(spec.shape))

@@ -20,6 +20,7 @@ from bitmill.numerics import e8
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import Compiled, lacking, tile_memory
+from bitmill.runtime.kernels.reference import stored_rows
 from bitmill.runtime.native import native, threads
 
 _SETS = (E8, Pyramid)  # csrc/vector/vector.h: VectorSet
@@ -38,6 +39,7 @@ class VectorKernel(Compiled):
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         super().__init__(spec, tensors)
+        self._text = ops.text_of(spec.format)
         format = spec.format
         assert isinstance(format, VectorFormat)
         scale = format.unpack_params(tensors, spec.shape)["scale"].contiguous()
@@ -47,6 +49,10 @@ class VectorKernel(Compiled):
     def few(self, x: Tensor) -> Tensor:
         """By decoding each row once."""
         return ops.vector_linear(x, self._parts, self._plan)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of W^, int64 (n,): fp32 (n, in)."""
+        return stored_rows(self.spec, self.tensors, self._text, ids) if ops.watched(ids) else super().rows(ids)
 
     def decoder(self) -> Callable[[slice], Tensor]:
         """As the product has it."""

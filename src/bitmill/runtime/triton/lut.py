@@ -48,7 +48,7 @@ def _factors(
     scales, zeros, ids, powers, rows, groups, inside, count,
     SCALE: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, ID_BITS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Scale, zero and the first entry of the table of every lane: fp32, fp32, int32."""
+    """Scale, zero and the first entry of the table of every lane: fp32, fp32, int64."""
     scale = of_group(scales, rows, groups, inside, count, SCALE).to(tl.float32)
     zero = of_group(zeros, rows, groups, inside, count, ZERO).to(tl.float32)
     table = inside.to(tl.int32) * 0
@@ -63,7 +63,7 @@ def _factors(
         if TABLE[1] > 1:
             table += groups
         table = tl.where(inside, table, 0)
-    return scale, zero, table << BITS
+    return scale, zero, table.to(tl.int64) << BITS
 
 
 # One lane a thread: of tensors known to be aligned a thread would load several, of others not, and what it holds
