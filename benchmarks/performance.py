@@ -214,6 +214,8 @@ def _ours_first(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _notes(run: dict[str, Any]) -> list[str]:
     notes = [run["about"]] if run.get("about") else []
+    turns = [max(len(engine[what]["seconds"]) for engine in run["engines"]) for what in ("decode", "prefill")]
+    notes.append(f"Medians over {turns[0]} turns of decoding and {turns[1]} of reading the prompt.")
     for engine in _ours_first(run):
         uses = engine["settings"].get("decode")
         if engine["peer"] == "llama.cpp" and uses:

@@ -65,24 +65,26 @@ def test_work_of_unknown_length_speaks_up_by_itself(monkeypatch):
     assert stderr.getvalue().startswith("loading, 0 s, peak memory")
 
 
-@pytest.mark.parametrize("total", [20, 0], ids=["counted", "unknown length"])
-def test_a_bar_on_a_terminal(total, monkeypatch):
+def on_a_terminal(term: str, total: int, monkeypatch) -> str:
     stderr = capture(monkeypatch, True)
-    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(module, "PATIENCE_S", 0.05)
     work(20, total)
-    assert "grind" in stderr.getvalue()
-    assert ("20/20" in stderr.getvalue()) == bool(total)
+    return stderr.getvalue()
+
+
+@pytest.mark.parametrize("total", [20, 0], ids=["counted", "unknown length"])
+def test_a_bar_on_a_terminal(total, monkeypatch):
+    shown = on_a_terminal("xterm", total, monkeypatch)
+    assert "grind" in shown
+    assert ("20/20" in shown) == bool(total)
 
 
 @pytest.mark.parametrize("total", [20, 0], ids=["counted", "unknown length"])
 def test_a_dumb_terminal_gets_lines(total, monkeypatch):
-    stderr = capture(monkeypatch, True)
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
-    work(20, total)
-    assert stderr.getvalue().startswith("grind")
-    assert "\x1b" not in stderr.getvalue()
+    shown = on_a_terminal("dumb", total, monkeypatch)
+    assert shown.startswith("grind")
+    assert "\x1b" not in shown
 
 
 def test_the_next_task_ends_the_one_before(monkeypatch):

@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.options import AsJson, TrustRemoteCode
 from bitmill.cli.output import facts, megabytes, number, working
 from bitmill.errors import UsageError
 
 app = typer.Typer(help="Measure how fast kernels and quantized models run.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Folder = Annotated[str, typer.Argument(help="Quantized folder.", show_default=False)]
 
 
 @app.command("kernels")
@@ -56,11 +57,9 @@ def kernels(
 
 @app.command("decode")
 def decode(
-    model: Annotated[str, typer.Argument(help="Quantized folder.", show_default=False)],
+    model: Folder,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode.")] = 64,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Tokens a second of a quantized model, and of the same model with its weights unpacked to fp32."""
@@ -81,12 +80,10 @@ def decode(
 
 @app.command("prefill")
 def prefill(
-    model: Annotated[str, typer.Argument(help="Quantized folder.", show_default=False)],
+    model: Folder,
     tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt.")] = 512,
     turns: Annotated[int, typer.Option(metavar="N", help="Measurements, whose median is reported.")] = 5,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Time to read a prompt and choose the next token, of a quantized model and of the same model in fp32."""
