@@ -1,7 +1,7 @@
 """What a method of the KV cache stores, as plain data.
 
-A *side* is the keys or the values. A token's vector has `channels` = heads * head dim numbers, and each is stored as
-a code of `bits` bits that stands for scale * levels[code] + zero, plus an exact correction where it is an outlier.
+A *side* is the keys or the values. A token's vector has `channels` = heads * head dim numbers, and each is stored
+as a code of `bits` bits that stands for scale * levels[code] + zero, plus a correction where it is an outlier.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Parts follow each other, each from a word on; those that a scheme has no use for
     value.codes          (heads, blocks, bits, 16)   a lane is one of 16 channels; its stream runs along 32 tokens
     value.*              as for keys
 
-Lanes are what one vector instruction takes, so that a kernel reads whole vectors: tokens for the scores, channels for
-the sum of values.
+Lanes are what one vector instruction takes, so that a kernel reads whole vectors: tokens for the scores,
+channels for the sum of values.
 """
 
 from __future__ import annotations
