@@ -4,8 +4,8 @@
 
 A prompt is text of the evaluation split with a sentence that names a key, at depths spread over the prompt. It is
 read in float once; every method packs that cache, reads the question from it and answers, so that all differ by
-what is stored alone. Counted: keys that come back exactly, and the mean log-probability of the key's tokens. Written
-to benchmarks/results/kv_retrieval.json.
+what is stored alone. Counted: keys that come back exactly, and the mean log-probability of the key's tokens.
+Written to benchmarks/results/kv_retrieval.json.
 """
 
 from __future__ import annotations
