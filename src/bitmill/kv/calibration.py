@@ -1,8 +1,8 @@
 """Find what a KV method wants to know beforehand: ranges of key channels, and levels.
 
 One forward pass over calibration windows records every layer's keys and values; with `fisher`, a backward pass
-adds the gradient of the loss, whose square says how much an error matters there. Levels are then weighted k-means of
-the numbers as scale and zero leave them: weight = squared gradient times squared scale, as the error is scaled back
+adds the gradient of the loss, whose square says how much an error matters there. Levels are then weighted k-means
+of the numbers as scale and zero leave them, by squared gradient times squared scale, as the error is scaled back
 (Hooper et al. 2024, "KVQuant", section 3.3 and appendix E; their released code forgets the scale).
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from bitmill.errors import CalibrationError
-from bitmill.kv.base import PAGE, KVMethod, Scheme, Side
+from bitmill.kv.base import PAGE, KVMethod, Side
 from bitmill.kv.cache import rope_for
 from bitmill.kv.calibrated import Calibration
 from bitmill.kv.levels import affine
@@ -56,6 +56,18 @@ class _Recorder(DynamicLayer):
         return key_states + self.moves[0], value_states + self.moves[1]
 
 
+@dataclass
+class Recording:
+    """What was seen of every layer, None for those without keys and values; methods of a kind can share one.
+
+    windows: (samples, length) of them.  time_s: of recording.
+    """
+
+    layers: list[_Seen | None]
+    windows: tuple[int, int]
+    time_s: float
+
+
 def calibrate(
     model: nn.Module, method: KVMethod, windows: Tensor, progress: Progress | None = None
 ) -> Calibration:
@@ -65,37 +77,26 @@ def calibrate(
 
     Raises CalibrationError for windows shorter than a page, and where gradients are not finite.
     """
-    scheme, started = method.scheme(), time.perf_counter()
-    if not scheme.is_calibrated:
+    if not method.scheme().is_calibrated:
         return Calibration(method, ())
-    if windows.shape[1] - scheme.sink < PAGE:
+    return learn(method, record(model, method, windows, progress), progress)
+
+
+def record(model: Any, method: KVMethod, windows: Tensor, progress: Progress | None = None) -> Recording:
+    """Keys, values and squared gradients of all layers, in the form in which the method stores them."""
+    scheme, fisher = method.scheme(), bool(getattr(method, "fisher", False))
+    progress, started = progress or Progress(), time.perf_counter()
+    samples, length = windows.shape
+    if length - scheme.sink < PAGE:
         raise CalibrationError(
-            f"Windows have {windows.shape[1]} tokens, too few to calibrate a KV cache on; give more than {PAGE}."
+            f"Windows have {length} tokens, too few to calibrate a KV cache on; give more than {PAGE}."
         )
-    progress = progress or Progress()
-    fisher = bool(getattr(method, "fisher", False))
-    seen = _record(model, scheme, windows, fisher, progress)
-    found: list[tuple[Calibrated, Calibrated]] = []
-    progress.start("learning levels of keys and values", len(seen))
-    for layer in seen:
-        found.append((_fit(scheme.keys, layer, 0), _fit(scheme.values, layer, 1)) if layer else _NOTHING)
-        progress.advance(1)
-    progress.finish()
-    about = {"windows": windows.shape[0], "seqlen": windows.shape[1], "time_s": time.perf_counter() - started}
-    return Calibration(method, tuple(found), about)
-
-
-_NOTHING = (Calibrated(), Calibrated())
-
-
-def _record(model: Any, scheme: Scheme, windows: Tensor, fisher: bool, progress: Progress) -> list[_Seen | None]:
     kinds = list(DynamicCache(config=model.config).layers)
     ropes = [rope_for(model, scheme, number) for number in range(len(kinds))]
     seen: list[_Seen | None] = [_Seen() if isinstance(layer, DynamicLayer) else None for layer in kinds]
     wants = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
-    keep = max(PAGE, _TOKENS // windows.shape[0])
-    progress.start("recording keys and values", windows.shape[0])
+    progress.start("recording keys and values", samples)
     try:
         for window in windows:
             layers: list[Any] = [
@@ -107,13 +108,30 @@ def _record(model: Any, scheme: Scheme, windows: Tensor, fisher: bool, progress:
                     nn.functional.cross_entropy(logits.float(), window[1:]).backward()
             for layer, of_layer, rope in zip(layers, seen, ropes):
                 if of_layer is not None:
-                    _take(of_layer, layer, rope, scheme.sink, keep)
+                    _take(of_layer, layer, rope, scheme.sink, max(PAGE, _TOKENS // samples))
             progress.advance(1)
     finally:
         for parameter, wanted in zip(model.parameters(), wants):
             parameter.requires_grad_(wanted)
     progress.finish()
-    return seen
+    return Recording(seen, (samples, length), time.perf_counter() - started)
+
+
+def learn(method: KVMethod, recording: Recording, progress: Progress | None = None) -> Calibration:
+    """Ranges and levels of all layers."""
+    progress, started = progress or Progress(), time.perf_counter()
+    scheme, weigh = method.scheme(), bool(getattr(method, "fisher", False))
+    found: list[tuple[Calibrated, Calibrated]] = []
+    progress.start("learning levels of keys and values", len(recording.layers))
+    for seen in recording.layers:
+        sides = zip((scheme.keys, scheme.values), (0, 1))
+        keys, values = (_fit(side, seen, which, weigh) if seen else Calibrated() for side, which in sides)
+        found.append((keys, values))
+        progress.advance(1)
+    progress.finish()
+    samples, length = recording.windows
+    took = recording.time_s + time.perf_counter() - started
+    return Calibration(method, tuple(found), {"windows": samples, "seqlen": length, "time_s": round(took, 1)})
 
 
 def _take(seen: _Seen, layer: _Recorder, rope: Rope | None, sink: int, keep: int) -> None:
@@ -132,7 +150,7 @@ def _take(seen: _Seen, layer: _Recorder, rope: Rope | None, sink: int, keep: int
             seen.fisher[side].append(gradient[0, :, chosen].transpose(0, 1).float().square())
 
 
-def _fit(side: Side, seen: _Seen, which: int) -> Calibrated:
+def _fit(side: Side, seen: _Seen, which: int, weigh: bool) -> Calibrated:
     if not side.is_calibrated:
         return Calibrated()
     x = torch.cat(seen.numbers[which])
@@ -148,7 +166,7 @@ def _fit(side: Side, seen: _Seen, which: int) -> Calibrated:
     coder = Coder(side, heads, dim, Calibrated(scale, zero, torch.zeros(1 << side.bits)))
     normal, scales = (values[0] for values in coder.normalized(x[None]))
     weight = scales.square()
-    if seen.fisher[which]:
+    if weigh and seen.fisher[which]:
         weight = weight * torch.cat(seen.fisher[which])[: x.shape[0]].flatten(1)
     inside = (normal.abs() <= 1) if side.outliers else torch.ones_like(normal, dtype=torch.bool)
     normal, weight = normal[inside], weight[inside]
