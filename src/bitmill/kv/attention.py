@@ -54,7 +54,7 @@ def first_in_sight(layer: QuantizedLayer, mask: Any) -> Tensor | None:
     rows, begin = layer.pages.rows, layer.first_for(1)
     if mask is None:
         return torch.full((rows,), begin, dtype=torch.int32, device=layer.device)
-    found: Tensor | None | str = getattr(mask, "first_in_sight", "unknown")  # all layers of a kind share a mask
+    found: Tensor | str | None = getattr(mask, "first_in_sight", "unknown")  # all layers of a kind share a mask
     if isinstance(found, str):
         seen = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > torch.finfo(mask.dtype).min / 2
         hidden = seen.to(torch.int32).argmax(-1)

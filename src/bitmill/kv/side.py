@@ -145,9 +145,12 @@ def _within(groups: Tensor, cut: int) -> Tensor:
 
 def rotation(dim: int) -> Tensor:
     """The orthogonal Hadamard matrix (dim, dim). Raises RecipeError where none is known."""
-    matrix = hadamard(dim)
-    if matrix is None:
+    base = dim
+    while (matrix := hadamard(base)) is None and base % 2 == 0:
+        base //= 2
+    doubled = hadamard(dim // base)
+    if matrix is None or doubled is None:
         raise RecipeError(
             f"No Hadamard matrix of order {dim} is known here, and heads have {dim}; use another method."
         )
-    return matrix / dim**0.5
+    return torch.kron(doubled, matrix) / dim**0.5
