@@ -67,7 +67,7 @@ def test_parts_follow_each_other(setting):
 
 
 def test_streams_lie_as_documented():
-    """Keys: lane = token, along channels; values: lane = channel, along tokens; a code's bits from the lowest on."""
+    """Keys: a lane is a token, along channels; values: a channel, along tokens; bits from the lowest on."""
     heads, dim, bits = 2, 20, 3
     scheme = Scheme(Side(bits, "page"), Side(bits, "token"))
     layout = PageLayout(scheme, heads, dim)

@@ -32,7 +32,7 @@ def attend(
     if layer is None:
         if not key.shape[-2]:
             raise UsageError(
-                f"{type(module).__name__} changes keys after they were cached; set the model's attention to 'sdpa'."
+                f"{type(module).__name__} changes keys after they were cached; use attention 'sdpa' for it."
             )
         answer: tuple[Tensor, Tensor | None] = theirs(module, query, key, value, attention_mask, **kwargs)
         return answer

@@ -67,6 +67,11 @@ class QuantizedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
 
     @property
+    def why_not(self) -> str | None:
+        """None where a kernel attends to packed layers as they lie, or one sentence on why they are decoded."""
+        return next((reason for layer in self.packed_layers if (reason := layer.why_not)), None)
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of all packed layers: everything that is allocated for tokens."""
         return sum(layer.allocated_bytes for layer in self.packed_layers)

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from bitmill.errors import UsageError
 from bitmill.kv.base import ATTENTION, PAGE, Scheme
+from bitmill.kv.reading import Reader
 from bitmill.kv.rope import Rope
 from bitmill.kv.side import Calibrated
 from bitmill.kv.tokens import Tokens
@@ -57,6 +58,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
         super().clear()
         self.is_initialized = False
         self._memo: tuple[int, Tensor] | None = None
+        self._reader: Reader | None = None
 
     def reset(self) -> None:
         """The same, as transformers calls it."""
@@ -107,7 +109,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
         self.add(keys, values)
 
     def first_for(self, back: int) -> int:
-        """The first slot in sight of the token `back` before the one that comes next (0: the one that comes next)."""
+        """The first slot in sight of the token `back` before the next one, which is not there yet."""
         return 0 if self.window is None else max(0, self.length - back - self.window + 1)
 
     def floats(self, first: int) -> tuple[Tensor, Tensor]:
@@ -195,17 +197,28 @@ class QuantizedLayer(Tokens, DynamicLayer):
 
     def attend(self, query: Tensor, scaling: float, first: Tensor) -> Tensor:
         """Attention of one token a row, query (rows, query heads, dim), over slots from `first` (rows,) on."""
+        if self._reader is None:
+            self._reader = Reader(self)
+        if self._reader.why_not is None:
+            return self._reader.attend(query, scaling, first)
         return read_by_floats(self, query, scaling, first)
+
+    @property
+    def why_not(self) -> str | None:
+        """None where a kernel attends to packed tokens as they lie, or one sentence on why they are decoded."""
+        if not self.is_direct:
+            return "The model's attention, or strict=True, wants floats; packed tokens are decoded."
+        return Reader(self).why_not if self.is_initialized else "Nothing is packed yet."
 
 
 def read_by_floats(layer: QuantizedLayer, query: Tensor, scaling: float, first: Tensor) -> Tensor:
     """The slow way, for what no kernel takes: all is decoded, then attended to. fp32 (rows, query heads, dim)."""
     begin = layer.first_for(1)
-    keys, values = layer.floats(begin)
+    keys, values = layer.read(begin)
     slots = torch.arange(begin, layer.length, device=keys.device)
     mask = (slots >= first[:, None])[:, None, None]
     grouped = query.unflatten(1, (layer.heads, -1))
     out = torch.nn.functional.scaled_dot_product_attention(
-        grouped.float(), keys.float(), values.float(), attn_mask=mask, scale=scaling
+        grouped.float(), keys, values, attn_mask=mask, scale=scaling
     )
     return out.flatten(1, 2)

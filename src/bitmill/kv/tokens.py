@@ -22,10 +22,11 @@ _MOST = 65504.0  # of fp16
 
 
 class Tokens:
-    """Keys and values of `rows` sequences in slots; those before a row's `start` are padding.
+    """Keys and values of `rows` sequences in slots.
 
-    loose: fp16 (2, rows, heads, sink + residual + 32, dim): keys, after RoPE, and values of the first tokens of each
-        row, then of those that wait, in the basis that is stored (Side.rotated).
+    start: (rows,) int32, where each row begins; what comes before is padding.
+    loose: fp16 (2, rows, heads, sink + residual + 32, dim): keys, after RoPE, and values of the first tokens of
+        each row, then of those that wait, in the basis that is stored (Side.rotated).
     """
 
     def __init__(self, scheme: Scheme, calibrated: tuple[Calibrated, Calibrated], rope: Rope | None) -> None:
@@ -48,7 +49,7 @@ class Tokens:
         )
         self.store = PageStore(PageLayout(self.scheme, heads, dim), keys, values, rows, device)
         if self.start is None:
-            self.begin(torch.zeros(rows, dtype=torch.int64, device=device))
+            self.begin(torch.zeros(rows, dtype=torch.int32, device=device))
         room = (2, rows, heads, self.scheme.sink + self.scheme.tail, dim)
         with torch.inference_mode(False):  # a tensor made in that mode can be written to in no other
             self.loose = torch.zeros(room, dtype=torch.float16, device=device)
@@ -60,8 +61,8 @@ class Tokens:
         self.add(missing[0], missing[1])
 
     def begin(self, start: Tensor) -> None:
-        """Say at which slot each row begins, (rows,) int64."""
-        self.start, self._last_start = start, int(start.max())
+        """Say at which slot each row begins, (rows,) integers."""
+        self.start, self._last_start = start.to(torch.int32).contiguous(), int(start.max())
 
     @property
     def pages(self) -> PageStore:
@@ -124,7 +125,7 @@ class Tokens:
             return []
         found = []
         for i in range(self.scheme.sink):
-            place = self.start + i - first
+            place = self.start.long() + i - first
             rows = ((place >= 0) & (place < count)).nonzero()[:, 0]
             found.append((i, rows, place[rows]))
         return found
