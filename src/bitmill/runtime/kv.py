@@ -2,7 +2,7 @@
 
 Arithmetic is fp32. With b = scale * max over slots of sum_c |q_c k_c|, and m the largest |v| of the channel,
 
-    |error of out| <= 2^-19 * (1 + b) * m
+    |error of out| <= 2^-20 * (1 + b) * m
 """
 
 from __future__ import annotations
