@@ -7,7 +7,7 @@ by name, and not surface later as arithmetic that fails or, worse, as a truth va
 from __future__ import annotations
 
 import typing
-from dataclasses import fields
+from dataclasses import field, fields
 from functools import cache
 from types import UnionType
 from typing import Any, Literal
@@ -15,6 +15,11 @@ from typing import Any, Literal
 from bitmill.errors import RecipeError
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a method with its help text; the command line and the docs read it from here."""
+    return field(default=default, metadata={"help": help})
 
 
 def check_types(instance: Any, owner: str) -> None:

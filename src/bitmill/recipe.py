@@ -15,7 +15,7 @@ combination when it is built. Named methods (`bitmill.recipes`) are functions fr
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitmill.errors import RecipeError
-from bitmill.fields import check_types
+from bitmill.fields import check_types, option
 from bitmill.formats import FORMATS, Format, GroupFormat
 from bitmill.registry import Registry
 from bitmill.solvers import SOLVERS, Solver
@@ -145,11 +145,6 @@ class Recipe:
     def to_json(self) -> str:
         """JSON text, a subset of what `from_yaml` reads."""
         return json.dumps(self.to_dict())
-
-
-def option(default: Any, help: str) -> Any:
-    """A field of a method with its help text; the command line and the docs read it from here."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
 GATED = ("gate_proj", "up_proj", "down_proj")
-_ATTENTION = ("eager", "sdpa", None)
+_ATTENTION = ("eager", "sdpa", "bitmill", None)  # bitmill: sdpa, but for packed caches
 
 
 class NotEligibleError(Exception):

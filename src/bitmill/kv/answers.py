@@ -1,0 +1,37 @@
+"""A model's logits as they are when everything before a token is read from the packed cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.kv.base import PAGE, KVMethod
+from bitmill.kv.cache import QuantizedCache
+from bitmill.kv.calibrated import Calibration
+
+
+class PackedAnswers:
+    """Callable from tokens (windows, length) to logits (windows, length, vocabulary), by a fresh packed cache.
+
+    Windows go through a page of tokens at a time, and what a page brings is packed before it is attended to,
+    unless the method leaves it in float: every token sees what it would see in generation, or a little less in
+    float.
+    bits_per_element, bytes: of the cache of the last windows, when they were through.
+    """
+
+    def __init__(self, model: nn.Module, method: KVMethod, calibration: Calibration | None) -> None:
+        self.model, self.method, self.calibration = model, method, calibration
+        self.bits_per_element, self.bytes = 0.0, 0
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The logits."""
+        cache = QuantizedCache(self.model, self.method, calibration=self.calibration, strict=True)
+        pieces: list[Any] = []
+        model: Any = self.model
+        for start in range(0, tokens.shape[1], PAGE):
+            output = model(tokens[:, start : start + PAGE], past_key_values=cache, use_cache=True)
+            pieces.append(output.logits)
+        self.bits_per_element, self.bytes = cache.bits_per_element, cache.allocated_bytes
+        return torch.cat(pieces, 1)

@@ -1,0 +1,151 @@
+"""A packed cache of keys and values for any decoder of transformers."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from bitmill.errors import UsageError
+from bitmill.kv.attention import attach
+from bitmill.kv.base import KVMethod, kv_method
+from bitmill.kv.calibrated import Calibration, read_calibration
+from bitmill.kv.layer import QuantizedLayer
+from bitmill.kv.rope import Rope, attentions, rope_of
+from bitmill.kv.side import Calibrated
+
+_NONE = (Calibrated(), Calibrated())
+
+
+class QuantizedCache(Cache):
+    """Keys and values of a model's sequences, packed; pass it as `past_key_values`.
+
+    model: the model it is for, with float or quantized weights.
+    method: a KV method or its name; without one, what the model's folder was calibrated for.
+    calibration: what a method that needs it was calibrated to; looked for in the model's folder without it.
+    strict: read back what was stored in every call, as evaluation does; else a prompt attends to itself in float.
+    options: of the method, such as bits=3.
+
+    Raises UsageError for models whose layers it does not know, and for methods that lack their calibration.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str | KVMethod | None = None,
+        *,
+        calibration: Calibration | None = None,
+        strict: bool = False,
+        **options: Any,
+    ) -> None:
+        self.method, found = chosen_method(model, method, calibration, options)
+        scheme = self.method.scheme()
+        direct = attach(model) and not strict
+        modules = attentions(model)
+        config: Any = model.config
+        layers: list[Any] = list(DynamicCache(config=config).layers)
+        ropes: dict[str, Rope | None] = {}
+        for number, layer in enumerate(layers):
+            window = getattr(layer, "sliding_window", None)
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                continue  # states of another kind stay as transformers has them
+            rope = None
+            if scheme.pre_rope:
+                kind = layer_kind(model, number)
+                if kind not in ropes:
+                    ropes[kind] = rope_of(model, modules[number], kind)
+                rope = ropes[kind]
+                if rope is None:
+                    raise UsageError(
+                        f"{type(model).__name__} has no rotary embedding that can be undone; "
+                        f"use {self.method.name} with pre_rope=false."
+                    )
+            calibrated = found.layers[number] if found is not None else _NONE
+            layers[number] = QuantizedLayer(scheme, calibrated, rope, window, strict)
+            layers[number].direct = direct
+        super().__init__(layers=layers)
+        if not self.packed_layers:
+            raise UsageError(f"{type(model).__name__} has no layer with keys and values that could be packed.")
+        _note_padding(model)
+
+    @property
+    def packed_layers(self) -> list[QuantizedLayer]:
+        """The layers that are packed."""
+        return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all packed layers: everything that is allocated for tokens."""
+        return sum(layer.allocated_bytes for layer in self.packed_layers)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Allocated bits over the numbers of an ordinary cache of the same tokens."""
+        elements = sum(layer.elements for layer in self.packed_layers)
+        return 8 * self.allocated_bytes / elements if elements else 0.0
+
+    def take(self, cache: Cache) -> QuantizedCache:
+        """Pack the keys and values of an ordinary cache, which had no padding; returns itself."""
+        for number in range(len(self.layers)):
+            layer: Any = cache.layers[number]
+            self.update(layer.keys, layer.values, number)
+        return self
+
+    def pad(self, mask: Tensor) -> None:
+        """Tell where sequences begin: mask (rows, tokens), 0 where there is padding on the left."""
+        start = mask.to(torch.int64).argmax(-1)
+        for layer in self.packed_layers:
+            if layer.length == 0:
+                layer.start = start.to(mask.device)
+
+
+def chosen_method(
+    model: nn.Module, method: str | KVMethod | None, calibration: Calibration | None, options: dict[str, Any]
+) -> tuple[KVMethod, Calibration | None]:
+    """The method, and its calibration where it needs one."""
+    if calibration is None:
+        folder = getattr(model, "name_or_path", "") or ""
+        calibration = read_calibration(Path(folder)) if folder else None
+    if method is None:
+        if calibration is None:
+            raise UsageError(
+                "Which KV method is not said, and the model's folder has no calibration; give method=..."
+            )
+        method = calibration.method
+    settled = method if isinstance(method, KVMethod) else kv_method(method, **options)
+    if not settled.scheme().is_calibrated:
+        return settled, None
+    if calibration is None or calibration.method != settled:
+        have = "none" if calibration is None else f"one for {calibration.method}"
+        raise UsageError(
+            f"{settled} needs a calibration and there is {have}; "
+            f"make one by bitmill quantize MODEL --kv {settled.name} --kv-bits {settled.bits}."
+        )
+    return settled, calibration
+
+
+def layer_kind(model: Any, number: int) -> str:
+    """Full or sliding attention, as the config says."""
+    kinds = getattr(model.config, "layer_types", None)
+    return str(kinds[number]) if kinds else "full_attention"
+
+
+_noted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _note_padding(model: nn.Module) -> None:
+    """Have the model's calls tell a packed cache where sequences begin."""
+    if model in _noted:
+        return
+    _noted.add(model)
+    model.register_forward_pre_hook(_pad, with_kwargs=True)
+
+
+def _pad(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if isinstance(cache, QuantizedCache) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] > 0:
+        cache.pad(mask)

@@ -1,0 +1,72 @@
+"""What calibration found for all layers, and the file it is kept in: kv.safetensors in a model's folder.
+
+Its tensors are layers.N.keys.scale and so on, its metadata the method with its options and what it was found on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitmill.errors import CheckpointError
+from bitmill.kv.base import KV_METHODS, KVMethod
+from bitmill.kv.side import Calibrated
+
+FILE = "kv.safetensors"
+_META = "bitmill_kv"
+_SIDES = ("keys", "values")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A method, and for every layer what was found for its keys and its values.
+
+    about: plain data on how it was found (text, tokens, seconds).
+    """
+
+    method: KVMethod
+    layers: tuple[tuple[Calibrated, Calibrated], ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> Path:
+        """Write kv.safetensors; returns its path."""
+        tensors: dict[str, Tensor] = {}
+        for number, layer in enumerate(self.layers):
+            for side, found in zip(_SIDES, layer, strict=True):
+                for part in fields(found):
+                    value = getattr(found, part.name)
+                    if value is not None:
+                        tensors[f"layers.{number}.{side}.{part.name}"] = value.contiguous()
+        meta = {"method": self.method.to_dict(), "layers": len(self.layers), "about": self.about}
+        path = folder / FILE
+        save_file(tensors, path, metadata={_META: json.dumps(meta)})
+        return path
+
+
+def read_calibration(folder: Path) -> Calibration | None:
+    """What `save` wrote into the folder, or None. Raises CheckpointError when the file is damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})[_META])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        method = KV_METHODS.from_dict(meta["method"])
+        names = [part.name for part in fields(Calibrated)]
+        layers = tuple(
+            tuple(
+                Calibrated(**{name: tensors.get(f"layers.{number}.{side}.{name}") for name in names})
+                for side in _SIDES
+            )
+            for number in range(meta["layers"])
+        )
+    except Exception as error:  # safetensors and json raise all sorts
+        raise CheckpointError(f"{path} cannot be read ({error}); quantize the model again.") from error
+    return Calibration(method, layers, meta["about"])  # type: ignore[arg-type]

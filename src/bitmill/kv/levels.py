@@ -1,0 +1,61 @@
+"""The table of a side: which numbers its codes stand for before scale and zero, and which code a number gets."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from bitmill.kv.base import Side
+from bitmill.numerics.table import Table
+
+_ROUNDS = 2000
+
+
+@cache
+def normal_levels(bits: int) -> tuple[float, ...]:
+    """The 2**bits rising levels of least squared error for a standard normal number.
+
+    Lloyd 1982 and Max 1960: every level is the mean of its interval, every edge the middle between two levels.
+    """
+    normal = torch.distributions.Normal(0.0, 1.0)
+    count = 1 << bits
+    levels = normal.icdf((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    infinite = torch.tensor([math.inf], dtype=torch.float64)
+    for _ in range(_ROUNDS):
+        edges = torch.cat([-infinite, (levels[1:] + levels[:-1]) / 2, infinite])
+        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+        levels = (density[:-1] - density[1:]) / normal.cdf(edges).diff()
+    return tuple(levels.tolist())
+
+
+def fixed_levels(side: Side) -> Tensor:
+    """Levels that are not learned, fp32 (2**bits,)."""
+    if side.levels == "normal":
+        return torch.tensor(normal_levels(side.bits))
+    return torch.arange(1 << side.bits, dtype=torch.float32)
+
+
+def nearest(x: Tensor, side: Side, levels: Tensor) -> Tensor:
+    """The codes, uint8, of the levels nearest to x; levels rise."""
+    if side.levels == "uniform":
+        return x.round().clamp_(0, (1 << side.bits) - 1).to(torch.uint8)
+    return Table(levels).codes(x)
+
+
+def affine(low: Tensor, high: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+    """Scale and zero, as fp16 keeps them, that map what lies from low to high onto the levels.
+
+    Uniform levels reach from 0 to 2**bits - 1, learned ones were learned for -1 to 1.
+    """
+    if side.levels == "uniform":
+        scale, zero = (high - low) / ((1 << side.bits) - 1), low
+    else:
+        scale, zero = (high - low) / 2, (high + low) / 2
+    return _stored(torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=2.0**-24)), _stored(zero)
+
+
+def _stored(values: Tensor) -> Tensor:
+    return values.clamp(-65504, 65504).to(torch.float16).to(torch.float32)

@@ -1,0 +1,33 @@
+"""KIVI: keys per channel in groups of tokens, values per token in groups of channels, recent tokens in float."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitmill.fields import option
+from bitmill.kv.base import KV_METHODS, PAGE, KVMethod, Scheme, Side
+
+
+@KV_METHODS.register("kivi")
+@dataclass(frozen=True)
+class KIVI(KVMethod):
+    """KIVI: asymmetric min-max codes, tuning-free.
+
+    Problem    large channels of the keys make a scale per token useless
+    Equation   k^ = s_c,g code + z_c,g for channel c and 32 tokens g; v^ = s_t,g code + z_t,g for token t and
+               `group` channels g
+    Stored     codes, fp16 scale and zero of every group: bits + 1 with groups of 32; the last tokens in fp16
+    Needs      nothing
+    Expect     2 bits for many heads, 4 for few (the authors' advice)
+    Limits     keys wait until 32 tokens are there
+    Paper      Liu et al. 2024, "KIVI" (arXiv 2402.02750)
+    """
+
+    group: int = option(32, "channels of a value that share a scale; groups of keys are 32 tokens")
+    residual: int = option(128, "recent tokens in float")
+
+    def scheme(self) -> Scheme:
+        """Keys per channel and page, values per token and group."""
+        return Scheme(
+            Side(self.bits, "page"), Side(self.bits, "token", self.group), residual=max(0, self.residual - PAGE)
+        )

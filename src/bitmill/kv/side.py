@@ -1,0 +1,125 @@
+"""Numbers to codes and back, for the keys or the values of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import RecipeError
+from bitmill.kv.base import PAGE, Side
+from bitmill.kv.levels import affine, fixed_levels, nearest
+from bitmill.numerics.hadamard import hadamard
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration found for one side of a layer; parts that the side has no use for are None.
+
+    scale, zero: (channels,), of static channels.  levels: (2**bits,), what codes stand for.
+    edges: (2**bits,), the levels that codes are chosen by; they differ with q_norm.
+    """
+
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    levels: Tensor | None = None
+    edges: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Pages of one side. codes (rows, pages, 32, channels) uint8.
+
+    scale, zero: (rows, pages, channels) per page, (rows, pages, 32, groups) per token, None where calibrated.
+    outlier_value, outlier_index: (rows, pages, 32, n), fp32 and int64; what is added to the decoded number.
+    """
+
+    codes: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    outlier_value: Tensor | None = None
+    outlier_index: Tensor | None = None
+
+
+class Coder:
+    """Encodes and decodes one side of a layer with `heads` heads of `dim` numbers."""
+
+    def __init__(self, side: Side, heads: int, dim: int, calibrated: Calibrated) -> None:
+        self.side, self.heads, self.dim = side, heads, dim
+        self.channels = heads * dim
+        self.groups = side.groups(heads, dim)
+        self.outliers = side.outlier_count(self.channels)
+        learned = calibrated.levels
+        self.levels = fixed_levels(side) if learned is None else learned.float()
+        self.edges = self.levels if calibrated.edges is None else calibrated.edges.float()
+        self.scale, self.zero = calibrated.scale, calibrated.zero
+        self.turn = rotation(dim) if side.rotated else None
+
+    def encode(self, x: Tensor) -> Coded:
+        """Numbers (rows, tokens, channels), tokens a multiple of 32, already turned."""
+        pages = x.float().unflatten(1, (-1, PAGE))
+        scale, zero = self._ranges(pages)
+        wide_scale, wide_zero = self._wide(scale), self._wide(zero)
+        normal = pages / wide_scale if wide_zero is None else (pages - wide_zero) / wide_scale
+        codes = nearest(normal, self.side, self.edges)
+        own_scale, own_zero = (None, None) if self.side.axis == "static" else (scale, zero)
+        if not self.outliers:
+            return Coded(codes, own_scale, own_zero)
+        apart = pages - self._dense(codes, wide_scale, wide_zero)
+        index = apart.abs().topk(self.outliers, -1).indices
+        return Coded(codes, own_scale, own_zero, apart.gather(-1, index).to(torch.float16).float(), index)
+
+    def decode(self, coded: Coded) -> Tensor:
+        """Numbers (rows, tokens, channels), fp32, still turned."""
+        scale, zero = (self.scale, self.zero) if self.side.axis == "static" else (coded.scale, coded.zero)
+        x = self._dense(coded.codes, self._wide(scale), self._wide(zero))
+        if coded.outlier_value is not None and coded.outlier_index is not None:
+            x = x.scatter_add(-1, coded.outlier_index, coded.outlier_value)
+        return x.flatten(1, 2)
+
+    def _ranges(self, pages: Tensor) -> tuple[Tensor, Tensor | None]:
+        side = self.side
+        if side.axis == "static":
+            assert self.scale is not None
+            return self.scale, self.zero
+        if side.axis == "page":
+            return affine(pages.amin(2), pages.amax(2), side)
+        groups = pages.unflatten(-1, (self.groups, -1))
+        if side.levels == "normal":
+            scale = groups.square().mean(-1).sqrt().clamp(2.0**-24, 65504)
+            return scale.to(torch.float16).float(), None
+        cut = 0 if self.groups > 1 else self.outliers
+        low, high = _within(groups, cut // 2), _within(groups.neg(), cut - cut // 2).neg()
+        return affine(low, high, side)
+
+    def _wide(self, values: Tensor | None) -> Tensor | None:
+        """Scales or zeros so that they go with pages (rows, pages, 32, channels)."""
+        if values is None or self.side.axis == "static":
+            return values
+        if self.side.axis == "page":
+            return values[:, :, None]
+        return values.repeat_interleave(self.channels // self.groups, -1) if self.groups > 1 else values
+
+    def _dense(self, codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        assert scale is not None
+        levels = self.levels.to(codes.device)
+        x = levels.index_select(0, codes.flatten().int()).view(codes.shape) * scale
+        return x if zero is None else x + zero
+
+
+def _within(groups: Tensor, cut: int) -> Tensor:
+    """The least number of the last axis once the `cut` least are left out."""
+    if not cut:
+        return groups.amin(-1)
+    return groups.topk(cut + 1, -1, largest=False).values[..., -1]
+
+
+def rotation(dim: int) -> Tensor:
+    """The orthogonal Hadamard matrix (dim, dim). Raises RecipeError where none is known."""
+    matrix = hadamard(dim)
+    if matrix is None:
+        raise RecipeError(
+            f"No Hadamard matrix of order {dim} is known here, and heads have {dim}; use another method."
+        )
+    return matrix / dim**0.5

@@ -1,0 +1,88 @@
+"""Packed pages of a layer, in slabs of fixed size: growing allocates one more, and copies nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitmill.kv.base import PAGE
+from bitmill.kv.page import PageLayout
+from bitmill.kv.side import Coder
+
+SLAB = 8  # pages
+
+
+class PageStore:
+    """Pages of `rows` sequences, (rows, SLAB, words) int32 each slab; tokens that slid out of sight are let go.
+
+    keys, values: encode and decode.  first: the slot of the first token that is still there, a multiple of 32.
+    """
+
+    def __init__(self, layout: PageLayout, keys: Coder, values: Coder, rows: int, device: torch.device) -> None:
+        self.layout, self.keys, self.values = layout, keys, values
+        self.rows, self.device = rows, device
+        self.slabs: list[Tensor] = []
+        self.first = 0
+        self.pages = 0  # in use
+
+    @property
+    def end(self) -> int:
+        """The slot after the last packed token."""
+        return self.first + self.pages * PAGE
+
+    @property
+    def bytes(self) -> int:
+        """Allocated."""
+        return sum(slab.numel() * 4 for slab in self.slabs)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Pack whole pages of keys and values (rows, tokens, channels)."""
+        coded_keys, coded_values = self.keys.encode(keys), self.values.encode(values)
+        count = keys.shape[1] // PAGE
+        records = torch.zeros(self.rows, count, self.layout.words, dtype=torch.int32, device=self.device)
+        self.layout.write(records, coded_keys, coded_values)
+        done = 0
+        while done < count:
+            place = self.pages % SLAB
+            if place == 0:
+                self.slabs.append(self._slab())
+            step = min(SLAB - place, count - done)
+            self.slabs[-1][:, place : place + step] = records[:, done : done + step]
+            self.pages, done = self.pages + step, done + step
+
+    def _slab(self) -> Tensor:
+        with torch.inference_mode(False):  # a tensor made in that mode can be written to in no other
+            return torch.zeros(self.rows, SLAB, self.layout.words, dtype=torch.int32, device=self.device)
+
+    def read(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (rows, tokens, channels), fp32, of the packed slots from first to end, page borders."""
+        begin, stop = (first - self.first) // PAGE, (end - self.first) // PAGE
+        pieces = []
+        for at in range(begin // SLAB, -(-stop // SLAB)):
+            cut = slice(max(begin - at * SLAB, 0), min(stop - at * SLAB, SLAB))
+            pieces.append(self.slabs[at][:, cut])
+        if not pieces or begin >= stop:
+            empty = torch.empty(self.rows, 0, self.keys.channels, device=self.device)
+            return empty, empty
+        keys, values = self.layout.read(torch.cat(pieces, 1))
+        return self.keys.decode(keys), self.values.decode(values)
+
+    def cut(self, end: int) -> None:
+        """Forget the pages from slot `end` on, a page border."""
+        self.pages = max(0, (end - self.first) // PAGE)
+        del self.slabs[-(-self.pages // SLAB) :]
+
+    def let_go(self, first: int) -> None:
+        """Free the slabs whose slots all come before `first`."""
+        count = min((first - self.first) // (PAGE * SLAB), self.pages // SLAB)
+        if count > 0:
+            del self.slabs[:count]
+            self.first, self.pages = self.first + count * SLAB * PAGE, self.pages - count * SLAB
+
+    def of_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put other rows in the place of those there are: `change` takes and gives (rows, ...)."""
+        self.slabs = [change(slab) for slab in self.slabs]
+        if self.slabs:
+            self.rows = self.slabs[0].shape[0]
