@@ -57,7 +57,7 @@ class Cache:
             "method": self.name,
             "bits": self.bits,
             "options": {k: v for k, v in options.items() if k not in (KV_METHODS.noun, "bits")},
-            "bits_per_element": 8 * size.total / numbers,
+            "bits_per_element": 8 * size.allocated / numbers,
             "size_bytes": size.total,
             "parts": vars(size),
             "chosen": chosen,
