@@ -16,7 +16,7 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="llama-7b, or any model: a folder with a config.json suffices, and of a hub id only that is fetched.",
+            help="llama-7b, or any model; a config.json is enough, and all that is fetched of a hub id.",
             show_default=False,
         ),
     ],
@@ -43,7 +43,9 @@ def plan(
     ] = None,
     bits: Annotated[
         int | None,
-        typer.Option(metavar="B", help="Of the weights; 16 for floats. Of rtn without --method.", show_default=False),
+        typer.Option(
+            metavar="B", help="Of the weights; 16 for floats. Of rtn without --method.", show_default=False
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -58,7 +60,9 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    kv_bits: Annotated[int | None, typer.Option(metavar="B", help="Of keys and values.", show_default=False)] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(metavar="B", help="Of keys and values.", show_default=False)
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -110,7 +114,10 @@ def _model(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", result["model"]),
         ("cached", f"{len(layers)} layers of {' or '.join(f'{h} heads of {d} numbers' for h, d in shapes)}"),
         *([("windows", f"{some} layers keep the last {', '.join(map(str, windows))} tokens")] if windows else []),
-        ("context", f"{result['context']:,} tokens" + (f" x {result['batch']} rows" if result["batch"] > 1 else "")),
+        (
+            "context",
+            f"{result['context']:,} tokens" + (f" x {result['batch']} rows" if result["batch"] > 1 else ""),
+        ),
     ]
     if trained and trained < result["context"]:
         rows.append(("", f"the model was trained for {trained:,}: beyond them this is capacity alone"))
@@ -123,12 +130,7 @@ def _verdict(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("weights", f"{_both(weight['size_bytes'])}, {weight['name']}"),
         ("keys and values", f"{_both(cache['size_bytes'])}, {_spelled(cache)}"),
-        (
-            "activations",
-            f"{_both(activations['prompt_bytes'])} on every device, if prompts are read {activations['chunk']} tokens "
-            "at a time and attention keeps neither scores nor a float copy of the cache; "
-            f"{_both(activations['prompt_at_once_bytes'])} to read the whole context at once",
-        ),
+        ("activations", f"{_both(activations['prompt_bytes'])} on every device"),
         ("on each device", f"{_both(result['needed_bytes'])}, with weights and cache shared evenly"),
     ]
     if result["fits"] is not None:
@@ -136,10 +138,23 @@ def _verdict(result: dict[str, Any]) -> list[tuple[str, str]]:
         said = f"fits, {_both(spare)} to spare" if result["fits"] else f"does not fit, {_both(-spare)} too much"
         rows.append(("capacity", f"{said} {_where(result)}"))
     measured = [measured_row(measurement) for measurement in result["measured"]]
-    rows += [("quality", said) for said in measured or ["not measured; every figure here is computed"]]
-    if measured:
-        rows.append(("", "that is all that was measured; every other figure here is computed"))
-    return rows
+    rows += [("quality", said) for said in measured or ["not measured"]]
+    return [*rows, ("computed", "everything but quality"), *_assumed(result)]
+
+
+def _assumed(result: dict[str, Any]) -> list[tuple[str, str]]:
+    activations = result["activations"]
+    return [
+        (
+            "assumed",
+            f"prompts read {activations['chunk']} tokens at a time, attention straight from the packed cache;",
+        ),
+        ("", f"a prompt read at once: {_both(activations['prompt_at_once_bytes'])} of activations,"),
+        (
+            "",
+            f"one layer in fp32, as reading a prompt in parts takes: {_both(activations['float_layer_bytes'])}",
+        ),
+    ]
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -148,7 +163,11 @@ def _where(result: dict[str, Any]) -> str:
 
 
 def _both(size: int) -> str:
-    return f"{size / GB:,.2f} GB ({size / GIB:,.2f} GiB)"
+    return f"{_short(size / GB)} GB ({_short(size / GIB)} GiB)"
+
+
+def _short(size: float) -> str:
+    return f"{size:,.2f}" if size >= 1 else f"{size:.3g}"
 
 
 def _spelled(cache: dict[str, Any]) -> str:
@@ -164,8 +183,8 @@ def _caches(result: dict[str, Any]) -> Any:
     for row in result["cache"]:
         shares = (row["parts"][part] for part in ("codes", "scales", "outliers", "floats"))
         table.add_row(
-            row["method"], str(row["bits"]), f"{row['bits_per_element']:.3f}", f"{row['size_bytes'] / GB:,.2f}",
-            f"{row['size_bytes'] / GIB:,.2f}", *(f"{share / row['size_bytes']:.1%}" for share in shares), _mark(row),
+            row["method"], str(row["bits"]), f"{row['bits_per_element']:.3f}", _short(row["size_bytes"] / GB),
+            _short(row["size_bytes"] / GIB), *(f"{share / row['size_bytes']:.1%}" for share in shares), _mark(row),
         )  # fmt: skip
     return table
 
@@ -175,7 +194,7 @@ def _weights(result: dict[str, Any]) -> Any:
     for row in result["weights"]:
         size = row["size_bytes"]
         table.add_row(
-            row["name"], f"{row['bits_per_weight']:.3f}", f"{size / GB:,.2f}", f"{size / GIB:,.2f}", _mark(row)
+            row["name"], f"{row['bits_per_weight']:.3f}", _short(size / GB), _short(size / GIB), _mark(row)
         )
     return table
 
@@ -196,5 +215,5 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        table.add_column(column, justify="right" if index else "left")
     return table

@@ -40,18 +40,6 @@ class CacheSize:
         return CacheSize(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
 
-def kept(tokens: int, window: int | None = None) -> int:
-    """Tokens that an ordinary cache keeps: the next one looks at itself and at window - 1 before it."""
-    return tokens if window is None else min(tokens, max(window - 1, 1))
-
-
-def float_size(
-    heads: int, dim: int, layers: int, tokens: int, *, batch: int = 1, window: int | None = None
-) -> CacheSize:
-    """Keys and values of `layers` layers as plain fp16 tensors (batch, heads, tokens, dim)."""
-    return CacheSize(floats=2 * layers * batch * heads * dim * kept(tokens, window) * _FLOAT)
-
-
 def cache_size(
     scheme: Scheme,
     heads: int,

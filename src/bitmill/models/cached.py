@@ -15,11 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """Keys and values of one layer: `heads` heads of `dim` numbers a token, of the last `window` tokens or of all."""
+    """Keys and values of one layer: `heads` heads of `dim` numbers, of the last `window` tokens or of all."""
 
     heads: int
     dim: int
     window: int | None = None
+
+    def numbers(self, tokens: int) -> int:
+        """How many numbers an ordinary cache keeps after `tokens` tokens of a row.
+
+        In a window the next token looks at itself and at window - 1 before it.
+        """
+        seen = tokens if self.window is None else min(tokens, max(self.window - 1, 1))
+        return 2 * self.heads * self.dim * seen
 
 
 def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ...]:
@@ -35,8 +43,8 @@ def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ..
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
         raise SourceError(
-            f"{name} keeps keys and values compressed (kv_lora_rank is {text.kv_lora_rank}), which cannot be planned "
-            "yet; give a model with plain, grouped or multi-query attention."
+            f"{name} keeps keys and values compressed (kv_lora_rank is {text.kv_lora_rank}), which cannot be "
+            "planned yet; give a model with plain, grouped or multi-query attention."
         )
     heads, dim = _heads(text, name)
     layers = []
@@ -63,8 +71,8 @@ def check_keys(layers: tuple[CachedLayer, ...], model: nn.Module, name: str) -> 
         layer = layers[int(found[1])]
         if width != layer.heads * layer.dim:
             raise SourceError(
-                f"{path} of {name} makes keys of {width} numbers, and {layer.heads} heads of {layer.dim} were expected; "
-                "heads that differ between layers cannot be planned yet."
+                f"{path} of {name} makes keys of {width} numbers, and {layer.heads} heads of {layer.dim} were "
+                "expected; heads that differ between layers cannot be planned yet."
             )
 
 
@@ -77,5 +85,7 @@ def _heads(config: Any, name: str) -> tuple[int, int]:
     hidden = getattr(config, "hidden_size", None)
     dim = getattr(config, "head_dim", None) or (hidden // queries if hidden and queries else None)
     if not isinstance(heads, int) or not isinstance(dim, int):
-        raise SourceError(f"The config of {name} names no attention heads (num_attention_heads); give a decoder's.")
+        raise SourceError(
+            f"The config of {name} names no attention heads (num_attention_heads); give a decoder's."
+        )
     return heads, dim

@@ -247,9 +247,7 @@ def load_config(folder: Path, trust_remote_code: bool, has_code: bool = False) -
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the config classes validate, each in its own way
         hint = "; if you trust the code in this folder, allow remote code" if has_code else ""
         raise SourceError(

@@ -15,7 +15,7 @@ from bitmill.errors import SourceError
 from bitmill.models import zoo
 from bitmill.models.hf import load_config
 from bitmill.models.pooling import MEAN
-from bitmill.models.source import Source, hub_files, in_short, is_hub_id, open_source
+from bitmill.models.source import Source, hub_files, is_hub_id, open_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -85,8 +85,8 @@ def outlines() -> list[str]:
 def open_outline(model: str | Path, *, trust_remote_code: bool = False) -> Source:
     """A source whose names, shapes and types are known, at the least cost.
 
-    model: a name of `outlines()`, a folder with a config.json (weights may be absent or quantized by bitmill), a hub
-    id, of which only the config is fetched, a .gguf file, or a demo model. Raises SourceError.
+    model: a name of `outlines()`, a folder with a config.json (weights may be absent or quantized by bitmill), a
+    hub id, of which only the config is fetched, a .gguf file, or a demo model. Raises SourceError.
     """
     if isinstance(model, str) and model in outlines():
         from transformers import AutoConfig

@@ -20,7 +20,7 @@ from bitmill.models.cached import CachedLayer, cached_layers, check_keys
 from bitmill.models.outline import open_outline
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import Source
-from bitmill.plan.cache import caches
+from bitmill.plan.cache import Cache, caches
 from bitmill.plan.weights import Wanted, weight_rows
 
 CHUNK = 512  # tokens of a prompt that are read at a time
@@ -83,11 +83,10 @@ def plan(
     def needed(weight: int, cache: int, tokens: int) -> int:
         return -(-(weight + cache) // devices) + activations.of(min(tokens, CHUNK))
 
-    longest = []
-    for row in rows if memory is not None else ():
-        for one in known:
-            most = _longest(lambda n, w=row["size_bytes"], c=one: needed(w, c.size(n).total, n), memory or 0)
-            longest.append({"weights": row["name"], "method": one.name, "bits": one.bits, "tokens": most})
+    def longest(row: dict[str, Any], one: Cache) -> dict[str, Any]:
+        most = _longest(lambda n: needed(row["size_bytes"], one.size(n).total, n), memory or 0)
+        return {"weights": row["name"], "method": one.name, "bits": one.bits, "tokens": most}
+
     in_use = needed(weight["size_bytes"], cache.size(tokens).total, tokens)
     return {
         "model": str(model),
@@ -105,10 +104,11 @@ def plan(
             "prompt_bytes": activations.of(min(tokens, CHUNK)),
             "decode_bytes": activations.of(1),
             "prompt_at_once_bytes": activations.of(tokens),
+            "float_layer_bytes": max(4 * batch * layer.numbers(tokens) for layer in layers),
         },
         "needed_bytes": in_use,
         "fits": None if memory is None else in_use <= memory,
-        "longest": longest,
+        "longest": [longest(row, one) for row in rows for one in known] if memory is not None else [],
         "measured": open_checkpoint(model).report["measured"] if is_checkpoint(Path(model)) else [],
     }
 

@@ -11,11 +11,12 @@ from bitmill.errors import RecipeError, UsageError
 from bitmill.kv import KV_METHODS, KVMethod
 from bitmill.kv.base import kv_method
 from bitmill.kv.side import rotation
-from bitmill.kv.size import CacheSize, cache_size, float_size, kept
+from bitmill.kv.size import CacheSize, cache_size
 from bitmill.models.cached import CachedLayer
 
 BITS = (8, 4, 3, 2)
 FLOAT_BITS = 16
+_FLOAT_BYTES = FLOAT_BITS // 8
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,17 @@ class Cache:
         """Bytes after `tokens` tokens a row. Raises RecipeError where the heads do not suit the method."""
         total = CacheSize()
         for layer, count in Counter(self.layers).items():
-            heads, dim, window = layer.heads, layer.dim, layer.window
             if self.method is None:
-                total += float_size(heads, dim, count, tokens, batch=self.batch, window=window)
-            else:
-                scheme = self.method.scheme()
-                total += cache_size(scheme, heads, dim, count, tokens, batch=self.batch, window=window)
+                total += CacheSize(floats=_FLOAT_BYTES * count * self.batch * layer.numbers(tokens))
+                continue
+            shape = (layer.heads, layer.dim, count, tokens)
+            total += cache_size(self.method.scheme(), *shape, batch=self.batch, window=layer.window)
         return total
 
     def row(self, tokens: int, chosen: bool) -> dict[str, Any]:
         """Plain data."""
         size = self.size(tokens)
-        numbers = sum(2 * self.batch * of.heads * of.dim * kept(tokens, of.window) for of in self.layers)
+        numbers = self.batch * sum(layer.numbers(tokens) for layer in self.layers)
         options = self.method.to_dict() if self.method else {}
         return {
             "method": self.name,
@@ -69,8 +69,8 @@ def caches(
 ) -> tuple[list[Cache], Cache]:
     """fp16 and every method at every width it has, and the one that was asked for; fp16 where nothing was.
 
-    kv: `NAME` or `NAME:key=value,...`, whose options its other widths share. Raises RecipeError for methods that are
-    unknown or do not suit the heads, UsageError for bits without a method.
+    kv: `NAME` or `NAME:key=value,...`, whose options its other widths share. Raises RecipeError for methods that
+    are unknown or do not suit the heads, UsageError for bits without a method.
     """
     if kv is None and bits is not None:
         known = ", ".join(KV_METHODS.names())

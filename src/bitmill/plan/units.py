@@ -10,7 +10,7 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size: 80GB is 80 * 10^9, 80GiB is 80 * 2^30, a bare letter counts as decimal. Raises UsageError."""
+    """Bytes of a size: 80GB and 80g are 80 * 10^9, 80GiB is 80 * 2^30. Raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?", text.strip().lower())
     if found is None or not float(found[1]):
         raise UsageError(f"--memory is {text!r}; write it as 80GB (80 * 10^9 bytes) or 80GiB (80 * 2^30 bytes).")

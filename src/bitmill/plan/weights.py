@@ -12,6 +12,7 @@ from bitmill.checkpoint import open_checkpoint
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.composition import find_recipe, with_head
 from bitmill.errors import RecipeError, SourceError
+from bitmill.models.gguf import GgufSource
 from bitmill.models.skeleton import Skeleton
 from bitmill.models.source import Source
 from bitmill.recipe import METHODS, Recipe
@@ -58,15 +59,16 @@ class Wanted:
 def weight_rows(
     model: str | Path, source: Source, skeleton: Skeleton | str, wanted: Wanted
 ) -> list[dict[str, Any]]:
-    """Every way to store the weights, as plain data; exactly one is chosen.
+    """Every way to store the weights, as plain data; exactly one is chosen: what was asked for, or what would run.
 
     skeleton: or why there is none, and nothing can be quantized. Raises SourceError if that was asked for.
     """
     count = sum(torch.Size(source.shape(name)).numel() for name in source.names())
-    stored = stored_bytes(model, source)
-    rows = [_float_row("as stored", stored, count, not wanted.asks and wanted.bits is None)]
-    if stored != 2 * count or wanted.bits == FLOAT_BITS:
-        rows.append(_float_row("16 bits", 2 * count, count, not wanted.asks and wanted.bits == FLOAT_BITS))
+    stored, runs = stored_bytes(model, source)
+    bits = None if wanted.asks else wanted.bits if runs else FLOAT_BITS
+    rows = [_float_row("as stored", stored, count, not wanted.asks and bits is None)]
+    if stored != 2 * count or bits == FLOAT_BITS:
+        rows.append(_float_row("16 bits", 2 * count, count, bits == FLOAT_BITS))
     if isinstance(skeleton, str):
         if wanted.asks:
             raise SourceError(skeleton)
@@ -75,14 +77,16 @@ def weight_rows(
     return rows + [_recipe_row(skeleton, recipe, recipe == chosen) for recipe in wanted.recipes()]
 
 
-def stored_bytes(model: str | Path, source: Source) -> int:
-    """Bytes of the tensors as they lie on the disk; of a config alone, as they would in its type."""
+def stored_bytes(model: str | Path, source: Source) -> tuple[int, bool]:
+    """Bytes of the tensors as they lie on the disk, of a config alone as they would in its type.
+
+    And whether they are run as they lie there; what a .gguf file holds is decoded first.
+    """
     if is_checkpoint(Path(model)):
-        return sum(int(tensor["size_bytes"]) for tensor in open_checkpoint(model).layers())
-    known: int | None = getattr(source, "stored_bytes", None)
-    if known is not None:
-        return known
-    return sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in source.names())
+        return sum(int(tensor["size_bytes"]) for tensor in open_checkpoint(model).layers()), True
+    if isinstance(source, GgufSource):
+        return source.stored_bytes, False
+    return sum(torch.Size(source.shape(n)).numel() * source.dtype(n).itemsize for n in source.names()), True
 
 
 def _float_row(name: str, size: int, count: int, chosen: bool) -> dict[str, Any]:
