@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from bitmill.errors import UsageError
 from bitmill.kv.attention import attach
-from bitmill.kv.base import KVMethod, kv_method
+from bitmill.kv.base import KVMethod, Scheme, kv_method
 from bitmill.kv.calibrated import Calibration, read_calibration
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.rope import Rope, attentions, rope_of
@@ -45,27 +45,14 @@ class QuantizedCache(Cache):
         self.method, found = chosen_method(model, method, calibration, options)
         scheme = self.method.scheme()
         direct = attach(model) and not strict
-        modules = attentions(model)
         config: Any = model.config
         layers: list[Any] = list(DynamicCache(config=config).layers)
-        ropes: dict[str, Rope | None] = {}
         for number, layer in enumerate(layers):
             window = getattr(layer, "sliding_window", None)
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 continue  # states of another kind stay as transformers has them
-            rope = None
-            if scheme.pre_rope:
-                kind = layer_kind(model, number)
-                if kind not in ropes:
-                    ropes[kind] = rope_of(model, modules[number], kind)
-                rope = ropes[kind]
-                if rope is None:
-                    raise UsageError(
-                        f"{type(model).__name__} has no rotary embedding that can be undone; "
-                        f"use {self.method.name} with pre_rope=false."
-                    )
             calibrated = found.layers[number] if found is not None else _NONE
-            layers[number] = QuantizedLayer(scheme, calibrated, rope, window, strict)
+            layers[number] = QuantizedLayer(scheme, calibrated, rope_for(model, scheme, number), window, strict)
             layers[number].direct = direct
         super().__init__(layers=layers)
         if not self.packed_layers:
@@ -128,10 +115,17 @@ def chosen_method(
     return settled, calibration
 
 
-def layer_kind(model: Any, number: int) -> str:
-    """Full or sliding attention, as the config says."""
+def rope_for(model: Any, scheme: Scheme, number: int) -> Rope | None:
+    """The rotary embedding that is undone in a layer, None where keys are stored after it. Raises UsageError."""
+    if not scheme.pre_rope:
+        return None
     kinds = getattr(model.config, "layer_types", None)
-    return str(kinds[number]) if kinds else "full_attention"
+    rope = rope_of(model, attentions(model)[number], str(kinds[number]) if kinds else "full_attention")
+    if rope is None:
+        raise UsageError(
+            f"{type(model).__name__} has no rotary embedding that can be undone; use pre_rope=false (--kv-set)."
+        )
+    return rope
 
 
 _noted: weakref.WeakSet[nn.Module] = weakref.WeakSet()

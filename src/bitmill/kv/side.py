@@ -61,14 +61,21 @@ class Coder:
         pages = x.float().unflatten(1, (-1, PAGE))
         scale, zero = self._ranges(pages)
         wide_scale, wide_zero = self._wide(scale), self._wide(zero)
-        normal = pages / wide_scale if wide_zero is None else (pages - wide_zero) / wide_scale
-        codes = nearest(normal, self.side, self.edges)
+        codes = nearest(_normal(pages, wide_scale, wide_zero), self.side, self.edges)
         own_scale, own_zero = (None, None) if self.side.axis == "static" else (scale, zero)
         if not self.outliers:
             return Coded(codes, own_scale, own_zero)
         apart = pages - self._dense(codes, wide_scale, wide_zero)
         index = apart.abs().topk(self.outliers, -1).indices
         return Coded(codes, own_scale, own_zero, apart.gather(-1, index).to(torch.float16).float(), index)
+
+    def normalized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers (rows, tokens, channels) as levels see them, and their scales, of the same shape."""
+        pages = x.float().unflatten(1, (-1, PAGE))
+        scale, zero = (self._wide(values) for values in self._ranges(pages))
+        normal = _normal(pages, scale, zero)
+        assert scale is not None
+        return normal.flatten(1, 2), scale.expand(pages.shape).flatten(1, 2)
 
     def decode(self, coded: Coded) -> Tensor:
         """Numbers (rows, tokens, channels), fp32, still turned."""
@@ -106,6 +113,11 @@ class Coder:
         levels = self.levels.to(codes.device)
         x = levels.index_select(0, codes.flatten().int()).view(codes.shape) * scale
         return x if zero is None else x + zero
+
+
+def _normal(pages: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    assert scale is not None
+    return pages / scale if zero is None else (pages - zero) / scale
 
 
 def _within(groups: Tensor, cut: int) -> Tensor:

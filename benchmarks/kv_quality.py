@@ -1,0 +1,116 @@
+"""Perplexity through the packed cache of keys and values: methods at equal bits, and KVQuant's parts one by one.
+
+    python benchmarks/kv_quality.py [--seqlen 2048] [--windows 0] [--samples 16] [--only TEXT]
+
+Every row is calibrated on the first four fifths of the text and measured on the last; each is appended to
+benchmarks/results/kv_quality.json when it is there, and what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitmill import api
+from bitmill.evaluation.perplexity import compare
+from bitmill.kv.answers import PackedAnswers
+from bitmill.kv.base import KVMethod, kv_method
+from bitmill.kv.calibration import Recording, learn, record
+from bitmill.models.calls import answers_of
+from bitmill.models.reading import reading_of
+from bitmill.progress import Progress
+
+RESULTS = Path(__file__).parent / "results" / "kv_quality.json"
+
+BARE = {"per_channel": True, "pre_rope": False, "nuq": False, "fisher": False, "outliers": 0.0, "sink": 0}
+STEPS: list[tuple[str, dict[str, Any]]] = [
+    ("keys per channel", {}),
+    ("+ before RoPE", {"pre_rope": True}),
+    ("+ learned levels", {"nuq": True}),
+    ("+ squared gradients", {"fisher": True}),
+    ("+ 1 % outliers", {"outliers": 0.01}),
+    ("+ first token in float", {"sink": 1}),
+    ("+ Q-Norm", {"q_norm": True}),
+]
+
+
+def grid() -> list[tuple[str, KVMethod]]:
+    """Names and methods of all rows."""
+    rows: list[tuple[str, KVMethod]] = []
+    for bits in (4, 3, 2):
+        rows += [
+            ("kvquant", kv_method("kvquant", bits)),
+            ("kivi", kv_method("kivi", bits)),
+            ("kivi, groups of 64, no residual", kv_method("kivi", bits, group=64, residual=0)),
+            ("rotated", kv_method("rotated", bits)),
+            ("per_token", kv_method("per_token", bits)),
+        ]
+    rows.append(("per_token", kv_method("per_token", 8)))
+    for bits in (3, 2):
+        options = dict(BARE)
+        for name, change in STEPS:
+            options |= change
+            rows.append((name, kv_method("kvquant", bits, **options)))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=0, help="0: all there are")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--only", default="", help="rows whose name and method contain this")
+    args = parser.parse_args()
+    model, tokenizer = api.load(args.model), api.load_tokenizer(args.model)
+    text = reading_of("pydoc", tokenizer, encoder=False)
+    held_out = _stacked(text.held_out("eval", args.seqlen, args.windows or None))
+    calib = _stacked(text.held_out("calib", args.seqlen, None))
+    calib = calib[torch.linspace(0, len(calib) - 1, args.samples).long()]
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": {}}
+    results |= {"model": args.model, "seqlen": args.seqlen, "windows": len(held_out), "samples": args.samples}
+    with torch.no_grad():  # 200 kB a token; computed once for all rows
+        known = {window.numpy().tobytes(): answers_of(model)(window[None]) for window in held_out}
+    results["rows"]["float"] = compare(lambda tokens: known[tokens[0].numpy().tobytes()], held_out, batch=1)
+    recordings: dict[tuple[bool, int], Recording] = {}
+    for name, method in grid():
+        key = f"{name}: {json.dumps(method.to_dict())}"
+        if key in results["rows"] or args.only not in key:
+            continue
+        started = time.perf_counter()
+        calibration = None
+        if (scheme := method.scheme()).is_calibrated:
+            kind = (scheme.pre_rope, scheme.sink)
+            if kind not in recordings:  # gradients are recorded for all that share it
+                widest = kv_method("kvquant", method.bits, pre_rope=scheme.pre_rope, sink=scheme.sink)
+                recordings[kind] = record(model, widest, calib, Progress())
+            calibration = learn(method, recordings[kind])
+        answers = PackedAnswers(model, method, calibration)
+        measured = compare(answers, held_out, lambda tokens: known[tokens[0].numpy().tobytes()], batch=1)
+        results["rows"][key] = {
+            "name": name,
+            "method": method.to_dict(),
+            **measured,
+            "kv_bits_per_element": answers.bits_per_element,
+            "time_s": round(time.perf_counter() - started, 1),
+        }
+        row = results["rows"][key]
+        print(
+            f"{method.bits} {name:35s} {row['perplexity']:10.3f} {row['kl_divergence']:8.4f} "
+            f"{row['kv_bits_per_element']:6.3f} {row['time_s']:6.0f} s",
+            flush=True,
+        )
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _stacked(windows: Any) -> torch.Tensor:
+    return windows if isinstance(windows, torch.Tensor) else torch.stack(list(windows))
+
+
+if __name__ == "__main__":
+    main()
