@@ -97,7 +97,7 @@ def _readable(result: dict[str, Any]) -> list[Any]:
         "",
         "Weights",
         _weights(result),
-        *([result["note"]] if result["note"] else []),
+        *([facts([("note", result["note"])])] if result["note"] else []),
         "",
     ]
     if result["memory_bytes"] is not None:
@@ -113,7 +113,7 @@ def _model(result: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("model", result["model"]),
         ("cached", f"{len(layers)} layers of {' or '.join(f'{h} heads of {d} numbers' for h, d in shapes)}"),
-        *([("windows", f"{some} layers keep the last {', '.join(map(str, windows))} tokens")] if windows else []),
+        *([("windows", f"{some} of them keep the last {', '.join(map(str, windows))} tokens")] if windows else []),
         (
             "context",
             f"{result['context']:,} tokens" + (f" x {result['batch']} rows" if result["batch"] > 1 else ""),
@@ -129,7 +129,7 @@ def _verdict(result: dict[str, Any]) -> list[tuple[str, str]]:
     activations = result["activations"]
     rows = [
         ("weights", f"{_both(weight['size_bytes'])}, {weight['name']}"),
-        ("keys and values", f"{_both(cache['size_bytes'])}, {_spelled(cache)}"),
+        ("keys and values", f"{_both(cache['size_bytes'])}, {_spelled(cache)}, {cache['bits']} bits"),
         ("activations", f"{_both(activations['prompt_bytes'])} on every device"),
         ("on each device", f"{_both(result['needed_bytes'])}, with weights and cache shared evenly"),
     ]
@@ -137,9 +137,14 @@ def _verdict(result: dict[str, Any]) -> list[tuple[str, str]]:
         spare = result["memory_bytes"] - result["needed_bytes"]
         said = f"fits, {_both(spare)} to spare" if result["fits"] else f"does not fit, {_both(-spare)} too much"
         rows.append(("capacity", f"{said} {_where(result)}"))
-    measured = [measured_row(measurement) for measurement in result["measured"]]
+    measured = [f"{measured_row(entry)}; weights as stored, {_keys(entry)}" for entry in result["measured"]]
     rows += [("quality", said) for said in measured or ["not measured"]]
     return [*rows, ("computed", "everything but quality"), *_assumed(result)]
+
+
+def _keys(measured: dict[str, Any]) -> str:
+    bits = measured.get("kv_bits_per_element")
+    return "keys and values in float" if bits is None else f"keys and values at {bits:.2f} bits"
 
 
 def _assumed(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -171,7 +176,8 @@ def _short(size: float) -> str:
 
 
 def _spelled(cache: dict[str, Any]) -> str:
-    return f"{cache['method']}, {cache['bits']} bits" if cache["method"] != "float16" else "float16"
+    options = ",".join(f"{key}={value}" for key, value in cache["options"].items())
+    return cache["method"] + (f":{options}" if options else "")
 
 
 def _mark(row: dict[str, Any]) -> str:
@@ -179,11 +185,11 @@ def _mark(row: dict[str, Any]) -> str:
 
 
 def _caches(result: dict[str, Any]) -> Any:
-    table = _table("method", "bits", "bits/element", "GB", "GiB", "codes", "scales", "outliers", "floats", "")
+    table = _table("method", "bits", "bits/el.", "GB", "GiB", "codes", "scales", "outliers", "floats", "")
     for row in result["cache"]:
         shares = (row["parts"][part] for part in ("codes", "scales", "outliers", "floats"))
         table.add_row(
-            row["method"], str(row["bits"]), f"{row['bits_per_element']:.3f}", _short(row["size_bytes"] / GB),
+            _spelled(row), str(row["bits"]), f"{row['bits_per_element']:.3f}", _short(row["size_bytes"] / GB),
             _short(row["size_bytes"] / GIB), *(f"{share / row['size_bytes']:.1%}" for share in shares), _mark(row),
         )  # fmt: skip
     return table
@@ -206,7 +212,7 @@ def _longest(result: dict[str, Any]) -> Any:
     for cache in result["cache"]:
         lengths = [found[name, cache["method"], cache["bits"]] for name in names]
         shown = ["any" if n is None else f"{n:,}" if n else "-" for n in lengths]
-        table.add_row(cache["method"], str(cache["bits"]), *shown)
+        table.add_row(_spelled(cache), str(cache["bits"]), *shown)
     return table
 
 
@@ -215,5 +221,5 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
     return table

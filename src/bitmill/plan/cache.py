@@ -37,6 +37,13 @@ class Cache:
         """Bits of a code, or of a float."""
         return self.method.bits if self.method else FLOAT_BITS
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the method, bits aside, that are not at their defaults."""
+        known = KV_METHODS.options(self.name) if self.method else {}
+        given = {name: getattr(self.method, name) for name in known if name != "bits"}
+        return {name: value for name, value in given.items() if value != known[name].default}
+
     def size(self, tokens: int) -> CacheSize:
         """Bytes after `tokens` tokens a row. Raises RecipeError where the heads do not suit the method."""
         total = CacheSize()
@@ -52,11 +59,10 @@ class Cache:
         """Plain data."""
         size = self.size(tokens)
         numbers = self.batch * sum(layer.numbers(tokens) for layer in self.layers)
-        options = self.method.to_dict() if self.method else {}
         return {
             "method": self.name,
             "bits": self.bits,
-            "options": {k: v for k, v in options.items() if k not in (KV_METHODS.noun, "bits")},
+            "options": self.options,
             "bits_per_element": 8 * size.allocated / numbers,
             "size_bytes": size.total,
             "parts": vars(size),
