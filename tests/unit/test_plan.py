@@ -9,13 +9,15 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 from tiny_gguf import write_gguf
+from transformers import AutoConfig
 
 import bitmill
 from bitmill.errors import BitmillError, SourceError, UsageError
 from bitmill.kv.base import kv_method
 from bitmill.kv.size import cache_size
 from bitmill.models.cached import CachedLayer, cached_layers
-from bitmill.models.outline import open_outline, outlines
+from bitmill.models.configs import known_configs
+from bitmill.models.outline import open_outline
 from bitmill.plan import Wanted, plan
 from bitmill.plan.units import parse_bytes, parse_tokens
 
@@ -163,6 +165,7 @@ def test_the_same_from_a_config_alone(tmp_path) -> None:
     model = tiny_model("llama").half()
     model.save_pretrained(tmp_path / "whole")
     model.config.save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "pytorch_model.bin").touch()  # never opened
     whole, bare = (plan(tmp_path / name, kv="kvquant", kv_bits=2, memory=GB) for name in ("whole", "bare"))
     assert {**whole, "model": ""} == {**bare, "model": ""}
 
@@ -215,7 +218,7 @@ def test_experts_can_be_planned_in_float(tmp_path) -> None:
 
 
 def test_an_outline_has_no_weights() -> None:
-    assert outlines() == ["llama-65b", "llama-7b"]
+    assert known_configs() == ["llama-65b", "llama-7b"]
     for name, weights in (("llama-65b", 65_285_660_672), ("llama-7b", LLAMA_7B_WEIGHTS)):
         source = open_outline(name)
         assert sum(torch.Size(source.shape(n)).numel() for n in source.names()) == weights
@@ -235,6 +238,9 @@ def test_what_is_refused(tmp_path) -> None:
     assert "--batch is -1" in refused("llama-7b", batch=-1)
     assert "1 to 8 bits, not 9" in refused("llama-7b", weights=Wanted(bits=9))
     assert "is an encoder" in refused(config_only(tmp_path / "bert", "bert"))
+    config = AutoConfig.for_model("t5", num_layers=1)
+    config.save_pretrained(tmp_path / "t5")
+    assert "an encoder beside" in refused(tmp_path / "t5")
     assert "keeps a state" in refused(config_only(tmp_path / "mamba", "mamba"))
     assert "kv_lora_rank is 512" in refused(config_only(tmp_path / "mla", "deepseek_v3"))
     assert "no model at" in refused(tmp_path / "absent")

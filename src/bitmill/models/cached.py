@@ -33,13 +33,18 @@ class CachedLayer:
 def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ...]:
     """The layers, in order, as transformers would cache them; layers that read another one's cache are left out.
 
-    Raises SourceError for encoders, for layers that keep a state instead of tokens, and for compressed keys.
+    Raises SourceError for encoders, alone or beside a decoder, for layers that keep a state instead of tokens, and
+    for compressed keys.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     if is_encoder(config):
         raise SourceError(f"{name} is an encoder, which keeps no keys and values; give a language model.")
+    if config.is_encoder_decoder:
+        raise SourceError(
+            f"{name} has an encoder beside its decoder, which cannot be planned yet; give a decoder."
+        )
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
         raise SourceError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,14 +12,13 @@ from torch import nn
 
 from bitmill.errors import SourceError
 from bitmill.models import zoo
+from bitmill.models.configs import known_config, known_configs
 from bitmill.models.hf import load_config
 from bitmill.models.pooling import MEAN
 from bitmill.models.source import Source, hub_files, is_hub_id, open_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-_DATA = files("bitmill").joinpath("models/data")
 
 
 class Outline:
@@ -77,22 +75,16 @@ class Outline:
         raise SourceError(f"Of {self.name} only the config is known; give a model with weights.")
 
 
-def outlines() -> list[str]:
-    """Names of the configs that come with bitmill, for planning alone."""
-    return sorted(file.name.removesuffix(".json") for file in _DATA.iterdir() if file.name.endswith(".json"))
-
-
 def open_outline(model: str | Path, *, trust_remote_code: bool = False) -> Source:
     """A source whose names, shapes and types are known, at the least cost.
 
-    model: a name of `outlines()`, a folder with a config.json (weights may be absent or quantized by bitmill), a
-    hub id, of which only the config is fetched, a .gguf file, or a demo model. Raises SourceError.
+    model: a name of `known_configs()`, a folder with a config.json (weights may be absent, pickled, or quantized
+    by bitmill), a hub id, of which only the config is fetched, a .gguf file, or a demo model. Raises SourceError.
     """
-    if isinstance(model, str) and model in outlines():
+    if isinstance(model, str) and model in known_configs():
         from transformers import AutoConfig
 
-        plain = json.loads(_DATA.joinpath(f"{model}.json").read_text(encoding="utf-8"))
-        return Outline(AutoConfig.for_model(**plain), model)
+        return Outline(AutoConfig.for_model(**known_config(model)), model)
     path = Path(model).expanduser()
     if path.is_dir() and _is_bare(path):
         return _outline(path, path.resolve().name, trust_remote_code)
@@ -104,15 +96,14 @@ def open_outline(model: str | Path, *, trust_remote_code: bool = False) -> Sourc
 
 
 def _is_bare(folder: Path) -> bool:
-    """Whether what is in a folder besides its config is none of a source's business."""
+    """Whether a folder has no weights that a source could open, or bitmill's own."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     quantized = isinstance(config, dict) and config.get("quantization_config")
     own = isinstance(quantized, dict) and quantized.get("quant_method") == "bitmill"
-    weights = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")]
-    return own or (not weights and not quantized)
+    return own or not (quantized or any(folder.glob("*.safetensors")))
 
 
 def _outline(folder: Path, name: str, trust_remote_code: bool) -> Outline:
