@@ -36,6 +36,11 @@ class Calibration:
 
     def save(self, folder: Path) -> Path:
         """Write kv.safetensors; returns its path."""
+        save_file(self.tensors(), folder / FILE, metadata=self.metadata())
+        return folder / FILE
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was found, by the names it has in the file."""
         tensors: dict[str, Tensor] = {}
         for number, layer in enumerate(self.layers):
             for side, found in zip(_SIDES, layer, strict=True):
@@ -43,10 +48,12 @@ class Calibration:
                     value = getattr(found, part.name)
                     if value is not None:
                         tensors[f"layers.{number}.{side}.{part.name}"] = value.contiguous()
+        return tensors
+
+    def metadata(self) -> dict[str, str]:
+        """The rest, as the file has it."""
         meta = {"method": self.method.to_dict(), "layers": len(self.layers), "about": self.about}
-        path = folder / FILE
-        save_file(tensors, path, metadata={_META: json.dumps(meta)})
-        return path
+        return {_META: json.dumps(meta)}
 
 
 def read_calibration(folder: Path) -> Calibration | None:
