@@ -1,9 +1,10 @@
 """Perplexity through the packed cache of keys and values: methods at equal bits, and KVQuant's parts one by one.
 
-    python benchmarks/kv_quality.py [--seqlen 2048] [--windows 0] [--samples 16] [--only TEXT]
+    python benchmarks/kv_quality.py [--seqlen 2048] [--windows 0] [--samples 16] [--only TEXT] [--develop]
 
 Every row is calibrated on the first four fifths of the text and measured on the last; each is appended to
-benchmarks/results/kv_quality.json when it is there, and what is there is not measured again.
+benchmarks/results/kv_quality.json when it is there, and what is there is not measured again. --develop measures on
+windows between those of the calibration instead, and keeps nothing: choices are made there.
 """
 
 from __future__ import annotations
@@ -66,17 +67,29 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=0, help="0: all there are")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--only", default="", help="rows whose name and method contain this")
+    parser.add_argument("--batch", type=int, default=3, help="windows at a time")
+    parser.add_argument("--develop", action="store_true")
     args = parser.parse_args()
     model, tokenizer = api.load(args.model), api.load_tokenizer(args.model)
     text = reading_of("pydoc", tokenizer, encoder=False)
     held_out = _stacked(text.held_out("eval", args.seqlen, args.windows or None))
     calib = _stacked(text.held_out("calib", args.seqlen, None))
-    calib = calib[torch.linspace(0, len(calib) - 1, args.samples).long()]
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": {}}
+    chosen = torch.linspace(0, len(calib) - 1, args.samples).long()
+    if args.develop:
+        rest = calib[[i for i in range(len(calib)) if i not in chosen]]
+        held_out = rest[torch.linspace(0, len(rest) - 1, args.windows or 4).long()]
+    calib = calib[chosen]
+    keep = RESULTS.is_file() and not args.develop
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if keep else {"rows": {}}
     results |= {"model": args.model, "seqlen": args.seqlen, "windows": len(held_out), "samples": args.samples}
     with torch.no_grad():  # 200 kB a token; computed once for all rows
         known = {window.numpy().tobytes(): answers_of(model)(window[None]) for window in held_out}
-    results["rows"]["float"] = compare(lambda tokens: known[tokens[0].numpy().tobytes()], held_out, batch=1)
+
+    def reference(tokens: torch.Tensor) -> torch.Tensor:
+        return torch.cat([known[window.numpy().tobytes()] for window in tokens])
+
+    results["rows"]["float"] = compare(reference, held_out, batch=1)
+    print(f"float {results['rows']['float']['perplexity']:.3f}", flush=True)
     recordings: dict[tuple[bool, int], Recording] = {}
     for name, method in grid():
         key = f"{name}: {json.dumps(method.to_dict())}"
@@ -91,7 +104,7 @@ def main() -> None:
                 recordings[kind] = record(model, widest, calib, Progress())
             calibration = learn(method, recordings[kind])
         answers = PackedAnswers(model, method, calibration)
-        measured = compare(answers, held_out, lambda tokens: known[tokens[0].numpy().tobytes()], batch=1)
+        measured = compare(answers, held_out, reference, batch=args.batch)
         results["rows"][key] = {
             "name": name,
             "method": method.to_dict(),
@@ -105,7 +118,8 @@ def main() -> None:
             f"{row['kv_bits_per_element']:6.3f} {row['time_s']:6.0f} s",
             flush=True,
         )
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        if not args.develop:
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _stacked(windows: Any) -> torch.Tensor:

@@ -47,5 +47,6 @@ Sparse sparse(const Array<const int64_t, 1>& starts, const Bytes& places, const 
               int64_t columns);
 
 void bind_step(nb::module_& m);
+void bind_kv(nb::module_& m);
 
 }  // namespace bitmill

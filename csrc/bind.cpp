@@ -202,6 +202,7 @@ NB_MODULE(_native, m) {
     m.def("rotate", rotate_of, "steps"_a, "numbers"_a, "orders"_a, "x"_a, "threads"_a);
     m.def("sparse_add", sparse_add_of, "starts"_a, "places"_a, "values"_a, "x"_a, "y"_a, "threads"_a);
     bind_step(m);
+    bind_kv(m);
     m.def("read_all", [](Bytes bytes, int threads) {
         nb::gil_scoped_release free;
         return read_all(bytes.data(), bytes.size(), threads);

@@ -13,6 +13,7 @@ struct VectorKernels;    // vector/vector.h
 struct RotationKernels;  // rotation/rotation.h
 struct SparseKernels;    // sparse/sparse.h
 struct StepKernels;      // step/step.h
+struct KvKernels;        // kv/kv.h
 
 struct Isa {
     const char* name;
@@ -23,6 +24,7 @@ struct Isa {
     const RotationKernels* rotation;
     const SparseKernels* sparse;
     const StepKernels* step;
+    const KvKernels* kv;
 };
 extern const Isa avx512_isa, avx2_isa, neon_isa, scalar_isa;
 

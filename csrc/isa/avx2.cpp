@@ -1,7 +1,7 @@
-#include "../simd/avx2.h"
+#include "../simd/avx2_streams.h"
 
 #include "list.h"
 
 namespace bitmill {
-const Isa avx2_isa = isa_of<Avx2>("avx2", &avx2_lookup);
+const Isa avx2_isa = isa_of<Avx2Streams>("avx2", &avx2_lookup);
 }  // namespace bitmill

@@ -1,7 +1,7 @@
-#include "../simd/avx512.h"
+#include "../simd/avx512_streams.h"
 
 #include "list.h"
 
 namespace bitmill {
-const Isa avx512_isa = isa_of<Avx512>("avx512", &avx512_lookup);
+const Isa avx512_isa = isa_of<Avx512Streams>("avx512", &avx512_lookup);
 }  // namespace bitmill

@@ -1,7 +1,7 @@
-#include "../simd/neon.h"
+#include "../simd/neon_streams.h"
 
 #include "list.h"
 
 namespace bitmill {
-const Isa neon_isa = isa_of<Neon>("neon", &neon_lookup);
+const Isa neon_isa = isa_of<NeonStreams>("neon", &neon_lookup);
 }  // namespace bitmill

@@ -1,7 +1,7 @@
-#include "../simd/scalar.h"
+#include "../simd/scalar_streams.h"
 
 #include "list.h"
 
 namespace bitmill {
-const Isa scalar_isa = isa_of<Scalar>("scalar", &scalar_lookup);
+const Isa scalar_isa = isa_of<ScalarStreams>("scalar", &scalar_lookup);
 }  // namespace bitmill

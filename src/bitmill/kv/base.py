@@ -14,6 +14,7 @@ from bitmill.fields import check_types, option
 from bitmill.registry import Member, Registry
 
 PAGE = 32  # tokens packed at a time: their codes fill whole words at every width
+ATTENTION = "bitmill"  # the attention implementation of transformers that reads packed layers
 
 Axis = Literal["static", "page", "token"]
 Levels = Literal["uniform", "normal", "learned"]

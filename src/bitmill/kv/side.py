@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.kv.base import PAGE, Side
-from bitmill.kv.levels import affine, fixed_levels, nearest
+from bitmill.kv.levels import affine, fixed_levels
 from bitmill.numerics.hadamard import hadamard
+from bitmill.numerics.table import Table
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,30 @@ class Coded:
 class Coder:
     """Encodes and decodes one side of a layer with `heads` heads of `dim` numbers."""
 
-    def __init__(self, side: Side, heads: int, dim: int, calibrated: Calibrated) -> None:
+    def __init__(
+        self, side: Side, heads: int, dim: int, calibrated: Calibrated, device: torch.device | None = None
+    ) -> None:
         self.side, self.heads, self.dim = side, heads, dim
         self.channels = heads * dim
         self.groups = side.groups(heads, dim)
         self.outliers = side.outlier_count(self.channels)
-        learned = calibrated.levels
-        self.levels = fixed_levels(side) if learned is None else learned.float()
-        self.edges = self.levels if calibrated.edges is None else calibrated.edges.float()
-        self.scale, self.zero = calibrated.scale, calibrated.zero
-        self.turn = rotation(dim) if side.rotated else None
+
+        def there(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device, torch.float32).contiguous()
+
+        levels = fixed_levels(side) if calibrated.levels is None else calibrated.levels
+        self.levels = levels.to(device, torch.float32)
+        edges = there(calibrated.edges)
+        self._table = Table(self.levels if edges is None else edges)
+        self.scale, self.zero = there(calibrated.scale), there(calibrated.zero)
+        self.turn = there(rotation(dim)) if side.rotated else None
 
     def encode(self, x: Tensor) -> Coded:
         """Numbers (rows, tokens, channels), tokens a multiple of 32, already turned."""
         pages = x.float().unflatten(1, (-1, PAGE))
         scale, zero = self._ranges(pages)
         wide_scale, wide_zero = self._wide(scale), self._wide(zero)
-        codes = nearest(_normal(pages, wide_scale, wide_zero), self.side, self.edges)
+        codes = self._codes(_normal(pages, wide_scale, wide_zero))
         own_scale, own_zero = (None, None) if self.side.axis == "static" else (scale, zero)
         if not self.outliers:
             return Coded(codes, own_scale, own_zero)
@@ -84,6 +92,11 @@ class Coder:
         if coded.outlier_value is not None and coded.outlier_index is not None:
             x = x.scatter_add(-1, coded.outlier_index, coded.outlier_value)
         return x.flatten(1, 2)
+
+    def _codes(self, normal: Tensor) -> Tensor:
+        if self.side.levels == "uniform":
+            return normal.round_().clamp_(0, (1 << self.side.bits) - 1).to(torch.uint8)
+        return self._table.codes(normal)
 
     def _ranges(self, pages: Tensor) -> tuple[Tensor, Tensor | None]:
         side = self.side
@@ -110,9 +123,12 @@ class Coder:
 
     def _dense(self, codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         assert scale is not None
-        levels = self.levels.to(codes.device)
-        x = levels.index_select(0, codes.flatten().int()).view(codes.shape) * scale
-        return x if zero is None else x + zero
+        if self.side.levels == "uniform":
+            x = codes.float()
+        else:
+            x = self.levels.index_select(0, codes.flatten().int()).view(codes.shape)
+        x *= scale
+        return x if zero is None else x.add_(zero)
 
 
 def _normal(pages: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
@@ -129,9 +145,12 @@ def _within(groups: Tensor, cut: int) -> Tensor:
 
 def rotation(dim: int) -> Tensor:
     """The orthogonal Hadamard matrix (dim, dim). Raises RecipeError where none is known."""
-    matrix = hadamard(dim)
-    if matrix is None:
+    base = dim
+    while (matrix := hadamard(base)) is None and base % 2 == 0:
+        base //= 2
+    doubled = hadamard(dim // base)
+    if matrix is None or doubled is None:
         raise RecipeError(
             f"No Hadamard matrix of order {dim} is known here, and heads have {dim}; use another method."
         )
-    return matrix / dim**0.5
+    return torch.kron(doubled, matrix) / dim**0.5

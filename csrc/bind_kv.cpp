@@ -1,0 +1,121 @@
+// Attention on packed keys and values in the Python module.
+#include <vector>
+
+#include "arrays.h"
+#include "kv/kv.h"
+
+namespace bitmill {
+
+using namespace nb::literals;
+
+namespace {
+
+// Whether a part of so many bytes lies within a page; -1: whether it may be absent.
+void check_part(const KvPages& p, int64_t first, int64_t bytes, bool wanted) {
+    require(first >= 0 || (first == -1 && !wanted), "a part of the pages is missing");
+    require(first < 0 || (bytes + 3) / 4 <= p.words - first, "a part lies outside of the page");
+}
+
+void check_side(const KvPages& p, const KvSide& s, int64_t code_words) {
+    require(s.bits == 2 || s.bits == 3 || s.bits == 4 || s.bits == 8, "codes have 2, 3, 4 or 8 bits");
+    require(s.groups == 1 || (s.groups > 0 && s.groups % p.heads == 0 && p.channels() % (16 * s.groups) == 0),
+            "groups are of a multiple of 16 channels of one head, or one is of all");
+    require(s.axis == KvAxis::token || s.groups == 1, "only tokens have groups");
+    require(0 <= s.outliers && s.outliers <= p.channels(), "a token has fewer outliers");
+    const int64_t numbers = s.axis == KvAxis::token ? s.groups * kv_tokens : p.channels(), all = s.outliers * kv_tokens;
+    check_part(p, s.codes, 4 * code_words, true);
+    check_part(p, s.scale, 2 * numbers, s.axis != KvAxis::fixed);
+    check_part(p, s.zero, 2 * numbers, false);
+    check_part(p, s.outlier_value, 2 * all, s.outliers > 0);
+    check_part(p, s.outlier_index, (p.wide() ? 2 : 1) * all, s.outliers > 0);
+    require(s.axis != KvAxis::fixed || (s.scale < 0 && s.zero < 0), "calibrated numbers are not in the pages");
+}
+
+void new_pages(KvPages* self, int64_t heads, int64_t dim, int64_t words, const KvSide& key, const KvSide& value) {
+    require(heads > 0 && dim > 0 && dim % 16 == 0 && dim <= 1024 && heads * dim <= 65536 && words > 0,
+            "heads have a multiple of 16 numbers");
+    const KvPages p{heads, dim, words, key, value};
+    check_side(p, key, heads * 2 * ((dim * key.bits + 31) / 32) * 16);
+    check_side(p, value, heads * dim * value.bits);
+    require(value.axis == KvAxis::token, "scales of values are per token");
+    new (self) KvPages(p);
+}
+
+using Floats = Array<const float, 1>;
+using Ints = Array<const int32_t, 1>;
+using Slab = Array<const int32_t, 3>;
+
+// Slabs of pages, (rows, pages, words) each, as many pages in all. They are told once: a long past has many.
+struct Slabs {
+    std::vector<Slab> kept;
+    std::vector<const uint32_t*> data;
+
+    void append(Slab slab) {
+        for (size_t i = 0; i < 3 && !kept.empty(); ++i) require(slab.shape(i) == kept[0].shape(i), "slabs have one shape");
+        kept.push_back(slab);
+        data.push_back(reinterpret_cast<const uint32_t*>(slab.data()));
+    }
+};
+
+using Halves = Array<const int16_t, 4>;
+
+// Repeated to 16, where a register looks them up.
+std::vector<float> levels_of(const KvSide& side, const Floats& given) {
+    require(given.size() == size_t{1} << side.bits, "there is a level for each code");
+    std::vector<float> levels(16);
+    for (size_t i = 0; i < 16; ++i) levels[i] = given.data()[i % given.size()];
+    for (size_t i = 0; side.bits == 8 && i < given.size(); ++i)
+        require(given.data()[i] == static_cast<float>(i), "levels of 8 bits are the codes themselves");
+    return levels;
+}
+
+void attend_of(const KvPages& p, Array<const float, 3> q, const Slabs& slabs, int64_t first_slot, int64_t packed,
+               Halves loose_keys, Halves loose_values, int64_t sinks, int64_t tail, Ints start, Ints first, Floats key_levels,
+               Floats value_levels, std::optional<Floats> key_scale, std::optional<Floats> key_zero,
+               std::optional<Array<const double, 1>> inv_freq, float rope_scaling, float scale, Array<float, 3> out, int threads) {
+    const auto is = [](size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; };
+    const int64_t rows = q.shape(0), heads = q.shape(1), pages = packed / kv_tokens;
+    require(rows > 0 && heads > 0 && heads % p.heads == 0 && is(q.shape(2), p.dim), "q has another shape");
+    require(is(out.shape(0), rows) && is(out.shape(1), heads) && is(out.shape(2), p.dim), "out has another shape");
+    const auto& all = slabs.kept;
+    const int64_t slab_pages = all.empty() ? 1 : all[0].shape(1);
+    require(packed >= 0 && packed % kv_tokens == 0 && first_slot >= 0 && slab_pages > 0 &&
+                pages <= static_cast<int64_t>(all.size()) * slab_pages,
+            "the slabs have fewer pages");
+    require(all.empty() || (is(all[0].shape(0), rows) && is(all[0].shape(2), p.words)), "a slab has another shape");
+    for (const auto* loose : {&loose_keys, &loose_values})
+        require(is(loose->shape(0), rows) && is(loose->shape(1), p.heads) && is(loose->shape(2), loose_keys.shape(2)) &&
+                    is(loose->shape(3), p.dim),
+                "loose tokens have another shape");
+    require(0 <= sinks && 0 <= tail && sinks + tail <= static_cast<int64_t>(loose_keys.shape(2)), "there are fewer loose tokens");
+    require(is(start.size(), rows) && is(first.size(), rows), "each row has a start and a first slot in sight");
+    require((p.key.axis == KvAxis::fixed) == key_scale.has_value(), "a fixed axis, and it alone, has calibrated numbers");
+    for (const auto& numbers : {key_scale, key_zero})
+        require(!numbers || is(numbers->size(), p.channels()), "each channel has a calibrated scale and zero");
+    require(!inv_freq || is(inv_freq->size(), p.dim / 2), "a frequency turns two channels of a head");
+    const auto keys = levels_of(p.key, key_levels), values = levels_of(p.value, value_levels);
+    const auto halves = [](const Halves& a) { return reinterpret_cast<const uint16_t*>(a.data()); };
+    const KvAttention call{p, rows, heads, q.data(), slabs.data.data(), slab_pages, first_slot, packed, halves(loose_keys),
+                           halves(loose_values), static_cast<int64_t>(loose_keys.shape(2)), sinks, tail, start.data(), first.data(),
+                           keys.data(), values.data(), key_scale ? key_scale->data() : nullptr, key_zero ? key_zero->data() : nullptr,
+                           inv_freq ? inv_freq->data() : nullptr, rope_scaling, scale, out.data()};
+    nb::gil_scoped_release free;
+    kv_attend(call, threads);
+}
+
+}  // namespace
+
+void bind_kv(nb::module_& m) {
+    nb::class_<KvSide>(m, "KvSide").def("__init__", [](KvSide* self, int bits, int axis, int64_t groups, int64_t outliers, int64_t codes,
+                                                       int64_t scale, int64_t zero, int64_t outlier_value, int64_t outlier_index) {
+        require(0 <= axis && axis <= 2, "an axis is 0 (fixed), 1 (page) or 2 (token)");
+        new (self) KvSide{bits, static_cast<KvAxis>(axis), groups, outliers, codes, scale, zero, outlier_value, outlier_index};
+    }, "bits"_a, "axis"_a, "groups"_a, "outliers"_a, "codes"_a, "scale"_a, "zero"_a, "outlier_value"_a, "outlier_index"_a);
+    nb::class_<KvPages>(m, "KvPages").def("__init__", new_pages, "heads"_a, "dim"_a, "words"_a, "key"_a, "value"_a);
+    nb::class_<Slabs>(m, "KvSlabs").def(nb::init<>()).def("append", &Slabs::append, "slab"_a);
+    m.def("kv_attend", attend_of, "pages"_a, "q"_a, "slabs"_a, "first_slot"_a, "packed"_a, "loose_keys"_a, "loose_values"_a,
+          "sinks"_a, "tail"_a, "start"_a, "first"_a, "key_levels"_a, "value_levels"_a, "key_scale"_a.none(), "key_zero"_a.none(),
+          "inv_freq"_a.none(), "rope_scaling"_a, "scale"_a, "out"_a, "threads"_a);
+}
+
+}  // namespace bitmill

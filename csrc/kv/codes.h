@@ -1,0 +1,52 @@
+// Streams of codes, and what the codes stand for.
+#pragma once
+#include <cstdint>
+#include <utility>
+
+#include "../simd/inline.h"
+
+namespace bitmill {
+
+// f(integral_constant<int, n>) for n of [first, first + count), unrolled.
+template <int first, class F, int... n>
+BITMILL_INLINE void unrolled_from(const F& f, std::integer_sequence<int, n...>) {
+    (f(std::integral_constant<int, first + n>{}), ...);
+}
+template <int first, int count, class F>
+BITMILL_INLINE void unrolled(const F& f) {
+    unrolled_from<first>(f, std::make_integer_sequence<int, count>{});
+}
+
+// f(integral_constant<int, n>) for the n of the list that is `wanted`.
+template <int... n, class F>
+BITMILL_INLINE void chosen(int64_t wanted, const F& f) {
+    ((wanted == n ? f(std::integral_constant<int, n>{}) : void()), ...);
+}
+
+// Code n of every lane's stream, whose words are 16 apart; bits above it are dirt.
+template <class V, int bits, int n>
+BITMILL_INLINE typename V::Ints code_at(const uint32_t* words) {
+    constexpr int word = n * bits / 32, shift = n * bits % 32;
+    const auto low = V::template moved<shift>(V::words(words + 16 * word));
+    if constexpr (shift + bits <= 32) return low;
+    else return V::either(low, V::template moved<shift - 32>(V::words(words + 16 * (word + 1))));
+}
+
+// Numbers of codes: of a table, or, of 8 bits, the codes themselves.
+template <class V, int bits>
+struct KvLevels {
+    typename V::template Numbers<bits> numbers;
+    BITMILL_INLINE explicit KvLevels(const float* sixteen) : numbers(sixteen) {}
+    BITMILL_INLINE typename V::Floats at(typename V::Ints code) const { return numbers.look(code); }
+};
+template <class V>
+struct KvLevels<V, 8> {
+    BITMILL_INLINE explicit KvLevels(const float*) {}
+    BITMILL_INLINE typename V::Floats at(typename V::Ints code) const { return V::to_float(V::template masked<8>(code)); }
+};
+
+// How many sums of `count` vectors run beside each other: two each, so that additions need not wait, where they fit.
+template <class V, int count>
+constexpr int chains = 2 * count + 4 <= V::floats ? 2 : 1;
+
+}  // namespace bitmill

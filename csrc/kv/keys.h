@@ -1,0 +1,98 @@
+// Scores of a unit: keys are decoded half a page of a head at a time, a lane a token, and serve all its query heads.
+#pragma once
+#include "codes.h"
+#include "kv.h"
+
+namespace bitmill {
+
+// Channels [16 n, 16 n + 16) of 16 tokens. scale, zero: of the channels, or, by_token, of the tokens.
+template <class V, int bits, bool by_token, int first>
+BITMILL_INLINE void decode_block(const uint32_t* words, const KvLevels<V, bits>& levels, const float* scale, const float* zero,
+                                 float* out) {
+    const auto of = [&](const float* numbers, int i) {
+        if constexpr (by_token) return V::template rows<16>(numbers);
+        else return V::all(numbers[i]);
+    };
+    unrolled<first, 16>([&](auto n) __attribute__((always_inline)) {
+        const auto level = levels.at(code_at<V, bits, n>(words));
+        V::store(out + 16 * (n - first), V::fma(level, of(scale, n - first), of(zero, n - first)));
+    });
+}
+
+// A head's keys of half a page, (dim, 16). The numbers of a token's next group are 32 further.
+template <class V, int bits, bool by_token>
+void decode_keys(const uint32_t* words, const float* sixteen, int64_t dim, int64_t width, const float* scale, const float* zero,
+                 float* tile) {
+    const KvLevels<V, bits> levels(sixteen);
+    for (int64_t c = 0; c < dim; c += 16) {
+        const int64_t at = by_token ? c / width * kv_tokens : c;
+        if (c % 32 == 0) decode_block<V, bits, by_token, 0>(words, levels, scale + at, zero + at, tile + 16 * c);
+        else decode_block<V, bits, by_token, 16>(words, levels, scale + at, zero + at, tile + 16 * c);
+        if (c % 32) words += 16 * bits;
+    }
+}
+
+// Scores of 16 tokens for R query heads, q (R, dim), scores (R, 32). Keys are turned by RoPE on the way, by the angles
+// of a page's tokens: q is turned back by the page's own.
+template <class V, int R, bool turned>
+void score(const float* tile, const float* q, int64_t dim, const float* turns, float* scores) {
+    constexpr int C = chains<V, R>;
+    const int64_t half = dim / 2;
+    typename V::Floats sums[R][C];
+    for (auto& some : sums)
+        for (auto& sum : some) sum = V::zero();
+    for (int64_t f = 0; f < half; ++f) {
+        auto a = V::template rows<16>(tile + 16 * f), b = V::template rows<16>(tile + 16 * (f + half));
+        if constexpr (turned) {
+            const auto cos = V::template rows<16>(turns + 32 * f), sin = V::template rows<16>(turns + 32 * f + 16);
+            const auto other = V::fma(a, sin, V::mul(b, cos));
+            a = V::fnma(b, sin, V::mul(a, cos));
+            b = other;
+        }
+        for (int i = 0; i < R; ++i) {
+            sums[i][0] = V::fma(V::all(q[i * dim + f]), a, sums[i][0]);
+            sums[i][C - 1] = V::fma(V::all(q[i * dim + f + half]), b, sums[i][C - 1]);
+        }
+    }
+    for (int i = 0; i < R; ++i) V::store(scores + kv_tokens * i, C == 1 ? sums[i][0] : V::add(sums[i][0], sums[i][C - 1]));
+}
+
+// Loose tokens, fp16 (.., dim), of which `count` at the places `which`, for R query heads.
+template <class V, int R>
+void score_loose(const uint16_t* keys, const int32_t* which, int64_t count, const float* q, int64_t dim, float* scores) {
+    for (int64_t t = 0; t < count; ++t) {
+        typename V::Floats sums[R];
+        for (auto& sum : sums) sum = V::zero();
+        for (int64_t c = 0; c < dim; c += 16) {
+            const auto key = V::template rows<16>(keys + which[t] * dim + c);
+            for (int i = 0; i < R; ++i) sums[i] = V::fma(V::template rows<16>(q + i * dim + c), key, sums[i]);
+        }
+        for (int i = 0; i < R; ++i) scores[kv_tokens * i + t] = V::sum(sums[i]);
+    }
+}
+
+// Adds what outliers (n, 32) add to keys: q (query heads, dim), scores (query heads, 32).
+template <class V, class Index, bool turned>
+void score_outliers(const KvAttention& a, const float* values, const Index* indices, const float* q, const float* turns,
+                    float* scores) {
+    const int64_t dim = a.pages.dim, half = dim / 2, group = a.group();
+    const uint64_t inverse = (uint64_t{1} << 32) / dim + 1;  // divides by dim all that is below 2^16
+    for (int64_t e = 0; e < a.pages.key.outliers; ++e)
+        for (int64_t t = 0; t < kv_tokens; ++t) {
+            const int64_t channel = indices[e * kv_tokens + t], head = channel * inverse >> 32, c = channel - head * dim;
+            const float value = values[e * kv_tokens + t];
+            const float* from = q + head * group * dim;
+            float* to = scores + head * group * kv_tokens + t;
+            if constexpr (turned) {
+                const bool low = c < half;
+                const int64_t other = low ? c + half : c - half, f = low ? c : other;
+                const float* turn = turns + (t / 16 * half + f) * 32 + t % 16;
+                const float cos = value * turn[0], sin = low ? value * turn[16] : -value * turn[16];
+                for (int64_t i = 0; i < group; ++i) to[i * kv_tokens] += cos * from[i * dim + c] + sin * from[i * dim + other];
+            } else {
+                for (int64_t i = 0; i < group; ++i) to[i * kv_tokens] += value * from[i * dim + c];
+            }
+        }
+}
+
+}  // namespace bitmill

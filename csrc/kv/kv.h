@@ -1,0 +1,90 @@
+// Attention of one token on packed keys and values (src/bitmill/kv/page.py says what a page is):
+//
+//     out = sum over slots of softmax(scale * q . k) * v        k, v = scale * levels[code] + zero, + outliers
+//
+// Work is a row's pages and its loose tokens, 32 at a time: a unit. Threads take ranges of units, each with sums and
+// a maximum of its own, which are merged at the end. A unit serves all heads, so that what a page says of a token,
+// scales and outliers, is read once.
+#pragma once
+#include <cstdint>
+
+#include "../simd/inline.h"
+
+namespace bitmill {
+
+constexpr int64_t kv_tokens = 32;  // of a page
+
+enum class KvAxis { fixed, page, token };  // what has a scale: a channel, a channel of a page, a token's group of channels
+
+struct KvSide {
+    int bits;
+    KvAxis axis;
+    int64_t groups, outliers;                          // of a token
+    int64_t codes, scale, zero;                        // first words of its parts in a page, -1 for what is absent
+    int64_t outlier_value, outlier_index;
+};
+
+struct KvPages {
+    int64_t heads, dim, words;  // words of a page; dim is a multiple of 16
+    KvSide key, value;
+
+    BITMILL_INLINE int64_t channels() const { return heads * dim; }
+    BITMILL_INLINE bool wide() const { return channels() > 256; }  // indices of outliers are uint16, otherwise uint8
+    // Groups of values that a head has, and their channels.
+    BITMILL_INLINE int64_t head_groups() const { return value.groups == 1 ? 1 : value.groups / heads; }
+    BITMILL_INLINE int64_t group_width() const { return dim / head_groups(); }
+};
+
+struct KvAttention {
+    KvPages pages;
+    int64_t rows, query_heads;
+    const float* q;                  // (rows, query heads, dim), after RoPE
+    const uint32_t* const* slabs;    // each (rows, slab_pages, words)
+    int64_t slab_pages, first_slot;  // slot of the first page
+    int64_t packed;                  // tokens, whole pages
+    const uint16_t *loose_keys, *loose_values;  // fp16 (rows, heads, loose, dim), after RoPE: sinks, then the tail
+    int64_t loose, sinks, tail;
+    const int32_t *start, *first;    // (rows,): slot of the first token that is no padding, and of the first in sight
+    const float *key_levels, *value_levels;  // repeated to 16
+    const float *key_scale, *key_zero;       // (channels,) of a fixed axis
+    const double* inv_freq;          // (dim / 2,), null where keys are stored after RoPE
+    float rope_scaling, scale;
+    float* out;                      // (rows, query heads, dim)
+
+    BITMILL_INLINE int64_t group() const { return query_heads / pages.heads; }
+    BITMILL_INLINE int64_t packed_end() const { return first_slot + packed; }
+    int64_t first_page(int64_t row) const;  // the first of which a token is in sight
+    int64_t units(int64_t row) const;
+
+    // What a thread sums of a query head: 16 lanes of the weights, 16 of weights times zeros for each group, and dim
+    // sums of weights times values.
+    BITMILL_INLINE int64_t zeros() const { return pages.value.zero < 0 ? 0 : pages.head_groups(); }
+    BITMILL_INLINE int64_t record() const { return 16 * (1 + zeros()) + pages.dim; }
+};
+
+constexpr float kv_lowest = -3.0e38f;  // of a maximum of nothing
+
+// Memory of a thread, taken piece by piece in whole vectors; without any, what would be taken is counted.
+struct KvRoom {
+    float* floats;
+    int64_t taken = 0;
+
+    BITMILL_INLINE float* take(int64_t count) {
+        const int64_t at = taken;
+        taken += (count + 15) / 16 * 16;
+        return floats ? floats + at : nullptr;
+    }
+};
+
+// What an instruction set has: units [first, last) of a row into the maxima and sums of its query heads. turns
+// (2, dim / 2, 2, 16): cos and sin of the angles at the tokens of both halves of a page.
+struct KvKernels {
+    void (*sweep)(const KvAttention&, int64_t row, int64_t first, int64_t last, const float* turns, float* most, float* records,
+                  KvRoom spare);
+    int64_t (*spare)(const KvAttention&);  // how many floats a sweep takes
+};
+
+// Rows of which nothing is in sight become 0.
+void kv_attend(const KvAttention&, int threads);
+
+}  // namespace bitmill

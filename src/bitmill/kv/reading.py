@@ -1,0 +1,69 @@
+"""Attention of one token a row that reads packed tokens where they lie (bitmill.runtime.kv)."""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+from bitmill.kv.base import PAGE, Side
+from bitmill.kv.page import PageLayout
+from bitmill.kv.tokens import Tokens
+from bitmill.runtime.kv import PagePlan, Past, SidePlan, Slabs, attend
+
+
+class Reader:
+    """Calls the kernel on a layer's tokens.
+
+    why_not: None, or one sentence that says why no kernel takes them.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.tokens, self._slabs = tokens, Slabs()
+        self._plan = plan_of(tokens.pages.layout)
+        self.why_not = self._plan.why_not(tokens.device)
+        if os.environ.get("BITMILL_KERNEL") == "reference":
+            self.why_not = "BITMILL_KERNEL is reference; packed tokens are decoded."
+        rope = tokens.rope if tokens.scheme.pre_rope else None
+        self._frequencies = None if rope is None else rope.frequencies.to(tokens.device).contiguous()
+        self._factor = 1.0 if rope is None else rope.factor
+
+    def attend(self, query: Tensor, scaling: float, first: Tensor) -> Tensor:
+        """Attention of query (rows, query heads, dim) over slots from `first` (rows,) int32 on, fp32."""
+        tokens = self.tokens
+        pages, keys, values = tokens.pages, tokens.pages.keys, tokens.pages.values
+        assert tokens.start is not None
+        past = Past(
+            self._plan,
+            pages.slabs,
+            pages.first,
+            pages.pages * PAGE,
+            tokens.loose[0],
+            tokens.loose[1],
+            tokens.scheme.sink,
+            tokens.waiting,
+            tokens.start,
+            first,
+            keys.levels,
+            values.levels,
+            keys.scale,
+            keys.zero,
+            self._frequencies,
+            self._factor,
+        )
+        query = query.float()
+        out = attend(query if keys.turn is None else query @ keys.turn.mT, past, scaling, self._slabs)
+        return out if values.turn is None else out @ values.turn
+
+
+def plan_of(layout: PageLayout) -> PagePlan:
+    """Where the kernel finds the parts of a page."""
+
+    def side(name: str, kind: Side) -> SidePlan:
+        prefix = f"{name}."
+        places = {n.removeprefix(prefix): part.offset for n, part in layout.parts.items() if n.startswith(prefix)}
+        groups, outliers = kind.groups(layout.heads, layout.dim), kind.outlier_count(layout.heads * layout.dim)
+        return SidePlan(kind.bits, kind.axis, groups, outliers, **places)
+
+    scheme = layout.scheme
+    return PagePlan(layout.heads, layout.dim, layout.words, side("key", scheme.keys), side("value", scheme.values))

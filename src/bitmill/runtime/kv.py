@@ -1,0 +1,165 @@
+"""Attention of one token a row on packed keys and values, by the compiled kernel (csrc/kv/kv.h) or by Triton's.
+
+Arithmetic is fp32. With b = scale * max over slots of sum_c |q_c k_c|, and m the largest |v| of the channel,
+
+    |error of out| <= 2^-19 * (1 + b) * m
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.runtime.native import is_available, native, threads
+
+AXES = ("static", "page", "token")  # csrc/kv/kv.h: KvAxis
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class SidePlan:
+    """How keys or values lie in a page: a part's first word, -1 for what is absent.
+
+    axis: what has a scale of its own, see AXES.  groups, outliers: of a token.
+    """
+
+    bits: int
+    axis: str
+    groups: int
+    outliers: int
+    codes: int
+    scale: int = -1
+    zero: int = -1
+    outlier_value: int = -1
+    outlier_index: int = -1
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """A page of 32 tokens, `words` int32 for `heads` heads of `dim` numbers; csrc/kv/kv.h and bitmill.kv.page."""
+
+    heads: int
+    dim: int
+    words: int
+    key: SidePlan
+    value: SidePlan
+
+    def why_not(self, device: torch.device) -> str | None:
+        """None where a kernel takes such pages, or one sentence that says why none does."""
+        if self.dim % 16:
+            return f"Heads have {self.dim} numbers; kernels take multiples of 16."
+        for side in (self.key, self.value):
+            if side.bits not in BITS:
+                return f"Codes have {side.bits} bits; kernels take 2, 3, 4 and 8."
+            if side.groups > 1 and self.heads * self.dim // side.groups % 16:
+                return (
+                    f"{self.heads * self.dim // side.groups} channels share a scale; kernels take multiples of 16."
+                )
+        if device.type == "cpu":
+            return None if is_available() else "The compiled kernels are not installed."
+        from bitmill.runtime.triton import available
+
+        return available.why_not(device)
+
+
+class Slabs:
+    """Slabs of pages as the compiled kernel knows them; kept from call to call, for there are many of them."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._known: Any = None
+
+    def of(self, slabs: Sequence[Tensor]) -> Any:
+        """Those of int32 tensors (rows, pages, words), told apart by identity."""
+        mine = self._tensors
+        if self._known is None or len(mine) > len(slabs) or any(a is not b for a, b in zip(mine, slabs)):
+            self._known, self._tensors = native().KvSlabs(), []
+        for slab in slabs[len(self._tensors) :]:
+            self._known.append(slab)
+            self._tensors.append(slab)
+        return self._known
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is attended to.
+
+    slabs: int32 (rows, pages, words), the same number of pages each; the last may be filled in part.
+    first_slot: slot of the first page's first token.  packed: tokens in pages, a multiple of 32.
+    loose_keys, loose_values: fp16 (rows, heads, room, dim): `sinks` first tokens of each row, whose packed copies are
+        not read, then `tail` tokens that follow the packed ones; keys after RoPE.
+    start: (rows,) int32, slot of the first token that is no padding.  first: the first slot in sight.
+    key_levels, value_levels: fp32 (2**bits,), what codes stand for.
+    key_scale, key_zero: fp32 (heads * dim,), of a static axis.
+    inv_freq: fp64 (dim / 2,), radians a position, where packed keys are stored before RoPE.
+    rope_scaling: what RoPE multiplies keys by then.
+    """
+
+    pages: PagePlan
+    slabs: Sequence[Tensor]
+    first_slot: int
+    packed: int
+    loose_keys: Tensor
+    loose_values: Tensor
+    sinks: int
+    tail: int
+    start: Tensor
+    first: Tensor
+    key_levels: Tensor
+    value_levels: Tensor
+    key_scale: Tensor | None = None
+    key_zero: Tensor | None = None
+    inv_freq: Tensor | None = None
+    rope_scaling: float = 1.0
+
+
+@lru_cache(maxsize=256)
+def _native_pages(plan: PagePlan) -> Any:
+    library = native()
+
+    def side(s: SidePlan) -> Any:
+        places = (s.codes, s.scale, s.zero, s.outlier_value, s.outlier_index)
+        return library.KvSide(s.bits, AXES.index(s.axis), s.groups, s.outliers, *places)
+
+    return library.KvPages(plan.heads, plan.dim, plan.words, side(plan.key), side(plan.value))
+
+
+def attend(q: Tensor, past: Past, scale: float, slabs: Slabs | None = None) -> Tensor:
+    """softmax(scale * q K^T) V, fp32 (rows, query heads, dim), for q of that shape, after RoPE.
+
+    slabs: what is kept from call to call.  Rows of which nothing is in sight become 0.
+    Raises ValueError for parts that do not fit each other.
+    """
+    if q.device.type != "cpu":
+        from bitmill.runtime.triton.kv import attend as on_device
+
+        return on_device(q, past, scale)
+    out = torch.empty(q.shape, dtype=torch.float32)
+    native().kv_attend(
+        _native_pages(past.pages),
+        q.float().contiguous(),
+        (slabs or Slabs()).of(past.slabs),
+        past.first_slot,
+        past.packed,
+        past.loose_keys.view(torch.int16),
+        past.loose_values.view(torch.int16),
+        past.sinks,
+        past.tail,
+        past.start,
+        past.first,
+        past.key_levels,
+        past.value_levels,
+        past.key_scale,
+        past.key_zero,
+        past.inv_freq,
+        past.rope_scaling,
+        scale,
+        out,
+        threads(),
+    )
+    return out

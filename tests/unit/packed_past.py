@@ -1,0 +1,123 @@
+"""Packed keys and values to attend to, and attention on them in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitmill.kv.base import PAGE, Scheme, Side
+from bitmill.kv.page import PageLayout
+from bitmill.kv.rope import Rope
+from bitmill.kv.side import Calibrated, Coder
+from bitmill.kv.store import PageStore
+from bitmill.runtime.kv import PagePlan, Past, SidePlan
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a past. starts, firsts: of each row."""
+
+    keys: Side
+    values: Side
+    heads: int = 2
+    group: int = 1
+    dim: int = 64
+    packed: int = 96
+    tail: int = 5
+    sinks: int = 0
+    first_slot: int = 0
+    starts: tuple[int, ...] = (0,)
+    firsts: tuple[int, ...] = (0,)
+    pre_rope: bool = False
+
+
+def plan_of(layout: PageLayout) -> PagePlan:
+    def side(name: str, kind: Side) -> SidePlan:
+        names = ("codes", "scale", "zero", "outlier_value", "outlier_index")
+        places = {n: layout.parts[f"{name}.{n}"].offset for n in names if f"{name}.{n}" in layout.parts}
+        outliers = kind.outlier_count(layout.heads * layout.dim)
+        return SidePlan(kind.bits, kind.axis, kind.groups(layout.heads, layout.dim), outliers, **places)
+
+    scheme = layout.scheme
+    return PagePlan(layout.heads, layout.dim, layout.words, side("key", scheme.keys), side("value", scheme.values))
+
+
+def calibrated(side: Side, x: Tensor) -> Calibrated:
+    levels = torch.randn(1 << side.bits).sort().values if side.levels == "learned" else None
+    if side.axis != "static":
+        return Calibrated(levels=levels)
+    low, high = x.amin((0, 1)), x.amax((0, 1))
+    top = (1 << side.bits) - 1 if levels is None else 2
+    return Calibrated(((high - low) / top).clamp(min=1e-3), low, levels)
+
+
+def made(case: Case, seed: int = 0) -> tuple[Tensor, Past, Tensor, Tensor, Tensor]:
+    """q, the past, and what is in it: keys and values (rows, heads, slots, dim) and which slots count (rows, slots)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, channels, end = len(case.starts), case.heads * case.dim, case.first_slot + case.packed
+    shape = (rows, case.packed, channels)
+    numbers = [torch.randn(shape, generator=generator) * torch.rand(channels, generator=generator) for _ in "kv"]
+    coders = [
+        Coder(
+            side,
+            case.heads,
+            case.dim,
+            calibrated(side, x) if case.packed else Calibrated(*[torch.ones(channels)] * 2),
+        )
+        for side, x in zip((case.keys, case.values), numbers)
+    ]
+    scheme = Scheme(case.keys, case.values, case.pre_rope, case.sinks)
+    layout = PageLayout(scheme, case.heads, case.dim)
+    store = PageStore(layout, coders[0], coders[1], rows, CPU)
+    store.append(*numbers)
+    for slab in store.slabs[-1:]:
+        slab[:, (store.pages - 1) % slab.shape[1] + 1 :] = -1  # scales that are NaN, in pages not in use
+    keys, values = (x.unflatten(-1, (case.heads, case.dim)).transpose(1, 2) for x in store.read(0, case.packed))
+    rope = Rope(10000.0 ** -(torch.arange(0, case.dim, 2).double() / case.dim), 1.25)
+    start = torch.tensor(case.starts)
+    slots = torch.arange(case.first_slot, end)
+    if case.pre_rope:
+        keys = rope.apply(keys.double(), slots - start[:, None])
+    loose = torch.full(
+        (2, rows, case.heads, case.sinks + case.tail + 3, case.dim), float("nan"), dtype=torch.float16
+    )
+    used = (2, rows, case.heads, case.sinks + case.tail, case.dim)
+    loose[:, :, :, : used[3]] = torch.randn(used, generator=generator).half()
+    keys = torch.cat([keys.double(), loose[0, :, :, case.sinks : used[3]].double()], 2)
+    values = torch.cat([values.double(), loose[1, :, :, case.sinks : used[3]].double()], 2)
+    for row, begin in enumerate(case.starts):
+        for i in range(case.sinks):
+            if case.first_slot <= begin + i < end:
+                keys[row, :, begin + i - case.first_slot] = loose[0, row, :, i].double()
+                values[row, :, begin + i - case.first_slot] = loose[1, row, :, i].double()
+            elif begin + i >= end:
+                loose[:, row, :, i] = float("nan")
+    first = torch.tensor(case.firsts)
+    past = Past(
+        plan_of(layout), store.slabs, case.first_slot, case.packed, loose[0], loose[1], case.sinks, case.tail,
+        start.int(), first.int(), coders[0].levels, coders[1].levels,
+        coders[0].scale if case.keys.axis == "static" else None,
+        coders[0].zero if case.keys.axis == "static" else None,
+        rope.frequencies if case.pre_rope else None, rope.factor,
+    )  # fmt: skip
+    q = torch.randn(rows, case.heads * case.group, case.dim, generator=generator)
+    counted = torch.arange(case.first_slot, end + case.tail) >= first[:, None]
+    return q, past, keys, values, counted
+
+
+def exact(q: Tensor, keys: Tensor, values: Tensor, counted: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention in fp64, and what the bound of runtime.kv multiplies 2^-19 by."""
+    group = q.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+    hidden = ~counted[:, None, :]
+    scores = (scale * torch.einsum("rhd,rhsd->rhs", q.double(), keys)).masked_fill(hidden, -torch.inf)
+    reach = scale * torch.einsum("rhd,rhsd->rhs", q.double().abs(), keys.abs()).masked_fill(hidden, 0).amax(-1)
+    most = values.abs().masked_fill(hidden[..., None], 0).amax(2)
+    return torch.einsum("rhs,rhsd->rhd", scores.softmax(-1), values), (1 + reach[..., None]) * most
+
+
+__all__ = ["PAGE", "Case", "exact", "made", "plan_of", "replace"]
