@@ -29,18 +29,23 @@ def packed_shapes(model: nn.Module, name: str = "") -> dict[int, tuple[int, int]
         raise UsageError(f"{name} is an encoder, which keeps no keys and values; leave out --kv.")
     try:
         layers = DynamicCache(config=config).layers
-        modules = attentions(model)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        layers, modules = [], []
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # a config without layers as transformers counts them
+        layers = []
+    text, modules = config.get_text_config(decoder=True), attentions(model)
     found = {}
-    text = config.get_text_config()
-    for number in [
-        n for n, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-    ]:
-        module = next((m for m in modules if m.layer_idx == number), None)
-        if module is not None:
+    for number, layer in enumerate(layers):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-            found[number] = (int(heads), int(module.head_dim))
+            dim = (
+                getattr(modules.get(number, text), "head_dim", None)
+                or text.hidden_size // text.num_attention_heads
+            )
+            found[number] = (int(heads), int(dim))
     if not found:
         raise UsageError(f"{name} has no layer with keys and values that could be packed; leave out --kv.")
     return found
