@@ -152,7 +152,8 @@ def test_generate_as_calibrated(world, run, kept):
     model, tokenizer = bitmill.load(kept), bitmill.load_tokenizer(kept)
     ids = torch.tensor([tokenizer("user w1 w2 assistant", add_special_tokens=False)["input_ids"]])
     cache = QuantizedCache(model)
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=data["new_tokens"], do_sample=False)
+    more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": data["new_tokens"], "do_sample": False}
+    out = model.generate(ids, past_key_values=cache, **more)
     assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == data["text"]
 
 
