@@ -49,6 +49,7 @@ __all__ = ["Calibration", "Outcome", "evaluate", "load", "load_tokenizer", "quan
 SECONDS_DIGITS = 3
 STORED = ("bits_per_weight", "head_bits_per_weight", "head_bytes", "unquantized_bytes")  # also in report.json
 _SENTENCES = 32  # run at a time, of one length
+_TOKENS = 1024  # through a packed cache at a time
 
 
 @dataclass
@@ -241,7 +242,7 @@ def evaluate(
     with evaluating(live), evaluating(other):
         through = caching.Through(live, wanted, reading, text_source, progress) if wanted is not None else None
         if through:
-            answers, batch = through, 1
+            answers, batch = through, max(1, _TOKENS // seqlen)
         result = compare(answers, chosen, against, progress, batch, judge)
     return {
         **result,

@@ -152,17 +152,18 @@ class Through:
                 windows = reading.calibration(wanted.samples, length, 0)
                 self.calibration = f"{text}, calib split, {wanted.samples} x {length} tokens"
                 found = calibrated(model, self.method, windows, _described(text, windows, 0), progress)
-        self.device = next(model.parameters()).device
+        self.device, self.rows = next(model.parameters()).device, 1
         self.answers = PackedAnswers(model, self.method, found)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits of tokens (windows, length)."""
+        self.rows = len(tokens)
         return self.answers(tokens.to(self.device))
 
     def measured(self) -> dict[str, Any]:
         """What is to be said of the cache beside the figures of the model."""
         bits, size = self.answers.bits_per_element, self.answers.bytes
-        told = {"kv_calibration": self.calibration, "kv_bits_per_element": bits, "kv_bytes": size}
+        told = {"kv_calibration": self.calibration, "kv_bits_per_element": bits, "kv_bytes": size // self.rows}
         return {**named(self.method), **told}
 
 

@@ -30,6 +30,7 @@ def keys(capsys):
         assert main([*map(str, arguments), "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
         nested = ("tensors", "options", "methods", "demo_models", "architectures", "cells", "layers", "kinds")
+        nested += ("weights", "cache", "longest")
         return set(data) | {key for name in nested if isinstance(data.get(name), list) for key in data[name][0]}
 
     return run
@@ -63,6 +64,12 @@ def test_study(world, keys):
     command = ["study", world.source, "--text", world.text, "--seqlen", 16, "--windows", 1]
     inside = {"text", "split", "seqlen", "windows", "reference_perplexity"}
     assert keys(*command) == documented("study") - inside - {"safe", "fair", "poor", "broken"}
+
+
+def test_plan(world, keys):
+    command = ["plan", world.done, "--memory", "1GB", "--kv", "kvquant", "--kv-bits", 2]
+    inside = {"chunk", "decode_bytes", "prompt_at_once_bytes", "float_layer_bytes"}
+    assert keys(*command) == documented("plan") - inside
 
 
 def test_generate(world, keys):

@@ -23,6 +23,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
     window: how many tokens are in sight, in layers with a sliding window.
     strict: what is appended is read back from what is stored even in the call that brings it, as in evaluation;
         otherwise a prompt attends to its own numbers and is packed afterwards.
+    remembers: decoded pages are kept, for who reads everything again and again and has the memory.
     config: of a model whose attention can read this layer itself (bitmill.kv.attention): when one token a row is
         appended, `update` gives empty tensors that carry the layer.
     """
@@ -40,6 +41,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
         config: Any = None,
     ) -> None:
         self.window, self.strict, self.config = window, strict, config
+        self.remembers = strict
         self.record_past = False
         super().__init__(scheme, calibrated, rope)
 
@@ -114,7 +116,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
 
     def floats(self, first: int) -> tuple[Tensor, Tensor]:
         """Keys, after RoPE, and values (rows, heads, tokens, dim) from slot `first` on."""
-        states = (self._remembered(first) if self.strict else self.read(first)).to(self.dtype)
+        states = (self._remembered(first) if self.remembers else self.read(first)).to(self.dtype)
         return states[0], states[1]
 
     def _remembered(self, first: int) -> Tensor:
