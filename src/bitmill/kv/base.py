@@ -27,7 +27,8 @@ class Side:
     """How keys or values are stored.
 
     axis: what has a scale and a zero of its own: each channel, calibrated ("static"), or with calibrated levels
-        of its own instead ("channel"); each channel of a page of 32 tokens ("page"); or each token ("token"), in groups of `group` channels, or one for all where it is None.
+        of its own instead ("channel"); each channel of a page of 32 tokens ("page"); or each token ("token"), in
+        groups of `group` channels, of each head, or one for all where it is None.
     levels: "uniform": 0, 1, 2, ...; "normal": the best for a normal distribution (Lloyd and Max), without a zero;
         "learned": calibrated, one table for all channels of the layer.
     outliers: share of a token's numbers that are kept exactly, in fp16 with their channel.

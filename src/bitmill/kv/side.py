@@ -19,7 +19,7 @@ class Calibrated:
     """What calibration found for one side of a layer; parts that the side has no use for are None.
 
     scale, zero: (channels,), of static channels.  levels: (2**bits,), what codes stand for; (channels, 2**bits)
-    where each channel has its own.  edges: of that shape, the levels that codes are chosen by; they differ with q_norm.
+    where each channel has its own.  edges: of that shape, what codes are chosen by; they differ with q_norm.
     weight: (channels,), how much an error matters there when outliers are chosen.
     mean, deviation: (channels,), of equalized ones.
     """

@@ -20,8 +20,8 @@ class KVQuant(KVMethod):
                squared scale); outliers: the numbers of a token with the largest error, weighted so too
     Stored     codes; fp16 s_t, z_t per token of values; outliers as fp16 and channel index; first tokens in fp16
     Departs    levels for each channel of the keys, equalized channels of the values, outliers by weighted error
-               and twice as many in keys are bitmill's. The paper has one table a layer, key channels scaled by their
-               quantiles, outliers by magnitude: channel_levels=false, equalize=false, key_outliers=0.01
+               and twice as many in keys are bitmill's. The paper has one table a layer, key channels scaled by
+               their quantiles, outliers by magnitude: channel_levels=false, equalize=false, key_outliers=0.01
     Needs      calibration text, and one backward pass over it (fisher)
     Cost       forward and backward over the calibration tokens, then k-means per layer
     Expect     see the ablation in docs/evidence.md
