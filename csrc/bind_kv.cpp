@@ -24,11 +24,12 @@ void check_side(const KvPages& p, const KvSide& s, int64_t code_words) {
     require(0 <= s.outliers && s.outliers <= p.channels(), "a token has fewer outliers");
     const int64_t numbers = s.axis == KvAxis::token ? s.groups * kv_tokens : p.channels(), all = s.outliers * kv_tokens;
     check_part(p, s.codes, 4 * code_words, true);
-    check_part(p, s.scale, 2 * numbers, s.axis != KvAxis::fixed);
+    const bool fixed = s.axis == KvAxis::fixed || s.axis == KvAxis::channel;
+    check_part(p, s.scale, 2 * numbers, !fixed);
     check_part(p, s.zero, 2 * numbers, false);
     check_part(p, s.outlier_value, 2 * all, s.outliers > 0);
     check_part(p, s.outlier_index, (p.wide() ? 2 : 1) * all, s.outliers > 0);
-    require(s.axis != KvAxis::fixed || (s.scale < 0 && s.zero < 0), "calibrated numbers are not in the pages");
+    require(!fixed || (s.scale < 0 && s.zero < 0), "calibrated numbers are not in the pages");
 }
 
 void new_pages(KvPages* self, int64_t heads, int64_t dim, int64_t words, const KvSide& key, const KvSide& value) {
@@ -53,13 +54,15 @@ struct KvLayer {
     std::vector<double> inv_freq;
     float rope_scaling;
 
-    // Repeated to 16, where a register looks them up.
-    static std::vector<float> levels_of(const KvSide& side, const Floats& given) {
-        require(given.size() == size_t{1} << side.bits, "there is a level for each code");
-        std::vector<float> levels(16);
-        for (size_t i = 0; i < 16; ++i) levels[i] = given.data()[i % given.size()];
-        for (size_t i = 0; side.bits == 8 && i < given.size(); ++i)
+    // Tables of levels, each repeated to 16, where a register looks them up.
+    static std::vector<float> levels_of(const KvSide& side, const Floats& given, int64_t channels) {
+        const size_t one = size_t{1} << side.bits, tables = side.axis == KvAxis::channel ? channels : 1;
+        require(given.size() == tables * one, "there is a level for each code");
+        require(tables == 1 || side.bits <= 4, "tables of channels have up to 16 levels");
+        for (size_t i = 0; side.bits == 8 && i < one; ++i)
             require(given.data()[i] == static_cast<float>(i), "levels of 8 bits are the codes themselves");
+        std::vector<float> levels(16 * tables);
+        for (size_t i = 0; i < levels.size(); ++i) levels[i] = given.data()[i / 16 * one + i % 16 % one];
         return levels;
     }
     template <class T>
@@ -70,7 +73,7 @@ struct KvLayer {
 
     KvLayer(const KvPages& p, Floats keys, Floats values, std::optional<Floats> scale, std::optional<Floats> zero,
             std::optional<Array<const double, 1>> frequencies, float rope_scaling)
-        : pages(p), key_levels(levels_of(p.key, keys)), value_levels(levels_of(p.value, values)),
+        : pages(p), key_levels(levels_of(p.key, keys, p.channels())), value_levels(levels_of(p.value, values, 1)),
           key_scale(copied(scale, p.channels(), "each channel has a scale")),
           key_zero(copied(zero, p.channels(), "each channel has a zero")),
           inv_freq(copied(frequencies, p.dim / 2, "a frequency turns two channels of a head")), rope_scaling(rope_scaling) {
@@ -130,7 +133,7 @@ void attend_of(const KvLayer& layer, const KvTokens& tokens, Array<const float, 
 void bind_kv(nb::module_& m) {
     nb::class_<KvSide>(m, "KvSide").def("__init__", [](KvSide* self, int bits, int axis, int64_t groups, int64_t outliers, int64_t codes,
                                                        int64_t scale, int64_t zero, int64_t outlier_value, int64_t outlier_index) {
-        require(0 <= axis && axis <= 2, "an axis is 0 (fixed), 1 (page) or 2 (token)");
+        require(0 <= axis && axis <= 3, "an axis is 0 (fixed), 1 (page), 2 (token) or 3 (channel)");
         new (self) KvSide{bits, static_cast<KvAxis>(axis), groups, outliers, codes, scale, zero, outlier_value, outlier_index};
     }, "bits"_a, "axis"_a, "groups"_a, "outliers"_a, "codes"_a, "scale"_a, "zero"_a, "outlier_value"_a, "outlier_index"_a);
     nb::class_<KvPages>(m, "KvPages").def("__init__", new_pages, "heads"_a, "dim"_a, "words"_a, "key"_a, "value"_a);

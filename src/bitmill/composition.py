@@ -45,7 +45,7 @@ def compose(
     names, weight = [base.name], base.weight
     chosen: dict[str, Any] = {}
     if format is not None:
-        part = _part(FORMATS, format)
+        part = part_of(FORMATS, format)
         kept = {"bits": int(base.weight.rate)} if "bits" in FORMATS.options(part["format"]) else {}
         weight, rate = FORMATS.from_dict({**kept, **part}), base.weight.rate
         if kept.keys() - part.keys() and weight.rate != rate:  # its bits are not those of a weight
@@ -60,11 +60,11 @@ def compose(
         )
         names.append("sparse")
     if solver is not None:
-        chosen["solver"] = SOLVERS.from_dict(_part(SOLVERS, solver))
+        chosen["solver"] = SOLVERS.from_dict(part_of(SOLVERS, solver))
         names.append(chosen["solver"].name)
     more = {
-        "transforms": [TRANSFORMS.from_dict(_part(TRANSFORMS, spelled)) for spelled in transforms],
-        "tuners": [TUNERS.from_dict(_part(TUNERS, spelled)) for spelled in tuners],
+        "transforms": [TRANSFORMS.from_dict(part_of(TRANSFORMS, spelled)) for spelled in transforms],
+        "tuners": [TUNERS.from_dict(part_of(TUNERS, spelled)) for spelled in tuners],
     }
     for noun, members in more.items():
         names += [member.name for member in members]
@@ -94,7 +94,7 @@ def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) 
     options: of the format where the part does not say, such as `bits`, else DEFAULT_BITS. Raises RecipeError as
     `compose` does, and for options that the format does not have.
     """
-    part = _part(FORMATS, format)
+    part = part_of(FORMATS, format)
     known = FORMATS.options(part["format"])
     if stray := next((key for key in options or {} if key not in known), None):
         raise RecipeError(
@@ -102,9 +102,9 @@ def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) 
             "of that name; give --method, or options with the parts, as in NAME:key=value."
         )
     given = {"bits": DEFAULT_BITS} if "bits" in known else {}
-    given |= {key: _value(str(value)) for key, value in (options or {}).items()}
+    given |= {key: value_of(str(value)) for key, value in (options or {}).items()}
     weight = FORMATS.from_dict({**given, **part})
-    solved = SOLVERS.from_dict(_part(SOLVERS, solver))
+    solved = SOLVERS.from_dict(part_of(SOLVERS, solver))
     return Recipe(f"{weight.name}+{solved.name}", weight, solved)
 
 
@@ -125,8 +125,8 @@ def user_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.y*ml"))} if folder.is_dir() else {}
 
 
-def _part(registry: Registry[Any], spelled: str) -> dict[str, Any]:
-    """The plain data of `NAME:key=value,...`."""
+def part_of(registry: Registry[Any], spelled: str) -> dict[str, Any]:
+    """The plain data of `NAME:key=value,...`. Raises RecipeError."""
     name, _, options = spelled.partition(":")
     part: dict[str, Any] = {registry.noun: name.strip()}
     known = registry.options(name.strip())
@@ -138,11 +138,11 @@ def _part(registry: Registry[Any], spelled: str) -> dict[str, Any]:
             raise RecipeError(
                 f"The option {key!r} of the {registry.noun} {name.strip()!r} has no value; write {key}=VALUE."
             )
-        part[key] = _value(value)
+        part[key] = value_of(value)
     return part
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A value as in YAML, and numbers such as 1e-3, which YAML 1.1 wants as 1.0e-3."""
     if _EXPONENT.fullmatch(text.strip()):
         return float(text)

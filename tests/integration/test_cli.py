@@ -29,7 +29,8 @@ def run(capsys):
 
 def test_version_and_help(run):
     assert run("--version") == f"bitmill {__version__}\n"
-    for command in ("quantize", "eval", "study", "generate", "chat", "inspect", "verify", "methods", "models"):
+    commands = "quantize eval study plan generate chat inspect verify methods models"
+    for command in commands.split():
         assert command in run("--help")
         assert "Usage: bitmill" in run(command, "--help")
 

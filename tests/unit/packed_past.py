@@ -10,10 +10,11 @@ from torch import Tensor
 
 from bitmill.kv.base import Scheme, Side
 from bitmill.kv.page import PageLayout
+from bitmill.kv.reading import plan_of
 from bitmill.kv.rope import Rope
 from bitmill.kv.side import Calibrated, Coder
 from bitmill.kv.store import PageStore
-from bitmill.runtime.kv import LayerPlan, PagePlan, Past, SidePlan
+from bitmill.runtime.kv import LayerPlan, Past
 
 CPU = torch.device("cpu")
 
@@ -36,19 +37,9 @@ class Case:
     pre_rope: bool = False
 
 
-def plan_of(layout: PageLayout) -> PagePlan:
-    def side(name: str, kind: Side) -> SidePlan:
-        names = ("codes", "scale", "zero", "outlier_value", "outlier_index")
-        places = {n: layout.parts[f"{name}.{n}"].offset for n in names if f"{name}.{n}" in layout.parts}
-        outliers = kind.outlier_count(layout.heads * layout.dim)
-        return SidePlan(kind.bits, kind.axis, kind.groups(layout.heads, layout.dim), outliers, **places)
-
-    scheme = layout.scheme
-    return PagePlan(layout.heads, layout.dim, layout.words, side("key", scheme.keys), side("value", scheme.values))
-
-
 def calibrated(side: Side, x: Tensor) -> Calibrated:
-    levels = torch.randn(1 << side.bits).sort().values if side.levels == "learned" else None
+    own = (x.shape[-1],) if side.axis == "channel" else ()
+    levels = torch.randn(*own, 1 << side.bits).sort().values if side.levels == "learned" else None
     if side.axis != "static":
         return Calibrated(levels=levels)
     low, high = x.amin((0, 1)), x.amax((0, 1))

@@ -51,6 +51,12 @@ def test_tables_with_and_without_zeros(levels, bits):
     check(Case(side, side, dim=96, heads=1))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("pre_rope", [False, True])
+def test_channels_with_levels_of_their_own(bits, pre_rope):
+    check(Case(Side(bits, "channel", levels="learned", outliers=0.02), PLAIN, dim=80, group=2, pre_rope=pre_rope))
+
+
 @pytest.mark.parametrize("heads", [2, 5])  # indices of one byte, and of two
 @pytest.mark.parametrize("pre_rope", [False, True])
 @pytest.mark.parametrize("dim", [64, 80, 128])

@@ -110,3 +110,11 @@ def test_codes_that_do_not_fit_are_refused(code):
 def test_a_row_of_the_wrong_length_is_refused(words):
     with pytest.raises(ValueError, match="need 2 words"):
         unpack(torch.zeros(words, dtype=torch.int32), 4, 16)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_lanes_may_lie_across(bits):
+    """Words of one stream need not be neighbours in memory, even where a stream is a single word."""
+    codes = torch.randint(0, 1 << bits, (5, 32 // bits), dtype=torch.uint8)
+    words = pack(codes, bits).mT.contiguous()
+    assert torch.equal(unpack(words.mT, bits, 32 // bits), codes)

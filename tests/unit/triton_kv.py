@@ -45,6 +45,7 @@ def test_every_width_and_axis(bits, dim, axis):
 
 def test_tables_without_zeros():
     check(Case(Side(3, "token", levels="normal"), Side(2, "token", levels="learned")))
+    check(Case(Side(3, "channel", levels="learned"), PLAIN, pre_rope=True))
 
 
 @pytest.mark.parametrize("heads", [2, 5])

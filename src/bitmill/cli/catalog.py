@@ -20,15 +20,23 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show one method in full.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the methods, or show the card and the options of one."""
+    """List the methods, of weights and of keys and values, or show the card and the options of one."""
     with working(as_json) as output:
+        from bitmill.kv import KV_METHODS
         from bitmill.recipe import METHODS
 
         if name is None:
-            listed = [{"name": n, "description": describe(kind)} for n, kind in METHODS.items()]
-            output.result({"methods": listed}, lambda: [_table(("name", "description"), listed)])
+            listed, cached = (
+                [{"name": n, "description": describe(kind)} for n, kind in registry.items()]
+                for registry in (METHODS, KV_METHODS)
+            )
+            columns = ("name", "description")
+            output.result(
+                {"methods": listed, "kv_methods": cached},
+                lambda: [_table(columns, listed), "", "Of keys and values, for --kv", _table(columns, cached)],
+            )
             return
-        kind = METHODS.get(name)
+        kind = KV_METHODS.get(name) if name in KV_METHODS.names() else METHODS.get(name)
         options = [option_entry(f) for f in dataclasses.fields(kind)]
         card = inspect.getdoc(kind) or ""
         shown = [{**o, "default": str(o["default"])} for o in options]
@@ -82,6 +90,7 @@ def models(as_json: AsJson = False) -> None:
     """List the demo models and the architectures that are supported."""
     with working(as_json) as output:
         from bitmill.models.adapter import ADAPTERS
+        from bitmill.models.configs import known_configs
         from bitmill.models.zoo import ZOO
 
         demo = [dataclasses.asdict(model) for _, model in sorted(ZOO.items())]
@@ -91,10 +100,12 @@ def models(as_json: AsJson = False) -> None:
         shown = [{**m, "parameters": f"{m['parameters'] / 1e6:.0f} M"} for m in demo]
         known = [{**a, "model_types": ", ".join(a["model_types"])} for a in architectures]
         output.result(
-            {"demo_models": demo, "architectures": architectures},
+            {"demo_models": demo, "configs": known_configs(), "architectures": architectures},
             lambda: [
                 "Demo models",
                 _table(("name", "parameters", "licence", "description"), shown),
+                "",
+                f"Configs without weights, for bitmill plan: {', '.join(known_configs())}",
                 "",
                 "Architectures (others are walked over generically)",
                 _table(("name", "model_types"), known),

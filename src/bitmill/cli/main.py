@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from bitmill.cli import bench, catalog, compare, evaluate, folder, generate, quantize, study
+from bitmill.cli import bench, catalog, compare, evaluate, folder, generate, plan, quantize, study
 from bitmill.cli.output import Interrupted, in_one_line
 from bitmill.errors import BitmillError
 from bitmill.version import __version__
@@ -31,6 +31,7 @@ app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("study")(study.study)
+app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("chat")(generate.chat)
 app.command("inspect")(folder.inspect)

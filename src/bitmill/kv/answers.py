@@ -15,9 +15,8 @@ from bitmill.kv.calibrated import Calibration
 class PackedAnswers:
     """Callable from tokens (windows, length) to logits (windows, length, vocabulary), by a fresh packed cache.
 
-    Windows go through a page of tokens at a time, and what a page brings is packed before it is attended to,
-    unless the method leaves it in float: every token sees what it would see in generation, or a little less in
-    float.
+    Windows go through a page of tokens at a time. Pages are packed when they are full: a token sees pages
+    before its own packed and its own in float, exactly what it sees when text is generated token by token.
     bits_per_element, bytes: of the cache of the last windows, when they were through.
     """
 
@@ -27,7 +26,9 @@ class PackedAnswers:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits."""
-        cache = QuantizedCache(self.model, self.method, calibration=self.calibration, strict=True)
+        cache = QuantizedCache(self.model, self.method, calibration=self.calibration)
+        for layer in cache.packed_layers:
+            layer.remembers = True
         pieces: list[Any] = []
         model: Any = self.model
         for start in range(0, tokens.shape[1], PAGE):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from bitmill.errors import UsageError
+from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.attention import attach
 from bitmill.kv.base import KVMethod, Scheme, kv_method
 from bitmill.kv.calibrated import Calibration, read_calibration
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.rope import Rope, attentions, rope_of
+from bitmill.kv.saved import SavedCache, write_cache
 from bitmill.kv.side import Calibrated
 
 _NONE = (Calibrated(), Calibrated())
@@ -42,18 +43,19 @@ class QuantizedCache(Cache):
         strict: bool = False,
         **options: Any,
     ) -> None:
-        self.method, found = chosen_method(model, method, calibration, options)
+        self.method, self.calibration = chosen_method(model, method, calibration, options)
+        self.strict = strict
         scheme = self.method.scheme()
-        direct = attach(model) and not strict
         config: Any = model.config
+        reader = config.get_text_config(decoder=True) if not strict and attach(model) else None
         layers: list[Any] = list(DynamicCache(config=config).layers)
         for number, layer in enumerate(layers):
             window = getattr(layer, "sliding_window", None)
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 continue  # states of another kind stay as transformers has them
-            calibrated = found.layers[number] if found is not None else _NONE
-            layers[number] = QuantizedLayer(scheme, calibrated, rope_for(model, scheme, number), window, strict)
-            layers[number].direct = direct
+            calibrated = _NONE if self.calibration is None else self.calibration.layers[number]
+            rope = rope_for(model, scheme, number)
+            layers[number] = QuantizedLayer(scheme, calibrated, rope, window, strict, reader)
         super().__init__(layers=layers)
         if not self.packed_layers:
             raise UsageError(f"{type(model).__name__} has no layer with keys and values that could be packed.")
@@ -63,6 +65,11 @@ class QuantizedCache(Cache):
     def packed_layers(self) -> list[QuantizedLayer]:
         """The layers that are packed."""
         return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+
+    @property
+    def why_not(self) -> str | None:
+        """None where a kernel attends to packed layers as they lie, or one sentence on why they are decoded."""
+        return next((reason for layer in self.packed_layers if (reason := layer.why_not)), None)
 
     @property
     def allocated_bytes(self) -> int:
@@ -75,19 +82,58 @@ class QuantizedCache(Cache):
         elements = sum(layer.elements for layer in self.packed_layers)
         return 8 * self.allocated_bytes / elements if elements else 0.0
 
-    def take(self, cache: Cache) -> QuantizedCache:
-        """Pack the keys and values of an ordinary cache, which had no padding; returns itself."""
-        for number in range(len(self.layers)):
-            layer: Any = cache.layers[number]
-            self.update(layer.keys, layer.values, number)
+    def take(self, cache: Cache, mask: Tensor | None = None) -> QuantizedCache:
+        """Pack the keys and values of an ordinary cache; returns itself, which must be empty.
+
+        mask: (rows, tokens), 0 where there is padding on the left.  States of other kinds are shared, not copied.
+        """
+        if mask is not None:
+            self.pad(mask)
+        for number, source in enumerate(cache.layers):
+            states: Any = source
+            layer = self.layers[number]
+            if not isinstance(layer, QuantizedLayer):
+                self.layers[number] = source
+            elif states.is_initialized and states.keys is not None and states.values is not None:
+                layer.lazy_initialization(states.keys, states.values)
+                layer.skip(states.get_seq_length() - states.keys.shape[-2])
+                layer.append(states.keys, states.values)
         return self
+
+    def save(self, path: str | Path) -> Path:
+        """Write the cache to a file of safetensors; returns its path.
+
+        Raises UsageError for a cache that holds states of another kind than keys and values.
+        """
+        if len(self.packed_layers) != len(self.layers):
+            raise UsageError("The model has layers without keys and values, whose states cannot be saved.")
+        write_cache(Path(path), self.method, self.calibration, self.packed_layers, self.strict)
+        return Path(path)
+
+    @classmethod
+    def load(cls, model: nn.Module, path: str | Path) -> QuantizedCache:
+        """The cache that `save` wrote, for the same model. Raises CheckpointError for another file or model."""
+        saved = SavedCache(Path(path))
+        cache = cls(model, saved.method, calibration=saved.calibration, strict=saved.strict)
+        if len(saved.places) != len(cache.layers):
+            raise CheckpointError(
+                f"{path} has {len(saved.places)} layers and the model {len(cache.layers)}; "
+                "load it with the model it was made by."
+            )
+        for number, layer in enumerate(cache.packed_layers):
+            saved.restore(number, layer, next(model.parameters()).device)
+        return cache
 
     def pad(self, mask: Tensor) -> None:
         """Tell where sequences begin: mask (rows, tokens), 0 where there is padding on the left."""
-        start = mask.to(torch.int64).argmax(-1)
+        width = mask.shape[1]
+        start: Tensor | None = None
         for layer in self.packed_layers:
-            if layer.length == 0:
-                layer.start = start.to(mask.device)
+            if not layer.has_begun:
+                if start is None:
+                    real = mask.to(torch.int64)
+                    start = torch.where(real.any(-1), real.argmax(-1), width)
+                layer.begin(start)
 
 
 def chosen_method(
@@ -119,8 +165,8 @@ def rope_for(model: Any, scheme: Scheme, number: int) -> Rope | None:
     """The rotary embedding that is undone in a layer, None where keys are stored after it. Raises UsageError."""
     if not scheme.pre_rope:
         return None
-    kinds = getattr(model.config, "layer_types", None)
-    rope = rope_of(model, attentions(model)[number], str(kinds[number]) if kinds else "full_attention")
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    rope = rope_of(model, attentions(model).get(number), str(kinds[number]) if kinds else "full_attention")
     if rope is None:
         raise UsageError(
             f"{type(model).__name__} has no rotary embedding that can be undone; use pre_rope=false (--kv-set)."

@@ -34,8 +34,8 @@ class Calibration:
     layers: tuple[tuple[Calibrated, Calibrated], ...]
     about: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> Path:
-        """Write kv.safetensors; returns its path."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that was found, by name."""
         tensors: dict[str, Tensor] = {}
         for number, layer in enumerate(self.layers):
             for side, found in zip(_SIDES, layer, strict=True):
@@ -43,10 +43,17 @@ class Calibration:
                     value = getattr(found, part.name)
                     if value is not None:
                         tensors[f"layers.{number}.{side}.{part.name}"] = value.contiguous()
+        return tensors
+
+    def save(self, folder: Path) -> Path:
+        """Write kv.safetensors; returns its path."""
+        save_file(self.tensors(), folder / FILE, metadata=self.metadata())
+        return folder / FILE
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside its tensors."""
         meta = {"method": self.method.to_dict(), "layers": len(self.layers), "about": self.about}
-        path = folder / FILE
-        save_file(tensors, path, metadata={_META: json.dumps(meta)})
-        return path
+        return {_META: json.dumps(meta)}
 
 
 def read_calibration(folder: Path) -> Calibration | None:
@@ -59,14 +66,16 @@ def read_calibration(folder: Path) -> Calibration | None:
             meta = json.loads((file.metadata() or {})[_META])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         method = KV_METHODS.from_dict(meta["method"])
-        names = [part.name for part in fields(Calibrated)]
-        layers = tuple(
-            tuple(
-                Calibrated(**{name: tensors.get(f"layers.{number}.{side}.{name}") for name in names})
-                for side in _SIDES
-            )
-            for number in range(meta["layers"])
-        )
+        layers = calibrated_layers(tensors, meta["layers"])
     except Exception as error:  # safetensors and json raise all sorts
         raise CheckpointError(f"{path} cannot be read ({error}); quantize the model again.") from error
-    return Calibration(method, layers, meta["about"])  # type: ignore[arg-type]
+    return Calibration(method, layers, meta["about"])
+
+
+def calibrated_layers(tensors: dict[str, Tensor], count: int) -> tuple[tuple[Calibrated, Calibrated], ...]:
+    """What `Calibration.tensors` gave of so many layers."""
+
+    def side(number: int, name: str) -> Calibrated:
+        return Calibrated(**{p.name: tensors.get(f"layers.{number}.{name}.{p.name}") for p in fields(Calibrated)})
+
+    return tuple((side(number, "keys"), side(number, "values")) for number in range(count))

@@ -1,4 +1,4 @@
-"""The table of a side: which numbers its codes stand for before scale and zero, and which code a number gets."""
+"""The table of a side: which numbers its codes stand for before scale and zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bitmill.kv.base import Side
-from bitmill.numerics.table import Table
 
 _ROUNDS = 2000
 
@@ -36,13 +35,6 @@ def fixed_levels(side: Side) -> Tensor:
     if side.levels == "normal":
         return torch.tensor(normal_levels(side.bits))
     return torch.arange(1 << side.bits, dtype=torch.float32)
-
-
-def nearest(x: Tensor, side: Side, levels: Tensor) -> Tensor:
-    """The codes, uint8, of the levels nearest to x; levels rise."""
-    if side.levels == "uniform":
-        return x.round().clamp_(0, (1 << side.bits) - 1).to(torch.uint8)
-    return Table(levels).codes(x)
 
 
 def affine(low: Tensor, high: Tensor, side: Side) -> tuple[Tensor, Tensor]:

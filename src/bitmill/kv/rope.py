@@ -52,16 +52,16 @@ def _half_turned(x: Tensor) -> Tensor:
     return torch.cat([-second, first], -1)
 
 
-def attentions(model: nn.Module) -> list[Any]:
-    """The attention modules of a model in the order of their layers."""
-    found = [
-        m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and hasattr(m, "head_dim")
-    ]
-    return sorted(found, key=lambda module: int(module.layer_idx))
+def attentions(model: nn.Module) -> dict[int, Any]:
+    """The attention modules of a model by the numbers of their layers."""
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "head_dim")]
+    return {m.layer_idx: m for m in modules if isinstance(getattr(m, "layer_idx", None), int)}
 
 
 def rope_of(model: nn.Module, attention: Any, layer_type: str) -> Rope | None:
     """The rotary embedding of a layer; None where it is of another kind, or changes with the length."""
+    if attention is None:
+        return None
     rotary: Any = next((m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb"), None)
     turn = vars(sys.modules[type(attention).__module__]).get("apply_rotary_pos_emb")
     if rotary is None or turn is None:

@@ -9,22 +9,28 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.kv.base import PAGE, Side
-from bitmill.kv.levels import affine, fixed_levels, nearest
+from bitmill.kv.levels import affine, fixed_levels
 from bitmill.numerics.hadamard import hadamard
+from bitmill.numerics.table import Table
 
 
 @dataclass(frozen=True)
 class Calibrated:
     """What calibration found for one side of a layer; parts that the side has no use for are None.
 
-    scale, zero: (channels,), of static channels.  levels: (2**bits,), what codes stand for.
-    edges: (2**bits,), the levels that codes are chosen by; they differ with q_norm.
+    scale, zero: (channels,), of static channels.  levels: (2**bits,), what codes stand for; (channels, 2**bits)
+    where each channel has its own.  edges: of that shape, what codes are chosen by; they differ with q_norm.
+    weight: (channels,), how much an error matters there when outliers are chosen.
+    mean, deviation: (channels,), of equalized ones.
     """
 
     scale: Tensor | None = None
     zero: Tensor | None = None
     levels: Tensor | None = None
     edges: Tensor | None = None
+    weight: Tensor | None = None
+    mean: Tensor | None = None
+    deviation: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,28 +51,63 @@ class Coded:
 class Coder:
     """Encodes and decodes one side of a layer with `heads` heads of `dim` numbers."""
 
-    def __init__(self, side: Side, heads: int, dim: int, calibrated: Calibrated) -> None:
+    def __init__(
+        self, side: Side, heads: int, dim: int, calibrated: Calibrated, device: torch.device | None = None
+    ) -> None:
         self.side, self.heads, self.dim = side, heads, dim
         self.channels = heads * dim
         self.groups = side.groups(heads, dim)
         self.outliers = side.outlier_count(self.channels)
-        learned = calibrated.levels
-        self.levels = fixed_levels(side) if learned is None else learned.float()
-        self.edges = self.levels if calibrated.edges is None else calibrated.edges.float()
-        self.scale, self.zero = calibrated.scale, calibrated.zero
-        self.turn = rotation(dim) if side.rotated else None
+
+        def there(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device, torch.float32).contiguous()
+
+        levels = fixed_levels(side) if calibrated.levels is None else calibrated.levels
+        self.levels = levels.to(device, torch.float32)
+        edges = there(calibrated.edges)
+        self._edges = self.levels if edges is None else edges
+        self._table = None if side.axis == "channel" else Table(self._edges)
+        self.scale, self.zero = there(calibrated.scale), there(calibrated.zero)
+        self.turn = there(rotation(dim)) if side.rotated else None
+        self._weight = there(calibrated.weight)
+        self._mean, self._deviation = (
+            None if values is None else values.view(heads, 1, dim)
+            for values in (there(calibrated.mean), there(calibrated.deviation))
+        )
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether what is stored is in another basis than the model's."""
+        return self.turn is not None or self._mean is not None
+
+    def moved(self, x: Tensor) -> Tensor:
+        """Numbers (rows, heads, tokens, dim) of the model in the basis that is stored, fp32."""
+        if self.turn is not None:
+            return x.float() @ self.turn.mT
+        if self._mean is None or self._deviation is None:
+            return x.float()
+        return (x.float() - self._mean) / self._deviation
+
+    def moved_back(self, x: Tensor) -> Tensor:
+        """The inverse of `moved`; also of what attention sums, as its weights add up to 1."""
+        if self.turn is not None:
+            return x.float() @ self.turn
+        if self._mean is None or self._deviation is None:
+            return x.float()
+        return x.float() * self._deviation + self._mean
 
     def encode(self, x: Tensor) -> Coded:
         """Numbers (rows, tokens, channels), tokens a multiple of 32, already turned."""
         pages = x.float().unflatten(1, (-1, PAGE))
         scale, zero = self._ranges(pages)
         wide_scale, wide_zero = self._wide(scale), self._wide(zero)
-        codes = nearest(_normal(pages, wide_scale, wide_zero), self.side, self.edges)
-        own_scale, own_zero = (None, None) if self.side.axis == "static" else (scale, zero)
+        codes = self._codes(_normal(pages, wide_scale, wide_zero))
+        own_scale, own_zero = (None, None) if self.side.is_fixed else (scale, zero)
         if not self.outliers:
             return Coded(codes, own_scale, own_zero)
         apart = pages - self._dense(codes, wide_scale, wide_zero)
-        index = apart.abs().topk(self.outliers, -1).indices
+        felt = apart.abs() if self._weight is None else apart.abs() * self._weight
+        index = felt.topk(self.outliers, -1).indices
         return Coded(codes, own_scale, own_zero, apart.gather(-1, index).to(torch.float16).float(), index)
 
     def normalized(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,14 +120,27 @@ class Coder:
 
     def decode(self, coded: Coded) -> Tensor:
         """Numbers (rows, tokens, channels), fp32, still turned."""
-        scale, zero = (self.scale, self.zero) if self.side.axis == "static" else (coded.scale, coded.zero)
+        scale, zero = (self.scale, self.zero) if self.side.is_fixed else (coded.scale, coded.zero)
         x = self._dense(coded.codes, self._wide(scale), self._wide(zero))
         if coded.outlier_value is not None and coded.outlier_index is not None:
             x = x.scatter_add(-1, coded.outlier_index, coded.outlier_value)
         return x.flatten(1, 2)
 
-    def _ranges(self, pages: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _codes(self, normal: Tensor) -> Tensor:
+        if self.side.levels == "uniform":
+            return normal.round_().clamp_(0, (1 << self.side.bits) - 1).to(torch.uint8)
+        if self._table is not None:
+            return self._table.codes(normal)
+        edges = (self._edges[:, 1:] + self._edges[:, :-1]) / 2
+        codes = torch.zeros(normal.shape, dtype=torch.uint8, device=normal.device)
+        for edge in edges.T:  # few, and each for all channels at once
+            codes += (normal > edge).view(torch.uint8)
+        return codes
+
+    def _ranges(self, pages: Tensor) -> tuple[Tensor | None, Tensor | None]:
         side = self.side
+        if side.axis == "channel":
+            return None, None
         if side.axis == "static":
             assert self.scale is not None
             return self.scale, self.zero
@@ -102,21 +156,29 @@ class Coder:
 
     def _wide(self, values: Tensor | None) -> Tensor | None:
         """Scales or zeros so that they go with pages (rows, pages, 32, channels)."""
-        if values is None or self.side.axis == "static":
+        if values is None or self.side.is_fixed:
             return values
         if self.side.axis == "page":
             return values[:, :, None]
         return values.repeat_interleave(self.channels // self.groups, -1) if self.groups > 1 else values
 
     def _dense(self, codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        if self.side.axis == "channel":
+            count = self.levels.shape[1]
+            index = codes.int() + torch.arange(self.channels, dtype=torch.int32, device=codes.device) * count
+            return self.levels.flatten().index_select(0, index.flatten()).view(codes.shape)
         assert scale is not None
-        levels = self.levels.to(codes.device)
-        x = levels.index_select(0, codes.flatten().int()).view(codes.shape) * scale
-        return x if zero is None else x + zero
+        if self.side.levels == "uniform":
+            x = codes.float()
+        else:
+            x = self.levels.index_select(0, codes.flatten().int()).view(codes.shape)
+        x *= scale
+        return x if zero is None else x.add_(zero)
 
 
 def _normal(pages: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
-    assert scale is not None
+    if scale is None:
+        return pages
     return pages / scale if zero is None else (pages - zero) / scale
 
 
@@ -129,9 +191,12 @@ def _within(groups: Tensor, cut: int) -> Tensor:
 
 def rotation(dim: int) -> Tensor:
     """The orthogonal Hadamard matrix (dim, dim). Raises RecipeError where none is known."""
-    matrix = hadamard(dim)
-    if matrix is None:
+    base = dim
+    while (matrix := hadamard(base)) is None and base % 2 == 0:
+        base //= 2
+    doubled = hadamard(dim // base)
+    if matrix is None or doubled is None:
         raise RecipeError(
             f"No Hadamard matrix of order {dim} is known here, and heads have {dim}; use another method."
         )
-    return matrix / dim**0.5
+    return torch.kron(doubled, matrix) / dim**0.5

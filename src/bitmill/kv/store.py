@@ -39,17 +39,15 @@ class PageStore:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Pack whole pages of keys and values (rows, tokens, channels)."""
-        coded_keys, coded_values = self.keys.encode(keys), self.values.encode(values)
-        count = keys.shape[1] // PAGE
-        records = torch.zeros(self.rows, count, self.layout.words, dtype=torch.int32, device=self.device)
-        self.layout.write(records, coded_keys, coded_values)
-        done = 0
+        done, count = 0, keys.shape[1] // PAGE
         while done < count:
             place = self.pages % SLAB
             if place == 0:
                 self.slabs.append(self._slab())
             step = min(SLAB - place, count - done)
-            self.slabs[-1][:, place : place + step] = records[:, done : done + step]
+            cut = slice(done * PAGE, (done + step) * PAGE)
+            record = self.slabs[-1][:, place : place + step]
+            self.layout.write(record, self.keys.encode(keys[:, cut]), self.values.encode(values[:, cut]))
             self.pages, done = self.pages + step, done + step
 
     def _slab(self) -> Tensor:
@@ -69,6 +67,19 @@ class PageStore:
         keys, values = self.layout.read(torch.cat(pieces, 1))
         return self.keys.decode(keys), self.values.decode(values)
 
+    def used(self) -> Tensor:
+        """The pages in use (rows, pages, words)."""
+        empty = torch.empty(self.rows, 0, self.layout.words, dtype=torch.int32, device=self.device)
+        return torch.cat([empty, *self.slabs], 1)[:, : self.pages].contiguous()
+
+    def put(self, pages: Tensor, first: int) -> None:
+        """Take pages over that `used` gave, the first of them at slot `first`; nothing was there."""
+        self.first, self.pages = first, pages.shape[1]
+        for part in pages.split(SLAB, 1) if self.pages else ():
+            slab = self._slab()
+            slab[:, : part.shape[1]] = part
+            self.slabs.append(slab)
+
     def cut(self, end: int) -> None:
         """Forget the pages from slot `end` on, a page border."""
         self.pages = max(0, (end - self.first) // PAGE)
@@ -81,8 +92,6 @@ class PageStore:
             del self.slabs[:count]
             self.first, self.pages = self.first + count * SLAB * PAGE, self.pages - count * SLAB
 
-    def of_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Put other rows in the place of those there are: `change` takes and gives (rows, ...)."""
-        self.slabs = [change(slab) for slab in self.slabs]
-        if self.slabs:
-            self.rows = self.slabs[0].shape[0]
+    def of_rows(self, change: Callable[[Tensor], Tensor], rows: int) -> None:
+        """Put `rows` others in the place of the rows there are: `change` takes and gives (rows, ...)."""
+        self.slabs, self.rows = [change(slab) for slab in self.slabs], rows

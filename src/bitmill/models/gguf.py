@@ -57,6 +57,11 @@ class GgufSource:
         self._fingerprint: str | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors as the file holds them."""
+        return sum(tensor.size_bytes for tensor in self._header.tensors.values())
+
     def names(self) -> list[str]:
         """State-dict names, in file order."""
         return list(self._stored)

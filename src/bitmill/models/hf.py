@@ -162,8 +162,6 @@ class HfSource:
         return path.resolve().is_relative_to(self._root)
 
     def _read_config(self) -> PretrainedConfig:
-        from transformers import AutoConfig
-
         path = self.folder / "config.json"
         if not path.is_file():
             raise SourceError(f"{self.folder} has no config.json; give the folder of a Hugging Face model.")
@@ -173,15 +171,7 @@ class HfSource:
             raise SourceError(
                 f"{self.folder} is already quantized by {method or 'another tool'}; give the float model."
             )
-        try:
-            return AutoConfig.from_pretrained(
-                str(self.folder), trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
-        except Exception as error:  # the config classes validate, each in its own way
-            hint = "; if you trust the code in this folder, allow remote code" if "auto_map" in plain else ""
-            raise SourceError(
-                f"{path} describes no model that transformers knows ({in_short(error)}){hint}."
-            ) from error
+        return load_config(self.folder, self.trust_remote_code, "auto_map" in plain)
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         if not self._inside(path):
@@ -247,3 +237,19 @@ class HfSource:
         self._entries = {
             name if name.startswith("lm_head.") else full + name: found for name, found in self._entries.items()
         }
+
+
+def load_config(folder: Path, trust_remote_code: bool, has_code: bool = False) -> PretrainedConfig:
+    """The config.json of a folder, as transformers reads it. Raises SourceError.
+
+    has_code: whether it names Python code that comes with it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # the config classes validate, each in its own way
+        hint = "; if you trust the code in this folder, allow remote code" if has_code else ""
+        raise SourceError(
+            f"{folder / 'config.json'} describes no model that transformers knows ({in_short(error)}){hint}."
+        ) from error

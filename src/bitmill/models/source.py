@@ -96,12 +96,14 @@ def open_source(
         if path.suffix != ".gguf":
             raise SourceError(f"{path} is a file but not a .gguf one; give the folder that holds the model.")
         return GgufSource(path)
-    if isinstance(model, Path) or not _is_hub_id(model):
+    if isinstance(model, Path) or not is_hub_id(model):
         raise SourceError(
             f"There is no model at {str(model)!r}; give a folder, a .gguf file, a Hub id such as 'org/name', "
             f"or one of the demo models: {_zoo_names()}."
         )
-    return HfSource(_snapshot(model, trust_remote_code), name=model, hub=True, trust_remote_code=trust_remote_code)
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+    folder = hub_files(model, wanted + ["*.py"] * trust_remote_code)
+    return HfSource(folder, name=model, hub=True, trust_remote_code=trust_remote_code)
 
 
 def hash_file(digest: Any, path: Path) -> None:
@@ -138,7 +140,8 @@ def _zoo_names() -> str:
     return ", ".join(sorted(zoo.ZOO))
 
 
-def _is_hub_id(model: str) -> bool:
+def is_hub_id(model: str) -> bool:
+    """Whether this names a model on the Hub and no path."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -152,13 +155,13 @@ def _is_hub_id(model: str) -> bool:
     return True
 
 
-def _snapshot(model: str, trust_remote_code: bool) -> Path:
+def hub_files(model: str, patterns: list[str]) -> Path:
+    """A folder with the files of a Hub id that match the patterns. Raises SourceError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted + ["*.py"] * trust_remote_code))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # whatever the network, the proxy or the Hub came up with
         # "no cached snapshot" says little, what kept the Hub from answering says more
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None

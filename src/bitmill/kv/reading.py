@@ -1,0 +1,72 @@
+"""Attention of one token a row that reads packed tokens where they lie (bitmill.runtime.kv)."""
+
+from __future__ import annotations
+
+import os
+
+from torch import Tensor
+
+from bitmill.kv.base import PAGE, Side
+from bitmill.kv.page import PageLayout
+from bitmill.kv.tokens import Tokens
+from bitmill.runtime.kv import Known, LayerPlan, PagePlan, Past, SidePlan, attend
+
+
+class Reader:
+    """Calls the kernel on a layer's tokens.
+
+    why_not: None, or one sentence that says why no kernel takes them.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.tokens, self._known = tokens, Known()
+        pages = tokens.pages
+        plan = plan_of(pages.layout)
+        self.why_not = plan.why_not(tokens.device)
+        if os.environ.get("BITMILL_KERNEL") == "reference":
+            self.why_not = "BITMILL_KERNEL is reference; packed tokens are decoded."
+        rope = tokens.rope if tokens.scheme.pre_rope else None
+        self._layer = LayerPlan(
+            plan,
+            pages.keys.levels,
+            pages.values.levels,
+            pages.keys.scale,
+            pages.keys.zero,
+            None if rope is None else rope.frequencies.to(tokens.device).contiguous(),
+            1.0 if rope is None else rope.factor,
+        )
+
+    def attend(self, query: Tensor, scaling: float, first: Tensor) -> Tensor:
+        """Attention of query (rows, query heads, dim) over slots from `first` (rows,) int32 on, fp32."""
+        tokens = self.tokens
+        pages, keys, values = tokens.pages, tokens.pages.keys, tokens.pages.values
+        assert tokens.start is not None
+        past = Past(
+            pages.slabs,
+            pages.first,
+            pages.pages * PAGE,
+            tokens.loose[0],
+            tokens.loose[1],
+            tokens.scheme.sink,
+            tokens.waiting,
+            tokens.start,
+            first,
+        )
+        out = attend(keys.moved(query[:, :, None])[:, :, 0], self._layer, past, scaling, self._known)
+        if not values.is_moved:
+            return out
+        heads = out.unflatten(1, (tokens.heads, -1))  # of the query heads that share one of the values'
+        return values.moved_back(heads).flatten(1, 2)
+
+
+def plan_of(layout: PageLayout) -> PagePlan:
+    """Where the kernel finds the parts of a page."""
+
+    def side(name: str, kind: Side) -> SidePlan:
+        prefix = f"{name}."
+        places = {n.removeprefix(prefix): part.offset for n, part in layout.parts.items() if n.startswith(prefix)}
+        groups, outliers = kind.groups(layout.heads, layout.dim), kind.outlier_count(layout.heads * layout.dim)
+        return SidePlan(kind.bits, kind.axis, groups, outliers, **places)
+
+    scheme = layout.scheme
+    return PagePlan(layout.heads, layout.dim, layout.words, side("key", scheme.keys), side("value", scheme.values))
