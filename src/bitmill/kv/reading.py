@@ -25,7 +25,7 @@ class Reader:
         if os.environ.get("BITMILL_KERNEL") == "reference":
             self.why_not = "BITMILL_KERNEL is reference; packed tokens are decoded."
         levels = tokens.pages.keys.levels
-        self._key_levels = levels.repeat(1, 16 // levels.shape[1]) if levels.dim() == 2 else levels
+        self._key_levels = levels.repeat(1, 16 // levels.shape[1]).flatten() if levels.dim() == 2 else levels
         rope = tokens.rope if tokens.scheme.pre_rope else None
         self._frequencies = None if rope is None else rope.frequencies.to(tokens.device).contiguous()
         self._factor = 1.0 if rope is None else rope.factor

@@ -91,10 +91,11 @@ class Past:
 
     slabs: int32 (rows, pages, words), the same number of pages each; the last may be filled in part.
     first_slot: slot of the first page's first token.  packed: tokens in pages, a multiple of 32.
-    loose_keys, loose_values: fp16 (rows, heads, room, dim): `sinks` first tokens of each row, whose packed copies are
-        not read, then `tail` tokens that follow the packed ones; keys after RoPE.
+    loose_keys, loose_values: fp16 (rows, heads, room, dim): `sinks` first tokens of each row, whose packed copies
+        are not read, then `tail` tokens that follow the packed ones; keys after RoPE.
     start: (rows,) int32, slot of the first token that is no padding.  first: the first slot in sight.
-    key_levels, value_levels: fp32 (2**bits,), what codes stand for; keys' (channels, 16), repeated, of axis "channel".
+    key_levels, value_levels: fp32 (2**bits,), what codes stand for; keys' (channels * 16,), repeated, of axis
+        "channel".
     key_scale, key_zero: fp32 (heads * dim,), of a static axis.
     inv_freq: fp64 (dim / 2,), radians a position, where packed keys are stored before RoPE.
     rope_scaling: what RoPE multiplies keys by then.
