@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-from jinja2 import Environment, Undefined
+from jinja2 import Environment, Template, Undefined
 
 from bitmill.report.figures import figures_of
 from bitmill.report.parts import ends_said, sizes_said, split_layers
@@ -101,8 +102,7 @@ def model_card(report: dict[str, Any]) -> str:
 
     layers = [layer for layer in split_layers(report)[0] if layer.get("output_error") is not None]
     worst = sorted(layers, key=lambda layer: -layer["output_error"])[:5]
-    template = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(_CARD)
-    return template.render(
+    return _template().render(
         **{**report, "ends": ends_said(report), "sizes": sizes_said(report)},
         worst=worst,
         figures=figures_of(report["measured"]),
@@ -111,6 +111,11 @@ def model_card(report: dict[str, Any]) -> str:
         spelled=spelled,
         recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False),
     )
+
+
+@cache
+def _template() -> Template:
+    return Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(_CARD)
 
 
 def _number(value: Any) -> str:
