@@ -225,6 +225,12 @@ def _notes(run: dict[str, Any]) -> list[str]:
                 f"flash attention {_switch(uses)}; prefill by {batch['ubatch']} tokens, flash attention "
                 f"{_switch(batch)}."
             )
+        if engine["peer"] == "vllm":
+            notes.append(
+                f"{engine['name']}: version {engine['settings']['version']}, added by `--peers llama.cpp,torch,vllm`; "
+                "it takes whole requests, so that a token of decode is a thirty-second of what 33 take longer than 1, "
+                "and shows no logits; its memory counts the 1 GB it was given for keys and values."
+            )
         if engine["peer"] == "bitmill":
             notes.append(
                 f"{engine['name']}: `{engine['made']}`; decode path: {engine['settings']['decode']}.".replace(
