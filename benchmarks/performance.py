@@ -227,9 +227,10 @@ def _notes(run: dict[str, Any]) -> list[str]:
             )
         if engine["peer"] == "vllm":
             notes.append(
-                f"{engine['name']}: version {engine['settings']['version']}, added by `--peers llama.cpp,torch,vllm`; "
-                "it takes whole requests, so that a token of decode is a thirty-second of what 33 take longer than 1, "
-                "and shows no logits; its memory counts the 1 GB it was given for keys and values."
+                f"{engine['name']}: version {engine['settings']['version']}, added by "
+                "`--peers llama.cpp,torch,vllm`; it takes whole requests: decode is what those of 33 tokens "
+                "take longer than those of 1; no logits are seen; memory counts the 1 GB given for keys "
+                "and values."
             )
         if engine["peer"] == "bitmill":
             notes.append(
