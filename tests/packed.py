@@ -98,7 +98,10 @@ class SlowLayer(DynamicLayer):
         )
         self.rows = states if self.rows is None else torch.cat([self.rows, states], -2)
         self.length += keys.shape[-2]
-        while self.length - self.packed >= self.scheme.residual + PAGE:
+        self.pack_pages(self.length - 1)
+
+    def pack_pages(self, length):
+        while length - self.packed >= self.scheme.residual + PAGE:
             self.pack_a_page()
 
     def turned(self, x, side, back):
@@ -135,6 +138,7 @@ class SlowLayer(DynamicLayer):
 
     def update(self, keys, values, *args, **kwargs):
         first = self.get_mask_sizes(0)[1]
+        self.pack_pages(self.length)
         past = self.floats(first) if self.length else (keys[..., :0, :], values[..., :0, :])
         self.append(keys, values)
         if self.direct and keys.shape[-2] == 1 and self.length > 1:

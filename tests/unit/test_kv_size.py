@@ -102,6 +102,6 @@ def test_batch_and_layers_multiply() -> None:
 
 def test_lengths() -> None:
     scheme = kv_method("kvquant", 4).scheme()
-    assert [slabs(scheme, n) for n in (0, 31, 32, 256, 287, 288)] == [0, 0, 1, 1, 1, 2]
+    assert [slabs(scheme, n) for n in (0, 32, 33, 257, 288, 289)] == [0, 0, 1, 1, 1, 2]
     with pytest.raises(RecipeError, match="share a scale"):
         cache_size(kv_method("kivi", 4).scheme(), 2, 40, 1, 100)

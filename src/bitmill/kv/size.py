@@ -82,8 +82,8 @@ def slabs(scheme: Scheme, tokens: int, window: int | None = None) -> int:
 
 
 def _pages(scheme: Scheme, tokens: int) -> int:
-    """Pages that are full, and not waiting in the tail."""
-    return max(0, tokens - scheme.residual) // PAGE
+    """Pages that are full, and not waiting in the tail: the last token's page waits for the next one."""
+    return max(0, tokens - scheme.residual - 1) // PAGE
 
 
 def _table(side: Side, channels: int) -> int:
