@@ -18,13 +18,16 @@ ROOT = Path(__file__).parent.parent
 BORROWED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _CARD_LINE = re.compile(r"^([A-Z][a-z]+) {2,}(.*)$")
 _MATRIX = (2048, 2048)
+_CACHE = (8, 128)
 
 
 def pages() -> dict[str, str]:
     """Site path -> Markdown of every page that is not a file under docs/."""
+    from bitmill.kv import KV_METHODS
     from bitmill.recipe import METHODS
 
     made = {f"methods/{name}.md": method_page(name, kind) for name, kind in METHODS.items()}
+    made |= {f"kv/{name}.md": kv_page(name, kind) for name, kind in KV_METHODS.items()}
     made["methods/index.md"] = methods_index(METHODS.items())
     made["parts.md"] = parts_page()
     for path, file in BORROWED.items():
@@ -38,10 +41,6 @@ def method_page(name: str, kind: type) -> str:
     first, _, rest = (inspect.getdoc(kind) or "").partition("\n")
     recipe = kind().recipe()
     bits = recipe.stored.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
-    rows = [("option", "default", "type", "meaning"), ("---", "---", "---", "---")]
-    for field in dataclasses.fields(kind):
-        help_text = str(field.metadata.get("help", "")).replace("|", "\\|")
-        rows.append((f"`{field.name}`", f"`{_plain(field.default)}`", str(field.type), help_text))
     origin = f"Source: `src/{kind.__module__.replace('.', '/')}.py`"
     test = f"tests/methods/test_{name}.py"
     if (ROOT / test).exists():
@@ -63,7 +62,7 @@ def method_page(name: str, kind: type) -> str:
         "",
         "Each is set with `--set NAME=VALUE`, or by its name in Python; `bits` and `group_size` have flags too.",
         "",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *_options(kind),
         "",
         "## What it is made of",
         "",
@@ -78,6 +77,56 @@ def method_page(name: str, kind: type) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def kv_page(name: str, kind: type) -> str:
+    """Card, options and cost of one method of keys and values."""
+    from bitmill.kv.page import PageLayout
+
+    first, _, rest = (inspect.getdoc(kind) or "").partition("\n")
+    scheme = kind().scheme()
+    heads, dim = _CACHE
+    bits = PageLayout(scheme, heads, dim).words / (2 * heads * dim)
+    make = [f"bitmill quantize smollm2-135m --method none --kv {name} -o smollm2-{name}"] * scheme.is_calibrated
+    lines = [
+        f"# {name}",
+        "",
+        first,
+        "",
+        *_card(rest),
+        "",
+        "## Use",
+        "",
+        "```sh",
+        *make,
+        f"bitmill eval {f'smollm2-{name}' if make else 'smollm2-135m'} --kv {name} --seqlen 2048",
+        "```",
+        "",
+        "See [Keys and values](../kv.md).",
+        "",
+        "## Options",
+        "",
+        "Each is set with `--kv-set NAME=VALUE`, or by its name in Python; `bits` has the flag `--kv-bits` too.",
+        "",
+        *_options(kind),
+        "",
+        f"The defaults take {bits:.3f} bits per number in pages of {heads} heads of {dim} numbers, everything "
+        "included but what is calibrated once a layer.",
+        "",
+        f"Source: `src/{kind.__module__.replace('.', '/')}.py`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _options(kind: type) -> list[str]:
+    """The options of a method as the lines of a table."""
+    rows = [("option", "default", "type", "meaning"), ("---", "---", "---", "---")]
+    for field in dataclasses.fields(kind):
+        help_text = str(field.metadata.get("help", "")).replace("|", "\\|")
+        kind_text = str(field.type).replace("|", "\\|")
+        rows.append((f"`{field.name}`", f"`{_plain(field.default)}`", kind_text, help_text))
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def methods_index(members: Any) -> str:
@@ -147,7 +196,9 @@ def on_config(config: Any) -> Any:
     """List the pages of the sections that are folders."""
     methods = sorted(path for path in pages() if path.startswith("methods/") and not path.endswith("index.md"))
     notes = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    packed = sorted(path for path in pages() if path.startswith("kv/"))
     sections = {
+        "kv/": ["kv.md", *packed],
         "methods/": ["methods/index.md", *methods],
         "decisions/": [f"decisions/{note.name}" for note in notes],
     }

@@ -102,7 +102,7 @@ def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) 
             "of that name; give --method, or options with the parts, as in NAME:key=value."
         )
     given = {"bits": DEFAULT_BITS} if "bits" in known else {}
-    given |= {key: _value(str(value)) for key, value in (options or {}).items()}
+    given |= {key: value_of(str(value)) for key, value in (options or {}).items()}
     weight = FORMATS.from_dict({**given, **part})
     solved = SOLVERS.from_dict(part_of(SOLVERS, solver))
     return Recipe(f"{weight.name}+{solved.name}", weight, solved)
@@ -138,11 +138,11 @@ def part_of(registry: Registry[Any], spelled: str) -> dict[str, Any]:
             raise RecipeError(
                 f"The option {key!r} of the {registry.noun} {name.strip()!r} has no value; write {key}=VALUE."
             )
-        part[key] = _value(value)
+        part[key] = value_of(value)
     return part
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A value as in YAML, and numbers such as 1e-3, which YAML 1.1 wants as 1.0e-3."""
     if _EXPONENT.fullmatch(text.strip()):
         return float(text)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from bitmill.errors import RecipeError
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "null"}
 
 
 def option(default: Any, help: str) -> Any:
@@ -25,10 +25,10 @@ def option(default: Any, help: str) -> Any:
 def check_types(instance: Any, owner: str) -> None:
     """Raises RecipeError, naming the field and the value, when one does not have its annotated type."""
     hints = _hints(instance.__class__)
-    for field in fields(instance):
-        value, hint = getattr(instance, field.name), hints[field.name]
+    for part in fields(instance):
+        value, hint = getattr(instance, part.name), hints[part.name]
         if not _fits(value, hint):
-            raise RecipeError(f"{field.name} of {owner} is {value!r}; use {_spell(hint)}.")
+            raise RecipeError(f"{part.name} of {owner} is {value!r}; use {_spell(hint)}.")
 
 
 @cache

@@ -65,7 +65,7 @@ def settled_recipe(
 def token_windows(
     source: Source,
     calibration: Calibration | Tensor | None,
-    recipe: Recipe,
+    recipe: Recipe | None,
     measure: int,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -75,7 +75,7 @@ def token_windows(
     Of windows that the caller gives nothing is held out; beside text of the model's own, pydoc is.
     Raises CalibrationError for text or windows of no use.
     """
-    calibrates = bool(recipe.needs)
+    calibrates = recipe is not None and bool(recipe.needs)
     described: dict[str, Any] = {"calibration": None, "held_out": None}
     calib: Tensor | None = None
     held_out: text.Windows | None = None
@@ -109,6 +109,16 @@ def token_windows(
             "windows": windows_of(held_out, calibration.seqlen),
         }
     return calib, held_out, described
+
+
+def calibration_windows(
+    source: Source, calibration: Calibration, device: str, progress: Progress | None
+) -> Tensor:
+    """Windows (samples, seqlen) of a text, or of what the float model writes. Raises CalibrationError."""
+    if calibration.source == SELF:
+        return _own_windows(source, calibration, device, progress)
+    reading = reading_of(calibration.source, source.tokenizer(), is_encoder(source.config))
+    return reading.calibration(calibration.samples, calibration.seqlen, calibration.seed)
 
 
 def _own_windows(source: Source, calibration: Calibration, device: str, progress: Progress | None) -> Tensor:
@@ -152,14 +162,18 @@ def _checked(windows: Tensor, config: Any) -> Tensor:
 
 def job_identity(
     source: Source,
-    recipe: Recipe,
+    recipe: Recipe | None,
     calib: Tensor | None,
     held_out: text.Windows | None,
     described: dict[str, Any],
     device: str,
     propagate: str = "quantized",
+    kv: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of the result."""
+    """Everything that decides the bytes of the result.
+
+    recipe: None where weights stay as they are.  kv: method and calibration text of keys and values.
+    """
     import numpy
     import safetensors
     import transformers
@@ -167,7 +181,8 @@ def job_identity(
     return {
         "source": source.name,  # named in the report and the card
         "model": source.fingerprint(),
-        "recipe": recipe.to_dict(),
+        "recipe": recipe.to_dict() if recipe is not None else None,
+        **({"kv": kv} if kv else {}),
         "calibration": described["calibration"],
         "propagate": propagate if calib is not None else None,
         "held_out": None if held_out is None else text.windows_hash(held_out),
@@ -216,8 +231,8 @@ def check_device(device: str) -> None:
         raise UsageError(f"The device {device!r} is not available here ({reason}); use --device cpu.") from None
 
 
-def check_length(config: Any, seqlen: int) -> None:
+def check_length(config: Any, seqlen: int, flag: str = "--seqlen") -> None:
     """Raises CalibrationError for windows longer than the model can read."""
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and seqlen > limit:
-        raise CalibrationError(f"seqlen is {seqlen}, but the model reads at most {limit} tokens; lower --seqlen.")
+        raise CalibrationError(f"seqlen is {seqlen}, but the model reads at most {limit} tokens; lower {flag}.")

@@ -24,7 +24,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitmill.errors import RecipeError
-from bitmill.fields import check_types, option
+from bitmill.fields import check_types
+from bitmill.fields import option as option  # methods take it from here
 from bitmill.formats import FORMATS, Format, GroupFormat
 from bitmill.registry import Registry
 from bitmill.solvers import SOLVERS, Solver

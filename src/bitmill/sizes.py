@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitmill.checkpoint import open_checkpoint
+from bitmill.checkpoint import Checkpoint, open_checkpoint
 from bitmill.checkpoint.files import folder_bytes
-from bitmill.checkpoint.reader import is_checkpoint
+from bitmill.checkpoint.reader import is_ours
 from bitmill.errors import UsageError
 from bitmill.formats import Format
 from bitmill.formats.base import bits_together
@@ -26,15 +26,18 @@ from bitmill.runtime.linear import QuantLinear
 _Layer = tuple[Format, tuple[int, int], Hashable]  # and by what those that share parts know each other
 
 
-def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
-    """What would be stored: layers, bits, bytes.
+def storage_plan(skeleton: Skeleton, recipe: Recipe | None, kv_bytes: int = 0) -> dict[str, Any]:
+    """What would be stored: layers, bits, bytes; without a recipe the weights as they are.
 
+    kv_bytes: of what keys and values are calibrated to, which count too.
     `bits_per_weight` counts the linears of the blocks; embedding and head have `head_bits_per_weight` (None in
     float) and `head_bytes` (0 in float).
 
     Raises UsageError when nothing would be quantized and for ignored names that make no sense, SourceError when
     embedding and head are to be quantized and cannot be.
     """
+    if recipe is None:
+        return _float_plan(skeleton, kv_bytes)
     _check_ignored(skeleton, recipe)
     adapter = skeleton.adapter
     packed: set[str] = set()
@@ -71,11 +74,41 @@ def storage_plan(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
         "format": recipe.stored.to_dict(),
         "layers": len(layers),
         "quantized_weights": weights,
-        "bits_per_weight": bits / weights,
-        "size_bytes": (bits + head_bits) // 8 + rest,
+        "bits_per_weight": (bits + 8 * kv_bytes) / weights,
+        "size_bytes": (bits + head_bits) // 8 + rest + kv_bytes,
         "head_bits_per_weight": head_bits / head_weights if head_weights else None,
         "head_bytes": head_bits // 8,
         "unquantized_bytes": rest,
+    }
+
+
+def _float_plan(skeleton: Skeleton, kv_bytes: int) -> dict[str, Any]:
+    shapes = {name: torch.Size(skeleton.shape(name)).numel() for name in skeleton.names()}
+    size = sum(count * skeleton.dtype(name).itemsize for name, count in shapes.items())
+    return {
+        "method": "none",
+        "format": None,
+        "layers": 0,
+        "quantized_weights": 0,
+        "bits_per_weight": 8 * (size + kv_bytes) / max(sum(shapes.values()), 1),
+        "size_bytes": size + kv_bytes,
+        "head_bits_per_weight": None,
+        "head_bytes": 0,
+        "unquantized_bytes": size,
+    }
+
+
+def report_plan(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The same of a folder that is there, but for what quantizing alone knows."""
+    recipe, report = checkpoint.report.get("recipe"), checkpoint.report
+    inside = [name for name in checkpoint.formats if name not in checkpoint.outside]
+    return {
+        "method": recipe["name"] if recipe else "none",
+        "format": checkpoint.formats[inside[0]].to_dict() if inside else None,
+        "layers": len(inside),
+        "quantized_weights": sum(math.prod(checkpoint.shape(name)) for name in inside),
+        **{key: report.get(key) for key in ("bits_per_weight", "head_bits_per_weight", "head_bytes")},
+        "unquantized_bytes": report.get("unquantized_bytes"),
     }
 
 
@@ -102,7 +135,7 @@ def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple
             bits, weights = _stored((m.format, m.shape, id(m.shared or m)) for m in packed)
             return bits / weights, size
         return 8 * size / max(sum(t.numel() for t in tensors), 1), size
-    if is_checkpoint(Path(model)):
+    if is_ours(Path(model)):
         return open_checkpoint(model).bits_per_weight, folder_bytes(Path(model))
     source = open_source(model, trust_remote_code=trust_remote_code)
     sizes = [(torch.Size(source.shape(n)).numel(), source.dtype(n).itemsize) for n in source.names()]

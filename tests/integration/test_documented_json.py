@@ -14,6 +14,9 @@ from bitmill.cli.main import main
 CLI = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 
 
+CACHED = {"kv_method", "kv_options", "kv_bits_per_element", "kv_bytes"}  # with --kv
+
+
 def documented(command: str) -> set[str]:
     section = CLI[CLI.index(f"\n## bitmill {command}\n") + 1 :].partition("\n## ")[0]
     return set(re.findall(r"`(\w+)`", section.partition("JSON keys:")[2]))
@@ -42,8 +45,9 @@ def test_quantize(world, keys):
 def test_eval(world, keys):
     command = ["eval", world.done, "--text", world.text, "--seqlen", 32, "--windows", 1]
     compared = {"kl_divergence", "top1_agreement", "reference_perplexity"}
-    assert keys(*command) == documented("eval") - compared
-    assert keys(*command, "--reference", world.source) == documented("eval")
+    assert keys(*command) == documented("eval") - compared - CACHED - {"kv_calibration"}
+    packed = keys(*command, "--reference", world.source, "--kv", "per_token")
+    assert packed == documented("eval")
 
 
 def test_compare(world, keys, monkeypatch):
@@ -69,10 +73,9 @@ def test_plan(world, keys):
 
 
 def test_generate(world, keys):
-    assert keys("generate", world.done, "--prompt", "w1", "--max-new-tokens", 1) == documented("generate") - {
-        "eos",
-        "length",
-    }
+    command = ["generate", world.done, "--prompt", "w1", "--max-new-tokens", 1]
+    assert keys(*command, "--kv", "per_token") == documented("generate") - {"eos", "length"}
+    assert keys(*command) == documented("generate") - {"eos", "length"} - CACHED
 
 
 def test_inspect_and_verify(world, keys):

@@ -17,6 +17,7 @@ import typer.main
 import bitmill
 from bitmill.cli.main import app
 from bitmill.formats import FORMATS
+from bitmill.kv import KV_METHODS
 from bitmill.recipe import METHODS, Recipe
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
@@ -38,7 +39,7 @@ def _generate():
 
 GENERATED = _generate().pages()
 TEXTS = {str(f.relative_to(ROOT)): f.read_text(encoding="utf-8") for f in DOCS}
-TEXTS |= {f"docs/{path}": text for path, text in GENERATED.items() if path.startswith("methods/")}
+TEXTS |= {f"docs/{path}": text for path, text in GENERATED.items() if path.startswith(("methods/", "kv/"))}
 every_page = pytest.mark.parametrize("page", sorted(TEXTS))
 
 
@@ -81,7 +82,7 @@ def test_python_compiles_and_names_exist(page: str, block: str) -> None:
 def _check_quantize(page: str, call: ast.Call) -> None:
     """Keywords are parameters or options of the named method."""
     known = set(inspect.signature(bitmill.quantize).parameters)
-    if len(call.args) > 1 and isinstance(call.args[1], ast.Constant):
+    if len(call.args) > 1 and isinstance(call.args[1], ast.Constant) and call.args[1].value != "none":
         known |= set(METHODS.get(call.args[1].value).__dataclass_fields__)
     assert {k.arg for k in call.keywords} <= known, page
 
@@ -96,7 +97,9 @@ def test_commands_exist(page: str, line: str) -> None:
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("-")} <= known
     if "--method" in words:
-        assert words[words.index("--method") + 1] in METHODS.names()
+        assert words[words.index("--method") + 1] in [*METHODS.names(), "none"]
+    if "--kv" in words:
+        assert words[words.index("--kv") + 1] in [*KV_METHODS.names(), "none"]
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -118,6 +121,8 @@ def test_every_member_is_documented() -> None:
     for name in METHODS.names():
         page = GENERATED[f"methods/{name}.md"]
         assert all(f"`{option}`" in page for option in METHODS.get(name).__dataclass_fields__)
+    for name in KV_METHODS.names():
+        assert all(f"`{option}`" in GENERATED[f"kv/{name}.md"] for option in KV_METHODS.options(name))
 
 
 def test_recipes_in_the_docs_can_be_built() -> None:

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,14 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file the same way; equal tensors give equal bytes."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file the same way; equal tensors give equal bytes.
+
+    metadata: of one key, as several would come in any order.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, {"format": "pt"})
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata or {"format": "pt"})
         os.chmod(temporary, 0o666 & ~_umask())  # the library makes files that only their owner can read
         _name(temporary, path)
 
@@ -111,6 +114,12 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digests(folder: Path, but: Collection[str] = ()) -> dict[str, str]:
+    """Name -> sha256 of every file below `folder`, in the order of their paths."""
+    files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {name: sha256(file) for name, file in files.items() if name not in but}
 
 
 def folder_bytes(folder: Path) -> int:

@@ -15,9 +15,10 @@ from torch import Tensor
 from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.formats import Format
 from bitmill.formats.base import bits_together
+from bitmill.kv.calibrated import FILE as KV_FILE
 from bitmill.models.safetensors_header import TensorEntry, read_header
 from bitmill.quantized import Quantized, unpack
-from bitmill.runtime.hf import layer_formats, layer_places, quantized_ends
+from bitmill.runtime.hf import FORMAT_VERSION, QUANT_METHOD, layer_formats, layer_places, quantized_ends
 from bitmill.runtime.swap import outside
 
 
@@ -34,6 +35,7 @@ class Checkpoint:
     shapes: dict[str, tuple[int, int]]  # of the quantized layers, (out, in)
     places: dict[str, str]  # of what quantized layers share, for those that do
     outside: tuple[str, ...] = ()  # embedding and head, where they are quantized
+    kv_bytes: int = 0  # of what keys and values were calibrated to
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor. Raises CheckpointError when it is missing."""
@@ -99,8 +101,17 @@ class Checkpoint:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk of the quantized layers of all blocks, all metadata included, over their weights."""
-        return self._bits([name for name in self.formats if name not in self.outside])
+        """Bits on disk of the quantized layers of all blocks, all metadata included, over their weights.
+
+        What keys and values were calibrated to counts too. Of a float model: bits of all tensors.
+        """
+        inside = [name for name in self.formats if name not in self.outside]
+        weights = sum(math.prod(self.shape(name)) for name in inside)
+        if not inside:
+            sizes = [(entry.end - entry.begin, math.prod(entry.shape)) for entry in self.entries.values()]
+            total, weights = (sum(column) for column in zip(*sizes))
+            return 8 * (total + self.kv_bytes) / max(weights, 1)
+        return self._bits(inside) + 8 * self.kv_bytes / max(weights, 1)
 
     @property
     def head_bits_per_weight(self) -> float | None:
@@ -121,6 +132,16 @@ def is_checkpoint(folder: Path) -> bool:
         return False
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether bitmill wrote `folder`, quantized or with float weights beside a calibration."""
+    if is_checkpoint(folder):
+        return True
+    try:
+        return bool(json.loads((folder / "report.json").read_text(encoding="utf-8"))["kv"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open `folder` and check its documents and headers against each other.
 
@@ -132,6 +153,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise CheckpointError(f"There is no folder {folder}; give one that bitmill quantize wrote.")
     config, report = _document(folder, "config.json"), _document(folder, "report.json")
     described = config.get("quantization_config")
+    if described is None and report.get("kv"):  # weights were left as they are
+        described = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "groups": []}
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
     formats, shapes, places = _formats(described), _layer_shapes(folder, report), layer_places(described)
@@ -156,9 +179,19 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             raise CheckpointError(f"The shard {path} holds no tensor {name!r}, which the index promises.")
         files[name] = path
     entries = {name: headers[path.name][name] for name, path in files.items()}
-    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes, places, ends)
+    kv = _kv_bytes(folder)
+    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes, places, ends, kv)
     checkpoint.check()
     return checkpoint
+
+
+def _kv_bytes(folder: Path) -> int:
+    if not (folder / KV_FILE).is_file():
+        return 0
+    try:
+        return sum(entry.end - entry.begin for entry in read_header(folder / KV_FILE).values())
+    except SourceError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _formats(described: dict[str, Any]) -> dict[str, Format]:

@@ -1,13 +1,14 @@
-"""Add a measurement to a finished folder: to its report, and to the model card and the page made from it."""
+"""Add a measurement or a calibration to a finished folder, to its report, and to the card and the page of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from bitmill.checkpoint.files import write_json, write_text
+from bitmill.checkpoint.files import sha256, write_json, write_tensors, write_text
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import CheckpointError
+from bitmill.kv.calibrated import FILE, Calibration
 from bitmill.report.figures import EMBEDDING, LANGUAGE
 from bitmill.report.html import folder_documents
 
@@ -21,8 +22,11 @@ _KEPT = (
     "pooling",
     *(figure.key for figure in LANGUAGE + EMBEDDING),
     "reference",
+    "kv_method",
+    "kv_options",
+    "kv_bits_per_element",
 )
-_SAME = ("by", "text", "split", "seqlen", "windows", "reference")
+_SAME = ("by", "text", "split", "seqlen", "windows", "reference", "kv_method", "kv_options")
 
 
 def record_measurement(folder: Path, result: dict[str, Any]) -> None:
@@ -33,7 +37,31 @@ def record_measurement(folder: Path, result: dict[str, Any]) -> None:
     report = open_checkpoint(folder).report
     entry = {"by": "eval", **{key: result[key] for key in _KEPT if result.get(key) is not None}}
     kept = [m for m in report["measured"] if any(m.get(key) != entry.get(key) for key in _SAME)]
-    report = {**report, "measured": [*kept, entry]}
+    _rewrite(folder, {**report, "measured": [*kept, entry]})
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    """Write kv.safetensors, whole or not at all; equal calibrations give equal bytes."""
+    write_tensors(folder / FILE, calibration.tensors(), calibration.metadata())
+
+
+def record_calibration(folder: Path, calibration: Calibration, kv: dict[str, Any]) -> None:
+    """Add a calibration of keys and values to a finished folder, in place of an earlier one.
+
+    What was measured through a packed cache is left out from then on.
+
+    kv: what the report is to say of it. Raises as `record_measurement` does.
+    """
+    open_checkpoint(folder)
+    write_calibration(folder, calibration)
+    checkpoint = open_checkpoint(folder)
+    report = {**checkpoint.report, "bits_per_weight": checkpoint.bits_per_weight, "kv": kv}
+    report["files"] = {**report.get("files", {}), FILE: sha256(folder / FILE)}
+    report["measured"] = [m for m in report["measured"] if m.get("kv_method") is None]
+    _rewrite(folder, report)
+
+
+def _rewrite(folder: Path, report: dict[str, Any]) -> None:
     try:
         documents = folder_documents(report)
     except Exception as error:  # the templates meet whatever the report lacks

@@ -11,6 +11,7 @@ import torch
 from bitmill.checkpoint.files import sha256
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.errors import CheckpointError
+from bitmill.kv.calibrated import FILE, read_calibration
 from bitmill.progress import Progress
 from bitmill.report.figures import own_figure
 
@@ -33,6 +34,7 @@ def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str
             raise CheckpointError(f"{path} is missing, but report.json records it; copy the folder again.")
         if sha256(path) != digest:
             raise CheckpointError(f"{path} was altered since it was written (its sha256 differs); copy it again.")
+    _check_calibration(checkpoint)
     progress.start("verify", len(checkpoint.formats))
     for name in checkpoint.formats:
         decoded = checkpoint.quantized(name).dequantize()
@@ -41,6 +43,19 @@ def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str
         progress.advance()
     progress.finish()
     return {"files": len(files), "layers": len(checkpoint.formats), "tensors": len(checkpoint.entries)}
+
+
+def _check_calibration(checkpoint: Checkpoint) -> None:
+    """What keys and values were calibrated to: readable, finite, and of the method that the report names."""
+    calibration, kv = read_calibration(checkpoint.folder), checkpoint.report.get("kv") or {}
+    if kv.get("method") != (calibration.method.to_dict() if calibration else None):
+        raise CheckpointError(
+            f"{checkpoint.folder}/report.json and {FILE} do not say the same of keys and values; copy both again."
+        )
+    for name, tensor in (calibration.tensors() if calibration else {}).items():
+        if not bool(torch.isfinite(tensor).all()):
+            path = checkpoint.folder / FILE
+            raise CheckpointError(f"The tensor {name!r} of {path} holds NaN or Inf; quantize again.")
 
 
 def verify_quality(

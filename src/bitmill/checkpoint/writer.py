@@ -19,7 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitmill.checkpoint.config import quantization_config
-from bitmill.checkpoint.files import make_folder, publish, sha256, write_json, write_tensors, write_text, writing
+from bitmill.checkpoint.files import (
+    file_digests,
+    make_folder,
+    publish,
+    write_json,
+    write_tensors,
+    write_text,
+    writing,
+)
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
@@ -27,6 +35,7 @@ from bitmill.models.ends import ends_of
 from bitmill.models.safetensors_header import read_header
 from bitmill.models.skeleton import Skeleton
 from bitmill.pipeline.job import OUTSIDE, BlockResult, LayerResult, Shared
+from bitmill.progress import Progress
 from bitmill.quantized import unpack
 from bitmill.recipe import Recipe
 
@@ -34,16 +43,19 @@ from bitmill.recipe import Recipe
 class FolderSink:
     """A sink that keeps blocks as shards of a folder.
 
+    recipe: None where weights stay as they are.
     identity: plain data that decides the output bytes, see `journal`.
     Raises OutputError when `out` exists or cannot be written; CheckpointError when a resume does not match.
     """
 
-    def __init__(self, out: Path, recipe: Recipe, identity: dict[str, Any], blocks: int, resume: bool) -> None:
+    def __init__(
+        self, out: Path, recipe: Recipe | None, identity: dict[str, Any], blocks: int, resume: bool
+    ) -> None:
         self.out, self.recipe = out, recipe
         self.work = work_of(out)
         self.folder = self.work / "model"
         # the first holds what lies outside the blocks, the last what they share
-        self.shards = blocks + 1 + bool(recipe.stored.shared)
+        self.shards = blocks + 1 + bool(recipe and recipe.stored.shared)
         self.index: dict[str, str] = {}
         self.layers: list[dict[str, Any]] = []
         self.formats: dict[str, Format] = {}
@@ -100,10 +112,12 @@ class FolderSink:
         with safe_open(self.folder / entry["file"], "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         result = BlockResult(index)
-        format = self.recipe.stored if index != OUTSIDE else self.recipe.head
-        assert format is not None
+        recipe = self.recipe
         try:
             for name, known in entry["layers"].items():
+                assert recipe is not None
+                format = recipe.stored if index != OUTSIDE else recipe.head
+                assert format is not None
                 prefix = name + "."
                 parts = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
                 bias = parts.pop("bias", None)
@@ -151,14 +165,21 @@ class FolderSink:
             if layer.shared:
                 self._places[name] = layer.shared
 
+    def keep(self, skeleton: Skeleton, progress: Progress) -> None:
+        """Write all blocks as the source holds them."""
+        progress.start("copying weights", len(skeleton.blocks))
+        for index in range(len(skeleton.blocks)):
+            if self.finished(index) is None:
+                self.write(BlockResult(index), skeleton)
+            progress.advance()
+        progress.finish()
+
     # -- the rest -----------------------------------------------------------------------------------------
 
-    def finish(self, skeleton: Skeleton, report: dict[str, Any], documents: dict[str, str]) -> None:
-        """Write everything that is not a block, then give the folder its name.
-
-        documents: file name -> text of what only says what the report says; their digests are not recorded.
-        """
-        if self.recipe.head is None:  # otherwise it was written first
+    def complete(self, skeleton: Skeleton) -> Path:
+        """Write everything that is not a block; returns the folder, which can be loaded now."""
+        recipe = self.recipe
+        if recipe is None or recipe.head is None:  # otherwise it was written first
             file = self._shard(0)
             tensors = {name: skeleton.stored(name) for name in skeleton.other_tensors()}
             write_tensors(file, tensors)
@@ -166,7 +187,8 @@ class FolderSink:
             del tensors
         with writing(self.folder):
             skeleton.source.write_side_files(self.folder)
-        entries = [e for f in self.folder.glob("*.safetensors") for e in read_header(f).values()]
+        shards = [self.folder / name for name in sorted(set(self.index.values()))]
+        entries = [e for f in shards for e in read_header(f).values()]
         total = sum(entry.end - entry.begin for entry in entries)
         write_json(
             self.folder / "model.safetensors.index.json",
@@ -177,18 +199,22 @@ class FolderSink:
         config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix(
             "torch."
         )
-        ends = ends_of(skeleton).to_dict() if self.recipe.head else None
-        config["quantization_config"] = quantization_config(
-            self.formats, self.recipe.to_dict(), self._places, ends
-        )
+        if recipe is not None:
+            ends = ends_of(skeleton).to_dict() if recipe.head else None
+            config["quantization_config"] = quantization_config(self.formats, recipe.to_dict(), self._places, ends)
+            write_text(self.folder / "recipe.yaml", recipe.to_yaml())
         write_json(self.folder / "config.json", config)
-        write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
-        unlisted = {*documents, "report.json"}
-        files = {f.relative_to(self.folder).as_posix(): f for f in sorted(self.folder.rglob("*")) if f.is_file()}
-        digests = {name: sha256(file) for name, file in files.items() if name not in unlisted}
+        return self.folder
+
+    def finish(self, report: dict[str, Any], documents: dict[str, str]) -> None:
+        """Write report and documents, then give the folder its name.
+
+        documents: file name -> text of what only says what the report says; their digests are not recorded.
+        """
+        files = file_digests(self.folder, {*documents, "report.json"})
         for name, text in documents.items():
             write_text(self.folder / name, text)
-        write_json(self.folder / "report.json", {**report, "files": digests})
+        write_json(self.folder / "report.json", {**report, "files": files})
         publish(self.folder, self.out)
         shutil.rmtree(self.work, ignore_errors=True)  # while the lock still keeps others out
         self.close()

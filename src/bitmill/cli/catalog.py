@@ -20,15 +20,23 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show one method in full.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the methods, or show the card and the options of one."""
+    """List the methods, of weights and of keys and values, or show the card and the options of one."""
     with working(as_json) as output:
+        from bitmill.kv import KV_METHODS
         from bitmill.recipe import METHODS
 
         if name is None:
-            listed = [{"name": n, "description": describe(kind)} for n, kind in METHODS.items()]
-            output.result({"methods": listed}, lambda: [_table(("name", "description"), listed)])
+            listed, cached = (
+                [{"name": n, "description": describe(kind)} for n, kind in registry.items()]
+                for registry in (METHODS, KV_METHODS)
+            )
+            columns = ("name", "description")
+            output.result(
+                {"methods": listed, "kv_methods": cached},
+                lambda: [_table(columns, listed), "", "Of keys and values, for --kv", _table(columns, cached)],
+            )
             return
-        kind = METHODS.get(name)
+        kind = KV_METHODS.get(name) if name in KV_METHODS.names() else METHODS.get(name)
         options = [option_entry(f) for f in dataclasses.fields(kind)]
         card = inspect.getdoc(kind) or ""
         shown = [{**o, "default": str(o["default"])} for o in options]

@@ -7,8 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from bitmill.cli.options import AsJson, Device, TrustRemoteCode
-from bitmill.cli.output import facts, figure_value, megabytes, number, working
+from bitmill.cli.options import (
+    AsJson,
+    Device,
+    Kv,
+    KvBits,
+    KvSamples,
+    KvSeqlen,
+    KvSet,
+    TrustRemoteCode,
+    pairs,
+)
+from bitmill.cli.output import facts, figure_value, kv_rows, megabytes, number, working
 from bitmill.errors import UsageError
 
 SPLITS = ("eval", "calib", "all")
@@ -28,6 +38,11 @@ def evaluate(
         str | None,
         typer.Option(metavar="MODEL", help="Float model to compare with.", show_default=False),
     ] = None,
+    kv: Kv = None,
+    kv_bits: KvBits = None,
+    kv_set: KvSet = None,
+    kv_samples: KvSamples = 16,
+    kv_seqlen: KvSeqlen = None,
     record: Annotated[
         bool, typer.Option("--record", help="Add the measurement to the folder's report and model card.")
     ] = False,
@@ -41,10 +56,10 @@ def evaluate(
     with working(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
-        from bitmill.checkpoint.reader import is_checkpoint
+        from bitmill.checkpoint.reader import is_ours
         from bitmill.checkpoint.record import record_measurement
 
-        if record and not is_checkpoint(Path(model)):
+        if record and not is_ours(Path(model)):
             raise UsageError(f"--record writes into a quantized folder, and {model!r} is none; leave it out.")
         result = api.evaluate(
             model,
@@ -53,6 +68,11 @@ def evaluate(
             seqlen=seqlen,
             windows=windows or None,
             reference=reference,
+            kv=kv,
+            kv_bits=kv_bits,
+            kv_options=pairs(kv_set, "--kv-set"),
+            kv_samples=kv_samples,
+            kv_seqlen=kv_seqlen,
             device=device,
             progress=output.progress,
             trust_remote_code=trust_remote_code,
@@ -73,6 +93,11 @@ def _readable(result: dict[str, Any], recorded: bool) -> Any:
     ]
     known = [figure for figure in figures_of([result]) if result.get(figure.key) is not None]
     rows += [(figure.name, figure_value(figure, result)) for figure in known]
+    if result.get("kv_method"):
+        rows += kv_rows(result)
+        if result["kv_calibration"]:
+            where = result["kv_calibration"]
+            rows.append(("calibrated", "in the folder" if where == "folder" else f"on {where}"))
     rows += [
         ("bits per weight", f"{result['bits_per_weight']:.3f}"),
         ("size", megabytes(result["size_bytes"])),

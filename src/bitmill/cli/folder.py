@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bitmill.cli.options import AsJson, Device, TrustRemoteCode
-from bitmill.cli.output import facts, measured_row, megabytes, working
+from bitmill.cli.output import facts, kv_facts, measured_row, megabytes, working
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that bitmill quantize wrote.", show_default=False)
@@ -34,6 +34,7 @@ def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
             "size_bytes": sum(tensor["size_bytes"] for tensor in tensors),
             "folder_bytes": folder_bytes(folder),
             "recipe": report.get("recipe"),
+            "kv": report.get("kv"),
             "measured": report.get("measured", []),
             "tensors": tensors,
         }
@@ -105,12 +106,15 @@ def _table(tensors: list[dict[str, Any]]) -> Any:
 
 def _totals(data: dict[str, Any]) -> Any:
     recipe = data["recipe"] or {}
+    in_blocks = " in the quantized layers of the blocks" if recipe else ""
     rows = [
         ("source", str(data["source"])),
         ("recipe", str(recipe.get("name", "-"))),
-        ("bits per weight", f"{data['bits_per_weight']:.3f} in the quantized layers of the blocks"),
+        ("bits per weight", f"{data['bits_per_weight']:.3f}{in_blocks}"),
         *(("", f"{bits:.3f} in embedding and head") for bits in [data["head_bits_per_weight"]] if bits),
         ("size", f"{megabytes(data['size_bytes'])} of tensors, {megabytes(data['folder_bytes'])} in all"),
     ]
+    if data["kv"]:
+        rows.append(("keys and values", kv_facts(data["kv"])))
     rows += [(f"measured by {measured.get('by', '-')}", measured_row(measured)) for measured in data["measured"]]
     return facts(rows)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bitmill.cli.options import AsJson, Device, TrustRemoteCode
-from bitmill.cli.output import Output, number, working
+from bitmill.cli.options import AsJson, Device, Kv, KvBits, KvSet, TrustRemoteCode, pairs
+from bitmill.cli.output import Output, kv_rows, number, working
 from bitmill.errors import UsageError
 
 ModelArgument = Annotated[str, typer.Argument(help="Quantized folder, or any float model.", show_default=False)]
@@ -31,6 +31,9 @@ def generate(
         bool, typer.Option("--raw", help="Continue the bare text, even if the model has a chat template.")
     ] = False,
     dense: Dense = False,
+    kv: Kv = None,
+    kv_bits: KvBits = None,
+    kv_set: KvSet = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -38,6 +41,7 @@ def generate(
     """Generate text; answers the prompt as a chat when the tokenizer has a chat template."""
     with working(as_json) as output:
         live, tokenizer = _open(output, model, dense, device, trust_remote_code)
+        caches = _caches(live, model, kv, kv_bits, kv_set)
         from bitmill.evaluation.generate import chat_prompt, encode, generate
         from bitmill.progress import peak_memory_bytes
 
@@ -50,6 +54,7 @@ def generate(
             _say(output, "".join(pending) + piece)
             pending.clear()
 
+        past = caches.new()
         done = generate(
             live,
             tokenizer,
@@ -58,11 +63,14 @@ def generate(
             temperature=temperature,
             seed=seed,
             on_text=None if as_json else show,
+            past=past,
+            chunk=caches.chunk,
         )
         if not as_json:
             show("\n")
             speed = f"{done.new_tokens} tokens, {number(done.tokens_per_s, 3)} tokens/s"
             print(f"{speed}, peak memory {peak_memory_bytes() / 1e9:.2f} GB", file=sys.stderr)
+            _say_cache(caches.measured(past))
             return
         output.result(
             {
@@ -74,6 +82,7 @@ def generate(
                 "tokens_per_s": done.tokens_per_s,
                 "time_s": done.time_s,
                 "peak_memory_bytes": peak_memory_bytes(),
+                **caches.measured(past),
             },
             lambda: [],
         )
@@ -85,12 +94,16 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     dense: Dense = False,
+    kv: Kv = None,
+    kv_bits: KvBits = None,
+    kv_set: KvSet = None,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with a model; /quit, Ctrl-D or Ctrl-C ends."""
     with working(False) as output:
         live, tokenizer = _open(output, model, dense, device, trust_remote_code)
+        caches = _caches(live, model, kv, kv_bits, kv_set)
         from bitmill.evaluation.generate import chat_prompt, generate
 
         if not getattr(tokenizer, "chat_template", None):
@@ -104,6 +117,7 @@ def chat(
                 while isinstance(room, int) and len(ids) + max_new_tokens > room and len(turns) > 2:
                     del turns[:2]  # the oldest question and its answer
                     ids = chat_prompt(tokenizer, turns)
+                past = caches.new()
                 done = generate(
                     live,
                     tokenizer,
@@ -112,8 +126,11 @@ def chat(
                     temperature=temperature,
                     seed=seed + len(turns),
                     on_text=lambda piece: _say(output, piece),
+                    past=past,
+                    chunk=caches.chunk,
                 )
                 _say(output, "\n")
+                _say_cache(caches.measured(past))
                 turns.append({"role": "assistant", "content": done.text})
         except KeyboardInterrupt:
             _say(output, "\n")
@@ -129,6 +146,17 @@ def _open(output: Output, model: str, dense: bool, device: str, trust_remote_cod
     check_generates(live, model)
     output.progress.finish()
     return live, tokenizer
+
+
+def _caches(live: Any, model: str, kv: str | None, bits: int | None, settings: list[str] | None) -> Any:
+    from bitmill.caching import Caches, asked
+
+    return Caches(live, asked(kv, bits, pairs(settings, "--kv-set")), model)
+
+
+def _say_cache(measured: dict[str, Any]) -> None:
+    if measured:
+        print(", ".join(f"{name} {value}" for name, value in kv_rows(measured)), file=sys.stderr)
 
 
 def _lines(output: Output) -> Iterator[str]:

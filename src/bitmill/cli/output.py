@@ -99,6 +99,26 @@ def megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:,.1f} MB"
 
 
+def kv_facts(kv: dict[str, Any]) -> str:
+    """How keys and values are kept, in a line."""
+    from bitmill.report.words import plain_word
+
+    options = dict(kv["method"])
+    name = options.pop("kv method")
+    listed = ", ".join(f"{key} {plain_word(value)}" for key, value in options.items())
+    size = f", {kv['size_bytes']:,} bytes of calibration" if kv["size_bytes"] else ""
+    return f"{name} ({listed}): {kv['bits_per_element']:.3f} bits per number in full pages{size}"
+
+
+def kv_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The packed cache of a result that has kv_method, kv_options, kv_bits_per_element and kv_bytes."""
+    from bitmill.report.words import plain_word
+
+    options = ", ".join(f"{name} {plain_word(value)}" for name, value in result["kv_options"].items())
+    taken = f"{result['kv_bits_per_element']:.3f} bits per number, {megabytes(result['kv_bytes'])}"
+    return [("keys and values", f"{result['kv_method']} ({options})"), ("their cache", taken)]
+
+
 def figure_value(figure: Figure, measured: dict[str, Any]) -> str:
     """One figure of a measurement, with its unit; a dash where it is missing."""
     value = measured.get(figure.key)
@@ -110,8 +130,10 @@ def figure_value(figure: Figure, measured: dict[str, Any]) -> str:
 def measured_row(measured: dict[str, Any]) -> str:
     """One measurement in a line."""
     from bitmill.report.figures import figures_of
+    from bitmill.report.words import kv_measured
 
     known = [figure for figure in figures_of([measured]) if measured.get(figure.key) is not None]
     parts = [f"{figure.name} {figure_value(figure, measured)}" for figure in known]
     where = f"{measured.get('windows')} x {measured.get('seqlen')} tokens of {measured.get('text')}"
-    return f"{', '.join(parts)} ({where}, {measured.get('split')} split)"
+    cache = kv_measured(measured)
+    return f"{', '.join(parts)}{cache} ({where}, {measured.get('split')} split)"

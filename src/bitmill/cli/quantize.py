@@ -7,11 +7,24 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bitmill.cli.options import AsJson, Device, HeadBits, TrustRemoteCode
-from bitmill.cli.output import facts, measured_row, megabytes, number, working
+from bitmill.cli.options import (
+    AsJson,
+    Device,
+    HeadBits,
+    Kv,
+    KvBits,
+    KvSamples,
+    KvSeqlen,
+    KvSet,
+    TrustRemoteCode,
+    pairs,
+)
+from bitmill.cli.output import facts, kv_facts, measured_row, megabytes, number, working
 from bitmill.errors import UsageError
 from bitmill.leaderboard import WITHIN_MINUTES
 from bitmill.report.words import spelled
+
+NONE = "none"  # the method that leaves weights as they are
 
 
 def quantize(
@@ -25,7 +38,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Named method or recipe (see bitmill methods, bitmill recipes), or a .yaml file; the leader of "
-            "the leaderboard at these bits when left out.",
+            "the leaderboard at these bits when left out; none leaves the weights as they are, for --kv alone.",
             show_default=False,
         ),
     ] = None,
@@ -79,6 +92,11 @@ def quantize(
         int, typer.Option(metavar="W", help="Held-out windows to measure on meanwhile; 0 for none.")
     ] = 4,
     head_bits: HeadBits = None,
+    kv: Kv = None,
+    kv_bits: KvBits = None,
+    kv_set: KvSet = None,
+    kv_samples: KvSamples = 16,
+    kv_seqlen: KvSeqlen = None,
     device: Device = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be stored, and stop.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
@@ -94,14 +112,19 @@ def quantize(
         from bitmill.composition import compose, find_recipe, from_parts
         from bitmill.leaderboard import leading_recipe
 
-        if method:
+        parts = (format, solver, transform, tuner)
+        if method == NONE:
+            if any(parts) or sparse is not None:
+                raise UsageError("--method none leaves the weights as they are; leave out the parts of a recipe.")
+            base, reason = None, ""
+        elif method:
             base, reason = find_recipe(method, options), ""
         elif format and solver:  # which leave nothing of a leader but what it adds to them
             base, reason = from_parts(format, solver, options), ""
             format = solver = None
         else:
             base, reason = leading_recipe(options, within)
-        recipe = compose(
+        recipe = base and compose(
             base,
             format=format,
             solver=solver,
@@ -111,7 +134,7 @@ def quantize(
         )
         outcome = api.quantize(
             model,
-            recipe,
+            recipe or NONE,
             out=out,
             calibration=api.Calibration(calib, samples, seqlen, seed),
             measure=measure,
@@ -121,6 +144,12 @@ def quantize(
             trust_remote_code=trust_remote_code,
             propagate=propagate,
             head_bits=head_bits,
+            kv=kv,
+            kv_bits=kv_bits,
+            kv_options=pairs(kv_set, "--kv-set"),
+            kv_samples=kv_samples,
+            kv_seqlen=kv_seqlen,
+            **(options if base is None else {}),
             progress=output.progress,
         )
         why = {"chosen": reason} if reason else {}
@@ -130,17 +159,7 @@ def quantize(
 
 def method_options(bits: str | None, group_size: str | None, settings: list[str]) -> dict[str, Any]:
     """Options of a method from the command line, as strings. Raises UsageError."""
-    options: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key.isidentifier():
-            raise UsageError(f"--set wants KEY=VALUE, not {setting!r}; for example --set damp=0.05.")
-        if key in options:
-            raise UsageError(
-                f"--set gives {key!r} twice, as {options[key]!r} and {value.strip()!r}; give it once."
-            )
-        options[key] = value.strip()
+    options = pairs(settings)
     for key, shortcut in (("bits", bits), ("group_size", group_size)):
         if shortcut is None:
             continue
@@ -155,10 +174,15 @@ def _readable(model: str, summary: dict[str, Any], dry_run: bool, reason: str) -
     rows = [
         ("model", model),
         ("method", f"{summary['method']} ({reason})" if reason else summary["method"]),
-        ("format", spelled(summary["format"])),
-        ("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"),
-        ("bits per weight", f"{summary['bits_per_weight']:.3f}"),
     ]
+    if summary["format"]:
+        rows += [
+            ("format", spelled(summary["format"])),
+            ("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"),
+        ]
+    rows.append(("bits per weight", f"{summary['bits_per_weight']:.3f}"))
+    if kv := summary["kv"]:
+        rows.append(("keys and values", kv_facts(kv)))
     size = f"{megabytes(summary['size_bytes'])}, {megabytes(summary['unquantized_bytes'])} of it in float"
     if summary["head_bytes"]:
         rows.append(("embedding and head", f"{summary['head_bits_per_weight']:.3f} bits per weight"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -39,12 +40,16 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    past: Any = None,
+    chunk: int | None = None,
 ) -> Generation:
     """Continue `prompt` (token ids) until end of text, `max_new_tokens`, or the model's longest context.
 
     temperature: 0 takes the likeliest token, otherwise tokens are drawn from softmax(logits / temperature)
         with a generator of their own, seeded with `seed`.
     on_text: receives the text piece by piece, never half a character.
+    past: an empty cache for the keys and values; the model makes its own without it.
+    chunk: most tokens of the prompt that are read at a time, which takes a cache; all at once without it.
     Raises UsageError for a prompt the model cannot read, NumericsError when its logits are not finite.
     """
     check_generates(model)
@@ -55,14 +60,12 @@ def generate(
     pieces = _Pieces(tokenizer, on_text)
     tokens: list[int] = []
     stopped: Literal["eos", "length"] = "length"
-    cache: Any = None
+    cache, unread = past, prompt
     started = time.perf_counter()
     first_done = started
     for step in range(min(max_new_tokens, room)):
-        known = [*prompt, *tokens] if cache is None else tokens[-1:]
-        output = model(torch.tensor([known], device=device), past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        token = int(choose(output.logits[:, -1], temperature, generator))
+        logits, cache = _read(model, torch.tensor([unread], device=device), cache, chunk)
+        token = int(choose(logits, temperature, generator))
         if step == 0:
             first_done = time.perf_counter()
         if token in ends:
@@ -70,11 +73,27 @@ def generate(
             break
         tokens.append(token)
         pieces.add(token)
+        unread = [*prompt, *tokens] if cache is None else [token]
     pieces.end()
     ended = time.perf_counter()
     timed = len(tokens) - 1  # the first token is the prompt's time
     speed = timed / (ended - first_done) if timed > 0 else None
     return Generation(pieces.text, tokens, stopped, ended - started, speed)
+
+
+def _read(model: nn.Module, tokens: Tensor, cache: Any, chunk: int | None) -> tuple[Tensor, Any]:
+    """Logits (1, vocabulary) behind tokens (1, length) and what the cache then is, None for models without one."""
+    output: Any = None
+    for part in tokens.split(chunk or tokens.shape[1], 1):
+        last = {"logits_to_keep": 1} if part.shape[1] > 1 and _keeps_last(model) else {}
+        output = model(part, past_key_values=cache, use_cache=True, **last)
+        cache = getattr(output, "past_key_values", None)
+    return output.logits[:, -1], cache
+
+
+def _keeps_last(model: nn.Module) -> bool:
+    """Whether the model can be told to compute the last token's logits alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def check_generates(model: nn.Module, name: str = "") -> None:

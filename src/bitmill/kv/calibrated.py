@@ -47,10 +47,13 @@ class Calibration:
 
     def save(self, folder: Path) -> Path:
         """Write kv.safetensors; returns its path."""
+        save_file(self.tensors(), folder / FILE, metadata=self.metadata())
+        return folder / FILE
+
+    def metadata(self) -> dict[str, str]:
+        """What the file says beside its tensors."""
         meta = {"method": self.method.to_dict(), "layers": len(self.layers), "about": self.about}
-        path = folder / FILE
-        save_file(self.tensors(), path, metadata={_META: json.dumps(meta)})
-        return path
+        return {_META: json.dumps(meta)}
 
 
 def read_calibration(folder: Path) -> Calibration | None:

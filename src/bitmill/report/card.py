@@ -8,7 +8,7 @@ from jinja2 import Environment, Undefined
 
 from bitmill.report.figures import figures_of
 from bitmill.report.parts import ends_said, sizes_said, split_layers
-from bitmill.report.words import spelled
+from bitmill.report.words import kv_measured, kv_said, spelled
 
 _CARD = """\
 ---
@@ -26,6 +26,9 @@ The linear layers of the blocks are stored packed in the format
 {{ spelled(recipe.weight) }};
 {{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
 {{ ends }}
+{% if kv_line %}
+{{ kv_line }}
+{% endif %}
 {% if sizes %}
 {{ sizes }}
 {% endif %}
@@ -37,7 +40,7 @@ The linear layers of the blocks are stored packed in the format
 |---|---|{% for f in figures %}---|{% endfor %}---|
 {% for m in measured -%}
 | {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} |
-{%- for f in figures %} {{ number(m[f.key]) }} |{% endfor %} bitmill {{ m.by }} |
+{%- for f in figures %} {{ number(m[f.key]) }} |{% endfor %} bitmill {{ m.by }}{{ kv_measured(m) }} |
 {% endfor %}
 
 {% if identity.calibration and identity.calibration.source == "tokens" -%}
@@ -95,13 +98,43 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 """
 
 
+_FLOAT_CARD = """\
+---
+base_model: {{ source }}
+library_name: transformers
+tags:
+- bitmill
+---
+
+# {{ source }}, with a packed cache of keys and values
+
+The weights are as in the source. {{ kv_line }}
+`bitmill generate FOLDER` and `bitmill chat FOLDER` use it; so does a program that passes
+`QuantizedCache(model)` as `past_key_values`.
+
+## Measured
+
+{% if measured %}
+| text | windows |{% for f in figures %} {{ f.title }} |{% endfor %} measured by |
+|---|---|{% for f in figures %}---|{% endfor %}---|
+{% for m in measured -%}
+| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} |
+{%- for f in figures %} {{ number(m[f.key]) }} |{% endfor %} bitmill {{ m.by }}{{ kv_measured(m) }} |
+{% endfor %}
+{% else %}
+Nothing was measured. Do so with `bitmill eval FOLDER --kv METHOD --reference SOURCE --record`.
+{% endif %}
+"""
+
+
 def model_card(report: dict[str, Any]) -> str:
     """Markdown for a report as `quantize` makes it."""
     import yaml
 
     layers = [layer for layer in split_layers(report)[0] if layer.get("output_error") is not None]
     worst = sorted(layers, key=lambda layer: -layer["output_error"])[:5]
-    template = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(_CARD)
+    text = _CARD if report["recipe"] else _FLOAT_CARD
+    template = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(text)
     return template.render(
         **{**report, "ends": ends_said(report), "sizes": sizes_said(report)},
         worst=worst,
@@ -109,6 +142,8 @@ def model_card(report: dict[str, Any]) -> str:
         auto=report.get("auto_class", "AutoModelForCausalLM"),
         number=_number,
         spelled=spelled,
+        kv_line=kv_said(report["kv"]) if report.get("kv") else "",
+        kv_measured=kv_measured,
         recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False),
     )
 

@@ -27,6 +27,7 @@ from bitmill.report.heat import STEPS, heat_map
 from bitmill.report.palette import DARK, LIGHT, SHAPES, mark_of
 from bitmill.report.parts import bytes_inside, ends_said, sizes, split_layers
 from bitmill.report.results import Layer, Results
+from bitmill.report.words import kv_measured, kv_said
 
 
 def comparison_page(results: Results) -> str:
@@ -69,6 +70,8 @@ def folder_page(report: dict[str, Any]) -> str:
         latest=measured[-1] if measured else None,
         layers=layers,
         ends=ends_said(report),
+        kv=kv_said(report["kv"]) if report.get("kv") else "",
+        kv_measured=kv_measured,
         sizes=sizes(report),
         inside=bytes_inside(report),
         error=error,
@@ -81,7 +84,8 @@ def folder_page(report: dict[str, Any]) -> str:
 
 def folder_documents(report: dict[str, Any]) -> dict[str, str]:
     """The files of a quantized folder that say what its report says: name -> text."""
-    return {"README.md": model_card(report), "report.html": folder_page(report)}
+    page = {"report.html": folder_page(report)} if report["recipe"] else {}
+    return {"README.md": model_card(report), **page}
 
 
 def _render(template: str, *, scripts: list[str], **values: Any) -> str:

@@ -1,0 +1,299 @@
+"""How a model's keys and values are to be kept: settled, calibrated, put into a folder, looked up again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitmill.checkpoint.files import publish, writing
+from bitmill.checkpoint.record import record_calibration, write_calibration
+from bitmill.checkpoint.writer import check_new, work_of
+from bitmill.composition import value_of
+from bitmill.errors import CalibrationError, UsageError
+from bitmill.kv.answers import PackedAnswers
+from bitmill.kv.base import KVMethod, kv_method
+from bitmill.kv.cache import QuantizedCache
+from bitmill.kv.calibrated import Calibration, read_calibration
+from bitmill.kv.calibration import calibrate
+from bitmill.kv.support import calibration_bytes, check, packed_shapes, page_bits
+from bitmill.loading import load, load_tokenizer, read_folder
+from bitmill.models.reading import Reading, reading_of
+from bitmill.models.skeleton import Skeleton
+from bitmill.models.text import windows_hash
+from bitmill.preparation import SELF, calibration_windows, check_length
+from bitmill.preparation import Calibration as Text
+from bitmill.progress import Progress
+from bitmill.runtime.dense import densify
+from bitmill.runtime.packed import PackedMatrix
+
+SAMPLES, SEQLEN = 16, 2048
+CHUNK = 512  # tokens of a prompt that are read at a time
+FLOAT = "none"  # the KV method that is none
+_CONTEXT = "max_position_embeddings"
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """What is asked for: a KV method by name, with its bits and options, and how much text calibrates it.
+
+    bits, options: what is left out is as in the folder, if that has a calibration for this method, else the
+        method's default. Strings are read as in YAML.
+    seqlen: None for 2048 tokens, or as many as the model reads.
+    """
+
+    name: str
+    bits: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    samples: int = SAMPLES
+    seqlen: int | None = None
+
+    def method(self, found: Calibration | None = None) -> KVMethod:
+        """The method itself. Raises RecipeError."""
+        given = {k: value_of(v) if isinstance(v, str) else v for k, v in self.options.items()}
+        if self.bits is not None:
+            if "bits" in given:
+                raise UsageError(f"'bits' of {self.name} is given twice, as {self.bits} and {given['bits']}.")
+            given["bits"] = self.bits
+        if found is not None and found.method.name == self.name:
+            given = {**{f.name: getattr(found.method, f.name) for f in fields(found.method)}, **given}
+        return kv_method(self.name, **given)
+
+    def window(self, config: Any) -> int:
+        """Tokens of a calibration window. Raises CalibrationError for more than the model reads."""
+        if self.seqlen is not None:
+            check_length(config, self.seqlen, "--kv-seqlen")
+            return self.seqlen
+        limit = getattr(config, _CONTEXT, None)
+        return min(SEQLEN, limit) if isinstance(limit, int) else SEQLEN
+
+
+def asked(
+    name: str | None,
+    bits: int | None,
+    options: dict[str, Any] | None,
+    samples: int = SAMPLES,
+    seqlen: int | None = None,
+) -> KeysValues | None:
+    """The arguments of a function as one object, None where no method is named. Raises UsageError."""
+    if name is None:
+        if bits is not None or options:
+            raise UsageError("Bits or options of a KV method are given without a method; name it with --kv.")
+        return None
+    if samples < 1:
+        raise CalibrationError(f"--kv-samples is {samples}; use at least 1 window to calibrate keys and values.")
+    return KeysValues(name, bits, options or {}, samples, seqlen)
+
+
+def plan(model: nn.Module, method: KVMethod, name: str = "") -> dict[str, Any]:
+    """What a method will come to, for report and summary; meta parameters suffice.
+
+    Raises UsageError or RecipeError where model and method do not go together.
+    """
+    check(model, method, name)
+    return {
+        "method": method.to_dict(),
+        "bits_per_element": page_bits(model, method),
+        "size_bytes": calibration_bytes(model, method),
+        "calibration": None,
+    }
+
+
+class Keeping:
+    """A KV method on its way into a new folder. plan: what report and summary say of it."""
+
+    def __init__(self, wanted: KeysValues, skeleton: Skeleton) -> None:
+        self.wanted, self.skeleton, self.method = wanted, skeleton, wanted.method()
+        self.plan = plan(skeleton.model, self.method, skeleton.source.name)
+        self.windows: Tensor | None = None
+
+    def read(self, given: Text | Tensor | None, progress: Progress) -> None:
+        """Settle the windows that calibrate, of the text that calibrates the weights. Raises CalibrationError."""
+        source = self.skeleton.source
+        if not self.method.scheme().is_calibrated:
+            return
+        if isinstance(given, Tensor):
+            self.windows, self.plan["calibration"] = given.long().cpu(), _described("tokens", given.long(), None)
+            return
+        given = given or Text()
+        seqlen = self.wanted.window(source.config)
+        text = replace(given, samples=self.wanted.samples, seqlen=seqlen)
+        self.windows = calibration_windows(source, text, str(self.skeleton.device), progress)
+        self.plan["calibration"] = _described(text.source, self.windows, text.seed)
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """Calibrate the model as the folder has it, and add what was found."""
+        found = Calibration(self.method, ())
+        if self.windows is not None:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            device, trusted = str(self.skeleton.device), self.skeleton.source.trust_remote_code
+            live = read_folder(folder, config, device=device, dense=True, trust_remote_code=trusted)
+            found = calibrated(live, self.method, self.windows, self.plan["calibration"], progress)
+        write_calibration(folder, found)
+
+
+class Through:
+    """A model's answers through the packed cache, for a measurement; calibrated first where that is missing."""
+
+    def __init__(
+        self, model: nn.Module, wanted: KeysValues, reading: Reading, text: str, progress: Progress
+    ) -> None:
+        self.method, found = settled(model, wanted)
+        self.calibration: str | None = None
+        if self.method.scheme().is_calibrated:
+            self.calibration = "folder"
+            if found is None:
+                length = wanted.window(getattr(model, "config", None))
+                windows = reading.calibration(wanted.samples, length, 0)
+                self.calibration = f"{text}, calib split, {wanted.samples} x {length} tokens"
+                found = calibrated(model, self.method, windows, _described(text, windows, 0), progress)
+        self.device, self.rows = next(model.parameters()).device, 1
+        self.answers = PackedAnswers(model, self.method, found)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits of tokens (windows, length)."""
+        self.rows = len(tokens)
+        return self.answers(tokens.to(self.device))
+
+    def measured(self) -> dict[str, Any]:
+        """What is to be said of the cache beside the figures of the model."""
+        bits, size = self.answers.bits_per_element, self.answers.bytes
+        told = {"kv_calibration": self.calibration, "kv_bits_per_element": bits, "kv_bytes": size // self.rows}
+        return {**named(self.method), **told}
+
+
+def named(method: KVMethod) -> dict[str, Any]:
+    """A method and its options as the results of commands have them."""
+    return {
+        "kv_method": method.name,
+        "kv_options": {f.name: getattr(method, f.name) for f in fields(method)},
+    }
+
+
+def _described(source: str, windows: Tensor, seed: int | None) -> dict[str, Any]:
+    samples, seqlen = windows.shape
+    about = {"source": source, "samples": samples, "seqlen": seqlen, "sha256": windows_hash(windows.cpu())}
+    return about if seed is None else {**about, "seed": seed}
+
+
+def calibrated(
+    model: nn.Module, method: KVMethod, windows: Tensor, about: dict[str, Any], progress: Progress | None = None
+) -> Calibration:
+    """What the method needs to know of a model, float or packed, from token windows (samples, length).
+
+    Gradients go through decoded weights, so that a packed model is unpacked beside itself.
+    """
+    if any(isinstance(module, PackedMatrix) for module in model.modules()):
+        model = densify(copy.deepcopy(model))
+    device = next(model.parameters()).device
+    found = calibrate(model, method, windows.to(device), progress)
+    return replace(found, about=about)  # no time: equal jobs give equal bytes
+
+
+def found_calibration(model: nn.Module) -> Calibration | None:
+    """What lies in the folder that a model was loaded from."""
+    folder = getattr(model, "name_or_path", "") or ""
+    return read_calibration(Path(folder)) if folder else None
+
+
+def settled(model: nn.Module, wanted: KeysValues, name: str = "") -> tuple[KVMethod, Calibration | None]:
+    """The method that is meant, and its calibration if the folder has that very one. Raises UsageError."""
+    found = found_calibration(model)
+    method = wanted.method(found)
+    check(model, method, name)
+    return method, found if found is not None and found.method == method else None
+
+
+class Caches:
+    """Caches that text is generated with: what is asked for, or else what the model's folder was calibrated for.
+
+    method: None for the model's own caches.  chunk: tokens of a prompt to read at a time, None for all at once.
+    Raises UsageError for a method that lacks its calibration.
+    """
+
+    def __init__(self, model: nn.Module, wanted: KeysValues | None, name: str) -> None:
+        self.model, self.chunk = model, None
+        self.method, self.calibration = _chosen(model, wanted, name)
+        if self.method is not None:
+            config: Any = model.config
+            layers = config.get_text_config().num_hidden_layers
+            # states of other kinds than keys and values cannot be continued by several tokens
+            self.chunk = CHUNK if len(packed_shapes(model)) == layers else None
+
+    def new(self) -> QuantizedCache | None:
+        """An empty cache."""
+        if self.method is None:
+            return None
+        return QuantizedCache(self.model, self.method, calibration=self.calibration)
+
+    def measured(self, cache: QuantizedCache | None) -> dict[str, Any]:
+        """What is to be said of one that is full; nothing of the model's own."""
+        if self.method is None or cache is None:
+            return {}
+        taken = {"kv_bits_per_element": cache.bits_per_element, "kv_bytes": cache.allocated_bytes}
+        return {**named(self.method), **taken}
+
+
+def _chosen(model: nn.Module, wanted: KeysValues | None, name: str) -> tuple[KVMethod | None, Calibration | None]:
+    if wanted is None:
+        found = found_calibration(model)
+        if found is not None:
+            check(model, found.method, name)
+        return (found.method, found) if found else (None, None)
+    if wanted.name == FLOAT:
+        return None, None
+    method, own = settled(model, wanted, name)
+    if method.scheme().is_calibrated and own is None:
+        raise UsageError(
+            f"{name} has no calibration for {said(method)}; make one by bitmill quantize {name} --method none "
+            f"--kv {method.name} --kv-bits {method.bits} -o DIR."
+        )
+    return method, own
+
+
+def said(method: KVMethod) -> str:
+    """A method and its options that are not as by default, in words."""
+    default = type(method)()
+    changed = [f.name for f in fields(method) if getattr(method, f.name) != getattr(default, f.name)]
+    more = "".join(f", {name} {getattr(method, name)}" for name in changed if name != "bits")
+    return f"{method.name} at {method.bits} bits{more}"
+
+
+def add_to_folder(
+    folder: Path,
+    out: Path,
+    wanted: KeysValues,
+    given: Text | Tensor | None,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> None:
+    """Calibrate a folder that bitmill wrote, in place or, where `out` is another one, a copy of it."""
+    if out != folder:
+        check_new(out)
+    progress.start("reading text and model", 0)
+    live = load(folder, device=device, dense=True, trust_remote_code=trust_remote_code)
+    method = wanted.method(found_calibration(live))
+    kv, found = plan(live, method, str(folder)), Calibration(method, ())
+    if method.scheme().is_calibrated:
+        if isinstance(given, Tensor):
+            raise UsageError(f"Token windows cannot calibrate {folder}; name a text, as a Calibration.")
+        text = given or Text()
+        if text.source == SELF:
+            raise UsageError(f"{folder} cannot write the text that calibrates it; give another one with --calib.")
+        reading = reading_of(text.source, load_tokenizer(folder, trust_remote_code=trust_remote_code), False)
+        windows = reading.calibration(wanted.samples, wanted.window(live.config), text.seed)
+        kv["calibration"] = _described(text.source, windows, text.seed)
+        found = calibrated(live, method, windows, kv["calibration"], progress)
+    if out == folder:
+        record_calibration(folder, found, kv)
+        return
+    with writing(out):
+        work = Path(shutil.copytree(folder, work_of(out)))
+    record_calibration(work, found, kv)
+    publish(work, out)

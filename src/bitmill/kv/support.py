@@ -1,0 +1,80 @@
+"""Whether a model's keys and values can be packed, and what that takes, without running it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from bitmill.errors import UsageError
+from bitmill.kv.base import PAGE, KVMethod, Side
+from bitmill.kv.cache import rope_for
+from bitmill.kv.page import PageLayout
+from bitmill.kv.rope import attentions
+from bitmill.kv.side import rotation
+from bitmill.models.adapter import is_encoder
+
+_FP32 = 4
+
+
+def packed_shapes(model: nn.Module, name: str = "") -> dict[int, tuple[int, int]]:
+    """Layer -> (heads, dim) of the keys and values that are packed; meta parameters suffice.
+
+    Raises UsageError where there are none: for encoders, and for layers of other kinds alone.
+    """
+    config: Any = getattr(model, "config", None)
+    name = name or type(model).__name__
+    if config is None or is_encoder(config):
+        raise UsageError(f"{name} is an encoder, which keeps no keys and values; leave out --kv.")
+    try:
+        layers = DynamicCache(config=config).layers
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # a config without layers as transformers counts them
+        layers = []
+    text, modules = config.get_text_config(decoder=True), attentions(model)
+    found = {}
+    for number, layer in enumerate(layers):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+            dim = (
+                getattr(modules.get(number, text), "head_dim", None)
+                or text.hidden_size // text.num_attention_heads
+            )
+            found[number] = (int(heads), int(dim))
+    if not found:
+        raise UsageError(f"{name} has no layer with keys and values that could be packed; leave out --kv.")
+    return found
+
+
+def check(model: nn.Module, method: KVMethod, name: str = "") -> None:
+    """Raises UsageError or RecipeError for a method that the model's keys and values do not go together with."""
+    scheme = method.scheme()
+    for number, (heads, dim) in packed_shapes(model, name).items():
+        PageLayout(scheme, heads, dim)
+        if scheme.keys.rotated or scheme.values.rotated:
+            rotation(dim)
+        rope_for(model, scheme, number)
+
+
+def page_bits(model: nn.Module, method: KVMethod) -> float:
+    """Bits that full pages take, over the numbers in them: what a long context comes to."""
+    shapes = packed_shapes(model).values()
+    words = sum(PageLayout(method.scheme(), heads, dim).words for heads, dim in shapes)
+    return 32 * words / sum(2 * PAGE * heads * dim for heads, dim in shapes)
+
+
+def calibration_bytes(model: nn.Module, method: KVMethod) -> int:
+    """What the tensors of a calibration take; 0 for a method without one."""
+    scheme = method.scheme()
+    shapes = packed_shapes(model).values()
+    return sum(_numbers(side, h * d) for h, d in shapes for side in (scheme.keys, scheme.values)) * _FP32
+
+
+def _numbers(side: Side, channels: int) -> int:
+    learned = (1 + side.q_norm) << side.bits if side.levels == "learned" else 0
+    return learned + (channels * (1 + side.has_zero) if side.axis == "static" else 0)

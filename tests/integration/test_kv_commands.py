@@ -1,0 +1,254 @@
+"""Packed keys and values by every command: calibrated into a folder, measured, generated with, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM
+from world import interrupted_after, snapshot
+
+import bitmill
+from bitmill.cli.main import main
+from bitmill.kv.cache import QuantizedCache
+from bitmill.kv.calibrated import FILE, read_calibration
+
+KV = ["--kv", "kvquant", "--kv-bits", "3", "--kv-samples", "4"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; the object it printed, or of one that must fail its sentence."""
+
+    def run(*arguments: object, status: int = 0):
+        capsys.readouterr()
+        assert main([*map(str, arguments), *(["--json"] if status == 0 else [])]) == status
+        out, err = capsys.readouterr()
+        if status == 0:
+            return json.loads(out)
+        assert err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.fixture
+def kept(world, run):
+    """A folder of float weights and a calibration."""
+    out = world.root / "kept"
+    run("quantize", world.source, "--method", "none", "--calib", world.text, *KV, "-o", out)
+    return out
+
+
+def measured(world, *more: object) -> list[object]:
+    return ["--text", world.text, "--seqlen", 64, "--windows", 1, *more]
+
+
+def test_quantize_with_keys_and_values(world, run):
+    data = run(*world.quantize(*KV))
+    calibration = read_calibration(world.out)
+    assert calibration.method.bits == 3
+    assert calibration.about["samples"] == 4
+    assert calibration.about["seqlen"] == 64  # as many as the model reads
+    with safe_open(world.out / FILE, "pt") as file:
+        size = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    report = json.loads((world.out / "report.json").read_text())
+    assert data["kv"] == report["kv"]
+    assert data["kv"]["size_bytes"] == size
+    plain = json.loads((world.done / "report.json").read_text())
+    assert data["bits_per_weight"] == pytest.approx(
+        plain["bits_per_weight"] + 8 * size / data["quantized_weights"]
+    )
+    assert run("inspect", world.out)["bits_per_weight"] == pytest.approx(data["bits_per_weight"])
+    assert FILE in report["files"]
+    assert "kvquant (bits 3" in (world.out / "README.md").read_text()
+    assert "kvquant (bits 3" in (world.out / "report.html").read_text()
+    assert run("verify", world.out)["sound"] is True
+    shards = [name for name in snapshot(world.done) if name.startswith("model")]
+    assert all(snapshot(world.out)[name] == snapshot(world.done)[name] for name in shards)
+
+
+def test_the_same_command_gives_the_same_bytes_also_when_interrupted(world, run, monkeypatch):
+    run(*world.quantize(*KV))
+    other = world.root / "other"
+    with monkeypatch.context() as patch:
+        interrupted_after(1, patch)
+        assert main(world.quantize(*KV, out=other)) == 130
+    assert "kv.method.bits was 3" in run(*world.quantize(*KV[:3], "2", *KV[4:], "--resume", out=other), status=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("bitmill.caching.calibrate", _stop)
+        assert main(world.quantize(*KV, "--resume", out=other)) == 130
+    run(*world.quantize(*KV, "--resume", out=other))
+    assert snapshot(other) == snapshot(world.out)
+    assert run(*world.quantize(*KV, "--resume", out=other))["kv"]["method"]["bits"] == 3
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_dry_run(world, run):
+    before = snapshot(world.root)
+    data = run(*world.quantize(*KV, "--dry-run"))
+    assert data["kv"]["bits_per_element"] > 3
+    assert snapshot(world.root) == before
+
+
+def test_float_weights_beside_a_calibration(world, run, kept):
+    mine, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (kept, world.source))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert run("verify", kept)["layers"] == 0
+    assert run("inspect", kept)["kv"]["method"]["kv method"] == "kvquant"
+    data = run("eval", kept, *measured(world, "--kv", "kvquant", "--record"))
+    assert (data["kv_options"]["bits"], data["kv_calibration"]) == (3, "folder")
+    assert data["bits_per_weight"] > 32
+    assert "through kvquant" in (kept / "README.md").read_text()
+    plain = run("eval", kept, *measured(world))
+    assert plain["perplexity"] == run("eval", world.source, *measured(world))["perplexity"]
+    assert "kv_method" not in plain
+    assert run("verify", kept)["sound"] is True
+
+
+def test_a_folder_is_calibrated_afterwards(world, run, kept):
+    before = snapshot(world.done)
+    copy, command = world.root / "copy", ["--method", "none", "--calib", world.text]
+    run("quantize", world.done, *command, *KV, "-o", copy)
+    assert snapshot(world.done) == before
+    assert run("verify", copy)["layers"] == 14
+    run("eval", copy, *measured(world, "--kv", "kvquant", "--record"))
+    run("eval", copy, *measured(world, "--record"))
+    data = run("quantize", copy, *command, "--kv", "kvquant", "--kv-bits", "2", "--kv-samples", "4")
+    assert data["out"] == str(copy)
+    assert [m["by"] for m in data["measured"]] == ["quantize", "eval"]  # not what the old calibration was worth
+    assert read_calibration(copy).method.bits == 2
+    run("quantize", kept, *command, "--kv", "per_token", "--kv-bits", "4")
+    assert read_calibration(kept).layers == ()
+    for folder in (copy, kept):
+        assert run("verify", folder)["sound"] is True
+
+
+def test_eval_calibrates_on_other_text(world, run):
+    data = run("eval", world.done, *measured(world, "--kv", "kvquant", "--kv-bits", 4, "--kv-samples", 3))
+    assert data["kv_calibration"] == f"{world.text}, calib split, 3 x 64 tokens"
+    assert data["kv_bytes"] * 8 == pytest.approx(data["kv_bits_per_element"] * 2 * 2 * 64 * 16)
+    exact = run("eval", world.source, *measured(world, "--kv", "per_token", "--reference", world.source))
+    assert exact["kv_calibration"] is None
+    assert 0 < exact["kl_divergence"] < 0.05  # 8 bits
+
+
+def test_generate_as_calibrated(world, run, kept):
+    command = ["generate", kept, "--prompt", "w1 w2", "--max-new-tokens", 40]
+    data = run(*command)
+    assert data["kv_method"] == "kvquant"
+    assert data["kv_options"]["bits"] == 3
+    plain = run(*command, "--kv", "none")
+    assert "kv_method" not in plain
+    assert plain["text"] == run("generate", world.source, *command[2:])["text"]
+    assert run("generate", world.done, *command[2:], "--kv", "kivi", "--kv-set", "group=8")["kv_bytes"] > 0
+    model, tokenizer = bitmill.load(kept), bitmill.load_tokenizer(kept)
+    ids = torch.tensor([tokenizer("user w1 w2 assistant", add_special_tokens=False)["input_ids"]])
+    cache = QuantizedCache(model)
+    more = {"attention_mask": torch.ones_like(ids), "max_new_tokens": data["new_tokens"], "do_sample": False}
+    out = model.generate(ids, past_key_values=cache, **more)
+    assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == data["text"]
+
+
+def test_long_prompts_are_read_in_chunks(world, monkeypatch):
+    from bitmill import caching
+    from bitmill.evaluation.generate import generate
+
+    model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
+    wanted = caching.asked("per_token", 8, None)
+    caches, seen = caching.Caches(model, wanted, "it"), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    prompt = list(range(3, 53))
+    done = generate(model, tokenizer, prompt, max_new_tokens=3, past=caches.new(), chunk=20)
+    assert seen == [20, 20, 10, 1, 1]
+    assert done.tokens == generate(model, tokenizer, prompt, max_new_tokens=3).tokens
+    assert caches.chunk == caching.CHUNK
+
+
+def test_chat(world, kept, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\nw3\n"))
+    assert main(["chat", str(kept), "--max-new-tokens", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err.count("bits per number") == 2
+
+
+def test_damage(world, run, kept):
+    path = kept / FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] + bytes(8))
+    assert "altered" in run("verify", kept, status=1)
+    path.write_bytes(whole[:50])
+    for command in (["generate", kept, "--prompt", "w1"], ["eval", kept, *measured(world, "--kv", "kvquant")]):
+        assert FILE in run(*command, status=1)
+    path.unlink()
+    assert "missing" in run("verify", kept, status=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kv", "mine"], "choose one of: kivi, kvquant"),
+        (["--kv", "kvquant", "--kv-bits", "5"], "bits of keys and values are 5; use 2, 3 or 4"),
+        (["--kv", "kivi"], "heads have 8; use a divisor of 8"),
+        (["--kv", "kivi", "--kv-set", "sink=1"], "has no option 'sink'"),
+        (["--kv", "per_token", "--kv-set", "group=x"], "use a whole number or null"),
+        (["--kv", "per_token", "--kv-bits", "4", "--kv-set", "bits=4"], "given twice"),
+        (["--kv-bits", "4"], "without a method"),
+        (["--kv", "per_token", "--kv-set", "4"], "--kv-set wants KEY=VALUE"),
+        (["--kv", "kvquant", "--kv-samples", "0"], "--kv-samples is 0"),
+        (["--kv", "kvquant", "--kv-seqlen", "65"], "lower --kv-seqlen"),
+    ],
+)
+def test_refused(world, run, flags, said):
+    status = 1 if said.startswith(("--kv-samples", "lower")) else 2
+    assert said in run("eval", world.source, *measured(world, *flags), status=status)
+    assert said in run(*world.quantize(*flags), status=status)
+    assert not world.out.exists()
+
+
+def test_refused_without_calibration_and_without_purpose(world, run):
+    assert "--method none --kv kvquant --kv-bits 4" in run(
+        "generate", world.source, "--prompt", "w1", "--kv", "kvquant", status=2
+    )
+    assert "name a KV method" in run("quantize", world.source, "--method", "none", "-o", world.out, status=2)
+    none = ["quantize", world.source, "--method", "none", *KV]
+    assert "parts of a recipe" in run(*none, "--format", "uniform", "-o", world.out, status=2)
+    assert "no option of weights" in run(*none, "--bits", "4", "-o", world.out, status=2)
+    assert "Nowhere to write" in run(*none, status=2)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("bert", "an encoder"), ("gpt2", "no rotary embedding")])
+def test_refused_models(world, run, kind, said):
+    folder = world.root / kind
+    tiny_model(kind).save_pretrained(folder)
+    for file in world.source.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    command = ["quantize", folder, "--method", "rtn", *KV, "--calib", world.text, "--measure", 0, "-o", world.out]
+    assert said in run(*command, status=2)
+    assert not world.out.exists()
+
+
+def test_live_models(world):
+    model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
+    with pytest.raises(bitmill.BitmillError, match="Nowhere to write"):
+        bitmill.quantize(model, "rtn", kv="kivi", kv_options={"group": 8}, tokenizer=tokenizer, measure=0)
+    windows = torch.randint(3, 120, (4, 64))
+    out = world.root / "live"
+    bitmill.quantize(model, "rtn", kv="kvquant", calibration=windows, tokenizer=tokenizer, measure=0, out=out)
+    assert read_calibration(out).about["source"] == "tokens"
+    bitmill.quantize(model, "rtn", group_size=16, tokenizer=tokenizer, measure=0)
+    result = bitmill.evaluate(
+        model, kv="kvquant", kv_samples=3, tokenizer=tokenizer, seqlen=64, windows=1, text_source=world.text
+    )
+    assert result["kv_method"] == "kvquant"  # gradients went through a copy
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())
