@@ -123,7 +123,7 @@ class SlowLayer(DynamicLayer):
             positions = torch.arange(first, end)[None] - begin
             for side, coder in enumerate(self.coders):
                 x = page[side]
-                undone = side == 0 and self.scheme.pre_rope
+                undone = side == 0 and self.scheme.pre_rope and self.rope is not None
                 x = self.rope.undo(x, positions) if undone else x
                 flat = x.transpose(1, 2).flatten(2)
                 x = coder.decode(coder.encode(flat)).unflatten(-1, x.shape[1::2]).transpose(1, 2)
@@ -188,6 +188,7 @@ ARCHITECTURES = {
     "gemma2": {"sliding_window": 40, "attn_logit_softcapping": None},
     "gemma3_text": {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "opt": {},
     "gpt2": {},
 }
