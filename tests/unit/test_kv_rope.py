@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from packed import long_model, packed_cache
 
 from bitmill.errors import UsageError
 from bitmill.kv.rope import Rope, attentions, rope_of
+from packed import long_model, packed_cache
 
 KINDS = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
