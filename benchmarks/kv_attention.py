@@ -1,8 +1,8 @@
 """Attention of one token on packed keys and values, beside torch's on floats: `python benchmarks/kv_attention.py`.
 
 Layers take turns, so that no cache holds any of them. torch is given its best: fp32 keys and values as attention
-wants them, once with `enable_gqa` and once with the query heads of a kv head as so many queries. Every ratio is the
-median of turns in which all are measured one after the other; before anything is timed, the kernel is checked
+wants them, once with `enable_gqa` and once with the query heads of a kv head as so many queries. Every ratio is
+the median of turns in which all are measured one after the other; before anything is timed, the kernel is checked
 against fp64 on the numbers that it reads.
 """
 

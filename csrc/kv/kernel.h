@@ -169,8 +169,10 @@ private:
             for (int64_t h = 0; h < p.heads; ++h) {
                 const int64_t at = by_token ? h * dim / width * kv_tokens + 16 * g : h * dim;
                 chosen<2, 3, 4, 8>(p.key.bits, [&](auto bits) {
+                    const uint32_t* codes = words + p.key.codes + (2 * h + g) * stream;
+                    if (p.key.axis == KvAxis::channel) return look_up_keys<V, bits>(codes, a.key_levels + 16 * h * dim, dim, tile);
                     (by_token ? decode_keys<V, bits, true> : decode_keys<V, bits, false>)(
-                        words + p.key.codes + (2 * h + g) * stream, a.key_levels, dim, width, key.scale + at, key.zero + at, tile);
+                        codes, a.key_levels, dim, width, key.scale + at, key.zero + at, tile);
                 });
                 if (p.key.outliers) sorted.add(2 * h + g, p.key.outliers, tile);
                 query_heads([&](auto R, int64_t i) {

@@ -19,6 +19,25 @@ BITMILL_INLINE void decode_block(const uint32_t* words, const KvLevels<V, bits>&
     });
 }
 
+// The same where each channel has a table (channels, 16) of its own, and no scale.
+template <class V, int bits, int first>
+BITMILL_INLINE void look_up_block(const uint32_t* words, const float* tables, float* out) {
+    unrolled<first, 16>([&](auto n) __attribute__((always_inline)) {
+        const KvLevels<V, bits> levels(tables + 16 * (n - first));
+        V::store(out + 16 * (n - first), levels.at(code_at<V, bits, n>(words)));
+    });
+}
+
+// A head's keys of half a page, (dim, 16), by the tables of its channels.
+template <class V, int bits>
+void look_up_keys(const uint32_t* words, const float* tables, int64_t dim, float* tile) {
+    for (int64_t c = 0; c < dim; c += 16) {
+        if (c % 32 == 0) look_up_block<V, bits, 0>(words, tables + 16 * c, tile + 16 * c);
+        else look_up_block<V, bits, 16>(words, tables + 16 * c, tile + 16 * c);
+        if (c % 32) words += 16 * bits;
+    }
+}
+
 // A head's keys of half a page, (dim, 16). The numbers of a token's next group are 32 further.
 template <class V, int bits, bool by_token>
 void decode_keys(const uint32_t* words, const float* sixteen, int64_t dim, int64_t width, const float* scale, const float* zero,
