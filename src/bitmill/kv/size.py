@@ -88,5 +88,7 @@ def _pages(scheme: Scheme, tokens: int) -> int:
 
 def _table(side: Side, channels: int) -> int:
     """Numbers of a side that a layer holds once."""
+    levels = (1 + side.q_norm) * (1 << side.bits)
     calibrated = channels * (1 + side.has_zero) if side.axis == "static" else 0
-    return calibrated + (1 + side.q_norm) * (1 << side.bits)
+    calibrated += 2 * channels * side.equalized
+    return calibrated + (channels * levels if side.axis == "channel" else levels)
