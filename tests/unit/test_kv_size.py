@@ -14,6 +14,7 @@ from packed import both_sides
 
 LLAMA_7B = (32, 128, 32)  # heads, head dim, layers
 GIB = 2**30
+PLAIN = {"outliers": 0.0, "key_outliers": 0.0, "sink": 0, "channel_levels": False, "equalize": False}
 
 
 def every_scheme() -> list[tuple[str, Scheme]]:
@@ -61,7 +62,7 @@ def test_a_window_holds_at_most_what_is_said(name: str, window: int) -> None:
 
 def test_llama_7b_at_two_bits() -> None:
     """Codes alone 64 GiB; scale and zero of a token of values are 4 bytes a layer more."""
-    size = cache_size(kv_method("kvquant", 2, outliers=0.0, key_outliers=0.0, sink=0).scheme(), *LLAMA_7B, 1 << 20)
+    size = cache_size(kv_method("kvquant", 2, **PLAIN).scheme(), *LLAMA_7B, 1 << 20)
     assert size.codes == 64 * GIB
     assert size.scales == 32 * 4 * (1 << 20)
     assert size.outliers == 0
