@@ -14,6 +14,7 @@ from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import attentions
 from bitmill.kv.side import rotation
 from bitmill.models.adapter import is_encoder
+from bitmill.models.cached import heads_of
 
 _FP32 = 4
 
@@ -36,16 +37,11 @@ def packed_shapes(model: nn.Module, name: str = "") -> dict[int, tuple[int, int]
         ValueError,
     ):  # a config without layers as transformers counts them
         layers = []
-    text, modules = config.get_text_config(decoder=True), attentions(model)
-    found = {}
+    modules, found = attentions(model), {}
     for number, layer in enumerate(layers):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-            dim = (
-                getattr(modules.get(number, text), "head_dim", None)
-                or text.hidden_size // text.num_attention_heads
-            )
-            found[number] = (int(heads), int(dim))
+            heads, dim = heads_of(config.get_text_config(decoder=True), name)
+            found[number] = heads, int(getattr(modules.get(number), "head_dim", None) or dim)
     if not found:
         raise UsageError(f"{name} has no layer with keys and values that could be packed; leave out --kv.")
     return found
