@@ -28,15 +28,20 @@ from bitmill.progress import Progress
 
 RESULTS = Path(__file__).parent / "results" / "kv_quality.json"
 
-BARE = {"per_channel": True, "pre_rope": False, "nuq": False, "fisher": False, "outliers": 0.0, "sink": 0}
+PAPER = {"channel_levels": False, "equalize": False, "key_outliers": 0.01}
+NONE = {"pre_rope": False, "nuq": False, "fisher": False, "outliers": 0.0, "key_outliers": 0.0, "sink": 0}
+BARE = {**PAPER, **NONE}
 STEPS: list[tuple[str, dict[str, Any]]] = [
     ("keys per channel", {}),
     ("+ before RoPE", {"pre_rope": True}),
     ("+ learned levels", {"nuq": True}),
     ("+ squared gradients", {"fisher": True}),
-    ("+ 1 % outliers", {"outliers": 0.01}),
+    ("+ 1 % outliers", {"outliers": 0.01, "key_outliers": 0.01}),
     ("+ first token in float", {"sink": 1}),
     ("+ Q-Norm", {"q_norm": True}),
+    ("levels of each key channel", {"q_norm": False, "channel_levels": True}),
+    ("+ equalized values", {"equalize": True}),
+    ("+ 2 % outliers of keys", {"key_outliers": 0.02}),
 ]
 
 
@@ -46,6 +51,7 @@ def grid() -> list[tuple[str, KVMethod]]:
     for bits in (4, 3, 2):
         rows += [
             ("kvquant", kv_method("kvquant", bits)),
+            ("kvquant as published", kv_method("kvquant", bits, **PAPER)),
             ("kivi", kv_method("kivi", bits)),
             ("kivi, groups of 64, no residual", kv_method("kivi", bits, group=64, residual=0)),
             ("rotated", kv_method("rotated", bits)),

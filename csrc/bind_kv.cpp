@@ -24,11 +24,12 @@ void check_side(const KvPages& p, const KvSide& s, int64_t code_words) {
     require(0 <= s.outliers && s.outliers <= p.channels(), "a token has fewer outliers");
     const int64_t numbers = s.axis == KvAxis::token ? s.groups * kv_tokens : p.channels(), all = s.outliers * kv_tokens;
     check_part(p, s.codes, 4 * code_words, true);
-    check_part(p, s.scale, 2 * numbers, s.axis != KvAxis::fixed);
+    const bool fixed = s.axis == KvAxis::fixed || s.axis == KvAxis::channel;
+    check_part(p, s.scale, 2 * numbers, !fixed);
     check_part(p, s.zero, 2 * numbers, false);
     check_part(p, s.outlier_value, 2 * all, s.outliers > 0);
     check_part(p, s.outlier_index, (p.wide() ? 2 : 1) * all, s.outliers > 0);
-    require(s.axis != KvAxis::fixed || (s.scale < 0 && s.zero < 0), "calibrated numbers are not in the pages");
+    require(!fixed || (s.scale < 0 && s.zero < 0), "calibrated numbers are not in the pages");
 }
 
 void new_pages(KvPages* self, int64_t heads, int64_t dim, int64_t words, const KvSide& key, const KvSide& value) {
@@ -59,8 +60,12 @@ struct Slabs {
 
 using Halves = Array<const int16_t, 4>;
 
-// Repeated to 16, where a register looks them up.
-std::vector<float> levels_of(const KvSide& side, const Floats& given) {
+// Repeated to 16, where a register looks them up; those of `tables` channels come repeated.
+std::vector<float> levels_of(const KvSide& side, const Floats& given, int64_t tables) {
+    if (side.axis == KvAxis::channel) {
+        require(side.bits <= 4 && given.size() == 16 * static_cast<size_t>(tables), "each channel has a table of 16");
+        return {given.data(), given.data() + given.size()};
+    }
     require(given.size() == size_t{1} << side.bits, "there is a level for each code");
     std::vector<float> levels(16);
     for (size_t i = 0; i < 16; ++i) levels[i] = given.data()[i % given.size()];
@@ -93,7 +98,7 @@ void attend_of(const KvPages& p, Array<const float, 3> q, const Slabs& slabs, in
     for (const auto& numbers : {key_scale, key_zero})
         require(!numbers || is(numbers->size(), p.channels()), "each channel has a calibrated scale and zero");
     require(!inv_freq || is(inv_freq->size(), p.dim / 2), "a frequency turns two channels of a head");
-    const auto keys = levels_of(p.key, key_levels), values = levels_of(p.value, value_levels);
+    const auto keys = levels_of(p.key, key_levels, p.channels()), values = levels_of(p.value, value_levels, 0);
     const auto halves = [](const Halves& a) { return reinterpret_cast<const uint16_t*>(a.data()); };
     const KvAttention call{p, rows, heads, q.data(), slabs.data.data(), slab_pages, first_slot, packed, halves(loose_keys),
                            halves(loose_values), static_cast<int64_t>(loose_keys.shape(2)), sinks, tail, start.data(), first.data(),
@@ -108,7 +113,7 @@ void attend_of(const KvPages& p, Array<const float, 3> q, const Slabs& slabs, in
 void bind_kv(nb::module_& m) {
     nb::class_<KvSide>(m, "KvSide").def("__init__", [](KvSide* self, int bits, int axis, int64_t groups, int64_t outliers, int64_t codes,
                                                        int64_t scale, int64_t zero, int64_t outlier_value, int64_t outlier_index) {
-        require(0 <= axis && axis <= 2, "an axis is 0 (fixed), 1 (page) or 2 (token)");
+        require(0 <= axis && axis <= 3, "an axis is 0 (fixed), 1 (page), 2 (token) or 3 (channel)");
         new (self) KvSide{bits, static_cast<KvAxis>(axis), groups, outliers, codes, scale, zero, outlier_value, outlier_index};
     }, "bits"_a, "axis"_a, "groups"_a, "outliers"_a, "codes"_a, "scale"_a, "zero"_a, "outlier_value"_a, "outlier_index"_a);
     nb::class_<KvPages>(m, "KvPages").def("__init__", new_pages, "heads"_a, "dim"_a, "words"_a, "key"_a, "value"_a);

@@ -45,6 +45,9 @@ struct KvLevels<V, 8> {
     BITMILL_INLINE typename V::Floats at(typename V::Ints code) const { return V::to_float(V::template masked<8>(code)); }
 };
 
+// What to multiply numbers below 2^16 by, and to shift right by 32, to divide them by n.
+BITMILL_INLINE uint64_t over(int64_t n) { return (uint64_t{1} << 32) / static_cast<uint64_t>(n) + 1; }
+
 // How many sums of `count` vectors run beside each other: two each, so that additions need not wait, where they fit.
 template <class V, int count>
 constexpr int chains = 2 * count + 4 <= V::floats ? 2 : 1;

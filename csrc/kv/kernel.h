@@ -23,6 +23,9 @@ public:
             side->scale = spare.take(count), side->zero = spare.take(count);
             side->outliers = spare.take(s.outliers * kv_tokens);
         }
+        sorted.counts = reinterpret_cast<int32_t*>(spare.take(2 * p.heads));
+        sorted.places = reinterpret_cast<int32_t*>(spare.take(p.heads * kv_tokens * p.key.outliers));
+        sorted.values = spare.take(p.heads * kv_tokens * p.key.outliers);
         angle = reinterpret_cast<double*>(spare.take(4 * dim));
     }
 
@@ -48,6 +51,7 @@ private:
     const float* q;
     float *own_q, *scores, *weights, *tile;
     Numbers key, value;
+    KvSorted sorted;
     double* angle;  // cos and sin of a page's first token, then the step from page to page
 
     // f(integral_constant R, first of R query heads of a head): up to 4 share what is decoded.
@@ -132,10 +136,18 @@ private:
         a.inv_freq ? score_page<true>(words) : score_page<false>(words);
         soften(mask);
         for (int64_t h = 0; h < p.heads; ++h) mix_head(words, h);
-        if (!p.value.outliers) return;
-        const uint32_t* at = words + p.value.outlier_index;
-        if (p.wide()) mix_outliers<V>(a, value.outliers, reinterpret_cast<const uint16_t*>(at), scores, stride, sums);
-        else mix_outliers<V>(a, value.outliers, reinterpret_cast<const uint8_t*>(at), scores, stride, sums);
+        with_indices(p.value, words, [&](auto* indices) {
+            query_heads([&](auto R, int64_t i) {
+                mix_outliers<V, R>(a, value.outliers, indices, scores + i * kv_tokens, stride, sums + i * stride);
+            });
+        });
+    }
+
+    template <class F>
+    void with_indices(const KvSide& side, const uint32_t* words, const F& f) const {
+        if (!side.outliers) return;
+        const uint32_t* at = words + side.outlier_index;
+        p.wide() ? f(reinterpret_cast<const uint16_t*>(at)) : f(reinterpret_cast<const uint8_t*>(at));
     }
 
     // Of tokens out of sight the weights are 0, and what they are multiplied by must be finite.
@@ -152,22 +164,22 @@ private:
         const int64_t stream = (dim * p.key.bits + 31) / 32 * 16, half = 16 * dim;  // words of a half page, floats of turns
         const bool by_token = p.key.axis == KvAxis::token;
         const int64_t width = p.key.groups == 1 ? p.channels() : p.channels() / p.key.groups;
-        for (int64_t h = 0; h < p.heads; ++h)
-            for (int g = 0; g < 2; ++g) {
+        with_indices(p.key, words, [&](auto* indices) { sorted.sort(p, key.outliers, indices); });
+        for (int g = 0; g < 2; ++g)
+            for (int64_t h = 0; h < p.heads; ++h) {
                 const int64_t at = by_token ? h * dim / width * kv_tokens + 16 * g : h * dim;
                 chosen<2, 3, 4, 8>(p.key.bits, [&](auto bits) {
+                    const uint32_t* codes = words + p.key.codes + (2 * h + g) * stream;
+                    if (p.key.axis == KvAxis::channel) return look_up_keys<V, bits>(codes, a.key_levels + 16 * h * dim, dim, tile);
                     (by_token ? decode_keys<V, bits, true> : decode_keys<V, bits, false>)(
-                        words + p.key.codes + (2 * h + g) * stream, a.key_levels, dim, width, key.scale + at, key.zero + at, tile);
+                        codes, a.key_levels, dim, width, key.scale + at, key.zero + at, tile);
                 });
+                if (p.key.outliers) sorted.add(2 * h + g, p.key.outliers, tile);
                 query_heads([&](auto R, int64_t i) {
                     const int64_t one = h * group + i;
                     score<V, R, turned>(tile, own_q + one * dim, dim, turns + g * half, scores + one * kv_tokens + 16 * g);
                 });
             }
-        if (!p.key.outliers) return;
-        const uint32_t* at = words + p.key.outlier_index;
-        if (p.wide()) score_outliers<V, uint16_t, turned>(a, key.outliers, reinterpret_cast<const uint16_t*>(at), own_q, turns, scores);
-        else score_outliers<V, uint8_t, turned>(a, key.outliers, reinterpret_cast<const uint8_t*>(at), own_q, turns, scores);
     }
 
     // Scores to weights relative to the largest score so far; sums of smaller ones are brought down to it.
@@ -183,7 +195,8 @@ private:
                 most[h] = largest;
                 for (int64_t i = 0; i < stride; i += 16) V::store(record + i, V::mul(factor, V::template rows<16>(record + i)));
             }
-            for (int64_t t = 0; t < kv_tokens; ++t) row[t] = exponential(row[t] - most[h]);
+            for (int64_t t = 0; t < kv_tokens; t += 16)
+                V::store(row + t, exponentials<V>(V::sub(V::template rows<16>(row + t), V::all(most[h]))));
             if (~mask)
                 for (int64_t t = 0; t < kv_tokens; ++t) row[t] = mask >> t & 1 ? row[t] : 0.0f;
             const auto both = V::add(V::template rows<16>(row), V::template rows<16>(row + 16));

@@ -19,6 +19,25 @@ BITMILL_INLINE void decode_block(const uint32_t* words, const KvLevels<V, bits>&
     });
 }
 
+// The same where each channel has a table (channels, 16) of its own, and no scale.
+template <class V, int bits, int first>
+BITMILL_INLINE void look_up_block(const uint32_t* words, const float* tables, float* out) {
+    unrolled<first, 16>([&](auto n) __attribute__((always_inline)) {
+        const KvLevels<V, bits> levels(tables + 16 * (n - first));
+        V::store(out + 16 * (n - first), levels.at(code_at<V, bits, n>(words)));
+    });
+}
+
+// A head's keys of half a page, (dim, 16), by the tables of its channels.
+template <class V, int bits>
+void look_up_keys(const uint32_t* words, const float* tables, int64_t dim, float* tile) {
+    for (int64_t c = 0; c < dim; c += 16) {
+        if (c % 32 == 0) look_up_block<V, bits, 0>(words, tables + 16 * c, tile + 16 * c);
+        else look_up_block<V, bits, 16>(words, tables + 16 * c, tile + 16 * c);
+        if (c % 32) words += 16 * bits;
+    }
+}
+
 // A head's keys of half a page, (dim, 16). The numbers of a token's next group are 32 further.
 template <class V, int bits, bool by_token>
 void decode_keys(const uint32_t* words, const float* sixteen, int64_t dim, int64_t width, const float* scale, const float* zero,
@@ -71,28 +90,27 @@ void score_loose(const uint16_t* keys, const int32_t* which, int64_t count, cons
     }
 }
 
-// Adds what outliers (n, 32) add to keys: q (query heads, dim), scores (query heads, 32).
-template <class V, class Index, bool turned>
-void score_outliers(const KvAttention& a, const float* values, const Index* indices, const float* q, const float* turns,
-                    float* scores) {
-    const int64_t dim = a.pages.dim, half = dim / 2, group = a.group();
-    const uint64_t inverse = (uint64_t{1} << 32) / dim + 1;  // divides by dim all that is below 2^16
-    for (int64_t e = 0; e < a.pages.key.outliers; ++e)
-        for (int64_t t = 0; t < kv_tokens; ++t) {
-            const int64_t channel = indices[e * kv_tokens + t], head = channel * inverse >> 32, c = channel - head * dim;
-            const float value = values[e * kv_tokens + t];
-            const float* from = q + head * group * dim;
-            float* to = scores + head * group * kv_tokens + t;
-            if constexpr (turned) {
-                const bool low = c < half;
-                const int64_t other = low ? c + half : c - half, f = low ? c : other;
-                const float* turn = turns + (t / 16 * half + f) * 32 + t % 16;
-                const float cos = value * turn[0], sin = low ? value * turn[16] : -value * turn[16];
-                for (int64_t i = 0; i < group; ++i) to[i * kv_tokens] += cos * from[i * dim + c] + sin * from[i * dim + other];
-            } else {
-                for (int64_t i = 0; i < group; ++i) to[i * kv_tokens] += value * from[i * dim + c];
+// A page's outliers by head and half: of which numbers of a head's decoded keys they change, and by how much.
+struct KvSorted {
+    int32_t *counts, *places;  // (2 heads,), and (2 heads, 16 n)
+    float* values;
+
+    template <class Index>
+    BITMILL_INLINE void sort(const KvPages& p, const float* from, const Index* indices) {
+        const uint64_t inverse = over(p.dim);
+        for (int64_t i = 0; i < 2 * p.heads; ++i) counts[i] = 0;
+        for (int64_t e = 0; e < 2 * p.key.outliers; ++e)
+            for (int64_t lane = 0; lane < 16; ++lane) {
+                const int64_t channel = indices[16 * e + lane], head = channel * inverse >> 32, list = 2 * head + e % 2;
+                const int64_t at = list * 16 * p.key.outliers + counts[list]++;
+                places[at] = static_cast<int32_t>((channel - head * p.dim) * 16 + lane);
+                values[at] = from[16 * e + lane];
             }
-        }
-}
+    }
+    BITMILL_INLINE void add(int64_t list, int64_t outliers, float* tile) const {
+        const int64_t from = list * 16 * outliers;
+        for (int64_t i = from; i < from + counts[list]; ++i) tile[places[i]] += values[i];
+    }
+};
 
 }  // namespace bitmill

@@ -14,7 +14,8 @@ namespace bitmill {
 
 constexpr int64_t kv_tokens = 32;  // of a page
 
-enum class KvAxis { fixed, page, token };  // what has a scale: a channel, a channel of a page, a token's group of channels
+// What has a scale: a channel, a channel of a page, a token's group of channels; or channels have levels of their own.
+enum class KvAxis { fixed, page, token, channel };
 
 struct KvSide {
     int bits;
@@ -45,7 +46,7 @@ struct KvAttention {
     const uint16_t *loose_keys, *loose_values;  // fp16 (rows, heads, loose, dim), after RoPE: sinks, then the tail
     int64_t loose, sinks, tail;
     const int32_t *start, *first;    // (rows,): slot of the first token that is no padding, and of the first in sight
-    const float *key_levels, *value_levels;  // repeated to 16
+    const float *key_levels, *value_levels;  // repeated to 16; keys' (channels, 16) where each channel has its own
     const float *key_scale, *key_zero;       // (channels,) of a fixed axis
     const double* inv_freq;          // (dim / 2,), null where keys are stored after RoPE
     float rope_scaling, scale;

@@ -56,17 +56,18 @@ void mix_loose(const uint16_t* values, const int32_t* which, int64_t count, int6
     }
 }
 
-// Adds outliers (n, 32): weights (query heads, 32), sums `stride` apart.
-template <class V, class Index>
+// Adds outliers (n, 32) to R query heads of every head: weights (query heads, 32), sums `stride` apart.
+template <class V, int R, class Index>
 void mix_outliers(const KvAttention& a, const float* values, const Index* indices, const float* weights, int64_t stride, float* out) {
     const int64_t dim = a.pages.dim, group = a.group();
-    const uint64_t inverse = (uint64_t{1} << 32) / dim + 1;
+    const uint64_t inverse = over(dim);
     for (int64_t e = 0; e < a.pages.value.outliers; ++e)
         for (int64_t t = 0; t < kv_tokens; ++t) {
             const int64_t channel = indices[e * kv_tokens + t], head = channel * inverse >> 32;
             const float value = values[e * kv_tokens + t];
-            float* to = out + head * group * stride + channel - head * dim;
-            for (int64_t i = 0; i < group; ++i) to[i * stride] += value * weights[(head * group + i) * kv_tokens + t];
+            const float* from = weights + head * group * kv_tokens + t;
+            float* to = out + head * (group * stride - dim) + channel;
+            for (int i = 0; i < R; ++i) to[i * stride] += value * from[i * kv_tokens];
         }
 }
 

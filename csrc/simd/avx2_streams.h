@@ -21,6 +21,12 @@ struct Avx2Streams : Avx2 {
         return _mm_cvtss_f32(_mm_max_ss(four, _mm_shuffle_ps(four, four, 1)));
     }
 
+    // 2^n, of 1.5 * 2^23 + 127 + n.
+    static BITMILL_INLINE Floats power(Floats v) {
+        const Ints bits = moved<-23>(Ints{_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)});
+        return {_mm256_castsi256_ps(bits.a), _mm256_castsi256_ps(bits.b)};
+    }
+
     // Up to 16 numbers, repeated to 16, in registers: dirt above the code does no harm.
     template <int bits>
     struct Numbers {

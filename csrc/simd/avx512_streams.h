@@ -16,6 +16,9 @@ struct Avx512Streams : Avx512 {
     static BITMILL_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
     static BITMILL_INLINE float largest(Floats v) { return _mm512_reduce_max_ps(v); }
 
+    // 2^n, of 1.5 * 2^23 + 127 + n.
+    static BITMILL_INLINE Floats power(Floats v) { return _mm512_castsi512_ps(moved<-23>(_mm512_castps_si512(v))); }
+
     // Up to 16 numbers, repeated to 16, in a register: dirt above the code does no harm.
     template <int bits>
     struct Numbers {

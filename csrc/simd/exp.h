@@ -27,4 +27,19 @@ BITMILL_INLINE float exponential(float x) {
     return y * power;
 }
 
+// The same of 16 numbers that are not above 0, with V's multiply-adds.
+template <class V>
+BITMILL_INLINE typename V::Floats exponentials(typename V::Floats x) {
+    constexpr float most = rounding + 127;
+    x = V::larger(V::all(-87.0f), x);  // in this order NaN stays
+    const auto power = V::fma(x, V::all(1.44269504f), V::all(most));
+    const auto whole = V::sub(power, V::all(most));
+    const auto rest = V::fnma(whole, V::all(-2.12194440e-4f), V::fnma(whole, V::all(0.693359375f), x));
+    auto y = V::all(1.9875691500e-4f);
+    for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        y = V::fma(y, rest, V::all(next));
+    y = V::fma(V::mul(y, rest), rest, V::add(rest, V::all(1.0f)));
+    return V::mul(y, V::power(power));
+}
+
 }  // namespace bitmill

@@ -28,6 +28,11 @@ struct NeonStreams : Neon {
         return vmaxvq_f32(vmaxq_f32(vmaxq_f32(v.v[0], v.v[1]), vmaxq_f32(v.v[2], v.v[3])));
     }
 
+    // 2^n, of 1.5 * 2^23 + 127 + n.
+    static BITMILL_INLINE Floats power(Floats v) {
+        return each<Floats>([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(v.v[i]), 23)); });
+    }
+
     // Up to 16 numbers, repeated to 16, in registers: dirt above the code does no harm.
     template <int bits>
     struct Numbers {

@@ -37,6 +37,18 @@ struct ScalarStreams : Scalar {
         return most;
     }
 
+    // 2^n, of 1.5 * 2^23 + 127 + n.
+    static BITMILL_INLINE Floats power(const Floats& v) {
+        return each([&](int i) {
+            uint32_t bits;
+            std::memcpy(&bits, v.v + i, 4);
+            bits <<= 23;
+            float value;
+            std::memcpy(&value, &bits, 4);
+            return value;
+        });
+    }
+
     template <int bits>
     struct Numbers {  // up to 16: dirt above the code does no harm
         const float* entries;

@@ -16,6 +16,7 @@ from bitmill.version import __version__
 if TYPE_CHECKING:
     from bitmill.api import Calibration, Outcome, evaluate, load, load_tokenizer, quantize
     from bitmill.comparison.compare import compare
+    from bitmill.kv.cache import QuantizedCache
     from bitmill.quantized import Quantized
     from bitmill.recipe import Recipe
 
@@ -24,6 +25,7 @@ __all__ = [
     "Calibration",
     "Outcome",
     "Quantized",
+    "QuantizedCache",
     "Recipe",
     "__version__",
     "compare",
@@ -42,6 +44,7 @@ _HOMES = {
     "load_tokenizer": "bitmill.api",
     "quantize": "bitmill.api",
     "Quantized": "bitmill.quantized",
+    "QuantizedCache": "bitmill.kv.cache",
     "Recipe": "bitmill.recipe",
 }
 

@@ -110,7 +110,7 @@ def made(case: Case, seed: int = 0) -> tuple[Tensor, Past, Tensor, Tensor, Tenso
 
 
 def exact(q: Tensor, keys: Tensor, values: Tensor, counted: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention in fp64, and what the bound of runtime.kv multiplies 2^-19 by."""
+    """Attention in fp64, and what the bound of runtime.kv multiplies 2^-20 by."""
     group = q.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
     hidden = ~counted[:, None, :]

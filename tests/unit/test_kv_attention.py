@@ -13,7 +13,7 @@ from bitmill.runtime.kv import Slabs, attend
 
 pytestmark = needs_native
 PLAIN = Side(4, "token")
-BOUND = 2.0**-19
+BOUND = 2.0**-20
 
 
 @pytest.fixture(params=ISAS, autouse=True)

@@ -16,7 +16,7 @@ from bitmill.registry import Member, Registry
 PAGE = 32  # tokens packed at a time: their codes fill whole words at every width
 ATTENTION = "bitmill"  # the attention implementation of transformers that reads packed layers
 
-Axis = Literal["static", "page", "token"]
+Axis = Literal["static", "channel", "page", "token"]
 Levels = Literal["uniform", "normal", "learned"]
 
 _WIDTHS = (2, 3, 4, 8)
@@ -26,12 +26,14 @@ _WIDTHS = (2, 3, 4, 8)
 class Side:
     """How keys or values are stored.
 
-    axis: what has a scale and a zero of its own: each channel, calibrated ("static"); each channel of a page of 32
-        tokens ("page"); or each token ("token"), in groups of `group` channels, or one for all where it is None.
+    axis: what has a scale and a zero of its own: each channel, calibrated ("static"), or with calibrated levels
+        of its own instead ("channel"); each channel of a page of 32 tokens ("page"); or each token ("token"), in
+        groups of `group` channels, of each head, or one for all where it is None.
     levels: "uniform": 0, 1, 2, ...; "normal": the best for a normal distribution (Lloyd and Max), without a zero;
         "learned": calibrated, one table for all channels of the layer.
     outliers: share of a token's numbers that are kept exactly, in fp16 with their channel.
     rotated: heads are turned by a Hadamard matrix first.
+    equalized: channels are brought to mean 0 and deviation 1 first, as calibrated; undone on the sum of values.
     q_norm: learned levels are shifted and stretched to give back mean and deviation.
     """
 
@@ -42,6 +44,7 @@ class Side:
     outliers: float = 0.0
     rotated: bool = False
     q_norm: bool = False
+    equalized: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "a KV side")
@@ -56,6 +59,10 @@ class Side:
             raise RecipeError(f"Scales are per {self.axis}, and group is {self.group}; use axis 'token' with it.")
         if isinstance(self.group, int) and self.group < 1:
             raise RecipeError(f"group is {self.group}; use a positive number of channels, or 'head'.")
+        if self.axis == "channel" and self.levels != "learned":
+            raise RecipeError(f"Levels of each channel are learned, not {self.levels}; use learned ones.")
+        if self.equalized and self.rotated:
+            raise RecipeError("Channels are either equalized or turned by a Hadamard matrix; choose one.")
         if self.q_norm and self.levels != "learned":
             raise RecipeError("q_norm moves learned levels; leave it out with others.")
 
@@ -67,7 +74,12 @@ class Side:
     @property
     def is_calibrated(self) -> bool:
         """Whether it needs numbers that are found beforehand."""
-        return self.axis == "static" or self.levels == "learned"
+        return self.is_fixed or self.equalized or self.levels == "learned"
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether channels are calibrated once and for all, so that pages hold no scales."""
+        return self.axis in ("static", "channel")
 
     def groups(self, heads: int, dim: int) -> int:
         """Groups of channels of a token that have a scale of their own. Raises RecipeError."""
@@ -106,6 +118,8 @@ class Scheme:
             raise RecipeError(f"Values have scales per {self.values.axis}; use 'token'.")
         if self.pre_rope and self.keys.rotated:
             raise RecipeError("Keys are either turned by a Hadamard matrix or stored before RoPE; choose one.")
+        if self.keys.equalized:
+            raise RecipeError("Channels of values can be equalized, not those of keys: leave it out.")
         if self.sink < 0 or self.residual < 0:
             raise RecipeError(f"sink is {self.sink} and residual {self.residual}; use 0 or positive numbers.")
 

@@ -9,7 +9,7 @@ of the numbers as scale and zero leave them, by squared gradient times squared s
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from bitmill.numerics.table import Table
 from bitmill.progress import Progress
 
 _TOKENS = 8192  # that are kept of a layer, spread evenly over the windows
-_NUMBERS = 1 << 18  # that levels are learned from
+_NUMBERS = 1 << 18  # that levels of a layer are learned from
+_LEAST = 1e-6  # a channel that never changes
 
 
 @dataclass
@@ -156,33 +157,56 @@ def _fit(side: Side, seen: _Seen, which: int, weigh: bool) -> Calibrated:
     x = torch.cat(seen.numbers[which])
     heads, dim = x.shape[1:]
     x = x[: x.shape[0] // PAGE * PAGE].flatten(1)
-    scale = zero = None
-    if side.axis == "static":
-        cut = side.outliers / 2
-        low, high = (_quantile(x, share) for share in (cut, 1 - cut))
-        scale, zero = affine(low, high, side)
-    if side.levels != "learned":
-        return Calibrated(scale, zero)
-    coder = Coder(side, heads, dim, Calibrated(scale, zero, torch.zeros(1 << side.bits)))
-    normal, scales = (values[0] for values in coder.normalized(x[None]))
-    weight = scales.square()
+    felt = torch.ones_like(x)
     if weigh and seen.fisher[which]:
-        weight = weight * torch.cat(seen.fisher[which])[: x.shape[0]].flatten(1)
+        felt = torch.cat(seen.fisher[which])[: x.shape[0]].flatten(1)
+    found = Calibrated()
+    if side.equalized:
+        found = Calibrated(mean=x.mean(0), deviation=x.std(0).clamp(min=_LEAST))
+        x, felt = (x - found.mean) / found.deviation, felt * found.deviation.square()  # type: ignore[operator, union-attr]
+    if weigh and side.outliers:
+        found = replace(found, weight=felt.mean(0).sqrt())
+    if side.axis == "static":
+        low, high = (_quantile(x, share) for share in (side.outliers / 2, 1 - side.outliers / 2))
+        scale, zero = affine(low, high, side)
+        found = replace(found, scale=scale, zero=zero)
+    if side.levels != "learned":
+        return found
+    if side.axis == "channel":
+        normal, weight = x.mT.contiguous(), felt.mT.contiguous()
+    else:
+        normal, weight = (values[None] for values in _inliers(side, heads, dim, found, x, felt))
+    edges = kmeans(normal, weight, 1 << side.bits).to(torch.float16).float()
+    levels = _normed(edges, normal) if side.q_norm else edges
+    shape = edges.shape if side.axis == "channel" else edges.shape[1:]
+    return replace(found, levels=levels.view(shape), edges=edges.view(shape) if side.q_norm else None)
+
+
+def _inliers(
+    side: Side, heads: int, dim: int, found: Calibrated, x: Tensor, felt: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Numbers as one table of levels sees them, and their weights, (n,); without those beyond the scale."""
+    placeholder = replace(found, levels=torch.arange(1 << side.bits).float())
+    normal, scales = (values[0] for values in Coder(side, heads, dim, placeholder).normalized(x[None]))
     inside = (normal.abs() <= 1) if side.outliers else torch.ones_like(normal, dtype=torch.bool)
-    normal, weight = normal[inside], weight[inside]
+    normal, weight = normal[inside], (felt * scales.square())[inside]
     if len(normal) > _NUMBERS:
         chosen = torch.linspace(0, len(normal) - 1, _NUMBERS, dtype=torch.float64).long()
         normal, weight = normal[chosen], weight[chosen]
-    edges = kmeans(normal[None], weight[None], 1 << side.bits)[0]
-    levels = _normed(edges, normal) if side.q_norm else edges
-    return Calibrated(scale, zero, levels, edges if side.q_norm else None)
+    return normal, weight
 
 
 def _normed(levels: Tensor, normal: Tensor) -> Tensor:
-    """Levels moved so that what is stored has the numbers' mean and deviation (paper, section 3.6: Q-Norm)."""
-    stored = levels[Table(levels).codes(normal).long()]
-    stretch = normal.std() / stored.std()
-    return levels * stretch + (normal.mean() - stored.mean() * stretch)
+    """Levels (tables, n), moved so that what is stored has mean and deviation of the numbers (tables, m).
+
+    Section 3.6 of the paper (Q-Norm).
+    """
+    moved = []
+    for table, row in zip(levels, normal):
+        stored = table[Table(table).codes(row).long()]
+        stretch = row.std() / stored.std().clamp(min=_LEAST)
+        moved.append(table * stretch + (row.mean() - stored.mean() * stretch))
+    return torch.stack(moved)
 
 
 def _quantile(x: Tensor, share: float) -> Tensor:

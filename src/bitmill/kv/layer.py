@@ -62,6 +62,10 @@ class QuantizedLayer(Tokens, DynamicLayer):
         self._memo: tuple[int, Tensor] | None = None
         self._reader: Reader | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make their own reader and read again."""
+        return {**vars(self), "_reader": None, "_memo": None}
+
     def reset(self) -> None:
         """The same, as transformers calls it."""
         self.clear()

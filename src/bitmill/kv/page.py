@@ -69,7 +69,7 @@ class PageLayout:
 
     def _add_side(self, name: str, side: Side) -> None:
         channels = self.heads * self.dim
-        if side.axis != "static":
+        if not side.is_fixed:
             own = (channels,) if side.axis == "page" else (side.groups(self.heads, self.dim), PAGE)
             self._add(f"{name}.scale", own, torch.float16)
             if side.has_zero:

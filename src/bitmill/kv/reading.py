@@ -24,6 +24,8 @@ class Reader:
         self.why_not = self._plan.why_not(tokens.device)
         if os.environ.get("BITMILL_KERNEL") == "reference":
             self.why_not = "BITMILL_KERNEL is reference; packed tokens are decoded."
+        levels = tokens.pages.keys.levels
+        self._key_levels = levels.repeat(1, 16 // levels.shape[1]) if levels.dim() == 2 else levels
         rope = tokens.rope if tokens.scheme.pre_rope else None
         self._frequencies = None if rope is None else rope.frequencies.to(tokens.device).contiguous()
         self._factor = 1.0 if rope is None else rope.factor
@@ -44,16 +46,18 @@ class Reader:
             tokens.waiting,
             tokens.start,
             first,
-            keys.levels,
+            self._key_levels,
             values.levels,
             keys.scale,
             keys.zero,
             self._frequencies,
             self._factor,
         )
-        query = query.float()
-        out = attend(query if keys.turn is None else query @ keys.turn.mT, past, scaling, self._slabs)
-        return out if values.turn is None else out @ values.turn
+        out = attend(keys.moved(query[:, :, None])[:, :, 0], past, scaling, self._slabs)
+        if not values.is_moved:
+            return out
+        heads = out.unflatten(1, (tokens.heads, -1))  # of the query heads that share one of the values'
+        return values.moved_back(heads).flatten(1, 2)
 
 
 def plan_of(layout: PageLayout) -> PagePlan:

@@ -18,14 +18,19 @@ from bitmill.numerics.table import Table
 class Calibrated:
     """What calibration found for one side of a layer; parts that the side has no use for are None.
 
-    scale, zero: (channels,), of static channels.  levels: (2**bits,), what codes stand for.
-    edges: (2**bits,), the levels that codes are chosen by; they differ with q_norm.
+    scale, zero: (channels,), of static channels.  levels: (2**bits,), what codes stand for; (channels, 2**bits)
+    where each channel has its own.  edges: of that shape, what codes are chosen by; they differ with q_norm.
+    weight: (channels,), how much an error matters there when outliers are chosen.
+    mean, deviation: (channels,), of equalized ones.
     """
 
     scale: Tensor | None = None
     zero: Tensor | None = None
     levels: Tensor | None = None
     edges: Tensor | None = None
+    weight: Tensor | None = None
+    mean: Tensor | None = None
+    deviation: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,36 @@ class Coder:
         levels = fixed_levels(side) if calibrated.levels is None else calibrated.levels
         self.levels = levels.to(device, torch.float32)
         edges = there(calibrated.edges)
-        self._table = Table(self.levels if edges is None else edges)
+        self._edges = self.levels if edges is None else edges
+        self._table = None if side.axis == "channel" else Table(self._edges)
         self.scale, self.zero = there(calibrated.scale), there(calibrated.zero)
         self.turn = there(rotation(dim)) if side.rotated else None
+        self._weight = there(calibrated.weight)
+        self._mean, self._deviation = (
+            None if values is None else values.view(heads, 1, dim)
+            for values in (there(calibrated.mean), there(calibrated.deviation))
+        )
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether what is stored is in another basis than the model's."""
+        return self.turn is not None or self._mean is not None
+
+    def moved(self, x: Tensor) -> Tensor:
+        """Numbers (rows, heads, tokens, dim) of the model in the basis that is stored, fp32."""
+        if self.turn is not None:
+            return x.float() @ self.turn.mT
+        if self._mean is None or self._deviation is None:
+            return x.float()
+        return (x.float() - self._mean) / self._deviation
+
+    def moved_back(self, x: Tensor) -> Tensor:
+        """The inverse of `moved`; also of what attention sums, as its weights add up to 1."""
+        if self.turn is not None:
+            return x.float() @ self.turn
+        if self._mean is None or self._deviation is None:
+            return x.float()
+        return x.float() * self._deviation + self._mean
 
     def encode(self, x: Tensor) -> Coded:
         """Numbers (rows, tokens, channels), tokens a multiple of 32, already turned."""
@@ -70,11 +102,12 @@ class Coder:
         scale, zero = self._ranges(pages)
         wide_scale, wide_zero = self._wide(scale), self._wide(zero)
         codes = self._codes(_normal(pages, wide_scale, wide_zero))
-        own_scale, own_zero = (None, None) if self.side.axis == "static" else (scale, zero)
+        own_scale, own_zero = (None, None) if self.side.is_fixed else (scale, zero)
         if not self.outliers:
             return Coded(codes, own_scale, own_zero)
         apart = pages - self._dense(codes, wide_scale, wide_zero)
-        index = apart.abs().topk(self.outliers, -1).indices
+        felt = apart.abs() if self._weight is None else apart.abs() * self._weight
+        index = felt.topk(self.outliers, -1).indices
         return Coded(codes, own_scale, own_zero, apart.gather(-1, index).to(torch.float16).float(), index)
 
     def normalized(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +120,7 @@ class Coder:
 
     def decode(self, coded: Coded) -> Tensor:
         """Numbers (rows, tokens, channels), fp32, still turned."""
-        scale, zero = (self.scale, self.zero) if self.side.axis == "static" else (coded.scale, coded.zero)
+        scale, zero = (self.scale, self.zero) if self.side.is_fixed else (coded.scale, coded.zero)
         x = self._dense(coded.codes, self._wide(scale), self._wide(zero))
         if coded.outlier_value is not None and coded.outlier_index is not None:
             x = x.scatter_add(-1, coded.outlier_index, coded.outlier_value)
@@ -96,10 +129,18 @@ class Coder:
     def _codes(self, normal: Tensor) -> Tensor:
         if self.side.levels == "uniform":
             return normal.round_().clamp_(0, (1 << self.side.bits) - 1).to(torch.uint8)
-        return self._table.codes(normal)
+        if self._table is not None:
+            return self._table.codes(normal)
+        edges = (self._edges[:, 1:] + self._edges[:, :-1]) / 2
+        codes = torch.zeros(normal.shape, dtype=torch.uint8, device=normal.device)
+        for edge in edges.T:  # few, and each for all channels at once
+            codes += (normal > edge).view(torch.uint8)
+        return codes
 
-    def _ranges(self, pages: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _ranges(self, pages: Tensor) -> tuple[Tensor | None, Tensor | None]:
         side = self.side
+        if side.axis == "channel":
+            return None, None
         if side.axis == "static":
             assert self.scale is not None
             return self.scale, self.zero
@@ -115,13 +156,17 @@ class Coder:
 
     def _wide(self, values: Tensor | None) -> Tensor | None:
         """Scales or zeros so that they go with pages (rows, pages, 32, channels)."""
-        if values is None or self.side.axis == "static":
+        if values is None or self.side.is_fixed:
             return values
         if self.side.axis == "page":
             return values[:, :, None]
         return values.repeat_interleave(self.channels // self.groups, -1) if self.groups > 1 else values
 
     def _dense(self, codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        if self.side.axis == "channel":
+            count = self.levels.shape[1]
+            index = codes.int() + torch.arange(self.channels, dtype=torch.int32, device=codes.device) * count
+            return self.levels.flatten().index_select(0, index.flatten()).view(codes.shape)
         assert scale is not None
         if self.side.levels == "uniform":
             x = codes.float()
@@ -132,7 +177,8 @@ class Coder:
 
 
 def _normal(pages: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
-    assert scale is not None
+    if scale is None:
+        return pages
     return pages / scale if zero is None else (pages - zero) / scale
 
 

@@ -26,7 +26,7 @@ class Tokens:
 
     start: (rows,) int32, where each row begins; what comes before is padding.
     loose: fp16 (2, rows, heads, sink + residual + 32, dim): keys, after RoPE, and values of the first tokens of
-        each row, then of those that wait, in the basis that is stored (Side.rotated).
+        each row, then of those that wait, in the basis that is stored (Coder.moved).
     """
 
     def __init__(self, scheme: Scheme, calibrated: tuple[Calibrated, Calibrated], rope: Rope | None) -> None:
@@ -150,15 +150,12 @@ class Tokens:
     @property
     def is_turned(self) -> bool:
         """Whether heads are stored in another basis than the model's."""
-        return self.scheme.keys.rotated or self.scheme.values.rotated
+        return self.pages.keys.is_moved or self.pages.values.is_moved
 
     def _turned(self, states: list[Tensor] | tuple[Tensor, ...] | Tensor, back: bool = False) -> list[Tensor]:
         """Keys and values in the basis that is stored, or back in the model's, fp32."""
-        turns = (self.pages.keys.turn, self.pages.values.turn)
-        return [
-            x.float() if turn is None else x.float() @ (turn if back else turn.mT)
-            for x, turn in zip(states, turns)
-        ]
+        coders = (self.pages.keys, self.pages.values)
+        return [coder.moved_back(x) if back else coder.moved(x) for coder, x in zip(coders, states)]
 
     def read(self, first: int) -> Tensor:
         """Keys, after RoPE, and values from slot `first` on, fp32 (2, rows, heads, tokens, dim)."""

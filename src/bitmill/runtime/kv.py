@@ -2,7 +2,7 @@
 
 Arithmetic is fp32. With b = scale * max over slots of sum_c |q_c k_c|, and m the largest |v| of the channel,
 
-    |error of out| <= 2^-19 * (1 + b) * m
+    |error of out| <= 2^-20 * (1 + b) * m
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitmill.runtime.native import is_available, native, threads
 
-AXES = ("static", "page", "token")  # csrc/kv/kv.h: KvAxis
+AXES = ("static", "page", "token", "channel")  # csrc/kv/kv.h: KvAxis
 BITS = (2, 3, 4, 8)
 
 
@@ -94,7 +94,7 @@ class Past:
     loose_keys, loose_values: fp16 (rows, heads, room, dim): `sinks` first tokens of each row, whose packed copies are
         not read, then `tail` tokens that follow the packed ones; keys after RoPE.
     start: (rows,) int32, slot of the first token that is no padding.  first: the first slot in sight.
-    key_levels, value_levels: fp32 (2**bits,), what codes stand for.
+    key_levels, value_levels: fp32 (2**bits,), what codes stand for; keys' (channels, 16), repeated, of axis "channel".
     key_scale, key_zero: fp32 (heads * dim,), of a static axis.
     inv_freq: fp64 (dim / 2,), radians a position, where packed keys are stored before RoPE.
     rope_scaling: what RoPE multiplies keys by then.

@@ -173,3 +173,45 @@ def slow_cache(packed, mask=None, beams=1):
     """The same as a fresh packed cache, slowly."""
     start = None if mask is None else mask.to(torch.int64).argmax(-1).repeat_interleave(beams, 0)
     return Cache(layers=[SlowLayer(layer, start, layer.is_direct) for layer in packed.layers])
+
+
+NEW = 45  # tokens
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": 40},
+    "qwen2": {"num_key_value_heads": 4},
+    "qwen3": {"num_key_value_heads": 1},
+    "gemma2": {"sliding_window": 40, "attn_logit_softcapping": None},
+    "gemma3_text": {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {},
+    "opt": {},
+    "gpt2": {},
+}
+
+
+def prompt(rows=1, tokens=50, seed=0):
+    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows=3, tokens=50):
+    ids, mask = prompt(rows, tokens), torch.ones(rows, tokens, dtype=torch.int64)
+    for row in range(rows):
+        mask[row, : 7 * row], ids[row, : 7 * row] = 0, 0
+    return ids, mask
+
+
+def generated(model, ids, cache, mask=None, **options):
+    torch.manual_seed(0)
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
+    with torch.no_grad():
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, **options).tolist()
+
+
+def continued(model, cache, ids, steps=20):
+    logits = []
+    with torch.no_grad():
+        for step in range(steps):
+            mask = torch.ones(ids.shape[0], cache.get_seq_length() + 1, dtype=torch.int64)
+            logits.append(model(ids[:, step : step + 1], attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(logits, 1)
