@@ -254,3 +254,16 @@ def test_live_models(world):
     )
     assert result["kv_method"] == "kvquant"  # gradients went through a copy
     assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())
+
+
+@pytest.mark.parametrize(
+    "options", ["", "q_norm=true", "channel_levels=false", "fisher=false", "nuq=false", "equalize=false"]
+)
+def test_the_size_of_a_calibration_is_known_beforehand(world, options):
+    from bitmill.kv.calibration import calibrate
+    from bitmill.kv.support import calibration_bytes
+
+    model = bitmill.load(world.source)
+    method = asked(f"kvquant:{options}", 2, None).method()
+    found = calibrate(model, method, torch.randint(3, 120, (2, 64)))
+    assert calibration_bytes(model, method) == sum(tensor.nbytes for tensor in found.tensors().values())

@@ -66,11 +66,15 @@ def page_bits(model: nn.Module, method: KVMethod) -> float:
 
 def calibration_bytes(model: nn.Module, method: KVMethod) -> int:
     """What the tensors of a calibration take; 0 for a method without one."""
-    scheme = method.scheme()
+    scheme, weighed = method.scheme(), bool(getattr(method, "fisher", False))
     shapes = packed_shapes(model).values()
-    return sum(_numbers(side, h * d) for h, d in shapes for side in (scheme.keys, scheme.values)) * _FP32
+    return sum(_numbers(side, h * d, weighed) for h, d in shapes for side in (scheme.keys, scheme.values)) * _FP32
 
 
-def _numbers(side: Side, channels: int) -> int:
-    learned = (1 + side.q_norm) << side.bits if side.levels == "learned" else 0
-    return learned + (channels * (1 + side.has_zero) if side.axis == "static" else 0)
+def _numbers(side: Side, channels: int, weighed: bool) -> int:
+    """Numbers that calibration finds for one side of a layer."""
+    if not side.is_calibrated:
+        return 0
+    vectors = 2 * side.equalized + (weighed and side.outliers > 0) + (side.axis == "static") * (1 + side.has_zero)
+    tables = (channels if side.axis == "channel" else 1) * (1 + side.q_norm) if side.levels == "learned" else 0
+    return vectors * channels + (tables << side.bits)
