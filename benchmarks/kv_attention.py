@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from bitmill.bench.memory import ReadBandwidth, copies_of, timed
 from bitmill.kv.base import Side
-from bitmill.runtime.kv import Past, Slabs, attend
+from bitmill.runtime.kv import Known, attend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
-from packed_past import Case, exact, made, replace
+from packed_past import Case, made, off
 
 SHAPES = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (8, 4, 128)}  # kv heads, query heads of each, dim
 
@@ -38,16 +39,6 @@ def cases(tokens: int, bits: list[int]) -> list[tuple[str, str, Case]]:
     return made
 
 
-def checked(case: Case) -> tuple[Tensor, Past]:
-    """A query and a past, on which the kernel is within its bound."""
-    q, past, keys, values, counted = made(case)
-    scale = case.dim**-0.5
-    expected, bound = exact(q, keys, values, counted, scale)
-    off = ((attend(q, past, scale) - expected).abs() / bound).max()
-    assert off <= 2.0**-20, f"the kernel is off by {off}"
-    return q, past
-
-
 def floats(case: Case) -> list[tuple[Tensor, Tensor]]:
     """fp32 keys and values (1, heads, tokens, dim) of so many layers that none stays in a cache."""
     shape = (1, case.heads, case.packed + case.tail, case.dim)
@@ -57,17 +48,19 @@ def floats(case: Case) -> list[tuple[Tensor, Tensor]]:
 
 def measure(case: Case, turns: int, memory: ReadBandwidth, layers: list[tuple[Tensor, Tensor]]) -> str:
     """One line of the table."""
-    q, past = checked(case)
-    size = case.packed // 32 * past.pages.words * 4
-    scale = case.dim**-0.5
+    of, scale = made(case), case.dim**-0.5
+    q, layer, past, *_ = of
+    error = off(attend(q, layer, past, scale), of, scale)
+    assert error <= 2.0**-20, f"the kernel is off by {error}"
+    size = case.packed // 32 * layer.pages.words * 4
     pasts = [replace(past, slabs=[s.clone() for s in past.slabs]) for _ in range(copies_of(size))]
-    kept = [Slabs() for _ in pasts]
+    kept = [Known() for _ in pasts]
     wide, grouped = q[:, :, None], q.unflatten(1, (case.heads, -1))
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def packed() -> None:
-        for one, slabs in zip(pasts, kept):
-            attend(q, one, scale, slabs)
+        for one, known in zip(pasts, kept):
+            attend(q, layer, one, scale, known)
 
     runs = {
         "packed": (packed, len(pasts)),
@@ -87,8 +80,8 @@ def measure(case: Case, turns: int, memory: ReadBandwidth, layers: list[tuple[Te
     best = [min(a, b) / c for a, b, c in zip(times["gqa"], times["grouped"], times["packed"])]
     columns = " ".join(f"{1e6 * median(times[name]):>9.0f} us" for name in runs)
     rate = size / median(times["packed"]) / 1e9
-    bits = 8 * size / (2 * case.packed * case.heads * case.dim)
-    return f"{bits:>5.2f} {columns} {median(best):>8.2f} x {rate:>6.1f} GB/s {median(shares):>5.0%}"
+    width = 8 * size / (2 * case.packed * case.heads * case.dim)
+    return f"{width:>5.2f} {columns} {median(best):>8.2f} x {rate:>6.1f} GB/s {median(shares):>5.0%}"
 
 
 @torch.no_grad()

@@ -45,65 +45,87 @@ void new_pages(KvPages* self, int64_t heads, int64_t dim, int64_t words, const K
 using Floats = Array<const float, 1>;
 using Ints = Array<const int32_t, 1>;
 using Slab = Array<const int32_t, 3>;
+using Halves = Array<const int16_t, 4>;
 
-// Slabs of pages, (rows, pages, words) each, as many pages in all. They are told once: a long past has many.
-struct Slabs {
-    std::vector<Slab> kept;
+// What stays the same from token to token, in memory of its own.
+struct KvLayer {
+    KvPages pages;
+    std::vector<float> key_levels, value_levels, key_scale, key_zero, turns;
+    std::vector<double> inv_freq;
+    float rope_scaling;
+
+    // Repeated to 16, where a register looks them up; those of `tables` channels come repeated.
+    static std::vector<float> levels_of(const KvSide& side, const Floats& given, int64_t tables) {
+        if (side.axis == KvAxis::channel) {
+            require(side.bits <= 4 && given.size() == 16 * static_cast<size_t>(tables), "each channel has a table of 16");
+            return {given.data(), given.data() + given.size()};
+        }
+        require(given.size() == size_t{1} << side.bits, "there is a level for each code");
+        std::vector<float> levels(16);
+        for (size_t i = 0; i < 16; ++i) levels[i] = given.data()[i % given.size()];
+        for (size_t i = 0; side.bits == 8 && i < given.size(); ++i)
+            require(given.data()[i] == static_cast<float>(i), "levels of 8 bits are the codes themselves");
+        return levels;
+    }
+    template <class T>
+    static std::vector<T> copied(const std::optional<Array<const T, 1>>& given, int64_t count, const char* what) {
+        require(!given || static_cast<int64_t>(given->size()) == count, what);
+        return given ? std::vector<T>(given->data(), given->data() + count) : std::vector<T>();
+    }
+
+    KvLayer(const KvPages& p, Floats keys, Floats values, std::optional<Floats> scale, std::optional<Floats> zero,
+            std::optional<Array<const double, 1>> frequencies, float rope_scaling)
+        : pages(p), key_levels(levels_of(p.key, keys, p.channels())), value_levels(levels_of(p.value, values, 0)),
+          key_scale(copied(scale, p.channels(), "each channel has a scale")),
+          key_zero(copied(zero, p.channels(), "each channel has a zero")),
+          inv_freq(copied(frequencies, p.dim / 2, "a frequency turns two channels of a head")), rope_scaling(rope_scaling) {
+        require((p.key.axis == KvAxis::fixed) == scale.has_value(), "a fixed axis, and it alone, has calibrated numbers");
+        turns = kv_turns(inv_freq.data(), inv_freq.size());
+    }
+};
+
+// Where tokens are: slabs of pages (rows, pages, words), as many pages in all, and loose tokens. They are told once: a
+// long past has many.
+struct KvTokens {
+    Halves loose_keys, loose_values;
+    std::vector<Slab> slabs;
     std::vector<const uint32_t*> data;
 
+    KvTokens(Halves keys, Halves values) : loose_keys(keys), loose_values(values) {
+        for (size_t i = 0; i < 4; ++i) require(keys.shape(i) == values.shape(i), "loose keys and values have one shape");
+    }
     void append(Slab slab) {
-        for (size_t i = 0; i < 3 && !kept.empty(); ++i) require(slab.shape(i) == kept[0].shape(i), "slabs have one shape");
-        kept.push_back(slab);
+        for (size_t i = 0; i < 3 && !slabs.empty(); ++i) require(slab.shape(i) == slabs[0].shape(i), "slabs have one shape");
+        slabs.push_back(slab);
         data.push_back(reinterpret_cast<const uint32_t*>(slab.data()));
     }
 };
 
-using Halves = Array<const int16_t, 4>;
+template <class T>
+const T* or_null(const std::vector<T>& numbers) { return numbers.empty() ? nullptr : numbers.data(); }
 
-// Repeated to 16, where a register looks them up; those of `tables` channels come repeated.
-std::vector<float> levels_of(const KvSide& side, const Floats& given, int64_t tables) {
-    if (side.axis == KvAxis::channel) {
-        require(side.bits <= 4 && given.size() == 16 * static_cast<size_t>(tables), "each channel has a table of 16");
-        return {given.data(), given.data() + given.size()};
-    }
-    require(given.size() == size_t{1} << side.bits, "there is a level for each code");
-    std::vector<float> levels(16);
-    for (size_t i = 0; i < 16; ++i) levels[i] = given.data()[i % given.size()];
-    for (size_t i = 0; side.bits == 8 && i < given.size(); ++i)
-        require(given.data()[i] == static_cast<float>(i), "levels of 8 bits are the codes themselves");
-    return levels;
-}
-
-void attend_of(const KvPages& p, Array<const float, 3> q, const Slabs& slabs, int64_t first_slot, int64_t packed,
-               Halves loose_keys, Halves loose_values, int64_t sinks, int64_t tail, Ints start, Ints first, Floats key_levels,
-               Floats value_levels, std::optional<Floats> key_scale, std::optional<Floats> key_zero,
-               std::optional<Array<const double, 1>> inv_freq, float rope_scaling, float scale, Array<float, 3> out, int threads) {
+void attend_of(const KvLayer& layer, const KvTokens& tokens, Array<const float, 3> q, int64_t first_slot, int64_t packed,
+               int64_t sinks, int64_t tail, Ints start, Ints first, float scale, Array<float, 3> out, int threads) {
     const auto is = [](size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; };
-    const int64_t rows = q.shape(0), heads = q.shape(1), pages = packed / kv_tokens;
+    const KvPages& p = layer.pages;
+    const int64_t rows = q.shape(0), heads = q.shape(1);
     require(rows > 0 && heads > 0 && heads % p.heads == 0 && is(q.shape(2), p.dim), "q has another shape");
     require(is(out.shape(0), rows) && is(out.shape(1), heads) && is(out.shape(2), p.dim), "out has another shape");
-    const auto& all = slabs.kept;
-    const int64_t slab_pages = all.empty() ? 1 : all[0].shape(1);
+    const auto& slabs = tokens.slabs;
+    const int64_t slab_pages = slabs.empty() ? 1 : slabs[0].shape(1);
+    require(slabs.empty() || (is(slabs[0].shape(0), rows) && is(slabs[0].shape(2), p.words)), "slabs have another shape");
     require(packed >= 0 && packed % kv_tokens == 0 && first_slot >= 0 && slab_pages > 0 &&
-                pages <= static_cast<int64_t>(all.size()) * slab_pages,
+                packed / kv_tokens <= static_cast<int64_t>(slabs.size()) * slab_pages,
             "the slabs have fewer pages");
-    require(all.empty() || (is(all[0].shape(0), rows) && is(all[0].shape(2), p.words)), "a slab has another shape");
-    for (const auto* loose : {&loose_keys, &loose_values})
-        require(is(loose->shape(0), rows) && is(loose->shape(1), p.heads) && is(loose->shape(2), loose_keys.shape(2)) &&
-                    is(loose->shape(3), p.dim),
-                "loose tokens have another shape");
-    require(0 <= sinks && 0 <= tail && sinks + tail <= static_cast<int64_t>(loose_keys.shape(2)), "there are fewer loose tokens");
+    const Halves& loose = tokens.loose_keys;
+    require(is(loose.shape(0), rows) && is(loose.shape(1), p.heads) && is(loose.shape(3), p.dim), "loose tokens have another shape");
+    require(0 <= sinks && 0 <= tail && sinks + tail <= static_cast<int64_t>(loose.shape(2)), "there are fewer loose tokens");
     require(is(start.size(), rows) && is(first.size(), rows), "each row has a start and a first slot in sight");
-    require((p.key.axis == KvAxis::fixed) == key_scale.has_value(), "a fixed axis, and it alone, has calibrated numbers");
-    for (const auto& numbers : {key_scale, key_zero})
-        require(!numbers || is(numbers->size(), p.channels()), "each channel has a calibrated scale and zero");
-    require(!inv_freq || is(inv_freq->size(), p.dim / 2), "a frequency turns two channels of a head");
-    const auto keys = levels_of(p.key, key_levels, p.channels()), values = levels_of(p.value, value_levels, 0);
     const auto halves = [](const Halves& a) { return reinterpret_cast<const uint16_t*>(a.data()); };
-    const KvAttention call{p, rows, heads, q.data(), slabs.data.data(), slab_pages, first_slot, packed, halves(loose_keys),
-                           halves(loose_values), static_cast<int64_t>(loose_keys.shape(2)), sinks, tail, start.data(), first.data(),
-                           keys.data(), values.data(), key_scale ? key_scale->data() : nullptr, key_zero ? key_zero->data() : nullptr,
-                           inv_freq ? inv_freq->data() : nullptr, rope_scaling, scale, out.data()};
+    const KvAttention call{p, rows, heads, q.data(), tokens.data.data(), slab_pages, first_slot, packed, halves(loose),
+                           halves(tokens.loose_values), static_cast<int64_t>(loose.shape(2)), sinks, tail, start.data(), first.data(),
+                           layer.key_levels.data(), layer.value_levels.data(), or_null(layer.key_scale), or_null(layer.key_zero),
+                           or_null(layer.inv_freq), layer.turns.data(), layer.rope_scaling, scale, out.data()};
     nb::gil_scoped_release free;
     kv_attend(call, threads);
 }
@@ -117,10 +139,16 @@ void bind_kv(nb::module_& m) {
         new (self) KvSide{bits, static_cast<KvAxis>(axis), groups, outliers, codes, scale, zero, outlier_value, outlier_index};
     }, "bits"_a, "axis"_a, "groups"_a, "outliers"_a, "codes"_a, "scale"_a, "zero"_a, "outlier_value"_a, "outlier_index"_a);
     nb::class_<KvPages>(m, "KvPages").def("__init__", new_pages, "heads"_a, "dim"_a, "words"_a, "key"_a, "value"_a);
-    nb::class_<Slabs>(m, "KvSlabs").def(nb::init<>()).def("append", &Slabs::append, "slab"_a);
-    m.def("kv_attend", attend_of, "pages"_a, "q"_a, "slabs"_a, "first_slot"_a, "packed"_a, "loose_keys"_a, "loose_values"_a,
-          "sinks"_a, "tail"_a, "start"_a, "first"_a, "key_levels"_a, "value_levels"_a, "key_scale"_a.none(), "key_zero"_a.none(),
-          "inv_freq"_a.none(), "rope_scaling"_a, "scale"_a, "out"_a, "threads"_a);
+    nb::class_<KvLayer>(m, "KvLayer")
+        .def(nb::init<const KvPages&, Floats, Floats, std::optional<Floats>, std::optional<Floats>,
+                      std::optional<Array<const double, 1>>, float>(),
+             "pages"_a, "key_levels"_a, "value_levels"_a, "key_scale"_a.none(), "key_zero"_a.none(), "inv_freq"_a.none(),
+             "rope_scaling"_a);
+    nb::class_<KvTokens>(m, "KvTokens")
+        .def(nb::init<Halves, Halves>(), "loose_keys"_a, "loose_values"_a)
+        .def("append", &KvTokens::append, "slab"_a);
+    m.def("kv_attend", attend_of, "layer"_a, "tokens"_a, "q"_a, "first_slot"_a, "packed"_a, "sinks"_a, "tail"_a, "start"_a,
+          "first"_a, "scale"_a, "out"_a, "threads"_a);
 }
 
 }  // namespace bitmill

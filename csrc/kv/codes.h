@@ -7,14 +7,16 @@
 
 namespace bitmill {
 
-// f(integral_constant<int, n>) for n of [first, first + count), unrolled.
+// f(n) for n of [first, first + count), unrolled with integral_constant<int, n> where V wants it.
 template <int first, class F, int... n>
 BITMILL_INLINE void unrolled_from(const F& f, std::integer_sequence<int, n...>) {
     (f(std::integral_constant<int, first + n>{}), ...);
 }
-template <int first, int count, class F>
+template <class V, int first, int count, class F>
 BITMILL_INLINE void unrolled(const F& f) {
-    unrolled_from<first>(f, std::make_integer_sequence<int, count>{});
+    if constexpr (V::unrolls) unrolled_from<first>(f, std::make_integer_sequence<int, count>{});
+    else
+        for (int n = first; n < first + count; ++n) f(n);
 }
 
 // f(integral_constant<int, n>) for the n of the list that is `wanted`.
@@ -24,12 +26,16 @@ BITMILL_INLINE void chosen(int64_t wanted, const F& f) {
 }
 
 // Code n of every lane's stream, whose words are 16 apart; bits above it are dirt.
-template <class V, int bits, int n>
-BITMILL_INLINE typename V::Ints code_at(const uint32_t* words) {
-    constexpr int word = n * bits / 32, shift = n * bits % 32;
-    const auto low = V::template moved<shift>(V::words(words + 16 * word));
-    if constexpr (shift + bits <= 32) return low;
-    else return V::either(low, V::template moved<shift - 32>(V::words(words + 16 * (word + 1))));
+template <class V, int bits, class N>
+BITMILL_INLINE typename V::Ints code_at(const uint32_t* words, N n) {
+    if constexpr (!V::unrolls) {
+        return V::code(words, n * bits, bits);
+    } else {
+        constexpr int word = N::value * bits / 32, shift = N::value * bits % 32;
+        const auto low = V::template moved<shift>(V::words(words + 16 * word));
+        if constexpr (shift + bits <= 32) return low;
+        else return V::either(low, V::template moved<shift - 32>(V::words(words + 16 * (word + 1))));
+    }
 }
 
 // Numbers of codes: of a table, or, of 8 bits, the codes themselves.

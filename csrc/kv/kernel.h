@@ -12,8 +12,8 @@ namespace bitmill {
 template <class V>
 class KvSweep {
 public:
-    KvSweep(const KvAttention& a, int64_t row, const float* turns, float* most, float* records, KvRoom& spare)
-        : a(a), p(a.pages), row(row), dim(p.dim), group(a.group()), heads(a.query_heads), stride(a.record()), turns(turns),
+    KvSweep(const KvAttention& a, int64_t row, float* most, float* records, KvRoom& spare)
+        : a(a), p(a.pages), row(row), dim(p.dim), group(a.group()), heads(a.query_heads), stride(a.record()),
           most(most), sums(records ? records + 16 * (1 + a.zeros()) : nullptr), records(records), q(a.q + row * heads * dim) {
         own_q = spare.take(heads * dim), scores = spare.take(heads * kv_tokens), weights = spare.take(4 * kv_tokens);
         tile = spare.take(16 * dim);
@@ -46,7 +46,6 @@ private:
     const KvAttention& a;
     const KvPages& p;
     const int64_t row, dim, group, heads, stride;
-    const float* turns;
     float *most, *sums, *records;
     const float* q;
     float *own_q, *scores, *weights, *tile;
@@ -177,7 +176,7 @@ private:
                 if (p.key.outliers) sorted.add(2 * h + g, p.key.outliers, tile);
                 query_heads([&](auto R, int64_t i) {
                     const int64_t one = h * group + i;
-                    score<V, R, turned>(tile, own_q + one * dim, dim, turns + g * half, scores + one * kv_tokens + 16 * g);
+                    score<V, R, turned>(tile, own_q + one * dim, dim, a.turns + g * half, scores + one * kv_tokens + 16 * g);
                 });
             }
     }
@@ -258,15 +257,14 @@ private:
 };
 
 template <class V>
-void kv_sweep(const KvAttention& a, int64_t row, int64_t first, int64_t last, const float* turns, float* most, float* records,
-              KvRoom spare) {
-    KvSweep<V>(a, row, turns, most, records, spare).run(first, last);
+void kv_sweep(const KvAttention& a, int64_t row, int64_t first, int64_t last, float* most, float* records, KvRoom spare) {
+    KvSweep<V>(a, row, most, records, spare).run(first, last);
 }
 
 template <class V>
 int64_t kv_spare(const KvAttention& a) {
     KvRoom none{nullptr};
-    KvSweep<V>(a, 0, nullptr, nullptr, nullptr, none);
+    KvSweep<V>(a, 0, nullptr, nullptr, none);
     return none.taken;
 }
 

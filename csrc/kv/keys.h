@@ -13,8 +13,8 @@ BITMILL_INLINE void decode_block(const uint32_t* words, const KvLevels<V, bits>&
         if constexpr (by_token) return V::template rows<16>(numbers);
         else return V::all(numbers[i]);
     };
-    unrolled<first, 16>([&](auto n) __attribute__((always_inline)) {
-        const auto level = levels.at(code_at<V, bits, n>(words));
+    unrolled<V, first, 16>([&](auto n) __attribute__((always_inline)) {
+        const auto level = levels.at(code_at<V, bits>(words, n));
         V::store(out + 16 * (n - first), V::fma(level, of(scale, n - first), of(zero, n - first)));
     });
 }

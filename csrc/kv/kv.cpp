@@ -43,23 +43,6 @@ struct Plan {
     int64_t shares() const { return static_cast<int64_t>(starts.size()) - 1; }
 };
 
-// cos and sin of angles 0 to 31 times each frequency, by turning again and again, in fp64.
-std::vector<float> turns_of(const KvAttention& a) {
-    const int64_t half = a.pages.dim / 2;
-    std::vector<float> turns(a.inv_freq ? 2 * half * 32 : 0);
-    for (int64_t f = 0; a.inv_freq && f < half; ++f) {
-        const double by_cos = std::cos(a.inv_freq[f]), by_sin = std::sin(a.inv_freq[f]);
-        double cos = 1, sin = 0;
-        for (int64_t t = 0; t < kv_tokens; ++t) {
-            float* to = turns.data() + (t / 16 * half + f) * 32 + t % 16;
-            to[0] = static_cast<float>(cos), to[16] = static_cast<float>(sin);
-            const double next = cos * by_cos - sin * by_sin;
-            sin = sin * by_cos + cos * by_sin, cos = next;
-        }
-    }
-    return turns;
-}
-
 // One query head from its pieces' maxima and sums, which are `most_step` and `record_step` apart.
 void merge(const KvAttention& a, int64_t pieces, const float* most, int64_t most_step, const float* records, int64_t record_step,
            float* out) {
@@ -88,6 +71,22 @@ void merge(const KvAttention& a, int64_t pieces, const float* most, int64_t most
 
 }  // namespace
 
+// By turning again and again, in fp64.
+std::vector<float> kv_turns(const double* inv_freq, int64_t count) {
+    std::vector<float> turns(2 * count * 32);
+    for (int64_t f = 0; f < count; ++f) {
+        const double by_cos = std::cos(inv_freq[f]), by_sin = std::sin(inv_freq[f]);
+        double cos = 1, sin = 0;
+        for (int64_t t = 0; t < kv_tokens; ++t) {
+            float* to = turns.data() + (t / 16 * count + f) * 32 + t % 16;
+            to[0] = static_cast<float>(cos), to[16] = static_cast<float>(sin);
+            const double next = cos * by_cos - sin * by_sin;
+            sin = sin * by_cos + cos * by_sin, cos = next;
+        }
+    }
+    return turns;
+}
+
 int64_t KvAttention::first_page(int64_t row) const {
     return std::min(std::max<int64_t>(0, (first[row] - first_slot) / kv_tokens), packed / kv_tokens);
 }
@@ -99,7 +98,6 @@ int64_t KvAttention::units(int64_t row) const {
 void kv_attend(const KvAttention& a, int threads) {
     const auto& best = *isa().kv;
     const Plan plan(a, threads);
-    const auto turns = turns_of(a);
     const int64_t count = static_cast<int64_t>(plan.pieces.size()), one = a.query_heads * a.record(), spare = best.spare(a);
     // Vectors of 16 floats that are cut by no cache line, for the sums and for what each share needs.
     std::vector<float> memory(count * (one + a.query_heads) + plan.shares() * spare + 32);
@@ -110,7 +108,7 @@ void kv_attend(const KvAttention& a, int threads) {
         for (int64_t share = from; share < to; ++share)
             for (int64_t i = plan.starts[share]; i < plan.starts[share + 1]; ++i) {
                 const Piece& piece = plan.pieces[i];
-                best.sweep(a, piece.row, piece.first, piece.last, turns.data(), most + i * a.query_heads, records + i * one,
+                best.sweep(a, piece.row, piece.first, piece.last, most + i * a.query_heads, records + i * one,
                            {room + share * spare});
             }
     });

@@ -7,6 +7,7 @@
 // scales and outliers, is read once.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "../simd/inline.h"
 
@@ -49,6 +50,7 @@ struct KvAttention {
     const float *key_levels, *value_levels;  // repeated to 16; keys' (channels, 16) where each channel has its own
     const float *key_scale, *key_zero;       // (channels,) of a fixed axis
     const double* inv_freq;          // (dim / 2,), null where keys are stored after RoPE
+    const float* turns;              // kv_turns of it
     float rope_scaling, scale;
     float* out;                      // (rows, query heads, dim)
 
@@ -77,13 +79,14 @@ struct KvRoom {
     }
 };
 
-// What an instruction set has: units [first, last) of a row into the maxima and sums of its query heads. turns
-// (2, dim / 2, 2, 16): cos and sin of the angles at the tokens of both halves of a page.
+// What an instruction set has: units [first, last) of a row into the maxima and sums of its query heads.
 struct KvKernels {
-    void (*sweep)(const KvAttention&, int64_t row, int64_t first, int64_t last, const float* turns, float* most, float* records,
-                  KvRoom spare);
+    void (*sweep)(const KvAttention&, int64_t row, int64_t first, int64_t last, float* most, float* records, KvRoom spare);
     int64_t (*spare)(const KvAttention&);  // how many floats a sweep takes
 };
+
+// (2, frequencies, 2, 16): cos and sin of 0 to 31 times each, the angles at the tokens of both halves of a page.
+std::vector<float> kv_turns(const double* inv_freq, int64_t count);
 
 // Rows of which nothing is in sight become 0.
 void kv_attend(const KvAttention&, int threads);

@@ -36,8 +36,8 @@ void mix(const uint32_t* words, const float* sixteen, int64_t blocks, const floa
     for (int64_t block = 0; block < blocks; ++block, words += 16 * bits, out += 16) {
         KvSums<V, R> sums;
         clear<V, R>(sums);
-        unrolled<0, kv_tokens>([&](auto t) __attribute__((always_inline)) {
-            mix_token<V, R>(levels.at(code_at<V, bits, t>(words)), weights + t, t % chains<V, R>, sums);
+        unrolled<V, 0, kv_tokens>([&](auto t) __attribute__((always_inline)) {
+            mix_token<V, R>(levels.at(code_at<V, bits>(words, t)), weights + t, t % chains<V, R>, sums);
         });
         add_sums<V, R>(sums, stride, out);
     }

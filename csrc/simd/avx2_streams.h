@@ -6,6 +6,7 @@ namespace bitmill {
 
 struct Avx2Streams : Avx2 {
     static constexpr int floats = 8;  // that fit into the registers
+    static constexpr bool unrolls = true;
     static BITMILL_INLINE Ints words(const uint32_t* p) { return {half(p), half(p + 8)}; }
     template <int by>
     static BITMILL_INLINE Ints moved(Ints v) {  // right, left where negative

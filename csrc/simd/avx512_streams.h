@@ -6,6 +6,7 @@ namespace bitmill {
 
 struct Avx512Streams : Avx512 {
     static constexpr int floats = 32;  // that fit into the registers
+    static constexpr bool unrolls = true;
     static BITMILL_INLINE Ints words(const uint32_t* p) { return _mm512_loadu_si512(p); }
     template <int by>
     static BITMILL_INLINE Ints moved(Ints v) {  // right, left where negative

@@ -6,6 +6,7 @@ namespace bitmill {
 
 struct NeonStreams : Neon {
     static constexpr int floats = 8;  // that fit into the registers
+    static constexpr bool unrolls = true;
     static BITMILL_INLINE Ints words(const uint32_t* p) {
         return each<Ints>([&](int i) { return vreinterpretq_s32_u32(vld1q_u32(p + 4 * i)); });
     }

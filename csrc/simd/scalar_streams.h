@@ -6,27 +6,19 @@ namespace bitmill {
 
 struct ScalarStreams : Scalar {
     static constexpr int floats = 8;  // that fit into the registers
-    static BITMILL_INLINE Ints words(const uint32_t* p) {
+    static constexpr bool unrolls = false;  // loops of loops: compilers take minutes
+    static BITMILL_INLINE Ints code(const uint32_t* words, int bit, int bits) {  // `bits` bits of each stream, and dirt
         Ints out;
-        std::memcpy(out.v, p, 64);
+        const uint32_t* low = words + bit / 32 * 16;
+        const uint32_t* high = bit % 32 + bits > 32 ? low + 16 : low;
+        for (int i = 0; i < 16; ++i)
+            out.v[i] = static_cast<int32_t>((static_cast<uint64_t>(high[i]) << 32 | low[i]) >> bit % 32);
         return out;
-    }
-    template <int by>
-    static BITMILL_INLINE Ints moved(Ints v) {  // right, left where negative
-        for (auto& word : v.v) {
-            const uint32_t bits = static_cast<uint32_t>(word);
-            word = static_cast<int32_t>(by >= 0 ? bits >> (by & 31) : bits << (-by & 31));
-        }
-        return v;
     }
     template <int bits>
     static BITMILL_INLINE Ints masked(Ints v) {
         for (auto& word : v.v) word &= (1 << bits) - 1;
         return v;
-    }
-    static BITMILL_INLINE Ints either(Ints x, const Ints& y) {
-        for (int i = 0; i < 16; ++i) x.v[i] |= y.v[i];
-        return x;
     }
     static BITMILL_INLINE Floats larger(const Floats& x, const Floats& y) {
         return each([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; });

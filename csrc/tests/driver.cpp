@@ -9,6 +9,7 @@ int main() {
     bitmill::test_rotation();
     bitmill::test_sparse();
     bitmill::test_step();
+    bitmill::test_kv();
     std::printf("%d kernel runs, %d failures\n", bitmill::runs, bitmill::failures);
     return bitmill::failures != 0;
 }

@@ -55,5 +55,6 @@ void test_vector();
 void test_rotation();
 void test_sparse();
 void test_step();
+void test_kv();
 
 }  // namespace bitmill

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bitmill.kv.base import PAGE, Scheme, Side
+from bitmill.kv.base import Scheme, Side
 from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import Rope
 from bitmill.kv.side import Calibrated, Coder
 from bitmill.kv.store import PageStore
-from bitmill.runtime.kv import PagePlan, Past, SidePlan
+from bitmill.runtime.kv import LayerPlan, PagePlan, Past, SidePlan
 
 CPU = torch.device("cpu")
 
@@ -55,8 +56,19 @@ def calibrated(side: Side, x: Tensor) -> Calibrated:
     return Calibrated(((high - low) / top).clamp(min=1e-3), low, levels)
 
 
-def made(case: Case, seed: int = 0) -> tuple[Tensor, Past, Tensor, Tensor, Tensor]:
-    """q, the past, and what is in it: keys and values (rows, heads, slots, dim) and which slots count (rows, slots)."""
+class Made(NamedTuple):
+    """What to attend to. keys, values (rows, heads, slots, dim): what is in it. counted (rows, slots)."""
+
+    q: Tensor
+    layer: LayerPlan
+    past: Past
+    keys: Tensor
+    values: Tensor
+    counted: Tensor
+
+
+def made(case: Case, seed: int = 0) -> Made:
+    """A past of random numbers."""
     generator = torch.Generator().manual_seed(seed)
     rows, channels, end = len(case.starts), case.heads * case.dim, case.first_slot + case.packed
     shape = (rows, case.packed, channels)
@@ -97,27 +109,32 @@ def made(case: Case, seed: int = 0) -> tuple[Tensor, Past, Tensor, Tensor, Tenso
             elif begin + i >= end:
                 loose[:, row, :, i] = float("nan")
     first = torch.tensor(case.firsts)
-    past = Past(
-        plan_of(layout), store.slabs, case.first_slot, case.packed, loose[0], loose[1], case.sinks, case.tail,
-        start.int(), first.int(), coders[0].levels, coders[1].levels,
-        coders[0].scale if case.keys.axis == "static" else None,
-        coders[0].zero if case.keys.axis == "static" else None,
+    static = case.keys.axis == "static"
+    layer = LayerPlan(
+        plan_of(layout), coders[0].levels, coders[1].levels,
+        coders[0].scale if static else None, coders[0].zero if static else None,
         rope.frequencies if case.pre_rope else None, rope.factor,
     )  # fmt: skip
+    places = (case.sinks, case.tail, start.int(), first.int())
+    past = Past(store.slabs, case.first_slot, case.packed, loose[0], loose[1], *places)
     q = torch.randn(rows, case.heads * case.group, case.dim, generator=generator)
     counted = torch.arange(case.first_slot, end + case.tail) >= first[:, None]
-    return q, past, keys, values, counted
+    return Made(q, layer, past, keys, values, counted)
 
 
-def exact(q: Tensor, keys: Tensor, values: Tensor, counted: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def exact(made: Made, scale: float) -> tuple[Tensor, Tensor]:
     """Attention in fp64, and what the bound of runtime.kv multiplies 2^-20 by."""
+    q, keys, values = made.q, made.keys, made.values
     group = q.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
-    hidden = ~counted[:, None, :]
+    hidden = ~made.counted[:, None, :]
     scores = (scale * torch.einsum("rhd,rhsd->rhs", q.double(), keys)).masked_fill(hidden, -torch.inf)
     reach = scale * torch.einsum("rhd,rhsd->rhs", q.double().abs(), keys.abs()).masked_fill(hidden, 0).amax(-1)
     most = values.abs().masked_fill(hidden[..., None], 0).amax(2)
     return torch.einsum("rhs,rhsd->rhd", scores.softmax(-1), values), (1 + reach[..., None]) * most
 
 
-__all__ = ["PAGE", "Case", "exact", "made", "plan_of", "replace"]
+def off(out: Tensor, made: Made, scale: float) -> float:
+    """The largest error in units of that."""
+    expected, unit = exact(made, scale)
+    return float(((out.cpu() - expected).abs() / unit).max())

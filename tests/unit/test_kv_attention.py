@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compiled import ISAS, needs_native
-from packed_past import Case, exact, made, replace
+from packed_past import Case, made, off
 
 from bitmill.kv.base import Side
 from bitmill.runtime import native
-from bitmill.runtime.kv import Slabs, attend
+from bitmill.runtime.kv import Known, attend
 
 pytestmark = needs_native
 PLAIN = Side(4, "token")
@@ -26,12 +28,10 @@ def _isa(request, nan_memory):
 
 
 def check(case: Case) -> None:
-    q, past, keys, values, counted = made(case)
-    scale = case.dim**-0.5
-    expected, bound = exact(q, keys, values, counted, scale)
-    found = attend(q, past, scale)
-    assert found.isfinite().all()
-    assert bool(((found - expected).abs() <= BOUND * bound).all()), ((found - expected).abs() / bound).max()
+    of, scale = made(case), case.dim**-0.5
+    out = attend(of.q, of.layer, of.past, scale)
+    assert out.isfinite().all()
+    assert off(out, of, scale) <= BOUND
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -97,33 +97,55 @@ def test_threads_share_the_work():
 
 
 def test_a_row_without_tokens_in_sight_becomes_zero():
-    q, past, *_ = made(Case(PLAIN, PLAIN, packed=64, starts=(0, 0), firsts=(0, 900)))
-    out = attend(q, past, 1.0)
+    q, layer, past, *_ = made(Case(PLAIN, PLAIN, packed=64, starts=(0, 0), firsts=(0, 900)))
+    out = attend(q, layer, past, 1.0)
     assert out[0].abs().max() > 0
     assert out[1].eq(0).all()
 
 
 def test_what_is_not_finite_stays_so():
-    q, past, *_ = made(Case(PLAIN, PLAIN, group=2))
+    q, layer, past, *_ = made(Case(PLAIN, PLAIN, group=2))
     q[0, 1, 3] = float("nan")
-    out = attend(q, past, 1.0)
+    out = attend(q, layer, past, 1.0)
     assert out[0, 1].isnan().all()
     assert out[0, 0].isfinite().all()
 
 
-def test_slabs_are_known_again():
-    q, past, *_ = made(Case(PLAIN, PLAIN, packed=544))
-    kept = Slabs()
-    assert kept.of(past.slabs) is kept.of(past.slabs)
-    expected = attend(q, past, 0.1)
-    assert torch.equal(attend(q, replace(past, slabs=[s.clone() for s in past.slabs]), 0.1, kept), expected)
+def test_what_is_known_is_told_once():
+    q, layer, past, *_ = made(Case(PLAIN, PLAIN, packed=544))
+    known = Known()
+    fewer = replace(past, slabs=past.slabs[:2], packed=512)
+    first = known.of(fewer)
+    assert known.of(past) is first
+    expected = attend(q, layer, past, 0.1, known)
+    assert known.of(past) is first
+    for other in (
+        replace(past, slabs=[s.clone() for s in past.slabs]),
+        replace(past, loose_keys=past.loose_keys.clone()),
+    ):
+        assert torch.equal(attend(q, layer, other, 0.1, known), expected)
+    assert known.of(fewer) is not first
 
 
 def test_what_does_not_fit_is_refused():
-    q, past, *_ = made(Case(PLAIN, PLAIN))
+    q, layer, past, *_ = made(Case(PLAIN, PLAIN))
     for wrong in (replace(past, packed=1024), replace(past, tail=90), replace(past, first=past.first.repeat(2))):
         with pytest.raises(ValueError):
-            attend(q, wrong, 1.0)
-    outside = replace(past.pages, value=replace(past.pages.value, codes=past.pages.words - 4))
-    with pytest.raises(ValueError):
-        attend(q, replace(past, pages=outside), 1.0)
+            attend(q, layer, wrong, 1.0)
+    outside = replace(layer.pages, value=replace(layer.pages.value, codes=layer.pages.words - 4))
+    for odd in (
+        replace(layer, pages=outside),
+        replace(layer, key_levels=torch.ones(7)),
+        replace(layer, key_scale=torch.ones(128)),
+    ):
+        with pytest.raises(ValueError):
+            attend(q, odd, past, 1.0)
+
+
+def test_it_says_which_pages_no_kernel_takes():
+    plan = made(Case(PLAIN, PLAIN)).layer.pages
+    cpu = torch.device("cpu")
+    assert plan.why_not(cpu) is None
+    assert "multiples of 16" in str(replace(plan, dim=72).why_not(cpu))
+    assert "5 bits" in str(replace(plan, key=replace(plan.key, bits=5)).why_not(cpu))
+    assert "8 channels" in str(replace(plan, value=replace(plan.value, groups=16)).why_not(cpu))

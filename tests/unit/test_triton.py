@@ -26,9 +26,10 @@ SHAPES = [((1, 1), 1), ((3, 7), 7), ((4, 130), 40), ((5, 577), 577), ((4, 256), 
 
 
 @pytest.mark.skipif(available.missing() is not None, reason=str(available.missing()))
-def test_the_kernels_in_the_interpreter_or_on_a_gpu():
+@pytest.mark.parametrize("file", ["triton_kernels.py", "triton_kv.py"])
+def test_the_kernels_in_the_interpreter_or_on_a_gpu(file):
     where = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    tests = Path(__file__).parent / "triton_kernels.py"
+    tests = Path(__file__).parent / file
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
     run = subprocess.run(command, env={**os.environ, **where}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

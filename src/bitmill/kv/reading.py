@@ -9,7 +9,7 @@ from torch import Tensor
 from bitmill.kv.base import PAGE, Side
 from bitmill.kv.page import PageLayout
 from bitmill.kv.tokens import Tokens
-from bitmill.runtime.kv import PagePlan, Past, SidePlan, Slabs, attend
+from bitmill.runtime.kv import Known, LayerPlan, PagePlan, Past, SidePlan, attend
 
 
 class Reader:
@@ -19,41 +19,45 @@ class Reader:
     """
 
     def __init__(self, tokens: Tokens) -> None:
-        self.tokens, self._slabs = tokens, Slabs()
-        self._plan = plan_of(tokens.pages.layout)
-        self.why_not = self._plan.why_not(tokens.device)
+        self.tokens, self._known = tokens, Known()
+        keys, values = tokens.pages.keys, tokens.pages.values
+        rope = tokens.rope if tokens.scheme.pre_rope else None
+        frequencies = None if rope is None else rope.frequencies.to(tokens.device).contiguous()
+        levels = keys.levels.repeat(1, 16 // keys.levels.shape[1]) if keys.levels.dim() == 2 else keys.levels
+        self._layer = LayerPlan(
+            plan_of(tokens.pages.layout),
+            levels.flatten(),
+            values.levels,
+            keys.scale,
+            keys.zero,
+            frequencies,
+            1.0 if rope is None else rope.factor,
+        )
+        self.why_not = self._layer.pages.why_not(tokens.device)
         if os.environ.get("BITMILL_KERNEL") == "reference":
             self.why_not = "BITMILL_KERNEL is reference; packed tokens are decoded."
-        levels = tokens.pages.keys.levels
-        self._key_levels = levels.repeat(1, 16 // levels.shape[1]) if levels.dim() == 2 else levels
-        rope = tokens.rope if tokens.scheme.pre_rope else None
-        self._frequencies = None if rope is None else rope.frequencies.to(tokens.device).contiguous()
-        self._factor = 1.0 if rope is None else rope.factor
+        self._loose: Tensor | None = None
 
     def attend(self, query: Tensor, scaling: float, first: Tensor) -> Tensor:
         """Attention of query (rows, query heads, dim) over slots from `first` (rows,) int32 on, fp32."""
-        tokens = self.tokens
-        pages, keys, values = tokens.pages, tokens.pages.keys, tokens.pages.values
+        tokens, pages = self.tokens, self.tokens.pages
+        if self._loose is not tokens.loose:  # the kernel knows tensors by identity
+            self._loose = tokens.loose
+            self._keys, self._values = tokens.loose
         assert tokens.start is not None
         past = Past(
-            self._plan,
             pages.slabs,
             pages.first,
             pages.pages * PAGE,
-            tokens.loose[0],
-            tokens.loose[1],
+            self._keys,
+            self._values,
             tokens.scheme.sink,
             tokens.waiting,
             tokens.start,
             first,
-            self._key_levels,
-            values.levels,
-            keys.scale,
-            keys.zero,
-            self._frequencies,
-            self._factor,
         )
-        out = attend(keys.moved(query[:, :, None])[:, :, 0], past, scaling, self._slabs)
+        keys, values = pages.keys, pages.values
+        out = attend(keys.moved(query[:, :, None])[:, :, 0], self._layer, past, scaling, self._known)
         if not values.is_moved:
             return out
         heads = out.unflatten(1, (tokens.heads, -1))  # of the query heads that share one of the values'

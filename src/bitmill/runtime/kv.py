@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitmill.runtime.native import is_available, native, threads
+from bitmill.runtime.triton.available import why_not
 
 AXES = ("static", "page", "token", "channel")  # csrc/kv/kv.h: KvAxis
 BITS = (2, 3, 4, 8)
@@ -62,60 +63,35 @@ class PagePlan:
                 )
         if device.type == "cpu":
             return None if is_available() else "The compiled kernels are not installed."
-        from bitmill.runtime.triton import available
-
-        return available.why_not(device)
-
-
-class Slabs:
-    """Slabs of pages as the compiled kernel knows them; kept from call to call, for there are many of them."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-        self._known: Any = None
-
-    def of(self, slabs: Sequence[Tensor]) -> Any:
-        """Those of int32 tensors (rows, pages, words), told apart by identity."""
-        mine = self._tensors
-        if self._known is None or len(mine) > len(slabs) or any(a is not b for a, b in zip(mine, slabs)):
-            self._known, self._tensors = native().KvSlabs(), []
-        for slab in slabs[len(self._tensors) :]:
-            self._known.append(slab)
-            self._tensors.append(slab)
-        return self._known
+        if self.key.axis == "channel":
+            return "Each channel has levels of its own; only the compiled kernel of the CPU takes them."
+        return why_not(device)
 
 
-@dataclass(frozen=True)
-class Past:
-    """What is attended to.
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """What stays the same from token to token.
 
-    slabs: int32 (rows, pages, words), the same number of pages each; the last may be filled in part.
-    first_slot: slot of the first page's first token.  packed: tokens in pages, a multiple of 32.
-    loose_keys, loose_values: fp16 (rows, heads, room, dim): `sinks` first tokens of each row, whose packed copies are
-        not read, then `tail` tokens that follow the packed ones; keys after RoPE.
-    start: (rows,) int32, slot of the first token that is no padding.  first: the first slot in sight.
-    key_levels, value_levels: fp32 (2**bits,), what codes stand for; keys' (channels, 16), repeated, of axis "channel".
+    key_levels, value_levels: fp32 (2**bits,), what codes stand for; keys' (channels, 16), repeated, of axis
+        "channel".
     key_scale, key_zero: fp32 (heads * dim,), of a static axis.
     inv_freq: fp64 (dim / 2,), radians a position, where packed keys are stored before RoPE.
     rope_scaling: what RoPE multiplies keys by then.
     """
 
     pages: PagePlan
-    slabs: Sequence[Tensor]
-    first_slot: int
-    packed: int
-    loose_keys: Tensor
-    loose_values: Tensor
-    sinks: int
-    tail: int
-    start: Tensor
-    first: Tensor
     key_levels: Tensor
     value_levels: Tensor
     key_scale: Tensor | None = None
     key_zero: Tensor | None = None
     inv_freq: Tensor | None = None
     rope_scaling: float = 1.0
+
+    @cached_property
+    def native(self) -> Any:
+        """As the compiled kernel knows it."""
+        numbers = (self.key_levels, self.value_levels, self.key_scale, self.key_zero, self.inv_freq)
+        return native().KvLayer(_native_pages(self.pages), *numbers, self.rope_scaling)
 
 
 @lru_cache(maxsize=256)
@@ -129,37 +105,61 @@ def _native_pages(plan: PagePlan) -> Any:
     return library.KvPages(plan.heads, plan.dim, plan.words, side(plan.key), side(plan.value))
 
 
-def attend(q: Tensor, past: Past, scale: float, slabs: Slabs | None = None) -> Tensor:
+@dataclass
+class Past:
+    """What is attended to.
+
+    slabs: int32 (rows, pages, words), the same number of pages each; the last may be filled in part.
+    first_slot: slot of the first page's first token.  packed: tokens in pages, a multiple of 32.
+    loose_keys, loose_values: fp16 (rows, heads, room, dim): `sinks` first tokens of each row, whose packed copies
+        are not read, then `tail` tokens that follow the packed ones; keys after RoPE.
+    start: (rows,) int32, slot of the first token that is no padding.  first: the first slot in sight.
+    """
+
+    slabs: Sequence[Tensor]
+    first_slot: int
+    packed: int
+    loose_keys: Tensor
+    loose_values: Tensor
+    sinks: int
+    tail: int
+    start: Tensor
+    first: Tensor
+
+
+class Known:
+    """A past's tensors as the compiled kernel knows them: kept from call to call, for telling it takes a while."""
+
+    def __init__(self) -> None:
+        self._slabs: list[Tensor] = []
+        self._loose: tuple[Tensor, Tensor] | None = None
+        self._tokens: Any = None
+
+    def of(self, past: Past) -> Any:
+        """Told anew where tensors are others than before; slabs may be appended."""
+        mine, loose = self._slabs, self._loose
+        same = loose is not None and loose[0] is past.loose_keys and loose[1] is past.loose_values
+        if not same or len(mine) > len(past.slabs) or any(a is not b for a, b in zip(mine, past.slabs)):
+            self._loose, self._slabs = (past.loose_keys, past.loose_values), []
+            self._tokens = native().KvTokens(*(loose.view(torch.int16) for loose in self._loose))
+        for slab in past.slabs[len(self._slabs) :]:
+            self._tokens.append(slab)
+            self._slabs.append(slab)
+        return self._tokens
+
+
+def attend(q: Tensor, layer: LayerPlan, past: Past, scale: float, known: Known | None = None) -> Tensor:
     """softmax(scale * q K^T) V, fp32 (rows, query heads, dim), for q of that shape, after RoPE.
 
-    slabs: what is kept from call to call.  Rows of which nothing is in sight become 0.
+    known: what is kept from call to call.  Rows of which nothing is in sight become 0.
     Raises ValueError for parts that do not fit each other.
     """
     if q.device.type != "cpu":
         from bitmill.runtime.triton.kv import attend as on_device
 
-        return on_device(q, past, scale)
+        return on_device(q, layer, past, scale)
     out = torch.empty(q.shape, dtype=torch.float32)
-    native().kv_attend(
-        _native_pages(past.pages),
-        q.float().contiguous(),
-        (slabs or Slabs()).of(past.slabs),
-        past.first_slot,
-        past.packed,
-        past.loose_keys.view(torch.int16),
-        past.loose_values.view(torch.int16),
-        past.sinks,
-        past.tail,
-        past.start,
-        past.first,
-        past.key_levels,
-        past.value_levels,
-        past.key_scale,
-        past.key_zero,
-        past.inv_freq,
-        past.rope_scaling,
-        scale,
-        out,
-        threads(),
-    )
+    tokens, q = (known or Known()).of(past), q.float().contiguous()
+    counts = (past.first_slot, past.packed, past.sinks, past.tail)
+    native().kv_attend(layer.native, tokens, q, *counts, past.start, past.first, scale, out, threads())
     return out

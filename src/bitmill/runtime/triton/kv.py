@@ -1,0 +1,196 @@
+"""kv_attend: attention of one token a row on packed keys and values, as csrc/kv has it for CPUs.
+
+A program takes some pages of one head of keys, for all query heads that share it, and keeps a maximum and sums of
+its own, which are merged at the end; the last takes the loose tokens as well. Arithmetic is fp32, angles are fp64
+until they are less than a turn. The bound is that of `runtime.kv`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bitmill.runtime.kv import LayerPlan, Past, SidePlan
+
+TOKENS = 32  # of a page
+PAGES = 8  # of a program
+_TURN = tl.constexpr(6.283185307179586)
+
+
+@triton.jit
+def _codes(words, streams, bit, inside, BITS: tl.constexpr):
+    """Codes that start at a bit of lanes' streams, whose words are 16 apart."""
+    at = words + streams + bit // 32 * 16
+    code = tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True) >> (bit % 32).to(tl.uint32)
+    if 32 % BITS != 0:  # a code may end in the next word
+        cut = inside & (bit % 32 + BITS > 32)
+        above = tl.load(at + 16, mask=cut, other=0).to(tl.uint32, bitcast=True)
+        code |= above << ((32 - bit % 32) % 32).to(tl.uint32)
+    return (code & ((1 << BITS) - 1)).to(tl.int32)
+
+
+@triton.jit
+def _numbers(
+    page, code, levels, fixed_scale, fixed_zero, t, channel, inside,
+    AXIS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, OUTLIERS: tl.constexpr,
+    VALUE: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What codes stand for, (32, channels), for t (32, 1) and channel (1, channels). WIDTH: of a group."""
+    x = tl.load(levels + code)
+    if AXIS == "static":
+        x *= tl.load(fixed_scale + channel, mask=inside, other=0)
+        if fixed_zero is not None:
+            x += tl.load(fixed_zero + channel, mask=inside, other=0)
+    else:
+        halves = page.to(tl.pointer_type(tl.float16))
+        at = channel if AXIS == "page" else channel // WIDTH * 32 + t
+        x *= tl.load(halves + 2 * SCALE + at, mask=inside, other=0).to(tl.float32)
+        if ZERO >= 0:
+            x += tl.load(halves + 2 * ZERO + at, mask=inside, other=0).to(tl.float32)
+    for e in range(OUTLIERS):
+        value = tl.load(page.to(tl.pointer_type(tl.float16)) + 2 * VALUE + e * 32 + t).to(tl.float32)
+        if WIDE:
+            index = tl.load(page.to(tl.pointer_type(tl.uint16)) + 2 * INDEX + e * 32 + t).to(tl.int32)
+        else:
+            index = tl.load(page.to(tl.pointer_type(tl.uint8)) + 4 * INDEX + e * 32 + t).to(tl.int32)
+        x += tl.where(channel == index, value, 0.0)
+    return x
+
+
+@triton.jit
+def _softened(scores, seen, most, weight, sums):
+    """Weights of 32 more tokens, and what was summed before, brought to the new maximum."""
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    top = tl.maximum(most, tl.max(scores, 1))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    p = tl.exp(scores - base[:, None])
+    down = tl.exp(most - base)
+    return p, top, weight * down + tl.sum(p, 1), sums * down[:, None]
+
+
+@triton.jit
+def kv_attend(
+    q, tables, loose_keys, loose_values, start, first, key_levels, value_levels, key_scale, key_zero, inv_freq,
+    mosts, weights, outs, first_slot, pages, room, sinks, tail, scale, packed_scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WORDS: tl.constexpr, SLAB: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
+    QUERIES: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Maxima, weights and sums (rows, heads, programs, QUERIES[, BLOCK]).
+
+    tables: addresses of slabs. KEY, VALUE: bits, first words of codes, then what `_numbers` takes.
+    """
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    t, i = tl.arange(0, 32), tl.arange(0, QUERIES)[:, None]
+    f, c = tl.arange(0, HALF)[None, :], tl.arange(0, BLOCK)[None, :]
+    token = t[:, None]
+    base = tl.load(start + row)
+    limit = tl.load(first + row)
+    mine = q + ((row * HEADS + head) * GROUP + i) * DIM
+    low = tl.load(mine + f, mask=(i < GROUP) & (f < DIM // 2), other=0)
+    high = tl.load(mine + f + DIM // 2, mask=(i < GROUP) & (f < DIM // 2), other=0)
+    most = tl.full([QUERIES], float("-inf"), tl.float32)
+    weight = tl.zeros([QUERIES], tl.float32)
+    sums = tl.zeros([QUERIES, BLOCK], tl.float32)
+
+    streams = (head * 2 + token // 16) * ((DIM * KEY[0] + 31) // 32) * 16 + token % 16
+    real = (f < DIM // 2) & (token < 32)
+    for number in range(part * STEP, tl.minimum(part * STEP + STEP, pages)):
+        page = tl.load(tables + number // SLAB).to(tl.pointer_type(tl.int32))
+        page += (row * SLAB + number % SLAB).to(tl.int64) * WORDS
+        slot = first_slot + number * 32 + t
+        code = _codes(page + KEY[1], streams, f * KEY[0], real, KEY[0])
+        at = head * DIM + f
+        a = _numbers(
+            page, code, key_levels, key_scale, key_zero, token, at, real,
+            KEY[2], KEY[3], KEY[4], KEY[5], KEY[6], KEY[7], KEY[8], WIDE,
+        )  # fmt: skip
+        code = _codes(page + KEY[1], streams, (f + DIM // 2) * KEY[0], real, KEY[0])
+        b = _numbers(
+            page, code, key_levels, key_scale, key_zero, token, at + DIM // 2, real,
+            KEY[2], KEY[3], KEY[4], KEY[5], KEY[6], KEY[7], KEY[8], WIDE,
+        )  # fmt: skip
+        if ROPE:
+            angle = (slot - base)[:, None].to(tl.float64) * tl.load(inv_freq + f, mask=f < DIM // 2, other=0)
+            angle = (angle - tl.floor(angle / _TURN) * _TURN).to(tl.float32)
+            cos, sin = tl.cos(angle), tl.sin(angle)
+            turned = b * cos + a * sin
+            a = a * cos - b * sin
+            b = turned
+        a, b = tl.where(real, a, 0.0), tl.where(real, b, 0.0)
+        scores = tl.dot(low, tl.trans(a), input_precision="ieee")
+        scores = tl.dot(high, tl.trans(b), scores, input_precision="ieee") * packed_scale
+        seen = (slot >= limit) & ((slot < base) | (slot >= base + sinks))
+        p, most, weight, sums = _softened(scores, seen, most, weight, sums)
+        inside = (c < DIM) & (token < 32)
+        lanes = (head * (DIM // 16) + c // 16) * VALUE[0] * 16 + c % 16
+        code = _codes(page + VALUE[1], lanes, token * VALUE[0], inside, VALUE[0])
+        v = _numbers(
+            page, code, value_levels, None, None, token, head * DIM + c, inside,
+            VALUE[2], VALUE[3], VALUE[4], VALUE[5], VALUE[6], VALUE[7], VALUE[8], WIDE,
+        )  # fmt: skip
+        sums = tl.dot(p, tl.where(inside & seen[:, None], v, 0.0), sums, input_precision="ieee")
+
+    if part == tl.num_programs(2) - 1:
+        end = first_slot + pages * 32
+        for chunk in range(0, sinks + tail, 32):
+            place = chunk + t
+            slot = tl.where(place < sinks, base + place, end + place - sinks)
+            seen = (place < sinks + tail) & (slot >= limit) & ((place >= sinks) | (slot < end))
+            at = ((row * HEADS + head).to(tl.int64) * room + place[:, None]) * DIM
+            keys = seen[:, None] & (f < DIM // 2)
+            a = tl.load(loose_keys + at + f, mask=keys, other=0).to(tl.float32)
+            b = tl.load(loose_keys + at + f + DIM // 2, mask=keys, other=0).to(tl.float32)
+            scores = tl.dot(low, tl.trans(a), input_precision="ieee")
+            scores = tl.dot(high, tl.trans(b), scores, input_precision="ieee") * scale
+            p, most, weight, sums = _softened(scores, seen, most, weight, sums)
+            v = tl.load(loose_values + at + c, mask=seen[:, None] & (c < DIM), other=0).to(tl.float32)
+            sums = tl.dot(p, v, sums, input_precision="ieee")
+
+    out = (row * HEADS + head) * tl.num_programs(2) + part
+    tl.store(mosts + out * QUERIES + tl.arange(0, QUERIES), most)
+    tl.store(weights + out * QUERIES + tl.arange(0, QUERIES), weight)
+    tl.store(outs + (out * QUERIES + i) * BLOCK + c, sums)
+
+
+def _constants(side: SidePlan, channels: int) -> tuple[int | str, ...]:
+    width = channels // side.groups
+    places = (side.scale, side.zero, side.outliers, side.outlier_value, side.outlier_index)
+    return (side.bits, side.codes, side.axis, width, *places)
+
+
+def attend(q: Tensor, layer: LayerPlan, past: Past, scale: float) -> Tensor:
+    """softmax(scale * q K^T) V, fp32 (rows, query heads, dim): see `runtime.kv.attend`."""
+    plan, device = layer.pages, q.device
+    rows, queries, dim = q.shape
+    group, pages = queries // plan.heads, past.packed // TOKENS
+    parts = max(1, triton.cdiv(pages, PAGES))
+    size, block = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(dim))
+    tables = torch.tensor([slab.data_ptr() for slab in past.slabs] or [0], device=device)
+    shape = (rows, plan.heads, parts, size)
+    most, weight = torch.empty(shape, device=device), torch.empty(shape, device=device)
+    sums = torch.empty(*shape, block, device=device)
+    channels = plan.heads * dim
+    with torch.cuda.device_of(q):
+        kv_attend[(rows, plan.heads, parts)](
+            q.float().contiguous(), tables, past.loose_keys, past.loose_values, past.start, past.first,
+            layer.key_levels, layer.value_levels, layer.key_scale, layer.key_zero, layer.inv_freq,
+            most, weight, sums, past.first_slot, pages, past.loose_keys.shape[2], past.sinks, past.tail,
+            scale, scale * (1.0 if layer.inv_freq is None else layer.rope_scaling),
+            HEADS=plan.heads, GROUP=group, DIM=dim, WORDS=plan.words,
+            SLAB=past.slabs[0].shape[1] if len(past.slabs) else 1,
+            KEY=_constants(plan.key, channels), VALUE=_constants(plan.value, channels),
+            ROPE=layer.inv_freq is not None, WIDE=channels > 256,
+            QUERIES=size, HALF=max(16, block // 2), BLOCK=block, STEP=PAGES, num_warps=4,
+        )  # fmt: skip
+    top = most.amax(2, keepdim=True)
+    factor = torch.exp(most - torch.where(top.isinf(), torch.zeros_like(top), top))
+    total = (weight * factor).sum(2)[..., None]
+    out = (sums * factor[..., None]).sum(2)
+    out = torch.where(total == 0, torch.zeros_like(out), out / total)
+    return out[:, :, :group, :dim].reshape(rows, queries, dim)
