@@ -29,8 +29,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 # Threads that wait go to sleep: on a machine with other work, spinning ones take the cores from those they wait for.
+# A process a core, up to four, each with one thread.
 test: lint browser
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
+	  --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 # Pages are tested in a Chromium. Where it is missing it is installed, if this is root on a Debian; otherwise
 # the tests that want one are skipped, and say so.

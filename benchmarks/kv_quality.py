@@ -21,10 +21,10 @@ from bitmill import api
 from bitmill.evaluation.perplexity import compare
 from bitmill.kv.answers import PackedAnswers
 from bitmill.kv.base import KVMethod, kv_method
-from bitmill.kv.calibration import Recording, learn, record
+from bitmill.kv.calibration import learn
+from bitmill.kv.recording import Recording, record
 from bitmill.models.calls import answers_of
 from bitmill.models.reading import reading_of
-from bitmill.progress import Progress
 
 RESULTS = Path(__file__).parent / "results" / "kv_quality.json"
 
@@ -96,19 +96,16 @@ def main() -> None:
 
     results["rows"]["float"] = compare(reference, held_out, batch=1)
     print(f"float {results['rows']['float']['perplexity']:.3f}", flush=True)
-    recordings: dict[tuple[bool, int], Recording] = {}
+    recording: Recording | None = None  # for all rows
     for name, method in grid():
         key = f"{name}: {json.dumps(method.to_dict())}"
         if key in results["rows"] or args.only not in key:
             continue
         started = time.perf_counter()
         calibration = None
-        if (scheme := method.scheme()).is_calibrated:
-            kind = (scheme.pre_rope, scheme.sink)
-            if kind not in recordings:  # gradients are recorded for all that share it
-                widest = kv_method("kvquant", method.bits, pre_rope=scheme.pre_rope, sink=scheme.sink)
-                recordings[kind] = record(model, widest, calib, Progress())
-            calibration = learn(method, recordings[kind])
+        if method.scheme().is_calibrated:
+            recording = recording or record(model, calib, fisher=True)
+            calibration = learn(model, method, recording)
         answers = PackedAnswers(model, method, calibration)
         measured = compare(answers, held_out, reference, batch=args.batch)
         results["rows"][key] = {

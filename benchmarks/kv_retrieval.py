@@ -23,9 +23,9 @@ from bitmill import api
 from bitmill.kv.base import KVMethod, kv_method
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import Calibration
-from bitmill.kv.calibration import learn, record
+from bitmill.kv.calibration import learn
+from bitmill.kv.recording import record
 from bitmill.models import text
-from bitmill.progress import Progress
 
 RESULTS = Path(__file__).parent / "results" / "kv_retrieval.json"
 CHUNK = 512
@@ -89,8 +89,10 @@ def main() -> None:
     windows = calib[: len(calib) // 2048 * 2048].view(-1, 2048)
     windows = windows[torch.linspace(0, len(windows) - 1, args.samples).long()]
     methods = [kv_method(name, bits) for name, bits in METHODS]
-    recording = record(model, methods[0], windows, Progress())
-    calibrations = [learn(method, recording) if method.scheme().is_calibrated else None for method in methods]
+    recording = record(model, windows, fisher=True)
+    calibrations = [
+        learn(model, method, recording) if method.scheme().is_calibrated else None for method in methods
+    ]
     generator = torch.Generator().manual_seed(0)
     rows: dict[str, list[tuple[bool, float]]] = {}
     for number in range(args.keys):

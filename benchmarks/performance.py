@@ -225,6 +225,13 @@ def _notes(run: dict[str, Any]) -> list[str]:
                 f"flash attention {_switch(uses)}; prefill by {batch['ubatch']} tokens, flash attention "
                 f"{_switch(batch)}."
             )
+        if engine["peer"] == "vllm":
+            notes.append(
+                f"{engine['name']}: version {engine['settings']['version']}, added by "
+                "`--peers llama.cpp,torch,vllm`; it takes whole requests: decode is what those of 33 tokens "
+                "take longer than those of 1; no logits are seen; memory counts the 1 GB given for keys "
+                "and values."
+            )
         if engine["peer"] == "bitmill":
             notes.append(
                 f"{engine['name']}: `{engine['made']}`; decode path: {engine['settings']['decode']}.".replace(

@@ -54,15 +54,17 @@ struct KvLayer {
     std::vector<double> inv_freq;
     float rope_scaling;
 
-    // Tables of levels, each repeated to 16, where a register looks them up.
-    static std::vector<float> levels_of(const KvSide& side, const Floats& given, int64_t channels) {
-        const size_t one = size_t{1} << side.bits, tables = side.axis == KvAxis::channel ? channels : 1;
-        require(given.size() == tables * one, "there is a level for each code");
-        require(tables == 1 || side.bits <= 4, "tables of channels have up to 16 levels");
-        for (size_t i = 0; side.bits == 8 && i < one; ++i)
+    // Repeated to 16, where a register looks them up; those of `tables` channels come repeated.
+    static std::vector<float> levels_of(const KvSide& side, const Floats& given, int64_t tables) {
+        if (side.axis == KvAxis::channel) {
+            require(side.bits <= 4 && given.size() == 16 * static_cast<size_t>(tables), "each channel has a table of 16");
+            return {given.data(), given.data() + given.size()};
+        }
+        require(given.size() == size_t{1} << side.bits, "there is a level for each code");
+        std::vector<float> levels(16);
+        for (size_t i = 0; i < 16; ++i) levels[i] = given.data()[i % given.size()];
+        for (size_t i = 0; side.bits == 8 && i < given.size(); ++i)
             require(given.data()[i] == static_cast<float>(i), "levels of 8 bits are the codes themselves");
-        std::vector<float> levels(16 * tables);
-        for (size_t i = 0; i < levels.size(); ++i) levels[i] = given.data()[i / 16 * one + i % 16 % one];
         return levels;
     }
     template <class T>
@@ -73,7 +75,7 @@ struct KvLayer {
 
     KvLayer(const KvPages& p, Floats keys, Floats values, std::optional<Floats> scale, std::optional<Floats> zero,
             std::optional<Array<const double, 1>> frequencies, float rope_scaling)
-        : pages(p), key_levels(levels_of(p.key, keys, p.channels())), value_levels(levels_of(p.value, values, 1)),
+        : pages(p), key_levels(levels_of(p.key, keys, p.channels())), value_levels(levels_of(p.value, values, 0)),
           key_scale(copied(scale, p.channels(), "each channel has a scale")),
           key_zero(copied(zero, p.channels(), "each channel has a zero")),
           inv_freq(copied(frequencies, p.dim / 2, "a frequency turns two channels of a head")), rope_scaling(rope_scaling) {

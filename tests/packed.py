@@ -16,7 +16,8 @@ SETTINGS = [
     ("per_token", {"bits": 4, "group": 8}),
     ("kivi", {"bits": 2, "group": 8, "residual": 48}),
     ("kvquant", {"bits": 3, "sink": 3}),
-    ("kvquant", {"bits": 4, "nuq": False, "outliers": 0.0}),
+    ("kvquant", {"bits": 4, "nuq": False, "outliers": 0.0, "key_outliers": 0.0, "equalize": False}),
+    ("kvquant", {"bits": 3, "channel_levels": False, "equalize": False, "key_outliers": 0.01}),
     ("kvquant", {"bits": 2, "pre_rope": False, "per_channel": False, "q_norm": True}),
     ("rotated", {"bits": 4}),
     ("rotated", {"bits": 3, "residual": 7}),
@@ -32,16 +33,28 @@ def method_of(setting):
 
 
 def calibrated_at_random(side, channels, seed=0):
-    """Ranges and levels as calibration finds them for normal numbers."""
+    """Ranges and levels as calibration finds them for normal numbers of deviation 1 to 2."""
     generator = torch.Generator().manual_seed(seed)
-    learned = side.levels == "learned"
+    own, learned = side.axis == "channel", side.levels == "learned"
     levels = torch.linspace(-0.9, 1, 1 << side.bits) + 0.02 * torch.rand(1 << side.bits, generator=generator)
-    scale = zero = None
+    levels = levels.sort().values
+    wide = 1 + torch.rand(channels, generator=generator)
+    scale = zero = mean = deviation = None
     if side.axis == "static":
-        scale = (1 + torch.rand(channels, generator=generator)) * (1.5 if learned else 5 / (1 << side.bits))
+        scale = wide * (1.5 if learned else 5 / (1 << side.bits))
         zero = 0.2 * torch.randn(channels, generator=generator) - (0 if learned else 4)
+    if own:
+        levels = levels * 3 * wide[:, None]
+    if side.equalized:
+        mean, deviation = torch.randn(channels, generator=generator) * 0.2, wide
     return Calibrated(
-        scale, zero, levels.sort().values if learned else None, levels.sort().values * 0.9 if side.q_norm else None
+        scale,
+        zero,
+        levels if learned else None,
+        levels * 0.9 if side.q_norm else None,
+        torch.rand(channels, generator=generator) + 0.5 if side.equalized or own else None,
+        mean,
+        deviation,
     )
 
 
@@ -50,6 +63,19 @@ def both_sides(scheme, channels, seed=0):
         calibrated_at_random(scheme.keys, channels, seed),
         calibrated_at_random(scheme.values, channels, seed + 1),
     )
+
+
+def calibrated_by(side, x):
+    """What a calibration would find in numbers (tokens, channels), roughly: their range, even levels."""
+    low, high = x.amin(0), x.amax(0)
+    if side.axis == "channel":
+        even = torch.linspace(0, 1, 1 << side.bits)
+        return Calibrated(levels=low[:, None] + (high - low)[:, None] * even)
+    learned = side.levels == "learned"
+    scale, zero = ((high - low) / 2, (low + high) / 2) if learned else ((high - low) / ((1 << side.bits) - 1), low)
+    static, levels = side.axis == "static", torch.linspace(-1, 1, 1 << side.bits) if learned else None
+    moved = (x.mean(0), x.std(0)) if side.equalized else (None, None)
+    return Calibrated(scale if static else None, zero if static else None, levels, None, None, *moved)
 
 
 def calibration_for(model, method):
@@ -98,12 +124,15 @@ class SlowLayer(DynamicLayer):
         )
         self.rows = states if self.rows is None else torch.cat([self.rows, states], -2)
         self.length += keys.shape[-2]
-        while self.length - self.packed >= self.scheme.residual + PAGE:
+        self.pack_pages(self.length - 1)
+
+    def pack_pages(self, length):
+        while length - self.packed >= self.scheme.residual + PAGE:
             self.pack_a_page()
 
     def turned(self, x, side, back):
-        turn = self.coders[side].turn
-        return x if turn is None else x @ (turn if back else turn.mT)
+        coder = self.coders[side]
+        return coder.moved_back(x) if back else coder.moved(x)
 
     def pack_a_page(self):
         first, end = self.packed, self.packed + PAGE
@@ -120,7 +149,7 @@ class SlowLayer(DynamicLayer):
             positions = torch.arange(first, end)[None] - begin
             for side, coder in enumerate(self.coders):
                 x = page[side]
-                undone = side == 0 and self.scheme.pre_rope
+                undone = side == 0 and self.scheme.pre_rope and self.rope is not None
                 x = self.rope.undo(x, positions) if undone else x
                 flat = x.transpose(1, 2).flatten(2)
                 x = coder.decode(coder.encode(flat)).unflatten(-1, x.shape[1::2]).transpose(1, 2)
@@ -135,6 +164,7 @@ class SlowLayer(DynamicLayer):
 
     def update(self, keys, values, *args, **kwargs):
         first = self.get_mask_sizes(0)[1]
+        self.pack_pages(self.length)
         past = self.floats(first) if self.length else (keys[..., :0, :], values[..., :0, :])
         self.append(keys, values)
         if self.direct and keys.shape[-2] == 1 and self.length > 1:
@@ -184,6 +214,7 @@ ARCHITECTURES = {
     "gemma2": {"sliding_window": 40, "attn_logit_softcapping": None},
     "gemma3_text": {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "opt": {},
     "gpt2": {},
 }

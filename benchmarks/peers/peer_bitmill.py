@@ -10,7 +10,6 @@ from peer_torch import Transformers
 from worker import serve
 
 import bitmill
-from bitmill.bench.memory import ReadBandwidth
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.runtime.native import activations, is_available, native
 
@@ -19,7 +18,7 @@ class Packed(Transformers):
     """What `bitmill.load` returns."""
 
     def load(self, model: Path, option: str) -> Any:
-        self.folder, self.memory = model, ReadBandwidth()
+        self.folder = model
         return bitmill.load(model)
 
     def settings(self) -> dict[str, Any]:
@@ -30,10 +29,6 @@ class Packed(Transformers):
             "decode": _decode_path(self.model),
             "size_bytes": folder_bytes(self.folder),
         }
-
-    def bandwidth(self) -> float:
-        """Bytes a second that all threads read."""
-        return max(self.memory.measure() for _ in range(3))
 
 
 def _decode_path(model: Any) -> str:

@@ -22,11 +22,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from engines import PEERS, Worker, engines_of
 from environments import python_of
 from host import busy, describe_host
 from models import HERE, MODELS, Model
 
+from bitmill.bench.memory import ReadBandwidth
 from bitmill.models.zoo import cache_folder
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -81,6 +83,8 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         "decode_tokens": arguments.tokens,
         "prefill_tokens": PREFILL,
     }
+    torch.set_num_threads(arguments.threads)
+    memory = ReadBandwidth()  # here, for its buffer is no part of what an engine needs
     workers = [Worker(engine, arguments.threads, arguments.folder / "logs") for engine in engines]
     try:
         measured = [w for w in workers if w.check(prompt, model, reference=workers[0])]
@@ -89,7 +93,7 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         result["machine"]["arithmetic"] = workers[0].ask("arithmetic")
         decodes, prefills = arguments.turns or model.turns[0], arguments.prefill_turns or model.turns[1]
         for turn in range(max(decodes, prefills)):
-            result.setdefault("read_bandwidths", []).append(workers[1].ask("bandwidth"))
+            result.setdefault("read_bandwidths", []).append(max(memory.measure() for _ in range(3)))
             for worker in measured:
                 if turn < decodes:
                     time.sleep(PAUSE_S)

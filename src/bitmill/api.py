@@ -17,6 +17,7 @@ from bitmill.checkpoint.writer import check_new, is_finished
 from bitmill.errors import UsageError
 from bitmill.evaluation.judge import judge_of
 from bitmill.evaluation.perplexity import compare
+from bitmill.kv.wanted import FLOAT, SAMPLES, asked
 from bitmill.live import ModuleSink, evaluating
 from bitmill.loading import live_model, load, load_tokenizer
 from bitmill.models.adapter import is_encoder
@@ -78,7 +79,7 @@ def quantize(
     kv: str | None = None,
     kv_bits: int | None = None,
     kv_options: dict[str, Any] | None = None,
-    kv_samples: int = caching.SAMPLES,
+    kv_samples: int = SAMPLES,
     kv_seqlen: int | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
@@ -106,12 +107,12 @@ def quantize(
     started = time.perf_counter()
     if measure < 0:
         raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
-    wanted = caching.asked(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    wanted = asked(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     folder = Path(out) if out is not None else None
     progress = progress or Progress()
     recipe: Recipe | None = None
     chosen: dict[str, str] = {}
-    if method != caching.FLOAT:
+    if method != FLOAT:
         recipe, chosen = settled_recipe(method, options, head_bits)
     elif wanted is None or options or head_bits:
         raise UsageError(
@@ -201,7 +202,7 @@ def evaluate(
     kv: str | None = None,
     kv_bits: int | None = None,
     kv_options: dict[str, Any] | None = None,
-    kv_samples: int = caching.SAMPLES,
+    kv_samples: int = SAMPLES,
     kv_seqlen: int | None = None,
     tokenizer: Any = None,
     device: str = "cpu",
@@ -223,7 +224,8 @@ def evaluate(
     kv_options, kv_calibration, kv_bits_per_element (allocated bits) and kv_bytes (of one window).
     """
     started = time.perf_counter()
-    wanted = caching.asked(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    chosen_kv = None if kv == FLOAT else kv
+    wanted = asked(chosen_kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     if tokenizer is None:
         if isinstance(model, nn.Module):
             raise UsageError("A live model carries no tokenizer; pass tokenizer=... beside it.")

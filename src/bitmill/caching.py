@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from bitmill.checkpoint.files import publish, writing
 from bitmill.checkpoint.record import record_calibration, write_calibration
 from bitmill.checkpoint.writer import check_new, work_of
-from bitmill.composition import value_of
-from bitmill.errors import CalibrationError, UsageError
+from bitmill.errors import UsageError
 from bitmill.kv.answers import PackedAnswers
-from bitmill.kv.base import KVMethod, kv_method
+from bitmill.kv.base import KVMethod
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import Calibration, read_calibration
 from bitmill.kv.calibration import calibrate
 from bitmill.kv.support import calibration_bytes, check, packed_shapes, page_bits
+from bitmill.kv.wanted import FLOAT, KeysValues, named, said
 from bitmill.loading import load, load_tokenizer, read_folder
 from bitmill.models.reading import Reading, reading_of
 from bitmill.models.skeleton import Skeleton
@@ -32,62 +32,18 @@ from bitmill.progress import Progress
 from bitmill.runtime.dense import densify
 from bitmill.runtime.packed import PackedMatrix
 
-SAMPLES, SEQLEN = 16, 2048
+SEQLEN = 2048
 CHUNK = 512  # tokens of a prompt that are read at a time
-FLOAT = "none"  # the KV method that is none
 _CONTEXT = "max_position_embeddings"
 
 
-@dataclass(frozen=True)
-class KeysValues:
-    """What is asked for: a KV method by name, with its bits and options, and how much text calibrates it.
-
-    bits, options: what is left out is as in the folder, if that has a calibration for this method, else the
-        method's default. Strings are read as in YAML.
-    seqlen: None for 2048 tokens, or as many as the model reads.
-    """
-
-    name: str
-    bits: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    samples: int = SAMPLES
-    seqlen: int | None = None
-
-    def method(self, found: Calibration | None = None) -> KVMethod:
-        """The method itself. Raises RecipeError."""
-        given = {k: value_of(v) if isinstance(v, str) else v for k, v in self.options.items()}
-        if self.bits is not None:
-            if "bits" in given:
-                raise UsageError(f"'bits' of {self.name} is given twice, as {self.bits} and {given['bits']}.")
-            given["bits"] = self.bits
-        if found is not None and found.method.name == self.name:
-            given = {**{f.name: getattr(found.method, f.name) for f in fields(found.method)}, **given}
-        return kv_method(self.name, **given)
-
-    def window(self, config: Any) -> int:
-        """Tokens of a calibration window. Raises CalibrationError for more than the model reads."""
-        if self.seqlen is not None:
-            check_length(config, self.seqlen, "--kv-seqlen")
-            return self.seqlen
-        limit = getattr(config, _CONTEXT, None)
-        return min(SEQLEN, limit) if isinstance(limit, int) else SEQLEN
-
-
-def asked(
-    name: str | None,
-    bits: int | None,
-    options: dict[str, Any] | None,
-    samples: int = SAMPLES,
-    seqlen: int | None = None,
-) -> KeysValues | None:
-    """The arguments of a function as one object, None where no method is named. Raises UsageError."""
-    if name is None:
-        if bits is not None or options:
-            raise UsageError("Bits or options of a KV method are given without a method; name it with --kv.")
-        return None
-    if samples < 1:
-        raise CalibrationError(f"--kv-samples is {samples}; use at least 1 window to calibrate keys and values.")
-    return KeysValues(name, bits, options or {}, samples, seqlen)
+def window_of(wanted: KeysValues, config: Any) -> int:
+    """Tokens of a window that calibrates. Raises CalibrationError for more than the model reads."""
+    if wanted.seqlen is not None:
+        check_length(config, wanted.seqlen, "--kv-seqlen")
+        return wanted.seqlen
+    limit = getattr(config, _CONTEXT, None)
+    return min(SEQLEN, limit) if isinstance(limit, int) else SEQLEN
 
 
 def plan(model: nn.Module, method: KVMethod, name: str = "") -> dict[str, Any]:
@@ -121,7 +77,7 @@ class Keeping:
             self.windows, self.plan["calibration"] = given.long().cpu(), _described("tokens", given.long(), None)
             return
         given = given or Text()
-        seqlen = self.wanted.window(source.config)
+        seqlen = window_of(self.wanted, source.config)
         text = replace(given, samples=self.wanted.samples, seqlen=seqlen)
         self.windows = calibration_windows(source, text, str(self.skeleton.device), progress)
         self.plan["calibration"] = _described(text.source, self.windows, text.seed)
@@ -148,7 +104,7 @@ class Through:
         if self.method.scheme().is_calibrated:
             self.calibration = "folder"
             if found is None:
-                length = wanted.window(getattr(model, "config", None))
+                length = window_of(wanted, getattr(model, "config", None))
                 windows = reading.calibration(wanted.samples, length, 0)
                 self.calibration = f"{text}, calib split, {wanted.samples} x {length} tokens"
                 found = calibrated(model, self.method, windows, _described(text, windows, 0), progress)
@@ -165,14 +121,6 @@ class Through:
         bits, size = self.answers.bits_per_element, self.answers.bytes
         told = {"kv_calibration": self.calibration, "kv_bits_per_element": bits, "kv_bytes": size // self.rows}
         return {**named(self.method), **told}
-
-
-def named(method: KVMethod) -> dict[str, Any]:
-    """A method and its options as the results of commands have them."""
-    return {
-        "kv_method": method.name,
-        "kv_options": {f.name: getattr(method, f.name) for f in fields(method)},
-    }
 
 
 def _described(source: str, windows: Tensor, seed: int | None) -> dict[str, Any]:
@@ -256,14 +204,6 @@ def _chosen(model: nn.Module, wanted: KeysValues | None, name: str) -> tuple[KVM
     return method, own
 
 
-def said(method: KVMethod) -> str:
-    """A method and its options that are not as by default, in words."""
-    default = type(method)()
-    changed = [f.name for f in fields(method) if getattr(method, f.name) != getattr(default, f.name)]
-    more = "".join(f", {name} {getattr(method, name)}" for name in changed if name != "bits")
-    return f"{method.name} at {method.bits} bits{more}"
-
-
 def add_to_folder(
     folder: Path,
     out: Path,
@@ -287,7 +227,7 @@ def add_to_folder(
         if text.source == SELF:
             raise UsageError(f"{folder} cannot write the text that calibrates it; give another one with --calib.")
         reading = reading_of(text.source, load_tokenizer(folder, trust_remote_code=trust_remote_code), False)
-        windows = reading.calibration(wanted.samples, wanted.window(live.config), text.seed)
+        windows = reading.calibration(wanted.samples, window_of(wanted, live.config), text.seed)
         kv["calibration"] = _described(text.source, windows, text.seed)
         found = calibrated(live, method, windows, kv["calibration"], progress)
     if out == folder:

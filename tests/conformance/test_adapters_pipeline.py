@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import bitmill
+from bitmill.api import Outcome
 from bitmill.checkpoint import open_checkpoint
 from bitmill.errors import SourceError
 from bitmill.models.adapter import ADAPTERS
@@ -46,11 +49,27 @@ def answer(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 
 
 MODELS = [*ADAPTERS.names(), "gpt_neox"]
+BRIEF = {"iters": 10, "epochs": 1, "rounds": 2, "sweeps": 1}  # training, where nobody asks how well it went
 
 
 def quantize(model: nn.Module, method: str, out=None, **options):
     options = method_options(method, group_size=20, **options)  # ragged in 32 and in 48 columns
     return bitmill.quantize(model, method, calibration=WINDOWS, out=out, measure=0, **options)
+
+
+@pytest.fixture(scope="module")
+def outcome_of(tmp_path_factory) -> Callable[[str, str], Outcome]:
+    """What a method made of a model, in a folder; made when first asked for."""
+
+    @cache
+    def made(name: str, method: str) -> Outcome:
+        model, out = model_of(name), tmp_path_factory.mktemp(f"{name}-{method}") / "quantized"
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        outcome = quantize(model, method, out, **BRIEF)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # the source stays as it was
+        return outcome
+
+    return made
 
 
 def live_dequantized(model: nn.Module, folder) -> nn.Module:
@@ -68,13 +87,9 @@ def live_dequantized(model: nn.Module, folder) -> nn.Module:
 @pytest.mark.parametrize("method", METHODS.names())
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, tmp_path):
-    model = model_of(name)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    out = tmp_path / "quantized"
-    outcome = quantize(model, method, out)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # the source stays as it was
-
+def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, outcome_of):
+    model, outcome = model_of(name), outcome_of(name, method)
+    out = outcome.out
     ours = bitmill.load(out)
     theirs = auto_class(model.config).from_pretrained(out, dtype=torch.float32).eval()
     logits = answer(ours)
@@ -100,24 +115,23 @@ def stored_bytes(folder) -> int:
 @pytest.mark.parametrize("method", METHODS.names())
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gpt_neox"])
 @torch.no_grad()
-def test_a_live_model_is_quantized_in_place_to_the_same_numbers(name, method, tmp_path):
+def test_a_live_model_is_quantized_in_place_to_the_same_numbers(name, method, outcome_of):
     model = model_of(name)
-    quantize(model, method, tmp_path / "quantized")
-    stored = answer(bitmill.load(tmp_path / "quantized"))
-    outcome = quantize(model, method)
+    stored = answer(bitmill.load(outcome_of(name, method).out))
+    outcome = quantize(model, method, **BRIEF)
     assert outcome.model is model
     assert any(isinstance(m, QuantLinear) for m in model.modules())
     assert torch.equal(answer(model), stored)
 
 
 @pytest.mark.parametrize("method", METHODS.names())
-def test_the_same_job_gives_the_same_bytes(method, tmp_path):
-    for out in ("one", "other"):
-        quantize(model_of("llama"), method, tmp_path / out)
-    files = sorted(f.name for f in (tmp_path / "one").iterdir())
-    assert files == sorted(f.name for f in (tmp_path / "other").iterdir())
+def test_the_same_job_gives_the_same_bytes(method, outcome_of, tmp_path):
+    one, other = outcome_of("llama", method).out, tmp_path / "quantized"
+    quantize(model_of("llama"), method, other, **BRIEF)
+    files = sorted(f.name for f in one.iterdir())
+    assert files == sorted(f.name for f in other.iterdir())
     for file in files:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes(), file
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("method", METHODS.names())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -16,15 +18,25 @@ from bitmill.runtime.kernels.base import KERNELS
 from cases import few_formats, fitted, weights
 
 SHAPES = [(1, 1), (3, 7), (65, 96), (130, 577)]
-KINDS = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
-every_kernel = pytest.mark.parametrize("kernel", KINDS)
-every_format = pytest.mark.parametrize("format", few_formats(), ids=repr)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 CPU = torch.device("cpu")
+FEW = few_formats()
+SERVED = [
+    pytest.param(kernel, format, shape, id=f"{shape}-{format!r}-{name}")
+    for name, kernel in KERNELS.items()
+    for format in FEW
+    for shape in SHAPES
+    if kernel.supports(KernelSpec(format, shape, CPU)) is None
+]
+KINDS = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
+every_kernel = pytest.mark.parametrize("kernel", KINDS)
+every_format = pytest.mark.parametrize("format", FEW, ids=repr)
+every_served_matrix = pytest.mark.parametrize(("kernel", "format", "shape"), SERVED)
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
+@cache
 def quantized(format: Format, shape: tuple[int, int]) -> Quantized:
     W = weights(*shape)
     return nearest_matrix(format, W, fitted(format, W, search=False))
@@ -45,8 +57,14 @@ def near(kernel: type[Kernel], y: torch.Tensor, matrix: Quantized, x: torch.Tens
 
 
 @every_kernel
-@every_format
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_it_does_not_serve_has_a_reason(kernel):
+    for format in FEW:
+        for shape in SHAPES:
+            reason = kernel.supports(KernelSpec(format, shape, CPU))
+            assert reason is None or reason.endswith("."), (format, shape)
+
+
+@every_served_matrix
 def test_it_equals_decode_and_matmul(kernel, format, shape):
     matrix = quantized(format, shape)
     for dtype, tolerance in TOLERANCE.items():
@@ -83,16 +101,12 @@ def test_every_width(kernel, bits):
     assert near(kernel, applied(kernel, matrix, x), matrix, x)
 
 
-@every_kernel
-@every_format
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@every_served_matrix
 def test_the_packed_tensors_come_back(kernel, format, shape):
     matrix = quantized(format, shape)
-    spec = KernelSpec(format, shape, CPU)
-    if kernel.supports(spec) is None:
-        tensors, back = matrix.pack(), kernel(spec, matrix.pack()).restore()
-        assert back.keys() == tensors.keys()
-        assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    tensors, back = matrix.pack(), kernel(KernelSpec(format, shape, CPU), matrix.pack()).restore()
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 @every_kernel

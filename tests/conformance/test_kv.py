@@ -15,8 +15,8 @@ from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.page import PageLayout
 from bitmill.kv.reading import plan_of
 from bitmill.kv.rope import Rope
-from bitmill.kv.side import Calibrated, Coder
-from packed import generated, long_model, packed_cache, padded, slow_cache
+from bitmill.kv.side import Coder
+from packed import calibrated_by, generated, long_model, packed_cache, padded, slow_cache
 
 CARD = ("Problem", "Equation", "Stored", "Needs", "Expect", "Paper")
 HEADS, DIM = 2, 64
@@ -43,17 +43,10 @@ def numbers(tokens=96, seed=0):
 
 
 def calibrated(method, states):
-    """What a calibration would find, roughly: the range of each channel, even levels."""
-    found = []
-    for side, x in zip((method.scheme().keys, method.scheme().values), states, strict=True):
-        flat = x.transpose(1, 2).flatten(2)[0]
-        low, high = flat.amin(0), flat.amax(0)
-        top = 2 if side.levels == "learned" else (1 << side.bits) - 1
-        zero = (low + high) / 2 if side.levels == "learned" else low
-        levels = torch.linspace(-1, 1, 1 << side.bits) if side.levels == "learned" else None
-        static = side.axis == "static"
-        found.append(Calibrated((high - low) / top if static else None, zero if static else None, levels))
-    return tuple(found)
+    sides = (method.scheme().keys, method.scheme().values)
+    return tuple(
+        calibrated_by(side, x.transpose(1, 2).flatten(2)[0]) for side, x in zip(sides, states, strict=True)
+    )
 
 
 def layer_of(method, states):

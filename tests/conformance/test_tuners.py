@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from cases import all_wrappers, few_formats, varied
 WINDOWS = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(7))
 MODELS = ["llama", "opt", "gpt2", "gemma2"]
 ALL = [tuner for _, kind in TUNERS.items() for tuner in (kind(), *varied(kind))]
+BRIEF = {"iters": 10, "epochs": 1}  # training, where nobody asks how well it went
 every_tuner = pytest.mark.parametrize("tuner", ALL, ids=repr)
 
 
@@ -93,6 +95,11 @@ def hidden_states(model: nn.Module, blocks: str) -> list[Tensor]:
     return seen
 
 
+def brief(tuner: Tuner) -> Tuner:
+    """The same after little training."""
+    return dataclasses.replace(tuner, **{name: steps for name, steps in BRIEF.items() if hasattr(tuner, name)})
+
+
 def quantize(recipe: Recipe, model: nn.Module, out=None, **options):
     return bitmill.quantize(model, recipe, calibration=WINDOWS, out=out, measure=0, **options)
 
@@ -119,7 +126,7 @@ def test_it_is_never_worse(tuner, bits, solver):
 @pytest.mark.parametrize("model", MODELS)
 def test_what_was_measured_is_stored(tuner, model, tmp_path):
     """The folder's model is as far from the float model, block by block, as the tuner said."""
-    source = tiny_model(model)
+    tuner, source = brief(tuner), tiny_model(model)
     skeleton = Skeleton(ModuleSource(copy.deepcopy(source)))
     quantize(recipe_of(tuner), source, tmp_path / "out")
     path = skeleton.adapter.blocks
@@ -133,7 +140,7 @@ def test_the_same_job_gives_the_same_bytes(tuner, tmp_path):
     for out in ("one", "other"):
         torch.manual_seed(len(out))  # whoever draws numbers has a generator of its own
         model = tiny_model("llama")
-        quantize(recipe_of(tuner), model, tmp_path / out)
+        quantize(recipe_of(brief(tuner)), model, tmp_path / out)
     for file in sorted((tmp_path / "one").iterdir()):
         assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes(), file
 
@@ -141,7 +148,7 @@ def test_the_same_job_gives_the_same_bytes(tuner, tmp_path):
 @every_tuner
 def test_a_resumed_run_finds_what_was_tuned(tuner):
     """Blocks that are finished come back with their tuned norms: the next block is the same, bit by bit."""
-    recipe = recipe_of(tuner)
+    recipe = recipe_of(brief(tuner))
     whole, rest = Keep(), Keep()
     run(Job(Skeleton(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), whole)
     rest.done = whole.blocks[:1]
@@ -154,7 +161,13 @@ def test_a_resumed_run_finds_what_was_tuned(tuner):
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
 
 
-@every_tuner
+@cache
+def untuned(format: Format, solver: Solver | None, measure) -> float:
+    """The error of the first block without a tuner."""
+    return errors(format=format, solver=solver, measure=measure)[0]
+
+
+@pytest.mark.parametrize("tuner", [tuner for tuner in ALL if not getattr(tuner, "seed", 0)], ids=repr)
 @pytest.mark.parametrize("format", [*few_formats(), *all_wrappers()], ids=repr)
 def test_every_format_is_taken_or_refused_with_a_reason(tuner, format):
     reason = tuner.accepts(format)
@@ -165,15 +178,15 @@ def test_every_format_is_taken_or_refused_with_a_reason(tuner, format):
         return
     measure = getattr(tuner, "loss", BlockTask.error)  # what it says that it lowers
     solver = BeamSearch(rounds=1, sweeps=0) if format.shared else None
-    choices = {"format": format, "solver": solver, "measure": measure}
-    assert errors(tuner, **choices)[0] <= errors(**choices)[0]
+    tuned = errors(tuner, format=format, solver=solver, measure=measure)[0]
+    assert tuned <= untuned(format, solver, measure)
 
 
 @every_tuner
 def test_source_weights_are_left_alone(tuner):
     model = tiny_model("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    run(Job(Skeleton(ModuleSource(model)), recipe_of(tuner), WINDOWS), Keep())
+    run(Job(Skeleton(ModuleSource(model)), recipe_of(brief(tuner)), WINDOWS), Keep())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -16,6 +16,7 @@ import bitmill
 from bitmill.cli.main import main
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import FILE, read_calibration
+from bitmill.kv.wanted import asked
 
 KV = ["--kv", "kvquant", "--kv-bits", "3", "--kv-samples", "4"]
 
@@ -148,7 +149,7 @@ def test_generate_as_calibrated(world, run, kept):
     plain = run(*command, "--kv", "none")
     assert "kv_method" not in plain
     assert plain["text"] == run("generate", world.source, *command[2:])["text"]
-    assert run("generate", world.done, *command[2:], "--kv", "kivi", "--kv-set", "group=8")["kv_bytes"] > 0
+    assert run("generate", world.done, *command[2:], "--kv", "kivi:group=8")["kv_bytes"] > 0
     model, tokenizer = bitmill.load(kept), bitmill.load_tokenizer(kept)
     ids = torch.tensor([tokenizer("user w1 w2 assistant", add_special_tokens=False)["input_ids"]])
     cache = QuantizedCache(model)
@@ -162,7 +163,7 @@ def test_long_prompts_are_read_in_chunks(world, monkeypatch):
     from bitmill.evaluation.generate import generate
 
     model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
-    wanted = caching.asked("per_token", 8, None)
+    wanted = asked("per_token", 8, None)
     caches, seen = caching.Caches(model, wanted, "it"), []
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     prompt = list(range(3, 53))
@@ -203,6 +204,7 @@ def test_damage(world, run, kept):
         (["--kv", "kivi", "--kv-set", "sink=1"], "has no option 'sink'"),
         (["--kv", "per_token", "--kv-set", "group=x"], "use a whole number or null"),
         (["--kv", "per_token", "--kv-bits", "4", "--kv-set", "bits=4"], "given twice"),
+        (["--kv", "per_token:bits=4", "--kv-bits", "4"], "given twice"),
         (["--kv-bits", "4"], "without a method"),
         (["--kv", "per_token", "--kv-set", "4"], "--kv-set wants KEY=VALUE"),
         (["--kv", "kvquant", "--kv-samples", "0"], "--kv-samples is 0"),
@@ -252,3 +254,16 @@ def test_live_models(world):
     )
     assert result["kv_method"] == "kvquant"  # gradients went through a copy
     assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())
+
+
+@pytest.mark.parametrize(
+    "options", ["", "q_norm=true", "channel_levels=false", "fisher=false", "nuq=false", "equalize=false"]
+)
+def test_the_size_of_a_calibration_is_known_beforehand(world, options):
+    from bitmill.kv.calibration import calibrate
+    from bitmill.kv.support import calibration_bytes
+
+    model = bitmill.load(world.source)
+    method = asked(f"kvquant:{options}", 2, None).method()
+    found = calibrate(model, method, torch.randint(3, 120, (2, 64)))
+    assert calibration_bytes(model, method) == sum(tensor.nbytes for tensor in found.tensors().values())

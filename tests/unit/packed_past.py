@@ -101,8 +101,11 @@ def made(case: Case, seed: int = 0) -> Made:
                 loose[:, row, :, i] = float("nan")
     first = torch.tensor(case.firsts)
     static = case.keys.axis == "static"
+    levels = coders[0].levels
+    if levels.dim() == 2:
+        levels = levels.repeat(1, 16 // levels.shape[1]).flatten()
     layer = LayerPlan(
-        plan_of(layout), coders[0].levels, coders[1].levels,
+        plan_of(layout), levels, coders[1].levels,
         coders[0].scale if static else None, coders[0].zero if static else None,
         rope.frequencies if case.pre_rope else None, rope.factor,
     )  # fmt: skip

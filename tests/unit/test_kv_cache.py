@@ -7,6 +7,13 @@ import copy
 import pytest
 import torch
 from compiled import needs_native
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import DynamicCache
+
+from bitmill.errors import CheckpointError, UsageError
+from bitmill.kv.cache import QuantizedCache
+from bitmill.runtime.decode import attach, decode_path
 from packed import (
     ARCHITECTURES,
     SETTINGS,
@@ -18,13 +25,6 @@ from packed import (
     prompt,
     slow_cache,
 )
-from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers.cache_utils import DynamicCache
-
-from bitmill.errors import CheckpointError, UsageError
-from bitmill.kv.cache import QuantizedCache
-from bitmill.runtime.decode import attach, decode_path
 
 
 def test_attention_may_change_under_a_cache():

@@ -7,6 +7,11 @@ import copy
 import pytest
 import torch
 from compiled import needs_native
+
+import bitmill
+from bitmill.errors import UsageError
+from bitmill.kv import layer as layer_module
+from bitmill.kv.cache import QuantizedCache
 from packed import (
     ARCHITECTURES,
     NEW,
@@ -20,11 +25,6 @@ from packed import (
     prompt,
     slow_cache,
 )
-
-import bitmill
-from bitmill.errors import UsageError
-from bitmill.kv import layer as layer_module
-from bitmill.kv.cache import QuantizedCache
 
 
 def agrees(model, setting, ids, mask=None, **options):

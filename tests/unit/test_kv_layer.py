@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed import SETTINGS, SlowLayer, both_sides, method_of
 
 from bitmill.errors import UsageError
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.rope import Rope
+from packed import SETTINGS, SlowLayer, both_sides, method_of
 
 HEADS, DIM = 2, 16
 ROPE = Rope(10000.0 ** (-torch.arange(DIM // 2, dtype=torch.float64) / (DIM // 2)))
@@ -116,10 +116,26 @@ def test_strict_gives_what_is_stored(setting, window):
         first = plain.first_for(0)
         keys, values = strict.update(*states)
         plain.append(*states)
+        plain.settle()
         for ours, theirs in zip((keys, values), plain.floats(first), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     strict.crop(-30) if window is None else None
     assert strict.keys.shape[-2] == strict.get_mask_sizes(0)[0]
+
+
+def test_a_token_sees_its_own_page_in_float():
+    """The last of a page too, come they one by one or a page at a time: evaluation is like generation."""
+    setting = ("per_token", {"bits": 2})
+    states = numbers(1, 96, 3)
+    layer, paged = layer_of(setting), layer_of(setting)
+    for at in range(96):
+        layer.append(*states[..., at : at + 1, :])
+        assert torch.equal(
+            layer.keys[..., at // 32 * 32 :, :], states[0][..., at // 32 * 32 : at + 1, :].half().float()
+        )
+        if at % 32 == 0:
+            keys, _ = paged.update(*states[..., at : at + 32, :])
+            assert torch.equal(keys[..., :at, :], layer.keys[..., :at, :])
 
 
 def test_a_prompt_attends_to_its_own_numbers():
@@ -134,7 +150,7 @@ def test_a_prompt_attends_to_its_own_numbers():
 
 
 def test_sinks_and_the_tail_are_exact_in_half():
-    layer = layer_of(("kvquant", {"bits": 2, "sink": 5}))
+    layer = layer_of(("kvquant", {"bits": 2, "sink": 5, "equalize": False}))
     start = torch.tensor([0, 30])
     layer.begin(start)
     states = numbers(2, 75, 1)
@@ -185,6 +201,7 @@ def test_bytes_are_counted(setting):
     """By hand: slabs of eight pages, and fp16 for the sinks, the residual and a page."""
     layer = layer_of(setting)
     layer.append(*numbers(3, 32 * 9 + layer.scheme.residual, 0))
+    layer.settle()
     name = setting[0]
     scheme, channels = layer.scheme, HEADS * DIM
     page = 0
@@ -194,7 +211,9 @@ def test_bytes_are_counted(setting):
             page += HEADS * 32 * (-DIM * side.bits % 32) // 8
         outliers = round(side.outliers * channels) or (1 if side.outliers else 0)
         page += outliers * 32 * 3
-        numbers_of = {"static": 0, "page": channels, "token": 32 * side.groups(HEADS, DIM)}[side.axis]
+        numbers_of = {"static": 0, "channel": 0, "page": channels, "token": 32 * side.groups(HEADS, DIM)}[
+            side.axis
+        ]
         page += numbers_of * (2 if name == "rotated" else 4)
     loose = (scheme.sink + scheme.residual + 32) * channels * 2 * 2
     assert layer.pages.layout.words * 4 == page

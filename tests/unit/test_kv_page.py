@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed import SETTINGS, both_sides, calibrated_at_random, method_of
 
 from bitmill.kv.base import PAGE, Scheme, Side
 from bitmill.kv.page import PageLayout
 from bitmill.kv.side import Coded, Coder
 from bitmill.kv.store import SLAB, PageStore
 from bitmill.numerics.packing import words_for
+from packed import SETTINGS, both_sides, calibrated_at_random, method_of
 
 SHAPES = [(3, 16), (1, 20), (4, 32), (3, 64), (5, 80), (2, 128), (1, 7)]
 

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from packed import long_model, packed_cache
 
 from bitmill.errors import UsageError
 from bitmill.kv.rope import Rope, attentions, rope_of
+from packed import long_model, packed_cache
 
 KINDS = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
@@ -95,3 +95,8 @@ def test_others_are_refused_in_one_sentence(model):
     assert rope_of(model, attentions(model).get(0), "full_attention") is None
     with pytest.raises(UsageError, match="no rotary embedding that can be undone"):
         packed_cache(model, ("kvquant", {}))
+
+
+def test_layers_without_positions_between_others():
+    cache = packed_cache(long_model("smollm3", no_rope_layers=[1, 0]), ("kvquant", {}))
+    assert [layer.rope is None for layer in cache.packed_layers] == [False, True]

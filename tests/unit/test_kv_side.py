@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from packed import calibrated_at_random
 
 from bitmill.errors import RecipeError
 from bitmill.kv.base import PAGE, Scheme, Side
 from bitmill.kv.levels import normal_levels
 from bitmill.kv.side import Coder, rotation
+from packed import calibrated_at_random
 
 HEADS, DIM = 3, 32
 SIDES = [
@@ -25,6 +26,9 @@ SIDES = [
     Side(3, "static", levels="learned"),
     Side(2, "static", levels="learned", outliers=0.05, q_norm=True),
     Side(3, "token", levels="learned", outliers=0.03),
+    Side(3, "channel", levels="learned"),
+    Side(4, "channel", levels="learned", outliers=0.02, q_norm=True),
+    Side(4, "token", outliers=0.02, equalized=True),
     Side(4, "token", "head", levels="normal", rotated=True),
     Side(2, "token", "head", levels="normal"),
 ]
@@ -46,7 +50,7 @@ def test_shapes(side):
     assert coded.codes.shape == (2, 3, PAGE, HEADS * DIM)
     assert coded.codes.dtype == torch.uint8
     assert int(coded.codes.max()) < 1 << side.bits
-    assert (coded.scale is None) == (side.axis == "static")
+    assert (coded.scale is None) == side.is_fixed
     assert coder.decode(coded).shape == x.shape
 
 
@@ -57,7 +61,7 @@ def test_stored_parts_are_exact_in_half(side):
         assert part is None or torch.equal(part, part.half().float())
 
 
-@pytest.mark.parametrize("side", [s for s in SIDES if s.axis == "static" and not s.q_norm], ids=repr)
+@pytest.mark.parametrize("side", [s for s in SIDES if s.is_fixed and not s.q_norm], ids=repr)
 def test_what_is_decoded_and_stored_again_gives_the_same(side):
     coder = coder_of(side)
     once = coder.decode(coder.encode(numbers()))
@@ -74,7 +78,9 @@ def test_storing_again_moves_little(side):
     assert (once - twice).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("side", [s for s in SIDES if s.levels == "uniform" and s.axis != "static"], ids=repr)
+@pytest.mark.parametrize(
+    "side", [s for s in SIDES if s.levels == "uniform" and not (s.is_fixed or s.outliers)], ids=repr
+)
 def test_uniform_levels_err_by_half_a_step(side):
     coder, x = coder_of(side), numbers()
     coded = coder.encode(x)
@@ -178,6 +184,9 @@ def test_no_rotation_of_odd_heads():
         lambda: Scheme(Side(4, "token"), Side(4, "page")),
         lambda: Scheme(Side(4, "token", "head", "normal", rotated=True), Side(4, "token"), pre_rope=True),
         lambda: Scheme(Side(4, "token"), Side(4, "token"), sink=-1),
+        lambda: Side(4, "channel"),
+        lambda: Side(4, "token", "head", "normal", rotated=True, equalized=True),
+        lambda: Scheme(Side(4, "token", equalized=True), Side(4, "token")),
     ],
 )
 def test_what_does_not_go_together(wrong):
@@ -192,3 +201,30 @@ def test_groups_of_channels():
     assert Side(4, "token", outliers=0.01).outlier_count(192) == 2
     assert Side(4, "token", outliers=0.01).outlier_count(16) == 1
     assert Side(4, "token", outliers=0.01).outlier_count(math.prod((32, 128))) == 41
+
+
+@pytest.mark.parametrize("side", [SIDES[10], Side(4, "token", equalized=True), Side(4, "token")], ids=repr)
+def test_moved_back(side):
+    """Also the sum of attention, as its weights add up to 1."""
+    coder, x = coder_of(side), torch.randn(2, HEADS, 7, DIM)
+    torch.testing.assert_close(coder.moved_back(coder.moved(x)), x, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(2, HEADS, 4, 7).softmax(-1)
+    torch.testing.assert_close(coder.moved_back(weights @ coder.moved(x)), weights @ x, atol=1e-5, rtol=1e-5)
+    assert coder.is_moved == (side.rotated or side.equalized)
+
+
+def test_levels_of_each_channel():
+    side = Side(3, "channel", levels="learned")
+    found = calibrated_at_random(side, HEADS * DIM)
+    x = numbers(tokens=PAGE)
+    nearest = (x[..., None] - found.levels).abs().argmin(-1)
+    assert torch.equal(Coder(side, HEADS, DIM, found).encode(x).codes[:, 0].long(), nearest)
+
+
+def test_outliers_are_chosen_by_weight():
+    side = Side(2, "static", outliers=0.02)
+    found = calibrated_at_random(side, HEADS * DIM)
+    heavy = torch.ones(HEADS * DIM)
+    heavy[5] = 1e6
+    index = Coder(side, HEADS, DIM, replace(found, weight=heavy)).encode(numbers()).outlier_index
+    assert (index == 5).any(-1).all()

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.kv import KV_METHODS, Scheme, Side
+from bitmill.kv import KV_METHODS, Scheme
 from bitmill.kv.base import kv_method
 from bitmill.kv.layer import QuantizedLayer
-from bitmill.kv.side import Calibrated
 from bitmill.kv.size import cache_size, slabs
+from packed import both_sides
 
 LLAMA_7B = (32, 128, 32)  # heads, head dim, layers
 GIB = 2**30
+PLAIN = {"outliers": 0.0, "key_outliers": 0.0, "sink": 0, "channel_levels": False, "equalize": False}
 
 
 def every_scheme() -> list[tuple[str, Scheme]]:
@@ -31,16 +32,9 @@ SCHEMES = every_scheme()
 schemes = pytest.mark.parametrize("scheme", [s for _, s in SCHEMES], ids=[name for name, _ in SCHEMES])
 
 
-def learned(side: Side) -> torch.Tensor | None:
-    return torch.linspace(-1, 1, 1 << side.bits) if side.levels == "learned" else None
-
-
 def filled(scheme: Scheme, heads: int, dim: int, steps: list[int], batch: int, window: int | None) -> list[int]:
     """Allocated bytes of one layer after each append."""
-    channels = heads * dim
-    static = (torch.ones(channels), torch.zeros(channels)) if scheme.keys.axis == "static" else (None, None)
-    calibrated = (Calibrated(*static, learned(scheme.keys)), Calibrated(None, None, learned(scheme.values)))
-    layer = QuantizedLayer(scheme, calibrated, None, window)
+    layer = QuantizedLayer(scheme, both_sides(scheme, heads * dim), None, window)
     sizes = []
     for step in steps:
         layer.append(torch.randn(batch, heads, step, dim), torch.randn(batch, heads, step, dim))
@@ -68,7 +62,7 @@ def test_a_window_holds_at_most_what_is_said(name: str, window: int) -> None:
 
 def test_llama_7b_at_two_bits() -> None:
     """Codes alone 64 GiB; scale and zero of a token of values are 4 bytes a layer more."""
-    size = cache_size(kv_method("kvquant", 2, outliers=0.0, sink=0).scheme(), *LLAMA_7B, 1 << 20)
+    size = cache_size(kv_method("kvquant", 2, **PLAIN).scheme(), *LLAMA_7B, 1 << 20)
     assert size.codes == 64 * GIB
     assert size.scales == 32 * 4 * (1 << 20)
     assert size.outliers == 0
@@ -78,7 +72,7 @@ def test_llama_7b_at_two_bits() -> None:
 
 def test_llama_7b_with_one_percent_of_outliers() -> None:
     """41 of 4096 numbers, each 16 bits and as many for its place: 41 x 32 / 4096 = 0.3203 bits more."""
-    size = cache_size(kv_method("kvquant", 2).scheme(), *LLAMA_7B, 1 << 20)
+    size = cache_size(kv_method("kvquant", 2, key_outliers=0.01).scheme(), *LLAMA_7B, 1 << 20)
     assert size.outliers == 2 * 32 * 41 * 4 * (1 << 20)
     bits = 8 * size.allocated / (2 * 32 * 4096 * (1 << 20))
     assert bits == pytest.approx(2 + 41 * 32 / 4096 + 16 / 4096, abs=1e-3)
@@ -102,6 +96,6 @@ def test_batch_and_layers_multiply() -> None:
 
 def test_lengths() -> None:
     scheme = kv_method("kvquant", 4).scheme()
-    assert [slabs(scheme, n) for n in (0, 31, 32, 256, 287, 288)] == [0, 0, 1, 1, 1, 2]
+    assert [slabs(scheme, n) for n in (0, 32, 33, 257, 288, 289)] == [0, 0, 1, 1, 1, 2]
     with pytest.raises(RecipeError, match="share a scale"):
         cache_size(kv_method("kivi", 4).scheme(), 2, 40, 1, 100)

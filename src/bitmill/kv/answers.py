@@ -15,8 +15,8 @@ from bitmill.kv.calibrated import Calibration
 class PackedAnswers:
     """Callable from tokens (windows, length) to logits (windows, length, vocabulary), by a fresh packed cache.
 
-    Windows go through a page of tokens at a time. Pages are packed when they are full: a token sees pages
-    before its own packed and its own in float, exactly what it sees when text is generated token by token.
+    Windows go through a page of tokens at a time. A token sees the pages before its own packed and its own in
+    float, which is exactly what it sees when a text is generated token by token.
     bits_per_element, bytes: of the cache of the last windows, when they were through.
     """
 

@@ -166,7 +166,10 @@ def rope_for(model: Any, scheme: Scheme, number: int) -> Rope | None:
     if not scheme.pre_rope:
         return None
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    rope = rope_of(model, attentions(model).get(number), str(kinds[number]) if kinds else "full_attention")
+    attention = attentions(model).get(number)
+    if attention is not None and not getattr(attention, "use_rope", True):
+        return None  # a layer without positions, between others that have them
+    rope = rope_of(model, attention, str(kinds[number]) if kinds else "full_attention")
     if rope is None:
         raise UsageError(
             f"{type(model).__name__} has no rotary embedding that can be undone; use pre_rope=false (--kv-set)."
@@ -186,6 +189,6 @@ def _note_padding(model: nn.Module) -> None:
 
 
 def _pad(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if isinstance(cache, QuantizedCache) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] > 0:
         cache.pad(mask)

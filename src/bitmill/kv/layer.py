@@ -96,12 +96,16 @@ class QuantizedLayer(Tokens, DynamicLayer):
         first, is_first = self.first_for(0), self.length == 0
         if self.strict or is_first:
             self.append(key_states, value_states)
-            return self.floats(first) if self.strict else (key_states, value_states)
+            if not self.strict:
+                return key_states, value_states
+            self.settle()
+            return self.floats(first)
         if key_states.shape[-2] == 1 and self.is_direct:
             self.append(key_states, value_states)
             carrier: Any = key_states[..., :0, :]
             carrier.packed_layer = self
             return carrier, value_states[..., :0, :]
+        self.settle()
         keys, values = self.floats(first)
         self.append(key_states, value_states)
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
@@ -178,7 +182,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""
-        if not torch.equal(beam_idx, torch.arange(len(beam_idx), device=beam_idx.device)):
+        if self.is_initialized and beam_idx.tolist() != list(range(self.pages.rows)):
             self.of_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -20,38 +20,43 @@ class Reader:
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens, self._known = tokens, Known()
-        pages = tokens.pages
-        plan = plan_of(pages.layout)
-        self.why_not = plan.why_not(tokens.device)
-        if os.environ.get("BITMILL_KERNEL") == "reference":
-            self.why_not = "BITMILL_KERNEL is reference; packed tokens are decoded."
+        keys, values = tokens.pages.keys, tokens.pages.values
         rope = tokens.rope if tokens.scheme.pre_rope else None
+        frequencies = None if rope is None else rope.frequencies.to(tokens.device).contiguous()
+        levels = keys.levels.repeat(1, 16 // keys.levels.shape[1]) if keys.levels.dim() == 2 else keys.levels
         self._layer = LayerPlan(
-            plan,
-            pages.keys.levels,
-            pages.values.levels,
-            pages.keys.scale,
-            pages.keys.zero,
-            None if rope is None else rope.frequencies.to(tokens.device).contiguous(),
+            plan_of(tokens.pages.layout),
+            levels.flatten(),
+            values.levels,
+            keys.scale,
+            keys.zero,
+            frequencies,
             1.0 if rope is None else rope.factor,
         )
+        self.why_not = self._layer.pages.why_not(tokens.device)
+        if os.environ.get("BITMILL_KERNEL") == "reference":
+            self.why_not = "BITMILL_KERNEL is reference; packed tokens are decoded."
+        self._loose: Tensor | None = None
 
     def attend(self, query: Tensor, scaling: float, first: Tensor) -> Tensor:
         """Attention of query (rows, query heads, dim) over slots from `first` (rows,) int32 on, fp32."""
-        tokens = self.tokens
-        pages, keys, values = tokens.pages, tokens.pages.keys, tokens.pages.values
+        tokens, pages = self.tokens, self.tokens.pages
+        if self._loose is not tokens.loose:  # the kernel knows tensors by identity
+            self._loose = tokens.loose
+            self._keys, self._values = tokens.loose
         assert tokens.start is not None
         past = Past(
             pages.slabs,
             pages.first,
             pages.pages * PAGE,
-            tokens.loose[0],
-            tokens.loose[1],
+            self._keys,
+            self._values,
             tokens.scheme.sink,
             tokens.waiting,
             tokens.start,
             first,
         )
+        keys, values = pages.keys, pages.values
         out = attend(keys.moved(query[:, :, None])[:, :, 0], self._layer, past, scaling, self._known)
         if not values.is_moved:
             return out

@@ -82,11 +82,13 @@ def slabs(scheme: Scheme, tokens: int, window: int | None = None) -> int:
 
 
 def _pages(scheme: Scheme, tokens: int) -> int:
-    """Pages that are full, and not waiting in the tail."""
-    return max(0, tokens - scheme.residual) // PAGE
+    """Pages that are full, and not waiting in the tail: the last token's page waits for the next one."""
+    return max(0, tokens - scheme.residual - 1) // PAGE
 
 
 def _table(side: Side, channels: int) -> int:
     """Numbers of a side that a layer holds once."""
+    levels = (1 + side.q_norm) * (1 << side.bits)
     calibrated = channels * (1 + side.has_zero) if side.axis == "static" else 0
-    return calibrated + (1 + side.q_norm) * (1 << side.bits)
+    calibrated += 2 * channels * side.equalized
+    return calibrated + (channels * levels if side.axis == "channel" else levels)

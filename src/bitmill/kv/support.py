@@ -14,6 +14,7 @@ from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import attentions
 from bitmill.kv.side import rotation
 from bitmill.models.adapter import is_encoder
+from bitmill.models.cached import heads_of
 
 _FP32 = 4
 
@@ -36,16 +37,11 @@ def packed_shapes(model: nn.Module, name: str = "") -> dict[int, tuple[int, int]
         ValueError,
     ):  # a config without layers as transformers counts them
         layers = []
-    text, modules = config.get_text_config(decoder=True), attentions(model)
-    found = {}
+    modules, found = attentions(model), {}
     for number, layer in enumerate(layers):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-            dim = (
-                getattr(modules.get(number, text), "head_dim", None)
-                or text.hidden_size // text.num_attention_heads
-            )
-            found[number] = (int(heads), int(dim))
+            heads, dim = heads_of(config.get_text_config(decoder=True), name)
+            found[number] = heads, int(getattr(modules.get(number), "head_dim", None) or dim)
     if not found:
         raise UsageError(f"{name} has no layer with keys and values that could be packed; leave out --kv.")
     return found
@@ -70,11 +66,15 @@ def page_bits(model: nn.Module, method: KVMethod) -> float:
 
 def calibration_bytes(model: nn.Module, method: KVMethod) -> int:
     """What the tensors of a calibration take; 0 for a method without one."""
-    scheme = method.scheme()
+    scheme, weighed = method.scheme(), bool(getattr(method, "fisher", False))
     shapes = packed_shapes(model).values()
-    return sum(_numbers(side, h * d) for h, d in shapes for side in (scheme.keys, scheme.values)) * _FP32
+    return sum(_numbers(side, h * d, weighed) for h, d in shapes for side in (scheme.keys, scheme.values)) * _FP32
 
 
-def _numbers(side: Side, channels: int) -> int:
-    learned = (1 + side.q_norm) << side.bits if side.levels == "learned" else 0
-    return learned + (channels * (1 + side.has_zero) if side.axis == "static" else 0)
+def _numbers(side: Side, channels: int, weighed: bool) -> int:
+    """Numbers that calibration finds for one side of a layer."""
+    if not side.is_calibrated:
+        return 0
+    vectors = 2 * side.equalized + (weighed and side.outliers > 0) + (side.axis == "static") * (1 + side.has_zero)
+    tables = (channels if side.axis == "channel" else 1) * (1 + side.q_norm) if side.levels == "learned" else 0
+    return vectors * channels + (tables << side.bits)

@@ -86,7 +86,7 @@ class Tokens:
         return 0 if self.store is None else self.store.bytes + self.loose.numel() * 2
 
     def add(self, keys: Tensor, values: Tensor) -> None:
-        """Take in keys, after RoPE, and values (rows, heads, tokens, dim), and pack the pages that are full."""
+        """Take in keys, after RoPE, and values (rows, heads, tokens, dim); full pages but the last are packed."""
         states = keys.detach(), values.detach()
         for at in range(0, keys.shape[-2], _STEP):
             self._take([x[..., at : at + _STEP, :] for x in states] if at or keys.shape[-2] > _STEP else states)
@@ -96,13 +96,20 @@ class Tokens:
             states = self._turned(states)
         waiting, new = self.waiting, states[0].shape[-2]
         self.length += new
-        if waiting + new < self.scheme.tail:
+        if waiting + new <= self.scheme.tail:
             self._wait(states, waiting)
             return
         sink = self.scheme.sink
         before = self.loose[:, :, :, sink : sink + waiting]
         states = [torch.cat([old, _in_half(x)], -2) for old, x in zip(before, states)]
-        packed = (waiting + new - self.scheme.residual) // PAGE * PAGE
+        self._pack_first(states, (waiting + new - self.scheme.residual - 1) // PAGE * PAGE)
+
+    def settle(self) -> None:
+        """Pack the page that is full: without this it waits for the next token."""
+        if self.store is not None and self.waiting == self.scheme.tail:
+            self._pack_first(list(self.loose[:, :, :, self.scheme.sink :].clone()), PAGE)
+
+    def _pack_first(self, states: list[Tensor], packed: int) -> None:
         self._keep_sinks(states, packed)
         self._pack(*(x[..., :packed, :].float() for x in states))
         self._wait([x[..., packed:, :] for x in states], 0)

@@ -51,7 +51,7 @@ def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ..
             f"{name} keeps keys and values compressed (kv_lora_rank is {text.kv_lora_rank}), which cannot be "
             "planned yet; give a model with plain, grouped or multi-query attention."
         )
-    heads, dim = _heads(text, name)
+    heads, dim = heads_of(text, name)
     layers = []
     for index, layer in enumerate(DynamicCache(config=text).layers):
         kind = type(layer).__name__
@@ -81,8 +81,8 @@ def check_keys(layers: tuple[CachedLayer, ...], model: nn.Module, name: str) -> 
             )
 
 
-def _heads(config: Any, name: str) -> tuple[int, int]:
-    """Heads of keys, numbers of a head."""
+def heads_of(config: Any, name: str) -> tuple[int, int]:
+    """Heads of keys, numbers of a head. Raises SourceError where the config does not say."""
     queries = getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or queries
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-from jinja2 import Environment, Undefined
+from jinja2 import Environment, Template, Undefined
 
 from bitmill.report.figures import figures_of
 from bitmill.report.parts import ends_said, sizes_said, split_layers
@@ -134,8 +135,7 @@ def model_card(report: dict[str, Any]) -> str:
     layers = [layer for layer in split_layers(report)[0] if layer.get("output_error") is not None]
     worst = sorted(layers, key=lambda layer: -layer["output_error"])[:5]
     text = _CARD if report["recipe"] else _FLOAT_CARD
-    template = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(text)
-    return template.render(
+    return _template(text).render(
         **{**report, "ends": ends_said(report), "sizes": sizes_said(report)},
         worst=worst,
         figures=figures_of(report["measured"]),
@@ -146,6 +146,11 @@ def model_card(report: dict[str, Any]) -> str:
         kv_measured=kv_measured,
         recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False),
     )
+
+
+@cache
+def _template(text: str) -> Template:
+    return Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(text)
 
 
 def _number(value: Any) -> str:

@@ -18,6 +18,7 @@ from bitmill.formats import FORMATS, Format
 from bitmill.quantized import SHARED
 from bitmill.runtime.dense import densify
 from bitmill.runtime.linear import QuantLinear
+from bitmill.runtime.packed import detach_files
 from bitmill.runtime.swap import Ends, outside, swap_layers
 from bitmill.version import __version__
 
@@ -69,6 +70,7 @@ class BitmillQuantizer(HfQuantizer):
             del layer.weight
         model.all_tied_weights_keys = self._ties  # of the plain model that it may become again
         self._swapped = {}
+        detach_files(model)
         from bitmill.runtime.decode import attach  # transformers is not all there while this file is imported
 
         attach(model)

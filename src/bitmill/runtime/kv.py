@@ -70,8 +70,8 @@ class PagePlan:
 class LayerPlan:
     """What stays the same from token to token.
 
-    key_levels, value_levels: fp32 (2**bits,), what codes stand for; of keys with axis "channel"
-        (heads * dim, 2**bits).
+    key_levels, value_levels: fp32 (2**bits,), what codes stand for; keys' (channels, 16), repeated, of axis
+        "channel".
     key_scale, key_zero: fp32 (heads * dim,), of a static axis.
     inv_freq: fp64 (dim / 2,), radians a position, where packed keys are stored before RoPE.
     rope_scaling: what RoPE multiplies keys by then.
@@ -88,7 +88,7 @@ class LayerPlan:
     @cached_property
     def native(self) -> Any:
         """As the compiled kernel knows it."""
-        numbers = (self.key_levels.flatten(), self.value_levels, self.key_scale, self.key_zero, self.inv_freq)
+        numbers = (self.key_levels, self.value_levels, self.key_scale, self.key_zero, self.inv_freq)
         return native().KvLayer(_native_pages(self.pages), *numbers, self.rope_scaling)
 
 
@@ -130,20 +130,16 @@ class Known:
 
     def __init__(self) -> None:
         self._slabs: list[Tensor] = []
-        self._loose: tuple[object, ...] = ()
+        self._loose: tuple[Tensor, Tensor] | None = None
         self._tokens: Any = None
 
     def of(self, past: Past) -> Any:
         """Told anew where tensors are others than before; slabs may be appended."""
-        mine, both = self._slabs, (past.loose_keys, past.loose_values)
-        loose = tuple((x.data_ptr(), x.shape) for x in both)  # what is known is kept alive: addresses are its own
-        if (
-            loose != self._loose
-            or len(mine) > len(past.slabs)
-            or any(a is not b for a, b in zip(mine, past.slabs))
-        ):
-            self._tokens = native().KvTokens(*(x.view(torch.int16) for x in both))
-            self._loose, self._slabs = loose, []
+        mine, loose = self._slabs, self._loose
+        same = loose is not None and loose[0] is past.loose_keys and loose[1] is past.loose_values
+        if not same or len(mine) > len(past.slabs) or any(a is not b for a, b in zip(mine, past.slabs)):
+            self._loose, self._slabs = (past.loose_keys, past.loose_values), []
+            self._tokens = native().KvTokens(*(loose.view(torch.int16) for loose in self._loose))
         for slab in past.slabs[len(self._slabs) :]:
             self._tokens.append(slab)
             self._slabs.append(slab)

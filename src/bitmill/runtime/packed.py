@@ -143,6 +143,23 @@ class PackedMatrix(Packed):
             return super()._apply(fn, recurse)
 
 
+def detach_files(model: nn.Module) -> None:
+    """Copy all that is small of a model whose tensors are mapped files: who holds one tensor holds the file.
+
+    Then a file goes as soon as its codes are laid out anew. Codes and float matrices stay mapped.
+    """
+    for module in model.modules():
+        buffers = {name: tensor for name, tensor in module._buffers.items() if tensor is not None}
+        sizes = {name: tensor.nbytes for name, tensor in buffers.items() if isinstance(module, PackedMatrix)}
+        codes = max(sizes, key=lambda name: sizes[name], default=None)
+        for name, tensor in buffers.items():
+            if name != codes and (isinstance(module, Packed) or tensor.dim() < 2):
+                module._buffers[name] = tensor.clone()
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() < 2:
+                parameter.data = parameter.data.clone()
+
+
 def shared_module(model: nn.Module, place: str, format: Format, device: Any = None) -> Packed:
     """The module at the path `place` that holds what layers of `format` share, made if it is not there yet.
 

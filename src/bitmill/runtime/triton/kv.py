@@ -37,12 +37,12 @@ def _codes(words, streams, bit, inside, BITS: tl.constexpr):
 @triton.jit
 def _numbers(
     page, code, levels, fixed_scale, fixed_zero, t, channel, inside,
-    BITS: tl.constexpr, AXIS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
-    OUTLIERS: tl.constexpr, VALUE: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr,
+    AXIS: tl.constexpr, WIDTH: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr, OUTLIERS: tl.constexpr,
+    VALUE: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What codes stand for, (32, channels), for t (32, 1) and channel (1, channels). WIDTH: of a group."""
     if AXIS == "channel":
-        x = tl.load(levels + (channel << BITS) + code, mask=inside, other=0)
+        x = tl.load(levels + channel * 16 + code, mask=inside, other=0)
     else:
         x = tl.load(levels + code)
     if AXIS == "static":
@@ -111,12 +111,12 @@ def kv_attend(
         at = head * DIM + f
         a = _numbers(
             page, code, key_levels, key_scale, key_zero, token, at, real,
-            KEY[0], KEY[2], KEY[3], KEY[4], KEY[5], KEY[6], KEY[7], KEY[8], WIDE,
+            KEY[2], KEY[3], KEY[4], KEY[5], KEY[6], KEY[7], KEY[8], WIDE,
         )  # fmt: skip
         code = _codes(page + KEY[1], streams, (f + DIM // 2) * KEY[0], real, KEY[0])
         b = _numbers(
             page, code, key_levels, key_scale, key_zero, token, at + DIM // 2, real,
-            KEY[0], KEY[2], KEY[3], KEY[4], KEY[5], KEY[6], KEY[7], KEY[8], WIDE,
+            KEY[2], KEY[3], KEY[4], KEY[5], KEY[6], KEY[7], KEY[8], WIDE,
         )  # fmt: skip
         if ROPE:
             angle = (slot - base)[:, None].to(tl.float64) * tl.load(inv_freq + f, mask=f < DIM // 2, other=0)
@@ -135,7 +135,7 @@ def kv_attend(
         code = _codes(page + VALUE[1], lanes, token * VALUE[0], inside, VALUE[0])
         v = _numbers(
             page, code, value_levels, None, None, token, head * DIM + c, inside,
-            VALUE[0], VALUE[2], VALUE[3], VALUE[4], VALUE[5], VALUE[6], VALUE[7], VALUE[8], WIDE,
+            VALUE[2], VALUE[3], VALUE[4], VALUE[5], VALUE[6], VALUE[7], VALUE[8], WIDE,
         )  # fmt: skip
         sums = tl.dot(p, tl.where(inside & seen[:, None], v, 0.0), sums, input_precision="ieee")
 
