@@ -125,8 +125,12 @@ private:
         const int64_t slot = a.first_slot + number * kv_tokens;
         const bool whole = slot >= a.first[row] && (slot + kv_tokens <= a.start[row] || slot >= a.start[row] + a.sinks);
         const uint32_t mask = whole ? ~0u : in_sight(slot);
-        const uint32_t* words =
-            a.slabs[number / a.slab_pages] + (row * a.slab_pages + number % a.slab_pages) * p.words;
+        const auto at = [&](int64_t page) {
+            return a.slabs[page / a.slab_pages] + (row * a.slab_pages + page % a.slab_pages) * p.words;
+        };
+        const uint32_t* const words = at(number);
+        const uint32_t* const next = at(number + 1 < a.packed / kv_tokens ? number + 1 : number);
+        for (int64_t i = 0; i < p.words; i += 16) __builtin_prefetch(next + i, 0, 2);  // slabs are apart, pages cross 4 KiB
         if (a.inv_freq) turn_q();
         if (!mask) return;
         read(p.key, words, key);
