@@ -98,6 +98,16 @@ Points points(const Layout& l, const Bytes& codes, const Bytes& gains, const Arr
     return {l, codes.data(), gains.data(), lengths.data(), scales.data(), scales.size() > 1, starts.data(), places.data(), odd.data()};
 }
 
+Lattice lattice(const Layout& l, const Bytes& codes, const Bytes& sizes, const Array<const float, 1>& scales, int64_t columns) {
+    check(l, codes.size());
+    require(l.bits == 2 && l.rows_per_tile == 16 && l.columns % 32 == 0 && l.group == l.columns && l.group_blocks == l.columns / 4,
+            "a lattice has a layout of its own");
+    require(l.columns - 32 < columns && columns <= l.columns, "there are other columns");
+    require(sizes.size() == 512, "the table has another size");
+    require(scales.size() == 1 || scales.size() == static_cast<size_t>(l.rows), "scales are of other rows");
+    return {l, codes.data(), sizes.data(), scales.data(), scales.size() > 1};
+}
+
 Rotation rotation(const Array<const int64_t, 2>& steps, const Array<const float, 1>& numbers,
                   const Array<const int32_t, 1>& orders, int64_t width) {
     static_assert(sizeof(RotationStep) == 6 * sizeof(int64_t));

@@ -41,6 +41,7 @@ Vectors vectors(int set, int64_t columns, int64_t group, int bits, const Array<c
 Points points(const Layout& l, const Bytes& codes, const Bytes& gains, const Array<const float, 1>& lengths,
               const Array<const float, 1>& scales, const Array<const int32_t, 1>& starts, const Array<const int32_t, 1>& places,
               const Array<const int8_t, 2>& odd, int64_t columns);
+Lattice lattice(const Layout& l, const Bytes& codes, const Bytes& sizes, const Array<const float, 1>& scales, int64_t columns);
 Rotation rotation(const Array<const int64_t, 2>& steps, const Array<const float, 1>& numbers,
                   const Array<const int32_t, 1>& orders, int64_t width);
 Sparse sparse(const Array<const int64_t, 1>& starts, const Bytes& places, const Array<const uint8_t, 1>& values, int64_t rows,

@@ -153,6 +153,22 @@ void points_decode_of(const Layout& l, Bytes codes, Bytes gains, Array<const flo
     points_decode(w, out.shape(1), first, out.shape(0), out.data(), threads);
 }
 
+void lattice_linear_of(const Layout& l, Bytes codes, Bytes sizes, Array<const float, 1> scales, int act,
+                       Array<const float, 2> x, Array<float, 2> y, int threads) {
+    const Lattice w = lattice(l, codes, sizes, scales, x.shape(1));
+    require(0 <= act && act <= 1 && y.shape(0) == x.shape(0) && y.shape(1) == static_cast<size_t>(l.rows), "y has another shape");
+    nb::gil_scoped_release free;
+    lattice_linear(w, x.data(), x.shape(1), x.shape(0), static_cast<Act>(act), y.data(), threads);
+}
+
+void lattice_decode_of(const Layout& l, Bytes codes, Bytes sizes, Array<const float, 1> scales, int64_t first,
+                       Array<float, 2> out, int threads) {
+    const Lattice w = lattice(l, codes, sizes, scales, out.shape(1));
+    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows, "the rows are not the matrix's");
+    nb::gil_scoped_release free;
+    lattice_decode(w, out.shape(1), first, out.shape(0), out.data(), threads);
+}
+
 void rotate_of(Array<const int64_t, 2> steps, Array<const float, 1> numbers, Array<const int32_t, 1> orders,
                Array<float, 2> x, int threads) {
     const Rotation turns = rotation(steps, numbers, orders, x.shape(1));
@@ -199,6 +215,10 @@ NB_MODULE(_native, m) {
           "odd"_a, "act"_a, "x"_a, "y"_a, "threads"_a);
     m.def("points_decode", points_decode_of, "layout"_a, "codes"_a, "gains"_a, "lengths"_a, "scales"_a, "starts"_a, "places"_a,
           "odd"_a, "first"_a, "out"_a, "threads"_a);
+    m.def("lattice_linear", lattice_linear_of, "layout"_a, "codes"_a, "sizes"_a, "scales"_a, "act"_a, "x"_a, "y"_a,
+          "threads"_a);
+    m.def("lattice_decode", lattice_decode_of, "layout"_a, "codes"_a, "sizes"_a, "scales"_a, "first"_a, "out"_a,
+          "threads"_a);
     m.def("rotate", rotate_of, "steps"_a, "numbers"_a, "orders"_a, "x"_a, "threads"_a);
     m.def("sparse_add", sparse_add_of, "starts"_a, "places"_a, "values"_a, "x"_a, "y"_a, "threads"_a);
     bind_step(m);

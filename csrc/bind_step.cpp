@@ -122,6 +122,11 @@ void bind_step(nb::module_& m) {
     }, "layout"_a, "columns"_a, "codes"_a, "gains"_a, "lengths"_a, "scales"_a, "starts"_a, "places"_a, "odd"_a, "act"_a,
           nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(), nb::keep_alive<0, 6>(),
           nb::keep_alive<0, 7>(), nb::keep_alive<0, 8>(), nb::keep_alive<0, 9>());
+    m.def("step_lattice_linear", [](const Layout& l, int64_t columns, Bytes codes, Bytes sizes, Floats scales, int act) {
+        require(0 <= act && act <= 1, "there are no such inputs");
+        return made<LatticeLinear>(lattice(l, codes, sizes, scales, columns), columns, static_cast<Act>(act));
+    }, "layout"_a, "columns"_a, "codes"_a, "sizes"_a, "scales"_a, "act"_a, nb::keep_alive<0, 3>(),
+          nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>());
     m.def("additive_linear", [](const Layout& l, int64_t columns, Bytes codes, Array<const float, 3> books, Bytes scales) {
         return made<AdditiveLinear>(additive_weights(l, codes, books, scales, columns), columns);
     }, "layout"_a, "columns"_a, "codes"_a, "books"_a, "scales"_a, nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(),

@@ -35,6 +35,8 @@ struct Avx2 {
                 _mm256_or_si256(_mm256_and_si256(x.b, m), _mm256_andnot_si256(m, y.b))};
     }
 
+    static BITMILL_INLINE Bytes differ(Bytes x, Bytes y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+
     template <int R>
     static BITMILL_INLINE Bytes spread(const int8_t* x) {  // one block's columns to all of its R rows
         if constexpr (R == 16) {

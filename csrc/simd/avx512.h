@@ -30,6 +30,8 @@ struct Avx512 {
         return _mm512_ternarylogic_epi32(_mm512_set1_epi8(mask), a, b, 0xCA);
     }
 
+    static BITMILL_INLINE Bytes differ(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
+
     template <int R>
     static BITMILL_INLINE Bytes spread(const int8_t* x) {  // one block's columns to all of its R rows
         if constexpr (R == 16) {

@@ -38,6 +38,10 @@ struct Neon {
         return each<Bytes>([&](int i) { return vbslq_u8(same(mask), x.v[i], y.v[i]); });
     }
 
+    static BITMILL_INLINE Bytes differ(Bytes x, Bytes y) {
+        return each<Bytes>([&](int i) { return veorq_u8(x.v[i], y.v[i]); });
+    }
+
     template <int R>
     static BITMILL_INLINE Bytes spread(const int8_t* x) {  // one block's columns to all of its R rows
         const uint8_t* p = reinterpret_cast<const uint8_t*>(x);

@@ -87,6 +87,15 @@ void PointsLinear::apply(const Team& team, Room room, const float* x, float* y) 
     if (own) room.inputs.changed();
 }
 
+void LatticeLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+    lattice_order(x, columns, room.own, own);
+    room.inputs.changed();
+    const auto [first, last] = team.share(weights.layout.tiles());
+    const Inputs& in = room.inputs.of(weights.layout, room.own, act);
+    if (first < last) isa().vector->lattice_linear(weights, in, act, 1, y, first, last);
+    room.inputs.changed();
+}
+
 AdditiveLinear::AdditiveLinear(const Additive& weights, int64_t columns)
     : Linear(weights.layout.rows, columns), weights(weights),
       padded(weights.layout.columns / weights.codebooks * weights.width) {

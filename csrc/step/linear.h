@@ -95,6 +95,20 @@ private:
     const Act act;
 };
 
+// Points of E8 laid out anew.
+class LatticeLinear : public Linear {
+public:
+    LatticeLinear(const Lattice& weights, int64_t columns, Act act)
+        : Linear(weights.layout.rows, columns), weights(weights), act(act) {
+        own = weights.layout.columns;
+    }
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+
+private:
+    const Lattice weights;
+    const Act act;
+};
+
 class AdditiveLinear : public Linear {
 public:
     AdditiveLinear(const Additive& weights, int64_t columns);

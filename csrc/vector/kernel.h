@@ -2,6 +2,7 @@
 #pragma once
 #include "../simd/inline.h"
 #include "e8.h"
+#include "lattice.h"
 #include "pyramid.h"
 #include "relaid.h"
 
@@ -79,6 +80,7 @@ void coordinates_with(const Vectors& w, int8_t* y, uint8_t* gains, int64_t first
 
 template <class V>
 constexpr VectorKernels vector_kernels = {vector_linear_with<V>, vector_decode_with<V>, coordinates_with<V>,
-                                          points_linear_with<V>, points_decode_with<V>};
+                                          points_linear_with<V>, points_decode_with<V>,
+                                          lattice_linear_with<V>, lattice_decode_with<V>};
 
 }  // namespace bitmill

@@ -14,6 +14,7 @@
 #include "../lut/codes.h"
 #include "../lut/decode.h"
 #include "../lut/kernel.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace bitmill {
@@ -91,34 +92,15 @@ struct PointTile {
         clear();
         for (int64_t c = 0; c < chunks; ++c, codes += 64 * bits, gains += 16)
             chunk(std::make_integer_sequence<int, 8>{}, codes, gains, c);
-        for (int t = 0; t < T; ++t) {
-            float lanes[16];
-            V::store(lanes, total[t]);
-            for (int64_t r = 0; r < 16 && tile * 16 + r < w.layout.rows; ++r)
-                y[t * stride + tile * 16 + r] = lanes[r] * w.scale_of(tile * 16 + r);
-        }
+        for (int t = 0; t < T; ++t) store_rows<V>(w, total[t], tile, y + t * stride);
     }
 };
 
 template <class V, int bits, Act act>
-void point_tiles(const Points& w, const Inputs& in, int64_t tokens, float* y, int64_t first, int64_t last) {
-    const int64_t rows = w.layout.rows;
-    constexpr int64_t cached_tiles = 16;  // that all tokens visit before the next ones are read
-    const int64_t share = tokens > 1 ? cached_tiles : last - first;
-    for (int64_t next; first < last; first = next) {
-        next = first + share < last ? first + share : last;
-        for (int64_t t = 0; t < tokens;) {
-            Inputs rest = in;
-            rest.bytes += t * in.columns, rest.lows += act == Act::int16 ? t * in.columns : 0;
-            rest.steps += t * in.step_count, rest.sums += t * in.groups;
-            const auto run = [&](auto tile) {
-                for (int64_t i = first; i < next; ++i) tile.run(i, y + t * rows, rows);
-            };
-            if (V::batch > 1 && t + V::batch <= tokens) run(PointTile<V, bits, act, V::batch>(w, rest)), t += V::batch;
-            else run(PointTile<V, bits, act, 1>(w, rest)), t += 1;
-        }
-    }
-}
+struct PointKind {
+    template <int T>
+    using Tile = PointTile<V, bits, act, T>;
+};
 
 // Adds the products of odd points with x (tokens, columns of whole points).
 inline void add_odd(const Points& w, const float* x, int64_t tokens, float* y, int64_t first, int64_t last) {
@@ -172,7 +154,8 @@ template <class V>
 void points_linear_with(const Points& w, const Inputs& in, Act act, int64_t tokens, float* y, int64_t first, int64_t last) {
     const auto run = [&](auto bits) {
         constexpr int b = decltype(bits)::value;
-        (act == Act::int8 ? point_tiles<V, b, Act::int8> : point_tiles<V, b, Act::int16>)(w, in, tokens, y, first, last);
+        if (act == Act::int8) tiles_of<V, PointKind<V, b, Act::int8>>(w, in, tokens, y, first, last);
+        else tiles_of<V, PointKind<V, b, Act::int16>>(w, in, tokens, y, first, last);
     };
     if (w.layout.bits == 3) run(std::integral_constant<int, 3>{});
     else if (w.layout.bits == 4) run(std::integral_constant<int, 4>{});

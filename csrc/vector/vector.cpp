@@ -83,4 +83,31 @@ void points_decode(const Points& w, int64_t columns, int64_t first, int64_t coun
     });
 }
 
+void lattice_order(const float* x, int64_t columns, float* out, int64_t width) {
+    for (int64_t c = 0; c < width; ++c) {
+        const int64_t from = c / 32 * 32 + c % 4 * 8 + c % 32 / 4;
+        out[c] = from < columns ? x[from] : 0.0f;
+    }
+}
+
+void lattice_linear(const Lattice& w, const float* x, int64_t columns, int64_t tokens, Act act, float* y, int threads) {
+    thread_local std::vector<float> ordered;
+    thread_local Buffers buffers;
+    const int64_t width = w.layout.columns;
+    ordered.resize(tokens * width);
+    for (int64_t t = 0; t < tokens; ++t) lattice_order(x + t * columns, columns, ordered.data() + t * width, width);
+    isa().lookup->read_inputs(w.layout, ordered.data(), tokens, act, buffers);
+    const Inputs in = buffers.inputs;
+    const auto& best = *isa().vector;
+    in_shares(w.layout.tiles(), threads,
+              [&](int64_t first, int64_t last) { best.lattice_linear(w, in, act, tokens, y, first, last); });
+}
+
+void lattice_decode(const Lattice& w, int64_t columns, int64_t first, int64_t count, float* out, int threads) {
+    const auto& best = *isa().vector;
+    in_shares(count, threads, [&](int64_t from, int64_t to) {
+        best.lattice_decode(w, out + from * columns, columns, first + from, first + to);
+    });
+}
+
 }  // namespace bitmill

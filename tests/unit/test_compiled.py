@@ -21,6 +21,7 @@ from bitmill.quantized import Quantized
 from bitmill.runtime import native, ops
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.additive import AdditiveKernel
+from bitmill.runtime.kernels.lattice import Lattice
 from bitmill.runtime.kernels.points import Points
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.runtime.kernels.rotated import RotatedKernel
@@ -169,6 +170,41 @@ def test_numbers_of_no_point_stay_packed():
     assert torch.isfinite(kernel.apply(torch.randn(17, 64))).all()
 
 
+# -- points of the lattice laid out anew ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ["int8", "int16"])
+@pytest.mark.parametrize("format", [E8(2), E8(2, "row")], ids=repr)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lattice(format, shape, act, monkeypatch):
+    monkeypatch.setenv("BITMILL_ACTIVATIONS", act)
+    matrix, x = rounded_to(format, weights(*shape)), torch.randn(6, shape[1])
+    matrix.codes.random_(1 << 16)  # all patterns, signs and shifts
+    kernel = kernel_of(Lattice, matrix)
+    tensors, back = matrix.pack(), kernel.restore()
+    assert tensors.keys() == back.keys()
+    assert all(torch.equal(tensors[name], back[name]) for name in tensors)
+    decoded = torch.cat([kernel.weights(slice(0, 1)), kernel.weights(slice(1, shape[0]))])
+    assert torch.equal(decoded, matrix.dequantize())
+    bound = x.abs().amax(1)[:, None] / (254 if act == "int8" else 65024) * decoded.abs().sum(1)
+    slack = 3e-6 * (x.abs() @ decoded.abs().T).max()
+    assert bool(((kernel.apply(x) - exact(matrix, x)).abs() <= bound + slack).all())
+    some = torch.arange(shape[0]).flip(0)
+    assert torch.equal(kernel.rows(some), decoded[some])
+    many = torch.randn(17, shape[1])
+    assert torch.equal(kernel.apply(many), kernel_of(Reference, matrix).apply(many))
+
+
+def test_the_lattice_is_for_rounded_inputs_and_scales_of_rows(monkeypatch):
+    def chosen(format):
+        return choose_kernel(KernelSpec(format, (20, 577), CPU))
+
+    assert chosen(E8(2)) is chosen(E8(2, "row")) is Lattice
+    assert chosen(E8(2, 40)) is VectorKernel
+    monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
+    assert chosen(E8(2)) is VectorKernel
+
+
 # -- rotations ------------------------------------------------------------------------------------------------
 
 
@@ -251,12 +287,14 @@ def test_they_are_torch_operators():
     sums = kernel_of(AdditiveKernel, random_codes(Additive(4), (70, 96)))
     vectors = kernel_of(VectorKernel, quantized(E8(2), (5, 96)))
     points = kernel_of(Points, quantized(Pyramid(2), (5, 96)))
+    lattice = kernel_of(Lattice, quantized(E8(2), (5, 96)))
     entries = kernel_of(SumKernel, wrapped(Sum(Uniform(3), outliers=0.2), (6, 96)))
     plan = rotation_plan(rotation("hadamard", 96, 0), False)
     for operator, arguments in (
         (ops.additive, (sums.codes, sums._books, sums._scales, sums.layout)),
         (ops.vector_linear, (vectors._parts, vectors._plan)),
         (ops.points_linear, (points._codes, points._parts, points._plan)),
+        (ops.lattice_linear, (lattice._parts, lattice._plan)),
         (ops.rotate, plan.parts),
         (ops.sparse_add, (torch.randn(2, 6), *entries._entries)),
     ):
