@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled import CPU, ISAS, exact, kernel_of, needs_native, quantized, rounded_to
+from compiled import CPU, SHAPES, each_isa, exact, kernel_of, needs_native, quantized, rounded_to  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,8 +18,8 @@ from bitmill.formats.uniform import Uniform
 from bitmill.numerics.hadamard import hadamard
 from bitmill.numerics.rotations import rotation
 from bitmill.quantized import Quantized
-from bitmill.runtime import native, ops
-from bitmill.runtime.kernels import KernelSpec, choose_kernel
+from bitmill.runtime import ops
+from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.additive import AdditiveKernel
 from bitmill.runtime.kernels.lattice import Lattice
 from bitmill.runtime.kernels.points import Points
@@ -31,19 +31,8 @@ from bitmill.runtime.rotation_plan import _without_sylvester, rotation_plan
 from bitmill.solvers import Statistics
 from cases import weights
 
-pytestmark = needs_native
-SHAPES = [(1, 1), (3, 7), (65, 96), (20, 577), (5, 1100)]
+pytestmark = [needs_native, pytest.mark.usefixtures("each_isa")]
 VECTORS = [E8(2), E8(2, 40), *(Pyramid(bits) for bits in range(1, 5)), Pyramid(2, 32), Pyramid(3, "tensor")]
-
-
-@pytest.fixture(params=ISAS, autouse=True)
-def _isa(request, monkeypatch, nan_memory):
-    monkeypatch.delenv("BITMILL_KERNEL", raising=False)
-    library = native.native()
-    before = library.isa()
-    library.use_isa(request.param)
-    yield
-    library.use_isa(before)
 
 
 def random_codes(format: Additive, shape: tuple[int, int]) -> Quantized:
@@ -123,86 +112,6 @@ def test_numbers_of_no_point_decode_to_some_vector():
     tensors = {"codes": torch.full((4, 9), -1, dtype=torch.int32), "scale": torch.ones(4, 1).half()}
     kernel = VectorKernel(KernelSpec(format, shape, CPU), tensors)
     assert torch.isfinite(kernel.apply(torch.randn(1, 64))).all()
-
-
-# -- pyramid points laid out anew -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("act", ["int8", "int16"])
-@pytest.mark.parametrize("format", [*(Pyramid(bits) for bits in (2, 3, 4)), Pyramid(3, "tensor")], ids=repr)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_points(format, shape, act, monkeypatch):
-    monkeypatch.setenv("BITMILL_ACTIVATIONS", act)
-    W = weights(*shape)
-    W[:, ::40] *= 30  # points with nearly all pulses in one coordinate
-    matrix, x = rounded_to(format, W), torch.randn(6, shape[1])
-    kernel = kernel_of(Points, matrix)
-    assert kernel._packed is None
-    assert len(kernel._parts[4]) > 0
-    tensors, back = matrix.pack(), kernel.restore()
-    assert tensors.keys() == back.keys()
-    assert all(torch.equal(tensors[name], back[name]) for name in tensors)
-    decoded = torch.cat([kernel.weights(slice(0, 1)), kernel.weights(slice(1, shape[0]))])
-    assert torch.equal(decoded, matrix.dequantize())
-    bound = x.abs().amax(1)[:, None] / (254 if act == "int8" else 65024) * decoded.abs().sum(1)
-    slack = 3e-6 * (x.abs() @ decoded.abs().T).max()
-    assert bool(((kernel.apply(x) - exact(matrix, x)).abs() <= bound + slack).all())
-    many = torch.randn(17, shape[1])
-    assert torch.equal(kernel.apply(many), kernel_of(Reference, matrix).apply(many))
-
-
-def test_points_are_for_rounded_inputs_and_scales_of_rows(monkeypatch):
-    def chosen(format):
-        return choose_kernel(KernelSpec(format, (20, 577), CPU))
-
-    assert chosen(Pyramid(2)) is Points
-    assert chosen(Pyramid(1)) is chosen(Pyramid(2, 32)) is VectorKernel
-    monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
-    assert chosen(Pyramid(2)) is VectorKernel
-
-
-def test_numbers_of_no_point_stay_packed():
-    tensors = {"codes": torch.full((4, 9), -1, dtype=torch.int32), "scale": torch.ones(4, 1).half()}
-    kernel = Points(KernelSpec(Pyramid(4), (4, 64), CPU), tensors)
-    assert kernel._packed is not None
-    assert torch.equal(kernel.restore()["codes"], tensors["codes"])
-    assert torch.isfinite(kernel.apply(torch.randn(1, 64))).all()
-    assert torch.isfinite(kernel.apply(torch.randn(17, 64))).all()
-
-
-# -- points of the lattice laid out anew ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("act", ["int8", "int16"])
-@pytest.mark.parametrize("format", [E8(2), E8(2, "row")], ids=repr)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_lattice(format, shape, act, monkeypatch):
-    monkeypatch.setenv("BITMILL_ACTIVATIONS", act)
-    matrix, x = rounded_to(format, weights(*shape)), torch.randn(6, shape[1])
-    matrix.codes.random_(1 << 16)  # all patterns, signs and shifts
-    kernel = kernel_of(Lattice, matrix)
-    tensors, back = matrix.pack(), kernel.restore()
-    assert tensors.keys() == back.keys()
-    assert all(torch.equal(tensors[name], back[name]) for name in tensors)
-    decoded = torch.cat([kernel.weights(slice(0, 1)), kernel.weights(slice(1, shape[0]))])
-    assert torch.equal(decoded, matrix.dequantize())
-    bound = x.abs().amax(1)[:, None] / (254 if act == "int8" else 65024) * decoded.abs().sum(1)
-    slack = 3e-6 * (x.abs() @ decoded.abs().T).max()
-    assert bool(((kernel.apply(x) - exact(matrix, x)).abs() <= bound + slack).all())
-    some = torch.arange(shape[0]).flip(0)
-    assert torch.equal(kernel.rows(some), decoded[some])
-    many = torch.randn(17, shape[1])
-    assert torch.equal(kernel.apply(many), kernel_of(Reference, matrix).apply(many))
-
-
-def test_the_lattice_is_for_rounded_inputs_and_scales_of_rows(monkeypatch):
-    def chosen(format):
-        return choose_kernel(KernelSpec(format, (20, 577), CPU))
-
-    assert chosen(E8(2)) is chosen(E8(2, "row")) is Lattice
-    assert chosen(E8(2, 40)) is VectorKernel
-    monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
-    assert chosen(E8(2)) is VectorKernel
 
 
 # -- rotations ------------------------------------------------------------------------------------------------
