@@ -21,17 +21,24 @@ std::unique_ptr<Linear> made(Arguments&&... arguments) {
 using Floats = Array<const float, 1>;
 using MaybeFloats = std::optional<Floats>;
 
-std::unique_ptr<Linear> lookup(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes,
+std::unique_ptr<LookupLinear> lookup(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes,
                                int64_t records_per_tile, int bank_bits, float zero, Bytes codes, Bytes tables, Some ids,
                                MaybeFloats powers, Some scales, Some zeros, Floats row_scales, int act) {
-    return made<LookupLinear>(lookup_weights(l, source, wide, mirrored, record_bytes, records_per_tile, bank_bits, zero, codes,
-                                             tables, ids, powers, scales, zeros, row_scales, act),
-                              static_cast<Act>(act));
+    const Weights weights = lookup_weights(l, source, wide, mirrored, record_bytes, records_per_tile, bank_bits, zero, codes,
+                                           tables, ids, powers, scales, zeros, row_scales, act);
+    return std::make_unique<LookupLinear>(weights, static_cast<Act>(act));
 }
 
 const float* numbers(const MaybeFloats& values, int64_t count, const char* what) {
     require(!values || static_cast<int64_t>(values->size()) == count, what);
     return values ? values->data() : nullptr;
+}
+
+void product(const LookupLinear& linear, Array<const float, 2> x, Array<float, 2> y, int threads) {
+    require(static_cast<int64_t>(x.shape(1)) == linear.columns && static_cast<int64_t>(y.shape(1)) == linear.rows &&
+                x.shape(0) == y.shape(0), "x or y has another shape");
+    nb::gil_scoped_release free;
+    linear.product(x.data(), x.shape(0), y.data(), threads);
 }
 
 // A model while it is put together.
@@ -98,6 +105,7 @@ void advance(Model& model, MaybeFloats embedding, const Linear* table, int64_t t
 
 void bind_step(nb::module_& m) {
     nb::class_<Linear>(m, "Linear").def("row", row_of, "row"_a);
+    nb::class_<LookupLinear, Linear>(m, "LookupLinear").def("product", product, "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
     m.def("lookup_linear", lookup, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a, "records_per_tile"_a,
           "bank_bits"_a, "zero"_a, "codes"_a, "tables"_a, "ids"_a.none(), "powers"_a.none(), "scales"_a.none(), "zeros"_a.none(),
           "row_scales"_a, "act"_a, nb::keep_alive<0, 9>(), nb::keep_alive<0, 10>(), nb::keep_alive<0, 11>(),

@@ -3,6 +3,7 @@
 #include "../additive/kernel.h"
 #include "../isa.h"
 #include "../lut/decode.h"
+#include "../lut/inputs.h"
 #include "../lut/kernel.h"
 #include "../rotation/kernel.h"
 #include "../sparse/kernel.h"
@@ -13,7 +14,7 @@ namespace bitmill {
 
 template <class V>
 constexpr Isa isa_of(const char* name, const LookupKernels* lookup) {
-    return {name, lookup, decode_rows_with<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>,
+    return {name, lookup, decode_rows_with<V>, read_inputs<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>,
             &sparse_kernels<V>, &step_kernels<V>};
 }
 

@@ -216,11 +216,10 @@ void tiles(const Weights& w, const Inputs& in, float* y, int64_t stride, int64_t
 }
 
 // What an instruction set has: the kernel for some weights and 1 or 4 tokens at once, or null where there is none
-// (lut/choose.h says which exist), that of float32 inputs for one token, and how it wants its inputs.
+// (lut/choose.h says which exist), and that of float32 inputs for one token.
 struct LookupKernels {
     Kernel (*choose)(const Weights& w, Act act, int tokens);
     Kernel (*floats)(const Weights& w);
-    void (*read_inputs)(const Layout& layout, const float* x, int64_t tokens, Act act, struct Buffers& out);
 };
 extern const LookupKernels avx512_lookup, avx2_lookup, neon_lookup, scalar_lookup;
 

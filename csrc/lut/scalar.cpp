@@ -138,6 +138,6 @@ void lookup_row(const Weights& w, Act act, int64_t row, float* out) {
     }
 }
 
-const LookupKernels scalar_lookup = {choose_scalar, choose_floats, read_inputs<Scalar>};
+const LookupKernels scalar_lookup = {choose_scalar, choose_floats};
 
 }  // namespace bitmill

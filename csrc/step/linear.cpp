@@ -27,7 +27,7 @@ bool alike(const Layout& a, const Layout& b) {
 
 const Inputs& LookupInputs::of(const Layout& wanted, const float* x, Act as) {
     if (from != x || act != as || !alike(layout, wanted)) {
-        isa().lookup->read_inputs(wanted, x, 1, as, buffers);
+        isa().read_inputs(wanted, x, 1, as, buffers);
         from = x, layout = wanted, act = as;
     }
     return buffers.inputs;
@@ -41,6 +41,10 @@ LookupLinear::LookupLinear(const Weights& weights, Act act)
 void LookupLinear::apply(const Team& team, Room room, const float* x, float* y) const {
     const auto [first, last] = team.share(weights.layout.tiles());
     if (first < last) lookup_kernel(weights, act)(weights, room.inputs.of(weights.layout, x, act), y, rows, first, last);
+}
+
+void LookupLinear::product(const float* x, int64_t tokens, float* y, int threads) const {
+    linear(weights, x, tokens, act, y, threads);
 }
 
 bool LookupLinear::row(int64_t row, float* out) const {

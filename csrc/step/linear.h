@@ -51,6 +51,8 @@ public:
 class LookupLinear : public Linear {
 public:
     LookupLinear(const Weights& weights, Act act);  // throws std::invalid_argument where there is no kernel
+    // y = x W^T outside of a step: x (tokens, columns), y (tokens, rows), threads of its own.
+    void product(const float* x, int64_t tokens, float* y, int threads) const;
     void apply(const Team& team, Room room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
 

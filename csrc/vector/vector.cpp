@@ -64,7 +64,7 @@ void points_linear(const Points& w, const float* x, int64_t columns, int64_t tok
         for (int64_t t = 0; t < tokens; ++t) std::memcpy(padded.data() + t * width, x + t * columns, columns * sizeof(float));
         x = padded.data();
     }
-    isa().lookup->read_inputs(w.layout, x, tokens, act, buffers);
+    isa().read_inputs(w.layout, x, tokens, act, buffers);
     const Inputs in = buffers.inputs;
     in_shares(w.layout.tiles(), threads,
               [&](int64_t first, int64_t last) { points_tiles(w, in, x, tokens, act, y, first, last); });
@@ -84,10 +84,13 @@ void points_decode(const Points& w, int64_t columns, int64_t first, int64_t coun
 }
 
 void lattice_order(const float* x, int64_t columns, float* out, int64_t width) {
-    for (int64_t c = 0; c < width; ++c) {
-        const int64_t from = c / 32 * 32 + c % 4 * 8 + c % 32 / 4;
-        out[c] = from < columns ? x[from] : 0.0f;
-    }
+    const auto square = [&](int64_t first, const auto& at) {
+        for (int i = 0; i < 8; ++i)
+            for (int block = 0; block < 4; ++block) out[first + 4 * i + block] = at(first + 8 * block + i);
+    };
+    int64_t first = 0;
+    for (; first + 32 <= columns; first += 32) square(first, [&](int64_t c) { return x[c]; });
+    if (first < width) square(first, [&](int64_t c) { return c < columns ? x[c] : 0.0f; });
 }
 
 void lattice_linear(const Lattice& w, const float* x, int64_t columns, int64_t tokens, Act act, float* y, int threads) {
@@ -96,7 +99,7 @@ void lattice_linear(const Lattice& w, const float* x, int64_t columns, int64_t t
     const int64_t width = w.layout.columns;
     ordered.resize(tokens * width);
     for (int64_t t = 0; t < tokens; ++t) lattice_order(x + t * columns, columns, ordered.data() + t * width, width);
-    isa().lookup->read_inputs(w.layout, ordered.data(), tokens, act, buffers);
+    isa().read_inputs(w.layout, ordered.data(), tokens, act, buffers);
     const Inputs in = buffers.inputs;
     const auto& best = *isa().vector;
     in_shares(w.layout.tiles(), threads,
