@@ -30,7 +30,9 @@ Weights lookup_weights(const Layout& l, int source, bool wide, bool mirrored, in
     const bool lanes = l.rows_per_tile > 1 && kind == Source::own;
     require(!mirrored || (lanes && (l.bits == 3 || l.bits == 4)), "only rows' own tables of 3 or 4 bits are mirrored");
     if (bank) {
-        const size_t least = floats ? size_t{4} << (bank_bits + l.bits) : l.bits == 4 ? 512 : l.bits == 3 ? 256 : 128;
+        const bool two = l.bits == 3 || (l.bits == 4 && l.rows_per_tile == 16);
+        const size_t least = floats ? size_t{4} << (bank_bits + l.bits) : two ? 256 : l.bits == 4 ? 512 : 128;
+        require(!floats || l.bits < 4 || l.rows_per_tile < 16, "sums are of bytes");
         require(ids && ids->size() == places && powers && powers->size() == 16, "a bank needs ids and 16 powers");
         require(tables.size() >= least, "the bank is too small");
     } else {

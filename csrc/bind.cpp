@@ -194,33 +194,33 @@ NB_MODULE(_native, m) {
         .def_prop_ro("tiles", &Layout::tiles)
         .def_prop_ro("padded_groups", &Layout::padded_groups)
         .def_prop_ro("code_bytes", [](const Layout& l) { return l.tiles() * l.tile_bytes(); });
-    m.def("to_layout", to_layout_of, "layout"_a, "words"_a, "out"_a, "threads"_a);
-    m.def("from_layout", from_layout_of, "layout"_a, "stored"_a, "words"_a, "threads"_a);
-    m.def("codes_of", codes_of_rows, "layout"_a, "stored"_a, "first"_a, "out"_a, "threads"_a);
-    m.def("bytes_to_layout", bytes_to_layout_of, "layout"_a, "codes"_a, "out"_a, "threads"_a);
-    m.def("decode", decode_of, "layout"_a, "codes"_a, "tables"_a, "ids"_a.none(), "scales"_a, "zeros"_a, "first"_a, "out"_a,
+    m.def("to_layout", to_layout_of, "layout"_a, "words"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
+    m.def("from_layout", from_layout_of, "layout"_a, "stored"_a.noconvert(), "words"_a.noconvert(), "threads"_a);
+    m.def("codes_of", codes_of_rows, "layout"_a, "stored"_a.noconvert(), "first"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("bytes_to_layout", bytes_to_layout_of, "layout"_a, "codes"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
+    m.def("decode", decode_of, "layout"_a, "codes"_a.noconvert(), "tables"_a.noconvert(), "ids"_a.noconvert().none(), "scales"_a.noconvert(), "zeros"_a.noconvert(), "first"_a, "out"_a.noconvert(),
           "threads"_a);
-    m.def("codes_at", codes_at_rows, "layout"_a, "stored"_a, "rows"_a, "out"_a, "threads"_a);
+    m.def("codes_at", codes_at_rows, "layout"_a, "stored"_a.noconvert(), "rows"_a, "out"_a.noconvert(), "threads"_a);
     m.def("linear", linear_of, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a, "records_per_tile"_a, "bank_bits"_a,
-          "zero"_a, "codes"_a, "tables"_a, "ids"_a.none(), "powers"_a.none(), "scales"_a.none(), "zeros"_a.none(),
-          "row_scales"_a, "act"_a, "x"_a, "y"_a, "threads"_a);
-    m.def("additive", additive_of, "layout"_a, "codes"_a, "books"_a, "scales"_a, "x"_a, "y"_a, "threads"_a);
-    m.def("vector_linear", vector_linear_of, "set"_a, "group"_a, "bits"_a, "words"_a, "scales"_a, "table"_a, "x"_a, "y"_a,
+          "zero"_a, "codes"_a.noconvert(), "tables"_a.noconvert(), "ids"_a.noconvert().none(), "powers"_a.noconvert().none(), "scales"_a.noconvert().none(), "zeros"_a.noconvert().none(),
+          "row_scales"_a.noconvert(), "act"_a, "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
+    m.def("additive", additive_of, "layout"_a, "codes"_a.noconvert(), "books"_a.noconvert(), "scales"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
+    m.def("vector_linear", vector_linear_of, "set"_a, "group"_a, "bits"_a, "words"_a.noconvert(), "scales"_a.noconvert(), "table"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(),
           "threads"_a);
-    m.def("vector_decode", vector_decode_of, "set"_a, "group"_a, "bits"_a, "words"_a, "scales"_a, "table"_a, "first"_a,
-          "out"_a, "threads"_a);
-    m.def("coordinates", coordinates_of, "bits"_a, "columns"_a, "words"_a, "y"_a, "gains"_a, "threads"_a);
-    m.def("numbers", numbers_of, "bits"_a, "y"_a, "gains"_a, "words"_a, "threads"_a);
-    m.def("points_linear", points_linear_of, "layout"_a, "codes"_a, "gains"_a, "lengths"_a, "scales"_a, "starts"_a, "places"_a,
-          "odd"_a, "act"_a, "x"_a, "y"_a, "threads"_a);
-    m.def("points_decode", points_decode_of, "layout"_a, "codes"_a, "gains"_a, "lengths"_a, "scales"_a, "starts"_a, "places"_a,
-          "odd"_a, "first"_a, "out"_a, "threads"_a);
-    m.def("lattice_linear", lattice_linear_of, "layout"_a, "codes"_a, "sizes"_a, "scales"_a, "act"_a, "x"_a, "y"_a,
+    m.def("vector_decode", vector_decode_of, "set"_a, "group"_a, "bits"_a, "words"_a.noconvert(), "scales"_a.noconvert(), "table"_a.noconvert(), "first"_a,
+          "out"_a.noconvert(), "threads"_a);
+    m.def("coordinates", coordinates_of, "bits"_a, "columns"_a, "words"_a.noconvert(), "y"_a.noconvert(), "gains"_a.noconvert(), "threads"_a);
+    m.def("numbers", numbers_of, "bits"_a, "y"_a.noconvert(), "gains"_a.noconvert(), "words"_a.noconvert(), "threads"_a);
+    m.def("points_linear", points_linear_of, "layout"_a, "codes"_a.noconvert(), "gains"_a.noconvert(), "lengths"_a.noconvert(), "scales"_a.noconvert(), "starts"_a.noconvert(), "places"_a.noconvert(),
+          "odd"_a.noconvert(), "act"_a, "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
+    m.def("points_decode", points_decode_of, "layout"_a, "codes"_a.noconvert(), "gains"_a.noconvert(), "lengths"_a.noconvert(), "scales"_a.noconvert(), "starts"_a.noconvert(), "places"_a.noconvert(),
+          "odd"_a.noconvert(), "first"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("lattice_linear", lattice_linear_of, "layout"_a, "codes"_a.noconvert(), "sizes"_a.noconvert(), "scales"_a.noconvert(), "act"_a, "x"_a.noconvert(), "y"_a.noconvert(),
           "threads"_a);
-    m.def("lattice_decode", lattice_decode_of, "layout"_a, "codes"_a, "sizes"_a, "scales"_a, "first"_a, "out"_a,
+    m.def("lattice_decode", lattice_decode_of, "layout"_a, "codes"_a.noconvert(), "sizes"_a.noconvert(), "scales"_a.noconvert(), "first"_a, "out"_a.noconvert(),
           "threads"_a);
-    m.def("rotate", rotate_of, "steps"_a, "numbers"_a, "orders"_a, "x"_a, "threads"_a);
-    m.def("sparse_add", sparse_add_of, "starts"_a, "places"_a, "values"_a, "x"_a, "y"_a, "threads"_a);
+    m.def("rotate", rotate_of, "steps"_a.noconvert(), "numbers"_a.noconvert(), "orders"_a.noconvert(), "x"_a.noconvert(), "threads"_a);
+    m.def("sparse_add", sparse_add_of, "starts"_a.noconvert(), "places"_a.noconvert(), "values"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
     bind_step(m);
     m.def("read_all", [](Bytes bytes, int threads) {
         nb::gil_scoped_release free;

@@ -39,6 +39,9 @@ struct Weights {
     float zero;                 // the constant
     const void* zeros;          // (tiles, padded groups, R)
     const float* row_scales;    // (tiles, R)
+
+    // Tables of 4 bits in a bank that are sums of what two pairs of bits stand for serve 16 rows: V::Sums.
+    bool summed() const { return source == Source::bank && layout.bits == 4 && layout.rows_per_tile == 16; }
 };
 
 // Inputs of a few tokens in the padded order of columns. `sums` are of the inputs as the kernel sees them.
@@ -64,7 +67,8 @@ struct Tile {
     using Floats = typename V::Floats;
     static constexpr int S = step_blocks(R, 8), C = 64 / R;
     static constexpr bool whole = source == Source::shared || R == 1;
-    using Look = std::conditional_t<whole, typename V::template Whole<bits>, typename V::template Lanes<bits>>;
+    using Look = std::conditional_t<whole, typename V::template Whole<bits>,
+                                    std::conditional_t<bits == 4 && R == 16, typename V::Sums, typename V::template Lanes<bits>>>;
 
     const Weights& w;
     const Inputs& in;
@@ -90,7 +94,7 @@ struct Tile {
     }
 
     BITMILL_INLINE void load_table(Look& to, const uint8_t* record) {
-        if constexpr (!whole && bits >= 3) {
+        if constexpr (source == Source::own && !whole && bits >= 3) {
             if (w.mirrored) return to.load_mirrored(record);
         }
         to.load(record);

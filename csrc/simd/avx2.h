@@ -283,6 +283,20 @@ struct Avx2 {
                          _mm256_blendv_epi8(first.b, at(entries[1].b, code.b), code.b)};
         }
     };
+
+    // Tables of 16 rows with entry[code] = first[code & 3] + second[code >> 2], stored as those of 3 bits.
+    struct Sums : Lanes<3> {
+        static constexpr int top = 3;
+        BITMILL_INLINE void from_bank(const uint8_t* bank, const uint8_t* ids, int mask) {
+            Lanes<3>::from_bank(bank, ids, mask);
+            entries[1] = differ(entries[1], {same(bias), same(bias)});  // it is taken off a sum once
+        }
+        BITMILL_INLINE Bytes look(Bytes code) const {
+            const Bytes upper = shifted<2>(code);
+            return {_mm256_add_epi8(at(entries[0].a, code.a), at(entries[1].a, upper.a)),
+                    _mm256_add_epi8(at(entries[0].b, code.b), at(entries[1].b, upper.b))};
+        }
+    };
 };
 
 }  // namespace bitmill
