@@ -23,6 +23,9 @@ using Array = nb::ndarray<T, nb::ndim<dims>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
 using Some = std::optional<Bytes>;
 
+// An array argument that must have the type and order the kernels read: nothing is silently copied into another.
+inline nb::arg operator""_as_is(const char* name, size_t) { return nb::arg(name).noconvert(); }
+
 inline void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
 }

@@ -194,33 +194,33 @@ NB_MODULE(_native, m) {
         .def_prop_ro("tiles", &Layout::tiles)
         .def_prop_ro("padded_groups", &Layout::padded_groups)
         .def_prop_ro("code_bytes", [](const Layout& l) { return l.tiles() * l.tile_bytes(); });
-    m.def("to_layout", to_layout_of, "layout"_a, "words"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
-    m.def("from_layout", from_layout_of, "layout"_a, "stored"_a.noconvert(), "words"_a.noconvert(), "threads"_a);
-    m.def("codes_of", codes_of_rows, "layout"_a, "stored"_a.noconvert(), "first"_a, "out"_a.noconvert(), "threads"_a);
-    m.def("bytes_to_layout", bytes_to_layout_of, "layout"_a, "codes"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
-    m.def("decode", decode_of, "layout"_a, "codes"_a.noconvert(), "tables"_a.noconvert(), "ids"_a.noconvert().none(), "scales"_a.noconvert(), "zeros"_a.noconvert(), "first"_a, "out"_a.noconvert(),
+    m.def("to_layout", to_layout_of, "layout"_a, "words"_as_is, "out"_as_is, "threads"_a);
+    m.def("from_layout", from_layout_of, "layout"_a, "stored"_as_is, "words"_as_is, "threads"_a);
+    m.def("codes_of", codes_of_rows, "layout"_a, "stored"_as_is, "first"_a, "out"_as_is, "threads"_a);
+    m.def("bytes_to_layout", bytes_to_layout_of, "layout"_a, "codes"_as_is, "out"_as_is, "threads"_a);
+    m.def("decode", decode_of, "layout"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(), "scales"_as_is, "zeros"_as_is, "first"_a, "out"_as_is,
           "threads"_a);
-    m.def("codes_at", codes_at_rows, "layout"_a, "stored"_a.noconvert(), "rows"_a, "out"_a.noconvert(), "threads"_a);
+    m.def("codes_at", codes_at_rows, "layout"_a, "stored"_as_is, "rows"_a, "out"_as_is, "threads"_a);
     m.def("linear", linear_of, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a, "records_per_tile"_a, "bank_bits"_a,
-          "zero"_a, "codes"_a.noconvert(), "tables"_a.noconvert(), "ids"_a.noconvert().none(), "powers"_a.noconvert().none(), "scales"_a.noconvert().none(), "zeros"_a.noconvert().none(),
-          "row_scales"_a.noconvert(), "act"_a, "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
-    m.def("additive", additive_of, "layout"_a, "codes"_a.noconvert(), "books"_a.noconvert(), "scales"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
-    m.def("vector_linear", vector_linear_of, "set"_a, "group"_a, "bits"_a, "words"_a.noconvert(), "scales"_a.noconvert(), "table"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(),
+          "zero"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(), "powers"_as_is.none(), "scales"_as_is.none(), "zeros"_as_is.none(),
+          "row_scales"_as_is, "act"_a, "x"_as_is, "y"_as_is, "threads"_a);
+    m.def("additive", additive_of, "layout"_a, "codes"_as_is, "books"_as_is, "scales"_as_is, "x"_as_is, "y"_as_is, "threads"_a);
+    m.def("vector_linear", vector_linear_of, "set"_a, "group"_a, "bits"_a, "words"_as_is, "scales"_as_is, "table"_as_is, "x"_as_is, "y"_as_is,
           "threads"_a);
-    m.def("vector_decode", vector_decode_of, "set"_a, "group"_a, "bits"_a, "words"_a.noconvert(), "scales"_a.noconvert(), "table"_a.noconvert(), "first"_a,
-          "out"_a.noconvert(), "threads"_a);
-    m.def("coordinates", coordinates_of, "bits"_a, "columns"_a, "words"_a.noconvert(), "y"_a.noconvert(), "gains"_a.noconvert(), "threads"_a);
-    m.def("numbers", numbers_of, "bits"_a, "y"_a.noconvert(), "gains"_a.noconvert(), "words"_a.noconvert(), "threads"_a);
-    m.def("points_linear", points_linear_of, "layout"_a, "codes"_a.noconvert(), "gains"_a.noconvert(), "lengths"_a.noconvert(), "scales"_a.noconvert(), "starts"_a.noconvert(), "places"_a.noconvert(),
-          "odd"_a.noconvert(), "act"_a, "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
-    m.def("points_decode", points_decode_of, "layout"_a, "codes"_a.noconvert(), "gains"_a.noconvert(), "lengths"_a.noconvert(), "scales"_a.noconvert(), "starts"_a.noconvert(), "places"_a.noconvert(),
-          "odd"_a.noconvert(), "first"_a, "out"_a.noconvert(), "threads"_a);
-    m.def("lattice_linear", lattice_linear_of, "layout"_a, "codes"_a.noconvert(), "sizes"_a.noconvert(), "scales"_a.noconvert(), "act"_a, "x"_a.noconvert(), "y"_a.noconvert(),
+    m.def("vector_decode", vector_decode_of, "set"_a, "group"_a, "bits"_a, "words"_as_is, "scales"_as_is, "table"_as_is, "first"_a,
+          "out"_as_is, "threads"_a);
+    m.def("coordinates", coordinates_of, "bits"_a, "columns"_a, "words"_as_is, "y"_as_is, "gains"_as_is, "threads"_a);
+    m.def("numbers", numbers_of, "bits"_a, "y"_as_is, "gains"_as_is, "words"_as_is, "threads"_a);
+    m.def("points_linear", points_linear_of, "layout"_a, "codes"_as_is, "gains"_as_is, "lengths"_as_is, "scales"_as_is, "starts"_as_is, "places"_as_is,
+          "odd"_as_is, "act"_a, "x"_as_is, "y"_as_is, "threads"_a);
+    m.def("points_decode", points_decode_of, "layout"_a, "codes"_as_is, "gains"_as_is, "lengths"_as_is, "scales"_as_is, "starts"_as_is, "places"_as_is,
+          "odd"_as_is, "first"_a, "out"_as_is, "threads"_a);
+    m.def("lattice_linear", lattice_linear_of, "layout"_a, "codes"_as_is, "sizes"_as_is, "scales"_as_is, "act"_a, "x"_as_is, "y"_as_is,
           "threads"_a);
-    m.def("lattice_decode", lattice_decode_of, "layout"_a, "codes"_a.noconvert(), "sizes"_a.noconvert(), "scales"_a.noconvert(), "first"_a, "out"_a.noconvert(),
+    m.def("lattice_decode", lattice_decode_of, "layout"_a, "codes"_as_is, "sizes"_as_is, "scales"_as_is, "first"_a, "out"_as_is,
           "threads"_a);
-    m.def("rotate", rotate_of, "steps"_a.noconvert(), "numbers"_a.noconvert(), "orders"_a.noconvert(), "x"_a.noconvert(), "threads"_a);
-    m.def("sparse_add", sparse_add_of, "starts"_a.noconvert(), "places"_a.noconvert(), "values"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
+    m.def("rotate", rotate_of, "steps"_as_is, "numbers"_as_is, "orders"_as_is, "x"_as_is, "threads"_a);
+    m.def("sparse_add", sparse_add_of, "starts"_as_is, "places"_as_is, "values"_as_is, "x"_as_is, "y"_as_is, "threads"_a);
     bind_step(m);
     m.def("read_all", [](Bytes bytes, int threads) {
         nb::gil_scoped_release free;

@@ -105,21 +105,21 @@ void advance(Model& model, MaybeFloats embedding, const Linear* table, int64_t t
 
 void bind_step(nb::module_& m) {
     nb::class_<Linear>(m, "Linear").def("row", row_of, "row"_a);
-    nb::class_<LookupLinear, Linear>(m, "LookupLinear").def("product", product, "x"_a.noconvert(), "y"_a.noconvert(), "threads"_a);
+    nb::class_<LookupLinear, Linear>(m, "LookupLinear").def("product", product, "x"_as_is, "y"_as_is, "threads"_a);
     m.def("lookup_linear", lookup, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a, "records_per_tile"_a,
-          "bank_bits"_a, "zero"_a, "codes"_a.noconvert(), "tables"_a.noconvert(), "ids"_a.noconvert().none(), "powers"_a.noconvert().none(), "scales"_a.noconvert().none(), "zeros"_a.noconvert().none(),
-          "row_scales"_a.noconvert(), "act"_a, nb::keep_alive<0, 9>(), nb::keep_alive<0, 10>(), nb::keep_alive<0, 11>(),
+          "bank_bits"_a, "zero"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(), "powers"_as_is.none(), "scales"_as_is.none(), "zeros"_as_is.none(),
+          "row_scales"_as_is, "act"_a, nb::keep_alive<0, 9>(), nb::keep_alive<0, 10>(), nb::keep_alive<0, 11>(),
           nb::keep_alive<0, 12>(), nb::keep_alive<0, 13>(), nb::keep_alive<0, 14>(), nb::keep_alive<0, 15>());
     m.def("dense_linear", [](Array<const float, 2> weights) {
         return made<DenseLinear>(weights.data(), true, weights.shape(0), weights.shape(1));
-    }, "weights"_a.noconvert(), nb::keep_alive<0, 1>());
+    }, "weights"_as_is, nb::keep_alive<0, 1>());
     m.def("bf16_linear", [](Array<const int16_t, 2> weights) {
         return made<DenseLinear>(weights.data(), false, weights.shape(0), weights.shape(1));
-    }, "weights"_a.noconvert(), nb::keep_alive<0, 1>());
+    }, "weights"_as_is, nb::keep_alive<0, 1>());
     m.def("step_vector_linear", [](int set, int64_t columns, int64_t group, int bits, Array<const int32_t, 2> words,
                                    Array<const float, 2> scales, Floats table) {
         return made<VectorLinear>(vectors(set, columns, group, bits, words, scales, table));
-    }, "set"_a, "columns"_a, "group"_a, "bits"_a, "words"_a.noconvert(), "scales"_a.noconvert(), "table"_a.noconvert(), nb::keep_alive<0, 5>(),
+    }, "set"_a, "columns"_a, "group"_a, "bits"_a, "words"_as_is, "scales"_as_is, "table"_as_is, nb::keep_alive<0, 5>(),
           nb::keep_alive<0, 6>(), nb::keep_alive<0, 7>());
     m.def("step_points_linear", [](const Layout& l, int64_t columns, Bytes codes, Bytes gains, Floats lengths, Floats scales,
                                    Array<const int32_t, 1> starts, Array<const int32_t, 1> places,
@@ -127,17 +127,17 @@ void bind_step(nb::module_& m) {
         require(0 <= act && act <= 1, "there are no such inputs");
         return made<PointsLinear>(points(l, codes, gains, lengths, scales, starts, places, odd, columns), columns,
                                   static_cast<Act>(act));
-    }, "layout"_a, "columns"_a, "codes"_a.noconvert(), "gains"_a.noconvert(), "lengths"_a.noconvert(), "scales"_a.noconvert(), "starts"_a.noconvert(), "places"_a.noconvert(), "odd"_a.noconvert(), "act"_a,
+    }, "layout"_a, "columns"_a, "codes"_as_is, "gains"_as_is, "lengths"_as_is, "scales"_as_is, "starts"_as_is, "places"_as_is, "odd"_as_is, "act"_a,
           nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(), nb::keep_alive<0, 6>(),
           nb::keep_alive<0, 7>(), nb::keep_alive<0, 8>(), nb::keep_alive<0, 9>());
     m.def("step_lattice_linear", [](const Layout& l, int64_t columns, Bytes codes, Bytes sizes, Floats scales, int act) {
         require(0 <= act && act <= 1, "there are no such inputs");
         return made<LatticeLinear>(lattice(l, codes, sizes, scales, columns), columns, static_cast<Act>(act));
-    }, "layout"_a, "columns"_a, "codes"_a.noconvert(), "sizes"_a.noconvert(), "scales"_a.noconvert(), "act"_a, nb::keep_alive<0, 3>(),
+    }, "layout"_a, "columns"_a, "codes"_as_is, "sizes"_as_is, "scales"_as_is, "act"_a, nb::keep_alive<0, 3>(),
           nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>());
     m.def("additive_linear", [](const Layout& l, int64_t columns, Bytes codes, Array<const float, 3> books, Bytes scales) {
         return made<AdditiveLinear>(additive_weights(l, codes, books, scales, columns), columns);
-    }, "layout"_a, "columns"_a, "codes"_a.noconvert(), "books"_a.noconvert(), "scales"_a.noconvert(), nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(),
+    }, "layout"_a, "columns"_a, "codes"_as_is, "books"_as_is, "scales"_as_is, nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(),
           nb::keep_alive<0, 5>());
     using Steps = Array<const int64_t, 2>;
     using Orders = Array<const int32_t, 1>;
@@ -146,28 +146,28 @@ void bind_step(nb::module_& m) {
         return made<RotatedLinear>(inner, numbers(rescale, inner.columns, "a scale has another size"),
                                    rotation(steps, values, orders, inner.columns),
                                    rotation(out_steps, out_values, out_orders, inner.rows));
-    }, "inner"_a, "rescale"_a.noconvert().none(), "steps"_a.noconvert(), "numbers"_a.noconvert(), "orders"_a.noconvert(), "out_steps"_a.noconvert(), "out_numbers"_a.noconvert(), "out_orders"_a.noconvert(),
+    }, "inner"_a, "rescale"_as_is.none(), "steps"_as_is, "numbers"_as_is, "orders"_as_is, "out_steps"_as_is, "out_numbers"_as_is, "out_orders"_as_is,
           nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(),
           nb::keep_alive<0, 6>(), nb::keep_alive<0, 7>(), nb::keep_alive<0, 8>());
     m.def("sum_linear", [](const Linear& inner, Array<const int64_t, 1> starts, Bytes places, Array<const uint8_t, 1> values) {
         return made<SumLinear>(inner, sparse(starts, places, values, inner.rows, inner.columns));
-    }, "inner"_a, "starts"_a.noconvert(), "places"_a.noconvert(), "values"_a.noconvert(), nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(),
+    }, "inner"_a, "starts"_as_is, "places"_as_is, "values"_as_is, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(),
           nb::keep_alive<0, 4>());
     m.def("permuted_linear", [](const Linear& inner, Array<const int64_t, 1> order) {
         require(static_cast<int64_t>(order.size()) == inner.columns, "an order has another size");
         for (int64_t i = 0; i < inner.columns; ++i)
             require(0 <= order.data()[i] && order.data()[i] < inner.columns, "an order is out of range");
         return made<PermutedLinear>(inner, order.data());
-    }, "inner"_a, "order"_a.noconvert(), nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>());
+    }, "inner"_a, "order"_as_is, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>());
     nb::class_<Builder>(m, "ModelBuilder")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, float, float>(), "hidden"_a, "heads"_a, "kv_heads"_a, "dim"_a, "eps"_a,
              "scaling"_a)
-        .def("block", &Builder::block, "norm_in"_a.noconvert(), "norm_out"_a.noconvert(), "linears"_a, "biases"_a.noconvert(), "q_norm"_a.noconvert().none(), "k_norm"_a.noconvert().none(),
+        .def("block", &Builder::block, "norm_in"_as_is, "norm_out"_as_is, "linears"_a, "biases"_as_is, "q_norm"_as_is.none(), "k_norm"_as_is.none(),
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
              nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
-        .def("build", &Builder::build, "norm"_a.noconvert(), "head"_a, "bias"_a.noconvert().none(), nb::keep_alive<0, 1>(),
+        .def("build", &Builder::build, "norm"_as_is, "head"_a, "bias"_as_is.none(), nb::keep_alive<0, 1>(),
              nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>());
-    nb::class_<Model>(m, "Model").def("advance", advance, "embedding"_a.noconvert().none(), "table"_a.noconvert().none(), "token"_a, "cos"_a.noconvert(), "sin"_a.noconvert(), "past"_a.noconvert(), "length"_a, "logits"_a.noconvert(),
+    nb::class_<Model>(m, "Model").def("advance", advance, "embedding"_as_is.none(), "table"_a.none(), "token"_a, "cos"_as_is, "sin"_as_is, "past"_as_is, "length"_a, "logits"_as_is,
                                       "threads"_a);
 }
 
