@@ -10,7 +10,8 @@ namespace bitmill {
 namespace {
 
 // x W^T in fp64, W (rows, columns) and x (tokens, columns).
-std::vector<double> products(const std::vector<float>& W, const std::vector<float>& x, int64_t tokens, int64_t rows) {
+std::vector<double> products(const std::vector<float>& W, const std::vector<float>& x, int64_t tokens,
+                             int64_t rows) {
     const int64_t columns = static_cast<int64_t>(W.size()) / rows;
     std::vector<double> y(tokens * rows);
     for (int64_t t = 0; t < tokens; ++t)
@@ -29,7 +30,8 @@ void run(VectorSet set, int bits, int64_t rows, int64_t columns, int64_t group, 
     const auto scales = random_floats((own_scales ? rows : 1) * groups);
     auto table = random_floats(set == VectorSet::e8 ? 256 * 8 : 16);
     for (auto& v : table) v = 0.5f + static_cast<float>(below(3));
-    const Vectors w{set, rows, columns, group, stored.data(), words, scales.data(), groups, own_scales, bits, table.data()};
+    const Vectors w{set,           rows,   columns,    group, stored.data(), words,
+                    scales.data(), groups, own_scales, bits,  table.data()};
     const int tokens = 3;
     const auto x = random_floats(tokens * columns);
     std::vector<float> W(rows * columns, NAN);
@@ -44,14 +46,15 @@ void run(VectorSet set, int bits, int64_t rows, int64_t columns, int64_t group, 
         vector_decode(w, 1, rows - 1, again.data() + columns, 2);
         const char* what = set == VectorSet::e8 ? "e8" : "pyramid";
         report(difference(again, W), 0, "%s %s: decode %d bits", what, name.c_str(), bits);
-        report(difference(y, expected), 1e-5, "%s %s: %ld x %ld, %d bits", what, name.c_str(), static_cast<long>(rows),
-               static_cast<long>(columns), bits);
+        report(difference(y, expected), 1e-5, "%s %s: %ld x %ld, %d bits", what, name.c_str(),
+               static_cast<long>(rows), static_cast<long>(columns), bits);
     }
 }
 
 // Points laid out anew against decoded rows, the packed words again, and every instruction set alike.
 void run_points(int bits, int64_t rows, int64_t columns) {
-    const int64_t points = (columns + 15) / 16, words = (points * (16 * bits + 4) + 31) / 32, width = 16 * points;
+    const int64_t points = (columns + 15) / 16, words = (points * (16 * bits + 4) + 31) / 32,
+                  width = 16 * points;
     constexpr int pulses[] = {4, 12, 27, 58};
     std::vector<int8_t> y(rows * width, 0), back(y.size());
     std::vector<uint8_t> gains(rows * points), gains_back(gains.size());
@@ -68,7 +71,8 @@ void run_points(int bits, int64_t rows, int64_t columns) {
     const auto scales = random_floats(rows), x = random_floats(5 * columns);
     auto lengths = random_floats(16);
     for (int i = 16; i < 256; ++i) lengths.push_back(lengths[i % 16]);
-    const Vectors packed{VectorSet::pyramid, rows, columns, width, stored.data(), words, scales.data(), 1, true, bits, lengths.data()};
+    const Vectors packed{VectorSet::pyramid, rows, columns, width, stored.data(), words,
+                         scales.data(),      1,    true,    bits,  lengths.data()};
     const Layout l{rows, width, 16, bits + 1, 16, 4};
     const int half = 1 << bits;
     std::vector<uint8_t> codes(y.size()), pairs(l.tiles() * l.chunks() * 16), laid(l.tiles() * l.tile_bytes());
@@ -79,14 +83,17 @@ void run_points(int bits, int64_t rows, int64_t columns) {
             const int8_t* point = y.data() + row * width + 16 * p;
             bool beyond = false;
             for (int i = 0; i < 16; ++i) beyond = beyond || point[i] >= half || point[i] <= -half;
-            for (int i = 0; i < 16; ++i) codes[row * width + 16 * p + i] = beyond ? 0 : static_cast<uint8_t>(point[i] + half);
+            for (int i = 0; i < 16; ++i)
+                codes[row * width + 16 * p + i] = beyond ? 0 : static_cast<uint8_t>(point[i] + half);
             if (beyond) places.push_back(static_cast<int32_t>(p)), odd.insert(odd.end(), point, point + 16);
-            pairs[(row / 16 * l.chunks() + p / 2) * 16 + row % 16] |= static_cast<uint8_t>(gains[row * points + p] << 4 * (p % 2));
+            pairs[(row / 16 * l.chunks() + p / 2) * 16 + row % 16] |= static_cast<uint8_t>(
+                gains[row * points + p] << 4 * (p % 2));
         }
         starts.push_back(static_cast<int32_t>(places.size()));
     }
     bytes_to_layout(l, codes.data(), laid.data(), 2);
-    const Points w{l, laid.data(), pairs.data(), lengths.data(), scales.data(), true, starts.data(), places.data(), odd.data()};
+    const Points w{l,    laid.data(),   pairs.data(),  lengths.data(), scales.data(),
+                   true, starts.data(), places.data(), odd.data()};
     std::vector<float> W(rows * columns, NAN);
     use_isa("scalar");
     vector_decode(packed, 0, rows, W.data(), 1);
@@ -101,8 +108,9 @@ void run_points(int bits, int64_t rows, int64_t columns) {
         for (const Act act : {Act::int8, Act::int16}) {
             std::vector<float> out(5 * rows, NAN);
             points_linear(w, x.data(), columns, 5, act, out.data(), 2);
-            report(difference(out, products(W, x, 5, rows)), act == Act::int8 ? 2e-2 : 1e-4, "points %s: %ld x %ld, %d bits", name.c_str(),
-                   static_cast<long>(rows), static_cast<long>(columns), bits);
+            report(difference(out, products(W, x, 5, rows)), act == Act::int8 ? 2e-2 : 1e-4,
+                   "points %s: %ld x %ld, %d bits", name.c_str(), static_cast<long>(rows),
+                   static_cast<long>(columns), bits);
         }
     }
 }
@@ -142,8 +150,9 @@ void run_lattice(int64_t rows, int64_t columns, bool own_scales) {
         for (const Act act : {Act::int8, Act::int16}) {
             std::vector<float> out(5 * rows, NAN);
             lattice_linear(w, x.data(), columns, 5, act, out.data(), 2);
-            report(difference(out, products(W, x, 5, rows)), act == Act::int8 ? 2e-2 : 1e-4, "lattice %s: %ld x %ld",
-                   name.c_str(), static_cast<long>(rows), static_cast<long>(columns));
+            report(difference(out, products(W, x, 5, rows)), act == Act::int8 ? 2e-2 : 1e-4,
+                   "lattice %s: %ld x %ld", name.c_str(), static_cast<long>(rows),
+                   static_cast<long>(columns));
         }
     }
 }

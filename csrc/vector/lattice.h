@@ -57,10 +57,11 @@ struct LatticeCodes {
 
     // A byte holds the numbers of coordinates i and i + 4.
     template <int... i, class Use>
-    BITMILL_INLINE void pairs(std::integer_sequence<int, i...>, const Bytes (&sizes)[2], Bytes signs, Bytes shifts,
-                              const Use& use) const {
-        const Bytes both[] = {V::template select<0x33>(V::template shifted<2 * (i % 2)>(sizes[i / 2]),
-                                                       V::template select<0x44>(V::template shifted<i - 2>(signs), shifts))...};
+    BITMILL_INLINE void pairs(std::integer_sequence<int, i...>, const Bytes (&sizes)[2], Bytes signs,
+                              Bytes shifts, const Use& use) const {
+        const Bytes both[] = {
+            V::template select<0x33>(V::template shifted<2 * (i % 2)>(sizes[i / 2]),
+                                     V::template select<0x44>(V::template shifted<i - 2>(signs), shifts))...};
         (use(i, levels.look(both[i])), ...);
         (use(i + 4, levels.look(V::template shifted<4>(both[i]))), ...);
     }
@@ -88,7 +89,8 @@ struct LatticeTile {
                     const int64_t first = t * in.columns + 32 * s + 4 * i;
                     products[0][t] = V::dot(products[0][t], levels, V::template spread<16>(in.bytes + first));
                     if constexpr (act == Act::int16)
-                        products[1][t] = V::dot(products[1][t], levels, V::template spread<16>(in.lows + first));
+                        products[1][t] = V::dot(products[1][t], levels,
+                                                V::template spread<16>(in.lows + first));
                 }
             });
             for (int t = 0; t < T; ++t) {
@@ -108,7 +110,8 @@ struct LatticeKind {
 };
 
 template <class V>
-void lattice_linear_with(const Lattice& w, const Inputs& in, Act act, int64_t tokens, float* y, int64_t first, int64_t last) {
+void lattice_linear_with(const Lattice& w, const Inputs& in, Act act, int64_t tokens, float* y, int64_t first,
+                         int64_t last) {
     if (act == Act::int8) tiles_of<V, LatticeKind<V, Act::int8>>(w, in, tokens, y, first, last);
     else tiles_of<V, LatticeKind<V, Act::int16>>(w, in, tokens, y, first, last);
 }
@@ -129,7 +132,8 @@ void lattice_decode_with(const Lattice& w, float* out, int64_t columns, int64_t 
                     for (int64_t block = 0; block < 4; ++block)
                         levels[r * width + 32 * s + 8 * block + i] = bytes[4 * r + block];
             });
-        for (int64_t row = tile * 16 < first ? first : tile * 16; row < tile * 16 + 16 && row < last; ++row, out += columns) {
+        for (int64_t row = tile * 16 < first ? first : tile * 16; row < tile * 16 + 16 && row < last;
+             ++row, out += columns) {
             const float scale = w.scale_of(row);
             const int8_t* from = levels.data() + row % 16 * width;
             for (int64_t c = 0; c < columns; ++c)

@@ -67,20 +67,23 @@ struct PointTile {
     template <int nibble>
     BITMILL_INLINE void end_point(const uint8_t* gains, int64_t point) {
         const Floats norm = V::add(V::to_float(power), V::all(16.0f * V::bias));
-        const Floats factor = V::mul(V::template named<16>(w.lengths, gains, 4 * nibble), V::inverse_root(norm));
+        const Floats factor = V::mul(V::template named<16>(w.lengths, gains, 4 * nibble),
+                                     V::inverse_root(norm));
         for (int t = 0; t < T; ++t) {
             Floats sum = V::to_float(products[0][t]);
             if constexpr (act == Act::int16) sum = V::fma(V::all(255.0f), sum, V::to_float(products[1][t]));
             sum = V::mul(V::all(in.steps[t * in.step_count + point]), sum);
             if constexpr (offset != V::bias)
-                sum = V::sub(sum, V::all(static_cast<float>(offset - V::bias) * in.sums[t * in.groups + point]));
+                sum = V::sub(sum,
+                             V::all(static_cast<float>(offset - V::bias) * in.sums[t * in.groups + point]));
             total[t] = V::fma(factor, sum, total[t]);
         }
         clear();
     }
 
     template <int... i>
-    BITMILL_INLINE void chunk(std::integer_sequence<int, i...>, const uint8_t* codes, const uint8_t* gains, int64_t c) {
+    BITMILL_INLINE void chunk(std::integer_sequence<int, i...>, const uint8_t* codes, const uint8_t* gains,
+                              int64_t c) {
         (block<i>(codes, gains, c), ...);
     }
 
@@ -110,7 +113,8 @@ inline void add_odd(const Points& w, const float* x, int64_t tokens, float* y, i
             const int8_t* point = w.odd_points + 16 * o;
             int power = 0;
             for (int i = 0; i < 16; ++i) power += point[i] * point[i];
-            const float factor = w.scale_of(row) * w.lengths[w.odd_gain(row, o)] / std::sqrt(static_cast<float>(power));
+            const float factor = w.scale_of(row) * w.lengths[w.odd_gain(row, o)] /
+                                 std::sqrt(static_cast<float>(power));
             for (int64_t t = 0; t < tokens; ++t) {
                 const float* in = x + t * columns + 16 * w.odd_places[o];
                 float sum = 0;
@@ -151,7 +155,8 @@ void point_rows(const Points& w, float* out, int64_t columns, int64_t first, int
 }
 
 template <class V>
-void points_linear_with(const Points& w, const Inputs& in, Act act, int64_t tokens, float* y, int64_t first, int64_t last) {
+void points_linear_with(const Points& w, const Inputs& in, Act act, int64_t tokens, float* y, int64_t first,
+                        int64_t last) {
     const auto run = [&](auto bits) {
         constexpr int b = decltype(bits)::value;
         if (act == Act::int8) tiles_of<V, PointKind<V, b, Act::int8>>(w, in, tokens, y, first, last);

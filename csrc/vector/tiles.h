@@ -21,7 +21,8 @@ void tiles_of(const W& w, const Inputs& in, int64_t tokens, float* y, int64_t fi
             const auto run = [&](auto tile) {
                 for (int64_t i = first; i < next; ++i) tile.run(i, y + t * rows, rows);
             };
-            if (V::batch > 1 && t + V::batch <= tokens) run(typename Kind::template Tile<V::batch>(w, rest)), t += V::batch;
+            if (V::batch > 1 && t + V::batch <= tokens)
+                run(typename Kind::template Tile<V::batch>(w, rest)), t += V::batch;
             else run(typename Kind::template Tile<1>(w, rest)), t += 1;
         }
     }
@@ -32,7 +33,8 @@ template <class V, class W>
 BITMILL_INLINE void store_rows(const W& w, typename V::Floats total, int64_t tile, float* y) {
     float lanes[16];
     V::store(lanes, total);
-    for (int64_t r = 0; r < 16 && tile * 16 + r < w.layout.rows; ++r) y[tile * 16 + r] = lanes[r] * w.scale_of(tile * 16 + r);
+    for (int64_t r = 0; r < 16 && tile * 16 + r < w.layout.rows; ++r)
+        y[tile * 16 + r] = lanes[r] * w.scale_of(tile * 16 + r);
 }
 
 }  // namespace bitmill
