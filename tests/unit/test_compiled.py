@@ -18,7 +18,7 @@ from bitmill.formats.uniform import Uniform
 from bitmill.numerics.hadamard import hadamard
 from bitmill.numerics.rotations import rotation
 from bitmill.quantized import Quantized
-from bitmill.runtime import ops
+from bitmill.runtime import native, ops
 from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.additive import AdditiveKernel
 from bitmill.runtime.kernels.lattice import Lattice
@@ -208,6 +208,16 @@ def test_they_are_torch_operators():
         (ops.sparse_add, (torch.randn(2, 6), *entries._entries)),
     ):
         torch.library.opcheck(operator.op, (x, *arguments), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_arrays_of_a_wrong_type_or_order_are_errors_not_copies():
+    library, weights = native.native(), torch.randn(4, 6)
+    assert library.dense_linear(weights) is not None
+    for wrong in (weights.double(), weights.T):
+        with pytest.raises(TypeError):
+            library.dense_linear(wrong)
+    with pytest.raises(TypeError):
+        library.sparse_add(torch.zeros(5), *(torch.zeros(0, dtype=torch.uint8),) * 2, weights, weights, 1)
 
 
 def test_the_reference_can_be_asked_for(monkeypatch):
