@@ -195,7 +195,10 @@ struct Tile {
         for (int64_t c = 0; c < chunks;) {
             begin_group();
             const int64_t stop = c + in_group < chunks ? c + in_group : chunks;
-            for (; c < stop; ++c, codes += 64 * bits) chunk(std::make_integer_sequence<int, 8>{}, codes, c);
+            for (; c < stop; ++c, codes += 64 * bits) {
+                prefetch<64 * bits>(codes);
+                chunk(std::make_integer_sequence<int, 8>{}, codes, c);
+            }
             end_group();
         }
         for (int t = 0; t < T; ++t) {

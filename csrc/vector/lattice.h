@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../lut/codes.h"
 #include "tiles.h"
 #include "vector.h"
 
@@ -82,6 +83,7 @@ struct LatticeTile {
         Floats total[T];
         for (int t = 0; t < T; ++t) total[t] = V::all(-offset * in.sums[t * in.groups]);
         for (int64_t s = 0; s < w.layout.chunks(); ++s, stored += Lattice::square_bytes) {
+            prefetch<Lattice::square_bytes>(stored);
             typename V::Ints products[2][T];  // of the high and the low bytes of inputs
             for (int t = 0; t < T; ++t) products[0][t] = products[1][t] = V::no_ints();
             codes.square(stored, [&](int i, typename V::Bytes levels) {

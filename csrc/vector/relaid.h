@@ -93,8 +93,10 @@ struct PointTile {
         const uint8_t* gains = w.gains + tile * chunks * 16;
         for (auto& t : total) t = V::zero();
         clear();
-        for (int64_t c = 0; c < chunks; ++c, codes += 64 * bits, gains += 16)
+        for (int64_t c = 0; c < chunks; ++c, codes += 64 * bits, gains += 16) {
+            prefetch<64 * bits>(codes);
             chunk(std::make_integer_sequence<int, 8>{}, codes, gains, c);
+        }
         for (int t = 0; t < T; ++t) store_rows<V>(w, total[t], tile, y + t * stride);
     }
 };
