@@ -225,7 +225,7 @@ def _bank(entries: Tensor) -> Tensor:
 
 
 def are_sums(tables: Tensor) -> bool:
-    """Whether in each of these (n, 16) two bits of a code add their part to that of the other two, as codings do."""
+    """Whether in each table (n, 16) two bits of a code add their part to that of the other two, as in codings."""
     first, second = tables[:, :4], tables[:, ::4] - tables[:, :1]
     return torch.equal(tables, (second[:, :, None] + first[:, None]).flatten(1))
 

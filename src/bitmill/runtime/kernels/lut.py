@@ -99,7 +99,7 @@ class Lut(Relaid):
         return y
 
     def _bound(self) -> Any:
-        """The extension's own view of the tensors: to hand them over, one by one, takes as long as a small layer."""
+        """The extension's own view of the tensors: handing them over takes as long as a small layer."""
         if self._native is None or self._native[0] != self.codes.data_ptr():  # moved, as to shared memory
             self._native = self.codes.data_ptr(), self.step_linear()
         return self._native[1]
