@@ -98,10 +98,7 @@ struct Avx2 {
         const Floats r = {_mm256_rsqrt_ps(v.a), _mm256_rsqrt_ps(v.b)};
         return mul(r, fnma(mul(v, all(0.5f)), mul(r, r), all(1.5f)));
     }
-    static BITMILL_INLINE void store(float* p, Floats v) {
-        _mm256_storeu_ps(p, v.a);
-        _mm256_storeu_ps(p + 8, v.b);
-    }
+    static BITMILL_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v.a), _mm256_storeu_ps(p + 8, v.b); }
     static BITMILL_INLINE float sum(Floats v) {
         const __m256 both = _mm256_add_ps(v.a, v.b);
         __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
