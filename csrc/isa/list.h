@@ -15,13 +15,8 @@ namespace bitmill {
 
 template <class V>
 constexpr Isa isa_of(const char* name, const LookupKernels* lookup) {
-<<<<<<< HEAD
-    return {name, lookup, decode_rows_with<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>,
-            &sparse_kernels<V>, &step_kernels<V>, &kv_kernels<V>};
-=======
     return {name, lookup, decode_rows_with<V>, read_inputs<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>,
-            &sparse_kernels<V>, &step_kernels<V>};
->>>>>>> kern5
+            &sparse_kernels<V>, &step_kernels<V>, &kv_kernels<V>};
 }
 
 }  // namespace bitmill
