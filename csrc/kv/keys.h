@@ -22,9 +22,9 @@ BITMILL_INLINE void decode_block(const uint32_t* words, const KvLevels<V, bits>&
 // The same where each channel has a table (channels, 16) of its own, and no scale.
 template <class V, int bits, int first>
 BITMILL_INLINE void look_up_block(const uint32_t* words, const float* tables, float* out) {
-    unrolled<first, 16>([&](auto n) __attribute__((always_inline)) {
+    unrolled<V, first, 16>([&](auto n) __attribute__((always_inline)) {
         const KvLevels<V, bits> levels(tables + 16 * (n - first));
-        V::store(out + 16 * (n - first), levels.at(code_at<V, bits, n>(words)));
+        V::store(out + 16 * (n - first), levels.at(code_at<V, bits>(words, n)));
     });
 }
 
