@@ -3,9 +3,9 @@
     python benchmarks/kv_memory.py [--model smollm2-135m] [--context 16384] [--methods kvquant:4,kvquant:2]
 
 Each cache has a process of its own, that reads the text in parts of 512 tokens, then generates. The peak of
-resident memory is compared with that of the ordinary cache: by how much it falls, against the bytes of the ordinary
-cache. Calibrations are made on little text first: what they are does not change memory or time. Written to
-benchmarks/results/kv_memory.json.
+resident memory is compared with that of the ordinary cache: by how much it falls, against the bytes of the
+ordinary cache. Calibrations are made on little text first: what they are does not change memory or time. Written
+to benchmarks/results/kv_memory.json.
 """
 
 from __future__ import annotations

@@ -12,9 +12,15 @@ using namespace bitmill;
 
 namespace {
 
+void made_layout(Layout* self, int64_t rows, int64_t columns, int64_t group, int bits, int rows_per_tile,
+                 int group_blocks) {
+    new (self) Layout{rows, columns, group, bits, rows_per_tile, group_blocks};
+}
+
 void to_layout_of(const Layout& l, Array<const int32_t, 2> words, Array<uint8_t, 1> out, int threads) {
     check(l, out.size());
-    require(words.shape(0) == static_cast<size_t>(l.rows) && words.shape(1) * 32 >= static_cast<size_t>(l.columns * l.bits),
+    require(words.shape(0) == static_cast<size_t>(l.rows) &&
+                words.shape(1) * 32 >= static_cast<size_t>(l.columns * l.bits),
             "words are not of the layout's shape");
     nb::gil_scoped_release free;
     to_layout(l, reinterpret_cast<const uint32_t*>(words.data()), words.shape(1), out.data(), threads);
@@ -22,7 +28,8 @@ void to_layout_of(const Layout& l, Array<const int32_t, 2> words, Array<uint8_t,
 
 void from_layout_of(const Layout& l, Bytes stored, Array<int32_t, 2> words, int threads) {
     check(l, stored.size());
-    require(words.shape(0) == static_cast<size_t>(l.rows) && words.shape(1) * 32 >= static_cast<size_t>(l.columns * l.bits),
+    require(words.shape(0) == static_cast<size_t>(l.rows) &&
+                words.shape(1) * 32 >= static_cast<size_t>(l.columns * l.bits),
             "words are not of the layout's shape");
     nb::gil_scoped_release free;
     from_layout(l, stored.data(), reinterpret_cast<uint32_t*>(words.data()), words.shape(1), threads);
@@ -37,9 +44,11 @@ void codes_of_rows(const Layout& l, Bytes stored, int64_t first, Array<uint8_t, 
     codes_of(l, stored.data(), first, count, out.data(), threads);
 }
 
-void codes_at_rows(const Layout& l, Bytes stored, Array<const int64_t, 1> rows, Array<uint8_t, 2> out, int threads) {
+void codes_at_rows(const Layout& l, Bytes stored, Array<const int64_t, 1> rows, Array<uint8_t, 2> out,
+                   int threads) {
     check(l, stored.size());
-    require(out.shape(0) == rows.shape(0) && out.shape(1) == static_cast<size_t>(l.columns), "out has another shape");
+    require(out.shape(0) == rows.shape(0) && out.shape(1) == static_cast<size_t>(l.columns),
+            "out has another shape");
     for (size_t i = 0; i < rows.size(); ++i)
         if (rows.data()[i] < 0 || rows.data()[i] >= l.rows) throw std::out_of_range("a row is out of range");
     nb::gil_scoped_release free;
@@ -54,41 +63,47 @@ void bytes_to_layout_of(const Layout& l, Array<const uint8_t, 2> codes, Array<ui
     bytes_to_layout(l, codes.data(), out.data(), threads);
 }
 
-void decode_of(const Layout& l, Bytes codes, Array<const float, 1> tables, std::optional<Array<const int32_t, 2>> ids,
-               Array<const float, 2> scales, Array<const float, 2> zeros, int64_t first, Array<float, 2> out, int threads) {
+void decode_of(const Layout& l, Bytes codes, Array<const float, 1> tables,
+               std::optional<Array<const int32_t, 2>> ids, Array<const float, 2> scales,
+               Array<const float, 2> zeros, int64_t first, Array<float, 2> out, int threads) {
     check(l, codes.size());
     require(l.rows_per_tile <= 16, "a tile has up to 16 rows");
     const auto fits = [&](size_t rows, size_t groups) {
-        return (rows == 1 || rows == out.shape(0)) && (groups == 1 || groups == static_cast<size_t>(l.groups()));
+        return (rows == 1 || rows == out.shape(0)) &&
+               (groups == 1 || groups == static_cast<size_t>(l.groups()));
     };
     require(fits(scales.shape(0), scales.shape(1)) && fits(zeros.shape(0), zeros.shape(1)) &&
                 (!ids || fits(ids->shape(0), ids->shape(1))), "numbers are of other groups");
     const int64_t one = int64_t{1} << l.bits, count = (static_cast<int64_t>(tables.size()) - 64) / one;
     require(count > 0, "the tables are too small");
-    for (size_t i = 0; ids && i < ids->size(); ++i) require(0 <= ids->data()[i] && ids->data()[i] < count, "there is no such table");
-    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows && out.shape(1) == static_cast<size_t>(l.columns),
+    for (size_t i = 0; ids && i < ids->size(); ++i)
+        require(0 <= ids->data()[i] && ids->data()[i] < count, "there is no such table");
+    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows &&
+                out.shape(1) == static_cast<size_t>(l.columns),
             "the rows are not the layout's");
     const auto size = [](const auto& a, int i) { return static_cast<int64_t>(a.shape(i)); };
-    const Levels levels{l, codes.data(), first, tables.data(), ids ? ids->data() : nullptr, scales.data(), zeros.data(),
-                        ids ? size(*ids, 0) : 1, ids ? size(*ids, 1) : 1, size(scales, 0), size(scales, 1),
-                        size(zeros, 0), size(zeros, 1)};
+    const Levels levels{l, codes.data(), first, tables.data(), ids ? ids->data() : nullptr, scales.data(),
+                        zeros.data(), ids ? size(*ids, 0) : 1, ids ? size(*ids, 1) : 1, size(scales, 0),
+                        size(scales, 1), size(zeros, 0), size(zeros, 1)};
     nb::gil_scoped_release free;
     decode_levels(levels, out.shape(0), out.data(), threads);
 }
 
-void linear_of(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes, int64_t records_per_tile, int bank_bits,
-               float zero, Bytes codes, Bytes tables, Some ids, std::optional<Array<const float, 1>> powers, Some scales, Some zeros,
-               Array<const float, 1> row_scales, int act, Array<const float, 2> x, Array<float, 2> y, int threads) {
-    const Weights w = lookup_weights(l, source, wide, mirrored, record_bytes, records_per_tile, bank_bits, zero, codes, tables, ids,
-                                     powers, scales, zeros, row_scales, act);
+void linear_of(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes,
+               int64_t records_per_tile, int bank_bits, float zero, Bytes codes, Bytes tables, Some ids,
+               std::optional<Array<const float, 1>> powers, Some scales, Some zeros,
+               Array<const float, 1> row_scales, int act, Array<const float, 2> x, Array<float, 2> y,
+               int threads) {
+    const Weights w = lookup_weights(l, source, wide, mirrored, record_bytes, records_per_tile, bank_bits,
+                                     zero, codes, tables, ids, powers, scales, zeros, row_scales, act);
     require(x.shape(1) == static_cast<size_t>(l.columns) && y.shape(1) == static_cast<size_t>(l.rows) &&
                 x.shape(0) == y.shape(0), "x or y has another shape");
     nb::gil_scoped_release free;
     linear(w, x.data(), x.shape(0), static_cast<Act>(act), y.data(), threads);
 }
 
-void additive_of(const Layout& l, Bytes codes, Array<const float, 3> books, Bytes scales, Array<const float, 2> x,
-                 Array<float, 2> y, int threads) {
+void additive_of(const Layout& l, Bytes codes, Array<const float, 3> books, Bytes scales,
+                 Array<const float, 2> x, Array<float, 2> y, int threads) {
     const int64_t columns = x.shape(1);
     const Additive w = additive_weights(l, codes, books, scales, columns);
     require(y.shape(1) == static_cast<size_t>(l.rows) && x.shape(0) == y.shape(0), "y has another shape");
@@ -96,28 +111,33 @@ void additive_of(const Layout& l, Bytes codes, Array<const float, 3> books, Byte
     additive(w, x.data(), columns, x.shape(0), y.data(), threads);
 }
 
-void vector_linear_of(int set, int64_t group, int bits, Array<const int32_t, 2> words, Array<const float, 2> scales,
-                      Array<const float, 1> table, Array<const float, 2> x, Array<float, 2> y, int threads) {
+void vector_linear_of(int set, int64_t group, int bits, Array<const int32_t, 2> words,
+                      Array<const float, 2> scales, Array<const float, 1> table, Array<const float, 2> x,
+                      Array<float, 2> y, int threads) {
     const Vectors w = vectors(set, x.shape(1), group, bits, words, scales, table);
     require(y.shape(0) == x.shape(0) && static_cast<int64_t>(y.shape(1)) == w.rows, "y has another shape");
     nb::gil_scoped_release free;
     vector_linear(w, x.data(), x.shape(0), y.data(), threads);
 }
 
-void vector_decode_of(int set, int64_t group, int bits, Array<const int32_t, 2> words, Array<const float, 2> scales,
-                      Array<const float, 1> table, int64_t first, Array<float, 2> out, int threads) {
+void vector_decode_of(int set, int64_t group, int bits, Array<const int32_t, 2> words,
+                      Array<const float, 2> scales, Array<const float, 1> table, int64_t first,
+                      Array<float, 2> out, int threads) {
     const Vectors w = vectors(set, out.shape(1), group, bits, words, scales, table);
-    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= w.rows, "the rows are not the matrix's");
+    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= w.rows,
+            "the rows are not the matrix's");
     nb::gil_scoped_release free;
     vector_decode(w, first, out.shape(0), out.data(), threads);
 }
 
-void coordinates_of(int bits, int64_t columns, Array<const int32_t, 2> words, Array<int8_t, 2> y, Array<uint8_t, 2> gains,
-                    int threads) {
+void coordinates_of(int bits, int64_t columns, Array<const int32_t, 2> words, Array<int8_t, 2> y,
+                    Array<uint8_t, 2> gains, int threads) {
     const int64_t points = (columns + 15) / 16, rows = words.shape(0);
-    require(1 <= bits && bits <= 4 && columns > 0 && static_cast<int64_t>(words.shape(1)) * 32 >= points * (16 * bits + 4) &&
+    require(1 <= bits && bits <= 4 && columns > 0 &&
+                static_cast<int64_t>(words.shape(1)) * 32 >= points * (16 * bits + 4) &&
                 static_cast<int64_t>(y.shape(0)) == rows && static_cast<int64_t>(y.shape(1)) == 16 * points &&
-                static_cast<int64_t>(gains.shape(0)) == rows && static_cast<int64_t>(gains.shape(1)) == points,
+                static_cast<int64_t>(gains.shape(0)) == rows &&
+                static_cast<int64_t>(gains.shape(1)) == points,
             "the arrays are not of one matrix");
     const Vectors w{VectorSet::pyramid, rows, columns, columns, reinterpret_cast<const uint32_t*>(words.data()),
                     static_cast<int64_t>(words.shape(1)), nullptr, 1, false, bits, nullptr};
@@ -125,32 +145,56 @@ void coordinates_of(int bits, int64_t columns, Array<const int32_t, 2> words, Ar
     coordinates(w, y.data(), gains.data(), threads);
 }
 
-void numbers_of(int bits, Array<const int8_t, 2> y, Array<const uint8_t, 2> gains, Array<int32_t, 2> words, int threads) {
+void numbers_of(int bits, Array<const int8_t, 2> y, Array<const uint8_t, 2> gains, Array<int32_t, 2> words,
+                int threads) {
     const int64_t rows = y.shape(0), points = gains.shape(1);
     require(1 <= bits && bits <= 4 && static_cast<int64_t>(y.shape(1)) == 16 * points &&
                 static_cast<int64_t>(gains.shape(0)) == rows && static_cast<int64_t>(words.shape(0)) == rows &&
                 static_cast<int64_t>(words.shape(1)) == (points * (16 * bits + 4) + 31) / 32,
             "the arrays are not of one matrix");
     nb::gil_scoped_release free;
-    numbers(bits, rows, points, y.data(), gains.data(), reinterpret_cast<uint32_t*>(words.data()), words.shape(1), threads);
+    numbers(bits, rows, points, y.data(), gains.data(), reinterpret_cast<uint32_t*>(words.data()),
+            words.shape(1), threads);
 }
 
-void points_linear_of(const Layout& l, Bytes codes, Bytes gains, Array<const float, 1> lengths, Array<const float, 1> scales,
-                      Array<const int32_t, 1> starts, Array<const int32_t, 1> places, Array<const int8_t, 2> odd, int act,
+void points_linear_of(const Layout& l, Bytes codes, Bytes gains, Array<const float, 1> lengths,
+                      Array<const float, 1> scales, Array<const int32_t, 1> starts,
+                      Array<const int32_t, 1> places, Array<const int8_t, 2> odd, int act,
                       Array<const float, 2> x, Array<float, 2> y, int threads) {
     const Points w = points(l, codes, gains, lengths, scales, starts, places, odd, x.shape(1));
-    require(0 <= act && act <= 1 && y.shape(0) == x.shape(0) && y.shape(1) == static_cast<size_t>(l.rows), "y has another shape");
+    require(0 <= act && act <= 1 && y.shape(0) == x.shape(0) && y.shape(1) == static_cast<size_t>(l.rows),
+            "y has another shape");
     nb::gil_scoped_release free;
     points_linear(w, x.data(), x.shape(1), x.shape(0), static_cast<Act>(act), y.data(), threads);
 }
 
-void points_decode_of(const Layout& l, Bytes codes, Bytes gains, Array<const float, 1> lengths, Array<const float, 1> scales,
-                      Array<const int32_t, 1> starts, Array<const int32_t, 1> places, Array<const int8_t, 2> odd, int64_t first,
+void points_decode_of(const Layout& l, Bytes codes, Bytes gains, Array<const float, 1> lengths,
+                      Array<const float, 1> scales, Array<const int32_t, 1> starts,
+                      Array<const int32_t, 1> places, Array<const int8_t, 2> odd, int64_t first,
                       Array<float, 2> out, int threads) {
     const Points w = points(l, codes, gains, lengths, scales, starts, places, odd, out.shape(1));
-    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows, "the rows are not the matrix's");
+    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows,
+            "the rows are not the matrix's");
     nb::gil_scoped_release free;
     points_decode(w, out.shape(1), first, out.shape(0), out.data(), threads);
+}
+
+void lattice_linear_of(const Layout& l, Bytes codes, Bytes sizes, Array<const float, 1> scales, int act,
+                       Array<const float, 2> x, Array<float, 2> y, int threads) {
+    const Lattice w = lattice(l, codes, sizes, scales, x.shape(1));
+    require(0 <= act && act <= 1 && y.shape(0) == x.shape(0) && y.shape(1) == static_cast<size_t>(l.rows),
+            "y has another shape");
+    nb::gil_scoped_release free;
+    lattice_linear(w, x.data(), x.shape(1), x.shape(0), static_cast<Act>(act), y.data(), threads);
+}
+
+void lattice_decode_of(const Layout& l, Bytes codes, Bytes sizes, Array<const float, 1> scales, int64_t first,
+                       Array<float, 2> out, int threads) {
+    const Lattice w = lattice(l, codes, sizes, scales, out.shape(1));
+    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows,
+            "the rows are not the matrix's");
+    nb::gil_scoped_release free;
+    lattice_decode(w, out.shape(1), first, out.shape(0), out.data(), threads);
 }
 
 void rotate_of(Array<const int64_t, 2> steps, Array<const float, 1> numbers, Array<const int32_t, 1> orders,
@@ -160,8 +204,8 @@ void rotate_of(Array<const int64_t, 2> steps, Array<const float, 1> numbers, Arr
     rotate(turns, x.data(), x.shape(0), threads);
 }
 
-void sparse_add_of(Array<const int64_t, 1> starts, Bytes places, Array<const uint8_t, 1> values, Array<const float, 2> x,
-                   Array<float, 2> y, int threads) {
+void sparse_add_of(Array<const int64_t, 1> starts, Bytes places, Array<const uint8_t, 1> values,
+                   Array<const float, 2> x, Array<float, 2> y, int threads) {
     const Sparse s = sparse(starts, places, values, y.shape(1), x.shape(1));
     require(x.shape(0) == y.shape(0), "x or y has another shape");
     nb::gil_scoped_release free;
@@ -172,35 +216,43 @@ void sparse_add_of(Array<const int64_t, 1> starts, Bytes places, Array<const uin
 
 NB_MODULE(_native, m) {
     nb::class_<Layout>(m, "Layout")
-        .def("__init__", [](Layout* self, int64_t rows, int64_t columns, int64_t group, int bits, int rows_per_tile,
-                            int group_blocks) { new (self) Layout{rows, columns, group, bits, rows_per_tile, group_blocks}; },
-             "rows"_a, "columns"_a, "group"_a, "bits"_a, "rows_per_tile"_a, "group_blocks"_a)
+        .def("__init__", made_layout, "rows"_a, "columns"_a, "group"_a, "bits"_a, "rows_per_tile"_a,
+             "group_blocks"_a)
         .def_prop_ro("tiles", &Layout::tiles)
         .def_prop_ro("padded_groups", &Layout::padded_groups)
         .def_prop_ro("code_bytes", [](const Layout& l) { return l.tiles() * l.tile_bytes(); });
-    m.def("to_layout", to_layout_of, "layout"_a, "words"_a, "out"_a, "threads"_a);
-    m.def("from_layout", from_layout_of, "layout"_a, "stored"_a, "words"_a, "threads"_a);
-    m.def("codes_of", codes_of_rows, "layout"_a, "stored"_a, "first"_a, "out"_a, "threads"_a);
-    m.def("bytes_to_layout", bytes_to_layout_of, "layout"_a, "codes"_a, "out"_a, "threads"_a);
-    m.def("decode", decode_of, "layout"_a, "codes"_a, "tables"_a, "ids"_a.none(), "scales"_a, "zeros"_a, "first"_a, "out"_a,
+    m.def("to_layout", to_layout_of, "layout"_a, "words"_as_is, "out"_as_is, "threads"_a);
+    m.def("from_layout", from_layout_of, "layout"_a, "stored"_as_is, "words"_as_is, "threads"_a);
+    m.def("codes_of", codes_of_rows, "layout"_a, "stored"_as_is, "first"_a, "out"_as_is, "threads"_a);
+    m.def("bytes_to_layout", bytes_to_layout_of, "layout"_a, "codes"_as_is, "out"_as_is, "threads"_a);
+    m.def("decode", decode_of, "layout"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(), "scales"_as_is,
+          "zeros"_as_is, "first"_a, "out"_as_is, "threads"_a);
+    m.def("codes_at", codes_at_rows, "layout"_a, "stored"_as_is, "rows"_a, "out"_as_is, "threads"_a);
+    m.def("linear", linear_of, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a,
+          "records_per_tile"_a, "bank_bits"_a, "zero"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(),
+          "powers"_as_is.none(), "scales"_as_is.none(), "zeros"_as_is.none(), "row_scales"_as_is, "act"_a,
+          "x"_as_is, "y"_as_is, "threads"_a);
+    m.def("additive", additive_of, "layout"_a, "codes"_as_is, "books"_as_is, "scales"_as_is, "x"_as_is,
+          "y"_as_is, "threads"_a);
+    m.def("vector_linear", vector_linear_of, "set"_a, "group"_a, "bits"_a, "words"_as_is, "scales"_as_is,
+          "table"_as_is, "x"_as_is, "y"_as_is, "threads"_a);
+    m.def("vector_decode", vector_decode_of, "set"_a, "group"_a, "bits"_a, "words"_as_is, "scales"_as_is,
+          "table"_as_is, "first"_a, "out"_as_is, "threads"_a);
+    m.def("coordinates", coordinates_of, "bits"_a, "columns"_a, "words"_as_is, "y"_as_is, "gains"_as_is,
           "threads"_a);
-    m.def("codes_at", codes_at_rows, "layout"_a, "stored"_a, "rows"_a, "out"_a, "threads"_a);
-    m.def("linear", linear_of, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a, "records_per_tile"_a, "bank_bits"_a,
-          "zero"_a, "codes"_a, "tables"_a, "ids"_a.none(), "powers"_a.none(), "scales"_a.none(), "zeros"_a.none(),
-          "row_scales"_a, "act"_a, "x"_a, "y"_a, "threads"_a);
-    m.def("additive", additive_of, "layout"_a, "codes"_a, "books"_a, "scales"_a, "x"_a, "y"_a, "threads"_a);
-    m.def("vector_linear", vector_linear_of, "set"_a, "group"_a, "bits"_a, "words"_a, "scales"_a, "table"_a, "x"_a, "y"_a,
+    m.def("numbers", numbers_of, "bits"_a, "y"_as_is, "gains"_as_is, "words"_as_is, "threads"_a);
+    m.def("points_linear", points_linear_of, "layout"_a, "codes"_as_is, "gains"_as_is, "lengths"_as_is,
+          "scales"_as_is, "starts"_as_is, "places"_as_is, "odd"_as_is, "act"_a, "x"_as_is, "y"_as_is,
           "threads"_a);
-    m.def("vector_decode", vector_decode_of, "set"_a, "group"_a, "bits"_a, "words"_a, "scales"_a, "table"_a, "first"_a,
-          "out"_a, "threads"_a);
-    m.def("coordinates", coordinates_of, "bits"_a, "columns"_a, "words"_a, "y"_a, "gains"_a, "threads"_a);
-    m.def("numbers", numbers_of, "bits"_a, "y"_a, "gains"_a, "words"_a, "threads"_a);
-    m.def("points_linear", points_linear_of, "layout"_a, "codes"_a, "gains"_a, "lengths"_a, "scales"_a, "starts"_a, "places"_a,
-          "odd"_a, "act"_a, "x"_a, "y"_a, "threads"_a);
-    m.def("points_decode", points_decode_of, "layout"_a, "codes"_a, "gains"_a, "lengths"_a, "scales"_a, "starts"_a, "places"_a,
-          "odd"_a, "first"_a, "out"_a, "threads"_a);
-    m.def("rotate", rotate_of, "steps"_a, "numbers"_a, "orders"_a, "x"_a, "threads"_a);
-    m.def("sparse_add", sparse_add_of, "starts"_a, "places"_a, "values"_a, "x"_a, "y"_a, "threads"_a);
+    m.def("points_decode", points_decode_of, "layout"_a, "codes"_as_is, "gains"_as_is, "lengths"_as_is,
+          "scales"_as_is, "starts"_as_is, "places"_as_is, "odd"_as_is, "first"_a, "out"_as_is, "threads"_a);
+    m.def("lattice_linear", lattice_linear_of, "layout"_a, "codes"_as_is, "sizes"_as_is, "scales"_as_is,
+          "act"_a, "x"_as_is, "y"_as_is, "threads"_a);
+    m.def("lattice_decode", lattice_decode_of, "layout"_a, "codes"_as_is, "sizes"_as_is, "scales"_as_is,
+          "first"_a, "out"_as_is, "threads"_a);
+    m.def("rotate", rotate_of, "steps"_as_is, "numbers"_as_is, "orders"_as_is, "x"_as_is, "threads"_a);
+    m.def("sparse_add", sparse_add_of, "starts"_as_is, "places"_as_is, "values"_as_is, "x"_as_is, "y"_as_is,
+          "threads"_a);
     bind_step(m);
     bind_kv(m);
     m.def("read_all", [](Bytes bytes, int threads) {

@@ -7,7 +7,9 @@
 
 namespace bitmill {
 
-struct LookupKernels;    // lut/kernel.h
+enum class Act;          // lut/kernel.h
+struct LookupKernels;
+struct Buffers;          // lut/inputs.h
 struct AdditiveKernels;  // additive/additive.h
 struct VectorKernels;    // vector/vector.h
 struct RotationKernels;  // rotation/rotation.h
@@ -19,6 +21,7 @@ struct Isa {
     const char* name;
     const LookupKernels* lookup;
     DecodeRows decode;
+    void (*read_inputs)(const Layout& layout, const float* x, int64_t tokens, Act act, Buffers& out);
     const AdditiveKernels* additive;
     const VectorKernels* vector;
     const RotationKernels* rotation;

@@ -4,6 +4,7 @@
 #include "../isa.h"
 #include "../kv/kernel.h"
 #include "../lut/decode.h"
+#include "../lut/inputs.h"
 #include "../lut/kernel.h"
 #include "../rotation/kernel.h"
 #include "../sparse/kernel.h"
@@ -14,7 +15,7 @@ namespace bitmill {
 
 template <class V>
 constexpr Isa isa_of(const char* name, const LookupKernels* lookup) {
-    return {name, lookup, decode_rows_with<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>,
+    return {name, lookup, decode_rows_with<V>, read_inputs<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>,
             &sparse_kernels<V>, &step_kernels<V>, &kv_kernels<V>};
 }
 

@@ -4,5 +4,5 @@
 #include "floats.h"
 
 namespace bitmill {
-const LookupKernels avx2_lookup = {choose<Avx2>, float_kernel<Avx2, 1>, read_inputs<Avx2>};
+const LookupKernels avx2_lookup = {choose<Avx2>, float_kernel<Avx2, 1>};
 }  // namespace bitmill

@@ -4,5 +4,5 @@
 #include "floats.h"
 
 namespace bitmill {
-const LookupKernels avx512_lookup = {choose<Avx512>, float_kernel<Avx512, 1>, read_inputs<Avx512>};
+const LookupKernels avx512_lookup = {choose<Avx512>, float_kernel<Avx512, 1>};
 }  // namespace bitmill

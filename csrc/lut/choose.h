@@ -6,6 +6,7 @@
 //                     4      4             2, 4, 8n         1 byte, or 2
 //                     5..8   1             8n               2 bytes
 //     a bank          1..4   as each row                    1 byte
+//     ... of sums     4      16            4, 8n            1 byte
 //
 // Two bytes of up to 4 bits only with int16 inputs: the rounding of int8 inputs hides what they would gain. Inputs in
 // float32 have kernels of their own (lut/floats.h).
@@ -56,6 +57,9 @@ struct Choose {
         constexpr int R = bits < 4 ? 16 : bits == 4 ? 4 : 1;
         if (w.source == Source::shared) return entries<bits, 16, Source::shared>();
         if (w.source == Source::own) return entries<bits, R, Source::own>();
+        if constexpr (bits == 4) {
+            if (w.summed()) return entries<4, 16, Source::bank>();
+        }
         if constexpr (bits <= 4) return entries<bits, R, Source::bank>();
         else return nullptr;
     }

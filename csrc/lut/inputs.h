@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../simd/inline.h"
 #include "../simd/round.h"
 #include "kernel.h"
 
@@ -17,7 +18,7 @@ struct Buffers {
 
 // One step: x ~ step * integer, |integer| <= reach. Returns step * (sum of integers).
 template <Act act>
-float integers(const float* x, int64_t count, int8_t* bytes, int8_t* lows, float* step) {
+BITMILL_INLINE float integers(const float* x, int64_t count, int8_t* bytes, int8_t* lows, float* step) {
     constexpr float reach = act == Act::int8 ? 127.0f : 32512.0f;  // 255 * 127 + 127
     const Step units = step_of(x, count, reach);
     *step = units.size;

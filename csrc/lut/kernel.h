@@ -39,6 +39,9 @@ struct Weights {
     float zero;                 // the constant
     const void* zeros;          // (tiles, padded groups, R)
     const float* row_scales;    // (tiles, R)
+
+    // Tables of 4 bits in a bank that are sums of what two pairs of bits stand for serve 16 rows: V::Sums.
+    bool summed() const { return source == Source::bank && layout.bits == 4 && layout.rows_per_tile == 16; }
 };
 
 // Inputs of a few tokens in the padded order of columns. `sums` are of the inputs as the kernel sees them.
@@ -64,7 +67,8 @@ struct Tile {
     using Floats = typename V::Floats;
     static constexpr int S = step_blocks(R, 8), C = 64 / R;
     static constexpr bool whole = source == Source::shared || R == 1;
-    using Look = std::conditional_t<whole, typename V::template Whole<bits>, typename V::template Lanes<bits>>;
+    using Look = std::conditional_t<whole, typename V::template Whole<bits>,
+                                    std::conditional_t<bits == 4 && R == 16, typename V::Sums, typename V::template Lanes<bits>>>;
 
     const Weights& w;
     const Inputs& in;
@@ -90,7 +94,7 @@ struct Tile {
     }
 
     BITMILL_INLINE void load_table(Look& to, const uint8_t* record) {
-        if constexpr (!whole && bits >= 3) {
+        if constexpr (source == Source::own && !whole && bits >= 3) {
             if (w.mirrored) return to.load_mirrored(record);
         }
         to.load(record);
@@ -191,7 +195,10 @@ struct Tile {
         for (int64_t c = 0; c < chunks;) {
             begin_group();
             const int64_t stop = c + in_group < chunks ? c + in_group : chunks;
-            for (; c < stop; ++c, codes += 64 * bits) chunk(std::make_integer_sequence<int, 8>{}, codes, c);
+            for (; c < stop; ++c, codes += 64 * bits) {
+                prefetch<64 * bits>(codes);
+                chunk(std::make_integer_sequence<int, 8>{}, codes, c);
+            }
             end_group();
         }
         for (int t = 0; t < T; ++t) {
@@ -216,11 +223,10 @@ void tiles(const Weights& w, const Inputs& in, float* y, int64_t stride, int64_t
 }
 
 // What an instruction set has: the kernel for some weights and 1 or 4 tokens at once, or null where there is none
-// (lut/choose.h says which exist), that of float32 inputs for one token, and how it wants its inputs.
+// (lut/choose.h says which exist), and that of float32 inputs for one token.
 struct LookupKernels {
     Kernel (*choose)(const Weights& w, Act act, int tokens);
     Kernel (*floats)(const Weights& w);
-    void (*read_inputs)(const Layout& layout, const float* x, int64_t tokens, Act act, struct Buffers& out);
 };
 extern const LookupKernels avx512_lookup, avx2_lookup, neon_lookup, scalar_lookup;
 

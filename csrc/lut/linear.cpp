@@ -38,7 +38,7 @@ void linear(const Weights& weights, const float* x, int64_t tokens, Act act, flo
     const Kernel four = floats ? nullptr : best.choose(weights, act, 4);
     if (!one) throw std::invalid_argument("no kernel for these weights");
     thread_local Buffers buffers;
-    best.read_inputs(layout, x, tokens, act, buffers);
+    isa().read_inputs(layout, x, tokens, act, buffers);
     const Inputs inputs = buffers.inputs;
     const auto from = [&](int64_t t) {
         Inputs rest = inputs;

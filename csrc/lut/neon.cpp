@@ -4,5 +4,5 @@
 #include "floats.h"
 
 namespace bitmill {
-const LookupKernels neon_lookup = {choose<Neon>, float_kernel<Neon, 1>, read_inputs<Neon>};
+const LookupKernels neon_lookup = {choose<Neon>, float_kernel<Neon, 1>};
 }  // namespace bitmill

@@ -34,7 +34,9 @@ struct Tables {
     int32_t entry(int64_t tile, int64_t group, int l, int code, int32_t) const {
         if (w.source == Source::bank) {
             const int table = id(tile, group, l) & ((1 << w.bank_bits) - 1);
-            return w.tables[bits == 4 ? 16 * table + code : code / 4 * 128 + 4 * table + code % 4];
+            const auto word = [&](int i) { return w.tables[i / 4 * 128 + 4 * table + i % 4]; };
+            if (w.summed()) return word(code % 4) + word(4 + code / 4);
+            return bits == 4 ? w.tables[16 * table + code] : word(code);
         }
         const uint8_t* low = w.tables + record(tile, group) * w.record_bytes;
         const uint8_t* high = low + w.record_bytes / 2;
@@ -138,6 +140,6 @@ void lookup_row(const Weights& w, Act act, int64_t row, float* out) {
     }
 }
 
-const LookupKernels scalar_lookup = {choose_scalar, choose_floats, read_inputs<Scalar>};
+const LookupKernels scalar_lookup = {choose_scalar, choose_floats};
 
 }  // namespace bitmill

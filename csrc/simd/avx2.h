@@ -35,6 +35,8 @@ struct Avx2 {
                 _mm256_or_si256(_mm256_and_si256(x.b, m), _mm256_andnot_si256(m, y.b))};
     }
 
+    static BITMILL_INLINE Bytes differ(Bytes x, Bytes y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+
     template <int R>
     static BITMILL_INLINE Bytes spread(const int8_t* x) {  // one block's columns to all of its R rows
         if constexpr (R == 16) {
@@ -96,10 +98,7 @@ struct Avx2 {
         const Floats r = {_mm256_rsqrt_ps(v.a), _mm256_rsqrt_ps(v.b)};
         return mul(r, fnma(mul(v, all(0.5f)), mul(r, r), all(1.5f)));
     }
-    static BITMILL_INLINE void store(float* p, Floats v) {
-        _mm256_storeu_ps(p, v.a);
-        _mm256_storeu_ps(p + 8, v.b);
-    }
+    static BITMILL_INLINE void store(float* p, Floats v) { _mm256_storeu_ps(p, v.a), _mm256_storeu_ps(p + 8, v.b); }
     static BITMILL_INLINE float sum(Floats v) {
         const __m256 both = _mm256_add_ps(v.a, v.b);
         __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
@@ -279,6 +278,20 @@ struct Avx2 {
             if constexpr (bits != 3) return first;
             else return {_mm256_blendv_epi8(first.a, at(entries[1].a, code.a), code.a),
                          _mm256_blendv_epi8(first.b, at(entries[1].b, code.b), code.b)};
+        }
+    };
+
+    // Tables of 16 rows with entry[code] = first[code & 3] + second[code >> 2], stored as those of 3 bits.
+    struct Sums : Lanes<3> {
+        static constexpr int top = 3;
+        BITMILL_INLINE void from_bank(const uint8_t* bank, const uint8_t* ids, int mask) {
+            Lanes<3>::from_bank(bank, ids, mask);
+            entries[1] = differ(entries[1], {same(bias), same(bias)});  // it is taken off a sum once
+        }
+        BITMILL_INLINE Bytes look(Bytes code) const {
+            const Bytes upper = shifted<2>(code);
+            return {_mm256_add_epi8(at(entries[0].a, code.a), at(entries[1].a, upper.a)),
+                    _mm256_add_epi8(at(entries[0].b, code.b), at(entries[1].b, upper.b))};
         }
     };
 };

@@ -30,6 +30,8 @@ struct Avx512 {
         return _mm512_ternarylogic_epi32(_mm512_set1_epi8(mask), a, b, 0xCA);
     }
 
+    static BITMILL_INLINE Bytes differ(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
+
     template <int R>
     static BITMILL_INLINE Bytes spread(const int8_t* x) {  // one block's columns to all of its R rows
         if constexpr (R == 16) {
@@ -175,6 +177,12 @@ struct Avx512 {
         }
     };
 
+    static BITMILL_INLINE Bytes fours() {  // where the four entries of each of 16 rows start
+        return _mm512_set_epi32(0x3c3c3c3c, 0x38383838, 0x34343434, 0x30303030, 0x2c2c2c2c, 0x28282828, 0x24242424,
+                                0x20202020, 0x1c1c1c1c, 0x18181818, 0x14141414, 0x10101010, 0x0c0c0c0c, 0x08080808,
+                                0x04040404, 0);
+    }
+
     // A table for every row: 16 rows of 4 entries in one vector, of 8 in two, or 4 rows of 16 in one.
     template <int bits>
     struct Lanes {
@@ -221,14 +229,21 @@ struct Avx512 {
             if constexpr (bits == 4) {
                 return _mm512_shuffle_epi8(entries[0], _mm512_and_si512(code, _mm512_set1_epi8(15)));
             } else {
-                const Bytes row = _mm512_set_epi32(
-                    0x3c3c3c3c, 0x38383838, 0x34343434, 0x30303030, 0x2c2c2c2c, 0x28282828, 0x24242424, 0x20202020,
-                    0x1c1c1c1c, 0x18181818, 0x14141414, 0x10101010, 0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+                const Bytes row = fours();
                 if constexpr (bits == 3)
                     return _mm512_permutex2var_epi8(entries[0], select<0x43>(code, row), entries[1]);
                 else
                     return _mm512_permutexvar_epi8(select<(1 << bits) - 1>(code, row), entries[0]);
             }
+        }
+    };
+
+    // Tables of 16 rows with entry[code] = first[code & 3] + second[code >> 2], stored as those of 3 bits.
+    struct Sums : Lanes<3> {
+        static constexpr int top = 3;
+        BITMILL_INLINE Bytes look(Bytes code) const {
+            return _mm512_add_epi8(_mm512_permutexvar_epi8(select<3>(code, fours()), entries[0]),
+                                   _mm512_permutexvar_epi8(select<3>(shifted<2>(code), fours()), entries[1]));
         }
     };
 };

@@ -38,6 +38,10 @@ struct Neon {
         return each<Bytes>([&](int i) { return vbslq_u8(same(mask), x.v[i], y.v[i]); });
     }
 
+    static BITMILL_INLINE Bytes differ(Bytes x, Bytes y) {
+        return each<Bytes>([&](int i) { return veorq_u8(x.v[i], y.v[i]); });
+    }
+
     template <int R>
     static BITMILL_INLINE Bytes spread(const int8_t* x) {  // one block's columns to all of its R rows
         const uint8_t* p = reinterpret_cast<const uint8_t*>(x);
@@ -198,6 +202,11 @@ struct Neon {
         }
     };
 
+    static BITMILL_INLINE uint8x16_t fours(uint8x16_t at) {  // in the four entries of each of 4 rows
+        const uint64x2_t starts = vcombine_u64(vcreate_u64(0x0404040400000000), vcreate_u64(0x0c0c0c0c08080808));
+        return vorrq_u8(at, vreinterpretq_u8_u64(starts));
+    }
+
     // A table for every row: 4 rows of 4 entries in 16 bytes, two of these for 8 entries, or a row of 16.
     template <int bits>
     struct Lanes {
@@ -237,14 +246,28 @@ struct Neon {
             if constexpr (bits == 4) {
                 return each<Bytes>([&](int i) { return vqtbl1q_u8(entries[0].v[i], vandq_u8(code.v[i], same(15))); });
             } else {
-                const uint8x16_t row = vreinterpretq_u8_u64(vcombine_u64(vcreate_u64(0x0404040400000000), vcreate_u64(0x0c0c0c0c08080808)));
                 return each<Bytes>([&](int i) {
-                    const uint8x16_t at = vorrq_u8(vandq_u8(code.v[i], same(bits == 1 ? 1 : 3)), row);
+                    const uint8x16_t at = fours(vandq_u8(code.v[i], same(bits == 1 ? 1 : 3)));
                     if constexpr (bits < 3) return vqtbl1q_u8(entries[0].v[i], at);
                     const uint8x16_t upper = vshlq_n_u8(vandq_u8(code.v[i], same(4)), 2);
                     return vqtbl2q_u8({{entries[0].v[i], entries[vectors - 1].v[i]}}, vorrq_u8(at, upper));
                 });
             }
+        }
+    };
+
+    // Tables of 16 rows with entry[code] = first[code & 3] + second[code >> 2], stored as those of 3 bits.
+    struct Sums : Lanes<3> {
+        static constexpr int top = 3;
+        BITMILL_INLINE void from_bank(const uint8_t* bank, const uint8_t* ids, int mask) {
+            Lanes<3>::from_bank(bank, ids, mask);
+            for (auto& v : entries[1].v) v = veorq_u8(v, same(bias));  // it is taken off a sum once
+        }
+        BITMILL_INLINE Bytes look(Bytes code) const {
+            return each<Bytes>([&](int i) {
+                const uint8x16_t low = vandq_u8(code.v[i], same(3)), high = vandq_u8(vshrq_n_u8(code.v[i], 2), same(3));
+                return vaddq_u8(vqtbl1q_u8(entries[0].v[i], fours(low)), vqtbl1q_u8(entries[1].v[i], fours(high)));
+            });
         }
     };
 };

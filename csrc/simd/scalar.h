@@ -40,6 +40,11 @@ struct Scalar {
         return x;
     }
 
+    static BITMILL_INLINE Bytes differ(Bytes x, const Bytes& y) {
+        for (int i = 0; i < 64; ++i) x.v[i] ^= y.v[i];
+        return x;
+    }
+
     static BITMILL_INLINE Shorts no_shorts() { return {}; }
     static BITMILL_INLINE Shorts add(Shorts sum, const Bytes& low, const Bytes& high) {
         for (int i = 0; i < 64; ++i) sum.v[i] = static_cast<int16_t>(sum.v[i] + (low.v[i] | high.v[i] << 8));

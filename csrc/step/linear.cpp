@@ -27,7 +27,7 @@ bool alike(const Layout& a, const Layout& b) {
 
 const Inputs& LookupInputs::of(const Layout& wanted, const float* x, Act as) {
     if (from != x || act != as || !alike(layout, wanted)) {
-        isa().lookup->read_inputs(wanted, x, 1, as, buffers);
+        isa().read_inputs(wanted, x, 1, as, buffers);
         from = x, layout = wanted, act = as;
     }
     return buffers.inputs;
@@ -41,6 +41,10 @@ LookupLinear::LookupLinear(const Weights& weights, Act act)
 void LookupLinear::apply(const Team& team, Room room, const float* x, float* y) const {
     const auto [first, last] = team.share(weights.layout.tiles());
     if (first < last) lookup_kernel(weights, act)(weights, room.inputs.of(weights.layout, x, act), y, rows, first, last);
+}
+
+void LookupLinear::product(const float* x, int64_t tokens, float* y, int threads) const {
+    linear(weights, x, tokens, act, y, threads);
 }
 
 bool LookupLinear::row(int64_t row, float* out) const {
@@ -85,6 +89,15 @@ void PointsLinear::apply(const Team& team, Room room, const float* x, float* y) 
     const auto [first, last] = team.share(weights.layout.tiles());
     if (first < last) points_tiles(weights, room.inputs.of(weights.layout, x, act), x, 1, act, y, first, last);
     if (own) room.inputs.changed();
+}
+
+void LatticeLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+    lattice_order(x, columns, room.own, own);
+    room.inputs.changed();
+    const auto [first, last] = team.share(weights.layout.tiles());
+    const Inputs& in = room.inputs.of(weights.layout, room.own, act);
+    if (first < last) isa().vector->lattice_linear(weights, in, act, 1, y, first, last);
+    room.inputs.changed();
 }
 
 AdditiveLinear::AdditiveLinear(const Additive& weights, int64_t columns)

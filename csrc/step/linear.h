@@ -51,6 +51,8 @@ public:
 class LookupLinear : public Linear {
 public:
     LookupLinear(const Weights& weights, Act act);  // throws std::invalid_argument where there is no kernel
+    // y = x W^T outside of a step: x (tokens, columns), y (tokens, rows), threads of its own.
+    void product(const float* x, int64_t tokens, float* y, int threads) const;
     void apply(const Team& team, Room room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
 
@@ -92,6 +94,20 @@ public:
 
 private:
     const Points weights;
+    const Act act;
+};
+
+// Points of E8 laid out anew.
+class LatticeLinear : public Linear {
+public:
+    LatticeLinear(const Lattice& weights, int64_t columns, Act act)
+        : Linear(weights.layout.rows, columns), weights(weights), act(act) {
+        own = weights.layout.columns;
+    }
+    void apply(const Team& team, Room room, const float* x, float* y) const override;
+
+private:
+    const Lattice weights;
     const Act act;
 };
 

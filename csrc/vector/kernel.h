@@ -2,6 +2,7 @@
 #pragma once
 #include "../simd/inline.h"
 #include "e8.h"
+#include "lattice.h"
 #include "pyramid.h"
 #include "relaid.h"
 
@@ -16,7 +17,8 @@ BITMILL_INLINE int64_t decode_piece(const Vectors& w, const Set& set, int64_t ro
     for (int64_t c = first; c < first + count;) {
         const int64_t group = c / w.group, stop = (group + 1) * w.group;
         const float scale = scales[group];
-        for (const int64_t end = stop < first + count ? stop : first + count; c < end; ++c) out[c - first] *= scale;
+        for (const int64_t end = stop < first + count ? stop : first + count; c < end; ++c)
+            out[c - first] *= scale;
     }
     return count;
 }
@@ -34,7 +36,8 @@ void vector_linear_of(const Vectors& w, const float* x, int64_t tokens, float* y
                 const float* in = x + t * w.padded_columns() + c;
                 typename V::Floats sums[2] = {V::zero(), V::zero()};
                 for (int64_t i = 0; i < whole; i += 16)
-                    sums[i / 16 % 2] = V::fma(V::template rows<16>(values + i), V::template rows<16>(in + i), sums[i / 16 % 2]);
+                    sums[i / 16 % 2] = V::fma(V::template rows<16>(values + i), V::template rows<16>(in + i),
+                                              sums[i / 16 % 2]);
                 V::store(lanes, V::add(sums[0], sums[1]));
                 float sum = 0;
                 for (const float lane : lanes) sum += lane;
@@ -56,13 +59,16 @@ void vector_decode_of(const Vectors& w, float* out, int64_t first, int64_t last)
 }
 
 template <class V>
-void vector_linear_with(const Vectors& w, const float* x, int64_t tokens, float* y, int64_t first, int64_t last) {
-    (w.set == VectorSet::e8 ? vector_linear_of<V, E8<V>> : vector_linear_of<V, Pyramid<V>>)(w, x, tokens, y, first, last);
+void vector_linear_with(const Vectors& w, const float* x, int64_t tokens, float* y, int64_t first,
+                        int64_t last) {
+    (w.set == VectorSet::e8 ? vector_linear_of<V, E8<V>> : vector_linear_of<V, Pyramid<V>>)(w, x, tokens, y,
+                                                                                            first, last);
 }
 
 template <class V>
 void vector_decode_with(const Vectors& w, float* out, int64_t first, int64_t last) {
-    (w.set == VectorSet::e8 ? vector_decode_of<V, E8<V>> : vector_decode_of<V, Pyramid<V>>)(w, out, first, last);
+    (w.set == VectorSet::e8 ? vector_decode_of<V, E8<V>> : vector_decode_of<V, Pyramid<V>>)(w, out, first,
+                                                                                            last);
 }
 
 template <class V>
@@ -79,6 +85,7 @@ void coordinates_with(const Vectors& w, int8_t* y, uint8_t* gains, int64_t first
 
 template <class V>
 constexpr VectorKernels vector_kernels = {vector_linear_with<V>, vector_decode_with<V>, coordinates_with<V>,
-                                          points_linear_with<V>, points_decode_with<V>};
+                                          points_linear_with<V>, points_decode_with<V>,
+                                          lattice_linear_with<V>, lattice_decode_with<V>};
 
 }  // namespace bitmill

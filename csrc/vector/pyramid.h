@@ -17,7 +17,8 @@ struct Pyramid {
     const float* lengths;
     int bits, pulses = 0, searched;
     uint64_t counts[width + 1][most];       // [d][k]: points of d coordinates with k pulses, modulo 2^64
-    uint64_t offsets[3][most][most];        // [halves of 8, 4, 2][k][j]: points with fewer than j of k in the first half
+    // [halves of 8, 4, 2][k][j]: points with fewer than j of k in the first half
+    uint64_t offsets[3][most][most];
 
     explicit Pyramid(const Vectors& w) : Pyramid(w.bits, w.table) {}
 
@@ -53,7 +54,8 @@ struct Pyramid {
         for (int j = 0; j < searched; ++j) found += row[j] <= whole.number;
         const int first = found - 1 < whole.pulses ? found - 1 : whole.pulses, rest = whole.pulses - first;
         const uint64_t number = whole.number - row[first], each = counts[8 >> level][rest];
-        const uint64_t left = level == 2 ? static_cast<uint32_t>(number) / static_cast<uint32_t>(each) : number / each;
+        const uint64_t left = level == 2 ? static_cast<uint32_t>(number) / static_cast<uint32_t>(each)
+                                         : number / each;
         halves[0] = {left, first};
         halves[1] = {number - left * each, rest};
     }
@@ -61,7 +63,8 @@ struct Pyramid {
     // Of k pulses j are in the first coordinate: 2 points for j = 0 and j = k, 4 for those between.
     static BITMILL_INLINE void pair(const Part& part, int32_t* y) {
         const int k = part.pulses, most_number = k ? 4 * k - 1 : 0;
-        const int number = part.number < static_cast<uint64_t>(most_number) ? static_cast<int>(part.number) : most_number;
+        const int number = part.number < static_cast<uint64_t>(most_number) ? static_cast<int>(part.number)
+                                                                            : most_number;
         const int first = k ? (number + 2) >> 2 : 0, signs = number + 2;
         const int negative = first == k ? signs & 1 : signs >> 1 & 1;
         y[0] = negative ? -first : first;
@@ -102,8 +105,10 @@ struct Pyramid {
         }
         for (int level = 2, parts = 8; level >= 0; --level, parts /= 2)
             for (int i = 0; i < parts / 2; ++i) {
-                const int first = held[2 * i], rest = held[2 * i + 1], all = first + rest < most ? first + rest : most - 1;
-                found[i] = offsets[level][all][first] + found[2 * i] * counts[8 >> level][rest] + found[2 * i + 1];
+                const int first = held[2 * i], rest = held[2 * i + 1],
+                          all = first + rest < most ? first + rest : most - 1;
+                found[i] = offsets[level][all][first] + found[2 * i] * counts[8 >> level][rest] +
+                           found[2 * i + 1];
                 held[i] = all;
             }
         return found[0];

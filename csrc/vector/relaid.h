@@ -14,6 +14,7 @@
 #include "../lut/codes.h"
 #include "../lut/decode.h"
 #include "../lut/kernel.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace bitmill {
@@ -66,20 +67,23 @@ struct PointTile {
     template <int nibble>
     BITMILL_INLINE void end_point(const uint8_t* gains, int64_t point) {
         const Floats norm = V::add(V::to_float(power), V::all(16.0f * V::bias));
-        const Floats factor = V::mul(V::template named<16>(w.lengths, gains, 4 * nibble), V::inverse_root(norm));
+        const Floats factor = V::mul(V::template named<16>(w.lengths, gains, 4 * nibble),
+                                     V::inverse_root(norm));
         for (int t = 0; t < T; ++t) {
             Floats sum = V::to_float(products[0][t]);
             if constexpr (act == Act::int16) sum = V::fma(V::all(255.0f), sum, V::to_float(products[1][t]));
             sum = V::mul(V::all(in.steps[t * in.step_count + point]), sum);
             if constexpr (offset != V::bias)
-                sum = V::sub(sum, V::all(static_cast<float>(offset - V::bias) * in.sums[t * in.groups + point]));
+                sum = V::sub(sum,
+                             V::all(static_cast<float>(offset - V::bias) * in.sums[t * in.groups + point]));
             total[t] = V::fma(factor, sum, total[t]);
         }
         clear();
     }
 
     template <int... i>
-    BITMILL_INLINE void chunk(std::integer_sequence<int, i...>, const uint8_t* codes, const uint8_t* gains, int64_t c) {
+    BITMILL_INLINE void chunk(std::integer_sequence<int, i...>, const uint8_t* codes, const uint8_t* gains,
+                              int64_t c) {
         (block<i>(codes, gains, c), ...);
     }
 
@@ -89,36 +93,19 @@ struct PointTile {
         const uint8_t* gains = w.gains + tile * chunks * 16;
         for (auto& t : total) t = V::zero();
         clear();
-        for (int64_t c = 0; c < chunks; ++c, codes += 64 * bits, gains += 16)
+        for (int64_t c = 0; c < chunks; ++c, codes += 64 * bits, gains += 16) {
+            prefetch<64 * bits>(codes);
             chunk(std::make_integer_sequence<int, 8>{}, codes, gains, c);
-        for (int t = 0; t < T; ++t) {
-            float lanes[16];
-            V::store(lanes, total[t]);
-            for (int64_t r = 0; r < 16 && tile * 16 + r < w.layout.rows; ++r)
-                y[t * stride + tile * 16 + r] = lanes[r] * w.scale_of(tile * 16 + r);
         }
+        for (int t = 0; t < T; ++t) store_rows<V>(w, total[t], tile, y + t * stride);
     }
 };
 
 template <class V, int bits, Act act>
-void point_tiles(const Points& w, const Inputs& in, int64_t tokens, float* y, int64_t first, int64_t last) {
-    const int64_t rows = w.layout.rows;
-    constexpr int64_t cached_tiles = 16;  // that all tokens visit before the next ones are read
-    const int64_t share = tokens > 1 ? cached_tiles : last - first;
-    for (int64_t next; first < last; first = next) {
-        next = first + share < last ? first + share : last;
-        for (int64_t t = 0; t < tokens;) {
-            Inputs rest = in;
-            rest.bytes += t * in.columns, rest.lows += act == Act::int16 ? t * in.columns : 0;
-            rest.steps += t * in.step_count, rest.sums += t * in.groups;
-            const auto run = [&](auto tile) {
-                for (int64_t i = first; i < next; ++i) tile.run(i, y + t * rows, rows);
-            };
-            if (V::batch > 1 && t + V::batch <= tokens) run(PointTile<V, bits, act, V::batch>(w, rest)), t += V::batch;
-            else run(PointTile<V, bits, act, 1>(w, rest)), t += 1;
-        }
-    }
-}
+struct PointKind {
+    template <int T>
+    using Tile = PointTile<V, bits, act, T>;
+};
 
 // Adds the products of odd points with x (tokens, columns of whole points).
 inline void add_odd(const Points& w, const float* x, int64_t tokens, float* y, int64_t first, int64_t last) {
@@ -128,7 +115,8 @@ inline void add_odd(const Points& w, const float* x, int64_t tokens, float* y, i
             const int8_t* point = w.odd_points + 16 * o;
             int power = 0;
             for (int i = 0; i < 16; ++i) power += point[i] * point[i];
-            const float factor = w.scale_of(row) * w.lengths[w.odd_gain(row, o)] / std::sqrt(static_cast<float>(power));
+            const float factor = w.scale_of(row) * w.lengths[w.odd_gain(row, o)] /
+                                 std::sqrt(static_cast<float>(power));
             for (int64_t t = 0; t < tokens; ++t) {
                 const float* in = x + t * columns + 16 * w.odd_places[o];
                 float sum = 0;
@@ -169,10 +157,12 @@ void point_rows(const Points& w, float* out, int64_t columns, int64_t first, int
 }
 
 template <class V>
-void points_linear_with(const Points& w, const Inputs& in, Act act, int64_t tokens, float* y, int64_t first, int64_t last) {
+void points_linear_with(const Points& w, const Inputs& in, Act act, int64_t tokens, float* y, int64_t first,
+                        int64_t last) {
     const auto run = [&](auto bits) {
         constexpr int b = decltype(bits)::value;
-        (act == Act::int8 ? point_tiles<V, b, Act::int8> : point_tiles<V, b, Act::int16>)(w, in, tokens, y, first, last);
+        if (act == Act::int8) tiles_of<V, PointKind<V, b, Act::int8>>(w, in, tokens, y, first, last);
+        else tiles_of<V, PointKind<V, b, Act::int16>>(w, in, tokens, y, first, last);
     };
     if (w.layout.bits == 3) run(std::integral_constant<int, 3>{});
     else if (w.layout.bits == 4) run(std::integral_constant<int, 4>{});

@@ -2,6 +2,7 @@
 //
 // Their sets of vectors are too large for tables of products: a row is decoded a piece at a time, which stays in the
 // first-level cache, and multiplied in fp32. Decoding rounds as the formats' own does, so that both agree bit by bit.
+// Where one scale serves a row, codes are laid out anew instead and become small integers, many times faster.
 #pragma once
 #include <cstdint>
 
@@ -32,7 +33,7 @@ struct Vectors {
 struct Points {
     Layout layout;            // of coordinates of bits + 1 bits; columns are whole points
     const uint8_t* codes;
-    const uint8_t* gains;     // (tiles, chunks, 16): of a row's two points in a chunk, the first in the low half
+    const uint8_t* gains;  // (tiles, chunks, 16): of a row's two points in a chunk, the first in the low half
     const float* lengths;     // the 16 of them, 16 times
     const float* scales;      // (rows or 1)
     bool own_scales;
@@ -47,6 +48,18 @@ struct Points {
     int odd_gain(int64_t row, int64_t odd) const { return gain(row, odd_places[odd]); }
 };
 
+// Points of E8 laid out anew: vector/lattice.h.
+struct Lattice {
+    static constexpr int64_t square_bytes = 128;
+    Layout layout;         // of 2 bits and whole squares of 32 columns: only its sizes count
+    const uint8_t* codes;
+    const uint8_t* sizes;  // (2, 256): of every pattern's coordinates
+    const float* scales;   // (rows or 1)
+    bool own_scales;
+
+    float scale_of(int64_t row) const { return scales[own_scales ? row : 0]; }
+};
+
 // What an instruction set has, for rows [first, last). x is (tokens, padded columns), zero where padded.
 struct VectorKernels {
     void (*linear)(const Vectors&, const float* x, int64_t tokens, float* y, int64_t first, int64_t last);
@@ -54,8 +67,12 @@ struct VectorKernels {
     // Coordinates (last - first, whole blocks * 16) and gains (last - first, blocks) of a pyramid's points.
     void (*coordinates)(const Vectors&, int8_t* y, uint8_t* gains, int64_t first, int64_t last);
     // Points laid out anew: tiles [first, last), and rows [first, last) of W^.
-    void (*points_linear)(const Points&, const Inputs&, Act, int64_t tokens, float* y, int64_t first, int64_t last);
+    void (*points_linear)(const Points&, const Inputs&, Act, int64_t tokens, float* y, int64_t first,
+                          int64_t last);
     void (*points_decode)(const Points&, float* out, int64_t columns, int64_t first, int64_t last);
+    void (*lattice_linear)(const Lattice&, const Inputs&, Act, int64_t tokens, float* y, int64_t first,
+                           int64_t last);
+    void (*lattice_decode)(const Lattice&, float* out, int64_t columns, int64_t first, int64_t last);
 };
 
 // x (tokens, columns), y (tokens, rows).
@@ -68,10 +85,20 @@ void coordinates(const Vectors& weights, int8_t* y, uint8_t* gains, int threads)
 void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint8_t* gains, uint32_t* words,
              int64_t words_per_row, int threads);
 // x (tokens, columns) and W^ (.., columns), whose last point may be cut.
-void points_linear(const Points& weights, const float* x, int64_t columns, int64_t tokens, Act act, float* y, int threads);
+void points_linear(const Points& weights, const float* x, int64_t columns, int64_t tokens, Act act, float* y,
+                   int threads);
 // Tiles [first, last) of it, with `inputs` what the lookup kernels read of x, (tokens, layout.columns), zero where padded.
-void points_tiles(const Points& weights, const Inputs& inputs, const float* x, int64_t tokens, Act act, float* y, int64_t first,
-                  int64_t last);
-void points_decode(const Points& weights, int64_t columns, int64_t first, int64_t count, float* out, int threads);
+void points_tiles(const Points& weights, const Inputs& inputs, const float* x, int64_t tokens, Act act,
+                  float* y, int64_t first, int64_t last);
+void points_decode(const Points& weights, int64_t columns, int64_t first, int64_t count, float* out,
+                   int threads);
+
+// x (columns) in the order that the lattice's inputs are read in, (layout.columns), zero where padded.
+void lattice_order(const float* x, int64_t columns, float* out, int64_t width);
+// x (tokens, columns) and W^ (.., columns), which may end within a square.
+void lattice_linear(const Lattice& weights, const float* x, int64_t columns, int64_t tokens, Act act,
+                    float* y, int threads);
+void lattice_decode(const Lattice& weights, int64_t columns, int64_t first, int64_t count, float* out,
+                    int threads);
 
 }  // namespace bitmill

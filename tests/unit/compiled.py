@@ -15,6 +15,17 @@ from cases import fitted, weights
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(native._native is None, reason="the compiled kernels are not installed")
 ISAS = native._native.isas() if native._native else []
+SHAPES = [(1, 1), (3, 7), (65, 96), (20, 577), (5, 1100)]
+
+
+@pytest.fixture(params=ISAS)
+def each_isa(request, monkeypatch, nan_memory):
+    monkeypatch.delenv("BITMILL_KERNEL", raising=False)
+    library = native.native()
+    before = library.isa()
+    library.use_isa(request.param)
+    yield
+    library.use_isa(before)
 
 
 def rounded_to(format: Format, W: Tensor) -> Quantized:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled import CPU, ISAS, exact, kernel_of, needs_native, quantized, rounded_to
+from compiled import CPU, SHAPES, each_isa, exact, kernel_of, needs_native, quantized, rounded_to  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,8 +19,9 @@ from bitmill.numerics.hadamard import hadamard
 from bitmill.numerics.rotations import rotation
 from bitmill.quantized import Quantized
 from bitmill.runtime import native, ops
-from bitmill.runtime.kernels import KernelSpec, choose_kernel
+from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.additive import AdditiveKernel
+from bitmill.runtime.kernels.lattice import Lattice
 from bitmill.runtime.kernels.points import Points
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.runtime.kernels.rotated import RotatedKernel
@@ -30,19 +31,8 @@ from bitmill.runtime.rotation_plan import _without_sylvester, rotation_plan
 from bitmill.solvers import Statistics
 from cases import weights
 
-pytestmark = needs_native
-SHAPES = [(1, 1), (3, 7), (65, 96), (20, 577), (5, 1100)]
+pytestmark = [needs_native, pytest.mark.usefixtures("each_isa")]
 VECTORS = [E8(2), E8(2, 40), *(Pyramid(bits) for bits in range(1, 5)), Pyramid(2, 32), Pyramid(3, "tensor")]
-
-
-@pytest.fixture(params=ISAS, autouse=True)
-def _isa(request, monkeypatch, nan_memory):
-    monkeypatch.delenv("BITMILL_KERNEL", raising=False)
-    library = native.native()
-    before = library.isa()
-    library.use_isa(request.param)
-    yield
-    library.use_isa(before)
 
 
 def random_codes(format: Additive, shape: tuple[int, int]) -> Quantized:
@@ -122,51 +112,6 @@ def test_numbers_of_no_point_decode_to_some_vector():
     tensors = {"codes": torch.full((4, 9), -1, dtype=torch.int32), "scale": torch.ones(4, 1).half()}
     kernel = VectorKernel(KernelSpec(format, shape, CPU), tensors)
     assert torch.isfinite(kernel.apply(torch.randn(1, 64))).all()
-
-
-# -- pyramid points laid out anew -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("act", ["int8", "int16"])
-@pytest.mark.parametrize("format", [*(Pyramid(bits) for bits in (2, 3, 4)), Pyramid(3, "tensor")], ids=repr)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_points(format, shape, act, monkeypatch):
-    monkeypatch.setenv("BITMILL_ACTIVATIONS", act)
-    W = weights(*shape)
-    W[:, ::40] *= 30  # points with nearly all pulses in one coordinate
-    matrix, x = rounded_to(format, W), torch.randn(6, shape[1])
-    kernel = kernel_of(Points, matrix)
-    assert kernel._packed is None
-    assert len(kernel._parts[4]) > 0
-    tensors, back = matrix.pack(), kernel.restore()
-    assert tensors.keys() == back.keys()
-    assert all(torch.equal(tensors[name], back[name]) for name in tensors)
-    decoded = torch.cat([kernel.weights(slice(0, 1)), kernel.weights(slice(1, shape[0]))])
-    assert torch.equal(decoded, matrix.dequantize())
-    bound = x.abs().amax(1)[:, None] / (254 if act == "int8" else 65024) * decoded.abs().sum(1)
-    slack = 3e-6 * (x.abs() @ decoded.abs().T).max()
-    assert bool(((kernel.apply(x) - exact(matrix, x)).abs() <= bound + slack).all())
-    many = torch.randn(17, shape[1])
-    assert torch.equal(kernel.apply(many), kernel_of(Reference, matrix).apply(many))
-
-
-def test_points_are_for_rounded_inputs_and_scales_of_rows(monkeypatch):
-    def chosen(format):
-        return choose_kernel(KernelSpec(format, (20, 577), CPU))
-
-    assert chosen(Pyramid(2)) is Points
-    assert chosen(Pyramid(1)) is chosen(Pyramid(2, 32)) is VectorKernel
-    monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
-    assert chosen(Pyramid(2)) is VectorKernel
-
-
-def test_numbers_of_no_point_stay_packed():
-    tensors = {"codes": torch.full((4, 9), -1, dtype=torch.int32), "scale": torch.ones(4, 1).half()}
-    kernel = Points(KernelSpec(Pyramid(4), (4, 64), CPU), tensors)
-    assert kernel._packed is not None
-    assert torch.equal(kernel.restore()["codes"], tensors["codes"])
-    assert torch.isfinite(kernel.apply(torch.randn(1, 64))).all()
-    assert torch.isfinite(kernel.apply(torch.randn(17, 64))).all()
 
 
 # -- rotations ------------------------------------------------------------------------------------------------
@@ -251,16 +196,28 @@ def test_they_are_torch_operators():
     sums = kernel_of(AdditiveKernel, random_codes(Additive(4), (70, 96)))
     vectors = kernel_of(VectorKernel, quantized(E8(2), (5, 96)))
     points = kernel_of(Points, quantized(Pyramid(2), (5, 96)))
+    lattice = kernel_of(Lattice, quantized(E8(2), (5, 96)))
     entries = kernel_of(SumKernel, wrapped(Sum(Uniform(3), outliers=0.2), (6, 96)))
     plan = rotation_plan(rotation("hadamard", 96, 0), False)
     for operator, arguments in (
         (ops.additive, (sums.codes, sums._books, sums._scales, sums.layout)),
         (ops.vector_linear, (vectors._parts, vectors._plan)),
         (ops.points_linear, (points._codes, points._parts, points._plan)),
+        (ops.lattice_linear, (lattice._parts, lattice._plan)),
         (ops.rotate, plan.parts),
         (ops.sparse_add, (torch.randn(2, 6), *entries._entries)),
     ):
         torch.library.opcheck(operator.op, (x, *arguments), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_arrays_of_a_wrong_type_or_order_are_errors_not_copies():
+    library, weights = native.native(), torch.randn(4, 6)
+    assert library.dense_linear(weights) is not None
+    for wrong in (weights.double(), weights.T):
+        with pytest.raises(TypeError):
+            library.dense_linear(wrong)
+    with pytest.raises(TypeError):
+        library.sparse_add(torch.zeros(5), *(torch.zeros(0, dtype=torch.uint8),) * 2, weights, weights, 1)
 
 
 def test_the_reference_can_be_asked_for(monkeypatch):

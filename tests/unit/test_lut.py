@@ -19,7 +19,7 @@ from bitmill.formats.codebook import Codebook
 from bitmill.formats.uniform import Uniform
 from bitmill.quantized import Quantized
 from bitmill.runtime import QuantLinear, native, ops
-from bitmill.runtime.byte_tables import as_integers, group_blocks, rounded
+from bitmill.runtime.byte_tables import are_sums, as_integers, group_blocks, rounded
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.compiled import MOST_TOKENS
 from bitmill.runtime.kernels.lut import Lut
@@ -274,3 +274,10 @@ def test_groups_are_whole_blocks():
     assert [group_blocks(width, 16) for width in (1, 16, 17, 32, 64, 577)] == [4, 4, 8, 8, 16, 152]
     assert [group_blocks(width, 4) for width in (1, 32, 64, 65, 128)] == [2, 2, 4, 8, 8]
     assert [group_blocks(width, 1) for width in (1, 64, 513)] == [8, 8, 16]
+
+
+def test_codings_are_sums_and_codebooks_are_not():
+    bits = torch.arange(16)[:, None] >> torch.arange(4) & 1
+    codings = (bits.float() @ torch.tensor([[3.0, -2, 1, 7], [1, 2, 4, 8]]).T).T
+    assert are_sums(codings)
+    assert not are_sums(torch.cat([codings, codings[:1] ** 2]))

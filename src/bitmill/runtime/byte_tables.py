@@ -27,6 +27,7 @@ Entries = Literal["bytes", "words", "floats"]
 SHARED, OWN, BANK = 0, 1, 2  # csrc/lut/kernel.h: Source
 _BANK_TABLES, _BANK_POWERS = 32, 16
 _HALVED = (3, 4)  # bits of tables that can be stored by half
+_SUMMED = 4  # bits of tables that can be looked up as sums
 _WHOLE_FROM = 5  # bits from which a table fills a vector, and a tile is one row
 
 
@@ -108,7 +109,8 @@ def byte_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int, k
     single, narrow = count == 1, fixed is not None and bool(fixed[0].max() <= 255)
     banked = (narrow or floats) and not single and _fits_bank(lookup, bits)
     source = SHARED if single else BANK if banked else OWN
-    R = rows_per_tile(bits, source)
+    summed = banked and not floats and bits == _SUMMED and are_sums(tables)
+    R = 16 if summed else rows_per_tile(bits, source)
     F = group_blocks(width, R)
     tiles = -(-rows // R)
     padded = groups if F >= 8 else -(-groups * F // 8) * 8 // F
@@ -147,7 +149,7 @@ def byte_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int, k
         if single:
             made.tables = _records(entries.reshape(1, -1), bits, 1, made.wide)
         elif banked:
-            made.tables = _bank(entries, bits)
+            made.tables = _bank(_halves(entries) if summed else entries)
         else:
             entries = entries[..., : entries.shape[-1] // 2] if made.mirrored else entries
             made.tables = _records(of_rows(entries), bits, R, made.wide)
@@ -213,13 +215,26 @@ def _records(entries: Tensor, bits: int, R: int, wide: bool) -> Tensor:
     return torch.cat(made, 1).contiguous()
 
 
-def _bank(entries: Tensor, bits: int) -> Tensor:
+def _bank(entries: Tensor) -> Tensor:
     """Tables of 16 bytes each, or words of four entries, of 32 tables."""
     part = _bytes(entries, False)[0]
-    size = 16 if bits == 4 else max(4, part.shape[1])
-    full = torch.zeros(_BANK_TABLES, size, dtype=torch.uint8)
+    full = torch.zeros(_BANK_TABLES, max(4, part.shape[1]), dtype=torch.uint8)
     full[: part.shape[0], : part.shape[1]] = part
-    return full.flatten() if bits == 4 else full.unflatten(1, (-1, 4)).transpose(0, 1).contiguous().flatten()
+    whole = part.shape[1] == 16
+    return full.flatten() if whole else full.unflatten(1, (-1, 4)).transpose(0, 1).contiguous().flatten()
+
+
+def are_sums(tables: Tensor) -> bool:
+    """Whether in each table (n, 16) two bits of a code add their part to that of the other two, as in codings."""
+    first, second = tables[:, :4], tables[:, ::4] - tables[:, :1]
+    return torch.equal(tables, (second[:, :, None] + first[:, None]).flatten(1))
+
+
+def _halves(entries: Tensor) -> Tensor:
+    """The parts of bytes (n, 16) that are sums: bytes (n, 8), of the lower two bits and of the upper two."""
+    first, second = entries[:, :4], entries[:, ::4] - entries[:, :1]
+    least = second.amin(1, keepdim=True)
+    return torch.cat([first + least, second - least], 1)
 
 
 def _set_zero(made: ByteTables, zero: Tensor, tiled: Tiled) -> None:

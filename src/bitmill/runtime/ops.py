@@ -113,24 +113,49 @@ def _(
     return _fake_rows(codes, ids, shape[1])
 
 
+def _decoded(ids: Tensor, rows: int, columns: int, decode: Callable[[int, Tensor], None]) -> Tensor:
+    """decode(first, out) fills out (n, columns) with rows from `first` on, of a matrix of `rows`."""
+    which, out = ids.tolist(), torch.empty(len(ids), columns)
+    if which and not 0 <= min(which) <= max(which) < rows:
+        raise IndexError(f"rows {min(which)} to {max(which)} of a matrix that has {rows}")
+    if which and which == list(range(which[0], which[0] + len(which))):
+        decode(which[0], out)
+        return out
+    for i, row in enumerate(which):
+        decode(row, out[i : i + 1])
+    return out
+
+
 @torch.library.custom_op("bitmill::points_rows", mutates_args=(), device_types="cpu")
 def points_rows(ids: Tensor, codes: Tensor, parts: list[Tensor], plan: list[int], columns: int) -> Tensor:
     """codes, parts, plan: as `kernels.points` has them."""
-    which, out = ids.tolist(), torch.empty(len(ids), columns)
-    if which and not 0 <= min(which) <= max(which) < plan[0]:
-        raise IndexError(f"rows {min(which)} to {max(which)} of a matrix that has {plan[0]}")
-    layout = native().Layout(*plan[:6])
-    if which and which == list(range(which[0], which[0] + len(which))):
-        native().points_decode(layout, codes, *parts, which[0], out, threads())
-        return out
-    for i, row in enumerate(which):
-        native().points_decode(layout, codes, *parts, row, out[i : i + 1], threads())
-    return out
+    library, layout = native(), native().Layout(*plan[:6])
+
+    def decode(first: int, out: Tensor) -> None:
+        library.points_decode(layout, codes, *parts, first, out, threads())
+
+    return _decoded(ids, plan[0], columns, decode)
 
 
 @points_rows.register_fake
 def _(ids: Tensor, codes: Tensor, parts: list[Tensor], plan: list[int], columns: int) -> Tensor:
     return _fake_rows(codes, ids, columns)
+
+
+@torch.library.custom_op("bitmill::lattice_rows", mutates_args=(), device_types="cpu")
+def lattice_rows(ids: Tensor, parts: list[Tensor], plan: list[int], columns: int) -> Tensor:
+    """parts, plan: as `kernels.lattice` has them."""
+    library, layout = native(), native().Layout(*plan[:6])
+
+    def decode(first: int, out: Tensor) -> None:
+        library.lattice_decode(layout, *parts, first, out, threads())
+
+    return _decoded(ids, plan[0], columns, decode)
+
+
+@lattice_rows.register_fake
+def _(ids: Tensor, parts: list[Tensor], plan: list[int], columns: int) -> Tensor:
+    return _fake_rows(parts[0], ids, columns)
 
 
 # -- products --------------------------------------------------------------------------------------------------
@@ -168,6 +193,13 @@ def _points_linear(x: Tensor, codes: Tensor, parts: list[Tensor], plan: list[int
     return y
 
 
+def _lattice_linear(x: Tensor, parts: list[Tensor], plan: list[int]) -> Tensor:
+    """parts, plan: as `kernels.lattice` has them; plan starts with `out`."""
+    y = torch.empty(x.shape[0], plan[0])
+    native().lattice_linear(native().Layout(*plan[:6]), *parts, plan[6], x.contiguous(), y, threads())
+    return y
+
+
 def _rotate(x: Tensor, steps: Tensor, numbers: Tensor, orders: Tensor) -> Tensor:
     """steps, numbers, orders: a chain of turns, see `runtime.rotation_plan`."""
     y = x.clone(memory_format=torch.contiguous_format)
@@ -197,6 +229,7 @@ vector_linear = Operator("Tensor[] parts, int[] plan", _vector_linear, lambda x,
 points_linear = Operator(
     "Tensor codes, Tensor[] parts, int[] plan", _points_linear, lambda x, codes, parts, plan: plan[0]
 )
+lattice_linear = Operator("Tensor[] parts, int[] plan", _lattice_linear, lambda x, parts, plan: plan[0])
 rotate = Operator("Tensor steps, Tensor numbers, Tensor orders", _rotate, lambda x, *rest: x.shape[1])
 sparse_add = Operator(
     "Tensor y, Tensor starts, Tensor places, Tensor values", _sparse_add, lambda x, y, *rest: y.shape[1]

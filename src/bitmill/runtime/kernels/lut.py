@@ -37,6 +37,7 @@ class Lut(Relaid):
     """Table lookup and dot products of bytes, compiled for this machine's instruction set."""
 
     tolerance = 2e-2
+    _native: tuple[int, Any] | None = None
 
     @staticmethod
     def supports(spec: KernelSpec) -> str | None:
@@ -91,7 +92,20 @@ class Lut(Relaid):
 
     def few(self, x: Tensor) -> Tensor:
         """By table lookup."""
-        return ops.lut_linear(x, self.codes, *self.parts, self.plan, self.zero)
+        if ops.watched(x):
+            return ops.lut_linear(x, self.codes, *self.parts, self.plan, self.zero)
+        y = torch.empty(x.shape[0], self.spec.shape[0])
+        self._bound().product(x.contiguous(), y, threads())
+        return y
+
+    def _bound(self) -> Any:
+        """The extension's own view of the tensors: handing them over takes as long as a small layer."""
+        if self._native is None or self._native[0] != self.codes.data_ptr():  # moved, as to shared memory
+            self._native = self.codes.data_ptr(), self.step_linear()
+        return self._native[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}
 
     def step_linear(self) -> Any:
         """The same lookups for the decode step."""
