@@ -23,46 +23,45 @@ from bitmill.kv.answers import PackedAnswers
 from bitmill.kv.base import KVMethod, kv_method
 from bitmill.kv.calibration import learn
 from bitmill.kv.recording import Recording, record
+from bitmill.kv.size import cache_size
 from bitmill.models.calls import answers_of
 from bitmill.models.reading import reading_of
 
 RESULTS = Path(__file__).parent / "results" / "kv_quality.json"
 
-PAPER = {"channel_levels": False, "equalize": False, "key_outliers": 0.01}
+ONE = {"outliers": 0.01, "key_outliers": 0.01}
+PAPER = {"channel_levels": False, "equalize": False, "residual": 0, **ONE}
 NONE = {"pre_rope": False, "nuq": False, "fisher": False, "outliers": 0.0, "key_outliers": 0.0, "sink": 0}
-BARE = {**PAPER, **NONE}
 STEPS: list[tuple[str, dict[str, Any]]] = [
     ("keys per channel", {}),
     ("+ before RoPE", {"pre_rope": True}),
     ("+ learned levels", {"nuq": True}),
     ("+ squared gradients", {"fisher": True}),
-    ("+ 1 % outliers", {"outliers": 0.01, "key_outliers": 0.01}),
+    ("+ 1 % outliers", ONE),
     ("+ first token in float", {"sink": 1}),
     ("+ Q-Norm", {"q_norm": True}),
     ("levels of each key channel", {"q_norm": False, "channel_levels": True}),
     ("+ equalized values", {"equalize": True}),
-    ("+ 2 % outliers of keys", {"key_outliers": 0.02}),
+    ("+ 2 % outliers of keys, 0.5 % of values", {"outliers": 0.005, "key_outliers": 0.02}),
 ]
 
 
 def grid() -> list[tuple[str, KVMethod]]:
-    """Names and methods of all rows."""
+    """Names and methods of all rows; the last step is kvquant itself but for its recent tokens in float."""
     rows: list[tuple[str, KVMethod]] = []
-    for bits in (4, 3, 2):
+    for bits in (3, 4, 2):
         rows += [
             ("kvquant", kv_method("kvquant", bits)),
-            ("kvquant as published", kv_method("kvquant", bits, **PAPER)),
             ("kivi", kv_method("kivi", bits)),
-            ("kivi, groups of 64, no residual", kv_method("kivi", bits, group=64, residual=0)),
+            ("kvquant as published", kv_method("kvquant", bits, **PAPER)),
             ("rotated", kv_method("rotated", bits)),
             ("per_token", kv_method("per_token", bits)),
         ]
-    rows.append(("per_token", kv_method("per_token", 8)))
-    for bits in (3, 2):
-        options = dict(BARE)
-        for name, change in STEPS:
-            options |= change
-            rows.append((name, kv_method("kvquant", bits, **options)))
+    rows += [("per_token", kv_method("per_token", 8)), ("+ Q-Norm", kv_method("kvquant", 2, q_norm=True, **PAPER))]
+    options = {**PAPER, **NONE}
+    for name, change in STEPS:
+        options |= change
+        rows.append((name, kv_method("kvquant", 3, **options)))
     return rows
 
 
@@ -113,6 +112,7 @@ def main() -> None:
             "method": method.to_dict(),
             **measured,
             "kv_bits_per_element": answers.bits_per_element,
+            "kv_bits_at_8k": _bits_at(model, method, 8192),
             "time_s": round(time.perf_counter() - started, 1),
         }
         row = results["rows"][key]
@@ -123,6 +123,14 @@ def main() -> None:
         )
         if not args.develop:
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _bits_at(model: Any, method: KVMethod, tokens: int) -> float:
+    """Allocated bits a number after so many tokens."""
+    config = model.config
+    heads, dim, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+    size = cache_size(method.scheme(), heads, dim, layers, tokens)
+    return 8 * (size.total - size.tables) / (2 * heads * dim * layers * tokens)
 
 
 def _stacked(windows: Any) -> torch.Tensor:

@@ -19,9 +19,10 @@ class KVQuant(KVMethod):
     Search     levels by weighted k-means on calibration tokens, weight = squared gradient of the loss (times the
                squared scale); outliers: the numbers of a token with the largest error, weighted so too
     Stored     codes; fp16 s_t, z_t per token of values; outliers as fp16 and channel index; first tokens in fp16
-    Departs    levels for each channel of the keys, equalized channels of the values, outliers by weighted error
-               and twice as many in keys are bitmill's. The paper has one table a layer, key channels scaled by
-               their quantiles, outliers by magnitude: channel_levels=false, equalize=false, key_outliers=0.01
+    Departs    levels for each channel of the keys, equalized channels of the values, outliers by weighted error,
+               more of keys than of values, and recent tokens in float are bitmill's. The paper has one table a
+               layer, key channels scaled by their quantiles, outliers by magnitude: channel_levels=false,
+               equalize=false, outliers=0.01, key_outliers=0.01, residual=0
     Needs      calibration text, and one backward pass over it (fisher)
     Cost       forward and backward over the calibration tokens, then k-means per layer
     Expect     see the ablation in docs/evidence.md
@@ -29,10 +30,10 @@ class KVQuant(KVMethod):
     Paper      Hooper et al. 2024, "KVQuant" (arXiv 2401.18079)
     """
 
-    outliers: float = option(0.01, "share of a token's values kept exactly")
+    outliers: float = option(0.005, "share of a token's values kept exactly")
     key_outliers: float = option(0.02, "share of a token's keys kept exactly")
     sink: int = option(1, "first tokens kept in float")
-    residual: int = option(0, "recent tokens in float beyond the page that is being filled")
+    residual: int = option(64, "recent tokens in float beyond the page that is being filled")
     pre_rope: bool = option(True, "store keys before RoPE")
     per_channel: bool = option(True, "scales of keys per channel; false: per token, as for values")
     nuq: bool = option(True, "learned levels; false: uniform ones")
@@ -49,8 +50,7 @@ class KVQuant(KVMethod):
         norm = self.q_norm and self.nuq
         axis = "channel" if self.channel_levels and self.nuq else "static"
         axis = axis if self.per_channel else "token"
-        share = self.key_outliers
-        keys = Side(self.bits, axis, levels=levels, outliers=share, q_norm=norm)  # type: ignore[arg-type]
         share, even = self.outliers, self.equalize
+        keys = Side(self.bits, axis, None, levels, self.key_outliers, q_norm=norm)  # type: ignore[arg-type]
         values = Side(self.bits, "token", None, levels, share, q_norm=norm, equalized=even)  # type: ignore[arg-type]
         return Scheme(keys, values, pre_rope=self.pre_rope, sink=self.sink, residual=self.residual)
