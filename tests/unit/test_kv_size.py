@@ -14,7 +14,8 @@ from packed import both_sides
 
 LLAMA_7B = (32, 128, 32)  # heads, head dim, layers
 GIB = 2**30
-PLAIN = {"outliers": 0.0, "key_outliers": 0.0, "sink": 0, "channel_levels": False, "equalize": False}
+PAPER = {"outliers": 0.01, "key_outliers": 0.01, "residual": 0, "channel_levels": False, "equalize": False}
+PLAIN = {**PAPER, "outliers": 0.0, "key_outliers": 0.0, "sink": 0}
 
 
 def every_scheme() -> list[tuple[str, Scheme]]:
@@ -72,7 +73,7 @@ def test_llama_7b_at_two_bits() -> None:
 
 def test_llama_7b_with_one_percent_of_outliers() -> None:
     """41 of 4096 numbers, each 16 bits and as many for its place: 41 x 32 / 4096 = 0.3203 bits more."""
-    size = cache_size(kv_method("kvquant", 2, key_outliers=0.01).scheme(), *LLAMA_7B, 1 << 20)
+    size = cache_size(kv_method("kvquant", 2, **PAPER).scheme(), *LLAMA_7B, 1 << 20)
     assert size.outliers == 2 * 32 * 41 * 4 * (1 << 20)
     bits = 8 * size.allocated / (2 * 32 * 4096 * (1 << 20))
     assert bits == pytest.approx(2 + 41 * 32 / 4096 + 16 / 4096, abs=1e-3)
@@ -95,7 +96,7 @@ def test_batch_and_layers_multiply() -> None:
 
 
 def test_lengths() -> None:
-    scheme = kv_method("kvquant", 4).scheme()
+    scheme = kv_method("kvquant", 4, residual=0).scheme()
     assert [slabs(scheme, n) for n in (0, 32, 33, 257, 288, 289)] == [0, 0, 1, 1, 1, 2]
     with pytest.raises(RecipeError, match="share a scale"):
         cache_size(kv_method("kivi", 4).scheme(), 2, 40, 1, 100)

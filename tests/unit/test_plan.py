@@ -24,6 +24,8 @@ from bitmill.plan.units import parse_bytes, parse_tokens
 GB, GIB = 10**9, 2**30
 MILLION = 1 << 20
 LLAMA_7B_WEIGHTS = 6_738_415_616
+BARE = "kvquant:outliers=0,key_outliers=0,residual=0"
+PAPER = "kvquant:channel_levels=false,equalize=false,outliers=0.01,key_outliers=0.01,residual=0"
 
 
 def chosen(result: dict, key: str) -> dict:
@@ -49,11 +51,11 @@ def config_only(folder, model_type: str, **changes):
 
 def test_the_paper_s_cache_of_llama_7b() -> None:
     """arXiv 2401.18079, table 8: 512 in fp16 and 64 at 2 bits, for 1M tokens; gigabytes of 2^30 bytes."""
-    bare = plan("llama-7b", context=MILLION, kv="kvquant:outliers=0", kv_bits=2)
+    bare = plan("llama-7b", context=MILLION, kv=BARE, kv_bits=2)
     assert size(bare, "float16", 16) == 512 * GIB
     assert size(bare, "kvquant", 2) / GIB == pytest.approx(64, rel=0.003)
-    assert chosen(bare, "cache")["options"] == {"outliers": 0}
-    with_outliers = chosen(plan("llama-7b", context=MILLION, kv="kvquant", kv_bits=2), "cache")
+    assert chosen(bare, "cache")["options"] == {"outliers": 0, "key_outliers": 0, "residual": 0}
+    with_outliers = chosen(plan("llama-7b", context=MILLION, kv=PAPER, kv_bits=2), "cache")
     assert with_outliers["bits_per_element"] == pytest.approx(2.33, abs=0.01)
     assert with_outliers["size_bytes"] / GIB == pytest.approx(74.6, rel=0.005)
 
@@ -61,32 +63,31 @@ def test_the_paper_s_cache_of_llama_7b() -> None:
 def test_a_million_tokens_on_one_device() -> None:
     """Without outliers beside fp16 weights only where 80 GB are 80 GiB; with them only beside 4-bit weights."""
     terms = {"context": MILLION, "kv_bits": 2}
-    bare, whole = "kvquant:outliers=0", "kvquant"
     four = Wanted(bits=4)
-    assert chosen(plan("llama-7b", **terms, kv=bare), "weights")["size_bytes"] == 2 * LLAMA_7B_WEIGHTS
-    assert plan("llama-7b", **terms, kv=bare, memory=80 * GIB)["fits"] is True
-    assert plan("llama-7b", **terms, kv=bare, memory=80 * GB)["fits"] is False
-    assert plan("llama-7b", **terms, kv=bare, memory=80 * GB, weights=four)["fits"] is True
-    assert plan("llama-7b", **terms, kv=whole, memory=80 * GIB)["fits"] is False
-    assert plan("llama-7b", **terms, kv=whole, memory=80 * GIB, weights=four)["fits"] is True
-    assert plan("llama-7b", **terms, kv=whole, memory=80 * GB, weights=Wanted(bits=2))["fits"] is False
+    assert chosen(plan("llama-7b", **terms, kv=BARE), "weights")["size_bytes"] == 2 * LLAMA_7B_WEIGHTS
+    assert plan("llama-7b", **terms, kv=BARE, memory=80 * GIB)["fits"] is True
+    assert plan("llama-7b", **terms, kv=BARE, memory=80 * GB)["fits"] is False
+    assert plan("llama-7b", **terms, kv=BARE, memory=80 * GB, weights=four)["fits"] is True
+    assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GIB)["fits"] is False
+    assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GIB, weights=four)["fits"] is True
+    assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GB, weights=Wanted(bits=2))["fits"] is False
 
 
 def test_ten_million_tokens_on_eight_devices() -> None:
     """10^7 tokens at 2 bits are 611 GiB, which eight devices of 80 GiB have, and eight of 80 GB have not."""
     terms = {"context": 10**7, "kv_bits": 2, "devices": 8}
-    assert plan("llama-7b", **terms, kv="kvquant:outliers=0", memory=80 * GIB)["fits"] is True
-    assert plan("llama-7b", **terms, kv="kvquant:outliers=0", memory=80 * GB)["fits"] is False
-    assert plan("llama-7b", **terms, kv="kvquant", memory=80 * GIB)["fits"] is False
+    assert plan("llama-7b", **terms, kv=BARE, memory=80 * GIB)["fits"] is True
+    assert plan("llama-7b", **terms, kv=BARE, memory=80 * GB)["fits"] is False
+    assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GIB)["fits"] is False
     assert (
-        plan("llama-7b", **{**terms, "context": 10 * MILLION}, kv="kvquant:outliers=0", memory=80 * GIB)["fits"]
+        plan("llama-7b", **{**terms, "context": 10 * MILLION}, kv=BARE, memory=80 * GIB)["fits"]
         is False
     )
 
 
 def test_the_paper_s_cache_of_llama_65b() -> None:
     """46.5 for nuq2-1%, which its text gives for 32K tokens, and which is what 128K take."""
-    terms = {"kv": "kvquant", "kv_bits": 2}
+    terms = {"kv": PAPER, "kv_bits": 2}
     sizes = [chosen(plan("llama-65b", context=n << 10, **terms), "cache")["size_bytes"] / GIB for n in (32, 128)]
     assert sizes == pytest.approx([11.7, 46.5], abs=0.05)
 
@@ -144,8 +145,9 @@ def test_windows_are_counted_as_windows(tmp_path) -> None:
     assert [layer["window"] for layer in result["layers"]] == [512, None, 512, None]
     numbers = 2 * 2 * 8 * (2 * 511 + 2 * 100_000)  # 2 heads of 8
     assert chosen(result, "cache")["size_bytes"] == 2 * numbers
-    scheme = kv_method("kvquant", 4).scheme()
-    parts = [cache_size(scheme, 2, 8, 2, 100_000, window=window) for window in (512, None)]
+    method = kv_method("kvquant", 4)
+    terms = {"weighed": method.weighs_errors}
+    parts = [cache_size(method.scheme(), 2, 8, 2, 100_000, window=window, **terms) for window in (512, None)]
     assert size(result, "kvquant", 4) == sum(part.total for part in parts)
     assert 90 * parts[0].codes < parts[1].codes
 

@@ -148,6 +148,11 @@ class KVMethod(Member):
 
     bits: int = option(4, "bits of a code: 2, 3, 4, or 8 where levels are uniform")
 
+    @property
+    def weighs_errors(self) -> bool:
+        """Whether calibration weighs errors by the squared gradient of the loss: the option `fisher`."""
+        return bool(getattr(self, "fisher", False))
+
     def scheme(self) -> Scheme:
         """What is stored. Raises RecipeError for options that do not go together."""
         raise NotImplementedError

@@ -39,8 +39,7 @@ def calibrate(
     """
     if not method.scheme().is_calibrated:
         return Calibration(method, ())
-    fisher = bool(getattr(method, "fisher", False))
-    return learn(model, method, record(model, windows, fisher, progress), progress)
+    return learn(model, method, record(model, windows, method.weighs_errors, progress), progress)
 
 
 def learn(
@@ -48,7 +47,7 @@ def learn(
 ) -> Calibration:
     """The same from what was recorded of the model."""
     progress, started = progress or Progress(), time.perf_counter()
-    scheme, weigh = method.scheme(), bool(getattr(method, "fisher", False))
+    scheme, weigh = method.scheme(), method.weighs_errors
     found: list[tuple[Calibrated, Calibrated]] = []
     progress.start("learning levels of keys and values", len(recording.layers))
     for number, seen in enumerate(recording.layers):

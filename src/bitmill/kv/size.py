@@ -8,7 +8,7 @@ from bitmill.kv.base import PAGE, Scheme, Side
 from bitmill.kv.page import PageLayout
 from bitmill.kv.store import SLAB
 
-_FLOAT = 2  # bytes of an fp16 number
+_FLOAT, _FP32 = 2, 4  # bytes of a number in fp16 and in fp32
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def cache_size(
     *,
     batch: int = 1,
     window: int | None = None,
+    weighed: bool = False,
 ) -> CacheSize:
     """A cache that has taken `tokens` tokens a row, for `layers` layers of `heads` heads of `dim` numbers.
 
@@ -68,7 +69,7 @@ def cache_size(
         scales=4 * pages * (words["scale"] + words["zero"]),
         outliers=4 * pages * (words["outlier_value"] + words["outlier_index"]),
         floats=2 * rows * heads * dim * (scheme.sink + scheme.tail) * _FLOAT,
-        tables=4 * layers * sum(_table(side, heads * dim) for side in (scheme.keys, scheme.values)),
+        tables=_FP32 * layers * sum(_table(side, heads * dim, weighed) for side in (scheme.keys, scheme.values)),
     )
 
 
@@ -86,9 +87,18 @@ def _pages(scheme: Scheme, tokens: int) -> int:
     return max(0, tokens - scheme.residual - 1) // PAGE
 
 
-def _table(side: Side, channels: int) -> int:
-    """Numbers of a side that a layer holds once."""
-    levels = (1 + side.q_norm) * (1 << side.bits)
-    calibrated = channels * (1 + side.has_zero) if side.axis == "static" else 0
-    calibrated += 2 * channels * side.equalized
-    return calibrated + (channels * levels if side.axis == "channel" else levels)
+def calibrated_numbers(side: Side, channels: int, weighed: bool = False) -> int:
+    """Numbers that calibration finds for one side of a layer (the fields of `Calibrated`).
+
+    weighed: errors are weighed by gradients, so that each channel has a weight where outliers are chosen.
+    """
+    if not side.is_calibrated:
+        return 0
+    vectors = 2 * side.equalized + (weighed and side.outliers > 0) + (side.axis == "static") * (1 + side.has_zero)
+    tables = (channels if side.axis == "channel" else 1) * (1 + side.q_norm) if side.levels == "learned" else 0
+    return vectors * channels + (tables << side.bits)
+
+
+def _table(side: Side, channels: int, weighed: bool) -> int:
+    """Numbers of a side that a layer holds once: what calibration found, and levels that need none."""
+    return calibrated_numbers(side, channels, weighed) + (0 if side.levels == "learned" else 1 << side.bits)

@@ -8,11 +8,12 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from bitmill.errors import UsageError
-from bitmill.kv.base import PAGE, KVMethod, Side
+from bitmill.kv.base import PAGE, KVMethod
 from bitmill.kv.cache import rope_for
 from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import attentions
 from bitmill.kv.side import rotation
+from bitmill.kv.size import calibrated_numbers
 from bitmill.models.adapter import is_encoder
 from bitmill.models.cached import heads_of
 
@@ -66,15 +67,6 @@ def page_bits(model: nn.Module, method: KVMethod) -> float:
 
 def calibration_bytes(model: nn.Module, method: KVMethod) -> int:
     """What the tensors of a calibration take; 0 for a method without one."""
-    scheme, weighed = method.scheme(), bool(getattr(method, "fisher", False))
-    shapes = packed_shapes(model).values()
-    return sum(_numbers(side, h * d, weighed) for h, d in shapes for side in (scheme.keys, scheme.values)) * _FP32
-
-
-def _numbers(side: Side, channels: int, weighed: bool) -> int:
-    """Numbers that calibration finds for one side of a layer."""
-    if not side.is_calibrated:
-        return 0
-    vectors = 2 * side.equalized + (weighed and side.outliers > 0) + (side.axis == "static") * (1 + side.has_zero)
-    tables = (channels if side.axis == "channel" else 1) * (1 + side.q_norm) if side.levels == "learned" else 0
-    return vectors * channels + (tables << side.bits)
+    scheme, shapes = method.scheme(), packed_shapes(model).values()
+    sides = (scheme.keys, scheme.values)
+    return _FP32 * sum(calibrated_numbers(s, h * d, method.weighs_errors) for h, d in shapes for s in sides)

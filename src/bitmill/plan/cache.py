@@ -51,8 +51,16 @@ class Cache:
             if self.method is None:
                 total += CacheSize(floats=_FLOAT_BYTES * count * self.batch * layer.numbers(tokens))
                 continue
-            shape = (layer.heads, layer.dim, count, tokens)
-            total += cache_size(self.method.scheme(), *shape, batch=self.batch, window=layer.window)
+            total += cache_size(
+                self.method.scheme(),
+                layer.heads,
+                layer.dim,
+                count,
+                tokens,
+                batch=self.batch,
+                window=layer.window,
+                weighed=self.method.weighs_errors,
+            )
         return total
 
     def row(self, tokens: int, chosen: bool) -> dict[str, Any]:
