@@ -79,10 +79,7 @@ def test_ten_million_tokens_on_eight_devices() -> None:
     assert plan("llama-7b", **terms, kv=BARE, memory=80 * GIB)["fits"] is True
     assert plan("llama-7b", **terms, kv=BARE, memory=80 * GB)["fits"] is False
     assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GIB)["fits"] is False
-    assert (
-        plan("llama-7b", **{**terms, "context": 10 * MILLION}, kv=BARE, memory=80 * GIB)["fits"]
-        is False
-    )
+    assert plan("llama-7b", **{**terms, "context": 10 * MILLION}, kv=BARE, memory=80 * GIB)["fits"] is False
 
 
 def test_the_paper_s_cache_of_llama_65b() -> None:
