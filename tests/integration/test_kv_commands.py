@@ -18,7 +18,7 @@ from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import FILE, read_calibration
 from bitmill.kv.wanted import asked
 
-KV = ["--kv", "kvquant", "--kv-bits", "3", "--kv-samples", "4"]
+KV = ["--kv", "kvquant:residual=0", "--kv-bits", "3", "--kv-samples", "4"]
 
 
 @pytest.fixture

@@ -94,12 +94,15 @@ class QuantizedLayer(Tokens, DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (rows, heads, tokens, dim); returns keys and values that the new tokens may look at."""
         first, is_first = self.first_for(0), self.length == 0
-        if self.strict or is_first:
-            self.append(key_states, value_states)
-            if not self.strict:
-                return key_states, value_states
+        if self.strict:
+            self._append(key_states, value_states)
             self.settle()
-            return self.floats(first)
+            states = self.floats(first)
+            self._let_go()
+            return states
+        if is_first:
+            self.append(key_states, value_states)
+            return key_states, value_states
         if key_states.shape[-2] == 1 and self.is_direct:
             self.append(key_states, value_states)
             carrier: Any = key_states[..., :0, :]
@@ -111,12 +114,18 @@ class QuantizedLayer(Tokens, DynamicLayer):
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Take in tokens; what slid out of sight is freed."""
+        """Take in tokens; what slid out of the last one's sight is freed."""
+        self._append(keys, values)
+        self._let_go()
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        if self.window is not None and not self.record_past:
-            self.let_go(self.first_for(0))
         self.add(keys, values)
+
+    def _let_go(self) -> None:
+        if self.window is not None and not self.record_past:
+            self.let_go(self.first_for(1))
 
     def first_for(self, back: int) -> int:
         """The first slot in sight of the token `back` before the next one, which is not there yet."""
@@ -129,11 +138,13 @@ class QuantizedLayer(Tokens, DynamicLayer):
 
     def _remembered(self, first: int) -> Tensor:
         """`read`, for who reads everything again and again: pages are decoded once."""
-        border, end = max(first // PAGE * PAGE, self.pages.first), self.pages.end
+        end = self.pages.end
+        border = min(max(first // PAGE * PAGE, self.pages.first), end)  # all in sight may wait in fp16
         if self._memo is None or self._memo[0] > border:
             self._memo = border, self.read_pages(border, border)
         begin, known = self._memo
-        packed = torch.cat([known[..., border - begin :, :], self.read_pages(begin + known.shape[-2], end)], -2)
+        fresh = self.read_pages(max(border, begin + known.shape[-2]), end)
+        packed = torch.cat([known[..., border - begin :, :], fresh], -2)
         self._memo = border, packed
         return torch.cat([packed, self.read(end)], -2)[..., first - border :, :]
 
