@@ -128,8 +128,8 @@ def memory(results: dict[str, Any]) -> list[str]:
         "## Memory",
         "",
         f"A process that reads {results['context']} tokens in parts of 512 into {results['model']} with float "
-        f"weights and goes on from them, {results['threads']} threads. *Fallen* is by how much the peak is lower than "
-        f"with the ordinary fp32 cache, over that cache's {plain['cache_bytes'] / 1e6:.0f} MB.",
+        f"weights and goes on from them, {results['threads']} threads. *Fallen* is by how much the peak is lower "
+        f"than with the ordinary fp32 cache, over that cache's {plain['cache_bytes'] / 1e6:.0f} MB.",
         "",
         "    python benchmarks/kv_memory.py",
         "",
