@@ -1,5 +1,7 @@
 """Attention of one token on packed keys and values, beside torch's on floats: `python benchmarks/kv_attention.py`.
 
+Written to benchmarks/results/kv_attention.json, unless only a part is measured.
+
 Layers take turns, so that no cache holds any of them. torch is given its best: fp32 keys and values as attention
 wants them, once with `enable_gqa` and once with the query heads of a kv head as so many queries. Every ratio is
 the median of turns in which all are measured one after the other; before anything is timed, the kernel is checked
@@ -9,6 +11,7 @@ against fp64 on the numbers that it reads.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,36 +21,42 @@ import torch
 from torch import Tensor
 
 from bitmill.bench.memory import ReadBandwidth, copies_of, timed
-from bitmill.kv.base import Side
+from bitmill.kv.base import kv_method
 from bitmill.runtime.kv import Known, attend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 from packed_past import Case, made, off
 
+RESULTS = Path(__file__).parent / "results" / "kv_attention.json"
 SHAPES = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (8, 4, 128)}  # kv heads, query heads of each, dim
+
+
+Layers = list[tuple[Tensor, Tensor]]  # keys and values
 
 
 def cases(tokens: int, bits: list[int]) -> list[tuple[str, str, Case]]:
     """Shape, scheme, and what to attend to."""
     made = []
     for shape, (heads, group, dim) in SHAPES.items():
-        size = {"heads": heads, "group": group, "dim": dim, "packed": tokens, "tail": 16}
-        for b in bits:
-            keys, values = Side(b, "static", outliers=0.01), Side(b, "token", outliers=0.01)
-            made.append((shape, f"kvquant-like, {b} bits", Case(keys, values, pre_rope=True, sinks=1, **size)))
-            made.append((shape, f"kivi-like, {b} bits", Case(Side(b, "page"), Side(b, "token", 32), **size)))
+        size = {"heads": heads, "group": group, "dim": dim, "packed": tokens}
+        for name, b in ((name, b) for b in bits for name in ("kvquant", "kivi")):
+            scheme = kv_method(name, b).scheme()
+            rest = {"pre_rope": scheme.pre_rope, "sinks": scheme.sink, "tail": scheme.residual + 16}
+            made.append((shape, f"{name}, {b} bits", Case(scheme.keys, scheme.values, **rest, **size)))
     return made
 
 
-def floats(case: Case) -> list[tuple[Tensor, Tensor]]:
+def floats(case: Case) -> Layers:
     """fp32 keys and values (1, heads, tokens, dim) of so many layers that none stays in a cache."""
     shape = (1, case.heads, case.packed + case.tail, case.dim)
     count = copies_of(8 * case.heads * case.packed * case.dim)
     return [(torch.randn(shape), torch.randn(shape)) for _ in range(count)]
 
 
-def measure(case: Case, turns: int, memory: ReadBandwidth, layers: list[tuple[Tensor, Tensor]]) -> str:
-    """One line of the table."""
+def measure(
+    case: Case, turns: int, memory: ReadBandwidth, layers: list[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """One row of the table."""
     of, scale = made(case), case.dim**-0.5
     q, layer, past, *_ = of
     error = off(attend(q, layer, past, scale), of, scale)
@@ -78,10 +87,20 @@ def measure(case: Case, turns: int, memory: ReadBandwidth, layers: list[tuple[Te
         if turn:
             shares.append(size / times["packed"][-1] / read)
     best = [min(a, b) / c for a, b, c in zip(times["gqa"], times["grouped"], times["packed"])]
-    columns = " ".join(f"{1e6 * median(times[name]):>9.0f} us" for name in runs)
-    rate = size / median(times["packed"]) / 1e9
-    width = 8 * size / (2 * case.packed * case.heads * case.dim)
-    return f"{width:>5.2f} {columns} {median(best):>8.2f} x {rate:>6.1f} GB/s {median(shares):>5.0%}"
+    return {
+        "bits": 8 * size / (2 * case.packed * case.heads * case.dim),
+        **{f"{name}_s": median(times[name]) for name in runs},
+        "ratio": median(best),
+        "GBps": size / median(times["packed"]) / 1e9,
+        "fraction_of_read_bandwidth": median(shares),
+    }
+
+
+def line(row: dict[str, float]) -> str:
+    """For people."""
+    columns = " ".join(f"{1e6 * row[f'{name}_s']:>9.0f} us" for name in ("packed", "gqa", "grouped"))
+    share = row["fraction_of_read_bandwidth"]
+    return f"{row['bits']:>5.2f} {columns} {row['ratio']:>8.2f} x {row['GBps']:>6.1f} GB/s {share:>5.0%}"
 
 
 @torch.no_grad()
@@ -97,13 +116,18 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     memory = ReadBandwidth()
     print(f"{'':<36}  bits       packed   torch, gqa torch, grouped   faster      reads  of bandwidth")
-    known: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    known: dict[str, Layers] = {}
+    rows: dict[str, dict[str, float]] = {}
     for shape, scheme, case in cases(arguments.tokens, arguments.bits):
         if arguments.only not in f"{shape}, {scheme}":
             continue
         if shape not in known:
             known = {shape: floats(case)}
-        print(f"{shape + ', ' + scheme:<36} {measure(case, arguments.turns, memory, known[shape])}", flush=True)
+        rows[f"{shape}, {scheme}"] = row = measure(case, arguments.turns, memory, known[shape])
+        print(f"{shape + ', ' + scheme:<36} {line(row)}", flush=True)
+    if not arguments.only:
+        about = {"tokens": arguments.tokens, "threads": arguments.threads, "turns": arguments.turns, "rows": rows}
+        RESULTS.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":
