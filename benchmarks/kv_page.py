@@ -67,7 +67,8 @@ def quality(results: dict[str, Any]) -> list[str]:
 
 
 _COLUMNS = "bits of a code | perplexity | over float | KL | same first token | bits a number at 8192 tokens"
-_WHOLE = ("kvquant", "kvquant as published", "kivi", "rotated", "per_token")
+_PAPER = "kvquant, the paper's levels and shares"
+_WHOLE = ("kvquant", _PAPER, "kivi", "rotated", "per_token, a scale a head", "per_token")
 
 
 def _order(row: dict[str, Any]) -> tuple[int, int]:

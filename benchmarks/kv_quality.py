@@ -53,9 +53,10 @@ def grid() -> list[tuple[str, KVMethod]]:
         rows += [
             ("kvquant", kv_method("kvquant", bits)),
             ("kivi", kv_method("kivi", bits)),
-            ("kvquant as published", kv_method("kvquant", bits, **PAPER)),
+            ("kvquant, the paper's levels and shares", kv_method("kvquant", bits, **PAPER)),
             ("rotated", kv_method("rotated", bits)),
             ("per_token", kv_method("per_token", bits)),
+            ("per_token, a scale a head", kv_method("per_token", bits, group=64)),
         ]
     rows += [("per_token", kv_method("per_token", 8)), ("+ Q-Norm", kv_method("kvquant", 2, q_norm=True, **PAPER))]
     options = {**PAPER, **NONE}
@@ -86,7 +87,12 @@ def main() -> None:
     calib = calib[chosen]
     keep = RESULTS.is_file() and not args.develop
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if keep else {"rows": {}}
-    results |= {"model": args.model, "seqlen": args.seqlen, "windows": len(held_out), "samples": args.samples}
+    about = {"model": args.model, "seqlen": args.seqlen, "windows": len(held_out), "samples": args.samples}
+    if results["rows"] and any(results[key] != value for key, value in about.items()):
+        raise SystemExit(
+            f"{RESULTS} was measured on other terms; move it away, or use its model, lengths and counts."
+        )
+    results |= about
     with torch.no_grad():  # 200 kB a token; computed once for all rows
         known = {window.numpy().tobytes(): answers_of(model)(window[None]) for window in held_out}
 
