@@ -118,3 +118,10 @@ def test_lanes_may_lie_across(bits):
     codes = torch.randint(0, 1 << bits, (5, 32 // bits), dtype=torch.uint8)
     words = pack(codes, bits).mT.contiguous()
     assert torch.equal(unpack(words.mT, bits, 32 // bits), codes)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8, 11])
+@pytest.mark.parametrize("shape", [(0, 40), (2, 0)])
+def test_nothing_at_all_is_packed_and_unpacked(bits, shape):
+    words = pack(torch.zeros(shape, dtype=torch.int32), bits)
+    assert unpack(words, bits, shape[1]).shape == shape
