@@ -92,7 +92,7 @@ def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
 def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
     """Inverse of `_pack_bytes`, with the padding at the end."""
     count, wide = _period(bits)
-    packed = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
+    packed = words.reshape(-1).contiguous().view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
     runs = -(-packed.shape[-1] // wide)
     packed = pad(packed, (0, runs * wide - packed.shape[-1])).unflatten(-1, (runs, wide))
     codes = packed.new_empty(*packed.shape[:-1], count)
