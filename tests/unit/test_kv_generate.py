@@ -12,6 +12,7 @@ import bitmill
 from bitmill.errors import UsageError
 from bitmill.kv import layer as layer_module
 from bitmill.kv.cache import QuantizedCache
+from bitmill.runtime import native
 from packed import (
     ARCHITECTURES,
     NEW,
@@ -176,3 +177,14 @@ def test_why_no_kernel_takes_it(monkeypatch):
     assert cache.why_not == "Heads have 8 numbers; kernels take multiples of 16."
     monkeypatch.setenv("BITMILL_KERNEL", "reference")
     assert "reference" in cache.why_not
+
+
+def test_an_older_extension_leaves_packed_tokens_to_floats(monkeypatch):
+    monkeypatch.delenv("BITMILL_KERNEL", raising=False)
+    monkeypatch.setattr(native, "_native", object())
+    model = long_model("llama", head_dim=16)
+    cache = packed_cache(model, ("kivi", {"bits": 4, "group": 16}))
+    generated(model, prompt(), cache)
+    assert {layer.why_not for layer in cache.layers} == {
+        "The compiled kernels are older than this bitmill and have no kv_attend; reinstall it."
+    }

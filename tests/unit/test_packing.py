@@ -118,3 +118,17 @@ def test_lanes_may_lie_across(bits):
     codes = torch.randint(0, 1 << bits, (5, 32 // bits), dtype=torch.uint8)
     words = pack(codes, bits).mT.contiguous()
     assert torch.equal(unpack(words.mT, bits, 32 // bits), codes)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8, 11])
+@pytest.mark.parametrize("shape", [(0, 40), (2, 0)])
+def test_nothing_at_all_is_packed_and_unpacked(bits, shape):
+    words = pack(torch.zeros(shape, dtype=torch.int32), bits)
+    assert unpack(words, bits, shape[1]).shape == shape
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((1, 1), (5, 5)), ((3, 1), (5, 7)), ((2, 3), (1, 6))])
+def test_words_may_be_strided(shape, stride):
+    words = torch.randint(1 << 30, (20,), dtype=torch.int32).as_strided(shape, stride)
+    plain = words.clone(memory_format=torch.contiguous_format)
+    assert torch.equal(unpack(words, 4, 8 * shape[1]), unpack(plain, 4, 8 * shape[1]))

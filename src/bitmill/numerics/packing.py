@@ -92,7 +92,10 @@ def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
 def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
     """Inverse of `_pack_bytes`, with the padding at the end."""
     count, wide = _period(bits)
-    packed = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)
+    flat = words.reshape(-1)
+    if flat.stride(0) != 1:  # a single number may count as contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    packed = flat.view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
     runs = -(-packed.shape[-1] // wide)
     packed = pad(packed, (0, runs * wide - packed.shape[-1])).unflatten(-1, (runs, wide))
     codes = packed.new_empty(*packed.shape[:-1], count)

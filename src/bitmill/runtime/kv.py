@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitmill.runtime.native import is_available, native, threads
+from bitmill.runtime.native import native, threads, why_none
 from bitmill.runtime.triton.available import why_not
 
 AXES = ("static", "page", "token", "channel")  # csrc/kv/kv.h: KvAxis
@@ -62,7 +62,7 @@ class PagePlan:
                     f"{self.heads * self.dim // side.groups} channels share a scale; kernels take multiples of 16."
                 )
         if device.type == "cpu":
-            return None if is_available() else "The compiled kernels are not installed."
+            return why_none("kv_attend")
         return why_not(device)
 
 
@@ -92,9 +92,8 @@ class LayerPlan:
         return native().KvLayer(_native_pages(self.pages), *numbers, self.rope_scaling)
 
 
-@lru_cache(maxsize=256)
 def _native_pages(plan: PagePlan) -> Any:
-    library = native()
+    library = native()  # no cache here: what outlives the interpreter's modules counts as leaked
 
     def side(s: SidePlan) -> Any:
         places = (s.codes, s.scale, s.zero, s.outlier_value, s.outlier_index)

@@ -52,6 +52,17 @@ def is_available() -> bool:
     return _native is not None
 
 
+def why_none(function: str) -> str | None:
+    """None where the extension has this function, or one sentence: there is none, or it is an older one."""
+    if not is_available():
+        return "The compiled kernels are not installed."
+    if hasattr(_native, function):
+        return None
+    sentence = f"The compiled kernels are older than this bitmill and have no {function}; reinstall it."
+    _say_once(sentence)
+    return sentence
+
+
 @cache
 def _say_once(sentence: str) -> None:
     logging.getLogger("bitmill").warning(sentence)
