@@ -19,6 +19,7 @@ from bitmill.errors import CheckpointError
 from bitmill.kv.base import KV_METHODS, KVMethod
 from bitmill.kv.calibrated import Calibration, calibrated_layers
 from bitmill.kv.layer import QuantizedLayer
+from bitmill.kv.page import PageLayout
 
 _META = "bitmill_kv_cache"
 
@@ -78,6 +79,11 @@ class SavedCache:
         fits = pages.shape[-1] == layer.pages.layout.words and loose.shape == layer.loose.shape
         if not fits or start.shape != loose.shape[1:2]:
             raise CheckpointError(f"Layer {number} of {self.path} has another shape; save the cache again.")
+        if (beyond := _beyond(layer.pages.layout, pages)) is not None:
+            raise CheckpointError(
+                f"Layer {number} of {self.path} has an outlier in channel {beyond}, and "
+                f"{layer.heads * layer.dim} channels; save the cache again."
+            )
         layer.begin(start)
         layer.loose.copy_(loose)
         layer.pages.put(pages, place["first"])
@@ -88,3 +94,14 @@ class SavedCache:
             return self._tensors[f"layers.{number}.{name}"].to(device)
         except KeyError as error:
             raise CheckpointError(f"{self.path} has no {name} of layer {number}; save the cache again.") from error
+
+
+def _beyond(layout: PageLayout, pages: Tensor) -> int | None:
+    """A channel that an outlier of pages (rows, pages, words) names and the layer does not have, or None."""
+    for side in ("key", "value"):
+        part = layout.parts.get(f"{side}.outlier_index")
+        if part is not None and pages.numel():
+            most = int(part.of(pages).to(torch.int32).amax())
+            if most >= layout.heads * layout.dim:
+                return most
+    return None

@@ -1,0 +1,48 @@
+"""Files of packed caches that were damaged, or made up, are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bitmill.errors import CheckpointError
+from bitmill.kv.base import kv_method
+from bitmill.kv.cache import QuantizedCache
+from bitmill.kv.page import PageLayout
+from packed import long_model, packed_cache, prompt
+
+
+def altered(path, change):
+    """The file after `change` of its tensors and metadata."""
+    with safe_open(path, "pt") as file:
+        tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, meta)
+    save_file(tensors, path.with_name("altered.safetensors"), metadata=meta)
+    return path.with_name("altered.safetensors")
+
+
+def saved(model, setting, path, tokens=100):
+    cache = packed_cache(model, setting)
+    with torch.no_grad():
+        model(prompt(1, tokens), past_key_values=cache)
+    return cache.save(path / "cache.safetensors")
+
+
+@pytest.mark.parametrize("heads", [3, 5])  # indices of one byte, and of two
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_outliers_in_channels_that_are_not_there_are_refused(heads, side, tmp_path):
+    model = long_model(
+        "llama", num_attention_heads=heads, num_key_value_heads=heads, head_dim=64, hidden_size=64 * heads
+    )
+    setting = ("kvquant", {"bits": 3, "channel_levels": False, "key_outliers": 0.02, "residual": 0})
+    part = PageLayout(kv_method("kvquant", **setting[1]).scheme(), heads, 64).parts[f"{side}.outlier_index"]
+    path = saved(model, setting, tmp_path)
+    assert QuantizedCache.load(model, path).get_seq_length() == 100
+
+    def beyond(tensors, meta):
+        part.of(tensors["layers.1.pages"])[0, 2, 0, 31] = heads * 64
+
+    with pytest.raises(CheckpointError, match=f"Layer 1 .* outlier in channel {heads * 64}"):
+        QuantizedCache.load(model, altered(path, beyond))
