@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,7 +13,8 @@ from bitmill.errors import CheckpointError
 from bitmill.kv.base import kv_method
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.page import PageLayout
-from packed import long_model, packed_cache, prompt
+from bitmill.kv.side import calibrated_shapes
+from packed import SETTINGS, both_sides, calibration_for, long_model, method_of, packed_cache, prompt
 
 
 def altered(path, change):
@@ -46,3 +49,27 @@ def test_outliers_in_channels_that_are_not_there_are_refused(heads, side, tmp_pa
 
     with pytest.raises(CheckpointError, match=f"Layer 1 .* outlier in channel {heads * 64}"):
         QuantizedCache.load(model, altered(path, beyond))
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s[0] == "kvquant"], ids=str)
+@pytest.mark.parametrize("side", [0, 1])
+def test_calibrations_that_do_not_fit_are_refused(setting, side):
+    model, method = long_model("llama"), method_of(setting)
+    good = calibration_for(model, method)
+    QuantizedCache(model, method, calibration=good)
+    found = good.layers[1][side]
+    scheme = method.scheme()
+    names = set(calibrated_shapes((scheme.keys, scheme.values)[side], 16, method.weighs_errors))
+    for part in fields(found):
+        there = part.name in names
+        for value in (None, torch.ones(16, 3)) if there else (torch.ones(16),):
+            sides = list(good.layers[1])
+            sides[side] = replace(found, **{part.name: value})
+            with pytest.raises(CheckpointError, match=f"{part.name} of the .* of layer 1"):
+                QuantizedCache(model, method, calibration=replace(good, layers=(good.layers[0], tuple(sides))))
+    with pytest.raises(CheckpointError, match="1 layers were calibrated"):
+        QuantizedCache(model, method, calibration=replace(good, layers=good.layers[:1]))
+    wide = replace(good, layers=tuple(both_sides(scheme, 32) for _ in good.layers))
+    if names:
+        with pytest.raises(CheckpointError, match="is needed"):
+            QuantizedCache(model, method, calibration=wide)

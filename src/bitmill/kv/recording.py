@@ -98,9 +98,7 @@ def record(model: Any, windows: Tensor, fisher: bool, progress: Progress | None 
     progress.start("recording keys and values", samples)
     try:
         for window in windows:
-            kinds = DynamicCache(
-                config=model.config
-            ).layers  # anew, as states of other kinds are those of a window
+            kinds = DynamicCache(config=model.config).layers  # anew: some keep a state of the window
             layers: list[Any] = [_Recorder(fisher) if isinstance(kind, DynamicLayer) else kind for kind in kinds]
             with torch.set_grad_enabled(fisher):
                 logits = model(window[None], past_key_values=Cache(layers=layers), use_cache=True).logits[0, :-1]
