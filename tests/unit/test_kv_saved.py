@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, replace
 
 import pytest
@@ -49,6 +50,61 @@ def test_outliers_in_channels_that_are_not_there_are_refused(heads, side, tmp_pa
 
     with pytest.raises(CheckpointError, match=f"Layer 1 .* outlier in channel {heads * 64}"):
         QuantizedCache.load(model, altered(path, beyond))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"length": "100"}, "is said to be"),
+        ({"length": 100.0}, "is said to be"),
+        ({"heads": True}, "is said to be"),
+        ({"dim": None}, "is said to be"),
+        ({"dtype": "int8"}, "is said to be"),
+        ({"dtype": "load"}, "is said to be"),
+        ({"heads": 1, "dim": 16}, "1 heads of 16 numbers"),
+        ({"heads": 10**9}, "1000000000 heads"),
+        ({"first": 1, "length": 101}, "pages say otherwise"),
+        ({"first": -32, "length": 68}, "pages say otherwise"),
+        ({"first": 96, "length": 196}, "pages say otherwise"),
+        ({"length": 95}, "pages say otherwise"),
+        ({"length": 140}, "pages say otherwise"),
+        ({"length": -1}, "pages say otherwise"),
+    ],
+    ids=str,
+)
+def test_places_that_cannot_be_are_refused(change, said, window, tmp_path):
+    model = long_model("mistral", sliding_window=window)
+    path = saved(model, ("per_token", {"bits": 4}), tmp_path)
+    assert QuantizedCache.load(model, path).get_seq_length() == 100
+    if window and change.get("first") == 96:
+        change = {**change, "length": 100}
+
+    def other(tensors, meta):
+        data = json.loads(meta["bitmill_kv_cache"])
+        data["layers"][1] |= change
+        meta["bitmill_kv_cache"] = json.dumps(data)
+
+    with pytest.raises(CheckpointError, match=f"Layer 1 .*{said}"):
+        QuantizedCache.load(model, altered(path, other))
+
+
+@pytest.mark.parametrize("name", ["pages", "loose", "start"])
+def test_tensors_of_another_kind_are_refused(name, tmp_path):
+    model = long_model("llama")
+    path = saved(model, ("per_token", {"bits": 4}), tmp_path)
+    for change in (
+        lambda x: x.to(torch.int64 if name == "start" else torch.float32),
+        lambda x: x[None],
+        lambda x: x.repeat(2, *[1] * (x.dim() - 1)),
+        lambda x: x[..., :0],
+    ):
+
+        def other(tensors, meta, change=change):
+            tensors[f"layers.1.{name}"] = change(tensors[f"layers.1.{name}"]).contiguous()
+
+        with pytest.raises(CheckpointError, match=r"Layer 1 .* another shape"):
+            QuantizedCache.load(model, altered(path, other))
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s[0] == "kvquant"], ids=str)

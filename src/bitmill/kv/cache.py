@@ -124,8 +124,9 @@ class QuantizedCache(Cache):
                 f"{path} has {len(saved.places)} layers and the model {len(cache.layers)}; "
                 "load it with the model it was made by."
             )
+        shapes = packed_shapes(model)
         for number, layer in enumerate(cache.packed_layers):
-            saved.restore(number, layer, next(model.parameters()).device)
+            saved.restore(number, layer, shapes[number], next(model.parameters()).device)
         return cache
 
     def pad(self, mask: Tensor) -> None:
