@@ -53,7 +53,7 @@ def calibrated_at_random(side, channels, seed=0):
         zero,
         levels if learned else None,
         levels * 0.9 if side.q_norm else None,
-        torch.rand(channels, generator=generator) + 0.5 if side.equalized or own else None,
+        torch.rand(channels, generator=generator) + 0.5 if side.outliers else None,
         mean,
         deviation,
     )

@@ -102,6 +102,7 @@ struct KvSorted {
         for (int64_t e = 0; e < 2 * p.key.outliers; ++e)
             for (int64_t lane = 0; lane < 16; ++lane) {
                 const int64_t channel = indices[16 * e + lane], head = channel * inverse >> 32, list = 2 * head + e % 2;
+                if (channel >= p.channels()) continue;  // pages may come from a file
                 const int64_t at = list * 16 * p.key.outliers + counts[list]++;
                 places[at] = static_cast<int32_t>((channel - head * p.dim) * 16 + lane);
                 values[at] = from[16 * e + lane];

@@ -64,6 +64,7 @@ void mix_outliers(const KvAttention& a, const float* values, const Index* indice
     for (int64_t e = 0; e < a.pages.value.outliers; ++e)
         for (int64_t t = 0; t < kv_tokens; ++t) {
             const int64_t channel = indices[e * kv_tokens + t], head = channel * inverse >> 32;
+            if (channel >= a.pages.channels()) continue;  // pages may come from a file
             const float value = values[e * kv_tokens + t];
             const float* from = weights + head * group * kv_tokens + t;
             float* to = out + head * (group * stride - dim) + channel;

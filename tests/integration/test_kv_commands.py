@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from world import interrupted_after, snapshot
 
 import bitmill
+from bitmill.checkpoint.files import sha256
 from bitmill.cli.main import main
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import FILE, read_calibration
@@ -112,6 +114,18 @@ def test_float_weights_beside_a_calibration(world, run, kept):
     assert plain["perplexity"] == run("eval", world.source, *measured(world))["perplexity"]
     assert "kv_method" not in plain
     assert run("verify", kept)["sound"] is True
+
+
+def test_verify_tells_what_is_missing_in_a_calibration(world, run, kept):
+    calibration = read_calibration(kept)
+    values = replace(calibration.layers[1][1], levels=None)
+    report = json.loads((kept / "report.json").read_text())
+    for layers in (calibration.layers[:1], (calibration.layers[0], (calibration.layers[1][0], values))):
+        path = replace(calibration, layers=layers).save(kept)
+        report["files"][FILE] = sha256(path)
+        (kept / "report.json").write_text(json.dumps(report))
+        said = run("verify", kept, status=1)
+        assert "1 layers" in said if len(layers) == 1 else "levels of the values of layer 1" in said
 
 
 def test_a_folder_is_calibrated_afterwards(world, run, kept):

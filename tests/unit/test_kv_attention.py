@@ -9,7 +9,8 @@ import torch
 from compiled import ISAS, needs_native
 from packed_past import Case, made, off
 
-from bitmill.kv.base import Side
+from bitmill.kv.base import Scheme, Side
+from bitmill.kv.page import PageLayout
 from bitmill.runtime import native
 from bitmill.runtime.kv import Known, attend
 
@@ -146,6 +147,21 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError):
             attend(q, odd, past, 1.0)
+
+
+@pytest.mark.parametrize("heads", [3, 5])  # indices of one byte, and of two
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_outliers_in_channels_that_are_not_there_are_skipped(heads, side):
+    keys, values = Side(3, "page", outliers=0.03), Side(3, "token", outliers=0.03)
+    of, layout = made(Case(keys, values, heads=heads, group=2)), PageLayout(Scheme(keys, values), heads, 64)
+    pages = torch.cat(of.past.slabs, 1)
+    without, beyond = pages.clone(), pages.clone()
+    layout.parts[f"{side}.outlier_value"].of(without)[..., :2, :] = 0
+    indices = layout.parts[f"{side}.outlier_index"].of(beyond)
+    indices[..., 0, :], indices[..., 1, :] = heads * 64, torch.iinfo(indices.dtype).max
+    outs = [attend(of.q, of.layer, replace(of.past, slabs=[slab]), 0.1) for slab in (without, beyond)]
+    assert outs[0].isfinite().all()
+    assert torch.equal(*outs)
 
 
 def test_it_says_which_pages_no_kernel_takes():

@@ -12,6 +12,9 @@ from bitmill.checkpoint.files import sha256
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.errors import CheckpointError
 from bitmill.kv.calibrated import FILE, read_calibration
+from bitmill.kv.support import packed_shapes
+from bitmill.models.meta import empty_model
+from bitmill.models.outline import open_outline
 from bitmill.progress import Progress
 from bitmill.report.figures import own_figure
 
@@ -19,7 +22,9 @@ from bitmill.report.figures import own_figure
 _FIGURES = {"perplexity": ("perplexity", 0.0, math.inf), "pair_cosine": ("cosine of two sentences", -1.0, 1.0)}
 
 
-def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, int]:
+def verify(
+    checkpoint: Checkpoint, progress: Progress | None = None, *, trust_remote_code: bool = False
+) -> dict[str, int]:
     """Compare every file with its recorded digest and decode every quantized layer.
 
     Returns counts of what was checked. Raises CheckpointError at the first file or tensor that is wrong.
@@ -34,7 +39,7 @@ def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str
             raise CheckpointError(f"{path} is missing, but report.json records it; copy the folder again.")
         if sha256(path) != digest:
             raise CheckpointError(f"{path} was altered since it was written (its sha256 differs); copy it again.")
-    _check_calibration(checkpoint)
+    _check_calibration(checkpoint, trust_remote_code)
     progress.start("verify", len(checkpoint.formats))
     for name in checkpoint.formats:
         decoded = checkpoint.quantized(name).dequantize()
@@ -45,14 +50,19 @@ def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str
     return {"files": len(files), "layers": len(checkpoint.formats), "tensors": len(checkpoint.entries)}
 
 
-def _check_calibration(checkpoint: Checkpoint) -> None:
-    """What keys and values were calibrated to: readable, finite, and of the method that the report names."""
+def _check_calibration(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """What keys and values were calibrated to: readable, finite, and of the model and the method of the report."""
     calibration, kv = read_calibration(checkpoint.folder), checkpoint.report.get("kv") or {}
     if kv.get("method") != (calibration.method.to_dict() if calibration else None):
         raise CheckpointError(
             f"{checkpoint.folder}/report.json and {FILE} do not say the same of keys and values; copy both again."
         )
-    for name, tensor in (calibration.tensors() if calibration else {}).items():
+    if calibration is None:
+        return
+    if calibration.method.scheme().is_calibrated:
+        outline = open_outline(checkpoint.folder, trust_remote_code=trust_remote_code)
+        calibration.check(packed_shapes(empty_model(outline)))
+    for name, tensor in calibration.tensors().items():
         if not bool(torch.isfinite(tensor).all()):
             path = checkpoint.folder / FILE
             raise CheckpointError(f"The tensor {name!r} of {path} holds NaN or Inf; quantize again.")

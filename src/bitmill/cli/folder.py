@@ -71,7 +71,7 @@ def verify(
             )
 
         checkpoint = open_checkpoint(folder)
-        counts = verify(checkpoint, output.progress)
+        counts = verify(checkpoint, output.progress, trust_remote_code=trust_remote_code)
         found = verify_quality(checkpoint, again) if quality else None
         checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"
         rows = [("sound", checked)]

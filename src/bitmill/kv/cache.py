@@ -12,12 +12,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.attention import attach
-from bitmill.kv.base import KVMethod, Scheme, kv_method
+from bitmill.kv.base import KVMethod, kv_method
 from bitmill.kv.calibrated import Calibration, read_calibration
 from bitmill.kv.layer import QuantizedLayer
-from bitmill.kv.rope import Rope, attentions, rope_of
+from bitmill.kv.rope import rope_for
 from bitmill.kv.saved import SavedCache, write_cache
 from bitmill.kv.side import Calibrated
+from bitmill.kv.support import packed_shapes
 
 _NONE = (Calibrated(), Calibrated())
 
@@ -31,7 +32,8 @@ class QuantizedCache(Cache):
     strict: read back what was stored in every call, as evaluation does; else a prompt attends to itself in float.
     options: of the method, such as bits=3.
 
-    Raises UsageError for models whose layers it does not know, and for methods that lack their calibration.
+    Raises UsageError for models whose layers it does not know, and for methods that lack their calibration;
+    CheckpointError for a calibration that is not of this model, or damaged.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class QuantizedCache(Cache):
         **options: Any,
     ) -> None:
         self.method, self.calibration = chosen_method(model, method, calibration, options)
+        if self.calibration is not None:
+            self.calibration.check(packed_shapes(model))
         self.strict = strict
         scheme = self.method.scheme()
         config: Any = model.config
@@ -120,8 +124,9 @@ class QuantizedCache(Cache):
                 f"{path} has {len(saved.places)} layers and the model {len(cache.layers)}; "
                 "load it with the model it was made by."
             )
+        shapes = packed_shapes(model)
         for number, layer in enumerate(cache.packed_layers):
-            saved.restore(number, layer, next(model.parameters()).device)
+            saved.restore(number, layer, shapes[number], next(model.parameters()).device)
         return cache
 
     def pad(self, mask: Tensor) -> None:
@@ -159,22 +164,6 @@ def chosen_method(
             f"make one by bitmill quantize MODEL --kv {settled.name} --kv-bits {settled.bits}."
         )
     return settled, calibration
-
-
-def rope_for(model: Any, scheme: Scheme, number: int) -> Rope | None:
-    """The rotary embedding that is undone in a layer, None where keys are stored after it. Raises UsageError."""
-    if not scheme.pre_rope:
-        return None
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
-    attention = attentions(model).get(number)
-    if attention is not None and not getattr(attention, "use_rope", True):
-        return None  # a layer without positions, between others that have them
-    rope = rope_of(model, attention, str(kinds[number]) if kinds else "full_attention")
-    if rope is None:
-        raise UsageError(
-            f"{type(model).__name__} has no rotary embedding that can be undone; use pre_rope=false (--kv-set)."
-        )
-    return rope
 
 
 _noted: weakref.WeakSet[nn.Module] = weakref.WeakSet()

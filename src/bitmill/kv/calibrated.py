@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitmill.errors import CheckpointError
 from bitmill.kv.base import KV_METHODS, KVMethod
-from bitmill.kv.side import Calibrated
+from bitmill.kv.side import Calibrated, calibrated_shapes
 
 FILE = "kv.safetensors"
 _META = "bitmill_kv"
@@ -49,6 +49,28 @@ class Calibration:
         """Write kv.safetensors; returns its path."""
         save_file(self.tensors(), folder / FILE, metadata=self.metadata())
         return folder / FILE
+
+    def check(self, shapes: dict[int, tuple[int, int]]) -> None:
+        """Raises CheckpointError unless all is there for layers with these (heads, dim), by number."""
+        if not self.method.scheme().is_calibrated:
+            return
+        if len(self.layers) <= max(shapes):
+            raise CheckpointError(
+                f"Keys and values of {len(self.layers)} layers were calibrated, and the model has "
+                f"{max(shapes) + 1}; calibrate this model."
+            )
+        sides = (self.method.scheme().keys, self.method.scheme().values)
+        for number, (heads, dim) in shapes.items():
+            for name, side, found in zip(_SIDES, sides, self.layers[number], strict=True):
+                expected = calibrated_shapes(side, heads * dim, self.method.weighs_errors)
+                for part in fields(found):
+                    value, wanted = getattr(found, part.name), expected.get(part.name)
+                    shape = None if value is None else tuple(value.shape)
+                    if shape != wanted:
+                        raise CheckpointError(
+                            f"What was calibrated as {part.name} of the {name} of layer {number} has the shape "
+                            f"{shape}, and {wanted} is needed; calibrate this model again."
+                        )
 
     def metadata(self) -> dict[str, str]:
         """What the file says beside its tensors."""

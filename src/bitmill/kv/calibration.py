@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.kv.base import PAGE, KVMethod, Scheme, Side
-from bitmill.kv.cache import rope_for
 from bitmill.kv.calibrated import Calibration
 from bitmill.kv.levels import affine
 from bitmill.kv.recording import Recording, Seen, record
-from bitmill.kv.rope import Rope
+from bitmill.kv.rope import Rope, rope_for
 from bitmill.kv.side import Calibrated, Coder
 from bitmill.numerics.kmeans import kmeans
 from bitmill.numerics.table import Table

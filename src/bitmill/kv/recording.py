@@ -92,13 +92,13 @@ def record(model: Any, windows: Tensor, fisher: bool, progress: Progress | None 
             f"Windows have {length} tokens, too few to calibrate a KV cache on; give more than {PAGE}."
         )
     chosen = torch.linspace(0, length - 1, min(max(PAGE, _TOKENS // samples), length)).long()
-    kinds = list(DynamicCache(config=model.config).layers)
-    seen: list[list[Seen]] = [[] for _ in kinds]
+    seen: list[list[Seen]] = [[] for _ in DynamicCache(config=model.config).layers]
     wants = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
     progress.start("recording keys and values", samples)
     try:
         for window in windows:
+            kinds = DynamicCache(config=model.config).layers  # anew: some keep a state of the window
             layers: list[Any] = [_Recorder(fisher) if isinstance(kind, DynamicLayer) else kind for kind in kinds]
             with torch.set_grad_enabled(fisher):
                 logits = model(window[None], past_key_values=Cache(layers=layers), use_cache=True).logits[0, :-1]

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.errors import UsageError
+from bitmill.kv.base import Scheme
+
 _PROBE = (0, 1, 31, 1023)  # positions at which the model's own embedding is compared with this one
 _APART = 1e-4
 
@@ -84,3 +87,19 @@ def rope_of(model: nn.Module, attention: Any, layer_type: str) -> Rope | None:
     cos, sin = rotary(x, positions, layer_type) if several else rotary(x, positions)
     theirs, _ = turn(x, x, cos, sin)
     return rope if bool((rope.apply(x, positions) - theirs).abs().max() < _APART) else None
+
+
+def rope_for(model: Any, scheme: Scheme, number: int) -> Rope | None:
+    """The rotary embedding that is undone in a layer, None where keys are stored after it. Raises UsageError."""
+    if not scheme.pre_rope:
+        return None
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    attention = attentions(model).get(number)
+    if attention is not None and not getattr(attention, "use_rope", True):
+        return None  # a layer without positions, between others that have them
+    rope = rope_of(model, attention, str(kinds[number]) if kinds else "full_attention")
+    if rope is None:
+        raise UsageError(
+            f"{type(model).__name__} has no rotary embedding that can be undone; use pre_rope=false (--kv-set)."
+        )
+    return rope

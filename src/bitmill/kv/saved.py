@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitmill.errors import CheckpointError
-from bitmill.kv.base import KV_METHODS, KVMethod
+from bitmill.kv.base import KV_METHODS, PAGE, KVMethod
 from bitmill.kv.calibrated import Calibration, calibrated_layers
 from bitmill.kv.layer import QuantizedLayer
+from bitmill.kv.page import PageLayout
 
 _META = "bitmill_kv_cache"
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 def write_cache(
@@ -68,23 +70,69 @@ class SavedCache:
         except Exception as error:  # safetensors and json raise all sorts
             raise CheckpointError(f"{path} cannot be read as a packed cache ({error}); save it again.") from error
 
-    def restore(self, number: int, layer: QuantizedLayer, device: torch.device) -> None:
-        """Give a fresh layer the tokens of layer `number`. Raises CheckpointError where they do not fit."""
-        place = self.places[number]
-        if place is None:
+    def restore(self, number: int, layer: QuantizedLayer, shape: tuple[int, int], device: torch.device) -> None:
+        """Give a fresh layer the tokens of layer `number`, whose keys and values have the shape (heads, dim).
+
+        Raises CheckpointError where they do not fit.
+        """
+        if self.places[number] is None:
             return
+        place = self._place(number, shape)
         pages, loose, start = (self._part(number, name, device) for name in ("pages", "loose", "start"))
-        layer.open(loose.shape[1], place["heads"], place["dim"], device)
-        fits = pages.shape[-1] == layer.pages.layout.words and loose.shape == layer.loose.shape
-        if not fits or start.shape != loose.shape[1:2]:
+        if loose.dim() == 5 and loose.shape[1]:
+            layer.open(loose.shape[1], *shape, device)
+        fits = layer.store is not None and loose.shape == layer.loose.shape and loose.dtype == torch.float16
+        fits = fits and pages.dim() == 3 and pages.dtype == start.dtype == torch.int32
+        fits = fits and start.shape == loose.shape[1:2] == pages.shape[:1] and bool((start >= 0).all())
+        if not fits or pages.shape[-1] != layer.pages.layout.words:
             raise CheckpointError(f"Layer {number} of {self.path} has another shape; save the cache again.")
+        layer.length = place["length"]
+        waiting = layer.length - place["first"] - PAGE * pages.shape[1]
+        # before `first` nothing is left, and a layer looks back as far as its window
+        in_sight = place["first"] % PAGE == 0 and 0 <= place["first"] <= layer.first_for(0)
+        if not in_sight or not 0 <= waiting <= layer.scheme.tail:
+            raise CheckpointError(
+                f"Layer {number} of {self.path} says that it has the tokens from {place['first']} to "
+                f"{layer.length}, and its pages say otherwise; save the cache again."
+            )
+        if (beyond := _beyond(layer.pages.layout, pages)) is not None:
+            raise CheckpointError(
+                f"Layer {number} of {self.path} has an outlier in channel {beyond}, and "
+                f"{layer.heads * layer.dim} channels; save the cache again."
+            )
         layer.begin(start)
         layer.loose.copy_(loose)
         layer.pages.put(pages, place["first"])
-        layer.length, layer.dtype, layer.is_initialized = place["length"], getattr(torch, place["dtype"]), True
+        layer.dtype, layer.is_initialized = _DTYPES[place["dtype"]], True
+
+    def _place(self, number: int, shape: tuple[int, int]) -> dict[str, Any]:
+        """What the metadata say of a layer."""
+        place = self.places[number]
+        numbers = (
+            [place.get(key) for key in ("length", "first", "heads", "dim")] if isinstance(place, dict) else []
+        )
+        if not numbers or any(type(n) is not int for n in numbers) or str(place.get("dtype")) not in _DTYPES:
+            raise CheckpointError(f"Layer {number} of {self.path} is said to be {place!r}; save the cache again.")
+        if (place["heads"], place["dim"]) != shape:
+            raise CheckpointError(
+                f"Layer {number} of {self.path} has {place['heads']} heads of {place['dim']} numbers and the "
+                f"model's {shape[0]} of {shape[1]}; load it with the model it was made by."
+            )
+        return place
 
     def _part(self, number: int, name: str, device: torch.device) -> Tensor:
         try:
             return self._tensors[f"layers.{number}.{name}"].to(device)
         except KeyError as error:
             raise CheckpointError(f"{self.path} has no {name} of layer {number}; save the cache again.") from error
+
+
+def _beyond(layout: PageLayout, pages: Tensor) -> int | None:
+    """A channel that an outlier of pages (rows, pages, words) names and the layer does not have, or None."""
+    for side in ("key", "value"):
+        part = layout.parts.get(f"{side}.outlier_index")
+        if part is not None and pages.numel():
+            most = int(part.of(pages).to(torch.int32).amax())
+            if most >= layout.heads * layout.dim:
+                return most
+    return None

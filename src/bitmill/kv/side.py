@@ -33,6 +33,25 @@ class Calibrated:
     deviation: Tensor | None = None
 
 
+def calibrated_shapes(side: Side, channels: int, weighed: bool = False) -> dict[str, tuple[int, ...]]:
+    """What calibration finds for one side of a layer: fields of `Calibrated`, and their shapes.
+
+    weighed: errors are weighed by gradients, so that each channel has a weight where outliers are chosen.
+    """
+    own, table = (channels,), (1 << side.bits,)
+    levels = own + table if side.axis == "channel" else table
+    wanted = {
+        "scale": (own, side.axis == "static"),
+        "zero": (own, side.axis == "static" and side.has_zero),
+        "levels": (levels, side.levels == "learned"),
+        "edges": (levels, side.q_norm),
+        "weight": (own, weighed and side.outliers > 0 and side.is_calibrated),
+        "mean": (own, side.equalized),
+        "deviation": (own, side.equalized),
+    }
+    return {name: shape for name, (shape, is_there) in wanted.items() if is_there}
+
+
 @dataclass(frozen=True)
 class Coded:
     """Pages of one side. codes (rows, pages, 32, channels) uint8.

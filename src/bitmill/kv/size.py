@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import prod
 
 from bitmill.kv.base import PAGE, Scheme, Side
 from bitmill.kv.page import PageLayout
+from bitmill.kv.side import calibrated_shapes
 from bitmill.kv.store import SLAB
 
 _FLOAT, _FP32 = 2, 4  # bytes of a number in fp16 and in fp32
@@ -88,15 +90,8 @@ def _pages(scheme: Scheme, tokens: int) -> int:
 
 
 def calibrated_numbers(side: Side, channels: int, weighed: bool = False) -> int:
-    """Numbers that calibration finds for one side of a layer (the fields of `Calibrated`).
-
-    weighed: errors are weighed by gradients, so that each channel has a weight where outliers are chosen.
-    """
-    if not side.is_calibrated:
-        return 0
-    vectors = 2 * side.equalized + (weighed and side.outliers > 0) + (side.axis == "static") * (1 + side.has_zero)
-    tables = (channels if side.axis == "channel" else 1) * (1 + side.q_norm) if side.levels == "learned" else 0
-    return vectors * channels + (tables << side.bits)
+    """Numbers that calibration finds for one side of a layer; see `calibrated_shapes`."""
+    return sum(prod(shape) for shape in calibrated_shapes(side, channels, weighed).values())
 
 
 def _table(side: Side, channels: int, weighed: bool) -> int:

@@ -9,9 +9,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from bitmill.errors import UsageError
 from bitmill.kv.base import PAGE, KVMethod
-from bitmill.kv.cache import rope_for
 from bitmill.kv.page import PageLayout
-from bitmill.kv.rope import attentions
+from bitmill.kv.rope import attentions, rope_for
 from bitmill.kv.side import rotation
 from bitmill.kv.size import calibrated_numbers
 from bitmill.models.adapter import is_encoder
