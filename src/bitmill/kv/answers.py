@@ -26,9 +26,7 @@ class PackedAnswers:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits."""
-        cache = QuantizedCache(self.model, self.method, calibration=self.calibration)
-        for layer in cache.packed_layers:
-            layer.remembers = True
+        cache = QuantizedCache(self.model, self.method, calibration=self.calibration, remembers=True)
         pieces: list[Any] = []
         model: Any = self.model
         for start in range(0, tokens.shape[1], PAGE):
