@@ -120,7 +120,7 @@ class Through:
         """What is to be said of the cache beside the figures of the model."""
         bits, size = self.answers.bits_per_element, self.answers.bytes
         told = {"kv_calibration": self.calibration, "kv_bits_per_element": bits, "kv_bytes": size // self.rows}
-        return {**named(self.method), **told}
+        return {**named(self.method), **told, "kv_table_bytes": self.answers.table_bytes}
 
 
 def _described(source: str, windows: Tensor, seed: int | None) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class Caches:
         if self.method is None or cache is None:
             return {}
         taken = {"kv_bits_per_element": cache.bits_per_element, "kv_bytes": cache.allocated_bytes}
-        return {**named(self.method), **taken}
+        return {**named(self.method), **taken, "kv_table_bytes": cache.table_bytes}
 
 
 def _chosen(model: nn.Module, wanted: KeysValues | None, name: str) -> tuple[KVMethod | None, Calibration | None]:

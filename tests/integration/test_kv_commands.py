@@ -16,6 +16,7 @@ import bitmill
 from bitmill.cli.main import main
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import FILE, read_calibration
+from bitmill.kv.support import calibration_bytes
 from bitmill.kv.wanted import asked
 
 KV = ["--kv", "kvquant:residual=0", "--kv-bits", "3", "--kv-samples", "4"]
@@ -136,8 +137,11 @@ def test_eval_calibrates_on_other_text(world, run):
     data = run("eval", world.done, *measured(world, "--kv", "kvquant", "--kv-bits", 4, "--kv-samples", 3))
     assert data["kv_calibration"] == f"{world.text}, calib split, 3 x 64 tokens"
     assert data["kv_bytes"] * 8 == pytest.approx(data["kv_bits_per_element"] * 2 * 2 * 64 * 16)
+    method = asked("kvquant", 4, None).method()
+    assert data["kv_table_bytes"] == calibration_bytes(bitmill.load(world.source), method)
     exact = run("eval", world.source, *measured(world, "--kv", "per_token", "--reference", world.source))
     assert exact["kv_calibration"] is None
+    assert exact["kv_table_bytes"] == 0
     assert 0 < exact["kl_divergence"] < 0.05  # 8 bits
 
 
@@ -146,6 +150,7 @@ def test_generate_as_calibrated(world, run, kept):
     data = run(*command)
     assert data["kv_method"] == "kvquant"
     assert data["kv_options"]["bits"] == 3
+    assert data["kv_table_bytes"] == read_calibration(kept).bytes > 0
     plain = run(*command, "--kv", "none")
     assert "kv_method" not in plain
     assert plain["text"] == run("generate", world.source, *command[2:])["text"]
@@ -262,7 +267,7 @@ def test_live_models(world):
 def test_the_size_of_a_calibration_is_known_beforehand(world, options):
     from bitmill.kv.calibration import calibrate
     from bitmill.kv.size import cache_size
-    from bitmill.kv.support import calibration_bytes, packed_shapes
+    from bitmill.kv.support import packed_shapes
 
     model = bitmill.load(world.source)
     method = asked(f"kvquant:{options}", 2, None).method()

@@ -76,6 +76,11 @@ class QuantizedCache(Cache):
         return sum(layer.allocated_bytes for layer in self.packed_layers)
 
     @property
+    def table_bytes(self) -> int:
+        """What calibration found, for all caches of the model together: no part of allocated_bytes."""
+        return 0 if self.calibration is None else self.calibration.bytes
+
+    @property
     def bits_per_element(self) -> float:
         """Allocated bits over the numbers of an ordinary cache of the same tokens."""
         elements = sum(layer.elements for layer in self.packed_layers)
