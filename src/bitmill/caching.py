@@ -21,7 +21,7 @@ from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import Calibration, read_calibration
 from bitmill.kv.calibration import calibrate
 from bitmill.kv.support import calibration_bytes, check, packed_shapes, page_bits
-from bitmill.kv.wanted import FLOAT, KeysValues, named, said
+from bitmill.kv.wanted import FLOAT, KeysValues, calibrating, named, said
 from bitmill.loading import load, load_tokenizer, read_folder
 from bitmill.models.reading import Reading, reading_of
 from bitmill.models.skeleton import Skeleton
@@ -198,8 +198,8 @@ def _chosen(model: nn.Module, wanted: KeysValues | None, name: str) -> tuple[KVM
     method, own = settled(model, wanted, name)
     if method.scheme().is_calibrated and own is None:
         raise UsageError(
-            f"{name} has no calibration for {said(method)}; make one by bitmill quantize {name} --method none "
-            f"--kv {method.name} --kv-bits {method.bits} -o DIR."
+            f"{name} has no calibration for {said(method)}; "
+            f"make one by {calibrating(method, name, found_calibration(model))}."
         )
     return method, own
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from world import interrupted_after, snapshot
 
 import bitmill
 from bitmill.cli.main import main
+from bitmill.errors import UsageError
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import FILE, read_calibration
 from bitmill.kv.support import calibration_bytes
@@ -223,10 +225,22 @@ def test_refused(world, run, flags, said):
     assert not world.out.exists()
 
 
+def test_advice_names_what_the_folder_has_otherwise(kept):
+    with pytest.raises(UsageError, match=r"there is one for kvquant at 3 bits, residual 0; .*residual=64 -o"):
+        QuantizedCache(bitmill.load(kept), "kvquant", bits=3)
+
+
 def test_refused_without_calibration_and_without_purpose(world, run):
     assert "--method none --kv kvquant --kv-bits 4" in run(
         "generate", world.source, "--prompt", "w1", "--kv", "kvquant", status=2
     )
+    asked_for = ["--kv", "kvquant", "--kv-bits", "3", "--kv-set", "sink=4", "--kv-set", "nuq=false"]
+    command = f"quantize {world.source} --method none --kv kvquant --kv-bits 3 --kv-set sink=4 --kv-set nuq=false"
+    assert f"make one by bitmill {command} -o DIR." in run(
+        "generate", world.source, "--prompt", "w1", *asked_for, status=2
+    )
+    with pytest.raises(UsageError, match=re.escape(f"make one by bitmill {command} -o DIR.")):
+        QuantizedCache(bitmill.load(world.source), "kvquant", bits=3, sink=4, nuq=False)
     assert "name a KV method" in run("quantize", world.source, "--method", "none", "-o", world.out, status=2)
     none = ["quantize", world.source, "--method", "none", *KV]
     assert "parts of a recipe" in run(*none, "--format", "uniform", "-o", world.out, status=2)

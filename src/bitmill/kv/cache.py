@@ -18,6 +18,7 @@ from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.rope import Rope, attentions, rope_of
 from bitmill.kv.saved import SavedCache, write_cache
 from bitmill.kv.side import Calibrated
+from bitmill.kv.wanted import calibrating, said
 
 _NONE = (Calibrated(), Calibrated())
 
@@ -144,8 +145,8 @@ def chosen_method(
     model: nn.Module, method: str | KVMethod | None, calibration: Calibration | None, options: dict[str, Any]
 ) -> tuple[KVMethod, Calibration | None]:
     """The method, and its calibration where it needs one."""
+    folder = getattr(model, "name_or_path", "") or ""
     if calibration is None:
-        folder = getattr(model, "name_or_path", "") or ""
         calibration = read_calibration(Path(folder)) if folder else None
     if method is None:
         if calibration is None:
@@ -157,10 +158,10 @@ def chosen_method(
     if not settled.scheme().is_calibrated:
         return settled, None
     if calibration is None or calibration.method != settled:
-        have = "none" if calibration is None else f"one for {calibration.method}"
+        have = "none" if calibration is None else f"one for {said(calibration.method)}"
         raise UsageError(
-            f"{settled} needs a calibration and there is {have}; "
-            f"make one by bitmill quantize MODEL --kv {settled.name} --kv-bits {settled.bits}."
+            f"{said(settled)} needs a calibration and there is {have}; "
+            f"make one by {calibrating(settled, folder or 'MODEL', calibration)}."
         )
     return settled, calibration
 
