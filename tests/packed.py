@@ -14,14 +14,14 @@ from bitmill.kv.side import Calibrated, Coder
 SETTINGS = [
     ("per_token", {"bits": 8}),
     ("per_token", {"bits": 4, "group": 8}),
-    ("kivi", {"bits": 2, "group": 8, "residual": 48}),
+    ("kivi", {"bits": 2, "group": 8, "residual": 64}),
     ("kvquant", {"bits": 3, "sink": 3, "residual": 0}),
     ("kvquant", {"bits": 4, "nuq": False, "outliers": 0.0, "key_outliers": 0.0, "equalize": False, "residual": 0}),
-    ("kvquant", {"bits": 3, "channel_levels": False, "equalize": False, "key_outliers": 0.01, "residual": 5}),
+    ("kvquant", {"bits": 3, "channel_levels": False, "equalize": False, "key_outliers": 0.01, "residual": 32}),
     ("kvquant", {"bits": 2, "pre_rope": False, "per_channel": False, "q_norm": True, "residual": 0}),
     ("kvquant", {"bits": 3, "residual": 64}),
     ("rotated", {"bits": 4}),
-    ("rotated", {"bits": 3, "residual": 7}),
+    ("rotated", {"bits": 3, "residual": 32}),
 ]
 WITHOUT_ROPE = [
     (name, options) for name, options in SETTINGS if options.get("pre_rope") is False or name != "kvquant"

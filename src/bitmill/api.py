@@ -221,7 +221,8 @@ def evaluate(
 
     Returns plain data: perplexity, tokens, bits_per_weight, size_bytes, time_s, peak_memory_bytes, and with a
     reference kl_divergence (nats a token), top1_agreement and reference_perplexity; with a KV method kv_method,
-    kv_options, kv_calibration, kv_bits_per_element (allocated bits) and kv_bytes (of one window).
+    kv_options, kv_calibration, kv_bits_per_element (allocated bits), kv_bytes (of one window) and
+    kv_table_bytes (calibrated tables, in neither of the two).
     """
     started = time.perf_counter()
     chosen_kv = None if kv == FLOAT else kv

@@ -21,7 +21,7 @@ from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import Calibration, read_calibration
 from bitmill.kv.calibration import calibrate
 from bitmill.kv.support import calibration_bytes, check, packed_shapes, page_bits
-from bitmill.kv.wanted import FLOAT, KeysValues, named, said
+from bitmill.kv.wanted import FLOAT, KeysValues, calibrating, named, said
 from bitmill.loading import load, load_tokenizer, read_folder
 from bitmill.models.reading import Reading, reading_of
 from bitmill.models.skeleton import Skeleton
@@ -120,7 +120,7 @@ class Through:
         """What is to be said of the cache beside the figures of the model."""
         bits, size = self.answers.bits_per_element, self.answers.bytes
         told = {"kv_calibration": self.calibration, "kv_bits_per_element": bits, "kv_bytes": size // self.rows}
-        return {**named(self.method), **told}
+        return {**named(self.method), **told, "kv_table_bytes": self.answers.table_bytes}
 
 
 def _described(source: str, windows: Tensor, seed: int | None) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class Caches:
         if self.method is None or cache is None:
             return {}
         taken = {"kv_bits_per_element": cache.bits_per_element, "kv_bytes": cache.allocated_bytes}
-        return {**named(self.method), **taken}
+        return {**named(self.method), **taken, "kv_table_bytes": cache.table_bytes}
 
 
 def _chosen(model: nn.Module, wanted: KeysValues | None, name: str) -> tuple[KVMethod | None, Calibration | None]:
@@ -198,8 +198,8 @@ def _chosen(model: nn.Module, wanted: KeysValues | None, name: str) -> tuple[KVM
     method, own = settled(model, wanted, name)
     if method.scheme().is_calibrated and own is None:
         raise UsageError(
-            f"{name} has no calibration for {said(method)}; make one by bitmill quantize {name} --method none "
-            f"--kv {method.name} --kv-bits {method.bits} -o DIR."
+            f"{name} has no calibration for {said(method)}; "
+            f"make one by {calibrating(method, name, found_calibration(model))}."
         )
     return method, own
 

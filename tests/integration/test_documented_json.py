@@ -14,7 +14,7 @@ from bitmill.cli.main import main
 CLI = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 
 
-CACHED = {"kv_method", "kv_options", "kv_bits_per_element", "kv_bytes"}  # with --kv
+CACHED = {"kv_method", "kv_options", "kv_bits_per_element", "kv_bytes", "kv_table_bytes"}  # with --kv
 
 
 def documented(command: str) -> set[str]:

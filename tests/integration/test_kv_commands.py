@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -16,8 +17,10 @@ from world import interrupted_after, snapshot
 import bitmill
 from bitmill.checkpoint.files import sha256
 from bitmill.cli.main import main
+from bitmill.errors import UsageError
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import FILE, read_calibration
+from bitmill.kv.support import calibration_bytes
 from bitmill.kv.wanted import asked
 
 KV = ["--kv", "kvquant:residual=0", "--kv-bits", "3", "--kv-samples", "4"]
@@ -150,8 +153,11 @@ def test_eval_calibrates_on_other_text(world, run):
     data = run("eval", world.done, *measured(world, "--kv", "kvquant", "--kv-bits", 4, "--kv-samples", 3))
     assert data["kv_calibration"] == f"{world.text}, calib split, 3 x 64 tokens"
     assert data["kv_bytes"] * 8 == pytest.approx(data["kv_bits_per_element"] * 2 * 2 * 64 * 16)
+    method = asked("kvquant", 4, None).method()
+    assert data["kv_table_bytes"] == calibration_bytes(bitmill.load(world.source), method)
     exact = run("eval", world.source, *measured(world, "--kv", "per_token", "--reference", world.source))
     assert exact["kv_calibration"] is None
+    assert exact["kv_table_bytes"] == 0
     assert 0 < exact["kl_divergence"] < 0.05  # 8 bits
 
 
@@ -160,6 +166,7 @@ def test_generate_as_calibrated(world, run, kept):
     data = run(*command)
     assert data["kv_method"] == "kvquant"
     assert data["kv_options"]["bits"] == 3
+    assert data["kv_table_bytes"] == read_calibration(kept).bytes > 0
     plain = run(*command, "--kv", "none")
     assert "kv_method" not in plain
     assert plain["text"] == run("generate", world.source, *command[2:])["text"]
@@ -232,10 +239,22 @@ def test_refused(world, run, flags, said):
     assert not world.out.exists()
 
 
+def test_advice_names_what_the_folder_has_otherwise(kept):
+    with pytest.raises(UsageError, match=r"there is one for kvquant at 3 bits, residual 0; .*residual=64 -o"):
+        QuantizedCache(bitmill.load(kept), "kvquant", bits=3)
+
+
 def test_refused_without_calibration_and_without_purpose(world, run):
     assert "--method none --kv kvquant --kv-bits 4" in run(
         "generate", world.source, "--prompt", "w1", "--kv", "kvquant", status=2
     )
+    asked_for = ["--kv", "kvquant", "--kv-bits", "3", "--kv-set", "sink=4", "--kv-set", "nuq=false"]
+    command = f"quantize {world.source} --method none --kv kvquant --kv-bits 3 --kv-set sink=4 --kv-set nuq=false"
+    assert f"make one by bitmill {command} -o DIR." in run(
+        "generate", world.source, "--prompt", "w1", *asked_for, status=2
+    )
+    with pytest.raises(UsageError, match=re.escape(f"make one by bitmill {command} -o DIR.")):
+        QuantizedCache(bitmill.load(world.source), "kvquant", bits=3, sink=4, nuq=False)
     assert "name a KV method" in run("quantize", world.source, "--method", "none", "-o", world.out, status=2)
     none = ["quantize", world.source, "--method", "none", *KV]
     assert "parts of a recipe" in run(*none, "--format", "uniform", "-o", world.out, status=2)
@@ -276,7 +295,7 @@ def test_live_models(world):
 def test_the_size_of_a_calibration_is_known_beforehand(world, options):
     from bitmill.kv.calibration import calibrate
     from bitmill.kv.size import cache_size
-    from bitmill.kv.support import calibration_bytes, packed_shapes
+    from bitmill.kv.support import packed_shapes
 
     model = bitmill.load(world.source)
     method = asked(f"kvquant:{options}", 2, None).method()

@@ -111,11 +111,13 @@ def kv_facts(kv: dict[str, Any]) -> str:
 
 
 def kv_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The packed cache of a result that has kv_method, kv_options, kv_bits_per_element and kv_bytes."""
+    """The packed cache of a result that has kv_method, kv_options and the figures beside them."""
     from bitmill.report.words import plain_word
 
     options = ", ".join(f"{name} {plain_word(value)}" for name, value in result["kv_options"].items())
     taken = f"{result['kv_bits_per_element']:.3f} bits per number, {megabytes(result['kv_bytes'])}"
+    if result["kv_table_bytes"]:
+        taken += f", and {result['kv_table_bytes']:,} bytes of calibrated tables"
     return [("keys and values", f"{result['kv_method']} ({options})"), ("their cache", taken)]
 
 

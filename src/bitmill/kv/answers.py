@@ -17,22 +17,21 @@ class PackedAnswers:
 
     Windows go through a page of tokens at a time. A token sees the pages before its own packed and its own in
     float, which is exactly what it sees when a text is generated token by token.
-    bits_per_element, bytes: of the cache of the last windows, when they were through.
+    bits_per_element, bytes, table_bytes: of the cache of the last windows, when they were through.
     """
 
     def __init__(self, model: nn.Module, method: KVMethod, calibration: Calibration | None) -> None:
         self.model, self.method, self.calibration = model, method, calibration
-        self.bits_per_element, self.bytes = 0.0, 0
+        self.bits_per_element, self.bytes, self.table_bytes = 0.0, 0, 0
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits."""
-        cache = QuantizedCache(self.model, self.method, calibration=self.calibration)
-        for layer in cache.packed_layers:
-            layer.remembers = True
+        cache = QuantizedCache(self.model, self.method, calibration=self.calibration, remembers=True)
         pieces: list[Any] = []
         model: Any = self.model
         for start in range(0, tokens.shape[1], PAGE):
             output = model(tokens[:, start : start + PAGE], past_key_values=cache, use_cache=True)
             pieces.append(output.logits)
         self.bits_per_element, self.bytes = cache.bits_per_element, cache.allocated_bytes
+        self.table_bytes = cache.table_bytes
         return torch.cat(pieces, 1)

@@ -103,7 +103,9 @@ class Scheme:
     """Keys, values, and what is left in float.
 
     pre_rope: keys are stored as they are before the rotary embedding, which is applied when they are read.
-    sink: first tokens of a sequence kept in fp16.  residual: most tokens that wait in fp16 beyond a started page.
+    sink: first tokens of a sequence kept in fp16.  residual: tokens that wait in fp16 beyond a started page, whole
+        pages of them, so that all tokens of a page see the same pages packed: a text that is read page by page is
+        then answered as one that is generated token by token.
     """
 
     keys: Side
@@ -122,6 +124,7 @@ class Scheme:
             raise RecipeError("Channels of values can be equalized, not those of keys: leave it out.")
         if self.sink < 0 or self.residual < 0:
             raise RecipeError(f"sink is {self.sink} and residual {self.residual}; use 0 or positive numbers.")
+        check_residual(self.residual)
 
     @property
     def is_calibrated(self) -> bool:
@@ -132,6 +135,12 @@ class Scheme:
     def tail(self) -> int:
         """Tokens for which there must be room in fp16."""
         return self.residual + PAGE
+
+
+def check_residual(residual: int) -> None:
+    """Raises RecipeError for tokens in float that are no whole pages."""
+    if residual % PAGE:
+        raise RecipeError(f"residual is {residual}; use a multiple of {PAGE}.")
 
 
 KV_METHODS: Registry[type[KVMethod]] = Registry("kv method", "bitmill.kv.methods")

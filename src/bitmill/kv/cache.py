@@ -19,6 +19,7 @@ from bitmill.kv.rope import rope_for
 from bitmill.kv.saved import SavedCache, write_cache
 from bitmill.kv.side import Calibrated
 from bitmill.kv.support import packed_shapes
+from bitmill.kv.wanted import calibrating, said
 
 _NONE = (Calibrated(), Calibrated())
 
@@ -29,7 +30,7 @@ class QuantizedCache(Cache):
     model: the model it is for, with float or quantized weights.
     method: a KV method or its name; without one, what the model's folder was calibrated for.
     calibration: what a method that needs it was calibrated to; looked for in the model's folder without it.
-    strict: read back what was stored in every call, as evaluation does; else a prompt attends to itself in float.
+    remembers: keep decoded pages, for who reads everything again and again and has the memory.
     options: of the method, such as bits=3.
 
     Raises UsageError for models whose layers it does not know, and for methods that lack their calibration;
@@ -42,16 +43,15 @@ class QuantizedCache(Cache):
         method: str | KVMethod | None = None,
         *,
         calibration: Calibration | None = None,
-        strict: bool = False,
+        remembers: bool = False,
         **options: Any,
     ) -> None:
         self.method, self.calibration = chosen_method(model, method, calibration, options)
         if self.calibration is not None:
             self.calibration.check(packed_shapes(model))
-        self.strict = strict
         scheme = self.method.scheme()
         config: Any = model.config
-        reader = config.get_text_config(decoder=True) if not strict and attach(model) else None
+        reader = config.get_text_config(decoder=True) if attach(model) else None
         layers: list[Any] = list(DynamicCache(config=config).layers)
         for number, layer in enumerate(layers):
             window = getattr(layer, "sliding_window", None)
@@ -59,7 +59,7 @@ class QuantizedCache(Cache):
                 continue  # states of another kind stay as transformers has them
             calibrated = _NONE if self.calibration is None else self.calibration.layers[number]
             rope = rope_for(model, scheme, number)
-            layers[number] = QuantizedLayer(scheme, calibrated, rope, window, strict, reader)
+            layers[number] = QuantizedLayer(scheme, calibrated, rope, window, reader, remembers)
         super().__init__(layers=layers)
         if not self.packed_layers:
             raise UsageError(f"{type(model).__name__} has no layer with keys and values that could be packed.")
@@ -79,6 +79,11 @@ class QuantizedCache(Cache):
     def allocated_bytes(self) -> int:
         """Bytes of all packed layers: everything that is allocated for tokens."""
         return sum(layer.allocated_bytes for layer in self.packed_layers)
+
+    @property
+    def table_bytes(self) -> int:
+        """What calibration found, for all caches of the model together: no part of allocated_bytes."""
+        return 0 if self.calibration is None else self.calibration.bytes
 
     @property
     def bits_per_element(self) -> float:
@@ -111,14 +116,14 @@ class QuantizedCache(Cache):
         """
         if len(self.packed_layers) != len(self.layers):
             raise UsageError("The model has layers without keys and values, whose states cannot be saved.")
-        write_cache(Path(path), self.method, self.calibration, self.packed_layers, self.strict)
+        write_cache(Path(path), self.method, self.calibration, self.packed_layers)
         return Path(path)
 
     @classmethod
     def load(cls, model: nn.Module, path: str | Path) -> QuantizedCache:
         """The cache that `save` wrote, for the same model. Raises CheckpointError for another file or model."""
         saved = SavedCache(Path(path))
-        cache = cls(model, saved.method, calibration=saved.calibration, strict=saved.strict)
+        cache = cls(model, saved.method, calibration=saved.calibration)
         if len(saved.places) != len(cache.layers):
             raise CheckpointError(
                 f"{path} has {len(saved.places)} layers and the model {len(cache.layers)}; "
@@ -145,8 +150,8 @@ def chosen_method(
     model: nn.Module, method: str | KVMethod | None, calibration: Calibration | None, options: dict[str, Any]
 ) -> tuple[KVMethod, Calibration | None]:
     """The method, and its calibration where it needs one."""
+    folder = getattr(model, "name_or_path", "") or ""
     if calibration is None:
-        folder = getattr(model, "name_or_path", "") or ""
         calibration = read_calibration(Path(folder)) if folder else None
     if method is None:
         if calibration is None:
@@ -158,10 +163,10 @@ def chosen_method(
     if not settled.scheme().is_calibrated:
         return settled, None
     if calibration is None or calibration.method != settled:
-        have = "none" if calibration is None else f"one for {calibration.method}"
+        have = "none" if calibration is None else f"one for {said(calibration.method)}"
         raise UsageError(
-            f"{settled} needs a calibration and there is {have}; "
-            f"make one by bitmill quantize MODEL --kv {settled.name} --kv-bits {settled.bits}."
+            f"{said(settled)} needs a calibration and there is {have}; "
+            f"make one by {calibrating(settled, folder or 'MODEL', calibration)}."
         )
     return settled, calibration
 

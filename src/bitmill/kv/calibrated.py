@@ -45,6 +45,11 @@ class Calibration:
                         tensors[f"layers.{number}.{side}.{part.name}"] = value.contiguous()
         return tensors
 
+    @property
+    def bytes(self) -> int:
+        """What its tensors take, in fp32; it grows with nothing."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
     def save(self, folder: Path) -> Path:
         """Write kv.safetensors; returns its path."""
         save_file(self.tensors(), folder / FILE, metadata=self.metadata())

@@ -21,11 +21,9 @@ class QuantizedLayer(Tokens, DynamicLayer):
     """Tokens of a layer, appended and read by transformers' models.
 
     window: how many tokens are in sight, in layers with a sliding window.
-    strict: what is appended is read back from what is stored even in the call that brings it, as in evaluation;
-        otherwise a prompt attends to its own numbers and is packed afterwards.
-    remembers: decoded pages are kept, for who reads everything again and again and has the memory.
     config: of a model whose attention can read this layer itself (bitmill.kv.attention): when one token a row is
         appended, `update` gives empty tensors that carry the layer.
+    remembers: decoded pages are kept, for who reads everything again and again and has the memory.
     """
 
     is_compileable = False
@@ -37,11 +35,10 @@ class QuantizedLayer(Tokens, DynamicLayer):
         calibrated: tuple[Calibrated, Calibrated],
         rope: Rope | None,
         window: int | None = None,
-        strict: bool = False,
         config: Any = None,
+        remembers: bool = False,
     ) -> None:
-        self.window, self.strict, self.config = window, strict, config
-        self.remembers = strict
+        self.window, self.config, self.remembers = window, config, remembers
         self.record_past = False
         super().__init__(scheme, calibrated, rope)
 
@@ -53,7 +50,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
     @property
     def is_direct(self) -> bool:
         """Whether the model's attention reads this layer, as its config is now."""
-        return self.config is not None and not self.strict and self.config._attn_implementation == ATTENTION
+        return self.config is not None and self.config._attn_implementation == ATTENTION
 
     def clear(self) -> None:
         """Forget all tokens, and free their memory."""
@@ -93,14 +90,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (rows, heads, tokens, dim); returns keys and values that the new tokens may look at."""
-        first, is_first = self.first_for(0), self.length == 0
-        if self.strict:
-            self._append(key_states, value_states)
-            self.settle()
-            states = self.floats(first)
-            self._let_go()
-            return states
-        if is_first:
+        if self.length == 0:
             self.append(key_states, value_states)
             return key_states, value_states
         if key_states.shape[-2] == 1 and self.is_direct:
@@ -109,21 +99,15 @@ class QuantizedLayer(Tokens, DynamicLayer):
             carrier.packed_layer = self
             return carrier, value_states[..., :0, :]
         self.settle()
-        keys, values = self.floats(first)
+        keys, values = self.floats(self.first_for(0))
         self.append(key_states, value_states)
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take in tokens; what slid out of the last one's sight is freed."""
-        self._append(keys, values)
-        self._let_go()
-
-    def _append(self, keys: Tensor, values: Tensor) -> None:
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.add(keys, values)
-
-    def _let_go(self) -> None:
         if self.window is not None and not self.record_past:
             self.let_go(self.first_for(1))
 
@@ -228,7 +212,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
     def why_not(self) -> str | None:
         """None where a kernel attends to packed tokens as they lie, or one sentence on why they are decoded."""
         if not self.is_direct:
-            return "The model's attention, or strict=True, wants floats; packed tokens are decoded."
+            return "The model's attention wants floats; packed tokens are decoded."
         return Reader(self).why_not if self.is_initialized else "Nothing is packed yet."
 
 

@@ -26,7 +26,7 @@ _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloa
 
 
 def write_cache(
-    path: Path, method: KVMethod, calibration: Calibration | None, layers: list[QuantizedLayer], strict: bool
+    path: Path, method: KVMethod, calibration: Calibration | None, layers: list[QuantizedLayer]
 ) -> None:
     """Write a cache's layers to a file."""
     tensors = {} if calibration is None else calibration.tensors()
@@ -50,12 +50,12 @@ def write_cache(
         )
     about = {} if calibration is None else calibration.about
     meta = {"method": method.to_dict(), "calibrated": calibration is not None, "about": about}
-    meta |= {"layers": places, "strict": strict}
+    meta |= {"layers": places}
     save_file(tensors, path, metadata={_META: json.dumps(meta)})
 
 
 class SavedCache:
-    """What `write_cache` wrote; strict, method and calibration are the cache's. Raises CheckpointError."""
+    """What `write_cache` wrote; method and calibration are the cache's. Raises CheckpointError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,7 +64,7 @@ class SavedCache:
                 meta = json.loads((file.metadata() or {})[_META])
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.method: KVMethod = KV_METHODS.from_dict(meta["method"])
-            self.strict, self.places = bool(meta["strict"]), list(meta["layers"])
+            self.places = list(meta["layers"])
             found = calibrated_layers(self._tensors, len(self.places))
             self.calibration = Calibration(self.method, found, meta["about"]) if meta["calibrated"] else None
         except Exception as error:  # safetensors and json raise all sorts

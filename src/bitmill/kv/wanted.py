@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -82,3 +84,20 @@ def said(method: KVMethod) -> str:
     changed = [f.name for f in fields(method) if getattr(method, f.name) != getattr(default, f.name)]
     more = "".join(f", {name} {getattr(method, name)}" for name in changed if name != "bits")
     return f"{method.name} at {method.bits} bits{more}"
+
+
+def calibrating(method: KVMethod, name: str, found: Calibration | None = None) -> str:
+    """The command that calibrates a model for this very method.
+
+    found: what lies in the model's folder; options that it has otherwise are named even as by default.
+    """
+    assumed = [type(method)()]
+    if found is not None and found.method.name == method.name:
+        assumed.append(found.method)
+    own = [(f.name, getattr(method, f.name)) for f in fields(method) if f.name != "bits"]
+    told = [(key, value) for key, value in own if any(getattr(other, key) != value for other in assumed)]
+    given = "".join(
+        f" --kv-set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in told
+    )
+    start = f"bitmill quantize {shlex.quote(name)} --method none --kv {method.name} --kv-bits {method.bits}"
+    return f"{start}{given} -o DIR"

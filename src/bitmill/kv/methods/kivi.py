@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitmill.fields import option
-from bitmill.kv.base import KV_METHODS, PAGE, KVMethod, Scheme, Side
+from bitmill.kv.base import KV_METHODS, PAGE, KVMethod, Scheme, Side, check_residual
 
 
 @KV_METHODS.register("kivi")
@@ -24,10 +24,11 @@ class KIVI(KVMethod):
     """
 
     group: int = option(32, "channels of a value that share a scale; groups of keys are 32 tokens")
-    residual: int = option(128, "recent tokens in float")
+    residual: int = option(128, "recent tokens in float, with the page that is being filled: a multiple of 32")
 
     def scheme(self) -> Scheme:
         """Keys per channel and page, values per token and group."""
+        check_residual(self.residual)
         return Scheme(
             Side(self.bits, "page"), Side(self.bits, "token", self.group), residual=max(0, self.residual - PAGE)
         )

@@ -34,7 +34,7 @@ class KVQuant(KVMethod):
     outliers: float = option(0.005, "share of a token's values kept exactly")
     key_outliers: float = option(0.02, "share of a token's keys kept exactly")
     sink: int = option(1, "first tokens kept in float")
-    residual: int = option(64, "recent tokens in float beyond the page that is being filled")
+    residual: int = option(64, "recent tokens in float beyond the page that is being filled: a multiple of 32")
     pre_rope: bool = option(True, "store keys before RoPE")
     per_channel: bool = option(True, "scales of keys per channel; false: per token, as for values")
     nuq: bool = option(True, "learned levels; false: uniform ones")

@@ -24,7 +24,7 @@ class Rotated(KVMethod):
                "TurboQuant" (arXiv 2504.19874), for the levels; without its second stage
     """
 
-    residual: int = option(0, "recent tokens in float")
+    residual: int = option(0, "recent tokens in float beyond the page that is being filled: a multiple of 32")
 
     def scheme(self) -> Scheme:
         """Both sides alike, scales per head."""
