@@ -147,6 +147,22 @@ def test_eval_calibrates_on_other_text(world, run):
     assert 0 < exact["kl_divergence"] < 0.05  # 8 bits
 
 
+def test_measuring_on_text_that_calibrated_is_said(world, run, kept, capsys):
+    command = ["eval", kept, *measured(world, "--kv", "kvquant")]
+    assert run(*command)["kv_on_calibration_text"] is False
+    assert run(*command, "--split", "all", "--record")["kv_on_calibration_text"] is True
+    recorded = json.loads((kept / "report.json").read_text())["measured"][-1]
+    assert recorded["kv_calibration"] == "folder"
+    assert recorded["kv_on_calibration_text"] is True
+    assert recorded["kv_bits_per_element"] > 3
+    on_the_fly = [*measured(world, "--kv", "kvquant", "--kv-samples", 3), "--split", "calib"]
+    assert run("eval", world.source, *on_the_fly)["kv_on_calibration_text"] is True
+    exact = [*measured(world, "--kv", "per_token"), "--split", "calib"]
+    assert run("eval", world.source, *exact)["kv_on_calibration_text"] is False
+    assert main([str(word) for word in (*command, "--split", "calib")]) == 0
+    assert "measured on text that keys and values were calibrated on" in capsys.readouterr().out
+
+
 def test_generate_as_calibrated(world, run, kept):
     command = ["generate", kept, "--prompt", "w1 w2", "--max-new-tokens", 40]
     data = run(*command)
@@ -273,22 +289,3 @@ def test_live_models(world):
     )
     assert result["kv_method"] == "kvquant"  # gradients went through a copy
     assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())
-
-
-@pytest.mark.parametrize(
-    "options", ["", "q_norm=true", "channel_levels=false", "fisher=false", "nuq=false", "equalize=false"]
-)
-def test_the_size_of_a_calibration_is_known_beforehand(world, options):
-    from bitmill.kv.calibration import calibrate
-    from bitmill.kv.size import cache_size
-    from bitmill.kv.support import packed_shapes
-
-    model = bitmill.load(world.source)
-    method = asked(f"kvquant:{options}", 2, None).method()
-    found = calibrate(model, method, torch.randint(3, 120, (2, 64)))
-    size = sum(tensor.nbytes for tensor in found.tensors().values())
-    assert calibration_bytes(model, method) == size
-    (shape,) = set(packed_shapes(model).values())
-    layers = len(packed_shapes(model))
-    fixed = 0 if method.nuq else layers * 4 * 2 * 4  # levels that are not learned are no part of it
-    assert cache_size(method.scheme(), *shape, layers, 1, weighed=method.weighs_errors).tables == size + fixed
