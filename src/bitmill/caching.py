@@ -225,7 +225,8 @@ def add_to_folder(
         check_new(out)
     progress.start("reading text and model", 0)
     live = load(folder, device=device, dense=True, trust_remote_code=trust_remote_code)
-    method = wanted.method(found_calibration(live))
+    earlier = found_calibration(live)
+    method = wanted.method(earlier)
     kv, found = plan(live, method, str(folder)), Calibration(method, ())
     if method.scheme().is_calibrated:
         if isinstance(given, Tensor):
@@ -238,6 +239,8 @@ def add_to_folder(
         kv["calibration"] = _described(text.source, windows, text.seed)
         found = calibrated(live, method, windows, kv["calibration"], progress)
     if out == folder:
+        if earlier is not None:
+            progress.say(f"replaces the calibration for {said(earlier.method)}")
         record_calibration(folder, found, kv)
         return
     with writing(out):

@@ -117,7 +117,7 @@ def test_float_weights_beside_a_calibration(world, run, kept):
     assert run("verify", kept)["sound"] is True
 
 
-def test_a_folder_is_calibrated_afterwards(world, run, kept):
+def test_a_folder_is_calibrated_afterwards(world, run, kept, capsys):
     before = snapshot(world.done)
     copy, command = world.root / "copy", ["--method", "none", "--calib", world.text]
     run("quantize", world.done, *command, *KV, "-o", copy)
@@ -125,7 +125,11 @@ def test_a_folder_is_calibrated_afterwards(world, run, kept):
     assert run("verify", copy)["layers"] == 14
     run("eval", copy, *measured(world, "--kv", "kvquant", "--record"))
     run("eval", copy, *measured(world, "--record"))
-    data = run("quantize", copy, *command, "--kv", "kvquant", "--kv-bits", "2", "--kv-samples", "4")
+    again = ["quantize", copy, *command, "--kv", "kvquant", "--kv-bits", 2, "--kv-samples", 4, "--json"]
+    assert main([str(word) for word in again]) == 0
+    out, err = capsys.readouterr()
+    assert "replaces the calibration for kvquant at 3 bits, residual 0" in err
+    data = json.loads(out.splitlines()[-1])
     assert data["out"] == str(copy)
     assert [m["by"] for m in data["measured"]] == ["quantize", "eval"]  # not what the old calibration was worth
     assert read_calibration(copy).method.bits == 2
