@@ -222,7 +222,7 @@ def evaluate(
     Returns plain data: perplexity, tokens, bits_per_weight, size_bytes, time_s, peak_memory_bytes, and with a
     reference kl_divergence (nats a token), top1_agreement and reference_perplexity; with a KV method kv_method,
     kv_options, kv_calibration, kv_bits_per_element (allocated bits), kv_bytes (of one window) and
-    kv_table_bytes (calibrated tables, in neither of the two).
+    kv_table_bytes (calibrated tables, in neither of the two), and kv_on_calibration_text.
     """
     started = time.perf_counter()
     chosen_kv = None if kv == FLOAT else kv
@@ -243,7 +243,9 @@ def evaluate(
     against, judge = None if other is None else answers_of(other), judge_of(pooling)
     answers, batch = answers_of(live), 2 if pooling is None else _SENTENCES
     with evaluating(live), evaluating(other):
-        through = caching.Through(live, wanted, reading, text_source, progress) if wanted is not None else None
+        through = (
+            caching.Through(live, wanted, reading, text_source, split, progress) if wanted is not None else None
+        )
         if through:
             answers, batch = through, max(1, _TOKENS // seqlen)
         result = compare(answers, chosen, against, progress, batch, judge)

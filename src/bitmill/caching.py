@@ -97,10 +97,11 @@ class Through:
     """A model's answers through the packed cache, for a measurement; calibrated first where that is missing."""
 
     def __init__(
-        self, model: nn.Module, wanted: KeysValues, reading: Reading, text: str, progress: Progress
+        self, model: nn.Module, wanted: KeysValues, reading: Reading, text: str, split: str, progress: Progress
     ) -> None:
         self.method, found = settled(model, wanted)
         self.calibration: str | None = None
+        self.on_own_text = False
         if self.method.scheme().is_calibrated:
             self.calibration = "folder"
             if found is None:
@@ -108,6 +109,7 @@ class Through:
                 windows = reading.calibration(wanted.samples, length, 0)
                 self.calibration = f"{text}, calib split, {wanted.samples} x {length} tokens"
                 found = calibrated(model, self.method, windows, _described(text, windows, 0), progress)
+            self.on_own_text = split != "eval" and found.about.get("source") == text
         self.device, self.rows = next(model.parameters()).device, 1
         self.answers = PackedAnswers(model, self.method, found)
 
@@ -120,7 +122,12 @@ class Through:
         """What is to be said of the cache beside the figures of the model."""
         bits, size = self.answers.bits_per_element, self.answers.bytes
         told = {"kv_calibration": self.calibration, "kv_bits_per_element": bits, "kv_bytes": size // self.rows}
-        return {**named(self.method), **told, "kv_table_bytes": self.answers.table_bytes}
+        return {
+            **named(self.method),
+            **told,
+            "kv_table_bytes": self.answers.table_bytes,
+            "kv_on_calibration_text": self.on_own_text,
+        }
 
 
 def _described(source: str, windows: Tensor, seed: int | None) -> dict[str, Any]:
@@ -218,7 +225,8 @@ def add_to_folder(
         check_new(out)
     progress.start("reading text and model", 0)
     live = load(folder, device=device, dense=True, trust_remote_code=trust_remote_code)
-    method = wanted.method(found_calibration(live))
+    earlier = found_calibration(live)
+    method = wanted.method(earlier)
     kv, found = plan(live, method, str(folder)), Calibration(method, ())
     if method.scheme().is_calibrated:
         if isinstance(given, Tensor):
@@ -231,6 +239,8 @@ def add_to_folder(
         kv["calibration"] = _described(text.source, windows, text.seed)
         found = calibrated(live, method, windows, kv["calibration"], progress)
     if out == folder:
+        if earlier is not None:
+            progress.say(f"replaces the calibration for {said(earlier.method)}")
         record_calibration(folder, found, kv)
         return
     with writing(out):

@@ -19,6 +19,9 @@ class Progress:
     def finish(self) -> None:
         """The current task is over."""
 
+    def say(self, sentence: str) -> None:
+        """Something that whoever waits for the work should know."""
+
     def note_memory(self, size_bytes: int) -> None:
         """The work is done in another process, whose highest memory so far this is."""
 

@@ -119,6 +119,7 @@ def test_float_weights_beside_a_calibration(world, run, kept):
     assert run("verify", kept)["sound"] is True
 
 
+<<<<<<< HEAD
 def test_verify_tells_what_is_missing_in_a_calibration(world, run, kept):
     calibration = read_calibration(kept)
     values = replace(calibration.layers[1][1], levels=None)
@@ -132,6 +133,9 @@ def test_verify_tells_what_is_missing_in_a_calibration(world, run, kept):
 
 
 def test_a_folder_is_calibrated_afterwards(world, run, kept):
+=======
+def test_a_folder_is_calibrated_afterwards(world, run, kept, capsys):
+>>>>>>> kvfixb
     before = snapshot(world.done)
     copy, command = world.root / "copy", ["--method", "none", "--calib", world.text]
     run("quantize", world.done, *command, *KV, "-o", copy)
@@ -139,7 +143,11 @@ def test_a_folder_is_calibrated_afterwards(world, run, kept):
     assert run("verify", copy)["layers"] == 14
     run("eval", copy, *measured(world, "--kv", "kvquant", "--record"))
     run("eval", copy, *measured(world, "--record"))
-    data = run("quantize", copy, *command, "--kv", "kvquant", "--kv-bits", "2", "--kv-samples", "4")
+    again = ["quantize", copy, *command, "--kv", "kvquant", "--kv-bits", 2, "--kv-samples", 4, "--json"]
+    assert main([str(word) for word in again]) == 0
+    out, err = capsys.readouterr()
+    assert "replaces the calibration for kvquant at 3 bits, residual 0" in err
+    data = json.loads(out.splitlines()[-1])
     assert data["out"] == str(copy)
     assert [m["by"] for m in data["measured"]] == ["quantize", "eval"]  # not what the old calibration was worth
     assert read_calibration(copy).method.bits == 2
@@ -159,6 +167,22 @@ def test_eval_calibrates_on_other_text(world, run):
     assert exact["kv_calibration"] is None
     assert exact["kv_table_bytes"] == 0
     assert 0 < exact["kl_divergence"] < 0.05  # 8 bits
+
+
+def test_measuring_on_text_that_calibrated_is_said(world, run, kept, capsys):
+    command = ["eval", kept, *measured(world, "--kv", "kvquant")]
+    assert run(*command)["kv_on_calibration_text"] is False
+    assert run(*command, "--split", "all", "--record")["kv_on_calibration_text"] is True
+    recorded = json.loads((kept / "report.json").read_text())["measured"][-1]
+    assert recorded["kv_calibration"] == "folder"
+    assert recorded["kv_on_calibration_text"] is True
+    assert recorded["kv_bits_per_element"] > 3
+    on_the_fly = [*measured(world, "--kv", "kvquant", "--kv-samples", 3), "--split", "calib"]
+    assert run("eval", world.source, *on_the_fly)["kv_on_calibration_text"] is True
+    exact = [*measured(world, "--kv", "per_token"), "--split", "calib"]
+    assert run("eval", world.source, *exact)["kv_on_calibration_text"] is False
+    assert main([str(word) for word in (*command, "--split", "calib")]) == 0
+    assert "measured on text that keys and values were calibrated on" in capsys.readouterr().out
 
 
 def test_generate_as_calibrated(world, run, kept):
@@ -287,22 +311,3 @@ def test_live_models(world):
     )
     assert result["kv_method"] == "kvquant"  # gradients went through a copy
     assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())
-
-
-@pytest.mark.parametrize(
-    "options", ["", "q_norm=true", "channel_levels=false", "fisher=false", "nuq=false", "equalize=false"]
-)
-def test_the_size_of_a_calibration_is_known_beforehand(world, options):
-    from bitmill.kv.calibration import calibrate
-    from bitmill.kv.size import cache_size
-    from bitmill.kv.support import packed_shapes
-
-    model = bitmill.load(world.source)
-    method = asked(f"kvquant:{options}", 2, None).method()
-    found = calibrate(model, method, torch.randint(3, 120, (2, 64)))
-    size = sum(tensor.nbytes for tensor in found.tensors().values())
-    assert calibration_bytes(model, method) == size
-    (shape,) = set(packed_shapes(model).values())
-    layers = len(packed_shapes(model))
-    fixed = 0 if method.nuq else layers * 4 * 2 * 4  # levels that are not learned are no part of it
-    assert cache_size(method.scheme(), *shape, layers, 1, weighed=method.weighs_errors).tables == size + fixed

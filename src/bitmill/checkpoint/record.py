@@ -24,7 +24,10 @@ _KEPT = (
     "reference",
     "kv_method",
     "kv_options",
+    "kv_calibration",
+    "kv_on_calibration_text",
     "kv_bits_per_element",
+    "kv_table_bytes",
 )
 _SAME = ("by", "text", "split", "seqlen", "windows", "reference", "kv_method", "kv_options")
 

@@ -98,6 +98,8 @@ def _readable(result: dict[str, Any], recorded: bool) -> Any:
         if result["kv_calibration"]:
             where = result["kv_calibration"]
             rows.append(("calibrated", "in the folder" if where == "folder" else f"on {where}"))
+        if result["kv_on_calibration_text"]:
+            rows.append(("mind", "measured on text that keys and values were calibrated on"))
     rows += [
         ("bits per weight", f"{result['bits_per_weight']:.3f}"),
         ("size", megabytes(result["size_bytes"])),

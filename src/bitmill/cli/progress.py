@@ -65,6 +65,11 @@ class TerminalProgress(Progress):
                 self._bar.stop()
                 self._bar = None
 
+    def say(self, sentence: str) -> None:
+        """Print it, in place of the current task's bar."""
+        self.finish()
+        print(sentence, file=sys.stderr, flush=True)
+
     def note_memory(self, size_bytes: int) -> None:
         """Show this as the memory, and not this process's own."""
         self._elsewhere = size_bytes
