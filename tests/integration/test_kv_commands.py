@@ -119,7 +119,6 @@ def test_float_weights_beside_a_calibration(world, run, kept):
     assert run("verify", kept)["sound"] is True
 
 
-<<<<<<< HEAD
 def test_verify_tells_what_is_missing_in_a_calibration(world, run, kept):
     calibration = read_calibration(kept)
     values = replace(calibration.layers[1][1], levels=None)
@@ -132,10 +131,7 @@ def test_verify_tells_what_is_missing_in_a_calibration(world, run, kept):
         assert "1 layers" in said if len(layers) == 1 else "levels of the values of layer 1" in said
 
 
-def test_a_folder_is_calibrated_afterwards(world, run, kept):
-=======
 def test_a_folder_is_calibrated_afterwards(world, run, kept, capsys):
->>>>>>> kvfixb
     before = snapshot(world.done)
     copy, command = world.root / "copy", ["--method", "none", "--calib", world.text]
     run("quantize", world.done, *command, *KV, "-o", copy)

@@ -33,15 +33,11 @@ class QuantizedCache(Cache):
     remembers: keep decoded pages, for who reads everything again and again and has the memory.
     options: of the method, such as bits=3.
 
-<<<<<<< HEAD
-    Raises UsageError for models whose layers it does not know, and for methods that lack their calibration;
-    CheckpointError for a calibration that is not of this model, or damaged.
-=======
     Making one sets the model's attention to "bitmill" and leaves a forward hook that tells a packed cache of
     padding and does nothing without one; `model.set_attn_implementation("sdpa")` gives back the attention.
 
-    Raises UsageError for models whose layers it does not know, and for methods that lack their calibration.
->>>>>>> kvfixb
+    Raises UsageError for models whose layers it does not know, and for methods that lack their calibration;
+    CheckpointError for a calibration that is not of this model, or damaged.
     """
 
     def __init__(
