@@ -82,7 +82,8 @@ def _fit(side: Side, x: Tensor, felt: Tensor, weigh: bool) -> Calibrated:
     x, felt = x.flatten(1), felt.flatten(1) if weigh else torch.ones_like(x).flatten(1)
     found = Calibrated()
     if side.equalized:
-        found = Calibrated(mean=x.mean(0), deviation=x.std(0).clamp(min=_LEAST))
+        mean = x.mean(0)
+        found = Calibrated(mean=mean, deviation=_deviation(x.std(0), mean))
         x, felt = (x - found.mean) / found.deviation, felt * found.deviation.square()  # type: ignore[operator, union-attr]
     if weigh and side.outliers:
         found = replace(found, weight=felt.mean(0).sqrt())
@@ -100,6 +101,15 @@ def _fit(side: Side, x: Tensor, felt: Tensor, weigh: bool) -> Calibrated:
     levels = _normed(edges, normal) if side.q_norm else edges
     shape = edges.shape if side.axis == "channel" else edges.shape[1:]
     return replace(found, levels=levels.view(shape), edges=edges.view(shape) if side.q_norm else None)
+
+
+def _deviation(found: Tensor, mean: Tensor) -> Tensor:
+    """Deviations to divide channels by.
+
+    One that hardly changed so far may do so later, and must stay in the range of fp16 then: none is below
+    a hundredth of the median, nor below what fp16 tells apart at the channel's mean.
+    """
+    return found.maximum(0.01 * found.median()).maximum(mean.abs() * 2.0**-10).clamp(min=_LEAST)
 
 
 def _inliers(
