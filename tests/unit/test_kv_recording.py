@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from bitmill.errors import CalibrationError
 from bitmill.kv.base import kv_method
-from bitmill.kv.calibration import learn
+from bitmill.kv.calibration import calibrate, learn
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.recording import Recording, Seen, record
 from packed import prompt
@@ -53,3 +54,12 @@ def test_a_channel_that_never_changed_may_do_so_later(constant):
     layer.append(keys[None, :20].transpose(1, 2), later)
     assert (layer.values - later).abs().max() < 2e-3 * (1 + constant)
     assert found[1].deviation.min() >= 0.01 * found[1].deviation.median()
+
+
+def test_windows_that_the_first_tokens_take_up_are_refused():
+    model = tiny_model("llama")
+    with pytest.raises(CalibrationError, match=r"33 tokens .* first 4 \(sink\)"):
+        calibrate(model, kv_method("kvquant", sink=4), prompt(tokens=33))
+    with pytest.raises(CalibrationError, match=r"40 tokens .* first 100"):
+        calibrate(model, kv_method("kvquant", sink=100), prompt(3, 40))
+    assert calibrate(model, kv_method("kvquant", sink=4), prompt(tokens=36)).layers[0][0].levels is not None
