@@ -33,7 +33,7 @@ def method_of(setting):
     return kv_method(name, **options)
 
 
-def calibrated_at_random(side, channels, seed=0):
+def calibrated_at_random(side, channels, seed=0, weighed=False):
     """Ranges and levels as calibration finds them for normal numbers of deviation 1 to 2."""
     generator = torch.Generator().manual_seed(seed)
     own, learned = side.axis == "channel", side.levels == "learned"
@@ -53,7 +53,7 @@ def calibrated_at_random(side, channels, seed=0):
         zero,
         levels if learned else None,
         levels * 0.9 if side.q_norm else None,
-        torch.rand(channels, generator=generator) + 0.5 if side.outliers else None,
+        torch.rand(channels, generator=generator) + 0.5 if weighed and side.outliers else None,
         mean,
         deviation,
     )
@@ -61,8 +61,8 @@ def calibrated_at_random(side, channels, seed=0):
 
 def both_sides(scheme, channels, seed=0):
     return (
-        calibrated_at_random(scheme.keys, channels, seed),
-        calibrated_at_random(scheme.values, channels, seed + 1),
+        calibrated_at_random(scheme.keys, channels, seed, True),
+        calibrated_at_random(scheme.values, channels, seed + 1, True),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from bitmill.errors import CalibrationError
 from bitmill.kv.base import PAGE, KVMethod, Scheme, Side
 from bitmill.kv.calibrated import Calibration
 from bitmill.kv.levels import affine
@@ -34,7 +35,7 @@ def calibrate(
 
     model: in float, or with weights decoded to float where the method differentiates (`fisher`).
 
-    Raises CalibrationError for windows shorter than a page, and where gradients are not finite.
+    Raises CalibrationError for windows too short, and where gradients are not finite.
     """
     if not method.scheme().is_calibrated:
         return Calibration(method, ())
@@ -44,7 +45,10 @@ def calibrate(
 def learn(
     model: nn.Module, method: KVMethod, recording: Recording, progress: Progress | None = None
 ) -> Calibration:
-    """The same from what was recorded of the model."""
+    """The same from what was recorded of the model.
+
+    Raises CalibrationError where fewer than 32 tokens are left without the first ones, which stay in float.
+    """
     progress, started = progress or Progress(), time.perf_counter()
     scheme, weigh = method.scheme(), method.weighs_errors
     found: list[tuple[Calibrated, Calibrated]] = []
@@ -53,7 +57,7 @@ def learn(
         if seen is None:
             found.append((Calibrated(), Calibrated()))
             continue
-        keys, values = _numbers(scheme, seen, rope_for(model, scheme, number))
+        keys, values = _numbers(scheme, seen, rope_for(model, scheme, number), recording.windows[1])
         found.append((_fit(scheme.keys, *keys, weigh), _fit(scheme.values, *values, weigh)))
         progress.advance(1)
     progress.finish()
@@ -62,8 +66,11 @@ def learn(
     return Calibration(method, tuple(found), {"windows": samples, "seqlen": length, "time_s": round(took, 1)})
 
 
-def _numbers(scheme: Scheme, seen: Seen, rope: Rope | None) -> list[tuple[Tensor, Tensor]]:
-    """Keys as they are stored and values, (tokens, heads, dim), without sinks, with squared gradients, or ones."""
+def _numbers(scheme: Scheme, seen: Seen, rope: Rope | None, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys as they are stored and values, (tokens, heads, dim), without sinks, with squared gradients, or ones.
+
+    length: of windows, in tokens.
+    """
     keys, gradient, positions = seen.keys, seen.key_gradient, seen.positions[None]
     if rope is not None:
         keys = rope.undo(keys.transpose(0, 1)[None], positions)[0].transpose(0, 1)
@@ -71,6 +78,11 @@ def _numbers(scheme: Scheme, seen: Seen, rope: Rope | None) -> list[tuple[Tensor
             gradient = rope.undo_gradient(gradient.transpose(0, 1)[None], positions)[0].transpose(0, 1)
     kept = (seen.positions >= scheme.sink).nonzero()[:, 0]
     kept = kept[: len(kept) // PAGE * PAGE]
+    if not len(kept):
+        raise CalibrationError(
+            f"Windows of {length} tokens leave fewer than {PAGE} to learn from without the first {scheme.sink} "
+            "(sink); give longer windows, or a smaller sink."
+        )
     sides = ((keys, gradient), (seen.values, seen.value_gradient))
     return [(x[kept], torch.ones_like(x[kept]) if g is None else g[kept].square()) for x, g in sides]
 
@@ -82,7 +94,8 @@ def _fit(side: Side, x: Tensor, felt: Tensor, weigh: bool) -> Calibrated:
     x, felt = x.flatten(1), felt.flatten(1) if weigh else torch.ones_like(x).flatten(1)
     found = Calibrated()
     if side.equalized:
-        found = Calibrated(mean=x.mean(0), deviation=x.std(0).clamp(min=_LEAST))
+        mean = x.mean(0)
+        found = Calibrated(mean=mean, deviation=_deviation(x.std(0), mean))
         x, felt = (x - found.mean) / found.deviation, felt * found.deviation.square()  # type: ignore[operator, union-attr]
     if weigh and side.outliers:
         found = replace(found, weight=felt.mean(0).sqrt())
@@ -100,6 +113,15 @@ def _fit(side: Side, x: Tensor, felt: Tensor, weigh: bool) -> Calibrated:
     levels = _normed(edges, normal) if side.q_norm else edges
     shape = edges.shape if side.axis == "channel" else edges.shape[1:]
     return replace(found, levels=levels.view(shape), edges=edges.view(shape) if side.q_norm else None)
+
+
+def _deviation(found: Tensor, mean: Tensor) -> Tensor:
+    """Deviations to divide channels by.
+
+    One that hardly changed so far may do so later, and must stay in the range of fp16 then: none is below
+    a hundredth of the median, nor below what fp16 tells apart at the channel's mean.
+    """
+    return found.maximum(0.01 * found.median()).maximum(mean.abs() * 2.0**-10).clamp(min=_LEAST)
 
 
 def _inliers(
