@@ -15,6 +15,7 @@ from bitmill.checkpoint.files import publish, writing
 from bitmill.checkpoint.record import record_calibration, write_calibration
 from bitmill.checkpoint.writer import check_new, work_of
 from bitmill.errors import UsageError
+from bitmill.evaluation.generate import CHUNK
 from bitmill.kv.answers import PackedAnswers
 from bitmill.kv.base import KVMethod
 from bitmill.kv.cache import QuantizedCache
@@ -33,7 +34,6 @@ from bitmill.runtime.dense import densify
 from bitmill.runtime.packed import PackedMatrix
 
 SEQLEN = 2048
-CHUNK = 512  # tokens of a prompt that are read at a time
 _CONTEXT = "max_position_embeddings"
 
 
@@ -177,7 +177,7 @@ class Caches:
         if self.method is not None:
             config: Any = model.config
             layers = config.get_text_config().num_hidden_layers
-            # states of other kinds than keys and values cannot be continued by several tokens
+            # not all hybrids of transformers continue their other states by several tokens exactly: Bamba does not
             self.chunk = CHUNK if len(packed_shapes(model)) == layers else None
 
     def new(self) -> QuantizedCache | None:
@@ -240,7 +240,7 @@ def add_to_folder(
         found = calibrated(live, method, windows, kv["calibration"], progress)
     if out == folder:
         if earlier is not None:
-            progress.say(f"replaces the calibration for {said(earlier.method)}")
+            progress.note(f"replaces the calibration for {said(earlier.method)}")
         record_calibration(folder, found, kv)
         return
     with writing(out):

@@ -19,7 +19,7 @@ class Progress:
     def finish(self) -> None:
         """The current task is over."""
 
-    def say(self, sentence: str) -> None:
+    def note(self, sentence: str) -> None:
         """Something that whoever waits for the work should know."""
 
     def note_memory(self, size_bytes: int) -> None:

@@ -201,7 +201,7 @@ def test_generate_as_calibrated(world, run, kept):
 
 def test_long_prompts_are_read_in_chunks(world, monkeypatch):
     from bitmill import caching
-    from bitmill.evaluation.generate import generate
+    from bitmill.evaluation.generate import CHUNK, generate
 
     model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
     wanted = asked("per_token", 8, None)
@@ -211,7 +211,7 @@ def test_long_prompts_are_read_in_chunks(world, monkeypatch):
     done = generate(model, tokenizer, prompt, max_new_tokens=3, past=caches.new(), chunk=20)
     assert seen == [20, 20, 10, 1, 1]
     assert done.tokens == generate(model, tokenizer, prompt, max_new_tokens=3).tokens
-    assert caches.chunk == caching.CHUNK
+    assert caches.chunk == CHUNK
 
 
 def test_chat(world, kept, capsys, monkeypatch):

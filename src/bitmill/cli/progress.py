@@ -65,7 +65,7 @@ class TerminalProgress(Progress):
                 self._bar.stop()
                 self._bar = None
 
-    def say(self, sentence: str) -> None:
+    def note(self, sentence: str) -> None:
         """Print it, in place of the current task's bar."""
         self.finish()
         print(sentence, file=sys.stderr, flush=True)

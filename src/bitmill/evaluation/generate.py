@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from bitmill.errors import NumericsError, UsageError
 
+CHUNK = 512  # tokens of a prompt that are read at a time into a packed cache
+
 
 @dataclass(frozen=True)
 class Generation:

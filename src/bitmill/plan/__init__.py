@@ -16,6 +16,7 @@ from typing import Any
 from bitmill.checkpoint import open_checkpoint
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.errors import SourceError, UsageError
+from bitmill.evaluation.generate import CHUNK
 from bitmill.models.cached import CachedLayer, cached_layers, check_keys
 from bitmill.models.outline import open_outline
 from bitmill.models.skeleton import Skeleton
@@ -23,7 +24,6 @@ from bitmill.models.source import Source
 from bitmill.plan.cache import Cache, caches
 from bitmill.plan.weights import Wanted, weight_rows
 
-CHUNK = 512  # tokens of a prompt that are read at a time
 _UNBOUNDED = 1 << 40
 _UNTOLD = 4096  # tokens, where a config does not say how many the model was trained for
 
