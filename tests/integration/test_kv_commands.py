@@ -291,19 +291,3 @@ def test_refused_models(world, run, kind, said):
     command = ["quantize", folder, "--method", "rtn", *KV, "--calib", world.text, "--measure", 0, "-o", world.out]
     assert said in run(*command, status=2)
     assert not world.out.exists()
-
-
-def test_live_models(world):
-    model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
-    with pytest.raises(bitmill.BitmillError, match="Nowhere to write"):
-        bitmill.quantize(model, "rtn", kv="kivi", kv_options={"group": 8}, tokenizer=tokenizer, measure=0)
-    windows = torch.randint(3, 120, (4, 64))
-    out = world.root / "live"
-    bitmill.quantize(model, "rtn", kv="kvquant", calibration=windows, tokenizer=tokenizer, measure=0, out=out)
-    assert read_calibration(out).about["source"] == "tokens"
-    bitmill.quantize(model, "rtn", group_size=16, tokenizer=tokenizer, measure=0)
-    result = bitmill.evaluate(
-        model, kv="kvquant", kv_samples=3, tokenizer=tokenizer, seqlen=64, windows=1, text_source=world.text
-    )
-    assert result["kv_method"] == "kvquant"  # gradients went through a copy
-    assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())

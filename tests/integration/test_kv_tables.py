@@ -1,4 +1,4 @@
-"""What calibration finds, and what is said beforehand of its size."""
+"""Calibrations of keys and values of live models, and what is said beforehand of their size."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bitmill
+from bitmill.kv.calibrated import read_calibration
 from bitmill.kv.calibration import calibrate
 from bitmill.kv.size import cache_size
 from bitmill.kv.support import calibration_bytes, packed_shapes
@@ -25,3 +26,19 @@ def test_the_size_of_a_calibration_is_known_beforehand(world, options):
     layers = len(packed_shapes(model))
     fixed = 0 if method.nuq else layers * 4 * 2 * 4  # levels that are not learned are no part of it
     assert cache_size(method.scheme(), *shape, layers, 1, weighed=method.weighs_errors).tables == size + fixed
+
+
+def test_live_models(world):
+    model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
+    with pytest.raises(bitmill.BitmillError, match="Nowhere to write"):
+        bitmill.quantize(model, "rtn", kv="kivi", kv_options={"group": 8}, tokenizer=tokenizer, measure=0)
+    windows = torch.randint(3, 120, (4, 64))
+    out = world.root / "live"
+    bitmill.quantize(model, "rtn", kv="kvquant", calibration=windows, tokenizer=tokenizer, measure=0, out=out)
+    assert read_calibration(out).about["source"] == "tokens"
+    bitmill.quantize(model, "rtn", group_size=16, tokenizer=tokenizer, measure=0)
+    result = bitmill.evaluate(
+        model, kv="kvquant", kv_samples=3, tokenizer=tokenizer, seqlen=64, windows=1, text_source=world.text
+    )
+    assert result["kv_method"] == "kvquant"  # gradients went through a copy
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())
