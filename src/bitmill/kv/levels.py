@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from bitmill.formats.grouped import as_stored, positive
 from bitmill.kv.base import Side
 
 _ROUNDS = 2000
@@ -46,8 +47,4 @@ def affine(low: Tensor, high: Tensor, side: Side) -> tuple[Tensor, Tensor]:
         scale, zero = (high - low) / ((1 << side.bits) - 1), low
     else:
         scale, zero = (high - low) / 2, (high + low) / 2
-    return _stored(torch.where(scale > 0, scale, torch.ones_like(scale)).clamp(min=2.0**-24)), _stored(zero)
-
-
-def _stored(values: Tensor) -> Tensor:
-    return values.clamp(-65504, 65504).to(torch.float16).to(torch.float32)
+    return as_stored(positive(scale)), as_stored(zero)

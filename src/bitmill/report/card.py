@@ -11,7 +11,17 @@ from bitmill.report.figures import figures_of
 from bitmill.report.parts import ends_said, sizes_said, split_layers
 from bitmill.report.words import kv_measured, kv_said, spelled
 
-_CARD = """\
+_MEASURED = """\
+| text | windows |{% for f in figures %} {{ f.title }} |{% endfor %} measured by |
+|---|---|{% for f in figures %}---|{% endfor %}---|
+{% for m in measured -%}
+| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} |
+{%- for f in figures %} {{ number(m[f.key]) }} |{% endfor %} bitmill {{ m.by }}{{ kv_measured(m) }} |
+{% endfor %}
+"""
+
+_CARD = (
+    """\
 ---
 base_model: {{ source }}
 base_model_relation: quantized
@@ -37,12 +47,9 @@ The linear layers of the blocks are stored packed in the format
 ## Measured
 
 {% if measured %}
-| text | windows |{% for f in figures %} {{ f.title }} |{% endfor %} measured by |
-|---|---|{% for f in figures %}---|{% endfor %}---|
-{% for m in measured -%}
-| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} |
-{%- for f in figures %} {{ number(m[f.key]) }} |{% endfor %} bitmill {{ m.by }}{{ kv_measured(m) }} |
-{% endfor %}
+"""
+    + _MEASURED
+    + """\
 
 {% if identity.calibration and identity.calibration.source == "tokens" -%}
 Whether the caller's calibration windows contain this text is not known.
@@ -97,9 +104,11 @@ model = {{ auto }}.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 """
+)
 
 
-_FLOAT_CARD = """\
+_FLOAT_CARD = (
+    """\
 ---
 base_model: {{ source }}
 library_name: transformers
@@ -116,16 +125,14 @@ The weights are as in the source. {{ kv_line }}
 ## Measured
 
 {% if measured %}
-| text | windows |{% for f in figures %} {{ f.title }} |{% endfor %} measured by |
-|---|---|{% for f in figures %}---|{% endfor %}---|
-{% for m in measured -%}
-| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} |
-{%- for f in figures %} {{ number(m[f.key]) }} |{% endfor %} bitmill {{ m.by }}{{ kv_measured(m) }} |
-{% endfor %}
+"""
+    + _MEASURED
+    + """\
 {% else %}
 Nothing was measured. Do so with `bitmill eval FOLDER --kv METHOD --reference SOURCE --record`.
 {% endif %}
 """
+)
 
 
 def model_card(report: dict[str, Any]) -> str:
