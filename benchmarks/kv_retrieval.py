@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from bitmill import api
+from bitmill.evaluation.generate import CHUNK
 from bitmill.kv.base import KVMethod, kv_method
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import Calibration
@@ -28,7 +29,6 @@ from bitmill.kv.recording import record
 from bitmill.models import text
 
 RESULTS = Path(__file__).parent / "results" / "kv_retrieval.json"
-CHUNK = 512
 METHODS = [
     ("kvquant", 4),
     ("kvquant", 3),

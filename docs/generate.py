@@ -38,7 +38,6 @@ def pages() -> dict[str, str]:
 
 def method_page(name: str, kind: type) -> str:
     """Card, options, recipe and cost of one method."""
-    first, _, rest = (inspect.getdoc(kind) or "").partition("\n")
     recipe = kind().recipe()
     bits = recipe.stored.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
     origin = f"Source: `src/{kind.__module__.replace('.', '/')}.py`"
@@ -46,17 +45,7 @@ def method_page(name: str, kind: type) -> str:
     if (ROOT / test).exists():
         origin += f"; the test of the paper's claim: `{test}`"
     lines = [
-        f"# {name}",
-        "",
-        first,
-        "",
-        *_card(rest),
-        "",
-        "## Use",
-        "",
-        "```sh",
-        f"bitmill quantize smollm2-135m --method {name} -o smollm2-{name}",
-        "```",
+        *_opening(kind, name, f"bitmill quantize smollm2-135m --method {name} -o smollm2-{name}"),
         "",
         "## Options",
         "",
@@ -83,24 +72,13 @@ def kv_page(name: str, kind: type) -> str:
     """Card, options and cost of one method of keys and values."""
     from bitmill.kv.page import PageLayout
 
-    first, _, rest = (inspect.getdoc(kind) or "").partition("\n")
     scheme = kind().scheme()
     heads, dim = _CACHE
     bits = PageLayout(scheme, heads, dim).words / (2 * heads * dim)
     make = [f"bitmill quantize smollm2-135m --method none --kv {name} -o smollm2-{name}"] * scheme.is_calibrated
+    measure = f"bitmill eval {f'smollm2-{name}' if make else 'smollm2-135m'} --kv {name} --seqlen 2048"
     lines = [
-        f"# {name}",
-        "",
-        first,
-        "",
-        *_card(rest),
-        "",
-        "## Use",
-        "",
-        "```sh",
-        *make,
-        f"bitmill eval {f'smollm2-{name}' if make else 'smollm2-135m'} --kv {name} --seqlen 2048",
-        "```",
+        *_opening(kind, name, *make, measure),
         "",
         "See [Keys and values](../kv.md).",
         "",
@@ -159,6 +137,12 @@ def parts_page() -> str:
             described = inspect.getdoc(inspect.getmodule(kind)) or ""
             lines += [f"### `{name}`", "", "```text", described, "```", "", f"Options: {options}", ""]
     return "\n".join(lines)
+
+
+def _opening(kind: Any, name: str, *commands: str) -> list[str]:
+    """A method's name, its card, and how it is used."""
+    first, _, rest = (inspect.getdoc(kind) or "").partition("\n")
+    return [f"# {name}", "", first, "", *_card(rest), "", "## Use", "", "```sh", *commands, "```"]
 
 
 def _card(card: str) -> list[str]:
