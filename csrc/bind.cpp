@@ -3,6 +3,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "arrays.h"
+#include "fixed/fixed.h"
 #include "isa.h"
 #include "lut/linear.h"
 
@@ -212,6 +213,21 @@ void sparse_add_of(Array<const int64_t, 1> starts, Bytes places, Array<const uin
     sparse_add(s, x.data(), x.shape(0), y.data(), threads);
 }
 
+void read_inputs_of(FixedInputs& self, Array<const float, 2> x, int threads) {
+    nb::gil_scoped_release free;
+    fixed_inputs(fixed_shape(x.shape(1)), x.data(), x.shape(0), self, threads);
+}
+
+// The outputs from column `first` on.
+void fixed_product_of(const FixedInputs& x, Array<const float, 2> W, Array<float, 2> y, int64_t first, int threads) {
+    const int64_t rows = W.shape(0), stride = y.shape(1);
+    require(static_cast<int64_t>(W.shape(1)) == x.shape.columns && static_cast<int64_t>(y.shape(0)) == x.tokens &&
+                0 <= first && first + rows <= stride,
+            "W or y has another shape");
+    nb::gil_scoped_release free;
+    fixed_product(x, W.data(), rows, y.data() + first, stride, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -253,6 +269,10 @@ NB_MODULE(_native, m) {
     m.def("rotate", rotate_of, "steps"_as_is, "numbers"_as_is, "orders"_as_is, "x"_as_is, "threads"_a);
     m.def("sparse_add", sparse_add_of, "starts"_as_is, "places"_as_is, "values"_as_is, "x"_as_is, "y"_as_is,
           "threads"_a);
+    nb::class_<FixedInputs>(m, "FixedInputs")
+        .def(nb::init<>())
+        .def("read", read_inputs_of, "x"_as_is, "threads"_a)
+        .def("product", fixed_product_of, "W"_as_is, "y"_as_is, "first"_a, "threads"_a);
     bind_step(m);
     bind_kv(m);
     m.def("read_all", [](Bytes bytes, int threads) {

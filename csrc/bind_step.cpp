@@ -36,12 +36,22 @@ const float* numbers(const MaybeFloats& values, int64_t count, const char* what)
     return values ? values->data() : nullptr;
 }
 
-void product(const LookupLinear& linear, Array<const float, 2> x, Array<float, 2> y, int threads) {
+void check_product(const LookupLinear& linear, const Array<const float, 2>& x, const Array<float, 2>& y) {
     require(static_cast<int64_t>(x.shape(1)) == linear.columns &&
                 static_cast<int64_t>(y.shape(1)) == linear.rows && x.shape(0) == y.shape(0),
             "x or y has another shape");
+}
+
+void product(const LookupLinear& linear, Array<const float, 2> x, Array<float, 2> y, int threads) {
+    check_product(linear, x, y);
     nb::gil_scoped_release free;
     linear.product(x.data(), x.shape(0), y.data(), threads);
+}
+
+void many(const LookupLinear& linear, Array<const float, 2> x, Array<float, 2> y, int threads) {
+    check_product(linear, x, y);
+    nb::gil_scoped_release free;
+    linear.many(x.data(), x.shape(0), y.data(), threads);
 }
 
 // A model while it is put together.
@@ -111,7 +121,9 @@ void advance(Model& model, MaybeFloats embedding, const Linear* table, int64_t t
 void bind_step(nb::module_& m) {
     nb::class_<Linear>(m, "Linear").def("row", row_of, "row"_a);
     nb::class_<LookupLinear, Linear>(m, "LookupLinear")
-        .def("product", product, "x"_as_is, "y"_as_is, "threads"_a);
+        .def("product", product, "x"_as_is, "y"_as_is, "threads"_a)
+        .def("many", many, "x"_as_is, "y"_as_is, "threads"_a)
+        .def_prop_ro("takes_many", &LookupLinear::takes_many);
     m.def("lookup_linear", lookup, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a,
           "records_per_tile"_a, "bank_bits"_a, "zero"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(),
           "powers"_as_is.none(), "scales"_as_is.none(), "zeros"_as_is.none(), "row_scales"_as_is, "act"_a,

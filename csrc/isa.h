@@ -14,6 +14,7 @@ struct AdditiveKernels;  // additive/additive.h
 struct VectorKernels;    // vector/vector.h
 struct RotationKernels;  // rotation/rotation.h
 struct SparseKernels;    // sparse/sparse.h
+struct FixedKernels;     // fixed/fixed.h
 struct StepKernels;      // step/step.h
 struct KvKernels;        // kv/kv.h
 
@@ -26,6 +27,7 @@ struct Isa {
     const VectorKernels* vector;
     const RotationKernels* rotation;
     const SparseKernels* sparse;
+    const FixedKernels* fixed;
     const StepKernels* step;
     const KvKernels* kv;
 };

@@ -222,11 +222,16 @@ void tiles(const Weights& w, const Inputs& in, float* y, int64_t stride, int64_t
         Tile<V, bits, R, source, wide, act, T>(w, in, tile).run(y, stride);
 }
 
+struct FixedPanel;  // fixed/fixed.h
+using PanelKernel = void (*)(const Weights&, int64_t tile, FixedPanel& out);
+
 // What an instruction set has: the kernel for some weights and 1 or 4 tokens at once, or null where there is none
-// (lut/choose.h says which exist), and that of float32 inputs for one token.
+// (lut/choose.h says which exist), that of float32 inputs for one token, and what makes a tile a panel for many tokens, or
+// null where no kernel does.
 struct LookupKernels {
     Kernel (*choose)(const Weights& w, Act act, int tokens);
     Kernel (*floats)(const Weights& w);
+    PanelKernel (*panel)(const Weights& w);
 };
 extern const LookupKernels avx512_lookup, avx2_lookup, neon_lookup, scalar_lookup;
 

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "../fixed/fixed.h"
 #include "../isa.h"
 #include "../threads.h"
 #include "inputs.h"
@@ -55,6 +56,25 @@ void linear(const Weights& weights, const float* x, int64_t tokens, Act act, flo
                 (many ? four : one)(weights, from(t), y + t * layout.rows, layout.rows, first, next);
                 t += many ? 4 : 1;
             }
+        }
+    });
+}
+
+bool has_panels(const Weights& weights) { return isa().lookup->panel(weights) != nullptr; }
+
+void linear_of_many(const Weights& weights, const float* x, int64_t tokens, float* y, int threads) {
+    const PanelKernel read = isa().lookup->panel(weights);
+    if (!read) throw std::invalid_argument("no kernel for many tokens of these weights");
+    const Layout& l = weights.layout;
+    thread_local FixedInputs inputs;  // kept: memory that is new is slow
+    fixed_inputs(fixed_shape(l.columns, l.group, l.group_blocks * l.block_columns(), l.padded_columns()), x, tokens, inputs, threads);
+    const FixedInputs& in = inputs;
+    in_shares(l.tiles(), threads, [&](int64_t first, int64_t last) {
+        thread_local FixedPanel panel;
+        for (int64_t tile = first; tile < last; ++tile) {
+            read(weights, tile, panel);
+            const int64_t row = tile * fixed_rows;
+            isa().fixed->product(in, panel, std::min(fixed_rows, l.rows - row), y + row, l.rows);
         }
     });
 }

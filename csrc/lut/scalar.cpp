@@ -140,6 +140,6 @@ void lookup_row(const Weights& w, Act act, int64_t row, float* out) {
     }
 }
 
-const LookupKernels scalar_lookup = {choose_scalar, choose_floats};
+const LookupKernels scalar_lookup = {choose_scalar, choose_floats, [](const Weights&) -> PanelKernel { return nullptr; }};
 
 }  // namespace bitmill

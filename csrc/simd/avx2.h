@@ -59,6 +59,31 @@ struct Avx2 {
     }
     static BITMILL_INLINE Ints dot(Ints sum, Bytes u, Bytes x) { return {dot(sum.a, u.a, x.a), dot(sum.b, u.b, x.b)}; }
 
+    static constexpr int fixed_tokens = 4;
+    // Entries of 16 rows and 4 columns as 16 bits each: two columns of all rows, then the other two.
+    static BITMILL_INLINE void store_pairs(uint8_t* to, Bytes v) {
+        const __m128i two = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);  // -1: zero
+        const __m256i first = _mm256_broadcastsi128_si256(two), second = _mm256_add_epi8(first, _mm256_set1_epi16(2));
+        const auto put = [&](uint8_t* at, __m256i half) {
+            const __m256i u = _mm256_xor_si256(half, same(bias));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_shuffle_epi8(u, first));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 64), _mm256_shuffle_epi8(u, second));
+        };
+        put(to, v.a), put(to + 32, v.b);
+    }
+    struct Pairs {  // of signed 16 bits, eight rows: compilers keep structures of two registers in memory
+        using Part = __m256i;
+        static constexpr int rows = 8;
+        static BITMILL_INLINE Part none() { return _mm256_setzero_si256(); }
+        static BITMILL_INLINE Part load(const uint8_t* p) { return half(p); }
+        static BITMILL_INLINE Part spread(const int8_t* x) { return Avx2::spread<16>(x).a; }
+        static BITMILL_INLINE Part dot(Part sum, Part w, Part x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
+        static BITMILL_INLINE void add(float* total, Part sum, const float* size, float step) {  // total += size * step * sum
+            const __m256 both = _mm256_mul_ps(_mm256_loadu_ps(size), _mm256_set1_ps(step));
+            _mm256_storeu_ps(total, _mm256_fmadd_ps(both, _mm256_cvtepi32_ps(sum), _mm256_loadu_ps(total)));
+        }
+    };
+
     // 64 sums of 16 bits, of which every table gives the low and the high bytes apart.
     struct Shorts { __m256i v[4]; };
     static BITMILL_INLINE Shorts no_shorts() {

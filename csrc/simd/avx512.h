@@ -47,6 +47,25 @@ struct Avx512 {
 
     static BITMILL_INLINE Ints no_ints() { return _mm512_setzero_si512(); }
     static BITMILL_INLINE Ints dot(Ints sum, Bytes u, Bytes x) { return _mm512_dpbusd_epi32(sum, u, x); }
+    static BITMILL_INLINE void store_pairs(uint8_t* to, Bytes v) {  // as 16 bits: two columns of all rows, then the other two
+        const __m128i two = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);  // -1: zero
+        const __m512i first = _mm512_broadcast_i32x4(two), second = _mm512_add_epi8(first, _mm512_set1_epi16(2));
+        _mm512_storeu_si512(to, _mm512_shuffle_epi8(v, first));
+        _mm512_storeu_si512(to + 64, _mm512_shuffle_epi8(v, second));
+    }
+    static constexpr int fixed_tokens = 14;  // as many integer and float sums fit into the registers
+    struct Pairs {  // of signed 16 bits, sixteen rows
+        using Part = __m512i;
+        static constexpr int rows = 16;
+        static BITMILL_INLINE Part none() { return _mm512_setzero_si512(); }
+        static BITMILL_INLINE Part load(const uint8_t* p) { return Avx512::load(p); }
+        static BITMILL_INLINE Part spread(const int8_t* x) { return Avx512::spread<16>(x); }
+        static BITMILL_INLINE Part dot(Part sum, Part w, Part x) { return _mm512_dpwssd_epi32(sum, w, x); }
+        static BITMILL_INLINE void add(float* total, Part sum, const float* size, float step) {  // total += size * step * sum
+            const __m512 both = _mm512_mul_ps(_mm512_loadu_ps(size), _mm512_set1_ps(step));
+            _mm512_storeu_ps(total, _mm512_fmadd_ps(both, _mm512_cvtepi32_ps(sum), _mm512_loadu_ps(total)));
+        }
+    };
 
     // 64 sums of 16 bits, of which every table gives the low and the high bytes apart.
     struct Shorts { __m512i low, high; };

@@ -66,6 +66,32 @@ struct Scalar {
         return sum;
     }
 
+    static constexpr int fixed_tokens = 4;
+    struct Pairs {  // of signed 16 bits, sixteen rows
+        struct Part { int32_t v[16]; };
+        static constexpr int rows = 16;
+        static BITMILL_INLINE Part none() { return {}; }
+        static BITMILL_INLINE Part load(const uint8_t* p) {
+            Part out;
+            std::memcpy(out.v, p, 64);
+            return out;
+        }
+        static BITMILL_INLINE Part spread(const int8_t* x) {
+            Part out;
+            for (auto& both : out.v) std::memcpy(&both, x, 4);
+            return out;
+        }
+        static BITMILL_INLINE Part dot(Part sum, const Part& w, const Part& x) {
+            int16_t a[32], b[32];
+            std::memcpy(a, w.v, 64), std::memcpy(b, x.v, 64);
+            for (int i = 0; i < 16; ++i) sum.v[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+            return sum;
+        }
+        static BITMILL_INLINE void add(float* total, const Part& sum, const float* size, float step) {  // total += size * step * sum
+            for (int i = 0; i < 16; ++i) total[i] += size[i] * step * static_cast<float>(sum.v[i]);
+        }
+    };
+
     template <class Each>
     static BITMILL_INLINE Floats each(const Each& value) {
         Floats out;

@@ -53,6 +53,9 @@ public:
     LookupLinear(const Weights& weights, Act act);  // throws std::invalid_argument where there is no kernel
     // y = x W^T outside of a step: x (tokens, columns), y (tokens, rows), threads of its own.
     void product(const float* x, int64_t tokens, float* y, int threads) const;
+    // The same for many tokens, in which integers of 16 bits are multiplied; throws where there is no kernel.
+    void many(const float* x, int64_t tokens, float* y, int threads) const;
+    bool takes_many() const;
     void apply(const Team& team, Room room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
 

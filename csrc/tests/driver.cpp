@@ -8,6 +8,7 @@ int main() {
     bitmill::test_vector();
     bitmill::test_rotation();
     bitmill::test_sparse();
+    bitmill::test_fixed();
     bitmill::test_step();
     bitmill::test_kv();
     std::printf("%d kernel runs, %d failures\n", bitmill::runs, bitmill::failures);

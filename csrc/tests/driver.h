@@ -54,6 +54,7 @@ void test_additive();
 void test_vector();
 void test_rotation();
 void test_sparse();
+void test_fixed();
 void test_step();
 void test_kv();
 

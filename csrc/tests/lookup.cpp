@@ -109,6 +109,27 @@ void run(const Case& c) {
     }
 }
 
+// Many tokens, where there are panels, against one after the other.
+void run_many(const Case& c) {
+    const Arrays a = make(c);
+    const Layout& l = c.layout;
+    for (const int tokens : {1, 2, 9, 33}) {
+        const auto x = random_floats(tokens * l.columns);
+        std::vector<float> expected(tokens * l.rows, NAN);
+        use_isa("scalar");
+        linear(a.w, x.data(), tokens, Act::int16, expected.data(), 1);
+        for (const auto& name : available_isas()) {
+            use_isa(name);
+            if (!has_panels(a.w)) continue;
+            std::vector<float> y(tokens * l.rows, NAN);
+            linear_of_many(a.w, x.data(), tokens, y.data(), 2);
+            report(difference(y, expected), 3e-4, "%s, many: %ld x %ld, group %ld, %d bits, F %d, source %d, %d tokens",
+                   name.c_str(), static_cast<long>(l.rows), static_cast<long>(l.columns), static_cast<long>(l.group),
+                   l.bits, l.group_blocks, static_cast<int>(c.source), tokens);
+        }
+    }
+}
+
 Layout layout_of(const int64_t (&shape)[3], int bits, int R) {
     const int64_t blocks = (shape[2] * R + 63) / 64;
     int F = static_cast<int>((blocks + 7) / 8 * 8);
@@ -133,9 +154,11 @@ void test_lookup() {
                     ++turn;
                     const Layout layout = layout_of(s, bits, R);
                     if (source == Source::bank && bits == 4)
-                        run({layout_of(s, bits, 16), source, false, false, false, turn % 3, 0});
+                        for (const auto& each : {run, run_many})
+                            each({layout_of(s, bits, 16), source, false, false, false, turn % 3, 0});
                     const bool halved = source == Source::own && (bits == 3 || bits == 4);
-                    run({layout, source, wide, turn % 2 == 0, halved && turn % 4 < 2, turn % 3, turn / 3 % 3});
+                    for (const auto& each : {run, run_many})
+                        each({layout, source, wide, turn % 2 == 0, halved && turn % 4 < 2, turn % 3, turn / 3 % 3});
                     if (!wide || R == 1)
                         run({layout, source, false, turn % 2 == 0, false, turn % 3, turn / 3 % 3, true});
                 }

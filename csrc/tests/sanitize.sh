@@ -29,6 +29,6 @@ aarch64*)
 *) shared= ;;
 esac
 compile "$shared" isa.cpp isa/scalar.cpp lut/layout.cpp lut/linear.cpp lut/scalar.cpp \
-  additive/additive.cpp vector/vector.cpp rotation/rotation.cpp sparse/sparse.cpp step/*.cpp kv/*.cpp tests/*.cpp
+  additive/additive.cpp vector/vector.cpp rotation/rotation.cpp sparse/sparse.cpp fixed/fixed.cpp step/*.cpp kv/*.cpp tests/*.cpp
 $cxx $objects -o "$out/driver"
 OMP_NUM_THREADS=2 ${RUN-} "$out/driver"

@@ -100,7 +100,8 @@ def test_vectors_decode_bit_by_bit_and_multiply_in_fp32(format, shape):
 
 
 @pytest.mark.parametrize("format", [Additive(5, codebooks=3), E8(2), Pyramid(3)], ids=repr)
-def test_many_tokens_are_the_reference_bit_by_bit(format):
+def test_many_tokens_in_floats_are_the_reference_bit_by_bit(format, monkeypatch):
+    monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
     matrix = random_codes(format, (35, 130)) if isinstance(format, Additive) else quantized(format, (35, 130))
     kind = AdditiveKernel if isinstance(format, Additive) else VectorKernel
     x = torch.randn(17, 130)

@@ -50,6 +50,7 @@ class ByteTables:
     powers: Tensor | None = None
     bank_bits: int = 0
     mirrored: bool = False
+    is_exact: bool = False  # tables hold the format's own levels, not rounded ones
 
 
 def rows_per_tile(bits: int, source: int) -> int:
@@ -131,6 +132,7 @@ def byte_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int, k
     each = each if each.dim() == 3 else each[None]
     scale, zero = lookup.scale if banked else lookup.factor(), lookup.zero
     made = ByteTables(R, F, source, False, tables, 0, 0, 0.0, torch.ones(tiles * R))
+    made.is_exact = floats or fixed is not None
     if floats:
         made.tables = _float_records(of_rows(each) if source == OWN else tables, banked)
     elif fixed is not None:

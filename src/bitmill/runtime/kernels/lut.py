@@ -66,7 +66,7 @@ class Lut(Relaid):
             made.records_per_tile,
         ]
         self.plan += [made.bank_bits, ACTIVATIONS.index(act)]
-        self.zero = made.zero
+        self.zero, self.is_exact = made.zero, made.is_exact
         self.parts = [_flat(getattr(made, name), name not in _FLOATS) for name in _PARTS]
 
     @property
@@ -96,6 +96,14 @@ class Lut(Relaid):
             return ops.lut_linear(x, self.codes, *self.parts, self.plan, self.zero)
         y = torch.empty(x.shape[0], self.spec.shape[0])
         self._bound().product(x.contiguous(), y, threads())
+        return y
+
+    def many(self, x: Tensor) -> Tensor:
+        """By table lookup too, where the tables are exact."""
+        if not (self.is_exact and self._bound().takes_many):
+            return super().many(x)
+        y = torch.empty(x.shape[0], self.spec.shape[0])
+        self._bound().many(x.contiguous(), y, threads())
         return y
 
     def _bound(self) -> Any:

@@ -56,19 +56,25 @@ def decoded(spec: KernelSpec, params: Params, codes: Callable[[slice], Tensor]) 
     return weights
 
 
+def tiles_of(shape: tuple[int, int]) -> list[slice]:
+    """The rows of a matrix in pieces that are decoded at a time."""
+    rows, columns = shape
+    step = max(1, _TILE // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
 def by_tiles(spec: KernelSpec, weights: Callable[[slice], Tensor], x: Tensor) -> Tensor:
     """x W^^T with W^ decoded a tile at a time.
 
     weights: gives some of its rows, fp32, in memory that the next call may overwrite.
     """
     rows, columns = spec.shape
-    step = max(1, _TILE // columns)
     learns = torch.is_grad_enabled() and x.requires_grad
     keeps = learns or ops.watched(x)
-    if step >= rows:
-        W = weights(slice(0, rows)).to(x.dtype)
+    cuts = tiles_of(spec.shape)
+    if len(cuts) == 1:
+        W = weights(cuts[0]).to(x.dtype)
         return torch.nn.functional.linear(x, W.clone() if learns else W)
-    cuts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     if keeps:
         return torch.cat([torch.nn.functional.linear(x, weights(cut).to(x.dtype).clone()) for cut in cuts], -1)
     tokens, out = x.reshape(-1, columns), torch.empty(x[..., 0].numel(), rows, dtype=x.dtype, device=x.device)
