@@ -14,6 +14,12 @@ BITMILL_INLINE void prefetch(const uint8_t* codes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(codes + ahead + i);
 }
 
+// The bits of block i that a field of one bit a code holds, at position `at` of every byte; the others are dirt.
+template <class V, int i, int at>
+BITMILL_INLINE typename V::Bytes block_bits(const uint8_t* field) {
+    return V::template shifted<i - at>(V::load(field));
+}
+
 // The codes of block i of a chunk; bits above the code are dirt. The 1-bit field goes to position `top`.
 template <class V, int bits, int i, int top>
 BITMILL_INLINE typename V::Bytes block_codes(const uint8_t* p) {
@@ -30,8 +36,8 @@ BITMILL_INLINE typename V::Bytes block_codes(const uint8_t* p) {
             else code = field;
         }
         if constexpr (has1) {
-            constexpr int at = top, below = has4 + has2;
-            const auto field = V::template shifted<i - at>(V::load(p + 64 * below));
+            constexpr int below = has4 + has2;
+            const auto field = block_bits<V, i, top>(p + 64 * below);
             if constexpr (below) code = V::template select<(1 << below) - 1>(code, field);
             else code = field;
         }

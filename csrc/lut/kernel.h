@@ -15,7 +15,8 @@
 
 namespace bitmill {
 
-// Whose table it is: one for all, each row's (or each row's in each group), or one of a bank of up to 32.
+// Whose table it is: one for all, each row's (or each row's in each group), or one of a bank of up to 32, whose entries
+// are at most 63.
 enum class Source { shared, own, bank };
 enum class Zero { constant, bytes, halves };
 enum class Act { int8, int16, float32 };  // what inputs are rounded to
@@ -60,6 +61,14 @@ constexpr int step_blocks(int rows_per_tile, int group_blocks) {
     return group_blocks < most ? group_blocks : most;
 }
 
+// The entries of block i of a chunk, in tables that are one for all rows (`whole`) or lanes of several.
+template <class V, int bits, int i, bool whole, class Look>
+BITMILL_INLINE typename V::Bytes entries_of(const Look& look, const uint8_t* codes) {
+    if constexpr (V::apart && bits == 3 && !whole)
+        return look.look(block_codes<V, 2, i, 0>(codes), block_bits<V, i, Look::top>(codes + 128));
+    else return look.look(block_codes<V, bits, i, Look::top>(codes));
+}
+
 // One tile's worth of state: R rows, T tokens.
 template <class V, int bits, int R, Source source, bool wide, Act act, int T>
 struct Tile {
@@ -73,17 +82,20 @@ struct Tile {
     const Weights& w;
     const Inputs& in;
     const int64_t tile, groups;
-    const int F;  // blocks of a group where there are fewer than 8, else 8
+    const int F;  // blocks of a group where there are fewer than 8, else 8: 2, 4 or 8
     int64_t step = 0, group = 0;
     Look low, high;
     Floats total[T], part[T], power;
     // dot products of table bytes (low, high) and input bytes (high, low); what does not exist stays unused
     typename V::Ints acc[2][2][T];
+    static constexpr bool small = source == Source::bank;  // entries of at most 63: blocks are multiplied two at a time
+    Bytes even;  // where small, the entries of the last even block
 
     BITMILL_INLINE Tile(const Weights& w, const Inputs& in, int64_t tile)
         : w(w), in(in), tile(tile), groups(w.layout.padded_groups()),
           F(w.layout.group_blocks < 8 ? w.layout.group_blocks : 8) {
-        if constexpr (source != Source::bank) load_tables(w.tables + tile * w.records_per_tile * w.record_bytes);
+        if constexpr (source == Source::bank) low.hold_bank(w.tables);
+        else load_tables(w.tables + tile * w.records_per_tile * w.record_bytes);
         for (int t = 0; t < T; ++t) total[t] = V::zero();
         clear();
     }
@@ -109,7 +121,7 @@ struct Tile {
     BITMILL_INLINE void begin_group() {
         if constexpr (source == Source::bank) {
             const uint8_t* ids = w.ids + place();
-            low.from_bank(w.tables, ids, (1 << w.bank_bits) - 1);
+            low.from_bank(ids, (1 << w.bank_bits) - 1);
             power = V::template named<R>(w.powers, ids, w.bank_bits);
         } else if constexpr (source == Source::own) {
             if (w.records_per_tile > 1) load_tables(w.tables + place() / R * w.record_bytes);
@@ -119,10 +131,13 @@ struct Tile {
 
     template <int i>
     BITMILL_INLINE void block(const uint8_t* codes, int64_t chunk) {
-        const Bytes code = block_codes<V, bits, i, Look::top>(codes);
-        const Bytes u = low.look(code);
+        const Bytes u = entries_of<V, bits, i, whole>(low, codes);
         Bytes v{};
-        if constexpr (wide) v = high.look(code);
+        if constexpr (wide) v = entries_of<V, bits, i, whole>(high, codes);
+        if constexpr (small && i % 2 == 0) {
+            even = u;
+            return;
+        }
         for (int t = 0; t < T; ++t) {
             const int64_t first = t * in.columns + (chunk * 8 + i) * C;
             dots<0>(u, v, in.bytes + first, t);
@@ -131,7 +146,7 @@ struct Tile {
         constexpr bool stepped = (i + 1) % S == 0;
         if constexpr (stepped) end_step();
         if constexpr (i == 3 || (R == 4 && i % 2 == 1 && i < 7)) {  // where groups of less than a chunk may end
-            if ((i + 1) % F == 0) {
+            if (((i + 1) & (F - 1)) == 0) {
                 if constexpr (!stepped) end_step();
                 end_group(), begin_group();
             }
@@ -141,7 +156,8 @@ struct Tile {
     template <int plane>
     BITMILL_INLINE void dots(const Bytes& u, const Bytes& v, const int8_t* inputs, int t) {
         const Bytes x = V::template spread<R>(inputs);
-        acc[0][plane][t] = V::dot(acc[0][plane][t], u, x);
+        if constexpr (small) acc[0][plane][t] = V::dot_small(acc[0][plane][t], even, V::template spread<R>(inputs - C), u, x);
+        else acc[0][plane][t] = V::dot(acc[0][plane][t], u, x);
         if constexpr (wide) acc[1][plane][t] = V::dot(acc[1][plane][t], v, x);
     }
 
@@ -161,7 +177,7 @@ struct Tile {
         else return sum;
     }
 
-    static constexpr float bias = (wide ? 257.0f : 1.0f) * V::bias;
+    static constexpr float bias = (small ? 0.0f : wide ? 257.0f : 1.0f) * V::bias;
     static BITMILL_INLINE Floats unbiased(Floats zero) {
         if constexpr (bias != 0) return V::sub(zero, V::all(bias));
         else return zero;

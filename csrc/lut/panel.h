@@ -30,7 +30,7 @@ struct PanelOf {
 
     // Steps and offsets of a group, and the tables of its rows.
     BITMILL_INLINE void begin_group() {
-        if constexpr (source == Source::bank) look.from_bank(w.tables, w.ids + place(), (1 << w.bank_bits) - 1);
+        if constexpr (source == Source::bank) look.from_bank(w.ids + place(), (1 << w.bank_bits) - 1);
         else if (source == Source::own && w.records_per_tile > 1) load(w.tables + place() / fixed_rows * w.record_bytes);
         for (int64_t r = 0; r < fixed_rows; ++r) {
             const int64_t at = group * fixed_rows + r;
@@ -52,7 +52,8 @@ struct PanelOf {
 
     template <int i>
     BITMILL_INLINE void block(const uint8_t* codes, uint8_t*& to) {
-        V::store_pairs(to, look.look(block_codes<V, bits, i, Look::top>(codes)));
+        constexpr int less = source == Source::bank ? 0 : V::bias;
+        V::template store_pairs<less>(to, entries_of<V, bits, i, source == Source::shared>(look, codes));
         to += 128;
         if constexpr (i == 3) {
             if (w.layout.group_blocks == 4) begin_group();
@@ -70,7 +71,8 @@ struct PanelOf {
         out.steps.resize(fixed_rows * groups), out.offsets.resize(fixed_rows * groups);
         const uint8_t* codes = w.codes + tile * w.layout.tile_bytes();
         uint8_t* to = reinterpret_cast<uint8_t*>(out.integers.data());
-        if constexpr (source != Source::bank) load(w.tables + tile * w.records_per_tile * w.record_bytes);
+        if constexpr (source == Source::bank) look.hold_bank(w.tables);
+        else load(w.tables + tile * w.records_per_tile * w.record_bytes);
         for (int64_t c = 0; c < chunks; ++c, codes += 64 * bits) {
             if (c % in_group == 0) begin_group();
             chunk(std::make_integer_sequence<int, 8>{}, codes, to);

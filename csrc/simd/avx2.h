@@ -59,13 +59,23 @@ struct Avx2 {
     }
     static BITMILL_INLINE Ints dot(Ints sum, Bytes u, Bytes x) { return {dot(sum.a, u.a, x.a), dot(sum.b, u.b, x.b)}; }
 
+    // Of two blocks, with entries of at most 63: they need no sign, and both blocks' pairs add up in 16 bits.
+    static BITMILL_INLINE __m256i dot_small(__m256i sum, __m256i u, __m256i x, __m256i v, __m256i y) {
+        const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(u, x), _mm256_maddubs_epi16(v, y));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    static BITMILL_INLINE Ints dot_small(Ints sum, Bytes u, Bytes x, Bytes v, Bytes y) {
+        return {dot_small(sum.a, u.a, x.a, v.a, y.a), dot_small(sum.b, u.b, x.b, v.b, y.b)};
+    }
+
     static constexpr int fixed_tokens = 4;
-    // Entries of 16 rows and 4 columns as 16 bits each: two columns of all rows, then the other two.
+    // Entries less `less` of 16 rows and 4 columns as 16 bits each: two columns of all rows, then the other two.
+    template <int less>
     static BITMILL_INLINE void store_pairs(uint8_t* to, Bytes v) {
         const __m128i two = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);  // -1: zero
         const __m256i first = _mm256_broadcastsi128_si256(two), second = _mm256_add_epi8(first, _mm256_set1_epi16(2));
         const auto put = [&](uint8_t* at, __m256i half) {
-            const __m256i u = _mm256_xor_si256(half, same(bias));
+            const __m256i u = _mm256_xor_si256(half, same(less));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm256_shuffle_epi8(u, first));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 64), _mm256_shuffle_epi8(u, second));
         };
@@ -156,17 +166,19 @@ struct Avx2 {
     }
 
     template <int R>
-    static BITMILL_INLINE Floats rows(const uint8_t* bytes) {
+    static BITMILL_INLINE Floats rows(const uint8_t* bytes) { return to_float(row_ints<R>(bytes)); }
+
+    template <int R>
+    static BITMILL_INLINE Ints row_ints(const uint8_t* bytes) {
+        __m128i v = _mm_set1_epi8(static_cast<char>(*bytes));
         if constexpr (R == 16) {
-            const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-            return to_float({_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))});
+            v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
         } else if constexpr (R == 4) {
             int32_t four;
             std::memcpy(&four, bytes, 4);
-            return fours(_mm_cvtepi32_ps(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(four))));
-        } else {
-            return all(*bytes);
+            v = _mm_shuffle_epi8(_mm_set1_epi32(four), _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
         }
+        return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
     }
 
     template <int R>
@@ -182,11 +194,19 @@ struct Avx2 {
                 _mm256_permutevar8x32_ps(both, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3))};
     }
 
+    // Of 16 numbers in two vectors those that bits 0 to 3 of `at` name.
+    static BITMILL_INLINE __m256 pick(__m256 low, __m256 high, __m256i at) {
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at),
+                                _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+    }
     template <int R>
     static BITMILL_INLINE Floats named(const float* powers, const uint8_t* ids, int shift) {  // powers[id >> shift]
-        float lanes[16];
-        for (int l = 0; l < 16; ++l) lanes[l] = powers[ids[l * R / 16] >> shift];
-        return {_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8)};
+        Ints id = row_ints<R>(ids);
+        id = {_mm256_srli_epi32(id.a, shift), _mm256_srli_epi32(id.b, shift)};
+        const __m256 low = _mm256_loadu_ps(powers);
+        if (shift >= 5) return {_mm256_permutevar8x32_ps(low, id.a), _mm256_permutevar8x32_ps(low, id.b)};
+        const __m256 high = _mm256_loadu_ps(powers + 8);
+        return {pick(low, high, id.a), pick(low, high, id.b)};
     }
 
     // Bytes 16 i to 16 i + 15 as numbers, and numbers from tables of floats.
@@ -219,106 +239,23 @@ struct Avx2 {
         return {v, v};
     }
 
-    // One table for all 64 bytes, in pieces of 16 entries.
+    // Tables of bytes: avx2_tables.h.
+    static constexpr bool apart = true;  // Lanes<3>: the third bits of codes come in a vector of their own
+    static BITMILL_INLINE __m256i four_rows() {  // of 16 bytes, four each
+        const __m128i rows = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        return _mm256_broadcastsi128_si256(rows);
+    }
+    static BITMILL_INLINE __m128i masked_ids(const uint8_t* ids, int mask) {
+        return _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(ids)), _mm_set1_epi8(static_cast<char>(mask)));
+    }
     template <int bits>
-    struct Whole {
-        static constexpr int top = bits - 1;  // where the code's last bit is expected
-        static constexpr int pieces = bits <= 4 ? 1 : 1 << (bits - 4);
-        __m256i entries[pieces];
-
-        BITMILL_INLINE void load(const uint8_t* record) {
-            for (int i = 0; i < pieces; ++i) {
-                const __m128i piece = _mm_loadu_si128(reinterpret_cast<const __m128i*>(record + 16 * i));
-                entries[i] = _mm256_xor_si256(_mm256_broadcastsi128_si256(piece), same(bias));
-            }
-        }
-
-        BITMILL_INLINE __m256i look(__m256i code) const {
-            if constexpr (bits <= 4) return _mm256_shuffle_epi8(entries[0], _mm256_and_si256(code, same(15)));
-            if constexpr (bits < 8) code = _mm256_and_si256(code, same((1 << bits) - 1));
-            __m256i found = _mm256_setzero_si256();
-            for (int i = 0; i < pieces; ++i) {  // an index of another piece is at least 128 then, and finds 0
-                const __m256i index = _mm256_adds_epu8(_mm256_xor_si256(code, same(i << 4)), same(0x70));
-                found = _mm256_or_si256(found, _mm256_shuffle_epi8(entries[i], index));
-            }
-            return found;
-        }
-        BITMILL_INLINE Bytes look(Bytes code) const { return {look(code.a), look(code.b)}; }
-    };
-
-    // A table for every row: 4 rows of 4 entries in 16 bytes, two of these for 8 entries, or a row of 16.
+    struct Whole;
+    struct Words;
     template <int bits>
-    struct Lanes {
-        static constexpr int top = bits == 3 ? 7 : bits - 1;
-        static constexpr int vectors = bits == 3 ? 2 : 1;
-        Bytes entries[vectors];
-
-        BITMILL_INLINE void load(const uint8_t* record) {
-            const __m256i flip = same(bias);
-            for (int i = 0; i < vectors; ++i)
-                entries[i] = {_mm256_xor_si256(half(record + 64 * i), flip),
-                              _mm256_xor_si256(half(record + 64 * i + 32), flip)};
-        }
-
-        BITMILL_INLINE void load_mirrored(const uint8_t* record) {  // halves of tables, 8 or 4 bytes a row
-            const __m256i flip = same(bias);
-            if constexpr (bits == 4) {
-                const __m128i each[2] = {_mm_set_epi64x(0x0001020304050607, 0x0706050403020100),
-                                         _mm_set_epi64x(0x08090a0b0c0d0e0f, 0x0f0e0d0c0b0a0908)};
-                const __m256i turn = _mm256_xor_si256(flip, _mm256_set_epi64x(-1, 0, -1, 0));
-                const auto two = [&](const uint8_t* p) {
-                    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-                    return _mm256_xor_si256(_mm256_set_m128i(_mm_shuffle_epi8(v, each[1]), _mm_shuffle_epi8(v, each[0])), turn);
-                };
-                entries[0] = {two(record), two(record + 16)};
-            } else {
-                const __m256i back = _mm256_broadcastsi128_si256(_mm_set_epi32(0x0c0d0e0f, 0x08090a0b, 0x04050607, 0x00010203));
-                const auto turned = [&](__m256i v) { return _mm256_xor_si256(_mm256_shuffle_epi8(v, back), same(255)); };
-                entries[0] = {_mm256_xor_si256(half(record), flip), _mm256_xor_si256(half(record + 32), flip)};
-                entries[vectors - 1] = {turned(entries[0].a), turned(entries[0].b)};
-            }
-        }
-
-        BITMILL_INLINE void from_bank(const uint8_t* bank, const uint8_t* ids, int mask) {
-            uint8_t record[64 * vectors];
-            if constexpr (bits == 4) {
-                for (int r = 0; r < 4; ++r) std::memcpy(record + 16 * r, bank + 16 * (ids[r] & mask), 16);
-            } else {
-                for (int i = 0; i < vectors; ++i)
-                    for (int r = 0; r < 16; ++r)
-                        std::memcpy(record + 64 * i + 4 * r, bank + 128 * i + 4 * (ids[r] & mask), 4);
-            }
-            load(record);
-        }
-
-        static BITMILL_INLINE __m256i at(__m256i entries, __m256i code) {
-            if constexpr (bits == 4) return _mm256_shuffle_epi8(entries, _mm256_and_si256(code, same(15)));
-            const __m256i row = _mm256_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0,  //
-                                                 0x0c0c0c0c, 0x08080808, 0x04040404, 0);
-            const __m256i low = _mm256_and_si256(code, same(bits == 1 ? 1 : 3));
-            return _mm256_shuffle_epi8(entries, _mm256_or_si256(low, row));
-        }
-        BITMILL_INLINE Bytes look(Bytes code) const {
-            const Bytes first = {at(entries[0].a, code.a), at(entries[0].b, code.b)};
-            if constexpr (bits != 3) return first;
-            else return {_mm256_blendv_epi8(first.a, at(entries[1].a, code.a), code.a),
-                         _mm256_blendv_epi8(first.b, at(entries[1].b, code.b), code.b)};
-        }
-    };
-
-    // Tables of 16 rows with entry[code] = first[code & 3] + second[code >> 2], stored as those of 3 bits.
-    struct Sums : Lanes<3> {
-        static constexpr int top = 3;
-        BITMILL_INLINE void from_bank(const uint8_t* bank, const uint8_t* ids, int mask) {
-            Lanes<3>::from_bank(bank, ids, mask);
-            entries[1] = differ(entries[1], {same(bias), same(bias)});  // it is taken off a sum once
-        }
-        BITMILL_INLINE Bytes look(Bytes code) const {
-            const Bytes upper = shifted<2>(code);
-            return {_mm256_add_epi8(at(entries[0].a, code.a), at(entries[1].a, upper.a)),
-                    _mm256_add_epi8(at(entries[0].b, code.b), at(entries[1].b, upper.b))};
-        }
-    };
+    struct Lanes;
+    struct Sums;
 };
 
 }  // namespace bitmill
+
+#include "avx2_tables.h"

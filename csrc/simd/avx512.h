@@ -47,6 +47,11 @@ struct Avx512 {
 
     static BITMILL_INLINE Ints no_ints() { return _mm512_setzero_si512(); }
     static BITMILL_INLINE Ints dot(Ints sum, Bytes u, Bytes x) { return _mm512_dpbusd_epi32(sum, u, x); }
+    static BITMILL_INLINE Ints dot_small(Ints sum, Bytes u, Bytes x, Bytes v, Bytes y) {  // two blocks', entries up to 63
+        return dot(dot(sum, u, x), v, y);
+    }
+
+    template <int>
     static BITMILL_INLINE void store_pairs(uint8_t* to, Bytes v) {  // as 16 bits: two columns of all rows, then the other two
         const __m128i two = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);  // -1: zero
         const __m512i first = _mm512_broadcast_i32x4(two), second = _mm512_add_epi8(first, _mm512_set1_epi16(2));
@@ -183,6 +188,8 @@ struct Avx512 {
             for (int i = 0; i < vectors; ++i) entries[i] = Avx512::load(record + 64 * i);
         }
 
+        BITMILL_INLINE void load_small(const uint8_t* record) { load(record); }  // for dot_small
+
         BITMILL_INLINE Bytes look(Bytes code) const {
             if constexpr (bits <= 6) {
                 return _mm512_permutexvar_epi8(code, entries[0]);
@@ -196,6 +203,7 @@ struct Avx512 {
         }
     };
 
+    static constexpr bool apart = false;  // Lanes<3> takes whole codes
     static BITMILL_INLINE Bytes fours() {  // where the four entries of each of 16 rows start
         return _mm512_set_epi32(0x3c3c3c3c, 0x38383838, 0x34343434, 0x30303030, 0x2c2c2c2c, 0x28282828, 0x24242424,
                                 0x20202020, 0x1c1c1c1c, 0x18181818, 0x14141414, 0x10101010, 0x0c0c0c0c, 0x08080808,
@@ -227,7 +235,9 @@ struct Avx512 {
         }
 
         // Bank of up to 32 tables: for each four entries 32 words; with 4 bits, tables of 16 bytes.
-        BITMILL_INLINE void from_bank(const uint8_t* bank, const uint8_t* ids, int mask) {
+        const uint8_t* bank;
+        BITMILL_INLINE void hold_bank(const uint8_t* tables) { bank = tables; }
+        BITMILL_INLINE void from_bank(const uint8_t* ids, int mask) {
             if constexpr (bits == 4) {
                 const auto one = [&](int r) {
                     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bank + 16 * (ids[r] & mask)));

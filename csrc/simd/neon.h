@@ -68,12 +68,17 @@ struct Neon {
         return each<Ints>([&](int i) { return dot(sum.v[i], u.v[i], x.v[i]); });
     }
 
+    static BITMILL_INLINE Ints dot_small(Ints sum, Bytes u, Bytes x, Bytes v, Bytes y) {  // two blocks', entries up to 63
+        return dot(dot(sum, u, x), v, y);
+    }
+
     static constexpr int fixed_tokens = 4;
+    template <int less>  // what entries are less by
     static BITMILL_INLINE void store_pairs(uint8_t* to, Bytes v) {  // as 16 bits: two columns of all rows, then the other two
         const uint8x16_t first = {0, 255, 1, 255, 4, 255, 5, 255, 8, 255, 9, 255, 12, 255, 13, 255};  // 255: zero
         const uint8x16_t second = {2, 255, 3, 255, 6, 255, 7, 255, 10, 255, 11, 255, 14, 255, 15, 255};
         for (int i = 0; i < 4; ++i) {
-            const uint8x16_t u = veorq_u8(v.v[i], same(bias));
+            const uint8x16_t u = veorq_u8(v.v[i], same(less));
             vst1q_u8(to + 16 * i, vqtbl1q_u8(u, first));
             vst1q_u8(to + 64 + 16 * i, vqtbl1q_u8(u, second));
         }
@@ -215,9 +220,10 @@ struct Neon {
         static constexpr int pieces = bits <= 6 ? 1 : 1 << (bits - 6);
         uint8x16x4_t entries[pieces];
 
-        BITMILL_INLINE void load(const uint8_t* record) {
+        BITMILL_INLINE void load(const uint8_t* record) { load_small(record, bias); }
+        BITMILL_INLINE void load_small(const uint8_t* record, int less = 0) {  // for dot_small, or less `less`
             for (int i = 0; i < pieces; ++i)
-                for (int j = 0; j < 4; ++j) entries[i].val[j] = entry(record + 64 * i + 16 * j);
+                for (int j = 0; j < 4; ++j) entries[i].val[j] = veorq_u8(vld1q_u8(record + 64 * i + 16 * j), same(less));
         }
 
         BITMILL_INLINE uint8x16_t look(uint8x16_t code) const {
@@ -236,6 +242,8 @@ struct Neon {
         const uint64x2_t starts = vcombine_u64(vcreate_u64(0x0404040400000000), vcreate_u64(0x0c0c0c0c08080808));
         return vorrq_u8(at, vreinterpretq_u8_u64(starts));
     }
+
+    static constexpr bool apart = false;  // Lanes<3> takes whole codes
 
     // A table for every row: 4 rows of 4 entries in 16 bytes, two of these for 8 entries, or a row of 16.
     template <int bits>
@@ -261,7 +269,9 @@ struct Neon {
             }
         }
 
-        BITMILL_INLINE void from_bank(const uint8_t* bank, const uint8_t* ids, int mask) {
+        const uint8_t* bank;
+        BITMILL_INLINE void hold_bank(const uint8_t* tables) { bank = tables; }
+        BITMILL_INLINE void from_bank(const uint8_t* ids, int mask) {
             uint8_t record[64 * vectors];
             if constexpr (bits == 4) {
                 for (int r = 0; r < 4; ++r) std::memcpy(record + 16 * r, bank + 16 * (ids[r] & mask), 16);
@@ -269,7 +279,7 @@ struct Neon {
                 for (int i = 0; i < vectors; ++i)
                     for (int r = 0; r < 16; ++r) std::memcpy(record + 64 * i + 4 * r, bank + 128 * i + 4 * (ids[r] & mask), 4);
             }
-            load(record);
+            for (int i = 0; i < vectors; ++i) entries[i] = Neon::load(record + 64 * i);
         }
 
         BITMILL_INLINE Bytes look(Bytes code) const {
@@ -289,10 +299,6 @@ struct Neon {
     // Tables of 16 rows with entry[code] = first[code & 3] + second[code >> 2], stored as those of 3 bits.
     struct Sums : Lanes<3> {
         static constexpr int top = 3;
-        BITMILL_INLINE void from_bank(const uint8_t* bank, const uint8_t* ids, int mask) {
-            Lanes<3>::from_bank(bank, ids, mask);
-            for (auto& v : entries[1].v) v = veorq_u8(v, same(bias));  // it is taken off a sum once
-        }
         BITMILL_INLINE Bytes look(Bytes code) const {
             return each<Bytes>([&](int i) {
                 const uint8x16_t low = vandq_u8(code.v[i], same(3)), high = vandq_u8(vshrq_n_u8(code.v[i], 2), same(3));

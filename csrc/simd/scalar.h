@@ -66,6 +66,10 @@ struct Scalar {
         return sum;
     }
 
+    static BITMILL_INLINE Ints dot_small(Ints sum, const Bytes& u, const Bytes& x, const Bytes& v, const Bytes& y) {
+        return dot(dot(sum, u, x), v, y);  // of two blocks with entries up to 63
+    }
+
     static constexpr int fixed_tokens = 4;
     struct Pairs {  // of signed 16 bits, sixteen rows
         struct Part { int32_t v[16]; };
@@ -154,6 +158,7 @@ struct Scalar {
         static constexpr int top = bits - 1;  // where the code's last bit is expected
         uint8_t entries[1 << bits];
         BITMILL_INLINE void load(const uint8_t* record) { std::memcpy(entries, record, sizeof entries); }
+        BITMILL_INLINE void load_small(const uint8_t* record) { load(record); }
         BITMILL_INLINE Bytes look(Bytes code) const {
             for (auto& b : code.v) b = entries[b & ((1 << bits) - 1)];
             return code;

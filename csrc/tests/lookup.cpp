@@ -52,8 +52,7 @@ Arrays make(const Case& c) {
         std::memcpy(a.tables.data(), numbers.data(), a.tables.size());
     } else if (c.source == Source::bank) {
         a.tables = random_bytes(512);
-        for (auto& entry : a.tables)
-            entry &= l.rows_per_tile == 16 && l.bits == 4 ? 127 : 255;  // sums are bytes too
+        for (auto& entry : a.tables) entry &= l.rows_per_tile == 16 && l.bits == 4 ? 31 : 63;  // or sums of at most 63
     }
     else a.tables = random_bytes(record * (each ? l.tiles() * each : 1));
     if (c.source == Source::shared || l.rows_per_tile == 1)  // shorter tables are repeated

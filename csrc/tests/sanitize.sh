@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds the tests of the kernels with the address and undefined behaviour sanitizers and runs them. CXX, OPT, FLAGS
-# (of the compiler) and RUN (an emulator) may be set.
+# (of the compiler) and RUN (an emulator) may be set. With EMULATE_AVX512=1 the AVX-512 sources are compiled to plain C
+# by SIMDe (package libsimde-dev) and run on any machine.
 set -eu
 cd "$(dirname "$0")/.."
 out=${TMPDIR:-/tmp}/bitmill-sanitize
@@ -21,13 +22,17 @@ compile() {  # flags, sources
 case $(${CXX:-g++} -dumpmachine) in
 x86_64*)
   compile "-w $avx2" lut/avx2.cpp isa/avx2.cpp
-  compile "-w $avx512" lut/avx512.cpp isa/avx512.cpp
+  [ -n "${EMULATE_AVX512-}" ] || compile "-w $avx512" lut/avx512.cpp isa/avx512.cpp
   shared=-DBITMILL_X86 ;;
 aarch64*)
   compile -w lut/neon.cpp isa/neon.cpp
   shared=-DBITMILL_ARM ;;
 *) shared= ;;
 esac
+if [ -n "${EMULATE_AVX512-}" ]; then
+  compile "-w -Itests/emulated" lut/avx512.cpp isa/avx512.cpp
+  shared="$shared -DBITMILL_EMULATED_AVX512"
+fi
 compile "$shared" isa.cpp isa/scalar.cpp lut/layout.cpp lut/linear.cpp lut/scalar.cpp \
   additive/additive.cpp vector/vector.cpp rotation/rotation.cpp sparse/sparse.cpp fixed/fixed.cpp step/*.cpp kv/*.cpp tests/*.cpp
 $cxx $objects -o "$out/driver"

@@ -22,25 +22,21 @@ namespace bitmill {
 template <class V>
 struct LatticeCodes {
     using Bytes = typename V::Bytes;
-    static constexpr int most = 11, offset = V::bias ? V::bias : most;  // of entries: bytes are unsigned
+    static constexpr int offset = 11;  // of entries, so that they are at least 0
     typename V::template Whole<8> halves[2];
     typename V::template Whole<4> levels;
 
     explicit LatticeCodes(const Lattice& w) {
         uint8_t entries[256];
-        for (int h = 0; h < 2; ++h) {
-            // what Whole takes off its entries must not be missing from codes
-            for (int p = 0; p < 256; ++p) entries[p] = static_cast<uint8_t>(w.sizes[256 * h + p] ^ V::bias);
-            halves[h].load(entries);
-        }
+        for (int h = 0; h < 2; ++h) halves[h].load_small(w.sizes + 256 * h);
         for (int i = 0; i < 64; ++i) {
             const int size = 2 + 4 * (i & 3), shift = i & 8 ? 1 : -1;
             entries[i] = static_cast<uint8_t>(offset + (i & 4 ? -size : size) + shift);
         }
-        levels.load(entries);
+        levels.load_small(entries);
     }
 
-    // coordinates(i, levels) for i from 0 to 7, of one square.
+    // use(i, levels of coordinates i, levels of coordinates i + 4) for i from 0 to 3, of one square.
     template <class Use>
     BITMILL_INLINE void square(const uint8_t* codes, const Use& use) const {
         const Bytes pattern = V::load(codes), rest = V::load(codes + 64);
@@ -63,8 +59,7 @@ struct LatticeCodes {
         const Bytes both[] = {
             V::template select<0x33>(V::template shifted<2 * (i % 2)>(sizes[i / 2]),
                                      V::template select<0x44>(V::template shifted<i - 2>(signs), shifts))...};
-        (use(i, levels.look(both[i])), ...);
-        (use(i + 4, levels.look(V::template shifted<4>(both[i]))), ...);
+        (use(i, levels.look(both[i]), levels.look(V::template shifted<4>(both[i]))), ...);
     }
 };
 
@@ -78,7 +73,7 @@ struct LatticeTile {
     BITMILL_INLINE LatticeTile(const Lattice& w, const Inputs& in) : w(w), in(in), codes(w) {}
 
     BITMILL_INLINE void run(int64_t tile, float* y, int64_t stride) const {
-        constexpr float offset = codes.offset - V::bias;
+        constexpr float offset = codes.offset;
         const uint8_t* stored = w.codes + tile * w.layout.tile_bytes();
         Floats total[T];
         for (int t = 0; t < T; ++t) total[t] = V::all(-offset * in.sums[t * in.groups]);
@@ -86,13 +81,14 @@ struct LatticeTile {
             prefetch<Lattice::square_bytes>(stored);
             typename V::Ints products[2][T];  // of the high and the low bytes of inputs
             for (int t = 0; t < T; ++t) products[0][t] = products[1][t] = V::no_ints();
-            codes.square(stored, [&](int i, typename V::Bytes levels) {
+            codes.square(stored, [&](int i, typename V::Bytes some, typename V::Bytes more) {
                 for (int t = 0; t < T; ++t) {
                     const int64_t first = t * in.columns + 32 * s + 4 * i;
-                    products[0][t] = V::dot(products[0][t], levels, V::template spread<16>(in.bytes + first));
-                    if constexpr (act == Act::int16)
-                        products[1][t] = V::dot(products[1][t], levels,
-                                                V::template spread<16>(in.lows + first));
+                    const auto dots = [&](typename V::Ints sum, const int8_t* x) {
+                        return V::dot_small(sum, some, V::template spread<16>(x), more, V::template spread<16>(x + 16));
+                    };
+                    products[0][t] = dots(products[0][t], in.bytes + first);
+                    if constexpr (act == Act::int16) products[1][t] = dots(products[1][t], in.lows + first);
                 }
             });
             for (int t = 0; t < T; ++t) {
@@ -127,19 +123,19 @@ void lattice_decode_with(const Lattice& w, float* out, int64_t columns, int64_t 
     for (int64_t tile = first / 16; tile * 16 < last; ++tile) {
         const uint8_t* stored = w.codes + tile * w.layout.tile_bytes();
         for (int64_t s = 0; s < w.layout.chunks(); ++s, stored += Lattice::square_bytes)
-            codes.square(stored, [&](int i, typename V::Bytes found) {
-                int8_t bytes[64];
-                std::memcpy(bytes, &found, 64);
-                for (int64_t r = 0; r < 16; ++r)
-                    for (int64_t block = 0; block < 4; ++block)
-                        levels[r * width + 32 * s + 8 * block + i] = bytes[4 * r + block];
+            codes.square(stored, [&](int i, typename V::Bytes some, typename V::Bytes more) {
+                const typename V::Bytes found[2] = {some, more};
+                int8_t bytes[128];
+                std::memcpy(bytes, found, 128);
+                for (int64_t b = 0; b < 128; ++b)
+                    levels[b % 64 / 4 * width + 32 * s + b % 4 * 8 + b / 64 * 4 + i] = bytes[b];
             });
         for (int64_t row = tile * 16 < first ? first : tile * 16; row < tile * 16 + 16 && row < last;
              ++row, out += columns) {
             const float scale = w.scale_of(row);
             const int8_t* from = levels.data() + row % 16 * width;
             for (int64_t c = 0; c < columns; ++c)
-                out[c] = 0.25f * static_cast<float>(from[c] - (codes.offset - V::bias)) * scale;
+                out[c] = 0.25f * static_cast<float>(from[c] - codes.offset) * scale;
         }
     }
 }

@@ -23,12 +23,12 @@ template <class V, int bits, Act act, int T>
 struct PointTile {
     using Look = typename V::template Whole<bits>;
     using Floats = typename V::Floats;
-    static constexpr int half = 1 << (bits - 1), offset = V::bias ? V::bias : half;
+    static constexpr int half = 1 << (bits - 1);  // what entries are above coordinates, so that they are at least 0
 
     const Points& w;
     const Inputs& in;
-    Look values, squares;
-    typename V::Bytes ones;
+    Look values, sizes;
+    typename V::Bytes even[2];  // values and sizes of the last even block
     typename V::Ints products[2][T], power;  // of the high and the low bytes of inputs
     Floats total[T];
 
@@ -36,13 +36,11 @@ struct PointTile {
         uint8_t entries[2][64];
         for (int i = 0; i < 64; ++i) {
             const int code = i % (2 * half), y = code ? code - half : 0;
-            entries[0][i] = static_cast<uint8_t>(offset + y);
-            entries[1][i] = static_cast<uint8_t>(code ? y * y : 255);  // no point has the length 0
+            entries[0][i] = static_cast<uint8_t>(half + y);
+            entries[1][i] = static_cast<uint8_t>(code ? std::abs(y) : half);  // no point has the length 0
         }
-        values.load(entries[0]);
-        squares.load(entries[1]);
-        const int8_t one[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-        ones = V::template spread<4>(one);
+        values.load_small(entries[0]);
+        sizes.load_small(entries[1]);
     }
 
     BITMILL_INLINE void clear() {
@@ -53,29 +51,32 @@ struct PointTile {
     template <int i>
     BITMILL_INLINE void block(const uint8_t* codes, const uint8_t* gains, int64_t chunk) {
         const auto code = block_codes<V, bits, i, Look::top>(codes);
-        const auto y = values.look(code);
-        power = V::dot(power, squares.look(code), ones);
+        const auto value = values.look(code), size = sizes.look(code);
+        if constexpr (i % 2 == 0) {
+            even[0] = value, even[1] = size;
+            return;
+        }
+        power = V::dot_small(power, even[1], even[1], size, size);
         for (int t = 0; t < T; ++t) {
-            const int64_t first = t * in.columns + (chunk * 8 + i) * 4;
-            products[0][t] = V::dot(products[0][t], y, V::template spread<16>(in.bytes + first));
-            if constexpr (act == Act::int16)
-                products[1][t] = V::dot(products[1][t], y, V::template spread<16>(in.lows + first));
+            const auto dots = [&](typename V::Ints sum, const int8_t* x) {
+                const int8_t* at = x + t * in.columns + (chunk * 8 + i) * 4;
+                return V::dot_small(sum, even[0], V::template spread<16>(at - 4), value, V::template spread<16>(at));
+            };
+            products[0][t] = dots(products[0][t], in.bytes);
+            if constexpr (act == Act::int16) products[1][t] = dots(products[1][t], in.lows);
         }
         if constexpr (i % 4 == 3) end_point<i / 4>(gains, 2 * chunk + i / 4);
     }
 
     template <int nibble>
     BITMILL_INLINE void end_point(const uint8_t* gains, int64_t point) {
-        const Floats norm = V::add(V::to_float(power), V::all(16.0f * V::bias));
         const Floats factor = V::mul(V::template named<16>(w.lengths, gains, 4 * nibble),
-                                     V::inverse_root(norm));
+                                     V::inverse_root(V::to_float(power)));
         for (int t = 0; t < T; ++t) {
             Floats sum = V::to_float(products[0][t]);
             if constexpr (act == Act::int16) sum = V::fma(V::all(255.0f), sum, V::to_float(products[1][t]));
             sum = V::mul(V::all(in.steps[t * in.step_count + point]), sum);
-            if constexpr (offset != V::bias)
-                sum = V::sub(sum,
-                             V::all(static_cast<float>(offset - V::bias) * in.sums[t * in.groups + point]));
+            sum = V::sub(sum, V::all(static_cast<float>(half) * in.sums[t * in.groups + point]));
             total[t] = V::fma(factor, sum, total[t]);
         }
         clear();

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bitmill.errors import RecipeError, UsageError
-from bitmill.formats import FORMATS, ScalarFormat
+from bitmill.formats import FORMATS, Lookup, ScalarFormat
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.uniform import Uniform
 from bitmill.quantized import Quantized
 from bitmill.runtime import QuantLinear, native, ops
-from bitmill.runtime.byte_tables import are_sums, as_integers, group_blocks, rounded
+from bitmill.runtime.byte_tables import BANK, OWN, are_sums, as_integers, byte_tables, group_blocks, rounded
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.compiled import MOST_TOKENS
 from bitmill.runtime.kernels.lut import Lut
@@ -282,3 +282,10 @@ def test_codings_are_sums_and_codebooks_are_not():
     codings = (bits.float() @ torch.tensor([[3.0, -2, 1, 7], [1, 2, 4, 8]]).T).T
     assert are_sums(codings)
     assert not are_sums(torch.cat([codings, codings[:1] ** 2]))
+
+
+@pytest.mark.parametrize(("most", "source"), [(63, BANK), (64, OWN)])
+def test_a_bank_has_entries_of_up_to_63(most, source):
+    tables = torch.tensor([[0.0, 1, 2, 3], [0, 5, 6, most]])
+    lookup = Lookup(tables, torch.ones(2, 1), torch.zeros(1, 1), torch.tensor([[0, 1], [1, 0]]))
+    assert byte_tables(lookup, (2, 64), 32, 2, "bytes").source == source

@@ -25,7 +25,7 @@ Tiled = Callable[[Tensor], Tensor]
 Entries = Literal["bytes", "words", "floats"]
 
 SHARED, OWN, BANK = 0, 1, 2  # csrc/lut/kernel.h: Source
-_BANK_TABLES, _BANK_POWERS = 32, 16
+_BANK_TABLES, _BANK_POWERS, _BANK_MOST = 32, 16, 63  # tables, powers, and the largest entry
 _HALVED = (3, 4)  # bits of tables that can be stored by half
 _SUMMED = 4  # bits of tables that can be looked up as sums
 _WHOLE_FROM = 5  # bits from which a table fills a vector, and a tile is one row
@@ -108,7 +108,8 @@ def byte_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int, k
     fixed = as_integers(lookup.tables, 255) or (as_integers(lookup.tables, 65535) if wide else None)
     tables, count = lookup.tables, lookup.tables.shape[0]
     single, narrow = count == 1, fixed is not None and bool(fixed[0].max() <= 255)
-    banked = (narrow or floats) and not single and _fits_bank(lookup, bits)
+    small = fixed is not None and bool(fixed[0].max() <= _BANK_MOST)
+    banked = (small or floats) and not single and _fits_bank(lookup, bits)
     source = SHARED if single else BANK if banked else OWN
     summed = banked and not floats and bits == _SUMMED and are_sums(tables)
     R = 16 if summed else rows_per_tile(bits, source)
