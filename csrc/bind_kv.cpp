@@ -1,8 +1,7 @@
 // Attention on packed keys and values in the Python module.
 #include <vector>
 
-#include "arrays.h"
-#include "kv/kv.h"
+#include "bind_kv.h"
 
 namespace bitmill {
 
@@ -42,95 +41,107 @@ void new_pages(KvPages* self, int64_t heads, int64_t dim, int64_t words, const K
     new (self) KvPages(p);
 }
 
-using Floats = Array<const float, 1>;
 using Ints = Array<const int32_t, 1>;
-using Slab = Array<const int32_t, 3>;
-using Halves = Array<const int16_t, 4>;
 
-// What stays the same from token to token, in memory of its own.
-struct KvLayer {
-    KvPages pages;
-    std::vector<float> key_levels, value_levels, key_scale, key_zero, turns;
-    std::vector<double> inv_freq;
-    float rope_scaling;
+// Repeated to 16, where a register looks them up; those of `tables` channels come repeated.
+std::vector<float> levels_of(const KvSide& side, const KvLayer::Floats& given, int64_t tables) {
+    if (side.axis == KvAxis::channel) {
+        require(side.bits <= 4 && given.size() == 16 * static_cast<size_t>(tables), "each channel has a table of 16");
+        return {given.data(), given.data() + given.size()};
+    }
+    require(given.size() == size_t{1} << side.bits, "there is a level for each code");
+    std::vector<float> levels(16);
+    for (size_t i = 0; i < 16; ++i) levels[i] = given.data()[i % given.size()];
+    for (size_t i = 0; side.bits == 8 && i < given.size(); ++i)
+        require(given.data()[i] == static_cast<float>(i), "levels of 8 bits are the codes themselves");
+    return levels;
+}
 
-    // Repeated to 16, where a register looks them up; those of `tables` channels come repeated.
-    static std::vector<float> levels_of(const KvSide& side, const Floats& given, int64_t tables) {
-        if (side.axis == KvAxis::channel) {
-            require(side.bits <= 4 && given.size() == 16 * static_cast<size_t>(tables), "each channel has a table of 16");
-            return {given.data(), given.data() + given.size()};
-        }
-        require(given.size() == size_t{1} << side.bits, "there is a level for each code");
-        std::vector<float> levels(16);
-        for (size_t i = 0; i < 16; ++i) levels[i] = given.data()[i % given.size()];
-        for (size_t i = 0; side.bits == 8 && i < given.size(); ++i)
-            require(given.data()[i] == static_cast<float>(i), "levels of 8 bits are the codes themselves");
-        return levels;
-    }
-    template <class T>
-    static std::vector<T> copied(const std::optional<Array<const T, 1>>& given, int64_t count, const char* what) {
-        require(!given || static_cast<int64_t>(given->size()) == count, what);
-        return given ? std::vector<T>(given->data(), given->data() + count) : std::vector<T>();
-    }
-
-    KvLayer(const KvPages& p, Floats keys, Floats values, std::optional<Floats> scale, std::optional<Floats> zero,
-            std::optional<Array<const double, 1>> frequencies, float rope_scaling)
-        : pages(p), key_levels(levels_of(p.key, keys, p.channels())), value_levels(levels_of(p.value, values, 0)),
-          key_scale(copied(scale, p.channels(), "each channel has a scale")),
-          key_zero(copied(zero, p.channels(), "each channel has a zero")),
-          inv_freq(copied(frequencies, p.dim / 2, "a frequency turns two channels of a head")), rope_scaling(rope_scaling) {
-        require((p.key.axis == KvAxis::fixed) == scale.has_value(), "a fixed axis, and it alone, has calibrated numbers");
-        turns = kv_turns(inv_freq.data(), inv_freq.size());
-    }
-};
-
-// Where tokens are: slabs of pages (rows, pages, words), as many pages in all, and loose tokens. They are told once: a
-// long past has many.
-struct KvTokens {
-    Halves loose_keys, loose_values;
-    std::vector<Slab> slabs;
-    std::vector<const uint32_t*> data;
-
-    KvTokens(Halves keys, Halves values) : loose_keys(keys), loose_values(values) {
-        for (size_t i = 0; i < 4; ++i) require(keys.shape(i) == values.shape(i), "loose keys and values have one shape");
-    }
-    void append(Slab slab) {
-        for (size_t i = 0; i < 3 && !slabs.empty(); ++i) require(slab.shape(i) == slabs[0].shape(i), "slabs have one shape");
-        slabs.push_back(slab);
-        data.push_back(reinterpret_cast<const uint32_t*>(slab.data()));
-    }
-};
+template <class T>
+std::vector<T> copied(const std::optional<Array<const T, 1>>& given, int64_t count, const char* what) {
+    require(!given || static_cast<int64_t>(given->size()) == count, what);
+    return given ? std::vector<T>(given->data(), given->data() + count) : std::vector<T>();
+}
 
 template <class T>
 const T* or_null(const std::vector<T>& numbers) { return numbers.empty() ? nullptr : numbers.data(); }
 
-void attend_of(const KvLayer& layer, const KvTokens& tokens, Array<const float, 3> q, int64_t first_slot, int64_t packed,
-               int64_t sinks, int64_t tail, Ints start, Ints first, float scale, Array<float, 3> out, int threads) {
-    const auto is = [](size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; };
+bool is(size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; }
+
+// A call on tokens, of which `start` and `first` have rows; all that it does not read of them is checked.
+KvAttention call_of(const KvLayer& layer, const KvTokens& tokens, int64_t rows, int64_t heads, int64_t first_slot, int64_t packed,
+                    int64_t sinks, int64_t tail, const int32_t* start, const int32_t* first, float scale) {
     const KvPages& p = layer.pages;
-    const int64_t rows = q.shape(0), heads = q.shape(1);
-    require(rows > 0 && heads > 0 && heads % p.heads == 0 && is(q.shape(2), p.dim), "q has another shape");
-    require(is(out.shape(0), rows) && is(out.shape(1), heads) && is(out.shape(2), p.dim), "out has another shape");
+    require(rows > 0 && heads > 0 && heads % p.heads == 0, "q has another shape");
     const auto& slabs = tokens.slabs;
     const int64_t slab_pages = slabs.empty() ? 1 : slabs[0].shape(1);
     require(slabs.empty() || (is(slabs[0].shape(0), rows) && is(slabs[0].shape(2), p.words)), "slabs have another shape");
     require(packed >= 0 && packed % kv_tokens == 0 && first_slot >= 0 && slab_pages > 0 &&
                 packed / kv_tokens <= static_cast<int64_t>(slabs.size()) * slab_pages,
             "the slabs have fewer pages");
-    const Halves& loose = tokens.loose_keys;
+    const KvTokens::Halves& loose = tokens.loose_keys;
     require(is(loose.shape(0), rows) && is(loose.shape(1), p.heads) && is(loose.shape(3), p.dim), "loose tokens have another shape");
-    require(0 <= sinks && 0 <= tail && sinks + tail <= static_cast<int64_t>(loose.shape(2)), "there are fewer loose tokens");
+    const int64_t room = loose.shape(2);
+    require(0 <= sinks && 0 <= tail && sinks <= room && tail <= room - sinks, "there are fewer loose tokens");
+    return {p, rows, heads, nullptr, tokens.data.data(), slab_pages, first_slot, packed, tokens.keys(), tokens.values(), room, sinks,
+            tail, start, first, layer.key_levels.data(), layer.value_levels.data(), or_null(layer.key_scale), or_null(layer.key_zero),
+            or_null(layer.inv_freq), layer.turns.data(), layer.rope_scaling, scale, nullptr};
+}
+
+void attend_of(const KvLayer& layer, const KvTokens& tokens, Array<const float, 3> q, int64_t first_slot, int64_t packed,
+               int64_t sinks, int64_t tail, Ints start, Ints first, float scale, Array<float, 3> out, int threads) {
+    const int64_t rows = q.shape(0), heads = q.shape(1);
+    require(is(q.shape(2), layer.pages.dim), "q has another shape");
+    require(is(out.shape(0), rows) && is(out.shape(1), heads) && is(out.shape(2), layer.pages.dim), "out has another shape");
     require(is(start.size(), rows) && is(first.size(), rows), "each row has a start and a first slot in sight");
-    const auto halves = [](const Halves& a) { return reinterpret_cast<const uint16_t*>(a.data()); };
-    const KvAttention call{p, rows, heads, q.data(), tokens.data.data(), slab_pages, first_slot, packed, halves(loose),
-                           halves(tokens.loose_values), static_cast<int64_t>(loose.shape(2)), sinks, tail, start.data(), first.data(),
-                           layer.key_levels.data(), layer.value_levels.data(), or_null(layer.key_scale), or_null(layer.key_zero),
-                           or_null(layer.inv_freq), layer.turns.data(), layer.rope_scaling, scale, out.data()};
+    KvAttention call = call_of(layer, tokens, rows, heads, first_slot, packed, sinks, tail, start.data(), first.data(), scale);
+    call.q = q.data(), call.out = out.data();
     nb::gil_scoped_release free;
     kv_attend(call, threads);
 }
 
 }  // namespace
+
+KvLayer::KvLayer(const KvPages& p, Floats keys, Floats values, MaybeFloats scale, MaybeFloats zero,
+                 std::optional<Array<const double, 1>> frequencies, float rope_scaling)
+    : pages(p), key_levels(levels_of(p.key, keys, p.channels())), value_levels(levels_of(p.value, values, 0)),
+      key_scale(copied(scale, p.channels(), "each channel has a scale")),
+      key_zero(copied(zero, p.channels(), "each channel has a zero")),
+      inv_freq(copied(frequencies, p.dim / 2, "a frequency turns two channels of a head")), rope_scaling(rope_scaling) {
+    require((p.key.axis == KvAxis::fixed) == scale.has_value(), "a fixed axis, and it alone, has calibrated numbers");
+    turns = kv_turns(inv_freq.data(), inv_freq.size());
+}
+
+KvTokens::KvTokens(Halves keys, Halves values) : loose_keys(keys), loose_values(values) {
+    for (size_t i = 0; i < 4; ++i) require(keys.shape(i) == values.shape(i), "loose keys and values have one shape");
+}
+
+void KvTokens::append(Slab slab) {
+    for (size_t i = 0; i < 3 && !slabs.empty(); ++i) require(slab.shape(i) == slabs[0].shape(i), "slabs have one shape");
+    slabs.push_back(slab);
+    data.push_back(reinterpret_cast<const uint32_t*>(slab.data()));
+}
+
+KvBlock::KvBlock(const KvLayer& layer, const KvTokens& tokens, KvLayer::MaybeFloats key_turn, KvLayer::MaybeFloats value_turn,
+                 KvLayer::MaybeFloats value_mean, KvLayer::MaybeFloats value_deviation)
+    : layer(layer), tokens(tokens), mean(copied(value_mean, layer.pages.channels(), "each channel has a mean")),
+      deviation(copied(value_deviation, layer.pages.channels(), "each channel has a deviation")) {
+    const int64_t dim = layer.pages.dim;
+    require(value_mean.has_value() == value_deviation.has_value(), "a mean has a deviation");
+    keys = copied(key_turn, dim * dim, "a basis is of a head's numbers");
+    values = copied(value_turn, dim * dim, "a basis is of a head's numbers");
+    values_back.resize(values.size());
+    for (size_t i = 0; i < values.size(); ++i) values_back[i % dim * dim + i / dim] = values[i];
+}
+
+Packed KvBlock::packed(const Shape& shape, int64_t packed, int64_t sinks, int64_t waiting) const {
+    static constexpr int32_t none = 0;
+    require(layer.pages.heads == shape.kv_heads && layer.pages.dim == shape.dim, "a layer has other heads");
+    require(0 <= waiting && waiting < static_cast<int64_t>(tokens.loose_keys.shape(2)), "there is no room for a token");
+    const KvAttention call = call_of(layer, tokens, 1, shape.heads, 0, packed, sinks, waiting + 1, &none, &none, shape.scaling);
+    return {call, tokens.keys(), tokens.values(), {or_null(keys)},
+            {or_null(values), or_null(values_back), or_null(mean), or_null(deviation)}};
+}
 
 void bind_kv(nb::module_& m) {
     nb::class_<KvSide>(m, "KvSide").def("__init__", [](KvSide* self, int bits, int axis, int64_t groups, int64_t outliers, int64_t codes,
@@ -140,13 +151,18 @@ void bind_kv(nb::module_& m) {
     }, "bits"_a, "axis"_a, "groups"_a, "outliers"_a, "codes"_a, "scale"_a, "zero"_a, "outlier_value"_a, "outlier_index"_a);
     nb::class_<KvPages>(m, "KvPages").def("__init__", new_pages, "heads"_a, "dim"_a, "words"_a, "key"_a, "value"_a);
     nb::class_<KvLayer>(m, "KvLayer")
-        .def(nb::init<const KvPages&, Floats, Floats, std::optional<Floats>, std::optional<Floats>,
+        .def(nb::init<const KvPages&, KvLayer::Floats, KvLayer::Floats, KvLayer::MaybeFloats, KvLayer::MaybeFloats,
                       std::optional<Array<const double, 1>>, float>(),
              "pages"_a, "key_levels"_a, "value_levels"_a, "key_scale"_a.none(), "key_zero"_a.none(), "inv_freq"_a.none(),
              "rope_scaling"_a);
     nb::class_<KvTokens>(m, "KvTokens")
-        .def(nb::init<Halves, Halves>(), "loose_keys"_a, "loose_values"_a)
+        .def(nb::init<KvTokens::Halves, KvTokens::Halves>(), "loose_keys"_as_is, "loose_values"_as_is)
         .def("append", &KvTokens::append, "slab"_a);
+    nb::class_<KvBlock>(m, "KvBlock")
+        .def(nb::init<const KvLayer&, const KvTokens&, KvLayer::MaybeFloats, KvLayer::MaybeFloats, KvLayer::MaybeFloats,
+                      KvLayer::MaybeFloats>(),
+             "layer"_a, "tokens"_a, "key_turn"_a.none(), "value_turn"_a.none(), "value_mean"_a.none(), "value_deviation"_a.none(),
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>());
     m.def("kv_attend", attend_of, "layer"_a, "tokens"_a, "q"_a, "first_slot"_a, "packed"_a, "sinks"_a, "tail"_a, "start"_a,
           "first"_a, "scale"_a, "out"_a, "threads"_a);
 }

@@ -4,8 +4,7 @@
 
 #include <memory>
 
-#include "arrays.h"
-#include "step/step.h"
+#include "bind_kv.h"
 
 namespace bitmill {
 
@@ -95,8 +94,8 @@ std::vector<float> row_of(const Linear& table, int64_t row) {
 }
 
 // The token's embedding is given, or a row of a table.
-void advance(Model& model, MaybeFloats embedding, const Linear* table, int64_t token, Floats cos, Floats sin,
-             Array<float, 5> past, int64_t length, Array<float, 1> logits, int threads) {
+void advance(Model& model, const MaybeFloats& embedding, const Linear* table, int64_t token, const Floats& cos, const Floats& sin,
+             Past past, const Packed* packed, Array<float, 1>& logits, int threads) {
     const Shape& s = model.shape;
     const auto is = [&](size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; };
     std::vector<float> row;
@@ -108,12 +107,33 @@ void advance(Model& model, MaybeFloats embedding, const Linear* table, int64_t t
     require(is(embedding ? embedding->size() : row.size(), s.hidden) && is(cos.size(), s.dim) &&
                 is(sin.size(), s.dim) && is(logits.size(), model.tokens()),
             "an array has another size");
+    const Position at{cos.data(), sin.data(), past, packed};
+    nb::gil_scoped_release free;
+    model.advance(first, at, logits.data(), threads);
+}
+
+void advance_floats(Model& model, MaybeFloats embedding, const Linear* table, int64_t token, Floats cos, Floats sin,
+                    Array<float, 5> past, int64_t length, Array<float, 1> logits, int threads) {
+    const Shape& s = model.shape;
+    const auto is = [&](size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; };
     require(is(past.shape(0), model.depth()) && past.shape(1) == 2 && is(past.shape(2), s.kv_heads) &&
                 is(past.shape(4), s.dim) && 0 <= length && length < static_cast<int64_t>(past.shape(3)),
             "the past has another shape, or no room");
-    const Position at{cos.data(), sin.data(), {past.data(), static_cast<int64_t>(past.shape(3)), length}};
-    nb::gil_scoped_release free;
-    model.advance(first, at, logits.data(), threads);
+    const Past floats{past.data(), static_cast<int64_t>(past.shape(3)), length};
+    advance(model, embedding, table, token, cos, sin, floats, nullptr, logits, threads);
+}
+
+void advance_packed(Model& model, MaybeFloats embedding, const Linear* table, int64_t token, Floats cos, Floats sin,
+                    const std::vector<const KvBlock*>& past, int64_t packed, int64_t sinks, int64_t waiting,
+                    Array<float, 1> logits, int threads) {
+    require(static_cast<int64_t>(past.size()) == model.depth(), "there is a past of each block");
+    std::vector<Packed> blocks;
+    blocks.reserve(past.size());
+    for (const KvBlock* block : past) {
+        require(block, "a block is missing");
+        blocks.push_back(block->packed(model.shape, packed, sinks, waiting));
+    }
+    advance(model, embedding, table, token, cos, sin, {nullptr, 0, 0}, blocks.data(), logits, threads);
 }
 
 }  // namespace
@@ -218,8 +238,10 @@ void bind_step(nb::module_& m) {
         .def("build", &Builder::build, "norm"_as_is, "head"_a, "bias"_as_is.none(), nb::keep_alive<0, 1>(),
              nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>());
     nb::class_<Model>(m, "Model")
-        .def("advance", advance, "embedding"_as_is.none(), "table"_a.none(), "token"_a, "cos"_as_is,
-             "sin"_as_is, "past"_as_is, "length"_a, "logits"_as_is, "threads"_a);
+        .def("advance", advance_floats, "embedding"_as_is.none(), "table"_a.none(), "token"_a, "cos"_as_is,
+             "sin"_as_is, "past"_as_is, "length"_a, "logits"_as_is, "threads"_a)
+        .def("advance", advance_packed, "embedding"_as_is.none(), "table"_a.none(), "token"_a, "cos"_as_is,
+             "sin"_as_is, "past"_a, "packed"_a, "sinks"_a, "waiting"_a, "logits"_as_is, "threads"_a);
 }
 
 }  // namespace bitmill

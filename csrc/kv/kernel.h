@@ -33,7 +33,7 @@ public:
         const int64_t from = a.first_page(row), pages = a.packed / kv_tokens - from;
         for (int64_t i = 0; i < heads; ++i) most[i] = kv_lowest;
         for (int64_t i = 0; i < heads * stride; ++i) records[i] = 0;
-        if (first < pages) start_pages(from + first);
+        if (first < last && first < pages) start_pages(from + first);
         for (int64_t unit = first; unit < last; ++unit) {
             if (unit < pages) page(from + unit);
             else loose(unit - pages);

@@ -43,32 +43,6 @@ struct Plan {
     int64_t shares() const { return static_cast<int64_t>(starts.size()) - 1; }
 };
 
-// One query head from its pieces' maxima and sums, which are `most_step` and `record_step` apart.
-void merge(const KvAttention& a, int64_t pieces, const float* most, int64_t most_step, const float* records, int64_t record_step,
-           float* out) {
-    const int64_t dim = a.pages.dim, width = a.pages.group_width(), first = 16 * (1 + a.zeros());
-    float top = kv_lowest, weight = 0;
-    for (int64_t i = 0; i < pieces; ++i) top = std::max(top, most[i * most_step]);
-    std::fill_n(out, dim, 0.0f);
-    for (int64_t i = 0; i < pieces; ++i) {
-        const float* record = records + i * record_step;
-        const float factor = exponential(most[i * most_step] - top);
-        const auto lanes = [&](const float* of) {
-            float sum = 0;
-            for (int64_t l = 0; l < 16; ++l) sum += of[l];
-            return factor * sum;
-        };
-        weight += lanes(record);
-        for (int64_t c = 0; c < dim; ++c) out[c] += factor * record[first + c];
-        for (int64_t g = 0; g < a.zeros(); ++g) {
-            const float zero = lanes(record + 16 * (1 + g));
-            for (int64_t c = g * width; c < (g + 1) * width; ++c) out[c] += zero;
-        }
-    }
-    const float factor = weight == 0 ? 0.0f : 1.0f / weight;
-    for (int64_t c = 0; c < dim; ++c) out[c] *= factor;
-}
-
 }  // namespace
 
 // By turning again and again, in fp64.
@@ -95,21 +69,55 @@ int64_t KvAttention::units(int64_t row) const {
     return packed / kv_tokens - first_page(row) + (sinks + tail + kv_tokens - 1) / kv_tokens;
 }
 
+void KvPieces::make_room(const KvAttention& a, int64_t pieces, int64_t threads) {
+    one = std::max(one, a.query_heads * a.record()), heads = std::max(heads, (a.query_heads + 15) / 16 * 16);
+    spare = std::max(spare, isa().kv->spare(a));
+    const auto wanted = static_cast<size_t>(pieces * (one + heads) + threads * spare + 16);
+    if (memory.size() < wanted) memory.resize(wanted);
+    // Vectors of 16 floats that are cut by no cache line.
+    records = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 4;
+    most = records + pieces * one;
+    room = most + pieces * heads;
+}
+
+void KvPieces::sweep(const KvAttention& a, int64_t row, int64_t first, int64_t last, int64_t piece, int64_t thread) {
+    isa().kv->sweep(a, row, first, last, most + piece * heads, records + piece * one, {room + thread * spare});
+}
+
+void KvPieces::merge(const KvAttention& a, int64_t first, int64_t last, int64_t head, float* out) const {
+    const int64_t dim = a.pages.dim, width = a.pages.group_width(), sums = 16 * (1 + a.zeros());
+    float top = kv_lowest, weight = 0;
+    for (int64_t i = first; i < last; ++i) top = std::max(top, most[i * heads + head]);
+    std::fill_n(out, dim, 0.0f);
+    for (int64_t i = first; i < last; ++i) {
+        const float* record = records + i * one + head * a.record();
+        const float factor = exponential(most[i * heads + head] - top);
+        const auto lanes = [&](const float* of) {
+            float sum = 0;
+            for (int64_t l = 0; l < 16; ++l) sum += of[l];
+            return factor * sum;
+        };
+        weight += lanes(record);
+        for (int64_t c = 0; c < dim; ++c) out[c] += factor * record[sums + c];
+        for (int64_t g = 0; g < a.zeros(); ++g) {
+            const float zero = lanes(record + 16 * (1 + g));
+            for (int64_t c = g * width; c < (g + 1) * width; ++c) out[c] += zero;
+        }
+    }
+    const float factor = weight == 0 ? 0.0f : 1.0f / weight;
+    for (int64_t c = 0; c < dim; ++c) out[c] *= factor;
+}
+
 void kv_attend(const KvAttention& a, int threads) {
-    const auto& best = *isa().kv;
     const Plan plan(a, threads);
-    const int64_t count = static_cast<int64_t>(plan.pieces.size()), one = a.query_heads * a.record(), spare = best.spare(a);
-    // Vectors of 16 floats that are cut by no cache line, for the sums and for what each share needs.
-    std::vector<float> memory(count * (one + a.query_heads) + plan.shares() * spare + 32);
-    float* const records = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 4;
-    float* const room = records + count * one;
-    float* const most = room + plan.shares() * spare;
+    const int64_t count = static_cast<int64_t>(plan.pieces.size());
+    KvPieces pieces;
+    pieces.make_room(a, count, plan.shares());
     in_shares(plan.shares(), static_cast<int>(plan.shares()), [&](int64_t from, int64_t to) {
         for (int64_t share = from; share < to; ++share)
             for (int64_t i = plan.starts[share]; i < plan.starts[share + 1]; ++i) {
                 const Piece& piece = plan.pieces[i];
-                best.sweep(a, piece.row, piece.first, piece.last, most + i * a.query_heads, records + i * one,
-                           {room + share * spare});
+                pieces.sweep(a, piece.row, piece.first, piece.last, i, share);
             }
     });
     int64_t first = 0;
@@ -117,8 +125,7 @@ void kv_attend(const KvAttention& a, int threads) {
         int64_t last = first;
         while (last < count && plan.pieces[last].row == row) ++last;
         for (int64_t h = 0; h < a.query_heads; ++h)
-            merge(a, last - first, most + first * a.query_heads + h, a.query_heads, records + first * one + h * a.record(), one,
-                  a.out + (row * a.query_heads + h) * a.pages.dim);
+            pieces.merge(a, first, last, h, a.out + (row * a.query_heads + h) * a.pages.dim);
         first = last;
     }
 }

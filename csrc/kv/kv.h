@@ -88,6 +88,22 @@ struct KvKernels {
 // (2, frequencies, 2, 16): cos and sin of 0 to 31 times each, the angles at the tokens of both halves of a page.
 std::vector<float> kv_turns(const double* inv_freq, int64_t count);
 
+// What pieces of work sum, each by one thread, in memory that stays from call to call.
+class KvPieces {
+public:
+    // Room for so many pieces and threads, of calls like this one and of those before.
+    void make_room(const KvAttention& a, int64_t pieces, int64_t threads);
+    // Units [first, last) of a row as a piece of its own.
+    void sweep(const KvAttention& a, int64_t row, int64_t first, int64_t last, int64_t piece, int64_t thread);
+    // A query head of a row, from all of the row's pieces, [first, last).
+    void merge(const KvAttention& a, int64_t first, int64_t last, int64_t head, float* out) const;
+
+private:
+    std::vector<float> memory;
+    int64_t one = 0, heads = 0, spare = 0;  // floats of a piece's records and maxima, and of what a thread needs
+    float *records = nullptr, *room = nullptr, *most = nullptr;
+};
+
 // Rows of which nothing is in sight become 0.
 void kv_attend(const KvAttention&, int threads);
 

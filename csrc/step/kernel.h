@@ -104,6 +104,27 @@ void attend(const float* q, const float* keys, const float* values, int64_t head
     }
 }
 
+// To the nearest, ties to even, as conversions of the machine do: added to a number whose last bit is worth as much as
+// that of the half, the sum is rounded where the half ends.
+template <class V>
+void halve(const float* x, int64_t count, uint16_t* out) {
+    constexpr float most = 65504.0f;
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = x[i] < -most ? -most : x[i] > most ? most : x[i];
+        uint32_t bits, sum_bits;
+        std::memcpy(&bits, &value, 4);
+        const uint32_t twice = bits + bits, sign = bits >> 16 & 0x8000u;
+        const uint32_t exponent = (twice & 0xff000000u) > 0x71000000u ? twice & 0xff000000u : 0x71000000u;
+        const uint32_t added = (exponent >> 1) + 0x07800000u;
+        float by;
+        std::memcpy(&by, &added, 4);
+        const float sum = 4 * std::fabs(value) + by;
+        std::memcpy(&sum_bits, &sum, 4);
+        const uint32_t half = (sum_bits >> 13 & 0x7c00u) + (sum_bits & 0x0fffu);
+        out[i] = static_cast<uint16_t>(sign | (twice > 0xff000000u ? 0x7e00u : half));
+    }
+}
+
 template <class V>
 void dense_rows(const float* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) y[r] = dot<V>(weights + r * columns, x, columns);
@@ -130,6 +151,6 @@ void dense_bf16_rows(const uint16_t* weights, int64_t columns, const float* x, f
 }
 
 template <class V>
-constexpr StepKernels step_kernels = {rms_norm<V>, add_to<V>, rope<V>, gated<V>, attend<V>, dense_rows<V>, dense_bf16_rows<V>};
+constexpr StepKernels step_kernels = {rms_norm<V>, add_to<V>, rope<V>, gated<V>, attend<V>, halve<V>, dense_rows<V>, dense_bf16_rows<V>};
 
 }  // namespace bitmill

@@ -12,7 +12,7 @@ namespace bitmill {
 
 struct Model::Thread {
     LookupInputs inputs;
-    std::vector<float> x, normed, gated, q, scores, own;
+    std::vector<float> x, normed, gated, q, scores, own, head;
 };
 
 Model::~Model() = default;
@@ -44,8 +44,9 @@ void Model::advance(const float* embedding, const Position& at, float* logits, i
     for (Thread& t : threads_) {
         t.x.assign(embedding, embedding + shape.hidden);
         t.normed.resize(shape.hidden), t.gated.resize(inner), t.q.resize(shape.heads * shape.dim);
-        t.scores.resize(shape.heads / shape.kv_heads * at.past.capacity), t.own.resize(own);
+        t.scores.resize(shape.heads / shape.kv_heads * at.past.capacity), t.own.resize(own), t.head.resize(shape.dim);
     }
+    for (int64_t i = 0; at.packed && i < depth(); ++i) pieces.make_room(at.packed[i].call, threads_.size(), threads_.size());
     Barrier barrier;
 #ifdef _OPENMP
     if (threads > 1) {
@@ -74,7 +75,7 @@ void Model::run(const Team& team, Thread& self, const Position& at, float* logit
         const float* n = normed(b.norm_in);
         apply(b.q, n, q.data()), apply(b.k, n, k.data()), apply(b.v, n, v.data());
         team.wait();
-        attention(team, self, b, static_cast<int64_t>(i), at);
+        at.packed ? attention(team, self, b, at.packed[i], at) : attention(team, self, b, static_cast<int64_t>(i), at);
         team.wait();
         self.inputs.changed();
         apply(b.o, attended.data(), o.data());
@@ -95,33 +96,75 @@ void Model::run(const Team& team, Thread& self, const Position& at, float* logit
     if (team.self == 0) best.add(logits, head.bias, nullptr, head.linear->rows);
 }
 
+void Model::place(const Projection& p, const float* weight, int64_t head, const Position* at, float* x) const {
+    const StepKernels& best = *isa().step;
+    if (p.bias) best.add(x, p.bias + head * shape.dim, nullptr, shape.dim);
+    if (weight) best.norm(x, weight, shape.eps, shape.dim, x);
+    if (at) best.rope(x, at->cos, at->sin, shape.dim);
+}
+
 void Model::attention(const Team& team, Thread& self, const Block& b, int64_t index, const Position& at) {
     const StepKernels& best = *isa().step;
     const Past& past = at.past;
     const int64_t dim = shape.dim, group = shape.heads / shape.kv_heads, one = past.capacity * dim;
     float* keys = past.numbers + 2 * index * shape.kv_heads * one;
     float* values = keys + shape.kv_heads * one;
-    const auto placed = [&](const float* from, const Projection& p, const float* weight, int64_t head, float* to) {
-        std::memcpy(to, from + head * dim, dim * sizeof(float));
-        if (p.bias) best.add(to, p.bias + head * dim, nullptr, dim);
-        if (weight) best.norm(to, weight, shape.eps, dim, to);
-        best.rope(to, at.cos, at.sin, dim);
-    };
     const auto [from, to] = team.share(shape.kv_heads);
     for (int64_t h = from; h < to; ++h) {
-        placed(k.data(), b.k, b.k_norm, h, keys + h * one + past.length * dim);
-        float* value = values + h * one + past.length * dim;
-        std::memcpy(value, v.data() + h * dim, dim * sizeof(float));
-        if (b.v.bias) best.add(value, b.v.bias + h * dim, nullptr, dim);
+        const int64_t place_of = h * one + past.length * dim;
+        std::memcpy(keys + place_of, k.data() + h * dim, dim * sizeof(float));
+        std::memcpy(values + place_of, v.data() + h * dim, dim * sizeof(float));
+        place(b.k, b.k_norm, h, &at, keys + place_of), place(b.v, nullptr, h, nullptr, values + place_of);
     }
     const auto [first, last] = team.share(shape.heads);
-    for (int64_t h = first; h < last; ++h) placed(q.data(), b.q, b.q_norm, h, self.q.data() + h * dim);
+    for (int64_t h = first; h < last; ++h) {
+        std::memcpy(self.q.data() + h * dim, q.data() + h * dim, dim * sizeof(float));
+        place(b.q, b.q_norm, h, &at, self.q.data() + h * dim);
+    }
     team.wait();
     for (int64_t h = first; h < last;) {
         const int64_t of = h / group, next = std::min(last, (of + 1) * group);
         best.attend(self.q.data() + h * dim, keys + of * one, values + of * one, next - h, past.length + 1, dim,
                     shape.scaling, self.scores.data(), attended.data() + h * dim);
         h = next;
+    }
+}
+
+// Pages serve all heads at once: threads share out pages, and then the heads of what they summed.
+void Model::attention(const Team& team, Thread& self, const Block& b, const Packed& packed, const Position& at) {
+    const StepKernels& best = *isa().step;
+    const int64_t dim = shape.dim, group = shape.heads / shape.kv_heads;
+    const auto moved = [&](const Basis& basis, const float* matrix, int64_t head, bool back, float* x) {
+        const float* mean = basis.mean ? basis.mean + head * dim : nullptr;
+        const float* deviation = basis.mean ? basis.deviation + head * dim : nullptr;
+        for (int64_t i = 0; mean && i < dim; ++i) x[i] = back ? x[i] * deviation[i] + mean[i] : (x[i] - mean[i]) / deviation[i];
+        if (!matrix) return;
+        best.dense(matrix, dim, x, self.head.data(), 0, dim);
+        std::memcpy(x, self.head.data(), dim * sizeof(float));
+    };
+    KvAttention call = packed.call;
+    call.q = q.data(), call.out = attended.data();
+    const auto [from, to] = team.share(shape.kv_heads);
+    for (int64_t h = from; h < to; ++h) {
+        float *key = k.data() + h * dim, *value = v.data() + h * dim;
+        const int64_t place_of = (h * call.loose + call.sinks + call.tail - 1) * dim;
+        place(b.k, b.k_norm, h, &at, key), place(b.v, nullptr, h, nullptr, value);
+        moved(packed.keys, packed.keys.turn, h, false, key), moved(packed.values, packed.values.turn, h, false, value);
+        best.halve(key, dim, packed.loose_keys + place_of), best.halve(value, dim, packed.loose_values + place_of);
+    }
+    const auto [first, last] = team.share(shape.heads);
+    for (int64_t h = first; h < last; ++h) {
+        place(b.q, b.q_norm, h, &at, q.data() + h * dim);
+        moved(packed.keys, packed.keys.turn, h / group, false, q.data() + h * dim);
+    }
+    team.wait();
+    const auto units = team.share(call.units(0));
+    pieces.sweep(call, 0, units.first, units.second, team.self, team.self);
+    team.wait();
+    for (int64_t h = first; h < last; ++h) {
+        float* out = attended.data() + h * dim;
+        pieces.merge(call, 0, team.count, h, out);
+        moved(packed.values, packed.values.back, h / group, true, out);
     }
 }
 

@@ -4,12 +4,14 @@
 //     x += down(silu(gate(n)) * up(n))                     n = norm(x)     for every block; logits = head(norm(x))
 //
 // Products share their rows among threads; what lies between them is small, and every thread does it for itself on
-// its own copy of x. So threads wait for each other only where one reads what another wrote: six times a block.
+// its own copy of x. So threads wait for each other only where one reads what another wrote: six times a block, seven
+// where keys and values are packed, as the threads then share out tokens instead of heads.
 #pragma once
 #include <cstdint>
 #include <mutex>
 #include <vector>
 
+#include "../kv/kv.h"
 #include "linear.h"
 
 namespace bitmill {
@@ -37,9 +39,24 @@ struct Past {
     int64_t capacity, length;
 };
 
+// The basis that heads are stored in: turned by an orthogonal matrix, or channels less their mean, over their deviation.
+struct Basis {
+    const float *turn = nullptr, *back = nullptr;       // (dim, dim), and transposed
+    const float *mean = nullptr, *deviation = nullptr;  // (channels,)
+};
+
+// Packed keys and values of a block, of one row. q and out of the call are the step's own; its tail ends with the token,
+// whose key and value join the loose ones.
+struct Packed {
+    KvAttention call;
+    uint16_t *loose_keys, *loose_values;
+    Basis keys, values;
+};
+
 struct Position {
     const float *cos, *sin;  // (dim,)
     Past past;
+    const Packed* packed = nullptr;  // of every block, in the place of the past
 };
 
 // What an instruction set has.
@@ -52,6 +69,7 @@ struct StepKernels {
     // Some heads that share keys and values: q and out (heads, dim), scores (heads, length) to spare.
     void (*attend)(const float* q, const float* keys, const float* values, int64_t heads, int64_t length, int64_t dim,
                    float scaling, float* scores, float* out);
+    void (*halve)(const float* x, int64_t count, uint16_t* out);  // to fp16, the largest of which is never exceeded
     void (*dense)(const float* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
     void (*dense_bf16)(const uint16_t* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
 };
@@ -68,8 +86,8 @@ public:
     int64_t depth() const { return static_cast<int64_t>(blocks.size()); }
     int64_t tokens() const { return head.linear->rows; }
 
-    // From the embedding of a token to the logits of the next. Appends its keys and values to the past, whose capacity
-    // must have room. Calls wait for each other.
+    // From the embedding of a token to the logits of the next. Appends its keys and values to the past, which must have
+    // room. Calls wait for each other.
     void advance(const float* embedding, const Position& at, float* logits, int threads);
 
 private:
@@ -81,10 +99,14 @@ private:
     int64_t inner = 0, own = 0;
     std::vector<float> q, k, v, attended, o, gate, up, down, shared;
     std::vector<Thread> threads_;
+    KvPieces pieces;
     std::mutex busy;
 
     void run(const Team& team, Thread& self, const Position& at, float* logits);
+    // The token's head as a projection has it, with bias, normed and turned where it is a key's or a query's.
+    void place(const Projection& p, const float* weight, int64_t head, const Position* at, float* x) const;
     void attention(const Team& team, Thread& self, const Block& block, int64_t index, const Position& at);
+    void attention(const Team& team, Thread& self, const Block& block, const Packed& packed, const Position& at);
 };
 
 }  // namespace bitmill

@@ -18,6 +18,7 @@ from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.rope import rope_for
 from bitmill.kv.saved import SavedCache, write_cache
 from bitmill.kv.side import Calibrated
+from bitmill.kv.stepping import Stepping
 from bitmill.kv.support import packed_shapes
 from bitmill.kv.wanted import calibrating, said
 
@@ -64,9 +65,20 @@ class QuantizedCache(Cache):
             rope = rope_for(model, scheme, number)
             layers[number] = QuantizedLayer(scheme, calibrated, rope, window, reader, remembers)
         super().__init__(layers=layers)
+        self._stepping: Stepping | None = None
         if not self.packed_layers:
             raise UsageError(f"{type(model).__name__} has no layer with keys and values that could be packed.")
         _note_padding(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies look at their own layers."""
+        return {**vars(self), "_stepping": None}
+
+    def stepping(self) -> Stepping:
+        """The layers as the compiled step of a model takes them (bitmill.runtime.decode)."""
+        if self._stepping is None or self._stepping.layers is not self.layers:
+            self._stepping = Stepping(self.layers)
+        return self._stepping
 
     @property
     def packed_layers(self) -> list[QuantizedLayer]:
@@ -186,6 +198,7 @@ def _note_padding(model: nn.Module) -> None:
 
 
 def _pad(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # as later and earlier releases call it
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if isinstance(cache, QuantizedCache) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] > 0:
         cache.pad(mask)

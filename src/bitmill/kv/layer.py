@@ -202,11 +202,16 @@ class QuantizedLayer(Tokens, DynamicLayer):
 
     def attend(self, query: Tensor, scaling: float, first: Tensor) -> Tensor:
         """Attention of one token a row, query (rows, query heads, dim), over slots from `first` (rows,) on."""
+        if self.reader.why_not is None:
+            return self.reader.attend(query, scaling, first)
+        return read_by_floats(self, query, scaling, first)
+
+    @property
+    def reader(self) -> Reader:
+        """What calls kernels on the tokens."""
         if self._reader is None:
             self._reader = Reader(self)
-        if self._reader.why_not is None:
-            return self._reader.attend(query, scaling, first)
-        return read_by_floats(self, query, scaling, first)
+        return self._reader
 
     @property
     def why_not(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from torch import Tensor
 
@@ -32,18 +33,21 @@ class Reader:
             keys.zero,
             frequencies,
             1.0 if rope is None else rope.factor,
+            keys.turn,
+            values.turn,
+            values.mean,
+            values.deviation,
         )
         self.why_not = self._layer.pages.why_not(tokens.device)
         if os.environ.get("BITMILL_KERNEL") == "reference":
             self.why_not = "BITMILL_KERNEL is reference; packed tokens are decoded."
         self._loose: Tensor | None = None
+        self._told: Any = None
 
     def attend(self, query: Tensor, scaling: float, first: Tensor) -> Tensor:
         """Attention of query (rows, query heads, dim) over slots from `first` (rows,) int32 on, fp32."""
         tokens, pages = self.tokens, self.tokens.pages
-        if self._loose is not tokens.loose:  # the kernel knows tensors by identity
-            self._loose = tokens.loose
-            self._keys, self._values = tokens.loose
+        self._look()
         assert tokens.start is not None
         past = Past(
             pages.slabs,
@@ -62,6 +66,20 @@ class Reader:
             return out
         heads = out.unflatten(1, (tokens.heads, -1))  # of the query heads that share one of the values'
         return values.moved_back(heads).flatten(1, 2)
+
+    def block(self) -> Any:
+        """The tokens as the compiled step reads and extends them (csrc/bind_kv.h: KvBlock), as they are now."""
+        self._look()
+        told = self._known.of(self.tokens.pages.slabs, self._keys, self._values)
+        if told is not self._told:
+            self._told, self._block = told, self._layer.block(told)
+        return self._block
+
+    def _look(self) -> None:
+        """The kernel knows tensors by identity."""
+        if self._loose is not self.tokens.loose:
+            self._loose = self.tokens.loose
+            self._keys, self._values = self.tokens.loose
 
 
 def plan_of(layout: PageLayout) -> PagePlan:

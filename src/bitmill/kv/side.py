@@ -89,7 +89,7 @@ class Coder:
         self.scale, self.zero = there(calibrated.scale), there(calibrated.zero)
         self.turn = there(rotation(dim)) if side.rotated else None
         self._weight = there(calibrated.weight)
-        self._mean, self._deviation = (
+        self.mean, self.deviation = (
             None if values is None else values.view(heads, 1, dim)
             for values in (there(calibrated.mean), there(calibrated.deviation))
         )
@@ -97,23 +97,23 @@ class Coder:
     @property
     def is_moved(self) -> bool:
         """Whether what is stored is in another basis than the model's."""
-        return self.turn is not None or self._mean is not None
+        return self.turn is not None or self.mean is not None
 
     def moved(self, x: Tensor) -> Tensor:
         """Numbers (rows, heads, tokens, dim) of the model in the basis that is stored, fp32."""
         if self.turn is not None:
             return x.float() @ self.turn.mT
-        if self._mean is None or self._deviation is None:
+        if self.mean is None or self.deviation is None:
             return x.float()
-        return (x.float() - self._mean) / self._deviation
+        return (x.float() - self.mean) / self.deviation
 
     def moved_back(self, x: Tensor) -> Tensor:
         """The inverse of `moved`; also of what attention sums, as its weights add up to 1."""
         if self.turn is not None:
             return x.float() @ self.turn
-        if self._mean is None or self._deviation is None:
+        if self.mean is None or self.deviation is None:
             return x.float()
-        return x.float() * self._deviation + self._mean
+        return x.float() * self.deviation + self.mean
 
     def encode(self, x: Tensor) -> Coded:
         """Numbers (rows, tokens, channels), tokens a multiple of 32, already turned."""
@@ -150,11 +150,15 @@ class Coder:
             return normal.round_().clamp_(0, (1 << self.side.bits) - 1).to(torch.uint8)
         if self._table is not None:
             return self._table.codes(normal)
-        edges = (self._edges[:, 1:] + self._edges[:, :-1]) / 2
         codes = torch.zeros(normal.shape, dtype=torch.uint8, device=normal.device)
-        for edge in edges.T:  # few, and each for all channels at once
+        for edge in self.channel_edges.T:  # few, and each for all channels at once
             codes += (normal > edge).view(torch.uint8)
         return codes
+
+    @property
+    def channel_edges(self) -> Tensor:
+        """Of axis "channel": what lies above i of a channel's edges (channels, 2**bits - 1) has code i."""
+        return (self._edges[:, 1:] + self._edges[:, :-1]) / 2
 
     def _ranges(self, pages: Tensor) -> tuple[Tensor | None, Tensor | None]:
         side = self.side
@@ -182,17 +186,20 @@ class Coder:
         return values.repeat_interleave(self.channels // self.groups, -1) if self.groups > 1 else values
 
     def _dense(self, codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        x = codes.float() if self.side.levels == "uniform" else self._at(codes)
         if self.side.axis == "channel":
-            count = self.levels.shape[1]
-            index = codes.int() + torch.arange(self.channels, dtype=torch.int32, device=codes.device) * count
-            return self.levels.flatten().index_select(0, index.flatten()).view(codes.shape)
+            return x
         assert scale is not None
-        if self.side.levels == "uniform":
-            x = codes.float()
-        else:
-            x = self.levels.index_select(0, codes.flatten().int()).view(codes.shape)
         x *= scale
         return x if zero is None else x.add_(zero)
+
+    def _at(self, codes: Tensor) -> Tensor:
+        """The levels that codes (rows, pages, 32, channels) stand for."""
+        index = codes.int()
+        if self.side.axis == "channel":
+            count = self.levels.shape[1]
+            index = index + torch.arange(self.channels, dtype=torch.int32, device=codes.device) * count
+        return self.levels.flatten().index_select(0, index.flatten()).view(codes.shape)
 
 
 def _normal(pages: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:

@@ -50,6 +50,14 @@ class PageStore:
             self.layout.write(record, self.keys.encode(keys[:, cut]), self.values.encode(values[:, cut]))
             self.pages, done = self.pages + step, done + step
 
+    def take(self, page: Tensor) -> None:
+        """Append a page (rows, words) that is packed already."""
+        place = self.pages % SLAB
+        if place == 0:
+            self.slabs.append(self._slab())
+        self.slabs[-1][:, place] = page
+        self.pages += 1
+
     def _slab(self) -> Tensor:
         with torch.inference_mode(False):  # a tensor made in that mode can be written to in no other
             return torch.zeros(self.rows, SLAB, self.layout.words, dtype=torch.int32, device=self.device)

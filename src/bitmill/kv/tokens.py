@@ -27,14 +27,17 @@ class Tokens:
     start: (rows,) int32, where each row begins; what comes before is padding.
     loose: fp16 (2, rows, heads, sink + residual + 32, dim): keys, after RoPE, and values of the first tokens of
         each row, then of those that wait, in the basis that is stored (Coder.moved).
+    changes: how often tokens were forgotten or put elsewhere; appending changes nothing.
     """
 
     def __init__(self, scheme: Scheme, calibrated: tuple[Calibrated, Calibrated], rope: Rope | None) -> None:
         self.scheme, self.calibrated, self.rope = scheme, calibrated, rope
+        self.changes = 0
         self.clear()
 
     def clear(self) -> None:
         """Forget all tokens, and free their memory."""
+        self.changes += 1
         self.length = 0
         self.store: PageStore | None = None
         self.start: Tensor | None = None
@@ -62,6 +65,7 @@ class Tokens:
 
     def begin(self, start: Tensor) -> None:
         """Say at which slot each row begins, (rows,) integers."""
+        self.changes += 1
         self.start, self._last_start = start.to(torch.int32).contiguous(), int(start.max())
 
     @property
@@ -74,6 +78,11 @@ class Tokens:
     def has_begun(self) -> bool:
         """Whether there is a token in every row that is no padding."""
         return self._last_start < self.length
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a row begins with padding."""
+        return self._last_start > 0
 
     @property
     def waiting(self) -> int:
@@ -186,6 +195,7 @@ class Tokens:
 
     def forget(self, length: int) -> None:
         """Keep the first `length` slots; the rest of a page that is cut waits in fp16 again."""
+        self.changes += 1
         if length < self.pages.end:
             border = length // PAGE * PAGE
             cut: list[Tensor] | Tensor = self.read_pages(border, border + PAGE)[..., : length - border, :]
@@ -195,10 +205,12 @@ class Tokens:
 
     def let_go(self, first: int) -> None:
         """Free what comes before slot `first`."""
+        self.changes += 1
         self.pages.let_go(first)
 
     def of_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put other rows in the place of those there are: `change` takes and gives (rows, ...)."""
+        self.changes += 1
         with torch.inference_mode(False), torch.no_grad():
             if self.store is not None:
                 self.loose = torch.stack([change(side) for side in self.loose])

@@ -33,6 +33,10 @@ class Table:
         """The values of codes, fp32, any shape."""
         return self.values.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
+    def edges_in_order(self) -> Tensor | None:
+        """Fp32, as many of which a number exceeds as its code says; None where codes do not rise with values."""
+        return self._edges if self._in_order else None
+
     def codes(self, x: Tensor) -> Tensor:
         """The codes of the values nearest to x, uint8, any shape."""
         if len(self._edges) < _FEW:  # counting edges below x is faster than a binary search

@@ -75,6 +75,9 @@ class LayerPlan:
     key_scale, key_zero: fp32 (heads * dim,), of a static axis.
     inv_freq: fp64 (dim / 2,), radians a position, where packed keys are stored before RoPE.
     rope_scaling: what RoPE multiplies keys by then.
+    key_turn, value_turn: fp32 (dim, dim), value_mean, value_deviation: fp32 (heads * dim,), of the basis in which
+        heads are stored where it is not the model's. The decode step moves to it and back; `attend` is given
+        queries that are moved, and what it gives is to be moved back.
     """
 
     pages: PagePlan
@@ -84,12 +87,21 @@ class LayerPlan:
     key_zero: Tensor | None = None
     inv_freq: Tensor | None = None
     rope_scaling: float = 1.0
+    key_turn: Tensor | None = None
+    value_turn: Tensor | None = None
+    value_mean: Tensor | None = None
+    value_deviation: Tensor | None = None
 
     @cached_property
     def native(self) -> Any:
         """As the compiled kernel knows it."""
         numbers = (self.key_levels, self.value_levels, self.key_scale, self.key_zero, self.inv_freq)
         return native().KvLayer(_native_pages(self.pages), *numbers, self.rope_scaling)
+
+    def block(self, tokens: Any) -> Any:
+        """With tokens that `Known.of` gave, as the decode step reads and extends them."""
+        moves = (self.key_turn, self.value_turn, self.value_mean, self.value_deviation)
+        return native().KvBlock(self.native, tokens, *(None if x is None else x.flatten() for x in moves))
 
 
 def _native_pages(plan: PagePlan) -> Any:
@@ -132,14 +144,14 @@ class Known:
         self._loose: tuple[Tensor, Tensor] | None = None
         self._tokens: Any = None
 
-    def of(self, past: Past) -> Any:
-        """Told anew where tensors are others than before; slabs may be appended."""
+    def of(self, slabs: Sequence[Tensor], keys: Tensor, values: Tensor) -> Any:
+        """Of slabs and loose keys and values as in a Past; told anew where others are in place of those before."""
         mine, loose = self._slabs, self._loose
-        same = loose is not None and loose[0] is past.loose_keys and loose[1] is past.loose_values
-        if not same or len(mine) > len(past.slabs) or any(a is not b for a, b in zip(mine, past.slabs)):
-            self._loose, self._slabs = (past.loose_keys, past.loose_values), []
-            self._tokens = native().KvTokens(*(loose.view(torch.int16) for loose in self._loose))
-        for slab in past.slabs[len(self._slabs) :]:
+        same = loose is not None and loose[0] is keys and loose[1] is values
+        if not same or len(mine) > len(slabs) or any(a is not b for a, b in zip(mine, slabs)):
+            self._loose, self._slabs = (keys, values), []
+            self._tokens = native().KvTokens(keys.view(torch.int16), values.view(torch.int16))
+        for slab in slabs[len(self._slabs) :]:
             self._tokens.append(slab)
             self._slabs.append(slab)
         return self._tokens
@@ -156,7 +168,8 @@ def attend(q: Tensor, layer: LayerPlan, past: Past, scale: float, known: Known |
 
         return on_device(q, layer, past, scale)
     out = torch.empty(q.shape, dtype=torch.float32)
-    tokens, q = (known or Known()).of(past), q.float().contiguous()
+    tokens = (known or Known()).of(past.slabs, past.loose_keys, past.loose_values)
+    q = q.float().contiguous()
     counts = (past.first_slot, past.packed, past.sinks, past.tail)
     native().kv_attend(layer.native, tokens, q, *counts, past.start, past.first, scale, out, threads())
     return out

@@ -2,9 +2,9 @@
 
 Nothing above it changes: `generate()` with its processors, streamers and stopping criteria, and every loop that
 calls the model with `past_key_values`. A call goes to the step when it continues one sequence by one token, on
-the CPU, without gradients, from a cache of the ordinary kind, and asks for logits alone. Only models whose code
-the step was written after qualify (parts.py); the first such call of one runs both ways, and the step is dropped
-unless they agree.
+the CPU, without gradients, from an ordinary or a packed cache, and asks for logits alone. Only models whose code
+the step was written after qualify (parts.py); the first such call of one, and with each kind of cache, runs both
+ways, and the step is dropped unless they agree.
 
 BITMILL_DECODE=off leaves all calls to transformers.
 """
@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bitmill.errors import UsageError
 from bitmill.runtime.decode.parts import NotEligibleError, parts_of
-from bitmill.runtime.decode.past import past_of
+from bitmill.runtime.decode.past import FloatPast, StepPast, packed_of, past_of
 from bitmill.runtime.decode.plan import Plan
 from bitmill.runtime.decode.watch import Watch
 from bitmill.runtime.native import activations
@@ -36,6 +36,9 @@ _APART_BF16 = 0.1
 # The step is optional: what it trips over is the model's own to raise.
 _TRIPS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
+# What a call names the cache, later releases of transformers first, and an answer that holds one.
+_CACHE = ("cache", "past_key_values")
+_HELD = next(name for name in _CACHE if name in CausalLMOutputWithPast.__dataclass_fields__)
 _IGNORED = ("use_cache", "return_dict", "cache_position")  # True, None or implied
 
 
@@ -47,7 +50,7 @@ class StepForward:
         self.why_not: str | None = None  # one sentence, while the model as it is cannot use the step
         self._watch: Watch | None = None
         self._plan: Plan | None = None
-        self._agrees = False
+        self._agrees: dict[str, str | None] = {}  # by kind of cache: None, or why it is left to transformers
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -62,7 +65,7 @@ class StepForward:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of the model make their own plan."""
-        return {"model": self.model, "why_not": None, "_watch": None, "_plan": None, "_agrees": False}
+        return {"model": self.model, "why_not": None, "_watch": None, "_plan": None, "_agrees": {}}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The step where the call is one for it, or else the model's own forward."""
@@ -76,21 +79,20 @@ class StepForward:
         plan = self._current_plan()
         if plan is None or self._watch is None or self._watch.wanted() is not None:
             return self._own(**kwargs)
-        found = past_of(kwargs.get("past_key_values"), plan.blocks, plan.kv_heads, plan.dim)
-        if found is None or not _continues(kwargs, found[1]):
+        cache = next((kwargs[name] for name in _CACHE if name in kwargs), None)
+        found = past_of(cache, plan.blocks, plan.kv_heads, plan.dim)
+        if found is None or self._agrees.get(found.kind) is not None or not _continues(kwargs, found.length):
             return self._own(**kwargs)
-        past, length = found
-        past.make_room(length + 1, length)
+        found.make_room()
         try:
-            logits = plan.advance(ids, past.numbers, length)
+            logits = plan.advance(ids, found)
         except _TRIPS:  # a token that the table does not have
             return self._own(**kwargs)
-        if not self._agrees:
-            return self._tried(logits, kwargs)
-        cache = kwargs["past_key_values"]
-        for layer in cache.layers:
-            layer.length = length + 1
-        return CausalLMOutputWithPast(logits=logits.to(plan.dtype).view(1, 1, -1), past_key_values=cache)
+        if found.kind not in self._agrees:
+            return self._tried(logits, found, kwargs)
+        found.advance()
+        held: dict[str, Any] = {_HELD: cache}
+        return CausalLMOutputWithPast(logits=logits.to(plan.dtype).view(1, 1, -1), **held)
 
     def _own(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.model).forward(self.model, *args, **kwargs)
@@ -103,12 +105,20 @@ class StepForward:
         wanted = self._watch.wanted()
         return None if wanted is None else _sentence(wanted)
 
+    def why_not_with(self, cache: Any) -> str | None:
+        """The same for single tokens that a packed cache precedes."""
+        reason, plan, packed = self.prepare(), self._plan, packed_of(cache)
+        if reason is not None or plan is None or packed is None:
+            return reason
+        why = packed.why_not(plan.blocks, plan.kv_heads, plan.dim)
+        return self._agrees.get(packed.kind) if why is None else _sentence(why)
+
     def _current_plan(self) -> Plan | None:
         """None for a model that was refused, until something about it changes."""
         plan, watch = self._plan, self._watch
         if watch is not None and watch.is_current() and (plan is None or plan.is_current()):
             return plan
-        self._plan, self._watch, self._agrees, self.why_not = None, None, False, None
+        self._plan, self._watch, self._agrees, self.why_not = None, None, {}, None
         try:
             self._watch = Watch(self.model)
             plan = Plan(self.model)
@@ -120,15 +130,23 @@ class StepForward:
             self._refuse(f"{type(error).__name__}, {error}")
         return self._plan
 
-    def _tried(self, logits: Tensor, kwargs: dict[str, Any]) -> Any:
-        """The model's own answer to the first call; the step is kept if it gave the same."""
+    def _tried(self, logits: Tensor, past: StepPast, kwargs: dict[str, Any]) -> Any:
+        """The model's own answer to the first call; the step is kept if it gave the same.
+
+        The token's keys and values are written once more, to where the step wrote its own.
+        """
         output = self._own(**kwargs)
         expected = output.logits.view(-1).to(torch.float32)
         apart = (logits - expected).norm() / (expected - expected.mean()).norm()
         limit = _APART[activations()]
-        self._agrees = bool(apart <= (limit if output.logits.dtype == torch.float32 else max(limit, _APART_BF16)))
-        if not self._agrees:
+        if bool(apart <= (limit if output.logits.dtype == torch.float32 else max(limit, _APART_BF16))):
+            self._agrees[past.kind] = None
+        elif past.kind == FloatPast.kind:
             self._refuse(f"the compiled step differs by {float(apart):.2g}")
+        else:
+            reason = f"with a packed cache the compiled step differs by {float(apart):.2g}"
+            self._agrees[past.kind] = _sentence(reason)
+            logging.getLogger("bitmill").info(self._agrees[past.kind])
         return output
 
     def _refuse(self, reason: str) -> None:
@@ -141,10 +159,7 @@ def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:
     if torch.is_grad_enabled() or ids.device.type != "cpu":
         return False
     for name, value in kwargs.items():
-        if (
-            name in ("input_ids", "past_key_values", "attention_mask", "position_ids", "cache_position")
-            or value is None
-        ):
+        if name in ("input_ids", *_CACHE, "attention_mask", "position_ids", "cache_position") or value is None:
             continue
         if name == "logits_to_keep":
             if not isinstance(value, int) or value not in (0, 1):
@@ -188,11 +203,14 @@ def detach(model: Any) -> Any:
     return model
 
 
-def decode_path(model: Any) -> str:
-    """The path of single tokens: "step", or one sentence that says why it is transformers' own forward."""
+def decode_path(model: Any, cache: Any = None) -> str:
+    """The path of single tokens: "step", or one sentence that says why it is transformers' own forward.
+
+    cache: a packed one that precedes them; without it, an ordinary one does.
+    """
     forward = vars(model).get("forward")
     if isinstance(forward, StepForward):
-        return forward.prepare() or "step"
+        return forward.why_not_with(cache) or "step"
     return _why_not(model) or _sentence("no step is attached")
 
 

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 _LEAST = 256  # tokens
+
+
+class StepPast(Protocol):
+    """What the step needs of a cache of one sequence, of floats or packed.
+
+    length: tokens that are there.  kind: caches of one kind are served alike.
+    """
+
+    length: int
+    kind: str
+
+    def make_room(self) -> None:
+        """Room for a token."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The past as a compiled model's `advance` takes it (csrc/bind_step.cpp)."""
+
+    def advance(self) -> None:
+        """Count the token that the step has appended."""
+
+
+class Packed(StepPast, Protocol):
+    """What a packed cache offers by its method `stepping`."""
+
+    def why_not(self, blocks: int, heads: int, dim: int) -> str | None:
+        """None where the step of a model of this shape takes the cache as it is now, or a phrase on why not."""
 
 
 class Past:
@@ -110,14 +136,46 @@ class PastLayer(DynamicLayer):
             self.length = max(0, self.length + tokens_to_remove)
 
 
-def past_of(cache: Any, blocks: int, heads: int, dim: int) -> tuple[Past, int] | None:
-    """The Past of a cache and how many tokens it holds; an ordinary cache of one sequence is made into one first.
+class FloatPast:
+    """A Past and its layers, all of which hold `length` tokens."""
+
+    kind = "floats"
+
+    def __init__(self, past: Past, layers: list[Any], length: int) -> None:
+        self.past, self.layers, self.length = past, layers, length
+
+    def make_room(self) -> None:
+        """Room for a token."""
+        self.past.make_room(self.length + 1, self.length)
+
+    def arguments(self) -> tuple[Tensor, int]:
+        """Keys and values, and how many there are."""
+        return self.past.numbers, self.length
+
+    def advance(self) -> None:
+        """Count the token that the step has appended."""
+        for layer in self.layers:
+            layer.length = self.length + 1
+
+
+def packed_of(cache: Any) -> Packed | None:
+    """What a packed cache offers the step; None for caches of another kind."""
+    offered: Any = getattr(cache, "stepping", None)
+    packed: Packed | None = None if offered is None else offered()
+    return packed
+
+
+def past_of(cache: Any, blocks: int, heads: int, dim: int) -> StepPast | None:
+    """A cache as the step takes it; an ordinary one of one sequence is made into a Past first.
 
     None where the cache is of another kind, or holds nothing yet.
     """
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None or len(layers) != blocks or cache.offloading:
         return None
+    packed = packed_of(cache)
+    if packed is not None:
+        return packed if packed.why_not(blocks, heads, dim) is None else None
     first = layers[0]
     if type(first) is PastLayer:
         past, length = first.past, first.length
@@ -129,7 +187,7 @@ def past_of(cache: Any, blocks: int, heads: int, dim: int) -> tuple[Past, int] |
                 or not layer.is_ours
             ):
                 return None
-        return (past, length) if length else None
+        return FloatPast(past, layers, length) if length else None
     if not all(_is_plain(layer, heads, dim) for layer in layers):
         return None
     length = first.get_seq_length()
@@ -138,8 +196,8 @@ def past_of(cache: Any, blocks: int, heads: int, dim: int) -> tuple[Past, int] |
     past = Past(blocks, heads, dim, length + 1)
     for index, layer in enumerate(layers):
         past.numbers[index, 0, :, :length], past.numbers[index, 1, :, :length] = layer.keys[0], layer.values[0]
-        layers[index] = PastLayer(past, index, length, layer.dtype)
-    return past, length
+        layers[index] = PastLayer(past, index, length, layer.keys.dtype)
+    return FloatPast(past, layers, length)
 
 
 def _is_plain(layer: Any, heads: int, dim: int) -> bool:
