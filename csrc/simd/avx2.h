@@ -227,11 +227,16 @@ struct Avx2 {
     }
     template <int bits>
     static BITMILL_INLINE Floats look(const float* table, Ints at) {  // tables are at least 16 numbers
+        if constexpr (bits <= 5) return {piece<bits>(table, at.a), piece<bits>(table, at.b)};
+        else return {_mm256_i32gather_ps(table, at.a, 4), _mm256_i32gather_ps(table, at.b, 4)};
+    }
+    template <int bits>  // of eight entries, or of two halves that the last bit chooses from
+    static BITMILL_INLINE __m256 piece(const float* table, __m256i at) {
         if constexpr (bits <= 3) {
-            const __m256 entries = _mm256_loadu_ps(table);
-            return {_mm256_permutevar8x32_ps(entries, at.a), _mm256_permutevar8x32_ps(entries, at.b)};
+            return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), at);
         } else {
-            return {_mm256_i32gather_ps(table, at.a, 4), _mm256_i32gather_ps(table, at.b, 4)};
+            const __m256 chosen = _mm256_castsi256_ps(_mm256_slli_epi32(at, 32 - bits));
+            return _mm256_blendv_ps(piece<bits - 1>(table, at), piece<bits - 1>(table + (1 << (bits - 1)), at), chosen);
         }
     }
     static BITMILL_INLINE Floats fours_of(const float* p) {  // p[0] to p[3], four times
