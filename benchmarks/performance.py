@@ -30,22 +30,23 @@ COMMANDS = (
 
 
 def main() -> None:
-    kernels, runs = results()
+    kernels, others, runs = results()
     if kernels:
         arithmetic = [run["machine"]["arithmetic"] for run in runs if run["machine"].get("arithmetic")]
         PICTURE.write_text(roofline(kernels, max(arithmetic, default=None)), encoding="utf-8")
-    PAGE.write_text(page(kernels, runs), encoding="utf-8")
+    PAGE.write_text(page(kernels, others, runs), encoding="utf-8")
     print(f"{PAGE} made from {bool(kernels) + len(runs)} results")
 
 
-def results() -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """What is in benchmarks/results: of the kernels, and of every model."""
-    return _read(RESULTS / "kernels.json"), [
-        run for f in sorted(RESULTS.glob("peers-*.json")) if (run := _read(f))
-    ]
+def results() -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[dict[str, Any]]]:
+    """What is in benchmarks/results: of the kernels, of the kernels on other machines, and of every model."""
+    others, models = (
+        [_read(f) for f in sorted(RESULTS.glob(name))] for name in ("kernels-*.json", "peers-*.json")
+    )
+    return _read(RESULTS / "kernels.json"), list(filter(None, others)), list(filter(None, models))
 
 
-def page(kernels: dict[str, Any] | None, runs: list[dict[str, Any]]) -> str:
+def page(kernels: dict[str, Any] | None, others: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
     """docs/performance.md."""
     lines = [
         "# Performance",
@@ -59,6 +60,8 @@ def page(kernels: dict[str, Any] | None, runs: list[dict[str, Any]]) -> str:
         lines += _machine(runs)
     if kernels:
         lines += _kernels(kernels)
+    for other in others:
+        lines += _other_machine(other)
     if runs:
         lines += ["## Whole models", "", *_how_models_were_measured(runs[0])]
     for run in sorted(runs, key=lambda run: run["model"]):
@@ -104,12 +107,7 @@ def _machine(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _kernels(kernels: dict[str, Any]) -> list[str]:
-    cases = kernels["kernels"]
-    shapes = sorted({tuple(case["shape"]) for case in cases})
-    head = ["format", "bits", "group", "bits a weight", "kernel"]
-    for out, inputs in shapes:
-        head += [f"{out} x {inputs}", "GB/s", "of bandwidth", "over torch fp32"]
-    lines = [
+    return [
         "## Matrix-vector products",
         "",
         "![Roofline of the kernels](assets/roofline.svg)",
@@ -121,9 +119,27 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
         "The `points` kernel reads more than it counts: it lays pyramids out as integers of one bit more, 1.3 to "
         "1.6 times the packed size.",
         "",
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
+        *_table(kernels["kernels"]),
     ]
+
+
+def _other_machine(kernels: dict[str, Any]) -> list[str]:
+    return [
+        f"### With {kernels['isa']}",
+        "",
+        f"The same on another machine, which has no more than that: {kernels['threads']} threads, "
+        f"{kernels['read_bandwidth_GBps']:.1f} GB/s.",
+        "",
+        *_table(kernels["kernels"]),
+    ]
+
+
+def _table(cases: list[dict[str, Any]]) -> list[str]:
+    shapes = sorted({tuple(case["shape"]) for case in cases})
+    head = ["format", "bits", "group", "bits a weight", "kernel"]
+    for out, inputs in shapes:
+        head += [f"{out} x {inputs}", "GB/s", "of bandwidth", "over torch fp32"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     rows: dict[tuple[Any, ...], dict[tuple[int, ...], dict[str, Any]]] = {}
     for case in cases:
         key = (case["format"], case["bits"], case["group_size"], case["kernel"])

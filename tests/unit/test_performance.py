@@ -43,12 +43,11 @@ def _kernels() -> dict[str, Any]:
 
 
 def test_the_page_is_what_the_results_say(performance: Any) -> None:
-    kernels, runs = performance.results()
-    assert performance.PAGE.read_text(encoding="utf-8") == performance.page(kernels, runs)
+    assert performance.PAGE.read_text(encoding="utf-8") == performance.page(*performance.results())
 
 
 def test_a_page_without_results_says_how_to_get_them(performance: Any) -> None:
-    page = performance.page(None, [])
+    page = performance.page(None, [], [])
     assert all(command in page for command in performance.COMMANDS)
     assert "roofline.svg" not in page
 
@@ -65,4 +64,4 @@ def test_the_picture_has_a_point_for_every_case(performance: Any, arithmetic: fl
 def test_kernels_that_are_no_slower_than_uniform_are_said_to_be(performance: Any) -> None:
     kernels = _kernels()
     kernels["kernels"] += [_case("codebook", 4, (64, 128), 5e-3)]
-    assert "`codebook` 0.80 to 0.80" in performance.page(kernels, [])
+    assert "`codebook` 0.80 to 0.80" in performance.page(kernels, [], [])
