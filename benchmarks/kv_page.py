@@ -23,6 +23,8 @@ def page() -> str:
     lines = ["# Keys and values, measured", ""]
     for name, part in (
         ("quality", quality),
+        ("whole", whole),
+        ("steps", steps),
         ("retrieval", retrieval),
         ("attention", attention),
         ("memory", memory),
@@ -34,45 +36,113 @@ def page() -> str:
 
 
 def quality(results: dict[str, Any]) -> list[str]:
-    """Perplexity of all rows, and the steps of KVQuant."""
-    rows = [row for key, row in results["rows"].items() if key != "float"]
+    """Perplexity of all methods, and what was asked of KVQuant."""
+    rows = sorted((row for key, row in results["rows"].items() if key != "float"), key=_order)
     plain = results["rows"]["float"]["perplexity"]
-    steps = [row for row in rows if row["name"] not in _WHOLE]
-    whole = sorted((row for row in rows if row["name"] in _WHOLE), key=_order)
-    head = [
+    return [
         "## Quality",
         "",
-        f"{results['model']}, {results['windows']} windows of {results['seqlen']} tokens of the evaluation text, "
-        f"calibrated on {results['samples']} windows of the other text. Full pages are read packed and the last "
-        f"tokens in float, as in generation. Perplexity of the float cache: {plain:.3f}.",
+        f"{_terms(results)} Full pages are read packed and the last tokens in float, as in generation. Perplexity "
+        f"of the float cache: {plain:.3f}.",
         "",
-        "    python benchmarks/kv_quality.py",
+        f"    python benchmarks/kv_quality.py --windows {results['windows']}",
         "",
+        *_judged_table(rows, plain),
+    ]
+
+
+def whole(results: dict[str, Any]) -> list[str]:
+    """The same on all windows there are, for some of the methods."""
+    rows = sorted((row for key, row in results["rows"].items() if key != "float"), key=_order)
+    plain = results["rows"]["float"]["perplexity"]
+    return [
+        "### On the whole evaluation text",
+        "",
+        f"{_terms(results)} Float: {plain:.3f}.",
+        "",
+        f"    python benchmarks/kv_quality.py --windows {results['windows']}",
+        "",
+        *_judged_table(rows, plain),
+    ]
+
+
+def _judged_table(rows: list[dict[str, Any]], plain: float) -> list[str]:
+    return [
         f"| method | {_COLUMNS} |",
         "|---|---|---|---|---|---|---|",
-        *(_row(row["name"], row, plain) for row in whole),
-    ]
-    parts = [
+        *(_row(row["name"], row, plain) for row in rows),
         "",
+        *judged({(row["name"], row["method"]["bits"]): row for row in rows}, plain),
+    ]
+
+
+def judged(rows: dict[tuple[str, int], dict[str, Any]], plain: float) -> list[str]:
+    """What was wanted of KVQuant before it was measured, beside what came."""
+    lines = ["What was wanted of `kvquant`, and what came:", "", "| wanted | measured | |", "|---|---|---|"]
+    for bits, most, most_bits in ((4, 0.005, 4.6), (3, 0.02, 3.6), (2, 0.15, 2.6)):
+        if ("kvquant", bits) in rows:
+            row = rows["kvquant", bits]
+            over, size = row["perplexity"] / plain - 1, row["kv_bits_at_8k"]
+            lines += [
+                f"| {bits} bits: perplexity at most {most:.1%} over float | {over:+.2%} | "
+                f"{_verdict(over <= most)} |",
+                f"| {bits} bits: at most {most_bits} allocated bits a number at 8192 tokens | {size:.3f} | "
+                f"{_verdict(size <= most_bits)} |",
+            ]
+    for bits in (4, 3, 2):
+        if ("kvquant", bits) in rows and ("kivi", bits) in rows:
+            ours, theirs = rows["kvquant", bits], rows["kivi", bits]
+            less = theirs["kv_bits_at_8k"] - ours["kv_bits_at_8k"]
+            for measure, name in (("perplexity", "perplexity"), ("kl_divergence", "KL")):
+                lines.append(
+                    f"| {bits} bits: {name} below KIVI's, with {less:.2f} bits less | {ours[measure]:.4f} and "
+                    f"{theirs[measure]:.4f} | {_verdict(ours[measure] < theirs[measure])} |"
+                )
+    return lines
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def steps(results: dict[str, Any]) -> list[str]:
+    """What each part of KVQuant is worth."""
+    rows = [row for key, row in results["rows"].items() if key != "float"]
+    plain = results["rows"]["float"]["perplexity"]
+    return [
         "### What each part of KVQuant is worth",
         "",
-        "Each row adds to the one above, but that Q-Norm is left out again after its own. From *levels of each "
-        "key channel* on they are bitmill's.",
+        f"{_terms(results)} Float: {plain:.3f}. Each row adds to the one above, but that Q-Norm is left out again "
+        "after its own. From *levels of each key channel* on they are bitmill's.",
+        "",
+        "    python benchmarks/kv_quality.py --steps --windows 4",
         "",
         f"| part | {_COLUMNS} |",
         "|---|---|---|---|---|---|---|",
-        *(_row(row["name"].removeprefix("+ "), row, plain) for row in steps),
+        *(_row(row["name"].removeprefix("+ "), row, plain) for row in rows),
     ]
-    return head + (parts if steps else [])
+
+
+def _terms(results: dict[str, Any]) -> str:
+    return (
+        f"{results['model']}, {results['windows']} windows of {results['seqlen']} tokens of the evaluation text, "
+        f"calibrated on {results['samples']} windows of the other text."
+    )
 
 
 _COLUMNS = "bits of a code | perplexity | over float | KL | same first token | bits a number at 8192 tokens"
-_PAPER = "kvquant, the paper's levels and shares"
-_WHOLE = ("kvquant", _PAPER, "kivi", "rotated", "per_token, a scale a head", "per_token")
+_NAMES = (
+    "kvquant",
+    "kvquant, the paper's levels and shares",
+    "kivi",
+    "rotated",
+    "per_token, a scale a head",
+    "per_token",
+)
 
 
 def _order(row: dict[str, Any]) -> tuple[int, int]:
-    return -row["method"]["bits"], _WHOLE.index(row["name"])
+    return -row["method"]["bits"], _NAMES.index(row["name"])
 
 
 def _row(name: str, row: dict[str, Any], plain: float) -> str:
@@ -82,22 +152,37 @@ def _row(name: str, row: dict[str, Any], plain: float) -> str:
 
 
 def retrieval(results: dict[str, Any]) -> list[str]:
-    """Pass keys that were found."""
-    return [
+    """Numbers that were found again."""
+    texts = results["texts"]
+    contexts = ", ".join(str(text["context"]) for text in texts)
+    head = " | ".join(f"found in {text['context']} tokens | log-probability" for text in texts)
+    lines = [
         "## Retrieval",
         "",
-        f"A pass key in {results['context']} tokens of text, at depths spread over it, asked for at the end. The "
-        "text is read in float, packed, and the question is answered from what is packed.",
+        f"{results['keys']} numbers in each text, at even depths, each behind words that are nowhere else, said "
+        f"twice. The question repeats the words. Texts of {contexts} tokens from the evaluation split are read in "
+        "float and packed, and every question is answered from what is packed; a number counts where all its digits "
+        "are the likeliest. Log-probabilities are means over the answers' tokens. Calibrated on "
+        f"{results['samples']} windows of 2048 tokens of the other text.",
         "",
         "    python benchmarks/kv_retrieval.py",
         "",
-        "| cache | keys found | mean log-probability of the key's tokens |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {row['found']} of {row['keys']} | {row['log_probability']:.3f} |"
-            for name, row in results["rows"].items()
-        ),
+        f"| cache | {head} |",
+        f"|---|{'---|---|' * len(texts)}",
     ]
+    for name in texts[0]["rows"]:
+        cells = [_found(text["rows"][name]) for text in texts if name in text["rows"]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in ("kvquant 4", "kvquant 3"):
+        pairs = [(text["rows"]["float"]["found"], text["rows"][name]["found"]) for text in texts]
+        told = " and ".join(f"{ours.count('x')} and {plain.count('x')}" for plain, ours in pairs)
+        met = all(ours.count("x") >= plain.count("x") for plain, ours in pairs)
+        lines += ["", f"`{name}` finds as many as the float cache: {told}, {_verdict(met)}."]
+    return lines
+
+
+def _found(row: dict[str, Any]) -> str:
+    return f"{row['found'].count('x')} of {len(row['found'])} | {row['log_probability']:.3f}"
 
 
 def attention(results: dict[str, Any]) -> list[str]:

@@ -1,10 +1,12 @@
 """Perplexity through the packed cache of keys and values: methods at equal bits, and KVQuant's parts one by one.
 
-    python benchmarks/kv_quality.py [--seqlen 2048] [--windows 0] [--samples 16] [--only TEXT] [--develop]
+    python benchmarks/kv_quality.py [--seqlen 2048] [--windows 0] [--samples 16] [--steps] [--only TEXT]
+        [--develop]
 
 Every row is calibrated on the first four fifths of the text and measured on the last; each is appended to
-benchmarks/results/kv_quality.json when it is there, and what is there is not measured again. --develop measures on
-windows between those of the calibration instead, and keeps nothing: choices are made there.
+benchmarks/results/kv_quality.json, or with --steps, which measures KVQuant's parts, to kv_steps.json, when it is
+there, and what is there is not measured again. --develop measures on windows between those of the calibration
+instead, and keeps nothing: choices are made there.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from bitmill.kv.size import cache_size
 from bitmill.models.calls import answers_of
 from bitmill.models.reading import reading_of
 
-RESULTS = Path(__file__).parent / "results" / "kv_quality.json"
+RESULTS = Path(__file__).parent / "results"
 
 ONE = {"outliers": 0.01, "key_outliers": 0.01}
 PAPER = {"channel_levels": False, "equalize": False, "residual": 0, **ONE}
 NONE = {"pre_rope": False, "nuq": False, "fisher": False, "outliers": 0.0, "key_outliers": 0.0, "sink": 0}
+AS_PUBLISHED, HEADS = "kvquant, the paper's levels and shares", "per_token, a scale a head"
 STEPS: list[tuple[str, dict[str, Any]]] = [
     ("keys per channel", {}),
     ("+ before RoPE", {"pre_rope": True}),
@@ -46,24 +49,25 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def grid() -> list[tuple[str, KVMethod]]:
-    """Names and methods of all rows; the last step is kvquant itself but for its recent tokens in float."""
-    rows: list[tuple[str, KVMethod]] = []
-    for bits in (3, 4, 2):
-        rows += [
-            ("kvquant", kv_method("kvquant", bits)),
-            ("kivi", kv_method("kivi", bits)),
-            ("kvquant, the paper's levels and shares", kv_method("kvquant", bits, **PAPER)),
-            ("rotated", kv_method("rotated", bits)),
-            ("per_token", kv_method("per_token", bits)),
-            ("per_token, a scale a head", kv_method("per_token", bits, group=64)),
-        ]
-    rows += [("per_token", kv_method("per_token", 8)), ("+ Q-Norm", kv_method("kvquant", 2, q_norm=True, **PAPER))]
+def grid(steps: bool) -> list[tuple[str, KVMethod]]:
+    """Names and methods of all rows, those that are compared most first.
+
+    steps: KVQuant's parts instead, with the rows they are compared with.
+    """
+    if not steps:
+        rows = [(name, kv_method(name, bits)) for bits in (4, 3, 2) for name in ("kvquant", "kivi")]
+        rows += [("per_token", kv_method("per_token", bits)) for bits in (4, 3)]
+        rows += [(HEADS, kv_method("per_token", bits, group=64)) for bits in (4, 3)]
+        rows += [("rotated", kv_method("rotated", bits)) for bits in (4, 3, 2)]
+        rows += [(AS_PUBLISHED, kv_method("kvquant", bits, **PAPER)) for bits in (4, 3, 2)]
+        return rows
+    rows = [("per_token", kv_method("per_token", 3))]
     options = {**PAPER, **NONE}
     for name, change in STEPS:
         options |= change
         rows.append((name, kv_method("kvquant", 3, **options)))
-    return rows
+    rows.append((AS_PUBLISHED, kv_method("kvquant", 2, **PAPER)))
+    return [*rows, ("+ Q-Norm", kv_method("kvquant", 2, q_norm=True, **PAPER))]
 
 
 def main() -> None:
@@ -74,6 +78,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--only", default="", help="rows whose name and method contain this")
     parser.add_argument("--batch", type=int, default=3, help="windows at a time")
+    parser.add_argument("--steps", action="store_true")
     parser.add_argument("--develop", action="store_true")
     args = parser.parse_args()
     model, tokenizer = api.load(args.model), api.load_tokenizer(args.model)
@@ -85,12 +90,13 @@ def main() -> None:
         rest = calib[[i for i in range(len(calib)) if i not in chosen]]
         held_out = rest[torch.linspace(0, len(rest) - 1, args.windows or 4).long()]
     calib = calib[chosen]
-    keep = RESULTS.is_file() and not args.develop
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if keep else {"rows": {}}
+    path = RESULTS / ("kv_steps.json" if args.steps else "kv_quality.json")
+    keep = path.is_file() and not args.develop
+    results: dict[str, Any] = json.loads(path.read_text()) if keep else {"rows": {}}
     about = {"model": args.model, "seqlen": args.seqlen, "windows": len(held_out), "samples": args.samples}
     if results["rows"] and any(results[key] != value for key, value in about.items()):
         raise SystemExit(
-            f"{RESULTS} was measured on other terms; move it away, or use its model, lengths and counts."
+            f"{path} was measured on other terms; move it away, or use its model, lengths and counts."
         )
     results |= about
     with torch.no_grad():  # 200 kB a token; computed once for all rows
@@ -102,7 +108,7 @@ def main() -> None:
     results["rows"]["float"] = compare(reference, held_out, batch=1)
     print(f"float {results['rows']['float']['perplexity']:.3f}", flush=True)
     recording: Recording | None = None  # for all rows
-    for name, method in grid():
+    for name, method in grid(args.steps):
         key = f"{name}: {json.dumps(method.to_dict())}"
         if key in results["rows"] or args.only not in key:
             continue
@@ -128,7 +134,7 @@ def main() -> None:
             flush=True,
         )
         if not args.develop:
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _bits_at(model: Any, method: KVMethod, tokens: int) -> float:

@@ -1,17 +1,25 @@
-"""Does the packed cache still find what was said 8000 tokens ago? A pass key hidden in text, asked for at its end.
+"""Does the packed cache still find what was said thousands of tokens ago? Numbers in a text, asked for at its end.
 
-    python benchmarks/kv_retrieval.py [--model smollm2-135m] [--context 8000] [--keys 10] [--samples 16]
+    python benchmarks/kv_retrieval.py [--contexts 8000,8000,4000,4000] [--keys 12] [--samples 16] [--develop]
 
-A prompt is text of the evaluation split with a sentence that names a key, at depths spread over the prompt. It is
-read in float once; every method packs that cache, reads the question from it and answers, so that all differ by
-what is stored alone. Counted: keys that come back exactly, and the mean log-probability of the key's tokens.
-Written to benchmarks/results/kv_retrieval.json.
+Into text are put blocks at even depths: words that are nowhere else in it, and a number after them, said twice.
+The question repeats the words, and the number must follow. A text is read in float once; every method packs that
+cache and answers each question from a copy, its tokens one by one, so that rows differ by what is stored alone and
+no answer is in the cache of another. Counted: numbers whose tokens all are the likeliest, and the mean
+log-probability of their tokens. Each text is added to benchmarks/results/kv_retrieval.json when it is through, and
+what is there is not measured again.
+
+--develop asks the float model alone, about the text of the calibration, and keeps nothing: the form of the blocks
+and the lengths were chosen there.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,90 +46,155 @@ METHODS = [
     ("per_token", 4),
     ("per_token", 3),
 ]
+WORDS, DIGITS = 4, 4
+FRAMES = [
+    "The number of the {} is",
+    "line {}:",
+    "Tickets for {} cost",
+    "{} was born in the year",
+    "Call {} by telephone at",
+    "Miles to {}:",
+    "{} =",
+    "Error code of {}:",
+    "The {} weighs exactly",
+    "Population of {} -",
+    "The {} opened its doors on day",
+    "Room for {} guests: no.",
+]
 
 
-def prompt_of(
-    stream: Tensor, tokenizer: Any, context: int, depth: float, key: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids of the prompt, of the question and of the answer."""
-    needle = _ids(tokenizer, f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n")
-    room = context - len(needle)
-    before = int(depth * room)
-    haystack = torch.cat([stream[:before], needle, stream[before:room]])
-    return haystack, _ids(tokenizer, "\n\nWhat is the pass key? The pass key is"), _ids(tokenizer, f" {key}")
+@dataclass(frozen=True)
+class Key:
+    """Token ids of what is put into the text, of the question, and of the answer."""
+
+    block: Tensor
+    question: Tensor
+    answer: Tensor
+
+
+def keys_of(tokenizer: Any, ids: Tensor, count: int, generator: torch.Generator) -> list[Key]:
+    """Keys of words that are one token each, in no other key, and nowhere in the text `ids`."""
+    there = set(ids.tolist())
+    words = sorted(
+        word[1:]
+        for word, number in tokenizer.get_vocab().items()
+        if re.fullmatch("\u0120[a-z]{5,8}", word) and number not in there
+    )
+    order = torch.randperm(len(words), generator=generator).tolist()
+    keys = []
+    for key in range(count):
+        cue = " ".join(words[i] for i in order[WORDS * key : WORDS * (key + 1)])
+        number = int(torch.randint(10 ** (DIGITS - 1), 10**DIGITS, (1,), generator=generator))
+        question, answer = "\n\n" + FRAMES[key % len(FRAMES)].format(cue), f" {number}"
+        block = f"{question}{answer}.{question}{answer}.\n\n"
+        keys.append(Key(*(_ids(tokenizer, part) for part in (block, question, answer))))
+    return keys
 
 
 def _ids(tokenizer: Any, string: str) -> Tensor:
     return torch.tensor(tokenizer(string, add_special_tokens=False)["input_ids"])
 
 
-@torch.no_grad()
-def answer(model: Any, cache: Cache, question: Tensor, key: Tensor) -> tuple[bool, float]:
-    """Whether the likeliest continuation is the key, and the mean log-probability of its tokens."""
-    logits = model(question[None], past_key_values=cache, use_cache=True).logits[0, -1]
-    likely, total = True, 0.0
-    for token in key:
-        total += float(torch.log_softmax(logits.float(), -1)[token])
-        likely &= int(logits.argmax()) == int(token)
-        logits = model(token[None, None], past_key_values=cache, use_cache=True).logits[0, -1]
-    return likely, total / len(key)
+def hidden(stream: Tensor, keys: list[Key], context: int) -> tuple[Tensor, int]:
+    """`context` tokens of text with the keys' blocks in it, and how many of them are of `stream`."""
+    room = context - sum(len(key.block) for key in keys)
+    parts, last = [], 0
+    for number, key in enumerate(keys):
+        cut = int((number + 0.5) / len(keys) * room)
+        parts += [stream[last:cut], key.block]
+        last = cut
+    return torch.cat([*parts, stream[last:room]]), room
 
 
 @torch.no_grad()
-def read(model: Any, haystack: Tensor) -> DynamicCache:
+def read(model: Any, tokens: Tensor) -> DynamicCache:
+    """The float cache of a text."""
     cache = DynamicCache(config=model.config)
-    for start in range(0, len(haystack), CHUNK):
-        part = haystack[None, start : start + CHUNK]
+    for start in range(0, len(tokens), CHUNK):
+        part = tokens[None, start : start + CHUNK]
         model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
+
+
+@torch.no_grad()
+def answered(model: Any, cache: Cache, key: Key) -> list[tuple[int, float]]:
+    """For each token of the answer: the likeliest one in its place, and its own log-probability."""
+    cache, found = copy.deepcopy(cache), []
+    logits = model(key.question[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    for token in key.answer:
+        found.append((int(logits.argmax()), float(torch.log_softmax(logits.float(), -1)[token])))
+        logits = model(token[None, None], past_key_values=cache, use_cache=True).logits[0, -1]
+    return found
+
+
+def calibrated(model: Any, windows: Tensor) -> list[tuple[str, KVMethod, Calibration | None]]:
+    """Names of rows, methods, and what those that want it were calibrated to."""
+    methods, rows = [kv_method(name, bits) for name, bits in METHODS], []
+    recording = record(model, windows, fisher=True)
+    for method in methods:
+        calibration = learn(model, method, recording) if method.scheme().is_calibrated else None
+        rows.append((f"{method.name} {method.bits}", method, calibration))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--context", type=int, default=8000)
-    parser.add_argument("--keys", type=int, default=10)
+    parser.add_argument(
+        "--contexts", default="8000,8000,4000,4000", help="tokens of each text, one after the other"
+    )
+    parser.add_argument("--keys", type=int, default=12, help="in each text")
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--develop", action="store_true")
     args = parser.parse_args()
     model, tokenizer = api.load(args.model), api.load_tokenizer(args.model)
     ids = text.token_stream("pydoc", tokenizer)
     calib, stream = text.split_stream(ids, "calib"), text.split_stream(ids, "eval")
-    windows = calib[: len(calib) // 2048 * 2048].view(-1, 2048)
-    windows = windows[torch.linspace(0, len(windows) - 1, args.samples).long()]
-    methods = [kv_method(name, bits) for name, bits in METHODS]
-    recording = record(model, windows, fisher=True)
-    calibrations = [
-        learn(model, method, recording) if method.scheme().is_calibrated else None for method in methods
-    ]
-    generator = torch.Generator().manual_seed(0)
-    rows: dict[str, list[tuple[bool, float]]] = {}
-    for number in range(args.keys):
-        key = str(int(torch.randint(10_000, 100_000, (1,), generator=generator)))
-        depth = (number + 0.5) / args.keys
-        haystack, question, wanted = prompt_of(stream, tokenizer, args.context, depth, key)
-        plain = read(model, haystack)
-        for method, calibration in zip(methods, calibrations, strict=True):
-            packed = _packed(model, method, calibration, plain)
-            rows.setdefault(f"{method.name} {method.bits}", []).append(answer(model, packed, question, wanted))
-        rows.setdefault("float", []).append(answer(model, plain, question, wanted))
-        for name, found in rows.items():
-            mean = sum(score for _, score in found) / len(found)
-            print(f"{number + 1} {name:12s} {sum(ok for ok, _ in found)}/{len(found)} {mean:8.4f}", flush=True)
-    results = {
-        name: {
-            "found": sum(ok for ok, _ in found),
-            "keys": len(found),
-            "log_probability": sum(score for _, score in found) / len(found),
-        }
-        for name, found in rows.items()
+    contexts = [int(context) for context in args.contexts.split(",")]
+    about = {"model": args.model, "contexts": contexts, "keys": args.keys, "samples": args.samples}
+    results: dict[str, Any] = about | {"texts": []}
+    if RESULTS.is_file() and not args.develop:
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        if any(results[name] != value for name, value in about.items()):
+            raise SystemExit(f"{RESULTS} was measured on other terms; move it away, or use its model and numbers.")
+    methods = []
+    if args.develop:
+        stream = calib[len(calib) // 3 :]
+    else:
+        windows = calib[: len(calib) // 2048 * 2048].view(-1, 2048)
+        methods = calibrated(model, windows[torch.linspace(0, len(windows) - 1, args.samples).long()])
+    keys = keys_of(tokenizer, ids, args.keys * len(contexts), torch.Generator().manual_seed(int(args.develop)))
+    for number, context in enumerate(contexts):
+        asked = keys[args.keys * number : args.keys * (number + 1)]
+        tokens, taken = hidden(stream, asked, context)
+        stream = stream[taken:]
+        if number < len(results["texts"]):
+            continue
+        plain, rows = read(model, tokens), {}
+        print(f"{len(tokens)} tokens", flush=True)
+        for name, method, calibration in [("float", None, None), *methods]:
+            cache = QuantizedCache(model, method, calibration=calibration).take(plain) if method else plain
+            rows[name] = _row([answered(model, cache, key) for key in asked], asked)
+            print(f"{name:12s} {rows[name]['found']} {rows[name]['log_probability']:8.4f}", flush=True)
+        results["texts"].append(
+            {"context": context, "answer_tokens": sum(len(key.answer) for key in asked), "rows": rows}
+        )
+        if not args.develop:
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _row(answers: list[list[tuple[int, float]]], keys: list[Key]) -> dict[str, Any]:
+    """found: "x" for each key that came back exactly, in the order of the text, "." for one that did not.
+
+    likeliest: the likeliest tokens in place of each answer's.  log_probability: of the answers' tokens, the mean.
+    """
+    likeliest = [[token for token, _ in answer] for answer in answers]
+    log_p = [log_p for answer in answers for _, log_p in answer]
+    return {
+        "found": "".join(".x"[these == key.answer.tolist()] for these, key in zip(likeliest, keys, strict=True)),
+        "likeliest": [" ".join(map(str, these)) for these in likeliest],
+        "log_probability": sum(log_p) / len(log_p),
     }
-    RESULTS.write_text(
-        json.dumps({"model": args.model, "context": args.context, "rows": results}, indent=1) + "\n"
-    )
-
-
-def _packed(model: Any, method: KVMethod, calibration: Calibration | None, plain: Cache) -> QuantizedCache:
-    return QuantizedCache(model, method, calibration=calibration).take(plain)
 
 
 if __name__ == "__main__":
