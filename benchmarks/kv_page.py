@@ -161,8 +161,8 @@ def retrieval(results: dict[str, Any]) -> list[str]:
         "",
         f"{results['keys']} numbers in each text, at even depths, each behind words that are nowhere else, said "
         f"twice. The question repeats the words. Texts of {contexts} tokens from the evaluation split are read in "
-        "float and packed, and every question is answered from what is packed; a number counts where all its digits "
-        "are the likeliest. Log-probabilities are means over the answers' tokens. Calibrated on "
+        "float and packed, and every question is answered from what is packed; a number counts where all its "
+        "digits are the likeliest. Log-probabilities are means over the answers' tokens. Calibrated on "
         f"{results['samples']} windows of 2048 tokens of the other text.",
         "",
         "    python benchmarks/kv_retrieval.py",
