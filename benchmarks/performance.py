@@ -127,8 +127,8 @@ def _other_machine(kernels: dict[str, Any]) -> list[str]:
     return [
         f"### With {kernels['isa']}",
         "",
-        f"The same on another machine, which has no more than that: {kernels['threads']} threads, "
-        f"{kernels['read_bandwidth_GBps']:.1f} GB/s.",
+        "The same on another, shared machine, which has no more than that and whose figures scatter: "
+        f"{kernels['threads']} threads, {kernels['read_bandwidth_GBps']:.1f} GB/s.",
         "",
         *_table(kernels["kernels"]),
     ]

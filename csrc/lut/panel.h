@@ -40,7 +40,8 @@ struct PanelOf {
         }
         float* steps = out.steps.data() + group * fixed_rows;
         auto scale = V::template rows<16>(steps);
-        if (w.wide_scales) scale = V::mul(scale, V::template rows<16>(static_cast<const float*>(w.scales) + place()));
+        if (source == Source::bank) {}  // which has no more than its powers
+        else if (w.wide_scales) scale = V::mul(scale, V::template rows<16>(static_cast<const float*>(w.scales) + place()));
         else if (w.scales) scale = V::mul(scale, V::template rows<16>(static_cast<const uint16_t*>(w.scales) + place()));
         auto zero = V::all(w.zero);
         if (w.zero_kind == Zero::bytes) zero = V::template rows<16>(static_cast<const uint8_t*>(w.zeros) + place());
