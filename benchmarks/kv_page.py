@@ -165,7 +165,8 @@ def retrieval(results: dict[str, Any]) -> list[str]:
         "digits are the likeliest. Log-probabilities are means over the answers' tokens. Calibrated on "
         f"{results['samples']} windows of 2048 tokens of the other text.",
         "",
-        "    python benchmarks/kv_retrieval.py",
+        f"    python benchmarks/kv_retrieval.py --contexts {','.join(map(str, results['contexts']))} "
+        f"--keys {results['keys']} --samples {results['samples']}",
         "",
         f"| cache | {head} |",
         f"|---|{'---|---|' * len(texts)}",
