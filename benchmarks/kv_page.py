@@ -60,7 +60,7 @@ def whole(results: dict[str, Any]) -> list[str]:
         "",
         f"{_terms(results)} Float: {plain:.3f}.",
         "",
-        f"    python benchmarks/kv_quality.py --windows {results['windows']}",
+        "    python benchmarks/kv_quality.py --windows 0 --out benchmarks/results/kv_whole.json",
         "",
         *_judged_table(rows, plain),
     ]

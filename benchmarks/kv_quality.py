@@ -1,12 +1,12 @@
 """Perplexity through the packed cache of keys and values: methods at equal bits, and KVQuant's parts one by one.
 
     python benchmarks/kv_quality.py [--seqlen 2048] [--windows 0] [--samples 16] [--steps] [--only TEXT]
-        [--develop]
+        [--out FILE] [--develop]
 
 Every row is calibrated on the first four fifths of the text and measured on the last; each is appended to
-benchmarks/results/kv_quality.json, or with --steps, which measures KVQuant's parts, to kv_steps.json, when it is
-there, and what is there is not measured again. --develop measures on windows between those of the calibration
-instead, and keeps nothing: choices are made there.
+benchmarks/results/kv_quality.json (--out), or with --steps, which measures KVQuant's parts, to kv_steps.json, when
+it is there, and what is there is not measured again. --develop measures on windows between those of the
+calibration instead, and keeps nothing: choices are made there.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name and method contain this")
     parser.add_argument("--batch", type=int, default=3, help="windows at a time")
     parser.add_argument("--steps", action="store_true")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--develop", action="store_true")
     args = parser.parse_args()
     model, tokenizer = api.load(args.model), api.load_tokenizer(args.model)
@@ -90,7 +91,7 @@ def main() -> None:
         rest = calib[[i for i in range(len(calib)) if i not in chosen]]
         held_out = rest[torch.linspace(0, len(rest) - 1, args.windows or 4).long()]
     calib = calib[chosen]
-    path = RESULTS / ("kv_steps.json" if args.steps else "kv_quality.json")
+    path = args.out or RESULTS / ("kv_steps.json" if args.steps else "kv_quality.json")
     keep = path.is_file() and not args.develop
     results: dict[str, Any] = json.loads(path.read_text()) if keep else {"rows": {}}
     about = {"model": args.model, "seqlen": args.seqlen, "windows": len(held_out), "samples": args.samples}
