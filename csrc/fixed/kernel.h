@@ -51,20 +51,23 @@ template <class V>
 void fixed_panel(const FixedShape& shape, const float* W, int64_t count, FixedPanel& out) {
     constexpr int span = 64;
     out.integers.resize(fixed_rows * shape.padded), out.steps.resize(fixed_rows * shape.groups()), out.offsets.clear();
-    for (int64_t c = 0; c < shape.padded; c += span)
+    for (int64_t c = 0; c < shape.padded; c += span) {
+        int16_t found[fixed_rows][span];
         for (int64_t r = 0; r < fixed_rows; ++r) {
-            const int64_t left = shape.columns - c;
+            const int64_t left = r < count ? shape.columns - c : 0;
             const float* from = W + r * shape.columns + c;
-            float padded[span] = {};
-            if (left < span || r >= count) {
-                if (r < count) std::memcpy(padded, from, left * sizeof(float));
+            float padded[span];
+            if (left < span) {
+                std::memset(padded, 0, sizeof padded);
+                std::memcpy(padded, from, left * sizeof(float));
                 from = padded;
             }
-            int16_t found[span];
-            out.steps[c / span * fixed_rows + r] = fixed_integers<span>(from, shape.reach, found);
-            int16_t* to = out.integers.data() + c * fixed_rows + 2 * r;
-            for (int i = 0; i < span; i += 2, to += 2 * fixed_rows) std::memcpy(to, found + i, 2 * sizeof(int16_t));
+            out.steps[c / span * fixed_rows + r] = fixed_integers<span>(from, shape.reach, found[r]);
         }
+        int16_t* to = out.integers.data() + c * fixed_rows;  // pair by pair: rows one by one would take three times as long
+        for (int64_t i = 0; i < span; i += 2)
+            for (int64_t r = 0; r < fixed_rows; ++r, to += 2) std::memcpy(to, found[r] + i, 2 * sizeof(int16_t));
+    }
 }
 
 // One span of T tokens, added to `total` (T, 16). A function of its own, in which compilers keep the sums in registers.
@@ -100,6 +103,8 @@ void fixed_tokens(const FixedInputs& x, const FixedPanel& panel, int64_t first, 
     const int64_t spans = shape.spans(), groups = shape.groups(), in_group = shape.stored / shape.span;
     const int16_t *integers = x.integers.data() + first * shape.padded, *w = panel.integers.data();
     alignas(64) float total[T * fixed_rows] = {};
+    for (int t = 0; t < T; ++t)  // rows of y are far apart, and what is not at hand when it is written is waited for
+        for (const int64_t at : {int64_t{0}, count - 1}) __builtin_prefetch(y + (first + t) * stride + at, 1);
     for (int64_t g = 0, s = 0; g < groups; ++g) {
         for (const int64_t stop = s + in_group < spans ? s + in_group : spans; s < stop; ++s) {
             fixed_span<V, T>(reinterpret_cast<const int8_t*>(integers), 2 * shape.padded, reinterpret_cast<const uint8_t*>(w),
