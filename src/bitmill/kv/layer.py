@@ -99,9 +99,12 @@ class QuantizedLayer(Tokens, DynamicLayer):
             carrier.packed_layer = self
             return carrier, value_states[..., :0, :]
         self.settle()
-        keys, values = self.floats(self.first_for(0))
+        new = key_states.shape[-2]
+        keys, values = self.floats(self.first_for(0), new)
+        for states, own in ((keys, key_states), (values, value_states)):
+            states.narrow(-2, states.shape[-2] - new, new).copy_(own)
         self.append(key_states, value_states)
-        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+        return keys, values
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take in tokens; what slid out of the last one's sight is freed."""
@@ -115,12 +118,13 @@ class QuantizedLayer(Tokens, DynamicLayer):
         """The first slot in sight of the token `back` before the next one, which is not there yet."""
         return 0 if self.window is None else max(0, self.length - back - self.window + 1)
 
-    def floats(self, first: int) -> tuple[Tensor, Tensor]:
-        """Keys, after RoPE, and values (rows, heads, tokens, dim) from slot `first` on."""
-        states = (self._remembered(first) if self.remembers else self.read(first)).to(self.dtype)
+    def floats(self, first: int, room: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys, after RoPE, and values (rows, heads, tokens + room, dim) from slot `first` on."""
+        read = self._remembered if self.remembers else self.read
+        states = read(first, room, self.dtype)
         return states[0], states[1]
 
-    def _remembered(self, first: int) -> Tensor:
+    def _remembered(self, first: int, room: int, dtype: torch.dtype) -> Tensor:
         """`read`, for who reads everything again and again: pages are decoded once."""
         end = self.pages.end
         border = min(max(first // PAGE * PAGE, self.pages.first), end)  # all in sight may wait in fp16
@@ -130,7 +134,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
         fresh = self.read_pages(max(border, begin + known.shape[-2]), end)
         packed = torch.cat([known[..., border - begin :, :], fresh], -2)
         self._memo = border, packed
-        return torch.cat([packed, self.read(end)], -2)[..., first - border :, :]
+        return torch.cat([packed.to(dtype), self.read(end, room, dtype)], -2)[..., first - border :, :]
 
     def get_seq_length(self) -> int:
         """Tokens that were appended."""

@@ -18,6 +18,7 @@ from bitmill.kv.side import Calibrated, Coder
 from bitmill.kv.store import SLAB, PageStore
 
 _STEP = SLAB * PAGE  # tokens taken in at a time: a long prompt is packed in little memory
+_PART = 1024  # tokens decoded at a time: what that needs besides the floats stays small
 _MOST = 65504.0  # of fp16
 
 
@@ -173,15 +174,21 @@ class Tokens:
         coders = (self.pages.keys, self.pages.values)
         return [coder.moved_back(x) if back else coder.moved(x) for coder, x in zip(coders, states)]
 
-    def read(self, first: int) -> Tensor:
-        """Keys, after RoPE, and values from slot `first` on, fp32 (2, rows, heads, tokens, dim)."""
+    def read(self, first: int, room: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Keys, after RoPE, and values from slot `first` on (2, rows, heads, tokens + room, dim).
+
+        room: how many slots follow that the caller fills.
+        """
         end, sink = self.pages.end, self.scheme.sink
+        shape = (2, *self.loose.shape[1:3], self.length - first + room, self.dim)
+        states = torch.empty(shape, dtype=dtype, device=self.device)
+        for at in range(max(first // PAGE * PAGE, self.pages.first), end, _PART):
+            stop, begin = min(at + _PART, end), max(at, first)
+            states[..., begin - first : stop - first, :] = self.read_pages(at, stop)[..., begin - at :, :]
         waiting = self.loose[:, :, :, sink + max(0, first - end) : sink + self.waiting]
-        loose = torch.stack(self._turned(waiting, back=True))
-        if first >= end:
-            return loose
-        border = max(first // PAGE * PAGE, self.pages.first)
-        return torch.cat([self.read_pages(border, end)[..., first - border :, :], loose], -2)
+        for side, x in zip(states, self._turned(waiting, back=True), strict=True):
+            side[..., max(0, end - first) : self.length - first, :] = x
+        return states
 
     def read_pages(self, first: int, end: int) -> Tensor:
         """The same of packed slots between two borders of pages; sinks are exact."""
