@@ -25,6 +25,7 @@ from bitmill.kv.base import PAGE, kv_method
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibration import calibrate
 from bitmill.models import text
+from bitmill.models.continuing import go_on
 from bitmill.runtime.decode import decode_path
 
 RESULTS = Path(__file__).parent / "results" / "kv_decode.json"
@@ -57,7 +58,7 @@ def decoded(model: Any, cache: Cache, count: int = PAGE) -> float:
     token = torch.tensor([[7]])
     started = time.perf_counter()
     for _ in range(count):
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = go_on(model, token, cache)[0].logits[:, -1:].argmax(-1)
     return (time.perf_counter() - started) / count
 
 

@@ -35,6 +35,7 @@ from bitmill.kv.calibrated import Calibration
 from bitmill.kv.calibration import learn
 from bitmill.kv.recording import record
 from bitmill.models import text
+from bitmill.models.continuing import go_on
 
 RESULTS = Path(__file__).parent / "results" / "kv_retrieval.json"
 METHODS = [
@@ -112,7 +113,7 @@ def read(model: Any, tokens: Tensor) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     for start in range(0, len(tokens), CHUNK):
         part = tokens[None, start : start + CHUNK]
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        go_on(model, part, cache, logits_to_keep=1)
     return cache
 
 
@@ -120,10 +121,11 @@ def read(model: Any, tokens: Tensor) -> DynamicCache:
 def answered(model: Any, cache: Cache, key: Key) -> list[tuple[int, float]]:
     """For each token of the answer: the likeliest one in its place, and its own log-probability."""
     cache, found = copy.deepcopy(cache), []
-    logits = model(key.question[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    output, _ = go_on(model, key.question[None], cache, logits_to_keep=1)
     for token in key.answer:
+        logits = output.logits[0, -1]
         found.append((int(logits.argmax()), float(torch.log_softmax(logits.float(), -1)[token])))
-        logits = model(token[None, None], past_key_values=cache, use_cache=True).logits[0, -1]
+        output, _ = go_on(model, token[None, None], cache)
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitmill import api
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.errors import UsageError
+from bitmill.models.continuing import go_on
 from bitmill.progress import peak_memory_bytes
 from bitmill.runtime.decode import decode_path, detach
 from bitmill.runtime.dense import densify
@@ -64,7 +65,7 @@ def _tokens_per_s(live: nn.Module, prompt: Tensor, tokens: int) -> float:
     cache, step, times = None, prompt, []
     for _ in range(tokens + 2):
         started = time.perf_counter()
-        output = live(step, past_key_values=cache, use_cache=True)
-        cache, step = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        output, cache = go_on(live, step, cache)
+        step = output.logits[:, -1].argmax(-1, keepdim=True)
         times.append(time.perf_counter() - started)
     return 1 / median(times[2:])  # the first read the prompt, the second prepared the step

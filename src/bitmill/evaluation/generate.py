@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.errors import NumericsError, UsageError
+from bitmill.models.continuing import go_on
 
 CHUNK = 512  # tokens of a prompt that are read at a time into a packed cache
 
@@ -88,8 +89,7 @@ def _read(model: nn.Module, tokens: Tensor, cache: Any, chunk: int | None) -> tu
     output: Any = None
     for part in tokens.split(chunk or tokens.shape[1], 1):
         last = {"logits_to_keep": 1} if part.shape[1] > 1 and _keeps_last(model) else {}
-        output = model(part, past_key_values=cache, use_cache=True, **last)
-        cache = getattr(output, "past_key_values", None)
+        output, cache = go_on(model, part, cache, **last)
     return output.logits[:, -1], cache
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.evaluation.generate import choose
+from bitmill.models.continuing import go_on
 from bitmill.progress import Progress
 
 LIKELIEST = 4  # tokens after the first one; the papers say 3 to 5
@@ -40,8 +41,7 @@ def self_windows(
         cache: Any = None
         while tokens.shape[1] < seqlen:
             known = tokens if cache is None else tokens[:, -1:]
-            output = model(known.to(device), past_key_values=cache, use_cache=True)
-            cache = getattr(output, "past_key_values", None)
+            output, cache = go_on(model, known.to(device), cache)
             temperature = 0.0 if tokens.shape[1] <= LIKELIEST else 1.0
             tokens = torch.cat([tokens, choose(output.logits[:, -1], temperature, generator)[:, None]], 1)
             progress.advance()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitmill.kv.base import PAGE, KVMethod
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrated import Calibration
+from bitmill.models.continuing import go_on
 
 
 class PackedAnswers:
@@ -28,9 +29,8 @@ class PackedAnswers:
         """The logits."""
         cache = QuantizedCache(self.model, self.method, calibration=self.calibration, remembers=True)
         pieces: list[Any] = []
-        model: Any = self.model
         for start in range(0, tokens.shape[1], PAGE):
-            output = model(tokens[:, start : start + PAGE], past_key_values=cache, use_cache=True)
+            output, _ = go_on(self.model, tokens[:, start : start + PAGE], cache)
             pieces.append(output.logits)
         self.bits_per_element, self.bytes = cache.bits_per_element, cache.allocated_bytes
         self.table_bytes = cache.table_bytes

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from bitmill.errors import CalibrationError
 from bitmill.kv.base import PAGE
+from bitmill.models.continuing import go_on
 from bitmill.progress import Progress
 
 _TOKENS = 8192  # that are kept of a layer, spread evenly over the windows
@@ -101,7 +102,7 @@ def record(model: Any, windows: Tensor, fisher: bool, progress: Progress | None 
             kinds = DynamicCache(config=model.config).layers  # anew: some keep a state of the window
             layers: list[Any] = [_Recorder(fisher) if isinstance(kind, DynamicLayer) else kind for kind in kinds]
             with torch.set_grad_enabled(fisher):
-                logits = model(window[None], past_key_values=Cache(layers=layers), use_cache=True).logits[0, :-1]
+                logits = go_on(model, window[None], Cache(layers=layers))[0].logits[0, :-1]
                 if fisher:
                     nn.functional.cross_entropy(logits.float(), window[1:]).backward()
             for layer, of_layer in zip(layers, seen):

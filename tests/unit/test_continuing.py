@@ -1,0 +1,44 @@
+"""Calls that go on from a cache."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitmill.models.continuing import go_on
+
+TOKENS = torch.tensor([[3]])
+
+
+class Later:
+    """As transformers calls it from 5.24 on."""
+
+    def __call__(self, tokens: Tensor, cache: Any = None, use_cache: bool = False, **options: Any) -> Any:
+        return SimpleNamespace(cache=[*(cache or []), int(tokens)], options=options)
+
+
+class Earlier:
+    def __call__(
+        self, tokens: Tensor, past_key_values: Any = None, use_cache: bool = False, **options: Any
+    ) -> Any:
+        return SimpleNamespace(past_key_values=[*(past_key_values or []), int(tokens)], options=options)
+
+
+class Without:
+    def __call__(self, tokens: Tensor, **ignored: Any) -> Any:
+        return SimpleNamespace()
+
+
+@pytest.mark.parametrize("model", [Later(), Earlier()])
+def test_the_cache_goes_by_the_name_that_the_model_knows(model: Any) -> None:
+    output, held = go_on(model, TOKENS, [1, 2], logits_to_keep=1)
+    assert held == [1, 2, 3]
+    assert output.options == {"logits_to_keep": 1}
+
+
+def test_a_model_without_a_cache_gives_none_back() -> None:
+    assert go_on(Without(), TOKENS, None)[1] is None
