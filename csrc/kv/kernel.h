@@ -16,16 +16,13 @@ public:
         : a(a), p(a.pages), row(row), dim(p.dim), group(a.group()), heads(a.query_heads), stride(a.record()),
           most(most), sums(records ? records + 16 * (1 + a.zeros()) : nullptr), records(records), q(a.q + row * heads * dim) {
         own_q = spare.take(heads * dim), scores = spare.take(heads * kv_tokens), weights = spare.take(4 * kv_tokens);
-        tile = spare.take(16 * dim);
+        tile = spare.take(16 * p.channels());
         for (Numbers* side : {&key, &value}) {
             const KvSide& s = side == &key ? p.key : p.value;
             const int64_t count = s.axis == KvAxis::token ? s.groups * kv_tokens : p.channels();
             side->scale = spare.take(count), side->zero = spare.take(count);
             side->outliers = spare.take(s.outliers * kv_tokens);
         }
-        sorted.counts = reinterpret_cast<int32_t*>(spare.take(2 * p.heads));
-        sorted.places = reinterpret_cast<int32_t*>(spare.take(p.heads * kv_tokens * p.key.outliers));
-        sorted.values = spare.take(p.heads * kv_tokens * p.key.outliers);
         angle = reinterpret_cast<double*>(spare.take(4 * dim));
     }
 
@@ -50,7 +47,6 @@ private:
     const float* q;
     float *own_q, *scores, *weights, *tile;
     Numbers key, value;
-    KvSorted sorted;
     double* angle;  // cos and sin of a page's first token, then the step from page to page
 
     // f(integral_constant R, first of R query heads of a head): up to 4 share what is decoded.
@@ -88,7 +84,14 @@ private:
         for (int64_t h = 0; h < heads; ++h) {
             const float* from = q + h * dim;
             float* to = own_q + h * dim;
-            for (int64_t f = 0; f < half; ++f) {
+            int64_t f = 0;
+            for (; f + 16 <= half; f += 16) {
+                const auto first = V::template rows<16>(from + f), second = V::template rows<16>(from + half + f);
+                const auto by_c = V::template rows<16>(c + f), by_s = V::template rows<16>(s + f);
+                V::store(to + f, V::fma(second, by_s, V::mul(first, by_c)));
+                V::store(to + half + f, V::fnma(first, by_s, V::mul(second, by_c)));
+            }
+            for (; f < half; ++f) {
                 to[f] = from[f] * c[f] + from[f + half] * s[f];
                 to[f + half] = from[f + half] * c[f] - from[f] * s[f];
             }
@@ -167,22 +170,25 @@ private:
         const int64_t stream = (dim * p.key.bits + 31) / 32 * 16, half = 16 * dim;  // words of a half page, floats of turns
         const bool by_token = p.key.axis == KvAxis::token;
         const int64_t width = p.key.groups == 1 ? p.channels() : p.channels() / p.key.groups;
-        with_indices(p.key, words, [&](auto* indices) { sorted.sort(p, key.outliers, indices); });
-        for (int g = 0; g < 2; ++g)
+        for (int64_t g = 0; g < 2; ++g) {
             for (int64_t h = 0; h < p.heads; ++h) {
                 const int64_t at = by_token ? h * dim / width * kv_tokens + 16 * g : h * dim;
+                float* const keys = tile + 16 * h * dim;
                 chosen<2, 3, 4, 8>(p.key.bits, [&](auto bits) {
                     const uint32_t* codes = words + p.key.codes + (2 * h + g) * stream;
-                    if (p.key.axis == KvAxis::channel) return look_up_keys<V, bits>(codes, a.key_levels + 16 * h * dim, dim, tile);
+                    if (p.key.axis == KvAxis::channel) return look_up_keys<V, bits>(codes, a.key_levels + 16 * h * dim, dim, keys);
                     (by_token ? decode_keys<V, bits, true> : decode_keys<V, bits, false>)(
-                        codes, a.key_levels, dim, width, key.scale + at, key.zero + at, tile);
-                });
-                if (p.key.outliers) sorted.add(2 * h + g, p.key.outliers, tile);
-                query_heads([&](auto R, int64_t i) {
-                    const int64_t one = h * group + i;
-                    score<V, R, turned>(tile, own_q + one * dim, dim, a.turns + g * half, scores + one * kv_tokens + 16 * g);
+                        codes, a.key_levels, dim, width, key.scale + at, key.zero + at, keys);
                 });
             }
+            with_indices(p.key, words, [&](auto* indices) { add_outliers(p, g, key.outliers, indices, tile); });
+            for (int64_t h = 0; h < p.heads; ++h)
+                query_heads([&](auto R, int64_t i) {
+                    const int64_t one = h * group + i;
+                    score<V, R, turned>(tile + 16 * h * dim, own_q + one * dim, dim, a.turns + g * half,
+                                        scores + one * kv_tokens + 16 * g);
+                });
+        }
     }
 
     // Scores to weights relative to the largest score so far; sums of smaller ones are brought down to it.

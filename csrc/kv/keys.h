@@ -1,4 +1,4 @@
-// Scores of a unit: keys are decoded half a page of a head at a time, a lane a token, and serve all its query heads.
+// Scores of a unit: keys are decoded half a page at a time, a lane a token, and serve all query heads.
 #pragma once
 #include "codes.h"
 #include "kv.h"
@@ -90,28 +90,14 @@ void score_loose(const uint16_t* keys, const int32_t* which, int64_t count, cons
     }
 }
 
-// A page's outliers by head and half: of which numbers of a head's decoded keys they change, and by how much.
-struct KvSorted {
-    int32_t *counts, *places;  // (2 heads,), and (2 heads, 16 n)
-    float* values;
-
-    template <class Index>
-    BITMILL_INLINE void sort(const KvPages& p, const float* from, const Index* indices) {
-        const uint64_t inverse = over(p.dim);
-        for (int64_t i = 0; i < 2 * p.heads; ++i) counts[i] = 0;
-        for (int64_t e = 0; e < 2 * p.key.outliers; ++e)
-            for (int64_t lane = 0; lane < 16; ++lane) {
-                const int64_t channel = indices[16 * e + lane], head = channel * inverse >> 32, list = 2 * head + e % 2;
-                if (channel >= p.channels()) continue;  // pages may come from a file
-                const int64_t at = list * 16 * p.key.outliers + counts[list]++;
-                places[at] = static_cast<int32_t>((channel - head * p.dim) * 16 + lane);
-                values[at] = from[16 * e + lane];
-            }
-    }
-    BITMILL_INLINE void add(int64_t list, int64_t outliers, float* tile) const {
-        const int64_t from = list * 16 * outliers;
-        for (int64_t i = from; i < from + counts[list]; ++i) tile[places[i]] += values[i];
-    }
-};
+// Outliers (2 n, 16) of half a page, to its decoded keys (channels, 16).
+template <class Index>
+BITMILL_INLINE void add_outliers(const KvPages& p, int64_t half, const float* from, const Index* indices, float* tile) {
+    for (int64_t e = half; e < 2 * p.key.outliers; e += 2)
+        for (int64_t lane = 0; lane < 16; ++lane) {
+            const int64_t channel = indices[16 * e + lane];
+            if (channel < p.channels()) tile[16 * channel + lane] += from[16 * e + lane];  // pages may come from a file
+        }
+}
 
 }  // namespace bitmill
