@@ -1,6 +1,6 @@
 """Attention of one token on packed keys and values, beside torch's on floats: `python benchmarks/kv_attention.py`.
 
-Written to benchmarks/results/kv_attention.json, unless only a part is measured.
+Written to benchmarks/results/kv_attention.json (--out), unless only a part is measured.
 
 Layers take turns, so that no cache holds any of them. torch is given its best: fp32 keys and values as attention
 wants them, once with `enable_gqa` and once with the query heads of a kv head as so many queries. Every ratio is
@@ -23,6 +23,7 @@ from torch import Tensor
 from bitmill.bench.memory import ReadBandwidth, copies_of, timed
 from bitmill.kv.base import kv_method
 from bitmill.runtime.kv import Known, attend
+from bitmill.runtime.native import native
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 from packed_past import Case, made, off
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--only", default="", help="a part of the shape's or the scheme's name")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     memory = ReadBandwidth()
@@ -126,8 +128,9 @@ def main() -> None:
         rows[f"{shape}, {scheme}"] = row = measure(case, arguments.turns, memory, known[shape])
         print(f"{shape + ', ' + scheme:<36} {line(row)}", flush=True)
     if not arguments.only:
-        about = {"tokens": arguments.tokens, "threads": arguments.threads, "turns": arguments.turns, "rows": rows}
-        RESULTS.write_text(json.dumps(about, indent=1) + "\n")
+        about = {"tokens": arguments.tokens, "threads": arguments.threads, "turns": arguments.turns}
+        about |= {"isa": native().isa(), "rows": rows}
+        arguments.out.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

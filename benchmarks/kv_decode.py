@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from statistics import median
@@ -27,6 +26,7 @@ from bitmill.kv.calibration import calibrate
 from bitmill.models import text
 from bitmill.models.continuing import go_on
 from bitmill.runtime.decode import decode_path
+from bitmill.runtime.native import native
 
 RESULTS = Path(__file__).parent / "results" / "kv_decode.json"
 FLOAT = "float"
@@ -99,7 +99,7 @@ def main() -> None:
         said = ", ".join(f"{name} {v['token_ms']:.1f} ms" for name, v in row.items())
         faster = ", ".join(f"{row[name]['faster']:.2f} x" for name in methods)
         print(f"{context:>6} tokens: {said}; faster: {faster}", flush=True)
-    about = {"model": args.model, "threads": args.threads, "turns": args.turns, "load": os.getloadavg()[0]}
+    about = {"model": args.model, "threads": args.threads, "turns": args.turns, "isa": native().isa()}
     args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
