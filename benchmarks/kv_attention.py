@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from statistics import median
 
@@ -129,7 +130,7 @@ def main() -> None:
         print(f"{shape + ', ' + scheme:<36} {line(row)}", flush=True)
     if not arguments.only:
         about = {"tokens": arguments.tokens, "threads": arguments.threads, "turns": arguments.turns}
-        about |= {"isa": native().isa(), "rows": rows}
+        about |= {"isa": native().isa(), "measured": str(date.today()), "rows": rows}
         arguments.out.write_text(json.dumps(about, indent=1) + "\n")
 
 

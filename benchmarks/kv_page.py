@@ -178,9 +178,9 @@ def retrieval(results: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name in ("kvquant 4", "kvquant 3"):
         pairs = [(text["rows"]["float"]["found"], text["rows"][name]["found"]) for text in texts]
-        told = " and ".join(f"{ours.count('x')} and {plain.count('x')}" for plain, ours in pairs)
+        told = ", ".join(f"{ours.count('x')} of its {plain.count('x')}" for plain, ours in pairs)
         met = all(ours.count("x") >= plain.count("x") for plain, ours in pairs)
-        lines += ["", f"`{name}` finds as many as the float cache: {told}, {_verdict(met)}."]
+        lines += ["", f"Wanted: `{name}` finds as many as the float cache. Found: {told}; {_verdict(met)}."]
     return lines
 
 
@@ -195,9 +195,10 @@ def attention(results: dict[str, Any]) -> list[str]:
         "",
         f"One token on {results['tokens']} packed tokens of a layer, {results['threads']} threads, medians of "
         f"{results['turns']} turns, beside torch's fp32 attention on fp32 keys and values in the same turns, the "
-        "better of its two forms. Layers take turns, so that none is in a cache.",
+        "better of its two forms. Layers take turns, so that none is in a cache. "
+        f"{results['isa']}, measured {results['measured']}.",
         "",
-        f"    python benchmarks/kv_attention.py   # {results['isa']}",
+        "    python benchmarks/kv_attention.py",
         "",
         *_attention_table(results),
     ]
@@ -209,7 +210,7 @@ def attention_with_less(results: dict[str, Any]) -> list[str]:
         f"### With {results['isa']}",
         "",
         f"The same on another, shared machine, which has no more than that and whose figures scatter; "
-        f"{results['turns']} turns.",
+        f"{results['turns']} turns, measured {results['measured']}.",
         "",
         *_attention_table(results),
     ]
