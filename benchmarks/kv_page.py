@@ -256,24 +256,31 @@ def decode(results: dict[str, Any]) -> list[str]:
 
 def memory(results: dict[str, Any]) -> list[str]:
     """Peak memory of whole processes."""
-    plain = results["rows"]["float"]
+    rows = dict(results["rows"])
+    base, plain = rows.pop("forgets"), rows["float"]
     return [
         "## Memory",
         "",
         f"A process that reads {results['context']} tokens in parts of 512 into {results['model']} with float "
-        f"weights and goes on from them, {results['threads']} threads. *Fallen* is by how much the peak is lower "
-        f"than with the ordinary fp32 cache, over that cache's {plain['cache_bytes'] / 1e6:.0f} MB.",
+        f"weights and goes on from them, {results['threads']} threads. *Added* is by how much its peak is above "
+        f"the {_megabytes(base['peak_memory_bytes'])} of a process that forgets every part before the next one; "
+        "*less* is how many times less that is than what the ordinary fp32 cache adds.",
         "",
-        "    python benchmarks/kv_memory.py",
+        f"    python benchmarks/kv_memory.py --context {results['context']}",
         "",
-        "| cache | its bytes | peak of the process | fallen | a token | reading |",
+        "| cache | its bytes | less | peak of the process | added | less |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {name} | {row['cache_bytes'] / 1e6:.0f} MB | {row['peak_memory_bytes'] / 1e6:.0f} MB | "
-            f"{row['fallen_over_float_cache']:.2f} | {1e3 * row['token_s']:.0f} ms | {row['prefill_s']:.0f} s |"
-            for name, row in results["rows"].items()
+            f"| {name} | {_megabytes(row['cache_bytes'])} | {plain['cache_bytes'] / row['cache_bytes']:.1f} x | "
+            f"{_megabytes(row['peak_memory_bytes'])} | {_megabytes(row['added_bytes'])} | "
+            f"{plain['added_bytes'] / row['added_bytes']:.1f} x |"
+            for name, row in rows.items()
         ),
     ]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.0f} MB"
 
 
 if __name__ == "__main__":
