@@ -34,9 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 ONE = {"outliers": 0.01, "key_outliers": 0.01}
 PAPER = {"channel_levels": False, "equalize": False, "residual": 0, **ONE}
 NONE = {"pre_rope": False, "nuq": False, "fisher": False, "outliers": 0.0, "key_outliers": 0.0, "sink": 0}
-MORE = {"outliers": 0.02, "key_outliers": 0.055}  # as many bits as KIVI has at the same width of codes
 AS_PUBLISHED, HEADS = "kvquant, the paper's levels and shares", "per_token, a scale a head"
-AT_KIVI = "kvquant, outliers for KIVI's bits"
 STEPS: list[tuple[str, dict[str, Any]]] = [
     ("keys per channel", {}),
     ("+ before RoPE", {"pre_rope": True}),
@@ -58,7 +56,6 @@ def grid(steps: bool) -> list[tuple[str, KVMethod]]:
     """
     if not steps:
         rows = [(name, kv_method(name, bits)) for bits in (4, 3, 2) for name in ("kvquant", "kivi")]
-        rows += [(AT_KIVI, kv_method("kvquant", 4, **MORE))]
         rows += [("per_token", kv_method("per_token", bits)) for bits in (4, 3)]
         rows += [(HEADS, kv_method("per_token", bits, group=64)) for bits in (4, 3)]
         rows += [("rotated", kv_method("rotated", bits)) for bits in (4, 3, 2)]

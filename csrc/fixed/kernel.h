@@ -64,7 +64,7 @@ void fixed_panel(const FixedShape& shape, const float* W, int64_t count, FixedPa
             }
             out.steps[c / span * fixed_rows + r] = fixed_integers<span>(from, shape.reach, found[r]);
         }
-        int16_t* to = out.integers.data() + c * fixed_rows;  // pair by pair: rows one by one would take three times as long
+        int16_t* to = out.integers.data() + c * fixed_rows;  // pair by pair: rows one by one would take twice as long
         for (int64_t i = 0; i < span; i += 2)
             for (int64_t r = 0; r < fixed_rows; ++r, to += 2) std::memcpy(to, found[r] + i, 2 * sizeof(int16_t));
     }
