@@ -35,6 +35,7 @@ ONE = {"outliers": 0.01, "key_outliers": 0.01}
 PAPER = {"channel_levels": False, "equalize": False, "residual": 0, **ONE}
 NONE = {"pre_rope": False, "nuq": False, "fisher": False, "outliers": 0.0, "key_outliers": 0.0, "sink": 0}
 AS_PUBLISHED, HEADS = "kvquant, the paper's levels and shares", "per_token, a scale a head"
+AS_LARGE = "kvquant, as many bits as kivi"
 STEPS: list[tuple[str, dict[str, Any]]] = [
     ("keys per channel", {}),
     ("+ before RoPE", {"pre_rope": True}),
@@ -56,6 +57,7 @@ def grid(steps: bool) -> list[tuple[str, KVMethod]]:
     """
     if not steps:
         rows = [(name, kv_method(name, bits)) for bits in (4, 3, 2) for name in ("kvquant", "kivi")]
+        rows += [(AS_LARGE, kv_method("kvquant", 4, outliers=0.02, key_outliers=0.055))]
         rows += [("per_token", kv_method("per_token", bits)) for bits in (4, 3)]
         rows += [(HEADS, kv_method("per_token", bits, group=64)) for bits in (4, 3)]
         rows += [("rotated", kv_method("rotated", bits)) for bits in (4, 3, 2)]

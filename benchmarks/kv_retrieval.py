@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from bitmill import api
+from bitmill.continuing import go_on
 from bitmill.evaluation.generate import CHUNK
 from bitmill.kv.base import KVMethod, kv_method
 from bitmill.kv.cache import QuantizedCache
@@ -35,7 +36,6 @@ from bitmill.kv.calibrated import Calibration
 from bitmill.kv.calibration import learn
 from bitmill.kv.recording import record
 from bitmill.models import text
-from bitmill.models.continuing import go_on
 
 RESULTS = Path(__file__).parent / "results" / "kv_retrieval.json"
 METHODS = [

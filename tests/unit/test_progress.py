@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import time
 
 import pytest
@@ -106,3 +108,10 @@ def test_the_base_ignores_everything():
     progress.advance()
     progress.finish()
     assert peak_memory_bytes() > 1_000_000
+
+
+def test_the_memory_of_the_process_that_started_it_is_not_its_own() -> None:
+    ballast = b"x" * (500 << 20)
+    code = "from bitmill.progress import peak_memory_bytes; print(peak_memory_bytes())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(told) < peak_memory_bytes() - len(ballast) // 2

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bitmill import api
 from bitmill.checkpoint.reader import is_checkpoint
+from bitmill.continuing import go_on
 from bitmill.errors import UsageError
-from bitmill.models.continuing import go_on
 from bitmill.progress import peak_memory_bytes
 from bitmill.runtime.decode import decode_path, detach
 from bitmill.runtime.dense import densify

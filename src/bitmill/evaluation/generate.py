@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bitmill.continuing import go_on
 from bitmill.errors import NumericsError, UsageError
-from bitmill.models.continuing import go_on
 
 CHUNK = 512  # tokens of a prompt that are read at a time into a packed cache
 

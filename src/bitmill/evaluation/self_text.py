@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.continuing import go_on
 from bitmill.evaluation.generate import choose
-from bitmill.models.continuing import go_on
 from bitmill.progress import Progress
 
 LIKELIEST = 4  # tokens after the first one; the papers say 3 to 5

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from bitmill.continuing import cache_in
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.attention import attach
 from bitmill.kv.base import KVMethod, kv_method
@@ -198,7 +199,7 @@ def _note_padding(model: nn.Module) -> None:
 
 
 def _pad(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # as later and earlier releases call it
+    cache = cache_in(kwargs)
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if isinstance(cache, QuantizedCache) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] > 0:
         cache.pad(mask)

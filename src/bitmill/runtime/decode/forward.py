@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from bitmill.continuing import CACHE_NAMES, cache_in
 from bitmill.errors import UsageError
 from bitmill.runtime.decode.parts import NotEligibleError, parts_of
 from bitmill.runtime.decode.past import FloatPast, StepPast, packed_of, past_of
@@ -36,9 +37,8 @@ _APART_BF16 = 0.1
 # The step is optional: what it trips over is the model's own to raise.
 _TRIPS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
-# What a call names the cache, later releases of transformers first, and an answer that holds one.
-_CACHE = ("cache", "past_key_values")
-_HELD = next(name for name in _CACHE if name in CausalLMOutputWithPast.__dataclass_fields__)
+_HELD = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
+_GIVEN = ("input_ids", *CACHE_NAMES, "attention_mask", "position_ids", "cache_position")  # looked at elsewhere
 _IGNORED = ("use_cache", "return_dict", "cache_position")  # True, None or implied
 
 
@@ -79,7 +79,7 @@ class StepForward:
         plan = self._current_plan()
         if plan is None or self._watch is None or self._watch.wanted() is not None:
             return self._own(**kwargs)
-        cache = next((kwargs[name] for name in _CACHE if name in kwargs), None)
+        cache = cache_in(kwargs)
         found = past_of(cache, plan.blocks, plan.kv_heads, plan.dim)
         if found is None or self._agrees.get(found.kind) is not None or not _continues(kwargs, found.length):
             return self._own(**kwargs)
@@ -159,7 +159,7 @@ def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:
     if torch.is_grad_enabled() or ids.device.type != "cpu":
         return False
     for name, value in kwargs.items():
-        if name in ("input_ids", *_CACHE, "attention_mask", "position_ids", "cache_position") or value is None:
+        if name in _GIVEN or value is None:
             continue
         if name == "logits_to_keep":
             if not isinstance(value, int) or value not in (0, 1):

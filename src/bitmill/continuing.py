@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-_NAMES = ("cache", "past_key_values")  # of the argument and in the output, later releases first
+CACHE_NAMES = ("cache", "past_key_values")  # of the argument and in the output, later releases first
+
+
+def cache_in(arguments: Mapping[str, Any]) -> Any:
+    """The cache that a call is given, None for none."""
+    return next((arguments[name] for name in CACHE_NAMES if name in arguments), None)
 
 
 def go_on(model: Any, tokens: Tensor, held: Any, **options: Any) -> tuple[Any, Any]:
@@ -18,11 +24,11 @@ def go_on(model: Any, tokens: Tensor, held: Any, **options: Any) -> tuple[Any, A
     """
     kind: Any = type(model)
     output = model(tokens, **{_argument(kind): held}, use_cache=True, **options)
-    found = (getattr(output, name, None) for name in _NAMES)
+    found = (getattr(output, name, None) for name in CACHE_NAMES)
     return output, next((one for one in found if one is not None), None)
 
 
 @cache
 def _argument(kind: type) -> str:
     known = inspect.signature(getattr(kind, "forward", kind.__call__)).parameters
-    return next((name for name in _NAMES if name in known), _NAMES[-1])
+    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
