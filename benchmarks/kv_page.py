@@ -100,6 +100,14 @@ def judged(rows: dict[tuple[str, int], dict[str, Any]], plain: float) -> list[st
                     f"| {bits} bits: {name} below KIVI's, with {less:.2f} bits less | {ours[measure]:.4f} and "
                     f"{theirs[measure]:.4f} | {_verdict(ours[measure] < theirs[measure])} |"
                 )
+    if (_AS_LARGE, 4) in rows:
+        ours, theirs = rows[_AS_LARGE, 4], rows["kivi", 4]
+        sizes = f"{ours['kv_bits_at_8k']:.2f} bits to its {theirs['kv_bits_at_8k']:.2f}"
+        lines += [
+            f"| 4 bits: {name} below KIVI's, with {sizes} | {ours[measure]:.4f} and {theirs[measure]:.4f} | "
+            f"{_verdict(ours[measure] < theirs[measure])} |"
+            for measure, name in (("perplexity", "perplexity"), ("kl_divergence", "KL"))
+        ]
     return lines
 
 
@@ -133,8 +141,10 @@ def _terms(results: dict[str, Any]) -> str:
 
 
 _COLUMNS = "bits of a code | perplexity | over float | KL | same first token | bits a number at 8192 tokens"
+_AS_LARGE = "kvquant, as many bits as kivi"
 _NAMES = (
     "kvquant",
+    _AS_LARGE,
     "kvquant, the paper's levels and shares",
     "kivi",
     "rotated",
