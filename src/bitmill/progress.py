@@ -32,11 +32,8 @@ def peak_memory_bytes() -> int:
 
     From Linux's VmHWM: its ru_maxrss begins at what the process had that started this one.
     """
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii", errors="ignore").splitlines() if status.is_file() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    if (own := _high_water_mark()) is not None:
+        return own
     try:
         import resource
 
@@ -44,3 +41,11 @@ def peak_memory_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
     except ImportError:  # Windows
         return int(psutil.Process().memory_info().rss)
+
+
+def _high_water_mark() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -1,10 +1,10 @@
 """The forward of a model with the compiled step in front: it takes calls of one token, transformers all others.
 
 Nothing above it changes: `generate()` with its processors, streamers and stopping criteria, and every loop that
-calls the model with `past_key_values`. A call goes to the step when it continues one sequence by one token, on
-the CPU, without gradients, from an ordinary or a packed cache, and asks for logits alone. Only models whose code
-the step was written after qualify (parts.py); the first such call of one, and with each kind of cache, runs both
-ways, and the step is dropped unless they agree.
+calls the model with a cache. A call goes to the step when it continues one sequence by one token, on the CPU,
+without gradients, from an ordinary or a packed cache, and asks for logits alone. Only models whose code the step
+was written after qualify (parts.py); the first such call of one, and with each kind of cache, runs both ways, and
+the step is dropped unless they agree.
 
 BITMILL_DECODE=off leaves all calls to transformers.
 """
@@ -38,8 +38,8 @@ _APART_BF16 = 0.1
 _TRIPS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _HELD = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
-_GIVEN = ("input_ids", *CACHE_NAMES, "attention_mask", "position_ids", "cache_position")  # looked at elsewhere
-_IGNORED = ("use_cache", "return_dict", "cache_position")  # True, None or implied
+_GIVEN = ("input_ids", *CACHE_NAMES, "attention_mask", "position_ids", "cache_position")  # read elsewhere, implied
+_IGNORED = ("use_cache", "return_dict")  # True or None
 
 
 class StepForward:
