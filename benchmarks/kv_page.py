@@ -39,40 +39,34 @@ def page() -> str:
 
 def quality(results: dict[str, Any]) -> list[str]:
     """Perplexity of all methods, and what was asked of KVQuant."""
-    rows = sorted((row for key, row in results["rows"].items() if key != "float"), key=_order)
-    plain = results["rows"]["float"]["perplexity"]
     return [
         "## Quality",
         "",
-        f"{_terms(results)} Full pages are read packed and the last tokens in float, as in generation. Perplexity "
-        f"of the float cache: {plain:.3f}.",
+        f"{_terms(results)} Full pages are read packed and the last tokens in float, as in generation.",
         "",
         f"    python benchmarks/kv_quality.py --windows {results['windows']}",
         "",
-        *_judged_table(rows),
+        *_judged_table(results),
     ]
 
 
 def whole(results: dict[str, Any]) -> list[str]:
     """The same on all windows there are, for some of the methods."""
-    kept = "benchmarks/results/kv_whole.json"
-    rows = sorted((row for key, row in results["rows"].items() if key != "float"), key=_order)
-    plain = results["rows"]["float"]["perplexity"]
+    command = "    python benchmarks/kv_quality.py --windows 0 --out benchmarks/results/kv_whole.json --only"
     return [
         "### On the whole evaluation text",
         "",
-        f"{_terms(results)} Float: {plain:.3f}.",
+        _terms(results),
         "",
-        *(
-            f"    python benchmarks/kv_quality.py --windows 0 --out {kept} --only '{name}: '"
-            for name in ("kvquant", "kivi")
-        ),
+        f"{command} 'kvquant: '",
+        f"{command} 'kivi: '",
         "",
-        *_judged_table(rows),
+        *_judged_table(results),
     ]
 
 
-def _judged_table(rows: list[dict[str, Any]]) -> list[str]:
+def _judged_table(results: dict[str, Any]) -> list[str]:
+    rows = sorted((row for key, row in results["rows"].items() if key != "float"), key=_order)
     return [
         f"| method | {_COLUMNS} |",
         "|---|---|---|---|---|---|---|",
@@ -122,11 +116,10 @@ def _verdict(met: bool) -> str:
 def steps(results: dict[str, Any]) -> list[str]:
     """What each part of KVQuant is worth."""
     rows = [row for key, row in results["rows"].items() if key != "float"]
-    plain = results["rows"]["float"]["perplexity"]
     return [
         "### What each part of KVQuant is worth",
         "",
-        f"{_terms(results)} Float: {plain:.3f}. Each row adds to the one above, but that Q-Norm is left out again "
+        f"{_terms(results)} Each row adds to the one above, but that Q-Norm is left out again "
         "after its own. From *levels of each key channel* on they are bitmill's.",
         "",
         "    python benchmarks/kv_quality.py --steps --windows 4",
@@ -140,7 +133,8 @@ def steps(results: dict[str, Any]) -> list[str]:
 def _terms(results: dict[str, Any]) -> str:
     return (
         f"{results['model']}, {results['windows']} windows of {results['seqlen']} tokens of the evaluation text, "
-        f"calibrated on {results['samples']} windows of the other text."
+        f"calibrated on {results['samples']} windows of the other text. Perplexity of the float cache: "
+        f"{results['rows']['float']['perplexity']:.3f}."
     )
 
 
