@@ -89,23 +89,15 @@ def judged(rows: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
                 f"| {bits} bits: at most {most_bits} allocated bits a number at 8192 tokens | {size:.3f} | "
                 f"{_verdict(size <= most_bits)} |",
             ]
-    for bits in (4, 3, 2):
-        if ("kvquant", bits) in rows and ("kivi", bits) in rows:
-            ours, theirs = rows["kvquant", bits], rows["kivi", bits]
-            less = theirs["kv_bits_at_8k"] - ours["kv_bits_at_8k"]
-            for measure, name in (("perplexity", "perplexity"), ("kl_divergence", "KL")):
-                lines.append(
-                    f"| {bits} bits: {name} below KIVI's, with {less:.2f} bits less | {ours[measure]:.4f} and "
-                    f"{theirs[measure]:.4f} | {_verdict(ours[measure] < theirs[measure])} |"
-                )
-    if (_AS_LARGE, 4) in rows and ("kivi", 4) in rows:
-        ours, theirs = rows[_AS_LARGE, 4], rows["kivi", 4]
-        sizes = f"{ours['kv_bits_at_8k']:.2f} bits to its {theirs['kv_bits_at_8k']:.2f}"
-        lines += [
-            f"| 4 bits: {name} below KIVI's, with {sizes} | {ours[measure]:.4f} and {theirs[measure]:.4f} | "
-            f"{_verdict(ours[measure] < theirs[measure])} |"
-            for measure, name in (("perplexity", "perplexity"), ("kl_divergence", "KL"))
-        ]
+    for name, bits in (("kvquant", 4), ("kvquant", 3), ("kvquant", 2), (_AS_LARGE, 4)):
+        if (name, bits) in rows and ("kivi", bits) in rows:
+            ours, theirs = rows[name, bits], rows["kivi", bits]
+            sizes = f"{ours['kv_bits_at_8k']:.2f} bits a number to its {theirs['kv_bits_at_8k']:.2f}"
+            lines += [
+                f"| {bits} bits: {measure} below KIVI's, with {sizes} | {ours[key]:.4f} and {theirs[key]:.4f} | "
+                f"{_verdict(ours[key] < theirs[key])} |"
+                for key, measure in (("perplexity", "perplexity"), ("kl_divergence", "KL"))
+            ]
     return lines
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from models import BITS, GGUF_TYPES, HERE, Model, types_of
 
+from bitmill.progress import high_water_mark
+
 PEERS = ("llama.cpp", "torch", "vllm")
 SAID = 12  # tokens of a check
 MOST_NATS = 5.0  # a token, that the float model may give to a continuation; guessing is worth 10.8
@@ -146,9 +148,7 @@ class Worker:
 
     def peak_memory_bytes(self) -> int:
         """Most resident memory so far, mapped files included; 0 where the system does not tell."""
-        status = Path(f"/proc/{self.process.pid}/status")
-        lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+        return high_water_mark(self.process.pid) or 0
 
     def close(self) -> None:
         assert self.process.stdin is not None

@@ -32,7 +32,7 @@ def peak_memory_bytes() -> int:
 
     From Linux's VmHWM: its ru_maxrss begins at what the process had that started this one.
     """
-    if (own := _high_water_mark()) is not None:
+    if (own := high_water_mark()) is not None:
         return own
     try:
         import resource
@@ -43,9 +43,10 @@ def peak_memory_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
 
 
-def _high_water_mark() -> int | None:
+def high_water_mark(process: int | str = "self") -> int | None:
+    """Highest resident memory so far of a process, by its number, bytes; None where the system does not tell."""
     try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore").splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="ignore").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -9,10 +9,9 @@ import time
 
 import pytest
 
-from bitmill import progress as module_of_peaks
 from bitmill.cli import progress as module
 from bitmill.cli.progress import TerminalProgress
-from bitmill.progress import Progress, peak_memory_bytes
+from bitmill.progress import Progress, high_water_mark, peak_memory_bytes
 
 
 class Stream(io.StringIO):
@@ -111,9 +110,7 @@ def test_the_base_ignores_everything():
     assert peak_memory_bytes() > 1_000_000
 
 
-@pytest.mark.skipif(
-    sys.platform == "linux" and module_of_peaks._high_water_mark() is None, reason="a kernel without VmHWM"
-)
+@pytest.mark.skipif(high_water_mark() is None, reason="a system without VmHWM")
 def test_the_memory_of_the_process_that_started_it_is_not_its_own() -> None:
     ballast = b"x" * (200 << 20)
     code = "from bitmill.progress import peak_memory_bytes; print(peak_memory_bytes())"
