@@ -18,20 +18,20 @@ import time
 import torch
 from torch import Tensor
 
+from bitmill.calibration.staged_forward import StagedForward
+from bitmill.data import text
 from bitmill.formats import Format
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.uniform import Uniform
-from bitmill.models import text
-from bitmill.models.skeleton import Skeleton
-from bitmill.models.source import open_source
+from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.gram import RunningGram
-from bitmill.pipeline.calibration import StagedForward
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.alternating import Alternating
 from bitmill.solvers.base import output_error
 from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
+from bitmill.sources.open import open_source
 
 SEQLEN = 512
 Stage = tuple[Tensor, Tensor, Tensor]  # weights of a stage stacked, Gram to calibrate on, Gram to judge on
@@ -42,18 +42,18 @@ Arm = tuple[str, Format, Solver]
 def stages(model: str, blocks: list[int], windows: int) -> list[Stage]:
     """Weights and Gram matrices of every stage of the chosen blocks."""
     source = open_source(model)
-    skeleton = Skeleton(source)
+    streamed = StreamedModel(source)
     ids = text.split_stream(text.token_stream("pydoc", source.tokenizer()), "calib")
     calibrate = text.calibration_windows(ids, windows, SEQLEN, seed=0)
     judge = text.calibration_windows(ids, windows // 2, SEQLEN, seed=1)
-    with skeleton.outside():
-        entered = [skeleton.enter(batch) for batch in (*calibrate.split(4), *judge.split(4))]
+    with streamed.outside():
+        entered = [streamed.enter(batch) for batch in (*calibrate.split(4), *judge.split(4))]
     hidden, calls = [h for h, _ in entered], [c for _, c in entered]
     count = len(calibrate.split(4))
     found = []
     for index in range(max(blocks) + 1):
-        block = skeleton.load_block(index)
-        names = skeleton.adapter.stages
+        block = streamed.load_block(index)
+        names = streamed.adapter.stages
         forward = StagedForward(block, hidden, [c[index] for c in calls], [s[0] for s in names])
         for stage in names:
             weights = [block.get_submodule(name).weight for name in stage]
@@ -66,7 +66,7 @@ def stages(model: str, blocks: list[int], windows: int) -> list[Stage]:
                 found.append((W, grams[0].mean(), grams[1].mean()))
         hidden = forward.outputs()
         forward.close()
-        skeleton.free_block(index)
+        streamed.free_block(index)
     return found
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import FORMATS, Format
-from bitmill.quantized import unpack
+from bitmill.formats.quantized import unpack
 from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.triton import Triton
 from bitmill.runtime.triton.available import is_interpreted, why_not

@@ -21,10 +21,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from bitmill.bench.memory import ReadBandwidth, copies_of, timed
-from bitmill.kv.base import kv_method
+from bitmill.kv.scheme import kv_method
 from bitmill.runtime.kv import Known, attend
 from bitmill.runtime.native import native
+from bitmill.workflows.bench.memory import ReadBandwidth, copies_of, timed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
 from packed_past import Case, made, off

@@ -20,11 +20,11 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from bitmill import api
-from bitmill.continuing import go_on
-from bitmill.kv.base import PAGE, kv_method
+from bitmill.compat import go_on
+from bitmill.data import text
 from bitmill.kv.cache import QuantizedCache
-from bitmill.kv.calibration import calibrate
-from bitmill.models import text
+from bitmill.kv.calibrate import calibrate
+from bitmill.kv.scheme import PAGE, kv_method
 from bitmill.runtime.decode import decode_path
 from bitmill.runtime.native import native
 

@@ -23,12 +23,12 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from bitmill import api
-from bitmill.continuing import go_on
-from bitmill.kv.base import kv_method
+from bitmill.compat import go_on
+from bitmill.data import text
 from bitmill.kv.cache import QuantizedCache
-from bitmill.kv.calibrated import read_calibration
-from bitmill.kv.calibration import calibrate
-from bitmill.models import text
+from bitmill.kv.calibrate import calibrate
+from bitmill.kv.calibration_file import read_calibration
+from bitmill.kv.scheme import kv_method
 from bitmill.progress import peak_memory_bytes
 
 RESULTS = Path(__file__).parent / "results" / "kv_memory.json"

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from bitmill import api
-from bitmill.evaluation.perplexity import compare
+from bitmill.data.windows import reading_of
+from bitmill.evaluation.metrics import compare
 from bitmill.kv.answers import PackedAnswers
-from bitmill.kv.base import KVMethod, kv_method
-from bitmill.kv.calibration import learn
+from bitmill.kv.calibrate import learn
 from bitmill.kv.recording import Recording, record
+from bitmill.kv.scheme import KVMethod, kv_method
 from bitmill.kv.size import cache_size
-from bitmill.models.calls import answers_of
-from bitmill.models.reading import reading_of
+from bitmill.models.block_call import answers_of
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -28,14 +28,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from bitmill import api
-from bitmill.continuing import go_on
+from bitmill.compat import go_on
+from bitmill.data import text
 from bitmill.evaluation.generate import CHUNK
-from bitmill.kv.base import KVMethod, kv_method
 from bitmill.kv.cache import QuantizedCache
-from bitmill.kv.calibrated import Calibration
-from bitmill.kv.calibration import learn
+from bitmill.kv.calibrate import learn
+from bitmill.kv.calibration_file import Calibration
 from bitmill.kv.recording import record
-from bitmill.models import text
+from bitmill.kv.scheme import KVMethod, kv_method
 
 RESULTS = Path(__file__).parent / "results" / "kv_retrieval.json"
 METHODS = [

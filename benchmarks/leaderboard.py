@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.errors import RecipeError
-from bitmill.recipe import METHODS, build_recipe
+from bitmill.recipes.recipe import METHODS, build_recipe
 from bitmill.report.results import Results, Variant, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +133,7 @@ def _exists(method: str, bits: int) -> bool:
 
 
 def data(results: Results) -> str:
-    """data/leaderboard.json: what `bitmill.leaderboard` reads."""
+    """data/leaderboard.json: what `bitmill.recipes.defaults` reads."""
     rows = [
         {
             "method": v.method,

@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 import bitmill
-from bitmill.checkpoint import FolderSink
-from bitmill.models import text
-from bitmill.models.skeleton import Skeleton
-from bitmill.models.source import open_source
-from bitmill.pipeline.streams import BATCH_TOKENS
+from bitmill.calibration.streams import BATCH_TOKENS
+from bitmill.checkpoint.writer import FolderSink
+from bitmill.data import text
+from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
+from bitmill.sources.open import open_source
 
 BOUND = 1.4
 SANE = 2.0  # times the float perplexity: beyond it, the time was spent on nothing
@@ -75,7 +75,7 @@ class Clock(Progress):
 def time_quantize(model: str, method: str, out: Path, samples: int, seqlen: int, options: dict[str, Any]) -> Any:
     """Quantize once; returns seconds, peak memory, and where the time went."""
     clock = Clock()
-    clock.inside(Skeleton, "load_block", "loading blocks")
+    clock.inside(StreamedModel, "load_block", "loading blocks")
     clock.inside(FolderSink, "write", "writing blocks")
     began, cpu = time.perf_counter(), time.process_time()
     outcome = bitmill.quantize(

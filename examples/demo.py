@@ -25,12 +25,12 @@ from rich.console import Console  # noqa: E402
 
 import bitmill  # noqa: E402
 from bitmill.cli.progress import TerminalProgress  # noqa: E402
+from bitmill.data import text  # noqa: E402
 from bitmill.evaluation.generate import chat_prompt, generate  # noqa: E402
-from bitmill.evaluation.perplexity import Comparison  # noqa: E402
-from bitmill.models import text  # noqa: E402
-from bitmill.models.source import open_source  # noqa: E402
-from bitmill.recipe import METHODS  # noqa: E402
+from bitmill.evaluation.metrics import Comparison  # noqa: E402
+from bitmill.recipes.recipe import METHODS  # noqa: E402
 from bitmill.report.table import comparison_table  # noqa: E402
+from bitmill.sources.open import open_source  # noqa: E402
 
 MODEL = "smollm2-135m"
 OUT = Path("demo-output")

@@ -6,10 +6,10 @@ import torch
 from tiny import tiny_model
 from transformers.cache_utils import Cache, DynamicLayer
 
-from bitmill.kv.base import PAGE, kv_method
 from bitmill.kv.cache import QuantizedCache
-from bitmill.kv.calibrated import Calibration
-from bitmill.kv.side import Calibrated, Coder
+from bitmill.kv.calibration_file import Calibration
+from bitmill.kv.codec import Calibrated, Coder
+from bitmill.kv.scheme import PAGE, kv_method
 
 SETTINGS = [
     ("per_token", {"bits": 8}),

@@ -8,8 +8,8 @@ from typing import Any
 
 import psutil
 
-from bitmill.bench.memory import cache_bytes
-from bitmill.comparison.machine import describe_machine
+from bitmill.workflows.bench.memory import cache_bytes
+from bitmill.workflows.comparison.machine import describe_machine
 
 SETS = (
     "avx2",

@@ -96,7 +96,7 @@ class Model:
         if not out.is_file():
             from gguf_float import write_float
 
-            from bitmill.models.zoo import fetch
+            from bitmill.sources.zoo import fetch
 
             write_float(fetch(self.name) if self.text is not None else Path(self.source(folder)), out)
         return out

@@ -11,8 +11,8 @@ import transformers
 from worker import Engine, serve
 
 import bitmill
-from bitmill.bench.memory import timed
 from bitmill.runtime.decode import detach
+from bitmill.workflows.bench.memory import timed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -28,8 +28,8 @@ from environments import python_of
 from host import busy, describe_host
 from models import HERE, MODELS, Model
 
-from bitmill.bench.memory import ReadBandwidth
-from bitmill.models.zoo import cache_folder
+from bitmill.sources.zoo import cache_folder
+from bitmill.workflows.bench.memory import ReadBandwidth
 
 RESULTS = Path(__file__).parent.parent / "results"
 PROMPT, PREFILL = 16, 512

@@ -10,15 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bitmill.errors import BitmillError
-from bitmill.hook import teach_transformers
+from bitmill.integrations.transformers_hook import teach_transformers
 from bitmill.version import __version__
 
 if TYPE_CHECKING:
-    from bitmill.api import Calibration, Outcome, evaluate, load, load_tokenizer, quantize
-    from bitmill.comparison.compare import compare
+    from bitmill.api import Calibration, load, load_tokenizer
+    from bitmill.formats.quantized import Quantized
     from bitmill.kv.cache import QuantizedCache
-    from bitmill.quantized import Quantized
-    from bitmill.recipe import Recipe
+    from bitmill.recipes.recipe import Recipe
+    from bitmill.workflows.comparison.compare import compare
+    from bitmill.workflows.evaluate import evaluate
+    from bitmill.workflows.quantize import Outcome, quantize
 
 __all__ = [
     "BitmillError",
@@ -38,14 +40,14 @@ __all__ = [
 _HOMES = {
     "Calibration": "bitmill.api",
     "Outcome": "bitmill.api",
-    "compare": "bitmill.comparison.compare",
+    "compare": "bitmill.workflows.comparison.compare",
     "evaluate": "bitmill.api",
     "load": "bitmill.api",
     "load_tokenizer": "bitmill.api",
     "quantize": "bitmill.api",
-    "Quantized": "bitmill.quantized",
+    "Quantized": "bitmill.formats.quantized",
     "QuantizedCache": "bitmill.kv.cache",
-    "Recipe": "bitmill.recipe",
+    "Recipe": "bitmill.recipes.recipe",
 }
 
 

@@ -14,17 +14,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 import bitmill
-from bitmill.api import Outcome
-from bitmill.checkpoint import open_checkpoint
+from bitmill.architectures.adapter import ADAPTERS
+from bitmill.calibration.staged_forward import StagedForward, stages_of
+from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import SourceError
-from bitmill.models.adapter import ADAPTERS
-from bitmill.models.calls import answers_of
+from bitmill.models.block_call import answers_of
 from bitmill.models.meta import auto_class
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
-from bitmill.pipeline.calibration import StagedForward, stages_of
-from bitmill.recipe import METHODS
+from bitmill.models.streamed import StreamedModel
+from bitmill.recipes.recipe import METHODS
 from bitmill.runtime import QuantLinear
+from bitmill.sources.module import ModuleSource
+from bitmill.workflows.quantize import Outcome
 from cases import method_options
 
 WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(7))
@@ -152,15 +152,15 @@ def test_more_bits_come_closer_to_the_float_model(method, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_a_staged_forward_equals_the_plain_one(name):
-    skeleton = Skeleton(ModuleSource(model_of(name)))
-    with skeleton.outside():
-        batches = [skeleton.enter(tokens) for tokens in (WINDOWS[:4], WINDOWS[4:])]
+    streamed = StreamedModel(ModuleSource(model_of(name)))
+    with streamed.non_block_weights():
+        batches = [streamed.embed(tokens) for tokens in (WINDOWS[:4], WINDOWS[4:])]
         hidden = [start for start, _ in batches]
-        for index in range(len(skeleton.blocks)):
-            block = skeleton.load_block(index)
+        for index in range(len(streamed.blocks)):
+            block = streamed.load_block(index)
             calls = [c[index] for _, c in batches]
-            stages = stages_of(skeleton.adapter, block, hidden[0], calls[0])
-            assert sorted(n for stage in stages for n in stage) == sorted(skeleton.adapter.linears)
+            stages = stages_of(streamed.adapter, block, hidden[0], calls[0])
+            assert sorted(n for stage in stages for n in stage) == sorted(streamed.adapter.linears)
             plain = [call.run(block, h) for call, h in zip(calls, hidden)]
             forward = StagedForward(block, [h.clone() for h in hidden], calls, [s[0] for s in stages])
             for stage in stages:
@@ -170,7 +170,7 @@ def test_a_staged_forward_equals_the_plain_one(name):
             forward.close()
             assert all(torch.equal(a, b) for a, b in zip(plain, staged))
             hidden = plain
-        logits = skeleton.leave(WINDOWS[:4], hidden[0])
+        logits = streamed.head(WINDOWS[:4], hidden[0])
     assert torch.allclose(logits, answer(model_of(name), WINDOWS[:4]), rtol=1e-4, atol=1e-4)
 
 

@@ -13,15 +13,16 @@ from tiny import tiny_model
 from torch import nn
 
 import bitmill
-from bitmill.checkpoint import open_checkpoint, verify
-from bitmill.models.adapter import ADAPTERS
-from bitmill.models.ends import ends_of
+from bitmill.architectures.adapter import ADAPTERS
+from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.checkpoint.verify import verify
+from bitmill.models.embeddings import embedding_and_head
 from bitmill.models.meta import auto_class
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
-from bitmill.recipe import build_recipe
+from bitmill.models.streamed import StreamedModel
+from bitmill.recipes.recipe import build_recipe
 from bitmill.runtime import QuantEmbedding, QuantLinear
-from bitmill.runtime.packed import Packed
+from bitmill.runtime.modules.packed import Packed
+from bitmill.sources.module import ModuleSource
 from cases import few_formats
 
 ENCODERS = [name for name, adapter in ADAPTERS.items() if adapter.encoder]
@@ -84,7 +85,7 @@ def test_a_folder_loads_and_runs_like_its_decoded_model(name, tied, tmp_path):
 @every_model
 def test_what_is_tied_is_stored_once(name, tied, tmp_path):
     model = model_of(name, tied)
-    ends = ends_of(Skeleton(ModuleSource(model)))
+    ends = embedding_and_head(StreamedModel(ModuleSource(model)))
     assert ends.tied == tied
     assert bool(ends.head) == (name not in ENCODERS)
     outcome = quantize(model, tmp_path / "out")
@@ -115,7 +116,7 @@ def test_what_is_tied_is_stored_once(name, tied, tmp_path):
 @every_model
 def test_the_folder_shrinks_by_what_was_computed(name, tied, tmp_path):
     model = model_of(name, tied)
-    ends = ends_of(Skeleton(ModuleSource(model)))
+    ends = embedding_and_head(StreamedModel(ModuleSource(model)))
     rows, columns = model.get_parameter(f"{ends.embedding}.weight").shape
     floats = 4 * rows * columns * len(ends.layers)
     alone = quantize(model, tmp_path / "float", None).summary

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
+from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized
-from bitmill.recipe import Recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms import TRANSFORMS, FormatTransform

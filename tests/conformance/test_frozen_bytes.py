@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from bitmill.formats import FORMATS, Wrapper
-from bitmill.quantized import unpack
+from bitmill.formats.quantized import unpack
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CASES = [

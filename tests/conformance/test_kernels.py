@@ -9,8 +9,8 @@ import torch
 
 from bitmill.errors import RecipeError
 from bitmill.formats import Format
+from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized, nearest_matrix
 from bitmill.runtime import QuantLinear
 from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
 from bitmill.runtime.kernels import reference as reference_module

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.kv.base import KV_METHODS, kv_method
+from bitmill.kv.codec import Coder
+from bitmill.kv.kernel_args import plan_of
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.page import PageLayout
-from bitmill.kv.reading import plan_of
 from bitmill.kv.rope import Rope
-from bitmill.kv.side import Coder
+from bitmill.kv.scheme import KV_METHODS, kv_method
 from packed import calibrated_by, generated, long_model, packed_cache, padded, slow_cache
 
 CARD = ("Problem", "Equation", "Stored", "Needs", "Expect", "Paper")

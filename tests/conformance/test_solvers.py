@@ -9,7 +9,7 @@ import torch
 
 from bitmill.errors import RecipeError
 from bitmill.formats.uniform import Uniform
-from bitmill.recipe import Recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import SOLVERS, Solver, Statistics
 from bitmill.solvers.base import output_error
 from cases import all_solvers, few_formats, fitted, gram_of, inputs, rounded, weights

@@ -9,18 +9,18 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from bitmill.architectures.adapter import ADAPTERS
+from bitmill.calibration.collect import observe
 from bitmill.errors import NumericsError, RecipeError
 from bitmill.formats.uniform import Uniform
-from bitmill.models.adapter import ADAPTERS
-from bitmill.models.calls import answers_of
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
+from bitmill.models.block_call import answers_of
+from bitmill.models.streamed import StreamedModel
+from bitmill.numerics.statistics import Activations
 from bitmill.pipeline.fold import fold_transforms
-from bitmill.pipeline.observe import observe
-from bitmill.recipe import Recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.nearest import Nearest
+from bitmill.sources.module import ModuleSource
 from bitmill.transforms import TRANSFORMS, SeamTransform, SeamView, Transform
-from bitmill.transforms.base import Activations
 
 TOKENS = torch.arange(24).view(2, 12) + 3
 ARCHITECTURES = [pytest.param(name, {}, id=name) for name in ADAPTERS.names()] + [
@@ -38,21 +38,21 @@ def transforms() -> list[SeamTransform]:
     return [kind() for _, kind in TRANSFORMS.items() if issubclass(kind, SeamTransform)]
 
 
-def loaded(name: str, changes: dict[str, object]) -> Skeleton:
-    skeleton = Skeleton(ModuleSource(tiny_model(name, **changes)))
-    skeleton.load(skeleton.names())
-    return skeleton
+def loaded(name: str, changes: dict[str, object]) -> StreamedModel:
+    streamed = StreamedModel(ModuleSource(tiny_model(name, **changes)))
+    streamed.load(streamed.names())
+    return streamed
 
 
-def folded(skeleton: Skeleton, *chosen: Transform, ignore=()) -> list[dict[str, torch.Tensor]]:
+def folded(streamed: StreamedModel, *chosen: Transform, ignore=()) -> list[dict[str, torch.Tensor]]:
     """What a recipe of these transforms changes, block by block, once it has seen what it needs."""
     recipe = Recipe("test", Uniform(4), Nearest(), chosen, ignore)
     changed = []
-    hidden, calls = skeleton.enter(TOKENS)
-    for index, block in enumerate(skeleton.blocks):
-        leads = [stage[0] for stage in skeleton.adapter.stages]
+    hidden, calls = streamed.embed(TOKENS)
+    for index, block in enumerate(streamed.blocks):
+        leads = [stage[0] for stage in streamed.adapter.stages]
         seen = observe(block, [hidden], [calls[index]], leads) if recipe.needs else None
-        changed.append(fold_transforms(recipe, skeleton, index, seen))
+        changed.append(fold_transforms(recipe, streamed, index, seen))
         if seen:
             assert_seen(seen, observe(block, [hidden], [calls[index]], leads))
         hidden = calls[index].run(block, hidden)
@@ -84,36 +84,36 @@ class Scramble(SeamTransform):
 @pytest.mark.parametrize("transform", [*transforms(), Scramble()], ids=repr)
 @torch.no_grad()
 def test_logits_stay(name, changes, transform):
-    skeleton = loaded(name, changes)
-    before = answers_of(skeleton.model)(TOKENS)
-    weights = {n: p.clone() for n, p in skeleton.model.named_parameters()}
-    folded(skeleton, transform)
-    after = answers_of(skeleton.model)(TOKENS)
+    streamed = loaded(name, changes)
+    before = answers_of(streamed.model)(TOKENS)
+    weights = {n: p.clone() for n, p in streamed.model.named_parameters()}
+    folded(streamed, transform)
+    after = answers_of(streamed.model)(TOKENS)
     assert (after - before).norm() < 1e-4 * before.norm()
-    if skeleton.adapter.seams:
-        assert any(not torch.equal(p, weights[n]) for n, p in skeleton.model.named_parameters())
+    if streamed.adapter.seams:
+        assert any(not torch.equal(p, weights[n]) for n, p in streamed.model.named_parameters())
 
 
 @pytest.mark.parametrize("name", ADAPTERS.names())
 @torch.no_grad()
 def test_every_seam_is_folded(name):
-    skeleton = loaded(name, {})
-    for seam in skeleton.adapter.seams:
+    streamed = loaded(name, {})
+    for seam in streamed.adapter.seams:
         names = [f"{n}.weight" for n in (seam.source, *seam.targets)]
-        before = {n: skeleton.blocks[0].get_parameter(n).clone() for n in names}
-        others = [n for s in skeleton.adapter.seams for n in s.targets if s != seam]
-        folded(skeleton, Scramble(), ignore=[f"*.{n}" for n in others])
+        before = {n: streamed.blocks[0].get_parameter(n).clone() for n in names}
+        others = [n for s in streamed.adapter.seams for n in s.targets if s != seam]
+        folded(streamed, Scramble(), ignore=[f"*.{n}" for n in others])
         for n in names:
-            assert not torch.equal(skeleton.blocks[0].get_parameter(n), before[n]), n
+            assert not torch.equal(streamed.blocks[0].get_parameter(n), before[n]), n
 
 
 @torch.no_grad()
 def test_with_grouped_queries_every_reader_of_a_channel_is_scaled_alike():
-    skeleton = loaded("llama", {"num_attention_heads": 4, "num_key_value_heads": 2})
-    v, o = (skeleton.blocks[0].self_attn.get_submodule(name).weight for name in ("v_proj", "o_proj"))
+    streamed = loaded("llama", {"num_attention_heads": 4, "num_key_value_heads": 2})
+    v, o = (streamed.blocks[0].self_attn.get_submodule(name).weight for name in ("v_proj", "o_proj"))
     v_before, o_before = v.clone(), o.clone()
-    folded(skeleton, Scramble(), ignore=["*.q_proj", "*.k_proj", "*.v_proj", "*.mlp.*"])
-    v, o = (skeleton.blocks[0].self_attn.get_submodule(name).weight for name in ("v_proj", "o_proj"))
+    folded(streamed, Scramble(), ignore=["*.q_proj", "*.k_proj", "*.v_proj", "*.mlp.*"])
+    v, o = (streamed.blocks[0].self_attn.get_submodule(name).weight for name in ("v_proj", "o_proj"))
     by_channel, by_column = (v_before / v)[:, 0], (o / o_before)[0]
     heads = by_channel.view(2, 8)
     torch.testing.assert_close(by_column.view(4, 8), heads[[0, 0, 1, 1]])
@@ -122,40 +122,40 @@ def test_with_grouped_queries_every_reader_of_a_channel_is_scaled_alike():
 
 @torch.no_grad()
 def test_seams_whose_readers_stay_in_float_are_left_alone():
-    skeleton = loaded("llama", {})
-    before = {n: p.clone() for n, p in skeleton.model.named_parameters()}
-    assert folded(skeleton, Scramble(), ignore=["*"]) == [{}, {}]
-    assert all(torch.equal(p, before[n]) for n, p in skeleton.model.named_parameters())
+    streamed = loaded("llama", {})
+    before = {n: p.clone() for n, p in streamed.model.named_parameters()}
+    assert folded(streamed, Scramble(), ignore=["*"]) == [{}, {}]
+    assert all(torch.equal(p, before[n]) for n, p in streamed.model.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
 @torch.no_grad()
 def test_what_changes_and_stays_in_float_is_handed_back(name):
-    skeleton = loaded(name, {})
-    before = {n: p.clone() for n, p in skeleton.model.named_parameters()}
-    changed = folded(skeleton, Scramble())
-    prefix = skeleton.adapter.blocks
-    linears = {f"{prefix}.{i}.{n}.weight" for i in range(2) for n in skeleton.adapter.linears}
+    streamed = loaded(name, {})
+    before = {n: p.clone() for n, p in streamed.model.named_parameters()}
+    changed = folded(streamed, Scramble())
+    prefix = streamed.adapter.blocks
+    linears = {f"{prefix}.{i}.{n}.weight" for i in range(2) for n in streamed.adapter.linears}
     for block in changed:
         for key, tensor in block.items():
             assert key not in linears
-            assert torch.equal(skeleton.model.get_parameter(key), tensor)
+            assert torch.equal(streamed.model.get_parameter(key), tensor)
     handed = set().union(*changed)
-    moved = {n for n, p in skeleton.model.named_parameters() if not torch.equal(p, before[n])}
+    moved = {n for n, p in streamed.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved - linears <= handed
 
 
 @torch.no_grad()
 def test_transforms_are_folded_one_after_the_other():
-    skeleton = loaded("llama", {})
-    before = skeleton.model(TOKENS).logits
-    folded(skeleton, Scramble(), *transforms(), Scramble())
-    assert (skeleton.model(TOKENS).logits - before).norm() < 1e-4 * before.norm()
+    streamed = loaded("llama", {})
+    before = streamed.model(TOKENS).logits
+    folded(streamed, Scramble(), *transforms(), Scramble())
+    assert (streamed.model(TOKENS).logits - before).norm() < 1e-4 * before.norm()
 
 
 def test_no_transform_changes_nothing():
-    skeleton = loaded("llama", {})
-    assert folded(skeleton) == [{}, {}]
+    streamed = loaded("llama", {})
+    assert folded(streamed) == [{}, {}]
 
 
 @pytest.mark.parametrize("transform", transforms(), ids=repr)

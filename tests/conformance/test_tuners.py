@@ -16,14 +16,14 @@ import bitmill
 from bitmill.errors import RecipeError
 from bitmill.formats import Format
 from bitmill.formats.uniform import Uniform
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
+from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import BlockResult, Job, run
-from bitmill.recipe import Recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Solver
 from bitmill.solvers.beam import BeamSearch
 from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
+from bitmill.sources.module import ModuleSource
 from bitmill.tuners import TUNERS, BlockTask, Tuner
 from bitmill.tuners.base import relative
 from cases import all_wrappers, few_formats, varied
@@ -44,7 +44,7 @@ class Keep:
     def finished(self, index: int) -> BlockResult | None:
         return self.done[index] if index < len(self.done) else None
 
-    def write(self, result: BlockResult, skeleton: Skeleton) -> None:
+    def write(self, result: BlockResult, streamed: StreamedModel) -> None:
         self.blocks.append(result)
 
     def shared(self) -> None:
@@ -76,7 +76,7 @@ def errors(tuner: Tuner | None = None, model: str = "llama", measure=BlockTask.e
     recipe = recipe_of(watch, **choices)
     if tuner:
         recipe = dataclasses.replace(recipe, tuners=(tuner, watch))
-    run(Job(Skeleton(ModuleSource(tiny_model(model))), recipe, WINDOWS), sink)
+    run(Job(StreamedModel(ModuleSource(tiny_model(model))), recipe, WINDOWS), sink)
     return watch.seen
 
 
@@ -127,9 +127,9 @@ def test_it_is_never_worse(tuner, bits, solver):
 def test_what_was_measured_is_stored(tuner, model, tmp_path):
     """The folder's model is as far from the float model, block by block, as the tuner said."""
     tuner, source = brief(tuner), tiny_model(model)
-    skeleton = Skeleton(ModuleSource(copy.deepcopy(source)))
+    streamed = StreamedModel(ModuleSource(copy.deepcopy(source)))
     quantize(recipe_of(tuner), source, tmp_path / "out")
-    path = skeleton.adapter.blocks
+    path = streamed.adapter.blocks
     before, after = hidden_states(source, path), hidden_states(bitmill.load(tmp_path / "out"), path)
     found = [float(relative(b, a).mean()) for a, b in zip(before, after)]
     assert found == pytest.approx(errors(tuner, model), rel=1e-3)
@@ -150,9 +150,9 @@ def test_a_resumed_run_finds_what_was_tuned(tuner):
     """Blocks that are finished come back with their tuned norms: the next block is the same, bit by bit."""
     recipe = recipe_of(brief(tuner))
     whole, rest = Keep(), Keep()
-    run(Job(Skeleton(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), whole)
+    run(Job(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), whole)
     rest.done = whole.blocks[:1]
-    run(Job(Skeleton(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), rest)
+    run(Job(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), rest)
     first, second = whole.blocks[1], rest.blocks[0]
     assert first.changed.keys() == second.changed.keys()
     assert all(torch.equal(tensor, second.changed[name]) for name, tensor in first.changed.items())
@@ -186,7 +186,7 @@ def test_every_format_is_taken_or_refused_with_a_reason(tuner, format):
 def test_source_weights_are_left_alone(tuner):
     model = tiny_model("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    run(Job(Skeleton(ModuleSource(model)), recipe_of(brief(tuner)), WINDOWS), Keep())
+    run(Job(StreamedModel(ModuleSource(model)), recipe_of(brief(tuner)), WINDOWS), Keep())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bitmill.formats import FORMATS
-from bitmill.quantized import unpack
-from bitmill.recipe import Recipe
+from bitmill.formats.quantized import unpack
+from bitmill.recipes.recipe import Recipe
 from bitmill.runtime import QuantLinear
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.solvers import Solver, Statistics

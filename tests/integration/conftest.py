@@ -5,8 +5,8 @@ import torch
 from grids import in_this_process
 from world import World, build_world
 
-from bitmill.comparison import run
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
+from bitmill.workflows.comparison import run
 
 
 @pytest.fixture(scope="session", autouse=True)

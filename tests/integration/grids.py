@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from bitmill.comparison import process, worker
-from bitmill.comparison.process import CellFailed
 from bitmill.report.results import read_results
+from bitmill.workflows.comparison import process, worker
+from bitmill.workflows.comparison.process import CellFailed
 
 TERMS = ["--samples", "4", "--seqlen", "32", "--windows", "2", "--max-new-tokens", "3"]
 

@@ -241,12 +241,12 @@ def test_json_knows_no_nan():
 
 
 def test_unexpected_exception(world, run, capsys, monkeypatch):
-    import bitmill.checkpoint
+    import bitmill.checkpoint.reader
 
     def broken(folder):
         raise ZeroDivisionError("of our\nmaking")
 
-    monkeypatch.setattr(bitmill.checkpoint, "open_checkpoint", broken)
+    monkeypatch.setattr(bitmill.checkpoint.reader, "open_checkpoint", broken)
     assert main(["inspect", str(world.done), "--json"]) == 70
     out, err = capsys.readouterr()
     assert out == ""

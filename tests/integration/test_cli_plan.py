@@ -8,7 +8,7 @@ import pytest
 
 from bitmill.cli.main import main
 from bitmill.cli.plan import _verdict
-from bitmill.plan import plan
+from bitmill.workflows.plan import plan
 
 BARE = "kvquant:outliers=0,key_outliers=0,residual=0"
 PAPER = "kvquant:channel_levels=false,equalize=false,outliers=0.01,key_outliers=0.01,residual=0"

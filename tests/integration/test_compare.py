@@ -9,9 +9,9 @@ import pytest
 from grids import command, names, results
 
 from bitmill.cli.main import main
-from bitmill.comparison import run, worker
-from bitmill.comparison.process import CellFailed
 from bitmill.errors import NumericsError
+from bitmill.workflows.comparison import run, worker
+from bitmill.workflows.comparison.process import CellFailed
 
 
 def test_a_grid(world, quick, capsys):
@@ -122,9 +122,9 @@ def test_other_terms_are_refused(world, quick, capsys, more, said):
 
 
 def test_cells_that_fail_or_do_not_exist_are_rows(world, quick, broken, capsys, monkeypatch):
-    from bitmill import api
+    from bitmill.workflows import quantize as quantizing
 
-    quantize = api.quantize
+    quantize = quantizing.quantize
 
     def sometimes(model, recipe, **options):
         if recipe.name == "gptq" and recipe.weight.bits == 3:
@@ -133,7 +133,7 @@ def test_cells_that_fail_or_do_not_exist_are_rows(world, quick, broken, capsys, 
             raise ZeroDivisionError("of our\nmaking")
         return quantize(model, recipe, **options)
 
-    monkeypatch.setattr(api, "quantize", sometimes)
+    monkeypatch.setattr(quantizing, "quantize", sometimes)
     assert main(command(world, "--recipes", broken, bits="3,4,9")) == 1
     out, err = capsys.readouterr()
     assert err.splitlines()[-1].startswith("error: 3 of 7 variants failed, the first one 'gptq-3bit'")
@@ -146,7 +146,7 @@ def test_cells_that_fail_or_do_not_exist_are_rows(world, quick, broken, capsys, 
     assert "ignores every linear layer" in rows["broken"][1]
     for name in ("gptq-3bit: failed: A matrix", "rtn-9bit: not applicable: "):
         assert name in out
-    monkeypatch.setattr(api, "quantize", quantize)
+    monkeypatch.setattr(quantizing, "quantize", quantize)
     assert main(command(world, bits="3,4,9")) == 0  # what failed is tried again
     assert {v.status for v in results(world).variants if v.name != "broken"} == {"done", "not_applicable"}
 

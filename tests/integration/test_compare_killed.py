@@ -23,7 +23,7 @@ def processes_of(folder: Path) -> list[int]:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"bitmill.comparison.worker" in words and str(folder).encode() in words:
+        if b"bitmill.workflows.comparison.worker" in words and str(folder).encode() in words:
             found.append(int(entry.name))
     return found
 

@@ -8,7 +8,7 @@ from world import save_model, write_text
 
 import bitmill
 from bitmill.runtime.decode import decode_path, detach
-from bitmill.runtime.dense import densify
+from bitmill.runtime.modules.dequantize import densify
 from bitmill.runtime.native import is_available
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the compiled kernels are not installed")

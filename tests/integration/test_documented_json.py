@@ -51,7 +51,7 @@ def test_eval(world, keys):
 
 
 def test_compare(world, keys, monkeypatch):
-    from bitmill.comparison.run import run_grid
+    from bitmill.workflows.comparison.run import run_grid
 
     row = fabricated.document()["float"]
     monkeypatch.setattr(run_grid, "__kwdefaults__", {**run_grid.__kwdefaults__, "run": lambda *_: row})

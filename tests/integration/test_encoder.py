@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 import bitmill
-from bitmill.checkpoint import open_checkpoint
+from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.cli.main import main
 from bitmill.runtime import QuantLinear
 

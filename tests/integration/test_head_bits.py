@@ -10,11 +10,12 @@ from safetensors import safe_open
 from world import arguments, interrupted_after, save_model, snapshot, write_text
 
 import bitmill
-from bitmill.checkpoint import FolderSink, open_checkpoint
+from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.checkpoint.writer import FolderSink
 from bitmill.cli.main import main
-from bitmill.comparison.process import CellFailed
-from bitmill.comparison.run import run_grid
-from bitmill.comparison.worker import main as work
+from bitmill.workflows.comparison.process import CellFailed
+from bitmill.workflows.comparison.run import run_grid
+from bitmill.workflows.comparison.worker import main as work
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -165,7 +166,7 @@ def test_a_comparison_takes_it(root, run, monkeypatch):
     def compare(**more):
         calibration = bitmill.Calibration("text.txt", 4, 32)
         monkeypatch.setattr(run_grid, "__kwdefaults__", {**run_grid.__kwdefaults__, "run": here})
-        from bitmill.comparison.compare import compare
+        from bitmill.workflows.comparison.compare import compare
 
         return compare(
             root / "source", ["rtn"], [4], out=root / "grid", calibration=calibration, windows=2, **more,

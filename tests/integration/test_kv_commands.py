@@ -19,9 +19,9 @@ from bitmill.checkpoint.files import sha256
 from bitmill.cli.main import main
 from bitmill.errors import UsageError
 from bitmill.kv.cache import QuantizedCache
-from bitmill.kv.calibrated import FILE, read_calibration
+from bitmill.kv.calibration_file import FILE, read_calibration
+from bitmill.kv.config import asked
 from bitmill.kv.support import calibration_bytes
-from bitmill.kv.wanted import asked
 
 KV = ["--kv", "kvquant:residual=0", "--kv-bits", "3", "--kv-samples", "4"]
 
@@ -86,7 +86,7 @@ def test_the_same_command_gives_the_same_bytes_also_when_interrupted(world, run,
         assert main(world.quantize(*KV, out=other)) == 130
     assert "kv.method.bits was 3" in run(*world.quantize(*KV[:3], "2", *KV[4:], "--resume", out=other), status=1)
     with monkeypatch.context() as patch:
-        patch.setattr("bitmill.caching.calibrate", _stop)
+        patch.setattr("bitmill.workflows.kv.calibrate", _stop)
         assert main(world.quantize(*KV, "--resume", out=other)) == 130
     run(*world.quantize(*KV, "--resume", out=other))
     assert snapshot(other) == snapshot(world.out)
@@ -200,8 +200,8 @@ def test_generate_as_calibrated(world, run, kept):
 
 
 def test_long_prompts_are_read_in_chunks(world, monkeypatch):
-    from bitmill import caching
     from bitmill.evaluation.generate import CHUNK, generate
+    from bitmill.workflows import kv as caching
 
     model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
     wanted = asked("per_token", 8, None)

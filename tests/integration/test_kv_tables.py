@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import bitmill
-from bitmill.kv.calibrated import read_calibration
-from bitmill.kv.calibration import calibrate
+from bitmill.kv.calibrate import calibrate
+from bitmill.kv.calibration_file import read_calibration
+from bitmill.kv.config import asked
 from bitmill.kv.size import cache_size
 from bitmill.kv.support import calibration_bytes, packed_shapes
-from bitmill.kv.wanted import asked
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 import bitmill
 from bitmill.cli.main import main
-from bitmill.models.text import load_text
+from bitmill.data.text import load_text
 
 pytestmark = pytest.mark.real
 

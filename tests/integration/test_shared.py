@@ -16,13 +16,14 @@ from world import interrupted_after
 
 import bitmill
 from bitmill.api import stored_bits
-from bitmill.checkpoint import open_checkpoint, verify
+from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.checkpoint.verify import verify
 from bitmill.errors import CheckpointError
-from bitmill.models.calls import answers_of
+from bitmill.formats.quantized import SHARED
+from bitmill.models.block_call import answers_of
 from bitmill.models.meta import auto_class
-from bitmill.models.skeleton import Skeleton
-from bitmill.quantized import SHARED
-from bitmill.recipe import build_recipe
+from bitmill.models.streamed import StreamedModel
+from bitmill.recipes.recipe import build_recipe
 from bitmill.report.parts import bytes_inside, sizes
 from bitmill.runtime import QuantLinear
 from bitmill.solvers.learning import CodebookLearner
@@ -133,9 +134,9 @@ def test_fine_tuning_leaves_them_alone(tmp_path):
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    load, see = Skeleton.load_block, CodebookLearner.see
+    load, see = StreamedModel.load_block, CodebookLearner.see
     loaded: list[int] = []
-    skeletons: list[Skeleton] = []
+    skeletons: list[StreamedModel] = []
 
     def load_block(self, index):
         skeletons.append(self)
@@ -146,7 +147,7 @@ def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
         loaded.append(sum(not any(p.is_meta for p in block.parameters()) for block in blocks))
         see(self, W, stats)
 
-    monkeypatch.setattr(Skeleton, "load_block", load_block)
+    monkeypatch.setattr(StreamedModel, "load_block", load_block)
     monkeypatch.setattr(CodebookLearner, "see", look)
     quantize(tiny_model("llama", num_hidden_layers=4), tmp_path / "out")
     assert loaded == [1] * (4 * 7)

@@ -67,14 +67,14 @@ def arguments(source: Path, text: Path | str, out: Path, *more: str, method: str
 
 def interrupted_after(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next run stop as if by Ctrl-C after some blocks."""
-    from bitmill.checkpoint import FolderSink
+    from bitmill.checkpoint.writer import FolderSink
 
     write = FolderSink.write
 
-    def stop(self, result, skeleton):
+    def stop(self, result, streamed):
         if result.index == blocks:
             raise KeyboardInterrupt
-        write(self, result, skeleton)
+        write(self, result, streamed)
 
     monkeypatch.setattr(FolderSink, "write", stop)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill.recipe import Recipe, build_recipe
+from bitmill.recipes.recipe import Recipe, build_recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error, solve
 

@@ -13,10 +13,10 @@ from bitmill.errors import RecipeError
 from bitmill.formats import Format
 from bitmill.formats.additive import Additive
 from bitmill.formats.permuted import Permuted, deal
+from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped
-from bitmill.quantized import Quantized
-from bitmill.recipe import Recipe, build_recipe
+from bitmill.recipes.recipe import Recipe, build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.beam import BeamSearch

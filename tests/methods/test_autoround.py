@@ -7,7 +7,7 @@ import torch
 from tuned_blocks import quantized
 
 from bitmill.formats.uniform import Uniform
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers.gptq import GPTQ
 from bitmill.tuners.autoround import AutoRound
 

@@ -5,15 +5,16 @@ import torch
 
 from bitmill.formats import GroupFormat
 from bitmill.formats.binary_coding import BinaryCoding
+from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import fit_matrix, nearest_matrix
-from bitmill.recipe import build_recipe
+from bitmill.numerics.statistics import Activations
+from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.base import output_error
 from bitmill.solvers.clip import Clip
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.awq import AWQ
-from bitmill.transforms.base import Activations, SeamView
+from bitmill.transforms.base import SeamView
 
 COLUMNS = 192
 

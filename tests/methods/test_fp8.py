@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bitmill.formats.float import Float
+from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.minifloat import ELEMENTS, ElementTable
 from bitmill.numerics.table import Table
-from bitmill.quantized import fit_matrix, nearest_matrix
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers import Statistics
 
 CPU = torch.device("cpu")

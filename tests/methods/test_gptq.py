@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bitmill.errors import NumericsError, RecipeError
 from bitmill.formats import Format
+from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized
 from bitmill.solvers import Statistics
 from bitmill.solvers import feedback as module
 from bitmill.solvers.base import output_error

@@ -8,10 +8,10 @@ import torch
 from bitmill.formats import Format
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.integer_coding import IntegerCoding
+from bitmill.formats.quantized import fit_matrix
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.codings import enumerate_codings, levels_of
-from bitmill.quantized import fit_matrix
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.alternating import Alternating
 from bitmill.solvers.base import output_error

@@ -8,9 +8,9 @@ import torch
 from bitmill.formats import Format
 from bitmill.formats.float import Float
 from bitmill.formats.normal_float import NormalFloat
+from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import fit_matrix, nearest_matrix
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 
 CPU = torch.device("cpu")
 

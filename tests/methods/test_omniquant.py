@@ -5,16 +5,16 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
+from bitmill.calibration.collect import observe
 from bitmill.errors import RecipeError
 from bitmill.formats.uniform import Uniform
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
+from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.grouping import grouped
-from bitmill.pipeline.observe import observe
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error
 from bitmill.solvers.nearest import Nearest
+from bitmill.sources.module import ModuleSource
 from bitmill.tuners import BlockTask
 from bitmill.tuners.omniquant import OmniQuant, _Learned, _StraightThrough
 
@@ -25,10 +25,10 @@ MODELS = ["llama", "opt", "gpt2", "gemma2"]
 @torch.no_grad()
 def task_of(name: str = "llama", format: Uniform | None = None) -> BlockTask:
     """The first block of a tiny model, with its own outputs as targets."""
-    skeleton = Skeleton(ModuleSource(tiny_model(name)))
-    skeleton.load(skeleton.names())
-    batches = [skeleton.enter(windows) for windows in WINDOWS.split(4)]
-    block, adapter = skeleton.blocks[0], skeleton.adapter
+    streamed = StreamedModel(ModuleSource(tiny_model(name)))
+    streamed.load(streamed.names())
+    batches = [streamed.embed(windows) for windows in WINDOWS.split(4)]
+    block, adapter = streamed.blocks[0], streamed.adapter
     inputs, calls = [hidden for hidden, _ in batches], [calls[0] for _, calls in batches]
     targets = [call.run(block, hidden) for call, hidden in zip(calls, inputs)]
     task = BlockTask(

@@ -9,8 +9,8 @@ from rotated_layers import held_out_error, layer
 from torch import Tensor
 
 from bitmill.formats.half_integer import HalfInteger
-from bitmill.quantized import Quantized
-from bitmill.recipe import Recipe, build_recipe
+from bitmill.formats.quantized import Quantized
+from bitmill.recipes.recipe import Recipe, build_recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.nearest import Nearest

@@ -11,8 +11,8 @@ from rotated_layers import held_out_error
 from bitmill.errors import RecipeError
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.e8 import E8
-from bitmill.quantized import fit_matrix, nearest_matrix
-from bitmill.recipe import build_recipe
+from bitmill.formats.quantized import fit_matrix, nearest_matrix
+from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers.nearest import Nearest
 
 SEEDS = [0, 1]

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bitmill.quantized import fit_matrix, nearest_matrix
-from bitmill.recipe import build_recipe
+from bitmill.formats.quantized import fit_matrix, nearest_matrix
+from bitmill.recipes.recipe import build_recipe
 
 BITS = (2, 3, 4, 5, 6, 8)
 

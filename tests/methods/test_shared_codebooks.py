@@ -13,10 +13,10 @@ from bitmill.formats import Format, Params
 from bitmill.formats.additive import Additive
 from bitmill.formats.base import bits_together
 from bitmill.formats.permuted import Permuted
+from bitmill.formats.quantized import Quantized
 from bitmill.formats.shared import Shared
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized
-from bitmill.recipe import Recipe, build_recipe
+from bitmill.recipes.recipe import Recipe, build_recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import inside, output_error, solve
 from bitmill.solvers.beam import BeamSearch

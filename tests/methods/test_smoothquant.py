@@ -5,7 +5,8 @@ import torch
 
 from bitmill.errors import RecipeError
 from bitmill.formats.uniform import Uniform
-from bitmill.transforms.base import Activations, SeamView
+from bitmill.numerics.statistics import Activations
+from bitmill.transforms.base import SeamView
 from bitmill.transforms.smooth import SmoothQuant
 
 

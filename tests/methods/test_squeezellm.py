@@ -12,10 +12,10 @@ from bitmill.errors import RecipeError
 from bitmill.formats import Format
 from bitmill.formats import sum as module
 from bitmill.formats.codebook import Codebook
+from bitmill.formats.quantized import Quantized
 from bitmill.formats.sum import Sum
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.gptq import GPTQ

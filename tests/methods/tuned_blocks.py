@@ -7,12 +7,12 @@ from tiny import tiny_model
 
 from bitmill.formats import Format
 from bitmill.formats.uniform import Uniform
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
+from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import BlockResult, Job, run
-from bitmill.recipe import Recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Solver
 from bitmill.solvers.nearest import Nearest
+from bitmill.sources.module import ModuleSource
 from bitmill.tuners import Tuner
 
 draw = torch.Generator().manual_seed(3)
@@ -30,14 +30,14 @@ class Keep:
     def finished(self, index: int) -> None:
         return None
 
-    def write(self, result: BlockResult, skeleton: Skeleton) -> None:
+    def write(self, result: BlockResult, streamed: StreamedModel) -> None:
         self.blocks.append(result)
 
 
 def quantized_by(recipe: Recipe) -> tuple[list[BlockResult], float]:
     """The blocks of a tiny llama, and the divergence from the float model on windows that nobody was tuned on."""
     sink = Keep()
-    job = Job(Skeleton(ModuleSource(tiny_model("llama"))), recipe, CALIBRATION, HELD_OUT)
+    job = Job(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, CALIBRATION, HELD_OUT)
     return sink.blocks, run(job, sink)["kl_divergence"]
 
 

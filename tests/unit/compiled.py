@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import Format
-from bitmill.quantized import Quantized, nearest_matrix
+from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.runtime import native
 from bitmill.runtime.kernels import Kernel, KernelSpec
 from cases import fitted, weights

@@ -7,7 +7,7 @@ from tiny import tiny_model
 from torch import Tensor, nn
 
 from bitmill.formats import Format, Wrapper
-from bitmill.quantized import nearest_matrix
+from bitmill.formats.quantized import nearest_matrix
 from bitmill.runtime import QuantLinear
 from bitmill.runtime.decode import attach
 from bitmill.solvers import Statistics

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitmill.kv.base import Scheme, Side
+from bitmill.kv.codec import Calibrated, Coder
+from bitmill.kv.kernel_args import plan_of
 from bitmill.kv.page import PageLayout
-from bitmill.kv.reading import plan_of
 from bitmill.kv.rope import Rope
-from bitmill.kv.side import Calibrated, Coder
+from bitmill.kv.scheme import Scheme, Side
 from bitmill.kv.store import PageStore
 from bitmill.runtime.kv import LayerPlan, Past
 

@@ -9,11 +9,11 @@ import torch
 from tiny import tiny_model
 
 import bitmill
-from bitmill.bench import memory
-from bitmill.bench.kernels import CASES, bench_kernels, random_packed
 from bitmill.cli.main import main
 from bitmill.formats import FORMATS
-from bitmill.quantized import unpack
+from bitmill.formats.quantized import unpack
+from bitmill.workflows.bench import memory
+from bitmill.workflows.bench.kernels import CASES, bench_kernels, random_packed
 
 KEYS = {"kernel", "format", "bits", "group_size", "shape", "tokens", "bits_per_weight", "time_s", "GBps"}
 KEYS |= {"fraction_of_read_bandwidth", "speedup_vs_torch_fp32"}
@@ -21,7 +21,7 @@ KEYS |= {"fraction_of_read_bandwidth", "speedup_vs_torch_fp32"}
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    for module in ("bitmill.bench.memory",):
+    for module in ("bitmill.workflows.bench.memory",):
         monkeypatch.setattr(f"{module}.cold_bytes", lambda: 1 << 20)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitmill.architectures.adapter import Adapter
+from bitmill.calibration.staged_forward import StagedForward, stages_of
 from bitmill.errors import SourceError
-from bitmill.models.adapter import Adapter
-from bitmill.models.calls import Call
-from bitmill.pipeline.calibration import StagedForward, stages_of
+from bitmill.models.block_call import BlockCall
 
-CALL = Call((), {})
+CALL = BlockCall((), {})
 
 
 class Block(nn.Module):
@@ -41,7 +41,7 @@ def described(*stages: tuple[str, ...], name: str = "generic:test") -> Adapter:
 
 @torch.no_grad()
 def test_inputs_and_outputs_equal_a_plain_forward():
-    block, hidden, call = Block(), batches(), Call((), {"scale": 2.0})
+    block, hidden, call = Block(), batches(), BlockCall((), {"scale": 2.0})
     plain = [block(h, 2.0)[0] for h in hidden]
     forward = StagedForward(block, [h.clone() for h in hidden], [call, call], ["a", "c"])
     for X, h in zip(forward.inputs("a"), hidden, strict=True):

@@ -13,14 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bitmill.comparison import process
-from bitmill.comparison.cells import Cell, Grid, plan_cells
-from bitmill.comparison.process import CellFailed, run_cell
-from bitmill.comparison.reference import Recorded, Recorder
 from bitmill.errors import CheckpointError, OutputError, RecipeError, UsageError
-from bitmill.evaluation.perplexity import compare
+from bitmill.evaluation.metrics import compare
 from bitmill.progress import Progress
-from bitmill.recipe import METHODS, build_recipe
+from bitmill.recipes.recipe import METHODS, build_recipe
+from bitmill.workflows.comparison import process
+from bitmill.workflows.comparison.cells import Cell, Grid, plan_cells
+from bitmill.workflows.comparison.process import CellFailed, run_cell
+from bitmill.workflows.comparison.reference import Recorded, Recorder
 
 
 def test_one_cell_for_every_method_and_bits():
@@ -211,7 +211,7 @@ def test_what_a_failed_process_complained_about_is_kept(cell, tmp_path):
 def test_a_worker_ends_when_whoever_started_it_is_gone():
     program = (
         "import sys, threading, time\n"
-        "from bitmill.comparison.process import end_with\n"
+        "from bitmill.workflows.comparison.process import end_with\n"
         "threading.Thread(target=end_with, args=(sys.stdin,), daemon=True).start()\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"

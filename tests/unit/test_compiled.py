@@ -12,12 +12,12 @@ from bitmill.formats import Wrapper
 from bitmill.formats.additive import Additive
 from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import Pyramid
+from bitmill.formats.quantized import Quantized
 from bitmill.formats.rotated import Rotated
 from bitmill.formats.sum import Sum
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.hadamard import hadamard
 from bitmill.numerics.rotations import rotation
-from bitmill.quantized import Quantized
 from bitmill.runtime import native, ops
 from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.additive import AdditiveKernel
@@ -25,9 +25,9 @@ from bitmill.runtime.kernels.lattice import Lattice
 from bitmill.runtime.kernels.points import Points
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.runtime.kernels.rotated import RotatedKernel
+from bitmill.runtime.kernels.rotation_plan import _without_sylvester, rotation_plan
 from bitmill.runtime.kernels.sum import SumKernel
 from bitmill.runtime.kernels.vector import VectorKernel
-from bitmill.runtime.rotation_plan import _without_sylvester, rotation_plan
 from bitmill.solvers import Statistics
 from cases import weights
 

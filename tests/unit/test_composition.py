@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from bitmill import leaderboard
-from bitmill.composition import compose, find_recipe, from_parts
 from bitmill.errors import RecipeError
-from bitmill.recipe import METHODS, Recipe, build_recipe
+from bitmill.recipes import defaults as leaderboard
+from bitmill.recipes.compose import compose, find_recipe, from_parts
+from bitmill.recipes.recipe import METHODS, Recipe, build_recipe
 
 
 def base() -> Recipe:

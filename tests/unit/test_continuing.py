@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitmill.continuing import go_on
+from bitmill.compat import go_on
 
 TOKENS = torch.tensor([[3]])
 

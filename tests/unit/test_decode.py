@@ -8,12 +8,12 @@ from compiled import ISAS, needs_native
 from decoding import PROMPT, apart, both, is_stepping, logits, odd_model, quantize
 
 from bitmill.formats import FORMATS
-from bitmill.quantized import nearest_matrix
+from bitmill.formats.quantized import nearest_matrix
 from bitmill.runtime import native
 from bitmill.runtime.decode import attach, decode_path
-from bitmill.runtime.embedding import swap_embedding
 from bitmill.runtime.kernels.additive import AdditiveKernel
-from bitmill.runtime.linear import swap_linear
+from bitmill.runtime.modules.embedding import swap_embedding
+from bitmill.runtime.modules.linear import swap_linear
 from cases import all_wrappers, few_formats, fitted
 
 pytestmark = needs_native

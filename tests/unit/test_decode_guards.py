@@ -15,11 +15,11 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from bitmill.formats import FORMATS
-from bitmill.quantized import SHARED
+from bitmill.formats.quantized import SHARED
 from bitmill.runtime.decode import attach, decode_path, detach
 from bitmill.runtime.decode.forward import StepForward
 from bitmill.runtime.decode.watch import Watch
-from bitmill.runtime.dense import densify
+from bitmill.runtime.modules.dequantize import densify
 
 pytestmark = needs_native
 

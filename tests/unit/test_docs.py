@@ -18,8 +18,8 @@ import bitmill
 from bitmill.cli.main import app
 from bitmill.formats import FORMATS
 from bitmill.kv import KV_METHODS
-from bitmill.kv.wanted import asked
-from bitmill.recipe import METHODS, Recipe
+from bitmill.kv.config import asked
+from bitmill.recipes.recipe import METHODS, Recipe
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS

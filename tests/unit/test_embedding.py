@@ -11,8 +11,8 @@ from torch.nn.functional import cosine_similarity
 from bitmill.errors import CalibrationError, NumericsError, UsageError
 from bitmill.evaluation import embedding
 from bitmill.evaluation.embedding import Embeddings, embed, nearest, pair_cosine
-from bitmill.evaluation.judge import judge_of
-from bitmill.evaluation.perplexity import Comparison, compare
+from bitmill.evaluation.judge import metric_for
+from bitmill.evaluation.metrics import Comparison, compare
 
 GENERATOR = torch.Generator().manual_seed(3)
 HIDDEN = torch.randn(40, 6, 16, generator=GENERATOR) + 0.5
@@ -86,5 +86,5 @@ def test_what_cannot_be_judged_is_refused():
 
 
 def test_who_judges_whom():
-    assert isinstance(judge_of(None), Comparison)
-    assert judge_of("cls") == Embeddings("cls")
+    assert isinstance(metric_for(None), Comparison)
+    assert metric_for("cls") == Embeddings("cls")

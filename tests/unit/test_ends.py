@@ -12,18 +12,18 @@ from tiny import tiny_model
 from torch import Tensor, nn
 
 import bitmill
-from bitmill.checkpoint import open_checkpoint
-from bitmill.composition import HEAD_BITS, with_head
+from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.checkpoint.schema import quantized_ends
 from bitmill.errors import CheckpointError, RecipeError, SourceError, UsageError
+from bitmill.formats.quantized import nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.models.ends import Ends, ends_of
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
-from bitmill.quantized import nearest_matrix
-from bitmill.recipe import Recipe, build_recipe
+from bitmill.models.embeddings import EmbeddingAndHead, embedding_and_head
+from bitmill.models.streamed import StreamedModel
+from bitmill.recipes.compose import HEAD_BITS, with_head
+from bitmill.recipes.recipe import Recipe, build_recipe
 from bitmill.runtime import QuantEmbedding, QuantLinear
-from bitmill.runtime.embedding import restore_embedding, swap_embedding
-from bitmill.runtime.hf import quantized_ends
+from bitmill.runtime.modules.embedding import restore_embedding, swap_embedding
+from bitmill.sources.module import ModuleSource
 from cases import fitted, weights
 
 WINDOWS = torch.randint(0, 20, (4, 8), generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def test_a_module_of_nobodys_is_quantized_at_both_ends(tied):
     torch.manual_seed(0)
     model = Own(tied=tied)
     before = model(WINDOWS)
-    assert ends_of(Skeleton(ModuleSource(model))) == Ends("table", "head", tied)
+    assert embedding_and_head(StreamedModel(ModuleSource(model))) == EmbeddingAndHead("table", "head", tied)
     bitmill.quantize(model, "rtn", bits=8, head_bits=8, calibration=WINDOWS, measure=0)
     assert isinstance(model.table, QuantEmbedding)
     assert isinstance(model.head, QuantLinear)
@@ -90,10 +90,10 @@ def test_a_model_without_a_table_is_refused_before_anything_is_done():
 
 def test_a_head_that_is_no_linear_is_refused():
     model = tiny_model("llama")
-    skeleton = Skeleton(ModuleSource(model))
-    skeleton.model.lm_head = nn.Identity()
+    streamed = StreamedModel(ModuleSource(model))
+    streamed.model.lm_head = nn.Identity()
     with pytest.raises(SourceError, match="is a Identity"):
-        ends_of(skeleton)
+        embedding_and_head(streamed)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 3, 5, 7, 9, 16, -8, True, "8", 4.5, [8]])

@@ -7,8 +7,8 @@ import torch
 
 from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import Pyramid
+from bitmill.formats.quantized import fit_matrix
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.quantized import fit_matrix
 from bitmill.solvers.feedback import StaticGrids, feed_back, visiting_order
 from cases import gram_of, inputs, weights
 

@@ -10,16 +10,16 @@ from tiny import tiny_model
 from torch import nn
 
 import bitmill
+from bitmill.architectures.adapter import ADAPTERS, is_encoder
+from bitmill.calibration import fisher as module
+from bitmill.calibration.fisher import Fisher, of_scaled
 from bitmill.errors import NumericsError, OutputError
 from bitmill.formats.codebook import Codebook
-from bitmill.models.adapter import ADAPTERS, is_encoder
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
-from bitmill.pipeline import fisher as module
-from bitmill.pipeline.fisher import Fisher, of_scaled
+from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
-from bitmill.recipe import Recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.nearest import Nearest
+from bitmill.sources.module import ModuleSource
 from bitmill.transforms.equalize import Equalize
 
 WINDOWS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(7))
@@ -43,21 +43,21 @@ def by_autograd(model: nn.Module, windows: torch.Tensor, names: list[str]) -> di
     return total
 
 
-def measured(model: nn.Module, folder, windows: torch.Tensor = WINDOWS) -> tuple[Skeleton, Fisher]:
-    skeleton, fisher = Skeleton(ModuleSource(model)), Fisher(folder)
+def measured(model: nn.Module, folder, windows: torch.Tensor = WINDOWS) -> tuple[StreamedModel, Fisher]:
+    streamed, fisher = StreamedModel(ModuleSource(model)), Fisher(folder)
     with torch.no_grad():
-        fisher.measure(skeleton, windows, Progress())
-    return skeleton, fisher
+        fisher.measure(streamed, windows, Progress())
+    return streamed, fisher
 
 
 @pytest.mark.parametrize("name", ADAPTERS.names())
 def test_it_equals_autograd(name, tmp_path):
     model = tiny_model(name)
-    skeleton, fisher = measured(model, tmp_path)
-    for index in range(len(skeleton.blocks)):
+    streamed, fisher = measured(model, tmp_path)
+    for index in range(len(streamed.blocks)):
         found = fisher.block(index)
-        assert sorted(found) == sorted(skeleton.adapter.linears)
-        prefix = skeleton.block_name(index)
+        assert sorted(found) == sorted(streamed.adapter.linears)
+        prefix = streamed.block_name(index)
         expected = by_autograd(model, WINDOWS, [f"{prefix}.{linear}" for linear in found])
         for linear, F in found.items():
             E = expected[f"{prefix}.{linear}"]
@@ -79,8 +79,8 @@ def test_it_leaves_nothing_but_its_results_and_repeats_itself(tmp_path):
 def test_no_more_windows_are_read_than_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "WINDOWS", 2)
     model = tiny_model("llama")
-    skeleton, fisher = measured(model, tmp_path)
-    name = f"{skeleton.block_name(0)}.mlp.up_proj"
+    streamed, fisher = measured(model, tmp_path)
+    name = f"{streamed.block_name(0)}.mlp.up_proj"
     expected = by_autograd(model, WINDOWS[:2], [name])[name]
     assert torch.allclose(fisher.block(0)["mlp.up_proj"], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
 

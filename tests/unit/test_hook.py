@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bitmill import hook
+from bitmill.integrations import transformers_hook as hook
 
 REGISTRY, TEACHER = "bitmill_test_library.auto", "bitmill_test_teacher"
 

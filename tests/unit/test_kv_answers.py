@@ -7,7 +7,7 @@ import torch
 
 from bitmill.errors import RecipeError
 from bitmill.kv.answers import PackedAnswers
-from bitmill.kv.base import Scheme, Side, kv_method
+from bitmill.kv.scheme import Scheme, Side, kv_method
 from packed import SETTINGS, calibration_for, continued, long_model, method_of, packed_cache, prompt
 
 

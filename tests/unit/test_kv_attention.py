@@ -9,8 +9,8 @@ import torch
 from compiled import ISAS, needs_native
 from packed_past import Case, made, off
 
-from bitmill.kv.base import Scheme, Side
 from bitmill.kv.page import PageLayout
+from bitmill.kv.scheme import Scheme, Side
 from bitmill.runtime import native
 from bitmill.runtime.kv import Known, attend
 

@@ -7,10 +7,10 @@ import torch
 from tiny import tiny_model
 
 from bitmill.errors import CalibrationError
-from bitmill.kv.base import kv_method
-from bitmill.kv.calibration import calibrate, learn
+from bitmill.kv.calibrate import calibrate, learn
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.recording import Recording, Seen, record
+from bitmill.kv.scheme import kv_method
 from packed import prompt
 
 HYBRIDS = {

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bitmill.errors import CheckpointError
-from bitmill.kv.base import kv_method
 from bitmill.kv.cache import QuantizedCache
+from bitmill.kv.codec import calibrated_shapes
 from bitmill.kv.page import PageLayout
-from bitmill.kv.side import calibrated_shapes
+from bitmill.kv.scheme import kv_method
 from packed import SETTINGS, both_sides, calibration_for, long_model, method_of, packed_cache, prompt
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.kv.base import PAGE, Scheme, Side
+from bitmill.kv.codec import Coder, rotation
 from bitmill.kv.levels import normal_levels
-from bitmill.kv.side import Coder, rotation
+from bitmill.kv.scheme import PAGE, Scheme, Side
 from packed import calibrated_at_random
 
 HEADS, DIM = 3, 32

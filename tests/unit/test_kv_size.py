@@ -7,8 +7,8 @@ import torch
 
 from bitmill.errors import RecipeError
 from bitmill.kv import KV_METHODS, Scheme
-from bitmill.kv.base import kv_method
 from bitmill.kv.layer import QuantizedLayer
+from bitmill.kv.scheme import kv_method
 from bitmill.kv.size import cache_size, slabs
 from packed import both_sides
 

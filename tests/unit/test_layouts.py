@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import bitmill
 from bitmill.formats.additive import Additive
 from bitmill.formats.pyramid import Pyramid
+from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized
 from bitmill.runtime import QuantEmbedding, QuantLinear
 from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec
 from bitmill.runtime.kernels.reference import Reference

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitmill.formats import Format
+from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized, nearest_matrix
 from bitmill.runtime import QuantLinear, swap_linear
 from cases import few_formats, fitted, weights
 

@@ -13,7 +13,7 @@ from torch import nn
 import bitmill
 from bitmill.api import stored_bits
 from bitmill.errors import BitmillError, UsageError
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 from bitmill.runtime import QuantLinear
 
 WINDOWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))

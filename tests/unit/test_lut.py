@@ -16,13 +16,21 @@ from bitmill.errors import RecipeError, UsageError
 from bitmill.formats import FORMATS, Lookup, ScalarFormat
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.codebook import Codebook
+from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
-from bitmill.quantized import Quantized
 from bitmill.runtime import QuantLinear, native, ops
-from bitmill.runtime.byte_tables import BANK, OWN, are_sums, as_integers, byte_tables, group_blocks, rounded
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.compiled import MOST_TOKENS
 from bitmill.runtime.kernels.lut import Lut
+from bitmill.runtime.kernels.lut_tables import (
+    BANK,
+    OWN,
+    are_sums,
+    as_integers,
+    byte_tables,
+    group_blocks,
+    rounded,
+)
 from bitmill.runtime.kernels.reference import Reference
 from cases import few_formats
 

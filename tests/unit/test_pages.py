@@ -11,7 +11,7 @@ import re
 import pytest
 
 import fabricated
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 from bitmill.report.html import comparison_page, folder_documents, folder_page
 from bitmill.report.results import Results
 from fabricated import COMPARED, EVIL, MEASURED, report

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitmill.errors import NumericsError
-from bitmill.evaluation.perplexity import Comparison, compare
+from bitmill.evaluation.metrics import Comparison, compare
 
 VOCABULARY = 23
 

@@ -13,13 +13,13 @@ from transformers import AutoConfig
 
 import bitmill
 from bitmill.errors import BitmillError, SourceError, UsageError
-from bitmill.kv.base import kv_method
+from bitmill.kv.scheme import kv_method
 from bitmill.kv.size import cache_size
-from bitmill.models.cached import CachedLayer, cached_layers
-from bitmill.models.configs import known_configs
-from bitmill.models.outline import open_outline
-from bitmill.plan import Wanted, plan
-from bitmill.plan.units import parse_bytes, parse_tokens
+from bitmill.models.config_only import open_config_only
+from bitmill.models.kv_shapes import CachedLayer, cached_layers
+from bitmill.sources.configs import known_configs
+from bitmill.workflows.plan import Wanted, plan
+from bitmill.workflows.plan.units import parse_bytes, parse_tokens
 
 GB, GIB = 10**9, 2**30
 MILLION = 1 << 20
@@ -219,7 +219,7 @@ def test_experts_can_be_planned_in_float(tmp_path) -> None:
 def test_an_outline_has_no_weights() -> None:
     assert known_configs() == ["llama-65b", "llama-7b"]
     for name, weights in (("llama-65b", 65_285_660_672), ("llama-7b", LLAMA_7B_WEIGHTS)):
-        source = open_outline(name)
+        source = open_config_only(name)
         assert sum(torch.Size(source.shape(n)).numel() for n in source.names()) == weights
     for ask in (source.fingerprint, source.tokenizer, lambda: source.tensor("lm_head.weight")):
         with pytest.raises(SourceError, match="only the config"):

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bitmill.data.calibration import token_windows
+from bitmill.data.text import calibration_windows, evaluation_windows
 from bitmill.errors import CalibrationError, OutputError
-from bitmill.evaluation.perplexity import compare
-from bitmill.models.text import calibration_windows, evaluation_windows
-from bitmill.preparation import check_space, job_identity, token_windows
-from bitmill.recipe import build_recipe
+from bitmill.evaluation.metrics import compare
+from bitmill.recipes.recipe import build_recipe
 from bitmill.report.card import model_card
+from bitmill.workflows.checks import check_space, job_identity
 
 CONFIG = SimpleNamespace(vocab_size=100, max_position_embeddings=32)
 SOURCE = SimpleNamespace(name="tiny", config=CONFIG, fingerprint=lambda: "0" * 64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitmill.quantized import fit_matrix, nearest_matrix, unpack
+from bitmill.formats.quantized import fit_matrix, nearest_matrix, unpack
 from cases import few_formats, fitted, rounded, weights
 
 every_format = pytest.mark.parametrize("format", few_formats(), ids=repr)

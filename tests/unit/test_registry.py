@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from bitmill.config.registry import Registry
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
-from bitmill.recipe import METHODS
-from bitmill.registry import Registry
+from bitmill.recipes.recipe import METHODS
 from bitmill.runtime.kernels.base import KERNELS
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
@@ -22,7 +22,7 @@ def registry(tmp_path, monkeypatch):
     package = tmp_path / "zoo_of_tests"
     package.mkdir()
     (package / "__init__.py").write_text(
-        "from bitmill.registry import Registry\nANIMALS = Registry('animal', 'zoo_of_tests')\n"
+        "from bitmill.config.registry import Registry\nANIMALS = Registry('animal', 'zoo_of_tests')\n"
     )
     head = "from zoo_of_tests import ANIMALS\n"
     (package / "cats.py").write_text(head + "@ANIMALS.register('lion')\nclass Lion: pass\n")

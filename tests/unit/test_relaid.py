@@ -8,7 +8,7 @@ from compiled import CPU, SHAPES, each_isa, exact, kernel_of, needs_native, roun
 
 from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import Pyramid
-from bitmill.quantized import Quantized
+from bitmill.formats.quantized import Quantized
 from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
 from bitmill.runtime.kernels.lattice import Lattice
 from bitmill.runtime.kernels.points import Points

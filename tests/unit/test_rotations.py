@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmill.numerics.draws import normals, permutation, signs, words
 from bitmill.numerics.hadamard import hadamard
+from bitmill.numerics.rng import normals, permutation, signs, words
 from bitmill.numerics.rotations import hartley, rotation
 
 KINDS = ["hadamard", "orthogonal"]

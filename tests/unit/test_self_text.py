@@ -10,8 +10,8 @@ from tiny import tiny_model
 from torch import nn
 
 import bitmill
+from bitmill.data.self_generated import BATCH, LIKELIEST, self_windows
 from bitmill.errors import CalibrationError, NumericsError
-from bitmill.evaluation.self_text import BATCH, LIKELIEST, self_windows
 from bitmill.progress import Progress
 
 

@@ -12,13 +12,13 @@ from tiny import tiny_model
 import bitmill
 from bitmill.cli.study import _table
 from bitmill.errors import UsageError
-from bitmill.evaluation.perplexity import compare
-from bitmill.models.skeleton import Skeleton
-from bitmill.models.source import open_source
+from bitmill.evaluation.metrics import compare
+from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
-from bitmill.recipe import build_recipe
+from bitmill.recipes.recipe import build_recipe
 from bitmill.report.verdicts import BROKEN, LIMITS, WORDS, verdict, verdicts
-from bitmill.study import BITS, FLOATS, SIZES, Cell, _walk, cells, decibels, study
+from bitmill.sources.open import open_source
+from bitmill.workflows.sweep import BITS, FLOATS, SIZES, Cell, _walk, cells, decibels, study
 
 WINDOWS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
 architectures = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -51,7 +51,7 @@ def test_errors_and_bits_are_those_of_quantizing(architecture: str) -> None:
 def test_what_is_measured_is_the_quantized_model(architecture: str) -> None:
     model = tiny_model(architecture)
     table = [cell for cell in cells(search=False) if cell.group_size == 32 and cell.bits in (3, 4)]
-    _walk(Skeleton(open_source(model)), table, WINDOWS, Progress())
+    _walk(StreamedModel(open_source(model)), table, WINDOWS, Progress())
     for cell in table:
         core = cell.recipe.stored.core
         options = {"bits": core.bits, "group_size": 32} if cell.recipe.name == "rtn" else {}

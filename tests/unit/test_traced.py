@@ -17,8 +17,8 @@ from bitmill.formats.rotated import Rotated
 from bitmill.formats.sum import Sum
 from bitmill.formats.uniform import Uniform
 from bitmill.runtime import QuantLinear
-from bitmill.runtime.embedding import QuantEmbedding, swap_embedding
 from bitmill.runtime.kernels import reference
+from bitmill.runtime.modules.embedding import QuantEmbedding, swap_embedding
 from bitmill.solvers import Statistics
 from cases import weights
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from bitmill.formats import FORMATS, GroupFormat, ScalarFormat
-from bitmill.quantized import Quantized, nearest_matrix
+from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.runtime import QuantLinear
 from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.reference import Reference

@@ -8,7 +8,7 @@ import pytest
 import torch
 from packed_past import Case, made, off
 
-from bitmill.kv.base import Side
+from bitmill.kv.scheme import Side
 from bitmill.runtime.triton import available
 from bitmill.runtime.triton.kv import attend
 

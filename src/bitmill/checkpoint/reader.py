@@ -12,14 +12,14 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from bitmill.checkpoint.schema import FORMAT_VERSION, QUANT_METHOD, layer_formats, layer_places, quantized_ends
 from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.formats import Format
 from bitmill.formats.base import bits_together
-from bitmill.kv.calibrated import FILE as KV_FILE
-from bitmill.models.safetensors_header import TensorEntry, read_header
-from bitmill.quantized import Quantized, unpack
-from bitmill.runtime.hf import FORMAT_VERSION, QUANT_METHOD, layer_formats, layer_places, quantized_ends
-from bitmill.runtime.swap import outside
+from bitmill.formats.quantized import Quantized, unpack
+from bitmill.kv.calibration_file import FILE as KV_FILE
+from bitmill.runtime.modules.replace import outside
+from bitmill.sources.safetensors_header import TensorEntry, read_header
 
 
 @dataclass(frozen=True)

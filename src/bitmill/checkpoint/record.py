@@ -8,7 +8,7 @@ from typing import Any
 from bitmill.checkpoint.files import sha256, write_json, write_tensors, write_text
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import CheckpointError
-from bitmill.kv.calibrated import FILE, Calibration
+from bitmill.kv.calibration_file import FILE, Calibration
 from bitmill.report.figures import EMBEDDING, LANGUAGE
 from bitmill.report.html import folder_documents
 

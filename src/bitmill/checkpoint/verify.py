@@ -11,10 +11,10 @@ import torch
 from bitmill.checkpoint.files import sha256
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.errors import CheckpointError
-from bitmill.kv.calibrated import FILE, read_calibration
+from bitmill.kv.calibration_file import FILE, read_calibration
 from bitmill.kv.support import packed_shapes
+from bitmill.models.config_only import open_config_only
 from bitmill.models.meta import empty_model
-from bitmill.models.outline import open_outline
 from bitmill.progress import Progress
 from bitmill.report.figures import own_figure
 
@@ -60,7 +60,7 @@ def _check_calibration(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
     if calibration is None:
         return
     if calibration.method.scheme().is_calibrated:
-        outline = open_outline(checkpoint.folder, trust_remote_code=trust_remote_code)
+        outline = open_config_only(checkpoint.folder, trust_remote_code=trust_remote_code)
         calibration.check(packed_shapes(empty_model(outline)))
     for name, tensor in calibration.tensors().items():
         if not bool(torch.isfinite(tensor).all()):

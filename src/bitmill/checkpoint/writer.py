@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitmill.checkpoint.config import quantization_config
 from bitmill.checkpoint.files import (
     file_digests,
     make_folder,
@@ -29,15 +28,16 @@ from bitmill.checkpoint.files import (
     writing,
 )
 from bitmill.checkpoint.journal import Journal, first_difference
+from bitmill.checkpoint.schema import quantization_config
 from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
-from bitmill.models.ends import ends_of
-from bitmill.models.safetensors_header import read_header
-from bitmill.models.skeleton import Skeleton
-from bitmill.pipeline.job import OUTSIDE, BlockResult, LayerResult, Shared
+from bitmill.formats.quantized import unpack
+from bitmill.models.embeddings import embedding_and_head
+from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline.job import NON_BLOCK, BlockResult, LayerResult, Shared
 from bitmill.progress import Progress
-from bitmill.quantized import unpack
-from bitmill.recipe import Recipe
+from bitmill.recipes.recipe import Recipe
+from bitmill.sources.safetensors_header import read_header
 
 
 class FolderSink:
@@ -116,7 +116,7 @@ class FolderSink:
         try:
             for name, known in entry["layers"].items():
                 assert recipe is not None
-                format = recipe.stored if index != OUTSIDE else recipe.head
+                format = recipe.stored if index != NON_BLOCK else recipe.head
                 assert format is not None
                 prefix = name + "."
                 parts = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
@@ -134,18 +134,18 @@ class FolderSink:
         self._note(result, self.folder / entry["file"])
         return result
 
-    def write(self, result: BlockResult, skeleton: Skeleton) -> None:
+    def write(self, result: BlockResult, streamed: StreamedModel) -> None:
         """Pack a block into its shard: quantized layers, and everything else as the source holds it."""
         tensors: dict[str, Tensor] = {}
         for name, layer in result.layers.items():
             for part, tensor in layer.own().items():
                 tensors[f"{name}.{part}"] = tensor
-        names, packed = skeleton.block_tensors(result.index), {f"{name}.weight" for name in result.layers}
-        if result.index == OUTSIDE:
-            names, packed = skeleton.other_tensors(), set(ends_of(skeleton).weights)
+        names, packed = streamed.block_tensors(result.index), {f"{name}.weight" for name in result.layers}
+        if result.index == NON_BLOCK:
+            names, packed = streamed.other_tensors(), set(embedding_and_head(streamed).weights)
         for name in names:
             if name not in packed:
-                tensors[name] = result.changed[name] if name in result.changed else skeleton.stored(name)
+                tensors[name] = result.changed[name] if name in result.changed else streamed.stored(name)
         file = self._shard(result.index + 1)
         write_tensors(file, tensors)
         self._note(result, file, tensors)
@@ -165,28 +165,28 @@ class FolderSink:
             if layer.shared:
                 self._places[name] = layer.shared
 
-    def keep(self, skeleton: Skeleton, progress: Progress) -> None:
+    def keep(self, streamed: StreamedModel, progress: Progress) -> None:
         """Write all blocks as the source holds them."""
-        progress.start("copying weights", len(skeleton.blocks))
-        for index in range(len(skeleton.blocks)):
+        progress.start("copying weights", len(streamed.blocks))
+        for index in range(len(streamed.blocks)):
             if self.finished(index) is None:
-                self.write(BlockResult(index), skeleton)
+                self.write(BlockResult(index), streamed)
             progress.advance()
         progress.finish()
 
     # -- the rest -----------------------------------------------------------------------------------------
 
-    def complete(self, skeleton: Skeleton) -> Path:
+    def complete(self, streamed: StreamedModel) -> Path:
         """Write everything that is not a block; returns the folder, which can be loaded now."""
         recipe = self.recipe
         if recipe is None or recipe.head is None:  # otherwise it was written first
             file = self._shard(0)
-            tensors = {name: skeleton.stored(name) for name in skeleton.other_tensors()}
+            tensors = {name: streamed.stored(name) for name in streamed.other_tensors()}
             write_tensors(file, tensors)
             self.index.update(dict.fromkeys(tensors, file.name))
             del tensors
         with writing(self.folder):
-            skeleton.source.write_side_files(self.folder)
+            streamed.source.write_side_files(self.folder)
         shards = [self.folder / name for name in sorted(set(self.index.values()))]
         entries = [e for f in shards for e in read_header(f).values()]
         total = sum(entry.end - entry.begin for entry in entries)
@@ -194,13 +194,13 @@ class FolderSink:
             self.folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.index.items()))},
         )
-        config = json.loads(skeleton.source.config.to_json_string(use_diff=True))
-        stored = [skeleton.dtype(name) for name in skeleton.other_tensors()]
+        config = json.loads(streamed.source.config.to_json_string(use_diff=True))
+        stored = [streamed.dtype(name) for name in streamed.other_tensors()]
         config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix(
             "torch."
         )
         if recipe is not None:
-            ends = ends_of(skeleton).to_dict() if recipe.head else None
+            ends = embedding_and_head(streamed).to_dict() if recipe.head else None
             config["quantization_config"] = quantization_config(self.formats, recipe.to_dict(), self._places, ends)
             write_text(self.folder / "recipe.yaml", recipe.to_yaml())
         write_json(self.folder / "config.json", config)

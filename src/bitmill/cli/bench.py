@@ -39,7 +39,7 @@ def kernels(
         raise UsageError(f"--tokens is {tokens} and --turns is {turns}; use at least 1 of each.")
     with working(as_json) as output:
         output.progress.start("starting", 0)
-        from bitmill.bench.kernels import CASES, SHAPES, bench_kernels
+        from bitmill.workflows.bench.kernels import CASES, SHAPES, bench_kernels
 
         known = sorted({name for name, _, _ in CASES})
         if unknown := [name for name in format or [] if name not in known]:
@@ -65,7 +65,7 @@ def decode(
     """Tokens a second of a quantized model, and of the same model with its weights unpacked to fp32."""
     with working(as_json) as output:
         output.progress.start(f"decoding with {model}", 0)
-        from bitmill.bench.decode import bench_decode
+        from bitmill.workflows.bench.decode import bench_decode
 
         result = bench_decode(model, tokens, trust_remote_code)
         rows = [
@@ -89,7 +89,7 @@ def prefill(
     """Time to read a prompt and choose the next token, of a quantized model and of the same model in fp32."""
     with working(as_json) as output:
         output.progress.start(f"reading a prompt with {model}", 0)
-        from bitmill.bench.prefill import bench_prefill
+        from bitmill.workflows.bench.prefill import bench_prefill
 
         result = bench_prefill(model, tokens, turns, trust_remote_code)
         rows = [

@@ -13,7 +13,7 @@ from bitmill.cli.output import working
 
 if TYPE_CHECKING:
     from bitmill.formats import Format
-    from bitmill.recipe import Recipe
+    from bitmill.recipes.recipe import Recipe
 
 
 def methods(
@@ -23,7 +23,7 @@ def methods(
     """List the methods, of weights and of keys and values, or show the card and the options of one."""
     with working(as_json) as output:
         from bitmill.kv import KV_METHODS
-        from bitmill.recipe import METHODS
+        from bitmill.recipes.recipe import METHODS
 
         if name is None:
             listed, cached = (
@@ -57,9 +57,9 @@ def recipes(
     """List the recipes there are: named methods, your own files, and the parts they can be put together from."""
     with working(as_json) as output:
         from bitmill.cli.quantize import method_options
-        from bitmill.composition import find_recipe, user_recipes
         from bitmill.formats import FORMATS, Wrapper
-        from bitmill.recipe import METHODS
+        from bitmill.recipes.compose import find_recipe, user_recipes
+        from bitmill.recipes.recipe import METHODS
         from bitmill.solvers import SOLVERS
         from bitmill.transforms import TRANSFORMS
         from bitmill.tuners import TUNERS
@@ -89,9 +89,9 @@ def recipes(
 def models(as_json: AsJson = False) -> None:
     """List the demo models and the architectures that are supported."""
     with working(as_json) as output:
-        from bitmill.models.adapter import ADAPTERS
-        from bitmill.models.configs import known_configs
-        from bitmill.models.zoo import ZOO
+        from bitmill.architectures.adapter import ADAPTERS
+        from bitmill.sources.configs import known_configs
+        from bitmill.sources.zoo import ZOO
 
         demo = [dataclasses.asdict(model) for _, model in sorted(ZOO.items())]
         architectures = [

@@ -70,11 +70,11 @@ def compare(
     """Quantize a model in several ways, measure each on the same terms, and write a page about it."""
     with working(as_json, "interrupted; the same command continues") as output:
         output.progress.start("starting", 0)
-        from bitmill.comparison.cells import PROMPTS
-        from bitmill.comparison.compare import compare
-        from bitmill.preparation import Calibration
-        from bitmill.recipe import METHODS
+        from bitmill.data.calibration import Calibration
+        from bitmill.recipes.recipe import METHODS
         from bitmill.report.table import results_table
+        from bitmill.workflows.comparison.cells import PROMPTS
+        from bitmill.workflows.comparison.compare import compare
 
         named = METHODS.names() if methods.strip() == "all" else words(methods)
         results = compare(

@@ -19,8 +19,8 @@ FolderArgument = Annotated[
 def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
     """List what a quantized folder holds, in which formats and how many bits."""
     with working(as_json) as output:
-        from bitmill.checkpoint import open_checkpoint
         from bitmill.checkpoint.files import folder_bytes
+        from bitmill.checkpoint.reader import open_checkpoint
 
         checkpoint = open_checkpoint(folder)
         tensors = list(checkpoint.layers())
@@ -54,8 +54,8 @@ def verify(
     with working(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
-        from bitmill.checkpoint import open_checkpoint, verify
-        from bitmill.checkpoint.verify import verify_quality
+        from bitmill.checkpoint.reader import open_checkpoint
+        from bitmill.checkpoint.verify import verify, verify_quality
         from bitmill.report.figures import OWN
 
         def again(recorded: dict[str, Any]) -> dict[str, Any]:

@@ -149,8 +149,8 @@ def _open(output: Output, model: str, dense: bool, device: str, trust_remote_cod
 
 
 def _caches(live: Any, model: str, kv: str | None, bits: int | None, settings: list[str] | None) -> Any:
-    from bitmill.caching import Caches
-    from bitmill.kv.wanted import asked
+    from bitmill.kv.config import asked
+    from bitmill.workflows.kv import Caches
 
     return Caches(live, asked(kv, bits, pairs(settings, "--kv-set")), model)
 

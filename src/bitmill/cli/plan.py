@@ -70,9 +70,9 @@ def plan(
     with working(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill.cli.quantize import method_options
-        from bitmill.plan import Wanted
-        from bitmill.plan import plan as planned
-        from bitmill.plan.units import parse_bytes, parse_tokens
+        from bitmill.workflows.plan import Wanted
+        from bitmill.workflows.plan import plan as planned
+        from bitmill.workflows.plan.units import parse_bytes, parse_tokens
 
         result = planned(
             model,

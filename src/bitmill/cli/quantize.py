@@ -21,7 +21,7 @@ from bitmill.cli.options import (
 )
 from bitmill.cli.output import facts, kv_facts, measured_row, megabytes, number, working
 from bitmill.errors import UsageError
-from bitmill.leaderboard import WITHIN_MINUTES
+from bitmill.recipes.defaults import WITHIN_MINUTES
 from bitmill.report.words import spelled
 
 NONE = "none"  # the method that leaves weights as they are
@@ -109,8 +109,8 @@ def quantize(
     with working(as_json, hint) as output:
         output.progress.start("starting", 0)
         from bitmill import api
-        from bitmill.composition import compose, find_recipe, from_parts
-        from bitmill.leaderboard import leading_recipe
+        from bitmill.recipes.compose import compose, find_recipe, from_parts
+        from bitmill.recipes.defaults import leading_recipe
 
         parts = (format, solver, transform, tuner)
         if method == NONE:

@@ -41,7 +41,7 @@ def study(
         raise UsageError("--windows and --seqlen cut up a text; name it with --text.")
     with working(as_json) as output:
         output.progress.start("starting", 0)
-        from bitmill.study import study
+        from bitmill.workflows.sweep import study
 
         result = study(
             model,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitmill.continuing import go_on
+from bitmill.compat import go_on
 from bitmill.errors import NumericsError, UsageError
 
 CHUNK = 512  # tokens of a prompt that are read at a time into a packed cache

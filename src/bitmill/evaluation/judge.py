@@ -7,10 +7,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from bitmill.evaluation.embedding import Embeddings
-from bitmill.evaluation.perplexity import Comparison
+from bitmill.evaluation.metrics import Comparison
 
 
-class Judge(Protocol):
+class Metric(Protocol):
     """Takes in what a model, and its reference, answer to windows of tokens, and says what it is worth."""
 
     def add(self, tokens: Tensor, answer: Tensor, reference: Tensor | None = None) -> None:
@@ -22,6 +22,6 @@ class Judge(Protocol):
         ...
 
 
-def judge_of(pooling: str | None) -> Judge:
+def metric_for(pooling: str | None) -> Metric:
     """The judge of an encoder whose embeddings are pooled that way, or, without any, of a decoder."""
     return Comparison() if pooling is None else Embeddings(pooling)

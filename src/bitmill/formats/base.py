@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from bitmill.config.registry import Member, Registry
 from bitmill.numerics.packing import pack, unpack, unpack_at, words_for
-from bitmill.registry import Member, Registry
 
 if TYPE_CHECKING:
     from bitmill.formats.grouped import GroupFormat

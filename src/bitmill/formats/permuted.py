@@ -26,7 +26,7 @@ from bitmill.formats.wrapper import InnerSolve, Wrapper
 from bitmill.numerics.cholesky import inverse_factor
 
 if TYPE_CHECKING:
-    from bitmill.quantized import Quantized
+    from bitmill.formats.quantized import Quantized
 
 _DAMP = 0.05
 

@@ -29,7 +29,7 @@ from bitmill.formats.wrapper import InnerSolve, Wrapper
 from bitmill.numerics.rotations import Rotation, rotation
 
 if TYPE_CHECKING:
-    from bitmill.quantized import Quantized
+    from bitmill.formats.quantized import Quantized
 
 _RANGE = 64.0  # s is kept within this factor of 1: the other side of the balance grows by what one side loses
 

@@ -20,7 +20,7 @@ from bitmill.formats.base import FORMATS, Params, Part
 from bitmill.formats.wrapper import InnerSolve, Wrapper
 
 if TYPE_CHECKING:
-    from bitmill.quantized import Quantized
+    from bitmill.formats.quantized import Quantized
 
 
 @FORMATS.register("shared")

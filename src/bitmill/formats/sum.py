@@ -33,7 +33,7 @@ from bitmill.formats.wrapper import InnerSolve, Wrapper
 from bitmill.numerics.sparse import best_values, index_type, largest, places, to_index
 
 if TYPE_CHECKING:
-    from bitmill.quantized import Quantized
+    from bitmill.formats.quantized import Quantized
 
 _DAMP = 0.01  # of the refit: a row has few entries, and the Gram matrix many tokens
 

@@ -17,7 +17,7 @@ from bitmill.formats.base import Format, Params, Part
 from bitmill.formats.grouped import GroupFormat
 
 if TYPE_CHECKING:
-    from bitmill.quantized import Quantized
+    from bitmill.formats.quantized import Quantized
 
 # (W (rows, columns), statistics) -> Quantized in the inner format
 InnerSolve = Callable[[Tensor, Any], "Quantized"]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.continuing import go_on
-from bitmill.kv.base import PAGE, KVMethod
+from bitmill.compat import go_on
 from bitmill.kv.cache import QuantizedCache
-from bitmill.kv.calibrated import Calibration
+from bitmill.kv.calibration_file import Calibration
+from bitmill.kv.scheme import PAGE, KVMethod
 
 
 class PackedAnswers:

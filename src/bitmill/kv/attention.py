@@ -15,9 +15,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitmill.errors import UsageError
-from bitmill.kv.base import ATTENTION
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.rope import attentions
+from bitmill.kv.scheme import ATTENTION
 
 _STANDS_FOR = "sdpa"
 _UNKNOWN = ("position_bias", "softcap")  # what else may go into a score

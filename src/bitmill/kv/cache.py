@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from bitmill.continuing import cache_in
+from bitmill.compat import cache_in
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.attention import attach
-from bitmill.kv.base import KVMethod, kv_method
-from bitmill.kv.calibrated import Calibration, read_calibration
+from bitmill.kv.calibration_file import Calibration, read_calibration
+from bitmill.kv.codec import Calibrated
+from bitmill.kv.config import calibrating, said
+from bitmill.kv.decode_step import Stepping
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.rope import rope_for
 from bitmill.kv.saved import SavedCache, write_cache
-from bitmill.kv.side import Calibrated
-from bitmill.kv.stepping import Stepping
+from bitmill.kv.scheme import KVMethod, kv_method
 from bitmill.kv.support import packed_shapes
-from bitmill.kv.wanted import calibrating, said
 
 _NONE = (Calibrated(), Calibrated())
 

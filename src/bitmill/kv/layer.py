@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from bitmill.errors import UsageError
-from bitmill.kv.base import ATTENTION, PAGE, Scheme
-from bitmill.kv.reading import Reader
+from bitmill.kv.buffer import Tokens
+from bitmill.kv.codec import Calibrated
+from bitmill.kv.kernel_args import Reader
 from bitmill.kv.rope import Rope
-from bitmill.kv.side import Calibrated
-from bitmill.kv.tokens import Tokens
+from bitmill.kv.scheme import ATTENTION, PAGE, Scheme
 
 
 class QuantizedLayer(Tokens, DynamicLayer):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.grouped import as_stored, positive
-from bitmill.kv.base import Side
+from bitmill.kv.scheme import Side
 
 _ROUNDS = 2000
 

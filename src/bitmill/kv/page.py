@@ -22,8 +22,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bitmill.kv.base import PAGE, Scheme, Side
-from bitmill.kv.side import Coded
+from bitmill.kv.codec import Coded
+from bitmill.kv.scheme import PAGE, Scheme, Side
 from bitmill.numerics.packing import pack, unpack, words_for
 
 LANES = 16

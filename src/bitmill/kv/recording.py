@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from bitmill.continuing import go_on
+from bitmill.compat import go_on
 from bitmill.errors import CalibrationError
-from bitmill.kv.base import PAGE
+from bitmill.kv.scheme import PAGE
 from bitmill.progress import Progress
 
 _TOKENS = 8192  # that are kept of a layer, spread evenly over the windows

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.errors import UsageError
-from bitmill.kv.base import Scheme
+from bitmill.kv.scheme import Scheme
 
 _PROBE = (0, 1, 31, 1023)  # positions at which the model's own embedding is compared with this one
 _APART = 1e-4

@@ -1,6 +1,6 @@
 """A packed cache as a file of safetensors: pages as they are, and what they are decoded with.
 
-Its tensors are layers.N.pages (rows, pages, words), .loose and .start (see bitmill.kv.tokens), and those of the
+Its tensors are layers.N.pages (rows, pages, words), .loose and .start (see bitmill.kv.buffer), and those of the
 calibration; its metadata are the method, and for each layer the length, the first slot and the shape of heads.
 """
 
@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitmill.errors import CheckpointError
-from bitmill.kv.base import KV_METHODS, PAGE, KVMethod
-from bitmill.kv.calibrated import Calibration, calibrated_layers
+from bitmill.kv.calibration_file import Calibration, calibrated_layers
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.page import PageLayout
+from bitmill.kv.scheme import KV_METHODS, PAGE, KVMethod
 
 _META = "bitmill_kv_cache"
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import prod
 
-from bitmill.kv.base import PAGE, Scheme, Side
+from bitmill.kv.codec import calibrated_shapes
 from bitmill.kv.page import PageLayout
-from bitmill.kv.side import calibrated_shapes
+from bitmill.kv.scheme import PAGE, Scheme, Side
 from bitmill.kv.store import SLAB
 
 _FLOAT, _FP32 = 2, 4  # bytes of a number in fp16 and in fp32

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitmill.kv.base import PAGE
+from bitmill.kv.codec import Coder
 from bitmill.kv.page import PageLayout
-from bitmill.kv.side import Coder
+from bitmill.kv.scheme import PAGE
 
 SLAB = 8  # pages
 

@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from bitmill.architectures.adapter import is_encoder
 from bitmill.errors import UsageError
-from bitmill.kv.base import PAGE, KVMethod
+from bitmill.kv.codec import rotation
 from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import attentions, rope_for
-from bitmill.kv.side import rotation
+from bitmill.kv.scheme import PAGE, KVMethod
 from bitmill.kv.size import calibrated_numbers
-from bitmill.models.adapter import is_encoder
-from bitmill.models.cached import heads_of
+from bitmill.models.kv_shapes import heads_of
 
 _FP32 = 4
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitmill.architectures.adapter import is_encoder
 from bitmill.errors import SourceError
-from bitmill.models.adapter import is_encoder
-from bitmill.models.module import ModuleSource
-from bitmill.models.source import Source
+from bitmill.sources.base import Source
+from bitmill.sources.module import ModuleSource
 
 
 def empty_model(source: Source) -> nn.Module:

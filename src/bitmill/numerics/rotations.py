@@ -14,7 +14,7 @@ hadamard(width)      signs, then Sylvester's matrices for the powers of two, Pal
 orthogonal(width)    permutation, two Haar-random factors of about sqrt(width), permutation. A width without
                      such factors takes two overlapping windows of a width that has them. O(width**1.5).
 
-Seeds mean the same map for ever (`draws`). QuIP (arXiv 2307.13304, section 4.1) has the Kronecker product,
+Seeds mean the same map for ever (`rng`). QuIP (arXiv 2307.13304, section 4.1) has the Kronecker product,
 QuIP# (arXiv 2402.04396, section 3) the randomized Hadamard transform.
 """
 
@@ -28,8 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitmill.numerics.draws import normals, permutation, signs
 from bitmill.numerics.hadamard import hadamard
+from bitmill.numerics.rng import normals, permutation, signs
 
 Kind = Literal["hadamard", "orthogonal"]
 

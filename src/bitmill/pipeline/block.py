@@ -8,20 +8,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from bitmill.calibration.collect import observe
+from bitmill.calibration.fisher import Fisher, of_scaled
+from bitmill.calibration.staged_forward import StagedForward, stages_of
+from bitmill.calibration.store import StatisticsStore
+from bitmill.calibration.streams import Streams
 from bitmill.formats import Params
-from bitmill.models.memory import give_back
+from bitmill.formats.quantized import shared_place
+from bitmill.models.trim_memory import trim_malloc
 from bitmill.numerics.gram import RunningGram
-from bitmill.pipeline.calibration import StagedForward, stages_of
-from bitmill.pipeline.fisher import Fisher, of_scaled
+from bitmill.numerics.statistics import FISHER, Activations
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
-from bitmill.pipeline.observe import observe
-from bitmill.pipeline.store import StatisticsStore
-from bitmill.pipeline.streams import Streams
-from bitmill.quantized import shared_place
 from bitmill.solvers import Statistics
-from bitmill.solvers.base import FISHER, output_error, solve_stacked
-from bitmill.transforms.base import Activations
+from bitmill.solvers.base import output_error, solve_stacked
 from bitmill.tuners import BlockTask
 
 
@@ -48,8 +48,8 @@ def quantize_block(
     shared: dict[str, Params],
 ) -> BlockResult:
     """Quantize the linears of one block in place and move the streams past it."""
-    recipe, skeleton = job.recipe, job.skeleton
-    adapter, prefix = skeleton.adapter, skeleton.block_name(index)
+    recipe, streamed = job.recipe, job.streamed
+    adapter, prefix = streamed.adapter, streamed.block_name(index)
     calls = streams.calls(index) if streams else []
     stages = [list(stage) for stage in adapter.stages]
     if streams:
@@ -69,20 +69,20 @@ def quantize_block(
         seen = observe(block, streams.hidden, calls, leads)
 
     task = BlockTask(
-        block, names, recipe.stored, calls, [], targets, index, len(skeleton.blocks), adapter.transposed,
+        block, names, recipe.stored, calls, [], targets, index, len(streamed.blocks), adapter.transposed,
         adapter.seams,
     )  # fmt: skip
     if streams and recipe.tuners:  # nobody else needs the inputs once they have passed
         task.inputs = list(streams.hidden)
     work = _Work(job, task, stages, bool(recipe.tuners), shared)
     if work.keep:
-        task.dtypes = {name: skeleton.dtype(f"{prefix}.{name}") for name, _ in task.floats()}
+        task.dtypes = {name: streamed.dtype(f"{prefix}.{name}") for name, _ in task.floats()}
     before = {name: task.matrix(name).clone() for name in names} if fisher and recipe.transforms else {}
-    result = BlockResult(index, changed=fold_transforms(recipe, skeleton, index, seen))
+    result = BlockResult(index, changed=fold_transforms(recipe, streamed, index, seen))
     # beside the block as it is quantized, the float one in the same basis
     twin = copy.deepcopy(block) if "cross" in recipe.needs and job.propagate == "quantized" else None
     if fisher:
-        work.fisher = fisher.block(index, skeleton.device)
+        work.fisher = fisher.block(index, streamed.device)
         for name, W in before.items():
             work.fisher[name] = of_scaled(work.fisher[name], W, task.matrix(name))
     floats = {name: p.detach().clone() for name, p in task.floats()} if recipe.tuners else {}
@@ -112,7 +112,7 @@ def _float_statistics(
 ) -> dict[str, Activations]:
     """The float model's statistics of a block, from the store where it has them."""
     if store and store.has(index):
-        return store.load(index, job.skeleton.device)
+        return store.load(index, job.streamed.device)
     assert streams is not None
     seen = observe(block, streams.hidden, streams.calls(index), [stage[0] for stage in stages])
     if store:
@@ -155,12 +155,12 @@ def _statistics(
     forward: StagedForward, beside: StagedForward | None, lead: str, width: int, job: Job
 ) -> Statistics:
     """What a stage's inputs say about its linears."""
-    gram = RunningGram(width, job.skeleton.device)
+    gram = RunningGram(width, job.streamed.device)
     if beside is None:
         for X in forward.inputs(lead):
             gram.add(X)
         return Statistics(gram.mean(), gram.tokens)
-    cross = torch.zeros(width, width, device=job.skeleton.device)
+    cross = torch.zeros(width, width, device=job.streamed.device)
     for X, X_float in zip(forward.inputs(lead), beside.inputs(lead)):
         gram.add(X)
         cross.addmm_((X_float - X).T, X)
@@ -187,7 +187,7 @@ def _solve_stage(work: _Work, stage: list[str], stats: Statistics) -> None:
             work.errors[name] = _compare(W, decoded, stats.gram)
             task.quantized[name] = quantized
             task.put_matrix(name, decoded)
-    give_back()  # splinters of one stage must not add to the next one's peak
+    trim_malloc()  # splinters of one stage must not add to the next one's peak
 
 
 def _compare(W: Tensor, decoded: Tensor, gram: Tensor | None) -> tuple[float, float | None]:
@@ -205,10 +205,10 @@ def _errors(work: _Work, name: str) -> tuple[float, float | None]:
 
 def _note_floats(work: _Work, before: dict[str, Tensor], result: BlockResult) -> None:
     """Round what tuners changed to the type in which it will be stored, and note it."""
-    skeleton = work.job.skeleton
+    streamed = work.job.streamed
     for name, parameter in work.task.floats():
         if name in before and not torch.equal(before[name], parameter):
-            full = f"{skeleton.block_name(result.index)}.{name}"
-            stored = parameter.detach().to(skeleton.dtype(full))
-            skeleton.set(full, stored.float())
+            full = f"{streamed.block_name(result.index)}.{name}"
+            stored = parameter.detach().to(streamed.dtype(full))
+            streamed.set(full, stored.float())
             result.changed[full] = stored

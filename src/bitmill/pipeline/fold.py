@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill.models.skeleton import Skeleton
-from bitmill.recipe import Recipe
-from bitmill.transforms.base import Activations, SeamTransform, SeamView, fold
+from bitmill.models.streamed import StreamedModel
+from bitmill.numerics.statistics import Activations
+from bitmill.recipes.recipe import Recipe
+from bitmill.transforms.base import SeamTransform, SeamView, fold
 
 
 @torch.no_grad()
 def fold_transforms(
-    recipe: Recipe, skeleton: Skeleton, index: int, seen: dict[str, Activations] | None = None
+    recipe: Recipe, streamed: StreamedModel, index: int, seen: dict[str, Activations] | None = None
 ) -> dict[str, Tensor]:
     """Fold every seam transform of the recipe into every seam of block `index`.
 
@@ -23,9 +24,9 @@ def fold_transforms(
     seam_transforms = [t for t in recipe.transforms if isinstance(t, SeamTransform)]
     if not seam_transforms:
         return {}
-    block, adapter = skeleton.blocks[index], skeleton.adapter
+    block, adapter = streamed.blocks[index], streamed.adapter
     seen = {} if seen is None else seen
-    prefix = skeleton.block_name(index)
+    prefix = streamed.block_name(index)
     touched: set[str] = set()
     for transform in seam_transforms:
         for seam in adapter.seams:
@@ -47,9 +48,9 @@ def fold_transforms(
     quantized = {f"{prefix}.{name}" for name in adapter.linears}
     quantized = {f"{name}.weight" for name in quantized if not recipe.ignores(name)}
     changed = {}
-    for name in sorted((touched & set(skeleton.names())) - quantized):
-        stored = skeleton.model.get_parameter(name).data.to(skeleton.dtype(name))
-        skeleton.set(name, stored.float())
+    for name in sorted((touched & set(streamed.names())) - quantized):
+        stored = streamed.model.get_parameter(name).data.to(streamed.dtype(name))
+        streamed.set(name, stored.float())
         changed[name] = stored
     return changed
 

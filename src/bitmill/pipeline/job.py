@@ -8,13 +8,13 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from bitmill.models.skeleton import Skeleton
-from bitmill.models.text import Windows
-from bitmill.quantized import Quantized
-from bitmill.recipe import Recipe
+from bitmill.data.text import Windows
+from bitmill.formats.quantized import Quantized
+from bitmill.models.streamed import StreamedModel
+from bitmill.recipes.recipe import Recipe
 
 Propagate = Literal["quantized", "float"]
-OUTSIDE = -1  # what stands for the index of a block where the layers outside of all blocks are meant
+NON_BLOCK = -1  # what stands for the index of a block where the layers outside of all blocks are meant
 Shared = dict[str, dict[str, Tensor]]  # path of a module, see `shared_place` -> packed tensors that layers share
 
 
@@ -27,7 +27,7 @@ class Job:
     statistics: a folder that keeps the float model's statistics, so that other recipes find them there.
     """
 
-    skeleton: Skeleton
+    streamed: StreamedModel
     recipe: Recipe
     calibration: Tensor | None = None
     held_out: Windows | None = None
@@ -89,7 +89,7 @@ class Sink(Protocol):
     def finished(self, index: int) -> BlockResult | None:
         """A block finished earlier, so that the loop can go on from it; None to quantize it now."""
 
-    def write(self, result: BlockResult, skeleton: Skeleton) -> None:
+    def write(self, result: BlockResult, streamed: StreamedModel) -> None:
         """Keep a finished block."""
 
     def shared(self) -> Shared | None:

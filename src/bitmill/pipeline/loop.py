@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 
+from bitmill.calibration.fisher import Fisher
+from bitmill.calibration.store import StatisticsStore
+from bitmill.calibration.streams import Streams
+from bitmill.data.text import windows_hash
 from bitmill.errors import RecipeError
 from bitmill.formats import Params
-from bitmill.models.skeleton import Skeleton
-from bitmill.models.text import windows_hash
+from bitmill.models.streamed import StreamedModel
+from bitmill.numerics.statistics import FISHER
 from bitmill.pipeline.block import quantize_block
-from bitmill.pipeline.ends import quantize_ends
-from bitmill.pipeline.fisher import Fisher, fisher_of
+from bitmill.pipeline.embeddings import quantize_embeddings
+from bitmill.pipeline.fisher_job import fisher_of
 from bitmill.pipeline.job import BlockResult, Job, Sink
 from bitmill.pipeline.measure import Measure
 from bitmill.pipeline.shared import shared_parts
-from bitmill.pipeline.store import StatisticsStore
-from bitmill.pipeline.streams import Streams
 from bitmill.progress import Progress
-from bitmill.solvers.base import FISHER
 from bitmill.tuners.base import TARGETS
 from bitmill.version import __version__
 
@@ -50,15 +51,15 @@ def _run(
     fisher: Fisher | None,
     shared: dict[str, Params],
 ) -> dict[str, Any]:
-    skeleton = job.skeleton
+    streamed = job.streamed
     streams = measure = None
-    ends = quantize_ends(job, sink, progress)
-    with skeleton.outside("before"):
+    ends = quantize_embeddings(job, sink, progress)
+    with streamed.non_block_weights("before"):
         if _needs_streams(job, store):
             assert job.calibration is not None
-            streams = Streams(skeleton, job.calibration, job.propagate == "float" or _compares(job))
+            streams = Streams(streamed, job.calibration, job.propagate == "float" or _compares(job))
         if job.held_out is not None:
-            measure = Measure(skeleton, job.held_out)
+            measure = Measure(streamed, job.held_out)
         if ends:  # until here the float model's own embeddings were read
             ends.put_embedding()
             if streams and job.propagate != "float":
@@ -66,27 +67,27 @@ def _run(
             if measure:
                 measure.enter()
 
-    progress.start("quantize", len(skeleton.blocks))
-    for index in range(len(skeleton.blocks)):
-        block = skeleton.load_block(index)
+    progress.start("quantize", len(streamed.blocks))
+    for index in range(len(streamed.blocks)):
+        block = streamed.load_block(index)
         if measure:
             measure.pass_float(block, index)
         done = sink.finished(index)
         if done is not None:
             targets = streams.targets(block, index) if streams else []
-            _restore(done, skeleton)
+            _restore(done, streamed)
             if streams:
                 streams.advance(block, index, targets, follow_float=job.propagate == "float")
         else:
-            sink.write(quantize_block(job, block, index, streams, store, fisher, shared), skeleton)
+            sink.write(quantize_block(job, block, index, streams, store, fisher, shared), streamed)
         if measure:
             measure.pass_quantized(block, index)
-        skeleton.free_block(index)
+        streamed.free_block(index)
         progress.advance()
     progress.finish()
     if measure is None:
         return {}
-    with skeleton.outside("after"):
+    with streamed.non_block_weights("after"):
         return measure.result(ends)
 
 
@@ -100,9 +101,9 @@ def _store(job: Job) -> StatisticsStore | None:
         )
     assert job.calibration is not None
     identity = {
-        "model": job.skeleton.source.fingerprint(),
+        "model": job.streamed.source.fingerprint(),
         "windows": windows_hash(job.calibration),
-        "device": str(job.skeleton.device),
+        "device": str(job.streamed.device),
         "versions": [__version__, torch.__version__],
     }
     return StatisticsStore(job.statistics, identity)
@@ -113,7 +114,7 @@ def _needs_streams(job: Job, store: StatisticsStore | None) -> bool:
     needs = job.recipe.needs - FISHER  # which has a pass of its own
     if not needs:
         return False
-    stored = store is not None and all(store.has(i) for i in range(len(job.skeleton.blocks)))
+    stored = store is not None and all(store.has(i) for i in range(len(job.streamed.blocks)))
     return not stored or _compares(job)
 
 
@@ -123,10 +124,10 @@ def _compares(job: Job) -> bool:
     return bool(job.recipe.needs & beside)
 
 
-def _restore(done: BlockResult, skeleton: Skeleton) -> None:
+def _restore(done: BlockResult, streamed: StreamedModel) -> None:
     """Bring a block to the state in which it was finished."""
     for name, tensor in done.changed.items():
-        if skeleton.is_parameter(name):
-            skeleton.set(name, tensor.to(skeleton.device, torch.float32))
+        if streamed.is_parameter(name):
+            streamed.set(name, tensor.to(streamed.device, torch.float32))
     for name, layer in done.layers.items():
-        skeleton.set_matrix(f"{name}.weight", layer.quantized.dequantize())
+        streamed.set_matrix(f"{name}.weight", layer.quantized.dequantize())

@@ -11,29 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.evaluation.judge import judge_of
-from bitmill.models.calls import Call
-from bitmill.models.pooling import pooling_of
-from bitmill.models.skeleton import Skeleton
-from bitmill.models.text import Windows
-from bitmill.pipeline.ends import QuantizedEnds
+from bitmill.data.text import Windows
+from bitmill.evaluation.judge import metric_for
+from bitmill.models.block_call import BlockCall
+from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline.embeddings import QuantizedEmbeddings
+from bitmill.sources.pooling import pooling_of
 
 
 class Measure:
     """Float and quantized hidden states of held-out windows, one by one."""
 
-    def __init__(self, skeleton: Skeleton, windows: Windows) -> None:
-        self.skeleton, self.windows = skeleton, windows
-        self.judge = judge_of(pooling_of(skeleton.source))
+    def __init__(self, streamed: StreamedModel, windows: Windows) -> None:
+        self.streamed, self.windows = streamed, windows
+        self.judge = metric_for(pooling_of(streamed.source))
         self.enter()
         self.float = list(self.quantized)
 
     def enter(self) -> None:
         """Begin the quantized stream with the embeddings that are in memory now."""
         self.quantized: list[Tensor] = []
-        self.calls: list[list[Call]] = []
+        self.calls: list[list[BlockCall]] = []
         for window in self.windows:
-            hidden, calls = self.skeleton.enter(window[None])
+            hidden, calls = self.streamed.embed(window[None])
             self.quantized.append(hidden)
             self.calls.append(calls)
 
@@ -46,7 +46,7 @@ class Measure:
         self.quantized = [c[index].run(block, h) for c, h in zip(self.calls, self.quantized)]
 
     @torch.no_grad()
-    def result(self, ends: QuantizedEnds | None = None) -> dict[str, Any]:
+    def result(self, ends: QuantizedEmbeddings | None = None) -> dict[str, Any]:
         """What the model's judge finds; needs the tensors outside the blocks in memory.
 
         ends: with the head through which the quantized stream leaves, where that is another than the float one.
@@ -54,6 +54,6 @@ class Measure:
         for window, reference, quantized in zip(self.windows, self.float, self.quantized):
             tokens = window[None]
             with ends.head() if ends else nullcontext():
-                answer = self.skeleton.leave(tokens, quantized)
-            self.judge.add(tokens, answer, self.skeleton.leave(tokens, reference))
+                answer = self.streamed.head(tokens, quantized)
+            self.judge.add(tokens, answer, self.streamed.head(tokens, reference))
         return self.judge.result()

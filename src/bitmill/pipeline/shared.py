@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+from bitmill.calibration.collect import observe
+from bitmill.calibration.staged_forward import stages_of
+from bitmill.calibration.streams import Streams
 from bitmill.formats import Params
-from bitmill.pipeline.calibration import stages_of
+from bitmill.formats.quantized import shared_place
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import Job, Sink
-from bitmill.pipeline.observe import observe
-from bitmill.pipeline.streams import Streams
 from bitmill.progress import Progress
-from bitmill.quantized import shared_place
 from bitmill.solvers import Learner, Statistics
 from bitmill.solvers.base import inside
 
@@ -36,7 +36,7 @@ def shared_parts(job: Job, sink: Sink, progress: Progress) -> dict[str, Params]:
         learned = _learn(job, progress)
         kept = {shared_place(kind): format.pack_shared(params) for kind, params in learned.items()}
         sink.share(kept)
-    device = job.skeleton.device
+    device = job.streamed.device
     parts = {kind: kept[shared_place(kind)] for kind in _kinds(job)}
     return {
         kind: {name: value.to(device) for name, value in format.unpack_shared(tensors).items()}
@@ -46,24 +46,24 @@ def shared_parts(job: Job, sink: Sink, progress: Progress) -> dict[str, Params]:
 
 def _kinds(job: Job) -> Counter[str]:
     """How many layers of each kind are quantized."""
-    names = [job.skeleton.block_name(index) for index in range(len(job.skeleton.blocks))]
-    linears = job.skeleton.adapter.linears
+    names = [job.streamed.block_name(index) for index in range(len(job.streamed.blocks))]
+    linears = job.streamed.adapter.linears
     return Counter(kind for kind in linears for name in names if not job.recipe.ignores(f"{name}.{kind}"))
 
 
 def _learn(job: Job, progress: Progress) -> dict[str, Params]:
-    skeleton, recipe = job.skeleton, job.recipe
+    streamed, recipe = job.streamed, job.recipe
     learners: dict[str, Learner] = {}
     for kind, layers in _kinds(job).items():
         learner = recipe.solver.learner(recipe.weight.core, layers)
         assert learner is not None  # the recipe has asked
         learners[kind] = learner
-    progress.start("what layers share", len(skeleton.blocks) + len(learners))
+    progress.start("what layers share", len(streamed.blocks) + len(learners))
     streams = None
     if job.calibration is not None and recipe.needs & _OBSERVED:
-        with skeleton.outside("before"):
-            streams = Streams(skeleton, job.calibration, compare=False)
-    for index in range(len(skeleton.blocks)):
+        with streamed.non_block_weights("before"):
+            streams = Streams(streamed, job.calibration, compare=False)
+    for index in range(len(streamed.blocks)):
         _show(job, index, streams, learners)
         progress.advance()
     learned = {}
@@ -76,19 +76,19 @@ def _learn(job: Job, progress: Progress) -> dict[str, Params]:
 
 def _show(job: Job, index: int, streams: Streams | None, learners: dict[str, Learner]) -> None:
     """Let the learners see the linears of one block, and move the stream past it."""
-    skeleton, recipe = job.skeleton, job.recipe
-    block, stages, seen = skeleton.load_block(index), [list(stage) for stage in skeleton.adapter.stages], {}
+    streamed, recipe = job.streamed, job.recipe
+    block, stages, seen = streamed.load_block(index), [list(stage) for stage in streamed.adapter.stages], {}
     if streams:
         calls, first = streams.calls(index), streams.hidden[0]
-        stages = stages_of(skeleton.adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
+        stages = stages_of(streamed.adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
         seen = observe(block, streams.hidden, calls, [stage[0] for stage in stages])
         streams.advance(block, index, [])
-    fold_transforms(recipe, skeleton, index, seen)
+    fold_transforms(recipe, streamed, index, seen)
     for stage in stages:
         known = seen.get(stage[0])
         stats = Statistics(known.gram, known.tokens) if known else Statistics()
         for kind in stage:
-            name = f"{skeleton.block_name(index)}.{kind}"
+            name = f"{streamed.block_name(index)}.{kind}"
             if not recipe.ignores(name):
-                learners[kind].see(*inside(skeleton.matrix(f"{name}.weight"), stats, recipe.stored))
-    skeleton.free_block(index)
+                learners[kind].see(*inside(streamed.matrix(f"{name}.weight"), stats, recipe.stored))
+    streamed.free_block(index)

@@ -1,5 +1,6 @@
 """Which of the storable numbers is chosen. One file per solver."""
 
-from bitmill.solvers.base import SOLVERS, Learner, Solver, Statistics
+from bitmill.numerics.statistics import Statistics
+from bitmill.solvers.base import SOLVERS, Learner, Solver
 
 __all__ = ["SOLVERS", "Learner", "Solver", "Statistics"]

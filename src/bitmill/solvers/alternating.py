@@ -15,9 +15,10 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat
 from bitmill.formats.grouped import alternate
+from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.numerics.grouping import grouped, grouped_importance
-from bitmill.quantized import Quantized, nearest_matrix
-from bitmill.solvers.base import SOLVERS, WEIGHTED, Solver, Statistics
+from bitmill.numerics.statistics import WEIGHTED, Statistics
+from bitmill.solvers.base import SOLVERS, Solver
 
 
 @SOLVERS.register("alternating")

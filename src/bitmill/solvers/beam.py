@@ -25,10 +25,11 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat, Params
 from bitmill.formats.grouped import Rounder, as_stored
+from bitmill.formats.quantized import Quantized, fit_matrix, fit_rest
 from bitmill.numerics import additive
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.quantized import Quantized, fit_matrix, fit_rest
-from bitmill.solvers.base import GRAM, SOLVERS, Solver, Statistics
+from bitmill.numerics.statistics import GRAM, Statistics
+from bitmill.solvers.base import SOLVERS, Solver
 from bitmill.solvers.descent import Descent
 from bitmill.solvers.feedback import feed_back, without_dead
 from bitmill.solvers.gptaq import retarget

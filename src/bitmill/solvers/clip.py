@@ -19,9 +19,10 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat, Params
+from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.numerics.grouping import grouped, grouped_importance
-from bitmill.quantized import Quantized, nearest_matrix
-from bitmill.solvers.base import GRAM, SOLVERS, Solver, Statistics
+from bitmill.numerics.statistics import GRAM, Statistics
+from bitmill.solvers.base import SOLVERS, Solver
 
 _SLICE = 1 << 22  # weights looked at together
 

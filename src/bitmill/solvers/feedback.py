@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitmill.formats import GroupFormat, Params
 from bitmill.formats.grouped import Rounder, of_group
-from bitmill.quantized import fit_matrix
+from bitmill.formats.quantized import fit_matrix
 
 # Columns updated one by one before the rest of the matrix receives their sum in one product. Small enough
 # that a chunk of a 3000-row matrix stays in the cache.

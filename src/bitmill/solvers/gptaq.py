@@ -21,7 +21,8 @@ from torch import Tensor
 
 from bitmill.errors import NumericsError, RecipeError
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.solvers.base import SOLVERS, Statistics
+from bitmill.numerics.statistics import Statistics
+from bitmill.solvers.base import SOLVERS
 from bitmill.solvers.feedback import without_dead
 from bitmill.solvers.gptq import GPTQ
 

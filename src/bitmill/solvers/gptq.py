@@ -27,9 +27,10 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat
+from bitmill.formats.quantized import Quantized, fit_matrix
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.quantized import Quantized, fit_matrix
-from bitmill.solvers.base import GRAM, SOLVERS, Solver, Statistics
+from bitmill.numerics.statistics import GRAM, Statistics
+from bitmill.solvers.base import SOLVERS, Solver
 from bitmill.solvers.descent import Descent
 from bitmill.solvers.feedback import LocalGrids, StaticGrids, feed_back, visiting_order, without_dead
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat, Params
 from bitmill.formats.grouped import in_slices
+from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.numerics.grouping import grouped, grouped_importance
-from bitmill.quantized import Quantized, nearest_matrix
-from bitmill.solvers.base import NOTHING, SOLVERS, Solver, Statistics
+from bitmill.numerics.statistics import NOTHING, Statistics
+from bitmill.solvers.base import SOLVERS, Solver
 
 
 @SOLVERS.register("hqq")

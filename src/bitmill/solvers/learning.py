@@ -18,10 +18,11 @@ from torch import Tensor
 
 from bitmill.formats import GroupFormat, Params
 from bitmill.formats.grouped import as_stored
+from bitmill.formats.quantized import fit_rest
 from bitmill.numerics import additive
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.quantized import fit_rest
-from bitmill.solvers.base import Learner, Statistics
+from bitmill.numerics.statistics import Statistics
+from bitmill.solvers.base import Learner
 from bitmill.solvers.feedback import without_dead
 
 _SAMPLE = 1 << 15  # blocks of weights of all layers together, and 32 for each vector to be learned

@@ -12,8 +12,9 @@ from typing import Literal
 from torch import Tensor
 
 from bitmill.formats import GroupFormat
-from bitmill.quantized import Quantized, fit_matrix, nearest_matrix
-from bitmill.solvers.base import SOLVERS, WEIGHTED, Solver, Statistics
+from bitmill.formats.quantized import Quantized, fit_matrix, nearest_matrix
+from bitmill.numerics.statistics import WEIGHTED, Statistics
+from bitmill.solvers.base import SOLVERS, Solver
 
 
 @SOLVERS.register("nearest")

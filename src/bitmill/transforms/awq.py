@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat
-from bitmill.quantized import fit_matrix, nearest_matrix
+from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.transforms.base import TRANSFORMS, SeamTransform, SeamView
 
 _FLOOR = 1e-4  # of a^r

@@ -18,32 +18,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from bitmill.config.registry import Member, Registry
 from bitmill.errors import NumericsError
 from bitmill.formats import Format, GroupFormat, Wrapper
-from bitmill.registry import Member, Registry
+from bitmill.numerics.statistics import Activations
 
 if TYPE_CHECKING:
-    from bitmill.models.adapter import Seam
+    from bitmill.architectures.adapter import Seam
 
 TRANSFORMS: Registry[type[Transform]] = Registry("transform", "bitmill.transforms")
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What calibration saw of the tensor X (tokens, channels) that several linears read.
-
-    gram: X^T X / tokens, (channels, channels).  mean_abs, max_abs: of every channel.
-    """
-
-    gram: Tensor
-    mean_abs: Tensor
-    max_abs: Tensor
-    tokens: int
-
-    def divided(self, scale: Tensor) -> Activations:
-        """The same for X / scale."""
-        gram = self.gram / (scale[:, None] * scale[None, :])
-        return Activations(gram, self.mean_abs / scale, self.max_abs / scale, self.tokens)
 
 
 @dataclass(frozen=True)

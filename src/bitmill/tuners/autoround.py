@@ -23,9 +23,9 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats import Format
 from bitmill.formats.base import Params
+from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped, ungrouped
-from bitmill.quantized import Quantized
 from bitmill.solvers import Solver
 from bitmill.solvers.nearest import Nearest
 from bitmill.tuners.base import TUNERS, BlockTask, Tuner, relative

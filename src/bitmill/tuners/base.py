@@ -17,13 +17,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bitmill.architectures.adapter import Seam
+from bitmill.config.registry import Member, Registry
 from bitmill.formats import Format
-from bitmill.models.adapter import Seam
-from bitmill.models.calls import Call
-from bitmill.quantized import Quantized
-from bitmill.registry import Member, Registry
+from bitmill.formats.quantized import Quantized
+from bitmill.models.block_call import BlockCall
+from bitmill.numerics.statistics import Activations
 from bitmill.solvers import Solver, Statistics
-from bitmill.transforms.base import Activations
 
 TUNERS: Registry[type[Tuner]] = Registry("tuner", "bitmill.tuners")
 
@@ -49,7 +49,7 @@ class BlockTask:
     block: nn.Module
     names: list[str]
     format: Format
-    calls: list[Call]
+    calls: list[BlockCall]
     inputs: list[Tensor]
     targets: list[Tensor]
     index: int

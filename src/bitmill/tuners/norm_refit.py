@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitmill.architectures.adapter import Seam
 from bitmill.errors import RecipeError
-from bitmill.models.adapter import Seam
-from bitmill.solvers.base import GRAM
+from bitmill.numerics.statistics import GRAM
 from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner
 
 

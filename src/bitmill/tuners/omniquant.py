@@ -27,9 +27,9 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import Format
+from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped, ungrouped
-from bitmill.quantized import fit_matrix, nearest_matrix
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.clip import Clip
 from bitmill.solvers.nearest import Nearest

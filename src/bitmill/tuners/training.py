@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.base import Part
-from bitmill.models.calls import Call
-from bitmill.quantized import Quantized
+from bitmill.formats.quantized import Quantized
+from bitmill.models.block_call import BlockCall
 from bitmill.tuners.base import BlockTask
 
 
@@ -18,7 +18,7 @@ from bitmill.tuners.base import BlockTask
 class Minibatch:
     """Some windows: how the block is called for them, what goes in, what should come out."""
 
-    call: Call
+    call: BlockCall
     hidden: Tensor  # (windows, tokens, width)
     target: Tensor
 

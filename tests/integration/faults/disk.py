@@ -56,7 +56,7 @@ def disk_full_at_the_work_folder(world, patch):
 
 @fault
 def disk_full_at_the_tokenizer(world, patch):
-    patch.setattr("bitmill.models.hf.shutil.copyfile", fails_with(errno.ENOSPC))
+    patch.setattr("bitmill.sources.hf.shutil.copyfile", fails_with(errno.ENOSPC))
     return world.quantize(), ["No space left", "out.partial/model/"]
 
 

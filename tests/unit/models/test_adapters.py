@@ -9,11 +9,11 @@ from torch import nn
 from transformers import BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
+from bitmill.architectures.adapter import ADAPTERS, UnknownArchitecture, adapter_for, generic_adapter, is_encoder
 from bitmill.errors import SourceError
-from bitmill.models.adapter import ADAPTERS, UnknownArchitecture, adapter_for, generic_adapter, is_encoder
-from bitmill.models.calls import answers_of
-from bitmill.models.module import ModuleSource
-from bitmill.models.skeleton import Skeleton
+from bitmill.models.block_call import answers_of
+from bitmill.models.streamed import StreamedModel
+from bitmill.sources.module import ModuleSource
 
 NAMES = ADAPTERS.names()
 TOKENS = torch.arange(24).view(2, 12) + 3
@@ -147,7 +147,7 @@ def test_which_architectures_are_encoders():
 def test_an_encoder_with_a_head_is_refused():
     model = BertForMaskedLM(tiny_config("bert"))
     with pytest.raises(SourceError, match=r"BertForMaskedLM has no blocks at 'encoder.layer'.*AutoModel\.$"):
-        Skeleton(ModuleSource(model))
+        StreamedModel(ModuleSource(model))
 
 
 def test_an_unknown_architecture_names_itself_and_the_known_ones():

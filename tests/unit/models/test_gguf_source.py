@@ -12,10 +12,11 @@ from tiny_gguf import decoded, interleave, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitmill.errors import SourceError
-from bitmill.models import gguf_header
-from bitmill.models.gguf import GgufSource
-from bitmill.models.gguf_rope import llama3_factors
-from bitmill.models.source import Source, open_source
+from bitmill.sources.base import Source
+from bitmill.sources.gguf import header as gguf_header
+from bitmill.sources.gguf.rope import llama3_factors
+from bitmill.sources.gguf.source import GgufSource
+from bitmill.sources.open import open_source
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2"]
 TOKENS = torch.arange(24).view(2, 12) + 3
@@ -77,7 +78,7 @@ def test_stored_types_are_decoded(kind, tiny, tmp_path):
 
 def test_rows_are_decoded_in_pieces(tiny, file, monkeypatch):
     whole = GgufSource(file).tensor("model.embed_tokens.weight")
-    monkeypatch.setattr("bitmill.models.gguf.CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("bitmill.sources.gguf.source.CHUNK_ELEMENTS", 100)
     assert torch.equal(GgufSource(file).tensor("model.embed_tokens.weight"), whole)
 
 

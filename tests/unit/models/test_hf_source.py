@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from bitmill.errors import SourceError
-from bitmill.models.hf import INDEX, HfSource
-from bitmill.models.source import Source, open_source
+from bitmill.sources.base import Source
+from bitmill.sources.hf import INDEX, HfSource
+from bitmill.sources.open import open_source
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from tiny_gguf import write_gguf
 from torch import nn
 
 from bitmill.errors import SourceError
-from bitmill.models import zoo
-from bitmill.models.gguf import GgufSource
-from bitmill.models.hf import HfSource
-from bitmill.models.module import ModuleSource
-from bitmill.models.source import QUOTED_CHARACTERS, Source, in_short, open_source
+from bitmill.sources import zoo
+from bitmill.sources.base import QUOTED_CHARACTERS, Source, in_short
+from bitmill.sources.gguf.source import GgufSource
+from bitmill.sources.hf import HfSource
+from bitmill.sources.module import ModuleSource
+from bitmill.sources.open import open_source
 
 
 def refused(model, **kwargs) -> str:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bitmill.errors import SourceError
-from bitmill.models.pooling import read_pooling
+from bitmill.sources.pooling import read_pooling
 
 MODULES = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitmill.data import text
+from bitmill.data.windows import reading_of, windows_of
 from bitmill.errors import CalibrationError
-from bitmill.models import text
-from bitmill.models.reading import reading_of, windows_of
 
 CLS, SEP = 1, 2
 

@@ -11,8 +11,7 @@ import types
 import pytest
 import torch
 
-from bitmill.errors import CalibrationError
-from bitmill.models.text import (
+from bitmill.data.text import (
     calibration_windows,
     evaluation_windows,
     load_text,
@@ -20,6 +19,7 @@ from bitmill.models.text import (
     token_stream,
     windows_hash,
 )
+from bitmill.errors import CalibrationError
 
 
 def letters(text: str) -> dict[str, list[int]]:
@@ -94,7 +94,7 @@ def test_hub_datasets_are_streamed_up_to_a_limit(monkeypatch):
         return ({"text": letter * 4} for letter in "abcdef")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr("bitmill.models.text.HUB_CHARACTERS", 7)
+    monkeypatch.setattr("bitmill.data.text.HUB_CHARACTERS", 7)
     assert load_text("hf:org/data") == "aaaa\n\nbbbb"
     load_text("hf:org/data:en:validation")
     assert asked[0] == (("org/data", None), {"split": "train", "streaming": True})

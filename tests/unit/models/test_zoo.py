@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bitmill.errors import SourceError
-from bitmill.models import zoo
+from bitmill.sources import zoo
 
 CONTENT = bytes(range(256)) * 4000
 WHEEL = "tiny_weights-1.0-py3-none-any.whl"

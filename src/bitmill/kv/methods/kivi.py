@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitmill.fields import option
-from bitmill.kv.base import KV_METHODS, PAGE, KVMethod, Scheme, Side, check_residual
+from bitmill.config.options import option
+from bitmill.kv.scheme import KV_METHODS, PAGE, KVMethod, Scheme, Side, check_residual
 
 
 @KV_METHODS.register("kivi")

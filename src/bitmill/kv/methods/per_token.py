@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitmill.fields import option
-from bitmill.kv.base import KV_METHODS, KVMethod, Scheme, Side
+from bitmill.config.options import option
+from bitmill.kv.scheme import KV_METHODS, KVMethod, Scheme, Side
 
 
 @KV_METHODS.register("per_token")

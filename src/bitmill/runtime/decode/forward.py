@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bitmill.continuing import CACHE_NAMES, cache_in
+from bitmill.compat import CACHE_NAMES, cache_in
 from bitmill.errors import UsageError
 from bitmill.runtime.decode.parts import NotEligibleError, parts_of
 from bitmill.runtime.decode.past import FloatPast, StepPast, packed_of, past_of

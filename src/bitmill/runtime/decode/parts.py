@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from bitmill.quantized import SHARED
-from bitmill.runtime.embedding import QuantEmbedding
-from bitmill.runtime.linear import QuantLinear
+from bitmill.formats.quantized import SHARED
+from bitmill.runtime.modules.embedding import QuantEmbedding
+from bitmill.runtime.modules.linear import QuantLinear
 
 # A config may hold a multiplier, a scale by position or blocks without rotary embedding that no look at names and
 # shapes can find; so no other class will do, not even one derived from these.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitmill.runtime.decode.parts import GATED, HEAD_NORMS, PROJECTIONS, NotEligibleError, parts_of
 from bitmill.runtime.decode.past import StepPast
-from bitmill.runtime.linear import QuantLinear
+from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.native import is_available, native, threads
 
 _CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bitmill.config.registry import Registry
 from bitmill.errors import RecipeError
 from bitmill.formats import Format, GroupFormat
-from bitmill.registry import Registry
 
 KERNELS: Registry[type[Kernel]] = Registry("kernel", "bitmill.runtime.kernels")
 

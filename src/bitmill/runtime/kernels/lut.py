@@ -23,9 +23,9 @@ from torch import Tensor
 
 from bitmill.formats import ScalarFormat
 from bitmill.runtime import ops
-from bitmill.runtime.byte_tables import Entries, byte_tables
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import Relaid, lacking, tile_memory
+from bitmill.runtime.kernels.lut_tables import Entries, byte_tables
 from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
 
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp

@@ -12,8 +12,8 @@ from bitmill.formats.rotated import Rotated
 from bitmill.runtime.kernels.around import Around
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import is_few, may_compile
+from bitmill.runtime.kernels.rotation_plan import NOTHING, rotation_plan
 from bitmill.runtime.native import native
-from bitmill.runtime.rotation_plan import NOTHING, rotation_plan
 
 
 @KERNELS.register("rotated")

@@ -1,0 +1,18 @@
+"""GPT-2: q, k and v in one Conv1D, whose weight is stored (in, out). The values of v cannot be scaled apart
+from q and k, and GELU passes no scale on, so only the norms are seams.
+"""
+
+from bitmill.architectures.adapter import Adapter, Seam, register
+
+GPT2 = register(
+    Adapter(
+        name="gpt2",
+        model_types=("gpt2",),
+        blocks="transformer.h",
+        stages=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+        fused=(),
+        seams=(Seam("norm", "ln_1", ("attn.c_attn",)), Seam("norm", "ln_2", ("mlp.c_fc",))),
+        embeddings=("transformer.wte", "transformer.wpe"),
+        transposed=True,
+    )
+)

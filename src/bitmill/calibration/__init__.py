@@ -1,0 +1,1 @@
+"""Run calibration text through the blocks of a model and collect statistics."""

@@ -1,0 +1,85 @@
+"""Statistics of the float model on disk, one file a block, shared by all recipes of a comparison."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitmill.errors import CalibrationError
+from bitmill.numerics.statistics import Activations
+
+
+class StatisticsStore:
+    """A folder of statistics for one model and one set of calibration windows.
+
+    identity: plain data that must be the same for everyone who uses the folder.
+    Raises CalibrationError when the folder was made for something else.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "identity.json"
+        text = json.dumps(identity, sort_keys=True)
+        if not file.exists():
+            replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+        elif file.read_text(encoding="utf-8") != text:
+            raise CalibrationError(
+                f"The statistics in {folder} belong to another model, text, device or version; "
+                "choose another folder, or delete it."
+            )
+
+    def has(self, index: int) -> bool:
+        """Whether block `index` has been seen."""
+        return self._file(index).exists()
+
+    def save(self, index: int, seen: dict[str, Activations], stages: list[list[str]]) -> None:
+        """Keep what `observe` saw in a block, and which of its linears read the same tensor."""
+        tensors: dict[str, Tensor] = {}
+        for lead, activations in seen.items():
+            tensors[f"{lead}/gram"] = activations.gram.cpu()
+            tensors[f"{lead}/mean_abs"] = activations.mean_abs.cpu()
+            tensors[f"{lead}/max_abs"] = activations.max_abs.cpu()
+            tensors[f"{lead}/tokens"] = torch.tensor(activations.tokens)
+        described = {"stages": json.dumps(stages)}
+        replace_file(self._file(index), lambda path: save_file(tensors, path, described))
+
+    def stages(self, index: int) -> list[list[str]]:
+        """The linears of a block in the order in which they run, those that read the same tensor together.
+
+        Empty where an earlier version wrote the file.
+        """
+        with safe_open(self._file(index), "pt") as file:
+            stages: list[list[str]] = json.loads((file.metadata() or {}).get("stages", "[]"))
+            return stages
+
+    def load(self, index: int, device: torch.device | str = "cpu") -> dict[str, Activations]:
+        """What `save` kept."""
+        with safe_open(self._file(index), "pt", str(device)) as file:
+            leads = sorted({key.rpartition("/")[0] for key in file.keys()})  # noqa: SIM118
+            return {
+                lead: Activations(
+                    file.get_tensor(f"{lead}/gram"),
+                    file.get_tensor(f"{lead}/mean_abs"),
+                    file.get_tensor(f"{lead}/max_abs"),
+                    int(file.get_tensor(f"{lead}/tokens")),
+                )
+                for lead in leads
+            }
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+
+def replace_file(file: Path, write: Any) -> None:
+    """Write beside the file and rename: whoever sees it sees all of it."""
+    half = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    write(half)
+    os.replace(half, file)

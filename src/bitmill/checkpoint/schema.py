@@ -1,0 +1,107 @@
+"""The `quantization_config` of config.json: written, read and checked here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitmill.errors import CheckpointError
+from bitmill.formats import FORMATS, Format
+from bitmill.formats.quantized import SHARED
+from bitmill.runtime.modules.replace import Ends
+from bitmill.version import __version__
+
+QUANT_METHOD = "bitmill"
+FORMAT_VERSION = 1
+
+
+def layer_formats(config: dict[str, Any]) -> dict[str, Format]:
+    """Layer name -> format, from a `quantization_config`.
+
+    Raises CheckpointError when it is not bitmill's, is damaged, or was written by a later version.
+    """
+    if config.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"The model is quantized by {config.get('quant_method')!r}, not by bitmill; load it with that tool."
+        )
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint has format version {version!r}, and this bitmill ({__version__}) reads "
+            f"{FORMAT_VERSION}; update bitmill."
+        )
+    formats: dict[str, Format] = {}
+    try:
+        for group in config["groups"]:
+            format = FORMATS.from_dict(group["format"])
+            formats.update(dict.fromkeys(group["layers"], format))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"The quantization_config is damaged: {error!r} in 'groups'.") from None
+    return formats
+
+
+def quantized_ends(config: dict[str, Any]) -> Ends | None:
+    """`ends` of a `quantization_config`, None where embedding and head are in float.
+
+    Raises CheckpointError when it is damaged, or names layers that are not quantized.
+    """
+    ends = config.get("ends")
+    if ends is None:
+        return None
+    try:
+        embedding, head, tied = ends["embedding"], ends["head"], ends["tied"]
+        stored = {name for group in config["groups"] for name in group["layers"]}
+        sound = isinstance(tied, bool) and embedding in stored and (tied or not head or head in stored)
+        if not (sound and isinstance(head, str) and (head or not tied)):
+            raise ValueError(ends)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"The quantization_config is damaged: {error!r} in 'ends'.") from None
+    return dict(ends)
+
+
+def layer_places(config: dict[str, Any]) -> dict[str, str]:
+    """Layer name -> path of the module that holds what it shares, for those that share something.
+
+    Raises CheckpointError for a path that leads elsewhere.
+    """
+    places: dict[str, str] = {}
+    for group in config["groups"]:
+        place = group.get("shared")
+        if place is None:
+            continue
+        sharing = FORMATS.from_dict(group["format"]).shared
+        if not sharing or not isinstance(place, str) or not place.startswith(f"{SHARED}."):
+            raise CheckpointError(
+                f"The quantization_config is damaged: its layers cannot share what is in {place!r}."
+            )
+        places.update(dict.fromkeys(group["layers"], place))
+    return places
+
+
+def quantization_config(
+    layers: dict[str, Format],
+    recipe: dict[str, Any],
+    places: dict[str, str] | None = None,
+    ends: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json: formats, each with the layers that use it, and the recipe.
+
+    places: layer -> where what it shares is.  ends: embedding, head and whether they are tied, where they are
+    quantized.  `layer_formats`, `layer_places` and `quantized_ends` read it.
+    """
+    groups: list[dict[str, Any]] = []
+    for name, format in layers.items():
+        place = (places or {}).get(name)
+        described = {"format": format.to_dict(), **({"shared": place} if place else {})}
+        group = next((g for g in groups if {k: v for k, v in g.items() if k != "layers"} == described), None)
+        if group is None:
+            group = {**described, "layers": []}
+            groups.append(group)
+        group["layers"].append(name)
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "bitmill_version": __version__,
+        "groups": groups,
+        **({"ends": ends} if ends else {}),
+        "recipe": recipe,
+    }

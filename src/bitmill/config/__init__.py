@@ -1,0 +1,1 @@
+"""Registries, options and their parsing."""

@@ -1,0 +1,126 @@
+"""Perplexity, KL divergence and top-1 agreement over windows of tokens.
+
+perplexity      exp of the mean next-token loss; every window predicts its tokens 2..n from those before
+kl_divergence   mean over all positions of KL(reference || model), nats a token
+top1_agreement  share of positions where both models put the same token first
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import CalibrationError, NumericsError, UsageError
+from bitmill.progress import Progress
+
+if TYPE_CHECKING:
+    from bitmill.evaluation.judge import Metric
+
+Logits = Callable[[Tensor], Tensor]
+
+# Positions whose softmax is held at a time: 50 000 logits in fp32, twice, are 100 MB.
+_POSITIONS = 256
+
+
+@dataclass
+class Comparison:
+    """Sums over windows; `add` a batch at a time, then read `result`."""
+
+    loss: float = 0.0
+    reference_loss: float = 0.0
+    predicted: int = 0
+    divergence: float = 0.0
+    agreed: int = 0
+    positions: int = 0
+    tokens: int = 0
+    compared: bool = field(default=False)
+
+    def add(self, tokens: Tensor, logits: Tensor, reference: Tensor | None = None) -> None:
+        """Take in tokens (windows, length) and logits (windows, length, vocabulary) of one or two models."""
+        if reference is not None and reference.shape[-1] != logits.shape[-1]:
+            raise UsageError(
+                f"The reference has a vocabulary of {reference.shape[-1]} and the model one of "
+                f"{logits.shape[-1]}, so they cannot be compared; give the float model it was made from."
+            )
+        self.tokens += tokens.numel()
+        for window in range(tokens.shape[0]):
+            for start in range(0, tokens.shape[1], _POSITIONS):
+                cut = slice(start, start + _POSITIONS)
+                following = tokens[window, start + 1 : start + _POSITIONS + 1].to(logits.device)
+                log_p = torch.log_softmax(logits[window, cut].float(), -1)
+                self.loss += _loss(log_p, following)
+                self.predicted += following.numel()
+                if reference is None:
+                    continue
+                log_q = torch.log_softmax(reference[window, cut].to(log_p.device).float(), -1)
+                self.compared = True
+                self.reference_loss += _loss(log_q, following)
+                q = log_q.exp()  # what the reference rules out counts nothing, and is no 0 * infinity
+                divergence = (q * (log_q - log_p)).masked_fill_(q == 0, 0.0)
+                self.divergence += float(divergence.sum(dtype=torch.float64))
+                self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+                self.positions += log_p.shape[0]
+
+    def result(self) -> dict[str, float | int]:
+        """The measures as plain numbers.
+
+        Raises NumericsError when the model's loss is not finite, CalibrationError when nothing was predicted.
+        """
+        if not self.predicted:
+            raise CalibrationError(
+                "No token was predicted, so there is no perplexity; give windows of at least 2 tokens."
+            )
+        if not math.isfinite(self.loss):
+            raise NumericsError("The model's loss is NaN or infinite, so it has no perplexity; requantize it.")
+        result: dict[str, float | int] = {
+            "perplexity": _exp(self.loss / self.predicted),
+            "tokens": self.tokens,
+        }
+        if self.compared:
+            result["kl_divergence"] = self.divergence / self.positions
+            result["top1_agreement"] = self.agreed / self.positions
+            result["reference_perplexity"] = _exp(self.reference_loss / self.predicted)
+        return result
+
+
+def _loss(log_p: Tensor, following: Tensor) -> float:
+    picked = log_p[: following.numel()].gather(1, following[:, None])
+    return -float(picked.sum(dtype=torch.float64))
+
+
+def _exp(mean_loss: float) -> float:
+    return math.exp(min(mean_loss, 700.0))
+
+
+@torch.no_grad()
+def compare(
+    model: Logits,
+    windows: Tensor | list[Tensor],
+    reference: Logits | None = None,
+    progress: Progress | None = None,
+    batch: int = 4,
+    judge: Metric | None = None,
+) -> dict[str, Any]:
+    """Evaluate callables from tokens (windows, length) to logits, or what `judge` wants (windows, length, n)."""
+    progress = progress or Progress()
+    judge = judge or Comparison()
+    progress.start("evaluate", len(windows))
+    for tokens in _batches(windows, batch):
+        judge.add(tokens, model(tokens), reference(tokens) if reference else None)
+        progress.advance(tokens.shape[0])
+    progress.finish()
+    return judge.result()
+
+
+def _batches(windows: Tensor | list[Tensor], batch: int) -> Iterator[Tensor]:
+    """Up to `batch` windows at a time, (w, length): those in turn that have one length."""
+    for _, alike in itertools.groupby(windows, key=len):
+        rows = list(alike)
+        for start in range(0, len(rows), batch):
+            yield torch.stack(rows[start : start + batch])

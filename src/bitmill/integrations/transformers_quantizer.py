@@ -1,0 +1,93 @@
+"""The transformers hook: after `import bitmill`, from_pretrained understands `quant_method: bitmill`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitmill.checkpoint.schema import QUANT_METHOD, layer_formats, layer_places, quantized_ends
+from bitmill.errors import CheckpointError
+from bitmill.runtime.modules.dequantize import densify
+from bitmill.runtime.modules.linear import QuantLinear
+from bitmill.runtime.modules.packed import detach_files
+from bitmill.runtime.modules.replace import outside, swap_layers
+
+
+class BitmillConfig(QuantizationConfigMixin):
+    """`quantization_config` of a bitmill checkpoint: formats with the layers that use them, and the recipe."""
+
+    def __init__(self, groups: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.groups = groups or []
+        self.rest = {k: v for k, v in kwargs.items() if k != "quant_method"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json."""
+        return {"quant_method": QUANT_METHOD, **self.rest, "groups": self.groups}
+
+
+class BitmillQuantizer(HfQuantizer):
+    """Swaps layers for packed ones on the meta device; from_pretrained then fills the packed buffers."""
+
+    requires_calibration = True
+    quantization_config: BitmillConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config.to_dict()
+        formats, ends, places = layer_formats(config), quantized_ends(config), layer_places(config)
+        names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        if absent := next((name for name in (*formats, *outside(ends)) if name not in names), None):
+            raise CheckpointError(
+                f"The checkpoint quantizes {absent!r}, which {type(model).__name__} does not have; "
+                "load it with the model class that config.json names."
+            )
+        self._swapped = swap_layers(model, formats, ends, places, device="meta")
+        self._ties = dict(getattr(model, "all_tied_weights_keys", {}))
+        for name in outside(ends):  # their weights are no parameters any more that could be tied
+            model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        for layer in (layer for layer in self._swapped.values() if isinstance(layer, QuantLinear)):
+            # Some architectures (GPT-2) initialise the weights of their linears by name once loading is over;
+            # a stand-in that counts as initialised lets them. It is no parameter and is gone after loading.
+            stand_in = torch.empty(0)
+            stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+            object.__setattr__(layer, "weight", stand_in)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for layer in (layer for layer in self._swapped.values() if isinstance(layer, QuantLinear)):
+            del layer.weight
+        model.all_tied_weights_keys = self._ties  # of the plain model that it may become again
+        self._swapped = {}
+        detach_files(model)
+        from bitmill.runtime.decode import attach  # transformers is not all there while this file is imported
+
+        attach(model)
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return densify(model, dtype or torch.float32)
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes the packed buffers back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes carry no gradient."""
+        return False
+
+
+def register() -> None:
+    """Make transformers know bitmill; harmless when called again."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(BitmillConfig)
+        register_quantizer(QUANT_METHOD)(BitmillQuantizer)
+
+
+register()

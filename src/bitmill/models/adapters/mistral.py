@@ -1,8 +1,0 @@
-"""Mistral 7B and its dense successors: Llama's block with an optional sliding window."""
-
-from dataclasses import replace
-
-from bitmill.models.adapter import register
-from bitmill.models.adapters.llama import LLAMA
-
-MISTRAL = register(replace(LLAMA, name="mistral", model_types=("mistral",)))

@@ -1,0 +1,114 @@
+"""A model of which only the config is there: names, shapes and types of its weights, and not one number."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from bitmill.errors import SourceError
+from bitmill.sources import zoo
+from bitmill.sources.base import Source
+from bitmill.sources.configs import known_config, known_configs
+from bitmill.sources.hf import load_config
+from bitmill.sources.open import hub_files, is_hub_id, open_source
+from bitmill.sources.pooling import MEAN
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class ConfigOnlySource:
+    """A source without weights; tensors have the config's type, float16 where it names none."""
+
+    def __init__(self, config: PretrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
+        self.config, self.name, self.trust_remote_code = config, name, trust_remote_code
+        self._dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
+
+    @cached_property
+    def _tensors(self) -> dict[str, nn.Parameter]:
+        """Every parameter once: of tied ones the first name."""
+        from bitmill.models.meta import empty_model
+
+        model = empty_model(self)
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()  # type: ignore[operator]
+        return dict(model.named_parameters())
+
+    def names(self) -> list[str]:
+        """Names of the parameters."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one parameter."""
+        if name not in self._tensors:
+            raise SourceError(f"The model {self.name!r} has no tensor {name!r}.")
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of every parameter."""
+        return self._dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Raises SourceError: there are no weights."""
+        self._refuse()
+
+    def fingerprint(self) -> str:
+        """Raises SourceError: there are no weights."""
+        self._refuse()
+
+    def write_side_files(self, folder: Path) -> None:
+        """Nothing is there to write."""
+
+    def tokenizer(self) -> Any:
+        """Raises SourceError: there is none."""
+        self._refuse()
+
+    def pooling(self) -> str:
+        """The mean over tokens: a config says nothing about it."""
+        return MEAN
+
+    def _refuse(self) -> NoReturn:
+        raise SourceError(f"Of {self.name} only the config is known; give a model with weights.")
+
+
+def open_config_only(model: str | Path, *, trust_remote_code: bool = False) -> Source:
+    """A source whose names, shapes and types are known, at the least cost.
+
+    model: a name of `known_configs()`, a folder with a config.json (weights may be absent, pickled, or quantized
+    by bitmill), a hub id, of which only the config is fetched, a .gguf file, or a demo model. Raises SourceError.
+    """
+    if isinstance(model, str) and model in known_configs():
+        from transformers import AutoConfig
+
+        return ConfigOnlySource(AutoConfig.for_model(**known_config(model)), model)
+    path = Path(model).expanduser()
+    if path.is_dir() and _is_bare(path):
+        return _outline(path, path.resolve().name, trust_remote_code)
+    known = path.exists() or isinstance(model, Path) or model in zoo.ZOO
+    if not known and is_hub_id(str(model)):
+        patterns = ["config.json"] + ["*.py"] * trust_remote_code
+        return _outline(hub_files(str(model), patterns), str(model), trust_remote_code)
+    return open_source(model, trust_remote_code=trust_remote_code)
+
+
+def _is_bare(folder: Path) -> bool:
+    """Whether a folder has no weights that a source could open, or bitmill's own."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    quantized = isinstance(config, dict) and config.get("quantization_config")
+    own = isinstance(quantized, dict) and quantized.get("quant_method") == "bitmill"
+    return own or not (quantized or any(folder.glob("*.safetensors")))
+
+
+def _outline(folder: Path, name: str, trust_remote_code: bool) -> ConfigOnlySource:
+    config = load_config(folder, trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # of the float model behind it
+    return ConfigOnlySource(config, name, trust_remote_code=trust_remote_code)

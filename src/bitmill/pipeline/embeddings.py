@@ -1,0 +1,100 @@
+"""Quantize where tokens enter a model and where they leave it: the table of embeddings and the head.
+
+No calibration text says anything about a table that is looked up, so both are rounded to nearest, within the
+range of least squared error. Blocks are calibrated on what the stored table gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.models.embeddings import EmbeddingAndHead, embedding_and_head
+from bitmill.models.streamed import StreamedModel
+from bitmill.models.trim_memory import trim_malloc
+from bitmill.pipeline.job import NON_BLOCK, BlockResult, Job, LayerResult, Sink
+from bitmill.progress import Progress
+from bitmill.solvers import SOLVERS, Statistics
+from bitmill.solvers.base import solve
+
+_SLICE = 1 << 20  # weights that are decoded at a time: these are the largest matrices of a model
+
+
+class QuantizedEmbeddings:
+    """The quantized ends of a model, to be put into its skeleton."""
+
+    def __init__(self, streamed: StreamedModel, ends: EmbeddingAndHead, layers: dict[str, LayerResult]) -> None:
+        self._streamed, self._ends, self._layers = streamed, ends, layers
+
+    def put_embedding(self) -> None:
+        """Put the decoded table in place of the float one; needs the side "before"."""
+        decoded = self._layers[self._ends.embedding].quantized.dequantize()
+        self._streamed.set(f"{self._ends.embedding}.weight", decoded.to(self._streamed.device))
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Let the quantized head answer in place of the float one for a while; needs the side "after".
+
+        It is decoded by slices of rows, so that no second matrix of its size is in memory.
+        """
+        if not self._ends.head:
+            yield
+            return
+        module = self._streamed.model.get_submodule(self._ends.head)
+        assert isinstance(module, nn.Linear)
+        quantized = self._layers[self._ends.embedding if self._ends.tied else self._ends.head].quantized
+        sizes = _slices(quantized.shape)
+        pieces = quantized.split(sizes)
+
+        def forward(x: Tensor) -> Tensor:
+            y = x.new_empty(*x.shape[:-1], quantized.shape[0])
+            for piece, out in zip(pieces, y.split(sizes, -1)):
+                out.copy_(nn.functional.linear(x, piece.dequantize().to(x)))
+            return y if module.bias is None else y.add_(module.bias)
+
+        vars(module)["forward"] = forward
+        try:
+            yield
+        finally:
+            vars(module).pop("forward")
+
+
+def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEmbeddings | None:
+    """Quantize embedding and head, or take over what an earlier run did; None where they stay in float."""
+    if job.recipe.head is None:
+        return None
+    streamed, ends = job.streamed, embedding_and_head(job.streamed)
+    result = sink.finished(NON_BLOCK)
+    if result is None:
+        progress.start("embedding and head", len(ends.layers))
+        result = BlockResult(NON_BLOCK)
+        for layer in ends.layers:
+            result.layers[layer] = _quantize(job, streamed.finite(ends.stored(layer, streamed)))
+            trim_malloc()
+            progress.advance()
+        sink.write(result, streamed)
+        progress.finish()
+    return QuantizedEmbeddings(streamed, ends, result.layers)
+
+
+@torch.no_grad()
+def _quantize(job: Job, W: Tensor) -> LayerResult:
+    """Round a matrix to nearest."""
+    assert job.recipe.head is not None
+    nearest = SOLVERS.from_dict({"solver": "nearest", "search": True})
+    quantized = solve(nearest, W, Statistics(), job.recipe.head)
+    error = total = 0.0
+    sizes = _slices(quantized.shape)
+    for part, piece in zip(W.split(sizes), quantized.split(sizes)):
+        error += float((part - piece.dequantize()).square_().sum())
+        total += float(part.square().sum())
+    return LayerResult(quantized, error / max(total, 1e-30), None)
+
+
+def _slices(shape: tuple[int, int]) -> list[int]:
+    """Rows of the slices in which a matrix is decoded."""
+    rows, step = shape[0], max(1, _SLICE // shape[1])
+    return [min(step, rows - start) for start in range(0, rows, step)]

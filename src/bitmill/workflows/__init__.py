@@ -1,0 +1,1 @@
+"""What the commands do: quantize, evaluate, load, plan, compare, benchmark."""

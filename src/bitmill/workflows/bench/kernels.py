@@ -1,0 +1,132 @@
+"""Time of the kernels on layers of common sizes, beside torch's fp32 layer and the memory's read bandwidth.
+
+Every figure is the median of turns in which the kernel, the float layer and the memory are measured one after the
+other, so that whatever else the machine does falls on all three. Weights are cold: copies take turns until far
+more than the caches hold has been read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.formats import FORMATS, Format
+from bitmill.formats.pyramid import Pyramid
+from bitmill.formats.quantized import fit_matrix, nearest_matrix
+from bitmill.runtime.kernels import KernelSpec, choose_kernel
+from bitmill.runtime.kernels.base import KERNELS
+from bitmill.runtime.native import activations, is_available, native, threads
+from bitmill.workflows.bench.memory import ReadBandwidth, copies_of, linear_time, timed
+
+SHAPES = ((4096, 4096), (4096, 11008))  # (out, in)
+_CPU = torch.device("cpu")
+
+# name, bits (of a codebook, where there are some), group size
+CASES: tuple[tuple[str, int, int | str], ...] = (
+    *(("uniform", bits, 64) for bits in range(1, 9)),
+    *(("codebook", bits, "row") for bits in range(1, 9)),
+    *(("binary_coding", bits, 128) for bits in range(1, 5)),
+    *(("integer_coding", bits, 32) for bits in range(1, 5)),
+    ("normal_float", 4, 64),
+    ("microscaling", 4, 32),
+    ("additive", 8, "row"),
+    ("e8", 2, "tensor"),
+    *(("pyramid", bits, "row") for bits in (2, 3, 4)),
+)
+
+
+def bench_kernels(
+    shapes: tuple[tuple[int, int], ...] = SHAPES,
+    formats: tuple[str, ...] = (),
+    bits: tuple[int, ...] = (),
+    tokens: int = 1,
+    turns: int = 7,
+    on_case: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Plain data: the machine's figures, and for every case
+
+    kernel, format, bits, group_size, shape (out, in), tokens, bits_per_weight, time_s, GBps (of packed bytes),
+    fraction_of_read_bandwidth, speedup_vs_torch_fp32.
+
+    formats, bits: only these; empty for all.
+    """
+    memory, results, bandwidths = ReadBandwidth(), [], []
+    for shape in shapes:
+        x = torch.randn(tokens, shape[1])
+        floats = [torch.randn(shape) for _ in range(copies_of(4 * shape[0] * shape[1]))]
+        for format in _cases(formats, bits):
+            on_case(f"{format!r} {shape[0]} x {shape[1]}")
+            result, reads = _measure(format, shape, x, floats, memory, turns)
+            results.append(result)
+            bandwidths += reads
+    return {
+        "threads": threads(),
+        "isa": native().isa() if is_available() else None,
+        "activations": activations(),
+        "read_bandwidth_GBps": median(bandwidths) / 1e9 if bandwidths else None,
+        "kernels": results,
+    }
+
+
+def _cases(formats: tuple[str, ...], bits: tuple[int, ...]) -> Iterator[Format]:
+    for name, width, group_size in CASES:
+        if (not formats or name in formats) and (not bits or width in bits):
+            yield FORMATS.get(name)(bits=width, group_size=group_size)  # type: ignore[call-arg]
+
+
+def _measure(
+    format: Format, shape: tuple[int, int], x: Tensor, floats: list[Tensor], memory: ReadBandwidth, turns: int
+) -> tuple[dict[str, Any], list[float]]:
+    spec = KernelSpec(format, shape, _CPU)
+    kind = choose_kernel(spec)
+    kernel = kind(spec, random_packed(format, shape))
+    size = format.stored_bits(shape) / 8
+    kernels = [kernel, *(copy.deepcopy(kernel) for _ in range(copies_of(int(size)) - 1))]
+    reads, times, fractions, speedups = [], [], [], []
+    with torch.no_grad():
+        kernel.apply(x)
+        for _ in range(turns):
+            read = memory.measure()
+            time_s = timed(lambda: [k.apply(x) for k in kernels]) / len(kernels)
+            reads.append(read)
+            times.append(time_s)
+            fractions.append(size / time_s / read)
+            speedups.append(linear_time(floats, x) / time_s)
+    return {
+        "kernel": KERNELS.name_of(kind),
+        "format": format.name,
+        "bits": int(format.rate) if format.rate.is_integer() else format.rate,
+        "group_size": getattr(format, "group_size", None),
+        "shape": list(shape),
+        "tokens": x.shape[0],
+        "bits_per_weight": 8 * size / (shape[0] * shape[1]),
+        "time_s": median(times),
+        "GBps": size / median(times) / 1e9,
+        "fraction_of_read_bandwidth": median(fractions),
+        "speedup_vs_torch_fp32": median(speedups),
+    }, reads
+
+
+def random_packed(format: Format, shape: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
+    """Packed tensors of random codes and small positive parameters; speed does not depend on the numbers.
+
+    But not every number names a point of a pyramid: those are of 64 rows of random weights, again and again.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(format, Pyramid):
+        W = torch.randn(min(64, shape[0]), shape[1], generator=generator) * 0.02
+        few = nearest_matrix(format, W, fit_matrix(format, W, None, False)).pack()
+        rows = torch.arange(shape[0]) % len(W)
+        return {name: t[rows] if len(t) == len(W) else t for name, t in few.items()}
+    made = {}
+    for name, (size, dtype) in format.layout(shape).items():
+        if dtype.is_floating_point:
+            made[name] = (torch.rand(size, generator=generator) * 0.02 + 0.001).to(dtype)
+        else:
+            made[name] = torch.randint(-(1 << 31), 1 << 31, size, generator=generator).to(dtype)
+    return made

@@ -1,0 +1,111 @@
+"""Measure a model on held-out text."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from bitmill.architectures.adapter import is_encoder
+from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
+from bitmill.data.calibration import check_length
+from bitmill.data.windows import reading_of, windows_of
+from bitmill.errors import UsageError
+from bitmill.evaluation.judge import metric_for
+from bitmill.evaluation.metrics import compare
+from bitmill.kv.config import FLOAT, SAMPLES, asked
+from bitmill.models.block_call import answers_of
+from bitmill.pipeline.in_place import evaluating
+from bitmill.progress import Progress, peak_memory_bytes
+from bitmill.sources.open import open_source
+from bitmill.sources.pooling import MEAN, pooling_of, read_pooling
+from bitmill.workflows import kv as caching
+from bitmill.workflows.load import live_model, load_tokenizer
+from bitmill.workflows.quantize import SECONDS_DIGITS
+from bitmill.workflows.sizes import stored_bits
+
+_SENTENCES = 32  # run at a time, of one length
+_TOKENS = 1024  # through a packed cache at a time
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    *,
+    text_source: str = "pydoc",
+    split: Literal["eval", "calib", "all"] = "eval",
+    seqlen: int = 512,
+    windows: int | None = 40,
+    reference: str | Path | nn.Module | None = None,
+    kv: str | None = None,
+    kv_bits: int | None = None,
+    kv_options: dict[str, Any] | None = None,
+    kv_samples: int = SAMPLES,
+    kv_seqlen: int | None = None,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Perplexity on non-overlapping windows; with `reference`, KL divergence and top-1 agreement to it.
+
+    An encoder is measured on the sentences in as much text, see `bitmill.evaluation.embedding`: pair_cosine, and
+    with a reference cosine_similarity and neighbour_agreement.
+
+    kv: a KV method, to measure through the packed cache; the reference keeps an ordinary one. What kv_bits and
+        kv_options leave out is as in the model's folder, if that is calibrated for the method. A method that needs
+        a calibration and finds none there is calibrated first, on `kv_samples` windows of `kv_seqlen` tokens
+        (2048, or as many as the model reads) of the text's first four fifths.
+
+    Returns plain data: perplexity, tokens, bits_per_weight, size_bytes, time_s, peak_memory_bytes, and with a
+    reference kl_divergence (nats a token), top1_agreement and reference_perplexity; with a KV method kv_method,
+    kv_options, kv_calibration, kv_bits_per_element (allocated bits), kv_bytes (of one window) and
+    kv_table_bytes (calibrated tables, in neither of the two), and kv_on_calibration_text.
+    """
+    started = time.perf_counter()
+    chosen_kv = None if kv == FLOAT else kv
+    wanted = asked(chosen_kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    if tokenizer is None:
+        if isinstance(model, nn.Module):
+            raise UsageError("A live model carries no tokenizer; pass tokenizer=... beside it.")
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    progress = progress or Progress()
+    progress.start("reading text and model", 0)
+    bits, size = stored_bits(model, trust_remote_code)
+    pooling = _pooling(model, trust_remote_code)
+    reading = reading_of(text_source, tokenizer, encoder=pooling is not None)
+    chosen = reading.held_out(split, seqlen, windows)
+    live = live_model(model, device, trust_remote_code)
+    other = None if reference is None else live_model(reference, device, trust_remote_code)
+    check_length(getattr(live, "config", None), seqlen)
+    against, judge = None if other is None else answers_of(other), metric_for(pooling)
+    answers, batch = answers_of(live), 2 if pooling is None else _SENTENCES
+    with evaluating(live), evaluating(other):
+        through = (
+            caching.Through(live, wanted, reading, text_source, split, progress) if wanted is not None else None
+        )
+        if through:
+            answers, batch = through, max(1, _TOKENS // seqlen)
+        result = compare(answers, chosen, against, progress, batch, judge)
+    return {
+        **result,
+        **(through.measured() if through else {}),
+        "bits_per_weight": bits,
+        "size_bytes": size,
+        "text": text_source,
+        "split": split,
+        "seqlen": seqlen,
+        "windows": windows_of(chosen, seqlen),
+        "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _pooling(model: str | Path | nn.Module, trust_remote_code: bool) -> str | None:
+    """How the embeddings of an encoder are pooled; None for any other model."""
+    if isinstance(model, nn.Module):
+        return MEAN if is_encoder(getattr(model, "config", None)) else None
+    if is_checkpoint(Path(model)):
+        return read_pooling(Path(model)) if is_encoder(open_checkpoint(model).config) else None
+    return pooling_of(open_source(model, trust_remote_code=trust_remote_code))

@@ -1,0 +1,91 @@
+"""Models and tokenizers, quantized or in float, ready to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
+from bitmill.errors import BitmillError, CheckpointError
+from bitmill.models.meta import auto_class
+from bitmill.models.streamed import StreamedModel
+from bitmill.runtime.decode import attach
+from bitmill.runtime.modules.dequantize import densify
+from bitmill.sources.base import in_short
+from bitmill.sources.open import open_source
+from bitmill.workflows.checks import check_device
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    dense: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a quantized folder, or any float model, ready to run; quantized weights stay packed.
+
+    dtype: type of activations and unquantized weights.
+    dense: unpack all weights, for an ordinary model with a float model's memory.
+    """
+    check_device(device)
+    if isinstance(model, (str, Path)) and is_checkpoint(Path(model)):
+        config = open_checkpoint(model).config  # refuses damage before anything is read
+        return read_folder(model, config, dtype, device, dense, trust_remote_code)
+    streamed = StreamedModel(open_source(model, trust_remote_code=trust_remote_code), device)
+    streamed.load(streamed.names())
+    return attach(streamed.model.to(dtype))
+
+
+def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a quantized folder or of any float model."""
+    if is_checkpoint(Path(model)):
+        from transformers import AutoTokenizer
+
+        return _from_folder(AutoTokenizer, model, trust_remote_code)
+    return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
+
+
+def live_model(model: str | Path | nn.Module, device: str, trust_remote_code: bool) -> nn.Module:
+    """A live module as it is, anything else loaded."""
+    if isinstance(model, nn.Module):
+        return model
+    return load(model, device=device, trust_remote_code=trust_remote_code)
+
+
+def read_folder(
+    folder: str | Path,
+    config: Any,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    dense: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model in a folder that bitmill wrote, by transformers. config: of its config.json."""
+    loaded, info = _from_folder(
+        auto_class(config), folder, trust_remote_code, dtype=dtype, output_loading_info=True
+    )
+    if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
+        # transformers would go on with random numbers
+        raise CheckpointError(f"{folder} lacks the tensor {absent[0]!r} of its model; quantize it again.")
+    return (densify(loaded, dtype) if dense else loaded).eval().to(device)
+
+
+def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **options: Any) -> Any:
+    """What transformers reads from a folder that bitmill wrote, with one sentence for whatever it raises."""
+    try:
+        return kind.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **options
+        )
+    except BitmillError:
+        raise
+    except Exception as error:  # transformers raises all sorts
+        what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
+        advice = "copy the folder again, or quantize the model again"
+        if "trust_remote_code" in str(error):
+            advice = "if you trust the Python code in it, pass --trust-remote-code (trust_remote_code=True)"
+        raise CheckpointError(f"The {what} of {folder} cannot be loaded ({in_short(error)}); {advice}.") from error
