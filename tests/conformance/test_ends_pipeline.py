@@ -16,7 +16,7 @@ import bitmill
 from bitmill.architectures.adapter import ADAPTERS
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.verify import verify
-from bitmill.models.embeddings import embedding_and_head
+from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import build_recipe

@@ -17,7 +17,7 @@ from bitmill.checkpoint.schema import quantized_ends
 from bitmill.errors import CheckpointError, RecipeError, SourceError, UsageError
 from bitmill.formats.quantized import nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.models.embeddings import EmbeddingAndHead, embedding_and_head
+from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.compose import HEAD_BITS, with_head
 from bitmill.recipes.recipe import Recipe, build_recipe

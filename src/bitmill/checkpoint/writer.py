@@ -32,7 +32,7 @@ from bitmill.checkpoint.schema import quantization_config
 from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
 from bitmill.formats.quantized import unpack
-from bitmill.models.embeddings import embedding_and_head
+from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import NON_BLOCK, BlockResult, LayerResult, Shared
 from bitmill.progress import Progress

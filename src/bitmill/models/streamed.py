@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bitmill.architectures.adapter import Adapter, UnknownArchitecture, adapter_for, generic_adapter
+from bitmill.architectures.adapter import Adapter, Seam, UnknownArchitecture, adapter_for, generic_adapter
+from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
 from bitmill.models.block_call import BlockCall, BlockRecorder, StopForward, answer_of
 from bitmill.models.meta import auto_class, empty_model
@@ -93,6 +95,34 @@ class StreamedModel:
         """The stored tensors of no block: embeddings, final norm, head, and whatever else the source carries."""
         inside = tuple(self.block_name(i) + "." for i in range(len(self.blocks)))
         return [name for name in self.names() if not name.startswith(inside)]
+
+    # -- sites --------------------------------------------------------------------------------------------
+
+    def sites(self, index: int) -> tuple[Site, ...]:
+        """Return the weights of block `index` that can be quantized, in stage order."""
+        paths = [f"{self.block_name(index)}.{linear}.weight" for linear in self.adapter.linears]
+        shapes = [self.shape(path) for path in paths]
+        return tuple(
+            Site(path, shape=shape[::-1] if self.adapter.transposed else shape)
+            for path, shape in zip(paths, shapes)
+        )
+
+    def all_sites(self) -> tuple[Site, ...]:
+        """Return the sites of all blocks in order; `embedding_and_head_sites` has those outside the blocks."""
+        return tuple(site for index in range(len(self.blocks)) for site in self.sites(index))
+
+    def fused_layers(self, index: int) -> tuple[tuple[str, ...], ...]:
+        """Return the groups of layers of block `index`, by full name, that serving engines merge into one matrix."""
+        prefix = self.block_name(index)
+        return tuple(tuple(f"{prefix}.{name}" for name in group) for group in self.adapter.fused)
+
+    def seams(self, index: int) -> tuple[Seam, ...]:
+        """Return the seams of block `index` with full names of source and targets."""
+        prefix = self.block_name(index)
+        return tuple(
+            replace(seam, source=f"{prefix}.{seam.source}", targets=tuple(f"{prefix}.{t}" for t in seam.targets))
+            for seam in self.adapter.seams
+        )
 
     def _check_complete(self) -> None:
         """Every parameter must have a source, or be tied to one that has, and every linear must be there."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bitmill.models.embeddings import EmbeddingAndHead, embedding_and_head
+from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.models.trim_memory import trim_malloc
 from bitmill.pipeline.job import NON_BLOCK, BlockResult, Job, LayerResult, Sink

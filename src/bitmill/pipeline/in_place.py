@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.formats import Format
-from bitmill.models.embeddings import EmbeddingAndHead, embedding_and_head
+from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import BlockResult
 from bitmill.pipeline.job import NON_BLOCK, Shared

@@ -15,7 +15,7 @@ from bitmill.checkpoint.writer import FolderSink, check_new, is_finished
 from bitmill.data.calibration import Calibration, token_windows
 from bitmill.errors import UsageError
 from bitmill.kv.config import FLOAT, SAMPLES, asked
-from bitmill.models.embeddings import embedding_and_head
+from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import Job, run

@@ -16,7 +16,7 @@ from bitmill.checkpoint.reader import Checkpoint, is_ours, open_checkpoint
 from bitmill.errors import UsageError
 from bitmill.formats import Format
 from bitmill.formats.base import bits_together
-from bitmill.models.embeddings import embedding_and_head
+from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import Recipe
 from bitmill.runtime.modules.linear import QuantLinear

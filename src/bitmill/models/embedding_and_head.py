@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from bitmill.architectures.site import Site
 from bitmill.errors import SourceError
 from bitmill.models.streamed import StreamedModel
 
@@ -40,6 +41,12 @@ class EmbeddingAndHead:
         known = [name for name in self.weights if name in streamed.names()]
         own = f"{layer}.weight"
         return own if own in known else known[0]
+
+    def sites(self, streamed: StreamedModel) -> tuple[Site, ...]:
+        """Return the matrices of `layers` as sites, (vocabulary, width) each."""
+        return tuple(
+            Site(f"{layer}.weight", shape=streamed.shape(self.stored(layer, streamed))) for layer in self.layers
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -72,3 +79,12 @@ def embedding_and_head(streamed: StreamedModel) -> EmbeddingAndHead:
     path, table = next(iter(tables.items()))
     tied = head is not None and head.weight is table.weight
     return EmbeddingAndHead(path, "" if head is None else adapter.head, tied)
+
+
+def embedding_and_head_sites(streamed: StreamedModel) -> tuple[Site, ...]:
+    """Return the token embedding and the head as sites, one where they are tied.
+
+    Raises:
+        SourceError: The model has no plain embedding, or its head is no linear layer.
+    """
+    return embedding_and_head(streamed).sites(streamed)
