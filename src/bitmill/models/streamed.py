@@ -112,7 +112,7 @@ class StreamedModel:
         return tuple(site for index in range(len(self.blocks)) for site in self.sites(index))
 
     def fused_layers(self, index: int) -> tuple[tuple[str, ...], ...]:
-        """Return the groups of layers of block `index`, by full name, that serving engines merge into one matrix."""
+        """Return the layers of block `index` that serving engines merge into one matrix, by full name."""
         prefix = self.block_name(index)
         return tuple(tuple(f"{prefix}.{name}" for name in group) for group in self.adapter.fused)
 
