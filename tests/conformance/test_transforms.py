@@ -17,6 +17,7 @@ from bitmill.models.block_call import answers_of
 from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.statistics import Activations
 from bitmill.pipeline.fold import fold_transforms
+from bitmill.pipeline.job import Job
 from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
@@ -52,7 +53,7 @@ def folded(streamed: StreamedModel, *chosen: Transform, ignore=()) -> list[dict[
     for index, block in enumerate(streamed.blocks):
         leads = [stage[0] for stage in streamed.adapter.stages]
         seen = observe(block, [hidden], [calls[index]], leads) if recipe.needs else None
-        changed.append(fold_transforms(recipe, streamed, index, seen))
+        changed.append(fold_transforms(Job(streamed, recipe), index, seen))
         if seen:
             assert_seen(seen, observe(block, [hidden], [calls[index]], leads))
         hidden = calls[index].run(block, hidden)

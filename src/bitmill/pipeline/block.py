@@ -58,7 +58,7 @@ def quantize_block(
     elif store and store.has(index):  # by the leads of its stages
         stages = store.stages(index) or stages
     leads = [stage[0] for stage in stages]
-    names = [n for stage in stages for n in stage if not recipe.ignores(f"{prefix}.{n}")]
+    names = [n for stage in stages for n in stage if job.quantizes(f"{prefix}.{n}")]
 
     targets = streams.targets(block, index) if streams else []
     seen: dict[str, Activations] = {}
@@ -78,7 +78,7 @@ def quantize_block(
     if work.keep:
         task.dtypes = {name: streamed.dtype(f"{prefix}.{name}") for name, _ in task.floats()}
     before = {name: task.matrix(name).clone() for name in names} if fisher and recipe.transforms else {}
-    result = BlockResult(index, changed=fold_transforms(recipe, streamed, index, seen))
+    result = BlockResult(index, changed=fold_transforms(job, index, seen))
     # beside the block as it is quantized, the float one in the same basis
     twin = copy.deepcopy(block) if "cross" in recipe.needs and job.propagate == "quantized" else None
     if fisher:

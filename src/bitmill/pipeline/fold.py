@@ -5,32 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.statistics import Activations
-from bitmill.recipes.recipe import Recipe
+from bitmill.pipeline.job import Job
 from bitmill.transforms.base import SeamTransform, SeamView, fold
 
 
 @torch.no_grad()
-def fold_transforms(
-    recipe: Recipe, streamed: StreamedModel, index: int, seen: dict[str, Activations] | None = None
-) -> dict[str, Tensor]:
+def fold_transforms(job: Job, index: int, seen: dict[str, Activations] | None = None) -> dict[str, Tensor]:
     """Fold every seam transform of the recipe into every seam of block `index`.
 
     seen: what the block's linears read, by the linear that stands for its stage; kept true as scales change.
     Returns the tensors that changed and stay in float (norms, biases, ignored linears), by full name, in
     their stored type, which is also what the block now computes with.
     """
-    seam_transforms = [t for t in recipe.transforms if isinstance(t, SeamTransform)]
-    if not seam_transforms:
-        return {}
+    streamed = job.streamed
     block, adapter = streamed.blocks[index], streamed.adapter
     seen = {} if seen is None else seen
     prefix = streamed.block_name(index)
+    schemes = {
+        name: job.scheme(f"{prefix}.{name}") for name in adapter.linears if job.quantizes(f"{prefix}.{name}")
+    }
     touched: set[str] = set()
-    for transform in seam_transforms:
+    chains = dict.fromkeys(scheme.transforms for scheme in schemes.values())
+    for transform, chain in ((t, chain) for chain in chains for t in chain if isinstance(t, SeamTransform)):
         for seam in adapter.seams:
-            coded = [name for name in seam.targets if not recipe.ignores(f"{prefix}.{name}")]
+            coded = [name for name in seam.targets if name in schemes and schemes[name].transforms == chain]
             if not coded:
                 continue  # nobody would gain
             parameters = dict(block.named_parameters())
@@ -38,15 +37,14 @@ def fold_transforms(
             source = _matrix(parameters[f"{seam.source}.weight"], adapter.transposed)
             source = source + 1 if seam.norm_plus_one else source
             lead = next((name for name in seam.targets if name in seen), "")
-            view = SeamView(source, targets, recipe.weight.core, seen.get(lead), seam.heads)
+            view = SeamView(source, targets, schemes[coded[0]].weight.core, seen.get(lead), seam.heads)
             scale = transform.choose(view)
             for name, tensor in fold(scale, seam, parameters, adapter.transposed).items():
                 parameters[name].data = tensor
                 touched.add(f"{prefix}.{name}")
             if lead:
                 seen[lead] = seen[lead].divided(view.columns(scale))
-    quantized = {f"{prefix}.{name}" for name in adapter.linears}
-    quantized = {f"{name}.weight" for name in quantized if not recipe.ignores(name)}
+    quantized = {f"{prefix}.{name}.weight" for name in schemes}
     changed = {}
     for name in sorted((touched & set(streamed.names())) - quantized):
         stored = streamed.model.get_parameter(name).data.to(streamed.dtype(name))

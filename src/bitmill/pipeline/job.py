@@ -9,13 +9,29 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from bitmill.data.text import Windows
+from bitmill.formats import Format
 from bitmill.formats.quantized import Quantized
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import Recipe
+from bitmill.solvers import Solver
+from bitmill.transforms import Transform
 
 Propagate = Literal["quantized", "float"]
 NON_BLOCK = -1  # what stands for the index of a block where the layers outside of all blocks are meant
 Shared = dict[str, dict[str, Tensor]]  # path of a module, see `shared_place` -> packed tensors that layers share
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """How one linear layer is quantized.
+
+    format: as stored, the weight format inside the wrappers of its transforms.
+    """
+
+    format: Format
+    weight: Format
+    solver: Solver
+    transforms: tuple[Transform, ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,15 @@ class Job:
     held_out: Windows | None = None
     propagate: Propagate = "quantized"
     statistics: Path | None = None
+
+    def quantizes(self, layer: str) -> bool:
+        """Return True if the linear layer with this full name is quantized, and False if it stays in float."""
+        return not self.recipe.ignores(layer)
+
+    def scheme(self, layer: str) -> LayerScheme:
+        """Return how the linear layer with this full name is quantized."""
+        recipe = self.recipe
+        return LayerScheme(recipe.stored, recipe.weight, recipe.solver, recipe.transforms)
 
 
 @dataclass(frozen=True)
@@ -71,7 +96,7 @@ class LayerResult:
 class BlockResult:
     """One finished block: quantized layers by full name, and float tensors that a transform or tuner changed.
 
-    The index OUTSIDE stands for embedding and head.
+    The index NON_BLOCK stands for embedding and head.
     """
 
     index: int

@@ -48,7 +48,7 @@ def _kinds(job: Job) -> Counter[str]:
     """How many layers of each kind are quantized."""
     names = [job.streamed.block_name(index) for index in range(len(job.streamed.blocks))]
     linears = job.streamed.adapter.linears
-    return Counter(kind for kind in linears for name in names if not job.recipe.ignores(f"{name}.{kind}"))
+    return Counter(kind for kind in linears for name in names if job.quantizes(f"{name}.{kind}"))
 
 
 def _learn(job: Job, progress: Progress) -> dict[str, Params]:
@@ -76,19 +76,19 @@ def _learn(job: Job, progress: Progress) -> dict[str, Params]:
 
 def _show(job: Job, index: int, streams: Streams | None, learners: dict[str, Learner]) -> None:
     """Let the learners see the linears of one block, and move the stream past it."""
-    streamed, recipe = job.streamed, job.recipe
+    streamed = job.streamed
     block, stages, seen = streamed.load_block(index), [list(stage) for stage in streamed.adapter.stages], {}
     if streams:
         calls, first = streams.calls(index), streams.hidden[0]
         stages = stages_of(streamed.adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
         seen = observe(block, streams.hidden, calls, [stage[0] for stage in stages])
         streams.advance(block, index, [])
-    fold_transforms(recipe, streamed, index, seen)
+    fold_transforms(job, index, seen)
     for stage in stages:
         known = seen.get(stage[0])
         stats = Statistics(known.gram, known.tokens) if known else Statistics()
         for kind in stage:
             name = f"{streamed.block_name(index)}.{kind}"
-            if not recipe.ignores(name):
-                learners[kind].see(*inside(streamed.matrix(f"{name}.weight"), stats, recipe.stored))
+            if job.quantizes(name):
+                learners[kind].see(*inside(streamed.matrix(f"{name}.weight"), stats, job.scheme(name).format))
     streamed.free_block(index)
