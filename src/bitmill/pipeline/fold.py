@@ -22,12 +22,12 @@ def fold_transforms(job: Job, index: int, seen: dict[str, Activations] | None = 
     block, adapter = streamed.blocks[index], streamed.adapter
     seen = {} if seen is None else seen
     prefix = streamed.block_name(index)
-    schemes = {
-        name: job.scheme(f"{prefix}.{name}") for name in adapter.linears if job.quantizes(f"{prefix}.{name}")
-    }
+    linears = [name for name in adapter.linears if job.quantizes(f"{prefix}.{name}")]
+    schemes = {name: job.scheme(f"{prefix}.{name}") for name in linears}
     touched: set[str] = set()
     chains = dict.fromkeys(scheme.transforms for scheme in schemes.values())
-    for transform, chain in ((t, chain) for chain in chains for t in chain if isinstance(t, SeamTransform)):
+    pairs = [(t, transforms) for transforms in chains for t in transforms if isinstance(t, SeamTransform)]
+    for transform, chain in pairs:
         for seam in adapter.seams:
             coded = [name for name in seam.targets if name in schemes and schemes[name].transforms == chain]
             if not coded:
