@@ -26,8 +26,8 @@ from bitmill.runtime.kv import Known, attend
 from bitmill.runtime.native import native
 from bitmill.workflows.bench.memory import ReadBandwidth, copies_of, timed
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "unit"))
-from packed_past import Case, made, off
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.packed_past import Case, made, off
 
 RESULTS = Path(__file__).parent / "results" / "kv_attention.json"
 SHAPES = {"SmolLM2-135M": (3, 3, 64), "Llama-3-8B": (8, 4, 128)}  # kv heads, query heads of each, dim

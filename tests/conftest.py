@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent / "unit" / "models"))  # tiny.py, the tiny models
+pytest.register_assert_rewrite("helpers")
 
 # Exact everywhere; the tests of the compiled kernels ask for them.
 os.environ.setdefault("BITMILL_KERNEL", "reference")

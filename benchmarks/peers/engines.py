@@ -11,9 +11,9 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from models import BITS, GGUF_TYPES, HERE, Model, types_of
 
 from bitmill.progress import high_water_mark
+from models import BITS, GGUF_TYPES, HERE, Model, types_of
 
 PEERS = ("llama.cpp", "torch", "vllm")
 SAID = 12  # tokens of a check

@@ -26,10 +26,10 @@ import torch
 from engines import PEERS, Worker, engines_of
 from environments import python_of
 from host import busy, describe_host
-from models import HERE, MODELS, Model
 
 from bitmill.sources.zoo import cache_folder
 from bitmill.workflows.bench.memory import ReadBandwidth
+from models import HERE, MODELS, Model
 
 RESULTS = Path(__file__).parent.parent / "results"
 PROMPT, PREFILL = 16, 512

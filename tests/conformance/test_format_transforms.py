@@ -13,7 +13,7 @@ from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms import TRANSFORMS, FormatTransform
-from cases import gram_of, inputs, switched, varied, weights
+from helpers.cases import gram_of, inputs, switched, varied, weights
 
 KINDS = [kind for _, kind in TRANSFORMS.items() if issubclass(kind, FormatTransform)]
 every_transform = pytest.mark.parametrize(

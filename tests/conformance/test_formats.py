@@ -12,7 +12,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, GroupFormat, ScalarFormat
 from bitmill.numerics.grouping import grouped, grouped_importance, ungrouped
-from cases import (
+from helpers.cases import (
     all_formats,
     fitted,
     group_params,

@@ -15,7 +15,7 @@ from bitmill.runtime import QuantLinear
 from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
 from bitmill.runtime.kernels import reference as reference_module
 from bitmill.runtime.kernels.base import KERNELS
-from cases import few_formats, fitted, weights
+from helpers.cases import few_formats, fitted, weights
 
 SHAPES = [(1, 1), (3, 7), (65, 96), (130, 577)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

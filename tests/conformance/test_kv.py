@@ -16,7 +16,7 @@ from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import Rope
 from bitmill.kv.scheme import KV_METHODS, kv_method
-from packed import calibrated_by, generated, long_model, packed_cache, padded, slow_cache
+from helpers.packed_cache import calibrated_by, generated, long_model, packed_cache, padded, slow_cache
 
 CARD = ("Problem", "Equation", "Stored", "Needs", "Expect", "Paper")
 HEADS, DIM = 2, 64

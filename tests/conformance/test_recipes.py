@@ -16,7 +16,7 @@ from bitmill.recipes.recipe import METHODS, Recipe, build_recipe, parse_group_si
 from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.equalize import Equalize
-from cases import all_formats, all_solvers
+from helpers.cases import all_formats, all_solvers
 
 CARD = ("Problem", "Equation", "Needs", "Cost", "Expect", "Paper")
 every_method = pytest.mark.parametrize("name", METHODS.names())

@@ -12,7 +12,7 @@ from bitmill.formats.uniform import Uniform
 from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import SOLVERS, Solver, Statistics
 from bitmill.solvers.base import output_error
-from cases import all_solvers, few_formats, fitted, gram_of, inputs, rounded, weights
+from helpers.cases import all_solvers, few_formats, fitted, gram_of, inputs, rounded, weights
 
 # Ragged groups for every variant of a solver; whole rows and tensors for its defaults.
 PAIRS = [

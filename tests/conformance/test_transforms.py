@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from bitmill.architectures.adapter import ADAPTERS
 from bitmill.calibration.collect import observe
@@ -22,6 +21,7 @@ from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
 from bitmill.transforms import TRANSFORMS, SeamTransform, SeamView, Transform
+from helpers.tiny_models import tiny_model
 
 TOKENS = torch.arange(24).view(2, 12) + 3
 ARCHITECTURES = [pytest.param(name, {}, id=name) for name in ADAPTERS.names()] + [

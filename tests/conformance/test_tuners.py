@@ -9,7 +9,6 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import tiny_model
 from torch import Tensor, nn
 
 import bitmill
@@ -26,7 +25,8 @@ from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
 from bitmill.tuners import TUNERS, BlockTask, Tuner
 from bitmill.tuners.base import relative
-from cases import all_wrappers, few_formats, varied
+from helpers.cases import all_wrappers, few_formats, varied
+from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(7))
 MODELS = ["llama", "opt", "gpt2", "gemma2"]

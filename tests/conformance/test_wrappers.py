@@ -17,7 +17,7 @@ from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.beam import BeamSearch
 from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
-from cases import all_wrappers, gram_of, inputs, weights
+from helpers.cases import all_wrappers, gram_of, inputs, weights
 
 every_wrapper = pytest.mark.parametrize("format", all_wrappers(), ids=repr)
 every_solver = pytest.mark.parametrize("solver", [Nearest(), GPTQ()], ids=["nearest", "gptq"])

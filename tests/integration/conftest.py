@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from grids import in_this_process
-from world import World, build_world
 
 from bitmill.recipes.recipe import build_recipe
 from bitmill.workflows.comparison import run
+from helpers.comparisons import in_this_process
+from helpers.workspace import World, build_world
 
 
 @pytest.fixture(scope="session", autouse=True)

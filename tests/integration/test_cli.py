@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from world import TEMPLATE, interrupted_after, save_model, snapshot
 
 from bitmill.cli.main import main
 from bitmill.cli.output import plain
 from bitmill.version import __version__
+from helpers.workspace import TEMPLATE, interrupted_after, save_model, snapshot
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import io
 import json
 
 import pytest
-from grids import command, names, results
 
 from bitmill.cli.main import main
 from bitmill.errors import NumericsError
 from bitmill.workflows.comparison import run, worker
 from bitmill.workflows.comparison.process import CellFailed
+from helpers.comparisons import command, names, results
 
 
 def test_a_grid(world, quick, capsys):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import fabricated
 from bitmill.cli.main import main
+from helpers import sample_results
 
 CLI = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 
@@ -53,7 +53,7 @@ def test_eval(world, keys):
 def test_compare(world, keys, monkeypatch):
     from bitmill.workflows.comparison.run import run_grid
 
-    row = fabricated.document()["float"]
+    row = sample_results.document()["float"]
     monkeypatch.setattr(run_grid, "__kwdefaults__", {**run_grid.__kwdefaults__, "run": lambda *_: row})
     terms = ["--calib", world.text, "--samples", 4, "--seqlen", 32, "--windows", 1, "--max-new-tokens", 1]
     nothing = ["--methods", "rtn", "--bits", 9]  # cannot be had

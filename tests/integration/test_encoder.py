@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -16,6 +15,7 @@ import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.cli.main import main
 from bitmill.runtime import QuantLinear
+from helpers.tiny_models import tiny_model
 
 WORDS = [a + b + c for a in "bdgk" for b in "aeiou" for c in "mnrst"]
 FIGURES = {"cosine_similarity", "neighbour_agreement", "pair_cosine", "reference_pair_cosine"}

@@ -7,10 +7,10 @@ that was there changed, and the output folder does not exist unless it did befor
 from __future__ import annotations
 
 import pytest
-from faults import Fault, disk, folder, model, options, resume, text
-from world import snapshot
 
 from bitmill.cli.main import main
+from helpers.faults import Fault, disk, folder, model, options, resume, text
+from helpers.workspace import snapshot
 
 SUBJECTS = (disk, model, text, options, resume, folder)
 FAULTS: dict[str, Fault] = {name: spoil for subject in SUBJECTS for name, spoil in subject.fault.items()}

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 from safetensors import safe_open
-from world import arguments, interrupted_after, save_model, snapshot, write_text
 
 import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
@@ -16,6 +15,7 @@ from bitmill.cli.main import main
 from bitmill.workflows.comparison.process import CellFailed
 from bitmill.workflows.comparison.run import run_grid
 from bitmill.workflows.comparison.worker import main as work
+from helpers.workspace import arguments, interrupted_after, save_model, snapshot, write_text
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

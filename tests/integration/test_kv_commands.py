@@ -10,9 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM
-from world import interrupted_after, snapshot
 
 import bitmill
 from bitmill.checkpoint.files import sha256
@@ -22,6 +20,8 @@ from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibration_file import FILE, read_calibration
 from bitmill.kv.config import asked
 from bitmill.kv.support import calibration_bytes
+from helpers.tiny_models import tiny_model
+from helpers.workspace import interrupted_after, snapshot
 
 KV = ["--kv", "kvquant:residual=0", "--kv-bits", "3", "--kv-samples", "4"]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import snapshot
 
 from bitmill.checkpoint import files
 from bitmill.checkpoint.journal import Journal
 from bitmill.cli.main import main
+from helpers.workspace import snapshot
 
 
 class Disk:

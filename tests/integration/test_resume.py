@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from world import arguments, save_model, snapshot, write_text
+
+from helpers.workspace import arguments, save_model, snapshot, write_text
 
 BLOCKS = 4
 # Each file appears by os.replace: the journal, then per block a shard and the journal, then the rest.

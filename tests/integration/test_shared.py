@@ -10,9 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
 from torch import nn
-from world import interrupted_after
 
 import bitmill
 from bitmill.api import stored_bits
@@ -27,6 +25,8 @@ from bitmill.recipes.recipe import build_recipe
 from bitmill.report.parts import bytes_inside, sizes
 from bitmill.runtime import QuantLinear
 from bitmill.solvers.learning import CodebookLearner
+from helpers.tiny_models import tiny_model
+from helpers.workspace import interrupted_after
 
 MODELS = ["llama", "opt", "gpt2", "gemma2"]
 WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(7))

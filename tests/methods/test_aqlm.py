@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from tuned_blocks import quantized_by
 
 from bitmill.errors import RecipeError
 from bitmill.formats import Format
@@ -23,7 +22,8 @@ from bitmill.solvers.beam import BeamSearch
 from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
 from bitmill.tuners.block_finetune import BlockFinetune
-from cases import fitted
+from helpers.cases import fitted
+from helpers.tuned_blocks import quantized_by
 
 ROWS, COLUMNS = 512, 192
 SMALL = Additive(4, codebooks=4)  # 2 bits a weight, and codebooks that a layer of this size can pay for

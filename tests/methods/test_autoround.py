@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tuned_blocks import quantized
 
 from bitmill.formats.uniform import Uniform
 from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers.gptq import GPTQ
 from bitmill.tuners.autoround import AutoRound
+from helpers.tuned_blocks import quantized
 
 LEARNED = AutoRound(tokens=128)
 

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from tuned_blocks import quantized
 
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.uniform import Uniform
 from bitmill.tuners.block_finetune import BlockFinetune
+from helpers.tuned_blocks import quantized
 
 LONG = BlockFinetune(epochs=8, tokens=128)  # a tiny text has few steps in it
 

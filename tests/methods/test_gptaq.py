@@ -12,7 +12,7 @@ from bitmill.solvers import Statistics
 from bitmill.solvers.base import solve
 from bitmill.solvers.gptaq import GPTAQ
 from bitmill.solvers.gptq import GPTQ
-from cases import gram_of, inputs, weights
+from helpers.cases import gram_of, inputs, weights
 
 
 def disturbed(seed: int = 0, tokens: int = 800) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from bitmill.solvers import Statistics
 from bitmill.solvers import feedback as module
 from bitmill.solvers.base import output_error
 from bitmill.solvers.gptq import GPTQ
-from cases import COLUMNS, fitted, gram_of, group_params, inputs, rounded, weights
+from helpers.cases import COLUMNS, fitted, gram_of, group_params, inputs, rounded, weights
 
 ROWS = 16
 FORMATS = [Uniform(b, size) for b in (2, 3, 4) for size in (32, 40, "row")] + [Uniform(3, "tensor")]

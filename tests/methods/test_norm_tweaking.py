@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tuned_blocks import quantized
 
 from bitmill.formats.uniform import Uniform
 from bitmill.solvers import Solver
@@ -13,6 +12,7 @@ from bitmill.solvers.nearest import Nearest
 from bitmill.tuners import Tuner
 from bitmill.tuners.norm_refit import NormRefit
 from bitmill.tuners.norm_tweaking import NormTweaking, distance, moments
+from helpers.tuned_blocks import quantized
 
 TUNERS = [NormTweaking(rate=5e-3, tokens=128), NormRefit()]  # a tiny text has few steps in it
 

@@ -19,7 +19,7 @@ from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error
 from bitmill.solvers.gptq import GPTQ
-from cases import inputs
+from helpers.cases import inputs
 
 
 def gaussian(seed: int) -> torch.Tensor:

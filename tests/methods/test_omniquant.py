@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 from torch import Tensor
 
 from bitmill.calibration.collect import observe
@@ -17,6 +16,7 @@ from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
 from bitmill.tuners import BlockTask
 from bitmill.tuners.omniquant import OmniQuant, _Learned, _StraightThrough
+from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(7))
 MODELS = ["llama", "opt", "gpt2", "gemma2"]

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from rotated_layers import held_out_error
 
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers.nearest import Nearest
+from helpers.rotated_layers import held_out_error
 
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}  # of a standard normal number, by bits
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from rotated_layers import held_out_error, layer
 from torch import Tensor
 
 from bitmill.formats.half_integer import HalfInteger
@@ -14,6 +13,7 @@ from bitmill.recipes.recipe import Recipe, build_recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.nearest import Nearest
+from helpers.rotated_layers import held_out_error, layer
 
 SEEDS = [0, 1]
 ROTATIONS = ["orthogonal", "hadamard"]

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from rotated_layers import held_out_error
 
 from bitmill.errors import RecipeError
 from bitmill.formats.codebook import Codebook
@@ -14,6 +13,7 @@ from bitmill.formats.e8 import E8
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.recipes.recipe import build_recipe
 from bitmill.solvers.nearest import Nearest
+from helpers.rotated_layers import held_out_error
 
 SEEDS = [0, 1]
 

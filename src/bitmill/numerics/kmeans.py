@@ -5,7 +5,7 @@ cuts, and the best cuts among any candidates follow from dynamic programming ove
 through the whole program. Trying every place for every cut of long rows would cost k n^2 each; there each cut
 is offered a window of candidates, coarse and wide, then finer around what was chosen, in turns until nothing
 moves. What is found is an optimum over all joint moves of the cuts within their windows: mostly the global
-one, and otherwise within a few percent of it (tests/unit/test_kmeans.py compares with the whole program). All
+one, and otherwise within a few percent of it (tests/numerics/test_kmeans.py compares with the whole program). All
 rows go through together, in fp64, because prefix sums cancel.
 
 Coarse candidates divide the clusters at hand. These start as equal steps of the integral of density^(1/3),

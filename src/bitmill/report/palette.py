@@ -1,6 +1,6 @@
 """Colours and marks of methods, the same in every chart.
 
-Eight colours for each theme, told apart by people with any of the three dichromacies (tests/unit/test_palette.py
+Eight colours for each theme, told apart by people with any of the three dichromacies (tests/report/test_palette.py
 simulates them), at 3:1 or more against the background; and eight shapes, so that colour is never alone. The
 ninth method has the first colour again, with another shape.
 """

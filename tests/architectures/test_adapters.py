@@ -1,0 +1,205 @@
+"""Adapters say only what is true of the models that transformers builds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertForMaskedLM
+from transformers.pytorch_utils import Conv1D
+
+from bitmill.architectures.adapter import ADAPTERS, UnknownArchitecture, adapter_for, generic_adapter, is_encoder
+from bitmill.errors import SourceError
+from bitmill.models.block_call import answers_of
+from bitmill.models.streamed import StreamedModel
+from bitmill.sources.module import ModuleSource
+from helpers.tiny_models import tiny_config, tiny_model
+
+NAMES = ADAPTERS.names()
+TOKENS = torch.arange(24).view(2, 12) + 3
+
+
+def linear_names(block: nn.Module) -> list[str]:
+    return [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def inputs_seen(block: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args[0].clone()})
+        )
+        for name in linear_names(block)
+    ]
+    model(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_linear_is_in_one_stage(name):
+    model = tiny_model(name)
+    adapter = adapter_for(model.config)
+    for block in model.get_submodule(adapter.blocks):
+        assert sorted(adapter.linears) == sorted(linear_names(block))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_stage_reads_one_tensor_and_stages_run_in_order(name):
+    model = tiny_model(name)
+    adapter = adapter_for(model.config)
+    seen = inputs_seen(model.get_submodule(adapter.blocks)[0], model)
+    ran = list(seen)
+    for stage in adapter.stages:
+        assert set(ran[: len(stage)]) == set(stage)
+        ran = ran[len(stage) :]
+        for other in stage[1:]:
+            assert torch.equal(seen[stage[0]].reshape(-1), seen[other].reshape(-1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_named_module_exists(name):
+    model = tiny_model(name)
+    adapter = adapter_for(model.config)
+    block = model.get_submodule(adapter.blocks)[0]
+    for group in adapter.fused:
+        assert set(group) <= set(adapter.linears)
+    for seam in adapter.seams:
+        block.get_submodule(seam.source)
+        assert set(seam.targets) <= set(adapter.linears)
+    for path in (*adapter.embeddings, adapter.head):
+        model.get_submodule(path)
+
+
+def scale_rows(module: nn.Module, scale: torch.Tensor, plus_one: bool) -> None:
+    """Multiply output channel c of a norm or a linear by scale[c]."""
+    weight = module.weight.data
+    if weight.dim() == 2:
+        weight.mul_(scale[:, None])
+    elif plus_one:
+        weight.copy_((1 + weight) * scale - 1)
+    else:
+        weight.mul_(scale)
+    if getattr(module, "bias", None) is not None:
+        module.bias.data.mul_(scale)
+
+
+def scale_columns(module: nn.Module, scale: torch.Tensor, head_dim: int) -> None:
+    """Multiply input channel c of a linear by scale[c], repeating heads when it reads more channels."""
+    weight = module.weight.data
+    if isinstance(module, Conv1D):
+        weight.mul_(scale[:, None])
+        return
+    repeats = weight.shape[1] // len(scale)
+    weight.mul_(scale.view(-1, head_dim).repeat_interleave(repeats, 0).reshape(-1) if repeats > 1 else scale)
+
+
+CASES = [(name, {}) for name in NAMES] + [
+    ("opt", {"do_layer_norm_before": False}),
+    ("opt", {"activation_function": "gelu"}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("bert", {"hidden_act": "relu"}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+@torch.no_grad()
+def test_every_seam_is_exact(name, changes):
+    model = tiny_model(name, **changes)
+    adapter = adapter_for(model.config)
+    before = answers_of(model)(TOKENS)
+    generator = torch.Generator().manual_seed(1)
+    for block in model.get_submodule(adapter.blocks):
+        for seam in adapter.seams:
+            source = block.get_submodule(seam.source)
+            channels = source.weight.shape[0]
+            scale = torch.rand(channels, generator=generator) * 2 + 0.5
+            scale_rows(source, 1 / scale, seam.norm_plus_one)
+            for target in seam.targets:
+                scale_columns(block.get_submodule(target), scale, getattr(model.config, "head_dim", channels))
+    after = answers_of(model)(TOKENS)
+    assert (after - before).abs().max() < 1e-4 * before.abs().max()
+
+
+def test_seams_that_a_config_breaks_are_left_out():
+    whole = adapter_for(tiny_config("opt"))
+    assert len(whole.seams) == 4
+    post_norm = adapter_for(tiny_config("opt", do_layer_norm_before=False))
+    assert {s.kind for s in post_norm.seams} == {"linear"}
+    assert "fc1" not in [s.source for s in adapter_for(tiny_config("opt", activation_function="gelu")).seams]
+
+
+def test_an_encoders_norms_are_no_seams_and_gelu_passes_no_scale():
+    assert [s.source for s in adapter_for(tiny_config("bert")).seams] == ["attention.self.value"]
+    assert len(adapter_for(tiny_config("bert", hidden_act="relu")).seams) == 2
+
+
+def test_which_architectures_are_encoders():
+    assert is_encoder(tiny_config("bert"))
+    assert is_encoder({"model_type": "bert"})
+    assert not is_encoder(tiny_config("llama"))
+    assert not is_encoder({})
+    assert not is_encoder(None)
+
+
+def test_an_encoder_with_a_head_is_refused():
+    model = BertForMaskedLM(tiny_config("bert"))
+    with pytest.raises(SourceError, match=r"BertForMaskedLM has no blocks at 'encoder.layer'.*AutoModel\.$"):
+        StreamedModel(ModuleSource(model))
+
+
+def test_an_unknown_architecture_names_itself_and_the_known_ones():
+    with pytest.raises(UnknownArchitecture, match=r"'bloom'.*gpt2.*llama.*qwen3"):
+        adapter_for(tiny_config("bloom"))
+
+
+def test_generic_adapter_walks_an_unknown_model():
+    model = tiny_model("llama")
+    known, found = adapter_for(model.config), generic_adapter(model, model.config)
+    assert found.blocks == known.blocks
+    assert found.stages == tuple((name,) for name in linear_names(model.model.layers[0]))
+    for field in ("embeddings", "head"):
+        assert getattr(found, field) == getattr(known, field)
+    assert found.seams == ()
+    assert found.name == "generic:llama"
+
+
+def test_generic_adapter_prefers_blocks_over_the_longer_lists_inside_them():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    assert generic_adapter(Model()).blocks == "blocks"
+
+
+def test_generic_adapter_refuses_a_model_without_blocks():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3))
+
+    with pytest.raises(SourceError, match=r"Model has no list of like blocks.*norms \(3\)"):
+        generic_adapter(Model())
+    with pytest.raises(SourceError, match=r"Linear has no list.*no nn.ModuleList"):
+        generic_adapter(nn.Linear(2, 2))
+
+
+def test_generic_adapter_refuses_fused_experts():
+    model = tiny_model("mixtral", num_local_experts=4)
+    with pytest.raises(SourceError, match=r"fused expert weight '.*experts.*' of shape \(4, "):
+        generic_adapter(model, model.config)
+
+
+def test_generic_adapter_refuses_blocks_that_differ():
+    model = tiny_model("llama")
+    model.model.layers[1].extra = nn.Linear(4, 4)
+    with pytest.raises(SourceError, match=r"Block 1 of 'model.layers' differs from block 0 in extra"):
+        generic_adapter(model, model.config)

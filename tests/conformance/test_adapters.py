@@ -1,0 +1,177 @@
+"""Every architecture with every method: quantize to a folder, load it again, run it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import bitmill
+from bitmill.calibration.staged_forward import StagedForward, stages_of
+from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.errors import SourceError
+from bitmill.models.meta import auto_class
+from bitmill.models.streamed import StreamedModel
+from bitmill.recipes.recipe import METHODS
+from bitmill.runtime import QuantLinear
+from bitmill.sources.module import ModuleSource
+from bitmill.workflows.quantize import Outcome
+from helpers.architectures import MODELS, TOKENS, WINDOWS, answer, model_of, stored_bytes
+from helpers.cases import method_options
+from helpers.tiny_models import tiny_config
+
+BRIEF = {"iters": 10, "epochs": 1, "rounds": 2, "sweeps": 1}  # training, where nobody asks how well it went
+
+
+def quantize(model: nn.Module, method: str, out=None, **options):
+    options = method_options(method, group_size=20, **options)  # ragged in 32 and in 48 columns
+    return bitmill.quantize(model, method, calibration=WINDOWS, out=out, measure=0, **options)
+
+
+@pytest.fixture(scope="module")
+def outcome_of(tmp_path_factory) -> Callable[[str, str], Outcome]:
+    """What a method made of a model, in a folder; made when first asked for."""
+
+    @cache
+    def made(name: str, method: str) -> Outcome:
+        model, out = model_of(name), tmp_path_factory.mktemp(f"{name}-{method}") / "quantized"
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        outcome = quantize(model, method, out, **BRIEF)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # the source stays as it was
+        return outcome
+
+    return made
+
+
+def live_dequantized(model: nn.Module, folder) -> nn.Module:
+    """The float model with the decoded weights of the folder, and its float tensors, which may have changed."""
+    live, checkpoint = copy.deepcopy(model), open_checkpoint(folder)
+    for name, parameter in live.named_parameters():
+        if name in checkpoint.files:
+            parameter.data = checkpoint.tensor(name).to(parameter.dtype)
+    for name in checkpoint.formats:
+        linear, W = live.get_submodule(name), checkpoint.quantized(name).dequantize()
+        linear.weight.data = W if isinstance(linear, nn.Linear) else W.T.contiguous()
+    return live
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, outcome_of):
+    model, outcome = model_of(name), outcome_of(name, method)
+    out = outcome.out
+    ours = bitmill.load(out)
+    theirs = auto_class(model.config).from_pretrained(out, dtype=torch.float32).eval()
+    logits = answer(ours)
+    assert torch.equal(logits, answer(theirs))
+    expected = answer(live_dequantized(model, out))
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+    layers = [n for n, m in ours.named_modules() if isinstance(m, QuantLinear)]
+    assert sorted(layers) == sorted(open_checkpoint(out).formats)
+    assert len(layers) == outcome.summary["layers"]
+    in_memory = sum(t.nbytes for t in (*ours.parameters(), *ours.buffers()))
+    assert abs(in_memory - stored_bytes(out)) <= 0.1 * stored_bytes(out)
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gpt_neox"])
+@torch.no_grad()
+def test_a_live_model_is_quantized_in_place_to_the_same_numbers(name, method, outcome_of):
+    model = model_of(name)
+    stored = answer(bitmill.load(outcome_of(name, method).out))
+    outcome = quantize(model, method, **BRIEF)
+    assert outcome.model is model
+    assert any(isinstance(m, QuantLinear) for m in model.modules())
+    assert torch.equal(answer(model), stored)
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_the_same_job_gives_the_same_bytes(method, outcome_of, tmp_path):
+    one, other = outcome_of("llama", method).out, tmp_path / "quantized"
+    quantize(model_of("llama"), method, other, **BRIEF)
+    files = sorted(f.name for f in one.iterdir())
+    assert files == sorted(f.name for f in other.iterdir())
+    for file in files:
+        assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+@torch.no_grad()
+def test_more_bits_come_closer_to_the_float_model(method, tmp_path):
+    if "bits" not in METHODS.get(method).__dataclass_fields__:
+        pytest.skip("this method has no bits to set")
+    model = model_of("llama")
+    reference = torch.log_softmax(model(TOKENS).logits, -1)
+    far, small = [], method_options(method, codebook_bits=4)  # 256 vectors would hold a tiny matrix whole
+    for bits in (2, 3):
+        quantize(model, method, tmp_path / str(bits), bits=bits, **small)
+        logits = torch.log_softmax(bitmill.load(tmp_path / str(bits))(TOKENS).logits, -1)
+        far.append(float((reference.exp() * (reference - logits)).sum(-1).mean()))
+    assert far[1] < far[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_staged_forward_equals_the_plain_one(name):
+    streamed = StreamedModel(ModuleSource(model_of(name)))
+    with streamed.non_block_weights():
+        batches = [streamed.embed(tokens) for tokens in (WINDOWS[:4], WINDOWS[4:])]
+        hidden = [start for start, _ in batches]
+        for index in range(len(streamed.blocks)):
+            block = streamed.load_block(index)
+            calls = [c[index] for _, c in batches]
+            stages = stages_of(streamed.adapter, block, hidden[0], calls[0])
+            assert sorted(n for stage in stages for n in stage) == sorted(streamed.adapter.linears)
+            plain = [call.run(block, h) for call, h in zip(calls, hidden)]
+            forward = StagedForward(block, [h.clone() for h in hidden], calls, [s[0] for s in stages])
+            for stage in stages:
+                inputs = list(forward.inputs(stage[0]))
+                assert [len(X) for X in inputs] == [4 * 16, 2 * 16]
+            staged = forward.outputs()
+            forward.close()
+            assert all(torch.equal(a, b) for a, b in zip(plain, staged))
+            hidden = plain
+        logits = streamed.head(WINDOWS[:4], hidden[0])
+    assert torch.allclose(logits, answer(model_of(name), WINDOWS[:4]), rtol=1e-4, atol=1e-4)
+
+
+def test_ignored_layers_stay_in_float(tmp_path):
+    recipe = bitmill.Recipe.from_dict({**bitmill_recipe("rtn"), "ignore": ["*.down_proj", "model.layers.0.*"]})
+    bitmill.quantize(model_of("llama"), recipe, out=tmp_path / "out", measure=0)
+    names = open_checkpoint(tmp_path / "out").formats
+    assert names
+    assert all(n.startswith("model.layers.1.") and not n.endswith("down_proj") for n in names)
+    assert torch.isfinite(bitmill.load(tmp_path / "out")(TOKENS).logits).all()
+
+
+def bitmill_recipe(name: str) -> dict:
+    return METHODS.get(name)().recipe().to_dict()
+
+
+def test_transforms_travel_through_the_pipeline(tmp_path):
+    """An equalized model at 8 bits is the float model, so what was folded was also stored."""
+    for name in ("llama", "opt", "gemma2", "bert"):
+        model = model_of(name)
+        described = {**bitmill_recipe("rtn"), "weight": {"format": "uniform", "bits": 8, "group_size": 16}}
+        recipe = bitmill.Recipe.from_dict({**described, "transforms": [{"transform": "equalize"}]})
+        bitmill.quantize(model, recipe, out=tmp_path / name, measure=0)
+        with torch.no_grad():
+            expected, logits = answer(model), answer(bitmill.load(tmp_path / name))
+        assert (logits - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts_are_refused(model_type, tmp_path):
+    config = tiny_config(model_type, num_local_experts=4, num_experts=4, moe_intermediate_size=16)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(SourceError, match="expert") as caught:
+        quantize(model, "rtn", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,92 @@
+"""What an unfinished run left does not fit what is run now."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+
+from helpers.faults import Faults
+from helpers.workspace import save_model
+
+fault = Faults()
+
+
+@fault
+def unfinished_run(world, patch):
+    return world.quantize(out=world.half), [world.partial, "--resume"]
+
+
+@fault
+def resume_with_another_recipe(world, patch):
+    return world.quantize("--resume", "--bits", "3", out=world.half), ["recipe.weight.bits", "was 4", "now 3"]
+
+
+@fault
+def resume_with_another_calibration(world, patch):
+    return world.quantize("--resume", "--seed", "1", out=world.half), ["calibration.seed"]
+
+
+@fault
+def resume_with_another_text(world, patch):
+    world.text.write_text(world.text.read_text().replace("w1 ", "w2 "))
+    return world.quantize("--resume", out=world.half), ["calibration.sha256"]
+
+
+@fault
+def resume_with_another_model(world, patch):
+    shutil.rmtree(world.source)
+    save_model(world.source, seed=1)
+    return world.quantize("--resume", out=world.half), ["model was"]
+
+
+@fault
+def resume_with_an_altered_shard(world, patch):
+    shard = next((world.partial / "model").glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    return world.quantize("--resume", out=world.half), [shard]
+
+
+@fault
+def resume_without_a_shard(world, patch):
+    shard = next((world.partial / "model").glob("*.safetensors"))
+    shard.unlink()
+    return world.quantize("--resume", out=world.half), [shard]
+
+
+def journal_fault(change: Callable[[dict], object], words: list[object]):
+    def spoil(world, patch):
+        path = world.partial / "journal.json"
+        journal = json.loads(path.read_text())
+        change(journal)
+        path.write_text(json.dumps(journal))
+        return world.quantize("--resume", out=world.half), [world.partial, *words]
+
+    return spoil
+
+
+fault |= {
+    "journal without blocks": journal_fault(lambda j: j.pop("blocks"), ["journal.json"]),
+    "journal with blocks of no use": journal_fault(lambda j: j.update(blocks=[1]), ["journal.json"]),
+    "journal entry without file": journal_fault(lambda j: j["blocks"][0].pop("file"), ["journal.json"]),
+    "journal of another version": journal_fault(
+        lambda j: j["identity"]["versions"].update(torch="1.0"), ["versions.torch", "'1.0'"]
+    ),
+    "journal with a wrong shape": journal_fault(
+        lambda j: next(iter(j["blocks"][0]["layers"].values())).update(shape=[1, 2, 3]), ["journal.json"]
+    ),
+}
+
+
+@fault
+def journal_broken(world, patch):
+    path = world.partial / "journal.json"
+    path.write_text(path.read_text()[:-50])
+    return world.quantize("--resume", out=world.half), [path]
+
+
+@fault
+def finished_with_another_recipe(world, patch):
+    return world.quantize("--resume", "--bits", "3", out=world.done), ["recipe.weight.bits"]

@@ -1,0 +1,77 @@
+"""bitmill plan, as a user types it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bitmill.cli.main import main
+from bitmill.cli.plan import _verdict
+from bitmill.workflows.plan import plan
+
+BARE = "kvquant:outliers=0,key_outliers=0,residual=0"
+PAPER = "kvquant:channel_levels=false,equalize=false,outliers=0.01,key_outliers=0.01,residual=0"
+
+
+@pytest.fixture
+def text(capsys):
+    def text(*arguments: object) -> str:
+        assert main(["plan", *map(str, arguments)]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    return text
+
+
+def test_llama_7b(text):
+    out = text("llama-7b", "--context", "1M", "--memory", "80GB", "--kv", PAPER, "--kv-bits", 2)
+    assert "32 layers of 32 heads of 128 numbers" in out
+    assert "1,048,576 tokens the model was trained for 2,048" in out
+    assert "float16 16 16.000 549.76 512.00" in out
+    assert "keys and values 79.88 GB (74.39 GiB), kvquant:outliers=0.01,key_outliers=0.01," in out
+    assert "does not fit, 13.41 GB (12.49 GiB) too much in 80.00 GB (74.51 GiB) of memory" in out
+    assert "quality not measured computed everything but quality" in out
+
+
+def test_eight_devices(text):
+    terms = ["--context", "10_000_000", "--memory", "80GiB", "--gpus", 8]
+    out = text("llama-7b", *terms, "--kv", BARE, "--kv-bits", 2, "--batch", 1)
+    assert "656.67 GB (611.57 GiB), kvquant:outliers=0" in out
+    assert "fits, 2.08 GB (1.94 GiB) to spare in 85.90 GB (80.00 GiB) of memory on each of 8 devices" in out
+
+
+def test_a_packed_folder_says_what_was_measured(world, text, capsys):
+    out = text(world.done, "--method", "gptq", "--bits", 2, "--set", "group_size=16", "--batch", 2)
+    (measured,) = json.loads((world.done / "report.json").read_text())["measured"]
+    assert f"perplexity {measured['perplexity']:.5g}" in out
+    assert "weights as stored, keys and values in float" in out
+    assert "gptq, 2 bits" in out
+    assert "64 tokens x 2 rows" in out
+    assert "trained for" not in out
+
+
+def test_windows_and_what_cannot_be_quantized(tmp_path, text):
+    from helpers.tiny_models import tiny_config
+
+    tiny_config("gemma2", sliding_window=16).save_pretrained(tmp_path / "w")
+    assert "1 of them keep the last 16 tokens" in text(tmp_path / "w")
+    tiny_config("mixtral", num_local_experts=2, num_experts_per_tok=1).save_pretrained(tmp_path / "m")
+    assert "mixture-of-experts weights cannot be quantized yet" in text(tmp_path / "m")
+
+
+def test_a_measured_cache():
+    result = plan("llama-7b")
+    result["measured"] = [{"perplexity": 5.7, "kv_bits_per_element": 2.33, "windows": 1, "seqlen": 8}]
+    (said,) = (value for name, value in _verdict(result) if name == "quality")
+    assert said.endswith("weights as stored, keys and values at 2.33 bits")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--memory", "80"], "80GiB"), (["--context", "0"], "128k"), (["--kv-bits", "2"], "give --kv")],
+)
+def test_what_is_refused(arguments, said, capsys):
+    assert main(["plan", "llama-7b", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1

@@ -1,0 +1,36 @@
+"""Answers page by page, as evaluation reads them, are those of generation token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitmill.errors import RecipeError
+from bitmill.kv.answers import PackedAnswers
+from bitmill.kv.scheme import Scheme, Side, kv_method
+from helpers.packed_cache import SETTINGS, calibration_for, continued, long_model, method_of, packed_cache, prompt
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_page_by_page_as_token_by_token(setting):
+    """Up to numbers that round the other way: a tenth of what packing changes; other pages make it a third."""
+    model, ids, method = long_model("llama"), prompt(2, 170), method_of(setting)
+    with torch.no_grad():
+        answers, exact = PackedAnswers(model, method, calibration_for(model, method))(ids), model(ids).logits
+        cache = packed_cache(model, setting)
+        first = model(ids[:, :1], past_key_values=cache).logits
+    one_by_one = torch.cat([first, continued(model, cache, ids[:, 1:], 169)], 1)
+    assert (answers - one_by_one).norm() < 0.1 * (exact - one_by_one).norm()
+
+
+@pytest.mark.parametrize("name", ["kivi", "kvquant", "rotated"])
+def test_whole_pages_wait(name):
+    with pytest.raises(RecipeError, match="residual is 40; use a multiple of 32"):
+        kv_method(name, residual=40)
+    assert kv_method(name, residual=64).scheme().residual == (32 if name == "kivi" else 64)
+
+
+def test_of_schemes_too():
+    side = Side(4, "token")
+    with pytest.raises(RecipeError, match="residual is 7; use a multiple of 32"):
+        Scheme(side, side, residual=7)

@@ -1,0 +1,65 @@
+"""Keys and values that calibration learns from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitmill.errors import CalibrationError
+from bitmill.kv.calibrate import calibrate, learn
+from bitmill.kv.layer import QuantizedLayer
+from bitmill.kv.recording import Recording, Seen, record
+from bitmill.kv.scheme import kv_method
+from helpers.packed_cache import prompt
+from helpers.tiny_models import tiny_model
+
+HYBRIDS = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_windows_of_a_hybrid_know_nothing_of_each_other(architecture, fisher):
+    model = tiny_model(architecture, **HYBRIDS[architecture])
+    seen = record(model, prompt(tokens=48).repeat(3, 1), fisher).layers
+    assert seen[0] is None
+    for part in ("keys", "values", *(("key_gradient", "value_gradient") if fisher else ())):
+        first, *others = getattr(seen[1], part).split(48)
+        assert first.abs().max() > 0
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.0, 300.0])
+def test_a_channel_that_never_changed_may_do_so_later(constant):
+    keys, values = torch.randn(2, 256, 2, 16, generator=torch.Generator().manual_seed(0))
+    values[:, 1, 3] = constant
+    seen = Seen(keys, values, None, None, torch.arange(256))
+    method = kv_method("kvquant", pre_rope=False, fisher=False)
+    (found,) = learn(tiny_model("llama"), method, Recording([seen], (1, 256), 0.0)).layers
+    layer = QuantizedLayer(method.scheme(), found, None)
+    later = values[None, :20].transpose(1, 2).clone()
+    later[:, 1, :, 3] += torch.linspace(-2, 2, 20)
+    layer.append(keys[None, :20].transpose(1, 2), later)
+    assert (layer.values - later).abs().max() < 2e-3 * (1 + constant)
+    assert found[1].deviation.min() >= 0.01 * found[1].deviation.median()
+
+
+def test_windows_that_the_first_tokens_take_up_are_refused():
+    model = tiny_model("llama")
+    with pytest.raises(CalibrationError, match=r"33 tokens .* first 4 \(sink\)"):
+        calibrate(model, kv_method("kvquant", sink=4), prompt(tokens=33))
+    with pytest.raises(CalibrationError, match=r"40 tokens .* first 100"):
+        calibrate(model, kv_method("kvquant", sink=100), prompt(3, 40))
+    assert calibrate(model, kv_method("kvquant", sink=4), prompt(tokens=36)).layers[0][0].levels is not None

@@ -1,0 +1,201 @@
+"""The two ends of a model: found, refused, and a table as a module."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import bitmill
+from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.checkpoint.schema import quantized_ends
+from bitmill.errors import CheckpointError, RecipeError, SourceError, UsageError
+from bitmill.formats.quantized import nearest_matrix
+from bitmill.formats.uniform import Uniform
+from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
+from bitmill.models.streamed import StreamedModel
+from bitmill.recipes.compose import HEAD_BITS, with_head
+from bitmill.recipes.recipe import Recipe, build_recipe
+from bitmill.runtime import QuantEmbedding, QuantLinear
+from bitmill.runtime.modules.embedding import restore_embedding, swap_embedding
+from bitmill.sources.module import ModuleSource
+from helpers.cases import fitted, weights
+from helpers.tiny_models import tiny_model
+
+WINDOWS = torch.randint(0, 20, (4, 8), generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.down(self.up(hidden).relu())
+
+
+class Own(nn.Module):
+    """A module of nobody's, with a table of positions, and a linear after the head that is none."""
+
+    def __init__(self, table: nn.Module | None = None, tied: bool = False) -> None:
+        super().__init__()
+        self.places = nn.Embedding(8, 16)
+        self.table = nn.Embedding(20, 16) if table is None else table
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 20)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.table(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden)
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(20, 16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows[ids]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_module_of_nobodys_is_quantized_at_both_ends(tied):
+    torch.manual_seed(0)
+    model = Own(tied=tied)
+    before = model(WINDOWS)
+    assert embedding_and_head(StreamedModel(ModuleSource(model))) == EmbeddingAndHead("table", "head", tied)
+    bitmill.quantize(model, "rtn", bits=8, head_bits=8, calibration=WINDOWS, measure=0)
+    assert isinstance(model.table, QuantEmbedding)
+    assert isinstance(model.head, QuantLinear)
+    assert model.head.tied is (model.table if tied else None)
+    assert type(model.places) is nn.Embedding
+    after = model(WINDOWS)
+    assert 0 < (after - before).norm() < 0.02 * before.norm()
+
+
+def test_a_model_without_a_table_is_refused_before_anything_is_done():
+    with pytest.raises(SourceError, match="no table of token embeddings"):
+        bitmill.quantize(Own(Bag()), "rtn", head_bits=8, calibration=WINDOWS, measure=0)
+    assert bitmill.quantize(Own(Bag()), "rtn", calibration=WINDOWS, measure=0).summary["head_bytes"] == 0
+
+
+def test_a_head_that_is_no_linear_is_refused():
+    model = tiny_model("llama")
+    streamed = StreamedModel(ModuleSource(model))
+    streamed.model.lm_head = nn.Identity()
+    with pytest.raises(SourceError, match="is a Identity"):
+        embedding_and_head(streamed)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 5, 7, 9, 16, -8, True, "8", 4.5, [8]])
+def test_other_bits_are_refused(bits):
+    with pytest.raises(RecipeError, match=r"^head_bits is .*; use 8, 6 or 4, or leave it out"):
+        bitmill.quantize("smollm2-135m", "rtn", head_bits=bits, dry_run=True)
+
+
+def test_the_head_is_a_part_of_the_recipe():
+    bare = build_recipe("gptq")
+    assert "head" not in bare.to_dict()
+    assert with_head(bare, None) is bare
+    for bits in HEAD_BITS:
+        recipe = with_head(bare, bits)
+        assert recipe.head == Uniform(bits, 64)
+        assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+        assert with_head(recipe, 4).head.bits == 4
+        assert with_head(recipe, None) == recipe
+    data = {**bare.to_dict(), "head": {"format": "sum", "inner": {"format": "uniform", "bits": 4}}}
+    with pytest.raises(RecipeError, match="'sum' decodes whole matrices"):
+        Recipe.from_dict(data)
+
+
+def test_what_is_ignored_cannot_be_quantized_too():
+    recipe = with_head(replace(build_recipe("rtn"), ignore=("lm_head",)), 8)
+    with pytest.raises(UsageError, match="ignores 'lm_head'"):
+        bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS, measure=0)
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's: what it says of the lookup, it says in the type of the weight."""
+
+    factor = 3.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * torch.tensor(self.factor).to(self.weight.dtype)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, Scaled])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@torch.no_grad()
+def test_a_table_decodes_what_is_looked_up(kind, bits):
+    W = weights(50, 44)
+    format = Uniform(bits, 16)
+    quantized = nearest_matrix(format, W, fitted(format, W))
+    model = nn.Sequential(kind(50, 44, padding_idx=1))
+    model[0].factor = 2.0
+    table = swap_embedding(model, "0", format)
+    assert table is model[0]
+    assert isinstance(table, kind)
+    model.load_state_dict({f"0.{name}": tensor for name, tensor in quantized.pack().items()})
+    ids = torch.tensor([[49, 0, 1], [7, 7, 31]])
+    expected = quantized.dequantize()[ids] * (2.0 if kind is Scaled else 1.0)
+    assert torch.equal(model(ids), expected)
+    assert torch.equal(model(ids.int()), expected)
+    assert model(ids[:, :0]).shape == (2, 0, 44)
+    assert model.bfloat16()(ids).dtype == torch.bfloat16
+    assert torch.equal(copy.deepcopy(model).float()(ids), expected)
+    assert "50 x 44, Uniform" in repr(model)
+    restore_embedding(table, quantized.dequantize())
+    assert type(table) is kind
+    assert torch.equal(model(ids), expected)
+    assert list(model.state_dict()) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        3,
+        {},
+        {"embedding": "a", "head": "b"},
+        {"embedding": "x", "head": "", "tied": False},
+        {"embedding": "a", "head": "", "tied": True},
+        {"embedding": "a", "head": "x", "tied": False},
+        {"embedding": "a", "head": None, "tied": True},
+        {"embedding": ["a"], "head": "b", "tied": 1},
+    ],
+)
+def test_damaged_ends_are_refused(ends):
+    groups = [{"format": {"format": "uniform", "bits": 4}, "layers": ["a", "b"]}]
+    with pytest.raises(CheckpointError, match=r"damaged.*'ends'") as caught:
+        quantized_ends({"groups": groups, "ends": ends})
+    assert "\n" not in str(caught.value)
+    assert quantized_ends({"groups": groups}) is None
+
+
+@pytest.mark.parametrize("names", [["lm_head.weight"], ["lm_head.weight", "model.embed_tokens.weight"]])
+@torch.no_grad()
+def test_a_tied_matrix_is_stored_once_whatever_the_source_calls_it(names, tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    table = tensors.pop("model.embed_tokens.weight")
+    save_file({**tensors, **{name: table.clone() for name in names}}, file, {"format": "pt"})
+    summary = bitmill.quantize(tmp_path / "source", "rtn", out=tmp_path / "out", head_bits=8, measure=0).summary
+    checkpoint = open_checkpoint(tmp_path / "out")
+    outside = [name for name in checkpoint.files if "layers" not in name]
+    stored = ["codes", "scale", "zero"]
+    assert outside == [*(f"model.embed_tokens.{part}" for part in stored), "model.norm.weight"]
+    assert summary["unquantized_bytes"] == 4 * 32 * 5  # norms
+    packed = bitmill.load(tmp_path / "out")
+    assert packed.lm_head.tied is packed.model.embed_tokens
+    bitmill.quantize(model, "rtn", head_bits=8, calibration=WINDOWS, measure=0)
+    assert torch.equal(packed(WINDOWS).logits, model(WINDOWS).logits)

@@ -1,0 +1,196 @@
+"""A skeleton holds only what is in use, and computes what the model computes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from bitmill.architectures.adapter import ADAPTERS
+from bitmill.errors import NumericsError, SourceError
+from bitmill.models.block_call import answers_of
+from bitmill.models.streamed import StreamedModel
+from bitmill.sources.module import ModuleSource
+from bitmill.sources.open import open_source
+from helpers.tiny_models import tiny_model
+
+TOKENS = torch.arange(24).view(2, 12) + 3
+
+
+def held(streamed: StreamedModel) -> set[str]:
+    return {n for n, p in streamed.model.named_parameters() if not p.is_meta}
+
+
+@torch.no_grad()
+def block_by_block(streamed: StreamedModel) -> torch.Tensor:
+    with streamed.non_block_weights():
+        hidden, calls = streamed.embed(TOKENS)
+        for index in range(len(streamed.blocks)):
+            block = streamed.load_block(index)
+            hidden = calls[index].run(block, hidden)
+            streamed.free_block(index)
+        return streamed.head(TOKENS, hidden)
+
+
+@pytest.mark.parametrize("name", ADAPTERS.names())
+@torch.no_grad()
+def test_block_by_block_equals_the_whole_model(name):
+    model = tiny_model(name)
+    logits = block_by_block(StreamedModel(ModuleSource(model)))
+    assert torch.allclose(logits, answers_of(model)(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
+@torch.no_grad()
+def test_a_folder_gives_the_same(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    logits = block_by_block(StreamedModel(open_source(tmp_path)))
+    assert torch.allclose(logits, answers_of(model)(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.head])
+@torch.no_grad()
+def test_the_table_of_embeddings_and_the_head_are_not_held_together(name, tied):
+    model = tiny_model(name, tie_word_embeddings=tied)
+    streamed = StreamedModel(ModuleSource(model))
+    table, head = (f"{path}.weight" for path in (streamed.adapter.embeddings[0], streamed.adapter.head))
+    with streamed.non_block_weights("before"):
+        assert table in held(streamed)
+        assert tied or head not in held(streamed)
+        hidden, calls = streamed.embed(TOKENS)
+    assert not held(streamed)
+    for index, call in enumerate(calls):
+        hidden = call.run(streamed.load_block(index), hidden)
+        streamed.free_block(index)
+    with streamed.non_block_weights("after"):
+        assert (table in held(streamed)) == tied
+        logits = streamed.head(TOKENS, hidden)
+    assert torch.allclose(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_damaged_head_is_refused_before_the_blocks():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[1, 2] = float("nan")
+    streamed = StreamedModel(ModuleSource(model))
+    with pytest.raises(NumericsError, match=r"lm_head\.weight' holds 1 NaN"), streamed.non_block_weights("before"):
+        pass
+
+
+def test_only_what_is_in_use_holds_memory():
+    streamed = StreamedModel(ModuleSource(tiny_model("llama")))
+    assert not held(streamed)
+    streamed.load_block(1)
+    assert held(streamed) == set(streamed.block_tensors(1))
+    assert all(n.startswith("model.layers.1.") for n in held(streamed))
+    with streamed.non_block_weights():
+        assert held(streamed) == set(streamed.block_tensors(1)) | set(streamed.other_tensors())
+    streamed.free_block(1)
+    assert not held(streamed)
+
+
+def test_the_tensors_of_blocks_and_the_others_are_all():
+    streamed = StreamedModel(ModuleSource(tiny_model("opt")))
+    parts = [streamed.block_tensors(0), streamed.block_tensors(1), streamed.other_tensors()]
+    assert sorted(itertools.chain(*parts)) == streamed.names()
+
+
+def test_the_live_model_is_left_alone():
+    model = tiny_model("llama")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    streamed = StreamedModel(ModuleSource(model))
+    streamed.load_block(0)
+    with torch.no_grad():
+        for parameter in streamed.blocks[0].parameters():
+            parameter.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_tied_tensors_stay_tied():
+    streamed = StreamedModel(ModuleSource(tiny_model("llama", tie_word_embeddings=True)))
+    assert "lm_head.weight" not in streamed.names()
+    with streamed.non_block_weights():
+        assert streamed.model.lm_head.weight is streamed.model.model.embed_tokens.weight
+        streamed.set("model.embed_tokens.weight", torch.ones(128, 32))
+        assert (streamed.model.lm_head.weight == 1).all()
+    assert streamed.model.lm_head.weight.is_meta
+
+
+@torch.no_grad()
+def test_tied_models_run():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    logits = block_by_block(StreamedModel(ModuleSource(model)))
+    assert torch.allclose(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_computed_in_single():
+    streamed = StreamedModel(ModuleSource(tiny_model("llama").bfloat16()))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert streamed.dtype(name) == streamed.stored(name).dtype == torch.bfloat16
+    assert streamed.load_block(0).mlp.up_proj.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(bad):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = bad
+    streamed = StreamedModel(ModuleSource(model))
+    streamed.load_block(0)
+    with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.up_proj\.weight' holds 1 NaN"):
+        streamed.load_block(1)
+
+
+def test_a_missing_tensor_is_named():
+    source = ModuleSource(tiny_model("llama"))
+    del source._tensors["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(SourceError, match=r"no tensor .model\.layers\.0\.mlp\.up_proj\.weight"):
+        StreamedModel(source)
+
+
+def test_a_tensor_of_another_shape_is_named():
+    source = ModuleSource(tiny_model("llama"))
+    source._tensors["model.norm.weight"] = torch.ones(31)
+    with pytest.raises(SourceError, match=r"'model.norm.weight' has shape \(31,\)"):
+        StreamedModel(source)
+
+
+def test_names_without_the_prefix_of_the_base_model_are_understood():
+    source = ModuleSource(tiny_model("gpt2"))
+    source._tensors = {n.removeprefix("transformer."): t for n, t in source._tensors.items()}
+    streamed = StreamedModel(source)
+    assert "transformer.h.0.attn.c_attn.weight" in streamed.names()
+    streamed.load_block(0)
+
+
+def test_a_module_without_a_config_is_described_by_walking_it():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.inner(x).relu()
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(128, 8)
+            self.stack = nn.ModuleList([Block(), Block()])
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            for block in self.stack:
+                x = block(x)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    with torch.no_grad():
+        logits = block_by_block(StreamedModel(ModuleSource(net)))
+        assert torch.allclose(logits, net(TOKENS), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,99 @@
+"""A live module is quantized whole or not at all, and what is said of it is true."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import bitmill
+from bitmill.api import stored_bits
+from bitmill.errors import BitmillError, UsageError
+from bitmill.recipes.recipe import build_recipe
+from bitmill.runtime import QuantLinear
+from helpers.tiny_models import tiny_model
+
+WINDOWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_run_that_fails_leaves_the_module_as_it_was():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    with pytest.raises(BitmillError, match=r"layers\.1\.mlp\.up_proj"):
+        bitmill.quantize(model, "gptq", calibration=WINDOWS, bits=4, group_size=16)
+    assert dict(model.named_modules()) == modules
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n].nan_to_num(7), before[n].nan_to_num(7)) for n in before)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_run_that_succeeds_swaps_every_linear(model_type):
+    model = tiny_model(model_type)
+    outcome = bitmill.quantize(model, "gptq", calibration=WINDOWS, bits=4, group_size=16)
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert len(packed) == len(outcome.report["layers"]) == outcome.summary["layers"]
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert model(WINDOWS).logits.isfinite().all()
+
+
+def test_bits_of_a_live_quantized_model_count_its_packed_layers():
+    model = tiny_model("llama")
+    assert stored_bits(model, False)[0] == 32
+    outcome = bitmill.quantize(model, "rtn", calibration=WINDOWS, bits=4, group_size=16)
+    bits, size = stored_bits(model, False)
+    assert bits == pytest.approx(outcome.summary["bits_per_weight"])
+    assert size == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+class Words:
+    """A tokenizer of sorts."""
+
+    def __call__(self, text):
+        return {"input_ids": [3 + ord(letter) % 100 for letter in text]}
+
+
+def test_a_module_in_training_is_measured_without_dropout_and_goes_on_training(tmp_path):
+    (tmp_path / "text.txt").write_text("All that glitters is not gold. " * 20)
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    terms = {"text_source": str(tmp_path / "text.txt"), "seqlen": 16, "windows": 2, "tokenizer": Words()}
+    expected = bitmill.evaluate(model, **terms)["perplexity"]
+    model.train()
+    model.transformer.h[0].eval()
+    assert bitmill.evaluate(model, reference=model, **terms)["perplexity"] == expected
+    assert model.training
+    assert not model.transformer.h[0].training
+
+
+@pytest.mark.parametrize("name", ["*.q_porj", "*norm", "model.layers"])
+def test_an_ignored_name_must_be_there(name):
+    recipe = replace(build_recipe("rtn", {"group_size": 16}), ignore=(name,))
+    with pytest.raises(UsageError, match="matrix of weights is called " + re.escape(repr(name))):
+        bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS)
+
+
+def test_an_ignored_name_may_be_a_head():
+    recipe = build_recipe("rtn", {"group_size": 16})
+    bitmill.quantize(tiny_model("llama"), replace(recipe, ignore=("*.q_proj", "lm_head")), calibration=WINDOWS)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_an_unpacked_model_is_saved_as_a_float_one(tmp_path, model_type):
+    tiny_model(model_type).save_pretrained(tmp_path / "float")
+    bitmill.quantize(tmp_path / "float", "rtn", out=tmp_path / "packed", measure=0, group_size=16)
+    model = bitmill.load(tmp_path / "packed", dense=True)
+    model.save_pretrained(tmp_path / "unpacked")
+    back = bitmill.load(tmp_path / "unpacked")
+    assert torch.equal(back(WINDOWS).logits, model(WINDOWS).logits)
+    assert "quantization_config" not in back.config.to_dict()
+
+
+def test_a_folder_needs_a_model_that_transformers_can_build(tmp_path):
+    with pytest.raises(UsageError, match="Sequential has no transformers config"):
+        bitmill.quantize(nn.Sequential(nn.Linear(4, 4)), "rtn", out=tmp_path / "out", measure=0)

@@ -1,0 +1,73 @@
+"""Calibrating every block on the float model, and sharing what was seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bitmill
+from bitmill.errors import CalibrationError, RecipeError
+from bitmill.pipeline import loop
+from helpers.tiny_models import tiny_model
+
+WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(7))
+TOKENS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(8))
+
+
+def logits(method: str = "gptq", architecture: str = "llama", **options) -> torch.Tensor:
+    model = tiny_model(architecture)
+    bitmill.quantize(model, method, calibration=WINDOWS, measure=0, bits=3, **options)
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "olmo"])  # the second one is walked over generically
+def test_shared_statistics_give_the_same_model_without_another_pass(architecture, tmp_path, monkeypatch):
+    def shared(method: str = "gptq") -> torch.Tensor:
+        return logits(method, architecture, propagate="float", statistics=tmp_path / "s")
+
+    alone = logits(architecture=architecture, propagate="float")
+    assert torch.equal(shared(), alone)
+    monkeypatch.setattr(loop, "Streams", None)  # no text travels through the blocks any more
+    assert torch.equal(shared(), alone)
+    assert not torch.equal(shared("gptqt"), alone)
+
+
+def test_the_first_block_is_the_same_either_way_and_later_ones_are_not():
+    layers = []
+    for propagate in ("float", "quantized"):
+        outcome = bitmill.quantize(
+            tiny_model("llama"), "gptq", calibration=WINDOWS, measure=0, bits=2, propagate=propagate
+        )
+        layers.append([layer["output_error"] for layer in outcome.report["layers"]])
+    first = 3  # q, k and v read what both have in common
+    assert layers[0][:first] == pytest.approx(layers[1][:first], rel=1e-4)
+    assert layers[0][first:] != pytest.approx(layers[1][first:], rel=1e-4)
+
+
+def test_a_method_that_looks_at_earlier_errors_finds_none(tmp_path):
+    plain = logits("gptq", propagate="float", statistics=tmp_path)
+    assert torch.allclose(logits("gptaq", propagate="float", statistics=tmp_path), plain, atol=1e-4)
+
+
+def test_without_correction_gptaq_is_gptq():
+    assert torch.allclose(logits("gptaq", propagate="quantized", alpha=0.0), logits("gptq"), atol=1e-4)
+    assert not torch.allclose(logits("gptaq", propagate="quantized", alpha=1.0), logits("gptq"), atol=1e-4)
+
+
+def test_statistics_of_other_text_are_refused(tmp_path):
+    logits(propagate="float", statistics=tmp_path)
+    with pytest.raises(CalibrationError, match="another model, text, device or version"):
+        bitmill.quantize(
+            tiny_model("llama"),
+            "gptq",
+            calibration=WINDOWS + 1 - 1 * (WINDOWS > 100),
+            measure=0,
+            propagate="float",
+            statistics=tmp_path,
+        )
+
+
+def test_statistics_of_quantized_blocks_cannot_be_shared(tmp_path):
+    with pytest.raises(RecipeError, match="propagate"):
+        logits(statistics=tmp_path)

@@ -1,0 +1,155 @@
+"""Pages say what results say, escape it, and load nothing. How they behave is tested in tests/browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+
+import pytest
+
+from bitmill.recipes.recipe import build_recipe
+from bitmill.report.html import comparison_page, folder_documents, folder_page
+from bitmill.report.results import Results
+from helpers import sample_results
+from helpers.sample_results import COMPARED, EVIL, MEASURED, report
+
+
+def without_plotly(page: str) -> str:
+    """The page less the one script that is not ours."""
+    return re.sub(r"<script>/\*.*?plotly\.js.*?</script>", "", page, count=1, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return without_plotly(comparison_page(sample_results.results()))
+
+
+def test_every_variant_is_there(page):
+    for variant in sample_results.results().variants:
+        assert f"{variant.method} {variant.bits}-bit" in page
+    for words in (
+        "11.62",
+        "+3.5\u00a0%",
+        "×2.13",
+        "6.9×10⁵",
+        "hqq cannot be had at 2 bits",
+        "A processor",
+        "not applicable",
+    ):
+        assert words in page
+    assert "bitmill compare smollm2-135m --methods rtn,gptq" in page
+
+
+def test_answers_show_where_they_leave_the_float_models(page):
+    assert f"<p>{sample_results.ANSWERS[0]}</p>" in page
+    assert '<span class="same">The capital of France i</span> ...' in page
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: comparison_page(sample_results.results()), lambda: folder_page(report())]
+)
+def test_only_the_scripts_of_the_page_itself_may_run(make):
+    page = make()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)[1]
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    assert re.findall(r"'sha256-([^']+)'", policy) == digests
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy.replace("style-src 'unsafe-inline'", "")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: comparison_page(sample_results.results()), lambda: folder_page(report())]
+)
+def test_nothing_is_loaded(make):
+    page = without_plotly(make())
+    assert re.findall(r'(?:src|href|action)="(?!data:|#)', page) == []
+    assert re.findall(r"https?://(?!www\.w3\.org/)", page) == []
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_what_results_say_is_escaped():
+    document = sample_results.document({"rtn": (14.67, 33.55, None)}, blocks=1)
+    document["settings"] |= {"model": EVIL, "prompts": [EVIL, EVIL]}
+    document["machine"]["cpu"] = document["commands"][0] = EVIL
+    for variant in document["variants"]:
+        variant |= {"name": EVIL + str(variant["bits"]), "method": EVIL, "reason": EVIL}
+        for sample in variant.get("samples", []):
+            sample["text"] = EVIL
+        for layer in variant.get("layers", []):
+            layer["name"] = EVIL + layer["name"]
+    page = without_plotly(comparison_page(Results.model_validate(document)))
+    assert "alert(1)</script>" not in page
+    assert "<img src=x" not in page
+    assert page.count("<script") == 3  # ours, and the data
+    assert html.escape(EVIL, quote=False)[:20] in page
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["methods"][0]["name"] == EVIL
+
+
+def test_what_a_report_says_is_escaped():
+    layers = [{**layer, "name": EVIL + layer["name"]} for layer in sample_results.layers(0.05, 2, True, 0)]
+    recipe = {**build_recipe("gptq").to_dict(), "name": EVIL}
+    page = folder_page(report(source=EVIL, recipe=recipe, layers=layers, measured=[{**COMPARED, "text": EVIL}]))
+    assert "alert(1)</script>" not in page
+    assert "<img src=x" not in page
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        sample_results.document({}),
+        sample_results.document({"rtn": (None, None, None)}),
+        {**sample_results.document({"rtn": (14.67, None, None)}, blocks=1), "float": None},
+        sample_results.document({f"method{n}": (12.0 + n, None, None) for n in range(20)}, blocks=1),
+    ],
+    ids=["no variants", "nothing measured", "no float", "twenty methods"],
+)
+def test_incomplete_results_have_a_page_too(document):
+    assert "</html>" in comparison_page(Results.model_validate(document))
+
+
+def test_a_page_is_a_function_of_its_results():
+    assert comparison_page(sample_results.results()) == comparison_page(sample_results.results())
+    assert folder_page(report()) == folder_page(report())
+
+
+# -- the page of a folder -----------------------------------------------------------------------------------
+
+
+def test_a_folders_page_says_what_was_measured():
+    page = folder_page(report())
+    for words in (
+        "smollm2-135m",
+        "3.297",
+        "12.67",
+        "+12.8\u00a0%",
+        "0.150",
+        "81.4\u00a0%",
+        "name: gptq",
+        "128 × 512 tokens of pydoc",
+    ):
+        assert words in page
+    assert page.count("<rect class=") == 30 * 7 + 21
+    assert len(page) < 80_000  # it lies in every folder
+
+
+def test_a_folders_page_without_figures():
+    page = folder_page(report(measured=[], identity={"calibration": None}))
+    assert "Nothing was measured" in page
+    assert "nothing</dd>" in page
+    bare = folder_page(report(measured=[MEASURED], layers=sample_results.layers(0.05, 2, False, 0)))
+    assert "of the weights, on a logarithmic scale" in bare
+    assert "KL divergence" not in bare
+    assert "heat" not in folder_page(report(layers=[])).partition("<main>")[2]
+    tokens = {"source": "tokens", "sha256": sample_results.HASH}
+    assert "token windows of the caller" in folder_page(report(identity={"calibration": tokens}))
+
+
+def test_a_folder_gets_a_card_and_a_page():
+    documents = folder_documents(report())
+    assert set(documents) == {"README.md", "report.html"}

@@ -1,0 +1,130 @@
+"""The decode step against transformers' own forward, on every shape of model and every kernel it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bitmill.formats import FORMATS
+from bitmill.formats.quantized import nearest_matrix
+from bitmill.runtime import native
+from bitmill.runtime.decode import attach, decode_path
+from bitmill.runtime.kernels.additive import AdditiveKernel
+from bitmill.runtime.modules.embedding import swap_embedding
+from bitmill.runtime.modules.linear import swap_linear
+from helpers.cases import all_wrappers, few_formats, fitted
+from helpers.decoding import PROMPT, apart, both, is_stepping, logits, odd_model, quantize
+from helpers.native_kernels import ISAS, needs_native
+
+pytestmark = needs_native
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+MODELS = [
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
+    ("llama", {"num_key_value_heads": 1, "head_dim": 64, "attention_bias": True, "mlp_bias": True}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {}),
+    ("qwen3", {"head_dim": 20}),
+]
+TOKENS = [7, 3, 100, 0, 55]
+UNIFORM = FORMATS.get("uniform")(4, 16)
+
+
+def limit_of(model) -> float:
+    """Sums in another order; tables of products are integers, and one that rounds the other way is a step off."""
+    kernel = model.model.layers[0].self_attn.q_proj._kernel
+    return 1e-3 if kernel.tolerance == AdditiveKernel.tolerance else 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _compiled(monkeypatch):
+    monkeypatch.delenv("BITMILL_KERNEL", raising=False)
+    monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
+
+
+@pytest.mark.parametrize(("kind", "changes"), MODELS, ids=repr)
+def test_float_models_decode_alike(kind, changes):
+    model = odd_model(kind, **changes)
+    expected, found = both(model, TOKENS)
+    assert decode_path(model) == "step"
+    assert is_stepping(model)
+    assert apart(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "changes"), MODELS, ids=repr)
+def test_greedy_texts_are_the_same(kind, changes):
+    model = quantize(odd_model(kind, **changes), UNIFORM)
+    expected = model.generate(PROMPT, max_new_tokens=40, do_sample=False)
+    assert torch.equal(attach(model).generate(PROMPT, max_new_tokens=40, do_sample=False), expected)
+    assert is_stepping(model)
+
+
+@pytest.mark.parametrize("format", [*few_formats(), *all_wrappers()], ids=repr)
+def test_every_format_has_its_step(format):
+    model = quantize(odd_model(), format)
+    first = model.model.layers[0].self_attn.q_proj
+    if first.kernel_on(torch.device("cpu")).step_linear() is None:
+        assert "whose kernel is no compiled one" in decode_path(attach(model))
+        return
+    expected, found = both(model, TOKENS)
+    assert is_stepping(model)
+    assert apart(found, expected) < limit_of(model)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("act", ["float32", "int16", "int8"])
+def test_every_instruction_set(isa, act, monkeypatch):
+    monkeypatch.setenv("BITMILL_ACTIVATIONS", act)
+    before = native.native().isa()
+    native.native().use_isa(isa)
+    try:
+        model = quantize(odd_model("qwen2", head_dim=80), UNIFORM)
+        expected, found = both(model, TOKENS)
+        assert is_stepping(model)
+        # a sum that rounds to another integer moves an input by a step of its own
+        assert apart(found, expected) < {"float32": 1e-5, "int16": 1e-4, "int8": 3e-2}[act]
+    finally:
+        native.native().use_isa(before)
+
+
+@pytest.mark.parametrize("format", [UNIFORM, *all_wrappers()[:3], FORMATS.get("additive")(3)], ids=repr)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_several_threads(threads, format):
+    model = quantize(odd_model(), format)
+    expected, found = both(model, TOKENS)
+    limit = limit_of(model)
+    torch.set_num_threads(threads)
+    try:
+        assert apart(logits(model, TOKENS)[0], found) < limit
+    finally:
+        torch.set_num_threads(1)
+    assert apart(found, expected) < limit
+
+
+def test_bfloat16_models_decode_nearer_to_float():
+    model = odd_model().to(torch.bfloat16)
+    expected = logits(odd_model().to(torch.bfloat16).to(torch.float32), TOKENS)[0]
+    own, found = both(model, TOKENS)
+    assert is_stepping(model)
+    assert found.dtype == torch.bfloat16
+    assert apart(found.float(), expected) < apart(own.float(), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_table_that_is_also_the_head(bits):
+    model, format = odd_model(tie_word_embeddings=True), FORMATS.get("uniform")(bits, 21)
+    W = model.lm_head.weight.detach()
+    packed = nearest_matrix(format, W, fitted(format, W, search=False)).pack()
+    table = swap_embedding(model, "model.embed_tokens", format)
+    table._buffers.update(packed)
+    swap_linear(model, "lm_head", format, tied=table)
+    expected, found = both(model, TOKENS)
+    assert is_stepping(model)
+    assert vars(model)["forward"]._plan._table is not None
+    assert apart(found, expected) < 1e-5

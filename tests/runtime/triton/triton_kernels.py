@@ -1,0 +1,220 @@
+"""Triton's kernels against fp64 within their stated bounds. Run by test_triton.py, on a GPU or as
+
+    TRITON_INTERPRET=1 python -m pytest tests/runtime/triton/triton_kernels.py
+
+Shapes are small: in the interpreter a kernel takes about a second.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from bitmill.formats import FORMATS, GroupFormat, ScalarFormat
+from bitmill.formats.quantized import Quantized, nearest_matrix
+from bitmill.runtime import QuantLinear
+from bitmill.runtime.kernels import KernelSpec
+from bitmill.runtime.kernels.reference import Reference
+from bitmill.runtime.kernels.triton import Triton
+from bitmill.runtime.triton import available
+from bitmill.runtime.triton.lut import _factors
+from helpers.cases import few_formats, fitted, weights
+
+DEVICE = torch.device("cpu" if available.is_interpreted() else "cuda")
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+Uniform, Codebook, BinaryCoding, IntegerCoding, Additive = (
+    FORMATS.get(name) for name in ("uniform", "codebook", "binary_coding", "integer_coding", "additive")
+)
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+
+@pytest.fixture(autouse=True)
+def chosen(monkeypatch):
+    monkeypatch.setenv("BITMILL_KERNEL", "triton")
+
+
+def quantized(format: GroupFormat, shape: tuple[int, int]) -> Quantized:
+    W = weights(*shape)
+    return nearest_matrix(format, W, fitted(format, W, search=False))
+
+
+def spec_of(matrix: Quantized) -> KernelSpec:
+    return KernelSpec(matrix.format, matrix.shape, DEVICE)
+
+
+def kernel_of(matrix: Quantized) -> Triton:
+    assert Triton.supports(spec_of(matrix)) is None
+    return Triton(spec_of(matrix), packed(matrix))
+
+
+def packed(matrix: Quantized) -> dict[str, Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in matrix.pack().items()}
+
+
+def magnitudes(matrix: Quantized) -> Tensor:
+    """m of the modules' bounds, (rows, columns)."""
+    format, params, shape = matrix.format, matrix.params, matrix.shape
+    assert isinstance(format, GroupFormat)
+    if isinstance(format, Additive):
+        absolute = {"codebooks": params["codebooks"].abs(), "scale": params["scale"].abs()}
+        return format.dequantize(matrix.codes, absolute, shape)
+    assert isinstance(format, ScalarFormat)
+    if isinstance(format, BinaryCoding):
+        m = params["alpha"].abs().sum(-1) + (params["beta"].abs() if format.offset else 0)
+    else:
+        found = format.lookup(params)
+        tables = found.tables[None] if found.table is None else found.tables[found.table]
+        m = (found.factor() * (tables.abs().amax(-1) + found.zero.abs())).abs()
+    if m.shape[1] > 1:
+        m = m.repeat_interleave(format.width(shape), 1)[:, : shape[1]]
+    return m.expand(shape[0], shape[1])
+
+
+def check(matrix: Quantized, tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    x = torch.randn(tokens, matrix.shape[1]).to(dtype)
+    y = kernel_of(matrix).apply(x.to(DEVICE)).cpu()
+    expected = x.double() @ matrix.dequantize().double().T
+    share = 2.0**-17 if isinstance(matrix.format, BinaryCoding) else 2.0**-18
+    if tokens > 1:
+        share = 2.0**-24 * (matrix.shape[1] + 64) + (ROUNDING[dtype] if dtype != torch.float32 else 0)
+    bound = share * (x.double().abs() @ magnitudes(matrix).double().T) + 2 * ROUNDING[dtype] * expected.abs()
+    assert y.dtype == dtype
+    assert y.shape == expected.shape
+    assert bool(((y.double() - expected).abs() <= bound + 1e-30).all())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("kind", [Uniform, Codebook], ids=lambda kind: kind.__name__)
+def test_lut_gemv_at_every_width(kind, bits):
+    check(quantized(kind(bits, 40), (5, 130)), 1)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("kind", [Uniform, Codebook], ids=lambda kind: kind.__name__)
+def test_lut_gemm_at_every_width(kind, bits):
+    check(quantized(kind(bits, 40), (5, 130)), 16)
+
+
+@pytest.mark.parametrize("bits", range(1, 6))
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_binary_at_every_width(bits, tokens):
+    check(quantized(BinaryCoding(bits, 40, offset=bits % 2 == 0), (5, 130)), tokens)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_additive_at_every_width(bits, tokens):
+    check(quantized(Additive(bits, 40 if bits % 2 else "row", codebooks=3 if bits < 5 else 2), (9, 130)), tokens)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (9, 577), (33, 31)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+@pytest.mark.parametrize("format", [Uniform(3, 64), BinaryCoding(2, 64), Additive(8)], ids=repr)
+def test_odd_shapes(format, tokens, shape):
+    check(quantized(format, shape), tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("format", [f for f in few_formats() if isinstance(f, ScalarFormat)], ids=repr)
+def test_every_scalar_format(format, tokens):
+    check(quantized(format, (5, 96)), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    "format", [Uniform(4, 32), IntegerCoding(3, 32), BinaryCoding(3, 32), Additive(8)], ids=repr
+)
+def test_types_of_16_bits(format, tokens, dtype):
+    check(quantized(format, (5, 96)), tokens, dtype)
+
+
+def test_long_rows_take_several_steps():
+    check(quantized(Uniform(2, 128), (2, 4100)), 1)
+
+
+@pytest.mark.parametrize("format", [Uniform(4, 32), BinaryCoding(2, 32), Additive(8)], ids=repr)
+def test_what_is_not_finite_stays_so(format):
+    x = torch.randn(2, 96, device=DEVICE)
+    x[1, 50] = float("nan")
+    y = kernel_of(quantized(format, (5, 96))).apply(x)
+    assert torch.isfinite(y[0]).all()
+    assert not torch.isfinite(y[1]).any()
+
+
+@pytest.mark.parametrize("format", [Codebook(3), Additive(8)], ids=repr)
+def test_equal_inputs_give_equal_bits(format):
+    kernel, x = kernel_of(quantized(format, (9, 300))), torch.randn(1, 300, device=DEVICE)
+    assert torch.equal(kernel.apply(x), kernel.apply(x))
+
+
+@pytest.mark.parametrize("format", [Uniform(3, 40), Codebook(5), BinaryCoding(3, 40), Additive(5, 40)], ids=repr)
+def test_many_tokens_and_gradients_are_the_reference_bit_by_bit(format):
+    matrix = quantized(format, (9, 130))
+    kernel, reference = kernel_of(matrix), Reference(spec_of(matrix), packed(matrix))
+    x = torch.randn(available.MOST_TOKENS + 1, 130, device=DEVICE)
+    assert torch.equal(kernel.apply(x), reference.apply(x))
+    x = torch.randn(2, 130, device=DEVICE, requires_grad=True)
+    kernel.apply(x).sum().backward()
+    assert torch.allclose(x.grad, matrix.dequantize().sum(0).to(DEVICE).expand(2, -1), atol=1e-4)
+
+
+# -- layers and operators -----------------------------------------------------------------------------------
+
+
+def layer_of(matrix: Quantized) -> QuantLinear:
+    layer = QuantLinear(matrix.format, matrix.shape, bias=False)
+    layer.load_state_dict(matrix.pack())
+    return layer.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "format", [Uniform(3, 40), IntegerCoding(3, 32), Codebook(5), BinaryCoding(3, 40), Additive(5, 40)], ids=repr
+)
+def test_a_layer_gives_the_packed_tensors_back(format):
+    matrix = quantized(format, (5, 130))
+    layer, x = layer_of(matrix), torch.randn(1, 130, device=DEVICE)
+    y = layer(x)
+    assert type(layer._kernel) is Triton
+    kept = matrix.pack()
+    state = layer.state_dict()
+    assert all(torch.equal(state[name].cpu(), kept[name]) for name in kept)
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize(
+    "format", [Uniform(3, 40), IntegerCoding(3, 32), BinaryCoding(2, 40, offset=True), Additive(5, 40)], ids=repr
+)
+def test_compile_and_export_pass_through(format, monkeypatch):
+    layer, x = layer_of(quantized(format, (3, 130))), torch.randn(1, 130, device=DEVICE)
+    y = layer(x)  # lays the weights out
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Sequential(layer), backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), y)
+    operator, seen = layer._kernel._family._operator, []
+    monkeypatch.setattr(operator, "run", lambda *arguments: seen.append(arguments) or operator.op(*arguments))
+    layer(x)
+    torch.library.opcheck(operator.op, seen[0], test_utils=("test_schema", "test_faketensor"))
+    exported = torch.export.export(nn.Sequential(layer), (x,))
+    assert any("triton_" in str(node.target) for node in exported.graph.nodes)
+    assert torch.allclose(exported.module()(x), y)
+
+
+@triton.jit
+def first_entries(out, one, START: tl.constexpr):
+    rows, groups = (START + tl.arange(0, 2))[:, None], tl.arange(0, 2)[None, :]
+    inside = (rows >= START) & (groups < 2)
+    alone: tl.constexpr = (1, 1)
+    each: tl.constexpr = (START + 2, 2)
+    _, _, table = _factors(one, one, None, None, rows, groups, inside, START + 2, alone, alone, each, 0, 8)
+    tl.store(out + (rows - START) * 2 + groups, table)
+
+
+def test_tables_may_have_more_entries_than_an_int32_counts():
+    start, out = 1 << 23, torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    first_entries[(1,)](out, torch.ones(1, 1, device=DEVICE), start)
+    assert out.flatten().tolist() == [(2 * start + i) << 8 for i in range(4)]

@@ -1,0 +1,74 @@
+"""Triton's attention on packed keys and values against fp64. Run by test_triton.py, as triton_kernels.py is."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from bitmill.kv.scheme import Side
+from bitmill.runtime.triton import available
+from bitmill.runtime.triton.kv import attend
+from helpers.packed_past import Case, made, off
+
+DEVICE = torch.device("cpu" if available.is_interpreted() else "cuda")
+PLAIN = Side(4, "token")
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+
+def there(x):
+    """The same with its tensors on the device."""
+    moved = {f.name: getattr(x, f.name) for f in fields(x)}
+    for name, value in moved.items():
+        if isinstance(value, torch.Tensor):
+            moved[name] = value.to(DEVICE)
+        if name == "slabs":
+            moved[name] = [slab.to(DEVICE) for slab in value]
+    return replace(x, **moved)
+
+
+def check(case: Case) -> None:
+    of, scale = made(case), case.dim**-0.5
+    out = attend(of.q.to(DEVICE), there(of.layer), there(of.past), scale)
+    assert out.isfinite().all()
+    assert off(out, of, scale) <= 2.0**-20
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(2, 64), (3, 80), (4, 128), (8, 96)])
+@pytest.mark.parametrize("axis", ["static", "page", "token"])
+def test_every_width_and_axis(bits, dim, axis):
+    group = "head" if axis == "token" else None
+    check(Case(Side(bits, axis, group), Side(bits, "token", 16), dim=dim, group=3, packed=64, pre_rope=bits != 4))
+
+
+def test_tables_without_zeros():
+    check(Case(Side(3, "token", levels="normal"), Side(2, "token", levels="learned")))
+    check(Case(Side(3, "channel", levels="learned"), PLAIN, pre_rope=True))
+
+
+@pytest.mark.parametrize("heads", [2, 5])
+def test_outliers(heads):
+    check(Case(Side(3, "static", outliers=0.03), Side(3, "token", outliers=0.01), heads=heads, pre_rope=True))
+
+
+def test_padding_sinks_and_windows():
+    begins = (32, 35, 77)
+    sides = Side(4, "token", outliers=0.02), Side(4, "token", 32)
+    for sinks in (0, 4, 40):
+        case = Case(*sides, packed=64, sinks=sinks, first_slot=32, starts=begins, firsts=begins, pre_rope=True)
+        check(case)
+        check(replace(case, firsts=(63, 70, 95)))
+
+
+@pytest.mark.parametrize(("packed", "tail"), [(0, 40), (288, 0), (288, 31)])
+def test_lengths(packed, tail):
+    check(Case(PLAIN, PLAIN, packed=packed, tail=tail, heads=1))
+
+
+def test_a_row_without_tokens_in_sight_becomes_zero():
+    of = made(Case(PLAIN, PLAIN, packed=64, starts=(0, 0), firsts=(0, 900)))
+    out = attend(of.q.to(DEVICE), there(of.layer), there(of.past), 1.0)
+    assert out[0].abs().max() > 0
+    assert out[1].eq(0).all()

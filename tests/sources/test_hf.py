@@ -1,0 +1,278 @@
+"""A safetensors folder: lazily read, and refused in one sentence when it is not sound."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitmill.errors import SourceError
+from bitmill.sources.base import Source
+from bitmill.sources.hf import INDEX, HfSource
+from bitmill.sources.open import open_source
+from helpers.tiny_models import tiny_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model("llama").save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy that a test may damage: one file of weights."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((saved / "config.json").read_bytes())
+    tensors = {}
+    for shard in sorted(saved.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    save_file(tensors, model / "model.safetensors")
+    return model
+
+
+def refused(folder: Path, **kwargs) -> str:
+    with pytest.raises(SourceError) as caught:
+        HfSource(folder, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def write_header(path: Path, header: object, data: bytes = b"") -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+def test_a_sharded_folder_gives_back_every_tensor(saved):
+    source = open_source(str(saved))
+    assert isinstance(source, Source)
+    assert len(list(saved.glob("*.safetensors"))) > 1
+    expected = tiny_model("llama").state_dict()
+    assert set(source.names()) == set(expected)
+    for name in source.names():
+        tensor = source.tensor(name)
+        assert torch.equal(tensor, expected[name])
+        assert (source.shape(name), source.dtype(name)) == (tuple(tensor.shape), tensor.dtype)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert source.config.model_type == "llama"
+    assert source.name == saved.name
+
+
+def test_a_tied_head_is_not_listed(tmp_path):
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in HfSource(tmp_path).names()
+
+
+def test_fingerprint_follows_weights_and_config(folder):
+    first = HfSource(folder).fingerprint()
+    assert first == HfSource(folder).fingerprint()
+    assert len(first) == 64
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    second = HfSource(folder).fingerprint()
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    assert len({first, second, HfSource(folder).fingerprint()}) == 3
+
+
+def test_an_unknown_tensor_is_named(folder):
+    with pytest.raises(SourceError, match=r"no tensor 'model\.nope'"):
+        HfSource(folder).tensor("model.nope")
+
+
+def test_names_without_the_prefix_gain_it(tmp_path):
+    model = tiny_model("gpt2")
+    model.transformer.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({n.removeprefix("transformer."): t for n, t in stored.items()}, tmp_path / "model.safetensors")
+    names = HfSource(tmp_path).names()
+    assert set(names) <= set(model.state_dict())
+    assert "transformer.h.0.attn.c_attn.weight" in names
+
+
+def test_side_files_are_copied_without_weights_or_outward_links(folder, tmp_path):
+    for name in ("tokenizer.json", "LICENSE", "generation_config.json", "chat_template.jinja", "modeling.py"):
+        (folder / name).write_text(name)
+    for name in (
+        "pytorch_model.bin",
+        "old.pt",
+        "model.gguf",
+        ".gitattributes",
+        INDEX.replace("model", "other"),
+    ):
+        (folder / name).write_text("no")
+    (folder / "README.md").write_text("# the source")
+    (folder / "subfolder").mkdir()
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (folder / "linked.txt").symlink_to(secret)
+    out = tmp_path / "out"
+    out.mkdir()
+    HfSource(folder).write_side_files(out)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "LICENSE",
+        "SOURCE_README.md",
+        "chat_template.jinja",
+        "generation_config.json",
+        "modeling.py",
+        "tokenizer.json",
+    ]
+
+
+def test_a_folder_without_a_tokenizer_says_so(folder):
+    with pytest.raises(SourceError, match=r"no tokenizer that can be loaded \(.*\); copy"):
+        HfSource(folder).tokenizer()
+
+
+def test_missing_config(folder):
+    (folder / "config.json").unlink()
+    assert "no config.json" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{nope", "no valid JSON"),
+        ("[1]", "no JSON object"),
+        ("[" * 100_000, "no valid JSON"),
+        ('{"model_type": "martian"}', "martian"),
+        ("{}", "describes no model"),
+        ('{"model_type": "llama", "hidden_size": "many"}', "hidden_size"),
+        (
+            '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}',
+            "already quantized by gptq",
+        ),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}', "allow remote code"),
+    ],
+)
+def test_bad_configs(folder, text, said):
+    (folder / "config.json").write_text(text)
+    assert said in refused(folder)
+
+
+def test_remote_code_does_not_run_by_default(folder, tmp_path):
+    marker = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    (folder / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}')
+    refused(folder)
+    assert not marker.exists()
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "said"),
+    [
+        ({"a": {**GOOD, "shape": [4], "data_offsets": [0, 16]}}, 8, "ends at byte 16 of 8; it is truncated"),
+        ({"a": GOOD, "b": {**GOOD, "data_offsets": [4, 12]}}, 12, "overlaps"),
+        ({"a": GOOD, "b": {**GOOD, "data_offsets": [12, 20]}}, 20, "gap"),
+        ({"a": GOOD}, 12, "end at byte 8 of 12"),
+        ({"a": {**GOOD, "dtype": "F3"}}, 8, "unknown dtype 'F3'"),
+        ({"a": {**GOOD, "dtype": ["F32"]}}, 8, "unknown dtype"),
+        ({"a": {**GOOD, "shape": [-2]}}, 8, "shape [-2]"),
+        ({"a": {**GOOD, "shape": [3]}}, 8, "its shape needs 12"),
+        ({"a": {**GOOD, "data_offsets": [8, 0]}}, 8, "spans bytes 8 to 0"),
+        ({"a": {**GOOD, "data_offsets": [0]}}, 8, "offsets [0]"),
+        ({"a": 3}, 0, "no description"),
+        ([1], 0, "no JSON object"),
+        (b"{nope", 0, "no valid JSON"),
+        (b"\xff\xff", 0, "no valid JSON"),
+        (b"[" * 100_000, 0, "no valid JSON"),
+    ],
+)
+def test_bad_headers(folder, header, size, said):
+    write_header(folder / "model.safetensors", header, bytes(size))
+    assert said in refused(folder)
+
+
+@pytest.mark.parametrize("length", [0xFFFFFFFFFFFFFFFF, 1 << 40, 200_000_000, 50])
+def test_an_absurd_header_length_is_refused_before_it_is_read(folder, length):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
+    assert f"claims {length} bytes in a file of 10" in refused(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 100, -1])
+def test_truncated_weights(folder, kept):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert "model.safetensors is not a sound safetensors file" in refused(folder)
+
+
+def make_index(folder: Path, weight_map: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
+def test_an_index_cannot_lead_out_of_the_folder(folder, shard):
+    make_index(folder, {"a": shard})
+    assert f"{shard!r}" in refused(folder)
+
+
+def test_bad_indexes(folder):
+    make_index(folder, {"a": "gone.safetensors"})
+    assert "lacks the shard 'gone.safetensors'" in refused(folder)
+    make_index(folder, {"absent": "model.safetensors"})
+    assert "lacks the tensor 'absent'" in refused(folder)
+    make_index(folder, [])
+    assert "no weight_map" in refused(folder)
+
+
+def test_a_linked_shard_is_followed_for_hub_snapshots_only(folder, tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    blobs = tmp_path / "models--org--name" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, name in enumerate(("config.json", "model.safetensors")):
+        (folder / name).rename(blobs / str(number))
+        (snapshot / name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    assert "link out of its folder" in refused(snapshot)
+    source = HfSource(snapshot, name="org/name", hub=True)
+    assert source.tensor("model.norm.weight").shape == (32,)
+    outside = tmp_path / "outside.safetensors"
+    (blobs / "1").rename(outside)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(outside)
+    assert "outside" in refused(snapshot, hub=True)
+
+
+def test_pickles_are_never_opened(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "bitmill never unpickles" in refused(folder)
+    (folder / "pytorch_model.bin").unlink()
+    assert "holds no weights" in refused(folder)
+
+
+def test_shards_without_an_index_are_ambiguous(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    assert HfSource(folder).names()
+    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+    assert "2 safetensors files and no" in refused(folder)
+
+
+def test_random_damage_never_raises_anything_else(folder):
+    path = folder / "model.safetensors"
+    sound, said = path.read_bytes(), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        data = bytearray(sound)
+        for at in torch.randint(0, 1500, (3,), generator=generator).tolist():
+            data[at] ^= 1 << int(torch.randint(0, 8, (1,), generator=generator))
+        path.write_bytes(data)
+        try:
+            source = HfSource(folder)
+            for name in source.names():
+                source.tensor(name)
+        except SourceError as error:
+            said.append(str(error))
+    assert said
+    assert not any("\n" in message for message in said)

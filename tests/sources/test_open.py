@@ -1,0 +1,149 @@
+"""One function opens every kind of model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import nn
+
+from bitmill.errors import SourceError
+from bitmill.sources import zoo
+from bitmill.sources.base import QUOTED_CHARACTERS, Source, in_short
+from bitmill.sources.gguf.source import GgufSource
+from bitmill.sources.hf import HfSource
+from bitmill.sources.module import ModuleSource
+from bitmill.sources.open import open_source
+from helpers.tiny_gguf import write_gguf
+from helpers.tiny_models import tiny_model
+
+
+def refused(model, **kwargs) -> str:
+    with pytest.raises(SourceError) as caught:
+        open_source(model, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def test_a_live_module(tmp_path):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    source = open_source(model)
+    assert isinstance(source, ModuleSource)
+    assert isinstance(source, Source)
+    assert "lm_head.weight" not in source.names()
+    state = model.state_dict()
+    for name in source.names():
+        assert torch.equal(source.tensor(name), state[name])
+        assert (source.shape(name), source.dtype(name)) == (tuple(state[name].shape), torch.float32)
+    source.tensor("model.norm.weight").zero_()
+    assert model.model.norm.weight.abs().sum() > 0
+    source.write_side_files(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["generation_config.json"]
+    assert source.config is model.config
+
+
+def test_a_live_module_has_the_tokenizer_it_is_given():
+    model = tiny_model("llama")
+    with pytest.raises(SourceError, match="carries no tokenizer"):
+        ModuleSource(model).tokenizer()
+    tokenizer = object()
+    assert ModuleSource(model, tokenizer=tokenizer).tokenizer() is tokenizer
+
+
+def test_a_live_modules_fingerprint_follows_its_bytes():
+    model = tiny_model("llama").bfloat16()
+    other = copy.deepcopy(model)
+    assert open_source(model).fingerprint() == open_source(other).fingerprint()
+    other.model.norm.weight.data[0] += 1
+    assert open_source(model).fingerprint() != open_source(other).fingerprint()
+
+
+def test_a_module_need_not_be_a_transformer():
+    source = open_source(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    assert source.name == "Sequential"
+    assert source.tensor("1.num_batches_tracked").shape == ()
+    assert source.fingerprint()
+    with pytest.raises(SourceError, match="no tensor 'x'"):
+        source.tensor("x")
+
+
+def test_a_module_on_meta_is_refused():
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    assert "'weight' has no data" in refused(model)
+
+
+def test_folders_files_and_demo_names(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "folder")
+    path = write_gguf(tmp_path / "file.gguf", model)
+    assert isinstance(open_source(tmp_path / "folder"), HfSource)
+    assert isinstance(open_source(str(path)), GgufSource)
+    monkeypatch.setattr(zoo, "fetch", lambda name: path)
+    demo = open_source("smollm2-135m")
+    assert isinstance(demo, GgufSource)
+    assert demo.name == "smollm2-135m"
+
+
+def test_what_is_no_model(tmp_path):
+    assert "smollm2-135m" in refused("")
+    (tmp_path / "x.txt").write_text("")
+    assert "is a file but not a .gguf one" in refused(tmp_path / "x.txt")
+    for mistyped in ("./model", "/nowhere/model", "gone.gguf", "a b", "a/b/c"):
+        assert repr(mistyped) in refused(mistyped)
+    assert "smollm2-135m" in refused(Path("org/name"))
+
+
+def test_the_hub_is_asked_for_safetensors_and_no_code(tmp_path, monkeypatch):
+    asked = []
+
+    def download(model, *, allow_patterns):
+        asked.append(allow_patterns)
+        raise ConnectionError("Name or service not known\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    message = refused("org/name")
+    assert "'org/name'" in message
+    assert "smollm2-135m" in message
+    refused("org/name", trust_remote_code=True)
+    assert "*.py" not in asked[0]
+    assert "*.bin" not in asked[0]
+    assert "*.py" in asked[1]
+
+
+def test_a_hub_snapshot_is_opened(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    tiny_model("llama").save_pretrained(snapshot)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    source = open_source("org/name")
+    assert source.name == "org/name"
+    assert len(source.names()) == 21
+
+
+@pytest.mark.parametrize(
+    ("said", "quoted"),
+    [("Two\n  lines.", "Two lines"), ("", "ValueError"), ("x" * 500, "x" * QUOTED_CHARACTERS + "...")],
+)
+def test_in_short(said, quoted):
+    assert in_short(ValueError(said)) == quoted
+
+
+def unreachable(*args, **kwargs):
+    raise LocalEntryNotFoundError("no appropriate snapshot folder") from ConnectionError("Name not known")
+
+
+def unknown(*args, **kwargs):
+    response = type("Response", (), {"headers": {}, "request": None})()
+    raise RepositoryNotFoundError("Repository Not Found", response=response) from ValueError("status 404")
+
+
+@pytest.mark.parametrize(("answer", "words"), [(unreachable, "Name not known"), (unknown, "Repository Not Found")])
+def test_why_the_hub_gave_nothing(answer, words, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    assert f"could not be fetched from the Hub ({words}); check the name" in refused("org/name")

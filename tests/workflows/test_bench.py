@@ -1,0 +1,98 @@
+"""The benchmark commands on tiny layers: what they report, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import bitmill
+from bitmill.cli.main import main
+from bitmill.formats import FORMATS
+from bitmill.formats.quantized import unpack
+from bitmill.workflows.bench import memory
+from bitmill.workflows.bench.kernels import CASES, bench_kernels, random_packed
+from helpers.tiny_models import tiny_model
+
+KEYS = {"kernel", "format", "bits", "group_size", "shape", "tokens", "bits_per_weight", "time_s", "GBps"}
+KEYS |= {"fraction_of_read_bandwidth", "speedup_vs_torch_fp32"}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    for module in ("bitmill.workflows.bench.memory",):
+        monkeypatch.setattr(f"{module}.cold_bytes", lambda: 1 << 20)
+
+
+def test_every_case_is_measured():
+    result = bench_kernels(((32, 160),), turns=1)
+    assert len(result["kernels"]) == len(CASES)
+    assert all(case.keys() == KEYS for case in result["kernels"])
+    assert all(case["GBps"] > 0 and case["speedup_vs_torch_fp32"] > 0 for case in result["kernels"])
+    assert result["read_bandwidth_GBps"] > 0
+
+
+@pytest.mark.parametrize(("name", "bits", "size"), CASES)
+def test_random_layers_can_be_decoded(name, bits, size):
+    format = FORMATS.get(name)(bits=bits, group_size=size)
+    assert torch.isfinite(unpack(format, random_packed(format, (5, 200)), (5, 200)).dequantize()).all()
+
+
+def test_the_command_prints_json(capsys):
+    arguments = [
+        "bench",
+        "kernels",
+        "--shape",
+        "32x160",
+        "--format",
+        "uniform",
+        "--bits",
+        "3",
+        "--turns",
+        "1",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [case["bits"] for case in result["kernels"]] == [3]
+    assert main(arguments[:-1]) == 0
+    assert "uniform" in capsys.readouterr().out
+
+
+def test_models_are_measured(tmp_path, capsys):
+    bitmill.quantize(tiny_model("llama"), "rtn", bits=4, out=tmp_path / "out", measure=0)
+    for command, more in (("decode", []), ("prefill", ["--turns", "2"])):
+        arguments = ["bench", command, str(tmp_path / "out"), "--tokens", "7", *more]
+        assert main([*arguments, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["tokens"] == 7
+        assert result["ratio"] == pytest.approx(result["tokens_per_s"] / result["float_tokens_per_s"])
+        assert result["peak_memory_bytes"] > 0
+        assert main(arguments) == 0
+        assert "tokens/s" in capsys.readouterr().out
+    assert result["first_call_s"] > 0
+    assert result["time_to_first_token_s"] == pytest.approx(7 / result["tokens_per_s"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["kernels", "--shape", "4096"], "--shape is '4096'"),
+        (["kernels", "--format", "nonsense"], "--format is 'nonsense'"),
+        (["kernels", "--turns", "0"], "--turns is 0"),
+        (["decode", "nowhere"], "nowhere is no quantized folder"),
+        (["prefill", "nowhere"], "nowhere is no quantized folder"),
+        (["prefill", "nowhere", "--turns", "0"], "turns is 0"),
+        (["prefill", "nowhere", "--tokens", "0"], "tokens is 0"),
+    ],
+)
+def test_what_is_refused(arguments, sentence, capsys):
+    assert main(["bench", *arguments]) in (1, 2)
+    assert sentence in capsys.readouterr().err
+
+
+def test_copies_fill_more_than_the_caches():
+    assert memory.copies_of(1 << 18) == 4
+    assert memory.copies_of(1 << 30) == 2
+    assert memory.cache_bytes() > 0

@@ -1,0 +1,151 @@
+"""The study of a model: its cells hold what quantizing would do, and its verdicts follow from them."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+import bitmill
+from bitmill.cli.study import _table
+from bitmill.errors import UsageError
+from bitmill.evaluation.metrics import compare
+from bitmill.models.streamed import StreamedModel
+from bitmill.progress import Progress
+from bitmill.recipes.recipe import build_recipe
+from bitmill.report.verdicts import BROKEN, LIMITS, WORDS, verdict, verdicts
+from bitmill.sources.open import open_source
+from bitmill.workflows.sweep import BITS, FLOATS, SIZES, Cell, _walk, cells, decibels, study
+from helpers.tiny_models import tiny_model
+
+WINDOWS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
+architectures = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+
+
+def quantized(model: torch.nn.Module, method: str, **options: object) -> tuple[torch.nn.Module, list[dict]]:
+    """A copy, quantized, and what the report says of its layers."""
+    outcome = bitmill.quantize(copy.deepcopy(model), method, measure=0, **options)
+    return outcome.model, outcome.report["layers"]
+
+
+@architectures
+def test_errors_and_bits_are_those_of_quantizing(architecture: str) -> None:
+    model = tiny_model(architecture)
+    result = study(model)
+    assert len(result["cells"]) == len(BITS) * len(SIZES) + len(FLOATS)
+    for cell in (result["cells"][1], result["cells"][14], result["cells"][-2]):
+        options = {"bits": cell["bits"], "group_size": cell["group_size"]} if cell["method"] == "rtn" else {}
+        layers = quantized(model, cell["method"], **options)[1]
+        errors = {layer["name"]: layer["weight_error"] for layer in layers}
+        assert cell["weight_error"] == pytest.approx(sum(errors.values()) / len(errors), rel=1e-6)
+        assert cell["worst_layer"] == max(errors, key=lambda name: errors[name])
+        assert cell["worst_sqnr_db"] == pytest.approx(decibels(max(errors.values())), rel=1e-6)
+        size = sum(layer["size_bytes"] for layer in layers) * 8
+        assert cell["bits_per_weight"] == pytest.approx(size / result["quantized_weights"])
+        assert cell["perplexity"] is cell["kl_divergence"] is None
+
+
+@architectures
+def test_what_is_measured_is_the_quantized_model(architecture: str) -> None:
+    model = tiny_model(architecture)
+    table = [cell for cell in cells(search=False) if cell.group_size == 32 and cell.bits in (3, 4)]
+    _walk(StreamedModel(open_source(model)), table, WINDOWS, Progress())
+    for cell in table:
+        core = cell.recipe.stored.core
+        options = {"bits": core.bits, "group_size": 32} if cell.recipe.name == "rtn" else {}
+        with_codes, _ = quantized(model, cell.recipe.name, **options)
+        logits = (lambda tokens, m=m: m(tokens).logits for m in (with_codes, model))
+        expected = compare(next(logits), WINDOWS, next(logits))
+        found = cell.result(1)
+        for key in ("perplexity", "kl_divergence", "top1_agreement"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-3)
+
+
+def test_the_model_is_left_alone() -> None:
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    study(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_searching_lowers_every_error() -> None:
+    plain, searched = study(tiny_model("llama")), study(tiny_model("llama"), search=True)
+    for one, other in zip(plain["cells"], searched["cells"]):
+        assert other["weight_error"] <= one["weight_error"] * (1 + 1e-6)
+        assert other["bits_per_weight"] == one["bits_per_weight"]
+
+
+def test_layers_are_ranked_by_what_they_suffer() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.down_proj.weight
+        weight[:, ::16] *= 6  # a few columns stretch every range
+    result = study(model)
+    assert result["layers"][0]["name"] == "model.layers.1.mlp.down_proj"
+    assert result["kinds"][0]["name"] == "mlp.down_proj"
+    relative = [layer["relative_error"] for layer in result["layers"]]
+    assert relative == sorted(relative, reverse=True)
+    assert sum(relative) / len(relative) == pytest.approx(1)
+    assert sum(kind["layers"] for kind in result["kinds"]) == len(relative) == 14
+
+
+def cell(sqnr_db: float = 40.0, worst: float = 40.0, kl: float | None = None, **changes: object) -> dict:
+    known = {"method": "rtn", "bits": 4, "group_size": 64, "bits_per_weight": 4.3}
+    made = {**known, "sqnr_db": sqnr_db, "worst_sqnr_db": worst, "kl_divergence": kl, **changes}
+    return {**made, "verdict": verdict(made)}
+
+
+def test_a_verdict_follows_the_divergence_where_it_is_known() -> None:
+    for word, most, _ in LIMITS:
+        assert cell(0, 0, most)["verdict"] == word
+        assert WORDS.index(cell(99, 99, most * 1.01)["verdict"]) == WORDS.index(word) + 1
+    assert cell(99, 99, math.inf)["verdict"] == BROKEN
+
+
+def test_a_verdict_follows_the_errors_otherwise() -> None:
+    for word, _, least in LIMITS:
+        assert cell(least, least)["verdict"] == word
+        assert WORDS.index(cell(least - 0.1, least)["verdict"]) == WORDS.index(word) + 1
+        assert WORDS.index(cell(least, least - 10.1)["verdict"]) == WORDS.index(word) + 1  # one layer is far off
+    assert cell(math.inf, math.inf)["verdict"] == "safe"
+
+
+def test_verdicts_in_words() -> None:
+    lines = verdicts(
+        [
+            cell(bits=8, group_size="row", bits_per_weight=8.1),
+            cell(bits=8, group_size=64, bits_per_weight=8.4),
+            cell(25, 25, bits=4, group_size="row", bits_per_weight=4.1),
+            cell(25, 25, bits=4, group_size=128),
+            cell(30, 30, bits=4, group_size=64, bits_per_weight=4.4),
+            cell(15, 15, method="nf4"),
+        ]
+    )
+    assert lines == [
+        "8 bits: safe per row and in groups of 64",
+        "4 bits: safe in groups of 64; fair per row and in groups of 128",
+        "nf4 in groups of 64: poor",
+        "smallest safe: 4 bits in groups of 64, 4.40 bits per weight",
+        "smallest fair: 4 bits per row, 4.10 bits per weight",
+    ]
+    assert verdicts([cell(0, 0)])[-2:] == ["smallest safe: nothing here", "smallest fair: nothing here"]
+
+
+def test_a_cell_beyond_measuring_is_a_row_too() -> None:
+    made = Cell(build_recipe("rtn"), 4, 64, errors={"a": 0.1}, stored_bits=4)
+    made.comparison.predicted, made.comparison.loss = 1, math.nan
+    result = made.result(1)
+    assert (result["perplexity"], result["kl_divergence"], result["top1_agreement"]) == (None, math.inf, None)
+    assert _table([{**result, "verdict": verdict(result)}], measured=True).row_count == 1
+
+
+def test_decibels() -> None:
+    assert decibels(0.01) == pytest.approx(20)
+    assert decibels(0) == math.inf
+
+
+def test_no_windows_are_refused() -> None:
+    with pytest.raises(UsageError, match="windows is 0"):
+        study(tiny_model("llama"), windows=0)
