@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tiny import tiny_model
 
 from bitmill.architectures.adapter import ADAPTERS
 from bitmill.models.embedding_and_head import embedding_and_head_sites
 from bitmill.models.streamed import StreamedModel
 from bitmill.sources.module import ModuleSource
+from helpers.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize("name", ADAPTERS.names())
