@@ -47,7 +47,7 @@ def stages(model: str, blocks: list[int], windows: int) -> list[Stage]:
     calibrate = text.calibration_windows(ids, windows, SEQLEN, seed=0)
     judge = text.calibration_windows(ids, windows // 2, SEQLEN, seed=1)
     with streamed.outside():
-        entered = [streamed.enter(batch) for batch in (*calibrate.split(4), *judge.split(4))]
+        entered = [streamed.embed(batch) for batch in (*calibrate.split(4), *judge.split(4))]
     hidden, calls = [h for h, _ in entered], [c for _, c in entered]
     count = len(calibrate.split(4))
     found = []

@@ -21,13 +21,13 @@ import torch
 
 from bitmill import api
 from bitmill.data.windows import reading_of
-from bitmill.evaluation.metrics import compare
+from bitmill.evaluation.metrics import score_windows
 from bitmill.kv.answers import PackedAnswers
 from bitmill.kv.calibrate import learn
 from bitmill.kv.recording import Recording, record
 from bitmill.kv.scheme import KVMethod, kv_method
 from bitmill.kv.size import cache_size
-from bitmill.models.block_call import answers_of
+from bitmill.models.block_call import output_fn
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -101,13 +101,13 @@ def main() -> None:
         )
     results |= about
     with torch.no_grad():  # 200 kB a token; computed once for all rows
-        known = {window.numpy().tobytes(): answers_of(model)(window[None]) for window in held_out}
+        known = {window.numpy().tobytes(): output_fn(model)(window[None]) for window in held_out}
 
     def reference(tokens: torch.Tensor) -> torch.Tensor:
         return torch.cat([known[window.numpy().tobytes()] for window in tokens])
 
     if "float" not in results["rows"]:
-        results["rows"]["float"] = compare(reference, held_out, batch=1)
+        results["rows"]["float"] = score_windows(reference, held_out, batch=1)
     print(f"float {results['rows']['float']['perplexity']:.3f}", flush=True)
     recording: Recording | None = None  # for all rows
     for name, method in grid(args.steps):
@@ -120,7 +120,7 @@ def main() -> None:
             recording = recording or record(model, calib, fisher=True)
             calibration = learn(model, method, recording)
         answers = PackedAnswers(model, method, calibration)
-        measured = compare(answers, held_out, reference, batch=args.batch)
+        measured = score_windows(answers, held_out, reference, batch=args.batch)
         results["rows"][key] = {
             "name": name,
             "method": method.to_dict(),

@@ -27,7 +27,7 @@ import bitmill  # noqa: E402
 from bitmill.cli.progress import TerminalProgress  # noqa: E402
 from bitmill.data import text  # noqa: E402
 from bitmill.evaluation.generate import chat_prompt, generate  # noqa: E402
-from bitmill.evaluation.metrics import Comparison  # noqa: E402
+from bitmill.evaluation.metrics import LanguageModelMetrics  # noqa: E402
 from bitmill.recipes.recipe import METHODS  # noqa: E402
 from bitmill.report.table import comparison_table  # noqa: E402
 from bitmill.sources.open import open_source  # noqa: E402
@@ -99,7 +99,7 @@ def compare(models: dict[str, torch.nn.Module], tokenizer: object) -> list[dict[
     """Every model against the first, batch by batch, so that the first runs only once."""
     ids = text.split_stream(text.token_stream("pydoc", tokenizer), "eval")
     windows = text.evaluation_windows(ids, SEQLEN, WINDOWS)
-    sums = {name: Comparison() for name in models}
+    sums = {name: LanguageModelMetrics() for name in models}
     progress = TerminalProgress()
     progress.start("evaluate", len(models) * len(windows))
     for tokens in windows.split(BATCH):

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bitmill.architectures.adapter import ADAPTERS, UnknownArchitecture, adapter_for, generic_adapter, is_encoder
 from bitmill.errors import SourceError
-from bitmill.models.block_call import answers_of
+from bitmill.models.block_call import output_fn
 from bitmill.models.streamed import StreamedModel
 from bitmill.sources.module import ModuleSource
 from helpers.tiny_models import tiny_config, tiny_model
@@ -109,7 +109,7 @@ CASES = [(name, {}) for name in NAMES] + [
 def test_every_seam_is_exact(name, changes):
     model = tiny_model(name, **changes)
     adapter = adapter_for(model.config)
-    before = answers_of(model)(TOKENS)
+    before = output_fn(model)(TOKENS)
     generator = torch.Generator().manual_seed(1)
     for block in model.get_submodule(adapter.blocks):
         for seam in adapter.seams:
@@ -119,7 +119,7 @@ def test_every_seam_is_exact(name, changes):
             scale_rows(source, 1 / scale, seam.norm_plus_one)
             for target in seam.targets:
                 scale_columns(block.get_submodule(target), scale, getattr(model.config, "head_dim", channels))
-    after = answers_of(model)(TOKENS)
+    after = output_fn(model)(TOKENS)
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
 
 

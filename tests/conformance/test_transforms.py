@@ -12,7 +12,7 @@ from bitmill.architectures.adapter import ADAPTERS
 from bitmill.calibration.collect import observe
 from bitmill.errors import NumericsError, RecipeError
 from bitmill.formats.uniform import Uniform
-from bitmill.models.block_call import answers_of
+from bitmill.models.block_call import output_fn
 from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.statistics import Activations
 from bitmill.pipeline.fold import fold_transforms
@@ -86,10 +86,10 @@ class Scramble(SeamTransform):
 @torch.no_grad()
 def test_logits_stay(name, changes, transform):
     streamed = loaded(name, changes)
-    before = answers_of(streamed.model)(TOKENS)
+    before = output_fn(streamed.model)(TOKENS)
     weights = {n: p.clone() for n, p in streamed.model.named_parameters()}
     folded(streamed, transform)
-    after = answers_of(streamed.model)(TOKENS)
+    after = output_fn(streamed.model)(TOKENS)
     assert (after - before).norm() < 1e-4 * before.norm()
     if streamed.adapter.seams:
         assert any(not torch.equal(p, weights[n]) for n, p in streamed.model.named_parameters())

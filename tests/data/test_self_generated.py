@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bitmill
-from bitmill.data.self_generated import BATCH, LIKELIEST, self_windows
+from bitmill.data.self_generated import BATCH, LIKELIEST, generate_windows
 from bitmill.errors import CalibrationError, NumericsError
 from bitmill.progress import Progress
 from helpers.tiny_models import tiny_model
@@ -39,19 +39,19 @@ class Steps(Progress):
 
 
 def test_windows_are_what_the_model_says():
-    windows = self_windows(Next(), 5, 12, 0, ())
+    windows = generate_windows(Next(), 5, 12, 0, ())
     assert windows.shape == (5, 12)
     assert windows.dtype == torch.int64
     assert torch.equal(windows, (windows[:, :1] + torch.arange(12)) % 50)
 
 
 def test_first_tokens_differ_and_some_never_come_first():
-    first = self_windows(Next(), 200, 2, 0, range(5, 50))[:, 0]
+    first = generate_windows(Next(), 200, 2, 0, range(5, 50))[:, 0]
     assert sorted(set(first.tolist())) == [0, 1, 2, 3, 4]
 
 
 def test_the_likeliest_tokens_come_first_and_then_it_is_drawn():
-    windows = self_windows(Next(certain=0.5), 40, 60, 0, ())
+    windows = generate_windows(Next(certain=0.5), 40, 60, 0, ())
     certain = (windows[:, 1:] == (windows[:, :-1] + 1) % 50).float().mean(0)
     assert (certain[:LIKELIEST] == 1).all()
     assert certain[LIKELIEST:].mean() < 0.2
@@ -59,28 +59,28 @@ def test_the_likeliest_tokens_come_first_and_then_it_is_drawn():
 
 def test_a_seed_is_a_text():
     model = tiny_model("llama")
-    first, again, other = (self_windows(model, 4, 10, seed, ()) for seed in (0, 0, 1))
+    first, again, other = (generate_windows(model, 4, 10, seed, ()) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_cache_changes_nothing():
     model = tiny_model("llama")
-    with_cache = self_windows(model, 4, 10, 0, ())
+    with_cache = generate_windows(model, 4, 10, 0, ())
     forward = model.forward
     model.forward = lambda tokens, **options: SimpleNamespace(logits=forward(tokens).logits)
-    assert torch.equal(self_windows(model, 4, 10, 0, ()), with_cache)
+    assert torch.equal(generate_windows(model, 4, 10, 0, ()), with_cache)
 
 
 def test_progress_counts_every_token_but_the_first():
     steps = Steps()
-    self_windows(Next(), BATCH + 1, 6, 0, (), steps)
+    generate_windows(Next(), BATCH + 1, 6, 0, (), steps)
     assert steps.done == steps.total == 2 * 5
 
 
 def test_a_broken_model_is_said_to_be_one():
     with pytest.raises(NumericsError, match="NaN"):
-        self_windows(Next(certain=float("nan")), 2, 4, 0, ())
+        generate_windows(Next(certain=float("nan")), 2, 4, 0, ())
 
 
 def test_a_model_without_a_tokenizer_calibrates_on_its_own_text(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitmill.data import text
-from bitmill.data.windows import reading_of, windows_of
+from bitmill.data.windows import count_windows, reading_of
 from bitmill.errors import CalibrationError
 
 CLS, SEP = 1, 2
@@ -48,7 +48,7 @@ def test_a_decoder_reads_the_published_windows(file):
     assert torch.equal(reading.calibration(3, 16, 5), calib)
     held_out = reading.held_out("eval", 16, 4)
     assert torch.equal(held_out, text.evaluation_windows(text.split_stream(ids, "eval"), 16, 4))
-    assert windows_of(held_out, 16) == 4
+    assert count_windows(held_out, 16) == 4
 
 
 def test_windows_of_an_encoder_lie_between_its_own_tokens(file):
@@ -76,9 +76,9 @@ def test_as_many_sentences_as_fit(file):
     reading = reading_of(file, Words(), encoder=True)
     some = reading.held_out("eval", 16, 4)
     assert 64 - 16 < sum(map(len, some)) <= 64
-    assert windows_of(some, 16) == 4
+    assert count_windows(some, 16) == 4
     whole = reading.held_out("eval", 16, 1000)
-    again = reading.held_out("eval", 16, windows_of(whole, 16))
+    again = reading.held_out("eval", 16, count_windows(whole, 16))
     assert [ids.tolist() for ids in whole] == [ids.tolist() for ids in again]
     assert max(map(len, reading.held_out("eval", 6, None))) == 6
 

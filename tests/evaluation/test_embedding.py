@@ -10,9 +10,8 @@ from torch.nn.functional import cosine_similarity
 
 from bitmill.errors import CalibrationError, NumericsError, UsageError
 from bitmill.evaluation import embedding
-from bitmill.evaluation.embedding import Embeddings, embed, nearest, pair_cosine
-from bitmill.evaluation.judge import metric_for
-from bitmill.evaluation.metrics import Comparison, compare
+from bitmill.evaluation.embedding import EmbeddingMetrics, embed, metric_for, nearest, pair_cosine
+from bitmill.evaluation.metrics import LanguageModelMetrics, score_windows
 
 GENERATOR = torch.Generator().manual_seed(3)
 HIDDEN = torch.randn(40, 6, 16, generator=GENERATOR) + 0.5
@@ -27,7 +26,9 @@ def test_poolings():
 
 def test_the_figures_are_what_their_names_say(monkeypatch):
     monkeypatch.setattr(embedding, "_ROWS", 7)  # as if there were too many sentences to hold
-    result = compare(lambda t: HIDDEN[t[:, 0] // 6], TOKENS, lambda t: OTHER[t[:, 0] // 6], None, 16, Embeddings())
+    result = score_windows(
+        lambda t: HIDDEN[t[:, 0] // 6], TOKENS, lambda t: OTHER[t[:, 0] // 6], None, 16, EmbeddingMetrics()
+    )
     own, other = HIDDEN.mean(1), OTHER.mean(1)
     table, reference = (cosine_similarity(e[:, None], e[None], dim=-1) for e in (own, other))
     off = ~torch.eye(40, dtype=torch.bool)
@@ -42,18 +43,18 @@ def test_the_figures_are_what_their_names_say(monkeypatch):
 
 
 def test_a_model_agrees_with_itself():
-    judge = Embeddings()
-    judge.add(TOKENS, HIDDEN, HIDDEN)
-    result = judge.result()
+    metric = EmbeddingMetrics()
+    metric.add(TOKENS, HIDDEN, HIDDEN)
+    result = metric.result()
     assert result["cosine_similarity"] == pytest.approx(1)
     assert result["neighbour_agreement"] == 1
     assert result["pair_cosine"] == result["reference_pair_cosine"]
 
 
 def test_without_a_reference_there_is_nothing_to_agree_with():
-    judge = Embeddings("cls")
-    judge.add(TOKENS, HIDDEN)
-    assert set(judge.result()) == {"pair_cosine", "sentences", "tokens", "pooling"}
+    metric = EmbeddingMetrics("cls")
+    metric.add(TOKENS, HIDDEN)
+    assert set(metric.result()) == {"pair_cosine", "sentences", "tokens", "pooling"}
 
 
 def test_sentences_of_several_lengths_are_batched_by_length():
@@ -64,7 +65,7 @@ def test_sentences_of_several_lengths_are_batched_by_length():
         return torch.ones(*tokens.shape, 4)
 
     sentences = [torch.zeros(n, dtype=torch.int64) for n in (3, 3, 3, 5, 8, 8)]
-    compare(model, sentences, batch=2, judge=Embeddings())
+    score_windows(model, sentences, batch=2, metric=EmbeddingMetrics())
     assert shapes == [(2, 3), (1, 3), (1, 5), (2, 8)]
 
 
@@ -76,15 +77,15 @@ def test_neighbours_and_pairs_by_hand():
 
 def test_what_cannot_be_judged_is_refused():
     with pytest.raises(CalibrationError, match="Fewer than two"):
-        Embeddings().result()
-    judge = Embeddings()
-    judge.add(TOKENS, HIDDEN * math.nan)
+        EmbeddingMetrics().result()
+    metric = EmbeddingMetrics()
+    metric.add(TOKENS, HIDDEN * math.nan)
     with pytest.raises(NumericsError, match="NaN"):
-        judge.result()
+        metric.result()
     with pytest.raises(UsageError, match="embeddings of 8 numbers and the model of 16"):
-        Embeddings().add(TOKENS, HIDDEN, HIDDEN[..., :8])
+        EmbeddingMetrics().add(TOKENS, HIDDEN, HIDDEN[..., :8])
 
 
 def test_who_judges_whom():
-    assert isinstance(metric_for(None), Comparison)
-    assert metric_for("cls") == Embeddings("cls")
+    assert isinstance(metric_for(None), LanguageModelMetrics)
+    assert metric_for("cls") == EmbeddingMetrics("cls")

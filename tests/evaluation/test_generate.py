@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bitmill.errors import NumericsError, UsageError
-from bitmill.evaluation.generate import chat_prompt, encode, end_tokens, generate
+from bitmill.evaluation.generate import chat_prompt, encode, eos_tokens, generate
 
 
 class Script(nn.Module):
@@ -126,7 +126,7 @@ def test_logits_that_are_not_finite():
 def test_end_tokens_come_from_everywhere():
     model = Script([1])
     model.generation_config = SimpleNamespace(eos_token_id=7)
-    assert end_tokens(model, SimpleNamespace(eos_token_id=9)) == {2, 3, 7, 9}
+    assert eos_tokens(model, SimpleNamespace(eos_token_id=9)) == {2, 3, 7, 9}
 
 
 def test_a_template_that_refuses():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitmill.errors import NumericsError
-from bitmill.evaluation.metrics import Comparison, compare
+from bitmill.evaluation.metrics import LanguageModelMetrics, score_windows
 
 VOCABULARY = 23
 
@@ -39,7 +39,7 @@ def naive(model, windows, reference):
 def test_it_equals_the_naive_computation(length, batch):
     windows = torch.randint(0, VOCABULARY, (3, length))
     model, reference = table_model(0), table_model(1)
-    result = compare(model, windows, reference, batch=batch)
+    result = score_windows(model, windows, reference, batch=batch)
     perplexity, divergence, agreement = naive(model, windows, reference)
     assert result["perplexity"] == pytest.approx(perplexity, rel=1e-5)
     assert result["kl_divergence"] == pytest.approx(divergence, rel=1e-4)
@@ -50,7 +50,7 @@ def test_it_equals_the_naive_computation(length, batch):
 
 def test_a_model_agrees_with_itself():
     windows = torch.randint(0, VOCABULARY, (2, 40))
-    result = compare(table_model(0), windows, table_model(0))
+    result = score_windows(table_model(0), windows, table_model(0))
     assert result["kl_divergence"] == 0
     assert result["top1_agreement"] == 1
     assert result["perplexity"] == result["reference_perplexity"]
@@ -58,7 +58,7 @@ def test_a_model_agrees_with_itself():
 
 def test_equal_logits_give_the_size_of_the_vocabulary():
     windows = torch.randint(0, VOCABULARY, (2, 40))
-    result = compare(lambda tokens: torch.zeros(*tokens.shape, VOCABULARY), windows)
+    result = score_windows(lambda tokens: torch.zeros(*tokens.shape, VOCABULARY), windows)
     assert result["perplexity"] == pytest.approx(VOCABULARY)
     assert "kl_divergence" not in result
 
@@ -66,24 +66,24 @@ def test_equal_logits_give_the_size_of_the_vocabulary():
 def test_half_precision_logits_are_compared_in_single():
     windows = torch.randint(0, VOCABULARY, (2, 40))
     model = table_model(0)
-    half = compare(lambda tokens: model(tokens).bfloat16(), windows)
-    single = compare(lambda tokens: model(tokens).bfloat16().float(), windows)
+    half = score_windows(lambda tokens: model(tokens).bfloat16(), windows)
+    single = score_windows(lambda tokens: model(tokens).bfloat16().float(), windows)
     assert half == single
 
 
 def test_windows_may_be_added_one_by_one():
     windows = torch.randint(0, VOCABULARY, (3, 30))
     model, reference = table_model(0), table_model(1)
-    sums = Comparison()
+    sums = LanguageModelMetrics()
     for window in windows:
         sums.add(window[None], model(window[None]), reference(window[None]))
-    assert sums.result() == pytest.approx(compare(model, windows, reference))
+    assert sums.result() == pytest.approx(score_windows(model, windows, reference))
 
 
 def test_a_broken_model_has_no_perplexity():
     windows = torch.randint(0, VOCABULARY, (1, 10))
     with pytest.raises(NumericsError, match="no perplexity"):
-        compare(lambda tokens: torch.full((*tokens.shape, VOCABULARY), math.nan), windows)
+        score_windows(lambda tokens: torch.full((*tokens.shape, VOCABULARY), math.nan), windows)
 
 
 def test_tokens_that_are_ruled_out_do_not_count():
@@ -93,9 +93,9 @@ def test_tokens_that_are_ruled_out_do_not_count():
         return lambda tokens: torch.cat([torch.full((*tokens.shape, 1), logit), model(tokens)[..., 1:]], -1)
 
     model, reference = table_model(0), table_model(1)
-    expected = compare(ruled_out(model, -60.0), windows, ruled_out(reference, -60.0))["kl_divergence"]
+    expected = score_windows(ruled_out(model, -60.0), windows, ruled_out(reference, -60.0))["kl_divergence"]
     for logit in (-1e30, -math.inf):
-        found = compare(ruled_out(model, logit), windows, ruled_out(reference, -math.inf))["kl_divergence"]
+        found = score_windows(ruled_out(model, logit), windows, ruled_out(reference, -math.inf))["kl_divergence"]
         assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -103,4 +103,4 @@ def test_a_hopeless_model_does_not_overflow():
     windows = torch.zeros(1, 10, dtype=torch.long)
     logits = torch.zeros(1, 10, VOCABULARY)
     logits[..., 0] = -1e30
-    assert math.isfinite(compare(lambda tokens: logits, windows)["perplexity"])
+    assert math.isfinite(score_windows(lambda tokens: logits, windows)["perplexity"])

@@ -18,7 +18,7 @@ from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.verify import verify
 from bitmill.errors import CheckpointError
 from bitmill.formats.quantized import SHARED
-from bitmill.models.block_call import answers_of
+from bitmill.models.block_call import output_fn
 from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import build_recipe
@@ -41,7 +41,7 @@ def quantize(model: nn.Module, out=None, **options):
 
 @torch.no_grad()
 def answer(model: nn.Module) -> torch.Tensor:
-    return answers_of(model)(WINDOWS[:2])
+    return output_fn(model)(WINDOWS[:2])
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:

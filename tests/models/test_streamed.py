@@ -10,7 +10,7 @@ from torch import nn
 
 from bitmill.architectures.adapter import ADAPTERS
 from bitmill.errors import NumericsError, SourceError
-from bitmill.models.block_call import answers_of
+from bitmill.models.block_call import output_fn
 from bitmill.models.streamed import StreamedModel
 from bitmill.sources.module import ModuleSource
 from bitmill.sources.open import open_source
@@ -39,7 +39,7 @@ def block_by_block(streamed: StreamedModel) -> torch.Tensor:
 def test_block_by_block_equals_the_whole_model(name):
     model = tiny_model(name)
     logits = block_by_block(StreamedModel(ModuleSource(model)))
-    assert torch.allclose(logits, answers_of(model)(TOKENS), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(logits, output_fn(model)(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
@@ -48,7 +48,7 @@ def test_a_folder_gives_the_same(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path)
     logits = block_by_block(StreamedModel(open_source(tmp_path)))
-    assert torch.allclose(logits, answers_of(model)(TOKENS), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(logits, output_fn(model)(TOKENS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -58,7 +58,7 @@ def test_the_table_of_embeddings_and_the_head_are_not_held_together(name, tied):
     model = tiny_model(name, tie_word_embeddings=tied)
     streamed = StreamedModel(ModuleSource(model))
     table, head = (f"{path}.weight" for path in (streamed.adapter.embeddings[0], streamed.adapter.head))
-    with streamed.non_block_weights("before"):
+    with streamed.non_block_weights("embedding"):
         assert table in held(streamed)
         assert tied or head not in held(streamed)
         hidden, calls = streamed.embed(TOKENS)
@@ -66,7 +66,7 @@ def test_the_table_of_embeddings_and_the_head_are_not_held_together(name, tied):
     for index, call in enumerate(calls):
         hidden = call.run(streamed.load_block(index), hidden)
         streamed.free_block(index)
-    with streamed.non_block_weights("after"):
+    with streamed.non_block_weights("head"):
         assert (table in held(streamed)) == tied
         logits = streamed.head(TOKENS, hidden)
     assert torch.allclose(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
@@ -77,7 +77,10 @@ def test_a_damaged_head_is_refused_before_the_blocks():
     with torch.no_grad():
         model.lm_head.weight[1, 2] = float("nan")
     streamed = StreamedModel(ModuleSource(model))
-    with pytest.raises(NumericsError, match=r"lm_head\.weight' holds 1 NaN"), streamed.non_block_weights("before"):
+    with (
+        pytest.raises(NumericsError, match=r"lm_head\.weight' holds 1 NaN"),
+        streamed.non_block_weights("embedding"),
+    ):
         pass
 
 
@@ -88,14 +91,14 @@ def test_only_what_is_in_use_holds_memory():
     assert held(streamed) == set(streamed.block_tensors(1))
     assert all(n.startswith("model.layers.1.") for n in held(streamed))
     with streamed.non_block_weights():
-        assert held(streamed) == set(streamed.block_tensors(1)) | set(streamed.other_tensors())
+        assert held(streamed) == set(streamed.block_tensors(1)) | set(streamed.non_block_tensors())
     streamed.free_block(1)
     assert not held(streamed)
 
 
 def test_the_tensors_of_blocks_and_the_others_are_all():
     streamed = StreamedModel(ModuleSource(tiny_model("opt")))
-    parts = [streamed.block_tensors(0), streamed.block_tensors(1), streamed.other_tensors()]
+    parts = [streamed.block_tensors(0), streamed.block_tensors(1), streamed.non_block_tensors()]
     assert sorted(itertools.chain(*parts)) == streamed.names()
 
 
@@ -115,7 +118,7 @@ def test_tied_tensors_stay_tied():
     assert "lm_head.weight" not in streamed.names()
     with streamed.non_block_weights():
         assert streamed.model.lm_head.weight is streamed.model.model.embed_tokens.weight
-        streamed.set("model.embed_tokens.weight", torch.ones(128, 32))
+        streamed.set_parameter("model.embed_tokens.weight", torch.ones(128, 32))
         assert (streamed.model.lm_head.weight == 1).all()
     assert streamed.model.lm_head.weight.is_meta
 
@@ -130,7 +133,7 @@ def test_tied_models_run():
 def test_half_precision_is_computed_in_single():
     streamed = StreamedModel(ModuleSource(tiny_model("llama").bfloat16()))
     name = "model.layers.0.mlp.up_proj.weight"
-    assert streamed.dtype(name) == streamed.stored(name).dtype == torch.bfloat16
+    assert streamed.dtype(name) == streamed.stored_tensor(name).dtype == torch.bfloat16
     assert streamed.load_block(0).mlp.up_proj.weight.dtype == torch.float32
 
 

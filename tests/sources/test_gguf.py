@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitmill.errors import SourceError
+from bitmill.sources import gguf_header
 from bitmill.sources.base import Source
-from bitmill.sources.gguf import header as gguf_header
-from bitmill.sources.gguf.rope import llama3_factors
-from bitmill.sources.gguf.source import GgufSource
+from bitmill.sources.gguf import GgufSource
+from bitmill.sources.gguf_architectures import llama3_factors
 from bitmill.sources.open import open_source
 from helpers.tiny_gguf import decoded, interleave, write_gguf
 from helpers.tiny_models import tiny_model
@@ -78,7 +78,7 @@ def test_stored_types_are_decoded(kind, tiny, tmp_path):
 
 def test_rows_are_decoded_in_pieces(tiny, file, monkeypatch):
     whole = GgufSource(file).tensor("model.embed_tokens.weight")
-    monkeypatch.setattr("bitmill.sources.gguf.source.CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("bitmill.sources.gguf.CHUNK_ELEMENTS", 100)
     assert torch.equal(GgufSource(file).tensor("model.embed_tokens.weight"), whole)
 
 
@@ -148,7 +148,7 @@ def test_tokenizer_and_side_files(file, tmp_path):
     assert source.tokenizer().decode(ids) == "the a"
     out = tmp_path / "out"
     out.mkdir()
-    source.write_side_files(out)
+    source.write_auxiliary_files(out)
     expected = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     assert {p.name for p in out.iterdir()} == expected
     source.config.save_pretrained(out)

@@ -117,7 +117,7 @@ def test_side_files_are_copied_without_weights_or_outward_links(folder, tmp_path
     (folder / "linked.txt").symlink_to(secret)
     out = tmp_path / "out"
     out.mkdir()
-    HfSource(folder).write_side_files(out)
+    HfSource(folder).write_auxiliary_files(out)
     assert sorted(p.name for p in out.iterdir()) == [
         "LICENSE",
         "SOURCE_README.md",

@@ -11,10 +11,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import nn
 
-from bitmill.errors import SourceError
+from bitmill.errors import MAX_QUOTED_CHARACTERS, SourceError, one_line
 from bitmill.sources import zoo
-from bitmill.sources.base import QUOTED_CHARACTERS, Source, in_short
-from bitmill.sources.gguf.source import GgufSource
+from bitmill.sources.base import Source
+from bitmill.sources.gguf import GgufSource
 from bitmill.sources.hf import HfSource
 from bitmill.sources.module import ModuleSource
 from bitmill.sources.open import open_source
@@ -43,7 +43,7 @@ def test_a_live_module(tmp_path):
         assert (source.shape(name), source.dtype(name)) == (tuple(state[name].shape), torch.float32)
     source.tensor("model.norm.weight").zero_()
     assert model.model.norm.weight.abs().sum() > 0
-    source.write_side_files(tmp_path)
+    source.write_auxiliary_files(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["generation_config.json"]
     assert source.config is model.config
 
@@ -128,10 +128,10 @@ def test_a_hub_snapshot_is_opened(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("said", "quoted"),
-    [("Two\n  lines.", "Two lines"), ("", "ValueError"), ("x" * 500, "x" * QUOTED_CHARACTERS + "...")],
+    [("Two\n  lines.", "Two lines"), ("", "ValueError"), ("x" * 500, "x" * MAX_QUOTED_CHARACTERS + "...")],
 )
 def test_in_short(said, quoted):
-    assert in_short(ValueError(said)) == quoted
+    assert one_line(ValueError(said)) == quoted
 
 
 def unreachable(*args, **kwargs):

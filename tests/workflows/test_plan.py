@@ -15,7 +15,7 @@ from bitmill.kv.scheme import kv_method
 from bitmill.kv.size import cache_size
 from bitmill.models.config_only import open_config_only
 from bitmill.models.kv_shapes import CachedLayer, cached_layers
-from bitmill.sources.configs import known_configs
+from bitmill.sources.zoo import bundled_configs
 from bitmill.workflows.plan import Wanted, plan
 from bitmill.workflows.plan.units import parse_bytes, parse_tokens
 from helpers.tiny_gguf import write_gguf
@@ -133,7 +133,7 @@ def test_layers_are_those_that_transformers_caches(model_type: str, changes: dic
     assert len(layers) == len(cache.layers)
     for layer, kept in zip(layers, cache.layers, strict=True):
         assert kept.keys.shape[1::2] == (layer.heads, layer.dim)
-        assert kept.keys.numel() + kept.values.numel() == layer.numbers(tokens)
+        assert kept.keys.numel() + kept.values.numel() == layer.num_elements(tokens)
 
 
 def test_windows_are_counted_as_windows(tmp_path) -> None:
@@ -217,7 +217,7 @@ def test_experts_can_be_planned_in_float(tmp_path) -> None:
 
 
 def test_an_outline_has_no_weights() -> None:
-    assert known_configs() == ["llama-65b", "llama-7b"]
+    assert bundled_configs() == ["llama-65b", "llama-7b"]
     for name, weights in (("llama-65b", 65_285_660_672), ("llama-7b", LLAMA_7B_WEIGHTS)):
         source = open_config_only(name)
         assert sum(torch.Size(source.shape(n)).numel() for n in source.names()) == weights
@@ -269,5 +269,5 @@ def test_lengths() -> None:
 
 
 def test_layers_count_what_they_keep() -> None:
-    assert CachedLayer(2, 8).numbers(100) == 2 * 2 * 8 * 100
-    assert CachedLayer(2, 8, 64).numbers(100) == 2 * 2 * 8 * 63
+    assert CachedLayer(2, 8).num_elements(100) == 2 * 2 * 8 * 100
+    assert CachedLayer(2, 8, 64).num_elements(100) == 2 * 2 * 8 * 63

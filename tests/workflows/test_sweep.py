@@ -11,7 +11,7 @@ import torch
 import bitmill
 from bitmill.cli.study import _table
 from bitmill.errors import UsageError
-from bitmill.evaluation.metrics import compare
+from bitmill.evaluation.metrics import score_windows
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.recipes.recipe import build_recipe
@@ -57,7 +57,7 @@ def test_what_is_measured_is_the_quantized_model(architecture: str) -> None:
         options = {"bits": core.bits, "group_size": 32} if cell.recipe.name == "rtn" else {}
         with_codes, _ = quantized(model, cell.recipe.name, **options)
         logits = (lambda tokens, m=m: m(tokens).logits for m in (with_codes, model))
-        expected = compare(next(logits), WINDOWS, next(logits))
+        expected = score_windows(next(logits), WINDOWS, next(logits))
         found = cell.result(1)
         for key in ("perplexity", "kl_divergence", "top1_agreement"):
             assert found[key] == pytest.approx(expected[key], rel=1e-3)

@@ -62,7 +62,7 @@ class Fisher:
         self.folder.mkdir(parents=True, exist_ok=True)
         count = len(streamed.blocks)
         progress.start("Fisher information", 2 * count)
-        with streamed.non_block_weights("before"):
+        with streamed.non_block_weights("embedding"):
             entered = [streamed.embed(window[None]) for window in windows]
         hidden = torch.cat([start for start, _ in entered])
         calls = [call for _, call in entered]
@@ -75,7 +75,7 @@ class Fisher:
                 hidden[n] = call[index].run(block, hidden[n : n + 1])[0]
             streamed.free_block(index)
             progress.advance()
-        with streamed.non_block_weights("after"):
+        with streamed.non_block_weights("head"):
             pooling = pooling_of(streamed.source)
             loss = _cross_entropy if pooling is None else _projection(pooling)
             for n, window in enumerate(windows):

@@ -142,10 +142,10 @@ class FolderSink:
                 tensors[f"{name}.{part}"] = tensor
         names, packed = streamed.block_tensors(result.index), {f"{name}.weight" for name in result.layers}
         if result.index == NON_BLOCK:
-            names, packed = streamed.other_tensors(), set(embedding_and_head(streamed).weights)
+            names, packed = streamed.non_block_tensors(), set(embedding_and_head(streamed).weights)
         for name in names:
             if name not in packed:
-                tensors[name] = result.changed[name] if name in result.changed else streamed.stored(name)
+                tensors[name] = result.changed[name] if name in result.changed else streamed.stored_tensor(name)
         file = self._shard(result.index + 1)
         write_tensors(file, tensors)
         self._note(result, file, tensors)
@@ -181,12 +181,12 @@ class FolderSink:
         recipe = self.recipe
         if recipe is None or recipe.head is None:  # otherwise it was written first
             file = self._shard(0)
-            tensors = {name: streamed.stored(name) for name in streamed.other_tensors()}
+            tensors = {name: streamed.stored_tensor(name) for name in streamed.non_block_tensors()}
             write_tensors(file, tensors)
             self.index.update(dict.fromkeys(tensors, file.name))
             del tensors
         with writing(self.folder):
-            streamed.source.write_side_files(self.folder)
+            streamed.source.write_auxiliary_files(self.folder)
         shards = [self.folder / name for name in sorted(set(self.index.values()))]
         entries = [e for f in shards for e in read_header(f).values()]
         total = sum(entry.end - entry.begin for entry in entries)
@@ -195,7 +195,7 @@ class FolderSink:
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.index.items()))},
         )
         config = json.loads(streamed.source.config.to_json_string(use_diff=True))
-        stored = [streamed.dtype(name) for name in streamed.other_tensors()]
+        stored = [streamed.dtype(name) for name in streamed.non_block_tensors()]
         config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix(
             "torch."
         )

@@ -90,8 +90,7 @@ def models(as_json: AsJson = False) -> None:
     """List the demo models and the architectures that are supported."""
     with working(as_json) as output:
         from bitmill.architectures.adapter import ADAPTERS
-        from bitmill.sources.configs import known_configs
-        from bitmill.sources.zoo import ZOO
+        from bitmill.sources.zoo import ZOO, bundled_configs
 
         demo = [dataclasses.asdict(model) for _, model in sorted(ZOO.items())]
         architectures = [
@@ -100,12 +99,12 @@ def models(as_json: AsJson = False) -> None:
         shown = [{**m, "parameters": f"{m['parameters'] / 1e6:.0f} M"} for m in demo]
         known = [{**a, "model_types": ", ".join(a["model_types"])} for a in architectures]
         output.result(
-            {"demo_models": demo, "configs": known_configs(), "architectures": architectures},
+            {"demo_models": demo, "configs": bundled_configs(), "architectures": architectures},
             lambda: [
                 "Demo models",
                 _table(("name", "parameters", "licence", "description"), shown),
                 "",
-                f"Configs without weights, for bitmill plan: {', '.join(known_configs())}",
+                f"Configs without weights, for bitmill plan: {', '.join(bundled_configs())}",
                 "",
                 "Architectures (others are walked over generically)",
                 _table(("name", "model_types"), known),

@@ -139,11 +139,11 @@ def chat(
 def _open(output: Output, model: str, dense: bool, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
     output.progress.start(f"loading {model}", 0)
     from bitmill import api
-    from bitmill.evaluation.generate import check_generates
+    from bitmill.evaluation.generate import check_can_generate
 
     tokenizer = api.load_tokenizer(model, trust_remote_code=trust_remote_code)
     live = api.load(model, device=device, dense=dense, trust_remote_code=trust_remote_code)
-    check_generates(live, model)
+    check_can_generate(live, model)
     output.progress.finish()
     return live, tokenizer
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bitmill.architectures.adapter import is_encoder
 from bitmill.data import text
-from bitmill.data.self_generated import self_windows
-from bitmill.data.windows import reading_of, windows_of
+from bitmill.data.self_generated import generate_windows
+from bitmill.data.windows import count_windows, reading_of
 from bitmill.errors import CalibrationError, SourceError, UsageError
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
@@ -63,7 +63,7 @@ def token_windows(
     calibration = calibration or Calibration()
     own = calibration.source == SELF
     if calibrates or measure:
-        check_length(source.config, calibration.seqlen)
+        check_context_length(source.config, calibration.seqlen)
     if measure:
         pooling_of(source)  # one that cannot be measured is refused now, and not after the last block
     if measure or (calibrates and not own):
@@ -81,7 +81,7 @@ def token_windows(
             "text": name,
             "split": "eval",
             "seqlen": calibration.seqlen,
-            "windows": windows_of(held_out, calibration.seqlen),
+            "windows": count_windows(held_out, calibration.seqlen),
         }
     return calib, held_out, described
 
@@ -108,7 +108,9 @@ def _own_windows(source: Source, calibration: Calibration, device: str, progress
     with contextlib.suppress(SourceError):  # no tokenizer: the config's own are all that is known
         never |= set(source.tokenizer().all_special_ids)
     first = {token for token in never if isinstance(token, int)}
-    return self_windows(streamed.model, calibration.samples, calibration.seqlen, calibration.seed, first, progress)
+    return generate_windows(
+        streamed.model, calibration.samples, calibration.seqlen, calibration.seed, first, progress
+    )
 
 
 def _checked(windows: Tensor, config: Any) -> Tensor:
@@ -123,7 +125,7 @@ def _checked(windows: Tensor, config: Any) -> Tensor:
     windows = windows.to("cpu", torch.int64)
     if windows.shape[1] < 2:
         raise CalibrationError("The calibration windows have 1 token; give windows of at least 2.")
-    check_length(config, windows.shape[1])
+    check_context_length(config, windows.shape[1])
     lowest, highest = int(windows.min()), int(windows.max())
     vocabulary = getattr(config, "vocab_size", None)
     if lowest < 0 or (isinstance(vocabulary, int) and highest >= vocabulary):
@@ -135,7 +137,7 @@ def _checked(windows: Tensor, config: Any) -> Tensor:
     return windows
 
 
-def check_length(config: Any, seqlen: int, flag: str = "--seqlen") -> None:
+def check_context_length(config: Any, seqlen: int, flag: str = "--seqlen") -> None:
     """Raises CalibrationError for windows longer than the model can read."""
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and seqlen > limit:

@@ -23,7 +23,7 @@ BATCH = 32  # windows written at a time; a matter of memory and speed, though ot
 
 
 @torch.no_grad()
-def self_windows(
+def generate_windows(
     model: nn.Module, samples: int, seqlen: int, seed: int, never: Iterable[int], progress: Progress | None = None
 ) -> Tensor:
     """Token windows (samples, seqlen) int64 by a float model in memory.

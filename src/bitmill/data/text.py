@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bitmill.errors import CalibrationError
-from bitmill.sources.base import in_short
+from bitmill.errors import CalibrationError, one_line
 
 Windows = torch.Tensor | list[torch.Tensor]  # token ids (windows, length), or of several lengths
 Stream = TypeVar("Stream", torch.Tensor, str)
@@ -139,7 +138,7 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise CalibrationError(f"Line {number} of {path} is no valid JSON ({in_short(error)}).") from None
+            raise CalibrationError(f"Line {number} of {path} is no valid JSON ({one_line(error)}).") from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise CalibrationError(f"Line {number} of {path} has no text in a field 'text'.")
         yield record["text"]
@@ -165,7 +164,7 @@ def _hub(source: str) -> str:
     except KeyError:
         raise CalibrationError(f"The rows of {source!r} have no field 'text'; choose another dataset.") from None
     except Exception as error:  # the network, the Hub, or a loader
-        raise CalibrationError(f"{source!r} could not be read ({in_short(error)}).") from error
+        raise CalibrationError(f"{source!r} could not be read ({one_line(error)}).") from error
     if not text.strip():
         raise CalibrationError(f"{source!r} holds no text; choose another dataset.")
     return text

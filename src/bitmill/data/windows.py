@@ -25,7 +25,7 @@ _END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
-class Reading(Protocol):
+class TextWindows(Protocol):
     """A text as one model reads it; `seqlen` counts the tokens of a window, the model's own included."""
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
@@ -37,12 +37,12 @@ class Reading(Protocol):
         ...
 
 
-def reading_of(source: str | Path, tokenizer: Any, encoder: bool) -> Reading:
+def reading_of(source: str | Path, tokenizer: Any, encoder: bool) -> TextWindows:
     """A text as a decoder or an encoder with this tokenizer reads it."""
     return Sentences(source, tokenizer) if encoder else Stream(source, tokenizer)
 
 
-def windows_of(held_out: Windows, seqlen: int) -> int:
+def count_windows(held_out: Windows, seqlen: int) -> int:
     """How many windows of `seqlen` tokens hold as much."""
     return -(-sum(len(window) for window in held_out) // seqlen)
 

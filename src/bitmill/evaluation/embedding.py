@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bitmill.errors import CalibrationError, NumericsError, UsageError
+from bitmill.evaluation.metrics import LanguageModelMetrics, Metric
 
 _ROWS = 1024  # sentences whose similarities to all others are held at a time
 
@@ -34,7 +35,7 @@ def embed(hidden: Tensor, pooling: str) -> Tensor:
 
 
 @dataclass
-class Embeddings:
+class EmbeddingMetrics:
     """A judge: collects the embeddings of sentences, and compares them once all are there."""
 
     pooling: str = "mean"
@@ -42,16 +43,16 @@ class Embeddings:
     own: list[Tensor] = field(default_factory=list)
     reference: list[Tensor] = field(default_factory=list)
 
-    def add(self, tokens: Tensor, answer: Tensor, reference: Tensor | None = None) -> None:
+    def add(self, tokens: Tensor, output: Tensor, reference: Tensor | None = None) -> None:
         """Take in sentences of one length: tokens (sentences, n), hidden states (sentences, n, width)."""
         self.tokens += tokens.numel()
-        self.own.append(embed(answer, self.pooling).cpu())
+        self.own.append(embed(output, self.pooling).cpu())
         if reference is None:
             return
-        if reference.shape[-1] != answer.shape[-1]:
+        if reference.shape[-1] != output.shape[-1]:
             raise UsageError(
                 f"The reference has embeddings of {reference.shape[-1]} numbers and the model of "
-                f"{answer.shape[-1]}, so they cannot be compared; give the float model it was made from."
+                f"{output.shape[-1]}, so they cannot be compared; give the float model it was made from."
             )
         self.reference.append(embed(reference, self.pooling).cpu())
 
@@ -99,3 +100,8 @@ def nearest(unit: Tensor) -> Tensor:
         cosines[rows, start + rows] = -torch.inf
         found.append(cosines.argmax(-1))
     return torch.cat(found)
+
+
+def metric_for(pooling: str | None) -> Metric:
+    """Return the metric of a text encoder with this pooling, or without one, of a language model."""
+    return LanguageModelMetrics() if pooling is None else EmbeddingMetrics(pooling)

@@ -55,9 +55,9 @@ def generate(
     chunk: most tokens of the prompt that are read at a time, which takes a cache; all at once without it.
     Raises UsageError for a prompt the model cannot read, NumericsError when its logits are not finite.
     """
-    check_generates(model)
+    check_can_generate(model)
     room = _check(model, prompt, max_new_tokens, temperature)
-    ends = end_tokens(model, tokenizer)
+    ends = eos_tokens(model, tokenizer)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     pieces = _Pieces(tokenizer, on_text)
@@ -98,7 +98,7 @@ def _keeps_last(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def check_generates(model: nn.Module, name: str = "") -> None:
+def check_can_generate(model: nn.Module, name: str = "") -> None:
     """Raises UsageError for a model that predicts no tokens, such as an encoder."""
     can_generate = getattr(model, "can_generate", None)
     if can_generate is not None and not can_generate():
@@ -127,7 +127,7 @@ def chat_prompt(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has them already
 
 
-def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     """Every token that ends a text, by the generation config, the config or the tokenizer."""
     ends: set[int] = set()
     for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,17 +19,33 @@ from torch import Tensor
 from bitmill.errors import CalibrationError, NumericsError, UsageError
 from bitmill.progress import Progress
 
-if TYPE_CHECKING:
-    from bitmill.evaluation.judge import Metric
+OutputFn = Callable[[Tensor], Tensor]  # tokens (windows, length) -> logits or hidden states (windows, length, n)
 
-Logits = Callable[[Tensor], Tensor]
+
+class Metric(Protocol):
+    """Measures of a model over windows of tokens, with or without a float reference."""
+
+    def add(self, tokens: Tensor, output: Tensor, reference: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            tokens: (windows, length) token ids.
+            output: (windows, length, n) logits or hidden states of the model for these tokens.
+            reference: the same shape, of the float model.
+        """
+        ...
+
+    def result(self) -> dict[str, Any]:
+        """Return the measures over all batches as plain data."""
+        ...
+
 
 # Positions whose softmax is held at a time: 50 000 logits in fp32, twice, are 100 MB.
 _POSITIONS = 256
 
 
 @dataclass
-class Comparison:
+class LanguageModelMetrics:
     """Sums over windows; `add` a batch at a time, then read `result`."""
 
     loss: float = 0.0
@@ -41,19 +57,19 @@ class Comparison:
     tokens: int = 0
     compared: bool = field(default=False)
 
-    def add(self, tokens: Tensor, logits: Tensor, reference: Tensor | None = None) -> None:
+    def add(self, tokens: Tensor, output: Tensor, reference: Tensor | None = None) -> None:
         """Take in tokens (windows, length) and logits (windows, length, vocabulary) of one or two models."""
-        if reference is not None and reference.shape[-1] != logits.shape[-1]:
+        if reference is not None and reference.shape[-1] != output.shape[-1]:
             raise UsageError(
                 f"The reference has a vocabulary of {reference.shape[-1]} and the model one of "
-                f"{logits.shape[-1]}, so they cannot be compared; give the float model it was made from."
+                f"{output.shape[-1]}, so they cannot be compared; give the float model it was made from."
             )
         self.tokens += tokens.numel()
         for window in range(tokens.shape[0]):
             for start in range(0, tokens.shape[1], _POSITIONS):
                 cut = slice(start, start + _POSITIONS)
-                following = tokens[window, start + 1 : start + _POSITIONS + 1].to(logits.device)
-                log_p = torch.log_softmax(logits[window, cut].float(), -1)
+                following = tokens[window, start + 1 : start + _POSITIONS + 1].to(output.device)
+                log_p = torch.log_softmax(output[window, cut].float(), -1)
                 self.loss += _loss(log_p, following)
                 self.predicted += following.numel()
                 if reference is None:
@@ -99,23 +115,23 @@ def _exp(mean_loss: float) -> float:
 
 
 @torch.no_grad()
-def compare(
-    model: Logits,
+def score_windows(
+    model: OutputFn,
     windows: Tensor | list[Tensor],
-    reference: Logits | None = None,
+    reference: OutputFn | None = None,
     progress: Progress | None = None,
     batch: int = 4,
-    judge: Metric | None = None,
+    metric: Metric | None = None,
 ) -> dict[str, Any]:
-    """Evaluate callables from tokens (windows, length) to logits, or what `judge` wants (windows, length, n)."""
+    """Evaluate callables from tokens (windows, length) to logits, or what `metric` takes (windows, length, n)."""
     progress = progress or Progress()
-    judge = judge or Comparison()
+    metric = metric or LanguageModelMetrics()
     progress.start("evaluate", len(windows))
     for tokens in _batches(windows, batch):
-        judge.add(tokens, model(tokens), reference(tokens) if reference else None)
+        metric.add(tokens, model(tokens), reference(tokens) if reference else None)
         progress.advance(tokens.shape[0])
     progress.finish()
-    return judge.result()
+    return metric.result()
 
 
 def _batches(windows: Tensor | list[Tensor], batch: int) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import attentions, rope_for
 from bitmill.kv.scheme import PAGE, KVMethod
 from bitmill.kv.size import calibrated_numbers
-from bitmill.models.kv_shapes import heads_of
+from bitmill.models.kv_shapes import kv_heads_and_dim
 
 _FP32 = 4
 
@@ -40,7 +40,7 @@ def packed_shapes(model: nn.Module, name: str = "") -> dict[int, tuple[int, int]
     modules, found = attentions(model), {}
     for number, layer in enumerate(layers):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            heads, dim = heads_of(config.get_text_config(decoder=True), name)
+            heads, dim = kv_heads_and_dim(config.get_text_config(decoder=True), name)
             found[number] = heads, int(getattr(modules.get(number), "head_dim", None) or dim)
     if not found:
         raise UsageError(f"{name} has no layer with keys and values that could be packed; leave out --kv.")

@@ -19,11 +19,11 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Forward one batch of hidden states (windows, tokens, width) through `block`."""
-        return hidden_of(block(hidden, *self.args, **self.kwargs))
+        return block_output(block(hidden, *self.args, **self.kwargs))
 
     def run_with(self, tensors: dict[str, Tensor], block: nn.Module, hidden: Tensor) -> Tensor:
         """The same with some of the block's parameters, by name, replaced by tensors that may carry gradients."""
-        return hidden_of(functional_call(block, tensors, (hidden, *self.args), self.kwargs))
+        return block_output(functional_call(block, tensors, (hidden, *self.args), self.kwargs))
 
     def cut(self, windows: int, start: int, stop: int) -> BlockCall:
         """The same call for the windows `start` to `stop` of a batch of `windows`."""
@@ -38,12 +38,12 @@ class BlockCall:
         return BlockCall(tuple(of(a) for a in self.args), {k: of(v) for k, v in self.kwargs.items()})
 
 
-def hidden_of(output: Any) -> Tensor:
+def block_output(output: Any) -> Tensor:
     """The hidden states in what a block returns: a tensor, or a tuple that starts with it."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def answer_of(output: Any) -> Tensor:
+def output_tensor(output: Any) -> Tensor:
     """What a model says of its tokens (windows, tokens, n): logits, or the hidden states of an encoder."""
     if isinstance(output, Tensor):
         return output
@@ -51,10 +51,10 @@ def answer_of(output: Any) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-def answers_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def output_fn(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The model as a function from tokens (windows, length), wherever they are, to its answer."""
     device = next(model.parameters()).device
-    return lambda tokens: answer_of(model(tokens.to(device)))
+    return lambda tokens: output_tensor(model(tokens.to(device)))
 
 
 class StopForward(Exception):
@@ -69,9 +69,9 @@ class BlockRecorder(nn.Module):
         object.__setattr__(self, "_block", block)  # not a submodule: its parameters are not ours
         self.as_tuple = as_tuple
         self.stop = False
-        self.reply: Tensor | None = None
-        self.seen: Tensor | None = None
-        self.answer: Tensor | None = None
+        self.replacement: Tensor | None = None
+        self.hidden_in: Tensor | None = None
+        self.output: Tensor | None = None
         self.call: BlockCall | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -87,8 +87,8 @@ class BlockRecorder(nn.Module):
             hidden, rest = args[0], args[1:]
         else:
             hidden, rest = kwargs.pop("hidden_states"), ()
-        self.seen, self.call = hidden, BlockCall(rest, kwargs)
+        self.hidden_in, self.call = hidden, BlockCall(rest, kwargs)
         if self.stop:
             raise StopForward
-        answer = hidden if self.reply is None else self.reply
-        return (answer,) if self.as_tuple else answer
+        output = hidden if self.replacement is None else self.replacement
+        return (output,) if self.as_tuple else output

@@ -13,7 +13,6 @@ from torch import nn
 from bitmill.errors import SourceError
 from bitmill.sources import zoo
 from bitmill.sources.base import Source
-from bitmill.sources.configs import known_config, known_configs
 from bitmill.sources.hf import load_config
 from bitmill.sources.open import hub_files, is_hub_id, open_source
 from bitmill.sources.pooling import MEAN
@@ -61,7 +60,7 @@ class ConfigOnlySource:
         """Raises SourceError: there are no weights."""
         self._refuse()
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_auxiliary_files(self, folder: Path) -> None:
         """Nothing is there to write."""
 
     def tokenizer(self) -> Any:
@@ -79,13 +78,13 @@ class ConfigOnlySource:
 def open_config_only(model: str | Path, *, trust_remote_code: bool = False) -> Source:
     """A source whose names, shapes and types are known, at the least cost.
 
-    model: a name of `known_configs()`, a folder with a config.json (weights may be absent, pickled, or quantized
+    model: a name of `bundled_configs()`, a folder with a config.json (weights may be absent, pickled, or quantized
     by bitmill), a hub id, of which only the config is fetched, a .gguf file, or a demo model. Raises SourceError.
     """
-    if isinstance(model, str) and model in known_configs():
+    if isinstance(model, str) and model in zoo.bundled_configs():
         from transformers import AutoConfig
 
-        return ConfigOnlySource(AutoConfig.for_model(**known_config(model)), model)
+        return ConfigOnlySource(AutoConfig.for_model(**zoo.bundled_config(model)), model)
     path = Path(model).expanduser()
     if path.is_dir() and _is_bare(path):
         return _outline(path, path.resolve().name, trust_remote_code)

@@ -36,7 +36,7 @@ class EmbeddingAndHead:
         """The names under which a source may hold these matrices."""
         return tuple(f"{path}.weight" for path in (self.embedding, self.head) if path)
 
-    def stored(self, layer: str, streamed: StreamedModel) -> str:
+    def stored_name(self, layer: str, streamed: StreamedModel) -> str:
         """The name under which the source does hold the matrix of a layer; of tied ones it may hold either."""
         known = [name for name in self.weights if name in streamed.names()]
         own = f"{layer}.weight"
@@ -45,7 +45,8 @@ class EmbeddingAndHead:
     def sites(self, streamed: StreamedModel) -> tuple[Site, ...]:
         """Return the matrices of `layers` as sites, (vocabulary, width) each."""
         return tuple(
-            Site(f"{layer}.weight", shape=streamed.shape(self.stored(layer, streamed))) for layer in self.layers
+            Site(f"{layer}.weight", shape=streamed.shape(self.stored_name(layer, streamed)))
+            for layer in self.layers
         )
 
     def to_dict(self) -> dict[str, Any]:

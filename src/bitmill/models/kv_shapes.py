@@ -21,7 +21,7 @@ class CachedLayer:
     dim: int
     window: int | None = None
 
-    def numbers(self, tokens: int) -> int:
+    def num_elements(self, tokens: int) -> int:
         """How many numbers an ordinary cache keeps after `tokens` tokens of a row.
 
         In a window the next token looks at itself and at window - 1 before it.
@@ -51,7 +51,7 @@ def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ..
             f"{name} keeps keys and values compressed (kv_lora_rank is {text.kv_lora_rank}), which cannot be "
             "planned yet; give a model with plain, grouped or multi-query attention."
         )
-    heads, dim = heads_of(text, name)
+    heads, dim = kv_heads_and_dim(text, name)
     layers = []
     for index, layer in enumerate(DynamicCache(config=text).layers):
         kind = type(layer).__name__
@@ -66,7 +66,7 @@ def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ..
     return tuple(layers)
 
 
-def check_keys(layers: tuple[CachedLayer, ...], model: nn.Module, name: str) -> None:
+def check_key_widths(layers: tuple[CachedLayer, ...], model: nn.Module, name: str) -> None:
     """Raises SourceError where a k_proj of the model makes other keys than the config says."""
     for path, module in model.named_modules():
         found = re.search(r"\.(\d+)\..*k_proj$", path)
@@ -81,7 +81,7 @@ def check_keys(layers: tuple[CachedLayer, ...], model: nn.Module, name: str) -> 
             )
 
 
-def heads_of(config: Any, name: str) -> tuple[int, int]:
+def kv_heads_and_dim(config: Any, name: str) -> tuple[int, int]:
     """Heads of keys, numbers of a head. Raises SourceError where the config does not say."""
     queries = getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or queries

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from bitmill.architectures.adapter import Adapter, Seam, UnknownArchitecture, adapter_for, generic_adapter
 from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
-from bitmill.models.block_call import BlockCall, BlockRecorder, StopForward, answer_of
-from bitmill.models.meta import auto_class, empty_model
-from bitmill.models.trim_memory import trim_malloc
+from bitmill.models.block_call import BlockCall, BlockRecorder, StopForward, output_tensor
+from bitmill.models.meta import auto_class, empty_model, trim_malloc
 from bitmill.sources.base import Source
 
 
@@ -50,7 +49,7 @@ class StreamedModel:
         self.blocks: nn.ModuleList = blocks
         self._stored = self._match_names()
         self._place_buffers()
-        self._tuples: bool | None = None
+        self._blocks_return_tuples: bool | None = None
         self._check_complete()
 
     # -- names --------------------------------------------------------------------------------------------
@@ -70,7 +69,7 @@ class StreamedModel:
         """Every stored tensor, by its name in the model; tensors the model does not know keep their own."""
         return sorted(self._stored)
 
-    def stored(self, name: str) -> Tensor:
+    def stored_tensor(self, name: str) -> Tensor:
         """The tensor as the source holds it, in its stored type."""
         return self.source.tensor(self._stored[name])
 
@@ -91,7 +90,7 @@ class StreamedModel:
         prefix = self.block_name(index) + "."
         return [name for name in self.names() if name.startswith(prefix)]
 
-    def other_tensors(self) -> list[str]:
+    def non_block_tensors(self) -> list[str]:
         """The stored tensors of no block: embeddings, final norm, head, and whatever else the source carries."""
         inside = tuple(self.block_name(i) + "." for i in range(len(self.blocks)))
         return [name for name in self.names() if not name.startswith(inside)]
@@ -156,16 +155,18 @@ class StreamedModel:
             if module is None:
                 continue
             if leaf in module._parameters:
-                self.set(name, self.finite(name))
+                self.set_parameter(name, self.finite_tensor(name))
             elif (old := module._buffers.get(leaf)) is not None and leaf not in module._non_persistent_buffers_set:
                 kept = (
-                    self.finite(name) if old.is_floating_point() else self.stored(name).to(self.device, old.dtype)
+                    self.finite_tensor(name)
+                    if old.is_floating_point()
+                    else self.stored_tensor(name).to(self.device, old.dtype)
                 )
                 module._buffers[leaf] = kept.reshape(old.shape)
 
-    def finite(self, name: str) -> Tensor:
+    def finite_tensor(self, name: str) -> Tensor:
         """A stored tensor in fp32. Raises NumericsError on NaN or Inf."""
-        tensor = self.stored(name).to(self.device, torch.float32)
+        tensor = self.stored_tensor(name).to(self.device, torch.float32)
         # one pass without temporaries: a sum hides no NaN or Inf, though finite numbers may overflow it
         if not bool(torch.isfinite(tensor.sum())) and (bad := int((~torch.isfinite(tensor)).sum())):
             raise NumericsError(f"The weight {name!r} holds {bad} NaN or Inf values; the source is damaged.")
@@ -176,7 +177,7 @@ class StreamedModel:
         module, leaf = self._owner(name)
         return module is not None and leaf in module._parameters
 
-    def set(self, name: str, tensor: Tensor) -> None:
+    def set_parameter(self, name: str, tensor: Tensor) -> None:
         """Put a tensor in place of a parameter, and of every parameter tied to it."""
         module, leaf = self._owner(name)
         assert module is not None
@@ -194,13 +195,13 @@ class StreamedModel:
 
     def set_matrix(self, name: str, W: Tensor) -> None:
         """Put W (out, in) in place of the weight of a linear."""
-        self.set(name, (W.T if self.adapter.transposed else W).to(self.device).contiguous())
+        self.set_parameter(name, (W.T if self.adapter.transposed else W).to(self.device).contiguous())
 
     def free(self, names: list[str]) -> None:
         """Empty these parameters."""
         for name in names:
             if self.is_parameter(name):
-                self.set(name, torch.empty(self.shape(name), device="meta"))
+                self.set_parameter(name, torch.empty(self.shape(name), device="meta"))
 
     def load_block(self, index: int) -> nn.Module:
         """Fill one block and return it."""
@@ -228,87 +229,91 @@ class StreamedModel:
     # -- running ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def non_block_weights(self, side: Literal["both", "before", "after"] = "both") -> Iterator[None]:
+    def non_block_weights(self, side: Literal["both", "embedding", "head"] = "both") -> Iterator[None]:
         """Hold the tensors outside the blocks in memory (embeddings, final norm, head).
 
-        side: "before" holds what `embed` needs, "after" what `head` needs. The table of token embeddings and
+        side: "embedding" holds what `embed` needs, "head" what `head` needs. The table of token embeddings and
         the head are the largest tensors of most models; no more than one of them is held at a time.
         """
-        names, spared = self.other_tensors(), self._spared(side)
-        for name in spared if side == "before" else []:
-            self.finite(name)  # a damaged head is refused now, and not after the last block
-        self.load([name for name in names if name not in spared])
+        names, unneeded = self.non_block_tensors(), self._unneeded(side)
+        for name in unneeded if side == "embedding" else []:
+            self.finite_tensor(name)  # a damaged head is refused now, and not after the last block
+        self.load([name for name in names if name not in unneeded])
         try:
             yield
         finally:
             self.free(names)
             trim_malloc()
 
-    def _spared(self, side: str) -> list[str]:
+    def _unneeded(self, side: str) -> list[str]:
         """The stored tensors outside the blocks that one side can do without."""
         if side == "both" or self.adapter.name.startswith("generic") or not self.adapter.head:
             return []  # what a generic walk calls embeddings and head may be used anywhere
         table, head = (f"{path}.weight" for path in (self.adapter.embeddings[0], self.adapter.head))
-        name = head if side == "before" else table
+        name = head if side == "embedding" else table
         tied = self.model.get_parameter(table) is self.model.get_parameter(head)
         return [name] if name in self._stored and not tied else []
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """What the first block receives for tokens (windows, length), and how each block is called.
 
-        Needs the tensors outside the blocks in memory, those of the side "before".
+        Needs the tensors outside the blocks in memory, those of the side "embedding".
         """
-        if self._tuples is None:
-            self._tuples = not self._passes_tensors(tokens[:1])
-        stubs = self._run(tokens, self._tuples, stop=True)
-        calls = [stub.call for stub in stubs]
-        if stubs[0].seen is None or any(call is None for call in calls):
+        if self._blocks_return_tuples is None:
+            self._blocks_return_tuples = not self._passes_tensors(tokens[:1])
+        recorders = self._run(tokens, self._blocks_return_tuples, stop=True)
+        calls = [recorder.call for recorder in recorders]
+        if recorders[0].hidden_in is None or any(call is None for call in calls):
             raise SourceError(f"{self.source.name}: the model's forward does not call its blocks in turn.")
-        return stubs[0].seen, [call for call in calls if call is not None]
+        return recorders[0].hidden_in, [call for call in calls if call is not None]
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Logits for the hidden states after the last block, or an encoder's final hidden states.
 
-        Needs the tensors of the side "after".
+        Needs the tensors of the side "head".
         """
         with self._no_embeddings():
-            stubs = self._run(tokens, bool(self._tuples), reply=hidden, stop=False)
-        assert stubs[0].answer is not None
-        return stubs[0].answer
+            recorders = self._run(tokens, bool(self._blocks_return_tuples), replacement=hidden, stop=False)
+        assert recorders[0].output is not None
+        return recorders[0].output
 
     @contextmanager
     def _no_embeddings(self) -> Iterator[None]:
         """Let a table of embeddings that holds no memory answer zeros: no block will look at them."""
-        for name in self._spared("after"):
+        for name in self._unneeded("head"):
             table, width = self._owner(name)[0], self.shape(name)[1]
             if table is not None and self.model.get_parameter(name).is_meta:
                 table.forward = lambda ids, width=width: torch.zeros(*ids.shape, width, device=self.device)
         try:
             yield
         finally:
-            for name in self._spared("after"):
+            for name in self._unneeded("head"):
                 vars(self._owner(name)[0]).pop("forward", None)
 
     def _passes_tensors(self, tokens: Tensor) -> bool:
         """Whether blocks exchange bare tensors (a model that expects tuples cuts the shape up)."""
         try:
-            stubs = self._run(tokens, False, stop=True)
+            recorders = self._run(tokens, False, stop=True)
         except Exception:
             return False
-        return all(s.seen is not None and s.seen.shape == stubs[0].seen.shape for s in stubs)  # type: ignore[union-attr]
+        inputs = [recorder.hidden_in for recorder in recorders]
+        first = inputs[0]
+        return first is not None and all(x is not None and x.shape == first.shape for x in inputs)
 
-    def _run(self, tokens: Tensor, as_tuple: bool, stop: bool, reply: Tensor | None = None) -> list[BlockRecorder]:
-        stubs = [BlockRecorder(block, as_tuple) for block in self.blocks]
-        stubs[-1].stop, stubs[-1].reply = stop, reply
+    def _run(
+        self, tokens: Tensor, as_tuple: bool, stop: bool, replacement: Tensor | None = None
+    ) -> list[BlockRecorder]:
+        recorders = [BlockRecorder(block, as_tuple) for block in self.blocks]
+        recorders[-1].stop, recorders[-1].replacement = stop, replacement
         path, _, leaf = self.adapter.blocks.rpartition(".")
         parent = self.model.get_submodule(path)
-        setattr(parent, leaf, nn.ModuleList(stubs))
+        setattr(parent, leaf, nn.ModuleList(recorders))
         quiet = {"use_cache": False} if hasattr(self.source.config, "use_cache") else {}
         try:
             output = self.model(tokens.to(self.device), **quiet)
-            stubs[0].answer = answer_of(output)
+            recorders[0].output = output_tensor(output)
         except StopForward:
             pass
         finally:
             setattr(parent, leaf, self.blocks)
-        return stubs
+        return recorders

@@ -15,7 +15,7 @@ from bitmill.calibration.store import StatisticsStore
 from bitmill.calibration.streams import Streams
 from bitmill.formats import Params
 from bitmill.formats.quantized import shared_place
-from bitmill.models.trim_memory import trim_malloc
+from bitmill.models.meta import trim_malloc
 from bitmill.numerics.gram import RunningGram
 from bitmill.numerics.statistics import FISHER, Activations
 from bitmill.pipeline.fold import fold_transforms
@@ -210,5 +210,5 @@ def _note_floats(work: _Work, before: dict[str, Tensor], result: BlockResult) ->
         if name in before and not torch.equal(before[name], parameter):
             full = f"{streamed.block_name(result.index)}.{name}"
             stored = parameter.detach().to(streamed.dtype(full))
-            streamed.set(full, stored.float())
+            streamed.set_parameter(full, stored.float())
             result.changed[full] = stored

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
+from bitmill.models.meta import trim_malloc
 from bitmill.models.streamed import StreamedModel
-from bitmill.models.trim_memory import trim_malloc
 from bitmill.pipeline.job import NON_BLOCK, BlockResult, Job, LayerResult, Sink
 from bitmill.progress import Progress
 from bitmill.solvers import SOLVERS, Statistics
@@ -30,13 +30,13 @@ class QuantizedEmbeddings:
         self._streamed, self._ends, self._layers = streamed, ends, layers
 
     def put_embedding(self) -> None:
-        """Put the decoded table in place of the float one; needs the side "before"."""
+        """Put the decoded table in place of the float one; needs the side "embedding"."""
         decoded = self._layers[self._ends.embedding].quantized.dequantize()
-        self._streamed.set(f"{self._ends.embedding}.weight", decoded.to(self._streamed.device))
+        self._streamed.set_parameter(f"{self._ends.embedding}.weight", decoded.to(self._streamed.device))
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Let the quantized head answer in place of the float one for a while; needs the side "after".
+        """Let the quantized head answer in place of the float one for a while; needs the side "head".
 
         It is decoded by slices of rows, so that no second matrix of its size is in memory.
         """
@@ -72,7 +72,7 @@ def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEm
         progress.start("embedding and head", len(ends.layers))
         result = BlockResult(NON_BLOCK)
         for layer in ends.layers:
-            result.layers[layer] = _quantize(job, streamed.finite(ends.stored(layer, streamed)))
+            result.layers[layer] = _quantize(job, streamed.finite_tensor(ends.stored_name(layer, streamed)))
             trim_malloc()
             progress.advance()
         sink.write(result, streamed)

@@ -48,7 +48,7 @@ def fold_transforms(job: Job, index: int, seen: dict[str, Activations] | None = 
     changed = {}
     for name in sorted((touched & set(streamed.names())) - quantized):
         stored = streamed.model.get_parameter(name).data.to(streamed.dtype(name))
-        streamed.set(name, stored.float())
+        streamed.set_parameter(name, stored.float())
         changed[name] = stored
     return changed
 

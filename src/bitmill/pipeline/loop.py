@@ -54,7 +54,7 @@ def _run(
     streamed = job.streamed
     streams = measure = None
     ends = quantize_embeddings(job, sink, progress)
-    with streamed.non_block_weights("before"):
+    with streamed.non_block_weights("embedding"):
         if _needs_streams(job, store):
             assert job.calibration is not None
             streams = Streams(streamed, job.calibration, job.propagate == "float" or _compares(job))
@@ -87,7 +87,7 @@ def _run(
     progress.finish()
     if measure is None:
         return {}
-    with streamed.non_block_weights("after"):
+    with streamed.non_block_weights("head"):
         return measure.result(ends)
 
 
@@ -128,6 +128,6 @@ def _restore(done: BlockResult, streamed: StreamedModel) -> None:
     """Bring a block to the state in which it was finished."""
     for name, tensor in done.changed.items():
         if streamed.is_parameter(name):
-            streamed.set(name, tensor.to(streamed.device, torch.float32))
+            streamed.set_parameter(name, tensor.to(streamed.device, torch.float32))
     for name, layer in done.layers.items():
         streamed.set_matrix(f"{name}.weight", layer.quantized.dequantize())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.data.text import Windows
-from bitmill.evaluation.judge import metric_for
+from bitmill.evaluation.embedding import metric_for
 from bitmill.models.block_call import BlockCall
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.embeddings import QuantizedEmbeddings
@@ -24,7 +24,7 @@ class Measure:
 
     def __init__(self, streamed: StreamedModel, windows: Windows) -> None:
         self.streamed, self.windows = streamed, windows
-        self.judge = metric_for(pooling_of(streamed.source))
+        self.metric = metric_for(pooling_of(streamed.source))
         self.enter()
         self.float = list(self.quantized)
 
@@ -47,7 +47,7 @@ class Measure:
 
     @torch.no_grad()
     def result(self, ends: QuantizedEmbeddings | None = None) -> dict[str, Any]:
-        """What the model's judge finds; needs the tensors outside the blocks in memory.
+        """What the model's metric finds; needs the tensors outside the blocks in memory.
 
         ends: with the head through which the quantized stream leaves, where that is another than the float one.
         """
@@ -55,5 +55,5 @@ class Measure:
             tokens = window[None]
             with ends.head() if ends else nullcontext():
                 answer = self.streamed.head(tokens, quantized)
-            self.judge.add(tokens, answer, self.streamed.head(tokens, reference))
-        return self.judge.result()
+            self.metric.add(tokens, answer, self.streamed.head(tokens, reference))
+        return self.metric.result()

@@ -61,7 +61,7 @@ def _learn(job: Job, progress: Progress) -> dict[str, Params]:
     progress.start("what layers share", len(streamed.blocks) + len(learners))
     streams = None
     if job.calibration is not None and recipe.needs & _OBSERVED:
-        with streamed.non_block_weights("before"):
+        with streamed.non_block_weights("embedding"):
             streams = Streams(streamed, job.calibration, compare=False)
     for index in range(len(streamed.blocks)):
         _show(job, index, streams, learners)

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHUNK_BYTES = 1 << 22
-QUOTED_CHARACTERS = 200
 
 
 @runtime_checkable
@@ -47,7 +46,7 @@ class Source(Protocol):
         """sha256 (hex) over the config and every weight byte; computed once per object."""
         ...
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_auxiliary_files(self, folder: Path) -> None:
         """Copy what is neither weights nor config.json (tokenizer, chat template, licence) into `folder`."""
         ...
 
@@ -80,9 +79,3 @@ def config_bytes(config: PretrainedConfig) -> bytes:
     for key in ("_name_or_path", "transformers_version"):
         plain.pop(key, None)
     return json.dumps(plain, sort_keys=True, default=str).encode()
-
-
-def in_short(error: BaseException) -> str:
-    """What a library said, on one line and without a final full stop, to quote inside a sentence."""
-    text = (" ".join(str(error).split()) or type(error).__name__).rstrip(".:")
-    return text if len(text) <= QUOTED_CHARACTERS else text[:QUOTED_CHARACTERS].rstrip() + "..."

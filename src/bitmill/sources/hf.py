@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bitmill.architectures.adapter import UnknownArchitecture, adapter_for
-from bitmill.errors import OutputError, SourceError
-from bitmill.sources.base import config_bytes, hash_file, in_short
+from bitmill.errors import OutputError, SourceError, one_line
+from bitmill.sources.base import config_bytes, hash_file
 from bitmill.sources.pooling import read_pooling, sentence_modules
 from bitmill.sources.safetensors_header import TensorEntry, read_header
 
@@ -97,7 +97,7 @@ class HfSource:
                 file.seek(8 + int.from_bytes(file.read(8), "little") + entry.begin)
                 count = file.readinto(raw.data)
         except OSError as error:
-            raise SourceError(f"{shard} cannot be read at {stored!r} ({in_short(error)}).") from error
+            raise SourceError(f"{shard} cannot be read at {stored!r} ({one_line(error)}).") from error
         if count != raw.nbytes:
             raise SourceError(f"{shard} ended inside {stored!r} while it was read; fetch it again.")
         return tensor
@@ -111,7 +111,7 @@ class HfSource:
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_auxiliary_files(self, folder: Path) -> None:
         """Copy every regular file of the folder that is neither weights nor config.json, and those of its modules.
 
         The model card becomes SOURCE_README.md; a link that leads out of the folder is left behind.
@@ -144,7 +144,7 @@ class HfSource:
             )
         except Exception as error:  # every tokenizer class fails in its own way
             raise SourceError(
-                f"{self.folder} holds no tokenizer that can be loaded ({in_short(error)}); "
+                f"{self.folder} holds no tokenizer that can be loaded ({one_line(error)}); "
                 "copy the tokenizer files of the original model into it."
             ) from error
 
@@ -183,7 +183,7 @@ class HfSource:
         except OSError as error:
             raise SourceError(f"{path} cannot be read ({error.strerror}).") from error
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{path} is no valid JSON ({in_short(error)}); fetch it again.") from error
+            raise SourceError(f"{path} is no valid JSON ({one_line(error)}); fetch it again.") from error
         if not isinstance(plain, dict):
             raise SourceError(f"{path} is no JSON object; fetch it again.")
         return plain
@@ -251,5 +251,5 @@ def load_config(folder: Path, trust_remote_code: bool, has_code: bool = False) -
     except Exception as error:  # the config classes validate, each in its own way
         hint = "; if you trust the code in this folder, allow remote code" if has_code else ""
         raise SourceError(
-            f"{folder / 'config.json'} describes no model that transformers knows ({in_short(error)}){hint}."
+            f"{folder / 'config.json'} describes no model that transformers knows ({one_line(error)}){hint}."
         ) from error

@@ -71,7 +71,7 @@ class ModuleSource:
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_auxiliary_files(self, folder: Path) -> None:
         """Save the tokenizer, if the caller gave one, and the model's generation config."""
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(str(folder))

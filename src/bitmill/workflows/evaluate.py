@@ -10,13 +10,13 @@ from torch import nn
 
 from bitmill.architectures.adapter import is_encoder
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
-from bitmill.data.calibration import check_length
-from bitmill.data.windows import reading_of, windows_of
+from bitmill.data.calibration import check_context_length
+from bitmill.data.windows import count_windows, reading_of
 from bitmill.errors import UsageError
-from bitmill.evaluation.judge import metric_for
-from bitmill.evaluation.metrics import compare
+from bitmill.evaluation.embedding import metric_for
+from bitmill.evaluation.metrics import score_windows
 from bitmill.kv.config import FLOAT, SAMPLES, asked
-from bitmill.models.block_call import answers_of
+from bitmill.models.block_call import output_fn
 from bitmill.pipeline.in_place import evaluating
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.sources.open import open_source
@@ -78,16 +78,16 @@ def evaluate(
     chosen = reading.held_out(split, seqlen, windows)
     live = live_model(model, device, trust_remote_code)
     other = None if reference is None else live_model(reference, device, trust_remote_code)
-    check_length(getattr(live, "config", None), seqlen)
-    against, judge = None if other is None else answers_of(other), metric_for(pooling)
-    answers, batch = answers_of(live), 2 if pooling is None else _SENTENCES
+    check_context_length(getattr(live, "config", None), seqlen)
+    against, metric = None if other is None else output_fn(other), metric_for(pooling)
+    answers, batch = output_fn(live), 2 if pooling is None else _SENTENCES
     with evaluating(live), evaluating(other):
         through = (
             caching.Through(live, wanted, reading, text_source, split, progress) if wanted is not None else None
         )
         if through:
             answers, batch = through, max(1, _TOKENS // seqlen)
-        result = compare(answers, chosen, against, progress, batch, judge)
+        result = score_windows(answers, chosen, against, progress, batch, metric)
     return {
         **result,
         **(through.measured() if through else {}),
@@ -96,7 +96,7 @@ def evaluate(
         "text": text_source,
         "split": split,
         "seqlen": seqlen,
-        "windows": windows_of(chosen, seqlen),
+        "windows": count_windows(chosen, seqlen),
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
         "peak_memory_bytes": peak_memory_bytes(),
     }

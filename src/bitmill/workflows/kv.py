@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from bitmill.checkpoint.files import publish, writing
 from bitmill.checkpoint.record import record_calibration, write_calibration
 from bitmill.checkpoint.writer import check_new, work_of
-from bitmill.data.calibration import SELF, calibration_windows, check_length
+from bitmill.data.calibration import SELF, calibration_windows, check_context_length
 from bitmill.data.calibration import Calibration as Text
 from bitmill.data.text import windows_hash
-from bitmill.data.windows import Reading, reading_of
+from bitmill.data.windows import TextWindows, reading_of
 from bitmill.errors import UsageError
 from bitmill.evaluation.generate import CHUNK
 from bitmill.kv.answers import PackedAnswers
@@ -40,7 +40,7 @@ _CONTEXT = "max_position_embeddings"
 def window_of(wanted: KeysValues, config: Any) -> int:
     """Tokens of a window that calibrates. Raises CalibrationError for more than the model reads."""
     if wanted.seqlen is not None:
-        check_length(config, wanted.seqlen, "--kv-seqlen")
+        check_context_length(config, wanted.seqlen, "--kv-seqlen")
         return wanted.seqlen
     limit = getattr(config, _CONTEXT, None)
     return min(SEQLEN, limit) if isinstance(limit, int) else SEQLEN
@@ -97,7 +97,7 @@ class Through:
     """A model's answers through the packed cache, for a measurement; calibrated first where that is missing."""
 
     def __init__(
-        self, model: nn.Module, wanted: KeysValues, reading: Reading, text: str, split: str, progress: Progress
+        self, model: nn.Module, wanted: KeysValues, reading: TextWindows, text: str, split: str, progress: Progress
     ) -> None:
         self.method, found = settled(model, wanted)
         self.calibration: str | None = None

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
-from bitmill.errors import BitmillError, CheckpointError
+from bitmill.errors import BitmillError, CheckpointError, one_line
 from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.decode import attach
 from bitmill.runtime.modules.dequantize import densify
-from bitmill.sources.base import in_short
 from bitmill.sources.open import open_source
 from bitmill.workflows.checks import check_device
 
@@ -88,4 +87,4 @@ def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **optio
         advice = "copy the folder again, or quantize the model again"
         if "trust_remote_code" in str(error):
             advice = "if you trust the Python code in it, pass --trust-remote-code (trust_remote_code=True)"
-        raise CheckpointError(f"The {what} of {folder} cannot be loaded ({in_short(error)}); {advice}.") from error
+        raise CheckpointError(f"The {what} of {folder} cannot be loaded ({one_line(error)}); {advice}.") from error

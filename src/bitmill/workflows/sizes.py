@@ -60,7 +60,7 @@ def storage_plan(streamed: StreamedModel, recipe: Recipe | None, kv_bytes: int =
                 f"The recipe {recipe.name!r} ignores {ignored!r}, and embedding and head are to be quantized; "
                 "leave out one of the two."
             )
-        outside = [(layer, streamed.shape(ends.stored(layer, streamed))) for layer in ends.layers]
+        outside = [(layer, streamed.shape(ends.stored_name(layer, streamed))) for layer in ends.layers]
         head_bits, head_weights = _stored((format, (rows, columns), name) for name, (rows, columns) in outside)
         packed.update(ends.weights)
     rest = sum(

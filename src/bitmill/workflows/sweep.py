@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.data.calibration import check_length
+from bitmill.data.calibration import check_context_length
 from bitmill.data.text import Windows
 from bitmill.data.windows import reading_of
 from bitmill.errors import NumericsError, UsageError
-from bitmill.evaluation.metrics import Comparison
+from bitmill.evaluation.metrics import LanguageModelMetrics
 from bitmill.formats.quantized import Quantized
 from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.grouping import GroupSize
@@ -53,7 +53,7 @@ class Cell:
     group_size: GroupSize
     errors: dict[str, float] = field(default_factory=dict)
     stored_bits: int = 0
-    comparison: Comparison = field(default_factory=Comparison)
+    comparison: LanguageModelMetrics = field(default_factory=LanguageModelMetrics)
 
     def solve(self, name: str, W: Tensor) -> Tensor:
         """Round one layer; returns the stored numbers."""
@@ -140,7 +140,7 @@ def study(
             raise UsageError(
                 f"{source.name} is an encoder, which has no perplexity to measure; leave the text away."
             )
-        check_length(source.config, seqlen)
+        check_context_length(source.config, seqlen)
         chosen = reading_of(text_source, source.tokenizer(), encoder=False).held_out("eval", seqlen, windows)
     table = cells(search)
     shapes = _walk(streamed, table, chosen, progress)
@@ -181,7 +181,7 @@ def _walk(
     measure = None
     streams: list[list[Tensor]] = []
     if windows is not None:
-        with streamed.non_block_weights("before"):
+        with streamed.non_block_weights("embedding"):
             measure = Measure(streamed, windows)
         streams = [list(measure.float) for _ in table]
     progress.start("study", len(streamed.blocks))
@@ -212,7 +212,7 @@ def _compare(measure: Measure, table: list[Cell], streams: list[list[Tensor]], p
     """Add every window's predictions to the cells, the float model's computed once."""
     streamed = measure.streamed
     progress.start("compare", len(measure.float))
-    with streamed.non_block_weights("after"):
+    with streamed.non_block_weights("head"):
         for number, (window, hidden) in enumerate(zip(measure.windows, measure.float)):
             tokens = window[None]
             reference = streamed.head(tokens, hidden)

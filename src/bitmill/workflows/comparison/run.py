@@ -25,7 +25,7 @@ from bitmill.architectures.adapter import is_encoder
 from bitmill.checkpoint.files import make_folder, write_json, write_text, writing
 from bitmill.checkpoint.journal import first_difference
 from bitmill.data import text
-from bitmill.data.calibration import check_length
+from bitmill.data.calibration import check_context_length
 from bitmill.data.windows import reading_of
 from bitmill.errors import BitmillError, CheckpointError, OutputError, UsageError
 from bitmill.progress import Progress
@@ -90,7 +90,7 @@ def describe_terms(grid: Grid) -> dict[str, Any]:
             "each method, and measure with bitmill eval --reference."
         )
     terms, tokenizer = grid.calibration, source.tokenizer()
-    check_length(source.config, terms.seqlen)
+    check_context_length(source.config, terms.seqlen)
     reading = reading_of(terms.source, tokenizer, encoder=False)
     calib = reading.calibration(terms.samples, terms.seqlen, terms.seed)
     held_out = reading.held_out("eval", terms.seqlen, grid.windows)

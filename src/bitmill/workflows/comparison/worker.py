@@ -28,8 +28,8 @@ from bitmill.data.text import windows_hash
 from bitmill.data.windows import reading_of
 from bitmill.errors import BitmillError, CheckpointError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
-from bitmill.evaluation.metrics import compare
-from bitmill.models.block_call import answers_of
+from bitmill.evaluation.metrics import score_windows
+from bitmill.models.block_call import output_fn
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
 from bitmill.report.parts import split_layers
@@ -88,8 +88,8 @@ class _Work:
         bits, size = stored_bits(self.grid.model, self.grid.trust_remote_code)
         windows, tokenizer = self._windows(self.grid.model)
         model = load(self.grid.model, **self._loading())
-        recorder = Recorder(self.folder / FLOAT_FILE, answers_of(model), windows)
-        measured = compare(recorder, windows, None, self.progress, batch=1)
+        recorder = Recorder(self.folder / FLOAT_FILE, output_fn(model), windows)
+        measured = score_windows(recorder, windows, None, self.progress, batch=1)
         recorder.keep()
         return {
             "bits_per_weight": bits,
@@ -133,7 +133,7 @@ class _Work:
         windows, tokenizer = self._windows(out)
         model = load(out, dense=True, **self._loading())
         recorded = Recorded(self.folder / FLOAT_FILE, windows)
-        measured = compare(answers_of(model), windows, recorded, self.progress, batch=1)
+        measured = score_windows(output_fn(model), windows, recorded, self.progress, batch=1)
         reference = measured.pop("reference_perplexity")
         samples = self._answers(model, tokenizer)
         del model

@@ -17,7 +17,7 @@ from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.errors import SourceError, UsageError
 from bitmill.evaluation.generate import CHUNK
 from bitmill.models.config_only import open_config_only
-from bitmill.models.kv_shapes import CachedLayer, cached_layers, check_keys
+from bitmill.models.kv_shapes import CachedLayer, cached_layers, check_key_widths
 from bitmill.models.streamed import StreamedModel
 from bitmill.sources.base import Source
 from bitmill.workflows.plan.cache import Cache, caches
@@ -103,7 +103,7 @@ def plan(
             "prompt_bytes": activations.of(min(tokens, CHUNK)),
             "decode_bytes": activations.of(1),
             "prompt_at_once_bytes": activations.of(tokens),
-            "float_layer_bytes": max(4 * batch * layer.numbers(tokens) for layer in layers),
+            "float_layer_bytes": max(4 * batch * layer.num_elements(tokens) for layer in layers),
         },
         "needed_bytes": in_use,
         "fits": None if memory is None else in_use <= memory,
@@ -118,7 +118,7 @@ def _streamed(source: Source, layers: tuple[CachedLayer, ...]) -> StreamedModel 
         streamed = StreamedModel(source)
     except SourceError as error:
         return str(error)
-    check_keys(layers, streamed.model, source.name)
+    check_key_widths(layers, streamed.model, source.name)
     return streamed
 
 

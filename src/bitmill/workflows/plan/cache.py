@@ -49,7 +49,7 @@ class Cache:
         total = CacheSize()
         for layer, count in Counter(self.layers).items():
             if self.method is None:
-                total += CacheSize(floats=_FLOAT_BYTES * count * self.batch * layer.numbers(tokens))
+                total += CacheSize(floats=_FLOAT_BYTES * count * self.batch * layer.num_elements(tokens))
                 continue
             total += cache_size(
                 self.method.scheme(),
@@ -66,7 +66,7 @@ class Cache:
     def row(self, tokens: int, chosen: bool) -> dict[str, Any]:
         """Plain data."""
         size = self.size(tokens)
-        numbers = self.batch * sum(layer.numbers(tokens) for layer in self.layers)
+        numbers = self.batch * sum(layer.num_elements(tokens) for layer in self.layers)
         return {
             "method": self.name,
             "bits": self.bits,

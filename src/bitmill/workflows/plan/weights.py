@@ -14,7 +14,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.compose import find_recipe, with_head
 from bitmill.recipes.recipe import METHODS, Recipe
 from bitmill.sources.base import Source
-from bitmill.sources.gguf.source import GgufSource
+from bitmill.sources.gguf import GgufSource
 from bitmill.workflows.sizes import storage_plan
 
 BITS = (8, 4, 3, 2)

@@ -30,7 +30,7 @@ _SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class GgufTensor:
     """shape in torch order (rows, columns); offset from the start of the file, in bytes."""
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Header:
     """metadata: key -> value; an array of strings is present as its length."""
 
     metadata: dict[str, Any]
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, GgufTensor]
 
 
 def read_header(path: Path) -> Header:
@@ -150,8 +150,8 @@ class _Parser:
         dims = [self.scalar("Q") for _ in range(n_dims)]
         return name, tuple(reversed(dims)), self.scalar("I"), self.scalar("Q")
 
-    def place(self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int) -> dict[str, StoredTensor]:
-        tensors: dict[str, StoredTensor] = {}
+    def place(self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int) -> dict[str, GgufTensor]:
+        tensors: dict[str, GgufTensor] = {}
         for name, shape, number, offset in entries:
             if name in tensors:
                 raise _Damage(f"the tensor {name!r} appears twice")
@@ -162,7 +162,7 @@ class _Parser:
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if prod(shape) == 0 or shape[-1] % block:
                 raise _Damage(f"the {kind.name} tensor {name!r} cannot have the shape {shape}")
-            tensor = StoredTensor(shape, kind, start + offset, prod(shape) // block * block_bytes)
+            tensor = GgufTensor(shape, kind, start + offset, prod(shape) // block * block_bytes)
             if tensor.offset + tensor.size_bytes > self.size:
                 raise _Damage(
                     f"the tensor {name!r} ends at byte {tensor.offset + tensor.size_bytes} "

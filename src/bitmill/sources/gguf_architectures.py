@@ -6,19 +6,20 @@ constants that no key carries (Gemma's attention scale).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from bitmill.errors import SourceError
-from bitmill.sources.base import in_short
+from bitmill.errors import SourceError, one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from bitmill.sources.gguf.header import Header
+    from bitmill.sources.gguf_header import Header
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def build_config(layout: Layout, header: Header, architecture: str) -> Pretraine
         )
     except Exception as error:  # the config classes validate, each in its own way
         raise SourceError(
-            f"The GGUF metadata makes no {layout.model_type} config ({in_short(error)}); fetch it again."
+            f"The GGUF metadata makes no {layout.model_type} config ({one_line(error)}); fetch it again."
         ) from error
 
 
@@ -264,3 +265,40 @@ LAYOUTS = {
     "gemma3": replace(GEMMA2, model_type="gemma3_text", config=_gemma3, inside={**GEMMA2.inside, **_HEAD_NORMS}),
     "gpt2": GPT2,
 }
+
+# -- rotary scaling of Llama 3 ---------------------------------------------------------------------------------
+#
+# llama.cpp stores, per rotary frequency f = theta^(-2i/d), the factor by which f is divided: 1 for wavelengths
+# below original / high, `factor` above original / low, and 1 / ((1 - s) / factor + s) between, with
+# s = (original / wavelength - low) / (high - low). transformers takes the four constants.
+
+LOW, HIGH, ORIGINAL = 1.0, 4.0, 8192  # of every Llama 3.1 to 3.3 model
+
+
+def llama3_factors(theta: float, head_dim: int, factor: float) -> torch.Tensor:
+    """The factors (head_dim / 2,) of Llama 3's scaling."""
+    wavelength = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    smooth = ((ORIGINAL / wavelength - LOW) / (HIGH - LOW)).clamp(0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def undo_rope_factors(config: PretrainedConfig, factors: torch.Tensor) -> None:
+    """Put the scaling that `factors` (head_dim / 2,) describes into `config.rope_parameters`.
+
+    Raises SourceError when they are not Llama 3's.
+    """
+    theta, factor = config.rope_parameters["rope_theta"], float(factors.max())
+    expected = llama3_factors(theta, config.head_dim, factor)
+    if factors.shape != expected.shape or not torch.allclose(factors.double(), expected, rtol=1e-3):
+        raise SourceError(
+            f"The {factors.numel()} rotary factors in the GGUF file (largest {factor:g}) are not Llama 3's, "
+            "and no others can be read; use the safetensors folder of this model."
+        )
+    config.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": LOW,
+        "high_freq_factor": HIGH,
+        "original_max_position_embeddings": ORIGINAL,
+    }

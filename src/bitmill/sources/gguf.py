@@ -15,11 +15,10 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from bitmill.errors import SourceError
-from bitmill.sources.base import config_bytes, hash_file, in_short
-from bitmill.sources.gguf.architectures import build_config, layout_for, transformers_name
-from bitmill.sources.gguf.header import StoredTensor, read_header
-from bitmill.sources.gguf.rope import undo_rope_factors
+from bitmill.errors import SourceError, one_line
+from bitmill.sources.base import config_bytes, hash_file
+from bitmill.sources.gguf_architectures import build_config, layout_for, transformers_name, undo_rope_factors
+from bitmill.sources.gguf_header import GgufTensor, read_header
 from bitmill.sources.pooling import MEAN
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ class GgufSource:
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def write_side_files(self, folder: Path) -> None:
+    def write_auxiliary_files(self, folder: Path) -> None:
         """Save the tokenizer, its chat template and a generation config, all made from the metadata."""
         from transformers import GenerationConfig
 
@@ -117,7 +116,7 @@ class GgufSource:
                 )
             except Exception as error:  # the conversion trusts the metadata
                 raise SourceError(
-                    f"{self.path} describes no tokenizer that can be built ({in_short(error)}); "
+                    f"{self.path} describes no tokenizer that can be built ({one_line(error)}); "
                     "give the tokenizer of the original model."
                 ) from error
         return self._tokenizer
@@ -186,7 +185,7 @@ class GgufSource:
                 )
 
 
-def _decode(codes: np.ndarray, tensor: StoredTensor, name: str) -> np.ndarray:
+def _decode(codes: np.ndarray, tensor: GgufTensor, name: str) -> np.ndarray:
     if tensor.kind in _PLAIN:
         return codes.view(_PLAIN[tensor.kind]).astype(np.float32)
     try:
