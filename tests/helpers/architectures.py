@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from bitmill.architectures.adapter import ADAPTERS
-from bitmill.models.block_call import answers_of
+from bitmill.models.block_call import output_fn
 from helpers.tiny_models import tiny_model
 
 MODELS = [*ADAPTERS.names(), "gpt_neox"]
@@ -32,7 +32,7 @@ def model_of(name: str) -> nn.Module:
 
 def answer(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     """Logits, or an encoder's hidden states."""
-    return answers_of(model)(tokens)
+    return output_fn(model)(tokens)
 
 
 def stored_bytes(folder: Path) -> int:
