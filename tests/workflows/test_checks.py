@@ -10,7 +10,7 @@ import torch
 from bitmill.data.calibration import token_windows
 from bitmill.data.text import calibration_windows, evaluation_windows
 from bitmill.errors import CalibrationError, OutputError
-from bitmill.evaluation.metrics import compare
+from bitmill.evaluation.metrics import score_windows
 from bitmill.recipes.recipe import build_recipe
 from bitmill.report.card import model_card
 from bitmill.workflows.checks import check_space, job_identity
@@ -97,4 +97,4 @@ def test_windows_without_a_token_to_predict_are_refused(seqlen):
 @pytest.mark.parametrize("shape", [(3, 1), (0, 8)])
 def test_nothing_predicted_is_no_perplexity(shape):
     with pytest.raises(CalibrationError, match="No token was predicted"):
-        compare(lambda tokens: torch.zeros(*tokens.shape, 5), torch.zeros(shape, dtype=torch.int64))
+        score_windows(lambda tokens: torch.zeros(*tokens.shape, 5), torch.zeros(shape, dtype=torch.int64))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bitmill.errors import CheckpointError, OutputError, RecipeError, UsageError
-from bitmill.evaluation.metrics import compare
+from bitmill.evaluation.metrics import score_windows
 from bitmill.progress import Progress
 from bitmill.recipes.recipe import METHODS, build_recipe
 from bitmill.workflows.comparison import process
@@ -112,10 +112,10 @@ def test_recorded_predictions_are_as_good_as_the_model(tmp_path):
         return (table + noise)[tokens] + 30
 
     recorder = Recorder(tmp_path / "float.npy", exact, windows)
-    row = compare(recorder, windows, batch=2)
+    row = score_windows(recorder, windows, batch=2)
     recorder.keep()
-    direct = compare(model, windows, exact)
-    recorded = compare(model, windows, Recorded(tmp_path / "float.npy", windows), batch=3)
+    direct = score_windows(model, windows, exact)
+    recorded = score_windows(model, windows, Recorded(tmp_path / "float.npy", windows), batch=3)
     assert row["perplexity"] == pytest.approx(direct["reference_perplexity"])
     assert recorded["kl_divergence"] == pytest.approx(direct["kl_divergence"], rel=1e-2)
     assert recorded["kl_divergence"] < 1e-3
@@ -126,7 +126,7 @@ def test_recorded_predictions_are_as_good_as_the_model(tmp_path):
 def test_predictions_of_other_windows_are_refused(tmp_path):
     windows = torch.zeros(2, 4, dtype=torch.int64)
     recorder = Recorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
-    compare(recorder, windows)
+    score_windows(recorder, windows)
     recorder.keep()
     with pytest.raises(CheckpointError, match="windows"):
         Recorded(tmp_path / "float.npy", windows[:1])
