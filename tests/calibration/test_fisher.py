@@ -11,7 +11,7 @@ from torch import nn
 import bitmill
 from bitmill.architectures.adapter import ADAPTERS, is_encoder
 from bitmill.calibration import fisher as module
-from bitmill.calibration.fisher import Fisher, of_scaled
+from bitmill.calibration.fisher import Fisher, rescale_fisher
 from bitmill.errors import NumericsError, OutputError
 from bitmill.formats.codebook import Codebook
 from bitmill.models.streamed import StreamedModel
@@ -102,7 +102,7 @@ def test_scaled_weights_have_scaled_gradients(tmp_path):
         block.post_attention_layernorm.weight.div_(scale)
         for linear in (block.mlp.gate_proj, block.mlp.up_proj):
             linear.weight.mul_(scale)
-    found = of_scaled(fisher.block(0)["mlp.up_proj"], before, block.mlp.up_proj.weight.detach())
+    found = rescale_fisher(fisher.block(0)["mlp.up_proj"], before, block.mlp.up_proj.weight.detach())
     expected = by_autograd(model, WINDOWS, ["model.layers.0.mlp.up_proj"])["model.layers.0.mlp.up_proj"]
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
 

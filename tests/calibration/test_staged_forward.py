@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.architectures.adapter import Adapter
-from bitmill.calibration.staged_forward import StagedForward, stages_of
+from bitmill.calibration.staged_forward import StagedForward, find_stages
 from bitmill.errors import SourceError
 from bitmill.models.block_call import BlockCall
 
@@ -150,16 +150,16 @@ def test_a_failure_inside_the_block_reaches_the_caller():
 def test_stages_of_a_generic_block_are_found_by_running_it():
     block = Block()
     adapter = described(("c",), ("b",), ("a",))
-    assert stages_of(adapter, block, torch.randn(1, 5, 6), CALL) == [["a", "b"], ["c"]]
+    assert find_stages(adapter, block, torch.randn(1, 5, 6), CALL) == [["a", "b"], ["c"]]
     assert not block.a._forward_pre_hooks
 
 
 def test_stages_of_a_known_block_are_those_of_its_adapter():
     adapter = described(("a", "b"), ("c",), name="known")
-    assert stages_of(adapter, Block(), torch.randn(1, 5, 6), CALL) == [["a", "b"], ["c"]]
+    assert find_stages(adapter, Block(), torch.randn(1, 5, 6), CALL) == [["a", "b"], ["c"]]
 
 
 def test_linears_that_do_not_run_are_named():
     adapter = described(("a",), ("b",), ("c",), ("idle",))
     with pytest.raises(SourceError, match="idle do not run"):
-        stages_of(adapter, Block(), torch.randn(1, 5, 6), CALL)
+        find_stages(adapter, Block(), torch.randn(1, 5, 6), CALL)

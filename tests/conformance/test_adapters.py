@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import bitmill
-from bitmill.calibration.staged_forward import StagedForward, stages_of
+from bitmill.calibration.staged_forward import StagedForward, find_stages
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import SourceError
 from bitmill.models.meta import auto_class
@@ -127,7 +127,7 @@ def test_a_staged_forward_equals_the_plain_one(name):
         for index in range(len(streamed.blocks)):
             block = streamed.load_block(index)
             calls = [c[index] for _, c in batches]
-            stages = stages_of(streamed.adapter, block, hidden[0], calls[0])
+            stages = find_stages(streamed.adapter, block, hidden[0], calls[0])
             assert sorted(n for stage in stages for n in stage) == sorted(streamed.adapter.linears)
             plain = [call.run(block, h) for call, h in zip(calls, hidden)]
             forward = StagedForward(block, [h.clone() for h in hidden], calls, [s[0] for s in stages])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bitmill.architectures.adapter import ADAPTERS
-from bitmill.calibration.collect import observe
+from bitmill.calibration.collect import collect_statistics
 from bitmill.errors import NumericsError, RecipeError
 from bitmill.formats.uniform import Uniform
 from bitmill.models.block_call import output_fn
@@ -52,10 +52,10 @@ def folded(streamed: StreamedModel, *chosen: Transform, ignore=()) -> list[dict[
     hidden, calls = streamed.embed(TOKENS)
     for index, block in enumerate(streamed.blocks):
         leads = [stage[0] for stage in streamed.adapter.stages]
-        seen = observe(block, [hidden], [calls[index]], leads) if recipe.needs else None
+        seen = collect_statistics(block, [hidden], [calls[index]], leads) if recipe.needs else None
         changed.append(fold_transforms(Job(streamed, recipe), index, seen))
         if seen:
-            assert_seen(seen, observe(block, [hidden], [calls[index]], leads))
+            assert_seen(seen, collect_statistics(block, [hidden], [calls[index]], leads))
         hidden = calls[index].run(block, hidden)
     return changed
 

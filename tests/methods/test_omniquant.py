@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitmill.calibration.collect import observe
+from bitmill.calibration.collect import collect_statistics
 from bitmill.errors import RecipeError
 from bitmill.formats.uniform import Uniform
 from bitmill.models.streamed import StreamedModel
@@ -44,7 +44,7 @@ def task_of(name: str = "llama", format: Uniform | None = None) -> BlockTask:
         seams=adapter.seams,
     )
     task.stages = [list(stage) for stage in adapter.stages]
-    task.seen = observe(block, inputs, calls, [stage[0] for stage in task.stages])
+    task.seen = collect_statistics(block, inputs, calls, [stage[0] for stage in task.stages])
     return task
 
 
@@ -112,7 +112,7 @@ def test_what_the_linears_read_is_kept_true(name):
     learned = _Learned(task, OmniQuant())
     scramble(learned)
     learned.settle()
-    now = observe(task.block, task.inputs, task.calls, [stage[0] for stage in task.stages])
+    now = collect_statistics(task.block, task.inputs, task.calls, [stage[0] for stage in task.stages])
     first = task.stages[0][0]  # later ones read what clamped weights make
     torch.testing.assert_close(task.seen[first].gram, now[first].gram, rtol=1e-3, atol=1e-4)
 

@@ -17,7 +17,7 @@ from bitmill.progress import Progress
 from bitmill.recipes.recipe import build_recipe
 from bitmill.report.verdicts import BROKEN, LIMITS, WORDS, verdict, verdicts
 from bitmill.sources.open import open_source
-from bitmill.workflows.sweep import BITS, FLOATS, SIZES, Cell, _walk, cells, decibels, study
+from bitmill.workflows.sweep import BITS, FLOATS, SIZES, Cell, _walk, cells, decibels, sweep
 from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,7 @@ def quantized(model: torch.nn.Module, method: str, **options: object) -> tuple[t
 @architectures
 def test_errors_and_bits_are_those_of_quantizing(architecture: str) -> None:
     model = tiny_model(architecture)
-    result = study(model)
+    result = sweep(model)
     assert len(result["cells"]) == len(BITS) * len(SIZES) + len(FLOATS)
     for cell in (result["cells"][1], result["cells"][14], result["cells"][-2]):
         options = {"bits": cell["bits"], "group_size": cell["group_size"]} if cell["method"] == "rtn" else {}
@@ -66,12 +66,12 @@ def test_what_is_measured_is_the_quantized_model(architecture: str) -> None:
 def test_the_model_is_left_alone() -> None:
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    study(model)
+    sweep(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_searching_lowers_every_error() -> None:
-    plain, searched = study(tiny_model("llama")), study(tiny_model("llama"), search=True)
+    plain, searched = sweep(tiny_model("llama")), sweep(tiny_model("llama"), search=True)
     for one, other in zip(plain["cells"], searched["cells"]):
         assert other["weight_error"] <= one["weight_error"] * (1 + 1e-6)
         assert other["bits_per_weight"] == one["bits_per_weight"]
@@ -82,7 +82,7 @@ def test_layers_are_ranked_by_what_they_suffer() -> None:
     with torch.no_grad():
         weight = model.model.layers[1].mlp.down_proj.weight
         weight[:, ::16] *= 6  # a few columns stretch every range
-    result = study(model)
+    result = sweep(model)
     assert result["layers"][0]["name"] == "model.layers.1.mlp.down_proj"
     assert result["kinds"][0]["name"] == "mlp.down_proj"
     relative = [layer["relative_error"] for layer in result["layers"]]
@@ -148,4 +148,4 @@ def test_decibels() -> None:
 
 def test_no_windows_are_refused() -> None:
     with pytest.raises(UsageError, match="windows is 0"):
-        study(tiny_model("llama"), windows=0)
+        sweep(tiny_model("llama"), windows=0)

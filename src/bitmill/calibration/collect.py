@@ -35,7 +35,7 @@ class _Watch:
 
 
 @torch.no_grad()
-def observe(
+def collect_statistics(
     block: nn.Module, batches: list[Tensor], calls: list[BlockCall], leads: list[str]
 ) -> dict[str, Activations]:
     """Statistics of what each of the linears `leads` reads."""

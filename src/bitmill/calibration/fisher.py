@@ -129,7 +129,7 @@ class Fisher:
         return self.folder / f"inputs-{index:05d}.safetensors"
 
 
-def of_scaled(F: Tensor, W: Tensor, scaled: Tensor) -> Tensor:
+def rescale_fisher(F: Tensor, W: Tensor, scaled: Tensor) -> Tensor:
     """F of a weight after rows or columns of W were scaled: its gradient was divided by the same numbers."""
     return F * torch.where(scaled != 0, W / scaled, 1.0).square_()
 

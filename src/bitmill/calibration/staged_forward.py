@@ -79,7 +79,7 @@ def _runner(block: nn.Module, call: BlockCall, batches: list[Tensor], index: int
 
 
 @torch.no_grad()
-def stages_of(adapter: Adapter, block: nn.Module, hidden: Tensor, call: BlockCall) -> list[list[str]]:
+def find_stages(adapter: Adapter, block: nn.Module, hidden: Tensor, call: BlockCall) -> list[list[str]]:
     """The linears of a block in the order in which they run; those that read the same tensor share a list.
 
     Known architectures say so in their adapter. For a generic walk, one window is sent through the block.

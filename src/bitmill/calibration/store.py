@@ -41,7 +41,7 @@ class StatisticsStore:
         return self._file(index).exists()
 
     def save(self, index: int, seen: dict[str, Activations], stages: list[list[str]]) -> None:
-        """Keep what `observe` saw in a block, and which of its linears read the same tensor."""
+        """Keep what `collect_statistics` saw in a block, and which of its linears read the same tensor."""
         tensors: dict[str, Tensor] = {}
         for lead, activations in seen.items():
             tensors[f"{lead}/gram"] = activations.gram.cpu()

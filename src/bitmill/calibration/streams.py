@@ -25,10 +25,10 @@ class Streams:
     def __init__(self, streamed: StreamedModel, windows: Tensor, compare: bool) -> None:
         self._streamed = streamed
         self._batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
-        self.enter()
+        self.embed_windows()
         self.float: list[Tensor] | None = list(self.hidden) if compare else None
 
-    def enter(self) -> None:
+    def embed_windows(self) -> None:
         """Begin with the embeddings that are in memory now; the float stream stays where it is."""
         self.hidden: list[Tensor] = []
         self._calls: list[list[BlockCall]] = []
@@ -41,9 +41,9 @@ class Streams:
         """How block `index` is called, batch by batch."""
         return [calls[index] for calls in self._calls]
 
-    def targets(self, block: nn.Module, index: int) -> list[Tensor]:
+    def float_outputs(self, block: nn.Module, index: int) -> list[Tensor]:
         """What a block that still holds its float weights makes of the float stream; empty without one."""
-        return [] if self.float is None else self.through(block, index, self.float)
+        return [] if self.float is None else self.forward(block, index, self.float)
 
     def advance(
         self,
@@ -55,16 +55,16 @@ class Streams:
     ) -> None:
         """Move on to the next block.
 
-        targets: as `targets` gave them.  outputs: of the quantized block on `hidden`, where they are known.
+        targets: as `float_outputs` gave them.  outputs: of the quantized block on `hidden`, where they are known.
         follow_float: calibrate the next block on the float model's hidden states.
         """
         if follow_float:
             self.hidden = targets
         else:
-            self.hidden = self.through(block, index, self.hidden) if outputs is None else outputs
+            self.hidden = self.forward(block, index, self.hidden) if outputs is None else outputs
         self.float = None if self.float is None else targets
 
     @torch.no_grad()
-    def through(self, block: nn.Module, index: int, batches: list[Tensor]) -> list[Tensor]:
+    def forward(self, block: nn.Module, index: int, batches: list[Tensor]) -> list[Tensor]:
         """What block `index` makes of hidden states, with whatever its weights are now."""
         return [call.run(block, hidden) for call, hidden in zip(self.calls(index), batches)]

@@ -41,9 +41,9 @@ def study(
         raise UsageError("--windows and --seqlen cut up a text; name it with --text.")
     with working(as_json) as output:
         output.progress.start("starting", 0)
-        from bitmill.workflows.sweep import study
+        from bitmill.workflows.sweep import sweep
 
-        result = study(
+        result = sweep(
             model,
             text_source=text,
             windows=4 if windows is None else windows,

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from bitmill.calibration.collect import observe
-from bitmill.calibration.fisher import Fisher, of_scaled
-from bitmill.calibration.staged_forward import StagedForward, stages_of
+from bitmill.calibration.collect import collect_statistics
+from bitmill.calibration.fisher import Fisher, rescale_fisher
+from bitmill.calibration.staged_forward import StagedForward, find_stages
 from bitmill.calibration.store import StatisticsStore
 from bitmill.calibration.streams import Streams
 from bitmill.formats import Params
@@ -54,19 +54,19 @@ def quantize_block(
     stages = [list(stage) for stage in adapter.stages]
     if streams:
         first = streams.hidden[0]
-        stages = stages_of(adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
+        stages = find_stages(adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
     elif store and store.has(index):  # by the leads of its stages
         stages = store.stages(index) or stages
     leads = [stage[0] for stage in stages]
     names = [n for stage in stages for n in stage if job.quantizes(f"{prefix}.{n}")]
 
-    targets = streams.targets(block, index) if streams else []
+    targets = streams.float_outputs(block, index) if streams else []
     seen: dict[str, Activations] = {}
     if job.propagate == "float" and recipe.needs - FISHER:
         seen = _float_statistics(job, block, index, streams, stages, store)
     elif "activations" in recipe.needs:
         assert streams is not None
-        seen = observe(block, streams.hidden, calls, leads)
+        seen = collect_statistics(block, streams.hidden, calls, leads)
 
     task = BlockTask(
         block, names, recipe.stored, calls, [], targets, index, len(streamed.blocks), adapter.transposed,
@@ -84,7 +84,7 @@ def quantize_block(
     if fisher:
         work.fisher = fisher.block(index, streamed.device)
         for name, W in before.items():
-            work.fisher[name] = of_scaled(work.fisher[name], W, task.matrix(name))
+            work.fisher[name] = rescale_fisher(work.fisher[name], W, task.matrix(name))
     floats = {name: p.detach().clone() for name, p in task.floats()} if recipe.tuners else {}
     task.stages, task.seen = stages, seen
     for tuner in recipe.tuners:
@@ -114,7 +114,7 @@ def _float_statistics(
     if store and store.has(index):
         return store.load(index, job.streamed.device)
     assert streams is not None
-    seen = observe(block, streams.hidden, streams.calls(index), [stage[0] for stage in stages])
+    seen = collect_statistics(block, streams.hidden, streams.calls(index), [stage[0] for stage in stages])
     if store:
         store.save(index, seen, stages)
     return seen

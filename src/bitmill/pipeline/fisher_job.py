@@ -13,7 +13,7 @@ from bitmill.progress import Progress
 
 
 @contextmanager
-def fisher_of(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher | None]:
+def fisher_for_job(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher | None]:
     """The Fisher diagonal of a job's model, measured unless an earlier run left it; None where nobody needs it.
 
     It is kept with the shared statistics, or where the sink works, or else in a temporary folder.

@@ -81,7 +81,7 @@ class ModuleSink:
 
 
 @contextmanager
-def evaluating(module: nn.Module | None) -> Iterator[None]:
+def eval_mode(module: nn.Module | None) -> Iterator[None]:
     """Keep dropout and the like out of what is measured; a module that was training goes on with it."""
     training = [m for m in module.modules() if m.training] if module is not None else []
     for part in training:

@@ -21,10 +21,10 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.statistics import FISHER
 from bitmill.pipeline.block import quantize_block
 from bitmill.pipeline.embeddings import quantize_embeddings
-from bitmill.pipeline.fisher_job import fisher_of
+from bitmill.pipeline.fisher_job import fisher_for_job
 from bitmill.pipeline.job import BlockResult, Job, Sink
-from bitmill.pipeline.measure import Measure
-from bitmill.pipeline.shared import shared_parts
+from bitmill.pipeline.measure import HeldOutMetrics
+from bitmill.pipeline.shared import learn_shared_parts
 from bitmill.progress import Progress
 from bitmill.tuners.base import TARGETS
 from bitmill.version import __version__
@@ -38,8 +38,8 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any
     if recipe.needs and job.calibration is None:
         raise RecipeError(f"The recipe {recipe.name!r} needs calibration text; give it some with --calib.")
     store = _store(job)
-    shared = shared_parts(job, sink, progress)
-    with fisher_of(job, sink, progress) as fisher:
+    shared = learn_shared_parts(job, sink, progress)
+    with fisher_for_job(job, sink, progress) as fisher:
         return _run(job, sink, progress, store, fisher, shared)
 
 
@@ -59,29 +59,29 @@ def _run(
             assert job.calibration is not None
             streams = Streams(streamed, job.calibration, job.propagate == "float" or _compares(job))
         if job.held_out is not None:
-            measure = Measure(streamed, job.held_out)
+            measure = HeldOutMetrics(streamed, job.held_out)
         if ends:  # until here the float model's own embeddings were read
             ends.put_embedding()
             if streams and job.propagate != "float":
-                streams.enter()
+                streams.embed_windows()
             if measure:
-                measure.enter()
+                measure.embed_windows()
 
     progress.start("quantize", len(streamed.blocks))
     for index in range(len(streamed.blocks)):
         block = streamed.load_block(index)
         if measure:
-            measure.pass_float(block, index)
+            measure.advance_float(block, index)
         done = sink.finished(index)
         if done is not None:
-            targets = streams.targets(block, index) if streams else []
+            targets = streams.float_outputs(block, index) if streams else []
             _restore(done, streamed)
             if streams:
                 streams.advance(block, index, targets, follow_float=job.propagate == "float")
         else:
             sink.write(quantize_block(job, block, index, streams, store, fisher, shared), streamed)
         if measure:
-            measure.pass_quantized(block, index)
+            measure.advance_quantized(block, index)
         streamed.free_block(index)
         progress.advance()
     progress.finish()

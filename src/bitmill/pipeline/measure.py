@@ -19,16 +19,16 @@ from bitmill.pipeline.embeddings import QuantizedEmbeddings
 from bitmill.sources.pooling import pooling_of
 
 
-class Measure:
+class HeldOutMetrics:
     """Float and quantized hidden states of held-out windows, one by one."""
 
     def __init__(self, streamed: StreamedModel, windows: Windows) -> None:
         self.streamed, self.windows = streamed, windows
         self.metric = metric_for(pooling_of(streamed.source))
-        self.enter()
+        self.embed_windows()
         self.float = list(self.quantized)
 
-    def enter(self) -> None:
+    def embed_windows(self) -> None:
         """Begin the quantized stream with the embeddings that are in memory now."""
         self.quantized: list[Tensor] = []
         self.calls: list[list[BlockCall]] = []
@@ -37,11 +37,11 @@ class Measure:
             self.quantized.append(hidden)
             self.calls.append(calls)
 
-    def pass_float(self, block: nn.Module, index: int) -> None:
+    def advance_float(self, block: nn.Module, index: int) -> None:
         """Send the float stream through a block that still holds its float weights."""
         self.float = [c[index].run(block, h) for c, h in zip(self.calls, self.float)]
 
-    def pass_quantized(self, block: nn.Module, index: int) -> None:
+    def advance_quantized(self, block: nn.Module, index: int) -> None:
         """Send the quantized stream through the block, now holding decoded weights."""
         self.quantized = [c[index].run(block, h) for c, h in zip(self.calls, self.quantized)]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from bitmill.calibration.collect import observe
-from bitmill.calibration.staged_forward import stages_of
+from bitmill.calibration.collect import collect_statistics
+from bitmill.calibration.staged_forward import find_stages
 from bitmill.calibration.streams import Streams
 from bitmill.formats import Params
 from bitmill.formats.quantized import shared_place
@@ -23,7 +23,7 @@ from bitmill.solvers.base import inside
 _OBSERVED = {"gram", "cross", "activations"}  # of what calibration may collect, what a float pass can see
 
 
-def shared_parts(job: Job, sink: Sink, progress: Progress) -> dict[str, Params]:
+def learn_shared_parts(job: Job, sink: Sink, progress: Progress) -> dict[str, Params]:
     """Kind (the path of a linear in its block) -> parts that its layers share; the sink keeps them.
 
     Empty where the recipe's format shares nothing.
@@ -80,8 +80,8 @@ def _show(job: Job, index: int, streams: Streams | None, learners: dict[str, Lea
     block, stages, seen = streamed.load_block(index), [list(stage) for stage in streamed.adapter.stages], {}
     if streams:
         calls, first = streams.calls(index), streams.hidden[0]
-        stages = stages_of(streamed.adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
-        seen = observe(block, streams.hidden, calls, [stage[0] for stage in stages])
+        stages = find_stages(streamed.adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
+        seen = collect_statistics(block, streams.hidden, calls, [stage[0] for stage in stages])
         streams.advance(block, index, [])
     fold_transforms(job, index, seen)
     for stage in stages:

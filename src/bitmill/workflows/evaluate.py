@@ -17,7 +17,7 @@ from bitmill.evaluation.embedding import metric_for
 from bitmill.evaluation.metrics import score_windows
 from bitmill.kv.config import FLOAT, SAMPLES, asked
 from bitmill.models.block_call import output_fn
-from bitmill.pipeline.in_place import evaluating
+from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.sources.open import open_source
 from bitmill.sources.pooling import MEAN, pooling_of, read_pooling
@@ -81,7 +81,7 @@ def evaluate(
     check_context_length(getattr(live, "config", None), seqlen)
     against, metric = None if other is None else output_fn(other), metric_for(pooling)
     answers, batch = output_fn(live), 2 if pooling is None else _SENTENCES
-    with evaluating(live), evaluating(other):
+    with eval_mode(live), eval_mode(other):
         through = (
             caching.Through(live, wanted, reading, text_source, split, progress) if wanted is not None else None
         )

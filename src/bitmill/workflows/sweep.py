@@ -27,7 +27,7 @@ from bitmill.evaluation.metrics import LanguageModelMetrics
 from bitmill.formats.quantized import Quantized
 from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.grouping import GroupSize
-from bitmill.pipeline.measure import Measure
+from bitmill.pipeline.measure import HeldOutMetrics
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe, build_recipe
 from bitmill.report.verdicts import verdict, verdicts
@@ -105,7 +105,7 @@ def decibels(error: float) -> float:
 
 
 @torch.no_grad()
-def study(
+def sweep(
     model: str | Path | nn.Module,
     *,
     text_source: str | None = None,
@@ -182,7 +182,7 @@ def _walk(
     streams: list[list[Tensor]] = []
     if windows is not None:
         with streamed.non_block_weights("embedding"):
-            measure = Measure(streamed, windows)
+            measure = HeldOutMetrics(streamed, windows)
         streams = [list(measure.float) for _ in table]
     progress.start("study", len(streamed.blocks))
     for index in range(len(streamed.blocks)):
@@ -191,7 +191,7 @@ def _walk(
         matrices = {full: streamed.matrix(f"{full}.weight") for full in originals}
         shapes |= {full: (W.shape[0], W.shape[1]) for full, W in matrices.items()}
         if measure:
-            measure.pass_float(block, index)
+            measure.advance_float(block, index)
         for number, cell in enumerate(table):
             for full, W in matrices.items():
                 decoded = cell.solve(full, W)
@@ -208,7 +208,7 @@ def _walk(
     return shapes
 
 
-def _compare(measure: Measure, table: list[Cell], streams: list[list[Tensor]], progress: Progress) -> None:
+def _compare(measure: HeldOutMetrics, table: list[Cell], streams: list[list[Tensor]], progress: Progress) -> None:
     """Add every window's predictions to the cells, the float model's computed once."""
     streamed = measure.streamed
     progress.start("compare", len(measure.float))
