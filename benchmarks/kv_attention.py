@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bitmill.kv.scheme import kv_method
-from bitmill.runtime.kv import Known, attend
+from bitmill.runtime.kv import NativeTokenViews, attend
 from bitmill.runtime.native import native
 from bitmill.workflows.bench.memory import ReadBandwidth, copies_of, timed
 
@@ -65,7 +65,7 @@ def measure(
     assert error <= 2.0**-20, f"the kernel is off by {error}"
     size = case.packed // 32 * layer.pages.words * 4
     pasts = [replace(past, slabs=[s.clone() for s in past.slabs]) for _ in range(copies_of(size))]
-    kept = [Known() for _ in pasts]
+    kept = [NativeTokenViews() for _ in pasts]
     wide, grouped = q[:, :, None], q.unflatten(1, (case.heads, -1))
     sdpa = torch.nn.functional.scaled_dot_product_attention
 

@@ -22,9 +22,9 @@ import torch
 from bitmill import api
 from bitmill.data.windows import reading_of
 from bitmill.evaluation.metrics import score_windows
-from bitmill.kv.answers import PackedAnswers
-from bitmill.kv.calibrate import learn
-from bitmill.kv.recording import Recording, record
+from bitmill.kv.answers import PackedCacheLogits
+from bitmill.kv.calibrate import fit_calibration
+from bitmill.kv.recording import KVRecording, record_keys_values
 from bitmill.kv.scheme import KVMethod, kv_method
 from bitmill.kv.size import cache_size
 from bitmill.models.block_call import output_fn
@@ -109,7 +109,7 @@ def main() -> None:
     if "float" not in results["rows"]:
         results["rows"]["float"] = score_windows(reference, held_out, batch=1)
     print(f"float {results['rows']['float']['perplexity']:.3f}", flush=True)
-    recording: Recording | None = None  # for all rows
+    recording: KVRecording | None = None  # for all rows
     for name, method in grid(args.steps):
         key = f"{name}: {json.dumps(method.to_dict())}"
         if key in results["rows"] or args.only not in key:
@@ -117,9 +117,9 @@ def main() -> None:
         started = time.perf_counter()
         calibration = None
         if method.scheme().is_calibrated:
-            recording = recording or record(model, calib, fisher=True)
-            calibration = learn(model, method, recording)
-        answers = PackedAnswers(model, method, calibration)
+            recording = recording or record_keys_values(model, calib, fisher=True)
+            calibration = fit_calibration(model, method, recording)
+        answers = PackedCacheLogits(model, method, calibration)
         measured = score_windows(answers, held_out, reference, batch=args.batch)
         results["rows"][key] = {
             "name": name,

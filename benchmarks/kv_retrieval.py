@@ -32,9 +32,9 @@ from bitmill.compat import go_on
 from bitmill.data import text
 from bitmill.evaluation.generate import CHUNK
 from bitmill.kv.cache import QuantizedCache
-from bitmill.kv.calibrate import learn
-from bitmill.kv.calibration_file import Calibration
-from bitmill.kv.recording import record
+from bitmill.kv.calibrate import fit_calibration
+from bitmill.kv.calibration_file import KVCalibration
+from bitmill.kv.recording import record_keys_values
 from bitmill.kv.scheme import KVMethod, kv_method
 
 RESULTS = Path(__file__).parent / "results" / "kv_retrieval.json"
@@ -129,12 +129,12 @@ def answered(model: Any, cache: Cache, key: Key) -> list[tuple[int, float]]:
     return found
 
 
-def calibrated(model: Any, windows: Tensor) -> list[tuple[str, KVMethod, Calibration | None]]:
+def calibrated(model: Any, windows: Tensor) -> list[tuple[str, KVMethod, KVCalibration | None]]:
     """Names of rows, methods, and what those that want it were calibrated to."""
     methods, rows = [kv_method(name, bits) for name, bits in METHODS], []
-    recording = record(model, windows, fisher=True)
+    recording = record_keys_values(model, windows, fisher=True)
     for method in methods:
-        calibration = learn(model, method, recording) if method.scheme().is_calibrated else None
+        calibration = fit_calibration(model, method, recording) if method.scheme().is_calibrated else None
         rows.append((f"{method.name} {method.bits}", method, calibration))
     return rows
 

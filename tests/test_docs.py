@@ -18,7 +18,7 @@ import bitmill
 from bitmill.cli.main import app
 from bitmill.formats import FORMATS
 from bitmill.kv import KV_METHODS
-from bitmill.kv.config import asked
+from bitmill.kv.config import parse_kv_config
 from bitmill.recipes.recipe import METHODS, Recipe
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
@@ -100,7 +100,7 @@ def test_commands_exist(page: str, line: str) -> None:
     if "--method" in words:
         assert words[words.index("--method") + 1] in [*METHODS.names(), "none"]
     if "--kv" in words:
-        kv = asked(words[words.index("--kv") + 1], None, None)
+        kv = parse_kv_config(words[words.index("--kv") + 1], None, None)
         assert kv.name == "none" or kv.method()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.kv.codec import Coder
+from bitmill.kv.codec import TensorCodec
 from bitmill.kv.kernel_args import plan_of
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.page import PageLayout
@@ -120,7 +120,7 @@ def test_a_kernel_takes_its_pages(name):
 def test_a_page_depends_on_its_own_numbers_alone(name):
     method, states = kv_method(name), numbers(96)
     for which, side in enumerate((method.scheme().keys, method.scheme().values)):
-        coder = Coder(side, HEADS, DIM, calibrated(method, states)[which])
+        coder = TensorCodec(side, HEADS, DIM, calibrated(method, states)[which])
         x = states[which].transpose(1, 2).flatten(2)
         whole = coder.decode(coder.encode(x))
         assert torch.equal(whole[:, 32:64], coder.decode(coder.encode(x[:, 32:64])))

@@ -6,8 +6,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from bitmill.kv.cache import QuantizedCache
-from bitmill.kv.calibration_file import Calibration
-from bitmill.kv.codec import Calibrated, Coder
+from bitmill.kv.calibration_file import KVCalibration
+from bitmill.kv.codec import CalibratedParams, TensorCodec
 from bitmill.kv.scheme import PAGE, kv_method
 from helpers.tiny_models import tiny_model
 
@@ -48,7 +48,7 @@ def calibrated_at_random(side, channels, seed=0, weighed=False):
         levels = levels * 3 * wide[:, None]
     if side.equalized:
         mean, deviation = torch.randn(channels, generator=generator) * 0.2, wide
-    return Calibrated(
+    return CalibratedParams(
         scale,
         zero,
         levels if learned else None,
@@ -71,12 +71,12 @@ def calibrated_by(side, x):
     low, high = x.amin(0), x.amax(0)
     if side.axis == "channel":
         even = torch.linspace(0, 1, 1 << side.bits)
-        return Calibrated(levels=low[:, None] + (high - low)[:, None] * even)
+        return CalibratedParams(levels=low[:, None] + (high - low)[:, None] * even)
     learned = side.levels == "learned"
     scale, zero = ((high - low) / 2, (low + high) / 2) if learned else ((high - low) / ((1 << side.bits) - 1), low)
     static, levels = side.axis == "static", torch.linspace(-1, 1, 1 << side.bits) if learned else None
     moved = (x.mean(0), x.std(0)) if side.equalized else (None, None)
-    return Calibrated(scale if static else None, zero if static else None, levels, None, None, *moved)
+    return CalibratedParams(scale if static else None, zero if static else None, levels, None, None, *moved)
 
 
 def calibration_for(model, method):
@@ -86,7 +86,7 @@ def calibration_for(model, method):
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = (both_sides(method.scheme(), heads * dim, 2 * n) for n in range(config.num_hidden_layers))
-    return Calibration(method, tuple(layers))
+    return KVCalibration(method, tuple(layers))
 
 
 def packed_cache(model, setting, **options):
@@ -116,7 +116,7 @@ class SlowLayer(DynamicLayer):
     def append(self, keys, values):
         heads, dim = keys.shape[1], keys.shape[-1]
         sides = (self.scheme.keys, self.scheme.values)
-        self.coders = [Coder(side, heads, dim, found) for side, found in zip(sides, self.calibrated)]
+        self.coders = [TensorCodec(side, heads, dim, found) for side, found in zip(sides, self.calibrated)]
         self.dtype, self.is_initialized = keys.dtype, True
         if self.start is None:
             self.start = torch.zeros(keys.shape[0], dtype=torch.int64)
@@ -133,7 +133,7 @@ class SlowLayer(DynamicLayer):
 
     def turned(self, x, side, back):
         coder = self.coders[side]
-        return coder.moved_back(x) if back else coder.moved(x)
+        return coder.from_storage_basis(x) if back else coder.to_storage_basis(x)
 
     def pack_a_page(self):
         first, end = self.packed, self.packed + PAGE

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitmill.kv.codec import Calibrated, Coder
+from bitmill.kv.codec import CalibratedParams, TensorCodec
 from bitmill.kv.kernel_args import plan_of
 from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import Rope
-from bitmill.kv.scheme import Scheme, Side
+from bitmill.kv.scheme import Scheme, TensorScheme
 from bitmill.kv.store import PageStore
 from bitmill.runtime.kv import LayerPlan, Past
 
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 class Case:
     """Sizes of a past. starts, firsts: of each row."""
 
-    keys: Side
-    values: Side
+    keys: TensorScheme
+    values: TensorScheme
     heads: int = 2
     group: int = 1
     dim: int = 64
@@ -37,14 +37,14 @@ class Case:
     pre_rope: bool = False
 
 
-def calibrated(side: Side, x: Tensor) -> Calibrated:
+def calibrated(side: TensorScheme, x: Tensor) -> CalibratedParams:
     own = (x.shape[-1],) if side.axis == "channel" else ()
     levels = torch.randn(*own, 1 << side.bits).sort().values if side.levels == "learned" else None
     if side.axis != "static":
-        return Calibrated(levels=levels)
+        return CalibratedParams(levels=levels)
     low, high = x.amin((0, 1)), x.amax((0, 1))
     top = (1 << side.bits) - 1 if levels is None else 2
-    return Calibrated(((high - low) / top).clamp(min=1e-3), low, levels)
+    return CalibratedParams(((high - low) / top).clamp(min=1e-3), low, levels)
 
 
 class Made(NamedTuple):
@@ -65,11 +65,11 @@ def made(case: Case, seed: int = 0) -> Made:
     shape = (rows, case.packed, channels)
     numbers = [torch.randn(shape, generator=generator) * torch.rand(channels, generator=generator) for _ in "kv"]
     coders = [
-        Coder(
+        TensorCodec(
             side,
             case.heads,
             case.dim,
-            calibrated(side, x) if case.packed else Calibrated(*[torch.ones(channels)] * 2),
+            calibrated(side, x) if case.packed else CalibratedParams(*[torch.ones(channels)] * 2),
         )
         for side, x in zip((case.keys, case.values), numbers)
     ]
@@ -85,20 +85,20 @@ def made(case: Case, seed: int = 0) -> Made:
     slots = torch.arange(case.first_slot, end)
     if case.pre_rope:
         keys = rope.apply(keys.double(), slots - start[:, None])
-    loose = torch.full(
+    fp16_buffer = torch.full(
         (2, rows, case.heads, case.sinks + case.tail + 3, case.dim), float("nan"), dtype=torch.float16
     )
     used = (2, rows, case.heads, case.sinks + case.tail, case.dim)
-    loose[:, :, :, : used[3]] = torch.randn(used, generator=generator).half()
-    keys = torch.cat([keys.double(), loose[0, :, :, case.sinks : used[3]].double()], 2)
-    values = torch.cat([values.double(), loose[1, :, :, case.sinks : used[3]].double()], 2)
+    fp16_buffer[:, :, :, : used[3]] = torch.randn(used, generator=generator).half()
+    keys = torch.cat([keys.double(), fp16_buffer[0, :, :, case.sinks : used[3]].double()], 2)
+    values = torch.cat([values.double(), fp16_buffer[1, :, :, case.sinks : used[3]].double()], 2)
     for row, begin in enumerate(case.starts):
         for i in range(case.sinks):
             if case.first_slot <= begin + i < end:
-                keys[row, :, begin + i - case.first_slot] = loose[0, row, :, i].double()
-                values[row, :, begin + i - case.first_slot] = loose[1, row, :, i].double()
+                keys[row, :, begin + i - case.first_slot] = fp16_buffer[0, row, :, i].double()
+                values[row, :, begin + i - case.first_slot] = fp16_buffer[1, row, :, i].double()
             elif begin + i >= end:
-                loose[:, row, :, i] = float("nan")
+                fp16_buffer[:, row, :, i] = float("nan")
     first = torch.tensor(case.firsts)
     static = case.keys.axis == "static"
     levels = coders[0].levels
@@ -110,7 +110,7 @@ def made(case: Case, seed: int = 0) -> Made:
         rope.frequencies if case.pre_rope else None, rope.factor,
     )  # fmt: skip
     places = (case.sinks, case.tail, start.int(), first.int())
-    past = Past(store.slabs, case.first_slot, case.packed, loose[0], loose[1], *places)
+    past = Past(store.slabs, case.first_slot, case.packed, fp16_buffer[0], fp16_buffer[1], *places)
     q = torch.randn(rows, case.heads * case.group, case.dim, generator=generator)
     counted = torch.arange(case.first_slot, end + case.tail) >= first[:, None]
     return Made(q, layer, past, keys, values, counted)

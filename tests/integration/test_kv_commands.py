@@ -18,7 +18,7 @@ from bitmill.cli.main import main
 from bitmill.errors import UsageError
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibration_file import FILE, read_calibration
-from bitmill.kv.config import asked
+from bitmill.kv.config import parse_kv_config
 from bitmill.kv.support import calibration_bytes
 from helpers.tiny_models import tiny_model
 from helpers.workspace import interrupted_after, snapshot
@@ -157,7 +157,7 @@ def test_eval_calibrates_on_other_text(world, run):
     data = run("eval", world.done, *measured(world, "--kv", "kvquant", "--kv-bits", 4, "--kv-samples", 3))
     assert data["kv_calibration"] == f"{world.text}, calib split, 3 x 64 tokens"
     assert data["kv_bytes"] * 8 == pytest.approx(data["kv_bits_per_element"] * 2 * 2 * 64 * 16)
-    method = asked("kvquant", 4, None).method()
+    method = parse_kv_config("kvquant", 4, None).method()
     assert data["kv_table_bytes"] == calibration_bytes(bitmill.load(world.source), method)
     exact = run("eval", world.source, *measured(world, "--kv", "per_token", "--reference", world.source))
     assert exact["kv_calibration"] is None
@@ -204,8 +204,8 @@ def test_long_prompts_are_read_in_chunks(world, monkeypatch):
     from bitmill.workflows import kv as caching
 
     model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
-    wanted = asked("per_token", 8, None)
-    caches, seen = caching.Caches(model, wanted, "it"), []
+    wanted = parse_kv_config("per_token", 8, None)
+    caches, seen = caching.CacheFactory(model, wanted, "it"), []
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     prompt = list(range(3, 53))
     done = generate(model, tokenizer, prompt, max_new_tokens=3, past=caches.new(), chunk=20)

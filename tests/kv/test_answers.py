@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.kv.answers import PackedAnswers
-from bitmill.kv.scheme import Scheme, Side, kv_method
+from bitmill.kv.answers import PackedCacheLogits
+from bitmill.kv.scheme import Scheme, TensorScheme, kv_method
 from helpers.packed_cache import SETTINGS, calibration_for, continued, long_model, method_of, packed_cache, prompt
 
 
@@ -16,7 +16,7 @@ def test_page_by_page_as_token_by_token(setting):
     """Up to numbers that round the other way: a tenth of what packing changes; other pages make it a third."""
     model, ids, method = long_model("llama"), prompt(2, 170), method_of(setting)
     with torch.no_grad():
-        answers, exact = PackedAnswers(model, method, calibration_for(model, method))(ids), model(ids).logits
+        answers, exact = PackedCacheLogits(model, method, calibration_for(model, method))(ids), model(ids).logits
         cache = packed_cache(model, setting)
         first = model(ids[:, :1], past_key_values=cache).logits
     one_by_one = torch.cat([first, continued(model, cache, ids[:, 1:], 169)], 1)
@@ -31,6 +31,6 @@ def test_whole_pages_wait(name):
 
 
 def test_of_schemes_too():
-    side = Side(4, "token")
+    side = TensorScheme(4, "token")
     with pytest.raises(RecipeError, match="residual is 7; use a multiple of 32"):
         Scheme(side, side, residual=7)

@@ -8,7 +8,7 @@ import torch
 import bitmill
 from bitmill.kv.calibrate import calibrate
 from bitmill.kv.calibration_file import read_calibration
-from bitmill.kv.config import asked
+from bitmill.kv.config import parse_kv_config
 from bitmill.kv.size import cache_size
 from bitmill.kv.support import calibration_bytes, packed_shapes
 
@@ -18,7 +18,7 @@ from bitmill.kv.support import calibration_bytes, packed_shapes
 )
 def test_the_size_of_a_calibration_is_known_beforehand(world, options):
     model = bitmill.load(world.source)
-    method = asked(f"kvquant:{options}", 2, None).method()
+    method = parse_kv_config(f"kvquant:{options}", 2, None).method()
     found = calibrate(model, method, torch.randint(3, 120, (2, 64)))
     size = sum(tensor.nbytes for tensor in found.tensors().values())
     assert calibration_bytes(model, method) == size

@@ -9,34 +9,34 @@ import pytest
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.kv.codec import Coder, rotation
+from bitmill.kv.codec import TensorCodec, hadamard_rotation
 from bitmill.kv.levels import normal_levels
-from bitmill.kv.scheme import PAGE, Scheme, Side
+from bitmill.kv.scheme import PAGE, Scheme, TensorScheme
 from helpers.packed_cache import calibrated_at_random
 
 HEADS, DIM = 3, 32
 SIDES = [
-    Side(2, "token"),
-    Side(3, "token", "head"),
-    Side(4, "token", 8),
-    Side(8, "token"),
-    Side(4, "page"),
-    Side(2, "page"),
-    Side(4, "static"),
-    Side(3, "static", levels="learned"),
-    Side(2, "static", levels="learned", outliers=0.05, q_norm=True),
-    Side(3, "token", levels="learned", outliers=0.03),
-    Side(3, "channel", levels="learned"),
-    Side(4, "channel", levels="learned", outliers=0.02, q_norm=True),
-    Side(4, "token", outliers=0.02, equalized=True),
-    Side(4, "token", "head", levels="normal", rotated=True),
-    Side(2, "token", "head", levels="normal"),
+    TensorScheme(2, "token"),
+    TensorScheme(3, "token", "head"),
+    TensorScheme(4, "token", 8),
+    TensorScheme(8, "token"),
+    TensorScheme(4, "page"),
+    TensorScheme(2, "page"),
+    TensorScheme(4, "static"),
+    TensorScheme(3, "static", levels="learned"),
+    TensorScheme(2, "static", levels="learned", outliers=0.05, q_norm=True),
+    TensorScheme(3, "token", levels="learned", outliers=0.03),
+    TensorScheme(3, "channel", levels="learned"),
+    TensorScheme(4, "channel", levels="learned", outliers=0.02, q_norm=True),
+    TensorScheme(4, "token", outliers=0.02, equalized=True),
+    TensorScheme(4, "token", "head", levels="normal", rotated=True),
+    TensorScheme(2, "token", "head", levels="normal"),
 ]
 every_side = pytest.mark.parametrize("side", SIDES, ids=repr)
 
 
 def coder_of(side):
-    return Coder(side, HEADS, DIM, calibrated_at_random(side, HEADS * DIM))
+    return TensorCodec(side, HEADS, DIM, calibrated_at_random(side, HEADS * DIM))
 
 
 def numbers(seed=0, tokens=3 * PAGE):
@@ -120,27 +120,27 @@ def test_outliers_leave_the_range_of_a_token():
     """Without its two largest numbers a token has a finer scale."""
     x = numbers()
     x[:, :, 3], x[:, :, 50] = 100.0, -100.0
-    plain = Coder(Side(3, "token"), HEADS, DIM, calibrated_at_random(Side(3, "token"), 96))
-    side = Side(3, "token", outliers=0.02)
-    sparse = Coder(side, HEADS, DIM, calibrated_at_random(side, 96))
+    plain = TensorCodec(TensorScheme(3, "token"), HEADS, DIM, calibrated_at_random(TensorScheme(3, "token"), 96))
+    side = TensorScheme(3, "token", outliers=0.02)
+    sparse = TensorCodec(side, HEADS, DIM, calibrated_at_random(side, 96))
     errors = [(c.decode(c.encode(x)) - x).square().mean() for c in (plain, sparse)]
     assert errors[1] < errors[0] / 50
 
 
 def test_constant_numbers():
-    for side in (Side(2, "token"), Side(4, "page"), Side(4, "token", 8)):
+    for side in (TensorScheme(2, "token"), TensorScheme(4, "page"), TensorScheme(4, "token", 8)):
         x = torch.full((1, PAGE, HEADS * DIM), 1.5)
         coder = coder_of(side)
         assert torch.equal(coder.decode(coder.encode(x)), x)
         assert not coder.decode(coder.encode(x * 0)).any()
-    normal = coder_of(Side(4, "token", "head", levels="normal"))
+    normal = coder_of(TensorScheme(4, "token", "head", levels="normal"))
     assert normal.decode(normal.encode(x * 0)).abs().max() < 1e-6
 
 
 def test_q_norm_chooses_by_other_levels_than_it_gives_back():
-    side = Side(2, "static", levels="learned", q_norm=True)
+    side = TensorScheme(2, "static", levels="learned", q_norm=True)
     found = calibrated_at_random(side, HEADS * DIM)
-    coder = Coder(side, HEADS, DIM, found)
+    coder = TensorCodec(side, HEADS, DIM, found)
     normal = torch.linspace(-1, 1, PAGE)[None, :, None].expand(1, PAGE, HEADS * DIM)
     coded = coder.encode(normal * found.scale + found.zero)
     nearest = (normal[..., None] - found.edges).abs().argmin(-1)
@@ -154,39 +154,41 @@ def test_lloyd_and_max():
     assert normal_levels(3)[-1] == pytest.approx(2.152, abs=5e-4)
     assert normal_levels(4)[-1] == pytest.approx(2.733, abs=5e-4)
     x = torch.randn(400, PAGE, 64)
-    side = Side(2, "token", "head", levels="normal")
-    coder = Coder(side, 1, 64, calibrated_at_random(side, 64))
+    side = TensorScheme(2, "token", "head", levels="normal")
+    coder = TensorCodec(side, 1, 64, calibrated_at_random(side, 64))
     error = (coder.decode(coder.encode(x)) - x).square().mean()
     assert 0.112 < float(error) < 0.1175  # of a normal number; a head is scaled by its own mean square
 
 
 @pytest.mark.parametrize("dim", [8, 12, 20, 64, 80, 96, 128])
 def test_rotations_are_orthogonal(dim):
-    turn = rotation(dim)
+    turn = hadamard_rotation(dim)
     torch.testing.assert_close(turn @ turn.mT, torch.eye(dim))
 
 
 def test_no_rotation_of_odd_heads():
     with pytest.raises(RecipeError, match="No Hadamard"):
-        rotation(7)
+        hadamard_rotation(7)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: Side(5, "token"),
-        lambda: Side(8, "token", levels="normal"),
-        lambda: Side(4, "page", 8),
-        lambda: Side(4, "token", 0),
-        lambda: Side(4, "token", q_norm=True),
-        lambda: Side(4, "token", outliers=0.7),
-        lambda: Side(4, "token", 12).groups(2, 64),
-        lambda: Scheme(Side(4, "token"), Side(4, "page")),
-        lambda: Scheme(Side(4, "token", "head", "normal", rotated=True), Side(4, "token"), pre_rope=True),
-        lambda: Scheme(Side(4, "token"), Side(4, "token"), sink=-1),
-        lambda: Side(4, "channel"),
-        lambda: Side(4, "token", "head", "normal", rotated=True, equalized=True),
-        lambda: Scheme(Side(4, "token", equalized=True), Side(4, "token")),
+        lambda: TensorScheme(5, "token"),
+        lambda: TensorScheme(8, "token", levels="normal"),
+        lambda: TensorScheme(4, "page", 8),
+        lambda: TensorScheme(4, "token", 0),
+        lambda: TensorScheme(4, "token", q_norm=True),
+        lambda: TensorScheme(4, "token", outliers=0.7),
+        lambda: TensorScheme(4, "token", 12).groups(2, 64),
+        lambda: Scheme(TensorScheme(4, "token"), TensorScheme(4, "page")),
+        lambda: Scheme(
+            TensorScheme(4, "token", "head", "normal", rotated=True), TensorScheme(4, "token"), pre_rope=True
+        ),
+        lambda: Scheme(TensorScheme(4, "token"), TensorScheme(4, "token"), sink=-1),
+        lambda: TensorScheme(4, "channel"),
+        lambda: TensorScheme(4, "token", "head", "normal", rotated=True, equalized=True),
+        lambda: Scheme(TensorScheme(4, "token", equalized=True), TensorScheme(4, "token")),
     ],
 )
 def test_what_does_not_go_together(wrong):
@@ -195,36 +197,40 @@ def test_what_does_not_go_together(wrong):
 
 
 def test_groups_of_channels():
-    assert Side(4, "token").groups(3, 64) == 1
-    assert Side(4, "token", "head").groups(3, 64) == 3
-    assert Side(4, "token", 32).groups(3, 64) == 6
-    assert Side(4, "token", outliers=0.01).outlier_count(192) == 2
-    assert Side(4, "token", outliers=0.01).outlier_count(16) == 1
-    assert Side(4, "token", outliers=0.01).outlier_count(math.prod((32, 128))) == 41
+    assert TensorScheme(4, "token").groups(3, 64) == 1
+    assert TensorScheme(4, "token", "head").groups(3, 64) == 3
+    assert TensorScheme(4, "token", 32).groups(3, 64) == 6
+    assert TensorScheme(4, "token", outliers=0.01).outlier_count(192) == 2
+    assert TensorScheme(4, "token", outliers=0.01).outlier_count(16) == 1
+    assert TensorScheme(4, "token", outliers=0.01).outlier_count(math.prod((32, 128))) == 41
 
 
-@pytest.mark.parametrize("side", [SIDES[10], Side(4, "token", equalized=True), Side(4, "token")], ids=repr)
+@pytest.mark.parametrize(
+    "side", [SIDES[10], TensorScheme(4, "token", equalized=True), TensorScheme(4, "token")], ids=repr
+)
 def test_moved_back(side):
     """Also the sum of attention, as its weights add up to 1."""
     coder, x = coder_of(side), torch.randn(2, HEADS, 7, DIM)
-    torch.testing.assert_close(coder.moved_back(coder.moved(x)), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(coder.from_storage_basis(coder.to_storage_basis(x)), x, atol=1e-5, rtol=1e-5)
     weights = torch.randn(2, HEADS, 4, 7).softmax(-1)
-    torch.testing.assert_close(coder.moved_back(weights @ coder.moved(x)), weights @ x, atol=1e-5, rtol=1e-5)
-    assert coder.is_moved == (side.rotated or side.equalized)
+    torch.testing.assert_close(
+        coder.from_storage_basis(weights @ coder.to_storage_basis(x)), weights @ x, atol=1e-5, rtol=1e-5
+    )
+    assert coder.has_storage_basis == (side.rotated or side.equalized)
 
 
 def test_levels_of_each_channel():
-    side = Side(3, "channel", levels="learned")
+    side = TensorScheme(3, "channel", levels="learned")
     found = calibrated_at_random(side, HEADS * DIM)
     x = numbers(tokens=PAGE)
     nearest = (x[..., None] - found.levels).abs().argmin(-1)
-    assert torch.equal(Coder(side, HEADS, DIM, found).encode(x).codes[:, 0].long(), nearest)
+    assert torch.equal(TensorCodec(side, HEADS, DIM, found).encode(x).codes[:, 0].long(), nearest)
 
 
 def test_outliers_are_chosen_by_weight():
-    side = Side(2, "static", outliers=0.02)
+    side = TensorScheme(2, "static", outliers=0.02)
     found = calibrated_at_random(side, HEADS * DIM)
     heavy = torch.ones(HEADS * DIM)
     heavy[5] = 1e6
-    index = Coder(side, HEADS, DIM, replace(found, weight=heavy)).encode(numbers()).outlier_index
+    index = TensorCodec(side, HEADS, DIM, replace(found, weight=heavy)).encode(numbers()).outlier_index
     assert (index == 5).any(-1).all()

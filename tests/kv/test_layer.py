@@ -103,13 +103,13 @@ def test_windows(setting, chunks, window):
         slow.append(*states)
         same(layer, slow, [0])
         assert layer.elements == 2 * HEADS * DIM * min(layer.length, window - 1)
-    assert layer.length - layer.pages.first <= window + max(256, layer.waiting)  # out of sight goes, slab by slab
+    assert layer.length - layer.pages.first <= window + max(256, layer.num_unpacked)  # freed slab by slab
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("window", [None, 40])
 def test_what_is_remembered_is_what_is_stored(setting, window):
-    layer, plain = layer_of(setting, remembers=True, window=window), layer_of(setting, window=window)
+    layer, plain = layer_of(setting, cache_decoded=True, window=window), layer_of(setting, window=window)
     for seed, tokens in enumerate((70, 32, 32, 1, 33, 300, 90)):
         states = numbers(2, tokens, seed)
         for ours, theirs in zip(layer.update(*states), plain.update(*states), strict=True):
@@ -198,7 +198,7 @@ def test_bytes_are_counted(setting):
     """By hand: slabs of eight pages, and fp16 for the sinks, the residual and a page."""
     layer = layer_of(setting)
     layer.append(*numbers(3, 32 * 9 + layer.scheme.residual, 0))
-    layer.settle()
+    layer.pack_full_page()
     name = setting[0]
     scheme, channels = layer.scheme, HEADS * DIM
     page = 0
@@ -212,9 +212,9 @@ def test_bytes_are_counted(setting):
             side.axis
         ]
         page += numbers_of * (2 if name == "rotated" else 4)
-    loose = (scheme.sink + scheme.residual + 32) * channels * 2 * 2
+    fp16_buffer = (scheme.sink + scheme.residual + 32) * channels * 2 * 2
     assert layer.pages.layout.words * 4 == page
-    assert layer.allocated_bytes == 3 * (16 * page + loose)
+    assert layer.allocated_bytes == 3 * (16 * page + fp16_buffer)
     assert layer.elements == 3 * 2 * channels * layer.length
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bitmill.errors import CalibrationError
-from bitmill.kv.calibrate import calibrate, learn
+from bitmill.kv.calibrate import calibrate, fit_calibration
 from bitmill.kv.layer import QuantizedLayer
-from bitmill.kv.recording import Recording, Seen, record
+from bitmill.kv.recording import KVRecording, KVSample, record_keys_values
 from bitmill.kv.scheme import kv_method
 from helpers.packed_cache import prompt
 from helpers.tiny_models import tiny_model
@@ -33,7 +33,7 @@ HYBRIDS = {
 @pytest.mark.parametrize("architecture", HYBRIDS)
 def test_windows_of_a_hybrid_know_nothing_of_each_other(architecture, fisher):
     model = tiny_model(architecture, **HYBRIDS[architecture])
-    seen = record(model, prompt(tokens=48).repeat(3, 1), fisher).layers
+    seen = record_keys_values(model, prompt(tokens=48).repeat(3, 1), fisher).layers
     assert seen[0] is None
     for part in ("keys", "values", *(("key_gradient", "value_gradient") if fisher else ())):
         first, *others = getattr(seen[1], part).split(48)
@@ -45,9 +45,9 @@ def test_windows_of_a_hybrid_know_nothing_of_each_other(architecture, fisher):
 def test_a_channel_that_never_changed_may_do_so_later(constant):
     keys, values = torch.randn(2, 256, 2, 16, generator=torch.Generator().manual_seed(0))
     values[:, 1, 3] = constant
-    seen = Seen(keys, values, None, None, torch.arange(256))
+    seen = KVSample(keys, values, None, None, torch.arange(256))
     method = kv_method("kvquant", pre_rope=False, fisher=False)
-    (found,) = learn(tiny_model("llama"), method, Recording([seen], (1, 256), 0.0)).layers
+    (found,) = fit_calibration(tiny_model("llama"), method, KVRecording([seen], (1, 256), 0.0)).layers
     layer = QuantizedLayer(method.scheme(), found, None)
     later = values[None, :20].transpose(1, 2).clone()
     later[:, 1, :, 3] += torch.linspace(-2, 2, 20)

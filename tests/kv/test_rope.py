@@ -53,11 +53,11 @@ def test_the_gradient_of_what_was_given():
 def own_keys(model, layer_type="full_attention"):
     """A layer's rotary embedding as the model applies it, (1, 2, 300, 8), and what went in."""
     attention = attentions(model)[0]
-    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    apply_rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     x, positions = torch.randn(1, 2, 300, attention.head_dim), torch.arange(300)[None]
     several = hasattr(model.model.rotary_emb, f"{layer_type}_inv_freq")
     cos, sin = model.model.rotary_emb(x, positions, *([layer_type] if several else []))
-    return x, positions, turn(x, x, cos, sin)[1]
+    return x, positions, apply_rotary(x, x, cos, sin)[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

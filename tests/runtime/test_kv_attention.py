@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from bitmill.kv.page import PageLayout
-from bitmill.kv.scheme import Scheme, Side
+from bitmill.kv.scheme import Scheme, TensorScheme
 from bitmill.runtime import native
-from bitmill.runtime.kv import Known, attend
+from bitmill.runtime.kv import NativeTokenViews, attend
 from helpers.native_kernels import ISAS, needs_native
 from helpers.packed_past import Case, made, off
 
 pytestmark = needs_native
-PLAIN = Side(4, "token")
+PLAIN = TensorScheme(4, "token")
 BOUND = 2.0**-20
 
 
@@ -40,29 +40,37 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("dim", [64, 80])
 def test_every_width_and_axis(bits, pre_rope, dim):
     for axis, group in (("static", None), ("page", None), ("token", None), ("token", "head"), ("token", 16)):
-        side = Side(bits, axis, group)
-        values = Side(bits, "token", group)
+        side = TensorScheme(bits, axis, group)
+        values = TensorScheme(bits, "token", group)
         check(Case(side, values, dim=dim, group=3, pre_rope=pre_rope))
 
 
 @pytest.mark.parametrize("levels", ["normal", "learned"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_tables_with_and_without_zeros(levels, bits):
-    side = Side(bits, "token", "head", levels)
+    side = TensorScheme(bits, "token", "head", levels)
     check(Case(side, side, dim=96, heads=1))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("pre_rope", [False, True])
 def test_channels_with_levels_of_their_own(bits, pre_rope):
-    check(Case(Side(bits, "channel", levels="learned", outliers=0.02), PLAIN, dim=80, group=2, pre_rope=pre_rope))
+    check(
+        Case(
+            TensorScheme(bits, "channel", levels="learned", outliers=0.02),
+            PLAIN,
+            dim=80,
+            group=2,
+            pre_rope=pre_rope,
+        )
+    )
 
 
 @pytest.mark.parametrize("heads", [2, 5])  # indices of one byte, and of two
 @pytest.mark.parametrize("pre_rope", [False, True])
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_outliers(heads, pre_rope, dim):
-    keys, values = Side(3, "static", outliers=0.03), Side(3, "token", outliers=0.01)
+    keys, values = TensorScheme(3, "static", outliers=0.03), TensorScheme(3, "token", outliers=0.01)
     check(Case(keys, values, heads=heads, group=2, dim=dim, pre_rope=pre_rope))
 
 
@@ -74,13 +82,13 @@ def test_any_number_of_query_heads_shares_keys(group):
 @pytest.mark.parametrize(("packed", "tail"), [(0, 7), (0, 40), (32, 0), (288, 31), (544, 1)])
 @pytest.mark.parametrize("pre_rope", [False, True])
 def test_lengths(packed, tail, pre_rope):
-    check(Case(Side(4, "page"), PLAIN, packed=packed, tail=tail, pre_rope=pre_rope))
+    check(Case(TensorScheme(4, "page"), PLAIN, packed=packed, tail=tail, pre_rope=pre_rope))
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 4, 40])
 @pytest.mark.parametrize("first_slot", [0, 32])
 def test_padding_sinks_and_windows(sinks, first_slot):
-    sides = Side(4, "token", outliers=0.02), Side(4, "token", 32, outliers=0.02)
+    sides = TensorScheme(4, "token", outliers=0.02), TensorScheme(4, "token", 32, outliers=0.02)
     begins = (first_slot, first_slot + 3, first_slot + 45, first_slot + 126)
     case = Case(
         *sides,
@@ -123,7 +131,7 @@ def test_what_is_known_is_told_once():
         return past.slabs, past.loose_keys, past.loose_values
 
     q, layer, past, *_ = made(Case(PLAIN, PLAIN, packed=544))
-    known = Known()
+    known = NativeTokenViews()
     fewer = replace(past, slabs=past.slabs[:2], packed=512)
     first = known.of(*places(fewer))
     assert known.of(*places(past)) is first
@@ -155,7 +163,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("heads", [3, 5])  # indices of one byte, and of two
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_outliers_in_channels_that_are_not_there_are_skipped(heads, side):
-    keys, values = Side(3, "page", outliers=0.03), Side(3, "token", outliers=0.03)
+    keys, values = TensorScheme(3, "page", outliers=0.03), TensorScheme(3, "token", outliers=0.03)
     of, layout = made(Case(keys, values, heads=heads, group=2)), PageLayout(Scheme(keys, values), heads, 64)
     pages = torch.cat(of.past.slabs, 1)
     without, beyond = pages.clone(), pages.clone()

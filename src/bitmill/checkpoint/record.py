@@ -8,7 +8,7 @@ from typing import Any
 from bitmill.checkpoint.files import sha256, write_json, write_tensors, write_text
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import CheckpointError
-from bitmill.kv.calibration_file import FILE, Calibration
+from bitmill.kv.calibration_file import FILE, KVCalibration
 from bitmill.report.figures import EMBEDDING, LANGUAGE
 from bitmill.report.html import folder_documents
 
@@ -43,12 +43,12 @@ def record_measurement(folder: Path, result: dict[str, Any]) -> None:
     _rewrite(folder, {**report, "measured": [*kept, entry]})
 
 
-def write_calibration(folder: Path, calibration: Calibration) -> None:
+def write_calibration(folder: Path, calibration: KVCalibration) -> None:
     """Write kv.safetensors, whole or not at all; equal calibrations give equal bytes."""
     write_tensors(folder / FILE, calibration.tensors(), calibration.metadata())
 
 
-def record_calibration(folder: Path, calibration: Calibration, kv: dict[str, Any]) -> None:
+def record_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]) -> None:
     """Add a calibration of keys and values to a finished folder, in place of an earlier one.
 
     What was measured through a packed cache is left out from then on.

@@ -149,10 +149,10 @@ def _open(output: Output, model: str, dense: bool, device: str, trust_remote_cod
 
 
 def _caches(live: Any, model: str, kv: str | None, bits: int | None, settings: list[str] | None) -> Any:
-    from bitmill.kv.config import asked
-    from bitmill.workflows.kv import Caches
+    from bitmill.kv.config import parse_kv_config
+    from bitmill.workflows.kv import CacheFactory
 
-    return Caches(live, asked(kv, bits, pairs(settings, "--kv-set")), model)
+    return CacheFactory(live, parse_kv_config(kv, bits, pairs(settings, "--kv-set")), model)
 
 
 def _say_cache(measured: dict[str, Any]) -> None:

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitmill.kv.buffer import Tokens
-from bitmill.kv.codec import Coder
+from bitmill.kv.buffer import TokenBuffer
+from bitmill.kv.codec import TensorCodec
 from bitmill.kv.scheme import PAGE
 
 
-class Coders(Coder):
+class BatchedCodec(TensorCodec):
     """The coders of one side of several layers as one, whose rows are the layers."""
 
-    def __init__(self, coders: Sequence[Coder]) -> None:
+    def __init__(self, coders: Sequence[TensorCodec]) -> None:
         vars(self).update(vars(coders[0]))
         self._coders = coders
 
-        def of_rows(numbers: list[Tensor | None]) -> Tensor | None:
+        def map_batch(numbers: list[Tensor | None]) -> Tensor | None:
             there = [x for x in numbers if x is not None]
             return torch.stack(there)[:, None, None] if there else None
 
-        self.scale, self.zero = of_rows([c.scale for c in coders]), of_rows([c.zero for c in coders])
-        self._weight = of_rows([c._weight for c in coders])
+        self.scale, self.zero = map_batch([c.scale for c in coders]), map_batch([c.zero for c in coders])
+        self._weight = map_batch([c._weight for c in coders])
         self.levels = torch.stack([c.levels for c in coders])
         if self.side.axis == "channel":
             all_edges = torch.stack([c.channel_edges for c in coders])[:, None, None]
@@ -54,14 +54,17 @@ class Coders(Coder):
         return self.levels.flatten().index_select(0, index.flatten()).view(codes.shape)
 
 
-class Together:
+class BatchPacker:
     """Layers of one row each, alike in shape, scheme and length, that are packed together."""
 
-    def __init__(self, layers: Sequence[Tokens]) -> None:
+    def __init__(self, layers: Sequence[TokenBuffer]) -> None:
         self.layers, first = layers, layers[0]
         self._ropes = [layer.rope for layer in layers] if first.scheme.pre_rope else []
         stores = [layer.pages for layer in layers]
-        self._coders = [Coders([store.keys for store in stores]), Coders([store.values for store in stores])]
+        self._coders = [
+            BatchedCodec([store.keys for store in stores]),
+            BatchedCodec([store.values for store in stores]),
+        ]
 
     @property
     def is_possible(self) -> bool:
@@ -74,11 +77,11 @@ class Together:
             for a, b in zip(ropes, ropes[:1] * len(ropes))
         )
 
-    def settle(self) -> None:
-        """Pack the page that is full in every layer, as `Tokens.settle` does."""
+    def pack_full_page(self) -> None:
+        """Pack the page that is full in every layer, as `TokenBuffer.pack_full_page` does."""
         first = self.layers[0]
         begin = first.scheme.sink
-        full = [layer.loose[:, 0, :, begin : begin + PAGE] for layer in self.layers]
+        full = [layer.fp16_buffer[:, 0, :, begin : begin + PAGE] for layer in self.layers]
         keys, values = torch.stack(full, 1).float()
         if self._ropes and self._ropes[0] is not None:
             slots = torch.arange(first.pages.end, first.pages.end + PAGE, device=first.device)
@@ -90,5 +93,5 @@ class Together:
         for layer, page in zip(self.layers, pages):
             layer.pages.take(page)
             if layer.scheme.residual:
-                waiting = layer.loose[:, :, :, begin + PAGE :].clone()
-                layer.loose[:, :, :, begin : begin + layer.scheme.residual] = waiting
+                num_unpacked = layer.fp16_buffer[:, :, :, begin + PAGE :].clone()
+                layer.fp16_buffer[:, :, :, begin : begin + layer.scheme.residual] = num_unpacked

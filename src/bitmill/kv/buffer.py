@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitmill.kv.codec import Calibrated, Coder
+from bitmill.kv.codec import CalibratedParams, TensorCodec
 from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import Rope
 from bitmill.kv.scheme import PAGE, Scheme
@@ -22,7 +22,7 @@ _PART = 1024  # tokens decoded at a time: what that needs besides the floats sta
 _MOST = 65504.0  # of fp16
 
 
-class Tokens:
+class TokenBuffer:
     """Keys and values of `rows` sequences in slots.
 
     start: (rows,) int32, where each row begins; what comes before is padding.
@@ -31,14 +31,16 @@ class Tokens:
     changes: how often tokens were forgotten or put elsewhere; appending changes nothing.
     """
 
-    def __init__(self, scheme: Scheme, calibrated: tuple[Calibrated, Calibrated], rope: Rope | None) -> None:
+    def __init__(
+        self, scheme: Scheme, calibrated: tuple[CalibratedParams, CalibratedParams], rope: Rope | None
+    ) -> None:
         self.scheme, self.calibrated, self.rope = scheme, calibrated, rope
-        self.changes = 0
+        self.version = 0
         self.clear()
 
     def clear(self) -> None:
         """Forget all tokens, and free their memory."""
-        self.changes += 1
+        self.version += 1
         self.length = 0
         self.store: PageStore | None = None
         self.start: Tensor | None = None
@@ -48,7 +50,7 @@ class Tokens:
         """Make room. Raises RecipeError where heads of this size cannot be stored so."""
         self.heads, self.dim, self.device = heads, dim, device
         keys, values = (
-            Coder(side, heads, dim, calibrated, device)
+            TensorCodec(side, heads, dim, calibrated, device)
             for side, calibrated in zip((self.scheme.keys, self.scheme.values), self.calibrated, strict=True)
         )
         self.store = PageStore(PageLayout(self.scheme, heads, dim), keys, values, rows, device)
@@ -56,17 +58,17 @@ class Tokens:
             self.begin(torch.zeros(rows, dtype=torch.int32, device=device))
         room = (2, rows, heads, self.scheme.sink + self.scheme.tail, dim)
         with torch.inference_mode(False):  # a tensor made in that mode can be written to in no other
-            self.loose = torch.zeros(room, dtype=torch.float16, device=device)
+            self.fp16_buffer = torch.zeros(room, dtype=torch.float16, device=device)
 
     def skip(self, slots: int) -> None:
         """Begin at a later slot, right after `open`: tokens before it slid out of sight elsewhere."""
         self.pages.first = self.length = slots // PAGE * PAGE
-        missing = self.loose.new_zeros(2, *self.loose.shape[1:3], slots - self.length, self.dim)
+        missing = self.fp16_buffer.new_zeros(2, *self.fp16_buffer.shape[1:3], slots - self.length, self.dim)
         self.add(missing[0], missing[1])
 
     def begin(self, start: Tensor) -> None:
         """Say at which slot each row begins, (rows,) integers."""
-        self.changes += 1
+        self.version += 1
         self.start, self._last_start = start.to(torch.int32).contiguous(), int(start.max())
 
     @property
@@ -86,14 +88,14 @@ class Tokens:
         return self._last_start > 0
 
     @property
-    def waiting(self) -> int:
+    def num_unpacked(self) -> int:
         """Tokens in fp16 that are not packed yet."""
         return self.length - self.pages.end
 
     @property
     def bytes(self) -> int:
         """Everything that is allocated: pages, and the room for tokens in fp16."""
-        return 0 if self.store is None else self.store.bytes + self.loose.numel() * 2
+        return 0 if self.store is None else self.store.bytes + self.fp16_buffer.numel() * 2
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Take in keys, after RoPE, and values (rows, heads, tokens, dim); full pages but the last are packed."""
@@ -104,20 +106,20 @@ class Tokens:
     def _take(self, states: list[Tensor] | tuple[Tensor, Tensor]) -> None:
         if self.is_turned:
             states = self._turned(states)
-        waiting, new = self.waiting, states[0].shape[-2]
+        num_unpacked, new = self.num_unpacked, states[0].shape[-2]
         self.length += new
-        if waiting + new <= self.scheme.tail:
-            self._wait(states, waiting)
+        if num_unpacked + new <= self.scheme.tail:
+            self._wait(states, num_unpacked)
             return
         sink = self.scheme.sink
-        before = self.loose[:, :, :, sink : sink + waiting]
+        before = self.fp16_buffer[:, :, :, sink : sink + num_unpacked]
         states = [torch.cat([old, _in_half(x)], -2) for old, x in zip(before, states)]
-        self._pack_first(states, (waiting + new - self.scheme.residual - 1) // PAGE * PAGE)
+        self._pack_first(states, (num_unpacked + new - self.scheme.residual - 1) // PAGE * PAGE)
 
-    def settle(self) -> None:
+    def pack_full_page(self) -> None:
         """Pack the page that is full: without this it waits for the next token."""
-        if self.store is not None and self.waiting == self.scheme.tail:
-            self._pack_first(list(self.loose[:, :, :, self.scheme.sink :].clone()), PAGE)
+        if self.store is not None and self.num_unpacked == self.scheme.tail:
+            self._pack_first(list(self.fp16_buffer[:, :, :, self.scheme.sink :].clone()), PAGE)
 
     def _pack_first(self, states: list[Tensor], packed: int) -> None:
         self._keep_sinks(states, packed)
@@ -126,7 +128,7 @@ class Tokens:
 
     def _wait(self, states: list[Tensor] | tuple[Tensor, Tensor], place: int) -> None:
         begin = self.scheme.sink + place
-        room = self.loose[:, :, :, begin : begin + states[0].shape[-2]]
+        room = self.fp16_buffer[:, :, :, begin : begin + states[0].shape[-2]]
         for side in (0, 1):
             room[side].copy_(states[side].clamp(-_MOST, _MOST))
 
@@ -134,7 +136,7 @@ class Tokens:
         """Copy what leaves for the pages and is among the first tokens of its row."""
         for i, rows, slot in self._sinks(self.pages.end, packed):
             for side in (0, 1):
-                self.loose[side, rows, :, i] = states[side][rows, :, slot]
+                self.fp16_buffer[side, rows, :, i] = states[side][rows, :, slot]
 
     def _sinks(self, first: int, count: int) -> list[tuple[int, Tensor, Tensor]]:
         """The sinks in `count` slots from `first` on: number, rows, and places among these slots."""
@@ -167,12 +169,14 @@ class Tokens:
     @property
     def is_turned(self) -> bool:
         """Whether heads are stored in another basis than the model's."""
-        return self.pages.keys.is_moved or self.pages.values.is_moved
+        return self.pages.keys.has_storage_basis or self.pages.values.has_storage_basis
 
     def _turned(self, states: list[Tensor] | tuple[Tensor, ...] | Tensor, back: bool = False) -> list[Tensor]:
         """Keys and values in the basis that is stored, or back in the model's, fp32."""
         coders = (self.pages.keys, self.pages.values)
-        return [coder.moved_back(x) if back else coder.moved(x) for coder, x in zip(coders, states)]
+        return [
+            coder.from_storage_basis(x) if back else coder.to_storage_basis(x) for coder, x in zip(coders, states)
+        ]
 
     def read(self, first: int, room: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Keys, after RoPE, and values from slot `first` on (2, rows, heads, tokens + room, dim).
@@ -180,13 +184,13 @@ class Tokens:
         room: how many slots follow that the caller fills.
         """
         end, sink = self.pages.end, self.scheme.sink
-        shape = (2, *self.loose.shape[1:3], self.length - first + room, self.dim)
+        shape = (2, *self.fp16_buffer.shape[1:3], self.length - first + room, self.dim)
         states = torch.empty(shape, dtype=dtype, device=self.device)
         for at in range(max(first // PAGE * PAGE, self.pages.first), end, _PART):
             stop, begin = min(at + _PART, end), max(at, first)
             states[..., begin - first : stop - first, :] = self.read_pages(at, stop)[..., begin - at :, :]
-        waiting = self.loose[:, :, :, sink + max(0, first - end) : sink + self.waiting]
-        for side, x in zip(states, self._turned(waiting, back=True), strict=True):
+        num_unpacked = self.fp16_buffer[:, :, :, sink + max(0, first - end) : sink + self.num_unpacked]
+        for side, x in zip(states, self._turned(num_unpacked, back=True), strict=True):
             side[..., max(0, end - first) : self.length - first, :] = x
         return states
 
@@ -197,12 +201,12 @@ class Tokens:
             keys = self.rope.apply(keys, self._positions(first, end - first))
         states = torch.stack([keys, values])
         for i, rows, slot in self._sinks(first, end - first):
-            states[:, rows, :, slot] = self.loose[:, rows, :, i].float().transpose(0, 1)
+            states[:, rows, :, slot] = self.fp16_buffer[:, rows, :, i].float().transpose(0, 1)
         return torch.stack(self._turned(states, back=True)) if self.is_turned else states
 
-    def forget(self, length: int) -> None:
+    def truncate(self, length: int) -> None:
         """Keep the first `length` slots; the rest of a page that is cut waits in fp16 again."""
-        self.changes += 1
+        self.version += 1
         if length < self.pages.end:
             border = length // PAGE * PAGE
             cut: list[Tensor] | Tensor = self.read_pages(border, border + PAGE)[..., : length - border, :]
@@ -210,18 +214,18 @@ class Tokens:
             self._wait(self._turned(cut), 0)
         self.length = length
 
-    def let_go(self, first: int) -> None:
+    def evict(self, first: int) -> None:
         """Free what comes before slot `first`."""
-        self.changes += 1
-        self.pages.let_go(first)
+        self.version += 1
+        self.pages.evict(first)
 
-    def of_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put other rows in the place of those there are: `change` takes and gives (rows, ...)."""
-        self.changes += 1
+        self.version += 1
         with torch.inference_mode(False), torch.no_grad():
             if self.store is not None:
-                self.loose = torch.stack([change(side) for side in self.loose])
-                self.store.of_rows(change, self.loose.shape[1])
+                self.fp16_buffer = torch.stack([change(side) for side in self.fp16_buffer])
+                self.store.map_batch(change, self.fp16_buffer.shape[1])
             if self.start is not None:
                 self.begin(change(self.start))
 

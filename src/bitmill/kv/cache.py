@@ -13,17 +13,17 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from bitmill.compat import cache_in
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.attention import attach
-from bitmill.kv.calibration_file import Calibration, read_calibration
-from bitmill.kv.codec import Calibrated
-from bitmill.kv.config import calibrating, said
-from bitmill.kv.decode_step import Stepping
+from bitmill.kv.calibration_file import KVCalibration, read_calibration
+from bitmill.kv.codec import CalibratedParams
+from bitmill.kv.config import calibration_command, describe
+from bitmill.kv.decode_step import DecodeStepCache
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.rope import rope_for
 from bitmill.kv.saved import SavedCache, write_cache
 from bitmill.kv.scheme import KVMethod, kv_method
 from bitmill.kv.support import packed_shapes
 
-_NONE = (Calibrated(), Calibrated())
+_NONE = (CalibratedParams(), CalibratedParams())
 
 
 class QuantizedCache(Cache):
@@ -47,8 +47,8 @@ class QuantizedCache(Cache):
         model: nn.Module,
         method: str | KVMethod | None = None,
         *,
-        calibration: Calibration | None = None,
-        remembers: bool = False,
+        calibration: KVCalibration | None = None,
+        cache_decoded: bool = False,
         **options: Any,
     ) -> None:
         self.method, self.calibration = chosen_method(model, method, calibration, options)
@@ -64,9 +64,9 @@ class QuantizedCache(Cache):
                 continue  # states of another kind stay as transformers has them
             calibrated = _NONE if self.calibration is None else self.calibration.layers[number]
             rope = rope_for(model, scheme, number)
-            layers[number] = QuantizedLayer(scheme, calibrated, rope, window, reader, remembers)
+            layers[number] = QuantizedLayer(scheme, calibrated, rope, window, reader, cache_decoded)
         super().__init__(layers=layers)
-        self._stepping: Stepping | None = None
+        self._stepping: DecodeStepCache | None = None
         if not self.packed_layers:
             raise UsageError(f"{type(model).__name__} has no layer with keys and values that could be packed.")
         _note_padding(model)
@@ -75,10 +75,10 @@ class QuantizedCache(Cache):
         """Copies look at their own layers."""
         return {**vars(self), "_stepping": None}
 
-    def stepping(self) -> Stepping:
+    def decode_step_cache(self) -> DecodeStepCache:
         """The layers as the compiled step of a model takes them (bitmill.runtime.decode)."""
         if self._stepping is None or self._stepping.layers is not self.layers:
-            self._stepping = Stepping(self.layers)
+            self._stepping = DecodeStepCache(self.layers)
         return self._stepping
 
     @property
@@ -163,8 +163,8 @@ class QuantizedCache(Cache):
 
 
 def chosen_method(
-    model: nn.Module, method: str | KVMethod | None, calibration: Calibration | None, options: dict[str, Any]
-) -> tuple[KVMethod, Calibration | None]:
+    model: nn.Module, method: str | KVMethod | None, calibration: KVCalibration | None, options: dict[str, Any]
+) -> tuple[KVMethod, KVCalibration | None]:
     """The method, and its calibration where it needs one."""
     folder = getattr(model, "name_or_path", "") or ""
     if calibration is None:
@@ -175,16 +175,16 @@ def chosen_method(
                 "Which KV method is not said, and the model's folder has no calibration; give method=..."
             )
         method = calibration.method
-    settled = method if isinstance(method, KVMethod) else kv_method(method, **options)
-    if not settled.scheme().is_calibrated:
-        return settled, None
-    if calibration is None or calibration.method != settled:
-        have = "none" if calibration is None else f"one for {said(calibration.method)}"
+    chosen = method if isinstance(method, KVMethod) else kv_method(method, **options)
+    if not chosen.scheme().is_calibrated:
+        return chosen, None
+    if calibration is None or calibration.method != chosen:
+        have = "none" if calibration is None else f"one for {describe(calibration.method)}"
         raise UsageError(
-            f"{said(settled)} needs a calibration and there is {have}; "
-            f"make one by {calibrating(settled, folder or 'MODEL', calibration)}."
+            f"{describe(chosen)} needs a calibration and there is {have}; "
+            f"make one by {calibration_command(chosen, folder or 'MODEL', calibration)}."
         )
-    return settled, calibration
+    return chosen, calibration
 
 
 _noted: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.errors import CalibrationError
-from bitmill.kv.calibration_file import Calibration
-from bitmill.kv.codec import Calibrated, Coder
+from bitmill.kv.calibration_file import KVCalibration
+from bitmill.kv.codec import CalibratedParams, TensorCodec
 from bitmill.kv.levels import affine
-from bitmill.kv.recording import Recording, Seen, record
+from bitmill.kv.recording import KVRecording, KVSample, record_keys_values
 from bitmill.kv.rope import Rope, rope_for
-from bitmill.kv.scheme import PAGE, KVMethod, Scheme, Side
+from bitmill.kv.scheme import PAGE, KVMethod, Scheme, TensorScheme
 from bitmill.numerics.kmeans import kmeans
 from bitmill.numerics.table import Table
 from bitmill.progress import Progress
@@ -30,7 +30,7 @@ _LEAST = 1e-6  # a channel that never changes
 
 def calibrate(
     model: nn.Module, method: KVMethod, windows: Tensor, progress: Progress | None = None
-) -> Calibration:
+) -> KVCalibration:
     """What `method` needs to know about each layer of a model, from token windows (samples, length).
 
     model: in float, or with weights decoded to float where the method differentiates (`fisher`).
@@ -38,24 +38,26 @@ def calibrate(
     Raises CalibrationError for windows too short, and where gradients are not finite.
     """
     if not method.scheme().is_calibrated:
-        return Calibration(method, ())
-    return learn(model, method, record(model, windows, method.weighs_errors, progress), progress)
+        return KVCalibration(method, ())
+    return fit_calibration(
+        model, method, record_keys_values(model, windows, method.weighs_errors, progress), progress
+    )
 
 
-def learn(
-    model: nn.Module, method: KVMethod, recording: Recording, progress: Progress | None = None
-) -> Calibration:
+def fit_calibration(
+    model: nn.Module, method: KVMethod, recording: KVRecording, progress: Progress | None = None
+) -> KVCalibration:
     """The same from what was recorded of the model.
 
     Raises CalibrationError where fewer than 32 tokens are left without the first ones, which stay in float.
     """
     progress, started = progress or Progress(), time.perf_counter()
     scheme, weigh = method.scheme(), method.weighs_errors
-    found: list[tuple[Calibrated, Calibrated]] = []
+    found: list[tuple[CalibratedParams, CalibratedParams]] = []
     progress.start("learning levels of keys and values", len(recording.layers))
     for number, seen in enumerate(recording.layers):
         if seen is None:
-            found.append((Calibrated(), Calibrated()))
+            found.append((CalibratedParams(), CalibratedParams()))
             continue
         keys, values = _numbers(scheme, seen, rope_for(model, scheme, number), recording.windows[1])
         found.append((_fit(scheme.keys, *keys, weigh), _fit(scheme.values, *values, weigh)))
@@ -63,10 +65,10 @@ def learn(
     progress.finish()
     samples, length = recording.windows
     took = recording.time_s + time.perf_counter() - started
-    return Calibration(method, tuple(found), {"windows": samples, "seqlen": length, "time_s": round(took, 1)})
+    return KVCalibration(method, tuple(found), {"windows": samples, "seqlen": length, "time_s": round(took, 1)})
 
 
-def _numbers(scheme: Scheme, seen: Seen, rope: Rope | None, length: int) -> list[tuple[Tensor, Tensor]]:
+def _numbers(scheme: Scheme, seen: KVSample, rope: Rope | None, length: int) -> list[tuple[Tensor, Tensor]]:
     """Keys as they are stored and values, (tokens, heads, dim), without sinks, with squared gradients, or ones.
 
     length: of windows, in tokens.
@@ -87,15 +89,15 @@ def _numbers(scheme: Scheme, seen: Seen, rope: Rope | None, length: int) -> list
     return [(x[kept], torch.ones_like(x[kept]) if g is None else g[kept].square()) for x, g in sides]
 
 
-def _fit(side: Side, x: Tensor, felt: Tensor, weigh: bool) -> Calibrated:
+def _fit(side: TensorScheme, x: Tensor, felt: Tensor, weigh: bool) -> CalibratedParams:
     if not side.is_calibrated:
-        return Calibrated()
+        return CalibratedParams()
     heads, dim = x.shape[1:]
     x, felt = x.flatten(1), felt.flatten(1) if weigh else torch.ones_like(x).flatten(1)
-    found = Calibrated()
+    found = CalibratedParams()
     if side.equalized:
         mean = x.mean(0)
-        found = Calibrated(mean=mean, deviation=_deviation(x.std(0), mean))
+        found = CalibratedParams(mean=mean, deviation=_deviation(x.std(0), mean))
         x, felt = (x - found.mean) / found.deviation, felt * found.deviation.square()  # type: ignore[operator, union-attr]
     if weigh and side.outliers:
         found = replace(found, weight=felt.mean(0).sqrt())
@@ -125,11 +127,11 @@ def _deviation(found: Tensor, mean: Tensor) -> Tensor:
 
 
 def _inliers(
-    side: Side, heads: int, dim: int, found: Calibrated, x: Tensor, felt: Tensor
+    side: TensorScheme, heads: int, dim: int, found: CalibratedParams, x: Tensor, felt: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Numbers as one table of levels sees them, and their weights, (n,); without those beyond the scale."""
     placeholder = replace(found, levels=torch.arange(1 << side.bits).float())
-    normal, scales = (values[0] for values in Coder(side, heads, dim, placeholder).normalized(x[None]))
+    normal, scales = (values[0] for values in TensorCodec(side, heads, dim, placeholder).normalized(x[None]))
     inside = (normal.abs() <= 1) if side.outliers else torch.ones_like(normal, dtype=torch.bool)
     normal, weight = normal[inside], (felt * scales.square())[inside]
     if len(normal) > _NUMBERS:

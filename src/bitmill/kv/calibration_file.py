@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitmill.errors import CheckpointError
-from bitmill.kv.codec import Calibrated, calibrated_shapes
+from bitmill.kv.codec import CalibratedParams, calibrated_shapes
 from bitmill.kv.scheme import KV_METHODS, KVMethod
 
 FILE = "kv.safetensors"
@@ -24,14 +24,14 @@ _SIDES = ("keys", "values")
 
 
 @dataclass(frozen=True)
-class Calibration:
+class KVCalibration:
     """A method, and for every layer what was found for its keys and its values.
 
     about: plain data on how it was found (text, tokens, seconds).
     """
 
     method: KVMethod
-    layers: tuple[tuple[Calibrated, Calibrated], ...]
+    layers: tuple[tuple[CalibratedParams, CalibratedParams], ...]
     about: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class Calibration:
         return {_META: json.dumps(meta)}
 
 
-def read_calibration(folder: Path) -> Calibration | None:
+def read_calibration(folder: Path) -> KVCalibration | None:
     """What `save` wrote into the folder, or None. Raises CheckpointError when the file is damaged."""
     path = folder / FILE
     if not path.is_file():
@@ -96,13 +96,17 @@ def read_calibration(folder: Path) -> Calibration | None:
         layers = calibrated_layers(tensors, meta["layers"])
     except Exception as error:  # safetensors and json raise all sorts
         raise CheckpointError(f"{path} cannot be read ({error}); quantize the model again.") from error
-    return Calibration(method, layers, meta["about"])
+    return KVCalibration(method, layers, meta["about"])
 
 
-def calibrated_layers(tensors: dict[str, Tensor], count: int) -> tuple[tuple[Calibrated, Calibrated], ...]:
-    """What `Calibration.tensors` gave of so many layers."""
+def calibrated_layers(
+    tensors: dict[str, Tensor], count: int
+) -> tuple[tuple[CalibratedParams, CalibratedParams], ...]:
+    """What `KVCalibration.tensors` gave of so many layers."""
 
-    def side(number: int, name: str) -> Calibrated:
-        return Calibrated(**{p.name: tensors.get(f"layers.{number}.{name}.{p.name}") for p in fields(Calibrated)})
+    def side(number: int, name: str) -> CalibratedParams:
+        return CalibratedParams(
+            **{p.name: tensors.get(f"layers.{number}.{name}.{p.name}") for p in fields(CalibratedParams)}
+        )
 
     return tuple((side(number, "keys"), side(number, "values")) for number in range(count))

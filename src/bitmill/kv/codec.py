@@ -9,13 +9,13 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.kv.levels import affine, fixed_levels
-from bitmill.kv.scheme import PAGE, Side
+from bitmill.kv.scheme import PAGE, TensorScheme
 from bitmill.numerics.hadamard import hadamard
 from bitmill.numerics.table import Table
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibratedParams:
     """What calibration found for one side of a layer; parts that the side has no use for are None.
 
     scale, zero: (channels,), of static channels.  levels: (2**bits,), what codes stand for; (channels, 2**bits)
@@ -33,8 +33,8 @@ class Calibrated:
     deviation: Tensor | None = None
 
 
-def calibrated_shapes(side: Side, channels: int, weighed: bool = False) -> dict[str, tuple[int, ...]]:
-    """What calibration finds for one side of a layer: fields of `Calibrated`, and their shapes.
+def calibrated_shapes(side: TensorScheme, channels: int, weighed: bool = False) -> dict[str, tuple[int, ...]]:
+    """What calibration finds for one side of a layer: fields of `CalibratedParams`, and their shapes.
 
     weighed: errors are weighed by gradients, so that each channel has a weight where outliers are chosen.
     """
@@ -53,7 +53,7 @@ def calibrated_shapes(side: Side, channels: int, weighed: bool = False) -> dict[
 
 
 @dataclass(frozen=True)
-class Coded:
+class EncodedPages:
     """Pages of one side. codes (rows, pages, 32, channels) uint8.
 
     scale, zero: (rows, pages, channels) per page, (rows, pages, 32, groups) per token, None where calibrated.
@@ -67,11 +67,16 @@ class Coded:
     outlier_index: Tensor | None = None
 
 
-class Coder:
+class TensorCodec:
     """Encodes and decodes one side of a layer with `heads` heads of `dim` numbers."""
 
     def __init__(
-        self, side: Side, heads: int, dim: int, calibrated: Calibrated, device: torch.device | None = None
+        self,
+        side: TensorScheme,
+        heads: int,
+        dim: int,
+        calibrated: CalibratedParams,
+        device: torch.device | None = None,
     ) -> None:
         self.side, self.heads, self.dim = side, heads, dim
         self.channels = heads * dim
@@ -87,7 +92,7 @@ class Coder:
         self._edges = self.levels if edges is None else edges
         self._table = None if side.axis == "channel" else Table(self._edges)
         self.scale, self.zero = there(calibrated.scale), there(calibrated.zero)
-        self.turn = there(rotation(dim)) if side.rotated else None
+        self.rotation = there(hadamard_rotation(dim)) if side.rotated else None
         self._weight = there(calibrated.weight)
         self.mean, self.deviation = (
             None if values is None else values.view(heads, 1, dim)
@@ -95,27 +100,27 @@ class Coder:
         )
 
     @property
-    def is_moved(self) -> bool:
+    def has_storage_basis(self) -> bool:
         """Whether what is stored is in another basis than the model's."""
-        return self.turn is not None or self.mean is not None
+        return self.rotation is not None or self.mean is not None
 
-    def moved(self, x: Tensor) -> Tensor:
+    def to_storage_basis(self, x: Tensor) -> Tensor:
         """Numbers (rows, heads, tokens, dim) of the model in the basis that is stored, fp32."""
-        if self.turn is not None:
-            return x.float() @ self.turn.mT
+        if self.rotation is not None:
+            return x.float() @ self.rotation.mT
         if self.mean is None or self.deviation is None:
             return x.float()
         return (x.float() - self.mean) / self.deviation
 
-    def moved_back(self, x: Tensor) -> Tensor:
-        """The inverse of `moved`; also of what attention sums, as its weights add up to 1."""
-        if self.turn is not None:
-            return x.float() @ self.turn
+    def from_storage_basis(self, x: Tensor) -> Tensor:
+        """The inverse of `to_storage_basis`; also of what attention sums, as its weights add up to 1."""
+        if self.rotation is not None:
+            return x.float() @ self.rotation
         if self.mean is None or self.deviation is None:
             return x.float()
         return x.float() * self.deviation + self.mean
 
-    def encode(self, x: Tensor) -> Coded:
+    def encode(self, x: Tensor) -> EncodedPages:
         """Numbers (rows, tokens, channels), tokens a multiple of 32, already turned."""
         pages = x.float().unflatten(1, (-1, PAGE))
         scale, zero = self._ranges(pages)
@@ -123,11 +128,11 @@ class Coder:
         codes = self._codes(_normal(pages, wide_scale, wide_zero))
         own_scale, own_zero = (None, None) if self.side.is_fixed else (scale, zero)
         if not self.outliers:
-            return Coded(codes, own_scale, own_zero)
+            return EncodedPages(codes, own_scale, own_zero)
         apart = pages - self._dense(codes, wide_scale, wide_zero)
         felt = apart.abs() if self._weight is None else apart.abs() * self._weight
         index = felt.topk(self.outliers, -1).indices
-        return Coded(codes, own_scale, own_zero, apart.gather(-1, index).to(torch.float16).float(), index)
+        return EncodedPages(codes, own_scale, own_zero, apart.gather(-1, index).to(torch.float16).float(), index)
 
     def normalized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers (rows, tokens, channels) as levels see them, and their scales, of the same shape."""
@@ -137,7 +142,7 @@ class Coder:
         assert scale is not None
         return normal.flatten(1, 2), scale.expand(pages.shape).flatten(1, 2)
 
-    def decode(self, coded: Coded) -> Tensor:
+    def decode(self, coded: EncodedPages) -> Tensor:
         """Numbers (rows, tokens, channels), fp32, still turned."""
         scale, zero = (self.scale, self.zero) if self.side.is_fixed else (coded.scale, coded.zero)
         x = self._dense(coded.codes, self._wide(scale), self._wide(zero))
@@ -215,7 +220,7 @@ def _within(groups: Tensor, cut: int) -> Tensor:
     return groups.topk(cut + 1, -1, largest=False).values[..., -1]
 
 
-def rotation(dim: int) -> Tensor:
+def hadamard_rotation(dim: int) -> Tensor:
     """The orthogonal Hadamard matrix (dim, dim). Raises RecipeError where none is known."""
     base = dim
     while (matrix := hadamard(base)) is None and base % 2 == 0:

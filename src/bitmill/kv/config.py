@@ -9,7 +9,7 @@ from typing import Any
 
 from bitmill.config.parsing import part_of, value_of
 from bitmill.errors import CalibrationError, UsageError
-from bitmill.kv.calibration_file import Calibration
+from bitmill.kv.calibration_file import KVCalibration
 from bitmill.kv.scheme import KV_METHODS, KVMethod, kv_method
 
 SAMPLES = 16
@@ -17,7 +17,7 @@ FLOAT = "none"  # the KV method that is none
 
 
 @dataclass(frozen=True)
-class KeysValues:
+class KVConfig:
     """What is asked for: a KV method by name, with its bits and options, and how much text calibrates it.
 
     bits, options: what is left out is as in the folder, if that has a calibration for this method, else the
@@ -31,7 +31,7 @@ class KeysValues:
     samples: int = SAMPLES
     seqlen: int | None = None
 
-    def method(self, found: Calibration | None = None) -> KVMethod:
+    def method(self, found: KVCalibration | None = None) -> KVMethod:
         """The method itself. Raises RecipeError."""
         given = {k: value_of(v) if isinstance(v, str) else v for k, v in self.options.items()}
         if self.bits is not None:
@@ -43,13 +43,13 @@ class KeysValues:
         return kv_method(self.name, **given)
 
 
-def asked(
+def parse_kv_config(
     name: str | None,
     bits: int | None,
     options: dict[str, Any] | None,
     samples: int = SAMPLES,
     seqlen: int | None = None,
-) -> KeysValues | None:
+) -> KVConfig | None:
     """The arguments of a function as one object, None where no method is named. Raises UsageError.
 
     name: of a method, or NAME:key=value,... with options.
@@ -67,10 +67,10 @@ def asked(
         options = {**part, **options}
     if samples < 1:
         raise CalibrationError(f"--kv-samples is {samples}; use at least 1 window to calibrate keys and values.")
-    return KeysValues(name, bits, options, samples, seqlen)
+    return KVConfig(name, bits, options, samples, seqlen)
 
 
-def named(method: KVMethod) -> dict[str, Any]:
+def summary(method: KVMethod) -> dict[str, Any]:
     """A method and its options as the results of commands have them."""
     return {
         "kv_method": method.name,
@@ -78,7 +78,7 @@ def named(method: KVMethod) -> dict[str, Any]:
     }
 
 
-def said(method: KVMethod) -> str:
+def describe(method: KVMethod) -> str:
     """A method and its options that are not as by default, in words."""
     default = type(method)()
     changed = [f.name for f in fields(method) if getattr(method, f.name) != getattr(default, f.name)]
@@ -86,7 +86,7 @@ def said(method: KVMethod) -> str:
     return f"{method.name} at {method.bits} bits{more}"
 
 
-def calibrating(method: KVMethod, name: str, found: Calibration | None = None) -> str:
+def calibration_command(method: KVMethod, name: str, found: KVCalibration | None = None) -> str:
     """The command that calibrates a model for this very method.
 
     found: what lies in the model's folder; options that it has otherwise are named even as by default.

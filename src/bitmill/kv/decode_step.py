@@ -5,15 +5,15 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
-from bitmill.kv.batched import Together
+from bitmill.kv.batched import BatchPacker
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.runtime.native import why_none
 
 _length = attrgetter("length")
-_memory = attrgetter("changes", "store.pages")
+_memory = attrgetter("version", "store.pages")
 
 
-class Stepping:
+class DecodeStepCache:
     """What a step of the whole model needs to know of a cache's layers, kept from token to token.
 
     length: tokens that are there.  kind: which of the caches that the step serves alike it is.
@@ -25,7 +25,7 @@ class Stepping:
         self._seen: list[tuple[int, int]] = []
         self._blocks: list[Any] = []
         self._stores: list[Any] = []
-        self._together: Together | None = None
+        self._together: BatchPacker | None = None
         self._why_not: str | None = None
 
     def why_not(self, blocks: int, heads: int, dim: int) -> str | None:
@@ -72,15 +72,15 @@ class Stepping:
     def make_room(self) -> None:
         """Room for a token: a page that is full is packed."""
         first: QuantizedLayer = self.layers[0]
-        if first.waiting < first.scheme.tail:
+        if first.num_unpacked < first.scheme.tail:
             return
         if self._together is None:
-            self._together = Together(self.layers)
+            self._together = BatchPacker(self.layers)
         if self._together.is_possible:
-            self._together.settle()
+            self._together.pack_full_page()
         else:
             for layer in self.layers:
-                layer.settle()
+                layer.pack_full_page()
         self._seen = list(map(_memory, self.layers))
         self._blocks = [layer.reader.block() for layer in self.layers]
 

@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-from bitmill.kv.buffer import Tokens
+from bitmill.kv.buffer import TokenBuffer
 from bitmill.kv.page import PageLayout
-from bitmill.kv.scheme import PAGE, Side
-from bitmill.runtime.kv import Known, LayerPlan, PagePlan, Past, SidePlan, attend
+from bitmill.kv.scheme import PAGE, TensorScheme
+from bitmill.runtime.kv import LayerPlan, NativeTokenViews, PagePlan, Past, SidePlan, attend
 
 
-class Reader:
+class AttentionKernelArgs:
     """Calls the kernel on a layer's tokens.
 
     why_not: None, or one sentence that says why no kernel takes them.
     """
 
-    def __init__(self, tokens: Tokens) -> None:
-        self.tokens, self._known = tokens, Known()
+    def __init__(self, tokens: TokenBuffer) -> None:
+        self.tokens, self._known = tokens, NativeTokenViews()
         keys, values = tokens.pages.keys, tokens.pages.values
         rope = tokens.rope if tokens.scheme.pre_rope else None
         frequencies = None if rope is None else rope.frequencies.to(tokens.device).contiguous()
@@ -33,8 +33,8 @@ class Reader:
             keys.zero,
             frequencies,
             1.0 if rope is None else rope.factor,
-            keys.turn,
-            values.turn,
+            keys.rotation,
+            values.rotation,
             values.mean,
             values.deviation,
         )
@@ -56,16 +56,16 @@ class Reader:
             self._keys,
             self._values,
             tokens.scheme.sink,
-            tokens.waiting,
+            tokens.num_unpacked,
             tokens.start,
             first,
         )
         keys, values = pages.keys, pages.values
-        out = attend(keys.moved(query[:, :, None])[:, :, 0], self._layer, past, scaling, self._known)
-        if not values.is_moved:
+        out = attend(keys.to_storage_basis(query[:, :, None])[:, :, 0], self._layer, past, scaling, self._known)
+        if not values.has_storage_basis:
             return out
         heads = out.unflatten(1, (tokens.heads, -1))  # of the query heads that share one of the values'
-        return values.moved_back(heads).flatten(1, 2)
+        return values.from_storage_basis(heads).flatten(1, 2)
 
     def block(self) -> Any:
         """The tokens as the compiled step reads and extends them (csrc/bind_kv.h: KvBlock), as they are now."""
@@ -77,15 +77,15 @@ class Reader:
 
     def _look(self) -> None:
         """The kernel knows tensors by identity."""
-        if self._loose is not self.tokens.loose:
-            self._loose = self.tokens.loose
-            self._keys, self._values = self.tokens.loose
+        if self._loose is not self.tokens.fp16_buffer:
+            self._loose = self.tokens.fp16_buffer
+            self._keys, self._values = self.tokens.fp16_buffer
 
 
 def plan_of(layout: PageLayout) -> PagePlan:
     """Where the kernel finds the parts of a page."""
 
-    def side(name: str, kind: Side) -> SidePlan:
+    def side(name: str, kind: TensorScheme) -> SidePlan:
         prefix = f"{name}."
         places = {n.removeprefix(prefix): part.offset for n, part in layout.parts.items() if n.startswith(prefix)}
         groups, outliers = kind.groups(layout.heads, layout.dim), kind.outlier_count(layout.heads * layout.dim)

@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from bitmill.errors import UsageError
-from bitmill.kv.buffer import Tokens
-from bitmill.kv.codec import Calibrated
-from bitmill.kv.kernel_args import Reader
+from bitmill.kv.buffer import TokenBuffer
+from bitmill.kv.codec import CalibratedParams
+from bitmill.kv.kernel_args import AttentionKernelArgs
 from bitmill.kv.rope import Rope
 from bitmill.kv.scheme import ATTENTION, PAGE, Scheme
 
 
-class QuantizedLayer(Tokens, DynamicLayer):
+class QuantizedLayer(TokenBuffer, DynamicLayer):
     """Tokens of a layer, appended and read by transformers' models.
 
     window: how many tokens are in sight, in layers with a sliding window.
@@ -32,13 +32,13 @@ class QuantizedLayer(Tokens, DynamicLayer):
     def __init__(
         self,
         scheme: Scheme,
-        calibrated: tuple[Calibrated, Calibrated],
+        calibrated: tuple[CalibratedParams, CalibratedParams],
         rope: Rope | None,
         window: int | None = None,
         config: Any = None,
-        remembers: bool = False,
+        cache_decoded: bool = False,
     ) -> None:
-        self.window, self.config, self.remembers = window, config, remembers
+        self.window, self.config, self.cache_decoded = window, config, cache_decoded
         self.record_past = False
         super().__init__(scheme, calibrated, rope)
 
@@ -57,7 +57,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
         super().clear()
         self.is_initialized = False
         self._memo: tuple[int, Tensor] | None = None
-        self._reader: Reader | None = None
+        self._reader: AttentionKernelArgs | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make their own reader and read again."""
@@ -98,7 +98,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
             carrier: Any = key_states[..., :0, :]
             carrier.packed_layer = self
             return carrier, value_states[..., :0, :]
-        self.settle()
+        self.pack_full_page()
         new = key_states.shape[-2]
         keys, values = self.floats(self.first_for(0), new)
         for states, own in ((keys, key_states), (values, value_states)):
@@ -112,7 +112,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
             self.lazy_initialization(keys, values)
         self.add(keys, values)
         if self.window is not None and not self.record_past:
-            self.let_go(self.first_for(1))
+            self.evict(self.first_for(1))
 
     def first_for(self, back: int) -> int:
         """The first slot in sight of the token `back` before the next one, which is not there yet."""
@@ -120,7 +120,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
 
     def floats(self, first: int, room: int = 0) -> tuple[Tensor, Tensor]:
         """Keys, after RoPE, and values (rows, heads, tokens + room, dim) from slot `first` on."""
-        read = self._remembered if self.remembers else self.read
+        read = self._remembered if self.cache_decoded else self.read
         states = read(first, room, self.dtype)
         return states[0], states[1]
 
@@ -165,32 +165,32 @@ class QuantizedLayer(Tokens, DynamicLayer):
                 f"{-tokens_to_remove} tokens cannot be taken back: what was in sight then is gone; "
                 "call activate_past_recording() first."
             )
-        self.forget(self.length + tokens_to_remove)
+        self.truncate(self.length + tokens_to_remove)
         self._memo = None
         if self.window is not None:
-            self.let_go(self.first_for(0))
+            self.evict(self.first_for(0))
 
     def activate_past_recording(self) -> None:
         """Keep what slides out of sight until the next `crop`."""
         self.record_past = True
 
-    def of_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Put other rows in the place of those there are."""
-        super().of_rows(change)
+        super().map_batch(change)
         self._memo = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""
         if self.is_initialized and beam_idx.tolist() != list(range(self.pages.rows)):
-            self.of_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+            self.map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        self.of_rows(lambda x: x.repeat_interleave(repeats, 0))
+        self.map_batch(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
-        self.of_rows(lambda x: x[indices.to(x.device)])
+        self.map_batch(lambda x: x[indices.to(x.device)])
 
     @property
     def allocated_bytes(self) -> int:
@@ -211,10 +211,10 @@ class QuantizedLayer(Tokens, DynamicLayer):
         return read_by_floats(self, query, scaling, first)
 
     @property
-    def reader(self) -> Reader:
+    def reader(self) -> AttentionKernelArgs:
         """What calls kernels on the tokens."""
         if self._reader is None:
-            self._reader = Reader(self)
+            self._reader = AttentionKernelArgs(self)
         return self._reader
 
     @property
@@ -222,7 +222,7 @@ class QuantizedLayer(Tokens, DynamicLayer):
         """None where a kernel attends to packed tokens as they lie, or one sentence on why they are decoded."""
         if not self.is_direct:
             return "The model's attention wants floats; packed tokens are decoded."
-        return Reader(self).why_not if self.is_initialized else "Nothing is packed yet."
+        return AttentionKernelArgs(self).why_not if self.is_initialized else "Nothing is packed yet."
 
 
 def read_by_floats(layer: QuantizedLayer, query: Tensor, scaling: float, first: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.grouped import as_stored, positive
-from bitmill.kv.scheme import Side
+from bitmill.kv.scheme import TensorScheme
 
 _ROUNDS = 2000
 
@@ -31,14 +31,14 @@ def normal_levels(bits: int) -> tuple[float, ...]:
     return tuple(levels.tolist())
 
 
-def fixed_levels(side: Side) -> Tensor:
+def fixed_levels(side: TensorScheme) -> Tensor:
     """Levels that are not learned, fp32 (2**bits,)."""
     if side.levels == "normal":
         return torch.tensor(normal_levels(side.bits))
     return torch.arange(1 << side.bits, dtype=torch.float32)
 
 
-def affine(low: Tensor, high: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+def affine(low: Tensor, high: Tensor, side: TensorScheme) -> tuple[Tensor, Tensor]:
     """Scale and zero, as fp16 keeps them, that map what lies from low to high onto the levels.
 
     Uniform levels reach from 0 to 2**bits - 1, learned ones were learned for -1 to 1.

@@ -22,8 +22,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bitmill.kv.codec import Coded
-from bitmill.kv.scheme import PAGE, Scheme, Side
+from bitmill.kv.codec import EncodedPages
+from bitmill.kv.scheme import PAGE, Scheme, TensorScheme
 from bitmill.numerics.packing import pack, unpack, words_for
 
 LANES = 16
@@ -67,7 +67,7 @@ class PageLayout:
         self.parts[name] = PagePart(self.words, shape, dtype)
         self.words += self.parts[name].words
 
-    def _add_side(self, name: str, side: Side) -> None:
+    def _add_side(self, name: str, side: TensorScheme) -> None:
         channels = self.heads * self.dim
         if not side.is_fixed:
             own = (channels,) if side.axis == "page" else (side.groups(self.heads, self.dim), PAGE)
@@ -78,7 +78,7 @@ class PageLayout:
             self._add(f"{name}.outlier_value", (count, PAGE), torch.float16)
             self._add(f"{name}.outlier_index", (count, PAGE), torch.uint8 if channels <= 256 else torch.uint16)
 
-    def write(self, pages: Tensor, keys: Coded, values: Coded) -> None:
+    def write(self, pages: Tensor, keys: EncodedPages, values: EncodedPages) -> None:
         """Fill pages (rows, pages, words) int32."""
         codes = keys.codes.unflatten(-1, (self.heads, self.dim)).unflatten(2, (-1, LANES))
         packed = pack(codes.permute(0, 1, 4, 2, 3, 5), self.scheme.keys.bits)
@@ -90,7 +90,7 @@ class PageLayout:
         self._write_side("key", self.scheme.keys, pages, keys)
         self._write_side("value", self.scheme.values, pages, values)
 
-    def _write_side(self, name: str, side: Side, pages: Tensor, coded: Coded) -> None:
+    def _write_side(self, name: str, side: TensorScheme, pages: Tensor, coded: EncodedPages) -> None:
         for part in ("scale", "zero"):
             found = getattr(coded, part)
             if found is not None:
@@ -99,7 +99,7 @@ class PageLayout:
             self.parts[f"{name}.outlier_value"].of(pages).copy_(coded.outlier_value.mT)
             self.parts[f"{name}.outlier_index"].of(pages).copy_(coded.outlier_index.mT)
 
-    def read(self, pages: Tensor) -> tuple[Coded, Coded]:
+    def read(self, pages: Tensor) -> tuple[EncodedPages, EncodedPages]:
         """Keys and values of pages (rows, pages, words)."""
         streams = self.parts["key.codes"].of(pages).transpose(-1, -2)
         codes = unpack(streams.contiguous(), self.scheme.keys.bits, self.dim)  # (r, p, heads, 2, 16, dim)
@@ -111,7 +111,7 @@ class PageLayout:
             "value", self.scheme.values, pages, values
         )
 
-    def _read_side(self, name: str, side: Side, pages: Tensor, codes: Tensor) -> Coded:
+    def _read_side(self, name: str, side: TensorScheme, pages: Tensor, codes: Tensor) -> EncodedPages:
         def part(which: str) -> Tensor | None:
             place = self.parts.get(f"{name}.{which}")
             return None if place is None else place.of(pages)
@@ -123,7 +123,7 @@ class PageLayout:
         if side.axis == "token":
             scale, zero = turned(scale), turned(zero)
         value, index = turned(part("outlier_value")), turned(part("outlier_index"))
-        return Coded(
+        return EncodedPages(
             codes,
             None if scale is None else scale.float(),
             None if zero is None else zero.float(),

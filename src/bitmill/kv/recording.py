@@ -23,7 +23,7 @@ _TOKENS = 8192  # that are kept of a layer, spread evenly over the windows
 
 
 @dataclass(frozen=True)
-class Seen:
+class KVSample:
     """Some tokens of a layer. keys, after RoPE, and values: fp32 (tokens, heads, dim); their gradients or None.
 
     positions: (tokens,), of each in its window.
@@ -37,13 +37,13 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Recording:
+class KVRecording:
     """What was seen of every layer, None for those without keys and values; any method can learn from it.
 
     windows: (samples, length) of them.  time_s: of recording.
     """
 
-    layers: list[Seen | None]
+    layers: list[KVSample | None]
     windows: tuple[int, int]
     time_s: float
 
@@ -64,7 +64,7 @@ class _Recorder(DynamicLayer):
         self.moves = [torch.zeros_like(states, requires_grad=True) for states in self.held]
         return key_states + self.moves[0], value_states + self.moves[1]
 
-    def some(self, chosen: Tensor) -> Seen:
+    def some(self, chosen: Tensor) -> KVSample:
         """The chosen tokens. Raises CalibrationError where gradients are not finite."""
 
         def of(states: Tensor) -> Tensor:
@@ -72,14 +72,14 @@ class _Recorder(DynamicLayer):
 
         keys, values = (of(states) for states in self.held)
         if not self.fisher:
-            return Seen(keys, values, None, None, chosen)
+            return KVSample(keys, values, None, None, chosen)
         gradients = [of(move.grad if move.grad is not None else torch.zeros_like(move)) for move in self.moves]
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise CalibrationError("The gradient of the loss is NaN or infinite; calibrate with fisher=false.")
-        return Seen(keys, values, gradients[0], gradients[1], chosen)
+        return KVSample(keys, values, gradients[0], gradients[1], chosen)
 
 
-def record(model: Any, windows: Tensor, fisher: bool, progress: Progress | None = None) -> Recording:
+def record_keys_values(model: Any, windows: Tensor, fisher: bool, progress: Progress | None = None) -> KVRecording:
     """Keys and values of a model on token windows (samples, length), with `fisher` their gradients too.
 
     model: in float where gradients are wanted.
@@ -93,7 +93,7 @@ def record(model: Any, windows: Tensor, fisher: bool, progress: Progress | None 
             f"Windows have {length} tokens, too few to calibrate a KV cache on; give more than {PAGE}."
         )
     chosen = torch.linspace(0, length - 1, min(max(PAGE, _TOKENS // samples), length)).long()
-    seen: list[list[Seen]] = [[] for _ in DynamicCache(config=model.config).layers]
+    seen: list[list[KVSample]] = [[] for _ in DynamicCache(config=model.config).layers]
     wants = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False)
     progress.start("recording keys and values", samples)
@@ -113,10 +113,10 @@ def record(model: Any, windows: Tensor, fisher: bool, progress: Progress | None 
         for parameter, wanted in zip(model.parameters(), wants):
             parameter.requires_grad_(wanted)
     progress.finish()
-    return Recording([_joined(some) for some in seen], (samples, length), time.perf_counter() - started)
+    return KVRecording([_joined(some) for some in seen], (samples, length), time.perf_counter() - started)
 
 
-def _joined(some: list[Seen]) -> Seen | None:
+def _joined(some: list[KVSample]) -> KVSample | None:
     if not some:
         return None
 
@@ -125,4 +125,4 @@ def _joined(some: list[Seen]) -> Seen | None:
         return None if pieces[0] is None else torch.cat(pieces)
 
     keys, values, positions = all_of("keys"), all_of("values"), all_of("positions")
-    return Seen(keys, values, all_of("key_gradient"), all_of("value_gradient"), positions)
+    return KVSample(keys, values, all_of("key_gradient"), all_of("value_gradient"), positions)

@@ -66,8 +66,8 @@ def rope_of(model: nn.Module, attention: Any, layer_type: str) -> Rope | None:
     if attention is None:
         return None
     rotary: Any = next((m for name, m in model.named_modules() if name.split(".")[-1] == "rotary_emb"), None)
-    turn = vars(sys.modules[type(attention).__module__]).get("apply_rotary_pos_emb")
-    if rotary is None or turn is None:
+    apply_rotary = vars(sys.modules[type(attention).__module__]).get("apply_rotary_pos_emb")
+    if rotary is None or apply_rotary is None:
         return None
     several = hasattr(rotary, f"{layer_type}_inv_freq")
     prefix = f"{layer_type}_" if several else ""
@@ -85,7 +85,7 @@ def rope_of(model: nn.Module, attention: Any, layer_type: str) -> Rope | None:
     positions = torch.tensor([_PROBE])
     x = torch.linspace(-1, 1, 2 * len(_PROBE) * dim).view(1, 2, len(_PROBE), dim)
     cos, sin = rotary(x, positions, layer_type) if several else rotary(x, positions)
-    theirs, _ = turn(x, x, cos, sin)
+    theirs, _ = apply_rotary(x, x, cos, sin)
     return rope if bool((rope.apply(x, positions) - theirs).abs().max() < _APART) else None
 
 

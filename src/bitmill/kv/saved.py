@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitmill.errors import CheckpointError
-from bitmill.kv.calibration_file import Calibration, calibrated_layers
+from bitmill.kv.calibration_file import KVCalibration, calibrated_layers
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.page import PageLayout
 from bitmill.kv.scheme import KV_METHODS, PAGE, KVMethod
@@ -26,7 +26,7 @@ _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloa
 
 
 def write_cache(
-    path: Path, method: KVMethod, calibration: Calibration | None, layers: list[QuantizedLayer]
+    path: Path, method: KVMethod, calibration: KVCalibration | None, layers: list[QuantizedLayer]
 ) -> None:
     """Write a cache's layers to a file."""
     tensors = {} if calibration is None else calibration.tensors()
@@ -36,7 +36,7 @@ def write_cache(
             places.append(None)
             continue
         tensors[f"layers.{number}.pages"] = layer.pages.used()
-        tensors[f"layers.{number}.loose"] = layer.loose
+        tensors[f"layers.{number}.loose"] = layer.fp16_buffer
         tensors[f"layers.{number}.start"] = layer.start.contiguous()
         dtype = str(layer.dtype).removeprefix("torch.")
         places.append(
@@ -66,7 +66,7 @@ class SavedCache:
             self.method: KVMethod = KV_METHODS.from_dict(meta["method"])
             self.places = list(meta["layers"])
             found = calibrated_layers(self._tensors, len(self.places))
-            self.calibration = Calibration(self.method, found, meta["about"]) if meta["calibrated"] else None
+            self.calibration = KVCalibration(self.method, found, meta["about"]) if meta["calibrated"] else None
         except Exception as error:  # safetensors and json raise all sorts
             raise CheckpointError(f"{path} cannot be read as a packed cache ({error}); save it again.") from error
 
@@ -78,19 +78,23 @@ class SavedCache:
         if self.places[number] is None:
             return
         place = self._place(number, shape)
-        pages, loose, start = (self._part(number, name, device) for name in ("pages", "loose", "start"))
-        if loose.dim() == 5 and loose.shape[1]:
-            layer.open(loose.shape[1], *shape, device)
-        fits = layer.store is not None and loose.shape == layer.loose.shape and loose.dtype == torch.float16
+        pages, fp16_buffer, start = (self._part(number, name, device) for name in ("pages", "loose", "start"))
+        if fp16_buffer.dim() == 5 and fp16_buffer.shape[1]:
+            layer.open(fp16_buffer.shape[1], *shape, device)
+        fits = (
+            layer.store is not None
+            and fp16_buffer.shape == layer.fp16_buffer.shape
+            and fp16_buffer.dtype == torch.float16
+        )
         fits = fits and pages.dim() == 3 and pages.dtype == start.dtype == torch.int32
-        fits = fits and start.shape == loose.shape[1:2] == pages.shape[:1] and bool((start >= 0).all())
+        fits = fits and start.shape == fp16_buffer.shape[1:2] == pages.shape[:1] and bool((start >= 0).all())
         if not fits or pages.shape[-1] != layer.pages.layout.words:
             raise CheckpointError(f"Layer {number} of {self.path} has another shape; save the cache again.")
         layer.length = place["length"]
-        waiting = layer.length - place["first"] - PAGE * pages.shape[1]
+        num_unpacked = layer.length - place["first"] - PAGE * pages.shape[1]
         # before `first` nothing is left, and a layer looks back as far as its window
         in_sight = place["first"] % PAGE == 0 and 0 <= place["first"] <= layer.first_for(0)
-        if not in_sight or not 0 <= waiting <= layer.scheme.tail:
+        if not in_sight or not 0 <= num_unpacked <= layer.scheme.tail:
             raise CheckpointError(
                 f"Layer {number} of {self.path} says that it has the tokens from {place['first']} to "
                 f"{layer.length}, and its pages say otherwise; save the cache again."
@@ -101,7 +105,7 @@ class SavedCache:
                 f"{layer.heads * layer.dim} channels; save the cache again."
             )
         layer.begin(start)
-        layer.loose.copy_(loose)
+        layer.fp16_buffer.copy_(fp16_buffer)
         layer.pages.put(pages, place["first"])
         layer.dtype, layer.is_initialized = _DTYPES[place["dtype"]], True
 

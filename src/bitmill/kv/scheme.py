@@ -23,7 +23,7 @@ _WIDTHS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
-class Side:
+class TensorScheme:
     """How keys or values are stored.
 
     axis: what has a scale and a zero of its own: each channel, calibrated ("static"), or with calibrated levels
@@ -108,8 +108,8 @@ class Scheme:
         then answered as one that is generated token by token.
     """
 
-    keys: Side
-    values: Side
+    keys: TensorScheme
+    values: TensorScheme
     pre_rope: bool = False
     sink: int = 0
     residual: int = 0

@@ -7,7 +7,7 @@ from math import prod
 
 from bitmill.kv.codec import calibrated_shapes
 from bitmill.kv.page import PageLayout
-from bitmill.kv.scheme import PAGE, Scheme, Side
+from bitmill.kv.scheme import PAGE, Scheme, TensorScheme
 from bitmill.kv.store import SLAB
 
 _FLOAT, _FP32 = 2, 4  # bytes of a number in fp16 and in fp32
@@ -89,11 +89,11 @@ def _pages(scheme: Scheme, tokens: int) -> int:
     return max(0, tokens - scheme.residual - 1) // PAGE
 
 
-def calibrated_numbers(side: Side, channels: int, weighed: bool = False) -> int:
+def calibrated_numbers(side: TensorScheme, channels: int, weighed: bool = False) -> int:
     """Numbers that calibration finds for one side of a layer; see `calibrated_shapes`."""
     return sum(prod(shape) for shape in calibrated_shapes(side, channels, weighed).values())
 
 
-def _table(side: Side, channels: int, weighed: bool) -> int:
+def _table(side: TensorScheme, channels: int, weighed: bool) -> int:
     """Numbers of a side that a layer holds once: what calibration found, and levels that need none."""
     return calibrated_numbers(side, channels, weighed) + (0 if side.levels == "learned" else 1 << side.bits)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bitmill.kv.codec import Coder
+from bitmill.kv.codec import TensorCodec
 from bitmill.kv.page import PageLayout
 from bitmill.kv.scheme import PAGE
 
@@ -20,7 +20,9 @@ class PageStore:
     keys, values: encode and decode.  first: the slot of the first token that is still there, a multiple of 32.
     """
 
-    def __init__(self, layout: PageLayout, keys: Coder, values: Coder, rows: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: PageLayout, keys: TensorCodec, values: TensorCodec, rows: int, device: torch.device
+    ) -> None:
         self.layout, self.keys, self.values = layout, keys, values
         self.rows, self.device = rows, device
         self.slabs: list[Tensor] = []
@@ -46,8 +48,8 @@ class PageStore:
                 self.slabs.append(self._slab())
             step = min(SLAB - place, count - done)
             cut = slice(done * PAGE, (done + step) * PAGE)
-            record = self.slabs[-1][:, place : place + step]
-            self.layout.write(record, self.keys.encode(keys[:, cut]), self.values.encode(values[:, cut]))
+            pages = self.slabs[-1][:, place : place + step]
+            self.layout.write(pages, self.keys.encode(keys[:, cut]), self.values.encode(values[:, cut]))
             self.pages, done = self.pages + step, done + step
 
     def take(self, page: Tensor) -> None:
@@ -93,13 +95,13 @@ class PageStore:
         self.pages = max(0, (end - self.first) // PAGE)
         del self.slabs[-(-self.pages // SLAB) :]
 
-    def let_go(self, first: int) -> None:
+    def evict(self, first: int) -> None:
         """Free the slabs whose slots all come before `first`."""
         count = min((first - self.first) // (PAGE * SLAB), self.pages // SLAB)
         if count > 0:
             del self.slabs[:count]
             self.first, self.pages = self.first + count * SLAB * PAGE, self.pages - count * SLAB
 
-    def of_rows(self, change: Callable[[Tensor], Tensor], rows: int) -> None:
+    def map_batch(self, change: Callable[[Tensor], Tensor], rows: int) -> None:
         """Put `rows` others in the place of the rows there are: `change` takes and gives (rows, ...)."""
         self.slabs, self.rows = [change(slab) for slab in self.slabs], rows

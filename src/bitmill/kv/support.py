@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from bitmill.architectures.adapter import is_encoder
 from bitmill.errors import UsageError
-from bitmill.kv.codec import rotation
+from bitmill.kv.codec import hadamard_rotation
 from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import attentions, rope_for
 from bitmill.kv.scheme import PAGE, KVMethod
@@ -53,7 +53,7 @@ def check(model: nn.Module, method: KVMethod, name: str = "") -> None:
     for number, (heads, dim) in packed_shapes(model, name).items():
         PageLayout(scheme, heads, dim)
         if scheme.keys.rotated or scheme.values.rotated:
-            rotation(dim)
+            hadamard_rotation(dim)
         rope_for(model, scheme, number)
 
 

@@ -99,7 +99,7 @@ class LayerPlan:
         return native().KvLayer(_native_pages(self.pages), *numbers, self.rope_scaling)
 
     def block(self, tokens: Any) -> Any:
-        """With tokens that `Known.of` gave, as the decode step reads and extends them."""
+        """With tokens that `NativeTokenViews.of` gave, as the decode step reads and extends them."""
         moves = (self.key_turn, self.value_turn, self.value_mean, self.value_deviation)
         return native().KvBlock(self.native, tokens, *(None if x is None else x.flatten() for x in moves))
 
@@ -136,7 +136,7 @@ class Past:
     first: Tensor
 
 
-class Known:
+class NativeTokenViews:
     """A past's tensors as the compiled kernel knows them: kept from call to call, for telling it takes a while."""
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class Known:
         return self._tokens
 
 
-def attend(q: Tensor, layer: LayerPlan, past: Past, scale: float, known: Known | None = None) -> Tensor:
+def attend(q: Tensor, layer: LayerPlan, past: Past, scale: float, known: NativeTokenViews | None = None) -> Tensor:
     """softmax(scale * q K^T) V, fp32 (rows, query heads, dim), for q of that shape, after RoPE.
 
     known: what is kept from call to call.  Rows of which nothing is in sight become 0.
@@ -168,7 +168,7 @@ def attend(q: Tensor, layer: LayerPlan, past: Past, scale: float, known: Known |
 
         return on_device(q, layer, past, scale)
     out = torch.empty(q.shape, dtype=torch.float32)
-    tokens = (known or Known()).of(past.slabs, past.loose_keys, past.loose_values)
+    tokens = (known or NativeTokenViews()).of(past.slabs, past.loose_keys, past.loose_values)
     q = q.float().contiguous()
     counts = (past.first_slot, past.packed, past.sinks, past.tail)
     native().kv_attend(layer.native, tokens, q, *counts, past.start, past.first, scale, out, threads())

@@ -15,7 +15,7 @@ from bitmill.data.windows import count_windows, reading_of
 from bitmill.errors import UsageError
 from bitmill.evaluation.embedding import metric_for
 from bitmill.evaluation.metrics import score_windows
-from bitmill.kv.config import FLOAT, SAMPLES, asked
+from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
 from bitmill.models.block_call import output_fn
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
@@ -65,7 +65,7 @@ def evaluate(
     """
     started = time.perf_counter()
     chosen_kv = None if kv == FLOAT else kv
-    wanted = asked(chosen_kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    wanted = parse_kv_config(chosen_kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     if tokenizer is None:
         if isinstance(model, nn.Module):
             raise UsageError("A live model carries no tokenizer; pass tokenizer=... beside it.")
@@ -83,7 +83,9 @@ def evaluate(
     answers, batch = output_fn(live), 2 if pooling is None else _SENTENCES
     with eval_mode(live), eval_mode(other):
         through = (
-            caching.Through(live, wanted, reading, text_source, split, progress) if wanted is not None else None
+            caching.PackedCacheEvaluator(live, wanted, reading, text_source, split, progress)
+            if wanted is not None
+            else None
         )
         if through:
             answers, batch = through, max(1, _TOKENS // seqlen)

@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from bitmill.checkpoint.files import publish, writing
 from bitmill.checkpoint.record import record_calibration, write_calibration
 from bitmill.checkpoint.writer import check_new, work_of
-from bitmill.data.calibration import SELF, calibration_windows, check_context_length
-from bitmill.data.calibration import Calibration as Text
+from bitmill.data.calibration import SELF, Calibration, calibration_windows, check_context_length
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import TextWindows, reading_of
 from bitmill.errors import UsageError
 from bitmill.evaluation.generate import CHUNK
-from bitmill.kv.answers import PackedAnswers
+from bitmill.kv.answers import PackedCacheLogits
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrate import calibrate
-from bitmill.kv.calibration_file import Calibration, read_calibration
-from bitmill.kv.config import FLOAT, KeysValues, calibrating, named, said
+from bitmill.kv.calibration_file import KVCalibration, read_calibration
+from bitmill.kv.config import FLOAT, KVConfig, calibration_command, describe, summary
 from bitmill.kv.scheme import KVMethod
 from bitmill.kv.support import calibration_bytes, check, packed_shapes, page_bits
 from bitmill.models.streamed import StreamedModel
@@ -37,7 +36,7 @@ SEQLEN = 2048
 _CONTEXT = "max_position_embeddings"
 
 
-def window_of(wanted: KeysValues, config: Any) -> int:
+def window_of(wanted: KVConfig, config: Any) -> int:
     """Tokens of a window that calibrates. Raises CalibrationError for more than the model reads."""
     if wanted.seqlen is not None:
         check_context_length(config, wanted.seqlen, "--kv-seqlen")
@@ -60,15 +59,15 @@ def plan(model: nn.Module, method: KVMethod, name: str = "") -> dict[str, Any]:
     }
 
 
-class Keeping:
+class KVCalibrationJob:
     """A KV method on its way into a new folder. plan: what report and summary say of it."""
 
-    def __init__(self, wanted: KeysValues, streamed: StreamedModel) -> None:
+    def __init__(self, wanted: KVConfig, streamed: StreamedModel) -> None:
         self.wanted, self.streamed, self.method = wanted, streamed, wanted.method()
         self.plan = plan(streamed.model, self.method, streamed.source.name)
         self.windows: Tensor | None = None
 
-    def read(self, given: Text | Tensor | None, progress: Progress) -> None:
+    def read(self, given: Calibration | Tensor | None, progress: Progress) -> None:
         """Settle the windows that calibrate, of the text that calibrates the weights. Raises CalibrationError."""
         source = self.streamed.source
         if not self.method.scheme().is_calibrated:
@@ -76,7 +75,7 @@ class Keeping:
         if isinstance(given, Tensor):
             self.windows, self.plan["calibration"] = given.long().cpu(), _described("tokens", given.long(), None)
             return
-        given = given or Text()
+        given = given or Calibration()
         seqlen = window_of(self.wanted, source.config)
         text = replace(given, samples=self.wanted.samples, seqlen=seqlen)
         self.windows = calibration_windows(source, text, str(self.streamed.device), progress)
@@ -84,7 +83,7 @@ class Keeping:
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Calibrate the model as the folder has it, and add what was found."""
-        found = Calibration(self.method, ())
+        found = KVCalibration(self.method, ())
         if self.windows is not None:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             device, trusted = str(self.streamed.device), self.streamed.source.trust_remote_code
@@ -93,13 +92,13 @@ class Keeping:
         write_calibration(folder, found)
 
 
-class Through:
+class PackedCacheEvaluator:
     """A model's answers through the packed cache, for a measurement; calibrated first where that is missing."""
 
     def __init__(
-        self, model: nn.Module, wanted: KeysValues, reading: TextWindows, text: str, split: str, progress: Progress
+        self, model: nn.Module, wanted: KVConfig, reading: TextWindows, text: str, split: str, progress: Progress
     ) -> None:
-        self.method, found = settled(model, wanted)
+        self.method, found = resolve_method(model, wanted)
         self.calibration: str | None = None
         self.on_own_text = False
         if self.method.scheme().is_calibrated:
@@ -111,7 +110,7 @@ class Through:
                 found = calibrated(model, self.method, windows, _described(text, windows, 0), progress)
             self.on_own_text = split != "eval" and found.about.get("source") == text
         self.device, self.rows = next(model.parameters()).device, 1
-        self.answers = PackedAnswers(model, self.method, found)
+        self.answers = PackedCacheLogits(model, self.method, found)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits of tokens (windows, length)."""
@@ -123,7 +122,7 @@ class Through:
         bits, size = self.answers.bits_per_element, self.answers.bytes
         told = {"kv_calibration": self.calibration, "kv_bits_per_element": bits, "kv_bytes": size // self.rows}
         return {
-            **named(self.method),
+            **summary(self.method),
             **told,
             "kv_table_bytes": self.answers.table_bytes,
             "kv_on_calibration_text": self.on_own_text,
@@ -138,7 +137,7 @@ def _described(source: str, windows: Tensor, seed: int | None) -> dict[str, Any]
 
 def calibrated(
     model: nn.Module, method: KVMethod, windows: Tensor, about: dict[str, Any], progress: Progress | None = None
-) -> Calibration:
+) -> KVCalibration:
     """What the method needs to know of a model, float or packed, from token windows (samples, length).
 
     Gradients go through decoded weights, so that a packed model is unpacked beside itself.
@@ -150,28 +149,28 @@ def calibrated(
     return replace(found, about=about)  # no time: equal jobs give equal bytes
 
 
-def found_calibration(model: nn.Module) -> Calibration | None:
+def load_calibration(model: nn.Module) -> KVCalibration | None:
     """What lies in the folder that a model was loaded from."""
     folder = getattr(model, "name_or_path", "") or ""
     return read_calibration(Path(folder)) if folder else None
 
 
-def settled(model: nn.Module, wanted: KeysValues, name: str = "") -> tuple[KVMethod, Calibration | None]:
+def resolve_method(model: nn.Module, wanted: KVConfig, name: str = "") -> tuple[KVMethod, KVCalibration | None]:
     """The method that is meant, and its calibration if the folder has that very one. Raises UsageError."""
-    found = found_calibration(model)
+    found = load_calibration(model)
     method = wanted.method(found)
     check(model, method, name)
     return method, found if found is not None and found.method == method else None
 
 
-class Caches:
+class CacheFactory:
     """Caches that text is generated with: what is asked for, or else what the model's folder was calibrated for.
 
     method: None for the model's own caches.  chunk: tokens of a prompt to read at a time, None for all at once.
     Raises UsageError for a method that lacks its calibration.
     """
 
-    def __init__(self, model: nn.Module, wanted: KeysValues | None, name: str) -> None:
+    def __init__(self, model: nn.Module, wanted: KVConfig | None, name: str) -> None:
         self.model, self.chunk = model, None
         self.method, self.calibration = _chosen(model, wanted, name)
         if self.method is not None:
@@ -191,22 +190,22 @@ class Caches:
         if self.method is None or cache is None:
             return {}
         taken = {"kv_bits_per_element": cache.bits_per_element, "kv_bytes": cache.allocated_bytes}
-        return {**named(self.method), **taken, "kv_table_bytes": cache.table_bytes}
+        return {**summary(self.method), **taken, "kv_table_bytes": cache.table_bytes}
 
 
-def _chosen(model: nn.Module, wanted: KeysValues | None, name: str) -> tuple[KVMethod | None, Calibration | None]:
+def _chosen(model: nn.Module, wanted: KVConfig | None, name: str) -> tuple[KVMethod | None, KVCalibration | None]:
     if wanted is None:
-        found = found_calibration(model)
+        found = load_calibration(model)
         if found is not None:
             check(model, found.method, name)
         return (found.method, found) if found else (None, None)
     if wanted.name == FLOAT:
         return None, None
-    method, own = settled(model, wanted, name)
+    method, own = resolve_method(model, wanted, name)
     if method.scheme().is_calibrated and own is None:
         raise UsageError(
-            f"{name} has no calibration for {said(method)}; "
-            f"make one by {calibrating(method, name, found_calibration(model))}."
+            f"{name} has no calibration for {describe(method)}; "
+            f"make one by {calibration_command(method, name, load_calibration(model))}."
         )
     return method, own
 
@@ -214,8 +213,8 @@ def _chosen(model: nn.Module, wanted: KeysValues | None, name: str) -> tuple[KVM
 def add_to_folder(
     folder: Path,
     out: Path,
-    wanted: KeysValues,
-    given: Text | Tensor | None,
+    wanted: KVConfig,
+    given: Calibration | Tensor | None,
     device: str,
     trust_remote_code: bool,
     progress: Progress,
@@ -225,13 +224,13 @@ def add_to_folder(
         check_new(out)
     progress.start("reading text and model", 0)
     live = load(folder, device=device, dense=True, trust_remote_code=trust_remote_code)
-    earlier = found_calibration(live)
+    earlier = load_calibration(live)
     method = wanted.method(earlier)
-    kv, found = plan(live, method, str(folder)), Calibration(method, ())
+    kv, found = plan(live, method, str(folder)), KVCalibration(method, ())
     if method.scheme().is_calibrated:
         if isinstance(given, Tensor):
             raise UsageError(f"Token windows cannot calibrate {folder}; name a text, as a Calibration.")
-        text = given or Text()
+        text = given or Calibration()
         if text.source == SELF:
             raise UsageError(f"{folder} cannot write the text that calibrates it; give another one with --calib.")
         reading = reading_of(text.source, load_tokenizer(folder, trust_remote_code=trust_remote_code), False)
@@ -240,7 +239,7 @@ def add_to_folder(
         found = calibrated(live, method, windows, kv["calibration"], progress)
     if out == folder:
         if earlier is not None:
-            progress.note(f"replaces the calibration for {said(earlier.method)}")
+            progress.note(f"replaces the calibration for {describe(earlier.method)}")
         record_calibration(folder, found, kv)
         return
     with writing(out):

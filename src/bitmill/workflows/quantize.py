@@ -14,7 +14,7 @@ from bitmill.checkpoint.reader import Checkpoint, is_ours, open_checkpoint
 from bitmill.checkpoint.writer import FolderSink, check_new, is_finished
 from bitmill.data.calibration import Calibration, token_windows
 from bitmill.errors import UsageError
-from bitmill.kv.config import FLOAT, SAMPLES, asked
+from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
 from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
@@ -88,7 +88,7 @@ def quantize(
     started = time.perf_counter()
     if measure < 0:
         raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
-    wanted = asked(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    wanted = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     folder = Path(out) if out is not None else None
     progress = progress or Progress()
     recipe: Recipe | None = None
@@ -115,7 +115,7 @@ def quantize(
             "loaded again; leave out=... away to quantize it in place."
         )
     streamed = StreamedModel(source, device)
-    keeping = caching.Keeping(wanted, streamed) if wanted is not None else None
+    keeping = caching.KVCalibrationJob(wanted, streamed) if wanted is not None else None
     kv_plan = keeping.plan if keeping else None
     plan = {**chosen, **storage_plan(streamed, recipe, kv_plan["size_bytes"] if kv_plan else 0), "kv": kv_plan}
     if dry_run:

@@ -43,12 +43,12 @@ def model_of(kind="llama", changes=None):
 
 
 def has_stepped(model, cache):
-    kind = cache.stepping().kind
+    kind = cache.decode_step_cache().kind
     return kind != "packed" and vars(model)["forward"]._agrees.get(kind, "no") is None
 
 
 def stored(cache):
-    return [(layer.pages.used(), layer.loose, layer.length) for layer in cache.packed_layers]
+    return [(layer.pages.used(), layer.fp16_buffer, layer.length) for layer in cache.packed_layers]
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -74,24 +74,24 @@ def test_logits_are_close_and_bytes_are_those_of_the_same_numbers(setting):
     found, keys = [], []
     for at in range(160):
         found.append(continued(model, stepped, ids[:, at : at + 1], 1))
-        waits = [layer.scheme.sink + layer.waiting - 1 for layer in stepped.packed_layers]
-        keys.append([layer.loose[:, :, :, w].clone() for layer, w in zip(stepped.packed_layers, waits)])
+        waits = [layer.scheme.sink + layer.num_unpacked - 1 for layer in stepped.packed_layers]
+        keys.append([layer.fp16_buffer[:, :, :, w].clone() for layer, w in zip(stepped.packed_layers, waits)])
     assert has_stepped(model, stepped)
     assert apart(torch.cat(found, 1), expected) < 2e-3
     for number, layer in enumerate(fed.packed_layers):  # what the step has put aside, by the ordinary way
         states = torch.stack([k[number].float() for k in keys], -2)
         layer.lazy_initialization(states[0], states[1])
         coders = (layer.pages.keys, layer.pages.values)
-        assert not any(coder.turn is not None for coder in coders) or setting == ROTATED
+        assert not any(coder.rotation is not None for coder in coders) or setting == ROTATED
         layer._turned = lambda x, back=False: [side.float() for side in x]  # they are in their basis already
         for at in range(160):
             layer.add(states[0][..., at : at + 1, :], states[1][..., at : at + 1, :])
-    for (pages, loose, length), (other, theirs, count) in zip(stored(stepped), stored(fed)):
+    for (pages, fp16_buffer, length), (other, theirs, count) in zip(stored(stepped), stored(fed)):
         assert torch.equal(pages, other)
-        assert torch.equal(loose, theirs)
+        assert torch.equal(fp16_buffer, theirs)
         assert length == count == 160
     for layer, other in zip(stepped.packed_layers, own.packed_layers):
-        assert apart(layer.loose.float(), other.loose.float()) < 2e-3
+        assert apart(layer.fp16_buffer.float(), other.fp16_buffer.float()) < 2e-3
         assert layer.pages.pages == other.pages.pages
 
 
@@ -109,8 +109,8 @@ def test_equalized_values_are_moved_to_the_very_same_numbers():
         continued(model, twin, ids, 1)
     continued(model, cache, ids, 1)
     value = seen[0].view(1, 1, 2, 16).transpose(1, 2)
-    expected = layer.pages.values.moved(value).half()
-    apart_by = (layer.loose[1, :, :, 2 + 4].float() - expected[:, :, 0].float()).abs()
+    expected = layer.pages.values.to_storage_basis(value).half()
+    apart_by = (layer.fp16_buffer[1, :, :, 2 + 4].float() - expected[:, :, 0].float()).abs()
     assert apart_by.max() <= 2**-10 * expected.abs().max()
 
 

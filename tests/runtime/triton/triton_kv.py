@@ -7,26 +7,26 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from bitmill.kv.scheme import Side
+from bitmill.kv.scheme import TensorScheme
 from bitmill.runtime.triton import available
 from bitmill.runtime.triton.kv import attend
 from helpers.packed_past import Case, made, off
 
 DEVICE = torch.device("cpu" if available.is_interpreted() else "cuda")
-PLAIN = Side(4, "token")
+PLAIN = TensorScheme(4, "token")
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
 def there(x):
     """The same with its tensors on the device."""
-    moved = {f.name: getattr(x, f.name) for f in fields(x)}
-    for name, value in moved.items():
+    on_device = {f.name: getattr(x, f.name) for f in fields(x)}
+    for name, value in on_device.items():
         if isinstance(value, torch.Tensor):
-            moved[name] = value.to(DEVICE)
+            on_device[name] = value.to(DEVICE)
         if name == "slabs":
-            moved[name] = [slab.to(DEVICE) for slab in value]
-    return replace(x, **moved)
+            on_device[name] = [slab.to(DEVICE) for slab in value]
+    return replace(x, **on_device)
 
 
 def check(case: Case) -> None:
@@ -40,22 +40,38 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("axis", ["static", "page", "token"])
 def test_every_width_and_axis(bits, dim, axis):
     group = "head" if axis == "token" else None
-    check(Case(Side(bits, axis, group), Side(bits, "token", 16), dim=dim, group=3, packed=64, pre_rope=bits != 4))
+    check(
+        Case(
+            TensorScheme(bits, axis, group),
+            TensorScheme(bits, "token", 16),
+            dim=dim,
+            group=3,
+            packed=64,
+            pre_rope=bits != 4,
+        )
+    )
 
 
 def test_tables_without_zeros():
-    check(Case(Side(3, "token", levels="normal"), Side(2, "token", levels="learned")))
-    check(Case(Side(3, "channel", levels="learned"), PLAIN, pre_rope=True))
+    check(Case(TensorScheme(3, "token", levels="normal"), TensorScheme(2, "token", levels="learned")))
+    check(Case(TensorScheme(3, "channel", levels="learned"), PLAIN, pre_rope=True))
 
 
 @pytest.mark.parametrize("heads", [2, 5])
 def test_outliers(heads):
-    check(Case(Side(3, "static", outliers=0.03), Side(3, "token", outliers=0.01), heads=heads, pre_rope=True))
+    check(
+        Case(
+            TensorScheme(3, "static", outliers=0.03),
+            TensorScheme(3, "token", outliers=0.01),
+            heads=heads,
+            pre_rope=True,
+        )
+    )
 
 
 def test_padding_sinks_and_windows():
     begins = (32, 35, 77)
-    sides = Side(4, "token", outliers=0.02), Side(4, "token", 32)
+    sides = TensorScheme(4, "token", outliers=0.02), TensorScheme(4, "token", 32)
     for sinks in (0, 4, 40):
         case = Case(*sides, packed=64, sinks=sinks, first_slot=32, starts=begins, firsts=begins, pre_rope=True)
         check(case)

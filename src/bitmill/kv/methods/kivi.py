@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitmill.config.options import option
-from bitmill.kv.scheme import KV_METHODS, PAGE, KVMethod, Scheme, Side, check_residual
+from bitmill.kv.scheme import KV_METHODS, PAGE, KVMethod, Scheme, TensorScheme, check_residual
 
 
 @KV_METHODS.register("kivi")
@@ -30,5 +30,7 @@ class KIVI(KVMethod):
         """Keys per channel and page, values per token and group."""
         check_residual(self.residual)
         return Scheme(
-            Side(self.bits, "page"), Side(self.bits, "token", self.group), residual=max(0, self.residual - PAGE)
+            TensorScheme(self.bits, "page"),
+            TensorScheme(self.bits, "token", self.group),
+            residual=max(0, self.residual - PAGE),
         )

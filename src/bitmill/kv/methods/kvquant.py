@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitmill.config.options import option
-from bitmill.kv.scheme import KV_METHODS, KVMethod, Scheme, Side
+from bitmill.kv.scheme import KV_METHODS, KVMethod, Scheme, TensorScheme
 
 
 @KV_METHODS.register("kvquant")
@@ -52,6 +52,6 @@ class KVQuant(KVMethod):
         axis = "channel" if self.channel_levels and self.nuq else "static"
         axis = axis if self.per_channel else "token"
         share, even = self.outliers, self.equalize
-        keys = Side(self.bits, axis, None, levels, self.key_outliers, q_norm=norm)  # type: ignore[arg-type]
-        values = Side(self.bits, "token", None, levels, share, q_norm=norm, equalized=even)  # type: ignore[arg-type]
+        keys = TensorScheme(self.bits, axis, None, levels, self.key_outliers, q_norm=norm)  # type: ignore[arg-type]
+        values = TensorScheme(self.bits, "token", None, levels, share, q_norm=norm, equalized=even)  # type: ignore[arg-type]
         return Scheme(keys, values, pre_rope=self.pre_rope, sink=self.sink, residual=self.residual)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitmill.config.options import option
-from bitmill.kv.scheme import KV_METHODS, KVMethod, Scheme, Side
+from bitmill.kv.scheme import KV_METHODS, KVMethod, Scheme, TensorScheme
 
 
 @KV_METHODS.register("per_token")
@@ -26,5 +26,5 @@ class PerToken(KVMethod):
 
     def scheme(self) -> Scheme:
         """Both sides alike."""
-        side = Side(self.bits, "token", self.group)
+        side = TensorScheme(self.bits, "token", self.group)
         return Scheme(side, side)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitmill.config.options import option
-from bitmill.kv.scheme import KV_METHODS, KVMethod, Scheme, Side
+from bitmill.kv.scheme import KV_METHODS, KVMethod, Scheme, TensorScheme
 
 
 @KV_METHODS.register("rotated")
@@ -28,5 +28,5 @@ class Rotated(KVMethod):
 
     def scheme(self) -> Scheme:
         """Both sides alike, scales per head."""
-        side = Side(self.bits, "token", "head", levels="normal", rotated=True)
+        side = TensorScheme(self.bits, "token", "head", levels="normal", rotated=True)
         return Scheme(side, side, residual=self.residual)

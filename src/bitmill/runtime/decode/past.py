@@ -31,7 +31,7 @@ class StepPast(Protocol):
 
 
 class Packed(StepPast, Protocol):
-    """What a packed cache offers by its method `stepping`."""
+    """What a packed cache offers by its method `decode_step_cache`."""
 
     def why_not(self, blocks: int, heads: int, dim: int) -> str | None:
         """None where the step of a model of this shape takes the cache as it is now, or a phrase on why not."""
@@ -160,7 +160,7 @@ class FloatPast:
 
 def packed_of(cache: Any) -> Packed | None:
     """What a packed cache offers the step; None for caches of another kind."""
-    offered: Any = getattr(cache, "stepping", None)
+    offered: Any = getattr(cache, "decode_step_cache", None)
     packed: Packed | None = None if offered is None else offered()
     return packed
 

@@ -9,7 +9,7 @@ from typing import Any
 from bitmill.config.parsing import part_of
 from bitmill.errors import RecipeError, UsageError
 from bitmill.kv import KV_METHODS, KVMethod
-from bitmill.kv.codec import rotation
+from bitmill.kv.codec import hadamard_rotation
 from bitmill.kv.scheme import kv_method
 from bitmill.kv.size import CacheSize, cache_size
 from bitmill.models.kv_shapes import CachedLayer
@@ -119,4 +119,4 @@ def _check_heads(method: KVMethod, layers: tuple[CachedLayer, ...]) -> None:
     scheme = method.scheme()
     if scheme.keys.rotated or scheme.values.rotated:
         for dim in {layer.dim for layer in layers}:
-            rotation(dim)
+            hadamard_rotation(dim)
