@@ -62,11 +62,11 @@ def test_a_page_is_quiet_and_fits(kind, window, scheme, visit, comparison):
 def test_everything_is_there(page):
     headings = page.locator("main section h2").all_text_contents()
     assert headings == [
-        "Quality for its size",
+        "Quality by size",
         "All figures",
         "Size and cost",
         "Error of every layer",
-        "The same questions, answered by each",
+        "Answers to the prompts",
         "How this was measured",
     ]
     assert page.locator(".tile").count() == 4
@@ -185,7 +185,7 @@ def test_layers_of_any_variant(page):
     first = note.text_content()
     assert "gptqt 4-bit" in first
     page.locator("#layer-variant").select_option("rtn-3bit")
-    assert "read no calibration text" in note.text_content()
+    assert "output errors were not measured" in note.text_content()
     assert weights.is_checked()
     assert outputs.is_disabled()
     page.locator("#layer-variant").select_option("gptqt-4bit")

@@ -22,7 +22,7 @@ from bitmill.models.block_call import output_fn
 from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import build_recipe
-from bitmill.report.parts import bytes_inside, sizes
+from bitmill.report.describe import block_layer_bytes, part_sizes
 from bitmill.runtime import QuantLinear
 from bitmill.solvers.learning import CodebookLearner
 from helpers.tiny_models import tiny_model
@@ -103,9 +103,9 @@ def test_embedding_and_head_beside_it(name, tied, tmp_path):
     assert {checkpoint.formats[n].name for n in checkpoint.outside if n in checkpoint.formats} == {"uniform"}
     alone = quantize(model, dry_run=True).summary
     assert outcome.summary["bits_per_weight"] == checkpoint.bits_per_weight == alone["bits_per_weight"]
-    parts = dict(sizes(outcome.report))
+    parts = dict(part_sizes(outcome.report))
     assert sum(parts.values()) == sum(t.nbytes for t in tensors.values())
-    assert parts["in the blocks' linear layers"] == bytes_inside(outcome.report)
+    assert parts["in the blocks' linear layers"] == block_layer_bytes(outcome.report)
     assert parts["in token embeddings and head"] == outcome.summary["head_bytes"]
     packed = bitmill.load(tmp_path / "out")
     expected = answer(packed)

@@ -147,7 +147,7 @@ def test_a_folders_page_without_figures():
     assert "KL divergence" not in bare
     assert "heat" not in folder_page(report(layers=[])).partition("<main>")[2]
     tokens = {"source": "tokens", "sha256": sample_results.HASH}
-    assert "token windows of the caller" in folder_page(report(identity={"calibration": tokens}))
+    assert "token windows passed by the caller" in folder_page(report(identity={"calibration": tokens}))
 
 
 def test_a_folder_gets_a_card_and_a_page():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bitmill.report import numbers
+from bitmill.report import formatting
 
 
 def spaced(shown: str) -> str:
-    return shown.replace(numbers.GAP, " ").replace(numbers.NARROW, " ")
+    return shown.replace(formatting.GAP, " ").replace(formatting.NARROW, " ")
 
 
 @pytest.mark.parametrize(
@@ -20,14 +20,14 @@ def spaced(shown: str) -> str:
     ],
 )  # fmt: skip
 def test_number(value, shown):
-    assert spaced(numbers.number(value)) == shown
+    assert spaced(formatting.number(value)) == shown
 
 
 @pytest.mark.parametrize(
     ("value", "shown"), [(None, "–"), (999, "999 B"), (45300, "45.3 kB"), (112e6, "112 MB"), (1.6e9, "1.60 GB")]
 )
 def test_size(value, shown):
-    assert spaced(numbers.size(value)) == shown
+    assert spaced(formatting.size(value)) == shown
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_size(value, shown):
     ],
 )
 def test_duration(value, shown):
-    assert spaced(numbers.duration(value)) == shown
+    assert spaced(formatting.duration(value)) == shown
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,15 @@ def test_duration(value, shown):
     ],
 )  # fmt: skip
 def test_change(value, reference, shown):
-    assert spaced(numbers.change(value, reference)) == shown
+    assert spaced(formatting.change(value, reference)) == shown
 
 
 def test_percent_and_plural():
-    assert spaced(numbers.percent(0.987)) == "98.7 %"
-    assert numbers.percent(None) == "–"
-    assert [spaced(numbers.plural(n, "variant")) for n in (0, 1, 2)] == ["0 variants", "1 variant", "2 variants"]
+    assert spaced(formatting.percent(0.987)) == "98.7 %"
+    assert formatting.percent(None) == "–"
+    counts = [spaced(formatting.plural(n, "variant")) for n in (0, 1, 2)]
+    assert counts == [
+        "0 variants",
+        "1 variant",
+        "2 variants",
+    ]

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from bitmill.report.palette import DARK, DARK_PANEL, LIGHT, LIGHT_PANEL, SHAPES, mark_of
+from bitmill.report.charts import DARK, DARK_PANEL, LIGHT, LIGHT_PANEL, SHAPES, marker_of
 
 # G. M. Machado, M. M. Oliveira, L. A. F. Fernandes: A physiologically-based model for simulation of color vision
 # deficiency, 2009; severity 1, on linear RGB
@@ -63,8 +63,8 @@ def test_colours_stand_out_from_their_background(theme):
     assert min(contrast(colour, panel) for colour in colours) >= 3  # WCAG 2, 1.4.11
 
 
-def test_every_method_has_a_mark_of_its_own():
-    marks = [mark_of(index) for index in range(64)]
+def test_every_method_has_a_marker_of_its_own():
+    marks = [marker_of(index) for index in range(64)]
     assert len(set(marks)) == 64
     assert {mark.colour for mark in marks} == set(range(len(LIGHT)))
     assert {mark.shape for mark in marks} == set(range(len(SHAPES)))

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from bitmill.errors import CheckpointError
-from bitmill.report import view
-from bitmill.report.heat import STEPS, heat_map
+from bitmill.report import charts, comparison
+from bitmill.report.charts import COLOUR_STEPS, heat_map
+from bitmill.report.comparison import results_table
 from bitmill.report.results import Layer, Results, read_results
-from bitmill.report.table import results_table
 from helpers import sample_results
 
 
@@ -70,46 +70,51 @@ def test_every_key_is_documented():
 
 def test_the_order_is_bits_then_perplexity_then_the_rest():
     results = sample_results.results()
-    names = [variant.name for variant in view.in_order(results)]
+    names = [variant.name for variant in comparison.in_order(results)]
     assert names[:3] == ["gptqt-4bit", "gptq-4bit", "awq-4bit"]
     assert names[-1] == "hqq-2bit"  # not applicable
-    assert [variant.name for variant in view.best_of_bits(results)] == ["gptqt-4bit", "gptqt-3bit", "gptqt-2bit"]
+    best = [variant.name for variant in comparison.best_of_bits(results)]
+    assert best == [
+        "gptqt-4bit",
+        "gptqt-3bit",
+        "gptqt-2bit",
+    ]
 
 
 @pytest.mark.parametrize(
     ("grid", "said"),
     [
         (None, "Down to 3\u00a0bits, gptqt stays close to the float model: perplexity 12.67 against 11.23"),
-        ({"rtn": (33.0, None, None)}, "Nothing stays close to the float model; rtn 4-bit comes nearest"),
+        ({"rtn": (33.0, None, None)}, "No variant stays close to the float model; rtn 4-bit is nearest"),
         ({"rtn": (None, None, None)}, "No variant has been measured yet."),
         ({}, "There are no variants."),
     ],
 )
 def test_headline(grid, said):
-    assert view.headline(Results.model_validate(sample_results.document(grid, blocks=1))).startswith(said)
+    assert comparison.headline(Results.model_validate(sample_results.document(grid, blocks=1))).startswith(said)
 
 
 def test_headline_without_the_float_model():
-    assert "the float model not" in view.headline(sample_results.results(float=None))
+    assert "the float model not" in comparison.headline(sample_results.results(float=None))
 
 
 def test_layers_have_their_place_in_a_grid():
     layer = {"format": "uniform", "shape": [2, 2], "bits_per_weight": 3, "size_bytes": 1, "output_error": None}
     names = ["model.layers.0.a.q", "model.layers.0.b.q", "model.layers.10.a.q", "lm_head"]
     layers = [Layer(name=name, weight_error=n / 10, **layer) for n, name in enumerate(names)]
-    grid = view.layer_grid(layers)
+    grid = charts.layer_grid(layers)
     assert grid.rows == ["a.q", "b.q", "lm_head"]
     assert grid.blocks == [0, 10]
     assert grid.values(layers, "weight_error") == [[0.0, 0.2], [0.1, None], [0.3, None]]
-    assert view.short_names(grid.rows) == ["a.q", "b.q", "lm_head"]
-    assert view.short_names(["a.x", "b.y"]) == ["x", "y"]
+    assert charts.short_names(grid.rows) == ["a.q", "b.q", "lm_head"]
+    assert charts.short_names(["a.x", "b.y"]) == ["x", "y"]
 
 
 def test_a_heat_map_spans_its_scale():
     layers = [Layer.model_validate(entry) for entry in sample_results.layers(0.1, 12, True, 0)]
     heat = heat_map(layers, "output_error")
     assert len(heat.cells) == 12 * 7
-    assert {0, STEPS} <= {step for *_, step, _ in heat.cells} <= set(range(STEPS + 1))
+    assert {0, COLOUR_STEPS} <= {step for *_, step, _ in heat.cells} <= set(range(COLOUR_STEPS + 1))
     assert max(x + heat.side for x, *_ in heat.cells) < heat.width
     assert (
         heat_map([Layer.model_validate(e) for e in sample_results.layers(0.1, 2, False, 0)], "output_error")
@@ -118,9 +123,9 @@ def test_a_heat_map_spans_its_scale():
 
 
 def test_how_far_an_answer_is_the_float_models():
-    assert view.same_start("Paris is", "Paris was") == 6
-    assert view.same_start("Paris", "Paris was") == 5
-    assert view.same_start("", "Paris") == 0
+    assert comparison.common_prefix_length("Paris is", "Paris was") == 6
+    assert comparison.common_prefix_length("Paris", "Paris was") == 5
+    assert comparison.common_prefix_length("", "Paris") == 0
 
 
 def test_the_terminal_table():

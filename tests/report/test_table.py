@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from bitmill.report.card import model_card
-from bitmill.report.table import comparison_table
+from bitmill.report.comparison import comparison_table
 
 MEASURED = {"by": "eval", "text": "pydoc", "split": "eval", "seqlen": 512, "windows": 4, "perplexity": 9.25}
 REPORT = {
@@ -34,6 +34,6 @@ def test_card_says_what_was_held_out():
     assert "The text was held out from calibration." in held_out
     assert "base_model: org/model" in held_out
     mixed = model_card({**REPORT, "measured": [MEASURED, {**MEASURED, "split": "all"}]})
-    assert "include what was calibrated on" in mixed
+    assert "include calibration text" in mixed
     assert mixed.count("| pydoc") == 2
     assert "Nothing was measured" in model_card({**REPORT, "measured": []})

@@ -15,7 +15,7 @@ from bitmill.evaluation.metrics import score_windows
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.recipes.recipe import build_recipe
-from bitmill.report.verdicts import BROKEN, LIMITS, WORDS, verdict, verdicts
+from bitmill.report.verdicts import BROKEN, LIMITS, VERDICTS, summarize, verdict
 from bitmill.sources.open import open_source
 from bitmill.workflows.sweep import BITS, FLOATS, SIZES, Cell, _walk, cells, decibels, sweep
 from helpers.tiny_models import tiny_model
@@ -100,20 +100,22 @@ def cell(sqnr_db: float = 40.0, worst: float = 40.0, kl: float | None = None, **
 def test_a_verdict_follows_the_divergence_where_it_is_known() -> None:
     for word, most, _ in LIMITS:
         assert cell(0, 0, most)["verdict"] == word
-        assert WORDS.index(cell(99, 99, most * 1.01)["verdict"]) == WORDS.index(word) + 1
+        assert VERDICTS.index(cell(99, 99, most * 1.01)["verdict"]) == VERDICTS.index(word) + 1
     assert cell(99, 99, math.inf)["verdict"] == BROKEN
 
 
 def test_a_verdict_follows_the_errors_otherwise() -> None:
     for word, _, least in LIMITS:
         assert cell(least, least)["verdict"] == word
-        assert WORDS.index(cell(least - 0.1, least)["verdict"]) == WORDS.index(word) + 1
-        assert WORDS.index(cell(least, least - 10.1)["verdict"]) == WORDS.index(word) + 1  # one layer is far off
+        assert VERDICTS.index(cell(least - 0.1, least)["verdict"]) == VERDICTS.index(word) + 1
+        assert (
+            VERDICTS.index(cell(least, least - 10.1)["verdict"]) == VERDICTS.index(word) + 1
+        )  # one layer is far off
     assert cell(math.inf, math.inf)["verdict"] == "safe"
 
 
 def test_verdicts_in_words() -> None:
-    lines = verdicts(
+    lines = summarize(
         [
             cell(bits=8, group_size="row", bits_per_weight=8.1),
             cell(bits=8, group_size=64, bits_per_weight=8.4),
@@ -130,7 +132,7 @@ def test_verdicts_in_words() -> None:
         "smallest safe: 4 bits in groups of 64, 4.40 bits per weight",
         "smallest fair: 4 bits per row, 4.10 bits per weight",
     ]
-    assert verdicts([cell(0, 0)])[-2:] == ["smallest safe: nothing here", "smallest fair: nothing here"]
+    assert summarize([cell(0, 0)])[-2:] == ["smallest safe: none of these", "smallest fair: none of these"]
 
 
 def test_a_cell_beyond_measuring_is_a_row_too() -> None:

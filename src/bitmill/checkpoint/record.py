@@ -9,8 +9,8 @@ from bitmill.checkpoint.files import sha256, write_json, write_tensors, write_te
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import CheckpointError
 from bitmill.kv.calibration_file import FILE, KVCalibration
-from bitmill.report.figures import EMBEDDING, LANGUAGE
 from bitmill.report.html import folder_documents
+from bitmill.report.metrics import EMBEDDING_METRICS, LANGUAGE_METRICS
 
 # Time and memory belong to the machine, not to the model, and are left out.
 _KEPT = (
@@ -20,7 +20,7 @@ _KEPT = (
     "windows",
     "tokens",
     "pooling",
-    *(figure.key for figure in LANGUAGE + EMBEDDING),
+    *(metric.key for metric in LANGUAGE_METRICS + EMBEDDING_METRICS),
     "reference",
     "kv_method",
     "kv_options",

@@ -16,7 +16,7 @@ from bitmill.kv.support import packed_shapes
 from bitmill.models.config_only import open_config_only
 from bitmill.models.meta import empty_model
 from bitmill.progress import Progress
-from bitmill.report.figures import own_figure
+from bitmill.report.metrics import primary_metric
 
 # key -> name, and the numbers that it may be: above the first, up to the second
 _FIGURES = {"perplexity": ("perplexity", 0.0, math.inf), "pair_cosine": ("cosine of two sentences", -1.0, 1.0)}
@@ -80,7 +80,7 @@ def verify_quality(
     recorded = [m for m in checkpoint.report["measured"] if m.get("by") == "quantize"]
     if not recorded:
         return None
-    key = own_figure(recorded[0]) or "perplexity"
+    key = primary_metric(recorded[0]) or "perplexity"
     name, least, most = _FIGURES[key]
     kinds = {"text": str, "split": str, "seqlen": int, "windows": int, key: float}
     for field, kind in kinds.items():

@@ -72,7 +72,7 @@ def compare(
         output.progress.start("starting", 0)
         from bitmill.data.calibration import Calibration
         from bitmill.recipes.recipe import METHODS
-        from bitmill.report.table import results_table
+        from bitmill.report.comparison import results_table
         from bitmill.workflows.comparison.cells import PROMPTS
         from bitmill.workflows.comparison.compare import compare
 

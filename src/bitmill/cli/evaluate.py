@@ -84,14 +84,14 @@ def evaluate(
 
 
 def _readable(result: dict[str, Any], recorded: bool) -> Any:
-    from bitmill.report.figures import figures_of
+    from bitmill.report.metrics import metric_columns
 
     rows = [
         ("model", str(result["model"])),
         ("text", f"{result['text']}, {result['split']} split, {result['windows']} x {result['seqlen']} tokens"),
         *(("reference", str(name)) for name in [result["reference"]] if name is not None),
     ]
-    known = [figure for figure in figures_of([result]) if result.get(figure.key) is not None]
+    known = [figure for figure in metric_columns([result]) if result.get(figure.key) is not None]
     rows += [(figure.name, figure_value(figure, result)) for figure in known]
     if result.get("kv_method"):
         rows += kv_rows(result)

@@ -56,7 +56,7 @@ def verify(
         from bitmill import api
         from bitmill.checkpoint.reader import open_checkpoint
         from bitmill.checkpoint.verify import verify, verify_quality
-        from bitmill.report.figures import OWN
+        from bitmill.report.metrics import REFERENCE_FREE
 
         def again(recorded: dict[str, Any]) -> dict[str, Any]:
             return api.evaluate(
@@ -78,7 +78,7 @@ def verify(
         if quality:
             said = "nothing was recorded" if found is None else f"as recorded (changed by {found[1]:.2g})"
             rows.append((found[0].replace("_", " ") if found else "perplexity", said))
-        changes = {f"{key}_change": found[1] if found and found[0] == key else None for key in OWN}
+        changes = {f"{key}_change": found[1] if found and found[0] == key else None for key in REFERENCE_FREE}
         data = {"folder": str(folder), "sound": True, **counts, **changes}
         output.result(data, lambda: [facts(rows)])
 

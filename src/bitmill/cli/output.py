@@ -14,7 +14,7 @@ from bitmill.cli.progress import TerminalProgress
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bitmill.report.figures import Figure
+    from bitmill.report.metrics import MetricColumn
 
 
 class Interrupted(Exception):
@@ -101,27 +101,28 @@ def megabytes(size_bytes: int) -> str:
 
 def kv_facts(kv: dict[str, Any]) -> str:
     """How keys and values are kept, in a line."""
-    from bitmill.report.words import plain_word
+    from bitmill.report.describe import describe_options
 
     options = dict(kv["method"])
     name = options.pop("kv method")
-    listed = ", ".join(f"{key} {plain_word(value)}" for key, value in options.items())
     size = f", {kv['size_bytes']:,} bytes of calibration" if kv["size_bytes"] else ""
-    return f"{name} ({listed}): {kv['bits_per_element']:.3f} bits per number in full pages{size}"
+    return (
+        f"{name} ({describe_options(options)}): {kv['bits_per_element']:.3f} bits per number in full pages{size}"
+    )
 
 
 def kv_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The packed cache of a result that has kv_method, kv_options and the figures beside them."""
-    from bitmill.report.words import plain_word
+    from bitmill.report.describe import describe_options
 
-    options = ", ".join(f"{name} {plain_word(value)}" for name, value in result["kv_options"].items())
+    options = describe_options(result["kv_options"])
     taken = f"{result['kv_bits_per_element']:.3f} bits per number, {megabytes(result['kv_bytes'])}"
     if result["kv_table_bytes"]:
         taken += f", and {result['kv_table_bytes']:,} bytes of calibrated tables"
     return [("keys and values", f"{result['kv_method']} ({options})"), ("their cache", taken)]
 
 
-def figure_value(figure: Figure, measured: dict[str, Any]) -> str:
+def figure_value(figure: MetricColumn, measured: dict[str, Any]) -> str:
     """One figure of a measurement, with its unit; a dash where it is missing."""
     value = measured.get(figure.key)
     if value is None:
@@ -131,11 +132,11 @@ def figure_value(figure: Figure, measured: dict[str, Any]) -> str:
 
 def measured_row(measured: dict[str, Any]) -> str:
     """One measurement in a line."""
-    from bitmill.report.figures import figures_of
-    from bitmill.report.words import kv_measured
+    from bitmill.report.describe import describe_measured_cache
+    from bitmill.report.metrics import metric_columns
 
-    known = [figure for figure in figures_of([measured]) if measured.get(figure.key) is not None]
+    known = [figure for figure in metric_columns([measured]) if measured.get(figure.key) is not None]
     parts = [f"{figure.name} {figure_value(figure, measured)}" for figure in known]
     where = f"{measured.get('windows')} x {measured.get('seqlen')} tokens of {measured.get('text')}"
-    cache = kv_measured(measured)
+    cache = describe_measured_cache(measured)
     return f"{', '.join(parts)}{cache} ({where}, {measured.get('split')} split)"

@@ -22,7 +22,7 @@ from bitmill.cli.options import (
 from bitmill.cli.output import facts, kv_facts, measured_row, megabytes, number, working
 from bitmill.errors import UsageError
 from bitmill.recipes.defaults import WITHIN_MINUTES
-from bitmill.report.words import spelled
+from bitmill.report.describe import describe_format
 
 NONE = "none"  # the method that leaves weights as they are
 
@@ -177,7 +177,7 @@ def _readable(model: str, summary: dict[str, Any], dry_run: bool, reason: str) -
     ]
     if summary["format"]:
         rows += [
-            ("format", spelled(summary["format"])),
+            ("format", describe_format(summary["format"])),
             ("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"),
         ]
     rows.append(("bits per weight", f"{summary['bits_per_weight']:.3f}"))

@@ -1,1 +1,1 @@
-"""Human-readable renderings of result data; nothing here computes or measures."""
+"""Results as text, tables and HTML pages, rendered from plain data; nothing here measures anything."""

@@ -1,4 +1,4 @@
-"""The README.md of a quantized folder, written from its report."""
+"""The model card (README.md) of a quantized folder, written from its report."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from typing import Any
 
 from jinja2 import Environment, Template, Undefined
 
-from bitmill.report.figures import figures_of
-from bitmill.report.parts import ends_said, sizes_said, split_layers
-from bitmill.report.words import kv_measured, kv_said, spelled
+from bitmill.report.describe import (
+    describe_embedding_and_head,
+    describe_format,
+    describe_kv_cache,
+    describe_measured_cache,
+    describe_sizes,
+    split_layers,
+)
+from bitmill.report.metrics import metric_columns
+
+_WORST_LAYERS = 5  # listed
 
 _MEASURED = """\
-| text | windows |{% for f in figures %} {{ f.title }} |{% endfor %} measured by |
-|---|---|{% for f in figures %}---|{% endfor %}---|
+| text | windows |{% for column in columns %} {{ column.title }} |{% endfor %} measured by |
+|---|---|{% for column in columns %}---|{% endfor %}---|
 {% for m in measured -%}
 | {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} |
-{%- for f in figures %} {{ number(m[f.key]) }} |{% endfor %} bitmill {{ m.by }}{{ kv_measured(m) }} |
+{%- for column in columns %} {{ number(m[column.key]) }} |{% endfor %} bitmill {{ m.by }}{{ cache_of(m) }} |
 {% endfor %}
 """
 
@@ -34,9 +42,9 @@ tags:
 # {{ source }}, quantized by bitmill ({{ recipe.name }}, {{ "%.3f" | format(bits_per_weight) }} bits per weight)
 
 The linear layers of the blocks are stored packed in the format
-{{ spelled(recipe.weight) }};
+{{ describe_format(recipe.weight) }};
 {{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
-{{ ends }}
+{{ embedding_and_head }}
 {% if kv_line %}
 {{ kv_line }}
 {% endif %}
@@ -52,16 +60,16 @@ The linear layers of the blocks are stored packed in the format
     + """\
 
 {% if identity.calibration and identity.calibration.source == "tokens" -%}
-Whether the caller's calibration windows contain this text is not known.
+The calibration windows were passed by the caller and may contain this text.
 {%- elif measured | rejectattr("split", "equalto", "eval") | list -%}
-The eval split was held out from calibration; rows of another split include what was calibrated on.
+The eval split was held out from calibration; rows of another split include calibration text.
 {%- else -%}
 The text was held out from calibration.
 {%- endif %}
 
 
 {% else %}
-Nothing was measured. Do so with `bitmill eval FOLDER --reference SOURCE --record`.
+Nothing was measured. Measure with `bitmill eval FOLDER --reference SOURCE --record`.
 
 {% endif %}
 {% if worst %}
@@ -85,7 +93,7 @@ bitmill {{ bitmill }}, recipe in `recipe.yaml`:
 {{ recipe_yaml }}```
 
 {% if identity.calibration and identity.calibration.source == "tokens" %}
-Calibrated on token windows given by the caller (sha256 `{{ identity.calibration.sha256[:16] }}`).
+Calibrated on token windows passed by the caller (sha256 `{{ identity.calibration.sha256[:16] }}`).
 {% elif identity.calibration %}
 Calibrated on {{ identity.calibration.samples }} windows of {{ identity.calibration.seqlen }} tokens of
 `{{ identity.calibration.source }}` (seed {{ identity.calibration.seed }}, sha256
@@ -97,7 +105,7 @@ No calibration text was used.
 ## Use
 
 ```python
-import bitmill  # teaches transformers the format
+import bitmill  # registers the format with transformers
 from transformers import {{ auto }}, AutoTokenizer
 
 model = {{ auto }}.from_pretrained("FOLDER")
@@ -119,7 +127,7 @@ tags:
 # {{ source }}, with a packed cache of keys and values
 
 The weights are as in the source. {{ kv_line }}
-`bitmill generate FOLDER` and `bitmill chat FOLDER` use it; so does a program that passes
+`bitmill generate FOLDER` and `bitmill chat FOLDER` use it, and so does a program that passes
 `QuantizedCache(model)` as `past_key_values`.
 
 ## Measured
@@ -129,28 +137,30 @@ The weights are as in the source. {{ kv_line }}
     + _MEASURED
     + """\
 {% else %}
-Nothing was measured. Do so with `bitmill eval FOLDER --kv METHOD --reference SOURCE --record`.
+Nothing was measured. Measure with `bitmill eval FOLDER --kv METHOD --reference SOURCE --record`.
 {% endif %}
 """
 )
 
 
 def model_card(report: dict[str, Any]) -> str:
-    """Markdown for a report as `quantize` makes it."""
+    """Return the card in Markdown, from a report as `quantize` returns it."""
     import yaml
 
     layers = [layer for layer in split_layers(report)[0] if layer.get("output_error") is not None]
-    worst = sorted(layers, key=lambda layer: -layer["output_error"])[:5]
+    worst = sorted(layers, key=lambda layer: -layer["output_error"])[:_WORST_LAYERS]
     text = _CARD if report["recipe"] else _FLOAT_CARD
     return _template(text).render(
-        **{**report, "ends": ends_said(report), "sizes": sizes_said(report)},
+        **report,
         worst=worst,
-        figures=figures_of(report["measured"]),
+        columns=metric_columns(report["measured"]),
         auto=report.get("auto_class", "AutoModelForCausalLM"),
         number=_number,
-        spelled=spelled,
-        kv_line=kv_said(report["kv"]) if report.get("kv") else "",
-        kv_measured=kv_measured,
+        describe_format=describe_format,
+        cache_of=describe_measured_cache,
+        embedding_and_head=describe_embedding_and_head(report),
+        sizes=describe_sizes(report),
+        kv_line=describe_kv_cache(report["kv"]) if report.get("kv") else "",
         recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False),
     )
 

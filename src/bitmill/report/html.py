@@ -1,12 +1,11 @@
-"""Pages about results: one file each, which loads nothing from anywhere.
+"""HTML pages about results, each a single file that makes no requests.
 
-The page of a comparison carries plotly (4.8 MB), for its charts are explored: switched, filtered, zoomed. The
-page in every quantized folder says what one report.json says and draws it as plain HTML and SVG in some tens of
-kilobytes: nobody wants a script of megabytes in each folder.
+The page of a comparison contains plotly (4.8 MB), because its charts can be switched, filtered and zoomed. The
+page in every quantized folder renders one report.json as plain HTML and SVG in some tens of kilobytes.
 
-Everything that comes from results is escaped, by the templates or, in the data for the scripts, by `tojson`. A
-content security policy lists the digests of the page's own scripts, so that no other would run, and forbids
-every request.
+Everything from results is escaped, by the templates or, in the data for the scripts, by `tojson`. A content
+security policy lists the digests of the page's own scripts, so that no other script runs, and forbids every
+request.
 """
 
 from __future__ import annotations
@@ -20,70 +19,76 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bitmill.report import numbers, view
+from bitmill.report import charts, comparison, formatting
 from bitmill.report.card import model_card
-from bitmill.report.figures import figures_of, own_figure
-from bitmill.report.heat import STEPS, heat_map
-from bitmill.report.palette import DARK, LIGHT, SHAPES, mark_of
-from bitmill.report.parts import bytes_inside, ends_said, sizes, split_layers
+from bitmill.report.describe import (
+    block_layer_bytes,
+    describe_embedding_and_head,
+    describe_kv_cache,
+    describe_measured_cache,
+    part_sizes,
+    split_layers,
+)
+from bitmill.report.metrics import metric_columns, primary_metric
 from bitmill.report.results import Layer, Results
-from bitmill.report.words import kv_measured, kv_said
+
+_WORST_LAYERS = 8  # listed on the page of a folder
 
 
 def comparison_page(results: Results) -> str:
-    """The page of `bitmill compare`, from its results alone."""
-    methods = view.methods_of(results)
+    """Return the page of `bitmill compare`, from its results alone."""
+    methods = comparison.methods_of(results)
     return _render(
         "comparison.html",
         scripts=["page.js", "plotly", "charts.js"],
         results=results,
         settings=results.settings,
         reference=results.float,
-        headline=view.headline(results),
-        variants=view.in_order(results),
-        best=view.best_of_bits(results),
+        headline=comparison.headline(results),
+        variants=comparison.in_order(results),
+        best=comparison.best_of_bits(results),
         methods=methods,
-        marks={name: mark_of(index) for index, name in enumerate(methods)},
+        markers={name: charts.marker_of(index) for index, name in enumerate(methods)},
         bits=sorted({v.bits for v in results.variants if v.bits is not None}, reverse=True),
-        label=view.label,
-        same_start=view.same_start,
-        data=view.chart_data(results),
+        label=comparison.label,
+        common_prefix_length=comparison.common_prefix_length,
+        data=charts.chart_data(results),
     )
 
 
 def folder_page(report: dict[str, Any]) -> str:
-    """The page of one quantized folder, from its report: a function of it alone, like everything in the folder."""
+    """Return the page of one quantized folder, a function of its report alone."""
     import yaml
 
-    inside, _ = split_layers(report)
-    layers = [Layer.model_validate({key: layer.get(key) for key in Layer.model_fields}) for layer in inside]
+    block_layers, _ = split_layers(report)
+    layers = [Layer.model_validate({key: layer.get(key) for key in Layer.model_fields}) for layer in block_layers]
     error = "output_error" if any(layer.output_error is not None for layer in layers) else "weight_error"
     worst = sorted((v for v in layers if getattr(v, error) is not None), key=lambda v: -getattr(v, error))
-    measured = [m for m in report["measured"] if own_figure(m)]
+    measured = [m for m in report["measured"] if primary_metric(m)]
     return _render(
         "folder.html",
         scripts=["page.js"],
         report=report,
         calibration=report["identity"].get("calibration"),
         measured=measured,
-        figures=figures_of(measured),
+        columns=metric_columns(measured),
         latest=measured[-1] if measured else None,
         layers=layers,
-        ends=ends_said(report),
-        kv=kv_said(report["kv"]) if report.get("kv") else "",
-        kv_measured=kv_measured,
-        sizes=sizes(report),
-        inside=bytes_inside(report),
+        embedding_and_head=describe_embedding_and_head(report),
+        kv=describe_kv_cache(report["kv"]) if report.get("kv") else "",
+        describe_measured_cache=describe_measured_cache,
+        sizes=part_sizes(report),
+        block_layer_bytes=block_layer_bytes(report),
         error=error,
-        worst=worst[:8],
-        steps=STEPS,
-        heat=heat_map(layers, error),
+        worst=worst[:_WORST_LAYERS],
+        steps=charts.COLOUR_STEPS,
+        heat=charts.heat_map(layers, error),
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False),
     )
 
 
 def folder_documents(report: dict[str, Any]) -> dict[str, str]:
-    """The files of a quantized folder that say what its report says: name -> text."""
+    """Return the readable files of a quantized folder, rendered from its report: name -> text."""
     page = {"report.html": folder_page(report)} if report["recipe"] else {}
     return {"README.md": model_card(report), **page}
 
@@ -99,8 +104,8 @@ def _render(template: str, *, scripts: list[str], **values: Any) -> str:
             digests=[_digest(script) for script in code.values()],
             css=_file("page.css"),
             icon=base64.b64encode(_file("icon.svg").encode()).decode(),
-            palette=list(zip(LIGHT, DARK, strict=True)),
-            shapes=SHAPES,
+            palette=list(zip(charts.LIGHT, charts.DARK, strict=True)),
+            shapes=charts.SHAPES,
         )
     )
 
@@ -115,25 +120,25 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters |= {
-        "number": numbers.number,
-        "size": numbers.size,
-        "duration": numbers.duration,
-        "percent": numbers.percent,
-        "change": numbers.change,
-        "plural": numbers.plural,
+        "number": formatting.number,
+        "size": formatting.size,
+        "duration": formatting.duration,
+        "percent": formatting.percent,
+        "change": formatting.change,
+        "plural": formatting.plural,
     }
     return environment
 
 
 @cache
 def _file(name: str) -> Markup:
-    """A file of ours, which needs no escaping."""
+    """Return a file of the package, which needs no escaping."""
     return Markup((resources.files("bitmill.report") / "templates" / name).read_text(encoding="utf-8"))
 
 
 @cache
 def _script(name: str) -> Markup:
-    """The text of a script, as an HTML parser hands it on."""
+    """Return the text of a script with the line ends that an HTML parser produces, as its digest requires."""
     if name != "plotly":
         return _file(name)
     from plotly.offline import get_plotlyjs

@@ -1,7 +1,7 @@
-"""The schema of results.json: what `bitmill compare` measured, as plain data that is checked when it is read.
+"""The schema of results.json, which `bitmill compare` writes, as models that validate it.
 
-Everything the terminal table and the page show is made from this file alone. Fields are None where there is
-nothing to say: a variant that failed has no perplexity.
+The terminal table and the page are made from this file alone. Fields without a value are None: a variant that
+failed has no perplexity.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bitmill.errors import CheckpointError
 
 
-class _Plain(BaseModel):
-    """Unknown keys are refused, so that a misspelling cannot pass for a missing figure."""
+class _StrictModel(BaseModel):
+    """Refuses unknown keys, so that a misspelled key is not taken for a missing value."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Sample(_Plain):
+class Sample(_StrictModel):
     """The greedy answer to one prompt."""
 
     text: str
@@ -29,8 +29,8 @@ class Sample(_Plain):
     stopped: Literal["eos", "length"]
 
 
-class Layer(_Plain):
-    """One quantized layer; errors are relative squared errors, of the weights and of the outputs."""
+class Layer(_StrictModel):
+    """A quantized layer, with the relative squared errors of its weights and outputs."""
 
     name: str
     format: str
@@ -41,8 +41,8 @@ class Layer(_Plain):
     output_error: float | None
 
 
-class Float(_Plain):
-    """The float model: the row that every variant is compared with."""
+class FloatModel(_StrictModel):
+    """The float model, with which every variant is compared."""
 
     bits_per_weight: float
     size_bytes: int
@@ -51,12 +51,12 @@ class Float(_Plain):
     samples: list[Sample]
 
 
-class Variant(_Plain):
-    """One cell of the grid: a recipe, what became of it, what it costs and how good it is."""
+class Variant(_StrictModel):
+    """One recipe: its state, cost and quality."""
 
     name: str
     method: str
-    bits: int | None = None  # as asked for
+    bits: int | None = None  # as requested
     status: Literal["done", "failed", "not_applicable", "pending"] = "pending"
     reason: str | None = None
     recipe: dict[str, Any] | None = None
@@ -72,8 +72,8 @@ class Variant(_Plain):
     samples: list[Sample] = []
 
 
-class Text(_Plain):
-    """Token windows: where they come from, and their digest."""
+class TextWindows(_StrictModel):
+    """Token windows: their source and digest."""
 
     source: str
     windows: int
@@ -82,22 +82,22 @@ class Text(_Plain):
     sha256: str
 
 
-class Settings(_Plain):
-    """What all variants have in common."""
+class Settings(_StrictModel):
+    """Settings shared by all variants."""
 
     model: str
     fingerprint: str  # sha256 of the model's config and weights
-    calibration: Text
-    evaluation: Text
+    calibration: TextWindows
+    evaluation: TextWindows
     prompts: list[str]
-    chat: bool  # whether the prompts were put through the tokenizer's chat template
+    chat: bool  # the tokenizer's chat template was applied to the prompts
     max_new_tokens: int
     propagate: Literal["quantized", "float"]
     device: str
 
 
-class Machine(_Plain):
-    """What the times and the memory were measured on."""
+class Machine(_StrictModel):
+    """The machine of the time and memory measurements."""
 
     cpu: str
     cores: int
@@ -108,30 +108,34 @@ class Machine(_Plain):
     versions: dict[str, str]
 
 
-class Results(_Plain):
-    """The whole of results.json."""
+class Results(_StrictModel):
+    """The document results.json."""
 
     schema_version: Literal[1] = 1
-    commands: list[str]  # those that made the folder, the last one last
+    commands: list[str]  # that produced the folder, the latest one last
     settings: Settings
     machine: Machine
-    float: Float | None
+    float: FloatModel | None
     variants: list[Variant]
 
     def done(self) -> list[Variant]:
-        """The variants that were measured."""
+        """Return the measured variants."""
         return [variant for variant in self.variants if variant.status == "done"]
 
 
 def read_results(path: Path) -> Results:
-    """Read results.json. Raises CheckpointError, naming the first key that is wrong."""
+    """Read and validate results.json.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not match the schema; the first wrong key is named.
+    """
     try:
         return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); run bitmill compare first.") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "its top"
+        where = ".".join(str(part) for part in first["loc"]) or "top level"
         raise CheckpointError(
             f"{path} is not what this bitmill writes ({where}: {first['msg']}); compare again into another folder."
         ) from None

@@ -30,7 +30,7 @@ from bitmill.numerics.grouping import GroupSize
 from bitmill.pipeline.measure import HeldOutMetrics
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe, build_recipe
-from bitmill.report.verdicts import verdict, verdicts
+from bitmill.report.verdicts import summarize, verdict
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error, solve
 from bitmill.sources.open import open_source
@@ -165,7 +165,7 @@ def sweep(
         "quantized_weights": weights,
         "measured": measured,
         "cells": results,
-        "verdicts": verdicts(results),
+        "verdicts": summarize(results),
         "layers": layers,
         "kinds": _kinds(layers, streamed.adapter.linears),
         "time_s": round(time.perf_counter() - started, 3),

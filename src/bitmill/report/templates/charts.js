@@ -88,7 +88,7 @@
     return kept;
   }
 
-  // Where each text goes: beside its point, on no other point or text, and on as few lines as can be.
+  // Place each label next to its point, on no other point or label, and across as few lines as possible.
   const canvas = document.createElement("canvas").getContext("2d");
   function place(texts, points, lines, bounds, font) {
     canvas.font = font;
@@ -170,7 +170,7 @@
           line: { color: mine.map((p) => (p.clipped ? colour : best.includes(p) ? ink : style("--panel"))), width: mine.map((p) => (p.clipped ? 2 : best.includes(p) ? 1.5 : 1)) } } });
     });
 
-    // a method's name stands at its lowest point in the table of bits: there the methods are furthest apart
+    // a method is labelled at its point of fewest bits, where the methods are furthest apart
     const texts = far.sort((a, b) => a.px - b.px).map((p) => ({ ...p, text: `${p.v.label} ↑ ${measure.text(p.y)}`, colour: p.v.method }));
     data.methods.forEach((method, index) => {
       const mine = near.filter((p) => p.v.method === index).sort((a, b) => a.x - b.x);
@@ -192,7 +192,7 @@
       yaxis: { ...axis, type: log ? "log" : "linear", range, tickvals: tick, ticktext: tick.map(measure.text),
         title: { ...axis.title, text: measure.title + (log ? " (log scale)" : "") } } }, CONFIG);
     const beyond = far.length ? ` ${far.map((p) => `${p.v.label} (${short(p.y)})`).join(", ")} ${far.length > 1 ? "are" : "is"} off the scale: more than ${FAR} times the float model's.` : "";
-    note.textContent = `${lower ? "Lower" : "Higher"} is better. The dotted line is the Pareto front: for a variant on it (outlined) nothing else shown is both smaller and better.${beyond}`;
+    note.textContent = `${lower ? "Lower" : "Higher"} is better. The dotted line is the Pareto front: no other visible variant is both smaller and better than one on it (outlined).${beyond}`;
   }
 
   function layers() {
@@ -201,10 +201,10 @@
     const grid = data.layers, note = document.getElementById("layers-note"), variant = data.variants.find((v) => v.name === select.value);
     const known = grid.values[variant.name], [outputs, weights] = document.querySelectorAll('[name="error"]');
     outputs.disabled = !known.output_error;
-    (known[wanted] ? [outputs, weights].find((input) => input.value === wanted) : weights).checked = true;
-    const key = chosen("error"), missing = known[wanted] ? "" : `${variant.label} read no calibration text: how wrong its outputs are is not known. `;
+    (known[preferred] ? [outputs, weights].find((input) => input.value === preferred) : weights).checked = true;
+    const key = chosen("error"), missing = known[preferred] ? "" : `${variant.label} read no calibration text, so its output errors were not measured. `;
     const table = known[key];
-    if (!table) { Plotly.purge(element); element.textContent = ""; note.textContent = "Nothing is known about its layers."; return; }
+    if (!table) { Plotly.purge(element); element.textContent = ""; note.textContent = "No errors of its layers were recorded."; return; }
     const all = Object.values(grid.values).flatMap((v) => v[key] ?? []).flat().filter((v) => v > 0).map(Math.log10).sort((a, b) => a - b);
     const low = all[Math.floor(all.length / 50)], high = all.at(-1), small = narrow(element);
     const { muted, axis, layout } = base(element);
@@ -224,12 +224,12 @@
       yaxis: { ...axis, showgrid: false, autorange: "reversed", tickfont: { ...axis.tickfont, color: layout.font.color }, fixedrange: true } }, CONFIG);
     let worst = null;
     table.forEach((row, r) => row.forEach((v, c) => { if (v !== null && (!worst || v > worst.v)) worst = { v, r, c }; }));
-    note.textContent = `${missing}The colours mean the same for every variant. The worst layer of ${variant.label} is ${grid.names[worst.r]} of block ${grid.blocks[worst.c]}: relative squared error ${short(worst.v)}.`;
+    note.textContent = `${missing}All variants share one colour scale. The worst layer of ${variant.label} is ${grid.names[worst.r]} of block ${grid.blocks[worst.c]}: relative squared error ${short(worst.v)}.`;
   }
 
-  let wanted = "output_error";  // what was chosen last, though a variant may not have it
+  let preferred = "output_error";  // last choice, kept for variants that do not have it
 
-  // what is filtered out cannot be chosen
+  // filtered variants cannot be selected
   function choices() {
     const select = document.getElementById("layer-variant");
     if (!select) return;
@@ -243,7 +243,7 @@
   const soon = () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(draw); };
   document.addEventListener("DOMContentLoaded", () => {
     document.querySelectorAll(".drawn").forEach((panel) => { panel.hidden = false; });
-    document.querySelectorAll('[name="error"]').forEach((input) => input.addEventListener("change", () => { wanted = input.value; }));
+    document.querySelectorAll('[name="error"]').forEach((input) => input.addEventListener("change", () => { preferred = input.value; }));
     document.querySelectorAll(".controls").forEach((form) => form.addEventListener("change", draw));
     document.addEventListener("bitmill:theme", draw);
     document.addEventListener("bitmill:filter", () => { choices(); draw(); });

@@ -32,7 +32,7 @@ from bitmill.evaluation.metrics import score_windows
 from bitmill.models.block_call import output_fn
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
-from bitmill.report.parts import split_layers
+from bitmill.report.describe import split_layers
 from bitmill.workflows import quantize as quantizing
 from bitmill.workflows.comparison.cells import FLOAT, Grid
 from bitmill.workflows.comparison.process import end_with

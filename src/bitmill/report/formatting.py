@@ -1,4 +1,4 @@
-"""Numbers for people: what the pages and tables print."""
+"""Numbers, sizes, durations and shares as the pages and tables print them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ _DIGITS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number of `digits` significant digits, zeros too; far from 1 as a power of ten."""
+    """Format a number with `digits` significant digits, trailing zeros included.
+
+    Magnitudes below 1e-4 and from 1e5 on are written as powers of ten; None is a dash.
+    """
     if value is None:
         return DASH
     if value == 0:
@@ -21,7 +24,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def size(size_bytes: float | None) -> str:
-    """Bytes in kB, MB or GB (powers of ten), three digits."""
+    """Format bytes as kB, MB or GB (powers of ten) with three digits."""
     if size_bytes is None:
         return DASH
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -32,7 +35,7 @@ def size(size_bytes: float | None) -> str:
 
 
 def duration(time_s: float | None) -> str:
-    """Seconds as s, min and s, or h and min."""
+    """Format seconds as s, min and s, or h and min."""
     if time_s is None:
         return DASH
     if time_s < 9.95:
@@ -46,12 +49,12 @@ def duration(time_s: float | None) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share as a percentage."""
+    """Format a share (0 to 1) as a percentage with `digits` decimals."""
     return DASH if share is None else f"{100 * share:.{digits}f}{GAP}%"
 
 
 def change(value: float | None, reference: float | None) -> str:
-    """How much more than the reference: a signed percentage up to 100 %, a factor beyond."""
+    """Format the relative change from the reference: a signed percentage up to +100 %, a factor above."""
     if value is None or not reference:
         return DASH
     ratio = value / reference
@@ -62,5 +65,5 @@ def change(value: float | None, reference: float | None) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """A count and its noun."""
+    """Format a count with its noun, with a plural s unless the count is 1."""
     return f"{count}{GAP}{noun}{'' if count == 1 else 's'}"

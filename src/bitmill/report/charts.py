@@ -1,0 +1,224 @@
+"""The data of the charts on the pages: colours and markers of methods, layers by block, the heat map."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitmill.report import formatting
+from bitmill.report.comparison import in_order, label, methods_of
+from bitmill.report.results import Layer, Results, Variant
+
+# Eight colours for each theme, distinguishable with any of the three dichromacies (tests/unit/test_palette.py
+# simulates them), at a contrast of 3:1 or more to the background; and eight shapes, so that colour is never the
+# only difference. The ninth method has the first colour again, with another shape.
+LIGHT = ("#0072b2", "#d55e00", "#7f9156", "#6b4018", "#ce7c96", "#ac5cf5", "#4420c8", "#8b0561")
+DARK = ("#56b4e9", "#ff8f50", "#548d5e", "#f2dc4a", "#c9efa6", "#aa62f8", "#58f0c8", "#f0339f")
+LIGHT_PANEL, DARK_PANEL = "#ffffff", "#1b1e24"
+
+# name in plotly, and path in a box of 16 x 16
+SHAPES = (
+    ("circle", "M8 2.2a5.8 5.8 0 1 0 0 11.6a5.8 5.8 0 1 0 0-11.6z"),
+    ("square", "M3 3h10v10H3z"),
+    ("diamond", "M8 1l7 7-7 7-7-7z"),
+    ("triangle-up", "M8 1.8l7 12.2H1z"),
+    ("cross", "M6 2h4v4h4v4h-4v4H6v-4H2V6h4z"),
+    ("triangle-down", "M8 14.2L1 2h14z"),
+    ("hexagon", "M8 1l6.1 3.5v7L8 15l-6.1-3.5v-7z"),
+    ("star", "M8 .8l2.1 4.9 5.3.5-4 3.5 1.2 5.2L8 12.1l-4.6 2.8 1.2-5.2-4-3.5 5.3-.5z"),
+)
+COLOUR_STEPS = 20  # of the heat map's scale, which interpolates 5 colours
+_PITCH, _SIDE, _LETTER = 30, 28, 7.5  # pixels of the heat map
+_CHARTED = ("name", "bits", "bits_per_weight", "size_bytes", "perplexity", "kl_divergence", "top1_agreement")
+_BLOCK = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Marker:
+    """The marker of a method: indices of its colour and of its shape."""
+
+    colour: int
+    shape: int
+
+
+def marker_of(index: int) -> Marker:
+    """Return the marker of the `index`-th method; the first 64 differ."""
+    rounds = index // len(LIGHT)
+    return Marker(index % len(LIGHT), (index + 3 * rounds) % len(SHAPES))
+
+
+@dataclass(frozen=True)
+class LayerGrid:
+    """Layers as a table.
+
+    Attributes:
+        rows: names of the layers inside a block.
+        blocks: numbers of the blocks, the columns.
+    """
+
+    rows: list[str]
+    blocks: list[int]
+
+    def values(self, layers: Iterable[Layer], key: str) -> list[list[float | None]]:
+        """Return the attribute `key` of the layers as (rows, blocks); None where it is missing."""
+        by_place = {split_name(layer.name): getattr(layer, key) for layer in layers}
+        return [[by_place.get((block, row)) for block in self.blocks] for row in self.rows]
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """Return (block, name inside it) of a layer; layers outside of all blocks have block 0."""
+    head, *rest = _BLOCK.split(name, maxsplit=1)
+    return (int(rest[0]), rest[1]) if rest else (0, head)
+
+
+def layer_grid(layers: Iterable[Layer]) -> LayerGrid:
+    """Return the grid of the layers, rows in order of appearance."""
+    places = [split_name(layer.name) for layer in layers]
+    return LayerGrid(list(dict.fromkeys(row for _, row in places)), sorted({block for block, _ in places}))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return the last parts of dotted names, as few as keep them distinct."""
+    for parts in (1, 2):
+        short = [".".join(name.split(".")[-parts:]) for name in names]
+        if len(set(short)) == len(names):
+            return short
+    return list(names)
+
+
+def chart_data(results: Results) -> dict[str, Any]:
+    """Return the plain data that the script of the comparison page draws: numbers and hover texts."""
+    methods, measured = methods_of(results), [v for v in in_order(results) if v.status == "done"]
+    grid = layer_grid(layer for variant in measured for layer in variant.layers)
+    reference = results.float
+    return {
+        "float": reference and reference.model_dump(exclude={"samples"}),
+        "methods": [_method_entry(name, index) for index, name in enumerate(methods)],
+        "variants": [
+            {
+                **variant.model_dump(include=set(_CHARTED)),
+                "method": methods.index(variant.method),
+                "label": label(variant),
+                "hover": hover(variant, None if reference is None else reference.perplexity),
+            }
+            for variant in measured
+        ],
+        "layers": {
+            "rows": short_names(grid.rows),
+            "names": grid.rows,
+            "blocks": grid.blocks,
+            "values": {
+                variant.name: {
+                    key: _rounded_values(grid, variant, key) for key in ("output_error", "weight_error")
+                }
+                for variant in measured
+            },
+        },
+    }
+
+
+def hover(variant: Variant, reference: float | None) -> list[tuple[str, str]]:
+    """Return (name, value) of the metrics of one variant.
+
+    Args:
+        variant: a measured variant.
+        reference: perplexity of the float model.
+    """
+    change = formatting.change(variant.perplexity, reference)
+    return [
+        ("bits per weight", formatting.number(variant.bits_per_weight)),
+        ("size", formatting.size(variant.size_bytes)),
+        ("perplexity", f"{formatting.number(variant.perplexity)} ({change})"),
+        ("KL divergence", f"{formatting.number(variant.kl_divergence, 3)} nats"),
+        ("top-1 agreement", formatting.percent(variant.top1_agreement)),
+    ]
+
+
+def _method_entry(name: str, index: int) -> dict[str, Any]:
+    marker = marker_of(index)
+    return {"name": name, "colour": marker.colour, "symbol": SHAPES[marker.shape][0]}
+
+
+def _rounded_values(grid: LayerGrid, variant: Variant, key: str) -> list[list[float | None]] | None:
+    """Return a measure of all layers to four digits, all that a colour shows; None without any value."""
+    table = [[None if v is None else float(f"{v:.4g}") for v in row] for row in grid.values(variant.layers, key)]
+    return table if any(value is not None for row in table for value in row) else None
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """The errors of all layers as coloured squares, in pixels of an SVG.
+
+    Attributes:
+        rows, columns, ends: texts as (x, y, text); `ends` label the two ends of the colour scale.
+        cells: squares as (x, y, step of the colour scale, hover text).
+        scale: the colour scale as (x, y, step).
+        side: side of a square.
+    """
+
+    width: int
+    height: int
+    rows: list[tuple[int, int, str]]
+    columns: list[tuple[int, int, str]]
+    cells: list[tuple[int, int, int, str]]
+    scale: list[tuple[int, int, int]]
+    ends: list[tuple[int, int, str]]
+    side: int = _SIDE
+
+
+def heat_map(layers: Sequence[Layer], key: str) -> HeatMap | None:
+    """Draw one error of all layers, linears by blocks, on a logarithmic colour scale.
+
+    Args:
+        layers: quantized layers.
+        key: attribute of the layers, `output_error` or `weight_error`.
+
+    Returns:
+        The heat map; None where no layer has a positive error.
+    """
+    errors = sorted(v for layer in layers if (v := getattr(layer, key)) is not None and v > 0)
+    if not errors:
+        return None
+    low, high = errors[len(errors) // 50], errors[-1]  # the lowest 2 % would leave all other layers pale
+    grid = layer_grid(layers)
+    names = short_names(grid.rows)
+    left = round(12 + _LETTER * max(len(name) for name in names))
+    bottom = _PITCH * len(names)
+    every = 1 if len(grid.blocks) < 12 else 2 if len(grid.blocks) < 45 else 5
+    return HeatMap(
+        width=left + _PITCH * max(len(grid.blocks), 8) + 2,
+        height=bottom + 60,
+        rows=[(left - 8, _PITCH * row + 19, name) for row, name in enumerate(names)],
+        columns=[
+            (left + _PITCH * column + 15, bottom + 17, str(block))
+            for column, block in enumerate(grid.blocks)
+            if column % every == 0
+        ],
+        cells=_heat_cells(grid, grid.values(layers, key), left, (low, high)),
+        scale=[(left + 6 * step, bottom + 30, step) for step in range(COLOUR_STEPS + 1)],
+        ends=[
+            (left, bottom + 56, ("≤" if errors[0] < low else "") + formatting.number(low, 2)),
+            (left + 6 * COLOUR_STEPS - 14, bottom + 56, formatting.number(high, 2)),
+        ],
+    )
+
+
+def _heat_cells(
+    grid: LayerGrid,
+    table: list[list[float | None]],
+    left: int,
+    limits: tuple[float, float],
+) -> list[tuple[int, int, int, str]]:
+    low, high = limits
+    span = math.log(high / low) or 1.0
+    cells = []
+    for row, (name, values) in enumerate(zip(grid.rows, table, strict=True)):
+        for column, (block, value) in enumerate(zip(grid.blocks, values, strict=True)):
+            if value is not None:
+                step = round(COLOUR_STEPS * max(0.0, math.log(value / low) / span)) if value > 0 else 0
+                text = f"block {block}, {name}: {formatting.number(value, 3)}"
+                cells.append((left + _PITCH * column + 1, _PITCH * row + 1, step, text))
+    return cells

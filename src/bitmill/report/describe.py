@@ -1,0 +1,109 @@
+"""Sentences about a quantized folder, from its report: formats, sizes of its parts, packed keys and values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bitmill.report import formatting
+
+Report = dict[str, Any]
+
+
+def describe_format(format: dict[str, Any]) -> str:
+    """Return a format, as `Format.to_dict` gives it, as text: `uniform (bits 3, group_size 64)`.
+
+    Wrappers come before the format they wrap: `rotated (seed 0) around uniform (bits 3)`.
+    """
+    inner = format.get("inner")
+    options = ", ".join(f"{key} {value}" for key, value in format.items() if key not in ("format", "inner"))
+    name = f"{format['format']} ({options})" if options else str(format["format"])
+    return f"{name} around {describe_format(inner)}" if isinstance(inner, dict) else name
+
+
+def describe_options(options: dict[str, Any]) -> str:
+    """Return options as text, values as written on the command line: `bits 3, sink 2`."""
+    return ", ".join(f"{key} {_option_value(value)}" for key, value in options.items())
+
+
+def describe_kv_cache(kv: dict[str, Any]) -> str:
+    """Return one sentence about the packed cache, from the `kv` of a report."""
+    options = dict(kv["method"])
+    method = options.pop("kv method")
+    calibration, calibrated = kv.get("calibration"), ""
+    if calibration:
+        windows = f"{calibration['samples']} windows of {calibration['seqlen']} tokens"
+        calibrated = f", calibrated on {windows} of {calibration['source']} ({kv['size_bytes']:,} bytes)"
+    return (
+        f"Keys and values are packed by {method} ({describe_options(options)}) when text is generated: "
+        f"{kv['bits_per_element']:.3f} bits per number in full pages{calibrated}."
+    )
+
+
+def describe_measured_cache(measured: dict[str, Any]) -> str:
+    """Return the packed cache that a measurement used, as text; empty for an ordinary cache."""
+    if measured.get("kv_method") is None:
+        return ""
+    return f" through {measured['kv_method']}, {measured['kv_bits_per_element']:.3f} bits per number of the cache"
+
+
+def split_layers(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the quantized layers of the blocks, and those outside of them: embedding and head."""
+    ends = report.get("ends") or {}
+    non_block = (ends.get("embedding"), ends.get("head"))
+    layers = report["layers"]
+    return [v for v in layers if v["name"] not in non_block], [v for v in layers if v["name"] in non_block]
+
+
+def block_layer_bytes(report: Report) -> int:
+    """Return the bytes of the quantized layers of the blocks, shared parameters included."""
+    layers, _ = split_layers(report)
+    if any("shared" in layer for layer in layers):  # shared bytes belong to no layer, only to the model's bits
+        return round(report["bits_per_weight"] * sum(math.prod(layer["shape"]) for layer in layers) / 8)
+    return sum(layer["size_bytes"] for layer in layers)
+
+
+def part_sizes(report: Report) -> list[tuple[str, int]]:
+    """Return (part, bytes of its tensors) for each part; empty for reports of versions without these sizes."""
+    if report.get("unquantized_bytes") is None:
+        return []
+    non_block = sum(layer["size_bytes"] for layer in split_layers(report)[1])
+    sizes = [
+        ("in the blocks' linear layers", block_layer_bytes(report)),
+        (f"in {_embedding_and_head(report)}", non_block),
+    ]
+    return [part for part in sizes if part[1]] + [("in float", report["unquantized_bytes"])]
+
+
+def describe_embedding_and_head(report: Report) -> str:
+    """Return one sentence about the storage of embedding and head."""
+    ends = report.get("ends")
+    if not ends:
+        return "Embeddings, norms and the head are as in the source."
+    parts = _embedding_and_head(report)
+    bits = f"{report['head_bits_per_weight']:.3f} bits per weight"
+    tied = ", one matrix for both" if ends["tied"] else ""
+    format = describe_format(report["recipe"]["head"])
+    return (
+        f"{parts.capitalize()} are stored packed too, in {format}, {bits}{tied}; "
+        "all other tensors outside the blocks are as in the source."
+    )
+
+
+def describe_sizes(report: Report) -> str:
+    """Return one sentence with the bytes of each part; empty where they are not recorded."""
+    sizes = part_sizes(report)
+    if not sizes:
+        return ""
+    listed = ", ".join(f"{formatting.size(size)} {name}" for name, size in sizes)
+    total = formatting.size(sum(size for _, size in sizes))
+    return f"The tensors take {total}: {listed}.".replace(formatting.GAP, " ")
+
+
+def _embedding_and_head(report: Report) -> str:
+    ends = report.get("ends") or {}
+    return "token embeddings and head" if ends.get("head") else "token embeddings"
+
+
+def _option_value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
