@@ -12,7 +12,7 @@ from bitmill.report import formatting
 from bitmill.report.comparison import in_order, label, methods_of
 from bitmill.report.results import Layer, Results, Variant
 
-# Eight colours for each theme, distinguishable with any of the three dichromacies (tests/unit/test_palette.py
+# Eight colours for each theme, distinguishable with any of the three dichromacies (tests/report/test_palette.py
 # simulates them), at a contrast of 3:1 or more to the background; and eight shapes, so that colour is never the
 # only difference. The ninth method has the first colour again, with another shape.
 LIGHT = ("#0072b2", "#d55e00", "#7f9156", "#6b4018", "#ce7c96", "#ac5cf5", "#4420c8", "#8b0561")
