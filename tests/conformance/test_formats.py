@@ -189,7 +189,9 @@ def test_plain_data_and_repr_round_trip(format):
     assert hash(format) == hash(dataclasses.replace(format))
 
 
-@pytest.mark.parametrize("format", [f for f in all_formats() if f.local and f.group_size == 40], ids=repr)
+@pytest.mark.parametrize(
+    "format", [f for f in all_formats() if f.groups_independent and f.group_size == 40], ids=repr
+)
 @pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
 def test_padding_does_not_influence_the_fit(format, search):
     W, weight = weights(), importance()

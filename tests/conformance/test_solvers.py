@@ -19,7 +19,7 @@ PAIRS = [
     (solver, format)
     for solver in all_solvers()
     for format in few_formats()
-    if solver.accepts(format) is None and (format.group_size == 40 or solver == type(solver)())
+    if solver.unsupported_reason(format) is None and (format.group_size == 40 or solver == type(solver)())
 ]
 every_solver = pytest.mark.parametrize("solver", all_solvers(), ids=repr)
 every_pair = pytest.mark.parametrize(("solver", "format"), PAIRS, ids=repr)
@@ -89,7 +89,7 @@ def test_rows_may_be_solved_together(solver, format):
 @every_solver
 def test_illegal_formats_are_refused_with_a_sentence_when_the_recipe_is_built(solver):
     for format in few_formats():
-        reason = solver.accepts(format)
+        reason = solver.unsupported_reason(format)
         if reason is None:
             assert Recipe("test", format, solver).weight == format
             continue
@@ -104,7 +104,7 @@ def test_formats_that_code_columns_jointly_are_solved_or_refused(solver):
         block = 2
         name = "pairs"
 
-    reason = solver.accepts(Pairs(3, "row"))
+    reason = solver.unsupported_reason(Pairs(3, "row"))
     assert reason is None or reason.endswith(".")
 
 
@@ -118,7 +118,7 @@ def test_plain_data_round_trips(solver):
 @pytest.mark.parametrize("solver", [s for s in all_solvers() if not s.needs], ids=repr)
 def test_data_free_solvers_need_no_statistics(solver):
     for format in few_formats():
-        if solver.accepts(format) is None:
+        if solver.unsupported_reason(format) is None:
             assert solver.solve(weights(), Statistics(), format).shape == (6, 96)
 
 

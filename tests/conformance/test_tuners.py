@@ -24,7 +24,7 @@ from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
 from bitmill.tuners import TUNERS, BlockTask, Tuner
-from bitmill.tuners.base import relative
+from bitmill.tuners.base import relative_error
 from helpers.cases import all_wrappers, few_formats, varied
 from helpers.tiny_models import tiny_model
 
@@ -113,7 +113,7 @@ def test_the_block_comes_closer(tuner):
 @pytest.mark.parametrize(("bits", "solver"), [(8, Nearest(search=True)), (2, GPTQ())], ids=repr)
 def test_it_is_never_worse(tuner, bits, solver):
     """Where many bits or a solver have left little to gain, nothing may be lost."""
-    if reason := tuner.accepts_solver(solver):
+    if reason := tuner.unsupported_solver_reason(solver):
         assert reason.endswith(".")
         with pytest.raises(RecipeError, match="cannot be built"):
             recipe_of(tuner, solver=solver)
@@ -131,7 +131,7 @@ def test_what_was_measured_is_stored(tuner, model, tmp_path):
     quantize(recipe_of(tuner), source, tmp_path / "out")
     path = streamed.adapter.blocks
     before, after = hidden_states(source, path), hidden_states(bitmill.load(tmp_path / "out"), path)
-    found = [float(relative(b, a).mean()) for a, b in zip(before, after)]
+    found = [float(relative_error(b, a).mean()) for a, b in zip(before, after)]
     assert found == pytest.approx(errors(tuner, model), rel=1e-3)
 
 
@@ -170,7 +170,7 @@ def untuned(format: Format, solver: Solver | None, measure) -> float:
 @pytest.mark.parametrize("tuner", [tuner for tuner in ALL if not getattr(tuner, "seed", 0)], ids=repr)
 @pytest.mark.parametrize("format", [*few_formats(), *all_wrappers()], ids=repr)
 def test_every_format_is_taken_or_refused_with_a_reason(tuner, format):
-    reason = tuner.accepts(format)
+    reason = tuner.unsupported_reason(format)
     if reason:
         assert reason.endswith(".")
         with pytest.raises(RecipeError, match="cannot be built"):

@@ -134,7 +134,7 @@ def test_fine_tuning_leaves_them_alone(tmp_path):
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    load, see = StreamedModel.load_block, CodebookLearner.see
+    load, add_layer = StreamedModel.load_block, CodebookLearner.add_layer
     loaded: list[int] = []
     skeletons: list[StreamedModel] = []
 
@@ -145,7 +145,7 @@ def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
     def look(self, W, stats):
         blocks = skeletons[-1].blocks
         loaded.append(sum(not any(p.is_meta for p in block.parameters()) for block in blocks))
-        see(self, W, stats)
+        add_layer(self, W, stats)
 
     monkeypatch.setattr(StreamedModel, "load_block", load_block)
     monkeypatch.setattr(CodebookLearner, "see", look)

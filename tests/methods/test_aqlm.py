@@ -11,7 +11,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats import Format
 from bitmill.formats.additive import Additive
-from bitmill.formats.permuted import Permuted, deal
+from bitmill.formats.permuted import Permuted, deal_columns
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped
@@ -151,8 +151,18 @@ def test_storage_is_counted() -> None:
 
 def test_columns_are_dealt() -> None:
     cost = torch.tensor([5.0, 1, 3, 7, 6, 0, 2, 4, 8])
-    assert deal(cost, 4).tolist() == [8, 4, 7, 6, 3, 0, 2, 1, 5]  # ranks 0 2 4 6, then 1 3 5 7; the last is left
-    assert deal(cost, 1).tolist() == cost.argsort(descending=True).tolist()
+    assert deal_columns(cost, 4).tolist() == [
+        8,
+        4,
+        7,
+        6,
+        3,
+        0,
+        2,
+        1,
+        5,
+    ]  # ranks 0 2 4 6, then 1 3 5 7; the last is left
+    assert deal_columns(cost, 1).tolist() == cost.argsort(descending=True).tolist()
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_a_search_starts_it_nearer(format):
     task = task_of("llama", format)
     search, wide = (_Learned(task, OmniQuant(start=start)).rounded() for start in ("search", "wide"))
     near, far = (
-        sum(output_error(task.matrix(n), found[f"{n}.weight"], task.reads(n).gram) for n in task.names)
+        sum(output_error(task.matrix(n), found[f"{n}.weight"], task.input_statistics(n).gram) for n in task.names)
         for found in (search, wide)
     )
     assert near < 0.95 * far
@@ -111,7 +111,7 @@ def test_what_the_linears_read_is_kept_true(name):
     task = task_of(name)
     learned = _Learned(task, OmniQuant())
     scramble(learned)
-    learned.settle()
+    learned.apply()
     now = collect_statistics(task.block, task.inputs, task.calls, [stage[0] for stage in task.stages])
     first = task.stages[0][0]  # later ones read what clamped weights make
     torch.testing.assert_close(task.seen[first].gram, now[first].gram, rtol=1e-3, atol=1e-4)
@@ -128,7 +128,7 @@ def test_nearest_rounding_stores_exactly_what_was_learned(name, format):
     learned = _Learned(task, OmniQuant(shift=True))
     scramble(learned)
     expected = learned.rounded()
-    learned.settle()
+    learned.apply()
     found = {n: p.detach() for n, p in task.block.named_parameters()} | nearest(task)
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key

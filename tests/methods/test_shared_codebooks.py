@@ -11,7 +11,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats import Format, Params
 from bitmill.formats.additive import Additive
-from bitmill.formats.base import bits_together
+from bitmill.formats.base import total_stored_bits
 from bitmill.formats.permuted import Permuted
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.shared import Shared
@@ -41,7 +41,7 @@ def layer(seed: int, columns: int = COLUMNS) -> tuple[Tensor, Statistics]:
 def learned(format: Format, layers: int = LAYERS, solver: BeamSearch = SOLVER, columns: int = COLUMNS) -> Params:
     learner = solver.learner(format.core, layers)
     for seed in range(layers):
-        learner.see(*inside(*layer(seed, columns), format))
+        learner.add_layer(*inside(*layer(seed, columns), format))
     return learner.learn()
 
 
@@ -59,7 +59,7 @@ def error(format: Format, seeds: range, shared: Params | None = None) -> float:
 @pytest.mark.parametrize("wrap", [lambda f: f, Permuted], ids=["plain", "permuted"])
 def test_less_error_than_codebooks_of_their_own_at_fewer_bits(wrap) -> None:
     ours, theirs = wrap(Shared(Additive(6, codebooks=3))), wrap(Additive(4, codebooks=4))
-    bits = [bits_together((f, SHAPE, "q_proj") for _ in range(LAYERS)) for f in (ours, theirs)]
+    bits = [total_stored_bits((f, SHAPE, "q_proj") for _ in range(LAYERS)) for f in (ours, theirs)]
     assert bits[0] < 0.95 * bits[1]
     seeds = range(3)
     assert error(ours, seeds, learned(ours)) < 0.9 * error(theirs, seeds)
@@ -105,11 +105,11 @@ def test_learning_is_deterministic_and_survives_layers_without_weights_or_inputs
     dead[:50] = dead[:, :50] = 0
     before = W.clone()
     for matrix, gram in ((W * 0, stats.gram), (W, stats.gram * 0), (W, dead)):
-        learner.see(matrix, Statistics(gram, 1024))
+        learner.add_layer(matrix, Statistics(gram, 1024))
     assert torch.equal(W, before)
     assert learner.learn()["codebooks"].isfinite().all()
     nothing = SOLVER.learner(format.core, 1)
-    nothing.see(W * 0, stats)
+    nothing.add_layer(W * 0, stats)
     assert not solved(format, 0, nothing.learn()).dequantize().any()
 
 
@@ -119,8 +119,8 @@ def test_bits_are_counted_once() -> None:
     assert format.stored_bits((64, 512)) == codes + books + scales + order
     assert format.own_bits((64, 512)) == codes + scales + order
     together = [(format, (64, 512), kind) for kind in ("q", "q", "k", "q")]
-    assert bits_together(together) == 4 * (codes + scales + order) + 2 * books
-    assert bits_together([(Uniform(3), (8, 64), "q")] * 2) == 2 * Uniform(3).stored_bits((8, 64))
+    assert total_stored_bits(together) == 4 * (codes + scales + order) + 2 * books
+    assert total_stored_bits([(Uniform(3), (8, 64), "q")] * 2) == 2 * Uniform(3).stored_bits((8, 64))
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitmill.numerics.additive import decode, gather_back, refit, residual_kmeans, search
+from bitmill.numerics.additive import decode, decode_adjoint, refit, residual_kmeans, search
 
 WIDTH = 4
 
@@ -81,7 +81,7 @@ def test_gather_back_is_the_adjoint_of_decode():
     codes = torch.randint(0, 8, (50, 3), generator=torch.Generator().manual_seed(0))
     values, codebooks = normal(50, WIDTH), normal(3, 8, WIDTH, seed=1)
     torch.testing.assert_close(
-        (values * decode(codes, codebooks)).sum(), (gather_back(values, codes, 8) * codebooks).sum()
+        (values * decode(codes, codebooks)).sum(), (decode_adjoint(values, codes, 8) * codebooks).sum()
     )
 
 
@@ -92,12 +92,12 @@ def test_refit_is_least_squares():
     A = normal(120, 120, seed=3) / 11
     metric = A @ A.T + torch.eye(120)
 
-    def weigh(e: Tensor) -> Tensor:
+    def apply_metric(e: Tensor) -> Tensor:
         return (metric @ e.reshape(-1)).reshape(-1, WIDTH)
 
     def left(codebooks: Tensor) -> float:
         e = target - scale * decode(codes, codebooks)
-        return float((e * weigh(e)).sum())
+        return float((e * apply_metric(e)).sum())
 
     units = torch.eye(32, dtype=torch.float64).reshape(32, 2, 4, WIDTH)
     basis = torch.stack([(scale * decode(codes, unit)).reshape(-1) for unit in units], 1)
@@ -107,7 +107,7 @@ def test_refit_is_least_squares():
     errors = []
     for steps in (0, 1, 2, 4, 8, 60):
         error = target - scale * decode(codes, start)
-        errors.append(left(refit(error, codes, start, scale, weigh, diagonal, steps)))
+        errors.append(left(refit(error, codes, start, scale, apply_metric, diagonal, steps)))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] == pytest.approx(left(start))
     assert errors[-1] == pytest.approx(least, rel=1e-4)

@@ -9,7 +9,7 @@ from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import fit_matrix
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.solvers.feedback import StaticGrids, feed_back, visiting_order
+from bitmill.solvers.feedback import StaticGrids, run_error_feedback, visiting_order
 from helpers.cases import gram_of, inputs, weights
 
 
@@ -29,7 +29,7 @@ def test_later_blocks_answer_for_earlier_ones() -> None:
     grids = Watched(format, fit_matrix(format, W, None, False), torch.zeros(44, dtype=torch.int64))
     U, _ = inverse_factor(H.float(), 0.0)
     values = W.T.contiguous()
-    feed_back(values, U, grids, format)
+    run_error_feedback(values, U, grids, format)
     for start in (8, 32, 40):  # within a chunk, at its end, and a ragged block
         error = (values[:start].T - W[:, :start]).double()
         best = W[:, start:].double() - error @ H[:start, start:] @ torch.linalg.inv(H[start:, start:])
@@ -46,7 +46,7 @@ def test_codes_decode_to_what_was_fed_on(format, act_order: bool, columns: int) 
     params = fit_matrix(format, W, None, False)
     values = W.T[order].contiguous()
     U, _ = inverse_factor(gram[order][:, order], 0.1)
-    codes = feed_back(values, U, StaticGrids(format, params, order // format.width((6, columns))), format)
+    codes = run_error_feedback(values, U, StaticGrids(format, params, order // format.width((6, columns))), format)
     assert codes.shape == (format.codes_in(columns), 6)
     natural = torch.empty_like(codes).unflatten(0, (-1, format.codes_per_block))
     natural[order[:: format.block] // format.block] = codes.unflatten(0, (-1, format.codes_per_block))

@@ -15,7 +15,7 @@ from torch import Tensor
 from bitmill.checkpoint.schema import FORMAT_VERSION, QUANT_METHOD, layer_formats, layer_places, quantized_ends
 from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.formats import Format
-from bitmill.formats.base import bits_together
+from bitmill.formats.base import total_stored_bits
 from bitmill.formats.quantized import Quantized, unpack
 from bitmill.kv.calibration_file import FILE as KV_FILE
 from bitmill.runtime.modules.replace import outside
@@ -119,7 +119,7 @@ class Checkpoint:
         return self._bits([name for name in self.formats if name in self.outside]) if self.outside else None
 
     def _bits(self, layers: list[str]) -> float:
-        bits = bits_together((self.formats[n], self.shape(n), self.places.get(n, n)) for n in layers)
+        bits = total_stored_bits((self.formats[n], self.shape(n), self.places.get(n, n)) for n in layers)
         return bits / max(sum(math.prod(self.shape(name)) for name in layers), 1)
 
 

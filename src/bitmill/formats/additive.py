@@ -8,8 +8,8 @@ Bits a weight: codebooks * bits / 8, and 128 * codebooks * 2**bits / (rows * col
 are what small matrices pay for: two of 256 vectors are 0.07 bits a weight of a 1536 x 576 matrix and 0.6 of a
 192 x 576 one, three of 64 vectors a quarter bit of codes more and three eighths of that.
 
-Solvers that know of `learned` codebooks fit them to the output error; `fit` alone is residual k-means, and with
-`search` turns of nearest codes and least squares.
+Solvers that support `learned_codebooks` fit them to the output error; `fit` alone is residual k-means, followed
+with `search` by alternating nearest codes and least squares.
 
 Source: AQLM (Egiazarian et al. 2024, arXiv 2401.06118), section 3.
 """
@@ -43,9 +43,9 @@ class Additive(GroupFormat):
     codebooks: int = 2
 
     block: ClassVar[int] = 8
-    local: ClassVar[bool] = False  # all groups and rows share the codebooks
-    common: ClassVar[frozenset[str]] = frozenset({"codebooks"})
-    learned: ClassVar[bool] = True
+    groups_independent: ClassVar[bool] = False  # all groups and rows share the codebooks
+    shareable: ClassVar[frozenset[str]] = frozenset({"codebooks"})
+    learned_codebooks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

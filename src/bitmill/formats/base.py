@@ -177,7 +177,7 @@ class Format(Member, ABC):
         return {part.name: part.unpack(tensors[part.name]) for part in parts}
 
 
-def bits_together(layers: Iterable[tuple[Format, tuple[int, int], Hashable]]) -> int:
+def total_stored_bits(layers: Iterable[tuple[Format, tuple[int, int], Hashable]]) -> int:
     """Bits on disk of layers, everything included: format, shape, and by what the sharing know each other."""
     total, shared = 0, dict[Hashable, int]()
     for format, shape, place in layers:

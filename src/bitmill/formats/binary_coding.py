@@ -72,7 +72,7 @@ class BinaryCoding(ScalarFormat):
         return (mass * table.square() - 2 * moment * table).sum(-1)
 
     @property
-    def shifts(self) -> bool:
+    def can_shift(self) -> bool:
         """With an offset."""
         return self.offset
 

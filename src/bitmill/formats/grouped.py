@@ -43,9 +43,9 @@ class GroupFormat(Format):
 
     block: ClassVar[int] = 1  # columns coded jointly
     max_bits: ClassVar[int] = 8
-    local: ClassVar[bool] = True  # parameters of one group can be fitted without seeing the rest of the row
-    common: ClassVar[frozenset[str]] = frozenset()  # parts of one size for all matrices, which layers may share
-    learned: ClassVar[bool] = False  # a block is `scale` times a sum from `codebooks`, which all rows share
+    groups_independent: ClassVar[bool] = True  # one group can be fitted without the rest of its row
+    shareable: ClassVar[frozenset[str]] = frozenset()  # parts of one size for all matrices, which layers may share
+    learned_codebooks: ClassVar[bool] = False  # a block is `scale` times a sum of vectors from `codebooks`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,12 +101,12 @@ class GroupFormat(Format):
         return params
 
     @property
-    def shifts(self) -> bool:
+    def can_shift(self) -> bool:
         """Whether the levels of a group can be moved together."""
         return False
 
     def shift(self, params: Params, by: Tensor) -> Params:
-        """Parameters whose levels lie higher by `by` (rows, groups), as far as can be stored; see `shifts`."""
+        """Parameters whose levels lie higher by `by` (rows, groups), as far as can be stored; see `can_shift`."""
         raise NotImplementedError
 
     # -- storage ------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def _slices(x: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
-def of_group(params: Params, group: int) -> Params:
+def group_params(params: Params, group: int) -> Params:
     """The parameters of one group; parts shared along the row stay."""
     return {name: v if v.shape[1] == 1 else v[:, group : group + 1] for name, v in params.items()}
 

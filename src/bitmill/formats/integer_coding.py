@@ -54,7 +54,7 @@ class IntegerCoding(ScalarFormat):
     scale_step: float = 0.2  # octaves
 
     max_bits: ClassVar[int] = 4
-    local: ClassVar[bool] = False  # the row's scale is shared by its groups
+    groups_independent: ClassVar[bool] = False  # the row's scale is shared by its groups
 
     def __post_init__(self) -> None:
         super().__post_init__()

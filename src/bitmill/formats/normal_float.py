@@ -63,7 +63,7 @@ class NormalFloat(Scaled):
             )
 
     @property
-    def local(self) -> bool:  # type: ignore[override]
+    def groups_independent(self) -> bool:  # type: ignore[override]
         """Whether groups can be fitted apart: not when they share the row's scale."""
         return not self.double
 

@@ -40,7 +40,7 @@ class NVFP4(Scaled):
 
     group_size: GroupSize = 16
 
-    local: ClassVar[bool] = False  # the tensor's scale is shared
+    groups_independent: ClassVar[bool] = False  # the tensor's scale is shared
     shares: ClassVar[tuple[float, ...]] = (0.7, 0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.2, 1.28, 1.36, 1.43, 1.5)
 
     @property

@@ -50,7 +50,7 @@ class Permuted(Wrapper):
 
     def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
         """Solve the matrix and its statistics in the order chosen."""
-        order = deal(_cost(W, stats.required_gram(self.name)), self.core.block)
+        order = deal_columns(_cost(W, stats.required_gram(self.name)), self.core.block)
         gram, cross = (None if G is None else G[order][:, order] for G in (stats.gram, stats.cross))
         fisher = None if stats.fisher is None else stats.fisher[:, order]
         solved = solve_inner(W[:, order], replace(stats, gram=gram, cross=cross, fisher=fisher))
@@ -64,7 +64,7 @@ class Permuted(Wrapper):
         return W[:, params["order"].long().argsort()]
 
 
-def deal(cost: Tensor, block: int) -> Tensor:
+def deal_columns(cost: Tensor, block: int) -> Tensor:
     """Columns in the order in which they are stored, (columns,): falling cost goes round the blocks.
 
     Place p of block i gets the column of rank p * blocks + i; what fills no block comes last.

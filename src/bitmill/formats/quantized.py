@@ -14,7 +14,7 @@ from bitmill.numerics.grouping import grouped, grouped_importance
 SHARED = "shared_parts"  # the module of a quantized model that holds what layers share
 
 
-def shared_place(kind: str) -> str:
+def shared_module_path(kind: str) -> str:
     """Where what the layers of a kind share is kept, as the path of a module."""
     return f"{SHARED}.{kind}"
 
@@ -67,7 +67,7 @@ def fit_matrix(format: GroupFormat, W: Tensor, importance: Tensor | None, search
     return format.fit(grouped(W, format.group_size, format.block), weight, search)
 
 
-def fit_rest(format: GroupFormat, W: Tensor, importance: Tensor | None, params: Params) -> Params:
+def fit_with_shared(format: GroupFormat, W: Tensor, importance: Tensor | None, params: Params) -> Params:
     """`format.fit_group` for a matrix, as `fit_matrix`: what rows share is known."""
     shape = (W.shape[0], W.shape[1])
     weight = grouped_importance(importance, shape, format.group_size, format.block).to(W.device)

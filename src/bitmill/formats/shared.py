@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 @FORMATS.register("shared")
 @dataclass(frozen=True)
 class Shared(Wrapper):
-    """The inner format, with its `common` parts shared by all layers of a kind."""
+    """The inner format, with its `shareable` parts shared by all layers of a kind."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.core.common:
+        if not self.core.shareable:
             raise RecipeError(f"{self.core.name} has no parts that layers could share; use it without `shared`.")
 
     @property
     def shared(self) -> frozenset[str]:
         """Those of the core."""
-        return self.core.common
+        return self.core.shareable
 
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """None: it only says where the inner format's are."""

@@ -48,7 +48,7 @@ class Uniform(ScalarFormat):
             raise RecipeError("symmetric fixes the zero, which cannot be a float then; set symmetric=false.")
 
     @property
-    def shifts(self) -> bool:
+    def can_shift(self) -> bool:
         """With a float zero all levels of a group can move together."""
         return self.zero == "float"
 

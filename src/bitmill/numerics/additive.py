@@ -32,7 +32,7 @@ def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     return points
 
 
-def gather_back(values: Tensor, codes: Tensor, size: int) -> Tensor:
+def decode_adjoint(values: Tensor, codes: Tensor, size: int) -> Tensor:
     """The adjoint of `decode`: values (n, width) summed over the uses of each vector, (M, size, width)."""
     sums = values.new_zeros(codes.shape[1], size, values.shape[1])
     for m in range(codes.shape[1]):
@@ -129,7 +129,7 @@ def refit(
     codes: Tensor,
     codebooks: Tensor,
     scale: Tensor,
-    weigh: Callable[[Tensor], Tensor],
+    apply_metric: Callable[[Tensor], Tensor],
     diagonal: Tensor,
     steps: int,
 ) -> Tensor:
@@ -140,15 +140,17 @@ def refit(
     them, scaled by the diagonal of the normal equations; every step lowers the error.
     """
     size = codebooks.shape[1]
-    curvature = gather_back(scale.square() * diagonal, codes, size)
+    curvature = decode_adjoint(scale.square() * diagonal, codes, size)
     ridge = 1e-5 * curvature.mean().clamp(min=1e-30)
     inverse = 1 / (curvature + ridge)
     moved = torch.zeros_like(codebooks)
-    residual = gather_back(scale * weigh(error), codes, size)
+    residual = decode_adjoint(scale * apply_metric(error), codes, size)
     direction = toward = inverse * residual
     power = (residual * toward).sum()
     for _ in range(steps):
-        bent = gather_back(scale * weigh(scale * decode(codes, direction)), codes, size) + ridge * direction
+        bent = (
+            decode_adjoint(scale * apply_metric(scale * decode(codes, direction)), codes, size) + ridge * direction
+        )
         bend = (direction * bent).sum()
         if not bool(bend > 0):
             break

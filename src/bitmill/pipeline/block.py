@@ -14,7 +14,7 @@ from bitmill.calibration.staged_forward import StagedForward, find_stages
 from bitmill.calibration.store import StatisticsStore
 from bitmill.calibration.streams import Streams
 from bitmill.formats import Params
-from bitmill.formats.quantized import shared_place
+from bitmill.formats.quantized import shared_module_path
 from bitmill.models.meta import trim_malloc
 from bitmill.numerics.gram import RunningGram
 from bitmill.numerics.statistics import FISHER, Activations
@@ -94,7 +94,7 @@ def quantize_block(
         tuner.after(task)
     _note_floats(work, floats, result)
     for name in names:
-        place = shared_place(name) if name in shared else ""
+        place = shared_module_path(name) if name in shared else ""
         result.layers[f"{prefix}.{name}"] = LayerResult(task.quantized[name], *_errors(work, name), place)
     if streams:
         tuned = bool(recipe.tuners)
@@ -181,12 +181,12 @@ def _solve_stage(work: _Work, stage: list[str], stats: Statistics) -> None:
     solved = solve_stacked(recipe.solver, matrices, stats, recipe.stored, shared)
     for name, W, quantized in zip(names, matrices, solved):
         if work.keep:
-            task.settle(name, quantized)
+            task.set_quantized(name, quantized)
         else:
             decoded = quantized.dequantize()
             work.errors[name] = _compare(W, decoded, stats.gram)
             task.quantized[name] = quantized
-            task.put_matrix(name, decoded)
+            task.set_matrix(name, decoded)
     trim_malloc()  # splinters of one stage must not add to the next one's peak
 
 

@@ -18,7 +18,9 @@ from bitmill.transforms import Transform
 
 Propagate = Literal["quantized", "float"]
 NON_BLOCK = -1  # what stands for the index of a block where the layers outside of all blocks are meant
-Shared = dict[str, dict[str, Tensor]]  # path of a module, see `shared_place` -> packed tensors that layers share
+Shared = dict[
+    str, dict[str, Tensor]
+]  # path of a module, see `shared_module_path` -> packed tensors that layers share
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from bitmill.calibration.collect import collect_statistics
 from bitmill.calibration.staged_forward import find_stages
 from bitmill.calibration.streams import Streams
 from bitmill.formats import Params
-from bitmill.formats.quantized import shared_place
+from bitmill.formats.quantized import shared_module_path
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import Job, Sink
 from bitmill.progress import Progress
@@ -34,10 +34,10 @@ def learn_shared_parts(job: Job, sink: Sink, progress: Progress) -> dict[str, Pa
     kept = sink.shared()
     if kept is None:
         learned = _learn(job, progress)
-        kept = {shared_place(kind): format.pack_shared(params) for kind, params in learned.items()}
+        kept = {shared_module_path(kind): format.pack_shared(params) for kind, params in learned.items()}
         sink.share(kept)
     device = job.streamed.device
-    parts = {kind: kept[shared_place(kind)] for kind in _kinds(job)}
+    parts = {kind: kept[shared_module_path(kind)] for kind in _kinds(job)}
     return {
         kind: {name: value.to(device) for name, value in format.unpack_shared(tensors).items()}
         for kind, tensors in parts.items()
@@ -90,5 +90,6 @@ def _show(job: Job, index: int, streams: Streams | None, learners: dict[str, Lea
         for kind in stage:
             name = f"{streamed.block_name(index)}.{kind}"
             if job.quantizes(name):
-                learners[kind].see(*inside(streamed.matrix(f"{name}.weight"), stats, job.scheme(name).format))
+                W, format = streamed.matrix(f"{name}.weight"), job.scheme(name).format
+                learners[kind].add_layer(*inside(W, stats, format))
     streamed.free_block(index)

@@ -62,13 +62,15 @@ class Recipe:
     head: Format | None = None  # of embedding and head
 
     def __post_init__(self) -> None:
-        reasons = [self.solver.accepts(self.weight.core), self._sharing()]
+        reasons = [self.solver.unsupported_reason(self.weight.core), self._sharing()]
         if self.head is not None and not isinstance(self.head, GroupFormat):
             reasons.append(
                 f"rows of a table of embeddings are decoded one by one, and {self.head.name!r} decodes whole "
                 "matrices; choose another format for the head, such as uniform."
             )
-        reasons += [t.accepts(self.stored) or t.accepts_solver(self.solver) for t in self.tuners]
+        reasons += [
+            t.unsupported_reason(self.stored) or t.unsupported_solver_reason(self.solver) for t in self.tuners
+        ]
         for reason in filter(None, reasons):
             raise RecipeError(f"The recipe {self.name!r} cannot be built: {reason}")
 

@@ -39,9 +39,9 @@ class Alternating(Solver):
         """Nothing, unless errors are weighted."""
         return WEIGHTED[self.weighted]
 
-    def accepts(self, format: GroupFormat) -> str | None:
+    def unsupported_reason(self, format: GroupFormat) -> str | None:
         """Formats whose rows are apart: these take turns slice by slice."""
-        if format.learned:
+        if format.learned_codebooks:
             return f"alternating goes row by row, and all rows share the codebooks of {format.name}."
         return None
 

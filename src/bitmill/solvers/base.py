@@ -30,7 +30,7 @@ class Learner(ABC):
     """
 
     @abstractmethod
-    def see(self, W: Tensor, stats: Statistics) -> None:
+    def add_layer(self, W: Tensor, stats: Statistics) -> None:
         """Look at a layer, W fp32 (rows, columns)."""
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Solver(Member, ABC):
     def needs(self) -> frozenset[str]:
         """The statistics that calibration must collect, of STATISTICS."""
 
-    def accepts(self, format: GroupFormat) -> str | None:
+    def unsupported_reason(self, format: GroupFormat) -> str | None:
         """None, or one sentence that says why this format cannot be solved here."""
         return None
 

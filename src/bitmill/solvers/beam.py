@@ -25,14 +25,14 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat, Params
 from bitmill.formats.grouped import Rounder, as_stored
-from bitmill.formats.quantized import Quantized, fit_matrix, fit_rest
+from bitmill.formats.quantized import Quantized, fit_matrix, fit_with_shared
 from bitmill.numerics import additive
 from bitmill.numerics.cholesky import inverse_factor
 from bitmill.numerics.statistics import GRAM, Statistics
 from bitmill.solvers.base import SOLVERS, Solver
 from bitmill.solvers.descent import Descent
-from bitmill.solvers.feedback import feed_back, without_dead
-from bitmill.solvers.gptaq import retarget
+from bitmill.solvers.feedback import run_error_feedback, zero_dead_inputs
+from bitmill.solvers.gptaq import corrected_target
 from bitmill.solvers.learning import CodebookLearner
 
 _SAMPLE = 1 << 13  # blocks coded in a round of training
@@ -68,9 +68,9 @@ class BeamSearch(Solver):
         """The Gram matrix of the layer's inputs; with alpha, how they differ from the float model's."""
         return GRAM | {"cross"} if self.alpha else GRAM
 
-    def accepts(self, format: GroupFormat) -> str | None:
+    def unsupported_reason(self, format: GroupFormat) -> str | None:
         """Formats with learned codebooks."""
-        if format.learned:
+        if format.learned_codebooks:
             return None
         return f"beam_search searches sums of learned codebooks, and {format.name} has none; use gptq."
 
@@ -80,11 +80,11 @@ class BeamSearch(Solver):
 
     def target(self, W: Tensor, stats: Statistics) -> Tensor:
         """W moved against the errors of earlier layers, with alpha."""
-        return retarget(W, stats, self.alpha, self.damp, self.name)
+        return corrected_target(W, stats, self.alpha, self.damp, self.name)
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
-        W, gram, dead = without_dead(W, stats.required_gram(self.name))
+        W, gram, dead = zero_dead_inputs(W, stats.required_gram(self.name))
         U, damp = inverse_factor(gram, self.damp)
         H = gram.clone()
         H.diagonal().add_(damp * gram.diagonal().mean())
@@ -94,8 +94,8 @@ class BeamSearch(Solver):
             self._train(state)
         else:
             known = {name: value.to(W.device) for name, value in stats.shared.items()}
-            state = _State(W, H, U, format, fit_rest(format, W, importance, known), self.beam, frozen=True)
-        state.feed_back()
+            state = _State(W, H, U, format, fit_with_shared(format, W, importance, known), self.beam, frozen=True)
+        state.run_error_feedback()
         error = state.refit()
         best = state.quantized()
         for _ in range(self.sweeps):
@@ -115,7 +115,7 @@ class BeamSearch(Solver):
         for turn in range(self.rounds):
             start = turn * count % rows
             part = state.some(order[start : start + count].to(state.W.device))
-            part.feed_back()
+            part.run_error_feedback()
             part.refit_codebooks()
             state.params["codebooks"] = part.params["codebooks"]
 
@@ -123,7 +123,7 @@ class BeamSearch(Solver):
 class _State:
     """A matrix on its way: codes (rows, codes), params as stored.
 
-    W (rows, columns), H (columns, columns), U as in `feed_back`.  frozen: the codebooks belong to others too.
+    W (rows, columns), H (columns, columns), U as in `run_error_feedback`.  frozen: the codebooks are shared.
     """
 
     def __init__(
@@ -146,12 +146,12 @@ class _State:
 
     # -- codes --------------------------------------------------------------------------------------------
 
-    def feed_back(self) -> None:
+    def run_error_feedback(self) -> None:
         """Code all blocks in turn; those to come absorb the error."""
-        self.codes = feed_back(self.W.T.contiguous(), self.U, self, self.format).T.contiguous()
+        self.codes = run_error_feedback(self.W.T.contiguous(), self.U, self, self.format).T.contiguous()
 
     def stop(self, start: int, stop: int) -> int:
-        """A chunk of `feed_back` may end anywhere."""
+        """A chunk of `run_error_feedback` may end anywhere."""
         return stop
 
     def rounder(self, column: int, Wt: Tensor) -> Rounder:
@@ -193,12 +193,12 @@ class _State:
         starts = range(0, self.shape[1], self.format.block)
         scale = torch.stack([self.scale_at(j).expand(self.shape[0], 1) for j in starts], 1).reshape(-1, 1)
 
-        def weigh(e: Tensor) -> Tensor:
+        def apply_metric(e: Tensor) -> Tensor:
             return self._blocks(e.reshape(self.shape[0], -1)[:, : self.shape[1]] @ self.H)
 
         books = self.params["codebooks"]
         fitted = additive.refit(
-            blocks, codes, books[0, 0], scale, weigh, diagonal.repeat(self.shape[0], 1), _STEPS
+            blocks, codes, books[0, 0], scale, apply_metric, diagonal.repeat(self.shape[0], 1), _STEPS
         )
         self.params["codebooks"] = as_stored(fitted)[None, None]
 

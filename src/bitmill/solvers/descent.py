@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import GroupFormat, Params
-from bitmill.formats.grouped import Rounder, of_group
+from bitmill.formats.grouped import Rounder, group_params
 from bitmill.numerics.cholesky import inverse_factor
-from bitmill.solvers.feedback import StaticGrids, codes_of, feed_back, round_block
+from bitmill.solvers.feedback import StaticGrids, block_codes, round_block, run_error_feedback
 
 _BLOCK = 32
 
@@ -44,22 +44,22 @@ class Descent:
 
     def columns_pass(self, order: Tensor) -> None:
         """Re-round every column, or block of columns, once, in `order`."""
-        rounders = [self.format.rounder(of_group(self.params, g)) for g in range(self._groups())]
+        rounders = [self.format.rounder(group_params(self.params, g)) for g in range(self._groups())]
         if self.format.block > 1:
             for first in order[:: self.format.block].tolist():
                 self._block_step(first, rounders[min(first // self.width, len(rounders) - 1)])
             return
         diagonal = self.H.diagonal().tolist()
         for block in order.split(_BLOCK):
-            local = self.gradient[block]
+            groups_independent = self.gradient[block]
             couple = self.H[block][:, block]
-            moved = torch.zeros_like(local)
+            moved = torch.zeros_like(groups_independent)
             for k, j in enumerate(block.tolist()):
                 round_column: Rounder = rounders[min(j // self.width, len(rounders) - 1)]
-                codes, value = round_column(self.Q[j] + local[k] / diagonal[j])
+                codes, value = round_column(self.Q[j] + groups_independent[k] / diagonal[j])
                 torch.sub(value, self.Q[j], out=moved[k])
                 self.Q[j], self.codes[j] = value, codes
-                local.addr_(couple[k], moved[k], alpha=-1)
+                groups_independent.addr_(couple[k], moved[k], alpha=-1)
             self.gradient.addmm_(self.H[:, block], moved, alpha=-1)
 
     def _block_step(self, first: int, rounder: Rounder) -> None:
@@ -77,7 +77,7 @@ class Descent:
             target = self.Q[cut] + inverse @ self.gradient[cut]  # (width, rows)
             fresh = self._fit(target, 1 / inverse.diagonal(), group)
             grids = StaticGrids(self.format, fresh, torch.zeros(len(target), dtype=torch.int64))
-            codes = feed_back(target, U, grids, self.format)
+            codes = run_error_feedback(target, U, grids, self.format)
             self._keep(fresh, group, self._take(cut, codes, target))
 
     def _take(self, cut: slice, codes: Tensor, value: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Descent:
         moved = value - self.Q[cut]
         # the exact change of the objective, whatever the new value has been through
         better = (moved * (self.H[cut, cut] @ moved)).sum(0) < 2 * (moved * self.gradient[cut]).sum(0)
-        here = codes_of(self.format, cut)
+        here = block_codes(self.format, cut)
         self.Q[cut] = torch.where(better, value, self.Q[cut])
         self.codes[here] = torch.where(better, codes, self.codes[here])
         self.gradient.addmm_(self.H[:, cut], torch.where(better, moved, 0.0), alpha=-1)
@@ -94,7 +94,7 @@ class Descent:
     def _fit(self, target: Tensor, importance: Tensor, group: int) -> Params:
         missing = -target.shape[0] % self.format.block  # a ragged last block
         x, weight = (torch.nn.functional.pad(v, (0, missing)) for v in (target.T, importance))
-        return self.format.fit_group(x[:, None, :], weight[None, None, :], of_group(self.params, group))
+        return self.format.fit_group(x[:, None, :], weight[None, None, :], group_params(self.params, group))
 
     def _groups(self) -> int:
         return max(value.shape[1] for value in self.params.values())

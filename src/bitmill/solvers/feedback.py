@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import GroupFormat, Params
-from bitmill.formats.grouped import Rounder, of_group
+from bitmill.formats.grouped import Rounder, group_params
 from bitmill.formats.quantized import fit_matrix
 
 # Columns updated one by one before the rest of the matrix receives their sum in one product. Small enough
@@ -24,7 +24,7 @@ from bitmill.formats.quantized import fit_matrix
 _CHUNK = 32
 
 
-def without_dead(W: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def zero_dead_inputs(W: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """W, gram and the mask of inputs that are always 0, which contribute nothing whatever their weight: it is 0.
 
     On the diagonal they get the mean of the others, so that damping, a share of the mean, is not moved.
@@ -50,7 +50,7 @@ def visiting_order(loudness: Tensor, block: int, act_order: bool) -> Tensor:
     return torch.cat([order[:whole].reshape(-1, block)[blocks].flatten(), order[whole:]])
 
 
-def feed_back(Wt: Tensor, U: Tensor, grids: Grids, format: GroupFormat) -> Tensor:
+def run_error_feedback(Wt: Tensor, U: Tensor, grids: Grids, format: GroupFormat) -> Tensor:
     """The loop. Wt (columns, rows) in visiting order, overwritten by the stored numbers; returns their codes.
 
     codes: (format.codes_in(columns), rows). Columns are kept as contiguous rows, because each step reads some
@@ -90,7 +90,7 @@ def _block(
     stop = start + errors.shape[0]
     for j in range(start, stop, format.block):
         here = slice(j, min(j + format.block, stop))
-        codes[codes_of(format, here)], value = round_block(grids.rounder(j, Wt), Wt[here], format.block)
+        codes[block_codes(format, here)], value = round_block(grids.rounder(j, Wt), Wt[here], format.block)
         error = torch.linalg.solve_triangular(U[here, here].T, Wt[here] - value, upper=False)
         errors[here.start - start : here.stop - start] = error
         Wt[here.stop : stop].addmm_(U[here, here.stop : stop].T, error, alpha=-1)
@@ -104,7 +104,7 @@ def round_block(rounder: Rounder, wt: Tensor, block: int) -> tuple[Tensor, Tenso
     return codes.T, values.T[:columns]
 
 
-def codes_of(format: GroupFormat, columns: slice) -> slice:
+def block_codes(format: GroupFormat, columns: slice) -> slice:
     """Where the codes of some whole blocks of columns are."""
     return slice(columns.start // format.block * format.codes_per_block, format.codes_in(columns.stop))
 
@@ -134,7 +134,7 @@ class StaticGrids:
     def __init__(self, format: GroupFormat, params: Params, groups: Tensor) -> None:
         self.params = params
         count = max(value.shape[1] for value in params.values())
-        self._rounders = [format.rounder(of_group(params, g)) for g in range(count)]
+        self._rounders = [format.rounder(group_params(params, g)) for g in range(count)]
         self._groups = groups.clamp(max=count - 1).tolist()
 
     def stop(self, start: int, stop: int) -> int:

@@ -23,7 +23,7 @@ from bitmill.errors import NumericsError, RecipeError
 from bitmill.numerics.cholesky import inverse_factor
 from bitmill.numerics.statistics import Statistics
 from bitmill.solvers.base import SOLVERS
-from bitmill.solvers.feedback import without_dead
+from bitmill.solvers.feedback import zero_dead_inputs
 from bitmill.solvers.gptq import GPTQ
 
 
@@ -46,10 +46,10 @@ class GPTAQ(GPTQ):
 
     def target(self, W: Tensor, stats: Statistics) -> Tensor:
         """W moved against the errors of earlier layers; needs stats.gram and stats.cross."""
-        return retarget(W, stats, self.alpha, self.damp, self.name)
+        return corrected_target(W, stats, self.alpha, self.damp, self.name)
 
 
-def retarget(W: Tensor, stats: Statistics, alpha: float, damp: float, solver: str) -> Tensor:
+def corrected_target(W: Tensor, stats: Statistics, alpha: float, damp: float, solver: str) -> Tensor:
     """The matrix (rows, columns) to quantize instead of W, the share `alpha` of the way to W*.
 
     Raises NumericsError, naming the solver, when there are no statistics of the float model's inputs.
@@ -60,6 +60,6 @@ def retarget(W: Tensor, stats: Statistics, alpha: float, damp: float, solver: st
         raise NumericsError(f"{solver} needs the float model's inputs beside; give it calibration text.")
     if not bool(stats.cross.any()):
         return W
-    _, gram, _ = without_dead(W, stats.required_gram(solver))  # the cross-Gram is 0 at dead inputs
+    _, gram, _ = zero_dead_inputs(W, stats.required_gram(solver))  # the cross-Gram is 0 at dead inputs
     U, _ = inverse_factor(gram, damp)
     return W + alpha * ((W @ stats.cross) @ U.T) @ U

@@ -32,7 +32,7 @@ from bitmill.numerics.cholesky import inverse_factor
 from bitmill.numerics.statistics import GRAM, Statistics
 from bitmill.solvers.base import SOLVERS, Solver
 from bitmill.solvers.descent import Descent
-from bitmill.solvers.feedback import LocalGrids, StaticGrids, feed_back, visiting_order, without_dead
+from bitmill.solvers.feedback import LocalGrids, StaticGrids, run_error_feedback, visiting_order, zero_dead_inputs
 
 
 @SOLVERS.register("gptq")
@@ -67,9 +67,9 @@ class GPTQ(Solver):
         """The Gram matrix of the layer's inputs."""
         return GRAM
 
-    def accepts(self, format: GroupFormat) -> str | None:
+    def unsupported_reason(self, format: GroupFormat) -> str | None:
         """Formats whose parameters can be fitted when these options need them."""
-        if not self.static_groups and not format.local:
+        if not self.static_groups and not format.groups_independent:
             return f"{format.name} fits all groups of a row together, so it needs static_groups=true."
         if not self.static_groups and format.group_size == "tensor":
             return "one grid for the whole tensor cannot be fitted group by group; set static_groups=true."
@@ -79,7 +79,7 @@ class GPTQ(Solver):
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), against stats.gram."""
-        W, gram, dead = without_dead(W, stats.required_gram(self.name))
+        W, gram, dead = zero_dead_inputs(W, stats.required_gram(self.name))
         columns = W.shape[1]
         order = visiting_order(gram.diagonal().masked_fill(dead, 0.0), format.block, self.act_order)
         U, damp = inverse_factor(gram.index_select(0, order).index_select(1, order), self.damp)
@@ -95,7 +95,7 @@ class GPTQ(Solver):
             grids = StaticGrids(format, fit_matrix(format, W, importance, self.search), order // width)
         else:
             grids = LocalGrids(format, importance, self.search, width)
-        visited = feed_back(W.T[order].contiguous(), U, grids, format)
+        visited = run_error_feedback(W.T[order].contiguous(), U, grids, format)
         codes = torch.empty_like(visited)
         blocks = order[:: format.block] // format.block
         codes.unflatten(0, (len(blocks), -1))[blocks] = visited.unflatten(0, (len(blocks), -1))

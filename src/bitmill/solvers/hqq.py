@@ -53,9 +53,9 @@ class HQQ(Solver):
         """Nothing."""
         return NOTHING
 
-    def accepts(self, format: GroupFormat) -> str | None:
+    def unsupported_reason(self, format: GroupFormat) -> str | None:
         """Formats whose levels can move."""
-        if not format.shifts:
+        if not format.can_shift:
             return (
                 f"hqq moves the zero of every group, and that of {format.name} is fixed or an integer; "
                 "use uniform with zero=float."

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from bitmill.formats import GroupFormat, Params
 from bitmill.formats.grouped import as_stored
-from bitmill.formats.quantized import fit_rest
+from bitmill.formats.quantized import fit_with_shared
 from bitmill.numerics import additive
 from bitmill.numerics.cholesky import inverse_factor
 from bitmill.numerics.statistics import Statistics
 from bitmill.solvers.base import Learner
-from bitmill.solvers.feedback import without_dead
+from bitmill.solvers.feedback import zero_dead_inputs
 
 _SAMPLE = 1 << 15  # blocks of weights of all layers together, and 32 for each vector to be learned
 _PLACES = 16  # blocks of columns of a layer
@@ -59,9 +59,9 @@ class CodebookLearner(Learner):
         self.count = -(-max(_SAMPLE, 32 << format.code_bits) // layers)  # of a layer
         self.samples: list[_Sample] = []
 
-    def see(self, W: Tensor, stats: Statistics) -> None:
+    def add_layer(self, W: Tensor, stats: Statistics) -> None:
         """Keep a sample of a layer."""
-        W, gram, dead = without_dead(W, stats.required_gram("Learning codebooks"))
+        W, gram, dead = zero_dead_inputs(W, stats.required_gram("Learning codebooks"))
         energy = float(((W @ gram) * W).sum() / max(W.shape[0], 1))
         if energy <= 0:
             return
@@ -78,7 +78,7 @@ class CodebookLearner(Learner):
 
     def _scales(self, W: Tensor, rows: Tensor, live: Tensor) -> Tensor:
         """The scales (blocks of columns, rows) that the format gives to some rows."""
-        scale = fit_rest(self.format, W, live, {})["scale"]
+        scale = fit_with_shared(self.format, W, live, {})["scale"]
         first = torch.arange(0, W.shape[1], self.format.block, device=W.device)
         group = (first // self.format.width((W.shape[0], W.shape[1]))).clamp(max=scale.shape[1] - 1)
         return scale.expand(W.shape[0], -1)[rows][:, group].T

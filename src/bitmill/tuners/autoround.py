@@ -28,7 +28,7 @@ from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.solvers import Solver
 from bitmill.solvers.nearest import Nearest
-from bitmill.tuners.base import TUNERS, BlockTask, Tuner, relative
+from bitmill.tuners.base import TUNERS, BlockTask, Tuner, relative_error
 from bitmill.tuners.training import minibatches
 
 _NARROWEST = 0.05  # of a group's range
@@ -57,13 +57,13 @@ class AutoRound(Tuner):
                 "numbers, and a rate of at most 1."
             )
 
-    def accepts(self, format: Format) -> str | None:
+    def unsupported_reason(self, format: Format) -> str | None:
         """Uniform grids alone: a neighbouring level must be one step away."""
         if isinstance(format, Uniform):
             return None
         return f"autoround learns the rounding of uniform grids and the weight format is {format.name!r}."
 
-    def accepts_solver(self, solver: Solver) -> str | None:
+    def unsupported_solver_reason(self, solver: Solver) -> str | None:
         """Nearest rounding: the tuner settles every linear, and another solver would have none left."""
         if isinstance(solver, Nearest):
             return None
@@ -79,15 +79,15 @@ class AutoRound(Tuner):
             if name not in task.quantized
         }
         for name, rounding in roundings.items():
-            task.settle(name, rounding.quantized())
+            task.set_quantized(name, rounding.quantized())
         start = task.error()
         nearest = {name: task.quantized[name] for name in roundings}
         self._learn(task, roundings)
         for name, rounding in roundings.items():
-            task.settle(name, rounding.quantized())
+            task.set_quantized(name, rounding.quantized())
         if not task.error() <= start:
             for name, quantized in nearest.items():
-                task.settle(name, quantized)
+                task.set_quantized(name, quantized)
 
     def _learn(self, task: BlockTask, roundings: dict[str, _Rounding]) -> None:
         """All steps; the last ones are so small that the last state stands for the best."""
@@ -100,7 +100,7 @@ class AutoRound(Tuner):
                 with torch.enable_grad():
                     tensors = {f"{n}.weight": W.T if task.transposed else W for n, W in matrices.items()}
                     output = batch.call.run_with(tensors, task.block, batch.hidden)
-                    relative(output, batch.target).sum().backward()
+                    relative_error(output, batch.target).sum().backward()
                 for name, rounding in roundings.items():
                     gradient = matrices[name].grad
                     assert gradient is not None

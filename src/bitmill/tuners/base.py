@@ -69,27 +69,27 @@ class BlockTask:
         assert isinstance(weight, Tensor)
         return weight.data.T.contiguous() if self.transposed else weight.data
 
-    def reads(self, name: str) -> Activations | None:
+    def input_statistics(self, name: str) -> Activations | None:
         """What calibration saw of a linear's input."""
         return next((self.seen.get(stage[0]) for stage in self.stages if name in stage), None)
 
-    def put_matrix(self, name: str, W: Tensor) -> None:
+    def set_matrix(self, name: str, W: Tensor) -> None:
         """Replace the weight of a linear by W (out, in)."""
         weight = self.block.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         weight.data = (W.T if self.transposed else W).to(weight.device).contiguous()
 
-    def settle(self, name: str, quantized: Quantized) -> None:
+    def set_quantized(self, name: str, quantized: Quantized) -> None:
         """Note a linear's result, and let the block compute with it as it will be stored."""
         self.originals.setdefault(name, self.matrix(name))
         self.quantized[name] = quantized
-        self.put_matrix(name, quantized.dequantize())
+        self.set_matrix(name, quantized.dequantize())
 
     def as_stored(self, name: str, values: Tensor) -> Tensor:
         """What the stored type of a parameter that stays in float keeps of `values`."""
         return values.to(self.dtypes.get(name, values.dtype)).to(values.dtype)
 
-    def put_float(self, name: str, values: Tensor) -> None:
+    def set_float(self, name: str, values: Tensor) -> None:
         """Replace a parameter that stays in float by what its stored type keeps of `values`."""
         self.block.get_parameter(name).data = self.as_stored(name, values)
 
@@ -107,20 +107,22 @@ class BlockTask:
     @torch.no_grad()
     def error(self, tensors: dict[str, Tensor] | None = None) -> float:
         """Distance between the block's outputs and the targets, a mean over tokens; `tensors` as in `run`."""
-        total = sum(float(relative(self.run(i, tensors), target).sum()) for i, target in enumerate(self.targets))
+        total = sum(
+            float(relative_error(self.run(i, tensors), target).sum()) for i, target in enumerate(self.targets)
+        )
         return total / max(sum(target[..., 0].numel() for target in self.targets), 1)
 
 
-def relative(output: Tensor, target: Tensor) -> Tensor:
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """Squared distance of hidden states (..., width) from their targets, as a share of the targets' (...).
 
     Every token counts alike, as it does for the norms that read it. Left in the units of the hidden states, one
     attention sink, with ten thousand times the energy of other tokens, would be all that a tuner hears of.
     """
-    return (output - target).square().mean(-1) / energy(target)
+    return (output - target).square().mean(-1) / mean_square(target)
 
 
-def energy(hidden: Tensor) -> Tensor:
+def mean_square(hidden: Tensor) -> Tensor:
     """Mean square (...) of hidden states (..., width), and no less than what can be divided by."""
     return hidden.square().mean(-1).clamp(min=1e-30)
 
@@ -136,11 +138,11 @@ class Tuner(Member, ABC):
         """Statistics, and TARGETS when it compares with the float model."""
         return TARGETS
 
-    def accepts(self, format: Format) -> str | None:
+    def unsupported_reason(self, format: Format) -> str | None:
         """None, or one sentence that says why this tuner cannot work with this weight format."""
         return None
 
-    def accepts_solver(self, solver: Solver) -> str | None:
+    def unsupported_solver_reason(self, solver: Solver) -> str | None:
         """None, or one sentence that says why what this tuner does before would be lost on this solver."""
         return None
 

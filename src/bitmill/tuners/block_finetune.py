@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.tuners.base import TUNERS, BlockTask, Tuner, relative
-from bitmill.tuners.training import Adam, Free, minibatches
+from bitmill.tuners.base import TUNERS, BlockTask, Tuner, relative_error
+from bitmill.tuners.training import Adam, TrainableParameters, minibatches
 
 
 @TUNERS.register("block_finetune")
@@ -46,7 +46,7 @@ class BlockFinetune(Tuner):
 
     def after(self, task: BlockTask) -> None:
         """Train, and leave the block in the best state that can be stored."""
-        free = Free(task, self.which != "norms", self.which != "params")
+        free = TrainableParameters(task, self.which != "norms", self.which != "params")
         start = best = task.error()
         if not free.leaves() or start == 0:
             return
@@ -58,7 +58,7 @@ class BlockFinetune(Tuner):
             for step, batch in enumerate(batches):
                 with torch.enable_grad():
                     output = batch.call.run_with(free.tensors(), task.block, batch.hidden)
-                    (relative(output, batch.target).mean() / start).backward()
+                    (relative_error(output, batch.target).mean() / start).backward()
                 optimizer.step(rate * (1 - (epoch + step / len(batches)) / self.epochs))
             free.store()
             error = task.error()

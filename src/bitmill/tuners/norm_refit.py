@@ -51,13 +51,13 @@ class NormRefit(Tuner):
             before = {f"{seam.source}.{leaf}": p.data for leaf, p in norm.named_parameters(recurse=False)}
             for name, values in before.items():
                 shift = 1.0 if seam.norm_plus_one and name.endswith("weight") else 0.0
-                task.put_float(name, (values + shift) * scale - shift)
+                task.set_float(name, (values + shift) * scale - shift)
             error = task.error()
             if error < best:
                 best = error
                 continue
             for name, values in before.items():
-                task.put_float(name, values)
+                task.set_float(name, values)
 
     def _scale(self, task: BlockTask, seam: Seam, reader: str) -> Tensor:
         """s (channels,) of least squared error."""

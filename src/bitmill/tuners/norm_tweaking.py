@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.tuners.base import TUNERS, BlockTask, Tuner, energy, relative
-from bitmill.tuners.training import Adam, Free, minibatches
+from bitmill.tuners.base import TUNERS, BlockTask, Tuner, mean_square, relative_error
+from bitmill.tuners.training import Adam, TrainableParameters, minibatches
 
 
 @TUNERS.register("norm_tweaking")
@@ -46,7 +46,7 @@ class NormTweaking(Tuner):
 
     def after(self, task: BlockTask) -> None:
         """One pass of Adam over the windows."""
-        free = Free(task, params=False, norms=True)
+        free = TrainableParameters(task, params=False, norms=True)
         if not free.leaves():
             return
         rate = self.rate * (1 + self.growth * task.index / task.depth)
@@ -68,7 +68,7 @@ class NormTweaking(Tuner):
         outputs = [task.run(i) for i in range(len(task.inputs))]
         apart = distance(moments(outputs, task.targets), moments(task.targets))
         return float(apart), float(
-            torch.cat([relative(*pair).flatten() for pair in zip(outputs, task.targets)]).mean()
+            torch.cat([relative_error(*pair).flatten() for pair in zip(outputs, task.targets)]).mean()
         )
 
 
@@ -77,7 +77,7 @@ def moments(batches: list[Tensor], targets: list[Tensor] | None = None) -> tuple
 
     In units of the root mean square of each token of `targets`, else of its own: sinks count as others do.
     """
-    units = [energy(target).sqrt()[..., None] for target in targets or batches]
+    units = [mean_square(target).sqrt()[..., None] for target in targets or batches]
     rows = torch.cat([(batch / unit).flatten(0, 1) for batch, unit in zip(batches, units)])
     return rows.mean(0), rows.var(0, correction=0)
 

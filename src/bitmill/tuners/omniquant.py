@@ -34,7 +34,7 @@ from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.clip import Clip
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.base import fold, spread
-from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner, relative
+from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner, relative_error
 from bitmill.tuners.training import Adam, minibatches
 
 _WIDE = 4.0  # gamma and beta at the start: sigmoid .982
@@ -76,13 +76,13 @@ class OmniQuant(Tuner):
         """The float block's outputs; to start from a search, what the linears read."""
         return TARGETS | ({"activations"} if self.lwc and self.start == "search" else set())
 
-    def accepts(self, format: Format) -> str | None:
+    def unsupported_reason(self, format: Format) -> str | None:
         """Uniform grids: their parameters are a range."""
         if isinstance(format, Uniform):
             return None
         return f"omniquant learns ranges of the uniform format, and {format.name} has none."
 
-    def accepts_solver(self, solver: Solver) -> str | None:
+    def unsupported_solver_reason(self, solver: Solver) -> str | None:
         """Nearest rounding from minimum to maximum: any other one would not use the grid that was learned."""
         if isinstance(solver, Nearest) and not solver.search:
             return None
@@ -105,7 +105,7 @@ class OmniQuant(Tuner):
             for batch in batches:
                 with torch.enable_grad():
                     output = batch.call.run_with(learned.rounded(), task.block, batch.hidden)
-                    (relative(output, batch.target).mean() / start).backward()
+                    (relative_error(output, batch.target).mean() / start).backward()
                 left = 1 - done / (self.epochs * len(batches))
                 clips.step(self.lr_lwc * left)
                 scales.step(self.lr_let * left)
@@ -119,7 +119,7 @@ class OmniQuant(Tuner):
         if kept:
             for leaf, value in zip(learned.leaves, kept):
                 leaf.data = value
-            learned.settle()
+            learned.apply()
 
 
 class _Learned:
@@ -152,7 +152,7 @@ class _Learned:
         wide = W.new_full(self.format.grid(shape), _WIDE)
         if start == "wide":
             return wide.clone().requires_grad_(), wide.requires_grad_()
-        seen = self.task.reads(name)
+        seen = self.task.input_statistics(name)
         assert seen is not None, "omniquant needs to see what the linears read"
         found = Clip().solve(W, Statistics(seen.gram, seen.tokens), self.format).params
         x = grouped(W, self.format.group_size)
@@ -206,7 +206,7 @@ class _Learned:
         return tensors
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def apply(self) -> None:
         """Fold what was learned into the block, and clamp its weights to the learned ranges."""
         tensors = self.folded()
         for name in self.task.names:
@@ -215,9 +215,9 @@ class _Learned:
             low, high = self._range(name, W)
             clamped = grouped(W, self.format.group_size).clamp(low[..., None], high[..., None])
             self.task.originals[name] = W.clone()
-            self.task.put_matrix(name, ungrouped(clamped, (W.shape[0], W.shape[1])).contiguous())
+            self.task.set_matrix(name, ungrouped(clamped, (W.shape[0], W.shape[1])).contiguous())
         for name, tensor in tensors.items():
-            self.task.put_float(name, tensor)
+            self.task.set_float(name, tensor)
         for seam, log, shift in zip(self.seams, self.logs, self.shifts):
             for name in seam.targets:
                 if name in self.task.seen:

@@ -36,7 +36,7 @@ def minibatches(task: BlockTask, tokens: int, generator: torch.Generator) -> Ite
         yield Minibatch(call, hidden[start:stop], task.targets[batch][start:stop])
 
 
-class Leaf:
+class ScaledParameter:
     """A tensor that is learned, counted in units of its size, so that one learning rate serves all of them.
 
     The unit is the root mean square of a row of parameters, or of a whole vector.
@@ -53,7 +53,7 @@ class Leaf:
         return torch.addcmul(self.start, self.unit, self.steps)
 
 
-class Free:
+class TrainableParameters:
     """What a tuner trains in a settled block: parameters of quantized layers, norms and biases.
 
     params: train the continuous parts of every quantized layer.  norms: train the vectors that stay in float.
@@ -61,14 +61,16 @@ class Free:
 
     def __init__(self, task: BlockTask, params: bool, norms: bool) -> None:
         self.task = task
-        self.params: dict[str, dict[str, Leaf]] = {}
+        self.params: dict[str, dict[str, ScaledParameter]] = {}
         for name, quantized in task.quantized.items() if params else ():
             known = quantized.params
-            self.params[name] = {part.name: Leaf(known[part.name]) for part in continuous_parts(quantized)}
+            self.params[name] = {
+                part.name: ScaledParameter(known[part.name]) for part in continuous_parts(quantized)
+            }
         vectors = [(name, p) for name, p in task.floats() if p.dim() == 1] if norms else []
-        self.floats = {name: Leaf(parameter.data) for name, parameter in vectors}
+        self.floats = {name: ScaledParameter(parameter.data) for name, parameter in vectors}
 
-    def leaves(self) -> list[Leaf]:
+    def leaves(self) -> list[ScaledParameter]:
         """All of them."""
         return [leaf for parts in self.params.values() for leaf in parts.values()] + list(self.floats.values())
 
@@ -86,12 +88,12 @@ class Free:
     def store(self) -> None:
         """Let the block compute with what storage keeps of the present state."""
         for name, leaf in self.floats.items():
-            self.task.put_float(name, leaf.value())
+            self.task.set_float(name, leaf.value())
         for name, parts in self.params.items():
             quantized, params = self.task.quantized[name], dict(self.task.quantized[name].params)
             for part in continuous_parts(quantized):
                 params[part.name] = part.unpack(part.pack(parts[part.name].value()))
-            self.task.settle(name, replace(quantized, params=params))
+            self.task.set_quantized(name, replace(quantized, params=params))
 
     def state(self) -> list[Tensor]:
         """A copy of where everything is."""

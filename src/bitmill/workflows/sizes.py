@@ -15,7 +15,7 @@ from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import Checkpoint, is_ours, open_checkpoint
 from bitmill.errors import UsageError
 from bitmill.formats import Format
-from bitmill.formats.base import bits_together
+from bitmill.formats.base import total_stored_bits
 from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import Recipe
@@ -145,4 +145,4 @@ def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple
 def _stored(layers: Iterable[_Layer]) -> tuple[int, int]:
     """(bits, weights) of all of them."""
     known = list(layers)
-    return bits_together(known), sum(math.prod(shape) for _, shape, _ in known)
+    return total_stored_bits(known), sum(math.prod(shape) for _, shape, _ in known)
