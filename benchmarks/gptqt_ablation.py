@@ -25,7 +25,7 @@ from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.uniform import Uniform
 from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.gram import RunningGram
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.alternating import Alternating
 from bitmill.solvers.base import output_error

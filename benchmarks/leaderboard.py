@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.errors import RecipeError
-from bitmill.recipes.recipe import METHODS, build_recipe
+from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.report.results import Results, Variant, read_results
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "leaderboard.md"
-DATA = ROOT / "src" / "bitmill" / "data" / "leaderboard.json"
+DATA = ROOT / "src" / "bitmill" / "recipes" / "leaderboard.json"
 HEAD = ("method", "bpw", "perplexity", "KL", "top-1", "quantized in", "peak memory")
 
 
@@ -133,7 +133,7 @@ def _exists(method: str, bits: int) -> bool:
 
 
 def data(results: Results) -> str:
-    """data/leaderboard.json: what `bitmill.recipes.defaults` reads."""
+    """recipes/leaderboard.json: what `bitmill.recipes.defaults` reads."""
     rows = [
         {
             "method": v.method,

@@ -24,7 +24,7 @@ _CACHE = (8, 128)
 def pages() -> dict[str, str]:
     """Site path -> Markdown of every page that is not a file under docs/."""
     from bitmill.kv import KV_METHODS
-    from bitmill.recipes.recipe import METHODS
+    from bitmill.recipes.method import METHODS
 
     made = {f"methods/{name}.md": method_page(name, kind) for name, kind in METHODS.items()}
     made |= {f"kv/{name}.md": kv_page(name, kind) for name, kind in KV_METHODS.items()}

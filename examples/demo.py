@@ -28,7 +28,7 @@ from bitmill.cli.progress import TerminalProgress  # noqa: E402
 from bitmill.data import text  # noqa: E402
 from bitmill.evaluation.generate import chat_prompt, generate  # noqa: E402
 from bitmill.evaluation.metrics import LanguageModelMetrics  # noqa: E402
-from bitmill.recipes.recipe import METHODS  # noqa: E402
+from bitmill.recipes.method import METHODS  # noqa: E402
 from bitmill.report.comparison import comparison_table  # noqa: E402
 from bitmill.sources.open import open_source  # noqa: E402
 

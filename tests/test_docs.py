@@ -20,7 +20,8 @@ from bitmill.cli.main import app
 from bitmill.formats import FORMATS
 from bitmill.kv import KV_METHODS
 from bitmill.kv.config import parse_kv_config
-from bitmill.recipes.recipe import METHODS, Recipe
+from bitmill.recipes.method import METHODS
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS

@@ -9,7 +9,7 @@ import pytest
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.checkpoint.writer import FolderSink
 from bitmill.errors import CheckpointError
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 
 IDENTITY = {"model": "abc", "recipe": {"bits": 3, "ignore": ["*.x"]}, "threads": 1, "calibration": None}
 LAYERS = {"model.layers.0.q": {"shape": [4, 8], "weight_error": 0.125, "output_error": None}}

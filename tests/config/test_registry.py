@@ -10,7 +10,7 @@ import pytest
 from bitmill.config.registry import Registry
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
-from bitmill.recipes.recipe import METHODS
+from bitmill.recipes.method import METHODS
 from bitmill.runtime.kernels.base import KERNELS
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS

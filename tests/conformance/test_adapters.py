@@ -17,7 +17,7 @@ from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import SourceError
 from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
-from bitmill.recipes.recipe import METHODS
+from bitmill.recipes.method import METHODS
 from bitmill.runtime import QuantLinear
 from bitmill.sources.module import ModuleSource
 from bitmill.workflows.quantize import Outcome

@@ -17,7 +17,7 @@ from bitmill.checkpoint.verify import verify
 from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.runtime import QuantEmbedding, QuantLinear
 from bitmill.runtime.modules.packed import Packed
 from bitmill.sources.module import ModuleSource

@@ -12,7 +12,8 @@ import yaml
 
 from bitmill.errors import RecipeError
 from bitmill.formats.uniform import Uniform
-from bitmill.recipes.recipe import METHODS, Recipe, build_recipe, parse_group_size
+from bitmill.recipes.method import METHODS, build_recipe, parse_group_size
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.equalize import Equalize

@@ -16,7 +16,7 @@ from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format, GroupFormat, Params, ScalarFormat, Wrapper
 from bitmill.formats.quantized import nearest_matrix
 from bitmill.numerics.grouping import grouped, grouped_importance
-from bitmill.recipes.recipe import METHODS, build_recipe
+from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.solvers import SOLVERS, Solver
 
 GROUP_SIZES = (64, 40, "row", "tensor")  # 40 leaves a ragged group of 16 in 96 columns

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill.recipes.recipe import Recipe, build_recipe
+from bitmill.recipes.method import build_recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error, solve
 

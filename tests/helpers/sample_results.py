@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.report.results import Results
 
 PERPLEXITY = {  # at 4, 3 and 2 bits

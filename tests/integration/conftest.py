@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.workflows.comparison import run
 from helpers.comparisons import in_this_process
 from helpers.workspace import World, build_world

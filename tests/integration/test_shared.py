@@ -21,7 +21,7 @@ from bitmill.formats.quantized import SHARED
 from bitmill.models.block_call import output_fn
 from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.report.describe import block_layer_bytes, part_sizes
 from bitmill.runtime import QuantLinear
 from bitmill.solvers.learning import CodebookLearner

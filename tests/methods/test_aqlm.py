@@ -15,7 +15,8 @@ from bitmill.formats.permuted import Permuted, deal_columns
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped
-from bitmill.recipes.recipe import Recipe, build_recipe
+from bitmill.recipes.method import build_recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.beam import BeamSearch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitmill.formats.uniform import Uniform
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers.gptq import GPTQ
 from bitmill.tuners.autoround import AutoRound
 from helpers.tuned_blocks import quantized

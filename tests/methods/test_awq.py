@@ -8,7 +8,7 @@ from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.statistics import Activations
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.base import output_error
 from bitmill.solvers.clip import Clip

@@ -5,7 +5,7 @@ import torch
 
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.uniform import Uniform
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.alternating import Alternating
 from bitmill.solvers.base import output_error

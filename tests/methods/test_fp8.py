@@ -12,7 +12,7 @@ from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.minifloat import ELEMENTS, ElementTable
 from bitmill.numerics.table import Table
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Statistics
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from bitmill.formats.integer_coding import IntegerCoding
 from bitmill.formats.quantized import fit_matrix
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.codings import enumerate_codings, levels_of
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.alternating import Alternating
 from bitmill.solvers.base import output_error

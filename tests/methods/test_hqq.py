@@ -9,7 +9,8 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.uniform import Uniform
-from bitmill.recipes.recipe import Recipe, build_recipe
+from bitmill.recipes.method import build_recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error
 from bitmill.solvers.hqq import HQQ

@@ -10,7 +10,7 @@ from bitmill.formats.float import Float
 from bitmill.formats.normal_float import NormalFloat
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 
 CPU = torch.device("cpu")
 

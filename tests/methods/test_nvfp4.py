@@ -15,7 +15,7 @@ from bitmill.formats.microscaling import Microscaling
 from bitmill.formats.normal_float import NormalFloat
 from bitmill.formats.nvfp4 import NVFP4
 from bitmill.formats.quantized import Quantized, fit_matrix, nearest_matrix
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error
 from bitmill.solvers.gptq import GPTQ

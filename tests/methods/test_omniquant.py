@@ -9,7 +9,7 @@ from bitmill.errors import RecipeError
 from bitmill.formats.uniform import Uniform
 from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.grouping import grouped
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error
 from bitmill.solvers.nearest import Nearest

@@ -9,7 +9,7 @@ import torch
 
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers.nearest import Nearest
 from helpers.rotated_layers import held_out_error
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bitmill.formats.half_integer import HalfInteger
 from bitmill.formats.quantized import Quantized
-from bitmill.recipes.recipe import Recipe, build_recipe
+from bitmill.recipes.method import build_recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.nearest import Nearest

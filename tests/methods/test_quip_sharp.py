@@ -11,7 +11,7 @@ from bitmill.errors import RecipeError
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.e8 import E8
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers.nearest import Nearest
 from helpers.rotated_layers import held_out_error
 

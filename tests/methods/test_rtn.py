@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 
 BITS = (2, 3, 4, 5, 6, 8)
 

@@ -16,7 +16,8 @@ from bitmill.formats.permuted import Permuted
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.shared import Shared
 from bitmill.formats.uniform import Uniform
-from bitmill.recipes.recipe import Recipe, build_recipe
+from bitmill.recipes.method import build_recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import inside, output_error, solve
 from bitmill.solvers.beam import BeamSearch

@@ -15,7 +15,7 @@ from bitmill.formats.codebook import Codebook
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.sum import Sum
 from bitmill.formats.uniform import Uniform
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.gptq import GPTQ

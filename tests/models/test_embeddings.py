@@ -19,7 +19,8 @@ from bitmill.formats.uniform import Uniform
 from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.compose import HEAD_BITS, with_head
-from bitmill.recipes.recipe import Recipe, build_recipe
+from bitmill.recipes.method import build_recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.runtime import QuantEmbedding, QuantLinear
 from bitmill.runtime.modules.embedding import restore_embedding, swap_embedding
 from bitmill.sources.module import ModuleSource

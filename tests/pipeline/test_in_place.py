@@ -12,7 +12,7 @@ from torch import nn
 import bitmill
 from bitmill.api import stored_bits
 from bitmill.errors import BitmillError, UsageError
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.runtime import QuantLinear
 from helpers.tiny_models import tiny_model
 

@@ -7,7 +7,8 @@ import pytest
 from bitmill.errors import RecipeError
 from bitmill.recipes import defaults as leaderboard
 from bitmill.recipes.compose import compose, find_recipe, from_parts
-from bitmill.recipes.recipe import METHODS, Recipe, build_recipe
+from bitmill.recipes.method import METHODS, build_recipe
+from bitmill.recipes.recipe import Recipe
 
 
 def base() -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from bitmill.recipes.recipe import METHODS, build_recipe
+from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.report.card import model_card
 
 MEASURED = {

@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.report.html import comparison_page, folder_documents, folder_page
 from bitmill.report.results import Results
 from helpers import sample_results

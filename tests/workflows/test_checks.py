@@ -11,7 +11,7 @@ from bitmill.data.calibration import token_windows
 from bitmill.data.text import calibration_windows, evaluation_windows
 from bitmill.errors import CalibrationError, OutputError
 from bitmill.evaluation.metrics import score_windows
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.report.card import model_card
 from bitmill.workflows.checks import check_space, job_identity
 

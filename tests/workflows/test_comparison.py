@@ -16,7 +16,7 @@ import torch
 from bitmill.errors import CheckpointError, OutputError, RecipeError, UsageError
 from bitmill.evaluation.metrics import score_windows
 from bitmill.progress import Progress
-from bitmill.recipes.recipe import METHODS, build_recipe
+from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.workflows.comparison import process
 from bitmill.workflows.comparison.cells import Cell, Grid, plan_cells
 from bitmill.workflows.comparison.process import CellFailed, run_cell

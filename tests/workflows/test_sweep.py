@@ -14,7 +14,7 @@ from bitmill.errors import UsageError
 from bitmill.evaluation.metrics import score_windows
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
-from bitmill.recipes.recipe import build_recipe
+from bitmill.recipes.method import build_recipe
 from bitmill.report.verdicts import BROKEN, LIMITS, VERDICTS, summarize, verdict
 from bitmill.sources.open import open_source
 from bitmill.workflows.sweep import BITS, FLOATS, SIZES, Cell, _walk, cells, decibels, sweep

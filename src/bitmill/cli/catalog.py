@@ -23,7 +23,7 @@ def methods(
     """List the methods, of weights and of keys and values, or show the card and the options of one."""
     with working(as_json) as output:
         from bitmill.kv import KV_METHODS
-        from bitmill.recipes.recipe import METHODS
+        from bitmill.recipes.method import METHODS
 
         if name is None:
             listed, cached = (
@@ -59,7 +59,7 @@ def recipes(
         from bitmill.cli.quantize import method_options
         from bitmill.formats import FORMATS, Wrapper
         from bitmill.recipes.compose import find_recipe, user_recipes
-        from bitmill.recipes.recipe import METHODS
+        from bitmill.recipes.method import METHODS
         from bitmill.solvers import SOLVERS
         from bitmill.transforms import TRANSFORMS
         from bitmill.tuners import TUNERS

@@ -71,7 +71,7 @@ def compare(
     with working(as_json, "interrupted; the same command continues") as output:
         output.progress.start("starting", 0)
         from bitmill.data.calibration import Calibration
-        from bitmill.recipes.recipe import METHODS
+        from bitmill.recipes.method import METHODS
         from bitmill.report.comparison import results_table
         from bitmill.workflows.comparison.cells import PROMPTS
         from bitmill.workflows.comparison.compare import compare

@@ -1,7 +1,7 @@
-"""Check the fields of a dataclass against their annotations.
+"""Options of methods, formats, solvers and other members: dataclass fields, checked by pydantic.
 
-Recipes come from YAML files and command lines; a value of the wrong type must be refused where it enters,
-by name, and not surface later as arithmetic that fails or, worse, as a truth value that is not meant.
+Recipes come from YAML files and command lines. A value of the wrong type is refused where it enters, by name, and
+does not surface later as arithmetic that fails.
 """
 
 from __future__ import annotations
@@ -12,49 +12,54 @@ from functools import cache
 from types import UnionType
 from typing import Any, Literal
 
+from pydantic import InstanceOf, TypeAdapter, ValidationError
+
 from bitmill.errors import RecipeError
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "null"}
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of a method with its help text; the command line and the docs read it from here."""
+    """Return a dataclass field with a default and a help text, which the command line and the docs show."""
     return field(default=default, metadata={"help": help})
 
 
 def check_types(instance: Any, owner: str) -> None:
-    """Raises RecipeError, naming the field and the value, when one does not have its annotated type."""
-    hints = _hints(instance.__class__)
+    """Check every field of a dataclass against its annotation; values are not converted.
+
+    Args:
+        instance: the dataclass instance.
+        owner: name of the instance in messages.
+
+    Raises:
+        RecipeError: a field does not have its annotated type; names the field and the value.
+    """
+    hints = type_hints(instance.__class__)
     for part in fields(instance):
         value, hint = getattr(instance, part.name), hints[part.name]
-        if not _fits(value, hint):
-            raise RecipeError(f"{part.name} of {owner} is {value!r}; use {_spell(hint)}.")
+        try:
+            _adapter(hint).validate_python(value, strict=True)
+        except ValidationError:
+            raise RecipeError(f"{part.name} of {owner} is {value!r}; use {describe_type(hint)}.") from None
+
+
+def parse_text(text: str, hint: Any) -> Any:
+    """Convert text from the command line to an annotated type.
+
+    Raises:
+        ValueError: the text cannot be converted.
+    """
+    return _adapter(hint).validate_strings(text)  # a ValidationError is a ValueError
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def type_hints(kind: type) -> dict[str, Any]:
+    """Return the resolved annotations of a class."""
     return typing.get_type_hints(kind)
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
-    is_union = isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if is_union else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    for member in _members(hint):
-        if typing.get_origin(member) is Literal:
-            if any(value == word and type(value) is type(word) for word in typing.get_args(member)):
-                return True
-        elif member is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return True
-        elif isinstance(value, member) and (member is bool or not isinstance(value, bool)):
-            return True
-    return False
-
-
-def _spell(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """Return an annotation in words, such as "a whole number or null"."""
     words = []
     for member in _members(hint):
         if typing.get_origin(member) is Literal:
@@ -62,3 +67,15 @@ def _spell(hint: Any) -> str:
         else:
             words.append(_WORDS.get(member, str(member)))
     return " or ".join(words)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    """Return pydantic's validator of an annotation; other classes than the plain ones are checked by isinstance."""
+    members = [m if typing.get_origin(m) or m in _WORDS else InstanceOf[m] for m in _members(hint)]
+    return TypeAdapter(typing.Union[tuple(members)])  # noqa: UP007  (built at run time)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    is_union = isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if is_union else (hint,)

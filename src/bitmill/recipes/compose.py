@@ -16,7 +16,9 @@ from bitmill.config.parsing import part_of, value_of
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
 from bitmill.recipes.defaults import DEFAULT_BITS
-from bitmill.recipes.recipe import METHODS, Recipe, build_recipe
+from bitmill.recipes.method import METHODS, build_recipe
+from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.rules import Rule, format_of, parse_rule
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS
@@ -32,23 +34,26 @@ def compose(
     transforms: Sequence[str] = (),
     tuners: Sequence[str] = (),
     sparse: float | None = None,
+    rules: Sequence[str | Rule] = (),
 ) -> Recipe:
-    """`base` with other parts: format and solver are replaced, transforms and tuners added after its own.
+    """Return `base` with other parts.
 
-    sparse: share of the weights that are stored apart in fp16, beside the dense format.
-    Raises RecipeError for an unknown part or option, and for parts that cannot work together.
+    Args:
+        base: the recipe to start from.
+        format: weight format in place of its own.
+        solver: solver in place of its own.
+        transforms: added after its own.
+        tuners: added after its own.
+        sparse: share of the weights that are stored apart from the dense format, in fp16.
+        rules: exceptions for some layers, `PATTERN=FORMAT:key=value,...` or `PATTERN=float`; they come first.
+
+    Raises:
+        RecipeError: an unknown part or option, or parts that cannot work together.
     """
     names, weight = [base.name], base.weight
     chosen: dict[str, Any] = {}
     if format is not None:
-        part = part_of(FORMATS, format)
-        kept = {"bits": int(base.weight.rate)} if "bits" in FORMATS.options(part["format"]) else {}
-        weight, rate = FORMATS.from_dict({**kept, **part}), base.weight.rate
-        if kept.keys() - part.keys() and weight.rate != rate:  # its bits are not those of a weight
-            raise RecipeError(
-                f"The recipe {base.name!r} has {rate:g} bits a weight and {part['format']!r} has {weight.rate:g} "
-                f"with bits={kept['bits']}; say the bits with the part, as in {part['format']}:bits=N."
-            )
+        weight = format_of(format, base.weight)
         names.append(weight.name)
     if sparse is not None:
         weight = FORMATS.from_dict(
@@ -65,6 +70,10 @@ def compose(
     for noun, members in more.items():
         names += [member.name for member in members]
         chosen[noun] = (*getattr(base, noun), *members)
+    if rules:
+        parsed = [rule if isinstance(rule, Rule) else parse_rule(rule, weight) for rule in rules]
+        names.append("rules")
+        chosen["rules"] = (*parsed, *base.rules)
     return replace(base, name="+".join(names), weight=weight, **chosen)
 
 

@@ -1,6 +1,6 @@
 """Which method to take when none is named: the one that leads the measured table at these bits.
 
-`data/leaderboard.json` holds the rows of docs/leaderboard.md: every method on one model, same text, same
+`leaderboard.json` holds the rows of docs/leaderboard.md: every method on one model, same text, same
 windows, one machine. `benchmarks/leaderboard.py` writes both.
 """
 
@@ -38,7 +38,7 @@ class Row:
 @cache
 def rows() -> tuple[Row, ...]:
     """Every measured recipe that is a named method at its defaults."""
-    text = files("bitmill").joinpath("data/leaderboard.json").read_text(encoding="utf-8")
+    text = files("bitmill.recipes").joinpath("leaderboard.json").read_text(encoding="utf-8")
     return tuple(Row(**row) for row in json.loads(text)["rows"])
 
 
@@ -65,10 +65,7 @@ def leading_recipe(
     options: of that method, as for `build_recipe`. It leads among the methods that have them all; where none has,
     RecipeError is raised.
     """
-    from bitmill.recipes.recipe import (  # imports torch, which reading the table does not need
-        METHODS,
-        build_recipe,
-    )
+    from bitmill.recipes.method import METHODS, build_recipe
 
     given = {"bits": DEFAULT_BITS, **(options or {})}
     bits = int(given["bits"]) if str(given["bits"]).isdecimal() else DEFAULT_BITS  # the method refuses the rest
@@ -101,7 +98,7 @@ def _among(options: list[str]) -> str:
 
 
 def _has(method: str, bits: int) -> bool:
-    from bitmill.recipes.recipe import build_recipe
+    from bitmill.recipes.method import build_recipe
 
     try:
         return bool(build_recipe(method, {"bits": bits}))

@@ -8,7 +8,8 @@ from bitmill.errors import RecipeError
 from bitmill.formats.additive import Additive
 from bitmill.formats.base import Format
 from bitmill.formats.shared import Shared
-from bitmill.recipes.recipe import METHODS, Method, Recipe, option
+from bitmill.recipes.method import METHODS, Method, option
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.beam import BeamSearch
 from bitmill.transforms.permute import Permute
 from bitmill.tuners.block_finetune import BlockFinetune

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import GroupSize
-from bitmill.recipes.recipe import METHODS, Method, Recipe, option
+from bitmill.recipes.method import METHODS, Method, option
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.nearest import Nearest
 from bitmill.tuners.autoround import AutoRound
 

@@ -7,7 +7,8 @@ from typing import Literal
 
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import GroupSize
-from bitmill.recipes.recipe import METHODS, Method, Recipe, option
+from bitmill.recipes.method import METHODS, Method, option
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms import Transform
 from bitmill.transforms.awq import AWQ

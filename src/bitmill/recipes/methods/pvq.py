@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bitmill.formats.pyramid import Pyramid
-from bitmill.recipes.recipe import METHODS, Method, Recipe, option
+from bitmill.recipes.method import METHODS, Method, option
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.gptaq import GPTAQ
 from bitmill.transforms.hadamard import Hadamard
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from bitmill.formats import Format
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.sum import Sum
-from bitmill.recipes.recipe import METHODS, Method, Recipe, option
+from bitmill.recipes.method import METHODS, Method, option
+from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.nearest import Nearest
 
 

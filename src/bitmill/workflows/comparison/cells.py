@@ -15,7 +15,8 @@ from bitmill.data.calibration import Calibration
 from bitmill.errors import RecipeError, UsageError
 from bitmill.pipeline.job import Propagate
 from bitmill.recipes.compose import find_recipe, with_head
-from bitmill.recipes.recipe import METHODS, Recipe, build_recipe
+from bitmill.recipes.method import METHODS, build_recipe
+from bitmill.recipes.recipe import Recipe
 
 Options = Mapping[str, Mapping[str, Any]]
 

@@ -12,7 +12,8 @@ from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.errors import RecipeError, SourceError
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.compose import find_recipe, with_head
-from bitmill.recipes.recipe import METHODS, Recipe
+from bitmill.recipes.method import METHODS
+from bitmill.recipes.recipe import Recipe
 from bitmill.sources.base import Source
 from bitmill.sources.gguf import GgufSource
 from bitmill.workflows.sizes import storage_plan

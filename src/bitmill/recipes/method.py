@@ -1,0 +1,95 @@
+"""Named methods: options with help texts, and the recipes they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bitmill.config.options import check_types, describe_type, parse_text, type_hints
+from bitmill.config.options import option as option  # methods import it from here
+from bitmill.config.registry import Registry
+from bitmill.errors import RecipeError
+from bitmill.numerics.grouping import GroupSize
+from bitmill.recipes.recipe import Recipe
+
+METHODS: Registry[type[Method]] = Registry("method", "bitmill.recipes.methods")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of named methods: options with help, and the recipe they make.
+
+    The class docstring is the method card that `bitmill methods NAME` prints.
+    """
+
+    def __post_init__(self) -> None:
+        check_types(self, METHODS.name_of(self))
+
+    def recipe(self) -> Recipe:
+        """Return the recipe of these options."""
+        raise NotImplementedError
+
+
+def build_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
+    """Build the recipe of a named method, or read a YAML or JSON file.
+
+    Args:
+        method: the name of a method, or a path that ends in .yaml, .yml or .json.
+        options: option name -> value; text is converted to the option's type.
+
+    Raises:
+        RecipeError: an unknown method or option, or a value of the wrong type or range.
+    """
+    options = options or {}
+    if method.endswith((".yaml", ".yml", ".json")):
+        if options:
+            raise RecipeError(f"{method} is a recipe file, so change {', '.join(options)} in the file itself.")
+        return Recipe.from_yaml(_read(Path(method)))
+    kind = METHODS.get(method)
+    known = kind.__dataclass_fields__
+    values = {}
+    for key, value in options.items():
+        if key not in known:
+            raise RecipeError(f"The method {method!r} has no option {key!r}; it has: {', '.join(known)}.")
+        values[key] = _parse_option(method, key, value, type_hints(kind)[key]) if isinstance(value, str) else value
+    return kind(**values).recipe()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"There is no recipe file {path}; give an existing one, or a named method (bitmill methods)."
+        ) from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"The recipe file {path} is not UTF-8 text; give a YAML or JSON file.") from None
+    except OSError as error:
+        raise RecipeError(f"The recipe file {path} cannot be read: {error.strerror}.") from None
+
+
+def _parse_option(method: str, key: str, text: str, hint: Any) -> Any:
+    """Convert text from the command line to the type of an option."""
+    if hint == GroupSize:
+        return parse_group_size(text)
+    try:
+        return parse_text(text, hint)
+    except ValueError:
+        raise RecipeError(f"The option {key} of {method!r} is {text!r}; use {describe_type(hint)}.") from None
+
+
+def parse_group_size(text: str | int) -> int | Literal["row", "tensor"]:
+    """Parse a group size: '64', 'row' (also -1) or 'tensor' (also 0).
+
+    Raises:
+        RecipeError: the text is none of these.
+    """
+    word = str(text).strip().lower()
+    if word in ("row", "-1"):
+        return "row"
+    if word in ("tensor", "0"):
+        return "tensor"
+    if word.isdigit():
+        return int(word)
+    raise RecipeError(f"group_size is {text!r}; use a positive number of input columns, 'row' or 'tensor'.")
