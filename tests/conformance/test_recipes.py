@@ -14,6 +14,7 @@ from bitmill.errors import RecipeError
 from bitmill.formats.uniform import Uniform
 from bitmill.recipes.method import METHODS, build_recipe, parse_group_size
 from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.rules import FLOAT, Rule
 from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.equalize import Equalize
@@ -137,10 +138,12 @@ def test_illegal_combinations_fail_when_built():
 
 
 def test_everything_is_kept():
-    recipe = Recipe("mine", Uniform(3, "row", True), GPTQ(0.1, False, False), (Equalize(0.5),), ("*.down_proj",))
+    recipe = Recipe(
+        "mine", Uniform(3, "row", True), GPTQ(0.1, False, False), (Equalize(0.5),), (Rule("*.down_proj", FLOAT),)
+    )
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    assert recipe.ignores("model.layers.3.mlp.down_proj")
-    assert not recipe.ignores("model.layers.3.mlp.up_proj")
+    assert recipe.scheme("model.layers.3.mlp.down_proj") is None
+    assert recipe.scheme("model.layers.3.mlp.up_proj") == recipe.default
     assert recipe.needs == {"gram"}
     assert Recipe("mine", Uniform(3), Nearest()).needs == set()
 

@@ -18,6 +18,7 @@ from bitmill.numerics.statistics import Activations
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import Job
 from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.rules import FLOAT, Rule
 from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
 from bitmill.transforms import TRANSFORMS, SeamTransform, SeamView, Transform
@@ -47,7 +48,7 @@ def loaded(name: str, changes: dict[str, object]) -> StreamedModel:
 
 def folded(streamed: StreamedModel, *chosen: Transform, ignore=()) -> list[dict[str, torch.Tensor]]:
     """What a recipe of these transforms changes, block by block, once it has seen what it needs."""
-    recipe = Recipe("test", Uniform(4), Nearest(), chosen, ignore)
+    recipe = Recipe("test", Uniform(4), Nearest(), chosen, tuple(Rule(pattern, FLOAT) for pattern in ignore))
     changed = []
     hidden, calls = streamed.embed(TOKENS)
     for index, block in enumerate(streamed.blocks):

@@ -21,6 +21,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.compose import HEAD_BITS, with_head
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.rules import FLOAT, Rule
 from bitmill.runtime import QuantEmbedding, QuantLinear
 from bitmill.runtime.modules.embedding import restore_embedding, swap_embedding
 from bitmill.sources.module import ModuleSource
@@ -119,7 +120,7 @@ def test_the_head_is_a_part_of_the_recipe():
 
 
 def test_what_is_ignored_cannot_be_quantized_too():
-    recipe = with_head(replace(build_recipe("rtn"), ignore=("lm_head",)), 8)
+    recipe = with_head(replace(build_recipe("rtn"), rules=(Rule("lm_head", FLOAT),)), 8)
     with pytest.raises(UsageError, match="ignores 'lm_head'"):
         bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS, measure=0)
 

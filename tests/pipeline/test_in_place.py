@@ -13,6 +13,7 @@ import bitmill
 from bitmill.api import stored_bits
 from bitmill.errors import BitmillError, UsageError
 from bitmill.recipes.method import build_recipe
+from bitmill.recipes.rules import FLOAT, Rule
 from bitmill.runtime import QuantLinear
 from helpers.tiny_models import tiny_model
 
@@ -73,14 +74,15 @@ def test_a_module_in_training_is_measured_without_dropout_and_goes_on_training(t
 
 @pytest.mark.parametrize("name", ["*.q_porj", "*norm", "model.layers"])
 def test_an_ignored_name_must_be_there(name):
-    recipe = replace(build_recipe("rtn", {"group_size": 16}), ignore=(name,))
+    recipe = replace(build_recipe("rtn", {"group_size": 16}), rules=(Rule(name, FLOAT),))
     with pytest.raises(UsageError, match="matrix of weights is called " + re.escape(repr(name))):
         bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS)
 
 
 def test_an_ignored_name_may_be_a_head():
     recipe = build_recipe("rtn", {"group_size": 16})
-    bitmill.quantize(tiny_model("llama"), replace(recipe, ignore=("*.q_proj", "lm_head")), calibration=WINDOWS)
+    rules = (Rule("*.o_proj", FLOAT), Rule("lm_head", FLOAT))
+    bitmill.quantize(tiny_model("llama"), replace(recipe, rules=rules), calibration=WINDOWS)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])

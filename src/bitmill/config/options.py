@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import typing
 from dataclasses import field, fields
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from types import UnionType
 from typing import Any, Literal
 
@@ -52,9 +53,13 @@ def parse_text(text: str, hint: Any) -> Any:
     return _adapter(hint).validate_strings(text)  # a ValidationError is a ValueError
 
 
-@cache
 def type_hints(kind: type) -> dict[str, Any]:
     """Return the resolved annotations of a class."""
+    return _resolved(kind)
+
+
+@cache
+def _resolved(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
@@ -71,9 +76,14 @@ def describe_type(hint: Any) -> str:
 
 @cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
-    """Return pydantic's validator of an annotation; other classes than the plain ones are checked by isinstance."""
-    members = [m if typing.get_origin(m) or m in _WORDS else InstanceOf[m] for m in _members(hint)]
-    return TypeAdapter(typing.Union[tuple(members)])  # noqa: UP007  (built at run time)
+    """Return pydantic's validator of an annotation; classes of ours are checked by isinstance."""
+    members: list[Any] = [_validated(member) for member in _members(hint)]
+    return TypeAdapter(reduce(or_, members))
+
+
+def _validated(member: Any) -> Any:
+    plain = typing.get_origin(member) is not None or member in _WORDS
+    return member if plain else InstanceOf[member]  # type: ignore[misc]
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -9,31 +9,16 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from bitmill.data.text import Windows
-from bitmill.formats import Format
 from bitmill.formats.quantized import Quantized
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import Recipe
-from bitmill.solvers import Solver
-from bitmill.transforms import Transform
+from bitmill.recipes.scheme import LayerScheme
 
 Propagate = Literal["quantized", "float"]
 NON_BLOCK = -1  # what stands for the index of a block where the layers outside of all blocks are meant
 Shared = dict[
     str, dict[str, Tensor]
 ]  # path of a module, see `shared_module_path` -> packed tensors that layers share
-
-
-@dataclass(frozen=True)
-class LayerScheme:
-    """How one linear layer is quantized.
-
-    format: as stored, the weight format inside the wrappers of its transforms.
-    """
-
-    format: Format
-    weight: Format
-    solver: Solver
-    transforms: tuple[Transform, ...]
 
 
 @dataclass(frozen=True)
@@ -54,12 +39,13 @@ class Job:
 
     def quantizes(self, layer: str) -> bool:
         """Return True if the linear layer with this full name is quantized, and False if it stays in float."""
-        return not self.recipe.ignores(layer)
+        return self.recipe.scheme(layer) is not None
 
     def scheme(self, layer: str) -> LayerScheme:
         """Return how the linear layer with this full name is quantized."""
-        recipe = self.recipe
-        return LayerScheme(recipe.stored, recipe.weight, recipe.solver, recipe.transforms)
+        scheme = self.recipe.scheme(layer)
+        assert scheme is not None  # `quantizes` is asked first
+        return scheme
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,12 @@ def build_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
             raise RecipeError(f"{method} is a recipe file, so change {', '.join(options)} in the file itself.")
         return Recipe.from_yaml(_read(Path(method)))
     kind = METHODS.get(method)
-    known = kind.__dataclass_fields__
+    known, hints = kind.__dataclass_fields__, type_hints(kind)
     values = {}
     for key, value in options.items():
         if key not in known:
             raise RecipeError(f"The method {method!r} has no option {key!r}; it has: {', '.join(known)}.")
-        values[key] = _parse_option(method, key, value, type_hints(kind)[key]) if isinstance(value, str) else value
+        values[key] = _parse_option(method, key, value, hints[key]) if isinstance(value, str) else value
     return kind(**values).recipe()
 
 

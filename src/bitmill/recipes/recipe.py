@@ -90,7 +90,10 @@ class Recipe:
                 "matrices; choose another format for the head, such as uniform."
             )
         for scheme in self.schemes:
-            reasons += [t.unsupported_reason(scheme.format) or t.unsupported_solver_reason(scheme.solver) for t in self.tuners]
+            reasons += [
+                t.unsupported_reason(scheme.format) or t.unsupported_solver_reason(scheme.solver)
+                for t in self.tuners
+            ]
         for reason in filter(None, reasons):
             raise RecipeError(f"The recipe {self.name!r} cannot be built: {reason}")
 
@@ -126,7 +129,8 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that calibration must collect; empty for a data-free recipe."""
-        return frozenset().union(*(part.needs for part in (*self.schemes, *self.tuners)))
+        needs = [scheme.needs for scheme in self.schemes] + [tuner.needs for tuner in self.tuners]
+        return frozenset[str]().union(*needs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` is its inverse."""

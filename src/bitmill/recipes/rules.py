@@ -1,7 +1,7 @@
 """Rules: which layers get which scheme.
 
-A recipe is an ordered list of rules and defaults; the first rule whose pattern matches a layer's name decides. A rule
-overrides the weight format, the solver or the transforms of the recipe, or keeps its layers in float:
+A recipe is an ordered list of rules and defaults; the first rule whose pattern matches a layer's name decides. A
+rule overrides the weight format, the solver or the transforms of the recipe, or keeps its layers in float:
 
     rules:
     - {sites: "*.o_proj", weight: float}
@@ -49,7 +49,7 @@ class Rule:
             raise RecipeError(f"The rule {self.sites!r} keeps its layers in float and has a solver or transforms.")
         if self.weight is None and self.solver is None and self.transforms is None:
             raise RecipeError(
-                f"The rule {self.sites!r} changes nothing; give it a weight format, a solver, transforms, or float."
+                f"The rule {self.sites!r} changes nothing; give it a format, a solver, transforms, or float."
             )
 
     @property

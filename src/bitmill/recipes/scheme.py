@@ -49,5 +49,6 @@ class LayerScheme:
             return reason
         if self.format.shared and self.solver.learner(self.weight.core, 1) is None:
             parts = ", ".join(sorted(self.format.shared))
-            return f"{self.solver.name} cannot learn {parts} for many layers at once; use the format without 'shared'."
+            solver = self.solver.name
+            return f"{solver} cannot learn {parts} for many layers at once; use the format without 'shared'."
         return None

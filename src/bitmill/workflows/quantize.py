@@ -23,6 +23,7 @@ from bitmill.pipeline.in_place import ModuleSink
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.resolve import resolve_recipe
 from bitmill.report.html import folder_documents
 from bitmill.sources.open import open_source
 from bitmill.version import __version__
@@ -117,7 +118,12 @@ def quantize(
     streamed = StreamedModel(source, device)
     keeping = caching.KVCalibrationJob(wanted, streamed) if wanted is not None else None
     kv_plan = keeping.plan if keeping else None
-    plan = {**chosen, **storage_plan(streamed, recipe, kv_plan["size_bytes"] if kv_plan else 0), "kv": kv_plan}
+    resolved = None if recipe is None else resolve_recipe(recipe, streamed)
+    plan = {
+        **chosen,
+        **storage_plan(streamed, resolved, kv_plan["size_bytes"] if kv_plan else 0),
+        "kv": kv_plan,
+    }
     if dry_run:
         return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
     if folder is not None and not resume:

@@ -29,8 +29,8 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.grouping import GroupSize
 from bitmill.pipeline.measure import HeldOutMetrics
 from bitmill.progress import Progress, peak_memory_bytes
-from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.method import build_recipe
+from bitmill.recipes.recipe import Recipe
 from bitmill.report.verdicts import summarize, verdict
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error, solve

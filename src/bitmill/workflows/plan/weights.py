@@ -14,6 +14,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.compose import find_recipe, with_head
 from bitmill.recipes.method import METHODS
 from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.resolve import resolve_recipe
 from bitmill.sources.base import Source
 from bitmill.sources.gguf import GgufSource
 from bitmill.workflows.sizes import storage_plan
@@ -94,7 +95,7 @@ def _float_row(name: str, size: int, count: int, chosen: bool) -> dict[str, Any]
 
 
 def _recipe_row(streamed: StreamedModel, recipe: Recipe, chosen: bool) -> dict[str, Any]:
-    stored = storage_plan(streamed, recipe)
+    stored = storage_plan(streamed, resolve_recipe(recipe, streamed))
     name = f"{recipe.name}, {recipe.stored.rate:g} bits"
     return {
         "name": name,
