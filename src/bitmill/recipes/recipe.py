@@ -90,10 +90,8 @@ class Recipe:
                 "matrices; choose another format for the head, such as uniform."
             )
         for scheme in self.schemes:
-            reasons += [
-                t.unsupported_reason(scheme.format) or t.unsupported_solver_reason(scheme.solver)
-                for t in self.tuners
-            ]
+            reasons += [tuner.unsupported_reason(scheme.format) for tuner in self.tuners]
+            reasons += [tuner.unsupported_solver_reason(scheme.solver) for tuner in self.tuners]
         for reason in filter(None, reasons):
             raise RecipeError(f"The recipe {self.name!r} cannot be built: {reason}")
 
