@@ -1,5 +1,7 @@
 # make demo   quantize SmolLM2-135M to 3 bits by several methods, measure, generate
-# make test   lint, types, architecture, tests
+# make test       lint, types, architecture, tests in a few minutes
+# make test-all   the same with every combination of members, and coverage
+# make mutants    break 40 lines, drawn by SEED, and count those that the tests notice
 # make docs   the site, in site/
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 # on Linux this torch brings CUDA along, which works as well and is only larger.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test lint browser sanitize docs clean
+.PHONY: setup demo test test-all checks mutants lint style types imports browser sanitize docs clean
 
 setup: $(VENV)/.installed
 
@@ -22,17 +24,34 @@ $(VENV)/.installed: pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 demo: setup
 	$(BIN)/python examples/demo.py
 
-lint: setup
+lint: style types imports
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy
+
+imports: setup
 	$(BIN)/lint-imports
 
-# Threads that wait go to sleep: on a machine with other work, spinning ones take the cores from those they wait for.
-# A process a core, up to four, each with one thread.
-test: lint browser
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
-	  --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+# Waiting threads sleep: on a machine with other work, spinning ones take the cores from the threads that they wait for.
+# One process per core, up to four, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+test: checks
+	$(PYTEST)
+
+test-all: checks
+	BITMILL_FULL_TESTS=1 $(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+checks: setup
+	@$(MAKE) --no-print-directory --jobs=2 lint browser
+
+SEED ?= 0
+mutants: setup
+	$(BIN)/python tests/mutants.py --seed $(SEED)
 
 # Pages are tested in a Chromium. Where it is missing it is installed, if this is root on a Debian; otherwise
 # the tests that want one are skipped, and say so.

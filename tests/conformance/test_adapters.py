@@ -23,8 +23,11 @@ from bitmill.sources.module import ModuleSource
 from bitmill.workflows.quantize import Outcome
 from helpers.architectures import MODELS, TOKENS, WINDOWS, answer, model_of, stored_bytes
 from helpers.cases import method_options
+from helpers.selection import thin
 from helpers.tiny_models import tiny_config
 
+PRODUCT = [(name, method) for name in MODELS for method in METHODS.names()]
+MAIN, LIVE, SIMPLE = ("llama", "gpt2", "bert"), ("llama", "gpt2", "bert", "gpt_neox"), ("rtn", "gptq")
 BRIEF = {"iters": 10, "epochs": 1, "rounds": 2, "sweeps": 1}  # training, where nobody asks how well it went
 
 
@@ -60,8 +63,7 @@ def live_dequantized(model: nn.Module, folder) -> nn.Module:
     return live
 
 
-@pytest.mark.parametrize("method", METHODS.names())
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "method"), thin(PRODUCT, lambda pair: pair[0] in MAIN or pair[1] in SIMPLE))
 @torch.no_grad()
 def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, outcome_of):
     model, outcome = model_of(name), outcome_of(name, method)
@@ -80,8 +82,10 @@ def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, outcom
     assert abs(in_memory - stored_bytes(out)) <= 0.1 * stored_bytes(out)
 
 
-@pytest.mark.parametrize("method", METHODS.names())
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [pair for pair in thin(PRODUCT, lambda pair: pair[0] == "llama" or pair[1] in SIMPLE) if pair[0] in LIVE],
+)
 @torch.no_grad()
 def test_a_live_model_is_quantized_in_place_to_the_same_numbers(name, method, outcome_of):
     model = model_of(name)

@@ -13,6 +13,7 @@ from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import SOLVERS, Solver, Statistics
 from bitmill.solvers.base import output_error
 from helpers.cases import all_solvers, few_formats, fitted, gram_of, inputs, rounded, weights
+from helpers.selection import one_of_each, thin
 
 # Ragged groups for every variant of a solver; whole rows and tensors for its defaults.
 PAIRS = [
@@ -21,6 +22,7 @@ PAIRS = [
     for format in few_formats()
     if solver.unsupported_reason(format) is None and (format.group_size == 40 or solver == type(solver)())
 ]
+PAIRS = one_of_each(PAIRS, lambda pair: (pair[0], type(pair[1])))
 every_solver = pytest.mark.parametrize("solver", all_solvers(), ids=repr)
 every_pair = pytest.mark.parametrize(("solver", "format"), PAIRS, ids=repr)
 
@@ -34,7 +36,7 @@ def statistics(solver: Solver, rows: int = 6, seed: int = 0) -> Statistics:
 
 
 @every_pair
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", thin([0, 1], [0]))
 def test_its_objective_is_no_worse_than_nearest_rounding(solver, format, seed):
     W, stats = weights(12, seed=seed), statistics(solver, 12, seed)
     solved = solver.solve(W, stats, format).dequantize()
@@ -64,14 +66,9 @@ def test_it_is_deterministic_and_leaves_its_arguments_alone(solver, format, nan_
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)
     assert torch.isfinite(first.dequantize()).all()
-
-
-@every_pair
-def test_what_it_solves_is_what_is_stored(solver, format):
-    solved = solver.solve(weights(), statistics(solver), format)
-    codes, params = format.unpack(solved.pack(), solved.shape)
-    assert torch.equal(codes, solved.codes)
-    assert all(torch.equal(params[k], solved.params[k]) for k in params)
+    codes, params = format.unpack(one, first.shape)
+    assert torch.equal(codes, first.codes)
+    assert all(torch.equal(params[k], first.params[k]) for k in params)
 
 
 @pytest.mark.parametrize(("solver", "format"), [p for p in PAIRS if p[1].stackable], ids=repr)

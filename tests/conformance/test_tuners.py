@@ -26,12 +26,14 @@ from bitmill.sources.module import ModuleSource
 from bitmill.tuners import TUNERS, BlockTask, Tuner
 from bitmill.tuners.base import relative_error
 from helpers.cases import all_wrappers, few_formats, varied
+from helpers.selection import FULL, one_of_each, thin
 from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(7))
-MODELS = ["llama", "opt", "gpt2", "gemma2"]
+MODELS = thin(["llama", "opt", "gpt2", "gemma2"], ["llama", "gpt2"])
 ALL = [tuner for _, kind in TUNERS.items() for tuner in (kind(), *varied(kind))]
 BRIEF = {"iters": 10, "epochs": 1}  # training, where nobody asks how well it went
+EACH_FORMAT = one_of_each([*few_formats(), *all_wrappers()], type)
 every_tuner = pytest.mark.parametrize("tuner", ALL, ids=repr)
 
 
@@ -100,13 +102,24 @@ def brief(tuner: Tuner) -> Tuner:
     return dataclasses.replace(tuner, **{name: steps for name, steps in BRIEF.items() if hasattr(tuner, name)})
 
 
+def enough(tuner: Tuner) -> Tuner:
+    """The whole training in a full run, a little in a brief one."""
+    return tuner if FULL else brief(tuner)
+
+
+@cache
+def untuned(format: Format, solver: Solver | None, measure) -> float:
+    """The error of the first block without a tuner."""
+    return errors(format=format, solver=solver, measure=measure)[0]
+
+
 def quantize(recipe: Recipe, model: nn.Module, out=None, **options):
     return bitmill.quantize(model, recipe, calibration=WINDOWS, out=out, measure=0, **options)
 
 
 @every_tuner
 def test_the_block_comes_closer(tuner):
-    assert errors(tuner)[0] < errors()[0]
+    assert errors(enough(tuner))[0] < untuned(Uniform(2, 16), None, BlockTask.error)
 
 
 @every_tuner
@@ -118,8 +131,9 @@ def test_it_is_never_worse(tuner, bits, solver):
         with pytest.raises(RecipeError, match="cannot be built"):
             recipe_of(tuner, solver=solver)
         solver = Nearest()
-    choices = {"format": Uniform(bits, 16), "solver": solver}
-    assert errors(tuner, **choices)[0] <= errors(**choices)[0]
+    format = Uniform(bits, 16)
+    tuned = errors(enough(tuner), format=format, solver=solver)[0]
+    assert tuned <= untuned(format, solver, BlockTask.error)
 
 
 @every_tuner
@@ -161,14 +175,8 @@ def test_a_resumed_run_finds_what_was_tuned(tuner):
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
 
 
-@cache
-def untuned(format: Format, solver: Solver | None, measure) -> float:
-    """The error of the first block without a tuner."""
-    return errors(format=format, solver=solver, measure=measure)[0]
-
-
 @pytest.mark.parametrize("tuner", [tuner for tuner in ALL if not getattr(tuner, "seed", 0)], ids=repr)
-@pytest.mark.parametrize("format", [*few_formats(), *all_wrappers()], ids=repr)
+@pytest.mark.parametrize("format", EACH_FORMAT, ids=repr)
 def test_every_format_is_taken_or_refused_with_a_reason(tuner, format):
     reason = tuner.unsupported_reason(format)
     if reason:
@@ -178,7 +186,7 @@ def test_every_format_is_taken_or_refused_with_a_reason(tuner, format):
         return
     measure = getattr(tuner, "loss", BlockTask.error)  # what it says that it lowers
     solver = BeamSearch(rounds=1, sweeps=0) if format.shared else None
-    tuned = errors(tuner, format=format, solver=solver, measure=measure)[0]
+    tuned = errors(enough(tuner), format=format, solver=solver, measure=measure)[0]
     assert tuned <= untuned(format, solver, measure)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import re
 import typing
+from collections.abc import Hashable
 from dataclasses import MISSING, fields
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from bitmill.formats.quantized import nearest_matrix
 from bitmill.numerics.grouping import grouped, grouped_importance
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.solvers import SOLVERS, Solver
+from helpers.selection import thin
 
 GROUP_SIZES = (64, 40, "row", "tensor")  # 40 leaves a ragged group of 16 in 96 columns
 ROWS, COLUMNS = 6, 96
@@ -77,8 +79,12 @@ def middle_bits(formats: list[GroupFormat]) -> int:
 
 
 def all_formats() -> list[GroupFormat]:
-    """Every format that solvers work with."""
-    return [format for name in grouped_formats() for format in formats_of(FORMATS.get(name))]
+    """Every format that solvers use; in a brief run the extreme widths of each, and all of `few_formats`."""
+    made = []
+    for name in grouped_formats():
+        kind = FORMATS.get(name)
+        made += thin(formats_of(kind), [ragged(kind)[0], ragged(kind)[-1], *few_of(kind)])
+    return list(dict.fromkeys(made))
 
 
 def all_wrappers() -> list[Format]:
@@ -97,12 +103,16 @@ def scalar_formats() -> list[ScalarFormat]:
 
 def few_formats() -> list[GroupFormat]:
     """For tests whose cost is in what runs the format: about 3 bits, ragged groups, rows and tensors."""
-    made = []
-    for name in grouped_formats():
-        formats = formats_of(FORMATS.get(name))
-        bits = middle_bits(formats)
-        made += [f for f in formats if f.bits == bits and f.group_size != 64]
-    return made
+    return [format for name in grouped_formats() for format in few_of(FORMATS.get(name))]
+
+
+def few_of(kind: type[GroupFormat]) -> list[GroupFormat]:
+    """The formats of one kind in `few_formats`; in a brief run with one choice of options for rows and tensors."""
+    formats = formats_of(kind)
+    bits = middle_bits(formats)
+    made = [f for f in formats if f.bits == bits and f.group_size != 64]
+    first = {f.group_size: f for f in reversed(made)}.values()
+    return thin(made, lambda f: f.group_size not in ("row", "tensor") or f in first)
 
 
 def all_solvers() -> list[Solver]:
@@ -170,9 +180,19 @@ def rounded(format: GroupFormat, W: Tensor, params: Params) -> Tensor:
 
 
 def fitted(format: GroupFormat, W: Tensor, importance: Tensor | None = None, search: bool = True) -> Params:
-    shape = (W.shape[0], W.shape[1])
-    weight = grouped_importance(importance, shape, format.group_size, format.block)
-    return format.fit(grouped(W, format.group_size, format.block), weight, search)
+    """Return the parameters of `format` fitted to W; fitted once for equal arguments."""
+    given = tuple(
+        None if t is None else (tuple(t.shape), t.contiguous().numpy().tobytes()) for t in (W, importance)
+    )
+    key = (type(format), format, given, search)
+    if key not in _FITTED:
+        shape = (W.shape[0], W.shape[1])
+        weight = grouped_importance(importance, shape, format.group_size, format.block)
+        _FITTED[key] = format.fit(grouped(W, format.group_size, format.block), weight, search)
+    return {name: part.clone() for name, part in _FITTED[key].items()}
+
+
+_FITTED: dict[Hashable, Params] = {}
 
 
 def group_params(params: Params, group: int) -> Params:
