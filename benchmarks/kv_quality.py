@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from bitmill import api
-from bitmill.data.windows import reading_of
 from bitmill.evaluation.metrics import score_windows
 from bitmill.kv.answers import PackedCacheLogits
 from bitmill.kv.calibrate import fit_calibration
@@ -28,6 +27,7 @@ from bitmill.kv.recording import KVRecording, record_keys_values
 from bitmill.kv.scheme import KVMethod, kv_method
 from bitmill.kv.size import cache_size
 from bitmill.models.block_call import output_fn
+from bitmill.tasks.causal_lm import CausalLM
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--develop", action="store_true")
     args = parser.parse_args()
     model, tokenizer = api.load(args.model), api.load_tokenizer(args.model)
-    text = reading_of("pydoc", tokenizer, encoder=False)
+    text = CausalLM().windows("pydoc", tokenizer)
     held_out = _stacked(text.held_out("eval", args.seqlen, args.windows or None))
     calib = _stacked(text.held_out("calib", args.seqlen, None))
     chosen = torch.linspace(0, len(calib) - 1, args.samples).long()

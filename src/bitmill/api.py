@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitmill.data.calibration import Calibration
+from bitmill.data.windows import Calibration
 from bitmill.workflows.evaluate import evaluate
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.quantize import Outcome, quantize

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bitmill
-from bitmill.architectures.adapter import ADAPTERS, is_encoder
+from bitmill.architectures.adapter import ADAPTERS
 from bitmill.calibration import fisher as module
 from bitmill.calibration.fisher import Fisher, rescale_fisher
 from bitmill.errors import NumericsError, OutputError
@@ -19,6 +19,7 @@ from bitmill.progress import Progress
 from bitmill.recipes.recipe import Recipe
 from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
+from bitmill.tasks.base import task_for
 from bitmill.transforms.equalize import Equalize
 from helpers.tiny_models import tiny_model
 
@@ -31,7 +32,7 @@ def by_autograd(model: nn.Module, windows: torch.Tensor, names: list[str]) -> di
     generator = torch.Generator().manual_seed(0)
     for window in windows:
         model.zero_grad()
-        if is_encoder(model.config):
+        if not task_for(model.config).generates:
             embedding = nn.functional.normalize(model(window[None]).last_hidden_state.mean(1), dim=-1)[0]
             (embedding @ torch.randn(len(embedding), generator=generator)).backward()
         else:

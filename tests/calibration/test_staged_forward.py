@@ -35,8 +35,8 @@ def batches() -> list[Tensor]:
     return [torch.randn(2, 5, 6), torch.randn(1, 5, 6)]
 
 
-def described(*stages: tuple[str, ...], name: str = "generic:test") -> Adapter:
-    return Adapter(name, ("test",), "blocks", stages, (), (), (), "")
+def described(*stages: tuple[str, ...], inferred: bool = True) -> Adapter:
+    return Adapter("test", ("test",), "blocks", stages, (), (), (), "", inferred=inferred)
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def test_stages_of_a_generic_block_are_found_by_running_it():
 
 
 def test_stages_of_a_known_block_are_those_of_its_adapter():
-    adapter = described(("a", "b"), ("c",), name="known")
+    adapter = described(("a", "b"), ("c",), inferred=False)
     assert find_stages(adapter, Block(), torch.randn(1, 5, 6), CALL) == [["a", "b"], ["c"]]
 
 

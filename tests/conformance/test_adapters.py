@@ -15,11 +15,11 @@ import bitmill
 from bitmill.calibration.staged_forward import StagedForward, find_stages
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import SourceError
-from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.method import METHODS
 from bitmill.runtime import QuantLinear
 from bitmill.sources.module import ModuleSource
+from bitmill.tasks.base import task_for
 from bitmill.workflows.quantize import Outcome
 from helpers.architectures import MODELS, TOKENS, WINDOWS, answer, model_of, stored_bytes
 from helpers.cases import method_options
@@ -69,7 +69,7 @@ def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, outcom
     model, outcome = model_of(name), outcome_of(name, method)
     out = outcome.out
     ours = bitmill.load(out)
-    theirs = auto_class(model.config).from_pretrained(out, dtype=torch.float32).eval()
+    theirs = task_for(model.config).auto_class.from_pretrained(out, dtype=torch.float32).eval()
     logits = answer(ours)
     assert torch.equal(logits, answer(theirs))
     expected = answer(live_dequantized(model, out))

@@ -15,17 +15,17 @@ from bitmill.architectures.adapter import ADAPTERS
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.verify import verify
 from bitmill.models.embedding_and_head import embedding_and_head
-from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.method import build_recipe
 from bitmill.runtime import QuantEmbedding, QuantLinear
 from bitmill.runtime.modules.packed import Packed
 from bitmill.sources.module import ModuleSource
+from bitmill.tasks.base import task_for
 from helpers.architectures import MODELS, TOKENS, WINDOWS, answer, neox, stored_bytes
 from helpers.cases import few_formats
 from helpers.tiny_models import tiny_model
 
-ENCODERS = [name for name, adapter in ADAPTERS.items() if adapter.encoder]
+ENCODERS = [name for name, adapter in ADAPTERS.items() if adapter.task == "text_encoder"]
 CASES = [(name, tied) for name in MODELS for tied in (True, False) if name not in ENCODERS or not tied]
 every_model = pytest.mark.parametrize(("name", "tied"), CASES)
 
@@ -56,7 +56,8 @@ def test_a_folder_loads_and_runs_like_its_decoded_model(name, tied, tmp_path):
 
     packed, checkpoint = bitmill.load(tmp_path / "out"), open_checkpoint(tmp_path / "out")
     assert torch.equal(
-        answer(packed), answer(auto_class(model.config).from_pretrained(tmp_path / "out", dtype=torch.float32))
+        answer(packed),
+        answer(task_for(model.config).auto_class.from_pretrained(tmp_path / "out", dtype=torch.float32)),
     )
     decoded = copy.deepcopy(model)
     for key, parameter in decoded.named_parameters():
@@ -107,10 +108,14 @@ def test_what_is_tied_is_stored_once(name, tied, tmp_path):
     in_memory = sum(t.nbytes for t in (*packed.parameters(), *packed.buffers()))
     assert abs(in_memory - stored_bytes(tmp_path / "out")) <= 0.1 * stored_bytes(tmp_path / "out")
     packed.save_pretrained(tmp_path / "again")
-    assert torch.equal(answer(auto_class(model.config).from_pretrained(tmp_path / "again")), answer(packed))
+    assert torch.equal(
+        answer(task_for(model.config).auto_class.from_pretrained(tmp_path / "again")), answer(packed)
+    )
     plain = bitmill.load(tmp_path / "out", dense=True)
     plain.save_pretrained(tmp_path / "plain")
-    assert torch.equal(answer(auto_class(model.config).from_pretrained(tmp_path / "plain")), answer(plain))
+    assert torch.equal(
+        answer(task_for(model.config).auto_class.from_pretrained(tmp_path / "plain")), answer(plain)
+    )
 
 
 @every_model

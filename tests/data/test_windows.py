@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitmill.data import text
-from bitmill.data.windows import count_windows, reading_of
+from bitmill.data.windows import SentenceWindows, StreamWindows, count_windows
 from bitmill.errors import CalibrationError
 
 CLS, SEP = 1, 2
@@ -43,7 +43,7 @@ def test_a_decoder_reads_the_published_windows(file):
         return {"input_ids": [ord(c) for c in said]}
 
     ids = text.token_stream(file, letters)
-    reading = reading_of(file, letters, encoder=False)
+    reading = StreamWindows(file, letters)
     calib = text.calibration_windows(text.split_stream(ids, "calib"), 3, 16, 5)
     assert torch.equal(reading.calibration(3, 16, 5), calib)
     held_out = reading.held_out("eval", 16, 4)
@@ -52,19 +52,19 @@ def test_a_decoder_reads_the_published_windows(file):
 
 
 def test_windows_of_an_encoder_lie_between_its_own_tokens(file):
-    windows = reading_of(file, Words(), encoder=True).calibration(5, 16, seed=0)
+    windows = SentenceWindows(file, Words()).calibration(5, 16, seed=0)
     assert windows.shape == (5, 16)
     assert windows[:, 0].tolist() == [CLS] * 5
     assert windows[:, -1].tolist() == [SEP] * 5
     assert int(windows[:, 1:-1].min()) >= 10
-    assert torch.equal(windows, reading_of(file, Words(), encoder=True).calibration(5, 16, seed=0))
+    assert torch.equal(windows, SentenceWindows(file, Words()).calibration(5, 16, seed=0))
     with pytest.raises(CalibrationError, match="seqlen is 3, 2 of them"):
-        reading_of(file, Words(), encoder=True).calibration(5, 3, seed=0)
+        SentenceWindows(file, Words()).calibration(5, 3, seed=0)
 
 
 def test_an_encoder_is_measured_on_the_sentences_of_the_last_fifth(file):
     words = Words()
-    held_out = reading_of(file, words, encoder=True).held_out("eval", 32, None)
+    held_out = SentenceWindows(file, words).held_out("eval", 32, None)
     assert 18 <= len(held_out) <= 21
     assert [len(ids) for ids in held_out] == sorted(len(ids) for ids in held_out)
     last = words(sentence(99, 6 + 99 % 3))["input_ids"]
@@ -73,7 +73,7 @@ def test_an_encoder_is_measured_on_the_sentences_of_the_last_fifth(file):
 
 
 def test_as_many_sentences_as_fit(file):
-    reading = reading_of(file, Words(), encoder=True)
+    reading = SentenceWindows(file, Words())
     some = reading.held_out("eval", 16, 4)
     assert 64 - 16 < sum(map(len, some)) <= 64
     assert count_windows(some, 16) == 4
@@ -86,7 +86,7 @@ def test_as_many_sentences_as_fit(file):
 def test_no_sentence_twice_and_none_that_calibrates(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(" ".join([*(sentence(n) for n in range(16)), *(sentence(n) for n in (0, 20, 21, 21, 22))]))
-    reading = reading_of(path, Words(), encoder=True)
+    reading = SentenceWindows(path, Words())
     assert len(reading.held_out("eval", 32, None)) == 3
     assert len(reading.held_out("all", 32, None)) == 19
 
@@ -100,9 +100,9 @@ def test_what_is_no_sentence_is_left_out(tmp_path):
         *(sentence(n) for n in range(3)),
     ]
     path.write_text("\n\n".join(lines))
-    assert len(reading_of(path, Words(), encoder=True).held_out("all", 32, None)) == 3
+    assert len(SentenceWindows(path, Words()).held_out("all", 32, None)) == 3
     with pytest.raises(CalibrationError, match=r"gives 1 of the 3 sentences.*longer text or more windows\.$"):
-        reading_of(path, Words(), encoder=True).held_out("eval", 32, 1)
+        SentenceWindows(path, Words()).held_out("eval", 32, 1)
 
 
 def test_the_hash_tells_lengths_apart():

@@ -10,8 +10,8 @@ from torch.nn.functional import cosine_similarity
 
 from bitmill.errors import CalibrationError, NumericsError, UsageError
 from bitmill.evaluation import embedding
-from bitmill.evaluation.embedding import EmbeddingMetrics, embed, metric_for, nearest, pair_cosine
-from bitmill.evaluation.metrics import LanguageModelMetrics, score_windows
+from bitmill.evaluation.embedding import EmbeddingMetrics, embed, nearest, pair_cosine
+from bitmill.evaluation.metrics import score_windows
 
 GENERATOR = torch.Generator().manual_seed(3)
 HIDDEN = torch.randn(40, 6, 16, generator=GENERATOR) + 0.5
@@ -84,8 +84,3 @@ def test_what_cannot_be_judged_is_refused():
         metric.result()
     with pytest.raises(UsageError, match="embeddings of 8 numbers and the model of 16"):
         EmbeddingMetrics().add(TOKENS, HIDDEN, HIDDEN[..., :8])
-
-
-def test_who_judges_whom():
-    assert isinstance(metric_for(None), LanguageModelMetrics)
-    assert metric_for("cls") == EmbeddingMetrics("cls")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig
 
-from bitmill.models.meta import auto_class
+from bitmill.tasks.base import task_for
 
 SIZES = {
     "hidden_size": 32,
@@ -51,7 +51,7 @@ def tiny_model(model_type: str, **changes):
     """A float32 model with seeded weights; norm weights and biases are random too, not ones and zeros."""
     torch.manual_seed(0)
     config = tiny_config(model_type, **changes)
-    model = auto_class(config).from_config(config).float().eval()
+    model = task_for(config).auto_class.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

@@ -123,7 +123,7 @@ def test_a_recorded_measurement_has_its_figures(source, done, run, tmp_path):
     [
         (["generate", "DONE", "--prompt", "x"], "writes no text"),
         (["chat", "DONE"], "writes no text"),
-        (["compare", "SOURCE", "--methods", "rtn", "--bits", "4", "-o", "OUT"], "is an encoder"),
+        (["compare", "SOURCE", "--methods", "rtn", "--bits", "4", "-o", "OUT"], "is a text encoder"),
         (["study", "SOURCE", "--text", "TEXT"], "no perplexity"),
         (["quantize", "SOURCE", "--method", "gptq", "--calib", "self", "-o", "OUT"], "writes no text"),
     ],

@@ -19,12 +19,12 @@ from bitmill.checkpoint.verify import verify
 from bitmill.errors import CheckpointError
 from bitmill.formats.quantized import SHARED
 from bitmill.models.block_call import output_fn
-from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.method import build_recipe
 from bitmill.report.describe import block_layer_bytes, part_sizes
 from bitmill.runtime import QuantLinear
 from bitmill.solvers.learning import CodebookLearner
+from bitmill.tasks.base import task_for
 from helpers.tiny_models import tiny_model
 from helpers.workspace import interrupted_after
 
@@ -76,10 +76,10 @@ def test_every_way_to_load_gives_the_same_answers(name, tmp_path):
     quantize(model, tmp_path / "out")
     ours = bitmill.load(tmp_path / "out")
     expected = answer(ours)
-    theirs = auto_class(model.config).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    theirs = task_for(model.config).auto_class.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert torch.equal(answer(theirs), expected)
     theirs.save_pretrained(tmp_path / "again")
-    again = auto_class(model.config).from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    again = task_for(model.config).auto_class.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
     assert torch.equal(answer(again), expected)
     assert torch.equal(answer(copy.deepcopy(ours)), expected)
     half = bitmill.load(tmp_path / "out", dtype=torch.bfloat16)
@@ -111,7 +111,7 @@ def test_embedding_and_head_beside_it(name, tied, tmp_path):
     expected = answer(packed)
     assert stored_bits(packed, False)[0] == checkpoint.bits_per_weight
     packed.save_pretrained(tmp_path / "again")
-    assert torch.equal(answer(auto_class(model.config).from_pretrained(tmp_path / "again")), expected)
+    assert torch.equal(answer(task_for(model.config).auto_class.from_pretrained(tmp_path / "again")), expected)
     assert torch.equal(answer(copy.deepcopy(packed)), expected)
     dense = bitmill.load(tmp_path / "out", dense=True)
     assert torch.allclose(answer(dense), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bitmill.data.calibration import token_windows
+from bitmill.calibration.token_windows import token_windows
 from bitmill.data.text import calibration_windows, evaluation_windows
 from bitmill.errors import CalibrationError, OutputError
 from bitmill.evaluation.metrics import score_windows
@@ -37,16 +37,16 @@ WINDOWS = torch.arange(40).view(4, 10)
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_windows_of_no_use_are_refused(windows, said, method):
     with pytest.raises(CalibrationError, match=said):
-        token_windows(SOURCE, windows, build_recipe(method), 0)
+        token_windows(SOURCE, windows, bool(build_recipe(method).needs), 0)
 
 
 def test_windows_are_described_where_they_are_read():
-    calib, held_out, described = token_windows(SOURCE, WINDOWS.to(torch.int16), build_recipe("gptq"), 4)
+    calib, held_out, described = token_windows(SOURCE, WINDOWS.to(torch.int16), True, 4)
     assert calib.dtype == torch.int64
     assert torch.equal(calib, WINDOWS)
     assert held_out is None
     assert described["calibration"]["source"] == "tokens"
-    calib, _, described = token_windows(SOURCE, WINDOWS, build_recipe("rtn"), 4)
+    calib, _, described = token_windows(SOURCE, WINDOWS, False, 4)
     assert calib is None
     assert described["calibration"] is None
 

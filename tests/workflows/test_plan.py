@@ -236,7 +236,7 @@ def test_what_is_refused(tmp_path) -> None:
     assert "--gpus is 0" in refused("llama-7b", devices=0)
     assert "--batch is -1" in refused("llama-7b", batch=-1)
     assert "1 to 8 bits, not 9" in refused("llama-7b", weights=Wanted(bits=9))
-    assert "is an encoder" in refused(config_only(tmp_path / "bert", "bert"))
+    assert "is a text encoder" in refused(config_only(tmp_path / "bert", "bert"))
     config = AutoConfig.for_model("t5", num_layers=1)
     config.save_pretrained(tmp_path / "t5")
     assert "an encoder beside" in refused(tmp_path / "t5")

@@ -8,6 +8,7 @@ method; methods name no architecture.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bitmill.config.registry import Registry
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
-    from transformers import PretrainedConfig
-
-
-class UnknownArchitecture(SourceError):
-    """No adapter describes this `model_type`; `generic_adapter` may still."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,9 @@ class Adapter:
     fused: linears that serving engines merge into one matrix, which must share a bit width.
     head: path of what turns hidden states into logits; "" where there is none.
     transposed: weights are stored (in, out), as in GPT-2's Conv1D.
-    encoder: it reads a text as a whole and answers with hidden states; it predicts no token.
+    task: name of the task in `bitmill.tasks` that says how the model reads text and is measured.
+    inferred: made by `generic_adapter` from the module tree: the order of the linears, and what the embeddings and
+        the head are used for, are not known.
     """
 
     name: str
@@ -69,7 +67,8 @@ class Adapter:
     embeddings: tuple[str, ...]
     head: str = "lm_head"
     transposed: bool = False
-    encoder: bool = False
+    task: str = "causal_lm"
+    inferred: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -85,27 +84,27 @@ def register(adapter: Adapter) -> Adapter:
     return ADAPTERS.register(adapter.name)(adapter)
 
 
-def adapter_for(config: PretrainedConfig) -> Adapter:
-    """The adapter of `config.model_type`, with the seams that are exact under this config.
+def adapter_for(config: Any) -> Adapter | None:
+    """Return the adapter of a config's `model_type`, with the seams that are exact under this config.
 
-    Raises UnknownArchitecture, naming the model type and the known ones.
+    Args:
+        config: a transformers config, the dict of a config.json, or None.
+
+    Returns:
+        None where no adapter describes the model type; `generic_adapter` may describe the model.
     """
-    model_type = getattr(config, "model_type", None)
+    get = config.get if isinstance(config, dict) else partial(_attribute, config)
+    model_type = get("model_type")
     for _, adapter in ADAPTERS.items():
         if model_type in adapter.model_types:
-            exact = tuple(s for s in adapter.seams if all(getattr(config, k, None) == v for k, v in s.when))
-            heads = getattr(config, "num_key_value_heads", None) or 1
+            exact = tuple(s for s in adapter.seams if all(get(k) == v for k, v in s.when))
+            heads = get("num_key_value_heads") or 1
             return replace(adapter, seams=tuple(replace(seam, heads=heads) for seam in exact))
-    known = sorted(t for _, adapter in ADAPTERS.items() for t in adapter.model_types)
-    raise UnknownArchitecture(
-        f"The architecture {model_type!r} has no adapter of its own; known ones are {', '.join(known)}."
-    )
+    return None
 
 
-def is_encoder(config: Any) -> bool:
-    """Whether a config, an object or the dict of a config.json, is that of a known encoder."""
-    model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    return any(adapter.encoder and model_type in adapter.model_types for _, adapter in ADAPTERS.items())
+def _attribute(config: Any, name: str) -> Any:
+    return getattr(config, name, None)
 
 
 def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
@@ -145,6 +144,7 @@ def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
         seams=(),
         embeddings=tuple(n for n, m in outside if isinstance(m, nn.Embedding)),
         head=heads[-1] if heads else "",
+        inferred=True,
     )
 
 

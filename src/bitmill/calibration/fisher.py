@@ -29,11 +29,10 @@ from torch import Tensor, nn
 
 from bitmill.calibration.store import replace_file
 from bitmill.errors import NumericsError, OutputError
-from bitmill.evaluation.embedding import embed
 from bitmill.models.block_call import BlockCall
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
-from bitmill.sources.pooling import pooling_of
+from bitmill.tasks.base import Loss
 
 WINDOWS = 100  # more windows than these are not read: the published figures use 100
 
@@ -76,8 +75,7 @@ class Fisher:
             streamed.free_block(index)
             progress.advance()
         with streamed.non_block_weights("head"):
-            pooling = pooling_of(streamed.source)
-            loss = _cross_entropy if pooling is None else _projection(pooling)
+            loss = streamed.task.loss()
             for n, window in enumerate(windows):
                 hidden[n] = _loss_gradient(streamed, window[None], hidden[n : n + 1], loss)[0]
         for index in reversed(range(count)):
@@ -153,26 +151,8 @@ def _square_into(squares: dict[str, Tensor], name: str) -> Callable[[nn.Module, 
     return hook
 
 
-def _cross_entropy(tokens: Tensor, logits: Tensor) -> Tensor:
-    """Mean next-token loss of tokens (1, n) under logits (1, n, vocabulary)."""
-    return nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:].to(logits.device))
-
-
-def _projection(pooling: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss for an encoder: its embedding along a direction that is drawn anew for every window."""
-    generator = torch.Generator().manual_seed(0)
-
-    def loss(tokens: Tensor, hidden: Tensor) -> Tensor:
-        direction = torch.randn(hidden.shape[-1], generator=generator)
-        return embed(hidden, pooling)[0] @ direction.to(hidden.device)
-
-    return loss
-
-
 @torch.enable_grad()
-def _loss_gradient(
-    streamed: StreamedModel, tokens: Tensor, hidden: Tensor, loss_of: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def _loss_gradient(streamed: StreamedModel, tokens: Tensor, hidden: Tensor, loss_of: Loss) -> Tensor:
     """The gradient of the window's loss by the hidden states after the last block, (1, tokens, width)."""
     hidden = hidden.detach().clone().requires_grad_()
     loss = loss_of(tokens, streamed.head(tokens, hidden))

@@ -85,7 +85,7 @@ def find_stages(adapter: Adapter, block: nn.Module, hidden: Tensor, call: BlockC
     Known architectures say so in their adapter. For a generic walk, one window is sent through the block.
     Raises SourceError for a linear that does not run, which calibration could say nothing about.
     """
-    if not adapter.name.startswith("generic"):
+    if not adapter.inferred:
         return [list(stage) for stage in adapter.stages]
     order: list[tuple[str, tuple[Any, ...], Any]] = []
 

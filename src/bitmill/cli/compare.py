@@ -70,7 +70,7 @@ def compare(
     """Quantize a model in several ways, measure each on the same terms, and write a page about it."""
     with working(as_json, "interrupted; the same command continues") as output:
         output.progress.start("starting", 0)
-        from bitmill.data.calibration import Calibration
+        from bitmill.data.windows import Calibration
         from bitmill.recipes.method import METHODS
         from bitmill.report.comparison import results_table
         from bitmill.workflows.comparison.cells import PROMPTS

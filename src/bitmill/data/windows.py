@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,25 @@ _END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
+SELF = "self"  # calibration source: the model writes its text itself
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration text and how much of it is read.
+
+    source: "pydoc", a .txt or .jsonl file, "hf:dataset", or "self" for text that the float model writes.
+    samples: number of windows.
+    seqlen: tokens of a window.
+    seed: of the random places at which windows start.
+    """
+
+    source: str = "pydoc"
+    samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+
+
 class TextWindows(Protocol):
     """A text as one model reads it; `seqlen` counts the tokens of a window, the model's own included."""
 
@@ -37,17 +57,12 @@ class TextWindows(Protocol):
         ...
 
 
-def reading_of(source: str | Path, tokenizer: Any, encoder: bool) -> TextWindows:
-    """A text as a decoder or an encoder with this tokenizer reads it."""
-    return Sentences(source, tokenizer) if encoder else Stream(source, tokenizer)
-
-
 def count_windows(held_out: Windows, seqlen: int) -> int:
     """How many windows of `seqlen` tokens hold as much."""
     return -(-sum(len(window) for window in held_out) // seqlen)
 
 
-class Stream:
+class StreamWindows:
     """One stream of tokens."""
 
     def __init__(self, source: str | Path, tokenizer: Any) -> None:
@@ -62,7 +77,7 @@ class Stream:
         return text.evaluation_windows(text.split_stream(self._ids, split), seqlen, windows)
 
 
-class Sentences:
+class SentenceWindows:
     """Text for an encoder."""
 
     def __init__(self, source: str | Path, tokenizer: Any) -> None:
@@ -124,3 +139,10 @@ def _sentences(whole: str) -> Iterator[str]:
         sentence = " ".join(piece.split())
         if sentence.endswith((".", "!", "?")) and len(_WORD.findall(sentence)) >= WORDS:
             yield sentence
+
+
+def check_context_length(config: Any, seqlen: int, flag: str = "--seqlen") -> None:
+    """Raises CalibrationError for windows longer than the model can read."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and seqlen > limit:
+        raise CalibrationError(f"seqlen is {seqlen}, but the model reads at most {limit} tokens; lower {flag}.")

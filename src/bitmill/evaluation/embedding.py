@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bitmill.errors import CalibrationError, NumericsError, UsageError
-from bitmill.evaluation.metrics import LanguageModelMetrics, Metric
 
 _ROWS = 1024  # sentences whose similarities to all others are held at a time
 
+DEFAULT_POOLING = "mean"
 POOLINGS = {
     "mean": lambda hidden: hidden.mean(1),
     "cls": lambda hidden: hidden[:, 0],
@@ -38,7 +38,7 @@ def embed(hidden: Tensor, pooling: str) -> Tensor:
 class EmbeddingMetrics:
     """A judge: collects the embeddings of sentences, and compares them once all are there."""
 
-    pooling: str = "mean"
+    pooling: str = DEFAULT_POOLING
     tokens: int = 0
     own: list[Tensor] = field(default_factory=list)
     reference: list[Tensor] = field(default_factory=list)
@@ -100,8 +100,3 @@ def nearest(unit: Tensor) -> Tensor:
         cosines[rows, start + rows] = -torch.inf
         found.append(cosines.argmax(-1))
     return torch.cat(found)
-
-
-def metric_for(pooling: str | None) -> Metric:
-    """Return the metric of a text encoder with this pooling, or without one, of a language model."""
-    return LanguageModelMetrics() if pooling is None else EmbeddingMetrics(pooling)

@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from bitmill.architectures.adapter import is_encoder
 from bitmill.errors import UsageError
 from bitmill.kv.codec import hadamard_rotation
 from bitmill.kv.page import PageLayout
@@ -15,6 +14,7 @@ from bitmill.kv.rope import attentions, rope_for
 from bitmill.kv.scheme import PAGE, KVMethod
 from bitmill.kv.size import calibrated_numbers
 from bitmill.models.kv_shapes import kv_heads_and_dim
+from bitmill.tasks.base import task_for
 
 _FP32 = 4
 
@@ -26,8 +26,9 @@ def packed_shapes(model: nn.Module, name: str = "") -> dict[int, tuple[int, int]
     """
     config: Any = getattr(model, "config", None)
     name = name or type(model).__name__
-    if config is None or is_encoder(config):
-        raise UsageError(f"{name} is an encoder, which keeps no keys and values; leave out --kv.")
+    task = task_for(config)
+    if config is None or not task.generates:
+        raise UsageError(f"{name} is {task.description}, which keeps no keys and values; leave out --kv.")
     try:
         layers = DynamicCache(config=config).layers
     except (

@@ -63,7 +63,7 @@ def embedding_and_head(streamed: StreamedModel) -> EmbeddingAndHead:
     modules = dict(streamed.model.named_modules())
     tables = {path: table for path in adapter.embeddings if isinstance(table := modules.get(path), nn.Embedding)}
     head = modules.get(adapter.head) if adapter.head else None
-    if adapter.name.startswith("generic"):
+    if adapter.inferred:
         vocabulary = getattr(streamed.source.config, "vocab_size", None) or getattr(head, "out_features", None)
         tables = {path: table for path, table in tables.items() if table.num_embeddings == vocabulary}
         head = head if getattr(head, "out_features", None) == vocabulary else None

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bitmill.architectures.adapter import is_encoder
 from bitmill.errors import SourceError
+from bitmill.tasks.base import task_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,8 +39,9 @@ def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ..
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    if is_encoder(config):
-        raise SourceError(f"{name} is an encoder, which keeps no keys and values; give a language model.")
+    task = task_for(config)
+    if not task.generates:
+        raise SourceError(f"{name} is {task.description}, which keeps no keys and values; give a language model.")
     if config.is_encoder_decoder:
         raise SourceError(
             f"{name} has an encoder beside its decoder, which cannot be planned yet; give a decoder."

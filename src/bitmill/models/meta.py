@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitmill.architectures.adapter import is_encoder
 from bitmill.errors import SourceError
 from bitmill.sources.base import Source
 from bitmill.sources.module import ModuleSource
+from bitmill.tasks.base import task_for
 
 
 def empty_model(source: Source) -> nn.Module:
@@ -33,19 +33,12 @@ def empty_model(source: Source) -> nn.Module:
         try:
             if kind is not None and hasattr(kind, "_from_config"):
                 return kind._from_config(source.config, dtype=torch.float32)
-            return auto_class(source.config).from_config(
+            return task_for(source.config).auto_class.from_config(
                 source.config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
             )
         except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
             reason = str(error).strip().splitlines()[0][:200].rstrip(".")
             raise SourceError(f"transformers cannot build the model of {source.name}: {reason}.") from None
-
-
-def auto_class(config: Any) -> Any:
-    """The class of transformers that builds and loads the model of a config (an object or a dict)."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    return AutoModel if is_encoder(config) else AutoModelForCausalLM
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bitmill.architectures.adapter import Adapter, Seam, UnknownArchitecture, adapter_for, generic_adapter
+from bitmill.architectures.adapter import Adapter, Seam, adapter_for, generic_adapter
 from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
 from bitmill.models.block_call import BlockCall, BlockRecorder, StopForward, output_tensor
-from bitmill.models.meta import auto_class, empty_model, trim_malloc
+from bitmill.models.meta import empty_model, trim_malloc
 from bitmill.sources.base import Source
+from bitmill.tasks.base import task_of
 
 
 class StreamedModel:
@@ -32,10 +33,8 @@ class StreamedModel:
         self.model = empty_model(source).eval()
         if hasattr(self.model, "tie_weights"):
             self.model.tie_weights()  # type: ignore[operator]
-        try:
-            self.adapter: Adapter = adapter_for(source.config)
-        except UnknownArchitecture:
-            self.adapter = generic_adapter(self.model, source.config)
+        self.task = task_of(source)
+        self.adapter: Adapter = adapter_for(source.config) or generic_adapter(self.model, source.config)
         try:
             blocks = self.model.get_submodule(self.adapter.blocks)
         except AttributeError:
@@ -44,7 +43,7 @@ class StreamedModel:
             raise SourceError(
                 f"{type(self.model).__name__} has no blocks at {self.adapter.blocks!r}, where a model of its kind "
                 f"({self.adapter.name}) keeps them; give the model that transformers loads as "
-                f"{auto_class(source.config).__name__}."
+                f"{self.task.auto_class_name}."
             )
         self.blocks: nn.ModuleList = blocks
         self._stored = self._match_names()
@@ -247,7 +246,7 @@ class StreamedModel:
 
     def _unneeded(self, side: str) -> list[str]:
         """The stored tensors outside the blocks that one side can do without."""
-        if side == "both" or self.adapter.name.startswith("generic") or not self.adapter.head:
+        if side == "both" or self.adapter.inferred or not self.adapter.head:
             return []  # what a generic walk calls embeddings and head may be used anywhere
         table, head = (f"{path}.weight" for path in (self.adapter.embeddings[0], self.adapter.head))
         name = head if side == "embedding" else table

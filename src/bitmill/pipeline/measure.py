@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.data.text import Windows
-from bitmill.evaluation.embedding import metric_for
 from bitmill.models.block_call import BlockCall
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.embeddings import QuantizedEmbeddings
-from bitmill.sources.pooling import pooling_of
 
 
 class HeldOutMetrics:
@@ -24,7 +22,7 @@ class HeldOutMetrics:
 
     def __init__(self, streamed: StreamedModel, windows: Windows) -> None:
         self.streamed, self.windows = streamed, windows
-        self.metric = metric_for(pooling_of(streamed.source))
+        self.metric = streamed.task.metric()
         self.embed_windows()
         self.float = list(self.quantized)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitmill.architectures.adapter import UnknownArchitecture, adapter_for
+from bitmill.architectures.adapter import adapter_for
 from bitmill.errors import OutputError, SourceError, one_line
 from bitmill.sources.base import config_bytes, hash_file
 from bitmill.sources.pooling import read_pooling, sentence_modules
@@ -225,10 +225,10 @@ class HfSource:
 
     def _add_missing_prefix(self) -> None:
         """Early checkpoints name tensors as the inner model does: "h.0.ln_1" for "transformer.h.0.ln_1"."""
-        try:
-            prefix, _, blocks = adapter_for(self.config).blocks.partition(".")
-        except UnknownArchitecture:
+        adapter = adapter_for(self.config)
+        if adapter is None:
             return
+        prefix, _, blocks = adapter.blocks.partition(".")
         full = f"{prefix}."
         if any(n.startswith(full) for n in self._entries) or not any(
             n.startswith(f"{blocks}.") for n in self._entries

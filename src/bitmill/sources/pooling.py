@@ -12,9 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bitmill.architectures.adapter import is_encoder
 from bitmill.errors import SourceError, one_line
-from bitmill.sources.base import Source
 
 MEAN = "mean"
 _MODES = {
@@ -22,11 +20,6 @@ _MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
 }
-
-
-def pooling_of(source: Source) -> str | None:
-    """How the embeddings of a model are pooled; None unless it is an encoder, whatever its folder says."""
-    return source.pooling() if is_encoder(source.config) else None
 
 
 def read_pooling(folder: Path) -> str:

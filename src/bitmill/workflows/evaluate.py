@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from bitmill.architectures.adapter import is_encoder
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
-from bitmill.data.calibration import check_context_length
-from bitmill.data.windows import count_windows, reading_of
+from bitmill.data.windows import check_context_length, count_windows
 from bitmill.errors import UsageError
-from bitmill.evaluation.embedding import metric_for
 from bitmill.evaluation.metrics import score_windows
 from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
 from bitmill.models.block_call import output_fn
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.sources.open import open_source
-from bitmill.sources.pooling import MEAN, pooling_of, read_pooling
+from bitmill.sources.pooling import read_pooling
+from bitmill.tasks.base import Task, task_for, task_of
 from bitmill.workflows import kv as caching
 from bitmill.workflows.load import live_model, load_tokenizer
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
 
-_SENTENCES = 32  # run at a time, of one length
 _TOKENS = 1024  # through a packed cache at a time
 
 
@@ -73,17 +71,18 @@ def evaluate(
     progress = progress or Progress()
     progress.start("reading text and model", 0)
     bits, size = stored_bits(model, trust_remote_code)
-    pooling = _pooling(model, trust_remote_code)
-    reading = reading_of(text_source, tokenizer, encoder=pooling is not None)
-    chosen = reading.held_out(split, seqlen, windows)
+    task = _task(model, trust_remote_code)
+    metric = task.metric()  # a pooling that is not supported is refused before text is read
+    text_windows = task.windows(text_source, tokenizer)
+    chosen = text_windows.held_out(split, seqlen, windows)
     live = live_model(model, device, trust_remote_code)
     other = None if reference is None else live_model(reference, device, trust_remote_code)
     check_context_length(getattr(live, "config", None), seqlen)
-    against, metric = None if other is None else output_fn(other), metric_for(pooling)
-    answers, batch = output_fn(live), 2 if pooling is None else _SENTENCES
+    against = None if other is None else output_fn(other)
+    answers, batch = output_fn(live), task.batch_size
     with eval_mode(live), eval_mode(other):
         through = (
-            caching.PackedCacheEvaluator(live, wanted, reading, text_source, split, progress)
+            caching.PackedCacheEvaluator(live, wanted, text_windows, text_source, split, progress)
             if wanted is not None
             else None
         )
@@ -104,10 +103,10 @@ def evaluate(
     }
 
 
-def _pooling(model: str | Path | nn.Module, trust_remote_code: bool) -> str | None:
-    """How the embeddings of an encoder are pooled; None for any other model."""
+def _task(model: str | Path | nn.Module, trust_remote_code: bool) -> Task:
+    """Return the task of a live model, a folder that bitmill wrote, or any other source."""
     if isinstance(model, nn.Module):
-        return MEAN if is_encoder(getattr(model, "config", None)) else None
+        return task_for(getattr(model, "config", None))
     if is_checkpoint(Path(model)):
-        return read_pooling(Path(model)) if is_encoder(open_checkpoint(model).config) else None
-    return pooling_of(open_source(model, trust_remote_code=trust_remote_code))
+        return task_for(open_checkpoint(model).config, partial(read_pooling, Path(model)))
+    return task_of(open_source(model, trust_remote_code=trust_remote_code))

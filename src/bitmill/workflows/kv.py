@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitmill.calibration.token_windows import calibration_windows
 from bitmill.checkpoint.files import publish, writing
 from bitmill.checkpoint.record import record_calibration, write_calibration
 from bitmill.checkpoint.writer import check_new, work_of
-from bitmill.data.calibration import SELF, Calibration, calibration_windows, check_context_length
 from bitmill.data.text import windows_hash
-from bitmill.data.windows import TextWindows, reading_of
+from bitmill.data.windows import SELF, Calibration, TextWindows, check_context_length
 from bitmill.errors import UsageError
 from bitmill.evaluation.generate import CHUNK
 from bitmill.kv.answers import PackedCacheLogits
@@ -30,6 +30,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.runtime.modules.dequantize import densify
 from bitmill.runtime.modules.packed import PackedMatrix
+from bitmill.tasks.base import task_for
 from bitmill.workflows.load import load, load_tokenizer, read_folder
 
 SEQLEN = 2048
@@ -233,8 +234,9 @@ def add_to_folder(
         text = given or Calibration()
         if text.source == SELF:
             raise UsageError(f"{folder} cannot write the text that calibrates it; give another one with --calib.")
-        reading = reading_of(text.source, load_tokenizer(folder, trust_remote_code=trust_remote_code), False)
-        windows = reading.calibration(wanted.samples, window_of(wanted, live.config), text.seed)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        text_windows = task_for(live.config).windows(text.source, tokenizer)
+        windows = text_windows.calibration(wanted.samples, window_of(wanted, live.config), text.seed)
         kv["calibration"] = _described(text.source, windows, text.seed)
         found = calibrated(live, method, windows, kv["calibration"], progress)
     if out == folder:

@@ -10,11 +10,11 @@ from torch import nn
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.errors import BitmillError, CheckpointError, one_line
-from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.decode import attach
 from bitmill.runtime.modules.dequantize import densify
 from bitmill.sources.open import open_source
+from bitmill.tasks.base import task_for
 from bitmill.workflows.checks import check_device
 
 
@@ -66,7 +66,7 @@ def read_folder(
 ) -> nn.Module:
     """The model in a folder that bitmill wrote, by transformers. config: of its config.json."""
     loaded, info = _from_folder(
-        auto_class(config), folder, trust_remote_code, dtype=dtype, output_loading_info=True
+        task_for(config).auto_class, folder, trust_remote_code, dtype=dtype, output_loading_info=True
     )
     if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
         # transformers would go on with random numbers

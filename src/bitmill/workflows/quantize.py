@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitmill.calibration.token_windows import token_windows
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import Checkpoint, is_ours, open_checkpoint
 from bitmill.checkpoint.writer import FolderSink, check_new, is_finished
-from bitmill.data.calibration import Calibration, token_windows
+from bitmill.data.windows import Calibration
 from bitmill.errors import UsageError
 from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
 from bitmill.models.embedding_and_head import embedding_and_head
-from bitmill.models.meta import auto_class
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import Job, run
 from bitmill.pipeline.in_place import ModuleSink
@@ -130,7 +130,7 @@ def quantize(
         check_new(folder)  # before text is read, or written by the model itself
     progress.start("reading text and model", 0)
     calib, held_out, described = token_windows(
-        source, calibration, recipe, measure if recipe else 0, device, progress
+        source, calibration, bool(recipe and recipe.needs), measure if recipe else 0, device, progress
     )
     if keeping:
         keeping.read(calibration, progress)
@@ -142,7 +142,7 @@ def quantize(
         "identity": identity,
         **{key: plan[key] for key in STORED},
         "ends": embedding_and_head(streamed).to_dict() if recipe is not None and recipe.head else None,
-        "auto_class": auto_class(source.config).__name__,
+        "auto_class": streamed.task.auto_class_name,
         **({"kv": kv_plan} if kv_plan else {}),
     }
     sink: FolderSink | ModuleSink

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.data.calibration import check_context_length
 from bitmill.data.text import Windows
-from bitmill.data.windows import reading_of
+from bitmill.data.windows import check_context_length
 from bitmill.errors import NumericsError, UsageError
 from bitmill.evaluation.metrics import LanguageModelMetrics
 from bitmill.formats.quantized import Quantized
@@ -137,12 +136,12 @@ def sweep(
     streamed = StreamedModel(source, device)
     chosen = None
     if text_source is not None:
-        if streamed.adapter.encoder:
+        if not streamed.task.generates:
             raise UsageError(
-                f"{source.name} is an encoder, which has no perplexity to measure; leave the text away."
+                f"{source.name} is {streamed.task.description}, which has no perplexity; leave out the text."
             )
         check_context_length(source.config, seqlen)
-        chosen = reading_of(text_source, source.tokenizer(), encoder=False).held_out("eval", seqlen, windows)
+        chosen = streamed.task.windows(text_source, source.tokenizer()).held_out("eval", seqlen, windows)
     table = cells(search)
     shapes = _walk(streamed, table, chosen, progress)
     weights = sum(rows * columns for rows, columns in shapes.values())

@@ -25,6 +25,6 @@ BERT = register(
             "embeddings.token_type_embeddings",
         ),
         head="",
-        encoder=True,
+        task="text_encoder",
     )
 )

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from bitmill.data.calibration import Calibration
+from bitmill.data.windows import Calibration
 from bitmill.errors import RecipeError, UsageError
 from bitmill.pipeline.job import Propagate
 from bitmill.recipes.compose import find_recipe, with_head

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitmill.data.calibration import Calibration
+from bitmill.data.windows import Calibration
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
 from bitmill.report.results import Results

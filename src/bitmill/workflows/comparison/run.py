@@ -21,17 +21,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitmill.architectures.adapter import is_encoder
 from bitmill.checkpoint.files import make_folder, write_json, write_text, writing
 from bitmill.checkpoint.journal import first_difference
 from bitmill.data import text
-from bitmill.data.calibration import check_context_length
-from bitmill.data.windows import reading_of
+from bitmill.data.windows import check_context_length
 from bitmill.errors import BitmillError, CheckpointError, OutputError, UsageError
 from bitmill.progress import Progress
 from bitmill.report.html import comparison_page
 from bitmill.report.results import Results
 from bitmill.sources.open import open_source
+from bitmill.tasks.base import task_of
 from bitmill.workflows.checks import check_device
 from bitmill.workflows.comparison.cells import FLOAT, Cell, Grid
 from bitmill.workflows.comparison.machine import describe_machine
@@ -84,16 +83,17 @@ def describe_terms(grid: Grid) -> dict[str, Any]:
     """`settings` of the results. Raises BitmillError for a model or a text that cannot be used."""
     check_device(grid.device)
     source = open_source(grid.model, trust_remote_code=grid.trust_remote_code)
-    if is_encoder(source.config):
+    task = task_of(source)
+    if not task.generates:
         raise UsageError(
-            f"{grid.model} is an encoder, and a comparison is one of perplexities and answers; quantize it by "
-            "each method, and measure with bitmill eval --reference."
+            f"{grid.model} is {task.description}, and a comparison needs perplexities and generated text; quantize it "
+            "by each method, and measure with bitmill eval --reference."
         )
     terms, tokenizer = grid.calibration, source.tokenizer()
     check_context_length(source.config, terms.seqlen)
-    reading = reading_of(terms.source, tokenizer, encoder=False)
-    calib = reading.calibration(terms.samples, terms.seqlen, terms.seed)
-    held_out = reading.held_out("eval", terms.seqlen, grid.windows)
+    windows = task.windows(terms.source, tokenizer)
+    calib = windows.calibration(terms.samples, terms.seqlen, terms.seed)
+    held_out = windows.held_out("eval", terms.seqlen, grid.windows)
     window = {"source": terms.source, "seqlen": terms.seqlen}
     of_calib = {"windows": terms.samples, "seed": terms.seed, "sha256": text.windows_hash(calib)}
     of_held_out = {"windows": len(held_out), "seed": None, "sha256": text.windows_hash(held_out)}

@@ -25,7 +25,6 @@ from bitmill.checkpoint.files import folder_bytes, write_json
 from bitmill.checkpoint.record import record_measurement
 from bitmill.checkpoint.writer import work_of
 from bitmill.data.text import windows_hash
-from bitmill.data.windows import reading_of
 from bitmill.errors import BitmillError, CheckpointError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
 from bitmill.evaluation.metrics import score_windows
@@ -33,6 +32,7 @@ from bitmill.models.block_call import output_fn
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
 from bitmill.report.describe import split_layers
+from bitmill.tasks.causal_lm import CausalLM
 from bitmill.workflows import quantize as quantizing
 from bitmill.workflows.comparison.cells import FLOAT, Grid
 from bitmill.workflows.comparison.process import end_with
@@ -160,8 +160,7 @@ class _Work:
         self.progress.start("reading text and model", 0)
         tokenizer = load_tokenizer(model, trust_remote_code=self.grid.trust_remote_code)
         terms = self.grid.calibration
-        reading = reading_of(terms.source, tokenizer, encoder=False)
-        windows = reading.held_out("eval", terms.seqlen, self.grid.windows)
+        windows = CausalLM().windows(terms.source, tokenizer).held_out("eval", terms.seqlen, self.grid.windows)
         if windows_hash(windows) != self.held_out:
             raise CheckpointError(
                 f"The tokenizer of {model} or the text {terms.source!r} is no longer what it was when the "

@@ -1,0 +1,156 @@
+"""Token windows that calibrate a model, and those that are held out to measure it on."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.data.self_generated import generate_windows
+from bitmill.data.text import Windows, check_windows, windows_hash
+from bitmill.data.windows import SELF, Calibration, check_context_length, count_windows
+from bitmill.errors import CalibrationError, SourceError, UsageError
+from bitmill.models.streamed import StreamedModel
+from bitmill.progress import Progress
+from bitmill.sources.base import Source
+from bitmill.tasks.base import task_of
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def token_windows(
+    source: Source,
+    calibration: Calibration | Tensor | None,
+    calibrates: bool,
+    measure: int,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Tensor | None, Windows | None, dict[str, Any]]:
+    """Return the token windows to calibrate and to measure on, and their description for the report.
+
+    Args:
+        source: the float model.
+        calibration: text and number of windows, or token ids (windows, length), of which none are held out.
+        calibrates: the recipe reads calibration windows.
+        measure: windows to hold out and measure on; 0 for none. Where the model writes its own calibration text,
+            they come from the default text of its task.
+        device: where a model that writes its own text runs.
+        progress: where progress is reported.
+
+    Returns:
+        Windows (samples, seqlen) to calibrate on, held-out windows, each None where not needed, and
+        {"calibration": ..., "held_out": ...}.
+
+    Raises:
+        CalibrationError: The text or the windows cannot be used.
+        SourceError: The model has no tokenizer, or a pooling that is not supported.
+    """
+    if isinstance(calibration, Tensor):
+        return _given_windows(calibration, source, calibrates)
+    calibration = calibration or Calibration()
+    self_generated = calibration.source == SELF
+    task = task_of(source)
+    described: dict[str, Any] = {"calibration": None, "held_out": None}
+    calib: Tensor | None = None
+    held_out: Windows | None = None
+    if calibrates or measure:
+        check_context_length(source.config, calibration.seqlen)
+    if measure:
+        task.metric()  # a pooling that is not supported is refused now, and not after the last block
+    if measure or (calibrates and not self_generated):
+        name = task.default_text if self_generated else calibration.source
+        windows = task.windows(name, source.tokenizer())
+    if calibrates:
+        if self_generated:
+            calib = _self_generated_windows(source, calibration, device, progress)
+        else:
+            calib = windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
+        described["calibration"] = {**vars(calibration), "sha256": windows_hash(calib)}
+    if measure:
+        held_out = windows.held_out("eval", calibration.seqlen, measure)
+        described["held_out"] = {
+            "text": name,
+            "split": "eval",
+            "seqlen": calibration.seqlen,
+            "windows": count_windows(held_out, calibration.seqlen),
+        }
+    return calib, held_out, described
+
+
+def calibration_windows(
+    source: Source, calibration: Calibration, device: str, progress: Progress | None
+) -> Tensor:
+    """Return calibration windows (samples, seqlen) of a text, or of text that the model writes itself.
+
+    Raises:
+        CalibrationError: The text cannot be used.
+    """
+    if calibration.source == SELF:
+        return _self_generated_windows(source, calibration, device, progress)
+    windows = task_of(source).windows(calibration.source, source.tokenizer())
+    return windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
+
+
+def _self_generated_windows(
+    source: Source, calibration: Calibration, device: str, progress: Progress | None
+) -> Tensor:
+    """Return windows that the float model writes; the whole model is in memory while it does."""
+    task = task_of(source)
+    if not task.generates:
+        raise UsageError(
+            f"{source.name} is {task.description}, which writes no text; calibrate it on another text."
+        )
+    check_windows(calibration.samples, calibration.seqlen)
+    streamed = StreamedModel(source, device)
+    streamed.load(streamed.names())
+    special = {getattr(source.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    with contextlib.suppress(SourceError):  # without a tokenizer only the config names special tokens
+        special |= set(source.tokenizer().all_special_ids)
+    return generate_windows(
+        streamed.model,
+        calibration.samples,
+        calibration.seqlen,
+        calibration.seed,
+        {token for token in special if isinstance(token, int)},
+        progress,
+    )
+
+
+def _given_windows(
+    windows: Tensor, source: Source, calibrates: bool
+) -> tuple[Tensor | None, None, dict[str, Any]]:
+    """Return a caller's windows, checked, as `token_windows` does."""
+    windows = _checked_windows(windows, source.config)
+    if not calibrates:
+        return None, None, {"calibration": None, "held_out": None}
+    return windows, None, {"calibration": {"source": "tokens", "sha256": windows_hash(windows)}, "held_out": None}
+
+
+def _checked_windows(windows: Tensor, config: Any) -> Tensor:
+    """Return a caller's windows (windows, length) as int64 on the CPU.
+
+    Raises:
+        CalibrationError: The model cannot read them.
+    """
+    if windows.is_meta or windows.dim() != 2 or not windows.numel():
+        found = "without data (device 'meta')" if windows.is_meta else f"of shape {tuple(windows.shape)}"
+        raise CalibrationError(f"The calibration tensor is one {found}; give token ids (windows, length).")
+    if windows.dtype not in _INTEGERS:
+        raise CalibrationError(
+            f"The calibration tensor holds {str(windows.dtype).removeprefix('torch.')}; give integer token ids."
+        )
+    windows = windows.to("cpu", torch.int64)
+    if windows.shape[1] < 2:
+        raise CalibrationError("The calibration windows have 1 token; give windows of at least 2.")
+    check_context_length(config, windows.shape[1])
+    lowest, highest = int(windows.min()), int(windows.max())
+    vocabulary = getattr(config, "vocab_size", None)
+    if lowest < 0 or (isinstance(vocabulary, int) and highest >= vocabulary):
+        known = f" below {vocabulary}" if isinstance(vocabulary, int) else ""
+        raise CalibrationError(
+            f"The calibration tensor holds the token {lowest if lowest < 0 else highest}, but the model's ids are "
+            f"0 and up{known}; give windows made with the model's own tokenizer."
+        )
+    return windows

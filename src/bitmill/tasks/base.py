@@ -1,0 +1,90 @@
+"""The contract of a task: everything that depends on the kind of a model and not on its architecture."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from bitmill.architectures.adapter import adapter_for
+from bitmill.config.registry import Registry
+from bitmill.data.windows import TextWindows
+from bitmill.evaluation.metrics import Metric
+
+if TYPE_CHECKING:
+    from bitmill.sources.base import Source
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # tokens (1, n), model output (1, n, k) -> scalar
+
+
+class Task(ABC):
+    """A kind of model: which class loads it, how it reads text, and how it is measured.
+
+    description: the kind in a sentence, with its article.
+    auto_class_name: class of transformers that builds and loads such a model.
+    generates: the model predicts next tokens, so it writes text, has a perplexity and caches keys and values.
+    batch_size: windows that run at a time in an evaluation.
+    default_text: text to evaluate on where the user names none.
+    """
+
+    description: ClassVar[str]
+    auto_class_name: ClassVar[str]
+    generates: ClassVar[bool]
+    batch_size: ClassVar[int]
+    default_text: ClassVar[str] = "pydoc"
+
+    @classmethod
+    def for_model(cls, read_pooling: Callable[[], str] | None = None) -> Task:
+        """Return the task of one model.
+
+        Args:
+            read_pooling: returns how hidden states become one embedding ("mean", "cls" or "max"); called only when
+                the pooling is needed, and only by tasks that have one. The mean over tokens without it.
+        """
+        return cls()
+
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that builds and loads the model."""
+        import transformers
+
+        return getattr(transformers, self.auto_class_name)
+
+    @abstractmethod
+    def windows(self, text: str | Path, tokenizer: Any) -> TextWindows:
+        """Return the windows in which the model reads a text.
+
+        Args:
+            text: "pydoc", a .txt or .jsonl file, or "hf:dataset".
+            tokenizer: the model's tokenizer.
+        """
+
+    @abstractmethod
+    def metric(self) -> Metric:
+        """Return a new, empty metric. Raises SourceError for a pooling that is not supported."""
+
+    @abstractmethod
+    def loss(self) -> Loss:
+        """Return the loss whose squared gradients are the Fisher diagonal."""
+
+
+TASKS: Registry[type[Task]] = Registry("task", "bitmill.tasks")
+
+
+def task_for(config: Any, read_pooling: Callable[[], str] | None = None) -> Task:
+    """Return the task of a config; causal language modelling where no adapter describes its model type.
+
+    Args:
+        config: a transformers config, the dict of a config.json, or None.
+        read_pooling: see `Task.for_model`.
+    """
+    adapter = adapter_for(config)
+    return TASKS.get("causal_lm" if adapter is None else adapter.task).for_model(read_pooling)
+
+
+def task_of(source: Source) -> Task:
+    """Return the task of a source, with the pooling that the source names."""
+    return task_for(source.config, source.pooling)
