@@ -86,8 +86,8 @@ def describe_terms(grid: Grid) -> dict[str, Any]:
     task = task_of(source)
     if not task.generates:
         raise UsageError(
-            f"{grid.model} is {task.description}, and a comparison needs perplexities and generated text; quantize it "
-            "by each method, and measure with bitmill eval --reference."
+            f"{grid.model} is {task.description}, and a comparison needs perplexities and generated text; "
+            "quantize it by each method, and measure with bitmill eval --reference."
         )
     terms, tokenizer = grid.calibration, source.tokenizer()
     check_context_length(source.config, terms.seqlen)
