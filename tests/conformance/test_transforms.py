@@ -14,7 +14,7 @@ from bitmill.errors import NumericsError, RecipeError
 from bitmill.formats.uniform import Uniform
 from bitmill.models.block_call import output_fn
 from bitmill.models.streamed import StreamedModel
-from bitmill.numerics.statistics import Activations
+from bitmill.numerics.statistics import Statistics
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import Job
 from bitmill.recipes.recipe import Recipe
@@ -61,7 +61,7 @@ def folded(streamed: StreamedModel, *chosen: Transform, ignore=()) -> list[dict[
     return changed
 
 
-def assert_seen(kept: dict[str, Activations], now: dict[str, Activations]) -> None:
+def assert_seen(kept: dict[str, Statistics], now: dict[str, Statistics]) -> None:
     """What was seen before the fold is kept true while scales change."""
     for lead, expected in now.items():
         for name in ("gram", "mean_abs", "max_abs"):
@@ -163,8 +163,8 @@ def test_no_transform_changes_nothing():
 @pytest.mark.parametrize("transform", transforms(), ids=repr)
 def test_chosen_scales_are_positive_and_finite(transform):
     X = torch.randn(20, 8) * torch.tensor([0, 1e-4, 1e4, 1, 1, 1, 1, 1])
-    seen = Activations(X.T @ X / 20, X.abs().mean(0), X.abs().amax(0), 20)
-    silent = Activations(torch.zeros(8, 8), torch.zeros(8), torch.zeros(8), 20)
+    seen = Statistics(X.T @ X / 20, 20, mean_abs=X.abs().mean(0), max_abs=X.abs().amax(0))
+    silent = Statistics(torch.zeros(8, 8), 20, mean_abs=torch.zeros(8), max_abs=torch.zeros(8))
     for source, activations in ((torch.randn(8), seen), (torch.zeros(8), silent), (torch.randn(8, 5) * 1e6, seen)):
         scale = transform.choose(SeamView(source, [torch.randn(4, 8), torch.zeros(3, 8)], Uniform(4), activations))
         assert scale.shape == (8,)

@@ -148,7 +148,7 @@ def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
         add_layer(self, W, stats)
 
     monkeypatch.setattr(StreamedModel, "load_block", load_block)
-    monkeypatch.setattr(CodebookLearner, "see", look)
+    monkeypatch.setattr(CodebookLearner, "add_layer", look)
     quantize(tiny_model("llama", num_hidden_layers=4), tmp_path / "out")
     assert loaded == [1] * (4 * 7)
 
@@ -174,7 +174,7 @@ def interrupted(folder, monkeypatch, after: int, **options) -> None:
 def test_a_resumed_run_finds_what_was_learned(after, head_bits, tmp_path, monkeypatch):
     quantize(tiny_model("llama"), tmp_path / "whole", head_bits=head_bits)
     interrupted(tmp_path / "out", monkeypatch, after, head_bits=head_bits)
-    monkeypatch.setattr(CodebookLearner, "see", None)  # nobody looks a second time
+    monkeypatch.setattr(CodebookLearner, "add_layer", None)  # nobody looks a second time
     quantize(tiny_model("llama"), tmp_path / "out", resume=True, head_bits=head_bits)
     files = sorted(f.name for f in (tmp_path / "whole").iterdir())
     assert files == sorted(f.name for f in (tmp_path / "out").iterdir())

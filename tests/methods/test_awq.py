@@ -7,7 +7,6 @@ from bitmill.formats import GroupFormat
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.numerics.statistics import Activations
 from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.base import output_error
@@ -19,7 +18,7 @@ from bitmill.transforms.base import SeamView
 COLUMNS = 192
 
 
-def layer(seed: int) -> tuple[torch.Tensor, Activations, torch.Tensor]:
+def layer(seed: int) -> tuple[torch.Tensor, Statistics, torch.Tensor]:
     """Heavy-tailed weights, calibration inputs with a few loud channels, and the Gram matrix of held-out ones."""
     draw = torch.Generator().manual_seed(seed)
     mix = torch.eye(COLUMNS) + 0.5 * torch.randn(COLUMNS, COLUMNS, generator=draw) / COLUMNS**0.5
@@ -28,7 +27,7 @@ def layer(seed: int) -> tuple[torch.Tensor, Activations, torch.Tensor]:
     W = torch.randn(64, COLUMNS, generator=draw)
     W = 0.02 * W / torch.randn(64, COLUMNS, 5, generator=draw).square().mean(-1).sqrt()
     X, held_out = X.split(1024)
-    seen = Activations(X.T @ X / 1024, X.abs().mean(0), X.abs().amax(0), 1024)
+    seen = Statistics(X.T @ X / 1024, 1024, mean_abs=X.abs().mean(0), max_abs=X.abs().amax(0))
     return W, seen, held_out.T @ held_out / 1024
 
 
@@ -38,7 +37,7 @@ def error(
     """Relative output error, held out unless `calibrated`."""
     W, seen, held_out = layer(seed)
     scale = torch.ones(COLUMNS) if awq is None else awq.choose(SeamView(scale_source(), [W], format, seen))
-    solved = solver.solve(W * scale, Statistics(seen.divided(scale).gram, 1024), format)
+    solved = solver.solve(W * scale, seen.scale(scale), format)
     return output_error(W, solved.dequantize() / scale, seen.gram if calibrated else held_out)
 
 

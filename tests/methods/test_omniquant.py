@@ -44,7 +44,7 @@ def task_of(name: str = "llama", format: Uniform | None = None) -> BlockTask:
         seams=adapter.seams,
     )
     task.stages = [list(stage) for stage in adapter.stages]
-    task.seen = collect_statistics(block, inputs, calls, [stage[0] for stage in task.stages])
+    task.input_stats = collect_statistics(block, inputs, calls, [stage[0] for stage in task.stages])
     return task
 
 
@@ -114,7 +114,7 @@ def test_what_the_linears_read_is_kept_true(name):
     learned.apply()
     now = collect_statistics(task.block, task.inputs, task.calls, [stage[0] for stage in task.stages])
     first = task.stages[0][0]  # later ones read what clamped weights make
-    torch.testing.assert_close(task.seen[first].gram, now[first].gram, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(task.input_stats[first].gram, now[first].gram, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -5,7 +5,7 @@ import torch
 
 from bitmill.errors import RecipeError
 from bitmill.formats.uniform import Uniform
-from bitmill.numerics.statistics import Activations
+from bitmill.numerics.statistics import Statistics
 from bitmill.transforms.base import SeamView
 from bitmill.transforms.smooth import SmoothQuant
 
@@ -19,7 +19,7 @@ def case() -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def view(X: torch.Tensor, targets: list[torch.Tensor]) -> SeamView:
-    seen = Activations(X.T @ X / len(X), X.abs().mean(0), X.abs().amax(0), len(X))
+    seen = Statistics(X.T @ X / len(X), len(X), mean_abs=X.abs().mean(0), max_abs=X.abs().amax(0))
     return SeamView(torch.ones(X.shape[1]), targets, Uniform(8, "row"), seen)
 
 

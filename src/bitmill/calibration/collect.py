@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bitmill.models.block_call import BlockCall
 from bitmill.numerics.gram import RunningGram
-from bitmill.numerics.statistics import Activations
+from bitmill.numerics.statistics import Statistics
 
 
 class _Watch:
@@ -28,16 +28,16 @@ class _Watch:
         self.sum_abs += size.sum(0)
         torch.maximum(self.max_abs, size.amax(0), out=self.max_abs)
 
-    def result(self) -> Activations:
+    def result(self) -> Statistics:
         assert self.gram is not None
         tokens = self.gram.tokens
-        return Activations(self.gram.mean(), self.sum_abs / max(tokens, 1), self.max_abs, tokens)
+        return Statistics(self.gram.mean(), tokens, mean_abs=self.sum_abs / max(tokens, 1), max_abs=self.max_abs)
 
 
 @torch.no_grad()
 def collect_statistics(
     block: nn.Module, batches: list[Tensor], calls: list[BlockCall], leads: list[str]
-) -> dict[str, Activations]:
+) -> dict[str, Statistics]:
     """Statistics of what each of the linears `leads` reads."""
     watches = {name: _Watch() for name in leads}
     hooks = [block.get_submodule(name).register_forward_pre_hook(watch.hook) for name, watch in watches.items()]

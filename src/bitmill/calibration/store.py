@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitmill.errors import CalibrationError
-from bitmill.numerics.statistics import Activations
+from bitmill.numerics.statistics import Statistics
+
+_PARTS = ("gram", "mean_abs", "max_abs")  # tensors of a file, by fields of Statistics
 
 
 class StatisticsStore:
@@ -40,14 +42,13 @@ class StatisticsStore:
         """Whether block `index` has been seen."""
         return self._file(index).exists()
 
-    def save(self, index: int, seen: dict[str, Activations], stages: list[list[str]]) -> None:
+    def save(self, index: int, seen: dict[str, Statistics], stages: list[list[str]]) -> None:
         """Keep what `collect_statistics` saw in a block, and which of its linears read the same tensor."""
         tensors: dict[str, Tensor] = {}
-        for lead, activations in seen.items():
-            tensors[f"{lead}/gram"] = activations.gram.cpu()
-            tensors[f"{lead}/mean_abs"] = activations.mean_abs.cpu()
-            tensors[f"{lead}/max_abs"] = activations.max_abs.cpu()
-            tensors[f"{lead}/tokens"] = torch.tensor(activations.tokens)
+        for lead, stats in seen.items():
+            for part in _PARTS:
+                tensors[f"{lead}/{part}"] = getattr(stats, part).cpu()
+            tensors[f"{lead}/tokens"] = torch.tensor(stats.tokens)
         described = {"stages": json.dumps(stages)}
         replace_file(self._file(index), lambda path: save_file(tensors, path, described))
 
@@ -60,16 +61,14 @@ class StatisticsStore:
             stages: list[list[str]] = json.loads((file.metadata() or {}).get("stages", "[]"))
             return stages
 
-    def load(self, index: int, device: torch.device | str = "cpu") -> dict[str, Activations]:
+    def load(self, index: int, device: torch.device | str = "cpu") -> dict[str, Statistics]:
         """What `save` kept."""
         with safe_open(self._file(index), "pt", str(device)) as file:
             leads = sorted({key.rpartition("/")[0] for key in file.keys()})  # noqa: SIM118
             return {
-                lead: Activations(
-                    file.get_tensor(f"{lead}/gram"),
-                    file.get_tensor(f"{lead}/mean_abs"),
-                    file.get_tensor(f"{lead}/max_abs"),
-                    int(file.get_tensor(f"{lead}/tokens")),
+                lead: Statistics(
+                    tokens=int(file.get_tensor(f"{lead}/tokens")),
+                    **{part: file.get_tensor(f"{lead}/{part}") for part in _PARTS},
                 )
                 for lead in leads
             }

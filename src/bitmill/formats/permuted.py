@@ -51,9 +51,7 @@ class Permuted(Wrapper):
     def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
         """Solve the matrix and its statistics in the order chosen."""
         order = deal_columns(_cost(W, stats.required_gram(self.name)), self.core.block)
-        gram, cross = (None if G is None else G[order][:, order] for G in (stats.gram, stats.cross))
-        fisher = None if stats.fisher is None else stats.fisher[:, order]
-        solved = solve_inner(W[:, order], replace(stats, gram=gram, cross=cross, fisher=fisher))
+        solved = solve_inner(W[:, order], stats.permute(order))
         part = self.own_parts(solved.shape)[0]
         own = {"order": order.to(torch.float32 if part.bits else torch.int32)}
         return replace(solved, format=self, params={**solved.params, **own})

@@ -68,26 +68,17 @@ class Rotated(Wrapper):
 
     def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
         """Solve U W diag(s) V^T against V diag(1/s) G diag(1/s) V^T."""
-        gram, cross, fisher = stats.gram, stats.cross, stats.fisher
         V, U = self.on_inputs(W.shape[1], W.device), self.on_outputs(W.shape[0], W.device)
-        if gram is not None:
-            W = torch.where(gram.diagonal() > 0, W, 0.0)  # no input, no weight: it would only fill the basis
-        own = {}
+        if stats.gram is not None:
+            W = torch.where(stats.gram.diagonal() > 0, W, 0.0)  # no input, no weight: it would only fill the basis
+        own, s = {}, None
         if self.rescale:
             s = _balance(W, stats.required_gram(self.name))
             W, own = W * s, {"rescale": s[None]}
-            gram, cross = (None if G is None else G / s / s[:, None] for G in (gram, cross))
         rotated = V.forward(W)
         if U is not None:
             rotated = U.forward(rotated.T).T.contiguous()
-        if gram is not None:
-            gram = V.congruent(gram)
-            gram = (gram + gram.T) / 2  # symmetric but for rounding
-        if cross is not None:
-            cross = V.congruent(cross)
-        if fisher is not None:  # of gradients nothing but their squares is known: every direction has the mean
-            fisher = fisher.mean().expand(W.shape)
-        solved = solve_inner(rotated, replace(stats, gram=gram, cross=cross, fisher=fisher))
+        solved = solve_inner(rotated, stats.rotate(V, s))
         return replace(solved, format=self, params={**solved.params, **own})
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:

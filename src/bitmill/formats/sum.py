@@ -73,8 +73,7 @@ class Sum(Wrapper):
     def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
         """Choose the entries, solve the rest, then fit the entries to what it leaves."""
         mask = self._choose(W, stats)
-        blind = stats if stats.fisher is None else replace(stats, fisher=stats.fisher.masked_fill(mask, 0))
-        dense = solve_inner(W.masked_fill(mask, 0), blind)
+        dense = solve_inner(W.masked_fill(mask, 0), stats.exclude(mask))
         error = W - dense.dequantize()
         values = error[mask] if stats.gram is None else best_values(error, stats.gram, mask, _DAMP)
         columns = W.shape[1]

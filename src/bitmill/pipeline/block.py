@@ -17,10 +17,9 @@ from bitmill.formats import Params
 from bitmill.formats.quantized import shared_module_path
 from bitmill.models.meta import trim_malloc
 from bitmill.numerics.gram import RunningGram
-from bitmill.numerics.statistics import FISHER, Activations
+from bitmill.numerics.statistics import FISHER, Statistics
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
-from bitmill.solvers import Statistics
 from bitmill.solvers.base import output_error, solve_stacked
 from bitmill.tuners import BlockTask
 
@@ -61,7 +60,7 @@ def quantize_block(
     names = [n for stage in stages for n in stage if job.quantizes(f"{prefix}.{n}")]
 
     targets = streams.float_outputs(block, index) if streams else []
-    seen: dict[str, Activations] = {}
+    seen: dict[str, Statistics] = {}
     if job.propagate == "float" and recipe.needs - FISHER:
         seen = _float_statistics(job, block, index, streams, stages, store)
     elif "activations" in recipe.needs:
@@ -86,7 +85,7 @@ def quantize_block(
         for name, W in before.items():
             work.fisher[name] = rescale_fisher(work.fisher[name], W, task.matrix(name))
     floats = {name: p.detach().clone() for name, p in task.floats()} if recipe.tuners else {}
-    task.stages, task.seen = stages, seen
+    task.stages, task.input_stats = stages, seen
     for tuner in recipe.tuners:
         tuner.before(task)
     outputs = _solve(work, streams, seen, twin)
@@ -109,7 +108,7 @@ def _float_statistics(
     streams: Streams | None,
     stages: list[list[str]],
     store: StatisticsStore | None,
-) -> dict[str, Activations]:
+) -> dict[str, Statistics]:
     """The float model's statistics of a block, from the store where it has them."""
     if store and store.has(index):
         return store.load(index, job.streamed.device)
@@ -121,16 +120,15 @@ def _float_statistics(
 
 
 def _solve(
-    work: _Work, streams: Streams | None, seen: dict[str, Activations], twin: nn.Module | None
+    work: _Work, streams: Streams | None, seen: dict[str, Statistics], twin: nn.Module | None
 ) -> list[Tensor] | None:
     """Solve every stage. Returns the block's outputs where the passes that collect statistics yield them."""
     job, task = work.job, work.task
     if job.propagate == "float" or not job.recipe.needs & {"gram", "cross"}:
         for stage in work.stages:
-            known = seen.get(stage[0])
-            stats = Statistics(known.gram, known.tokens) if known else Statistics()
-            if known and "cross" in job.recipe.needs:  # the inputs are the float model's own
-                stats = replace(stats, cross=torch.zeros_like(known.gram))
+            stats = seen.get(stage[0], Statistics())
+            if stats.gram is not None and "cross" in job.recipe.needs:  # the inputs are the float model's own
+                stats = replace(stats, cross=torch.zeros_like(stats.gram))
             _solve_stage(work, stage, stats)
         return None
     assert streams is not None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill.numerics.statistics import Activations
+from bitmill.numerics.statistics import Statistics
 from bitmill.pipeline.job import Job
 from bitmill.transforms.base import SeamTransform, SeamView, fold
 
 
 @torch.no_grad()
-def fold_transforms(job: Job, index: int, seen: dict[str, Activations] | None = None) -> dict[str, Tensor]:
+def fold_transforms(job: Job, index: int, seen: dict[str, Statistics] | None = None) -> dict[str, Tensor]:
     """Fold every seam transform of the recipe into every seam of block `index`.
 
     seen: what the block's linears read, by the linear that stands for its stage; kept true as scales change.
@@ -37,13 +37,14 @@ def fold_transforms(job: Job, index: int, seen: dict[str, Activations] | None = 
             source = _matrix(parameters[f"{seam.source}.weight"], adapter.transposed)
             source = source + 1 if seam.norm_plus_one else source
             lead = next((name for name in seam.targets if name in seen), "")
-            view = SeamView(source, targets, schemes[coded[0]].weight.core, seen.get(lead), seam.heads)
+            stats = seen.get(lead, Statistics())
+            view = SeamView(source, targets, schemes[coded[0]].weight.core, stats, seam.heads)
             scale = transform.choose(view)
             for name, tensor in fold(scale, seam, parameters, adapter.transposed).items():
                 parameters[name].data = tensor
                 touched.add(f"{prefix}.{name}")
             if lead:
-                seen[lead] = seen[lead].divided(view.columns(scale))
+                seen[lead] = seen[lead].scale(view.columns(scale))
     quantized = {f"{prefix}.{name}.weight" for name in schemes}
     changed = {}
     for name in sorted((touched & set(streamed.names())) - quantized):

@@ -85,8 +85,7 @@ def _show(job: Job, index: int, streams: Streams | None, learners: dict[str, Lea
         streams.advance(block, index, [])
     fold_transforms(job, index, seen)
     for stage in stages:
-        known = seen.get(stage[0])
-        stats = Statistics(known.gram, known.tokens) if known else Statistics()
+        stats = seen.get(stage[0], Statistics())
         for kind in stage:
             name = f"{streamed.block_name(index)}.{kind}"
             if job.quantizes(name):

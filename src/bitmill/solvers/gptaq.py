@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bitmill.errors import NumericsError, RecipeError
+from bitmill.errors import RecipeError
 from bitmill.numerics.cholesky import inverse_factor
 from bitmill.numerics.statistics import Statistics
 from bitmill.solvers.base import SOLVERS
@@ -56,10 +56,9 @@ def corrected_target(W: Tensor, stats: Statistics, alpha: float, damp: float, so
     """
     if not alpha:
         return W
-    if stats.cross is None:
-        raise NumericsError(f"{solver} needs the float model's inputs beside; give it calibration text.")
-    if not bool(stats.cross.any()):
+    cross = stats.required_cross(solver)
+    if not bool(cross.any()):
         return W
     _, gram, _ = zero_dead_inputs(W, stats.required_gram(solver))  # the cross-Gram is 0 at dead inputs
     U, _ = inverse_factor(gram, damp)
-    return W + alpha * ((W @ stats.cross) @ U.T) @ U
+    return W + alpha * ((W @ cross) @ U.T) @ U

@@ -52,15 +52,15 @@ class AWQ(SeamTransform):
 
     def choose(self, seam: SeamView) -> Tensor:
         """s (channels,)."""
-        seen = seam.required_activations(self.name)
-        loud = seam.readers(seen.mean_abs).mean(0)
-        loud = loud / loud.mean().clamp(min=1e-30)
-        best, least = torch.ones_like(loud), torch.tensor(torch.inf)
+        gram = seam.stats.required_gram(self.name)
+        magnitude = seam.readers(seam.stats.required_mean_abs(self.name)).mean(0)
+        magnitude = magnitude / magnitude.mean().clamp(min=1e-30)
+        best, least = torch.ones_like(magnitude), torch.tensor(torch.inf)
         for step in range(self.grid):
-            scale = loud.pow(step / self.grid).clamp(min=_FLOOR)
+            scale = magnitude.pow(step / self.grid).clamp(min=_FLOOR)
             scale = scale / (scale.amax() * scale.amin()).sqrt()
             columns = seam.columns(scale)
-            errors = [self._error(W, columns, seen.gram, seam.format) for W in seam.targets]
+            errors = [self._error(W, columns, gram, seam.format) for W in seam.targets]
             error = torch.stack(errors).sum()
             if error < least:
                 best, least = scale, error

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from bitmill.config.registry import Member, Registry
-from bitmill.errors import NumericsError
 from bitmill.formats import Format, GroupFormat, Wrapper
-from bitmill.numerics.statistics import Activations
+from bitmill.numerics.statistics import Statistics
 
 if TYPE_CHECKING:
     from bitmill.architectures.adapter import Seam
@@ -36,7 +35,7 @@ class SeamView:
     source: the weight of the norm (channels,) or linear layer (channels, in) before the seam.
     targets: the weights (out, columns) of the linear layers after it that will be quantized.
     format: what the targets will be quantized to.
-    activations: what the targets read; None for a transform that does not need it.
+    stats: statistics of what the targets read; empty for a transform that does not need them.
     heads: of the source. With grouped queries the targets have more columns than the source has channels: they
         read every head several times in turn.
     """
@@ -44,14 +43,8 @@ class SeamView:
     source: Tensor
     targets: list[Tensor]
     format: GroupFormat
-    activations: Activations | None = None
+    stats: Statistics = Statistics()
     heads: int = 1
-
-    def required_activations(self, transform: str) -> Activations:
-        """What the targets read. Raises NumericsError, naming the transform that asks, when nobody looked."""
-        if self.activations is None:
-            raise NumericsError(f"{transform} needs to see the layers' inputs; run it with calibration text.")
-        return self.activations
 
     def columns(self, values: Tensor) -> Tensor:
         """Values of the channels (channels,) as the targets' columns (columns,) see them."""

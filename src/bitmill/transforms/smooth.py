@@ -41,7 +41,7 @@ class SmoothQuant(SeamTransform):
 
     def choose(self, seam: SeamView) -> Tensor:
         """s (channels,)."""
-        loud = seam.readers(seam.required_activations(self.name).max_abs).amax(0).clamp(min=_FLOOR)
+        inputs = seam.readers(seam.stats.required_max_abs(self.name)).amax(0).clamp(min=_FLOOR)
         weights = torch.stack([W.abs().amax(0) for W in seam.targets]).amax(0)
         weights = seam.readers(weights).amax(0).clamp(min=_FLOOR)
-        return (loud**self.alpha / weights ** (1 - self.alpha)).clamp(min=_FLOOR)
+        return (inputs**self.alpha / weights ** (1 - self.alpha)).clamp(min=_FLOOR)

@@ -22,8 +22,8 @@ from bitmill.config.registry import Member, Registry
 from bitmill.formats import Format
 from bitmill.formats.quantized import Quantized
 from bitmill.models.block_call import BlockCall
-from bitmill.numerics.statistics import Activations
-from bitmill.solvers import Solver, Statistics
+from bitmill.numerics.statistics import Statistics
+from bitmill.solvers import Solver
 
 TUNERS: Registry[type[Tuner]] = Registry("tuner", "bitmill.tuners")
 
@@ -42,8 +42,8 @@ class BlockTask:
     originals: the float weight (out, in) of every settled linear, as it was when it was settled.
     stats: what the linears' inputs were, as far as the recipe needs to know; `gram` alone is kept.
     stages: the linears that read one input, together, in the order in which they run.
-    seen: what the first linear of every stage reads, where the recipe needs "activations"; who changes that keeps
-        it true.
+    input_stats: of what the first linear of every stage reads, where the recipe needs "activations"; a tuner that
+        changes the inputs of a linear updates them.
     """
 
     block: nn.Module
@@ -61,7 +61,7 @@ class BlockTask:
     originals: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Statistics] = field(default_factory=dict)
     stages: list[list[str]] = field(default_factory=list)
-    seen: dict[str, Activations] = field(default_factory=dict)
+    input_stats: dict[str, Statistics] = field(default_factory=dict)
 
     def matrix(self, name: str) -> Tensor:
         """The weight of a linear as (out, in), fp32."""
@@ -69,9 +69,10 @@ class BlockTask:
         assert isinstance(weight, Tensor)
         return weight.data.T.contiguous() if self.transposed else weight.data
 
-    def input_statistics(self, name: str) -> Activations | None:
-        """What calibration saw of a linear's input."""
-        return next((self.seen.get(stage[0]) for stage in self.stages if name in stage), None)
+    def input_statistics(self, name: str) -> Statistics:
+        """Return the calibration's statistics of a linear's input; empty where none were collected."""
+        leads = (stage[0] for stage in self.stages if name in stage)
+        return self.input_stats.get(next(leads, ""), Statistics())
 
     def set_matrix(self, name: str, W: Tensor) -> None:
         """Replace the weight of a linear by W (out, in)."""

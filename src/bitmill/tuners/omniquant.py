@@ -30,7 +30,7 @@ from bitmill.formats import Format
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped, ungrouped
-from bitmill.solvers import Solver, Statistics
+from bitmill.solvers import Solver
 from bitmill.solvers.clip import Clip
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.base import fold, spread
@@ -152,9 +152,8 @@ class _Learned:
         wide = W.new_full(self.format.grid(shape), _WIDE)
         if start == "wide":
             return wide.clone().requires_grad_(), wide.requires_grad_()
-        seen = self.task.input_statistics(name)
-        assert seen is not None, "omniquant needs to see what the linears read"
-        found = Clip().solve(W, Statistics(seen.gram, seen.tokens), self.format).params
+        stats = self.task.input_statistics(name)
+        found = Clip().solve(W, stats, self.format).params
         x = grouped(W, self.format.group_size)
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
         span, shorter = found["scale"] * ((1 << self.format.bits) - 1), torch.minimum(high, -low)
@@ -220,10 +219,11 @@ class _Learned:
             self.task.set_float(name, tensor)
         for seam, log, shift in zip(self.seams, self.logs, self.shifts):
             for name in seam.targets:
-                if name in self.task.seen:
-                    seen = self.task.seen.pop(name)
+                if name in self.task.input_stats:
+                    stats = self.task.input_stats.pop(name)
                     if shift is None:  # the moments of shifted inputs are not known
-                        self.task.seen[name] = seen.divided(spread(log.exp(), len(seen.mean_abs), seam.heads))
+                        columns = self._matrix(name, self.parameters).shape[1]
+                        self.task.input_stats[name] = stats.scale(spread(log.exp(), columns, seam.heads))
 
     def _matrix(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
         """The weight of a linear as (out, in)."""
