@@ -27,7 +27,7 @@ from bitmill.formats import FORMATS, Format
 from bitmill.formats.quantized import unpack
 from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.triton import Triton
-from bitmill.runtime.triton.available import is_interpreted, why_not
+from bitmill.runtime.triton.available import is_interpreted, unsupported_reason
 
 SHAPES = ["4096x4096", "4096x11008", "8192x28672"]
 FORMATS_MEASURED = ["uniform", "codebook", "binary_coding", "integer_coding", "additive"]
@@ -146,7 +146,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     device = torch.device("cpu" if is_interpreted() else "cuda")
-    reason = why_not(device)
+    reason = unsupported_reason(device)
     if reason is None and device.type == "cuda" and not torch.cuda.is_available():
         reason = "There is no GPU; TRITON_INTERPRET=1 checks the logic without one."
     if reason is not None:

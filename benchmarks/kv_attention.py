@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bitmill.kv.scheme import kv_method
-from bitmill.runtime.kv import NativeTokenViews, attend
+from bitmill.runtime.attention.dispatch import NativeTokenViews, attend
 from bitmill.runtime.native import native
 from bitmill.workflows.bench.memory import ReadBandwidth, copies_of, timed
 

@@ -20,7 +20,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from bitmill import api
-from bitmill.compat import go_on
+from bitmill.compat import forward_with_cache
 from bitmill.data import text
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrate import calibrate
@@ -58,7 +58,7 @@ def decoded(model: Any, cache: Cache, count: int = PAGE) -> float:
     token = torch.tensor([[7]])
     started = time.perf_counter()
     for _ in range(count):
-        token = go_on(model, token, cache)[0].logits[:, -1:].argmax(-1)
+        token = forward_with_cache(model, token, cache)[0].logits[:, -1:].argmax(-1)
     return (time.perf_counter() - started) / count
 
 

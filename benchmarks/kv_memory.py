@@ -23,7 +23,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from bitmill import api
-from bitmill.compat import go_on
+from bitmill.compat import forward_with_cache
 from bitmill.data import text
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrate import calibrate
@@ -50,11 +50,11 @@ def worker(name: str, model_name: str, context: int, saved: str) -> dict[str, An
     for start in range(0, context, PART):
         if name == FORGETS:
             cache = DynamicCache(config=model.config)
-        go_on(model, ids[None, start : start + PART], cache, logits_to_keep=1)
+        forward_with_cache(model, ids[None, start : start + PART], cache, logits_to_keep=1)
     read_s, times, token = time.perf_counter() - started, [], ids[None, -1:]
     for _ in range(NEW):
         started = time.perf_counter()
-        logits = go_on(model, token, cache)[0].logits
+        logits = forward_with_cache(model, token, cache)[0].logits
         times.append(time.perf_counter() - started)
         token = logits[:, -1:].argmax(-1)
     kept = cache.allocated_bytes if isinstance(cache, QuantizedCache) else _bytes(cache)

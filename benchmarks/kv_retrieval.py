@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from bitmill import api
-from bitmill.compat import go_on
+from bitmill.compat import forward_with_cache
 from bitmill.data import text
 from bitmill.evaluation.generate import CHUNK
 from bitmill.kv.cache import QuantizedCache
@@ -113,7 +113,7 @@ def read(model: Any, tokens: Tensor) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     for start in range(0, len(tokens), CHUNK):
         part = tokens[None, start : start + CHUNK]
-        go_on(model, part, cache, logits_to_keep=1)
+        forward_with_cache(model, part, cache, logits_to_keep=1)
     return cache
 
 
@@ -121,11 +121,11 @@ def read(model: Any, tokens: Tensor) -> DynamicCache:
 def answered(model: Any, cache: Cache, key: Key) -> list[tuple[int, float]]:
     """For each token of the answer: the likeliest one in its place, and its own log-probability."""
     cache, found = copy.deepcopy(cache), []
-    output, _ = go_on(model, key.question[None], cache, logits_to_keep=1)
+    output, _ = forward_with_cache(model, key.question[None], cache, logits_to_keep=1)
     for token in key.answer:
         logits = output.logits[0, -1]
         found.append((int(logits.argmax()), float(torch.log_softmax(logits.float(), -1)[token])))
-        output, _ = go_on(model, token[None, None], cache)
+        output, _ = forward_with_cache(model, token[None, None], cache)
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from bitmill.formats.e8 import E8
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.rotated import Rotated
-from bitmill.runtime import QuantLinear
+from bitmill.runtime.modules.linear import QuantLinear
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048))
 

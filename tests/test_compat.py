@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitmill.compat import go_on
+from bitmill.compat import forward_with_cache
 
 TOKENS = torch.tensor([[3]])
 
@@ -35,10 +35,10 @@ class Without:
 
 @pytest.mark.parametrize("model", [Later(), Earlier()])
 def test_the_cache_goes_by_the_name_that_the_model_knows(model: Any) -> None:
-    output, held = go_on(model, TOKENS, [1, 2], logits_to_keep=1)
+    output, held = forward_with_cache(model, TOKENS, [1, 2], logits_to_keep=1)
     assert held == [1, 2, 3]
     assert output.options == {"logits_to_keep": 1}
 
 
 def test_a_model_without_a_cache_gives_none_back() -> None:
-    assert go_on(Without(), TOKENS, None)[1] is None
+    assert forward_with_cache(Without(), TOKENS, None)[1] is None

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bitmill.errors import BitmillError
-from bitmill.integrations.transformers_hook import teach_transformers
+from bitmill.integrations.transformers_hook import register_with_transformers
 from bitmill.version import __version__
 
 if TYPE_CHECKING:
@@ -63,4 +63,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
-teach_transformers()
+register_with_transformers()

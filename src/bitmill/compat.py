@@ -12,12 +12,12 @@ from torch import Tensor
 CACHE_NAMES = ("cache", "past_key_values")  # of the argument and in the output, later releases first
 
 
-def cache_in(arguments: Mapping[str, Any]) -> Any:
+def cache_argument(arguments: Mapping[str, Any]) -> Any:
     """The cache that a call is given, None for none."""
     return next((arguments[name] for name in CACHE_NAMES if name in arguments), None)
 
 
-def go_on(model: Any, tokens: Tensor, held: Any, **options: Any) -> tuple[Any, Any]:
+def forward_with_cache(model: Any, tokens: Tensor, held: Any, **options: Any) -> tuple[Any, Any]:
     """The output for tokens (windows, length) behind those in the cache `held`, and what the cache then is.
 
     held: None for none yet.  options: further arguments of the call.  Models that keep no cache give None back.

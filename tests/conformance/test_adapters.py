@@ -17,7 +17,7 @@ from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import SourceError
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.method import METHODS
-from bitmill.runtime import QuantLinear
+from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.sources.module import ModuleSource
 from bitmill.tasks.base import task_for
 from bitmill.workflows.quantize import Outcome

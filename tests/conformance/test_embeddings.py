@@ -17,8 +17,9 @@ from bitmill.checkpoint.verify import verify
 from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.method import build_recipe
-from bitmill.runtime import QuantEmbedding, QuantLinear
-from bitmill.runtime.modules.packed import Packed
+from bitmill.runtime.modules.embedding import QuantEmbedding
+from bitmill.runtime.modules.linear import QuantLinear
+from bitmill.runtime.modules.packed import PackedModule
 from bitmill.sources.module import ModuleSource
 from bitmill.tasks.base import task_for
 from helpers.architectures import MODELS, TOKENS, WINDOWS, answer, neox, stored_bytes
@@ -70,7 +71,7 @@ def test_a_folder_loads_and_runs_like_its_decoded_model(name, tied, tmp_path):
     expected = answer(decoded)
     assert torch.allclose(answer(packed), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     plain = bitmill.load(tmp_path / "out", dense=True)
-    assert not [m for m in plain.modules() if isinstance(m, Packed)]
+    assert not [m for m in plain.modules() if isinstance(m, PackedModule)]
     assert torch.allclose(answer(plain), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert {key for key, _ in plain.named_parameters()} == {key for key, _ in model.named_parameters()}
 

@@ -11,10 +11,10 @@ from bitmill.errors import RecipeError
 from bitmill.formats import Format
 from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.runtime import QuantLinear
 from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
 from bitmill.runtime.kernels import reference as reference_module
 from bitmill.runtime.kernels.base import KERNELS
+from bitmill.runtime.modules.linear import QuantLinear
 from helpers.cases import few_formats, fitted, weights
 from helpers.selection import thin
 
@@ -27,7 +27,7 @@ SERVED = [
     for name, kernel in KERNELS.items()
     for format in FEW
     for shape in SHAPES
-    if kernel.supports(KernelSpec(format, shape, CPU)) is None
+    if kernel.unsupported_reason(KernelSpec(format, shape, CPU)) is None
 ]
 KINDS = [pytest.param(kernel, id=name) for name, kernel in KERNELS.items()]
 every_kernel = pytest.mark.parametrize("kernel", KINDS)
@@ -45,7 +45,7 @@ def quantized(format: Format, shape: tuple[int, int]) -> Quantized:
 
 def applied(kernel: type[Kernel], matrix: Quantized, x: torch.Tensor) -> torch.Tensor:
     spec = KernelSpec(matrix.format, matrix.shape, CPU)
-    reason = kernel.supports(spec)
+    reason = kernel.unsupported_reason(spec)
     if reason is not None:
         assert reason.endswith(".")
         pytest.skip(reason)
@@ -61,7 +61,7 @@ def near(kernel: type[Kernel], y: torch.Tensor, matrix: Quantized, x: torch.Tens
 def test_what_it_does_not_serve_has_a_reason(kernel):
     for format in FEW:
         for shape in SHAPES:
-            reason = kernel.supports(KernelSpec(format, shape, CPU))
+            reason = kernel.unsupported_reason(KernelSpec(format, shape, CPU))
             assert reason is None or reason.endswith("."), (format, shape)
 
 
@@ -116,7 +116,7 @@ def test_packed_tensors_are_not_modified(kernel):
     tensors = matrix.pack()
     before = {k: v.clone() for k, v in tensors.items()}
     spec = KernelSpec(matrix.format, matrix.shape, CPU)
-    if kernel.supports(spec) is None:
+    if kernel.unsupported_reason(spec) is None:
         kernel(spec, tensors).apply(torch.randn(2, 96))
     assert all(torch.equal(tensors[k], before[k]) for k in before)
 
@@ -150,7 +150,7 @@ def test_the_kernel_of_highest_priority_that_can_is_chosen(monkeypatch):
         priority = 10**6
 
         @staticmethod
-        def supports(spec):
+        def unsupported_reason(spec):
             return None if spec.format.bits == 4 else "it knows 4 bits alone."
 
         def apply(self, x):

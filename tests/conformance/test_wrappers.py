@@ -10,8 +10,8 @@ import torch
 from bitmill.formats import FORMATS
 from bitmill.formats.quantized import unpack
 from bitmill.recipes.recipe import Recipe
-from bitmill.runtime import QuantLinear
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
+from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.solvers import Solver, Statistics
 from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.beam import BeamSearch

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from bitmill.formats import Format, Wrapper
 from bitmill.formats.quantized import nearest_matrix
-from bitmill.runtime import QuantLinear
 from bitmill.runtime.decode import attach
+from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import solve
 from bitmill.solvers.nearest import Nearest
@@ -63,7 +63,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 
 def is_stepping(model) -> bool:
-    """Whether the step has run, and agreed."""
+    """Return True if the compiled step has run and its first results agreed."""
     return None in vars(model)["forward"]._agrees.values()
 
 

@@ -14,7 +14,7 @@ from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import Rope
 from bitmill.kv.scheme import Scheme, TensorScheme
 from bitmill.kv.store import PageStore
-from bitmill.runtime.kv import LayerPlan, Past
+from bitmill.runtime.attention.plan import LayerPlan, PackedPast
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ class Made(NamedTuple):
 
     q: Tensor
     layer: LayerPlan
-    past: Past
+    past: PackedPast
     keys: Tensor
     values: Tensor
     counted: Tensor
@@ -110,14 +110,14 @@ def made(case: Case, seed: int = 0) -> Made:
         rope.frequencies if case.pre_rope else None, rope.factor,
     )  # fmt: skip
     places = (case.sinks, case.tail, start.int(), first.int())
-    past = Past(store.slabs, case.first_slot, case.packed, fp16_buffer[0], fp16_buffer[1], *places)
+    past = PackedPast(store.slabs, case.first_slot, case.packed, fp16_buffer[0], fp16_buffer[1], *places)
     q = torch.randn(rows, case.heads * case.group, case.dim, generator=generator)
     counted = torch.arange(case.first_slot, end + case.tail) >= first[:, None]
     return Made(q, layer, past, keys, values, counted)
 
 
 def exact(made: Made, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention in fp64, and what the bound of runtime.kv multiplies 2^-20 by."""
+    """Attention in fp64, and what the bound of runtime.attention multiplies 2^-20 by."""
     q, keys, values = made.q, made.keys, made.values
     group = q.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))

@@ -7,7 +7,7 @@ import torch
 
 import bitmill
 from bitmill.runtime.decode import decode_path, detach
-from bitmill.runtime.modules.dequantize import densify
+from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.native import is_available
 from helpers.workspace import save_model, write_text
 
@@ -33,7 +33,7 @@ def test_from_folder_to_float(head_bits, tmp_path, monkeypatch):
     first, tensors = text(), {name: t.clone() for name, t in model.state_dict().items()}
     assert torch.equal(text(), first)
     assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
-    densify(model)
+    dequantize_model(model)
     unpacked = text()
     assert torch.equal(
         detach(model).generate(PROMPT, max_new_tokens=12, min_new_tokens=12, do_sample=False), unpacked

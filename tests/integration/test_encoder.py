@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.cli.main import main
-from bitmill.runtime import QuantLinear
+from bitmill.runtime.modules.linear import QuantLinear
 from helpers.tiny_models import tiny_model
 
 WORDS = [a + b + c for a in "bdgk" for b in "aeiou" for c in "mnrst"]

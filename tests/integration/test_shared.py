@@ -22,7 +22,7 @@ from bitmill.models.block_call import output_fn
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.method import build_recipe
 from bitmill.report.describe import block_layer_bytes, part_sizes
-from bitmill.runtime import QuantLinear
+from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.solvers.learning import CodebookLearner
 from bitmill.tasks.base import task_for
 from helpers.tiny_models import tiny_model

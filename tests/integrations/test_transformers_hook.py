@@ -35,7 +35,7 @@ def known() -> list[str]:
 
 
 def test_the_registry_is_taught_when_it_is_imported(library):
-    hook.teach_transformers()
+    hook.register_with_transformers()
     assert REGISTRY not in sys.modules
     assert TEACHER not in sys.modules
     assert known() == ["bitmill"]
@@ -44,13 +44,13 @@ def test_the_registry_is_taught_when_it_is_imported(library):
 def test_a_registry_that_is_there_is_taught_at_once(library):
     registered = known()
     assert registered == []
-    hook.teach_transformers()
+    hook.register_with_transformers()
     assert registered == ["bitmill"]
 
 
 @pytest.mark.parametrize("probed", ["bitmill_test_library", REGISTRY])
 def test_a_probe_before_the_import_changes_nothing(library, probed):
-    hook.teach_transformers()
+    hook.register_with_transformers()
     assert importlib.util.find_spec(probed) is not None
     assert TEACHER not in sys.modules
     assert known() == ["bitmill"]
@@ -59,7 +59,7 @@ def test_a_probe_before_the_import_changes_nothing(library, probed):
 def test_an_import_that_failed_can_be_repeated(library):
     source = (library / "auto.py").read_text()
     (library / "auto.py").write_text("raise ImportError('not yet')\n")
-    hook.teach_transformers()
+    hook.register_with_transformers()
     with pytest.raises(ImportError, match="not yet"):
         known()
     (library / "auto.py").write_text(source)
@@ -68,7 +68,7 @@ def test_an_import_that_failed_can_be_repeated(library):
 
 
 def test_teaching_twice_is_teaching_once(library):
-    hook.teach_transformers()
-    hook.teach_transformers()
+    hook.register_with_transformers()
+    hook.register_with_transformers()
     assert sum(isinstance(finder, hook._Finder) for finder in sys.meta_path) == 1
     assert known() == ["bitmill"]

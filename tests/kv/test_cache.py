@@ -63,7 +63,7 @@ def test_the_models_own_cache_is_served_as_before():
     assert decode_path(model) == "step"
     own = DynamicCache(config=model.config)
     assert generated(model, prompt(), own) == before
-    assert type(own.layers[0]).__name__ == "PastLayer"  # the compiled step took it over
+    assert type(own.layers[0]).__name__ == "KVBufferLayer"  # the compiled step took it over
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])

@@ -81,7 +81,7 @@ def test_eager_attention_decodes():
     model.set_attn_implementation("eager")
     cache = agrees(model, SETTINGS[3], prompt())
     assert not cache.packed_layers[0].is_direct
-    assert "decoded" in cache.why_not
+    assert "decoded" in cache.unsupported_reason
 
 
 def test_masks_with_holes():
@@ -146,7 +146,7 @@ def test_the_kernel_agrees_and_nothing_is_decoded(setting, rows, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(layer_module.QuantizedLayer, "read", decoded)
         assert generated(model, ids, cache, mask) == expected
-    assert cache.why_not is None
+    assert cache.unsupported_reason is None
     twin = copy.deepcopy(cache)
     assert torch.equal(continued(model, twin, prompt(rows), 3), continued(model, cache, prompt(rows), 3))
     layer = cache.packed_layers[1]
@@ -172,11 +172,11 @@ def test_why_no_kernel_takes_it(monkeypatch):
     monkeypatch.delenv("BITMILL_KERNEL")
     model = long_model("llama")
     cache = packed_cache(model, SETTINGS[0])
-    assert cache.why_not == "Nothing is packed yet."
+    assert cache.unsupported_reason == "Nothing is packed yet."
     generated(model, prompt(), cache)
-    assert cache.why_not == "Heads have 8 numbers; kernels take multiples of 16."
+    assert cache.unsupported_reason == "Heads have 8 numbers; kernels take multiples of 16."
     monkeypatch.setenv("BITMILL_KERNEL", "reference")
-    assert "reference" in cache.why_not
+    assert "reference" in cache.unsupported_reason
 
 
 def test_an_older_extension_leaves_packed_tokens_to_floats(monkeypatch):
@@ -185,6 +185,6 @@ def test_an_older_extension_leaves_packed_tokens_to_floats(monkeypatch):
     model = long_model("llama", head_dim=16)
     cache = packed_cache(model, ("kivi", {"bits": 4, "group": 16}))
     generated(model, prompt(), cache)
-    assert {layer.why_not for layer in cache.layers} == {
+    assert {layer.unsupported_reason for layer in cache.layers} == {
         "The compiled kernels are older than this bitmill and have no kv_attend; reinstall it."
     }

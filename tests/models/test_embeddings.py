@@ -22,8 +22,8 @@ from bitmill.recipes.compose import HEAD_BITS, with_head
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import FLOAT, Rule
-from bitmill.runtime import QuantEmbedding, QuantLinear
-from bitmill.runtime.modules.embedding import restore_embedding, swap_embedding
+from bitmill.runtime.modules.embedding import QuantEmbedding, replace_embedding, restore_embedding
+from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.sources.module import ModuleSource
 from helpers.cases import fitted, weights
 from helpers.tiny_models import tiny_model
@@ -143,7 +143,7 @@ def test_a_table_decodes_what_is_looked_up(kind, bits):
     quantized = nearest_matrix(format, W, fitted(format, W))
     model = nn.Sequential(kind(50, 44, padding_idx=1))
     model[0].factor = 2.0
-    table = swap_embedding(model, "0", format)
+    table = replace_embedding(model, "0", format)
     assert table is model[0]
     assert isinstance(table, kind)
     model.load_state_dict({f"0.{name}": tensor for name, tensor in quantized.pack().items()})

@@ -14,7 +14,7 @@ from bitmill.api import stored_bits
 from bitmill.errors import BitmillError, UsageError
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.rules import FLOAT, Rule
-from bitmill.runtime import QuantLinear
+from bitmill.runtime.modules.linear import QuantLinear
 from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import torch
 from bitmill.kv.page import PageLayout
 from bitmill.kv.scheme import Scheme, TensorScheme
 from bitmill.runtime import native
-from bitmill.runtime.kv import NativeTokenViews, attend
+from bitmill.runtime.attention.dispatch import NativeTokenViews, attend, unsupported_reason
 from helpers.native_kernels import ISAS, needs_native
 from helpers.packed_past import Case, made, off
 
@@ -128,21 +128,21 @@ def test_what_is_not_finite_stays_so():
 
 def test_what_is_known_is_told_once():
     def places(past):
-        return past.slabs, past.loose_keys, past.loose_values
+        return past.slabs, past.fp16_keys, past.fp16_values
 
     q, layer, past, *_ = made(Case(PLAIN, PLAIN, packed=544))
-    known = NativeTokenViews()
+    views = NativeTokenViews()
     fewer = replace(past, slabs=past.slabs[:2], packed=512)
-    first = known.of(*places(fewer))
-    assert known.of(*places(past)) is first
-    expected = attend(q, layer, past, 0.1, known)
-    assert known.of(*places(past)) is first
+    first = views.update(*places(fewer))
+    assert views.update(*places(past)) is first
+    expected = attend(q, layer, past, 0.1, views)
+    assert views.update(*places(past)) is first
     for other in (
         replace(past, slabs=[s.clone() for s in past.slabs]),
-        replace(past, loose_keys=past.loose_keys.clone()),
+        replace(past, fp16_keys=past.fp16_keys.clone()),
     ):
-        assert torch.equal(attend(q, layer, other, 0.1, known), expected)
-    assert known.of(*places(fewer)) is not first
+        assert torch.equal(attend(q, layer, other, 0.1, views), expected)
+    assert views.update(*places(fewer)) is not first
 
 
 def test_what_does_not_fit_is_refused():
@@ -178,7 +178,7 @@ def test_outliers_in_channels_that_are_not_there_are_skipped(heads, side):
 def test_it_says_which_pages_no_kernel_takes():
     plan = made(Case(PLAIN, PLAIN)).layer.pages
     cpu = torch.device("cpu")
-    assert plan.why_not(cpu) is None
-    assert "multiples of 16" in str(replace(plan, dim=72).why_not(cpu))
-    assert "5 bits" in str(replace(plan, key=replace(plan.key, bits=5)).why_not(cpu))
-    assert "8 channels" in str(replace(plan, value=replace(plan.value, groups=16)).why_not(cpu))
+    assert unsupported_reason(plan, cpu) is None
+    assert "multiples of 16" in str(unsupported_reason(replace(plan, dim=72), cpu))
+    assert "5 bits" in str(unsupported_reason(replace(plan, key=replace(plan.key, bits=5)), cpu))
+    assert "8 channels" in str(unsupported_reason(replace(plan, value=replace(plan.value, groups=16)), cpu))

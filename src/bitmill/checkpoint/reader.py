@@ -18,7 +18,7 @@ from bitmill.formats import Format
 from bitmill.formats.base import total_stored_bits
 from bitmill.formats.quantized import Quantized, unpack
 from bitmill.kv.calibration_file import FILE as KV_FILE
-from bitmill.runtime.modules.replace import outside
+from bitmill.runtime.modules.replace import layers_outside_blocks
 from bitmill.sources.safetensors_header import TensorEntry, read_header
 
 
@@ -158,7 +158,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
     formats, shapes, places = _formats(described), _layer_shapes(folder, report), layer_places(described)
-    ends = outside(quantized_ends(described))
+    ends = layers_outside_blocks(quantized_ends(described))
     index = _document(folder, "model.safetensors.index.json").get("weight_map")
     if not isinstance(index, dict):
         raise CheckpointError(f"{folder}/model.safetensors.index.json has no 'weight_map'; quantize again.")

@@ -7,7 +7,7 @@ from typing import Any
 from bitmill.errors import CheckpointError
 from bitmill.formats import FORMATS, Format
 from bitmill.formats.quantized import SHARED
-from bitmill.runtime.modules.replace import Ends
+from bitmill.runtime.modules.replace import EmbeddingAndHeadConfig
 from bitmill.version import __version__
 
 QUANT_METHOD = "bitmill"
@@ -39,7 +39,7 @@ def layer_formats(config: dict[str, Any]) -> dict[str, Format]:
     return formats
 
 
-def quantized_ends(config: dict[str, Any]) -> Ends | None:
+def quantized_ends(config: dict[str, Any]) -> EmbeddingAndHeadConfig | None:
     """`ends` of a `quantization_config`, None where embedding and head are in float.
 
     Raises CheckpointError when it is damaged, or names layers that are not quantized.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.compat import go_on
+from bitmill.compat import forward_with_cache
 from bitmill.evaluation.generate import choose
 from bitmill.progress import Progress
 
@@ -41,7 +41,7 @@ def generate_windows(
         cache: Any = None
         while tokens.shape[1] < seqlen:
             known = tokens if cache is None else tokens[:, -1:]
-            output, cache = go_on(model, known.to(device), cache)
+            output, cache = forward_with_cache(model, known.to(device), cache)
             temperature = 0.0 if tokens.shape[1] <= LIKELIEST else 1.0
             tokens = torch.cat([tokens, choose(output.logits[:, -1], temperature, generator)[:, None]], 1)
             progress.advance()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bitmill.compat import go_on
+from bitmill.compat import forward_with_cache
 from bitmill.errors import NumericsError, UsageError
 
 CHUNK = 512  # tokens of a prompt that are read at a time into a packed cache
@@ -89,7 +89,7 @@ def _read(model: nn.Module, tokens: Tensor, cache: Any, chunk: int | None) -> tu
     output: Any = None
     for part in tokens.split(chunk or tokens.shape[1], 1):
         last = {"logits_to_keep": 1} if part.shape[1] > 1 and _keeps_last(model) else {}
-        output, cache = go_on(model, part, cache, **last)
+        output, cache = forward_with_cache(model, part, cache, **last)
     return output.logits[:, -1], cache
 
 

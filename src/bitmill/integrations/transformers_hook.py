@@ -51,7 +51,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def teach_transformers() -> None:
+def register_with_transformers() -> None:
     """Make from_pretrained read bitmill's folders, whichever of the two is imported first."""
     if REGISTRY in sys.modules:
         importlib.import_module(TEACHER)

@@ -15,10 +15,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitmill.checkpoint.schema import QUANT_METHOD, layer_formats, layer_places, quantized_ends
 from bitmill.errors import CheckpointError
-from bitmill.runtime.modules.dequantize import densify
+from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import detach_files
-from bitmill.runtime.modules.replace import outside, swap_layers
+from bitmill.runtime.modules.replace import layers_outside_blocks, replace_layers
 
 
 class BitmillConfig(QuantizationConfigMixin):
@@ -44,14 +44,14 @@ class BitmillQuantizer(HfQuantizer):
         config = self.quantization_config.to_dict()
         formats, ends, places = layer_formats(config), quantized_ends(config), layer_places(config)
         names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-        if absent := next((name for name in (*formats, *outside(ends)) if name not in names), None):
+        if absent := next((name for name in (*formats, *layers_outside_blocks(ends)) if name not in names), None):
             raise CheckpointError(
                 f"The checkpoint quantizes {absent!r}, which {type(model).__name__} does not have; "
                 "load it with the model class that config.json names."
             )
-        self._swapped = swap_layers(model, formats, ends, places, device="meta")
+        self._swapped = replace_layers(model, formats, ends, places, device="meta")
         self._ties = dict(getattr(model, "all_tied_weights_keys", {}))
-        for name in outside(ends):  # their weights are no parameters any more that could be tied
+        for name in layers_outside_blocks(ends):  # their weights are no parameters any more that could be tied
             model.all_tied_weights_keys.pop(f"{name}.weight", None)
         for layer in (layer for layer in self._swapped.values() if isinstance(layer, QuantLinear)):
             # Some architectures (GPT-2) initialise the weights of their linears by name once loading is over;
@@ -71,7 +71,7 @@ class BitmillQuantizer(HfQuantizer):
         attach(model)
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return densify(model, dtype or torch.float32)
+        return dequantize_model(model, dtype or torch.float32)
 
     def is_serializable(self) -> bool:
         """save_pretrained writes the packed buffers back."""

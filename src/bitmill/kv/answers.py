@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.compat import go_on
+from bitmill.compat import forward_with_cache
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibration_file import KVCalibration
 from bitmill.kv.scheme import PAGE, KVMethod
@@ -30,7 +30,7 @@ class PackedCacheLogits:
         cache = QuantizedCache(self.model, self.method, calibration=self.calibration, cache_decoded=True)
         pieces: list[Any] = []
         for start in range(0, tokens.shape[1], PAGE):
-            output, _ = go_on(self.model, tokens[:, start : start + PAGE], cache)
+            output, _ = forward_with_cache(self.model, tokens[:, start : start + PAGE], cache)
             pieces.append(output.logits)
         self.bits_per_element, self.bytes = cache.bits_per_element, cache.allocated_bytes
         self.table_bytes = cache.table_bytes

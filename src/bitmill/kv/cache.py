@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from bitmill.compat import cache_in
+from bitmill.compat import cache_argument
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.attention import attach
 from bitmill.kv.calibration_file import KVCalibration, read_calibration
@@ -87,9 +87,9 @@ class QuantizedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
 
     @property
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """None where a kernel attends to packed layers as they lie, or one sentence on why they are decoded."""
-        return next((reason for layer in self.packed_layers if (reason := layer.why_not)), None)
+        return next((reason for layer in self.packed_layers if (reason := layer.unsupported_reason)), None)
 
     @property
     def allocated_bytes(self) -> int:
@@ -199,7 +199,7 @@ def _note_padding(model: nn.Module) -> None:
 
 
 def _pad(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = cache_in(kwargs)
+    cache = cache_argument(kwargs)
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if isinstance(cache, QuantizedCache) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] > 0:
         cache.pad(mask)

@@ -1,4 +1,4 @@
-"""A packed cache of one sequence as the compiled step reads and extends it (runtime.decode.past: Packed)."""
+"""A packed cache of one sequence as the compiled step reads and extends it (runtime.decode.step_cache: Packed)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from bitmill.kv.batched import BatchPacker
 from bitmill.kv.layer import QuantizedLayer
-from bitmill.runtime.native import why_none
+from bitmill.runtime.native import unsupported_reason
 
 _length = attrgetter("length")
 _memory = attrgetter("version", "store.pages")
@@ -28,7 +28,7 @@ class DecodeStepCache:
         self._together: BatchPacker | None = None
         self._why_not: str | None = None
 
-    def why_not(self, blocks: int, heads: int, dim: int) -> str | None:
+    def unsupported_reason(self, blocks: int, heads: int, dim: int) -> str | None:
         """Look at the layers again: None where a step of a model of this shape takes them, or why none does."""
         layers = self.layers
         if not all(type(layer) is QuantizedLayer for layer in layers):
@@ -50,7 +50,7 @@ class DecodeStepCache:
         """The same, of what changes seldom; what the step reads is told of where it is."""
         blocks, *shape = self._shape or (0, 0, 0)
         first: QuantizedLayer = self.layers[0]
-        if (missing := why_none("KvBlock")) is not None:
+        if (missing := unsupported_reason("KvBlock")) is not None:
             return _phrase(missing)
         if len(self.layers) != blocks or any([layer.heads, layer.dim] != shape for layer in self.layers):
             return "the packed cache is of a model of another shape"
@@ -61,8 +61,8 @@ class DecodeStepCache:
                 return "tokens slide out of sight of the packed cache"
             if layer.pages.pages != first.pages.pages or layer.scheme != first.scheme:
                 return "the layers of the packed cache differ"
-            if layer.reader.why_not is not None:
-                return _phrase(layer.reader.why_not)
+            if layer.reader.unsupported_reason is not None:
+                return _phrase(layer.reader.unsupported_reason)
         self.kind = f"packed by {first.scheme}"
         self._blocks = [layer.reader.block() for layer in self.layers]
         if [layer.pages for layer in self.layers] != self._stores:

@@ -1,4 +1,4 @@
-"""Attention of one token a row that reads packed tokens where they lie (bitmill.runtime.kv)."""
+"""Attention of one token a row that reads packed tokens where they lie (bitmill.runtime.attention.plan)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from bitmill.kv.buffer import TokenBuffer
 from bitmill.kv.page import PageLayout
 from bitmill.kv.scheme import PAGE, TensorScheme
-from bitmill.runtime.kv import LayerPlan, NativeTokenViews, PagePlan, Past, SidePlan, attend
+from bitmill.runtime.attention.dispatch import NativeTokenViews, attend, unsupported_reason
+from bitmill.runtime.attention.plan import LayerPlan, PackedPast, PagePlan, TensorPlan
 
 
 class AttentionKernelArgs:
@@ -38,9 +39,9 @@ class AttentionKernelArgs:
             values.mean,
             values.deviation,
         )
-        self.why_not = self._layer.pages.why_not(tokens.device)
+        self.unsupported_reason = unsupported_reason(self._layer.pages, tokens.device)
         if os.environ.get("BITMILL_KERNEL") == "reference":
-            self.why_not = "BITMILL_KERNEL is reference; packed tokens are decoded."
+            self.unsupported_reason = "BITMILL_KERNEL is reference; packed tokens are decoded."
         self._loose: Tensor | None = None
         self._told: Any = None
 
@@ -49,7 +50,7 @@ class AttentionKernelArgs:
         tokens, pages = self.tokens, self.tokens.pages
         self._look()
         assert tokens.start is not None
-        past = Past(
+        past = PackedPast(
             pages.slabs,
             pages.first,
             pages.pages * PAGE,
@@ -70,7 +71,7 @@ class AttentionKernelArgs:
     def block(self) -> Any:
         """The tokens as the compiled step reads and extends them (csrc/bind_kv.h: KvBlock), as they are now."""
         self._look()
-        told = self._known.of(self.tokens.pages.slabs, self._keys, self._values)
+        told = self._known.update(self.tokens.pages.slabs, self._keys, self._values)
         if told is not self._told:
             self._told, self._block = told, self._layer.block(told)
         return self._block
@@ -85,11 +86,11 @@ class AttentionKernelArgs:
 def plan_of(layout: PageLayout) -> PagePlan:
     """Where the kernel finds the parts of a page."""
 
-    def side(name: str, kind: TensorScheme) -> SidePlan:
+    def side(name: str, kind: TensorScheme) -> TensorPlan:
         prefix = f"{name}."
         places = {n.removeprefix(prefix): part.offset for n, part in layout.parts.items() if n.startswith(prefix)}
         groups, outliers = kind.groups(layout.heads, layout.dim), kind.outlier_count(layout.heads * layout.dim)
-        return SidePlan(kind.bits, kind.axis, groups, outliers, **places)
+        return TensorPlan(kind.bits, kind.axis, groups, outliers, **places)
 
     scheme = layout.scheme
     return PagePlan(layout.heads, layout.dim, layout.words, side("key", scheme.keys), side("value", scheme.values))

@@ -206,7 +206,7 @@ class QuantizedLayer(TokenBuffer, DynamicLayer):
 
     def attend(self, query: Tensor, scaling: float, first: Tensor) -> Tensor:
         """Attention of one token a row, query (rows, query heads, dim), over slots from `first` (rows,) on."""
-        if self.reader.why_not is None:
+        if self.reader.unsupported_reason is None:
             return self.reader.attend(query, scaling, first)
         return read_by_floats(self, query, scaling, first)
 
@@ -218,11 +218,11 @@ class QuantizedLayer(TokenBuffer, DynamicLayer):
         return self._reader
 
     @property
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """None where a kernel attends to packed tokens as they lie, or one sentence on why they are decoded."""
         if not self.is_direct:
             return "The model's attention wants floats; packed tokens are decoded."
-        return AttentionKernelArgs(self).why_not if self.is_initialized else "Nothing is packed yet."
+        return AttentionKernelArgs(self).unsupported_reason if self.is_initialized else "Nothing is packed yet."
 
 
 def read_by_floats(layer: QuantizedLayer, query: Tensor, scaling: float, first: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from bitmill.compat import go_on
+from bitmill.compat import forward_with_cache
 from bitmill.errors import CalibrationError
 from bitmill.kv.scheme import PAGE
 from bitmill.progress import Progress
@@ -102,7 +102,7 @@ def record_keys_values(model: Any, windows: Tensor, fisher: bool, progress: Prog
             kinds = DynamicCache(config=model.config).layers  # anew: some keep a state of the window
             layers: list[Any] = [_Recorder(fisher) if isinstance(kind, DynamicLayer) else kind for kind in kinds]
             with torch.set_grad_enabled(fisher):
-                logits = go_on(model, window[None], Cache(layers=layers))[0].logits[0, :-1]
+                logits = forward_with_cache(model, window[None], Cache(layers=layers))[0].logits[0, :-1]
                 if fisher:
                     nn.functional.cross_entropy(logits.float(), window[1:]).backward()
             for layer, of_layer in zip(layers, seen):

@@ -15,7 +15,8 @@ from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_he
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import BlockResult
 from bitmill.pipeline.job import NON_BLOCK, Shared
-from bitmill.runtime import QuantLinear, swap_layers
+from bitmill.runtime.modules.linear import QuantLinear
+from bitmill.runtime.modules.replace import replace_layers
 
 
 class ModuleSink:
@@ -67,7 +68,7 @@ class ModuleSink:
         ends = self._ends.to_dict() if self._ends else None
         biases = {name: getattr(module, "bias", None) for name, module in self.model.named_modules()}
         # on the meta device: the memory is the packed tensors' own
-        for name, new in swap_layers(self.model, formats, ends, self._places, "meta").items():
+        for name, new in replace_layers(self.model, formats, ends, self._places, "meta").items():
             parts = self._packed[name][1] if name in self._packed else {}  # a tied head has none
             new._buffers.update(parts)
             if isinstance(new, QuantLinear):

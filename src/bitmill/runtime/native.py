@@ -1,9 +1,9 @@
-"""The compiled kernels, where there are any, and how they are chosen.
+"""The compiled extension module and the environment variables that choose among kernels.
 
-BITMILL_ISA          avx512, avx2, neon or scalar: the instruction set to use, instead of the best there is
-BITMILL_KERNEL       the name of a kernel ("reference", "lut", "triton") to take wherever it supports a layer
-BITMILL_ACTIVATIONS  int8 or int16: what the lookup kernels round their inputs to; float32: nothing is rounded
-BITMILL_DECODE       off: single tokens go through transformers' own forward, not through the compiled step
+BITMILL_ISA          avx512, avx2, neon or scalar: the instruction set, instead of the best one of this machine
+BITMILL_KERNEL       the name of a kernel ("reference", "lut", "triton") to use wherever it supports a layer
+BITMILL_ACTIVATIONS  int8 or int16: the type lookup kernels round their inputs to; float32: no rounding
+BITMILL_DECODE       off: single tokens use the forward of transformers instead of the compiled decode step
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from bitmill.errors import UsageError
 try:
     from bitmill.runtime import _native  # type: ignore[attr-defined]
 
-    why_not = ""
+    import_error = ""
 except ImportError as error:
     _native = None
-    why_not = str(error)
+    import_error = str(error)
 
 ACTIVATIONS = ("int8", "int16", "float32")  # csrc/lut/kernel.h: Act
 DEFAULT_ACTIVATIONS = "int8"
 
 
 def native() -> Any:
-    """The extension module. Raises UsageError where it is absent or BITMILL_ISA names what this machine lacks."""
+    """Return the extension module.
+
+    Raises:
+        UsageError: if it is not installed, or BITMILL_ISA names an instruction set that this machine lacks.
+    """
     if _native is None:
-        raise UsageError(f"bitmill was installed without its compiled kernels ({why_not}); reinstall it.")
+        raise UsageError(f"bitmill was installed without its compiled kernels ({import_error}); reinstall it.")
     _check_isa()
     return _native
 
@@ -46,36 +50,36 @@ def _check_isa() -> None:
 
 
 def is_available() -> bool:
-    """Whether there is an extension; where there is none, that is said once."""
+    """Return True if the extension is installed; otherwise log one warning."""
     if _native is None:
-        _say_once(f"bitmill runs without its compiled kernels ({why_not}): quantized models will be slow.")
+        _warn_once(f"bitmill runs without its compiled kernels ({import_error}): quantized models will be slow.")
     return _native is not None
 
 
-def why_none(function: str) -> str | None:
-    """None where the extension has this function, or one sentence: there is none, or it is an older one."""
+def unsupported_reason(function: str) -> str | None:
+    """Return None if the extension has `function`, or one sentence: not installed, or an older version."""
     if not is_available():
         return "The compiled kernels are not installed."
     if hasattr(_native, function):
         return None
     sentence = f"The compiled kernels are older than this bitmill and have no {function}; reinstall it."
-    _say_once(sentence)
+    _warn_once(sentence)
     return sentence
 
 
 @cache
-def _say_once(sentence: str) -> None:
+def _warn_once(sentence: str) -> None:
     logging.getLogger("bitmill").warning(sentence)
 
 
 def activations() -> str:
-    """What inputs are rounded to. Raises UsageError."""
-    wanted = os.environ.get("BITMILL_ACTIVATIONS") or DEFAULT_ACTIVATIONS
-    if wanted not in ACTIVATIONS:
-        raise UsageError(f"BITMILL_ACTIVATIONS is {wanted!r}; use one of: {', '.join(ACTIVATIONS)}.")
-    return wanted
+    """Return the type that inputs are rounded to. Raises UsageError for an unknown BITMILL_ACTIVATIONS."""
+    name = os.environ.get("BITMILL_ACTIVATIONS") or DEFAULT_ACTIVATIONS
+    if name not in ACTIVATIONS:
+        raise UsageError(f"BITMILL_ACTIVATIONS is {name!r}; use one of: {', '.join(ACTIVATIONS)}.")
+    return name
 
 
 def threads() -> int:
-    """As many as torch uses."""
+    """Return the number of threads of a kernel call: as many as torch uses."""
     return torch.get_num_threads()

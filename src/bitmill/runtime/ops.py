@@ -14,7 +14,7 @@ from bitmill.formats import FORMATS, Format, GroupFormat
 from bitmill.runtime.native import native, threads
 
 
-def watched(x: Tensor | None = None) -> bool:
+def is_traced(x: Tensor | None = None) -> bool:
     """Whether a trace, a transform or a mode looks on at what is done (with x)."""
     return (
         torch.compiler.is_compiling()
@@ -49,7 +49,7 @@ class Operator:
 
     def __call__(self, x: Tensor, *rest: Any) -> Tensor:
         """The outputs, by the operator where something looks on."""
-        return self.op(x, *rest) if watched(x) else self.run(x, *rest)
+        return self.op(x, *rest) if is_traced(x) else self.run(x, *rest)
 
     def _batched(self, info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Tensor, int]:
         """One after the other, for torch.vmap."""
@@ -93,8 +93,8 @@ def _(ids: Tensor, tensors: list[Tensor], format: str, shape: list[int]) -> Tens
     return _fake_rows(tensors[0], ids, shape[1])
 
 
-@torch.library.custom_op("bitmill::relaid_rows", mutates_args=(), device_types="cpu")
-def relaid_rows(
+@torch.library.custom_op("bitmill::repacked_rows", mutates_args=(), device_types="cpu")
+def repacked_rows(
     ids: Tensor, codes: Tensor, packed: list[Tensor], layout: list[int], format: str, shape: list[int]
 ) -> Tensor:
     """codes: in the layout of csrc/lut/layout.h.  packed: the rest, in the order of the format's."""
@@ -106,7 +106,7 @@ def relaid_rows(
     return made.rows_of(found, dict(zip(names, packed)), size, ids).clone()
 
 
-@relaid_rows.register_fake
+@repacked_rows.register_fake
 def _(
     ids: Tensor, codes: Tensor, packed: list[Tensor], layout: list[int], format: str, shape: list[int]
 ) -> Tensor:

@@ -28,7 +28,7 @@ from bitmill.kv.scheme import KVMethod
 from bitmill.kv.support import calibration_bytes, check, packed_shapes, page_bits
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
-from bitmill.runtime.modules.dequantize import densify
+from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.modules.packed import PackedMatrix
 from bitmill.tasks.base import task_for
 from bitmill.workflows.load import load, load_tokenizer, read_folder
@@ -144,7 +144,7 @@ def calibrated(
     Gradients go through decoded weights, so that a packed model is unpacked beside itself.
     """
     if any(isinstance(module, PackedMatrix) for module in model.modules()):
-        model = densify(copy.deepcopy(model))
+        model = dequantize_model(copy.deepcopy(model))
     device = next(model.parameters()).device
     found = calibrate(model, method, windows.to(device), progress)
     return replace(found, about=about)  # no time: equal jobs give equal bytes

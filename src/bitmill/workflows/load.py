@@ -12,7 +12,7 @@ from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.errors import BitmillError, CheckpointError, one_line
 from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.decode import attach
-from bitmill.runtime.modules.dequantize import densify
+from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.sources.open import open_source
 from bitmill.tasks.base import task_for
 from bitmill.workflows.checks import check_device
@@ -71,7 +71,7 @@ def read_folder(
     if absent := sorted([*info["missing_keys"], *info["mismatched_keys"]], key=str):
         # transformers would go on with random numbers
         raise CheckpointError(f"{folder} lacks the tensor {absent[0]!r} of its model; quantize it again.")
-    return (densify(loaded, dtype) if dense else loaded).eval().to(device)
+    return (dequantize_model(loaded, dtype) if dense else loaded).eval().to(device)
 
 
 def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **options: Any) -> Any:

@@ -122,7 +122,7 @@ def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple
     if isinstance(model, nn.Module):
         tensors = [*model.parameters(), *model.buffers()]
         size = sum(t.nbytes for t in tensors)
-        packed = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.outside]
+        packed = [m for m in model.modules() if isinstance(m, QuantLinear) and not m.outside_blocks]
         if packed:
             bits, weights = _stored((m.format, m.shape, id(m.shared or m)) for m in packed)
             return bits / weights, size

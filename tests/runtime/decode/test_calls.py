@@ -11,7 +11,7 @@ from transformers.cache_utils import StaticCache
 
 from bitmill.errors import UsageError
 from bitmill.formats import FORMATS
-from bitmill.runtime.decode import attach, decode_path, detach, past
+from bitmill.runtime.decode import attach, decode_path, detach, step_cache
 from helpers.decoding import PROMPT, apart, is_stepping, logits, odd_model, quantize
 from helpers.native_kernels import needs_native
 
@@ -24,7 +24,7 @@ TOKENS = [7, 3, 100, 0, 55]
 def _compiled(monkeypatch):
     monkeypatch.delenv("BITMILL_KERNEL", raising=False)
     monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
-    monkeypatch.setattr(past, "_LEAST", 2)  # so that memory must grow
+    monkeypatch.setattr(step_cache, "MIN_CAPACITY", 2)  # so that memory must grow
 
 
 @pytest.fixture

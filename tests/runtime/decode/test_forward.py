@@ -10,8 +10,8 @@ from bitmill.formats.quantized import nearest_matrix
 from bitmill.runtime import native
 from bitmill.runtime.decode import attach, decode_path
 from bitmill.runtime.kernels.additive import AdditiveKernel
-from bitmill.runtime.modules.embedding import swap_embedding
-from bitmill.runtime.modules.linear import swap_linear
+from bitmill.runtime.modules.embedding import replace_embedding
+from bitmill.runtime.modules.linear import replace_linear
 from helpers.cases import all_wrappers, few_formats, fitted
 from helpers.decoding import PROMPT, apart, both, is_stepping, logits, odd_model, quantize
 from helpers.native_kernels import ISAS, needs_native
@@ -121,9 +121,9 @@ def test_a_quantized_table_that_is_also_the_head(bits):
     model, format = odd_model(tie_word_embeddings=True), FORMATS.get("uniform")(bits, 21)
     W = model.lm_head.weight.detach()
     packed = nearest_matrix(format, W, fitted(format, W, search=False)).pack()
-    table = swap_embedding(model, "model.embed_tokens", format)
+    table = replace_embedding(model, "model.embed_tokens", format)
     table._buffers.update(packed)
-    swap_linear(model, "lm_head", format, tied=table)
+    replace_linear(model, "lm_head", format, tied=table)
     expected, found = both(model, TOKENS)
     assert is_stepping(model)
     assert vars(model)["forward"]._plan._table is not None

@@ -15,8 +15,8 @@ from bitmill.formats import FORMATS
 from bitmill.formats.quantized import SHARED
 from bitmill.runtime.decode import attach, decode_path, detach
 from bitmill.runtime.decode.forward import StepForward
-from bitmill.runtime.decode.watch import Watch
-from bitmill.runtime.modules.dequantize import densify
+from bitmill.runtime.decode.guard import ModelGuard
+from bitmill.runtime.modules.dequantize import dequantize_model
 from helpers.decoding import ODD, PROMPT, apart, is_stepping, logits, odd_model, quantize
 from helpers.native_kernels import needs_native
 from helpers.tiny_models import tiny_model
@@ -197,7 +197,7 @@ def test_refusals_end_with_their_cause():
 def test_unpacked_models_step():
     model = attach(quantize(odd_model(), UNIFORM))
     primed(model)
-    found = logits(densify(model), TOKENS)[0]
+    found = logits(dequantize_model(model), TOKENS)[0]
     assert decode_path(model) == "step"
     assert apart(found, own_logits(model)) < 1e-5
 
@@ -272,8 +272,8 @@ def test_snapshots_of_a_cache_last_until_it_is_cropped(model):
 
 
 def test_a_watch_sees_early_exits(model):
-    watch = Watch(model)
-    assert watch.is_current()
-    assert watch.wanted() is None
+    guard = ModelGuard(model)
+    assert guard.is_current()
+    assert guard.blocking_reason() is None
     model.config.num_hidden_layers -= 1
-    assert "number of blocks" in watch.wanted()
+    assert "number of blocks" in guard.blocking_reason()

@@ -15,7 +15,7 @@ from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
 from bitmill.runtime import native
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
-from bitmill.runtime.kernels.compiled import MOST_TOKENS
+from bitmill.runtime.kernels.compiled import MAX_TOKENS
 from bitmill.runtime.kernels.lut import Lut
 from helpers.cases import few_formats
 from helpers.native_kernels import CPU, each_isa, needs_native, quantized  # noqa: F401
@@ -44,7 +44,7 @@ def bound(x: Tensor, W: Tensor) -> Tensor:
 @pytest.mark.parametrize("format", few_formats(), ids=repr)
 @pytest.mark.parametrize("shape", thin([(1, 1), (3, 7), (35, 130), (18, 577)], [(3, 7), (18, 577)]), ids=str)
 def test_every_format_within_the_bound(format, shape):
-    matrix, x = quantized(format, shape), torch.randn(MOST_TOKENS + 3, shape[1])
+    matrix, x = quantized(format, shape), torch.randn(MAX_TOKENS + 3, shape[1])
     x[1] *= 1e3
     W = matrix.dequantize().double()
     off = (kernel_of(matrix).apply(x).double() - x.double() @ W.T).abs()
@@ -59,7 +59,7 @@ def test_any_shape_width_and_group(data):
         st.sampled_from([Uniform(bits, size), IntegerCoding(min(bits, 4), size), Codebook(bits, size)])
     )
     shape = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 300))
-    x = torch.randn(data.draw(st.integers(MOST_TOKENS + 1, 40)), shape[1])
+    x = torch.randn(data.draw(st.integers(MAX_TOKENS + 1, 40)), shape[1])
     matrix = quantized(format, shape)
     W = matrix.dequantize().double()
     off = (kernel_of(matrix).apply(x).double() - x.double() @ W.T).abs()

@@ -15,9 +15,10 @@ from bitmill.formats.additive import Additive
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
-from bitmill.runtime import QuantEmbedding, QuantLinear
 from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec
 from bitmill.runtime.kernels.reference import Reference
+from bitmill.runtime.modules.embedding import QuantEmbedding
+from bitmill.runtime.modules.linear import QuantLinear
 from helpers.native_kernels import needs_native, quantized
 from helpers.tiny_models import tiny_model
 
@@ -106,7 +107,7 @@ def test_rows_of_every_kernel(name, format, rows):
     matrix = quantized(format, (rows, 44))
     kind: type[Kernel] = dict(KERNELS.items())[name]
     spec = KernelSpec(format, matrix.shape, CPU)
-    if kind.supports(spec) is not None:
+    if kind.unsupported_reason(spec) is not None:
         pytest.skip("another format's")
     kernel, W = kind(spec, matrix.pack()), matrix.dequantize()
     for ids in (torch.tensor([rows - 1]), torch.randint(0, rows, (512,)), torch.zeros(0, dtype=torch.int64)):

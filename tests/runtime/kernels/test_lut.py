@@ -17,9 +17,9 @@ from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
-from bitmill.runtime import QuantLinear, native, ops
+from bitmill.runtime import native, ops
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
-from bitmill.runtime.kernels.compiled import MOST_TOKENS
+from bitmill.runtime.kernels.compiled import MAX_TOKENS
 from bitmill.runtime.kernels.lut import Lut
 from bitmill.runtime.kernels.lut_tables import (
     BANK,
@@ -31,6 +31,7 @@ from bitmill.runtime.kernels.lut_tables import (
     rounded,
 )
 from bitmill.runtime.kernels.reference import Reference
+from bitmill.runtime.modules.linear import QuantLinear
 from helpers.cases import few_formats
 from helpers.native_kernels import CPU, ISAS, needs_native, quantized
 from helpers.selection import thin
@@ -113,7 +114,7 @@ def test_typical_errors_are_far_below_the_bound(monkeypatch):
 @pytest.mark.parametrize("format", SCALAR, ids=repr)
 def test_many_tokens_in_floats_are_the_reference_bit_by_bit(format, monkeypatch):
     monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
-    matrix, x = quantized(format, (35, 130)), torch.randn(MOST_TOKENS + 1, 130)
+    matrix, x = quantized(format, (35, 130)), torch.randn(MAX_TOKENS + 1, 130)
     spec = KernelSpec(format, matrix.shape, CPU)
     assert torch.equal(Lut(spec, matrix.pack()).apply(x), Reference(spec, matrix.pack()).apply(x))
 
@@ -206,15 +207,18 @@ def test_it_is_chosen_by_itself_unless_another_is_asked_for(monkeypatch):
 
 
 def test_other_formats_and_devices_have_a_reason():
-    assert Lut.supports(KernelSpec(FORMATS.get("e8")(bits=2), (8, 8), CPU)) == "e8 is no table of single numbers."
-    assert "meta" in Lut.supports(KernelSpec(Uniform(4), (8, 8), torch.device("meta")))
+    assert (
+        Lut.unsupported_reason(KernelSpec(FORMATS.get("e8")(bits=2), (8, 8), CPU))
+        == "e8 is no table of single numbers."
+    )
+    assert "meta" in Lut.unsupported_reason(KernelSpec(Uniform(4), (8, 8), torch.device("meta")))
 
 
 def test_without_the_extension_everything_works_and_it_is_said_once(monkeypatch, caplog):
     monkeypatch.delenv("BITMILL_KERNEL")
     monkeypatch.setattr(native, "_native", None)
-    monkeypatch.setattr(native, "why_not", "for a test")
-    native._say_once.cache_clear()
+    monkeypatch.setattr(native, "import_error", "for a test")
+    native._warn_once.cache_clear()
     matrix, x = quantized(Uniform(4, 32), (20, 96)), torch.randn(1, 96)
     with caplog.at_level(logging.WARNING, logger="bitmill"):
         for _ in range(2):

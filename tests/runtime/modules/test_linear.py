@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from bitmill.formats import Format
 from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.formats.uniform import Uniform
-from bitmill.runtime import QuantLinear, swap_linear
+from bitmill.runtime.modules.linear import QuantLinear, replace_linear
 from helpers.cases import few_formats, fitted, weights
 
 SHAPE = (5, 44)
@@ -124,7 +124,7 @@ def test_it_takes_the_place_of_a_float_layer(format, kind):
     W = old.weight.data.T.contiguous() if kind == "Conv1D" else old.weight.data
     solved = quantized(format, W)
     model = Model(old)
-    new = swap_linear(model, "block.inner", format)
+    new = replace_linear(model, "block.inner", format)
     assert model.block["inner"] is new
     assert (new.in_features, new.out_features) == (44, 5)
     bias = {} if old.bias is None else {"bias": old.bias.data}
@@ -136,4 +136,4 @@ def test_it_takes_the_place_of_a_float_layer(format, kind):
 
 def test_a_layer_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError):
-        swap_linear(Model(nn.Linear(2, 2)), "block.outer", Uniform(3))
+        replace_linear(Model(nn.Linear(2, 2)), "block.outer", Uniform(3))

@@ -15,9 +15,9 @@ from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.rotated import Rotated
 from bitmill.formats.sum import Sum
 from bitmill.formats.uniform import Uniform
-from bitmill.runtime import QuantLinear
 from bitmill.runtime.kernels import reference
-from bitmill.runtime.modules.embedding import QuantEmbedding, swap_embedding
+from bitmill.runtime.modules.embedding import QuantEmbedding, replace_embedding
+from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.solvers import Statistics
 from helpers.cases import weights
 from helpers.native_kernels import needs_native, quantized, rounded_to
@@ -49,7 +49,7 @@ class Doubled(nn.Embedding):
 
 def table_of(format: Format, kind: type[nn.Embedding] = nn.Embedding) -> QuantEmbedding:
     model = nn.ModuleDict({"table": kind(*SHAPE)})
-    table = swap_embedding(model, "table", format)
+    table = replace_embedding(model, "table", format)
     table.load_state_dict(quantized(format, SHAPE).pack())
     return table
 

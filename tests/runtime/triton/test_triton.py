@@ -73,11 +73,11 @@ def test_without_triton_the_reference_serves_gpus(installed, monkeypatch):
 
 def test_it_says_why_not(installed, monkeypatch):
     uniform = FORMATS.get("uniform")(3)
-    assert Triton.supports(KernelSpec(uniform, (8, 64), CPU)) == "Triton runs on cuda here, not on cpu."
-    assert "no Triton kernel" in Triton.supports(KernelSpec(FORMATS.get("e8")(2), (8, 64), CUDA))
+    assert Triton.unsupported_reason(KernelSpec(uniform, (8, 64), CPU)) == "Triton runs on cuda here, not on cpu."
+    assert "no Triton kernel" in Triton.unsupported_reason(KernelSpec(FORMATS.get("e8")(2), (8, 64), CUDA))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert Triton.supports(KernelSpec(uniform, (8, 64), CPU)) is None
-    assert Triton.supports(KernelSpec(uniform, (8, 64), CUDA)) == "Triton runs on cpu here, not on cuda."
+    assert Triton.unsupported_reason(KernelSpec(uniform, (8, 64), CPU)) is None
+    assert Triton.unsupported_reason(KernelSpec(uniform, (8, 64), CUDA)) == "Triton runs on cpu here, not on cuda."
 
 
 @pytest.mark.parametrize(("found", "reason"), [("3.2.0", "3.6 or later"), ("3.6.0", None), ("4.0.1+git", None)])

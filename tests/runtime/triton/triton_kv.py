@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bitmill.kv.scheme import TensorScheme
+from bitmill.runtime.attention.triton_attention import attend
 from bitmill.runtime.triton import available
-from bitmill.runtime.triton.kv import attend
 from helpers.packed_past import Case, made, off
 
 DEVICE = torch.device("cpu" if available.is_interpreted() else "cuda")

@@ -21,21 +21,21 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bitmill.compat import CACHE_NAMES, cache_in
+from bitmill.compat import CACHE_NAMES, cache_argument
 from bitmill.errors import UsageError
+from bitmill.runtime.decode.guard import ModelGuard
 from bitmill.runtime.decode.parts import NotEligibleError, parts_of
-from bitmill.runtime.decode.past import FloatPast, StepPast, packed_of, past_of
 from bitmill.runtime.decode.plan import Plan
-from bitmill.runtime.decode.watch import Watch
+from bitmill.runtime.decode.step_cache import FloatStepCache, StepCache, packed_step_cache, step_cache_of
 from bitmill.runtime.native import activations
 
 # How far the logits of both ways may be apart, relative to their spread. Sums in another order round a few inputs
 # to another integer, and that moves all that follow: some blocks on, both differ by as much as rounding costs.
-_APART = {"float32": 1e-3, "int16": 2e-2, "int8": 0.3}
-_APART_BF16 = 0.1
+TOLERANCE = {"float32": 1e-3, "int16": 2e-2, "int8": 0.3}
+TOLERANCE_BF16 = 0.1
 
 # The step is optional: what it trips over is the model's own to raise.
-_TRIPS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_FALLBACK_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 _HELD = next(name for name in CACHE_NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
 _GIVEN = ("input_ids", *CACHE_NAMES, "attention_mask", "position_ids", "cache_position")  # read elsewhere, implied
@@ -47,8 +47,8 @@ class StepForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.why_not: str | None = None  # one sentence, while the model as it is cannot use the step
-        self._watch: Watch | None = None
+        self.unsupported_reason: str | None = None  # one sentence, while the model as it is cannot use the step
+        self._guard: ModelGuard | None = None
         self._plan: Plan | None = None
         self._agrees: dict[str, str | None] = {}  # by kind of cache: None, or why it is left to transformers
 
@@ -65,7 +65,7 @@ class StepForward:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of the model make their own plan."""
-        return {"model": self.model, "why_not": None, "_watch": None, "_plan": None, "_agrees": {}}
+        return {"model": self.model, "unsupported_reason": None, "_guard": None, "_plan": None, "_agrees": {}}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The step where the call is one for it, or else the model's own forward."""
@@ -77,16 +77,16 @@ class StepForward:
         if args or type(ids) is not Tensor or ids.shape != (1, 1) or not _is_plain(kwargs, ids):
             return self._own(*args, **kwargs)
         plan = self._current_plan()
-        if plan is None or self._watch is None or self._watch.wanted() is not None:
+        if plan is None or self._guard is None or self._guard.blocking_reason() is not None:
             return self._own(**kwargs)
-        cache = cache_in(kwargs)
-        found = past_of(cache, plan.blocks, plan.kv_heads, plan.dim)
+        cache = cache_argument(kwargs)
+        found = step_cache_of(cache, plan.blocks, plan.kv_heads, plan.dim)
         if found is None or self._agrees.get(found.kind) is not None or not _continues(kwargs, found.length):
             return self._own(**kwargs)
         found.make_room()
         try:
             logits = plan.advance(ids, found)
-        except _TRIPS:  # a token that the table does not have
+        except _FALLBACK_ERRORS:  # a token that the table does not have
             return self._own(**kwargs)
         if found.kind not in self._agrees:
             return self._tried(logits, found, kwargs)
@@ -100,37 +100,37 @@ class StepForward:
     def prepare(self) -> str | None:
         """Build what the step needs, if it is not there; why the model cannot use it, in one sentence, or None."""
         self._current_plan()
-        if self.why_not is not None or self._watch is None:
-            return self.why_not
-        wanted = self._watch.wanted()
-        return None if wanted is None else _sentence(wanted)
+        if self.unsupported_reason is not None or self._guard is None:
+            return self.unsupported_reason
+        blocking_reason = self._guard.blocking_reason()
+        return None if blocking_reason is None else _sentence(blocking_reason)
 
-    def why_not_with(self, cache: Any) -> str | None:
+    def unsupported_reason_with(self, cache: Any) -> str | None:
         """The same for single tokens that a packed cache precedes."""
-        reason, plan, packed = self.prepare(), self._plan, packed_of(cache)
+        reason, plan, packed = self.prepare(), self._plan, packed_step_cache(cache)
         if reason is not None or plan is None or packed is None:
             return reason
-        why = packed.why_not(plan.blocks, plan.kv_heads, plan.dim)
+        why = packed.unsupported_reason(plan.blocks, plan.kv_heads, plan.dim)
         return self._agrees.get(packed.kind) if why is None else _sentence(why)
 
     def _current_plan(self) -> Plan | None:
         """None for a model that was refused, until something about it changes."""
-        plan, watch = self._plan, self._watch
+        plan, watch = self._plan, self._guard
         if watch is not None and watch.is_current() and (plan is None or plan.is_current()):
             return plan
-        self._plan, self._watch, self._agrees, self.why_not = None, None, {}, None
+        self._plan, self._guard, self._agrees, self.unsupported_reason = None, None, {}, None
         try:
-            self._watch = Watch(self.model)
+            self._guard = ModelGuard(self.model)
             plan = Plan(self.model)
             plan.angles(0)
             self._plan = plan
         except NotEligibleError as error:
             self._refuse(str(error))
-        except _TRIPS as error:
+        except _FALLBACK_ERRORS as error:
             self._refuse(f"{type(error).__name__}, {error}")
         return self._plan
 
-    def _tried(self, logits: Tensor, past: StepPast, kwargs: dict[str, Any]) -> Any:
+    def _tried(self, logits: Tensor, past: StepCache, kwargs: dict[str, Any]) -> Any:
         """The model's own answer to the first call; the step is kept if it gave the same.
 
         The token's keys and values are written once more, to where the step wrote its own.
@@ -138,10 +138,10 @@ class StepForward:
         output = self._own(**kwargs)
         expected = output.logits.view(-1).to(torch.float32)
         apart = (logits - expected).norm() / (expected - expected.mean()).norm()
-        limit = _APART[activations()]
-        if bool(apart <= (limit if output.logits.dtype == torch.float32 else max(limit, _APART_BF16))):
+        limit = TOLERANCE[activations()]
+        if bool(apart <= (limit if output.logits.dtype == torch.float32 else max(limit, TOLERANCE_BF16))):
             self._agrees[past.kind] = None
-        elif past.kind == FloatPast.kind:
+        elif past.kind == FloatStepCache.kind:
             self._refuse(f"the compiled step differs by {float(apart):.2g}")
         else:
             reason = f"with a packed cache the compiled step differs by {float(apart):.2g}"
@@ -150,8 +150,8 @@ class StepForward:
         return output
 
     def _refuse(self, reason: str) -> None:
-        self.why_not, self._plan = _sentence(reason), None
-        logging.getLogger("bitmill").info(self.why_not)
+        self.unsupported_reason, self._plan = _sentence(reason), None
+        logging.getLogger("bitmill").info(self.unsupported_reason)
 
 
 def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:
@@ -188,10 +188,10 @@ def attach(model: Any) -> Any:
     BITMILL_DECODE=off leaves it alone. A shallow copy (copy.copy) shares the model's forward as it shares its
     modules. Raises UsageError for another value of it.
     """
-    wanted = os.environ.get("BITMILL_DECODE") or "on"
-    if wanted not in ("on", "off"):
-        raise UsageError(f"BITMILL_DECODE is {wanted!r}; use on or off.")
-    if wanted == "on" and "forward" not in vars(model) and _why_not(model) is None:
+    blocking_reason = os.environ.get("BITMILL_DECODE") or "on"
+    if blocking_reason not in ("on", "off"):
+        raise UsageError(f"BITMILL_DECODE is {blocking_reason!r}; use on or off.")
+    if blocking_reason == "on" and "forward" not in vars(model) and _model_unsupported_reason(model) is None:
         model.forward = StepForward(model)
     return model
 
@@ -210,16 +210,16 @@ def decode_path(model: Any, cache: Any = None) -> str:
     """
     forward = vars(model).get("forward")
     if isinstance(forward, StepForward):
-        return forward.why_not_with(cache) or "step"
-    return _why_not(model) or _sentence("no step is attached")
+        return forward.unsupported_reason_with(cache) or "step"
+    return _model_unsupported_reason(model) or _sentence("no step is attached")
 
 
-def _why_not(model: Any) -> str | None:
+def _model_unsupported_reason(model: Any) -> str | None:
     try:
         parts_of(model)
     except NotEligibleError as error:
         return _sentence(str(error))
-    except _TRIPS as error:
+    except _FALLBACK_ERRORS as error:
         return _sentence(f"{type(error).__name__}, {error}")
     return None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.runtime.decode.parts import GATED, HEAD_NORMS, PROJECTIONS, NotEligibleError, parts_of
-from bitmill.runtime.decode.past import StepPast
+from bitmill.runtime.decode.step_cache import StepCache
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.native import is_available, native, threads
 
@@ -64,7 +64,7 @@ class Plan:
             raise NotEligibleError("it was made in inference mode, where changes of numbers leave no trace")
         self._versions = _versions(self._copied)
 
-    def advance(self, ids: Tensor, past: StepPast) -> Tensor:
+    def advance(self, ids: Tensor, past: StepCache) -> Tensor:
         """Logits (tokens,) of what follows the token `ids` (1, 1); its keys and values join the past."""
         logits = torch.empty(self.tokens)
         row = None if self._table is not None else self.embedding(ids).to(torch.float32).view(-1)

@@ -17,24 +17,24 @@ from torch import Tensor
 from bitmill.formats.additive import Additive
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Relaid, lacking
+from bitmill.runtime.kernels.compiled import RepackedKernel, cpu_unsupported_reason
 from bitmill.runtime.native import native
 
 _ROWS, _CHUNK = 64, 8  # of a tile, codes: csrc/additive/additive.h
 
 
 @KERNELS.register("additive")
-class AdditiveKernel(Relaid):
+class AdditiveKernel(RepackedKernel):
     """Lookups in tables of products, compiled for this machine's instruction set."""
 
     tolerance = 5e-3
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Additive formats on the CPU, where the compiled kernels are installed."""
-        return (
-            lacking(spec) if isinstance(spec.format, Additive) else f"{spec.format.name} has no codebooks to add."
-        )
+        if not isinstance(spec.format, Additive):
+            return f"{spec.format.name} has no codebooks to add."
+        return cpu_unsupported_reason(spec)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         format, (rows, columns) = spec.format, spec.shape
@@ -52,7 +52,7 @@ class AdditiveKernel(Relaid):
         """Codes and parameters as the kernel reads them, and the packed parameters."""
         return self.held("additive", {"books": self._books, "scales": self._scales})
 
-    def few(self, x: Tensor) -> Tensor:
+    def gemv(self, x: Tensor) -> Tensor:
         """By table lookup."""
         return ops.additive(x, self.codes, self._books, self._scales, self.layout)
 

@@ -45,7 +45,7 @@ class Kernel(ABC):
 
     @staticmethod
     @abstractmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """None for yes, or one sentence that says why not."""
 
     @abstractmethod
@@ -79,7 +79,7 @@ def choose_kernel(spec: KernelSpec) -> type[Kernel]:
         KERNELS.get(forced)  # an unknown name is an error
     reasons = []
     for name, kernel in sorted(KERNELS.items(), key=lambda item: (item[0] != forced, -item[1].priority)):
-        reason = kernel.supports(spec)
+        reason = kernel.unsupported_reason(spec)
         if reason is None:
             return kernel
         reasons.append(f"{name}: {reason}")

@@ -23,24 +23,24 @@ from bitmill.formats import GroupFormat
 from bitmill.formats.base import Params
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import Kernel, KernelSpec
-from bitmill.runtime.kernels.reference import by_tiles, decoded, tiles_of
+from bitmill.runtime.kernels.reference import decoded, matmul_by_tiles, row_tiles
 from bitmill.runtime.native import activations, is_available, native, threads
 
-MOST_TOKENS = 16
+MAX_TOKENS = 16
 _memory = threading.local()
 
 
-def is_few(x: Tensor) -> bool:
+def uses_gemv(x: Tensor) -> bool:
     """Whether x (..., in) is for the extension: few tokens on the CPU, without gradients."""
-    return 0 < x.numel() // x.shape[-1] <= MOST_TOKENS and _may_round(x)
+    return 0 < x.numel() // x.shape[-1] <= MAX_TOKENS and _may_round(x)
 
 
-def is_many(x: Tensor) -> bool:
+def uses_gemm(x: Tensor) -> bool:
     """Whether x (..., in) is multiplied in fixed point: many tokens, and nobody who looks on or learns."""
     return (
-        x.numel() // x.shape[-1] > MOST_TOKENS
+        x.numel() // x.shape[-1] > MAX_TOKENS
         and _may_round(x)
-        and not ops.watched(x)
+        and not ops.is_traced(x)
         and activations() != "float32"
     )
 
@@ -49,7 +49,7 @@ def _may_round(x: Tensor) -> bool:
     return x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
 
 
-def lacking(spec: KernelSpec) -> str | None:
+def cpu_unsupported_reason(spec: KernelSpec) -> str | None:
     """Why no compiled kernel can serve a layer, whatever its format; None where one can."""
     if spec.device.type != "cpu":
         return f"it runs on cpu, not on {spec.device.type}."
@@ -58,10 +58,10 @@ def lacking(spec: KernelSpec) -> str | None:
 
 def may_compile(spec: KernelSpec) -> bool:
     """Whether a wrapper may run compiled code around its inner kernel: not where the reference is asked for."""
-    return os.environ.get("BITMILL_KERNEL") != "reference" and lacking(spec) is None
+    return os.environ.get("BITMILL_KERNEL") != "reference" and cpu_unsupported_reason(spec) is None
 
 
-def tile_memory(rows: slice, columns: int) -> Tensor:
+def tile_buffer(rows: slice, columns: int) -> Tensor:
     """Room for a decoded tile, (rows, columns) fp32, which the thread's next tile overwrites.
 
     Fresh memory has to be cleared by the system first, which takes longer than decoding.
@@ -73,29 +73,29 @@ def tile_memory(rows: slice, columns: int) -> Tensor:
     return held[:size].view(-1, columns)
 
 
-class Compiled(Kernel):
+class CompiledKernel(Kernel):
     """A kernel of the extension."""
 
     priority = 10
 
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        multiply = self.few if is_few(x) else self.many if is_many(x) else None
+        multiply = self.gemv if uses_gemv(x) else self.gemm if uses_gemm(x) else None
         if multiply is None:
-            return by_tiles(self.spec, self._tile if ops.watched(x) else self.decoder(), x)
+            return matmul_by_tiles(self.spec, self._tile if ops.is_traced(x) else self.decoder(), x)
         y = multiply(x.reshape(-1, self.spec.shape[1]).to(torch.float32))
         return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
 
     @abstractmethod
-    def few(self, x: Tensor) -> Tensor:
+    def gemv(self, x: Tensor) -> Tensor:
         """x (tokens, in) to (tokens, out), fp32, by the extension."""
 
-    def many(self, x: Tensor) -> Tensor:
+    def gemm(self, x: Tensor) -> Tensor:
         """The same in fixed point, a decoded tile at a time."""
         inputs = _memory.inputs = getattr(_memory, "inputs", None) or native().FixedInputs()
         inputs.read(x.contiguous(), threads())
         y, weights = torch.empty(x.shape[0], self.spec.shape[0]), self.decoder()
-        for rows in tiles_of(self.spec.shape):
+        for rows in row_tiles(self.spec.shape):
             inputs.product(weights(rows).contiguous(), y, rows.start, threads())
         return y
 
@@ -112,7 +112,7 @@ class Compiled(Kernel):
         return self.rows(torch.arange(rows.start, rows.stop))
 
 
-class Relaid(Compiled):
+class RepackedKernel(CompiledKernel):
     """A kernel that holds the codes in the layout of csrc/lut/layout.h, and the packed parameters for decoding."""
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor], layout: list[int]) -> None:
@@ -140,9 +140,9 @@ class Relaid(Compiled):
         """Rows of W^, int64 (n,): fp32 (n, in)."""
         format = self.spec.format
         assert isinstance(format, GroupFormat)
-        if ops.watched(ids):
+        if ops.is_traced(ids):
             packed = [self.packed[name] for name in format.layout(self.spec.shape) if name != "codes"]
-            return ops.relaid_rows(ids, self.codes, packed, self.layout, self._text, list(self.spec.shape))
+            return ops.repacked_rows(ids, self.codes, packed, self.layout, self._text, list(self.spec.shape))
         codes = torch.empty(len(ids), self.layout[1], dtype=torch.uint8)
         native().codes_at(native().Layout(*self.layout), self.codes, ids.contiguous(), codes, threads())
         return format.rows_of(codes, self.packed, self.spec.shape, ids)

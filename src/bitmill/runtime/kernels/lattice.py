@@ -22,7 +22,7 @@ from bitmill.formats.e8 import E8
 from bitmill.numerics import e8
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Compiled, lacking, tile_memory
+from bitmill.runtime.kernels.compiled import CompiledKernel, cpu_unsupported_reason, tile_buffer
 from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
 
 _ROWS, _BLOCKS = 16, 4  # of a square: csrc/vector/lattice.h
@@ -30,21 +30,21 @@ _SQUARE = _BLOCKS * e8.BLOCK  # columns
 
 
 @KERNELS.register("lattice")
-class Lattice(Compiled):
+class Lattice(CompiledKernel):
     """Coordinates looked up, compiled for this machine's instruction set."""
 
     priority = 20
     tolerance = 2e-2
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """E8 with a scale a row or tensor, inputs rounded to integers."""
         format = spec.format
         if not isinstance(format, E8):
             return f"{format.name} is no lattice."
         if format.grid(spec.shape)[1] > 1:
             return f"{format!r} has scales of groups."
-        return "inputs are to be float32." if activations() == "float32" else lacking(spec)
+        return "inputs are to be float32." if activations() == "float32" else cpu_unsupported_reason(spec)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         self.spec, format, (rows, columns) = spec, spec.format, spec.shape
@@ -71,7 +71,7 @@ class Lattice(Compiled):
         layout = native().Layout(*self._plan[:-1])
 
         def weights(rows: slice) -> Tensor:
-            out = tile_memory(rows, self.spec.shape[1])
+            out = tile_buffer(rows, self.spec.shape[1])
             native().lattice_decode(layout, *self._parts, rows.start, out, threads())
             return out
 
@@ -81,7 +81,7 @@ class Lattice(Compiled):
         """Rows of W^, int64 (n,): fp32 (n, in)."""
         return ops.lattice_rows(ids, self._parts, self._plan, self.spec.shape[1])
 
-    def few(self, x: Tensor) -> Tensor:
+    def gemv(self, x: Tensor) -> Tensor:
         """By lookup."""
         return ops.lattice_linear(x, self._parts, self._plan)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from bitmill.formats import ScalarFormat
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Relaid, lacking, tile_memory
+from bitmill.runtime.kernels.compiled import RepackedKernel, cpu_unsupported_reason, tile_buffer
 from bitmill.runtime.kernels.lut_tables import Entries, byte_tables
 from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
 
@@ -33,20 +33,20 @@ _FLOATS = ("powers", "row_scales")  # taken as fp32; the rest as bytes, whose ty
 
 
 @KERNELS.register("lut")
-class Lut(Relaid):
+class Lut(RepackedKernel):
     """Table lookup and dot products of bytes, compiled for this machine's instruction set."""
 
     tolerance = 2e-2
     _native: tuple[int, Any] | None = None
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Scalar formats of up to 8 bits on the CPU, where the compiled kernels are installed."""
         if not isinstance(spec.format, ScalarFormat):
             return f"{spec.format.name} is no table of single numbers."
         if spec.format.bits > 8:
             return f"{spec.format.name} has {spec.format.bits} bits, more than 8."
-        return lacking(spec)
+        return cpu_unsupported_reason(spec)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         format = spec.format
@@ -84,24 +84,24 @@ class Lut(Relaid):
             tables = torch.nn.functional.pad(found.tables.flatten(), (0, 64))  # whole vectors are read
             ids = None if found.table is None else found.table.to(torch.int32).contiguous()
             numbers = found.factor().contiguous(), found.zero.contiguous()
-            out = tile_memory(rows, self.spec.shape[1])
+            out = tile_buffer(rows, self.spec.shape[1])
             native().decode(layout, self.codes, tables, ids, *numbers, rows.start, out, threads())
             return out
 
         return weights
 
-    def few(self, x: Tensor) -> Tensor:
+    def gemv(self, x: Tensor) -> Tensor:
         """By table lookup."""
-        if ops.watched(x):
+        if ops.is_traced(x):
             return ops.lut_linear(x, self.codes, *self.parts, self.plan, self.zero)
         y = torch.empty(x.shape[0], self.spec.shape[0])
         self._bound().product(x.contiguous(), y, threads())
         return y
 
-    def many(self, x: Tensor) -> Tensor:
+    def gemm(self, x: Tensor) -> Tensor:
         """By table lookup too, where the tables are exact."""
         if not (self.is_exact and self._bound().takes_many):
-            return super().many(x)
+            return super().gemm(x)
         y = torch.empty(x.shape[0], self.spec.shape[0])
         self._bound().many(x.contiguous(), y, threads())
         return y

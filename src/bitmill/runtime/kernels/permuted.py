@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from bitmill.formats.permuted import Permuted
-from bitmill.runtime.kernels.around import Around
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.kernels.wrapper import WrapperKernel
 from bitmill.runtime.native import native
 
 
 @KERNELS.register("permuted")
-class PermutedKernel(Around):
+class PermutedKernel(WrapperKernel):
     """x W^^T = x[order] inner^T."""
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Permuted formats around what some kernel runs."""
         return None if isinstance(spec.format, Permuted) else f"{spec.format.name} has its columns in place."
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from bitmill.formats.pyramid import LENGTHS, Pyramid
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Compiled, lacking, tile_memory
+from bitmill.runtime.kernels.compiled import CompiledKernel, cpu_unsupported_reason, tile_buffer
 from bitmill.runtime.kernels.vector import VectorKernel
 from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
 
@@ -30,21 +30,21 @@ _POINT, _ROWS, _BLOCKS = 16, 16, 4  # columns, rows of a tile, blocks of a point
 
 
 @KERNELS.register("points")
-class Points(Compiled):
+class Points(CompiledKernel):
     """Coordinates looked up, compiled for this machine's instruction set."""
 
     priority = 20
     tolerance = 2e-2
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Pyramids of 2 bits and more with a scale a row or tensor, inputs rounded to integers."""
         format = spec.format
         if not isinstance(format, Pyramid):
             return f"{format.name} is no pyramid."
         if format.bits < 2 or format.grid(spec.shape)[1] > 1:
             return f"{format!r} has 1 bit, or scales of groups."
-        return "inputs are to be float32." if activations() == "float32" else lacking(spec)
+        return "inputs are to be float32." if activations() == "float32" else cpu_unsupported_reason(spec)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         self.spec, format, (rows, columns) = spec, spec.format, spec.shape
@@ -110,7 +110,7 @@ class Points(Compiled):
         layout = native().Layout(*self._layout)
 
         def weights(rows: slice) -> Tensor:
-            out = tile_memory(rows, self.spec.shape[1])
+            out = tile_buffer(rows, self.spec.shape[1])
             native().points_decode(layout, self._codes, *self._parts, rows.start, out, threads())
             return out
 
@@ -122,10 +122,10 @@ class Points(Compiled):
             return self._packed.rows(ids)
         return ops.points_rows(ids, self._codes, self._parts, self._plan, self.spec.shape[1])
 
-    def few(self, x: Tensor) -> Tensor:
+    def gemv(self, x: Tensor) -> Tensor:
         """By lookup."""
         if self._packed is not None:
-            return self._packed.few(x)
+            return self._packed.gemv(x)
         return ops.points_linear(x, self._codes, self._parts, self._plan)
 
     def step_linear(self) -> Any:

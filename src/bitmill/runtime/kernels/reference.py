@@ -28,22 +28,22 @@ class Reference(Kernel):
         self._text = ops.text_of(spec.format)
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Every format whose rows decode apart, on every device."""
         return None if isinstance(spec.format, GroupFormat) else f"{spec.format.name} has a kernel of its own."
 
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        if ops.watched(x):
-            return Stored(self.spec, self.tensors, self._text).apply(x)
+        if ops.is_traced(x):
+            return TraceKernel(self.spec, self.tensors, self._text).apply(x)
         format, stored, columns = self.spec.format, self.tensors["codes"], self.spec.shape[1]
         params = format.unpack_params(self.tensors, self.spec.shape)
         weights = decoded(self.spec, params, lambda rows: format.unpack_codes(stored[rows], columns))
-        return by_tiles(self.spec, weights, x)
+        return matmul_by_tiles(self.spec, weights, x)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W^, int64 (n,): fp32 (n, in)."""
-        return stored_rows(self.spec, self.tensors, self._text, ids) if ops.watched(ids) else super().rows(ids)
+        return decode_rows(self.spec, self.tensors, self._text, ids) if ops.is_traced(ids) else super().rows(ids)
 
 
 def decoded(spec: KernelSpec, params: Params, codes: Callable[[slice], Tensor]) -> Callable[[slice], Tensor]:
@@ -56,22 +56,22 @@ def decoded(spec: KernelSpec, params: Params, codes: Callable[[slice], Tensor]) 
     return weights
 
 
-def tiles_of(shape: tuple[int, int]) -> list[slice]:
+def row_tiles(shape: tuple[int, int]) -> list[slice]:
     """The rows of a matrix in pieces that are decoded at a time."""
     rows, columns = shape
     step = max(1, _TILE // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def by_tiles(spec: KernelSpec, weights: Callable[[slice], Tensor], x: Tensor) -> Tensor:
+def matmul_by_tiles(spec: KernelSpec, weights: Callable[[slice], Tensor], x: Tensor) -> Tensor:
     """x W^^T with W^ decoded a tile at a time.
 
     weights: gives some of its rows, fp32, in memory that the next call may overwrite.
     """
     rows, columns = spec.shape
     learns = torch.is_grad_enabled() and x.requires_grad
-    keeps = learns or ops.watched(x)
-    cuts = tiles_of(spec.shape)
+    keeps = learns or ops.is_traced(x)
+    cuts = row_tiles(spec.shape)
     if len(cuts) == 1:
         W = weights(cuts[0]).to(x.dtype)
         return torch.nn.functional.linear(x, W.clone() if learns else W)
@@ -83,7 +83,7 @@ def by_tiles(spec: KernelSpec, weights: Callable[[slice], Tensor], x: Tensor) ->
     return out.view(*x.shape[:-1], rows)
 
 
-class Stored(Kernel):
+class TraceKernel(Kernel):
     """Packed tensors as they are, for traces: whoever traces cannot lay them out anew. Never registered."""
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor], text: str) -> None:
@@ -91,26 +91,26 @@ class Stored(Kernel):
         self.spec, self.tensors, self.text = spec, tensors, text
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Everything."""
         return None
 
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         if isinstance(self.spec.format, GroupFormat):
-            return by_tiles(self.spec, self.tile, x)
+            return matmul_by_tiles(self.spec, self.tile, x)
         return torch.nn.functional.linear(x, self.tile(slice(0, self.spec.shape[0])).to(x.dtype))
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W^, int64 (n,): fp32 (n, in)."""
-        return stored_rows(self.spec, self.tensors, self.text, ids)
+        return decode_rows(self.spec, self.tensors, self.text, ids)
 
     def tile(self, rows: slice) -> Tensor:
         """Some rows of W^."""
         return self.rows(torch.arange(rows.start, rows.stop, device=self.spec.device))
 
 
-def stored_rows(spec: KernelSpec, tensors: dict[str, Tensor], text: str, ids: Tensor) -> Tensor:
+def decode_rows(spec: KernelSpec, tensors: dict[str, Tensor], text: str, ids: Tensor) -> Tensor:
     """Rows of W^, int64 (n,): fp32 (n, in), by an operator, from the packed tensors."""
     ordered = [tensors[name] for name in spec.format.layout(spec.shape)]
     return ops.packed_rows(ids, ordered, text, list(spec.shape))

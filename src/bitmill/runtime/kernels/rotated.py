@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.rotated import Rotated
-from bitmill.runtime.kernels.around import Around
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import is_few, may_compile
+from bitmill.runtime.kernels.compiled import may_compile, uses_gemv
 from bitmill.runtime.kernels.rotation_plan import NOTHING, rotation_plan
+from bitmill.runtime.kernels.wrapper import WrapperKernel
 from bitmill.runtime.native import native
 
 
 @KERNELS.register("rotated")
-class RotatedKernel(Around):
+class RotatedKernel(WrapperKernel):
     """x W^^T = ((x diag(1/s)) V^T Q^T) U: two cheap rotations around any kernel."""
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Rotated formats around what some kernel runs."""
         return None if isinstance(spec.format, Rotated) else f"{spec.format.name} is not in a rotated basis."
 
@@ -37,15 +37,17 @@ class RotatedKernel(Around):
 
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out). Rotations are computed in fp32; many tokens multiply in the type of x."""
-        if self._compiled and is_few(x):
-            return self._few(x.reshape(-1, self.spec.shape[1])).to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
+        if self._compiled and uses_gemv(x):
+            return (
+                self._gemv(x.reshape(-1, self.spec.shape[1])).to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
+            )
         y = x.to(torch.float32)
         if self._rescale is not None:
             y = y / self._rescale
         y = self.inner.apply(self._V.forward(y).to(x.dtype))
         return y if self._U is None else self._U.inverse(y).to(x.dtype)
 
-    def _few(self, x: Tensor) -> Tensor:
+    def _gemv(self, x: Tensor) -> Tensor:
         y = x.to(torch.float32)
         if self._rescale is not None:
             y = y / self._rescale

@@ -66,16 +66,16 @@ class RotationPlan:
 
     def _sylvester(self, order: int, start: int, width: int, inner: int) -> float:
         """Adds Sylvester's matrix along an axis, all of it or up to a factor, which is returned."""
-        few = order if inner % _LANES else 1  # lanes of a vector are multiplied, whole vectors added
-        while inner == 1 and few > _LANES:
-            few //= 2
-        if few > 1:
-            H = hadamard(few)
+        dense = order if inner % _LANES else 1  # lanes of a vector are multiplied, whole vectors added
+        while inner == 1 and dense > _LANES:
+            dense //= 2
+        if dense > 1:
+            H = hadamard(dense)
             assert H is not None
-            self._matrix(H / few**0.5, start, width, inner)
-        if order > few:
-            self._add(_BUTTERFLIES, start, width, order // few, inner * few)
-        return (order // few) ** -0.5
+            self._matrix(H / dense**0.5, start, width, inner)
+        if order > dense:
+            self._add(_BUTTERFLIES, start, width, order // dense, inner * dense)
+        return (order // dense) ** -0.5
 
     def _matrix(self, F: Tensor, start: int, width: int, inner: int) -> None:
         numbers = torch.nn.functional.pad(F.T, (0, -len(F) % _LANES)).flatten()

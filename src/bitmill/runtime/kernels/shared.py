@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from bitmill.formats.shared import Shared
-from bitmill.runtime.kernels.around import Around
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.kernels.wrapper import WrapperKernel
 
 
 @KERNELS.register("shared")
-class SharedKernel(Around):
+class SharedKernel(WrapperKernel):
     """The inner format's kernel."""
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Formats whose parts other layers share, around what some kernel runs."""
         return None if isinstance(spec.format, Shared) else f"{spec.format.name} shares nothing."
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from bitmill.formats import Wrapper
 from bitmill.numerics.sparse import from_index, places
 from bitmill.runtime import ops
-from bitmill.runtime.kernels.around import Around
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import is_few, may_compile
+from bitmill.runtime.kernels.compiled import may_compile, uses_gemv
+from bitmill.runtime.kernels.wrapper import WrapperKernel
 from bitmill.runtime.native import native
 
 _PARTS = ("sparse_values", "sparse_columns", "sparse_counts")
@@ -22,11 +22,11 @@ _TILE = 1 << 20
 
 
 @KERNELS.register("sum")
-class SumKernel(Around):
+class SumKernel(WrapperKernel):
     """y = x inner^T, then x[column] * value added to y[row] for every entry."""
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Formats that store entries beside an inner format which some kernel runs."""
         if isinstance(spec.format, Wrapper):
             own = tuple(part.name for part in spec.format.own_parts(spec.shape))
@@ -55,7 +55,7 @@ class SumKernel(Around):
 
     def apply(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out). The entries are added in fp32."""
-        if self._entries is not None and is_few(x):
+        if self._entries is not None and uses_gemv(x):
             wide = x.reshape(-1, self.spec.shape[1]).to(torch.float32)
             y = ops.sparse_add(wide, self.inner.apply(wide), *self._entries)
             return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])

@@ -19,8 +19,8 @@ from bitmill.formats.additive import Additive
 from bitmill.formats.base import Params
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec
-from bitmill.runtime.kernels.reference import by_tiles, decoded
-from bitmill.runtime.triton.available import MOST_TOKENS, why_not
+from bitmill.runtime.kernels.reference import decoded, matmul_by_tiles
+from bitmill.runtime.triton.available import MAX_TOKENS, unsupported_reason
 from bitmill.runtime.triton.lanes import codes_of, codes_of_planes, from_words, to_lanes, to_planes
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,14 +34,14 @@ class Triton(Kernel):
     tolerance = 1e-5
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """Scalar formats of up to 8 bits and additive ones, on GPUs, where Triton is installed."""
         if isinstance(spec.format, ScalarFormat):
             if spec.format.bits > 8:
                 return f"{spec.format.name} has {spec.format.bits} bits, more than 8."
         elif not isinstance(spec.format, Additive):
             return f"there is no Triton kernel for {spec.format.name}."
-        return why_not(spec.device)
+        return unsupported_reason(spec.device)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         families: dict[type, type[_Family]] = {BinaryCoding: _Binary, Additive: _Additive}
@@ -67,9 +67,9 @@ class Triton(Kernel):
         rows, columns = self.spec.shape
         tokens = x.numel() // columns
         learns = torch.is_grad_enabled() and x.requires_grad
-        if not 0 < tokens <= MOST_TOKENS or learns or x.dtype not in _TYPES:
+        if not 0 < tokens <= MAX_TOKENS or learns or x.dtype not in _TYPES:
             weights = decoded(self.spec, self._family.params(), self._family.codes)
-            return by_tiles(self.spec, weights, x)
+            return matmul_by_tiles(self.spec, weights, x)
         y = self._family.apply(x.reshape(tokens, columns))
         return y.view(*x.shape[:-1], rows)
 
@@ -82,9 +82,9 @@ class _Family(Kernel):
         self.packed = {name: tensor for name, tensor in tensors.items() if name != "codes"}
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """`Triton` says it."""
-        return Triton.supports(spec)
+        return Triton.unsupported_reason(spec)
 
     def params(self) -> Params:
         """The format's parameters."""

@@ -19,23 +19,23 @@ from bitmill.formats.vector import VectorFormat
 from bitmill.numerics import e8
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
-from bitmill.runtime.kernels.compiled import Compiled, lacking, tile_memory
-from bitmill.runtime.kernels.reference import stored_rows
+from bitmill.runtime.kernels.compiled import CompiledKernel, cpu_unsupported_reason, tile_buffer
+from bitmill.runtime.kernels.reference import decode_rows
 from bitmill.runtime.native import native, threads
 
 _SETS = (E8, Pyramid)  # csrc/vector/vector.h: VectorSet
 
 
 @KERNELS.register("vector")
-class VectorKernel(Compiled):
+class VectorKernel(CompiledKernel):
     """Decode into the cache and multiply, compiled for this machine's instruction set."""
 
     @staticmethod
-    def supports(spec: KernelSpec) -> str | None:
+    def unsupported_reason(spec: KernelSpec) -> str | None:
         """The lattice E8 and pyramids on the CPU, where the compiled kernels are installed."""
-        return (
-            lacking(spec) if isinstance(spec.format, _SETS) else f"{spec.format.name} has no fixed set of vectors."
-        )
+        if not isinstance(spec.format, _SETS):
+            return f"{spec.format.name} has no fixed set of vectors."
+        return cpu_unsupported_reason(spec)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         super().__init__(spec, tensors)
@@ -46,19 +46,19 @@ class VectorKernel(Compiled):
         self._plan = [_SETS.index(type(format)), format.width(spec.shape), format.bits]
         self._parts = [tensors["codes"].contiguous(), scale, _table(format)]
 
-    def few(self, x: Tensor) -> Tensor:
+    def gemv(self, x: Tensor) -> Tensor:
         """By decoding each row once."""
         return ops.vector_linear(x, self._parts, self._plan)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of W^, int64 (n,): fp32 (n, in)."""
-        return stored_rows(self.spec, self.tensors, self._text, ids) if ops.watched(ids) else super().rows(ids)
+        return decode_rows(self.spec, self.tensors, self._text, ids) if ops.is_traced(ids) else super().rows(ids)
 
     def decoder(self) -> Callable[[slice], Tensor]:
         """As the product has it."""
 
         def weights(rows: slice) -> Tensor:
-            out = tile_memory(rows, self.spec.shape[1])
+            out = tile_buffer(rows, self.spec.shape[1])
             native().vector_decode(*self._plan, *self._parts, rows.start, out, threads())
             return out
 

@@ -13,7 +13,7 @@ from bitmill.runtime.modules.packed import PackedMatrix
 _TRACES = ("hf_quantizer", "quantization_method", "is_quantized")  # by which transformers refuses training
 
 
-def densify(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Give every packed layer's place to what was there before, with the decoded weight; returns the model.
 
     What was tied stays tied.

@@ -18,7 +18,7 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
     Where a head is tied to it, the head's kernel has the tensors from its first call on, and the rows are asked of
     that: the two never take turns.
 
-    A layer becomes one in place (`swap_embedding`) and keeps what its own class does around the lookup, such as
+    A layer becomes one in place (`replace_embedding`) and keeps what its own class does around the lookup, such as
     Gemma's factor; `weight` is left as an empty buffer, for whoever asks for its type or device.
     """
 
@@ -31,7 +31,7 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
         kernel = self._kernel
         if kernel is not None:
             rows = kernel.rows(ids)
-        elif ops.watched(input):
+        elif ops.is_traced(input):
             rows = self.kernel_on(self.weight.device).rows(ids)
         else:
             rows = self.format.dequantize_rows(self.packed(), self.shape, ids)
@@ -59,7 +59,7 @@ def _quantized(kind: type[nn.Embedding]) -> type[QuantEmbedding]:
     return type(f"Quant{kind.__name__}", (kind, QuantEmbedding), {"plain": kind})
 
 
-def swap_embedding(model: nn.Module, name: str, format: Format, device: Any = None) -> QuantEmbedding:
+def replace_embedding(model: nn.Module, name: str, format: Format, device: Any = None) -> QuantEmbedding:
     """Turn the nn.Embedding called `name` into an empty QuantEmbedding, in place, and return it."""
     table = model.get_submodule(name)
     assert isinstance(table, nn.Embedding)
@@ -78,7 +78,7 @@ def restore_embedding(table: QuantEmbedding, weight: Tensor) -> None:
     """The inverse: make the layer what it was, with another weight (rows, columns)."""
     for name in (*table.packed(), "weight"):
         del table._buffers[name]
-    for name in ("format", "shape", "outside", "_held", "_kernel", "_text"):
+    for name in ("format", "shape", "outside_blocks", "_held", "_kernel", "_text"):
         vars(table).pop(name, None)
     table.__class__ = table.plain  # type: ignore[assignment]
     table.weight = nn.Parameter(weight, requires_grad=False)

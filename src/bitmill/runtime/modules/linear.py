@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitmill.formats import Format
 from bitmill.runtime import ops
 from bitmill.runtime.kernels import Kernel
-from bitmill.runtime.modules.packed import Packed, PackedMatrix
+from bitmill.runtime.modules.packed import PackedMatrix, PackedModule
 
 
 class QuantLinear(PackedMatrix):
@@ -29,7 +29,7 @@ class QuantLinear(PackedMatrix):
         bias: bool,
         device: Any = None,
         tied: PackedMatrix | None = None,
-        shared: Packed | None = None,
+        shared: PackedModule | None = None,
     ) -> None:
         own = format.own_layout(shape) if shared else format.layout(shape)
         super().__init__({} if tied else own, device)
@@ -57,13 +57,13 @@ class QuantLinear(PackedMatrix):
         return f"{self.in_features} -> {self.out_features}, {self.format!r}, bias={self.bias is not None}"
 
 
-def swap_linear(
+def replace_linear(
     model: nn.Module,
     name: str,
     format: Format,
     device: Any = None,
     tied: PackedMatrix | None = None,
-    shared: Packed | None = None,
+    shared: PackedModule | None = None,
 ) -> QuantLinear:
     """Replace the linear (nn.Linear or GPT-2's Conv1D) called `name` by an empty QuantLinear and return it."""
     old = model.get_submodule(name)

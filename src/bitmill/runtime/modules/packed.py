@@ -14,12 +14,12 @@ from bitmill.formats import Format
 from bitmill.formats.base import Layout
 from bitmill.runtime import ops
 from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
-from bitmill.runtime.kernels.reference import Stored
+from bitmill.runtime.kernels.reference import TraceKernel
 
 _TURN = threading.RLock()  # held by whoever lays a matrix out anew or asks for its packed tensors
 
 
-class Packed(nn.Module):
+class PackedModule(nn.Module):
     """Buffers named as on disk, of the shapes and types of `layout`."""
 
     _held: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Packed(nn.Module):
         return self
 
 
-class PackedMatrix(Packed):
+class PackedMatrix(PackedModule):
     """W^ (rows, columns) in any format.
 
     Whoever computes with it has a kernel do so, which takes over the tensors and may lay them out anew: then the
@@ -68,14 +68,14 @@ class PackedMatrix(Packed):
 
     format: Format
     shape: tuple[int, int]
-    outside = False  # of all blocks: a table of embeddings, or the head
-    shared: Packed | None = None
+    outside_blocks = False  # True for a table of embeddings and for the head
+    shared: PackedModule | None = None
     _kernel: Kernel | None = None
     _text: str  # `ops.text_of` the format
 
     def packed(self) -> dict[str, Tensor]:
         """All packed tensors by name, those that it shares too."""
-        if self._kernel is None and ops.watched():
+        if self._kernel is None and ops.is_traced():
             return self._as_stored()
         with _TURN:
             self._take_back()
@@ -92,8 +92,8 @@ class PackedMatrix(Packed):
         kernel = self._kernel
         if kernel is not None and kernel.spec.device == device:
             return kernel
-        if ops.watched():
-            return Stored(KernelSpec(self.format, self.shape, device), self.packed(), self._text)
+        if ops.is_traced():
+            return TraceKernel(KernelSpec(self.format, self.shape, device), self.packed(), self._text)
         with _TURN:
             if self._kernel is None or self._kernel.spec.device != device:
                 self._kernel = self._lay_out(device)
@@ -153,14 +153,14 @@ def detach_files(model: nn.Module) -> None:
         sizes = {name: tensor.nbytes for name, tensor in buffers.items() if isinstance(module, PackedMatrix)}
         codes = max(sizes, key=lambda name: sizes[name], default=None)
         for name, tensor in buffers.items():
-            if name != codes and (isinstance(module, Packed) or tensor.dim() < 2):
+            if name != codes and (isinstance(module, PackedModule) or tensor.dim() < 2):
                 module._buffers[name] = tensor.clone()
         for parameter in module._parameters.values():
             if parameter is not None and parameter.dim() < 2:
                 parameter.data = parameter.data.clone()
 
 
-def shared_module(model: nn.Module, place: str, format: Format, device: Any = None) -> Packed:
+def shared_module(model: nn.Module, place: str, format: Format, device: Any = None) -> PackedModule:
     """The module at the path `place` that holds what layers of `format` share, made if it is not there yet.
 
     Raises CheckpointError when something else is there.
@@ -171,9 +171,9 @@ def shared_module(model: nn.Module, place: str, format: Format, device: Any = No
             _put(above, name, nn.Module(), place)
         above = above.get_submodule(name)
     if leaf not in above._modules:
-        _put(above, leaf, Packed(format.shared_layout(), device), place)
+        _put(above, leaf, PackedModule(format.shared_layout(), device), place)
     found = above.get_submodule(leaf)
-    if isinstance(found, Packed) and set(found.packed()) == format.shared:
+    if isinstance(found, PackedModule) and set(found.packed()) == format.shared:
         return found
     raise CheckpointError(f"{place!r} of {type(model).__name__} is no place for what layers share.")
 

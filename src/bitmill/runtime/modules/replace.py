@@ -8,17 +8,19 @@ from typing import Any
 from torch import nn
 
 from bitmill.formats import Format
-from bitmill.runtime.modules.embedding import QuantEmbedding, swap_embedding
-from bitmill.runtime.modules.linear import swap_linear
+from bitmill.runtime.modules.embedding import QuantEmbedding, replace_embedding
+from bitmill.runtime.modules.linear import replace_linear
 from bitmill.runtime.modules.packed import PackedMatrix, shared_module
 
-Ends = Mapping[str, Any]  # as in config.json: `embedding` and `head` (paths, "" for none), `tied`
+EmbeddingAndHeadConfig = Mapping[
+    str, Any
+]  # as in config.json: `embedding` and `head` (paths, "" for none), `tied`
 
 
-def swap_layers(
+def replace_layers(
     model: nn.Module,
     formats: Mapping[str, Format],
-    ends: Ends | None,
+    ends: EmbeddingAndHeadConfig | None,
     places: Mapping[str, str],
     device: Any = None,
 ) -> dict[str, PackedMatrix]:
@@ -32,19 +34,19 @@ def swap_layers(
     swapped: dict[str, PackedMatrix] = {}
     for name, format in formats.items():
         if isinstance(model.get_submodule(name), nn.Embedding):
-            swapped[name] = swap_embedding(model, name, format, device)
+            swapped[name] = replace_embedding(model, name, format, device)
         else:
             shared = shared_module(model, places[name], format, device) if name in places else None
-            swapped[name] = swap_linear(model, name, format, device, shared=shared)
+            swapped[name] = replace_linear(model, name, format, device, shared=shared)
     if ends and ends["tied"]:
         table = swapped[ends["embedding"]]
         assert isinstance(table, QuantEmbedding)
-        swapped[ends["head"]] = swap_linear(model, ends["head"], table.format, device, tied=table)
-    for name in outside(ends):
-        swapped[name].outside = True
+        swapped[ends["head"]] = replace_linear(model, ends["head"], table.format, device, tied=table)
+    for name in layers_outside_blocks(ends):
+        swapped[name].outside_blocks = True
     return swapped
 
 
-def outside(ends: Ends | None) -> tuple[str, ...]:
+def layers_outside_blocks(ends: EmbeddingAndHeadConfig | None) -> tuple[str, ...]:
     """The quantized layers that lie outside the blocks, a tied head among them."""
     return tuple(ends[key] for key in ("embedding", "head") if ends[key]) if ends else ()

@@ -1,8 +1,8 @@
-"""Triton twins of the kernels, for GPUs. One file per kernel; `runtime.kernels.triton` chooses among them.
+"""Triton kernels for GPUs, one file each; `runtime.kernels.triton` chooses among them by the format of a layer.
 
-Triton is optional: nothing here is imported before `available.why_not` has found it. The modules know layouts,
-never formats: what a format's tensors become is said in `runtime.kernels.triton`.
+Triton is optional: the kernel modules are imported only after `available.unsupported_reason` has returned None.
+They are written for layouts of tensors, not for formats; `runtime.kernels.triton` turns the one into the other.
 
-With TRITON_INTERPRET=1 in the environment before Triton is imported the same kernels run on the CPU, slowly;
-that is how they are tested where there is no GPU.
+With TRITON_INTERPRET=1 in the environment before Triton is imported the kernels run on the CPU, slowly, for tests
+on machines without a GPU.
 """

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitmill.runtime.ops import Operator
-from bitmill.runtime.triton.available import MOST_TOKENS, widens
+from bitmill.runtime.triton.available import MAX_TOKENS, widens
 from bitmill.runtime.triton.tiles import of_group
 
 GEMV_ROWS, GEMV_BLOCKS = 8, 64
@@ -134,7 +134,7 @@ def _triton_additive(x: Tensor, codes: Tensor, books: Tensor, scales: Tensor, pl
             sizes = {"ROWS": GEMV_ROWS, "STEP": GEMV_BLOCKS}
             additive_gemv[grid](x, y, codes, books, scales, rows, **constants, **sizes, num_warps=4)
         else:
-            size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
+            size = max(16, min(MAX_TOKENS, triton.next_power_of_2(tokens)))
             grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
             sizes = {"ROWS": GEMM_ROWS, "STEP": GEMM_BLOCKS, "TOKENS": size, "WIDE": widens(x)}
             additive_gemm[grid](x, y, codes, books, scales, rows, tokens, **constants, **sizes, num_warps=4)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 OLDEST = (3, 6)  # earlier ones were not tried
-MOST_TOKENS = 64  # more are worth decoding the weights for
+MAX_TOKENS = 64  # more are worth decoding the weights for
 
 
 @cache
@@ -33,7 +33,7 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def why_not(device: torch.device) -> str | None:
+def unsupported_reason(device: torch.device) -> str | None:
     """None where Triton's kernels run on `device`, or one sentence that says why not."""
     wanted = "cpu" if is_interpreted() else "cuda"
     if device.type != wanted:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitmill.runtime.ops import Operator
-from bitmill.runtime.triton.available import MOST_TOKENS, widens
+from bitmill.runtime.triton.available import MAX_TOKENS, widens
 from bitmill.runtime.triton.lanes import lanes_per_group, stride_of
 from bitmill.runtime.triton.lut import GEMM_LANES, GEMM_ROWS, GEMV_ROWS, gemv_block
 from bitmill.runtime.triton.tiles import of_group, places, words_of
@@ -144,7 +144,7 @@ def _triton_binary(x: Tensor, codes: Tensor, alphas: Tensor, betas: Tensor | Non
             sizes = {"ROWS": GEMV_ROWS, "BLOCK": block}
             binary_gemv[grid](x, y, codes, alphas, betas, rows, **constants, **sizes, num_warps=warps)
         else:
-            size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
+            size = max(16, min(MAX_TOKENS, triton.next_power_of_2(tokens)))
             grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
             sizes = {"ROWS": GEMM_ROWS, "BLOCK": GEMM_LANES, "TOKENS": size, "WIDE": widens(x)}
             binary_gemm[grid](x, y, codes, alphas, betas, rows, tokens, **constants, **sizes, num_warps=4)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from bitmill.formats import Lookup
 from bitmill.runtime.ops import Operator
-from bitmill.runtime.triton.available import MOST_TOKENS, widens
+from bitmill.runtime.triton.available import MAX_TOKENS, widens
 from bitmill.runtime.triton.lanes import lanes_per_group, stride_of
 from bitmill.runtime.triton.tiles import of_group, places, words_of
 
@@ -284,7 +284,7 @@ def _triton_lut(
             blocks = {"ROWS": GEMV_ROWS, "BLOCK": block}
             lut_gemv[grid](x, y, *parts, rows, **constants, **blocks, num_warps=warps)
         else:
-            size = max(16, min(MOST_TOKENS, triton.next_power_of_2(tokens)))
+            size = max(16, min(MAX_TOKENS, triton.next_power_of_2(tokens)))
             grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
             blocks = {"ROWS": GEMM_ROWS, "BLOCK": GEMM_LANES, "TOKENS": size, "WIDE": widens(x)}
             lut_gemm[grid](x, y, *parts, rows, tokens, **constants, **blocks, num_warps=4)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.checkpoint.reader import is_checkpoint
-from bitmill.compat import go_on
+from bitmill.compat import forward_with_cache
 from bitmill.errors import UsageError
 from bitmill.progress import peak_memory_bytes
 from bitmill.runtime.decode import decode_path, detach
-from bitmill.runtime.modules.dequantize import densify
+from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.workflows.load import load
 
 _PROMPT = 16
@@ -37,7 +37,7 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
     packed = _tokens_per_s(live, prompt, tokens)
     peak = peak_memory_bytes()
     path = decode_path(live)
-    live = densify(detach(live))
+    live = dequantize_model(detach(live))
     gc.collect()
     dense = _tokens_per_s(live, prompt, tokens)
     return {
@@ -65,7 +65,7 @@ def _tokens_per_s(live: nn.Module, prompt: Tensor, tokens: int) -> float:
     cache, step, times = None, prompt, []
     for _ in range(tokens + 2):
         started = time.perf_counter()
-        output, cache = go_on(live, step, cache)
+        output, cache = forward_with_cache(live, step, cache)
         step = output.logits[:, -1].argmax(-1, keepdim=True)
         times.append(time.perf_counter() - started)
     return 1 / median(times[2:])  # the first read the prompt, the second prepared the step

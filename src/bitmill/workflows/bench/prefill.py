@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitmill.errors import UsageError
 from bitmill.progress import peak_memory_bytes
-from bitmill.runtime.modules.dequantize import densify
+from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.workflows.bench.decode import packed_model
 from bitmill.workflows.bench.memory import timed
 
@@ -35,7 +35,7 @@ def bench_prefill(
     first = _time(live, prompt)
     _time(live, prompt)
     peak = peak_memory_bytes()
-    dense = densify(packed_model(model, tokens, trust_remote_code)[0])
+    dense = dequantize_model(packed_model(model, tokens, trust_remote_code)[0])
     _time(dense, prompt)
     times = [(_time(live, prompt), _time(dense, prompt)) for _ in range(turns)]
     packed, floats = (median(each) for each in zip(*times))

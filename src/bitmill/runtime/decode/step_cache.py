@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-_LEAST = 256  # tokens
+MIN_CAPACITY = 256  # tokens
 
 
-class StepPast(Protocol):
+class StepCache(Protocol):
     """What the step needs of a cache of one sequence, of floats or packed.
 
     length: tokens that are there.  kind: caches of one kind are served alike.
@@ -30,14 +30,14 @@ class StepPast(Protocol):
         """Count the token that the step has appended."""
 
 
-class Packed(StepPast, Protocol):
+class PackedStepCache(StepCache, Protocol):
     """What a packed cache offers by its method `decode_step_cache`."""
 
-    def why_not(self, blocks: int, heads: int, dim: int) -> str | None:
+    def unsupported_reason(self, blocks: int, heads: int, dim: int) -> str | None:
         """None where the step of a model of this shape takes the cache as it is now, or a phrase on why not."""
 
 
-class Past:
+class KVBuffer:
     """Memory for the keys and values of all blocks: `numbers`, fp32 (blocks, 2, heads, capacity, dim)."""
 
     def __init__(self, blocks: int, heads: int, dim: int, tokens: int) -> None:
@@ -59,27 +59,27 @@ class Past:
 
 
 def _memory(blocks: int, heads: int, tokens: int, dim: int) -> Tensor:
-    capacity = max(_LEAST, 1 << (tokens - 1).bit_length())
+    capacity = max(MIN_CAPACITY, 1 << (tokens - 1).bit_length())
     with torch.inference_mode(False):  # a tensor made in that mode can be written to in no other
         return torch.empty(blocks, 2, heads, capacity, dim)
 
 
-class PastLayer(DynamicLayer):
-    """One block's part of a Past, as transformers' caches hold it.
+class KVBufferLayer(DynamicLayer):
+    """One block's part of a KVBuffer, as transformers' caches hold it.
 
     Whoever puts other tensors in the place of `keys` and `values` (beam search, several sequences) takes the layer
-    out of the Past, and it goes on as an ordinary one. What `keys` and `values` return may be views: clone what
+    out of the KVBuffer, and it goes on as an ordinary one. What `keys` and `values` return may be views: clone what
     shall outlast a `crop`, for the tokens that follow are written over those that were forgotten.
     """
 
-    def __init__(self, past: Past, index: int, length: int, dtype: torch.dtype) -> None:
+    def __init__(self, past: KVBuffer, index: int, length: int, dtype: torch.dtype) -> None:
         self.past, self.index, self.length, self.dtype = past, index, length, dtype
         self.device, self.is_initialized = torch.device("cpu"), True
         self._others: list[Tensor | None] = [None, None]
 
     @property
     def is_ours(self) -> bool:
-        """Whether its keys and values are the Past's."""
+        """Whether its keys and values are the KVBuffer's."""
         return self._others[0] is None and self._others[1] is None
 
     def _part(self, which: int) -> Tensor:
@@ -136,12 +136,12 @@ class PastLayer(DynamicLayer):
             self.length = max(0, self.length + tokens_to_remove)
 
 
-class FloatPast:
-    """A Past and its layers, all of which hold `length` tokens."""
+class FloatStepCache:
+    """A KVBuffer and its layers, all of which hold `length` tokens."""
 
     kind = "floats"
 
-    def __init__(self, past: Past, layers: list[Any], length: int) -> None:
+    def __init__(self, past: KVBuffer, layers: list[Any], length: int) -> None:
         self.past, self.layers, self.length = past, layers, length
 
     def make_room(self) -> None:
@@ -158,46 +158,46 @@ class FloatPast:
             layer.length = self.length + 1
 
 
-def packed_of(cache: Any) -> Packed | None:
+def packed_step_cache(cache: Any) -> PackedStepCache | None:
     """What a packed cache offers the step; None for caches of another kind."""
     offered: Any = getattr(cache, "decode_step_cache", None)
-    packed: Packed | None = None if offered is None else offered()
+    packed: PackedStepCache | None = None if offered is None else offered()
     return packed
 
 
-def past_of(cache: Any, blocks: int, heads: int, dim: int) -> StepPast | None:
-    """A cache as the step takes it; an ordinary one of one sequence is made into a Past first.
+def step_cache_of(cache: Any, blocks: int, heads: int, dim: int) -> StepCache | None:
+    """A cache as the step takes it; an ordinary one of one sequence is made into a KVBuffer first.
 
     None where the cache is of another kind, or holds nothing yet.
     """
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None or len(layers) != blocks or cache.offloading:
         return None
-    packed = packed_of(cache)
+    packed = packed_step_cache(cache)
     if packed is not None:
-        return packed if packed.why_not(blocks, heads, dim) is None else None
+        return packed if packed.unsupported_reason(blocks, heads, dim) is None else None
     first = layers[0]
-    if type(first) is PastLayer:
+    if type(first) is KVBufferLayer:
         past, length = first.past, first.length
         for layer in layers:
             if (
-                type(layer) is not PastLayer
+                type(layer) is not KVBufferLayer
                 or layer.past is not past
                 or layer.length != length
                 or not layer.is_ours
             ):
                 return None
-        return FloatPast(past, layers, length) if length else None
+        return FloatStepCache(past, layers, length) if length else None
     if not all(_is_plain(layer, heads, dim) for layer in layers):
         return None
     length = first.get_seq_length()
     if not length or any(layer.get_seq_length() != length for layer in layers):
         return None
-    past = Past(blocks, heads, dim, length + 1)
+    past = KVBuffer(blocks, heads, dim, length + 1)
     for index, layer in enumerate(layers):
         past.numbers[index, 0, :, :length], past.numbers[index, 1, :, :length] = layer.keys[0], layer.values[0]
-        layers[index] = PastLayer(past, index, length, layer.keys.dtype)
-    return FloatPast(past, layers, length)
+        layers[index] = KVBufferLayer(past, index, length, layer.keys.dtype)
+    return FloatStepCache(past, layers, length)
 
 
 def _is_plain(layer: Any, heads: int, dim: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 
-class Watch:
+class ModelGuard:
     """The modules and parameters of a model, by identity and address, and where hooks and patches would show."""
 
     def __init__(self, model: Any) -> None:
@@ -42,7 +42,7 @@ class Watch:
             and _places(self._parameters) == self._places
         )
 
-    def wanted(self) -> str | None:
+    def blocking_reason(self) -> str | None:
         """What only the model's own forward gives, for now: hooks, dropout, hidden states; None if nothing is."""
         hooks = [hook for held in filter(None, self._hooks) for hook in held.values()]
         if not all(map(_is_idle, hooks)) or any(map(contains, self._vars, repeat("forward"))):

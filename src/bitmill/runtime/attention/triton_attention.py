@@ -2,22 +2,18 @@
 
 A program takes some pages of one head of keys, for all query heads that share it, and keeps a maximum and sums of
 its own, which are merged at the end; the last takes the loose tokens as well. Arithmetic is fp32, angles are fp64
-until they are less than a turn. The bound is that of `runtime.kv`.
+until they are less than a turn. The bound is that of `attention.dispatch`.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bitmill.runtime.kv import LayerPlan, Past, SidePlan
+from bitmill.runtime.attention.plan import PAGE_TOKENS, LayerPlan, PackedPast, TensorPlan
 
-TOKENS = 32  # of a page
 PAGES = 8  # of a program
 _TURN = tl.constexpr(6.283185307179586)
 
@@ -78,7 +74,7 @@ def _softened(scores, seen, most, weight, sums):
 
 @triton.jit
 def kv_attend(
-    q, tables, loose_keys, loose_values, start, first, key_levels, value_levels, key_scale, key_zero, inv_freq,
+    q, tables, fp16_keys, fp16_values, start, first, key_levels, value_levels, key_scale, key_zero, inv_freq,
     mosts, weights, outs, first_slot, pages, room, sinks, tail, scale, packed_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WORDS: tl.constexpr, SLAB: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
@@ -147,12 +143,12 @@ def kv_attend(
             seen = (place < sinks + tail) & (slot >= limit) & ((place >= sinks) | (slot < end))
             at = ((row * HEADS + head).to(tl.int64) * room + place[:, None]) * DIM
             keys = seen[:, None] & (f < DIM // 2)
-            a = tl.load(loose_keys + at + f, mask=keys, other=0).to(tl.float32)
-            b = tl.load(loose_keys + at + f + DIM // 2, mask=keys, other=0).to(tl.float32)
+            a = tl.load(fp16_keys + at + f, mask=keys, other=0).to(tl.float32)
+            b = tl.load(fp16_keys + at + f + DIM // 2, mask=keys, other=0).to(tl.float32)
             scores = tl.dot(low, tl.trans(a), input_precision="ieee")
             scores = tl.dot(high, tl.trans(b), scores, input_precision="ieee") * scale
             p, most, weight, sums = _softened(scores, seen, most, weight, sums)
-            v = tl.load(loose_values + at + c, mask=seen[:, None] & (c < DIM), other=0).to(tl.float32)
+            v = tl.load(fp16_values + at + c, mask=seen[:, None] & (c < DIM), other=0).to(tl.float32)
             sums = tl.dot(p, v, sums, input_precision="ieee")
 
     out = (row * HEADS + head) * tl.num_programs(2) + part
@@ -161,17 +157,17 @@ def kv_attend(
     tl.store(outs + (out * QUERIES + i) * BLOCK + c, sums)
 
 
-def _constants(side: SidePlan, channels: int) -> tuple[int | str, ...]:
+def _constants(side: TensorPlan, channels: int) -> tuple[int | str, ...]:
     width = channels // side.groups
     places = (side.scale, side.zero, side.outliers, side.outlier_value, side.outlier_index)
     return (side.bits, side.codes, side.axis, width, *places)
 
 
-def attend(q: Tensor, layer: LayerPlan, past: Past, scale: float) -> Tensor:
-    """softmax(scale * q K^T) V, fp32 (rows, query heads, dim): see `runtime.kv.attend`."""
+def attend(q: Tensor, layer: LayerPlan, past: PackedPast, scale: float) -> Tensor:
+    """softmax(scale * q K^T) V, fp32 (rows, query heads, dim): see `dispatch.attend`."""
     plan, device = layer.pages, q.device
     rows, queries, dim = q.shape
-    group, pages = queries // plan.heads, past.packed // TOKENS
+    group, pages = queries // plan.heads, past.packed // PAGE_TOKENS
     parts = max(1, triton.cdiv(pages, PAGES))
     size, block = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(dim))
     tables = torch.tensor([slab.data_ptr() for slab in past.slabs] or [0], device=device)
@@ -181,9 +177,9 @@ def attend(q: Tensor, layer: LayerPlan, past: Past, scale: float) -> Tensor:
     channels = plan.heads * dim
     with torch.cuda.device_of(q):
         kv_attend[(rows, plan.heads, parts)](
-            q.float().contiguous(), tables, past.loose_keys, past.loose_values, past.start, past.first,
+            q.float().contiguous(), tables, past.fp16_keys, past.fp16_values, past.start, past.first,
             layer.key_levels, layer.value_levels, layer.key_scale, layer.key_zero, layer.inv_freq,
-            most, weight, sums, past.first_slot, pages, past.loose_keys.shape[2], past.sinks, past.tail,
+            most, weight, sums, past.first_slot, pages, past.fp16_keys.shape[2], past.sinks, past.tail,
             scale, scale * (1.0 if layer.inv_freq is None else layer.rope_scaling),
             HEADS=plan.heads, GROUP=group, DIM=dim, WORDS=plan.words,
             SLAB=past.slabs[0].shape[1] if len(past.slabs) else 1,

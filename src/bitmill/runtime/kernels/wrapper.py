@@ -8,7 +8,7 @@ from bitmill.formats import Wrapper
 from bitmill.runtime.kernels.base import Kernel, KernelSpec, choose_kernel
 
 
-class Around(Kernel):
+class WrapperKernel(Kernel):
     """Holds `inner`, a kernel of its own for the inner format, and `own`, the wrapper's parts as stored."""
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor], inner: KernelSpec) -> None:
