@@ -67,9 +67,9 @@ def _memory(blocks: int, heads: int, tokens: int, dim: int) -> Tensor:
 class KVBufferLayer(DynamicLayer):
     """One block's part of a KVBuffer, as transformers' caches hold it.
 
-    Whoever puts other tensors in the place of `keys` and `values` (beam search, several sequences) takes the layer
-    out of the KVBuffer, and it goes on as an ordinary one. What `keys` and `values` return may be views: clone what
-    shall outlast a `crop`, for the tokens that follow are written over those that were forgotten.
+    Assigning other tensors to `keys` and `values` (beam search, several sequences) detaches the layer from the
+    buffer; from then on it is an ordinary layer. `keys` and `values` may be views: clone what must outlast a
+    `crop`, because later tokens overwrite removed ones.
     """
 
     def __init__(self, past: KVBuffer, index: int, length: int, dtype: torch.dtype) -> None:
