@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import pkgutil
+import py_compile
 import random
 import shutil
 import signal
@@ -87,7 +88,7 @@ def copy_tree(folder: Path) -> None:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    compileall.compile_dir(folder / "src", quiet=2, invalidation_mode=compileall.PycInvalidationMode.CHECKED_HASH)
+    compileall.compile_dir(folder / "src", quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
 
 
 # -- which test covers which line ------------------------------------------------------------------------------
