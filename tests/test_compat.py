@@ -34,11 +34,11 @@ class Without:
 
 
 @pytest.mark.parametrize("model", [Later(), Earlier()])
-def test_the_cache_goes_by_the_name_that_the_model_knows(model: Any) -> None:
+def test_cache_argument_name(model: Any) -> None:
     output, held = forward_with_cache(model, TOKENS, [1, 2], logits_to_keep=1)
     assert held == [1, 2, 3]
     assert output.options == {"logits_to_keep": 1}
 
 
-def test_a_model_without_a_cache_gives_none_back() -> None:
+def test_model_without_cache() -> None:
     assert forward_with_cache(Without(), TOKENS, None)[1] is None

@@ -71,7 +71,7 @@ SHELL = [
 
 
 @pytest.mark.parametrize(("page", "block"), PYTHON)
-def test_python_compiles_and_names_exist(page: str, block: str) -> None:
+def test_python_snippets(page: str, block: str) -> None:
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bitmill":
             assert hasattr(bitmill, node.attr), f"{page}: bitmill.{node.attr}"
@@ -107,7 +107,7 @@ def test_commands_exist(page: str, line: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_and_option_is_documented(name: str) -> None:
+def test_commands_documented(name: str) -> None:
     text = TEXTS["docs/cli.md"]
     start = text.index(f"\n## bitmill {name}\n")
     section = text[start : text.find("\n## ", start + 1)]
@@ -118,7 +118,7 @@ def test_every_command_and_option_is_documented(name: str) -> None:
             assert option in section, f"{option} of bitmill {name}"
 
 
-def test_every_member_is_documented() -> None:
+def test_members_documented() -> None:
     for registry in (FORMATS, SOLVERS, TRANSFORMS, TUNERS):
         for name in registry.names():
             assert f"\n### `{name}`\n" in GENERATED["parts.md"], name
@@ -129,7 +129,7 @@ def test_every_member_is_documented() -> None:
         assert all(f"`{option}`" in GENERATED[f"kv/{name}.md"] for option in KV_METHODS.options(name))
 
 
-def test_recipes_in_the_docs_can_be_built() -> None:
+def test_recipes_can_be_built() -> None:
     for text in TEXTS.values():
         for block in _blocks(text, "yaml"):
             Recipe.from_yaml(block)
@@ -157,7 +157,7 @@ def test_words(page: str) -> None:
         assert word.lower() not in TEXTS[page].lower()
 
 
-def test_the_reader_in_the_docs_reads_frozen_bytes() -> None:
+def test_documented_reader() -> None:
     """docs/checkpoint.md decodes the fixtures of the tabular formats, with Python's standard library alone."""
     (code,) = [b for b in _blocks(TEXTS["docs/checkpoint.md"], "python") if "def decode" in b]
     reader: dict = {}
@@ -177,7 +177,7 @@ def test_the_reader_in_the_docs_reads_frozen_bytes() -> None:
                 assert row == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-def test_architecture_picture_shows_import_layers() -> None:
+def test_architecture_picture() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (c["layers"] for c in contracts if c["type"] == "layers")
     picture = (ROOT / "docs/assets/architecture.svg").read_text().partition("Import layers")[2]
@@ -197,7 +197,7 @@ def test_source_files_are_short() -> None:
     assert statistics.median(n for name, n in lengths.items() if name.startswith("src/")) < MEDIAN_LINES
 
 
-def test_every_part_of_the_readme_that_the_site_shows_is_there() -> None:
+def test_readme_parts() -> None:
     generate = sys.modules.get("docs_generate") or _generate()
     for page, text in TEXTS.items():
         for part in re.findall(r"<!-- readme:(\w+) -->", text):

@@ -38,7 +38,7 @@ def inputs_seen(block: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_linear_is_in_one_stage(name):
+def test_each_linear_in_one_stage(name):
     model = tiny_model(name)
     adapter = adapter_for(model.config)
     for block in model.get_submodule(adapter.blocks):
@@ -47,7 +47,7 @@ def test_every_linear_is_in_one_stage(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_a_stage_reads_one_tensor_and_stages_run_in_order(name):
+def test_stage_inputs_and_order(name):
     model = tiny_model(name)
     adapter = adapter_for(model.config)
     seen = inputs_seen(model.get_submodule(adapter.blocks)[0], model)
@@ -60,7 +60,7 @@ def test_a_stage_reads_one_tensor_and_stages_run_in_order(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_named_module_exists(name):
+def test_named_modules_exist(name):
     model = tiny_model(name)
     adapter = adapter_for(model.config)
     block = model.get_submodule(adapter.blocks)[0]
@@ -106,7 +106,7 @@ CASES = [(name, {}) for name in NAMES] + [
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
 @torch.no_grad()
-def test_every_seam_is_exact(name, changes):
+def test_seams_are_exact(name, changes):
     model = tiny_model(name, **changes)
     adapter = adapter_for(model.config)
     before = output_fn(model)(TOKENS)
@@ -123,7 +123,7 @@ def test_every_seam_is_exact(name, changes):
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
 
 
-def test_seams_that_a_config_breaks_are_left_out():
+def test_invalid_seams_left_out():
     whole = adapter_for(tiny_config("opt"))
     assert len(whole.seams) == 4
     post_norm = adapter_for(tiny_config("opt", do_layer_norm_before=False))
@@ -131,12 +131,12 @@ def test_seams_that_a_config_breaks_are_left_out():
     assert "fc1" not in [s.source for s in adapter_for(tiny_config("opt", activation_function="gelu")).seams]
 
 
-def test_an_encoders_norms_are_no_seams_and_gelu_passes_no_scale():
+def test_encoder_seams():
     assert [s.source for s in adapter_for(tiny_config("bert")).seams] == ["attention.self.value"]
     assert len(adapter_for(tiny_config("bert", hidden_act="relu")).seams) == 2
 
 
-def test_an_encoder_with_a_head_is_refused():
+def test_encoder_with_head_refused():
     model = BertForMaskedLM(tiny_config("bert"))
     with pytest.raises(SourceError, match=r"BertForMaskedLM has no blocks at 'encoder.layer'.*AutoModel\.$"):
         StreamedModel(ModuleSource(model))
@@ -146,7 +146,7 @@ def test_adapter_for_unknown_architecture_is_none():
     assert adapter_for(tiny_config("bloom")) is None
 
 
-def test_generic_adapter_walks_an_unknown_model():
+def test_generic_adapter():
     model = tiny_model("llama")
     known, found = adapter_for(model.config), generic_adapter(model, model.config)
     assert found.blocks == known.blocks
@@ -157,7 +157,7 @@ def test_generic_adapter_walks_an_unknown_model():
     assert found.name == "generic:llama"
 
 
-def test_generic_adapter_prefers_blocks_over_the_longer_lists_inside_them():
+def test_generic_adapter_finds_outer_list():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -171,7 +171,7 @@ def test_generic_adapter_prefers_blocks_over_the_longer_lists_inside_them():
     assert generic_adapter(Model()).blocks == "blocks"
 
 
-def test_generic_adapter_refuses_a_model_without_blocks():
+def test_generic_adapter_no_blocks():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -183,13 +183,13 @@ def test_generic_adapter_refuses_a_model_without_blocks():
         generic_adapter(nn.Linear(2, 2))
 
 
-def test_generic_adapter_refuses_fused_experts():
+def test_generic_adapter_fused_experts():
     model = tiny_model("mixtral", num_local_experts=4)
     with pytest.raises(SourceError, match=r"fused expert weight '.*experts.*' of shape \(4, "):
         generic_adapter(model, model.config)
 
 
-def test_generic_adapter_refuses_blocks_that_differ():
+def test_generic_adapter_unequal_blocks():
     model = tiny_model("llama")
     model.model.layers[1].extra = nn.Linear(4, 4)
     with pytest.raises(SourceError, match=r"Block 1 of 'model.layers' differs from block 0 in extra"):

@@ -12,7 +12,7 @@ from helpers.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize("name", ADAPTERS.names())
-def test_sites_name_every_linear_with_rows_as_outputs(name):
+def test_sites_cover_linears(name):
     streamed = StreamedModel(ModuleSource(tiny_model(name)))
     sites = streamed.all_sites()
     assert sites == streamed.sites(0) + streamed.sites(1)
@@ -25,7 +25,7 @@ def test_sites_name_every_linear_with_rows_as_outputs(name):
         assert (site.role, site.expert_axis) == ("weight", None)
 
 
-def test_fused_groups_and_seams_name_layers_in_full():
+def test_full_names_in_groups():
     streamed = StreamedModel(ModuleSource(tiny_model("llama")))
     assert streamed.fused_layers(1)[1] == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
     seam = streamed.seams(1)[3]
@@ -33,7 +33,7 @@ def test_fused_groups_and_seams_name_layers_in_full():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_embedding_and_head_are_one_site_where_they_are_tied(tied):
+def test_tied_embedding_is_one_site(tied):
     streamed = StreamedModel(ModuleSource(tiny_model("gpt2", tie_word_embeddings=tied)))
     sites = embedding_and_head_sites(streamed)
     assert [site.path for site in sites] == ["transformer.wte.weight", "lm_head.weight"][: 1 if tied else 2]

@@ -10,7 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_the_page_is_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_matches_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     import kv_page
 

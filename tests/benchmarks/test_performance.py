@@ -42,18 +42,18 @@ def _kernels() -> dict[str, Any]:
     return {"threads": 2, "isa": None, "activations": "int8", "read_bandwidth_GBps": 10.0, "kernels": cases}
 
 
-def test_the_page_is_what_the_results_say(performance: Any) -> None:
+def test_page_matches_results(performance: Any) -> None:
     assert performance.PAGE.read_text(encoding="utf-8") == performance.page(*performance.results())
 
 
-def test_a_page_without_results_says_how_to_get_them(performance: Any) -> None:
+def test_page_without_results(performance: Any) -> None:
     page = performance.page(None, [], [])
     assert all(command in page for command in performance.COMMANDS)
     assert "roofline.svg" not in page
 
 
 @pytest.mark.parametrize("arithmetic", [None, 1e11])
-def test_the_picture_has_a_point_for_every_case(performance: Any, arithmetic: float | None) -> None:
+def test_plot_has_every_case(performance: Any, arithmetic: float | None) -> None:
     picture = ElementTree.fromstring(performance.roofline(_kernels(), arithmetic))
     dots = [node for node in picture.iter() if node.get("class", "").startswith("dot")]
     assert len(dots) == 4 + 2  # and one a family in the legend
@@ -61,7 +61,7 @@ def test_the_picture_has_a_point_for_every_case(performance: Any, arithmetic: fl
     assert all(0 < float(d.get("cx", 0)) < width and 0 < float(d.get("cy", 0)) < height for d in dots)
 
 
-def test_kernels_that_are_no_slower_than_uniform_are_said_to_be(performance: Any) -> None:
+def test_no_slower_than_uniform(performance: Any) -> None:
     kernels = _kernels()
     kernels["kernels"] += [_case("codebook", 4, (64, 128), 5e-3)]
     assert "`codebook` 0.80 to 0.80" in performance.page(kernels, [], [])

@@ -43,7 +43,7 @@ def axis(page, which: str = "y") -> str:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("kind", ["comparison", "folder"])
-def test_a_page_is_quiet_and_fits(kind, window, scheme, visit, comparison):
+def test_page_loads_and_fits(kind, window, scheme, visit, comparison):
     html = comparison if kind == "comparison" else folder_page(report())
     opened = visit(html, window, color_scheme=scheme)
     assert opened.said == []
@@ -59,7 +59,7 @@ def test_a_page_is_quiet_and_fits(kind, window, scheme, visit, comparison):
         opened.page.screenshot(path=Path(folder) / f"{kind}-{window}-{scheme}.png", full_page=True)
 
 
-def test_everything_is_there(page):
+def test_page_content(page):
     headings = page.locator("main section h2").all_text_contents()
     assert headings == [
         "Quality by size",
@@ -77,7 +77,7 @@ def test_everything_is_there(page):
     assert page.locator("#quality .annotation-text", has_text="gptqt").count() == 1  # labels where the lines are
 
 
-def test_a_table_is_sorted_by_mouse_and_keyboard(page):
+def test_table_sorting(page):
     given = rows(page)
     perplexity = page.get_by_role("columnheader", name="perplexity")
     perplexity.get_by_role("button").click()
@@ -100,7 +100,7 @@ def test_a_table_is_sorted_by_mouse_and_keyboard(page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_theme_can_be_switched_and_is_kept(visit, comparison, scheme):
+def test_theme_switch(visit, comparison, scheme):
     page = visit(comparison, color_scheme=scheme).page
     background = "getComputedStyle(document.body).backgroundColor"
     colours = f"[{background}, getComputedStyle(document.querySelector('#quality .ytitle')).fill]"
@@ -115,13 +115,13 @@ def test_the_theme_can_be_switched_and_is_kept(visit, comparison, scheme):
     assert page.evaluate(background) == after[0]
 
 
-def test_the_page_follows_the_system(page):
+def test_system_theme(page):
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.emulate_media(color_scheme="dark")
     page.wait_for_function("before => getComputedStyle(document.body).backgroundColor !== before", arg=before)
 
 
-def test_methods_and_bits_can_be_hidden(page):
+def test_method_and_bit_filters(page):
     page.get_by_role("checkbox", name="bcq").uncheck()
     page.get_by_role("checkbox", name="2", exact=True).uncheck()
     assert not [name for name in rows(page) if "bcq" in name or "2-bit" in name]
@@ -139,7 +139,7 @@ def test_methods_and_bits_can_be_hidden(page):
     assert points(page) == 17
 
 
-def test_measure_and_size_can_be_chosen(page):
+def test_metric_and_size_choice(page):
     assert axis(page) == "perplexity (log scale)"
     assert "bits per weight" in axis(page, "x")
     page.get_by_role("radio", name="KL divergence").check()
@@ -151,7 +151,7 @@ def test_measure_and_size_can_be_chosen(page):
     assert "Higher is better" in page.locator("#quality-note").text_content()
 
 
-def test_bad_variants_do_not_squash_the_others(page):
+def test_axis_ignores_outliers(page):
     low, high = page.evaluate("document.getElementById('quality')._fullLayout.yaxis.range")
     assert 10**low < sample_results.FLOAT < 10**high < 300  # though one has 689134
     note = page.locator("#quality-note").text_content()
@@ -163,14 +163,14 @@ def test_bad_variants_do_not_squash_the_others(page):
     assert max(heights) - min(heights) > 300
 
 
-def test_a_narrow_range_is_linear(visit):
+def test_narrow_range_is_linear(visit):
     grid = {"rtn": (12.0, 12.5, None), "gptq": (11.5, 11.9, None)}
     page = visit(comparison_page(Results.model_validate(sample_results.document(grid, blocks=2)))).page
     assert axis(page) == "perplexity"
     assert "off the scale" not in page.locator("#quality-note").text_content()
 
 
-def test_the_front_is_what_nothing_beats(page):
+def test_pareto_front(page):
     """Sizes and perplexities are such that bcq and rtn are beaten at every size."""
     sizes = page.evaluate(
         "Object.fromEntries(document.getElementById('quality').data.filter(t => t.mode === 'markers')"
@@ -179,7 +179,7 @@ def test_the_front_is_what_nothing_beats(page):
     assert sizes == {"rtn": 0, "gptq": 3, "gptqt": 3, "bcq": 0, "awq": 1, "hqq": 0}
 
 
-def test_layers_of_any_variant(page):
+def test_layer_chart(page):
     note = page.locator("#layers-note")
     outputs, weights = page.get_by_role("radio", name="Outputs"), page.get_by_role("radio", name="Weights")
     first = note.text_content()
@@ -195,7 +195,7 @@ def test_layers_of_any_variant(page):
     assert note.text_content() != first
 
 
-def test_prompts_are_tabs(page):
+def test_prompt_tabs(page):
     assert page.locator(".answers:visible").count() == 1
     assert "Paris" in page.locator(".answers:visible .card").first.text_content()
     page.get_by_role("radio", name=sample_results.PROMPTS[1]).check()
@@ -203,7 +203,7 @@ def test_prompts_are_tabs(page):
     assert "scatters" in page.locator(".answers:visible .card").first.text_content()
 
 
-def test_without_scripts_the_figures_are_there(visit, comparison):
+def test_no_javascript(visit, comparison):
     page = visit(comparison, java_script_enabled=False).page
     assert page.locator("table.sortable tbody tr:visible").count() == 19
     assert page.locator(".answers:visible").count() == 2
@@ -211,7 +211,7 @@ def test_without_scripts_the_figures_are_there(visit, comparison):
     assert page.get_by_text("The charts need JavaScript").is_visible()
 
 
-def test_nothing_in_the_results_is_run(visit):
+def test_no_script_injection(visit):
     document = sample_results.document({"rtn": (14.67, 33.55, None), "gptq": (11.79, 14.03, None)}, blocks=2)
     document["settings"] |= {"model": EVIL, "prompts": [EVIL, EVIL]}
     for number, variant in enumerate(document["variants"]):
@@ -228,7 +228,7 @@ def test_nothing_in_the_results_is_run(visit):
     assert opened.page.locator("h1").text_content() == EVIL
 
 
-def test_many_methods_fit(visit):
+def test_many_methods(visit):
     grid = {f"method-number-{n}": (12.0 + n, 15.0 + 2 * n, 40.0 * (n + 1)) for n in range(20)}
     html = comparison_page(Results.model_validate(sample_results.document(grid, blocks=3)))
     for window in WINDOWS:
@@ -237,7 +237,7 @@ def test_many_methods_fit(visit):
         assert opened.overflow() <= 0
 
 
-def test_a_folders_table_can_be_sorted(visit):
+def test_folder_table_sorting(visit):
     page = visit(folder_page(report())).page
     page.get_by_role("columnheader", name="weight error").get_by_role("button").click()
     cells = "rows => rows.map(r => Number(r.cells[2].dataset.value))"

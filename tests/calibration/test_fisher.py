@@ -52,7 +52,7 @@ def measured(model: nn.Module, folder, windows: torch.Tensor = WINDOWS) -> tuple
 
 
 @pytest.mark.parametrize("name", ADAPTERS.names())
-def test_it_equals_autograd(name, tmp_path):
+def test_equals_autograd(name, tmp_path):
     model = tiny_model(name)
     streamed, fisher = measured(model, tmp_path)
     for index in range(len(streamed.blocks)):
@@ -66,7 +66,7 @@ def test_it_equals_autograd(name, tmp_path):
             assert torch.allclose(F, E, rtol=1e-3, atol=1e-5 * float(E.max())), f"{prefix}.{linear}"
 
 
-def test_it_leaves_nothing_but_its_results_and_repeats_itself(tmp_path):
+def test_no_side_effects(tmp_path):
     model, folders = tiny_model("llama"), [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
         folder.mkdir()
@@ -77,7 +77,7 @@ def test_it_leaves_nothing_but_its_results_and_repeats_itself(tmp_path):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
 
 
-def test_no_more_windows_are_read_than_it_says(tmp_path, monkeypatch):
+def test_window_count(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "WINDOWS", 2)
     model = tiny_model("llama")
     streamed, fisher = measured(model, tmp_path)
@@ -86,14 +86,14 @@ def test_no_more_windows_are_read_than_it_says(tmp_path, monkeypatch):
     assert torch.allclose(fisher.block(0)["mlp.up_proj"], expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
 
 
-def test_a_loss_that_is_not_finite_is_refused(tmp_path):
+def test_nonfinite_loss_refused(tmp_path):
     model = tiny_model("llama")
     model.lm_head.weight.data[:] = 3e38
     with pytest.raises(NumericsError, match="loss"):
         measured(model, tmp_path)
 
 
-def test_scaled_weights_have_scaled_gradients(tmp_path):
+def test_scaled_weights(tmp_path):
     model = tiny_model("llama")
     _, fisher = measured(model, tmp_path)
     block = model.model.layers[0]
@@ -114,7 +114,7 @@ def recipe(weighted: str, transforms: tuple = ()) -> Recipe:
 
 @pytest.mark.parametrize("propagate", ["quantized", "float"])
 @pytest.mark.parametrize("transforms", [(), (Equalize(),)], ids=["plain", "scaled"])
-def test_the_pipeline_hands_every_layer_its_own(propagate, transforms, tmp_path):
+def test_pipeline_passes_fisher(propagate, transforms, tmp_path):
     model = tiny_model("llama")
     expected = by_autograd(model, WINDOWS, [n for n, m in model.named_modules() if isinstance(m, nn.Linear)])
     seen = {}
@@ -136,7 +136,7 @@ def test_the_pipeline_hands_every_layer_its_own(propagate, transforms, tmp_path)
     assert len(seen) == 2 * 4
 
 
-def test_a_finished_measurement_is_not_repeated(tmp_path, monkeypatch):
+def test_cached_result_reused(tmp_path, monkeypatch):
     options = {"calibration": WINDOWS, "measure": 0, "propagate": "float", "statistics": tmp_path / "shared"}
     bitmill.quantize(tiny_model("llama"), recipe("fisher"), out=tmp_path / "one", **options)
     monkeypatch.setattr(Fisher, "measure", None)
@@ -145,7 +145,7 @@ def test_a_finished_measurement_is_not_repeated(tmp_path, monkeypatch):
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "other" / f).read_bytes() for f in files)
 
 
-def test_a_disk_without_room_is_named(tmp_path, monkeypatch):
+def test_disk_full_message(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OutputError, match="free some space"):
         measured(tiny_model("llama"), tmp_path)

@@ -40,7 +40,7 @@ def described(*stages: tuple[str, ...], inferred: bool = True) -> Adapter:
 
 
 @torch.no_grad()
-def test_inputs_and_outputs_equal_a_plain_forward():
+def test_equals_plain_forward():
     block, hidden, call = Block(), batches(), BlockCall((), {"scale": 2.0})
     plain = [block(h, 2.0)[0] for h in hidden]
     forward = StagedForward(block, [h.clone() for h in hidden], [call, call], ["a", "c"])
@@ -53,7 +53,7 @@ def test_inputs_and_outputs_equal_a_plain_forward():
 
 
 @torch.no_grad()
-def test_later_stages_see_what_earlier_ones_became():
+def test_later_stages_see_changes():
     block, hidden = Block(), batches()
     forward = StagedForward(block, [h.clone() for h in hidden], [CALL, CALL], ["a", "c"])
     list(forward.inputs("a"))
@@ -68,7 +68,7 @@ def test_later_stages_see_what_earlier_ones_became():
 
 
 @torch.no_grad()
-def test_batches_are_released_as_they_are_taken_in():
+def test_batches_are_released():
     hidden = batches()
     forward = StagedForward(Block(), hidden, [CALL, CALL], ["a"])
     list(forward.inputs("a"))
@@ -85,7 +85,7 @@ def test_batches_are_released_as_they_are_taken_in():
         (["idle"], "idle", "'idle' was expected to run next .* ended"),
     ],
 )
-def test_another_order_than_described_is_refused(leads, asked, sentence):
+def test_wrong_stage_order_refused(leads, asked, sentence):
     block, hidden = Block(), batches()
     forward = StagedForward(block, hidden, [CALL, CALL], leads)
     with pytest.raises(SourceError, match=sentence):
@@ -94,7 +94,7 @@ def test_another_order_than_described_is_refused(leads, asked, sentence):
 
 
 @torch.no_grad()
-def test_a_stage_that_was_not_asked_for_is_refused():
+def test_unexpected_stage_refused():
     forward = StagedForward(Block(), batches(), [CALL, CALL], ["a", "c"])
     list(forward.inputs("a"))
     with pytest.raises(SourceError, match="'c' runs twice"):
@@ -103,7 +103,7 @@ def test_a_stage_that_was_not_asked_for_is_refused():
 
 
 @torch.no_grad()
-def test_a_linear_that_runs_twice_is_refused():
+def test_repeated_linear_refused():
     forward = StagedForward(Twice(), batches(), [CALL, CALL], ["a", "c"])
     list(forward.inputs("a"))
     list(forward.inputs("c"))
@@ -113,7 +113,7 @@ def test_a_linear_that_runs_twice_is_refused():
 
 
 @torch.no_grad()
-def test_asking_after_the_end_is_refused():
+def test_use_after_end_refused():
     forward = StagedForward(Block(), batches(), [CALL, CALL], ["a"])
     list(forward.inputs("a"))
     forward.outputs()
@@ -123,7 +123,7 @@ def test_asking_after_the_end_is_refused():
 
 
 @torch.no_grad()
-def test_closing_leaves_no_hook():
+def test_close_removes_hooks():
     block = Block()
     forward = StagedForward(block, batches(), [CALL, CALL], ["a", "c"])
     list(forward.inputs("a"))
@@ -134,7 +134,7 @@ def test_closing_leaves_no_hook():
 
 
 @torch.no_grad()
-def test_a_failure_inside_the_block_reaches_the_caller():
+def test_block_error_propagates():
     class Broken(Block):
         def forward(self, x: Tensor) -> Tensor:
             self.a(x)
@@ -147,19 +147,19 @@ def test_a_failure_inside_the_block_reaches_the_caller():
     forward.close()
 
 
-def test_stages_of_a_generic_block_are_found_by_running_it():
+def test_generic_block_stages():
     block = Block()
     adapter = described(("c",), ("b",), ("a",))
     assert find_stages(adapter, block, torch.randn(1, 5, 6), CALL) == [["a", "b"], ["c"]]
     assert not block.a._forward_pre_hooks
 
 
-def test_stages_of_a_known_block_are_those_of_its_adapter():
+def test_adapter_block_stages():
     adapter = described(("a", "b"), ("c",), inferred=False)
     assert find_stages(adapter, Block(), torch.randn(1, 5, 6), CALL) == [["a", "b"], ["c"]]
 
 
-def test_linears_that_do_not_run_are_named():
+def test_unused_linears_named():
     adapter = described(("a",), ("b",), ("c",), ("idle",))
     with pytest.raises(SourceError, match="idle do not run"):
         find_stages(adapter, Block(), torch.randn(1, 5, 6), CALL)

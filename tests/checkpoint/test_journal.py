@@ -32,21 +32,21 @@ def loaded(work, identity=IDENTITY):
     return journal
 
 
-def test_finished_blocks_are_taken_over(work):
+def test_finished_blocks_reused(work):
     journal = loaded(work)
     assert sorted(journal.blocks) == [0, 1]
     assert journal.blocks[0]["file"] == "shard0.safetensors"
     assert journal.blocks[0]["layers"] == LAYERS
 
 
-def test_saving_again_changes_no_byte(work):
+def test_saving_is_idempotent(work):
     before = (work / "journal.json").read_bytes()
     loaded(work).save()
     assert (work / "journal.json").read_bytes() == before
     assert not list(work.glob("*.tmp"))
 
 
-def test_identities_are_compared_as_stored(tmp_path):
+def test_identity_round_trip(tmp_path):
     Journal(tmp_path, {"shape": (1, 2)}).save()  # JSON knows no tuples
     loaded(tmp_path, {"shape": (1, 2)})
 
@@ -61,25 +61,25 @@ def test_identities_are_compared_as_stored(tmp_path):
         ({"new": 1}, "its new was None and is now 1"),
     ],
 )
-def test_another_job_is_refused_with_what_differs(work, change, sentence):
+def test_other_job_refused(work, change, sentence):
     with pytest.raises(CheckpointError, match=sentence) as caught:
         loaded(work, {**IDENTITY, **change})
     assert "\n" not in str(caught.value)
 
 
-def test_an_altered_shard_is_refused(work):
+def test_altered_shard_refused(work):
     (work / "shard1.safetensors").write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"shard1.safetensors .* missing or altered"):
         loaded(work)
 
 
-def test_a_missing_shard_is_refused(work):
+def test_missing_shard_refused(work):
     (work / "shard0.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"shard0.safetensors .* missing or altered"):
         loaded(work)
 
 
-def test_a_shard_outside_the_folder_is_not_read(work, tmp_path_factory):
+def test_shard_outside_folder(work, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "shard0.safetensors"
     (work / "shard0.safetensors").rename(outside)
     path = work / "journal.json"
@@ -89,7 +89,7 @@ def test_a_shard_outside_the_folder_is_not_read(work, tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"identity": {}}', '{"blocks": []}', "\x00", "3"])
-def test_a_damaged_journal_is_refused(work, text):
+def test_damaged_journal_refused(work, text):
     (work / "journal.json").write_text(text)
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         loaded(work)
@@ -103,7 +103,7 @@ def test_damaged_entries_are_refused(work, blocks):
         loaded(work)
 
 
-def test_a_missing_journal_is_refused(tmp_path):
+def test_missing_journal_refused(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
         loaded(tmp_path)
 
@@ -120,11 +120,11 @@ def test_a_missing_journal_is_refused(tmp_path):
         ({"a": {"b": 1}}, {"a": None}, ("a", {"b": 1}, None)),
     ],
 )
-def test_the_first_difference(old, new, expected):
+def test_first_difference(old, new, expected):
     assert first_difference(old, new) == expected
 
 
-def test_a_resume_that_is_refused_lets_others_in(tmp_path):
+def test_refused_resume_unlocks(tmp_path):
     recipe = build_recipe("rtn")
     FolderSink(tmp_path / "out", recipe, {"seed": 1}, 1, resume=False).close()
     with pytest.raises(CheckpointError, match="seed was 1 and is now 2") as caught:

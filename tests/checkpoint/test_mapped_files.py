@@ -25,7 +25,7 @@ def mapped(folder: Path) -> set[str]:
 @pytest.mark.skipif(not MAPS.exists(), reason="the system does not tell what is mapped")
 @pytest.mark.parametrize(("method", "head_bits"), [("rtn", None), ("rtn", 8), ("bcq", 8), ("pvq", 8)])
 @torch.no_grad()
-def test_files_are_not_held_beside_what_was_made_of_them(method, head_bits, monkeypatch, tmp_path):
+def test_files_unmapped_after_use(method, head_bits, monkeypatch, tmp_path):
     monkeypatch.delenv("BITMILL_KERNEL", raising=False)
     out = tmp_path / "out"
     model = tiny_model("llama", tie_word_embeddings=True)

@@ -18,22 +18,22 @@ def folder(value: float, key: str = "perplexity") -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("recorded", [math.nan, math.inf, -math.inf, 0.0, -3.0])
-def test_a_perplexity_that_no_model_has_is_refused(recorded):
+def test_impossible_perplexity(recorded):
     with pytest.raises(CheckpointError, match="which no model has"):
         verify_quality(folder(recorded), lambda m: {"perplexity": 12.0})
 
 
 @pytest.mark.parametrize("now", [math.nan, math.inf, 12.1, 0.0])
-def test_a_perplexity_that_moved_is_refused(now):
+def test_changed_perplexity_refused(now):
     with pytest.raises(CheckpointError, match="was recorded"):
         verify_quality(folder(12.0), lambda m: {"perplexity": now})
 
 
-def test_a_perplexity_that_stayed_is_sound():
+def test_equal_perplexity_accepted():
     assert verify_quality(folder(12.0), lambda m: {"perplexity": 12.006}) == ("perplexity", pytest.approx(5e-4))
 
 
-def test_an_encoders_figure_moves_by_its_difference():
+def test_encoder_metric_tolerance():
     """A mean cosine may be 0, so that nothing is relative to it."""
     again = {"pair_cosine": 0.0004}
     assert verify_quality(folder(0.0, "pair_cosine"), lambda m: again) == ("pair_cosine", pytest.approx(4e-4))

@@ -40,13 +40,13 @@ def work(steps: int, total: int | None = None) -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_short_work_shows_nothing(terminal, monkeypatch):
+def test_short_task_is_silent(terminal, monkeypatch):
     stderr = capture(monkeypatch, terminal)
     work(5)
     assert stderr.getvalue() == ""
 
 
-def test_lines_in_a_pipe_are_few(monkeypatch):
+def test_few_lines_in_pipe(monkeypatch):
     stderr = capture(monkeypatch, False)
     monkeypatch.setattr(module, "PATIENCE_S", 0.1)
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.2)
@@ -57,7 +57,7 @@ def test_lines_in_a_pipe_are_few(monkeypatch):
     assert "s left" in lines[0]
 
 
-def test_work_of_unknown_length_speaks_up_by_itself(monkeypatch):
+def test_unknown_length_reports(monkeypatch):
     stderr = capture(monkeypatch, False)
     monkeypatch.setattr(module, "PATIENCE_S", 0.05)
     progress = TerminalProgress()
@@ -76,20 +76,20 @@ def on_a_terminal(term: str, total: int, monkeypatch) -> str:
 
 
 @pytest.mark.parametrize("total", [20, 0], ids=["counted", "unknown length"])
-def test_a_bar_on_a_terminal(total, monkeypatch):
+def test_bar_on_terminal(total, monkeypatch):
     shown = on_a_terminal("xterm", total, monkeypatch)
     assert "grind" in shown
     assert ("20/20" in shown) == bool(total)
 
 
 @pytest.mark.parametrize("total", [20, 0], ids=["counted", "unknown length"])
-def test_a_dumb_terminal_gets_lines(total, monkeypatch):
+def test_dumb_terminal(total, monkeypatch):
     shown = on_a_terminal("dumb", total, monkeypatch)
     assert shown.startswith("grind")
     assert "\x1b" not in shown
 
 
-def test_the_next_task_ends_the_one_before(monkeypatch):
+def test_next_task_ends_previous(monkeypatch):
     stderr = capture(monkeypatch, False)
     monkeypatch.setattr(module, "PATIENCE_S", 30.0)
     progress = TerminalProgress()
@@ -102,7 +102,7 @@ def test_the_next_task_ends_the_one_before(monkeypatch):
     assert stderr.getvalue() == ""
 
 
-def test_the_base_ignores_everything():
+def test_base_progress_is_silent():
     progress = Progress()
     progress.start("x", 1)
     progress.advance()
@@ -111,7 +111,7 @@ def test_the_base_ignores_everything():
 
 
 @pytest.mark.skipif(high_water_mark() is None, reason="a system without VmHWM")
-def test_the_memory_of_the_process_that_started_it_is_not_its_own() -> None:
+def test_peak_memory_of_child() -> None:
     ballast = b"x" * (200 << 20)
     code = "from bitmill.progress import peak_memory_bytes; print(peak_memory_bytes())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

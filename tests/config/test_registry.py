@@ -35,26 +35,26 @@ def registry(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_members_are_discovered_when_first_asked_for(registry):
+def test_lazy_discovery(registry):
     assert "zoo_of_tests.cats" not in sys.modules
     assert registry.names() == ["ara", "lion", "owl"]
     assert registry.get("lion").__name__ == "Lion"
     assert [name for name, _ in registry.items()] == ["ara", "lion", "owl"]
 
 
-def test_an_unknown_name_lists_the_known_ones(registry):
+def test_unknown_name_message(registry):
     with pytest.raises(RecipeError, match=r"no animal 'cow'; choose one of: ara, lion, owl\."):
         registry.get("cow")
 
 
-def test_a_name_can_be_taken_once(registry):
+def test_duplicate_name_refused(registry):
     lion = registry.get("lion")
     assert registry.register("lion")(lion) is lion  # the same member again, as on a reload
     with pytest.raises(RuntimeError, match="registered twice"):
         registry.register("lion")(object())
 
 
-def test_the_name_of_a_member_or_an_instance(registry):
+def test_name_of_member(registry):
     lion = registry.get("lion")
     assert registry.name_of(lion) == registry.name_of(lion()) == "lion"
     with pytest.raises(RecipeError, match="not a registered animal"):
@@ -62,7 +62,7 @@ def test_the_name_of_a_member_or_an_instance(registry):
 
 
 @pytest.mark.parametrize("nouns", [FORMATS, SOLVERS, TRANSFORMS, METHODS, KERNELS], ids=lambda r: r.noun)
-def test_every_noun_has_members_under_their_own_names(nouns: Registry):
+def test_registered_names(nouns: Registry):
     assert nouns.names()
     for name, member in nouns.items():
         assert nouns.name_of(member) == name

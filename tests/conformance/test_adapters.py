@@ -65,7 +65,7 @@ def live_dequantized(model: nn.Module, folder) -> nn.Module:
 
 @pytest.mark.parametrize(("name", "method"), thin(PRODUCT, lambda pair: pair[0] in MAIN or pair[1] in SIMPLE))
 @torch.no_grad()
-def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, outcome_of):
+def test_loaded_equals_dequantized(name, method, outcome_of):
     model, outcome = model_of(name), outcome_of(name, method)
     out = outcome.out
     ours = bitmill.load(out)
@@ -87,7 +87,7 @@ def test_a_folder_loads_and_runs_like_its_dequantized_model(name, method, outcom
     [pair for pair in thin(PRODUCT, lambda pair: pair[0] == "llama" or pair[1] in SIMPLE) if pair[0] in LIVE],
 )
 @torch.no_grad()
-def test_a_live_model_is_quantized_in_place_to_the_same_numbers(name, method, outcome_of):
+def test_in_place_equals_stored(name, method, outcome_of):
     model = model_of(name)
     stored = answer(bitmill.load(outcome_of(name, method).out))
     outcome = quantize(model, method, **BRIEF)
@@ -97,7 +97,7 @@ def test_a_live_model_is_quantized_in_place_to_the_same_numbers(name, method, ou
 
 
 @pytest.mark.parametrize("method", METHODS.names())
-def test_the_same_job_gives_the_same_bytes(method, outcome_of, tmp_path):
+def test_deterministic_bytes(method, outcome_of, tmp_path):
     one, other = outcome_of("llama", method).out, tmp_path / "quantized"
     quantize(model_of("llama"), method, other, **BRIEF)
     files = sorted(f.name for f in one.iterdir())
@@ -108,7 +108,7 @@ def test_the_same_job_gives_the_same_bytes(method, outcome_of, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS.names())
 @torch.no_grad()
-def test_more_bits_come_closer_to_the_float_model(method, tmp_path):
+def test_more_bits_lower_kl(method, tmp_path):
     if "bits" not in METHODS.get(method).__dataclass_fields__:
         pytest.skip("this method has no bits to set")
     model = model_of("llama")
@@ -123,7 +123,7 @@ def test_more_bits_come_closer_to_the_float_model(method, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_staged_forward_equals_the_plain_one(name):
+def test_staged_forward_equals_plain(name):
     streamed = StreamedModel(ModuleSource(model_of(name)))
     with streamed.non_block_weights():
         batches = [streamed.embed(tokens) for tokens in (WINDOWS[:4], WINDOWS[4:])]
@@ -146,7 +146,7 @@ def test_a_staged_forward_equals_the_plain_one(name):
     assert torch.allclose(logits, answer(model_of(name), WINDOWS[:4]), rtol=1e-4, atol=1e-4)
 
 
-def test_ignored_layers_stay_in_float(tmp_path):
+def test_ignored_layers_stay_float(tmp_path):
     recipe = bitmill.Recipe.from_dict({**bitmill_recipe("rtn"), "ignore": ["*.down_proj", "model.layers.0.*"]})
     bitmill.quantize(model_of("llama"), recipe, out=tmp_path / "out", measure=0)
     names = open_checkpoint(tmp_path / "out").formats
@@ -159,7 +159,7 @@ def bitmill_recipe(name: str) -> dict:
     return METHODS.get(name)().recipe().to_dict()
 
 
-def test_transforms_travel_through_the_pipeline(tmp_path):
+def test_transforms_are_stored(tmp_path):
     """An equalized model at 8 bits is the float model, so what was folded was also stored."""
     for name in ("llama", "opt", "gemma2", "bert"):
         model = model_of(name)
@@ -172,7 +172,7 @@ def test_transforms_travel_through_the_pipeline(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-def test_mixtures_of_experts_are_refused(model_type, tmp_path):
+def test_mixture_of_experts_refused(model_type, tmp_path):
     config = tiny_config(model_type, num_local_experts=4, num_experts=4, moe_intermediate_size=16)
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(SourceError, match="expert") as caught:

@@ -49,7 +49,7 @@ def quantize(model: nn.Module, out=None, head_bits: int | None = 8, **options):
 
 @every_model
 @torch.no_grad()
-def test_a_folder_loads_and_runs_like_its_decoded_model(name, tied, tmp_path):
+def test_loaded_equals_decoded(name, tied, tmp_path):
     model = model_of(name, tied)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     outcome = quantize(model, tmp_path / "out")
@@ -85,7 +85,7 @@ def test_a_folder_loads_and_runs_like_its_decoded_model(name, tied, tmp_path):
 
 
 @every_model
-def test_what_is_tied_is_stored_once(name, tied, tmp_path):
+def test_tied_weights_stored_once(name, tied, tmp_path):
     model = model_of(name, tied)
     ends = embedding_and_head(StreamedModel(ModuleSource(model)))
     assert ends.tied == tied
@@ -120,7 +120,7 @@ def test_what_is_tied_is_stored_once(name, tied, tmp_path):
 
 
 @every_model
-def test_the_folder_shrinks_by_what_was_computed(name, tied, tmp_path):
+def test_folder_size_matches_plan(name, tied, tmp_path):
     model = model_of(name, tied)
     ends = embedding_and_head(StreamedModel(ModuleSource(model)))
     rows, columns = model.get_parameter(f"{ends.embedding}.weight").shape
@@ -142,7 +142,7 @@ def test_the_folder_shrinks_by_what_was_computed(name, tied, tmp_path):
 
 @pytest.mark.parametrize("format", [f for f in few_formats() if f.group_size in (40, "tensor")], ids=repr)
 @torch.no_grad()
-def test_a_recipe_may_name_any_format_whose_rows_decode_apart(format, tmp_path):
+def test_any_row_format_for_head(format, tmp_path):
     model = model_of("llama", True)
     recipe = replace(build_recipe("rtn"), head=format)
     quantize(model, tmp_path / "out", None, method=recipe, bits=None, group_size=None)
@@ -154,7 +154,7 @@ def test_a_recipe_may_name_any_format_whose_rows_decode_apart(format, tmp_path):
 @pytest.mark.parametrize(("name", "tied"), [("llama", True), ("gemma2", False), ("gpt2", True), ("bert", False)])
 @pytest.mark.parametrize("propagate", ["quantized", "float"])
 @torch.no_grad()
-def test_blocks_are_calibrated_on_what_the_stored_table_gives(name, tied, propagate, tmp_path):
+def test_calibrated_on_stored_table(name, tied, propagate, tmp_path):
     """The first block's codes differ from those beside a float table exactly where its inputs do."""
     model = model_of(name, tied)
     first = {}
@@ -168,7 +168,7 @@ def test_blocks_are_calibrated_on_what_the_stored_table_gives(name, tied, propag
 
 
 @torch.no_grad()
-def test_a_head_with_a_bias_keeps_it(tmp_path):
+def test_head_bias_kept(tmp_path):
     for tied in (True, False):
         model = model_of("llama", tied)
         model.lm_head.bias = nn.Parameter(torch.randn(128))
@@ -182,7 +182,7 @@ def test_a_head_with_a_bias_keeps_it(tmp_path):
 
 
 @torch.no_grad()
-def test_casts_reach_what_the_table_gives(tmp_path):
+def test_casts_reach_embeddings(tmp_path):
     for name in ("llama", "gemma"):
         quantize(model_of(name, True), tmp_path / name)
         model = bitmill.load(tmp_path / name, dtype=torch.bfloat16)

@@ -32,7 +32,7 @@ class Exact(Uniform):
 
 @every_transform
 @pytest.mark.parametrize("shape", [(1, 1), (12, 96), (31, 90), (97, 52)], ids=str)
-def test_the_matrix_and_its_outputs_stay(transform: FormatTransform, shape):
+def test_matrix_and_outputs_unchanged(transform: FormatTransform, shape):
     W, X = weights(*shape), inputs(columns=shape[1])
     X[:, shape[1] // 2 + 1 :: 7] = 0  # dead inputs
     stats = Statistics(gram_of(X), 400, cross=gram_of(X), fisher=torch.rand(shape))
@@ -52,7 +52,7 @@ def test_the_matrix_and_its_outputs_stay(transform: FormatTransform, shape):
 
 
 @every_transform
-def test_recipes_hold_it(transform: FormatTransform):
+def test_recipe_round_trip(transform: FormatTransform):
     assert TRANSFORMS.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
     recipe = Recipe("test", Uniform(4), Nearest(), (transform,))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe

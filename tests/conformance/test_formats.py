@@ -53,7 +53,7 @@ def flat(format: GroupFormat, codes: Tensor) -> Tensor:
 
 
 @every_format
-def test_what_is_stored_can_be_stored_again(format):
+def test_quantize_dequantize_is_idempotent(format):
     params = fitted(format, weights())
     stored = format.decode(random_codes(format), params)
     again = format.decode(format.nearest(stored, params), params)
@@ -76,7 +76,7 @@ def test_nearest_equals_brute_force(format):
 
 
 @every_scalar_format
-def test_decode_reads_the_table(format: ScalarFormat):
+def test_decode_equals_table_lookup(format: ScalarFormat):
     params = fitted(format, weights())
     codes = random_codes(format)
     levels = format.levels(params)
@@ -85,7 +85,7 @@ def test_decode_reads_the_table(format: ScalarFormat):
 
 
 @every_scalar_format
-def test_the_rounder_agrees_with_nearest(format):
+def test_rounder_equals_nearest(format):
     W = weights(seed=1)
     params = fitted(format, weights())
     expected = rounded(format, W, params)
@@ -102,7 +102,7 @@ def test_the_rounder_agrees_with_nearest(format):
 
 
 @every_vector_format
-def test_the_rounder_of_blocks_agrees_with_nearest(format):
+def test_block_rounder_equals_nearest(format):
     W, params, block = weights(seed=1), fitted(format, weights()), format.block
     expected = rounded(format, W, params)
     groups = max(v.shape[1] for v in params.values())
@@ -118,7 +118,7 @@ def test_the_rounder_of_blocks_agrees_with_nearest(format):
 
 @every_format
 @pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
-def test_refit_never_raises_the_weighted_error(format, search):
+def test_refit_never_raises_error(format, search):
     W, weight = weights(), importance()
     x, grouped_weight = in_groups(W, format), grouped_importance(weight, SHAPE, format.group_size, format.block)
     params = fitted(format, W, weight, search)
@@ -132,7 +132,7 @@ def test_refit_never_raises_the_weighted_error(format, search):
 
 @every_format
 @pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
-def test_search_is_never_worse_than_no_search(format, weighted):
+def test_search_never_raises_error(format, weighted):
     W, weight = weights(), importance() if weighted else None
     searched = weight_errors(format, W, fitted(format, W, weight, True), weight)
     start = weight_errors(format, W, fitted(format, W, weight, False), weight)
@@ -152,7 +152,7 @@ def assert_same_params(one: dict[str, Tensor], other: dict[str, Tensor]) -> None
 
 @every_format
 @pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
-def test_what_is_packed_is_read_back_exactly(format, search):
+def test_pack_unpack_round_trip(format, search):
     params = fitted(format, weights(), importance(), search)
     codes = flat(format, format.nearest(in_groups(weights(), format), params))
     tensors = format.pack(codes, params, SHAPE)
@@ -162,7 +162,7 @@ def test_what_is_packed_is_read_back_exactly(format, search):
 
 
 @every_format
-def test_rows_decode_apart(format):
+def test_rows_decode_separately(format):
     """In any order, and as often as asked for: this is how a table of embeddings is read."""
     params = fitted(format, weights())
     tensors = format.pack(flat(format, format.nearest(in_groups(weights(), format), params)), params, SHAPE)
@@ -173,7 +173,7 @@ def test_rows_decode_apart(format):
 
 
 @every_format
-def test_bits_are_honest(format):
+def test_stored_bits_match_packed_bytes(format):
     params = fitted(format, weights())
     codes = flat(format, random_codes(format))
     tensors = format.pack(codes, params, SHAPE)
@@ -183,7 +183,7 @@ def test_bits_are_honest(format):
 
 
 @every_format
-def test_plain_data_and_repr_round_trip(format):
+def test_dict_and_repr_round_trip(format):
     assert FORMATS.from_dict(json.loads(json.dumps(format.to_dict()))) == format
     kind = type(format)
     assert eval(repr(format), {kind.__name__: kind}) == format
@@ -194,7 +194,7 @@ def test_plain_data_and_repr_round_trip(format):
     "format", [f for f in all_formats() if f.groups_independent and f.group_size == 40], ids=repr
 )
 @pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
-def test_padding_does_not_influence_the_fit(format, search):
+def test_padding_does_not_affect_fit(format, search):
     W, weight = weights(), importance()
     whole = group_params(fitted(format, W, weight, search), 2)  # columns 80 to 95
     alone = fitted(format, W[:, 80:], weight[80:], search)
@@ -217,7 +217,7 @@ EXTREMES = {
 
 @every_format
 @pytest.mark.parametrize("extreme", thin(EXTREMES, ["zeros", "huge", "outlier"]))
-def test_extreme_weights_stay_finite(format, extreme):
+def test_extreme_weights(format, extreme):
     W = EXTREMES[extreme]()
     for search in (False, True):
         params = fitted(format, W, importance(), search)
@@ -232,7 +232,7 @@ def test_extreme_weights_stay_finite(format, extreme):
 
 
 @every_format
-def test_inputs_without_importance_do_not_break_the_fit(format):
+def test_zero_importance(format):
     dead = importance()
     dead[:50] = 0
     for weight in (torch.zeros(96), dead):
@@ -240,7 +240,7 @@ def test_inputs_without_importance_do_not_break_the_fit(format):
 
 
 @pytest.mark.parametrize("name", grouped_formats())
-def test_nonsense_is_refused_in_one_sentence(name):
+def test_invalid_options_refused(name):
     wrong = [
         {"bits": 0},
         {"bits": 99},
@@ -257,7 +257,7 @@ def test_nonsense_is_refused_in_one_sentence(name):
 
 
 @every_scalar_format
-def test_the_lookup_has_the_same_levels(format):
+def test_lookup_equals_levels(format):
     params = fitted(format, weights())
     levels, lookup = format.levels(params), format.lookup(params)
     assert lookup.tables.shape[1] == 1 << format.bits

@@ -21,14 +21,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("name", FORMATS.names())
-def test_every_format_has_frozen_bytes(name):
+def test_formats_have_frozen_bytes(name):
     for ending in ("safetensors", "json"):
         file = FIXTURES / f"{name}.{ending}"
         assert file.exists(), f"run: python tests/fixtures/make.py {name}"
 
 
 @pytest.mark.parametrize(("file", "index", "case"), CASES)
-def test_frozen_bytes_still_decode(file, index, case):
+def test_frozen_bytes_decode(file, index, case):
     format, shape = FORMATS.from_dict(case["format"]), tuple(case["shape"])
     prefix = f"{index}."
     stored = load_file(file.with_suffix(".safetensors"))

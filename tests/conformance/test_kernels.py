@@ -58,7 +58,7 @@ def near(kernel: type[Kernel], y: torch.Tensor, matrix: Quantized, x: torch.Tens
 
 
 @every_kernel
-def test_what_it_does_not_serve_has_a_reason(kernel):
+def test_unsupported_reason(kernel):
     for format in FEW:
         for shape in SHAPES:
             reason = kernel.unsupported_reason(KernelSpec(format, shape, CPU))
@@ -66,7 +66,7 @@ def test_what_it_does_not_serve_has_a_reason(kernel):
 
 
 @every_served_matrix
-def test_it_equals_decode_and_matmul(kernel, format, shape):
+def test_equals_decode_and_matmul(kernel, format, shape):
     matrix = quantized(format, shape)
     for dtype, tolerance in TOLERANCE.items():
         x = torch.randn(5, shape[1]).to(dtype)
@@ -79,7 +79,7 @@ def test_it_equals_decode_and_matmul(kernel, format, shape):
 
 @every_kernel
 @pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 3), (2, 1, 4)], ids=str)
-def test_any_number_of_batch_dimensions(kernel, batch):
+def test_batch_dimensions(kernel, batch):
     matrix = quantized(Uniform(3, 40), (65, 96))
     x = torch.randn(*batch, 96)
     y = applied(kernel, matrix, x)
@@ -88,7 +88,7 @@ def test_any_number_of_batch_dimensions(kernel, batch):
 
 
 @every_kernel
-def test_inputs_that_are_not_contiguous(kernel):
+def test_noncontiguous_inputs(kernel):
     matrix = quantized(Uniform(4, 40), (65, 96))
     x = torch.randn(96, 6).T
     assert near(kernel, applied(kernel, matrix, x), matrix, x)
@@ -96,14 +96,14 @@ def test_inputs_that_are_not_contiguous(kernel):
 
 @every_kernel
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_every_width(kernel, bits):
+def test_all_bit_widths(kernel, bits):
     matrix = quantized(Uniform(bits, 40), (65, 97))
     x = torch.randn(3, 97)
     assert near(kernel, applied(kernel, matrix, x), matrix, x)
 
 
 @every_served_matrix
-def test_the_packed_tensors_come_back(kernel, format, shape):
+def test_restore_packed_tensors(kernel, format, shape):
     matrix = quantized(format, shape)
     tensors, back = matrix.pack(), kernel(KernelSpec(format, shape, CPU), matrix.pack()).restore()
     assert back.keys() == tensors.keys()
@@ -111,7 +111,7 @@ def test_the_packed_tensors_come_back(kernel, format, shape):
 
 
 @every_kernel
-def test_packed_tensors_are_not_modified(kernel):
+def test_packed_tensors_unmodified(kernel):
     matrix = quantized(Uniform(3, 40), (65, 96))
     tensors = matrix.pack()
     before = {k: v.clone() for k, v in tensors.items()}
@@ -123,7 +123,7 @@ def test_packed_tensors_are_not_modified(kernel):
 
 @every_format
 @pytest.mark.parametrize("tile", thin([1, 96, 700, 1 << 20], [1, 700]))
-def test_tiles_of_the_reference_change_nothing(format, tile, monkeypatch):
+def test_reference_tile_size(format, tile, monkeypatch):
     matrix, x = quantized(format, (65, 96)), torch.randn(3, 96)
     monkeypatch.setattr(reference_module, "_TILE", tile)
     y = applied(reference_module.Reference, matrix, x)
@@ -133,7 +133,7 @@ def test_tiles_of_the_reference_change_nothing(format, tile, monkeypatch):
 @every_format
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_layer_adds_its_bias(format, shape, bias):
+def test_layer_adds_bias(format, shape, bias):
     matrix = quantized(format, shape)
     layer = QuantLinear(format, shape, bias)
     layer.load_state_dict({**matrix.pack(), **({"bias": torch.randn(shape[0])} if bias else {})})
@@ -145,7 +145,7 @@ def test_the_layer_adds_its_bias(format, shape, bias):
         assert (y.double() - expected).norm() <= 2 * tolerance * expected.norm()
 
 
-def test_the_kernel_of_highest_priority_that_can_is_chosen(monkeypatch):
+def test_kernel_priority(monkeypatch):
     class Picky(Kernel):
         priority = 10**6
 

@@ -60,7 +60,7 @@ def layer_of(method, states):
 
 
 @every_method
-def test_its_card_has_every_line(name):
+def test_card_is_complete(name):
     card = KV_METHODS.get(name).__doc__
     assert re.match(r".+\.\n\n", card), "a first sentence, then the card"
     for line in CARD:
@@ -68,7 +68,7 @@ def test_its_card_has_every_line(name):
 
 
 @every_method
-def test_it_is_plain_data(name):
+def test_dict_round_trip(name):
     method = kv_method(name)
     assert KV_METHODS.from_dict(json.loads(json.dumps(method.to_dict()))) == method
     assert hash(method) == hash(kv_method(name))
@@ -77,7 +77,7 @@ def test_it_is_plain_data(name):
 
 
 @every_method
-def test_options_it_does_not_have_are_named(name):
+def test_unknown_options_refused(name):
     with pytest.raises(RecipeError, match="nonsense"):
         kv_method(name, nonsense=1)
     with pytest.raises(RecipeError):
@@ -85,7 +85,7 @@ def test_options_it_does_not_have_are_named(name):
 
 
 @every_method
-def test_bits_buy_accuracy_and_cost_memory(name):
+def test_more_bits_lower_error(name):
     states, errors, sizes = numbers(32 * 8), [], []
     for bits in widths(name):
         layer = layer_of(kv_method(name, bits), states)
@@ -103,14 +103,14 @@ def test_bits_buy_accuracy_and_cost_memory(name):
 
 @every_method
 @pytest.mark.parametrize("bits", [2, 4])
-def test_pages_take_little_more_than_their_codes(name, bits):
+def test_page_overhead(name, bits):
     """Of 32 heads of 128 numbers, as in a large model."""
     layout = PageLayout(kv_method(name, bits).scheme(), 32, 128)
     assert bits <= layout.words * 32 / (2 * 32 * 32 * 128) <= bits + 1.01
 
 
 @every_method
-def test_a_kernel_takes_its_pages(name):
+def test_kernel_accepts_pages(name):
     for bits in widths(name):
         plan = plan_of(PageLayout(kv_method(name, bits).scheme(), 3, 64))
         reason = unsupported_reason(plan, torch.device("cpu"))
@@ -118,7 +118,7 @@ def test_a_kernel_takes_its_pages(name):
 
 
 @every_method
-def test_a_page_depends_on_its_own_numbers_alone(name):
+def test_pages_are_independent(name):
     method, states = kv_method(name), numbers(96)
     for which, side in enumerate((method.scheme().keys, method.scheme().values)):
         coder = TensorCodec(side, HEADS, DIM, calibrated(method, states)[which])
@@ -129,7 +129,7 @@ def test_a_page_depends_on_its_own_numbers_alone(name):
 
 @every_method
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generation_is_that_of_a_slow_cache(name, beams):
+def test_equals_slow_cache(name, beams):
     model = long_model("llama", head_dim=32, hidden_size=128)
     ids, mask = padded(2)
     for bits in widths(name)[:2]:

@@ -27,14 +27,14 @@ every_option = pytest.mark.parametrize(("name", "option"), OPTIONS, ids=lambda o
 
 
 @every_method
-def test_it_builds_with_its_defaults(name):
+def test_builds_with_defaults(name):
     recipe = build_recipe(name)
     assert recipe.name == name
     assert recipe.needs <= {"gram", "cross", "fisher", "activations", "targets"}
 
 
 @every_method
-def test_it_round_trips(name):
+def test_yaml_and_json_round_trip(name):
     recipe = build_recipe(name)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
@@ -44,7 +44,7 @@ def test_it_round_trips(name):
 
 @every_method
 @pytest.mark.parametrize("ending", ["yaml", "yml", "json"])
-def test_a_file_gives_the_same_recipe(name, ending, tmp_path):
+def test_file_round_trip(name, ending, tmp_path):
     recipe = build_recipe(name)
     file = tmp_path / f"recipe.{ending}"
     file.write_text(recipe.to_json() if ending == "json" else recipe.to_yaml())
@@ -54,7 +54,7 @@ def test_a_file_gives_the_same_recipe(name, ending, tmp_path):
 
 
 @every_method
-def test_its_card_has_every_line(name):
+def test_card_is_complete(name):
     card = METHODS.get(name).__doc__
     assert re.match(r".+\.\n\n", card), "a first sentence, then the card"
     for line in CARD:
@@ -62,25 +62,25 @@ def test_its_card_has_every_line(name):
 
 
 @every_option
-def test_every_option_has_help(name, option):
+def test_options_have_help(name, option):
     assert option.metadata["help"].strip()
     assert option.default is not dataclasses.MISSING
 
 
 @every_option
-def test_options_given_as_text_equal_their_values(name, option):
+def test_options_given_as_text(name, option):
     assert build_recipe(name, {option.name: str(option.default)}) == build_recipe(name)
 
 
 @every_option
-def test_options_of_the_wrong_type_are_refused(name, option):
+def test_wrong_option_type_refused(name, option):
     with pytest.raises(RecipeError) as caught:
         build_recipe(name, {option.name: "nonsense"})
     assert option.name in str(caught.value)
 
 
 @every_option
-def test_values_of_the_wrong_type_are_refused(name, option):
+def test_wrong_value_type_refused(name, option):
     wrong = [None, [1], {}, "nonsense"] + ([3.5] if option.type != "float" else [])
     accepted = []
     for value in wrong:
@@ -91,21 +91,21 @@ def test_values_of_the_wrong_type_are_refused(name, option):
 
 
 @every_method
-def test_unknown_options_are_refused(name):
+def test_unknown_options_refused(name):
     with pytest.raises(RecipeError, match="unheard_of"):
         build_recipe(name, {"unheard_of": 1})
 
 
 @every_method
 @pytest.mark.parametrize("bits", [0, -3, 99])
-def test_impossible_bits_are_refused(name, bits):
+def test_impossible_bits_refused(name, bits):
     if "bits" in METHODS.get(name).__dataclass_fields__:
         with pytest.raises(RecipeError, match=str(bits)):
             build_recipe(name, {"bits": bits})
 
 
 @every_method
-def test_group_sizes_are_understood(name):
+def test_group_size_values(name):
     if "group_size" not in METHODS.get(name).__dataclass_fields__:
         return
     by_text = build_recipe(name, {"group_size": "32"})
@@ -116,13 +116,13 @@ def test_group_sizes_are_understood(name):
             build_recipe(name, {"group_size": wrong})
 
 
-def test_unknown_methods_are_refused_with_the_known_names():
+def test_unknown_method_message():
     with pytest.raises(RecipeError, match="gptq") as caught:
         build_recipe("magic")
     assert all(name in str(caught.value) for name in METHODS.names())
 
 
-def test_illegal_combinations_fail_when_built():
+def test_illegal_combinations_refused():
     pairs = [(f, s) for f in all_formats() if f.bits == 2 for s in all_solvers()]
     refused = [(f, s) for f, s in pairs if s.unsupported_reason(f)]
     assert refused
@@ -137,7 +137,7 @@ def test_illegal_combinations_fail_when_built():
         build_recipe("gptq", {"static_groups": False, "act_order": False, "group_size": "tensor"})
 
 
-def test_everything_is_kept():
+def test_all_fields_kept():
     recipe = Recipe(
         "mine", Uniform(3, "row", True), GPTQ(0.1, False, False), (Equalize(0.5),), (Rule("*.down_proj", FLOAT),)
     )
@@ -171,27 +171,27 @@ GOOD = build_recipe("rtn").to_dict()
         ({**GOOD, "ignore": [3]}, "ignore"),
     ],
 )
-def test_damaged_recipes_are_refused_with_the_key(data, word):
+def test_damaged_recipe_message(data, word):
     with pytest.raises(RecipeError, match=word) as caught:
         Recipe.from_dict(data)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["{", "a: b: c", "name: [", "\t- x", "!!python/object:os.system {}"])
-def test_broken_yaml_is_one_sentence(text):
+def test_broken_yaml_message(text):
     with pytest.raises(RecipeError) as caught:
         Recipe.from_yaml(text)
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_cannot_be_read_are_one_sentence(tmp_path):
+def test_unreadable_file_message(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     for name in ("absent.yaml", "bytes.yaml"):
         with pytest.raises(RecipeError, match=name):
             build_recipe(str(tmp_path / name))
 
 
-def test_words_for_group_sizes():
+def test_group_size_words():
     assert [parse_group_size(w) for w in ("64", 64, "row", "-1", -1, "tensor", "0", " ROW ")] == [
         *(64, 64, "row", "row", "row", "tensor", "tensor", "row")
     ]

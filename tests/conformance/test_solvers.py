@@ -37,7 +37,7 @@ def statistics(solver: Solver, rows: int = 6, seed: int = 0) -> Statistics:
 
 @every_pair
 @pytest.mark.parametrize("seed", thin([0, 1], [0]))
-def test_its_objective_is_no_worse_than_nearest_rounding(solver, format, seed):
+def test_no_worse_than_nearest(solver, format, seed):
     W, stats = weights(12, seed=seed), statistics(solver, 12, seed)
     solved = solver.solve(W, stats, format).dequantize()
     importance = stats.fisher if stats.gram is None else stats.gram.diagonal()
@@ -54,7 +54,7 @@ def errors(W: torch.Tensor, W_hat: torch.Tensor, stats: Statistics) -> list[floa
 
 
 @every_pair
-def test_it_is_deterministic_and_leaves_its_arguments_alone(solver, format, nan_memory):
+def test_deterministic_and_stored(solver, format, nan_memory):
     W, stats = weights(), statistics(solver)
     before, gram = W.clone(), None if stats.gram is None else stats.gram.clone()
     first, second = solver.solve(W, stats, format), solver.solve(W, stats, format)
@@ -72,7 +72,7 @@ def test_it_is_deterministic_and_leaves_its_arguments_alone(solver, format, nan_
 
 
 @pytest.mark.parametrize(("solver", "format"), [p for p in PAIRS if p[1].stackable], ids=repr)
-def test_rows_may_be_solved_together(solver, format):
+def test_stacked_rows(solver, format):
     """Layers that read one input are stacked, solved at once and split again."""
     W, stats = weights(12), statistics(solver, 12)
     pieces = solver.solve(W, stats, format).split([5, 7])
@@ -84,7 +84,7 @@ def test_rows_may_be_solved_together(solver, format):
 
 
 @every_solver
-def test_illegal_formats_are_refused_with_a_sentence_when_the_recipe_is_built(solver):
+def test_illegal_formats_refused(solver):
     for format in few_formats():
         reason = solver.unsupported_reason(format)
         if reason is None:
@@ -96,7 +96,7 @@ def test_illegal_formats_are_refused_with_a_sentence_when_the_recipe_is_built(so
 
 
 @every_solver
-def test_formats_that_code_columns_jointly_are_solved_or_refused(solver):
+def test_column_block_formats(solver):
     class Pairs(Uniform):
         block = 2
         name = "pairs"
@@ -106,26 +106,26 @@ def test_formats_that_code_columns_jointly_are_solved_or_refused(solver):
 
 
 @every_solver
-def test_plain_data_round_trips(solver):
+def test_dict_round_trip(solver):
     assert SOLVERS.from_dict(json.loads(json.dumps(solver.to_dict()))) == solver
     kind = type(solver)
     assert eval(repr(solver), {kind.__name__: kind}) == solver
 
 
 @pytest.mark.parametrize("solver", [s for s in all_solvers() if not s.needs], ids=repr)
-def test_data_free_solvers_need_no_statistics(solver):
+def test_data_free_solvers(solver):
     for format in few_formats():
         if solver.unsupported_reason(format) is None:
             assert solver.solve(weights(), Statistics(), format).shape == (6, 96)
 
 
 @pytest.mark.parametrize("name", SOLVERS.names())
-def test_unknown_fields_are_refused(name):
+def test_unknown_fields_refused(name):
     with pytest.raises(RecipeError, match="unheard_of"):
         SOLVERS.from_dict({"solver": name, "unheard_of": 1})
 
 
-def test_a_solver_needs_a_name():
+def test_solver_name_required():
     with pytest.raises(RecipeError, match="'solver'"):
         SOLVERS.from_dict({"bits": 3})
     with pytest.raises(RecipeError, match="gptq"):

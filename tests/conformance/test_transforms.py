@@ -85,7 +85,7 @@ class Scramble(SeamTransform):
 @pytest.mark.parametrize(("name", "changes"), ARCHITECTURES)
 @pytest.mark.parametrize("transform", [*transforms(), Scramble()], ids=repr)
 @torch.no_grad()
-def test_logits_stay(name, changes, transform):
+def test_logits_unchanged(name, changes, transform):
     streamed = loaded(name, changes)
     before = output_fn(streamed.model)(TOKENS)
     weights = {n: p.clone() for n, p in streamed.model.named_parameters()}
@@ -98,7 +98,7 @@ def test_logits_stay(name, changes, transform):
 
 @pytest.mark.parametrize("name", ADAPTERS.names())
 @torch.no_grad()
-def test_every_seam_is_folded(name):
+def test_every_seam_folded(name):
     streamed = loaded(name, {})
     for seam in streamed.adapter.seams:
         names = [f"{n}.weight" for n in (seam.source, *seam.targets)]
@@ -110,7 +110,7 @@ def test_every_seam_is_folded(name):
 
 
 @torch.no_grad()
-def test_with_grouped_queries_every_reader_of_a_channel_is_scaled_alike():
+def test_grouped_query_scales():
     streamed = loaded("llama", {"num_attention_heads": 4, "num_key_value_heads": 2})
     v, o = (streamed.blocks[0].self_attn.get_submodule(name).weight for name in ("v_proj", "o_proj"))
     v_before, o_before = v.clone(), o.clone()
@@ -123,7 +123,7 @@ def test_with_grouped_queries_every_reader_of_a_channel_is_scaled_alike():
 
 
 @torch.no_grad()
-def test_seams_whose_readers_stay_in_float_are_left_alone():
+def test_float_seams_skipped():
     streamed = loaded("llama", {})
     before = {n: p.clone() for n, p in streamed.model.named_parameters()}
     assert folded(streamed, Scramble(), ignore=["*"]) == [{}, {}]
@@ -132,7 +132,7 @@ def test_seams_whose_readers_stay_in_float_are_left_alone():
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma2"])
 @torch.no_grad()
-def test_what_changes_and_stays_in_float_is_handed_back(name):
+def test_changed_float_tensors_returned(name):
     streamed = loaded(name, {})
     before = {n: p.clone() for n, p in streamed.model.named_parameters()}
     changed = folded(streamed, Scramble())
@@ -148,20 +148,20 @@ def test_what_changes_and_stays_in_float_is_handed_back(name):
 
 
 @torch.no_grad()
-def test_transforms_are_folded_one_after_the_other():
+def test_transforms_in_sequence():
     streamed = loaded("llama", {})
     before = streamed.model(TOKENS).logits
     folded(streamed, Scramble(), *transforms(), Scramble())
     assert (streamed.model(TOKENS).logits - before).norm() < 1e-4 * before.norm()
 
 
-def test_no_transform_changes_nothing():
+def test_no_transforms():
     streamed = loaded("llama", {})
     assert folded(streamed) == [{}, {}]
 
 
 @pytest.mark.parametrize("transform", transforms(), ids=repr)
-def test_chosen_scales_are_positive_and_finite(transform):
+def test_scales_positive_and_finite(transform):
     X = torch.randn(20, 8) * torch.tensor([0, 1e-4, 1e4, 1, 1, 1, 1, 1])
     seen = Statistics(X.T @ X / 20, 20, mean_abs=X.abs().mean(0), max_abs=X.abs().amax(0))
     silent = Statistics(torch.zeros(8, 8), 20, mean_abs=torch.zeros(8), max_abs=torch.zeros(8))
@@ -173,23 +173,23 @@ def test_chosen_scales_are_positive_and_finite(transform):
 
 
 @pytest.mark.parametrize("transform", [t for t in transforms() if t.needs], ids=repr)
-def test_without_what_it_needs_it_says_so(transform):
+def test_missing_statistics_message(transform):
     with pytest.raises(NumericsError, match=transform.name):
         transform.choose(SeamView(torch.randn(8), [torch.randn(4, 8)], Uniform(4)))
 
 
 @pytest.mark.parametrize("transform", transforms(), ids=repr)
-def test_plain_data_round_trips(transform):
+def test_dict_round_trip(transform):
     assert TRANSFORMS.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
 
 
-def test_nonsense_is_refused():
+def test_invalid_options_refused():
     for data in ({"transform": "magic"}, {"strength": 1.0}, {"transform": "equalize", "unheard_of": 1}):
         with pytest.raises(RecipeError):
             TRANSFORMS.from_dict(data)
 
 
-def test_equalize_balances_both_sides():
+def test_equalize_balances_ranges():
     source, target = torch.tensor([[8.0], [1.0]]), torch.tensor([[2.0, 4.0]])
     transform = TRANSFORMS.get("equalize")()
     scale = transform.choose(SeamView(source, [target], Uniform(4)))

@@ -118,13 +118,13 @@ def quantize(recipe: Recipe, model: nn.Module, out=None, **options):
 
 
 @every_tuner
-def test_the_block_comes_closer(tuner):
+def test_error_falls(tuner):
     assert errors(enough(tuner))[0] < untuned(Uniform(2, 16), None, BlockTask.error)
 
 
 @every_tuner
 @pytest.mark.parametrize(("bits", "solver"), [(8, Nearest(search=True)), (2, GPTQ())], ids=repr)
-def test_it_is_never_worse(tuner, bits, solver):
+def test_never_worse(tuner, bits, solver):
     """Where many bits or a solver have left little to gain, nothing may be lost."""
     if reason := tuner.unsupported_solver_reason(solver):
         assert reason.endswith(".")
@@ -138,7 +138,7 @@ def test_it_is_never_worse(tuner, bits, solver):
 
 @every_tuner
 @pytest.mark.parametrize("model", MODELS)
-def test_what_was_measured_is_stored(tuner, model, tmp_path):
+def test_stored_error_equals_measured(tuner, model, tmp_path):
     """The folder's model is as far from the float model, block by block, as the tuner said."""
     tuner, source = brief(tuner), tiny_model(model)
     streamed = StreamedModel(ModuleSource(copy.deepcopy(source)))
@@ -150,7 +150,7 @@ def test_what_was_measured_is_stored(tuner, model, tmp_path):
 
 
 @every_tuner
-def test_the_same_job_gives_the_same_bytes(tuner, tmp_path):
+def test_deterministic_bytes(tuner, tmp_path):
     for out in ("one", "other"):
         torch.manual_seed(len(out))  # whoever draws numbers has a generator of its own
         model = tiny_model("llama")
@@ -160,7 +160,7 @@ def test_the_same_job_gives_the_same_bytes(tuner, tmp_path):
 
 
 @every_tuner
-def test_a_resumed_run_finds_what_was_tuned(tuner):
+def test_resumed_run_keeps_tuning(tuner):
     """Blocks that are finished come back with their tuned norms: the next block is the same, bit by bit."""
     recipe = recipe_of(brief(tuner))
     whole, rest = Keep(), Keep()
@@ -177,7 +177,7 @@ def test_a_resumed_run_finds_what_was_tuned(tuner):
 
 @pytest.mark.parametrize("tuner", [tuner for tuner in ALL if not getattr(tuner, "seed", 0)], ids=repr)
 @pytest.mark.parametrize("format", EACH_FORMAT, ids=repr)
-def test_every_format_is_taken_or_refused_with_a_reason(tuner, format):
+def test_formats_tuned_or_refused(tuner, format):
     reason = tuner.unsupported_reason(format)
     if reason:
         assert reason.endswith(".")
@@ -191,7 +191,7 @@ def test_every_format_is_taken_or_refused_with_a_reason(tuner, format):
 
 
 @every_tuner
-def test_source_weights_are_left_alone(tuner):
+def test_source_weights_unmodified(tuner):
     model = tiny_model("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     run(Job(StreamedModel(ModuleSource(model)), recipe_of(brief(tuner)), WINDOWS), Keep())
@@ -199,14 +199,14 @@ def test_source_weights_are_left_alone(tuner):
 
 
 @every_tuner
-def test_plain_data_round_trips(tuner):
+def test_dict_round_trip(tuner):
     assert TUNERS.from_dict(json.loads(json.dumps(tuner.to_dict()))) == tuner
     recipe = recipe_of(tuner)
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
 @every_tuner
-def test_nonsense_is_refused(tuner):
+def test_invalid_options_refused(tuner):
     for field in dataclasses.fields(tuner):
         with pytest.raises(RecipeError, match=field.name):
             TUNERS.from_dict({**tuner.to_dict(), field.name: [3]})

@@ -33,7 +33,7 @@ def solved(format, solver: Solver, shape=(12, 96)):
 @every_wrapper
 @every_solver
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_is_solved_is_what_is_stored(format, solver, shape):
+def test_solved_equals_stored(format, solver, shape):
     matrix = solved(format, solver, shape)
     tensors = matrix.pack()
     found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -46,7 +46,7 @@ def test_what_is_solved_is_what_is_stored(format, solver, shape):
 
 @every_wrapper
 @every_solver
-def test_the_stored_matrix_is_near_the_weights(format, solver):
+def test_output_error_is_small(format, solver):
     W = weights()
     X = inputs()
     assert output_error(W, solved(format, solver, (6, 96)).dequantize(), gram_of(X)) < 0.5
@@ -62,7 +62,7 @@ def test_solving_is_deterministic(format, solver):
 @every_wrapper
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_its_kernel_equals_decode_and_matmul(format, shape, dtype, nan_memory):
+def test_kernel_equals_decode_and_matmul(format, shape, dtype, nan_memory):
     matrix = solved(format, Nearest(), shape)
     spec = KernelSpec(format, shape, torch.device("cpu"))
     x = torch.randn(2, 5, shape[1]).to(dtype)
@@ -77,14 +77,14 @@ def test_its_kernel_equals_decode_and_matmul(format, shape, dtype, nan_memory):
 
 
 @every_wrapper
-def test_plain_data_round_trips(format):
+def test_dict_round_trip(format):
     assert FORMATS.from_dict(json.loads(json.dumps(format.to_dict()))) == format
     solver = BeamSearch() if format.shared else GPTQ()
     assert Recipe.from_yaml(Recipe("test", format, solver).to_yaml()).weight == format
 
 
 @every_wrapper
-def test_wrappers_may_be_nested(format):
+def test_nested_wrappers(format):
     nested = type(format)(inner=format) if not set(part_names(format)) & set(part_names(format.inner)) else None
     if nested is not None and len(set(part_names(nested))) == len(part_names(nested)):
         assert torch.isfinite(solved(nested, Nearest()).dequantize()).all()

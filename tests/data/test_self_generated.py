@@ -38,33 +38,33 @@ class Steps(Progress):
         self.done += steps
 
 
-def test_windows_are_what_the_model_says():
+def test_windows_follow_model():
     windows = generate_windows(Next(), 5, 12, 0, ())
     assert windows.shape == (5, 12)
     assert windows.dtype == torch.int64
     assert torch.equal(windows, (windows[:, :1] + torch.arange(12)) % 50)
 
 
-def test_first_tokens_differ_and_some_never_come_first():
+def test_first_tokens():
     first = generate_windows(Next(), 200, 2, 0, range(5, 50))[:, 0]
     assert sorted(set(first.tolist())) == [0, 1, 2, 3, 4]
 
 
-def test_the_likeliest_tokens_come_first_and_then_it_is_drawn():
+def test_greedy_then_sampled():
     windows = generate_windows(Next(certain=0.5), 40, 60, 0, ())
     certain = (windows[:, 1:] == (windows[:, :-1] + 1) % 50).float().mean(0)
     assert (certain[:LIKELIEST] == 1).all()
     assert certain[LIKELIEST:].mean() < 0.2
 
 
-def test_a_seed_is_a_text():
+def test_seed_determines_text():
     model = tiny_model("llama")
     first, again, other = (generate_windows(model, 4, 10, seed, ()) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_a_cache_changes_nothing():
+def test_cache_does_not_change_text():
     model = tiny_model("llama")
     with_cache = generate_windows(model, 4, 10, 0, ())
     forward = model.forward
@@ -72,18 +72,18 @@ def test_a_cache_changes_nothing():
     assert torch.equal(generate_windows(model, 4, 10, 0, ()), with_cache)
 
 
-def test_progress_counts_every_token_but_the_first():
+def test_progress_counts_tokens():
     steps = Steps()
     generate_windows(Next(), BATCH + 1, 6, 0, (), steps)
     assert steps.done == steps.total == 2 * 5
 
 
-def test_a_broken_model_is_said_to_be_one():
+def test_broken_model_refused():
     with pytest.raises(NumericsError, match="NaN"):
         generate_windows(Next(certain=float("nan")), 2, 4, 0, ())
 
 
-def test_a_model_without_a_tokenizer_calibrates_on_its_own_text(tmp_path):
+def test_model_without_tokenizer(tmp_path):
     done = bitmill.quantize(
         tiny_model("llama"), "gptq", bits=3, group_size=16, measure=0, out=tmp_path / "out",
         calibration=bitmill.Calibration("self", samples=4, seqlen=16),
@@ -98,7 +98,7 @@ def test_a_model_without_a_tokenizer_calibrates_on_its_own_text(tmp_path):
 
 
 @pytest.mark.parametrize(("samples", "seqlen", "said"), [(0, 16, "samples"), (4, 1, "seqlen"), (4, 65, "64")])
-def test_windows_of_no_use_are_refused(samples, seqlen, said):
+def test_invalid_windows_refused(samples, seqlen, said):
     own = bitmill.Calibration("self", samples, seqlen)
     with pytest.raises(CalibrationError, match=said):
         bitmill.quantize(tiny_model("llama"), "gptq", calibration=own, measure=0)

@@ -37,7 +37,7 @@ def refused(function, *args) -> str:
     return message
 
 
-def test_pydoc_is_the_language_reference():
+def test_pydoc_text():
     from pydoc_data.topics import topics
 
     text = load_text("pydoc")
@@ -62,7 +62,7 @@ def test_text_and_json_lines(tmp_path):
         ('{"text": 3}', "no text"),
     ],
 )
-def test_bad_json_lines_say_which(tmp_path, line, said):
+def test_bad_json_line_number(tmp_path, line, said):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n{line}\n')
     message = refused(load_text, path)
@@ -80,13 +80,13 @@ def test_unusable_files(tmp_path):
     assert "no text" in refused(load_text, tmp_path)
 
 
-def test_hub_datasets_need_a_package(monkeypatch):
+def test_hub_dataset_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in refused(load_text, "hf:org/data")
     assert "is no Hub dataset" in refused(load_text, "hf:a:b:c:d")
 
 
-def test_hub_datasets_are_streamed_up_to_a_limit(monkeypatch):
+def test_hub_dataset_limit(monkeypatch):
     asked = []
 
     def load_dataset(*args, **kwargs):
@@ -101,7 +101,7 @@ def test_hub_datasets_are_streamed_up_to_a_limit(monkeypatch):
     assert asked[1] == (("org/data", "en"), {"split": "validation", "streaming": True})
 
 
-def test_hub_failures_are_one_sentence(monkeypatch):
+def test_hub_failure_message(monkeypatch):
     def no_field(*_, **__):
         return [{"body": "x"}]
 
@@ -113,14 +113,14 @@ def test_hub_failures_are_one_sentence(monkeypatch):
         assert said in refused(load_text, "hf:org/data")
 
 
-def test_the_stream_is_quiet(tmp_path, caplog):
+def test_stream_is_silent(tmp_path, caplog):
     path = tmp_path / "a.txt"
     path.write_text("abc")
     assert token_stream(path, letters).tolist() == [97, 98, 99]
     assert not caplog.records
 
 
-def test_four_fifths_calibrate():
+def test_calibration_split():
     ids = torch.arange(11)
     assert split_stream(ids, "calib").tolist() == list(range(8))
     assert split_stream(ids, "eval").tolist() == [8, 9, 10]
@@ -128,7 +128,7 @@ def test_four_fifths_calibrate():
     assert "'test'" in refused(split_stream, ids, "test")
 
 
-def test_calibration_windows_follow_the_protocol():
+def test_calibration_windows():
     ids = torch.arange(1000)
     starts = torch.randint(0, 1000 - 16, (5,), generator=torch.Generator().manual_seed(3))
     windows = calibration_windows(ids, 5, 16, seed=3)
@@ -136,21 +136,21 @@ def test_calibration_windows_follow_the_protocol():
     assert not torch.equal(windows, calibration_windows(ids, 5, 16, seed=4))
 
 
-def test_evaluation_windows_lie_side_by_side():
+def test_evaluation_windows():
     ids = torch.arange(50)
     assert torch.equal(evaluation_windows(ids, 16), ids[:48].view(3, 16))
     assert torch.equal(evaluation_windows(ids, 16, 2), ids[:32].view(2, 16))
     assert len(evaluation_windows(ids, 16, 40)) == 3
 
 
-def test_short_texts_are_refused_with_the_numbers():
+def test_short_text_message():
     assert "has 16 tokens and a window needs more than 16" in refused(calibration_windows, torch.arange(16), 1, 16)
     assert "has 15 tokens, fewer than one window of 16" in refused(evaluation_windows, torch.arange(15), 16)
     assert "samples is 0" in refused(calibration_windows, torch.arange(99), 0, 16)
     assert "windows is -1" in refused(evaluation_windows, torch.arange(99), 16, -1)
 
 
-def test_the_hash_is_over_the_int64_bytes():
+def test_hash_of_int64_bytes():
     windows = torch.tensor([[1, 2], [3, 70000]])
     expected = hashlib.sha256(struct.pack("<4q", 1, 2, 3, 70000)).hexdigest()
     assert windows_hash(windows) == windows_hash(windows.int()) == expected

@@ -38,7 +38,7 @@ def file(tmp_path):
     return path
 
 
-def test_a_decoder_reads_the_published_windows(file):
+def test_decoder_windows(file):
     def letters(said):
         return {"input_ids": [ord(c) for c in said]}
 
@@ -51,7 +51,7 @@ def test_a_decoder_reads_the_published_windows(file):
     assert count_windows(held_out, 16) == 4
 
 
-def test_windows_of_an_encoder_lie_between_its_own_tokens(file):
+def test_encoder_windows(file):
     windows = SentenceWindows(file, Words()).calibration(5, 16, seed=0)
     assert windows.shape == (5, 16)
     assert windows[:, 0].tolist() == [CLS] * 5
@@ -62,7 +62,7 @@ def test_windows_of_an_encoder_lie_between_its_own_tokens(file):
         SentenceWindows(file, Words()).calibration(5, 3, seed=0)
 
 
-def test_an_encoder_is_measured_on_the_sentences_of_the_last_fifth(file):
+def test_encoder_sentences(file):
     words = Words()
     held_out = SentenceWindows(file, words).held_out("eval", 32, None)
     assert 18 <= len(held_out) <= 21
@@ -72,7 +72,7 @@ def test_an_encoder_is_measured_on_the_sentences_of_the_last_fifth(file):
     assert all(ids[0] == CLS and ids[-1] == SEP for ids in held_out)
 
 
-def test_as_many_sentences_as_fit(file):
+def test_sentence_count(file):
     reading = SentenceWindows(file, Words())
     some = reading.held_out("eval", 16, 4)
     assert 64 - 16 < sum(map(len, some)) <= 64
@@ -83,7 +83,7 @@ def test_as_many_sentences_as_fit(file):
     assert max(map(len, reading.held_out("eval", 6, None))) == 6
 
 
-def test_no_sentence_twice_and_none_that_calibrates(tmp_path):
+def test_sentences_are_distinct(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(" ".join([*(sentence(n) for n in range(16)), *(sentence(n) for n in (0, 20, 21, 21, 22))]))
     reading = SentenceWindows(path, Words())
@@ -91,7 +91,7 @@ def test_no_sentence_twice_and_none_that_calibrates(tmp_path):
     assert len(reading.held_out("all", 32, None)) == 19
 
 
-def test_what_is_no_sentence_is_left_out(tmp_path):
+def test_non_sentences_skipped(tmp_path):
     path = tmp_path / "text.txt"
     lines = [
         "A heading of some more words",
@@ -105,7 +105,7 @@ def test_what_is_no_sentence_is_left_out(tmp_path):
         SentenceWindows(path, Words()).held_out("eval", 32, 1)
 
 
-def test_the_hash_tells_lengths_apart():
+def test_hash_depends_on_lengths():
     one, other = [torch.tensor([1, 2]), torch.tensor([3])], [torch.tensor([1]), torch.tensor([2, 3])]
     assert text.windows_hash(one) != text.windows_hash(other)
     assert text.windows_hash(one) == text.windows_hash([ids.clone() for ids in one])

@@ -24,7 +24,7 @@ def test_poolings():
         assert torch.allclose(embed(HIDDEN, pooling), expected / expected.norm(dim=-1, keepdim=True))
 
 
-def test_the_figures_are_what_their_names_say(monkeypatch):
+def test_metric_definitions(monkeypatch):
     monkeypatch.setattr(embedding, "_ROWS", 7)  # as if there were too many sentences to hold
     result = score_windows(
         lambda t: HIDDEN[t[:, 0] // 6], TOKENS, lambda t: OTHER[t[:, 0] // 6], None, 16, EmbeddingMetrics()
@@ -42,7 +42,7 @@ def test_the_figures_are_what_their_names_say(monkeypatch):
     assert "perplexity" not in result
 
 
-def test_a_model_agrees_with_itself():
+def test_identical_models_agree():
     metric = EmbeddingMetrics()
     metric.add(TOKENS, HIDDEN, HIDDEN)
     result = metric.result()
@@ -51,13 +51,13 @@ def test_a_model_agrees_with_itself():
     assert result["pair_cosine"] == result["reference_pair_cosine"]
 
 
-def test_without_a_reference_there_is_nothing_to_agree_with():
+def test_no_reference():
     metric = EmbeddingMetrics("cls")
     metric.add(TOKENS, HIDDEN)
     assert set(metric.result()) == {"pair_cosine", "sentences", "tokens", "pooling"}
 
 
-def test_sentences_of_several_lengths_are_batched_by_length():
+def test_batches_by_length():
     shapes = []
 
     def model(tokens):
@@ -69,13 +69,13 @@ def test_sentences_of_several_lengths_are_batched_by_length():
     assert shapes == [(2, 3), (1, 3), (1, 5), (2, 8)]
 
 
-def test_neighbours_and_pairs_by_hand():
+def test_neighbors_and_pairs():
     unit = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     assert nearest(unit).tolist() == [2, 2, 1]
     assert pair_cosine(unit) == pytest.approx((0.0 + 0.6 + 0.8) / 3)
 
 
-def test_what_cannot_be_judged_is_refused():
+def test_invalid_embeddings_refused():
     with pytest.raises(CalibrationError, match="Fewer than two"):
         EmbeddingMetrics().result()
     metric = EmbeddingMetrics()

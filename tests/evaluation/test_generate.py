@@ -42,7 +42,7 @@ class Bytes:
         return bytes(tokens).decode("utf-8", errors="replace")
 
 
-def test_stops_at_any_end_token():
+def test_stops_at_end_token():
     for end in (2, 3):
         done = generate(Script([65, 66, end, 67]), Bytes(), [1], max_new_tokens=10)
         assert (done.text, done.tokens, done.stopped) == ("AB", [65, 66], "eos")
@@ -50,19 +50,19 @@ def test_stops_at_any_end_token():
         assert done.tokens_per_s > 0
 
 
-def test_stops_at_the_length_asked_for_and_at_the_context():
+def test_stops_at_length():
     assert generate(Script([65] * 9), Bytes(), [1], max_new_tokens=4).text == "AAAA"
     done = generate(Script([65] * 9, limit=6), Bytes(), [1, 1, 1], max_new_tokens=9)
     assert (done.text, done.stopped) == ("AAA", "length")
 
 
-def test_a_model_without_cache_reads_everything_again():
+def test_model_without_cache():
     model = Script([65] * 9)
     generate(model, Bytes(), [1, 1], max_new_tokens=3)
     assert model.read == [2, 3, 4]
 
 
-def test_pieces_are_whole_characters_and_make_the_text():
+def test_pieces_are_whole_characters():
     said = "naïve 日本 🙂!"
     pieces: list[str] = []
     done = generate(
@@ -72,13 +72,13 @@ def test_pieces_are_whole_characters_and_make_the_text():
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_half_a_character_at_the_end_is_not_swallowed():
+def test_partial_final_character():
     done = generate(Script(list("é".encode())[:1]), Bytes(), [1], max_new_tokens=1)
     assert done.text == "\ufffd"
     assert done.tokens_per_s is None
 
 
-def test_sampling_has_a_seed_of_its_own():
+def test_sampling_seed():
     def sample(seed: int, temperature: float) -> list[int]:
         state = torch.get_rng_state()
         tokens = generate(
@@ -112,7 +112,7 @@ def test_bad_prompts():
         generate(Script([65], limit=5), Bytes(), [1] * 7)
 
 
-def test_logits_that_are_not_finite():
+def test_nonfinite_logits():
     class Broken(Script):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
@@ -123,13 +123,13 @@ def test_logits_that_are_not_finite():
         generate(Broken([65]), Bytes(), [1])
 
 
-def test_end_tokens_come_from_everywhere():
+def test_end_token_sources():
     model = Script([1])
     model.generation_config = SimpleNamespace(eos_token_id=7)
     assert eos_tokens(model, SimpleNamespace(eos_token_id=9)) == {2, 3, 7, 9}
 
 
-def test_a_template_that_refuses():
+def test_failing_chat_template():
     class Strict(Bytes):
         def apply_chat_template(self, turns, **kwargs):
             raise ValueError("roles must\nalternate.")

@@ -36,7 +36,7 @@ def naive(model, windows, reference):
 
 @pytest.mark.parametrize("length", [2, 17, 256, 257, 300])  # softmax runs over 256 positions at a time
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_it_equals_the_naive_computation(length, batch):
+def test_equals_naive_computation(length, batch):
     windows = torch.randint(0, VOCABULARY, (3, length))
     model, reference = table_model(0), table_model(1)
     result = score_windows(model, windows, reference, batch=batch)
@@ -48,7 +48,7 @@ def test_it_equals_the_naive_computation(length, batch):
     assert result["tokens"] == 3 * length
 
 
-def test_a_model_agrees_with_itself():
+def test_identical_models_agree():
     windows = torch.randint(0, VOCABULARY, (2, 40))
     result = score_windows(table_model(0), windows, table_model(0))
     assert result["kl_divergence"] == 0
@@ -56,14 +56,14 @@ def test_a_model_agrees_with_itself():
     assert result["perplexity"] == result["reference_perplexity"]
 
 
-def test_equal_logits_give_the_size_of_the_vocabulary():
+def test_uniform_logits():
     windows = torch.randint(0, VOCABULARY, (2, 40))
     result = score_windows(lambda tokens: torch.zeros(*tokens.shape, VOCABULARY), windows)
     assert result["perplexity"] == pytest.approx(VOCABULARY)
     assert "kl_divergence" not in result
 
 
-def test_half_precision_logits_are_compared_in_single():
+def test_half_precision_logits():
     windows = torch.randint(0, VOCABULARY, (2, 40))
     model = table_model(0)
     half = score_windows(lambda tokens: model(tokens).bfloat16(), windows)
@@ -71,7 +71,7 @@ def test_half_precision_logits_are_compared_in_single():
     assert half == single
 
 
-def test_windows_may_be_added_one_by_one():
+def test_incremental_windows():
     windows = torch.randint(0, VOCABULARY, (3, 30))
     model, reference = table_model(0), table_model(1)
     sums = LanguageModelMetrics()
@@ -80,13 +80,13 @@ def test_windows_may_be_added_one_by_one():
     assert sums.result() == pytest.approx(score_windows(model, windows, reference))
 
 
-def test_a_broken_model_has_no_perplexity():
+def test_nonfinite_perplexity_refused():
     windows = torch.randint(0, VOCABULARY, (1, 10))
     with pytest.raises(NumericsError, match="no perplexity"):
         score_windows(lambda tokens: torch.full((*tokens.shape, VOCABULARY), math.nan), windows)
 
 
-def test_tokens_that_are_ruled_out_do_not_count():
+def test_impossible_tokens_ignored():
     windows = torch.randint(1, VOCABULARY, (2, 10))
 
     def ruled_out(model, logit):
@@ -99,7 +99,7 @@ def test_tokens_that_are_ruled_out_do_not_count():
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_hopeless_model_does_not_overflow():
+def test_no_overflow():
     windows = torch.zeros(1, 10, dtype=torch.long)
     logits = torch.zeros(1, 10, VOCABULARY)
     logits[..., 0] = -1e30

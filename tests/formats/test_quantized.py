@@ -13,7 +13,7 @@ every_format = pytest.mark.parametrize("format", few_formats(), ids=repr)
 
 @every_format
 @pytest.mark.parametrize("shape", [(1, 1), (1, 96), (7, 1), (7, 53)], ids=str)
-def test_it_decodes_in_its_own_shape(format, shape):
+def test_decodes_in_shape(format, shape):
     W = weights(*shape)
     quantized = nearest_matrix(format, W, fit_matrix(format, W, None, True))
     assert quantized.shape == shape
@@ -27,7 +27,7 @@ def test_it_decodes_in_its_own_shape(format, shape):
 
 
 @every_format
-def test_the_importance_of_columns_is_heard(format):
+def test_column_importance(format):
     if format.block > 1:
         pytest.skip("blocks of columns are rounded in the plain metric")
     W, importance = weights(), torch.ones(96)
@@ -38,7 +38,7 @@ def test_the_importance_of_columns_is_heard(format):
 
 
 @every_format
-def test_pieces_are_rows_of_the_whole(format):
+def test_split_rows(format):
     W = weights(9)
     whole = nearest_matrix(format, W, fitted(format, W))
     pieces = whole.split([2, 1, 6])

@@ -47,7 +47,7 @@ def test_quantize_as_json(world, run):
     assert data["peak_memory_bytes"] > 1e6
 
 
-def test_quantize_for_people(world, run):
+def test_quantize_as_text(world, run):
     text = run(*world.quantize("--set", "damp=0.02"))
     for word in ("bits per weight", "perplexity", "written to", str(world.out)):
         assert word in text
@@ -81,7 +81,7 @@ def test_dry_run_writes_nothing(world, run):
     assert snapshot(world.root) == before
 
 
-def test_a_recipe_file_repeats_a_run(world, run):
+def test_recipe_file_repeats_run(world, run):
     command = [
         c for c in world.quantize(method=str(world.done / "recipe.yaml")) if c not in ("--group-size", "16")
     ]
@@ -89,7 +89,7 @@ def test_a_recipe_file_repeats_a_run(world, run):
     assert snapshot(world.out) == snapshot(world.done)
 
 
-def test_the_same_command_gives_the_same_bytes(world, run):
+def test_deterministic_bytes(world, run):
     run(*world.quantize())
     assert snapshot(world.out) == snapshot(world.done)
 
@@ -147,7 +147,7 @@ def test_generate(world, run):
     assert warm[0] == warm[1] != warm[2]
 
 
-def test_generate_stops_at_the_end_of_the_context(world, run):
+def test_generate_context_limit(world, run):
     data = run("generate", world.done, "--raw", "--prompt", "w1 " * 60, "--max-new-tokens", 20, "--json")
     assert data["new_tokens"] <= 4
 
@@ -161,7 +161,7 @@ def test_chat(world, capsys, monkeypatch):
         assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_chat_forgets_the_oldest_turns(world, monkeypatch, capsys):
+def test_chat_context_limit(world, monkeypatch, capsys):
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2 w3 w4 w5\n" * 4))
@@ -220,7 +220,7 @@ def test_methods(run):
     assert "rtn" in run("methods")
 
 
-def test_every_method_has_a_card_and_helpful_options(run):
+def test_method_cards_and_options(run):
     for method in run("methods", "--json")["methods"]:
         data = run("methods", method["name"], "--json")
         assert "Paper" in data["card"], method
@@ -234,7 +234,7 @@ def test_models(run):
     assert "smollm2-135m" in run("models")
 
 
-def test_json_knows_no_nan():
+def test_json_without_nan():
     assert plain({"a": math.nan, "b": [math.inf, 1.0], "c": None, 1: "x"}) == {
         "a": None, "b": [None, 1.0], "c": None, "1": "x",
     }  # fmt: skip
@@ -274,7 +274,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("imports", ORDERS.values(), ids=ORDERS)
-def test_transformers_reads_the_folder(built, imports):
+def test_transformers_loads_folder(built, imports):
     program = (
         f"{imports}; import sys; from transformers import AutoModelForCausalLM as A; "
         "print(type(A.from_pretrained(sys.argv[1]).model.layers[0].mlp.up_proj).__name__)"
@@ -283,7 +283,7 @@ def test_transformers_reads_the_folder(built, imports):
     assert done.stdout.strip() == "QuantLinear"
 
 
-def test_the_command_line_starts_without_torch():
+def test_cli_starts_without_torch():
     program = (
         "import sys; import bitmill.cli.main as m; m.main(['models', '--json']); m.main(['--help'])\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
@@ -291,7 +291,7 @@ def test_the_command_line_starts_without_torch():
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_entry_point_ends_quietly_when_its_reader_leaves(built):
+def test_closed_pipe(built):
     command = f'"{sys.executable}" -m bitmill.cli.main inspect "{built.done}" --json | head -c 1'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == "{"

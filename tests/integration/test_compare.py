@@ -41,7 +41,7 @@ def test_a_grid(world, quick, capsys):
     assert all(f"{v.method} {v.bits}-bit" in page for v in found.variants)
 
 
-def test_what_is_measured_is_what_eval_measures(world, quick, capsys):
+def test_equals_eval(world, quick, capsys):
     assert main(command(world, "--keep-models", methods="gptq", bits="3")) == 0
     (variant,) = results(world).variants
     folder = world.root / "grid" / "cells" / "gptq-3bit"
@@ -58,7 +58,7 @@ def test_what_is_measured_is_what_eval_measures(world, quick, capsys):
     assert main(["verify", str(folder)]) == 0
 
 
-def test_the_same_command_again_does_nothing_again(world, quick, monkeypatch):
+def test_second_run_does_nothing(world, quick, monkeypatch):
     assert main(command(world, bits="3")) == 0
     before = names(world.root / "grid"), results(world)
     monkeypatch.setattr(worker, "main", pytest.fail)
@@ -66,7 +66,7 @@ def test_the_same_command_again_does_nothing_again(world, quick, monkeypatch):
     assert (names(world.root / "grid"), results(world)) == before
 
 
-def test_a_grid_grows(world, quick):
+def test_grid_grows(world, quick):
     state = world.root / "grid" / "cells" / "rtn-3bit.state"
     state.parent.mkdir(parents=True)
     state.write_text('{"quantize_time_s": 1e6}')  # of work that is gone
@@ -80,7 +80,7 @@ def test_a_grid_grows(world, quick):
     assert len(found.commands) == 2
 
 
-def test_work_on_another_recipe_is_not_continued(world, quick):
+def test_other_recipe_starts_anew(world, quick):
     cells = world.root / "grid" / "cells"
     (cells / "gptq-3bit.partial").mkdir(parents=True)
     (cells / "gptq-3bit.partial" / "journal.json").write_text("{}")
@@ -90,7 +90,7 @@ def test_work_on_another_recipe_is_not_continued(world, quick):
     assert variant.quantize_time_s < 1e5
 
 
-def test_held_out_windows_are_those_of_the_float_model(world, quick, capsys):
+def test_held_out_windows(world, quick, capsys):
     assert main(command(world, methods="rtn", bits="3")) == 0
     grid = json.loads((world.root / "grid" / "grid.json").read_text())
     grid["terms"]["settings"]["evaluation"]["sha256"] = "0" * 64
@@ -112,7 +112,7 @@ def test_held_out_windows_are_those_of_the_float_model(world, quick, capsys):
         (["--propagate", "float"], "settings.propagate was 'quantized' and is now 'float'"),
     ],
 )
-def test_other_terms_are_refused(world, quick, capsys, more, said):
+def test_changed_terms_refused(world, quick, capsys, more, said):
     assert main(command(world, methods="rtn", bits="3")) == 0
     capsys.readouterr()
     assert main(command(world, *more, methods="rtn", bits="3")) == 1
@@ -121,7 +121,7 @@ def test_other_terms_are_refused(world, quick, capsys, more, said):
     assert error.count("\n") == 1
 
 
-def test_cells_that_fail_or_do_not_exist_are_rows(world, quick, broken, capsys, monkeypatch):
+def test_failed_cells_are_rows(world, quick, broken, capsys, monkeypatch):
     from bitmill.workflows import quantize as quantizing
 
     quantize = quantizing.quantize
@@ -151,7 +151,7 @@ def test_cells_that_fail_or_do_not_exist_are_rows(world, quick, broken, capsys, 
     assert {v.status for v in results(world).variants if v.name != "broken"} == {"done", "not_applicable"}
 
 
-def test_statistics_are_shared(world, quick):
+def test_shared_statistics(world, quick):
     assert main(command(world, "--propagate", "float", methods="gptq")) == 0
     assert {v.status for v in results(world).variants} == {"done"}
     assert not (world.root / "grid" / "statistics").exists()
@@ -182,7 +182,7 @@ def test_prompts_from_a_file(world, quick, capsys):
         (["-o", "text.txt"], 1, "text.txt"),
     ],
 )
-def test_what_concerns_the_whole_grid_is_one_sentence(world, quick, capsys, more, status, said):
+def test_grid_error_message(world, quick, capsys, more, status, said):
     assert main(command(world, *more, methods="rtn", bits="3")) == status
     out, err = capsys.readouterr()
     assert said in err
@@ -190,7 +190,7 @@ def test_what_concerns_the_whole_grid_is_one_sentence(world, quick, capsys, more
     assert out == ""
 
 
-def test_the_float_model_must_be_measured(world, quick, capsys, monkeypatch):
+def test_float_model_must_be_measured(world, quick, capsys, monkeypatch):
     def fail(*_):
         raise CellFailed("Its process was killed.")
 
@@ -199,7 +199,7 @@ def test_the_float_model_must_be_measured(world, quick, capsys, monkeypatch):
     assert "The float model cannot be measured: Its process was killed." in capsys.readouterr().err
 
 
-def test_one_process_at_a_time(world, quick, capsys):
+def test_lock(world, quick, capsys):
     import fcntl
 
     (world.root / "grid" / "cells").mkdir(parents=True)
@@ -209,14 +209,14 @@ def test_one_process_at_a_time(world, quick, capsys):
     assert "Another process" in capsys.readouterr().err
 
 
-def test_a_folder_of_other_things_is_left_alone(world, quick, capsys):
+def test_foreign_folder_refused(world, quick, capsys):
     (world.root / "grid").mkdir()
     (world.root / "grid" / "thesis.txt").touch()
     assert main(command(world)) == 1
     assert "holds 'thesis.txt' and no comparison" in capsys.readouterr().err
 
 
-def test_a_damaged_record_is_named(world, quick, capsys):
+def test_damaged_record_message(world, quick, capsys):
     assert main(command(world, methods="rtn", bits="3")) == 0
     (world.root / "grid" / "cells" / "rtn-3bit.json").write_text("{")
     assert main(command(world, methods="rtn", bits="3")) == 1

@@ -64,7 +64,7 @@ def run(capsys):
     return run
 
 
-def test_it_is_measured_while_it_is_quantized(done):
+def test_measured_during_quantization(done):
     (measured,) = open_checkpoint(done).report["measured"]
     assert set(measured) >= FIGURES | {"sentences", "tokens"}
     assert "perplexity" not in measured
@@ -72,7 +72,7 @@ def test_it_is_measured_while_it_is_quantized(done):
     assert 0.8 < measured["cosine_similarity"] < 1
 
 
-def test_transformers_loads_it_packed(source, done):
+def test_transformers_loads_packed(source, done):
     model = AutoModel.from_pretrained(done)
     assert sum(isinstance(m, QuantLinear) for m in model.modules()) == 12
     tokens = torch.arange(4, 20)[None]
@@ -96,7 +96,7 @@ def test_eval_compares_embeddings(source, done, run):
     assert same["neighbour_agreement"] == 1
 
 
-def test_its_folder_is_sound_and_described(done, run):
+def test_verify_and_inspect(done, run):
     assert (done / "1_Pooling" / "config.json").is_file()
     assert "1_Pooling/config.json" in open_checkpoint(done).report["files"]
     found = run("verify", done, "--json")
@@ -111,7 +111,7 @@ def test_its_folder_is_sound_and_described(done, run):
         assert "None" not in text
 
 
-def test_a_recorded_measurement_has_its_figures(source, done, run, tmp_path):
+def test_recorded_measurement(source, done, run, tmp_path):
     folder = shutil.copytree(done, tmp_path / "copy")
     text = source.parent / "text.txt"
     run("eval", folder, "--text", text, "--seqlen", 32, "--reference", source, "--record", "--json")
@@ -128,7 +128,7 @@ def test_a_recorded_measurement_has_its_figures(source, done, run, tmp_path):
         (["quantize", "SOURCE", "--method", "gptq", "--calib", "self", "-o", "OUT"], "writes no text"),
     ],
 )
-def test_what_an_encoder_cannot_do_is_one_sentence(source, done, run, tmp_path, command, said):
+def test_unsupported_commands_refused(source, done, run, tmp_path, command, said):
     places = {"SOURCE": source, "DONE": done, "OUT": tmp_path / "out", "TEXT": source.parent / "text.txt"}
     seqlen = ["--seqlen", "32"] if command[0] in ("compare", "quantize", "study") else []
     message = run(*(places.get(word, word) for word in command), *seqlen, status=2)
@@ -137,7 +137,7 @@ def test_what_an_encoder_cannot_do_is_one_sentence(source, done, run, tmp_path, 
     assert message.strip().count("\n") == 0
 
 
-def test_a_pooling_that_is_unknown_is_refused_before_the_first_block(source, run, tmp_path):
+def test_unknown_pooling_refused_early(source, run, tmp_path):
     folder = shutil.copytree(source, tmp_path / "copy")
     (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
     command = ["quantize", folder, "--method", "rtn", "-o", tmp_path / "out", "--seqlen", 32]
@@ -147,12 +147,12 @@ def test_a_pooling_that_is_unknown_is_refused_before_the_first_block(source, run
     assert run(*command, "--measure", 0, "--json")["measured"] == []
 
 
-def test_a_study_needs_no_text(source, run):
+def test_study_without_text(source, run):
     cells = run("study", source, "--json")["cells"]
     assert cells[0]["sqnr_db"] > cells[-1]["sqnr_db"]
 
 
-def test_its_table_of_words_can_be_quantized(source, run, tmp_path):
+def test_embedding_table_quantized(source, run, tmp_path):
     out, text = tmp_path / "out", source.parent / "text.txt"
     command = ["quantize", source, "--method", "rtn", "--bits", 8, "--head-bits", 8, "-o", out, "--json"]
     summary = run(*command, "--calib", text, "--seqlen", 32, "--measure", 8)

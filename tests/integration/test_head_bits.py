@@ -60,7 +60,7 @@ def quantize(root, out, *more):
     return arguments(root / "source", "text.txt", root / out, *more)
 
 
-def test_what_was_measured_is_what_the_packed_model_does(root, run):
+def test_measured_equals_packed(root, run):
     recorded = open_checkpoint(root / "done").report["measured"][0]
     terms = ["--text", "text.txt", "--seqlen", 32, "--windows", 2, "--reference", root / "source", "--json"]
     found = run("eval", root / "done", *terms)
@@ -88,7 +88,7 @@ def test_it_generates(root, run):
 
 @pytest.mark.parametrize("method", ["gptq", "rtn", "omniquant"])
 @pytest.mark.parametrize("stop", [-1, 0, 1])
-def test_an_interrupted_run_ends_with_the_same_bytes(root, run, monkeypatch, stop, method):
+def test_resume_is_byte_identical(root, run, monkeypatch, stop, method):
     options = ("--head-bits", "6", "--method", method)
     run(*quantize(root, "whole", *options))
     expected = snapshot(root / "whole")
@@ -106,7 +106,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(root, run, monkeypatch, sto
     assert run(*quantize(root, "cut", *options, "--resume", "--json"))["head_bytes"] > 0
 
 
-def test_other_bits_are_another_job(root, run, monkeypatch):
+def test_other_bits_refused_on_resume(root, run, monkeypatch):
     interrupted_after(1, monkeypatch)
     run(*quantize(root, "out", "--head-bits", "6"), status=130)
     monkeypatch.undo()
@@ -118,14 +118,14 @@ def test_other_bits_are_another_job(root, run, monkeypatch):
     assert identity["recipe"]["head"]["bits"] == 8
 
 
-def test_the_recipe_repeats_it(root, run):
+def test_recipe_repeats_run(root, run):
     command = ["quantize", root / "source", "--method", root / "done" / "recipe.yaml", "-o", root / "again"]
     run(*command, "--calib", "text.txt", "--samples", 4, "--seqlen", 32, "--measure", 2)
     for file in (root / "done").glob("*.safetensors"):
         assert file.read_bytes() == (root / "again" / file.name).read_bytes()
 
 
-def test_every_report_tells_it(root, run):
+def test_reports_show_head_bits(root, run):
     checkpoint = open_checkpoint(root / "done")
     report, tied = checkpoint.report, checkpoint.report["ends"]["tied"]
     assert report["head_bits_per_weight"] == checkpoint.head_bits_per_weight == 8 + (16 + 8) / 32
@@ -149,7 +149,7 @@ def test_every_report_tells_it(root, run):
     assert "as in the source" in (root / "done" / "README.md").read_text()
 
 
-def test_a_comparison_takes_it(root, run, monkeypatch):
+def test_compare_with_head_bits(root, run, monkeypatch):
     def here(folder, name, log, progress):
         """A cell without a process of its own."""
         told = []

@@ -78,7 +78,7 @@ def test_quantize_with_keys_and_values(world, run):
     assert all(snapshot(world.out)[name] == snapshot(world.done)[name] for name in shards)
 
 
-def test_the_same_command_gives_the_same_bytes_also_when_interrupted(world, run, monkeypatch):
+def test_resume_is_byte_identical(world, run, monkeypatch):
     run(*world.quantize(*KV))
     other = world.root / "other"
     with monkeypatch.context() as patch:
@@ -104,7 +104,7 @@ def test_dry_run(world, run):
     assert snapshot(world.root) == before
 
 
-def test_float_weights_beside_a_calibration(world, run, kept):
+def test_float_weights_with_kv_file(world, run, kept):
     mine, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (kept, world.source))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert run("verify", kept)["layers"] == 0
@@ -119,7 +119,7 @@ def test_float_weights_beside_a_calibration(world, run, kept):
     assert run("verify", kept)["sound"] is True
 
 
-def test_verify_tells_what_is_missing_in_a_calibration(world, run, kept):
+def test_verify_incomplete_calibration(world, run, kept):
     calibration = read_calibration(kept)
     values = replace(calibration.layers[1][1], levels=None)
     report = json.loads((kept / "report.json").read_text())
@@ -131,7 +131,7 @@ def test_verify_tells_what_is_missing_in_a_calibration(world, run, kept):
         assert "1 layers" in said if len(layers) == 1 else "levels of the values of layer 1" in said
 
 
-def test_a_folder_is_calibrated_afterwards(world, run, kept, capsys):
+def test_calibrate_existing_folder(world, run, kept, capsys):
     before = snapshot(world.done)
     copy, command = world.root / "copy", ["--method", "none", "--calib", world.text]
     run("quantize", world.done, *command, *KV, "-o", copy)
@@ -153,7 +153,7 @@ def test_a_folder_is_calibrated_afterwards(world, run, kept, capsys):
         assert run("verify", folder)["sound"] is True
 
 
-def test_eval_calibrates_on_other_text(world, run):
+def test_eval_with_other_text(world, run):
     data = run("eval", world.done, *measured(world, "--kv", "kvquant", "--kv-bits", 4, "--kv-samples", 3))
     assert data["kv_calibration"] == f"{world.text}, calib split, 3 x 64 tokens"
     assert data["kv_bytes"] * 8 == pytest.approx(data["kv_bits_per_element"] * 2 * 2 * 64 * 16)
@@ -165,7 +165,7 @@ def test_eval_calibrates_on_other_text(world, run):
     assert 0 < exact["kl_divergence"] < 0.05  # 8 bits
 
 
-def test_measuring_on_text_that_calibrated_is_said(world, run, kept, capsys):
+def test_eval_on_calibration_text(world, run, kept, capsys):
     command = ["eval", kept, *measured(world, "--kv", "kvquant")]
     assert run(*command)["kv_on_calibration_text"] is False
     assert run(*command, "--split", "all", "--record")["kv_on_calibration_text"] is True
@@ -199,7 +199,7 @@ def test_generate_as_calibrated(world, run, kept):
     assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == data["text"]
 
 
-def test_long_prompts_are_read_in_chunks(world, monkeypatch):
+def test_long_prompts_in_chunks(world, monkeypatch):
     from bitmill.evaluation.generate import CHUNK, generate
     from bitmill.workflows import kv as caching
 
@@ -259,12 +259,12 @@ def test_refused(world, run, flags, said):
     assert not world.out.exists()
 
 
-def test_advice_names_what_the_folder_has_otherwise(kept):
+def test_advice_names_alternatives(kept):
     with pytest.raises(UsageError, match=r"there is one for kvquant at 3 bits, residual 0; .*residual=64 -o"):
         QuantizedCache(bitmill.load(kept), "kvquant", bits=3)
 
 
-def test_refused_without_calibration_and_without_purpose(world, run):
+def test_missing_calibration_refused(world, run):
     assert "--method none --kv kvquant --kv-bits 4" in run(
         "generate", world.source, "--prompt", "w1", "--kv", "kvquant", status=2
     )

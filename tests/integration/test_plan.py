@@ -40,7 +40,7 @@ def test_eight_devices(text):
     assert "fits, 2.08 GB (1.94 GiB) to spare in 85.90 GB (80.00 GiB) of memory on each of 8 devices" in out
 
 
-def test_a_packed_folder_says_what_was_measured(world, text, capsys):
+def test_packed_folder_quality(world, text, capsys):
     out = text(world.done, "--method", "gptq", "--bits", 2, "--set", "group_size=16", "--batch", 2)
     (measured,) = json.loads((world.done / "report.json").read_text())["measured"]
     assert f"perplexity {measured['perplexity']:.5g}" in out
@@ -50,7 +50,7 @@ def test_a_packed_folder_says_what_was_measured(world, text, capsys):
     assert "trained for" not in out
 
 
-def test_windows_and_what_cannot_be_quantized(tmp_path, text):
+def test_sliding_windows(tmp_path, text):
     from helpers.tiny_models import tiny_config
 
     tiny_config("gemma2", sliding_window=16).save_pretrained(tmp_path / "w")
@@ -59,7 +59,7 @@ def test_windows_and_what_cannot_be_quantized(tmp_path, text):
     assert "mixture-of-experts weights cannot be quantized yet" in text(tmp_path / "m")
 
 
-def test_a_measured_cache():
+def test_measured_cache():
     result = plan("llama-7b")
     result["measured"] = [{"perplexity": 5.7, "kv_bits_per_element": 2.33, "windows": 1, "seqlen": 8}]
     (said,) = (value for name, value in _verdict(result) if name == "quality")
@@ -70,7 +70,7 @@ def test_a_measured_cache():
     ("arguments", "said"),
     [(["--memory", "80"], "80GiB"), (["--context", "0"], "128k"), (["--kv-bits", "2"], "give --kv")],
 )
-def test_what_is_refused(arguments, said, capsys):
+def test_invalid_input_refused(arguments, said, capsys):
     assert main(["plan", "llama-7b", *arguments]) == 2
     err = capsys.readouterr().err
     assert said in err

@@ -73,21 +73,21 @@ def disk(tmp_path, monkeypatch) -> Disk:
     ],
     ids=["text", "json", "tensors"],
 )
-def test_a_file_survives_with_its_name(write, disk):
+def test_file_survives(write, disk):
     write(disk.root / "file")
     disk.check()
     write(disk.root / "file")  # in place of the first
     disk.check()
 
 
-def test_a_folder_survives_with_those_above_it(disk):
+def test_folder_and_parents_survive(disk):
     files.make_folder(disk.root / "a" / "b")
     files.make_folder(disk.root / "a" / "b" / "c")
     files.write_text(disk.root / "a" / "b" / "c" / "d", "words")
     disk.check()
 
 
-def test_whatever_a_run_relies_on_survives(disk, world, monkeypatch):
+def test_run_state_survives(disk, world, monkeypatch):
     out = disk.root / "out"
     add, rename, rmtree = Journal.add, os.rename, shutil.rmtree
 
@@ -113,7 +113,7 @@ def test_whatever_a_run_relies_on_survives(disk, world, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_cannot_flush_folders_will_do(code, tmp_path, monkeypatch):
+def test_folder_flush_unsupported(code, tmp_path, monkeypatch):
     flush = os.fsync
 
     def refuse(descriptor):

@@ -39,7 +39,7 @@ def command(capsys, *args):
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_float_model_has_the_published_perplexity(capsys):
+def test_published_float_perplexity(capsys):
     """The whole protocol: 40 windows of 512 tokens of the last 20 % of pydoc."""
     if not hashlib.sha256(load_text("pydoc").encode()).hexdigest().startswith(TEXT_SHA256):
         pytest.skip("the pydoc of this Python is another text than the one of the published figures")
@@ -48,7 +48,7 @@ def test_the_float_model_has_the_published_perplexity(capsys):
     assert result["tokens"] == 40 * 512
 
 
-def test_three_bits_are_stored_in_three_bits(folder, capsys):
+def test_three_bits_stored_size(folder, capsys):
     result = command(capsys, "inspect", str(folder))
     assert 3.0 < result["bits_per_weight"] < 3.3
     packed = [t for t in result["tensors"] if t["format"] == "integer_coding"]
@@ -56,7 +56,7 @@ def test_three_bits_are_stored_in_three_bits(folder, capsys):
     assert sum(f.stat().st_size for f in folder.iterdir()) < 115e6
 
 
-def test_quality_is_measured_and_close(folder, capsys):
+def test_quality_is_close(folder, capsys):
     measured = json.loads((folder / "report.json").read_text())["measured"][0]
     assert measured["perplexity"] < 1.5 * measured["reference_perplexity"]
     evaluated = command(capsys, "eval", str(folder), "--windows", "2", "--reference", MODEL)
@@ -65,7 +65,7 @@ def test_quality_is_measured_and_close(folder, capsys):
     assert evaluated["top1_agreement"] > 0.6
 
 
-def test_transformers_loads_it_packed_and_equal(folder):
+def test_transformers_loads_packed(folder):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -79,11 +79,11 @@ def test_transformers_loads_it_packed_and_equal(folder):
     assert torch.equal(theirs, ours)
 
 
-def test_it_talks(folder, capsys):
+def test_generates_answer(folder, capsys):
     prompt = "What is the capital of France? Answer in one sentence."
     result = command(capsys, "generate", str(folder), "--prompt", prompt, "--max-new-tokens", "24", "--dense")
     assert "Paris" in result["text"]
 
 
-def test_the_folder_verifies(folder, capsys):
+def test_folder_verifies(folder, capsys):
     assert command(capsys, "verify", str(folder), "--no-quality")

@@ -129,7 +129,7 @@ def test_killed(moment, place, undisturbed, start):
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
-def test_killed_after_a_while(share, place, undisturbed, start):
+def test_killed_after_delay(share, place, undisturbed, start):
     process = start(str(place), False)
     time.sleep(share * undisturbed[2])
     process.kill()
@@ -137,7 +137,7 @@ def test_killed_after_a_while(share, place, undisturbed, start):
     check_resumed(place, undisturbed[1], start)
 
 
-def test_killed_again_and_again(place, undisturbed, start):
+def test_killed_repeatedly(place, undisturbed, start):
     assert finish(start(str(place), False, "os.replace", 4, True)) == -signal.SIGKILL
     for _ in range(2):  # a resumed run writes no first journal, so this is one more block each time
         assert finish(start(str(place), True, "os.replace", 3, False)) == -signal.SIGKILL

@@ -49,7 +49,7 @@ def tensors_of(folder) -> dict[str, torch.Tensor]:
 
 
 @every_model
-def test_stored_once_and_counted_once(name, tmp_path):
+def test_stored_and_counted_once(name, tmp_path):
     outcome = quantize(tiny_model(name), tmp_path / "out")
     checkpoint, tensors = open_checkpoint(tmp_path / "out"), tensors_of(tmp_path / "out")
     kinds = {re.split(r"\.\d+\.", layer)[1] for layer in checkpoint.formats}
@@ -71,7 +71,7 @@ def test_stored_once_and_counted_once(name, tmp_path):
 
 
 @every_model
-def test_every_way_to_load_gives_the_same_answers(name, tmp_path):
+def test_all_loaders_agree(name, tmp_path):
     model = tiny_model(name)
     quantize(model, tmp_path / "out")
     ours = bitmill.load(tmp_path / "out")
@@ -96,7 +96,7 @@ def test_every_way_to_load_gives_the_same_answers(name, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_embedding_and_head_beside_it(name, tied, tmp_path):
+def test_with_embedding_and_head(name, tied, tmp_path):
     model = tiny_model(name, tie_word_embeddings=tied)
     outcome = quantize(model, tmp_path / "out", head_bits=8)
     checkpoint, tensors = open_checkpoint(tmp_path / "out"), tensors_of(tmp_path / "out")
@@ -123,7 +123,7 @@ def test_embedding_and_head_beside_it(name, tied, tmp_path):
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
-def test_fine_tuning_leaves_them_alone(tmp_path):
+def test_fine_tuning_keeps_shared(tmp_path):
     for epochs in (0, 2):
         quantize(tiny_model("llama"), tmp_path / str(epochs), epochs=epochs)
     plain, tuned = tensors_of(tmp_path / "0"), tensors_of(tmp_path / "2")
@@ -133,7 +133,7 @@ def test_fine_tuning_leaves_them_alone(tmp_path):
     assert "scale" in moved
 
 
-def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
+def test_one_block_in_memory(tmp_path, monkeypatch):
     load, add_layer = StreamedModel.load_block, CodebookLearner.add_layer
     loaded: list[int] = []
     skeletons: list[StreamedModel] = []
@@ -153,7 +153,7 @@ def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
     assert loaded == [1] * (4 * 7)
 
 
-def test_layers_that_stay_in_float_have_no_say(tmp_path):
+def test_float_layers_not_learned_from(tmp_path):
     ignored = ["*.down_proj", "model.layers.0.*.gate_proj", "model.layers.0.*.up_proj"]
     recipe = bitmill.Recipe.from_dict({**build_recipe("aqlm", SMALL).to_dict(), "ignore": ignored})
     bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS, out=tmp_path / "out", measure=0)
@@ -171,7 +171,7 @@ def interrupted(folder, monkeypatch, after: int, **options) -> None:
 
 
 @pytest.mark.parametrize(("after", "head_bits"), [(0, None), (1, None), (-1, 8), (0, 8), (1, 8)])
-def test_a_resumed_run_finds_what_was_learned(after, head_bits, tmp_path, monkeypatch):
+def test_resumed_run_keeps_shared(after, head_bits, tmp_path, monkeypatch):
     quantize(tiny_model("llama"), tmp_path / "whole", head_bits=head_bits)
     interrupted(tmp_path / "out", monkeypatch, after, head_bits=head_bits)
     monkeypatch.setattr(CodebookLearner, "add_layer", None)  # nobody looks a second time
@@ -182,7 +182,7 @@ def test_a_resumed_run_finds_what_was_learned(after, head_bits, tmp_path, monkey
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
-def test_damage_is_refused(tmp_path, monkeypatch):
+def test_damage_refused(tmp_path, monkeypatch):
     interrupted(tmp_path / "half", monkeypatch, 1)
     (last,) = (tmp_path / "half.partial" / "model").glob("*-00004-of-00004.safetensors")
     save_file({n: t + 1 for n, t in load_file(last).items()}, last)
@@ -212,7 +212,7 @@ def names(file) -> list[str]:
         return list(opened.keys())
 
 
-def test_without_it_nothing_is_shared(tmp_path):
+def test_unshared_by_default(tmp_path):
     quantize(tiny_model("llama"), tmp_path / "out", shared=False)
     text = (tmp_path / "out" / "config.json").read_text() + (tmp_path / "out" / "report.json").read_text()
     assert "shared" not in text

@@ -23,6 +23,6 @@ def test_for_people(world, capsys):
         assert word in out
 
 
-def test_windows_belong_to_a_text(world, capsys):
+def test_windows_require_text(world, capsys):
     assert main(["study", str(world.source), "--windows", "3"]) == 2
     assert "--text" in capsys.readouterr().err

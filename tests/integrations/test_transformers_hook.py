@@ -34,14 +34,14 @@ def known() -> list[str]:
     return importlib.import_module(REGISTRY).KNOWN
 
 
-def test_the_registry_is_taught_when_it_is_imported(library):
+def test_registered_on_import(library):
     hook.register_with_transformers()
     assert REGISTRY not in sys.modules
     assert TEACHER not in sys.modules
     assert known() == ["bitmill"]
 
 
-def test_a_registry_that_is_there_is_taught_at_once(library):
+def test_registered_if_imported(library):
     registered = known()
     assert registered == []
     hook.register_with_transformers()
@@ -49,14 +49,14 @@ def test_a_registry_that_is_there_is_taught_at_once(library):
 
 
 @pytest.mark.parametrize("probed", ["bitmill_test_library", REGISTRY])
-def test_a_probe_before_the_import_changes_nothing(library, probed):
+def test_find_spec_before_import(library, probed):
     hook.register_with_transformers()
     assert importlib.util.find_spec(probed) is not None
     assert TEACHER not in sys.modules
     assert known() == ["bitmill"]
 
 
-def test_an_import_that_failed_can_be_repeated(library):
+def test_failed_import_can_repeat(library):
     source = (library / "auto.py").read_text()
     (library / "auto.py").write_text("raise ImportError('not yet')\n")
     hook.register_with_transformers()
@@ -67,7 +67,7 @@ def test_an_import_that_failed_can_be_repeated(library):
     assert known() == ["bitmill"]
 
 
-def test_teaching_twice_is_teaching_once(library):
+def test_registration_is_idempotent(library):
     hook.register_with_transformers()
     hook.register_with_transformers()
     assert sum(isinstance(finder, hook._Finder) for finder in sys.meta_path) == 1

@@ -12,7 +12,7 @@ from helpers.packed_cache import SETTINGS, calibration_for, continued, long_mode
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_page_by_page_as_token_by_token(setting):
+def test_pages_equal_tokens(setting):
     """Up to numbers that round the other way: a tenth of what packing changes; other pages make it a third."""
     model, ids, method = long_model("llama"), prompt(2, 170), method_of(setting)
     with torch.no_grad():
@@ -24,13 +24,13 @@ def test_page_by_page_as_token_by_token(setting):
 
 
 @pytest.mark.parametrize("name", ["kivi", "kvquant", "rotated"])
-def test_whole_pages_wait(name):
+def test_full_pages_wait(name):
     with pytest.raises(RecipeError, match="residual is 40; use a multiple of 32"):
         kv_method(name, residual=40)
     assert kv_method(name, residual=64).scheme().residual == (32 if name == "kivi" else 64)
 
 
-def test_of_schemes_too():
+def test_scheme_argument():
     side = TensorScheme(4, "token")
     with pytest.raises(RecipeError, match="residual is 7; use a multiple of 32"):
         Scheme(side, side, residual=7)

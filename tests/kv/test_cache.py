@@ -27,7 +27,7 @@ from helpers.packed_cache import (
 )
 
 
-def test_attention_may_change_under_a_cache():
+def test_attention_can_change():
     model = long_model("llama")
     cache = packed_cache(model, SETTINGS[0])
     model.set_attn_implementation("sdpa")
@@ -54,7 +54,7 @@ def test_bfloat16():
 
 
 @needs_native
-def test_the_models_own_cache_is_served_as_before():
+def test_dynamic_cache_unchanged():
     model = attach(long_model("llama"))
     before = generated(model, prompt(), DynamicCache(config=model.config))
     assert decode_path(model) == "step"
@@ -67,7 +67,7 @@ def test_the_models_own_cache_is_served_as_before():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
-def test_taken_from_an_ordinary_cache(architecture):
+def test_from_dynamic_cache(architecture):
     model = long_model(architecture, **ARCHITECTURES[architecture])
     ids, mask = padded()
     own = DynamicCache(config=model.config)
@@ -114,7 +114,7 @@ def cut_short(path):
     return path.with_name("short.safetensors")
 
 
-def test_rows_are_chosen_and_repeated():
+def test_select_and_repeat_rows():
     model = long_model("llama")
     ids, mask = padded()
     cache = packed_cache(model, SETTINGS[3])
@@ -133,7 +133,7 @@ def test_rows_are_chosen_and_repeated():
     assert generated(model, ids, cache, mask) == generated(model, ids, packed_cache(model, SETTINGS[3]), mask)
 
 
-def test_copies_go_their_own_way():
+def test_copies_are_independent():
     model = long_model("llama")
     cache, ids = packed_cache(model, SETTINGS[2]), prompt(1, 100)
     with torch.no_grad():
@@ -146,14 +146,14 @@ def test_copies_go_their_own_way():
     assert torch.allclose(continued(model, cache, prompt()), first, atol=1e-4)
 
 
-def test_the_models_files_do_not_name_our_attention(tmp_path):
+def test_saved_config_attention(tmp_path):
     model = long_model("llama")
     packed_cache(model, SETTINGS[0])
     model.save_pretrained(tmp_path)
     assert "bitmill" not in (tmp_path / "config.json").read_text()
 
 
-def test_a_method_must_be_said():
+def test_method_required():
     model = long_model("llama")
     with pytest.raises(UsageError, match="method"):
         QuantizedCache(model)

@@ -16,7 +16,7 @@ from bitmill.kv.support import calibration_bytes, packed_shapes
 @pytest.mark.parametrize(
     "options", ["", "q_norm=true", "channel_levels=false", "fisher=false", "nuq=false", "equalize=false"]
 )
-def test_the_size_of_a_calibration_is_known_beforehand(world, options):
+def test_calibration_size(world, options):
     model = bitmill.load(world.source)
     method = parse_kv_config(f"kvquant:{options}", 2, None).method()
     found = calibrate(model, method, torch.randint(3, 120, (2, 64)))

@@ -55,14 +55,14 @@ def test_shapes(side):
 
 
 @every_side
-def test_stored_parts_are_exact_in_half(side):
+def test_stored_parts_are_fp16(side):
     coded = coder_of(side).encode(numbers())
     for part in (coded.scale, coded.zero, coded.outlier_value):
         assert part is None or torch.equal(part, part.half().float())
 
 
 @pytest.mark.parametrize("side", [s for s in SIDES if s.is_fixed and not s.q_norm], ids=repr)
-def test_what_is_decoded_and_stored_again_gives_the_same(side):
+def test_encode_decode_is_idempotent(side):
     coder = coder_of(side)
     once = coder.decode(coder.encode(numbers()))
     twice = coder.decode(coder.encode(once))
@@ -71,7 +71,7 @@ def test_what_is_decoded_and_stored_again_gives_the_same(side):
 
 
 @pytest.mark.parametrize("side", [s for s in SIDES if s.axis != "static" and s.levels == "uniform"], ids=repr)
-def test_storing_again_moves_little(side):
+def test_requantize_error(side):
     coder = coder_of(side)
     once = coder.decode(coder.encode(numbers()))
     twice = coder.decode(coder.encode(once))
@@ -81,7 +81,7 @@ def test_storing_again_moves_little(side):
 @pytest.mark.parametrize(
     "side", [s for s in SIDES if s.levels == "uniform" and not (s.is_fixed or s.outliers)], ids=repr
 )
-def test_uniform_levels_err_by_half_a_step(side):
+def test_uniform_error_bound(side):
     coder, x = coder_of(side), numbers()
     coded = coder.encode(x)
     wide = coder._wide(coded.scale).expand(coded.codes.shape).flatten(1, 2)
@@ -90,7 +90,7 @@ def test_uniform_levels_err_by_half_a_step(side):
 
 
 @every_side
-def test_a_page_does_not_depend_on_others(side):
+def test_pages_are_independent(side):
     coder, x = coder_of(side), numbers()
     whole = coder.decode(coder.encode(x))
     alone = coder.decode(coder.encode(x[1:, PAGE : 2 * PAGE]))
@@ -98,7 +98,7 @@ def test_a_page_does_not_depend_on_others(side):
 
 
 @pytest.mark.parametrize("side", [s for s in SIDES if s.outliers], ids=repr)
-def test_outliers_are_exact_in_half_and_the_worst(side):
+def test_outliers_exact_in_fp16(side):
     coder, x = coder_of(side), numbers()
     x[0, 5, 17], x[1, 40, 0] = 900.0, -700.0
     coded, back = coder.encode(x), None
@@ -116,7 +116,7 @@ def test_outliers_are_exact_in_half_and_the_worst(side):
     assert (index.sort(-1).values.diff(dim=-1) > 0).all()
 
 
-def test_outliers_leave_the_range_of_a_token():
+def test_outliers_excluded_from_range():
     """Without its two largest numbers a token has a finer scale."""
     x = numbers()
     x[:, :, 3], x[:, :, 50] = 100.0, -100.0
@@ -137,7 +137,7 @@ def test_constant_numbers():
     assert normal.decode(normal.encode(x * 0)).abs().max() < 1e-6
 
 
-def test_q_norm_chooses_by_other_levels_than_it_gives_back():
+def test_q_norm_levels():
     side = TensorScheme(2, "static", levels="learned", q_norm=True)
     found = calibrated_at_random(side, HEADS * DIM)
     coder = TensorCodec(side, HEADS, DIM, found)
@@ -148,7 +148,7 @@ def test_q_norm_chooses_by_other_levels_than_it_gives_back():
     assert torch.equal(coder.decode(coded), found.levels[nearest] * found.scale + found.zero)
 
 
-def test_lloyd_and_max():
+def test_lloyd_max_levels():
     """Known values: Max 1960, table 1."""
     assert normal_levels(2) == pytest.approx((-1.510, -0.4528, 0.4528, 1.510), abs=5e-4)
     assert normal_levels(3)[-1] == pytest.approx(2.152, abs=5e-4)
@@ -166,7 +166,7 @@ def test_rotations_are_orthogonal(dim):
     torch.testing.assert_close(turn @ turn.mT, torch.eye(dim))
 
 
-def test_no_rotation_of_odd_heads():
+def test_odd_heads_not_rotated():
     with pytest.raises(RecipeError, match="No Hadamard"):
         hadamard_rotation(7)
 
@@ -191,12 +191,12 @@ def test_no_rotation_of_odd_heads():
         lambda: Scheme(TensorScheme(4, "token", equalized=True), TensorScheme(4, "token")),
     ],
 )
-def test_what_does_not_go_together(wrong):
+def test_conflicting_options_refused(wrong):
     with pytest.raises(RecipeError):
         wrong()
 
 
-def test_groups_of_channels():
+def test_channel_groups():
     assert TensorScheme(4, "token").groups(3, 64) == 1
     assert TensorScheme(4, "token", "head").groups(3, 64) == 3
     assert TensorScheme(4, "token", 32).groups(3, 64) == 6
@@ -208,7 +208,7 @@ def test_groups_of_channels():
 @pytest.mark.parametrize(
     "side", [SIDES[10], TensorScheme(4, "token", equalized=True), TensorScheme(4, "token")], ids=repr
 )
-def test_moved_back(side):
+def test_inverse_transform(side):
     """Also the sum of attention, as its weights add up to 1."""
     coder, x = coder_of(side), torch.randn(2, HEADS, 7, DIM)
     torch.testing.assert_close(coder.from_storage_basis(coder.to_storage_basis(x)), x, atol=1e-5, rtol=1e-5)
@@ -219,7 +219,7 @@ def test_moved_back(side):
     assert coder.has_storage_basis == (side.rotated or side.equalized)
 
 
-def test_levels_of_each_channel():
+def test_channel_levels():
     side = TensorScheme(3, "channel", levels="learned")
     found = calibrated_at_random(side, HEADS * DIM)
     x = numbers(tokens=PAGE)
@@ -227,7 +227,7 @@ def test_levels_of_each_channel():
     assert torch.equal(TensorCodec(side, HEADS, DIM, found).encode(x).codes[:, 0].long(), nearest)
 
 
-def test_outliers_are_chosen_by_weight():
+def test_weighted_outliers():
     side = TensorScheme(2, "static", outliers=0.02)
     found = calibrated_at_random(side, HEADS * DIM)
     heavy = torch.ones(HEADS * DIM)

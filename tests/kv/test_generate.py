@@ -54,7 +54,7 @@ def test_sampling_and_beams(setting, options):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("setting", [SETTINGS[1], SETTINGS[2], SETTINGS[3]], ids=str)
-def test_architectures_with_padding(architecture, setting):
+def test_padded_architectures(architecture, setting):
     model = long_model(architecture, **ARCHITECTURES[architecture])
     if architecture in ("opt", "gpt2") and setting not in WITHOUT_ROPE:
         with pytest.raises(UsageError, match="pre_rope=false"):
@@ -66,7 +66,7 @@ def test_architectures_with_padding(architecture, setting):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_a_padded_row_is_like_the_row_alone(architecture):
+def test_padding_does_not_matter(architecture):
     """Of eight bits, which hide that padding shifts the borders of pages."""
     model = long_model(architecture, **ARCHITECTURES[architecture])
     ids, mask = padded()
@@ -76,7 +76,7 @@ def test_a_padded_row_is_like_the_row_alone(architecture):
         assert together[row][50:] == alone[0][50 - 7 * row :]
 
 
-def test_eager_attention_decodes():
+def test_eager_attention():
     model = long_model("llama")
     model.set_attn_implementation("eager")
     cache = agrees(model, SETTINGS[3], prompt())
@@ -92,7 +92,7 @@ def test_masks_with_holes():
     agrees(model, SETTINGS[0], ids, mask)
 
 
-def test_a_prompt_in_chunks():
+def test_chunked_prompt():
     model = long_model("mistral", sliding_window=40)
     ids, mask = padded()
     cache = packed_cache(model, SETTINGS[3])
@@ -131,7 +131,7 @@ def wide_model(**changes):
 @needs_native
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_kernel_agrees_and_nothing_is_decoded(setting, rows, monkeypatch):
+def test_kernel_equals_decoded(setting, rows, monkeypatch):
     name, options = setting
     setting = name, {**options, **({"group": 16} if "group" in options else {})}
     monkeypatch.delenv("BITMILL_KERNEL")
@@ -160,7 +160,7 @@ def test_the_kernel_agrees_and_nothing_is_decoded(setting, rows, monkeypatch):
 
 
 @needs_native
-def test_windows_in_the_kernel(monkeypatch):
+def test_kernel_sliding_window(monkeypatch):
     monkeypatch.delenv("BITMILL_KERNEL")
     ids, mask = padded()
     for architecture in ("mistral", "gemma3_text"):
@@ -168,7 +168,7 @@ def test_windows_in_the_kernel(monkeypatch):
 
 
 @needs_native
-def test_why_no_kernel_takes_it(monkeypatch):
+def test_kernel_unsupported_reason(monkeypatch):
     monkeypatch.delenv("BITMILL_KERNEL")
     model = long_model("llama")
     cache = packed_cache(model, SETTINGS[0])
@@ -179,7 +179,7 @@ def test_why_no_kernel_takes_it(monkeypatch):
     assert "reference" in cache.unsupported_reason
 
 
-def test_an_older_extension_leaves_packed_tokens_to_floats(monkeypatch):
+def test_old_extension_falls_back(monkeypatch):
     monkeypatch.delenv("BITMILL_KERNEL", raising=False)
     monkeypatch.setattr(native, "_native", object())
     model = long_model("llama", head_dim=16)

@@ -53,7 +53,7 @@ steps = st.lists(
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @settings(max_examples=12)
 @given(steps=steps, padding=st.lists(st.integers(0, 40), min_size=2, max_size=2), prompt=st.integers(41, 120))
-def test_any_history(setting, steps, padding, prompt):
+def test_random_operations(setting, steps, padding, prompt):
     layer = layer_of(setting)
     start = torch.tensor(padding)
     slow = SlowLayer(layer, start)
@@ -80,7 +80,7 @@ def test_any_history(setting, steps, padding, prompt):
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @settings(max_examples=8)
 @given(chunks=st.lists(st.integers(1, 300), min_size=2, max_size=4))
-def test_how_many_come_at_a_time_does_not_matter(setting, chunks):
+def test_chunk_size_does_not_matter(setting, chunks):
     states = numbers(1, sum(chunks), 0)
     whole, pieces = layer_of(setting), layer_of(setting)
     whole.append(*states)
@@ -108,7 +108,7 @@ def test_windows(setting, chunks, window):
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("window", [None, 40])
-def test_what_is_remembered_is_what_is_stored(setting, window):
+def test_cached_decode_equals_stored(setting, window):
     layer, plain = layer_of(setting, cache_decoded=True, window=window), layer_of(setting, window=window)
     for seed, tokens in enumerate((70, 32, 32, 1, 33, 300, 90)):
         states = numbers(2, tokens, seed)
@@ -120,7 +120,7 @@ def test_what_is_remembered_is_what_is_stored(setting, window):
     torch.testing.assert_close(layer.keys, plain.keys, atol=1e-5, rtol=1e-5)
 
 
-def test_a_token_sees_its_own_page_in_float():
+def test_current_page_is_float():
     """The last of a page too, come they one by one or a page at a time: evaluation is like generation."""
     setting = ("per_token", {"bits": 2})
     states = numbers(1, 96, 3)
@@ -135,7 +135,7 @@ def test_a_token_sees_its_own_page_in_float():
             assert torch.equal(keys[..., :at, :], layer.keys[..., :at, :])
 
 
-def test_a_prompt_attends_to_its_own_numbers():
+def test_prompt_attends_in_float():
     layer = layer_of(SETTINGS[2])
     states = numbers(1, 100, 0)
     keys, values = layer.update(*states)
@@ -146,7 +146,7 @@ def test_a_prompt_attends_to_its_own_numbers():
     assert not torch.equal(keys[..., :100, :], states[0])
 
 
-def test_sinks_and_the_tail_are_exact_in_half():
+def test_sinks_and_tail_are_fp16():
     layer = layer_of(("kvquant", {"bits": 2, "sink": 5, "equalize": False, "residual": 0}))
     start = torch.tensor([0, 30])
     layer.begin(start)
@@ -159,7 +159,7 @@ def test_sinks_and_the_tail_are_exact_in_half():
         assert torch.equal(ours[..., 64:, :], given_[..., 64:, :])
 
 
-def test_padding_widens_no_range():
+def test_padding_excluded_from_range():
     setting = ("kivi", {"bits": 4, "group": 8, "residual": 0})
     states = numbers(1, 64, 2)
     alone = layer_of(setting)
@@ -170,7 +170,7 @@ def test_padding_widens_no_range():
     assert (padded.keys[..., 39 : 39 + 25, :] - states[0][..., :25, :]).abs().max() < 1
 
 
-def test_crop_says_what_it_cannot():
+def test_crop_limits():
     layer = layer_of(SETTINGS[0], window=40)
     layer.append(*numbers(1, 900, 0))
     layer.append(*numbers(1, 1, 1))
@@ -187,14 +187,14 @@ def test_crop_says_what_it_cannot():
     assert layer.allocated_bytes == 0
 
 
-def test_heads_of_keys_and_values_must_be_alike():
+def test_unequal_heads_refused():
     layer = layer_of(SETTINGS[0])
     with pytest.raises(UsageError, match="as many of both"):
         layer.append(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 4))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_bytes_are_counted(setting):
+def test_byte_counts(setting):
     """By hand: slabs of eight pages, and fp16 for the sinks, the residual and a page."""
     layer = layer_of(setting)
     layer.append(*numbers(3, 32 * 9 + layer.scheme.residual, 0))
@@ -218,7 +218,7 @@ def test_bytes_are_counted(setting):
     assert layer.elements == 3 * 2 * channels * layer.length
 
 
-def test_growing_copies_nothing():
+def test_growth_does_not_copy():
     layer = layer_of(SETTINGS[0])
     layer.append(*numbers(1, 300, 0))
     before = [slab.data_ptr() for slab in layer.pages.slabs]
@@ -226,14 +226,14 @@ def test_growing_copies_nothing():
     assert [slab.data_ptr() for slab in layer.pages.slabs][: len(before)] == before
 
 
-def test_numbers_beyond_half_are_clamped():
+def test_fp16_clamping():
     layer = layer_of(("per_token", {"bits": 8}))
     layer.append(*(numbers(1, 40, 0) * 1e6))
     assert torch.isfinite(layer.keys).all()
     assert torch.isfinite(layer.values).all()
 
 
-def test_modes_of_torch_may_be_mixed():
+def test_inference_and_grad_modes():
     layer = layer_of(SETTINGS[3])
     with torch.inference_mode():
         layer.append(*numbers(2, 50, 0))

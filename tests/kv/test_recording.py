@@ -31,7 +31,7 @@ HYBRIDS = {
 
 @pytest.mark.parametrize("fisher", [False, True])
 @pytest.mark.parametrize("architecture", HYBRIDS)
-def test_windows_of_a_hybrid_know_nothing_of_each_other(architecture, fisher):
+def test_hybrid_windows_independent(architecture, fisher):
     model = tiny_model(architecture, **HYBRIDS[architecture])
     seen = record_keys_values(model, prompt(tokens=48).repeat(3, 1), fisher).layers
     assert seen[0] is None
@@ -42,7 +42,7 @@ def test_windows_of_a_hybrid_know_nothing_of_each_other(architecture, fisher):
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.0, 300.0])
-def test_a_channel_that_never_changed_may_do_so_later(constant):
+def test_constant_channel(constant):
     keys, values = torch.randn(2, 256, 2, 16, generator=torch.Generator().manual_seed(0))
     values[:, 1, 3] = constant
     seen = KVSample(keys, values, None, None, torch.arange(256))
@@ -56,7 +56,7 @@ def test_a_channel_that_never_changed_may_do_so_later(constant):
     assert found[1].deviation.min() >= 0.01 * found[1].deviation.median()
 
 
-def test_windows_that_the_first_tokens_take_up_are_refused():
+def test_windows_within_sinks_refused():
     model = tiny_model("llama")
     with pytest.raises(CalibrationError, match=r"33 tokens .* first 4 \(sink\)"):
         calibrate(model, kv_method("kvquant", sink=4), prompt(tokens=33))

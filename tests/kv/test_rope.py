@@ -26,14 +26,14 @@ KINDS = {
 }
 
 
-def test_undo_is_the_inverse():
+def test_undo_is_inverse():
     rope = Rope(1.0 / torch.arange(1, 9, dtype=torch.float64), factor=1.3)
     x = torch.randn(2, 3, 50, 16)
     positions = torch.arange(50)[None] + torch.tensor([[-7], [100000]])
     torch.testing.assert_close(rope.undo(rope.apply(x, positions), positions), x, atol=1e-5, rtol=1e-5)
 
 
-def test_scores_depend_on_the_distance_alone():
+def test_scores_depend_on_distance():
     rope = Rope(10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8))
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
     scores = [
@@ -42,7 +42,7 @@ def test_scores_depend_on_the_distance_alone():
     torch.testing.assert_close(scores[0], scores[1], atol=1e-4, rtol=1e-4)
 
 
-def test_the_gradient_of_what_was_given():
+def test_gradient():
     rope = Rope(1.0 / torch.arange(1, 5, dtype=torch.float64), factor=1.3)
     x = torch.randn(1, 1, 6, 8, requires_grad=True)
     positions, weight = torch.arange(6)[None], torch.randn(1, 1, 6, 8)
@@ -61,7 +61,7 @@ def own_keys(model, layer_type="full_attention"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_like_the_models_own(kind):
+def test_equals_model_rope(kind):
     model = long_model("llama", rope_parameters=KINDS[kind])
     x, positions, theirs = own_keys(model)
     rope = rope_of(model, attentions(model)[0], "full_attention")
@@ -69,7 +69,7 @@ def test_like_the_models_own(kind):
     assert (rope.factor != 1) == (kind == "yarn")
 
 
-def test_both_kinds_of_gemma():
+def test_gemma_local_and_global():
     model = long_model("gemma3_text", layer_types=["sliding_attention", "full_attention"], sliding_window=16)
     found = {}
     for number, kind in enumerate(("sliding_attention", "full_attention")):
@@ -90,13 +90,13 @@ def test_both_kinds_of_gemma():
     ],
     ids=["dynamic", "partial", "gpt2", "opt"],
 )
-def test_others_are_refused_in_one_sentence(model):
+def test_unsupported_rope_message(model):
     model = model()
     assert rope_of(model, attentions(model).get(0), "full_attention") is None
     with pytest.raises(UsageError, match="no rotary embedding that can be undone"):
         packed_cache(model, ("kvquant", {}))
 
 
-def test_layers_without_positions_between_others():
+def test_layers_without_rope():
     cache = packed_cache(long_model("smollm3", no_rope_layers=[1, 0]), ("kvquant", {}))
     assert [layer.rope is None for layer in cache.packed_layers] == [False, True]

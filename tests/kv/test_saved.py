@@ -36,7 +36,7 @@ def saved(model, setting, path, tokens=100):
 
 @pytest.mark.parametrize("heads", [3, 5])  # indices of one byte, and of two
 @pytest.mark.parametrize("side", ["key", "value"])
-def test_outliers_in_channels_that_are_not_there_are_refused(heads, side, tmp_path):
+def test_outlier_channel_out_of_range(heads, side, tmp_path):
     model = long_model(
         "llama", num_attention_heads=heads, num_key_value_heads=heads, head_dim=64, hidden_size=64 * heads
     )
@@ -73,7 +73,7 @@ def test_outliers_in_channels_that_are_not_there_are_refused(heads, side, tmp_pa
     ],
     ids=str,
 )
-def test_places_that_cannot_be_are_refused(change, said, window, tmp_path):
+def test_invalid_positions_refused(change, said, window, tmp_path):
     model = long_model("mistral", sliding_window=window)
     path = saved(model, ("per_token", {"bits": 4}), tmp_path)
     assert QuantizedCache.load(model, path).get_seq_length() == 100
@@ -90,7 +90,7 @@ def test_places_that_cannot_be_are_refused(change, said, window, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pages", "loose", "start"])
-def test_tensors_of_another_kind_are_refused(name, tmp_path):
+def test_wrong_dtype_refused(name, tmp_path):
     model = long_model("llama")
     path = saved(model, ("per_token", {"bits": 4}), tmp_path)
     for change in (
@@ -109,7 +109,7 @@ def test_tensors_of_another_kind_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s[0] == "kvquant"], ids=str)
 @pytest.mark.parametrize("side", [0, 1])
-def test_calibrations_that_do_not_fit_are_refused(setting, side):
+def test_wrong_calibration_refused(setting, side):
     model, method = long_model("llama"), method_of(setting)
     good = calibration_for(model, method)
     QuantizedCache(model, method, calibration=good)

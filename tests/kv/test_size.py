@@ -45,7 +45,7 @@ def filled(scheme: Scheme, heads: int, dim: int, steps: list[int], batch: int, w
 
 @schemes
 @pytest.mark.parametrize(("heads", "dim", "batch"), [(2, 32, 1), (1, 64, 3), (9, 32, 1)])
-def test_bytes_are_those_that_are_allocated(scheme: Scheme, heads: int, dim: int, batch: int) -> None:
+def test_bytes_equal_allocation(scheme: Scheme, heads: int, dim: int, batch: int) -> None:
     steps = [1, 30, 1, 1, 200, 31, 160, 33, 300]
     sizes = filled(scheme, heads, dim, steps, batch, None)
     for count, size in enumerate(sizes, 1):
@@ -54,7 +54,7 @@ def test_bytes_are_those_that_are_allocated(scheme: Scheme, heads: int, dim: int
 
 @pytest.mark.parametrize("window", [20, 64, 100, 250, 256, 257, 290, 513])
 @pytest.mark.parametrize("name", ["kvquant", "kivi"])
-def test_a_window_holds_at_most_what_is_said(name: str, window: int) -> None:
+def test_sliding_window_bytes(name: str, window: int) -> None:
     scheme = kv_method(name, 2).scheme()
     sizes = filled(scheme, 1, 32, [1] * 1200, 1, window)
     assert max(sizes) == cache_size(scheme, 1, 32, 1, 1200, window=window).allocated
@@ -71,7 +71,7 @@ def test_llama_7b_at_two_bits() -> None:
     assert size.tables == 32 * 4 * (2 * 4096 + 4 + 4)
 
 
-def test_llama_7b_with_one_percent_of_outliers() -> None:
+def test_llama_7b_with_outliers() -> None:
     """41 of 4096 numbers, each 16 bits and as many for its place: 41 x 32 / 4096 = 0.3203 bits more."""
     size = cache_size(kv_method("kvquant", 2, **PAPER).scheme(), *LLAMA_7B, 1 << 20)
     assert size.outliers == 2 * 32 * 41 * 4 * (1 << 20)

@@ -47,7 +47,7 @@ def held_out_error(seed: int, solver: Solver, format: Format) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_below_every_scalar_method_at_no_more_bits(seed: int) -> None:
+def test_beats_scalar_methods(seed: int) -> None:
     """The paper's claim at 2 bits, table 1; codebooks are counted, on a layer where they weigh the most."""
     ours = build_recipe("aqlm", {"codebook_bits": 4})
     error = held_out_error(seed, ours.solver, ours.stored)
@@ -57,7 +57,7 @@ def test_below_every_scalar_method_at_no_more_bits(seed: int) -> None:
         assert error < 0.85 * held_out_error(seed, theirs.solver, theirs.stored)
 
 
-def test_search_and_learned_codebooks_beat_residual_kmeans() -> None:
+def test_beats_residual_kmeans() -> None:
     """Section 3: data-free k-means, then its codebooks with feedback, then fitted to the output, then sweeps."""
     ladder = [
         held_out_error(0, solver, SMALL)
@@ -71,27 +71,27 @@ def test_search_and_learned_codebooks_beat_residual_kmeans() -> None:
     assert all(after < 0.97 * before for before, after in itertools.pairwise(ladder))
 
 
-def test_a_wider_beam_helps() -> None:
+def test_wider_beam_helps() -> None:
     errors = [held_out_error(0, BeamSearch(beam=beam, rounds=4, sweeps=2), SMALL) for beam in (1, 4, 16)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.9 * errors[0]
 
 
-def test_the_metric_of_the_output_matters() -> None:
+def test_output_metric_matters() -> None:
     """The same format in error feedback that rounds each block to the nearest point is far behind."""
     searched = held_out_error(0, BeamSearch(rounds=0, sweeps=0), SMALL)
     assert searched < 0.7 * held_out_error(0, GPTQ(damp=0.05, importance="inverse"), SMALL)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_dealing_columns_by_importance_helps(seed: int) -> None:
+def test_column_order_helps(seed: int) -> None:
     solver = BeamSearch(rounds=8)
     assert held_out_error(seed, solver, Permuted(SMALL)) < 0.93 * held_out_error(seed, solver, SMALL)
 
 
 @pytest.mark.parametrize("shape", [(40, 96), (40, 90), (1, 24)])
 @pytest.mark.parametrize("size", ["row", 32, "tensor"])
-def test_no_turn_raises_the_objective(shape: tuple[int, int], size: int | str) -> None:
+def test_objective_never_rises(shape: tuple[int, int], size: int | str) -> None:
     """Least squares and sweeps only ever lower what they are given, on ragged blocks and groups too."""
     draw = torch.Generator().manual_seed(0)
     W, X = torch.randn(*shape, generator=draw), torch.randn(300, shape[1], generator=draw)
@@ -107,7 +107,7 @@ def test_no_turn_raises_the_objective(shape: tuple[int, int], size: int | str) -
     assert errors[-1] < errors[0] or errors[0] < 1e-9  # a short row fits its codebooks exactly
 
 
-def test_gradients_reach_codebooks_and_scales() -> None:
+def test_gradients_reach_parameters() -> None:
     W, gram, _ = layer(0)
     solved = solve(BeamSearch(rounds=0, sweeps=0), W, Statistics(gram, 2048), Permuted(SMALL))
     params = {k: v.clone().requires_grad_(k != "order") for k, v in solved.params.items()}
@@ -119,7 +119,7 @@ def test_gradients_reach_codebooks_and_scales() -> None:
         assert output_error(W, better, gram) < output_error(W, solved.dequantize(), gram)
 
 
-def test_block_fine_tuning_brings_the_model_closer() -> None:
+def test_block_finetuning_helps() -> None:
     """Section 3.4, on text that nobody was tuned on."""
     recipe = build_recipe("aqlm", {"codebook_bits": 4, "rounds": 2, "sweeps": 1})
     found = []
@@ -130,7 +130,7 @@ def test_block_fine_tuning_brings_the_model_closer() -> None:
 
 
 @pytest.mark.parametrize("books", [1, 2])
-def test_nearest_is_the_best_of_all_sums(books: int) -> None:
+def test_nearest_equals_brute_force(books: int) -> None:
     format = Additive(3, codebooks=books)
     params = fitted(format, layer(0)[0][:6, :96])
     x = grouped(torch.randn(4, 96) * 0.02, "row", 8)
@@ -143,14 +143,14 @@ def test_nearest_is_the_best_of_all_sums(books: int) -> None:
     assert torch.allclose(reached, least, rtol=1e-4)
 
 
-def test_storage_is_counted() -> None:
+def test_stored_bits() -> None:
     format = Permuted(Additive(8, codebooks=2))
     codes, books, scales, order = 64 * 512 // 8 * 16, 2 * 256 * 8 * 16, 64 * 16, 512 * 9
     assert format.stored_bits((64, 512)) == codes + books + scales + order
     assert Additive(6, codebooks=3).stored_bits((64, 512)) == 64 * 512 // 8 * 18 + 3 * 64 * 8 * 16 + 64 * 16
 
 
-def test_columns_are_dealt() -> None:
+def test_column_order() -> None:
     cost = torch.tensor([5.0, 1, 3, 7, 6, 0, 2, 4, 8])
     assert deal_columns(cost, 4).tolist() == [
         8,
@@ -169,7 +169,7 @@ def test_columns_are_dealt() -> None:
 @pytest.mark.parametrize(
     ("bits", "codebook_bits", "books"), [(2, 8, 2), (3, 8, 3), (4, 8, 4), (2.25, 6, 3), (1, 8, 1)]
 )
-def test_bits_say_how_many_codebooks(bits: float, codebook_bits: int, books: int) -> None:
+def test_bits_to_codebooks(bits: float, codebook_bits: int, books: int) -> None:
     weight = build_recipe("aqlm", {"bits": bits, "codebook_bits": codebook_bits}).weight
     assert weight == Additive(codebook_bits, "row", books)
 
@@ -177,11 +177,11 @@ def test_bits_say_how_many_codebooks(bits: float, codebook_bits: int, books: int
 @pytest.mark.parametrize(
     "options", [{"bits": 2.1}, {"bits": 2, "codebook_bits": 7}, {"bits": 0.5, "codebook_bits": 8}]
 )
-def test_bits_that_no_codebooks_make_are_refused(options: dict[str, float]) -> None:
+def test_impossible_bits_refused(options: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match="multiple of codebook_bits"):
         build_recipe("aqlm", options)
 
 
-def test_formats_without_codebooks_are_refused() -> None:
+def test_other_formats_refused() -> None:
     with pytest.raises(RecipeError, match="uniform has none"):
         Recipe("test", Uniform(2), BeamSearch())

@@ -15,12 +15,12 @@ LEARNED = AutoRound(tokens=128)
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_it_beats_nearest_rounding(bits):
+def test_beats_nearest(bits):
     format = Uniform(bits, 16)
     assert quantized(LEARNED, format=format)[1] < 0.8 * quantized(format=format)[1]
 
 
-def test_at_two_bits_it_beats_gptq():
+def test_beats_gptq_at_2_bits():
     """Section 4, table 1: the gap is widest there."""
     assert quantized(LEARNED)[1] < 0.95 * quantized(solver=GPTQ())[1]
 
@@ -30,7 +30,7 @@ def test_more_steps_help():
     assert many < 0.95 * few
 
 
-def test_it_stores_what_nearest_rounding_stores():
+def test_stored_like_nearest():
     plain, learned = quantized()[0][0], quantized(LEARNED)[0][0]
     for name, layer in plain.layers.items():
         ours = learned.layers[name].quantized
@@ -38,6 +38,6 @@ def test_it_stores_what_nearest_rounding_stores():
         assert not torch.equal(ours.codes, layer.quantized.codes)
 
 
-def test_the_method_is_the_tuner():
+def test_method_uses_tuner():
     recipe = build_recipe("autoround", {"bits": 2, "iters": 7})
     assert recipe.tuners == (AutoRound(iters=7),)

@@ -47,7 +47,7 @@ def scale_source() -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_scaling_lowers_the_output_error_and_clipping_lowers_it_further(bits, seed):
+def test_scaling_and_clipping_help(bits, seed):
     format = Uniform(bits, 64)
     nearest, scaled, both = (
         error(seed, format, *how) for how in ((Nearest(),), (Nearest(), AWQ()), (Clip(), AWQ()))
@@ -58,19 +58,19 @@ def test_scaling_lowers_the_output_error_and_clipping_lowers_it_further(bits, se
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("format", [Uniform(2, 64), Uniform(4, "row"), BinaryCoding(2, 48)], ids=repr)
-def test_it_never_loses_to_no_scale_on_the_calibration_text(format, seed):
+def test_never_worse_than_no_scale(format, seed):
     assert error(seed, format, Nearest(), AWQ(), True) <= error(seed, format, Nearest(), None, True)
 
 
 @pytest.mark.parametrize("format", [Uniform(3, 64), Uniform(3, 80), Uniform(4, "row")], ids=repr)
-def test_clipping_by_the_output_beats_clipping_by_the_weights(format):
+def test_output_clipping_beats_weight(format):
     """Shrinking a range to the least error of the weights gives the tails away that loud channels read."""
     ours, full, weights = (error(0, format, s, None, True) for s in (Clip(), Nearest(), Nearest(search=True)))
     assert ours < 0.95 * full
     assert ours < 0.95 * weights
 
 
-def test_clipping_tries_every_share_and_keeps_the_least_error_of_the_group():
+def test_clipping_equals_brute_force():
     W, seen, _ = layer(0)
     W, gram = W[:6, :64], seen.gram[:64, :64]  # one group: its own part of the error is all there is
     format = Uniform(3, 64)
@@ -85,13 +85,13 @@ def test_clipping_tries_every_share_and_keeps_the_least_error_of_the_group():
     torch.testing.assert_close(found, least, rtol=1e-3, atol=0)
 
 
-def test_several_targets_share_one_scale_that_suits_their_sum():
+def test_shared_scale_of_targets():
     W, seen, _ = layer(0)
     both = AWQ().choose(SeamView(scale_source(), [W[:32], W[32:]], Uniform(3, 64), seen))
     assert torch.equal(both, AWQ().choose(SeamView(scale_source(), [W], Uniform(3, 64), seen)))
 
 
-def test_the_recipe_is_made_of_these():
+def test_recipe_parts():
     recipe = build_recipe("awq", {"bits": 3})
     assert recipe.needs == {"activations", "gram"}
     assert build_recipe("awq", {"clip": "false"}).solver == Nearest()

@@ -22,7 +22,7 @@ def error(W: torch.Tensor, solver: Alternating | Nearest, format: BinaryCoding |
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_alternating_beats_greedy_and_uniform(bits: int, seed: int) -> None:
+def test_alternating_beats_greedy(bits: int, seed: int) -> None:
     """Table 1 of the paper: alternating < greedy, and below uniform rounding at the same number of codes.
 
     The second half holds to 3 bits: at 4, the greedy start ends in a local minimum a little above a uniform
@@ -35,7 +35,7 @@ def test_alternating_beats_greedy_and_uniform(bits: int, seed: int) -> None:
         assert alternating < error(W, Nearest(), Uniform(bits, 128))
 
 
-def test_one_bit_is_the_mean_magnitude() -> None:
+def test_one_bit_is_mean_magnitude() -> None:
     """Equation 2: the best single magnitude is mean |w| with the sign of w."""
     W = weights(0)
     decoded = Alternating().solve(W, Statistics(), BinaryCoding(1, "row")).dequantize()
@@ -43,14 +43,14 @@ def test_one_bit_is_the_mean_magnitude() -> None:
     torch.testing.assert_close(decoded, expected, rtol=1e-3, atol=0)
 
 
-def test_error_falls_with_every_round() -> None:
+def test_error_falls_per_round() -> None:
     W = weights(3)
     errors = [error(W, Alternating(rounds=r), BinaryCoding(3, 64)) for r in (0, 1, 2, 5, 15)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0]
 
 
-def test_uniform_is_a_binary_coding() -> None:
+def test_uniform_is_special_case() -> None:
     """Section 3.1 of LUT-GEMM: alpha_i = scale * 2^i / 2 and an offset give every uniform grid."""
     uniform, coding = Uniform(3, "row"), BinaryCoding(3, "row", offset=True)
     params = {"scale": torch.tensor([[0.5]]), "zero": torch.tensor([[3.0]])}
@@ -59,7 +59,7 @@ def test_uniform_is_a_binary_coding() -> None:
     torch.testing.assert_close(coding.levels(same), uniform.levels(params))
 
 
-def test_weighting_lowers_the_weighted_error() -> None:
+def test_weighting_helps() -> None:
     W, importance = weights(4), torch.logspace(-2, 2, 256)
     stats = Statistics(torch.diag(importance), 1)
     format = BinaryCoding(3, 128)
@@ -68,7 +68,7 @@ def test_weighting_lowers_the_weighted_error() -> None:
     assert output_error(W, weighted, stats.gram) < output_error(W, plain, stats.gram)
 
 
-def test_recipe_counts_every_magnitude() -> None:
+def test_stored_bits() -> None:
     recipe = build_recipe("bcq", {"bits": "3", "group_size": "64"})
     assert not recipe.needs
     assert recipe.weight.stored_bits((32, 128)) == 32 * 128 * 3 + 32 * 2 * 3 * 16

@@ -17,11 +17,11 @@ LONG = BlockFinetune(epochs=8, tokens=128)  # a tiny text has few steps in it
 
 
 @pytest.mark.parametrize("format", [Uniform(2, 16), Uniform(3, "row", True), Codebook(2), BinaryCoding(2, 16)])
-def test_the_whole_model_comes_closer_on_text_it_has_not_seen(format):
+def test_held_out_divergence_falls(format):
     assert quantized(LONG, format=format)[1] < 0.9 * quantized(format=format)[1]
 
 
-def test_parameters_matter_more_than_norms():
+def test_parameters_beat_norms():
     """AQLM, section 4.3: most of the gain comes from what the layers store."""
     none, norms, params, everything = (
         quantized(*tuner)[1]
@@ -32,7 +32,7 @@ def test_parameters_matter_more_than_norms():
 
 
 @pytest.mark.parametrize("which", ["all", "norms", "params"])
-def test_codes_stay_and_only_what_was_asked_for_changes(which):
+def test_codes_are_unchanged(which):
     before, after = quantized()[0], quantized(BlockFinetune(which=which))[0]
     old, new = before[0], after[0]  # the second block has other inputs
     for name, layer in old.layers.items():
@@ -44,7 +44,7 @@ def test_codes_stay_and_only_what_was_asked_for_changes(which):
     assert bool(new.changed) == (which != "params")
 
 
-def test_epochs_that_lose_leave_no_trace():
+def test_worse_epochs_discarded():
     before, after = quantized()[0][0], quantized(BlockFinetune(epochs=3, rate=30.0))[0][0]
     assert not after.changed
     for name, layer in before.layers.items():
@@ -52,10 +52,10 @@ def test_epochs_that_lose_leave_no_trace():
             assert torch.equal(after.layers[name].quantized.params[part], values)
 
 
-def test_a_seed_is_a_run():
+def test_seed_determines_run():
     first, again, other = (quantized(BlockFinetune(seed=s))[1] for s in (0, 0, 1))
     assert first == again != other
 
 
-def test_windows_may_be_longer_than_a_step():
+def test_long_windows():
     assert quantized(BlockFinetune(tokens=1))[1] < quantized()[1]

@@ -31,7 +31,7 @@ def relative(W: torch.Tensor, decoded: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_every_code_means_what_torch_says(name: str) -> None:
+def test_codes_equal_torch(name: str) -> None:
     theirs = torch.arange(256, dtype=torch.uint8).view(TORCH[name]).float()
     ours = ELEMENTS[name].values()
     finite = torch.isfinite(theirs)
@@ -40,7 +40,7 @@ def test_every_code_means_what_torch_says(name: str) -> None:
     assert int((~finite).sum()) == {"e4m3": 2, "e5m2": 8}[name]
 
 
-def test_the_other_value_sets() -> None:
+def test_other_elements() -> None:
     """OCP MX 1.0: the largest numbers of the elements, and FP4 as a whole."""
     assert ELEMENTS["e2m1"].values()[:8].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     assert {name: ELEMENTS[name].largest for name in ("e3m2", "e2m3")} == {"e3m2": 28, "e2m3": 7.5}
@@ -52,7 +52,7 @@ def test_the_other_value_sets() -> None:
 
 
 @every_element
-def test_every_value_round_trips(name: str) -> None:
+def test_value_round_trip(name: str) -> None:
     table = ElementTable(name, CPU)
     codes = table.codes(table.values)
     assert torch.equal(table.lookup(codes), table.values)
@@ -61,7 +61,7 @@ def test_every_value_round_trips(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_rounding_equals_the_cast_of_torch(name: str) -> None:
+def test_rounding_equals_torch_cast(name: str) -> None:
     """Ties included: the middles between neighbours go to the even code."""
     table = ElementTable(name, CPU)
     values = table.values.unique()
@@ -74,14 +74,14 @@ def test_rounding_equals_the_cast_of_torch(name: str) -> None:
 
 
 @every_element
-def test_arithmetic_finds_what_search_finds(name: str) -> None:
+def test_arithmetic_equals_search(name: str) -> None:
     values = ELEMENTS[name].values()
     x = torch.cat([spread(), (values.unique()[1:] + values.unique()[:-1]) / 2])
     assert torch.equal(ElementTable(name, CPU).codes(x), Table(values).codes(x))
 
 
 @every_element
-def test_what_is_beyond_saturates_and_reserved_codes_are_not_chosen(name: str) -> None:
+def test_saturation(name: str) -> None:
     table = ElementTable(name, CPU)
     codes = table.codes(torch.tensor([1e30, -1e30, torch.inf, -torch.inf]))
     assert table.lookup(codes).abs().eq(ELEMENTS[name].largest).all()
@@ -89,7 +89,7 @@ def test_what_is_beyond_saturates_and_reserved_codes_are_not_chosen(name: str) -
     assert not set(codes.tolist()) & set(reserved)
 
 
-def test_numbers_of_the_type_survive() -> None:
+def test_exact_values_survive() -> None:
     """A row whose largest magnitude is 448 has scale 1, so that weights trained in e4m3 are kept bit by bit."""
     W = torch.randn(8, 128, generator=torch.Generator().manual_seed(1)).mul(50).to(torch.float8_e4m3fn).float()
     W[:, 0] = 448
@@ -97,7 +97,7 @@ def test_numbers_of_the_type_survive() -> None:
     assert torch.equal(recipe.solver.solve(W, Statistics(), recipe.weight).dequantize(), W)
 
 
-def test_the_error_is_relative_to_each_weight() -> None:
+def test_error_is_relative() -> None:
     """What an exponent buys (section 3): an error of at most half a unit in the fourth bit, of every weight."""
     W = spread(8192).reshape(8, 1024)
     W = W / W.abs().amax(1, keepdim=True)
@@ -109,7 +109,7 @@ def test_the_error_is_relative_to_each_weight() -> None:
     assert ((W - uniform).abs() > W.abs() / 16)[normal].float().mean() > 0.5
 
 
-def test_integers_are_closer_on_bell_shaped_weights() -> None:
+def test_integers_beat_floats_on_normal() -> None:
     """The other side: weights of a row span few octaves, and e4m3 has no more than four bits for each."""
     W = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     errors = [relative(W, nearest_matrix(f, W, fit_matrix(f, W, None, False)).dequantize()) for f in FORMATS]

@@ -35,7 +35,7 @@ def held_out_error(solved: torch.Tensor, W: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_it_matches_the_float_model_better_than_gptq(bits):
+def test_beats_gptq(bits):
     W, format = weights(24), Uniform(bits, 32)
     stats = statistics(*disturbed())
     plain = GPTQ().solve(W, stats, format).dequantize()
@@ -44,7 +44,7 @@ def test_it_matches_the_float_model_better_than_gptq(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_sparse_values_approach_the_same_matrix(bits):
+def test_sparse_values(bits):
     W, stats = weights(24), statistics(*disturbed())
     dense, both = (
         solve(GPTAQ(alpha=1.0), W, stats, format).dequantize()
@@ -54,7 +54,7 @@ def test_sparse_values_approach_the_same_matrix(bits):
     assert held_out_error(both, W) < 0.95 * min(held_out_error(dense, W), held_out_error(plain, W))
 
 
-def test_without_a_correction_it_is_gptq():
+def test_zero_correction_is_gptq():
     W, format, stats = weights(24), Uniform(3, 32), statistics(*disturbed())
     expected = GPTQ().solve(W, stats, format).dequantize()
     assert torch.equal(solve(GPTAQ(alpha=0.0), W, stats, format).dequantize(), expected)
@@ -62,14 +62,14 @@ def test_without_a_correction_it_is_gptq():
     assert torch.equal(solve(GPTAQ(alpha=1.0), W, same, format).dequantize(), expected)
 
 
-def test_dead_inputs_are_left_alone():
+def test_dead_inputs():
     X_float, X = disturbed()
     X_float[:, 5] = X[:, 5] = 0
     solved = solve(GPTAQ(), weights(), statistics(X_float, X), Uniform(4, 32)).dequantize()
     assert torch.isfinite(solved).all()
 
 
-def test_what_it_needs_is_asked_for():
+def test_needs_cross_statistics():
     assert GPTAQ().needs == {"gram", "cross"}
     with pytest.raises(NumericsError, match="float model's inputs"):
         solve(GPTAQ(), weights(), Statistics(gram_of(inputs()), 400), Uniform(3))

@@ -72,7 +72,7 @@ def test_equals_textbook_ldlq(format, act_order):
 
 
 @pytest.mark.parametrize("size", [32, 40])
-def test_local_grids_equal_refitting_at_each_group(size):
+def test_local_grids_refit_per_group(size):
     W, gram, format = weights(ROWS), gram_of(inputs()), Uniform(3, size)
     U = torch.linalg.cholesky(torch.linalg.inv(damped(gram)), upper=True)
     work, expected, table = W.double(), torch.empty(ROWS, COLUMNS), None
@@ -90,7 +90,7 @@ def test_local_grids_equal_refitting_at_each_group(size):
 
 @pytest.mark.parametrize("solver", [GPTQ(), NATURAL, LOCAL], ids=repr)
 @pytest.mark.parametrize("block", [1, 7, 1000])
-def test_the_block_size_changes_no_code(solver, block, monkeypatch):
+def test_block_size_does_not_matter(solver, block, monkeypatch):
     W, gram, format = weights(ROWS), gram_of(inputs()), Uniform(3, 40)
     usual = solve(solver, W, gram, format)
     monkeypatch.setattr(module, "_CHUNK", block)
@@ -99,7 +99,7 @@ def test_the_block_size_changes_no_code(solver, block, monkeypatch):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
-def test_equals_nearest_when_inputs_are_independent(format, scale):
+def test_equals_nearest_if_independent(format, scale):
     W = weights(ROWS)
     solved = solve(GPTQ(), W, scale * torch.eye(COLUMNS), format).dequantize()
     assert torch.equal(solved, rounded(format, W, fitted(format, W)))
@@ -108,7 +108,7 @@ def test_equals_nearest_when_inputs_are_independent(format, scale):
 @pytest.mark.parametrize("solver", [GPTQ(), NATURAL, LOCAL], ids=repr)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_outputs_gain_what_weights_lose(solver, bits, seed):
+def test_trades_weight_for_output_error(solver, bits, seed):
     """The paper's claim: a larger error in the weights, a smaller one in the outputs, held-out inputs included."""
     W, format = weights(32, seed=seed), Uniform(bits, 32)
     gram, held_out = gram_of(inputs(2000, seed=seed)), gram_of(inputs(500, seed=seed + 50))
@@ -121,7 +121,7 @@ def test_outputs_gain_what_weights_lose(solver, bits, seed):
 
 @pytest.mark.parametrize("solver", [GPTQ(), NATURAL, LOCAL], ids=repr)
 @pytest.mark.parametrize("loudness", [1.0, 1e-3, 1e3])
-def test_dead_inputs_are_stored_as_zero_and_change_nothing_else(solver, loudness):
+def test_dead_inputs_stored_as_zero(solver, loudness):
     X = inputs() * loudness
     dead = [0, 5, 50, 95]
     X[:, dead] = 0
@@ -138,13 +138,13 @@ def test_dead_inputs_are_stored_as_zero_and_change_nothing_else(solver, loudness
         assert torch.equal(whole.codes[:, live], expected.codes)
 
 
-def test_inputs_that_are_all_dead_give_zeros():
+def test_all_dead_inputs():
     solved = solve(GPTQ(), weights(), torch.zeros(COLUMNS, COLUMNS), Uniform(3))
     assert not solved.dequantize().any()
 
 
 @pytest.mark.parametrize("solver", [GPTQ(damp=1e-9), GPTQ(damp=1e-9, act_order=False)], ids=repr)
-def test_a_singular_gram_is_damped_until_it_works(solver):
+def test_singular_gram_is_damped(solver):
     few = gram_of(inputs(tokens=3))  # rank 3
     indefinite = gram_of(inputs()) - 0.02 * gram_of(inputs()).diagonal().mean() * torch.eye(COLUMNS)
     for gram in (few, indefinite):
@@ -155,7 +155,7 @@ def test_a_singular_gram_is_damped_until_it_works(solver):
 
 @pytest.mark.parametrize("solver", [GPTQ(), NATURAL, LOCAL], ids=repr)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_statistics_that_are_not_finite_are_refused(solver, bad):
+def test_nonfinite_statistics_refused(solver, bad):
     gram = gram_of(inputs())
     gram[7, 7] = bad
     with pytest.raises(NumericsError, match="NaN or Inf"):
@@ -164,18 +164,18 @@ def test_statistics_that_are_not_finite_are_refused(solver, bad):
         solve(solver, weights(), torch.full((COLUMNS, COLUMNS), bad), Uniform(3))
 
 
-def test_it_says_that_it_needs_statistics():
+def test_missing_statistics_message():
     with pytest.raises(NumericsError, match="calibration text"):
         GPTQ().solve(weights(), Statistics(), Uniform(3))
 
 
 @pytest.mark.parametrize("damp", [0, -1, 100, math.nan])
-def test_damping_out_of_range_is_refused(damp):
+def test_damping_range(damp):
     with pytest.raises(RecipeError, match="damp"):
         GPTQ(damp=damp)
 
 
-def test_act_order_needs_static_groups():
+def test_act_order_static_groups():
     with pytest.raises(RecipeError, match="static_groups"):
         GPTQ(act_order=True, static_groups=False)
 
@@ -188,7 +188,7 @@ def test_odd_shapes(shape, solver):
     assert solve(solver, weights(rows, columns), gram, Uniform(3, 16)).dequantize().shape == shape
 
 
-def test_act_order_helps_when_inputs_are_uneven():
+def test_act_order_helps():
     W, gram, format = weights(64), gram_of(inputs(2000)), Uniform(2, "row")
     by_order = output_error(W, solve(GPTQ(), W, gram, format).dequantize(), gram)
     by_nature = output_error(W, solve(NATURAL, W, gram, format).dequantize(), gram)

@@ -47,7 +47,7 @@ def recipe_error(seed: int, bits: int, **options: object) -> float:
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("search", [True, False])
-def test_below_gptq_at_no_more_bits(bits: int, seed: int, act_order: bool, search: bool) -> None:
+def test_beats_gptq(bits: int, seed: int, act_order: bool, search: bool) -> None:
     ours, theirs = build_recipe("gptqt", {"bits": bits}), Uniform(bits, 64)
     model = (1536, 1536)  # a realistic width: the row's scale is spread over its columns
     assert ours.weight.stored_bits(model) <= theirs.stored_bits(model)
@@ -55,7 +55,7 @@ def test_below_gptq_at_no_more_bits(bits: int, seed: int, act_order: bool, searc
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_the_best_binary_coding_at_its_bits(bits: int) -> None:
+def test_beats_binary_coding(bits: int) -> None:
     """Far below alternating coding without feedback, and below it inside the same loop."""
     ours, theirs = build_recipe("gptqt", {"bits": bits}), BinaryCoding(bits, 32 * bits * 2)
     assert ours.weight.stored_bits((1536, 1536)) <= 1.01 * theirs.stored_bits((1536, 1536))
@@ -65,7 +65,7 @@ def test_the_best_binary_coding_at_its_bits(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_minimising_the_weight_error_alone_overfits(bits: int) -> None:
+def test_weight_error_alone_overfits(bits: int) -> None:
     """The abstract's motive: more weight error, less output error than alternating least squares."""
     W, gram, held_out = layer(0)
     recipe = build_recipe("gptqt", {"bits": bits})
@@ -89,7 +89,7 @@ def test_each_ingredient_helps(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_merges_into_pure_binary_coding(bits: int) -> None:
+def test_merges_to_binary_coding(bits: int) -> None:
     """Both steps become one binary coding, bit by bit."""
     format = IntegerCoding(bits, 32)
     params = fit_matrix(format, layer(0)[0], None, True)
@@ -100,7 +100,7 @@ def test_merges_into_pure_binary_coding(bits: int) -> None:
 @pytest.mark.parametrize(
     ("grid_bits", "bits", "count"), [(3, 2, 34), (4, 2, 308), (5, 2, 2600), (4, 3, 441), (5, 3, 7225)]
 )
-def test_codings_are_counted(grid_bits: int, bits: int, count: int) -> None:
+def test_number_of_codings(grid_bits: int, bits: int, count: int) -> None:
     codings = enumerate_codings(grid_bits, bits)
     assert len(codings) == count == len(set(map(tuple, codings.tolist())))
     levels = levels_of(codings)
@@ -128,7 +128,7 @@ def test_search_equals_brute_force() -> None:
     torch.testing.assert_close(error, best, rtol=1e-4, atol=0)
 
 
-def test_storage_is_a_byte_a_group() -> None:
+def test_storage_per_group() -> None:
     format = IntegerCoding(3, 32)
     assert format.stored_bits((64, 512)) == 64 * (512 * 3 + 512 // 32 * 8 + 16)
     assert dataclasses.replace(format, codings=1).stored_bits((64, 512)) == 64 * (512 * 3 + 512 // 32 * 3 + 16)

@@ -42,7 +42,7 @@ def objective(W: Tensor, decoded: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_it_lowers_its_objective(bits: int, seed: int) -> None:
+def test_objective_falls(bits: int, seed: int) -> None:
     W = weights(seed)
     reached = objective(W, hqq(W, bits))
     assert reached.sum() < 0.99 * objective(W, rtn(W, bits)).sum()
@@ -52,19 +52,19 @@ def test_it_lowers_its_objective(bits: int, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_the_error_of_the_weights_falls_too(bits: int, seed: int) -> None:
+def test_weight_error_falls(bits: int, seed: int) -> None:
     W = weights(seed)
     assert output_error(W, hqq(W, bits), None) < 0.92 * output_error(W, rtn(W, bits), None)
 
 
-def test_more_rounds_are_never_worse() -> None:
+def test_more_rounds_never_worse() -> None:
     W = weights(3)
     reached = [float(objective(W, hqq(W, 3, rounds=n)).sum()) for n in (0, 1, 3, 10, 20)]
     assert reached == sorted(reached, reverse=True)
     assert reached[-1] < reached[0]
 
 
-def test_the_unit_of_the_threshold_matters() -> None:
+def test_threshold_unit() -> None:
     """With beta = 10 in the unit of the weights, as released, every error of these weights is under the
     threshold, and what remains is a mean; in steps of the grid the split does work."""
     W = weights(0)
@@ -74,13 +74,13 @@ def test_the_unit_of_the_threshold_matters() -> None:
     assert objective(W, hqq(W, 4)).sum() < 0.995 * plain
 
 
-def test_the_size_of_the_weights_does_not_matter() -> None:
+def test_scale_invariance() -> None:
     """Powers of two, which fp16 scales follow exactly."""
     W = weights(1)
     torch.testing.assert_close(hqq(W * 16, 3) / 16, hqq(W, 3), rtol=1e-5, atol=1e-7)
 
 
-def test_a_float_zero_no_longer_stores_zeros() -> None:
+def test_float_zero_point() -> None:
     """Where the claim ends: an integer zero keeps every 0, HQQ's moves it by up to half a step."""
     W = weights(2)
     W[torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) < 0.1] = 0
@@ -88,7 +88,7 @@ def test_a_float_zero_no_longer_stores_zeros() -> None:
     assert (hqq(W, 3)[W == 0] != 0).float().mean() > 0.9
 
 
-def test_it_moves_whatever_can_move() -> None:
+def test_moves_free_parameters() -> None:
     """Binary coding has an offset, and so the same zero to search for."""
     W, format = weights(0), BinaryCoding(3, 64, offset=True)
     found = HQQ().solve(W, Statistics(), format).dequantize()
@@ -98,11 +98,11 @@ def test_it_moves_whatever_can_move() -> None:
         Recipe("test", Uniform(3), HQQ())
 
 
-def test_the_zero_is_paid_for() -> None:
+def test_zero_point_bits() -> None:
     assert build_recipe("hqq", {"bits": 4}).weight.stored_bits((64, 512)) == 64 * 512 * (4 + 32 / 64)
 
 
-def test_alternating_least_squares_moves_scale_and_zero() -> None:
+def test_least_squares_scale_and_zero() -> None:
     """The refit of the same format: squared error falls below HQQ's, which keeps the scale."""
     from bitmill.solvers.alternating import Alternating
 

@@ -41,7 +41,7 @@ def quantiles(bits: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_tables_follow_the_construction(bits: int) -> None:
+def test_table_construction(bits: int) -> None:
     """The printed 4-bit table went through fp32, so it agrees to a few 1e-7."""
     table = NormalFloat(bits).table(CPU).values
     torch.testing.assert_close(table.double(), quantiles(bits), rtol=0, atol=5e-7 if bits == 4 else 1e-7)
@@ -51,7 +51,7 @@ def test_tables_follow_the_construction(bits: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_it_beats_absmax_integers_and_floats_of_4_bits(group_size: int, seed: int) -> None:
+def test_beats_int4_and_fp4(group_size: int, seed: int) -> None:
     """Section 3 and table 2: NF4 < FP4 and Int4, with one scale a group each."""
     for W in (gaussian(seed), heavy_tailed(seed)):
         nf4 = error(W, NormalFloat(4, group_size))
@@ -60,7 +60,7 @@ def test_it_beats_absmax_integers_and_floats_of_4_bits(group_size: int, seed: in
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_an_asymmetric_grid_is_as_good_on_gaussian_weights(seed: int) -> None:
+def test_asymmetric_grid_ties(seed: int) -> None:
     """What the paper does not compare with: a zero of 4 bits a group makes up for even levels, but for tails."""
     assert error(gaussian(seed), NormalFloat(4, 64)) == pytest.approx(
         error(gaussian(seed), Uniform(4, 64)), rel=0.05
@@ -69,13 +69,13 @@ def test_an_asymmetric_grid_is_as_good_on_gaussian_weights(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_double_quantization_costs_nothing_to_speak_of(seed: int) -> None:
+def test_double_quantization_cost(seed: int) -> None:
     """Section 3: 8-bit constants do not degrade the result; they save 0.37 bits of fp32 constants."""
     for W in (gaussian(seed), heavy_tailed(seed)):
         assert error(W, NormalFloat(4, 64, double=True)) == pytest.approx(error(W, NormalFloat(4, 64)), rel=0.005)
 
 
-def test_bits_are_those_of_the_paper() -> None:
+def test_bits_match_paper() -> None:
     """4.127 there, with blocks of 256 constants; here a row of them."""
     recipe = build_recipe("nf4")
     assert recipe.weight.stored_bits((64, 4096)) / (64 * 4096) == 4 + 8 / 64 + 16 / 4096
@@ -85,6 +85,6 @@ def test_bits_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_a_smaller_absmax_is_better_and_found(bits: int) -> None:
+def test_smaller_absmax_found(bits: int) -> None:
     for W in (gaussian(0), heavy_tailed(0)):
         assert error(W, NormalFloat(bits, 64), search=True) < 0.92 * error(W, NormalFloat(bits, 64))

@@ -20,7 +20,7 @@ TUNERS = [NormTweaking(rate=5e-3, tokens=128), NormRefit()]  # a tiny text has f
 @pytest.mark.parametrize("tuner", TUNERS, ids=repr)
 @pytest.mark.parametrize("solver", [Nearest(), GPTQ()], ids=repr)
 @pytest.mark.parametrize("bits", [2, 3])
-def test_it_lifts_any_method_on_text_it_has_not_seen(tuner: Tuner, solver: Solver, bits: int):
+def test_held_out_divergence_falls(tuner: Tuner, solver: Solver, bits: int):
     """Tables 2 and 8 of the paper: with GPTQ and rounding to nearest, 2 bits included."""
     format = Uniform(bits, 16)
     before, after = (quantized(*t, format=format, solver=solver)[1] for t in ((), (tuner,)))
@@ -28,7 +28,7 @@ def test_it_lifts_any_method_on_text_it_has_not_seen(tuner: Tuner, solver: Solve
 
 
 @pytest.mark.parametrize("tuner", TUNERS, ids=repr)
-def test_norms_alone_change(tuner: Tuner):
+def test_only_norms_change(tuner: Tuner):
     before, after = quantized()[0][0], quantized(tuner)[0][0]
     assert after.changed
     assert all("norm" in name for name in after.changed)
@@ -36,7 +36,7 @@ def test_norms_alone_change(tuner: Tuner):
         assert torch.equal(after.layers[name].quantized.codes, layer.quantized.codes)
 
 
-def test_the_loss_is_of_distributions():
+def test_distribution_loss():
     """Equations 2 and 3: means and variances of channels; the order of the tokens does not matter."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 16, 8, generator=draw)
@@ -47,7 +47,7 @@ def test_the_loss_is_of_distributions():
     assert float(distance(moments([hidden]), moments([2 * hidden], [hidden]))) > 1
 
 
-def test_a_loud_token_is_one_of_many():
+def test_attention_sink_weight():
     """The paper's loss would be that of an attention sink alone."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 16, 8, generator=draw)

@@ -43,7 +43,7 @@ def error(W: torch.Tensor, format: Format, search: bool = False) -> float:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("weights", [gaussian, heavy_tailed])
 @pytest.mark.parametrize("search", [False, True], ids=["start", "search"])
-def test_nvfp4_is_closer_than_mxfp4(weights, seed: int, search: bool) -> None:
+def test_nvfp4_beats_mxfp4(weights, seed: int, search: bool) -> None:
     """Section 2: finer scales and smaller groups. The scales alone do it, at equal groups, too."""
     W = weights(seed)
     nvfp4, mxfp4 = error(W, NVFP4(4, 16), search), error(W, Microscaling(4, 32), search)
@@ -53,13 +53,13 @@ def test_nvfp4_is_closer_than_mxfp4(weights, seed: int, search: bool) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_8_bit_scales_are_as_good_as_16_bit_ones(seed: int) -> None:
+def test_8_bit_scales_suffice(seed: int) -> None:
     for W in (gaussian(seed), heavy_tailed(seed)):
         assert error(W, NVFP4(4, 16)) == pytest.approx(error(W, Float(4, 16, "e2m1")), rel=0.05)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_largest_weight_is_not_always_best_at_6(seed: int) -> None:
+def test_four_over_six(seed: int) -> None:
     """Four Over Six (arXiv 2512.02010): between 4 and 6 there is no level, so some groups are better off below."""
     W = gaussian(seed)
     start, searched = solved(W, NVFP4(4, 16)), solved(W, NVFP4(4, 16), search=True)
@@ -68,13 +68,13 @@ def test_the_largest_weight_is_not_always_best_at_6(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_normal_floats_are_closer_than_mxfp4_at_its_bits(seed: int) -> None:
+def test_normal_float_beats_mxfp4(seed: int) -> None:
     """At 4.25 bits both: fp16 scales for groups of 64 against powers of two for groups of 32."""
     for W in (gaussian(seed), heavy_tailed(seed)):
         assert error(W, NormalFloat(4, 64)) < error(W, Microscaling(4, 32))
 
 
-def test_the_rule_of_the_standard() -> None:
+def test_standard_scale_rule() -> None:
     """floor(log2(largest)) - 2; what then lies beyond 6 is clipped."""
     W = torch.zeros(5, 32)
     W[:, 3] = torch.tensor([1.0, 1.99, 0.5, -6.0, 7.9])
@@ -94,7 +94,7 @@ def test_mxfp4_equals_gguf() -> None:
     assert torch.equal(ours.dequantize(), theirs)
 
 
-def test_the_rule_of_nvfp4() -> None:
+def test_nvfp4_scale_rule() -> None:
     """Largest of the tensor at 6 * 448; scales are E4M3 numbers of it; the largest of a group near 6."""
     W = gaussian(0)
     got = solved(W, NVFP4(4, 16))
@@ -118,7 +118,7 @@ def test_bits() -> None:
 @pytest.mark.parametrize(
     "format", [NVFP4(4, 16), NVFP4(4, "row"), Microscaling(4, 32), NormalFloat(4, 32, double=True)], ids=repr
 )
-def test_error_feedback_composes_with_them(format: Format) -> None:
+def test_works_with_gptq(format: Format) -> None:
     """Shared scales stay what they are while groups are refitted one by one."""
     W = heavy_tailed(0)[:16, :128]
     X = inputs(512, 128)

@@ -71,31 +71,31 @@ def errors(tuner: OmniQuant, name: str = "llama", format: Uniform | None = None)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_learned_block_is_closer_than_a_rounded_one(name):
+def test_beats_nearest(name):
     start, end = errors(quick(shift=True), name)
     assert end < 0.7 * start
 
 
 @pytest.mark.parametrize("options", [{"let": False}, {"lwc": False}], ids=str)
-def test_each_of_its_parts_helps(options):
+def test_each_part_helps(options):
     start, end = errors(quick(**options))
     assert end < 0.9 * start
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_learning_goes_on_from_what_a_search_finds(name):
+def test_starts_from_search(name):
     found = errors(quick(start="search", lr_lwc=1e-9, lr_let=1e-9), name)[1]
     assert errors(quick(start="search"), name)[1] < 0.95 * found
 
 
-def test_it_is_never_worse_than_rounding():
+def test_never_worse_than_nearest():
     start, end = errors(OmniQuant(epochs=1, lr_lwc=1e3, lr_let=1e3, start="wide"))
     assert end <= start
 
 
 @pytest.mark.parametrize("format", [Uniform(3, 20), Uniform(4, "row")], ids=repr)
 @torch.no_grad()
-def test_a_search_starts_it_nearer(format):
+def test_search_improves_start(format):
     task = task_of("llama", format)
     search, wide = (_Learned(task, OmniQuant(start=start)).rounded() for start in ("search", "wide"))
     near, far = (
@@ -107,7 +107,7 @@ def test_a_search_starts_it_nearer(format):
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_what_the_linears_read_is_kept_true(name):
+def test_statistics_follow_transform(name):
     task = task_of(name)
     learned = _Learned(task, OmniQuant())
     scramble(learned)
@@ -122,7 +122,7 @@ def test_what_the_linears_read_is_kept_true(name):
     "format", [Uniform(3, 20), Uniform(3, 16, True), Uniform(4, "row"), Uniform(8, "tensor")], ids=repr
 )
 @torch.no_grad()
-def test_nearest_rounding_stores_exactly_what_was_learned(name, format):
+def test_stored_equals_learned(name, format):
     """From minimum to maximum of the clamped weights: bit by bit what the last forward pass computed with."""
     task = task_of(name, format)
     learned = _Learned(task, OmniQuant(shift=True))
@@ -143,7 +143,7 @@ def scramble(learned: _Learned) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_scales_and_shifts_change_nothing_in_float(name):
+def test_float_outputs_unchanged(name):
     task = task_of(name)
     learned = _Learned(task, OmniQuant(shift=True))
     scramble(learned)
@@ -155,7 +155,7 @@ def test_scales_and_shifts_change_nothing_in_float(name):
 
 
 @pytest.mark.parametrize("format", [Uniform(3, 20), Uniform(3, 20, True)], ids=repr)
-def test_gradients_are_those_of_the_formula_with_rounding_as_the_identity(format):
+def test_straight_through_gradients(format):
     draw = torch.Generator().manual_seed(0)
     x = grouped(torch.randn(4, 60, generator=draw), 20)
     low = x.amin(-1) * torch.rand(x.shape[:2], generator=draw)
@@ -190,7 +190,7 @@ def formula(x: Tensor, low: Tensor, high: Tensor, format: Uniform) -> Tensor:
     return steps * scale
 
 
-def test_what_it_cannot_learn_is_refused():
+def test_unsupported_formats_refused():
     for options, word in (
         ({"lr_lwc": 0.0}, "lr_lwc"),
         ({"epochs": 0}, "epochs"),

@@ -17,7 +17,7 @@ LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}  # of a standard nor
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_better_than_the_best_levels_at_equal_bits(bits: int) -> None:
+def test_beats_optimal_levels(bits: int) -> None:
     """On Gaussian weights, even against single numbers at as many bits as the length takes besides."""
     W = torch.randn(64, 576)
     format = Pyramid(bits)
@@ -30,7 +30,7 @@ def test_better_than_the_best_levels_at_equal_bits(bits: int) -> None:
     assert error > 2.0 ** (-2 * (bits + 0.25))  # the rate-distortion bound
 
 
-def test_bits_and_no_codebook() -> None:
+def test_stored_bits() -> None:
     stored = build_recipe("pvq").stored
     assert stored.stored_bits((576, 1536)) == 576 * (1536 * 3.25 + 16)
     assert {part.name for part in stored.parts((576, 1536))} == {"scale"}
@@ -41,7 +41,7 @@ def test_bits_and_no_codebook() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("bits", [2, 3])
-def test_below_gptq_and_gptqt(bits: int, seed: int) -> None:
+def test_beats_gptq_and_gptqt(bits: int, seed: int) -> None:
     ours = held_out_error(seed, "pvq", bits=bits)
     assert ours < 0.8 * held_out_error(seed, "gptq", bits=bits, group_size=64)
     assert ours < 0.95 * held_out_error(seed, "gptqt", bits=bits)
@@ -49,12 +49,12 @@ def test_below_gptq_and_gptqt(bits: int, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("sides", ["both", "in"])
-def test_feedback_between_blocks_beats_nearest_points(seed: int, sides: str) -> None:
+def test_feedback_beats_nearest(seed: int, sides: str) -> None:
     recipe = build_recipe("pvq", {"sides": sides, "column_passes": 0})
     assert held_out_error(seed, recipe) < 0.7 * held_out_error(seed, dataclasses.replace(recipe, solver=Nearest()))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_basis_helps(seed: int) -> None:
+def test_rotation_helps(seed: int) -> None:
     recipe = build_recipe("pvq")
     assert held_out_error(seed, recipe) < 0.9 * held_out_error(seed, dataclasses.replace(recipe, transforms=()))

@@ -21,7 +21,7 @@ ROTATIONS = ["orthogonal", "hadamard"]
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS)
-def test_no_weight_stands_out_in_the_rotated_basis(rotation: str) -> None:
+def test_rotated_weights_are_incoherent(rotation: str) -> None:
     """Definition 1 and lemma 5: max |W_ij| <= mu |W|_F / sqrt(rows columns) with a mu of logarithms."""
     W, gram, _ = layer(0)
     W[3, 5] = 3.0  # a hundred and fifty times the RMS
@@ -44,14 +44,14 @@ def standing_out(W: Tensor) -> float:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("search", [True, False])
-def test_below_gptq_with_a_scale_a_row_at_2_bits(seed: int, rotation: str, search: bool) -> None:
+def test_beats_gptq_at_2_bits(seed: int, rotation: str, search: bool) -> None:
     ours = held_out_error(seed, "quip", bits=2, rotation=rotation)
     theirs = held_out_error(seed, "gptq", bits=2, group_size="row", search=search)
     assert ours < 0.95 * theirs
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_range_of_the_paper_beats_gptq_of_the_paper(seed: int) -> None:
+def test_paper_setting_beats_gptq(seed: int) -> None:
     """2.4 RMS against min-max rows, neither searched."""
     ours = held_out_error(seed, "quip", bits=2, search=False)
     assert ours < 0.5 * held_out_error(seed, "gptq", bits=2, group_size="row", search=False)
@@ -59,7 +59,7 @@ def test_the_range_of_the_paper_beats_gptq_of_the_paper(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_ldlq_beats_nearest_rounding(seed: int, bits: int) -> None:
+def test_ldlq_beats_nearest(seed: int, bits: int) -> None:
     """Theorem 1, in the rotated basis."""
     recipe = build_recipe("quip", {"bits": bits})
     nearest = Recipe("nearest", recipe.weight, Nearest(search=True), recipe.transforms)
@@ -68,13 +68,13 @@ def test_ldlq_beats_nearest_rounding(seed: int, bits: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("bits", [2, 3])
-def test_incoherence_processing_helps_the_same_grid(seed: int, bits: int) -> None:
+def test_incoherence_helps(seed: int, bits: int) -> None:
     recipe = build_recipe("quip", {"bits": bits})
     assert held_out_error(seed, recipe) < 0.8 * held_out_error(seed, dataclasses.replace(recipe, transforms=()))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_greedy_passes_lower_the_objective(seed: int) -> None:
+def test_greedy_passes_help(seed: int) -> None:
     W, gram, _ = layer(seed)
 
     def objective(passes: int) -> float:
@@ -84,7 +84,7 @@ def test_greedy_passes_lower_the_objective(seed: int) -> None:
     assert objective(2) < objective(1) < objective(0)
 
 
-def test_bits_are_codes_and_one_scale() -> None:
+def test_stored_bits() -> None:
     assert build_recipe("quip").stored.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16
     assert (
         build_recipe("quip", {"rescale": True}).stored.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16 + 1536 * 16

@@ -18,7 +18,7 @@ from helpers.rotated_layers import held_out_error
 SEEDS = [0, 1]
 
 
-def test_better_than_the_best_four_levels_on_gaussian_numbers() -> None:
+def test_beats_optimal_levels() -> None:
     """Section 4.2: 0.091 of the variance; Lloyd's levels, fitted to these very numbers, have 0.117."""
     W = torch.randn(64, 512)
 
@@ -31,7 +31,7 @@ def test_better_than_the_best_four_levels_on_gaussian_numbers() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_below_every_scalar_method_at_two_bits(seed: int) -> None:
+def test_beats_scalar_methods(seed: int) -> None:
     ours = held_out_error(seed, "quip_sharp")
     assert ours < 0.85 * held_out_error(seed, "quip", bits=2, rotation="hadamard", column_passes=1)
     assert ours < 0.8 * held_out_error(seed, "gptq", bits=2, group_size=64)
@@ -42,19 +42,19 @@ def test_below_every_scalar_method_at_two_bits(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("sides", ["both", "in"])
-def test_block_feedback_beats_nearest_points(seed: int, sides: str) -> None:
+def test_feedback_beats_nearest(seed: int, sides: str) -> None:
     recipe = build_recipe("quip_sharp", {"sides": sides, "column_passes": 0})
     assert held_out_error(seed, recipe) < 0.7 * held_out_error(seed, dataclasses.replace(recipe, solver=Nearest()))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_pass_more_helps_and_so_does_the_basis(seed: int) -> None:
+def test_extra_pass_and_rotation_help(seed: int) -> None:
     recipe = build_recipe("quip_sharp")
     assert held_out_error(seed, recipe) < held_out_error(seed, "quip_sharp", column_passes=0)
     assert held_out_error(seed, recipe) < 0.8 * held_out_error(seed, dataclasses.replace(recipe, transforms=()))
 
 
-def test_two_bits_and_nothing_else() -> None:
+def test_only_two_bits() -> None:
     assert build_recipe("quip_sharp").stored.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16
     with pytest.raises(RecipeError, match="2 bits"):
         E8(1)

@@ -27,7 +27,7 @@ def error(bits: int, group_size: int | str, outlier: bool = False) -> float:
 
 
 @pytest.mark.parametrize("group_size", [64, "row"])
-def test_a_bit_is_six_decibels(group_size) -> None:
+def test_six_decibels_per_bit(group_size) -> None:
     """The error of a step D is D^2 / 12 and a bit halves the step (2^bits - 1 of them fill the range)."""
     for low, high in pairwise(BITS):
         gain = 20 * math.log10((2**high - 1) / (2**low - 1))
@@ -36,13 +36,13 @@ def test_a_bit_is_six_decibels(group_size) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_smaller_groups_are_better(bits) -> None:
+def test_smaller_groups_help(bits) -> None:
     """ZeroQuant-V2 (arXiv 2303.08302), section 5: per tensor, per row, groups."""
     errors = [error(bits, group) for group in ("tensor", "row", 128, 64)]
     assert errors == sorted(errors, reverse=True)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_an_outlier_spoils_its_group_alone(bits) -> None:
+def test_outlier_affects_only_group(bits) -> None:
     """SqueezeLLM (arXiv 2306.07629), section 4.3: one far value stretches the range that all of a row share."""
     assert error(bits, "row", outlier=True) > 3 * error(bits, 64, outlier=True)

@@ -58,7 +58,7 @@ def error(format: Format, seeds: range, shared: Params | None = None) -> float:
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, Permuted], ids=["plain", "permuted"])
-def test_less_error_than_codebooks_of_their_own_at_fewer_bits(wrap) -> None:
+def test_beats_own_codebooks(wrap) -> None:
     ours, theirs = wrap(Shared(Additive(6, codebooks=3))), wrap(Additive(4, codebooks=4))
     bits = [total_stored_bits((f, SHAPE, "q_proj") for _ in range(LAYERS)) for f in (ours, theirs)]
     assert bits[0] < 0.95 * bits[1]
@@ -66,7 +66,7 @@ def test_less_error_than_codebooks_of_their_own_at_fewer_bits(wrap) -> None:
     assert error(ours, seeds, learned(ours)) < 0.9 * error(theirs, seeds)
 
 
-def test_search_and_least_squares_beat_kmeans_and_more_layers_beat_one() -> None:
+def test_search_beats_kmeans() -> None:
     format = Shared(Additive(5, codebooks=2))
     kmeans = error(format, range(20, 23), learned(format, solver=replace(SOLVER, rounds=0)))
     trained = error(format, range(20, 23), learned(format))
@@ -74,7 +74,7 @@ def test_search_and_least_squares_beat_kmeans_and_more_layers_beat_one() -> None
     assert trained < 0.98 * error(format, range(20, 23), learned(format, layers=1))
 
 
-def test_codebooks_are_taken_as_they_are() -> None:
+def test_given_codebooks_are_kept() -> None:
     format = Permuted(Shared(Additive(4, codebooks=2)))
     known = learned(format)
     first, second = solved(format, 0, known), solved(format, 1, known)
@@ -90,14 +90,14 @@ def test_codebooks_are_taken_as_they_are() -> None:
 
 @pytest.mark.parametrize("columns", [96, 90, 20, 5])
 @pytest.mark.parametrize("size", ["row", 16, "tensor"])
-def test_ragged_blocks_and_groups(columns: int, size: int | str) -> None:
+def test_ragged_groups(columns: int, size: int | str) -> None:
     format = Shared(Additive(2, size, 2))
     known = learned(format, 2, columns=columns)
     W, stats = layer(0, columns)
     assert output_error(W, solved(format, 0, known, columns).dequantize(), stats.gram) < 0.6
 
 
-def test_learning_is_deterministic_and_survives_layers_without_weights_or_inputs() -> None:
+def test_learning_is_deterministic() -> None:
     format = Shared(Additive(3, codebooks=2))
     assert torch.equal(learned(format, 2)["codebooks"], learned(format, 2)["codebooks"])
     learner = SOLVER.learner(format.core, 3)
@@ -114,7 +114,7 @@ def test_learning_is_deterministic_and_survives_layers_without_weights_or_inputs
     assert not solved(format, 0, nothing.learn()).dequantize().any()
 
 
-def test_bits_are_counted_once() -> None:
+def test_bits_counted_once() -> None:
     format = Permuted(Shared(Additive(8, codebooks=2)))
     codes, books, scales, order = 64 * 512 // 8 * 16, 2 * 256 * 8 * 16, 64 * 16, 512 * 9
     assert format.stored_bits((64, 512)) == codes + books + scales + order
@@ -124,7 +124,7 @@ def test_bits_are_counted_once() -> None:
     assert total_stored_bits([(Uniform(3), (8, 64), "q")] * 2) == 2 * Uniform(3).stored_bits((8, 64))
 
 
-def test_what_cannot_be_shared_is_refused() -> None:
+def test_unshareable_formats_refused() -> None:
     with pytest.raises(RecipeError, match="uniform has no parts that layers could share"):
         Shared(Uniform(3))
     for solver in (Nearest(), GPTQ()):

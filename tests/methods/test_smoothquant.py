@@ -35,7 +35,7 @@ def round_8_bits(A: torch.Tensor) -> torch.Tensor:
     return (A / step).round() * step
 
 
-def test_half_of_the_loudness_moves_to_the_weights():
+def test_half_alpha_balances():
     X, targets = case()
     s = SmoothQuant().choose(view(X, targets))
     assert loudness(X / s) < 0.25 * loudness(X)
@@ -43,7 +43,7 @@ def test_half_of_the_loudness_moves_to_the_weights():
     torch.testing.assert_close((X / s).abs().amax(0), (W * s).abs().amax(0))  # alpha = 1/2: both sides equal
 
 
-def test_eight_bit_products_lose_less():
+def test_w8a8_error_falls():
     X, targets = case()
     s = SmoothQuant().choose(view(X, targets))
     for W in targets:
@@ -53,7 +53,7 @@ def test_eight_bit_products_lose_less():
         assert smooth < 0.5 * plain
 
 
-def test_alpha_moves_between_the_two_sides():
+def test_alpha_trades_ranges():
     X, targets = case()
     ratios = [loudness(X / SmoothQuant(alpha).choose(view(X, targets))) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert ratios == sorted(ratios, reverse=True)

@@ -48,7 +48,7 @@ def loss(seed: int, matrix: Quantized) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_weights_of_the_loss_place_the_levels(bits: int, seed: int) -> None:
+def test_fisher_weights_levels(bits: int, seed: int) -> None:
     """Section 4.1: more error in the weights, less in the loss."""
     blind, weighted = solved(seed, PLAIN, Codebook(bits)), solved(seed, FISHER, Codebook(bits))
     W = layer(seed)[0]
@@ -59,7 +59,7 @@ def test_weights_of_the_loss_place_the_levels(bits: int, seed: int) -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 128), (4, 64)])
 @pytest.mark.parametrize("solver", [PLAIN, FISHER], ids=["blind", "weighted"])
-def test_free_levels_are_better_than_even_ones(bits: int, group_size: int, seed: int, solver: Solver) -> None:
+def test_beats_uniform_levels(bits: int, group_size: int, seed: int, solver: Solver) -> None:
     """Figure 2, at no more bits than a uniform grid in groups."""
     free, even = solved(seed, solver, Codebook(bits)), solved(seed, solver, Uniform(bits, group_size))
     assert free.bits_per_weight <= even.bits_per_weight
@@ -69,7 +69,7 @@ def test_free_levels_are_better_than_even_ones(bits: int, group_size: int, seed:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("solver", [PLAIN, FISHER], ids=["blind", "weighted"])
-def test_dense_and_sparse_is_better_than_dense(bits: int, seed: int, solver: Solver) -> None:
+def test_dense_and_sparse_helps(bits: int, seed: int, solver: Solver) -> None:
     """Section 4.2 and appendix D.3: better than dense, and than dense in groups at about equal bits."""
     both, dense = solved(seed, solver, Sum(Codebook(bits))), solved(seed, solver, Codebook(bits))
     in_groups = solved(seed, solver, Codebook(bits, COLUMNS // 2))
@@ -79,7 +79,7 @@ def test_dense_and_sparse_is_better_than_dense(bits: int, seed: int, solver: Sol
     assert loss(seed, both) < 0.98 * loss(seed, in_groups)
 
 
-def test_large_entries_help_more_than_sensitive_ones_and_many_more_than_few() -> None:
+def test_outlier_share_helps() -> None:
     losses = {
         shares: sum(loss(seed, solved(seed, FISHER, Sum(Codebook(3), *shares))) for seed in range(3))
         for shares in [(0.004, 0.0005), (0.0, 0.0045), (0.002, 0.0)]
@@ -87,7 +87,7 @@ def test_large_entries_help_more_than_sensitive_ones_and_many_more_than_few() ->
     assert losses[0.004, 0.0005] < min(losses[0.0, 0.0045], losses[0.002, 0.0])
 
 
-def test_levels_are_the_best_there_are() -> None:
+def test_levels_equal_brute_force() -> None:
     """Against every partition of a short row, before levels are rounded to fp16."""
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(5, 1, 11, generator=draw), torch.rand(5, 1, 11, generator=draw).pow(3)
@@ -104,7 +104,7 @@ def test_levels_are_the_best_there_are() -> None:
     torch.testing.assert_close(reached.double(), best, rtol=1e-3, atol=0)
 
 
-def test_the_entries_are_the_most_sensitive_and_then_the_largest() -> None:
+def test_sparse_entry_choice() -> None:
     W, stats = layer(0)
     matrix = solved(0, FISHER, Sum(Codebook(3), outliers=0.004, sensitive=0.0005))
     rows, columns = module.places(matrix.params["sparse_counts"], matrix.params["sparse_columns"])
@@ -117,7 +117,7 @@ def test_the_entries_are_the_most_sensitive_and_then_the_largest() -> None:
     assert size[chosen & ~by_loss].min() >= size[~chosen].max()
 
 
-def test_values_stand_beside_the_level_nearest_to_zero() -> None:
+def test_sparse_values() -> None:
     """The dense code in their places is that of 0, and the sum is the weight again."""
     W = layer(0)[0]
     matrix = solved(0, FISHER, Sum(Codebook(3)))
@@ -129,7 +129,7 @@ def test_values_stand_beside_the_level_nearest_to_zero() -> None:
     torch.testing.assert_close(matrix.dequantize()[rows, columns], W[rows, columns], rtol=1e-3, atol=1e-5)
 
 
-def test_entries_do_not_pull_the_levels() -> None:
+def test_sparse_entries_excluded() -> None:
     """A weight that is kept apart may have any size and any gradient."""
     W, stats = layer(0)
     other = W.clone()
@@ -139,7 +139,7 @@ def test_entries_do_not_pull_the_levels() -> None:
     assert torch.equal(one, two)
 
 
-def test_bits_are_those_of_the_paper() -> None:
+def test_bits_match_paper() -> None:
     """Table 1 has 3.02, 4.05 and 3.24, 4.27 with 32-bit columns; 16 bits are enough for 4096 columns."""
     shape = (4096, 4096)
     for bits, dense in ((3, 3.03), (4, 4.06)):
@@ -158,7 +158,7 @@ def correlated(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("inner", [Codebook(3), Uniform(3, 64)], ids=repr)
-def test_it_composes_with_error_feedback(inner: Format, seed: int, monkeypatch) -> None:
+def test_works_with_gptq(inner: Format, seed: int, monkeypatch) -> None:
     """Entries beside a matrix from GPTQ, whose errors lean on each other, are refitted in the same metric."""
     W, gram, held_out = correlated(seed)
 
@@ -173,7 +173,7 @@ def test_it_composes_with_error_feedback(inner: Format, seed: int, monkeypatch) 
     assert both < error(GPTQ(), Sum(inner))
 
 
-def test_without_shares_it_is_dense_alone() -> None:
+def test_zero_shares_is_dense() -> None:
     recipe = build_recipe("squeezellm", {"outliers": 0, "sensitive": 0})
     assert recipe.weight == Codebook(3)
     assert recipe.needs == {"fisher"}
@@ -181,11 +181,11 @@ def test_without_shares_it_is_dense_alone() -> None:
 
 
 @pytest.mark.parametrize("shares", [(0.0, 0.0), (-0.1, 0.2), (0.2, 0.2), (float("nan"), 0.1)])
-def test_shares_out_of_range_are_refused(shares: tuple[float, float]) -> None:
+def test_share_range(shares: tuple[float, float]) -> None:
     with pytest.raises(RecipeError, match="shares"):
         Sum(Codebook(3), *shares)
 
 
-def test_sums_are_not_nested() -> None:
+def test_nested_sums_refused() -> None:
     with pytest.raises(RecipeError, match="one"):
         Sum(Sum(Codebook(3)))

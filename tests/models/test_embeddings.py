@@ -70,7 +70,7 @@ class Bag(nn.Module):
 
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
-def test_a_module_of_nobodys_is_quantized_at_both_ends(tied):
+def test_custom_module(tied):
     torch.manual_seed(0)
     model = Own(tied=tied)
     before = model(WINDOWS)
@@ -84,13 +84,13 @@ def test_a_module_of_nobodys_is_quantized_at_both_ends(tied):
     assert 0 < (after - before).norm() < 0.02 * before.norm()
 
 
-def test_a_model_without_a_table_is_refused_before_anything_is_done():
+def test_model_without_embedding():
     with pytest.raises(SourceError, match="no table of token embeddings"):
         bitmill.quantize(Own(Bag()), "rtn", head_bits=8, calibration=WINDOWS, measure=0)
     assert bitmill.quantize(Own(Bag()), "rtn", calibration=WINDOWS, measure=0).summary["head_bytes"] == 0
 
 
-def test_a_head_that_is_no_linear_is_refused():
+def test_nonlinear_head_refused():
     model = tiny_model("llama")
     streamed = StreamedModel(ModuleSource(model))
     streamed.model.lm_head = nn.Identity()
@@ -99,12 +99,12 @@ def test_a_head_that_is_no_linear_is_refused():
 
 
 @pytest.mark.parametrize("bits", [0, 1, 3, 5, 7, 9, 16, -8, True, "8", 4.5, [8]])
-def test_other_bits_are_refused(bits):
+def test_invalid_bits_refused(bits):
     with pytest.raises(RecipeError, match=r"^head_bits is .*; use 8, 6 or 4, or leave it out"):
         bitmill.quantize("smollm2-135m", "rtn", head_bits=bits, dry_run=True)
 
 
-def test_the_head_is_a_part_of_the_recipe():
+def test_head_in_recipe():
     bare = build_recipe("gptq")
     assert "head" not in bare.to_dict()
     assert with_head(bare, None) is bare
@@ -119,7 +119,7 @@ def test_the_head_is_a_part_of_the_recipe():
         Recipe.from_dict(data)
 
 
-def test_what_is_ignored_cannot_be_quantized_too():
+def test_ignored_head_conflict():
     recipe = with_head(replace(build_recipe("rtn"), rules=(Rule("lm_head", FLOAT),)), 8)
     with pytest.raises(UsageError, match="ignores 'lm_head'"):
         bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS, measure=0)
@@ -137,7 +137,7 @@ class Scaled(nn.Embedding):
 @pytest.mark.parametrize("kind", [nn.Embedding, Scaled])
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @torch.no_grad()
-def test_a_table_decodes_what_is_looked_up(kind, bits):
+def test_embedding_lookup(kind, bits):
     W = weights(50, 44)
     format = Uniform(bits, 16)
     quantized = nearest_matrix(format, W, fitted(format, W))
@@ -174,7 +174,7 @@ def test_a_table_decodes_what_is_looked_up(kind, bits):
         {"embedding": ["a"], "head": "b", "tied": 1},
     ],
 )
-def test_damaged_ends_are_refused(ends):
+def test_damaged_description_refused(ends):
     groups = [{"format": {"format": "uniform", "bits": 4}, "layers": ["a", "b"]}]
     with pytest.raises(CheckpointError, match=r"damaged.*'ends'") as caught:
         quantized_ends({"groups": groups, "ends": ends})
@@ -184,7 +184,7 @@ def test_damaged_ends_are_refused(ends):
 
 @pytest.mark.parametrize("names", [["lm_head.weight"], ["lm_head.weight", "model.embed_tokens.weight"]])
 @torch.no_grad()
-def test_a_tied_matrix_is_stored_once_whatever_the_source_calls_it(names, tmp_path):
+def test_tied_matrix_stored_once(names, tmp_path):
     model = tiny_model("llama", tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "source")
     file = tmp_path / "source" / "model.safetensors"

@@ -36,7 +36,7 @@ def block_by_block(streamed: StreamedModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ADAPTERS.names())
 @torch.no_grad()
-def test_block_by_block_equals_the_whole_model(name):
+def test_blocks_equal_whole_model(name):
     model = tiny_model(name)
     logits = block_by_block(StreamedModel(ModuleSource(model)))
     assert torch.allclose(logits, output_fn(model)(TOKENS), rtol=1e-5, atol=1e-5)
@@ -44,7 +44,7 @@ def test_block_by_block_equals_the_whole_model(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
 @torch.no_grad()
-def test_a_folder_gives_the_same(name, tmp_path):
+def test_folder_equals_module(name, tmp_path):
     model = tiny_model(name)
     model.save_pretrained(tmp_path)
     logits = block_by_block(StreamedModel(open_source(tmp_path)))
@@ -54,7 +54,7 @@ def test_a_folder_gives_the_same(name, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", [name for name, adapter in ADAPTERS.items() if adapter.head])
 @torch.no_grad()
-def test_the_table_of_embeddings_and_the_head_are_not_held_together(name, tied):
+def test_embedding_and_head_not_together(name, tied):
     model = tiny_model(name, tie_word_embeddings=tied)
     streamed = StreamedModel(ModuleSource(model))
     table, head = (f"{path}.weight" for path in (streamed.adapter.embeddings[0], streamed.adapter.head))
@@ -72,7 +72,7 @@ def test_the_table_of_embeddings_and_the_head_are_not_held_together(name, tied):
     assert torch.allclose(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_damaged_head_is_refused_before_the_blocks():
+def test_damaged_head_refused_early():
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[1, 2] = float("nan")
@@ -84,7 +84,7 @@ def test_a_damaged_head_is_refused_before_the_blocks():
         pass
 
 
-def test_only_what_is_in_use_holds_memory():
+def test_only_used_parts_in_memory():
     streamed = StreamedModel(ModuleSource(tiny_model("llama")))
     assert not held(streamed)
     streamed.load_block(1)
@@ -96,13 +96,13 @@ def test_only_what_is_in_use_holds_memory():
     assert not held(streamed)
 
 
-def test_the_tensors_of_blocks_and_the_others_are_all():
+def test_tensor_partition():
     streamed = StreamedModel(ModuleSource(tiny_model("opt")))
     parts = [streamed.block_tensors(0), streamed.block_tensors(1), streamed.non_block_tensors()]
     assert sorted(itertools.chain(*parts)) == streamed.names()
 
 
-def test_the_live_model_is_left_alone():
+def test_live_model_unmodified():
     model = tiny_model("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     streamed = StreamedModel(ModuleSource(model))
@@ -113,7 +113,7 @@ def test_the_live_model_is_left_alone():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_tied_tensors_stay_tied():
+def test_tied_tensors():
     streamed = StreamedModel(ModuleSource(tiny_model("llama", tie_word_embeddings=True)))
     assert "lm_head.weight" not in streamed.names()
     with streamed.non_block_weights():
@@ -130,7 +130,7 @@ def test_tied_models_run():
     assert torch.allclose(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_is_computed_in_single():
+def test_half_precision_upcast():
     streamed = StreamedModel(ModuleSource(tiny_model("llama").bfloat16()))
     name = "model.layers.0.mlp.up_proj.weight"
     assert streamed.dtype(name) == streamed.stored_tensor(name).dtype == torch.bfloat16
@@ -138,7 +138,7 @@ def test_half_precision_is_computed_in_single():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_named(bad):
+def test_nonfinite_weight_message(bad):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = bad
@@ -148,21 +148,21 @@ def test_a_weight_that_is_not_finite_is_named(bad):
         streamed.load_block(1)
 
 
-def test_a_missing_tensor_is_named():
+def test_missing_tensor_message():
     source = ModuleSource(tiny_model("llama"))
     del source._tensors["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(SourceError, match=r"no tensor .model\.layers\.0\.mlp\.up_proj\.weight"):
         StreamedModel(source)
 
 
-def test_a_tensor_of_another_shape_is_named():
+def test_wrong_shape_message():
     source = ModuleSource(tiny_model("llama"))
     source._tensors["model.norm.weight"] = torch.ones(31)
     with pytest.raises(SourceError, match=r"'model.norm.weight' has shape \(31,\)"):
         StreamedModel(source)
 
 
-def test_names_without_the_prefix_of_the_base_model_are_understood():
+def test_base_model_prefix():
     source = ModuleSource(tiny_model("gpt2"))
     source._tensors = {n.removeprefix("transformer."): t for n, t in source._tensors.items()}
     streamed = StreamedModel(source)
@@ -170,7 +170,7 @@ def test_names_without_the_prefix_of_the_base_model_are_understood():
     streamed.load_block(0)
 
 
-def test_a_module_without_a_config_is_described_by_walking_it():
+def test_module_without_config():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()

@@ -36,14 +36,14 @@ def best(pull: Tensor, metric: Tensor, codebooks: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("books", [1, 2])
 @pytest.mark.parametrize("size", [2, 8, 16])
-def test_a_full_beam_is_exact_for_two_codebooks(books, size):
+def test_full_beam_is_exact(books, size):
     pull, metric, codebooks = case(books, size)
     codes, points = search(pull, metric, codebooks, beam=size)
     assert torch.equal(points, decode(codes, codebooks))
     assert torch.allclose(value(points, pull, metric), best(pull, metric, codebooks), rtol=0, atol=1e-9)
 
 
-def test_more_codebooks_lose_little_in_the_beam():
+def test_beam_with_more_codebooks():
     """Of codebooks that k-means made, a full beam leaves less than 5 % more error than all 4096 sums."""
     x, metric = normal(40, WIDTH), case(1, 2)[1]
     codebooks = residual_kmeans(
@@ -57,27 +57,27 @@ def test_more_codebooks_lose_little_in_the_beam():
 
 
 @pytest.mark.parametrize("books", [2, 3])
-def test_wider_beams_find_better_codes(books):
+def test_wider_beam_helps(books):
     pull, metric, codebooks = case(books, 16)
     means = [value(search(pull, metric, codebooks, b)[1], pull, metric).mean() for b in (1, 2, 4, 8, 16)]
     assert all(b <= a + 1e-9 for a, b in itertools.pairwise(means))
     assert means[-1] < means[0]
 
 
-def test_a_beam_between_powers_of_two_is_rounded_down():
+def test_beam_rounded_to_power_of_2():
     pull, metric, codebooks = case(3, 16)
     for beam, same in ((3, 2), (7, 4), (100, 16), (0, 1)):
         assert torch.equal(search(pull, metric, codebooks, beam)[0], search(pull, metric, codebooks, same)[0])
 
 
-def test_slices_change_nothing(monkeypatch):
+def test_slices_do_not_matter(monkeypatch):
     pull, metric, codebooks = case(3, 8)
     whole = search(pull, metric, codebooks, 4)[0]
     monkeypatch.setattr("bitmill.numerics.additive._SLICE", 100)
     assert torch.equal(search(pull, metric, codebooks, 4)[0], whole)
 
 
-def test_gather_back_is_the_adjoint_of_decode():
+def test_gather_back_is_adjoint():
     codes = torch.randint(0, 8, (50, 3), generator=torch.Generator().manual_seed(0))
     values, codebooks = normal(50, WIDTH), normal(3, 8, WIDTH, seed=1)
     torch.testing.assert_close(
@@ -113,7 +113,7 @@ def test_refit_is_least_squares():
     assert errors[-1] == pytest.approx(least, rel=1e-4)
 
 
-def test_every_codebook_lowers_the_residual():
+def test_codebooks_lower_residual():
     x, weight = normal(400, WIDTH).float(), torch.rand(400, WIDTH, generator=torch.Generator().manual_seed(4))
     eye = torch.eye(WIDTH)
     left = [float((x.square() * weight).sum())]
@@ -124,7 +124,7 @@ def test_every_codebook_lowers_the_residual():
     assert all(b < 0.8 * a for a, b in itertools.pairwise(left))
 
 
-def test_weights_draw_the_centres():
+def test_weighted_centers():
     x = normal(400, WIDTH).float()
     weight = torch.ones(400, WIDTH)
     weight[:, 0] = 100
@@ -135,7 +135,7 @@ def test_weights_draw_the_centres():
     assert errors[1] < 0.5 * errors[0]
 
 
-def test_fewer_vectors_than_centres_and_no_weight_at_all():
+def test_few_vectors_and_zero_weight():
     x = normal(5, WIDTH).float()
     codebooks = residual_kmeans(x, torch.ones_like(x), 2, 16, 5)
     assert torch.allclose(search(x, torch.eye(WIDTH), codebooks, 16)[1], x, atol=1e-5)

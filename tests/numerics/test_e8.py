@@ -25,7 +25,7 @@ def reached(x: torch.Tensor) -> torch.Tensor:
     return (x.double() - points()[nearest(x)].double()).square().sum(1)
 
 
-def test_the_points_lie_on_shifted_e8() -> None:
+def test_points_on_shifted_e8() -> None:
     """Twice a point minus the shift is odd everywhere, and its sum is a multiple of 4."""
     shift = torch.where(torch.arange(POINTS) >= POINTS // 2, 0.25, -0.25)
     doubled = 2 * (points() - shift[:, None])
@@ -34,7 +34,7 @@ def test_the_points_lie_on_shifted_e8() -> None:
     assert len(torch.unique(points(), dim=0)) == POINTS
 
 
-def test_the_patterns_are_those_of_the_paper() -> None:
+def test_patterns_match_paper() -> None:
     norms, counts = patterns().square().sum(1).unique(return_counts=True)
     assert norms.tolist() == [2, 4, 6, 8, 10, 12]
     assert counts.tolist() == [1, 8, 28, 64, 126, 29]
@@ -47,25 +47,25 @@ def test_nearest_equals_brute_force(spread: float) -> None:
 
 
 @given(st.lists(st.lists(st.integers(-16, 16), min_size=8, max_size=8), min_size=1, max_size=4))
-def test_nearest_equals_brute_force_where_ties_are(rows: list[list[int]]) -> None:
+def test_nearest_with_ties(rows: list[list[int]]) -> None:
     x = torch.tensor(rows, dtype=torch.float32) / 4
     assert torch.allclose(reached(x), brute_force(x), atol=1e-6)
 
 
-def test_every_point_finds_itself() -> None:
+def test_points_are_fixed_points() -> None:
     codes = nearest(points())
     assert torch.equal(codes, torch.arange(POINTS))
     assert nearest(torch.zeros(0, 8)).shape == (0,)
 
 
-def test_the_error_on_gaussian_numbers() -> None:
+def test_gaussian_error() -> None:
     """Between the best 2-bit scalar levels (0.1175) and the rate-distortion bound (0.0625)."""
     x = torch.randn(20000, 8)
     error = (x - points()[nearest(x * 1.03)] / 1.03).square().mean()
     assert 0.090 < error < 0.093
 
 
-def test_the_numbering_is_frozen() -> None:
+def test_numbering_is_frozen() -> None:
     quarters = (points() * 4).to(torch.int8).numpy().tobytes()
     assert (
         hashlib.sha256(quarters).hexdigest() == "0c10682aa0c1feb74c540e33e47326d82778ab8a8c2ecba806235bae3bccd448"

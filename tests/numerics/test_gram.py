@@ -16,7 +16,7 @@ def expected(X: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", [1, 383, 384, 385, 769])
-def test_every_width_over_ragged_batches(width):
+def test_ragged_batches(width):
     X = torch.randn(61, width) + 0.5
     gram = RunningGram(width)
     for batch in X.split([1, 7, 20, 33]):
@@ -26,7 +26,7 @@ def test_every_width_over_ragged_batches(width):
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 12))
-def test_the_cut_into_batches_does_not_matter(batches, width):
+def test_batch_size_does_not_matter(batches, width):
     X = torch.randn(sum(batches), width)
     gram = RunningGram(width)
     for batch in X.split(batches):
@@ -35,7 +35,7 @@ def test_the_cut_into_batches_does_not_matter(batches, width):
 
 
 @pytest.mark.parametrize("width", [3, 400])
-def test_it_is_exactly_symmetric(width):
+def test_exactly_symmetric(width):
     gram = RunningGram(width)
     gram.add(torch.randn(50, width))
     mean = gram.mean()
@@ -43,7 +43,7 @@ def test_it_is_exactly_symmetric(width):
     assert torch.equal(gram.mean(), mean)  # reading changes nothing
 
 
-def test_half_precision_inputs_are_summed_in_single():
+def test_half_precision_inputs():
     X = torch.full((4096, 2), 3.0, dtype=torch.bfloat16)  # a bfloat16 sum would stop growing at 256 * 9
     gram = RunningGram(2)
     for batch in X.split(64):
@@ -51,5 +51,5 @@ def test_half_precision_inputs_are_summed_in_single():
     assert torch.equal(gram.mean(), torch.full((2, 2), 9.0))
 
 
-def test_no_tokens_give_zeros():
+def test_no_tokens():
     assert torch.equal(RunningGram(3).mean(), torch.zeros(3, 3))

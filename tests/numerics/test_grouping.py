@@ -19,7 +19,7 @@ def test_ungrouped_inverts_grouped(shape, size):
 
 
 @given(shapes, sizes)
-def test_the_grid_and_the_width_agree(shape, size):
+def test_grid_and_width(shape, size):
     x = grouped(torch.ones(shape), size)
     assert x.shape == (*group_grid(shape, size), group_width(shape, size))
     assert x.sum() == shape[0] * shape[1]  # all else is zero padding
@@ -27,7 +27,7 @@ def test_the_grid_and_the_width_agree(shape, size):
 
 
 @given(shapes, st.integers(1, 40))
-def test_a_group_holds_neighbouring_columns(shape, size):
+def test_groups_are_neighbors(shape, size):
     W = torch.randn(shape)
     x = grouped(W, size)
     width = group_width(shape, size)
@@ -38,7 +38,7 @@ def test_a_group_holds_neighbouring_columns(shape, size):
 
 
 @given(shapes, sizes)
-def test_importance_follows_its_column_and_is_zero_on_padding(shape, size):
+def test_importance_of_padding(shape, size):
     importance = torch.rand(shape[1]) + 0.1
     weight = grouped_importance(importance, shape, size)
     expected = grouped(importance.expand(shape), size)
@@ -46,12 +46,12 @@ def test_importance_follows_its_column_and_is_zero_on_padding(shape, size):
 
 
 @given(shapes, sizes)
-def test_no_importance_means_equal_importance(shape, size):
+def test_default_importance(shape, size):
     assert torch.equal(
         grouped_importance(None, shape, size), grouped_importance(torch.ones(shape[1]), shape, size)
     )
 
 
-def test_codes_keep_their_type():
+def test_codes_keep_dtype():
     codes = torch.ones(2, 10, dtype=torch.uint8)
     assert grouped(codes, 4).dtype == torch.uint8

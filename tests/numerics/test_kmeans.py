@@ -55,7 +55,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @every_kind
 @pytest.mark.parametrize("levels", [2, 4, 8, 16])
 @pytest.mark.parametrize("count", [1, 5, 40, 64])
-def test_few_numbers_are_solved_exactly(kind, levels, count):
+def test_few_numbers_are_exact(kind, levels, count):
     x, weight = draw(16, max(count, 4), kind)
     x, weight = x[:, :count], weight[:, :count]
     found = error(x, weight, kmeans(x, weight, levels))
@@ -65,7 +65,7 @@ def test_few_numbers_are_solved_exactly(kind, levels, count):
 
 @every_kind
 @pytest.mark.parametrize("levels", [2, 4, 8, 16])
-def test_long_rows_are_within_a_percent_on_average(kind, levels):
+def test_long_rows_near_optimal(kind, levels):
     x, weight = draw(12, 400, kind)
     noise = 1e-12 * (weight * x * x).sum(-1)
     found = error(x, weight, kmeans(x, weight, levels)) + noise
@@ -77,7 +77,7 @@ def test_long_rows_are_within_a_percent_on_average(kind, levels):
 
 
 @pytest.mark.parametrize("kind", ["even", "gradients"])
-def test_the_program_agrees_with_all_partitions(kind):
+def test_equals_all_partitions(kind):
     x, weight = draw(4, 9, kind)
     ordered, order = x.sort(-1)
     sorted_weight = weight.gather(-1, order)
@@ -93,7 +93,7 @@ def test_the_program_agrees_with_all_partitions(kind):
 
 @every_kind
 @pytest.mark.parametrize("levels", [1, 2, 8, 256])
-def test_centres_are_sorted_and_inside(kind, levels):
+def test_centers_sorted_in_range(kind, levels):
     x, weight = draw(8, 100, kind)
     for centres in (kmeans(x.float(), weight.float(), levels), kmeans_start(x.float(), weight.float(), levels)):
         assert centres.shape == (8, levels)
@@ -103,25 +103,25 @@ def test_centres_are_sorted_and_inside(kind, levels):
         assert (centres.amax(1) <= x.amax(1) + 1e-4).all()
 
 
-def test_fewer_distinct_numbers_than_levels_are_hit():
+def test_few_distinct_numbers():
     x = torch.tensor([3.0, -1.0, 0.5]).repeat(70)[None]
     assert error(x, torch.ones_like(x), kmeans(x, torch.ones_like(x), 8)) == 0
 
 
-def test_no_weight_at_all_means_equal_weight():
+def test_zero_total_weight():
     x, weight = draw(6, 90, "even")
     weight[2] = 0
     assert torch.equal(kmeans(x, weight, 8), kmeans(x, torch.ones_like(x), 8))
 
 
-def test_numbers_without_weight_do_not_count():
+def test_zero_weight_ignored():
     x, weight = draw(6, 90, "gradients")
     x[:, ::7], weight[:, ::7] = 50.0, 0.0
     kept = torch.arange(90) % 7 != 0
     assert torch.allclose(kmeans(x, weight, 8), kmeans(x[:, kept], weight[:, kept], 8), rtol=1e-9)
 
 
-def test_the_scale_of_weights_and_the_order_of_numbers_change_nothing():
+def test_scale_and_order_invariance():
     x, weight = draw(6, 300, "tails gradients")
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     centres = kmeans(x, weight, 8)
@@ -129,7 +129,7 @@ def test_the_scale_of_weights_and_the_order_of_numbers_change_nothing():
     assert torch.allclose(kmeans(x[:, order], weight[:, order], 8), centres, rtol=1e-9)
 
 
-def test_rows_do_not_see_each_other():
+def test_rows_are_independent():
     x, weight = draw(80, 120, "tails")
     together = kmeans(x, weight, 8)
     assert torch.equal(together, kmeans(x, weight, 8))
@@ -137,7 +137,7 @@ def test_rows_do_not_see_each_other():
     assert torch.equal(together, kmeans(x, weight[:1], 8))
 
 
-def test_it_is_fast():
+def test_speed():
     x, weight = draw(576, 576, "tails gradients")
     start = time.process_time()
     kmeans(x, weight, 8)

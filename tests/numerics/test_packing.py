@@ -28,7 +28,7 @@ def rows_of_codes(draw):
 
 
 @given(rows_of_codes())
-def test_layout_equals_a_bit_stream(case):
+def test_layout_is_bit_stream(case):
     bits, rows = case
     packed = pack(torch.tensor(rows), bits)
     assert packed.dtype == torch.int32
@@ -45,7 +45,7 @@ def test_unpack_inverts_pack(case):
 
 @pytest.mark.parametrize("bits", range(1, MAX_BITS + 1))
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 65])
-def test_every_width_at_its_limits(bits, count, nan_memory):
+def test_extreme_codes(bits, count, nan_memory):
     top = (1 << bits) - 1
     for codes in ([top] * count, [0] * count, [top if j % 2 else 0 for j in range(count)]):
         packed = pack(torch.tensor([codes]), bits)
@@ -54,7 +54,7 @@ def test_every_width_at_its_limits(bits, count, nan_memory):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_widths_that_divide_a_word_follow_compressed_tensors(bits):
+def test_compressed_tensors_layout(bits):
     """compressed-tensors' pack_to_int32: element j sits at bit j*bits, least significant first, of its word."""
     per_word = 32 // bits
     codes = torch.randint(0, 1 << bits, (3, 2 * per_word))
@@ -64,7 +64,7 @@ def test_widths_that_divide_a_word_follow_compressed_tensors(bits):
 
 
 @pytest.mark.parametrize("bits", range(1, MAX_BITS + 1))
-def test_single_codes_are_read_from_their_words(bits):
+def test_random_access(bits):
     codes = torch.randint(0, 1 << bits, (3, 77))
     codes[:, -1] = (1 << bits) - 1
     index = torch.cat([torch.arange(77).flip(0), torch.tensor([0, 76, 76])])
@@ -77,7 +77,7 @@ def test_a_known_word():
     assert pack(torch.tensor([0] * 10 + [7]), 3).tolist() == [-(1 << 30), 1]  # straddles two words
 
 
-def test_leading_axes_and_types():
+def test_leading_axes_and_dtypes():
     codes = torch.randint(0, 8, (2, 3, 37))
     for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
         packed = pack(codes.to(dtype), 3)
@@ -87,13 +87,13 @@ def test_leading_axes_and_types():
     assert pack(codes.transpose(0, 2), 3).shape == (37, 3, 1)
 
 
-def test_float_params_are_packed_by_value():
+def test_float_parameters():
     zeros = torch.tensor([3.0, 0.0, 7.0])
     assert torch.equal(unpack(pack(zeros, 3), 3, 3).float(), zeros)
 
 
 @pytest.mark.parametrize("bits", [0, -1, 17])
-def test_impossible_widths_are_refused(bits):
+def test_impossible_widths_refused(bits):
     with pytest.raises(ValueError, match="bits must be"):
         pack(torch.zeros(4, dtype=torch.uint8), bits)
     with pytest.raises(ValueError, match="bits must be"):
@@ -101,19 +101,19 @@ def test_impossible_widths_are_refused(bits):
 
 
 @pytest.mark.parametrize("code", [-1, 8])
-def test_codes_that_do_not_fit_are_refused(code):
+def test_large_codes_refused(code):
     with pytest.raises(ValueError, match="codes must lie"):
         pack(torch.tensor([0, code]), 3)
 
 
 @pytest.mark.parametrize("words", [1, 3])
-def test_a_row_of_the_wrong_length_is_refused(words):
+def test_wrong_row_length_refused(words):
     with pytest.raises(ValueError, match="need 2 words"):
         unpack(torch.zeros(words, dtype=torch.int32), 4, 16)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_lanes_may_lie_across(bits):
+def test_transposed_lanes(bits):
     """Words of one stream need not be neighbours in memory, even where a stream is a single word."""
     codes = torch.randint(0, 1 << bits, (5, 32 // bits), dtype=torch.uint8)
     words = pack(codes, bits).mT.contiguous()
@@ -122,13 +122,13 @@ def test_lanes_may_lie_across(bits):
 
 @pytest.mark.parametrize("bits", [3, 4, 8, 11])
 @pytest.mark.parametrize("shape", [(0, 40), (2, 0)])
-def test_nothing_at_all_is_packed_and_unpacked(bits, shape):
+def test_empty_input(bits, shape):
     words = pack(torch.zeros(shape, dtype=torch.int32), bits)
     assert unpack(words, bits, shape[1]).shape == shape
 
 
 @pytest.mark.parametrize(("shape", "stride"), [((1, 1), (5, 5)), ((3, 1), (5, 7)), ((2, 3), (1, 6))])
-def test_words_may_be_strided(shape, stride):
+def test_strided_words(shape, stride):
     words = torch.randint(1 << 30, (20,), dtype=torch.int32).as_strided(shape, stride)
     plain = words.clone(memory_format=torch.contiguous_format)
     assert torch.equal(unpack(words, 4, 8 * shape[1]), unpack(plain, 4, 8 * shape[1]))

@@ -26,7 +26,7 @@ def everything(dimension: int, pulses: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dimension", "pulses"), [(1, 4), (2, 5), (4, 3), (8, 2)])
-def test_numbers_are_a_bijection(dimension: int, pulses: int) -> None:
+def test_numbering_is_bijective(dimension: int, pulses: int) -> None:
     total = count(dimension, pulses)
     points = point(torch.arange(total), dimension, pulses)
     assert torch.equal(points.abs().sum(1), torch.full((total,), pulses))
@@ -35,7 +35,7 @@ def test_numbers_are_a_bijection(dimension: int, pulses: int) -> None:
 
 
 @given(SHAPES, st.integers(0, 2**32))
-def test_a_point_is_read_back_from_its_number(shape: tuple[int, int], seed: int) -> None:
+def test_point_round_trip(shape: tuple[int, int], seed: int) -> None:
     dimension, pulses = shape
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(20, dimension, generator=draw) * torch.rand(20, dimension, generator=draw).mul(4).exp()
@@ -47,7 +47,7 @@ def test_a_point_is_read_back_from_its_number(shape: tuple[int, int], seed: int)
 
 
 @given(st.lists(st.integers(0, count(16, 58) - 1), min_size=1, max_size=20))
-def test_a_number_of_64_bits_is_read_back_from_its_point(values: list[int]) -> None:
+def test_number_round_trip(values: list[int]) -> None:
     numbers = torch.tensor([v - (1 << 64) if v >> 63 else v for v in values])
     assert torch.equal(number(point(numbers, 16, 58), 58), numbers)
     y = point(torch.tensor([0, count(16, 58) - 1 - (1 << 64)]), 16, 58)
@@ -61,7 +61,7 @@ def test_bits() -> None:
 
 
 @pytest.mark.parametrize(("dimension", "pulses"), [(2, 7), (4, 5), (8, 3)])
-def test_projection_is_nearly_the_best_direction(dimension: int, pulses: int) -> None:
+def test_projection_near_optimal(dimension: int, pulses: int) -> None:
     points = everything(dimension, pulses).float()
     x = torch.randn(500, dimension)
     unit = points / points.norm(dim=1, keepdim=True)
@@ -73,13 +73,13 @@ def test_projection_is_nearly_the_best_direction(dimension: int, pulses: int) ->
 
 
 @pytest.mark.parametrize("pulses", [1, 12, 27, 58])
-def test_points_are_their_own_projection(pulses: int) -> None:
+def test_projection_is_idempotent(pulses: int) -> None:
     y = project(torch.randn(500, 16), pulses)
     gains = torch.rand(500, 1).mul(20).sub(10).exp()
     assert torch.equal(project(y * gains, pulses), y)
 
 
-def test_vectors_without_a_direction() -> None:
+def test_zero_vectors() -> None:
     x = torch.zeros(3, 16)
     x[1, 4] = -1e-30
     x[2] = 1e30
@@ -91,7 +91,7 @@ def test_vectors_without_a_direction() -> None:
 
 
 @pytest.mark.parametrize(("bits", "above", "below"), [(2, 0.075, 0.084), (3, 0.018, 0.020), (4, 0.0040, 0.0045)])
-def test_the_error_on_gaussian_numbers(bits: int, above: float, below: float) -> None:
+def test_gaussian_error(bits: int, above: float, below: float) -> None:
     """With a gain in float; the best scalar levels have 0.1175, 0.0345, 0.0095."""
     x = torch.randn(3000, 16)
     y = project(x, most_pulses(16, 16 * bits)).float()
@@ -99,7 +99,7 @@ def test_the_error_on_gaussian_numbers(bits: int, above: float, below: float) ->
     assert above < (x - (x * unit).sum(1, keepdim=True) * unit).square().mean() < below
 
 
-def test_the_numbering_is_frozen() -> None:
+def test_numbering_is_frozen() -> None:
     """Stored folders depend on it."""
     numbers = torch.arange(0, count(8, 6), 997)
     found = hashlib.sha256(point(numbers, 8, 6).to(torch.int8).numpy().tobytes()).hexdigest()

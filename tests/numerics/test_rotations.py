@@ -24,7 +24,7 @@ def matrix(kind: str, width: int, seed: int = 0) -> torch.Tensor:
 
 @every_kind
 @pytest.mark.parametrize("width", WIDTHS)
-def test_orthogonal_and_undone(kind: str, width: int) -> None:
+def test_orthogonal_and_inverse(kind: str, width: int) -> None:
     V = matrix(kind, width)
     assert (V @ V.T - torch.eye(width)).abs().max() < 3e-6
     x = torch.randn(2, 3, width)
@@ -37,7 +37,7 @@ def test_orthogonal_and_undone(kind: str, width: int) -> None:
 
 
 @given(st.integers(1, 400), st.sampled_from(KINDS), st.integers(0, 2**64))
-def test_any_width_any_seed(width: int, kind: str, seed: int) -> None:
+def test_any_width_and_seed(width: int, kind: str, seed: int) -> None:
     x = torch.randn(4, width)
     turned = rotation(kind, width, seed)
     y = turned.forward(x)
@@ -46,19 +46,19 @@ def test_any_width_any_seed(width: int, kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_entry_of_the_hadamard_rotation_stands_out(width: int) -> None:
+def test_hadamard_is_incoherent(width: int) -> None:
     assert matrix("hadamard", width).abs().max() <= (2 / width) ** 0.5 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 2, 8, 12, 20, 24, 28, 576, 896, 1280, 1536, 4864, 14336])
-def test_widths_with_a_hadamard_matrix_are_flat(width: int) -> None:
+def test_hadamard_widths_are_flat(width: int) -> None:
     image = rotation("hadamard", width, 0).forward(torch.eye(width)[:3])
     assert torch.allclose(image.abs(), torch.tensor(width**-0.5), rtol=1e-4)
 
 
 @every_kind
 @pytest.mark.parametrize("width", [191, 576, 577])
-def test_an_outlier_is_spread(kind: str, width: int) -> None:
+def test_outlier_is_spread(kind: str, width: int) -> None:
     """Incoherence (QuIP, lemma 5): the largest entry of a rotated spike is above the RMS by logarithms alone."""
     spike = torch.zeros(1, width)
     spike[0, 3] = 1.0
@@ -74,7 +74,7 @@ def test_seeds_differ(kind: str) -> None:
 
 
 @every_kind
-def test_gradients_pass_even_if_inference_came_first(kind: str) -> None:
+def test_gradients_after_inference(kind: str) -> None:
     with torch.inference_mode():
         rotation(kind, 84, 5).forward(torch.randn(2, 84))
     x = torch.randn(2, 84, requires_grad=True)
@@ -83,7 +83,7 @@ def test_gradients_pass_even_if_inference_came_first(kind: str) -> None:
     assert torch.allclose(x.grad, 2 * x, atol=1e-4)
 
 
-def test_half_precision_is_computed_in_single() -> None:
+def test_half_precision_upcast() -> None:
     x = torch.randn(2, 96)
     turned = rotation("hadamard", 96, 0)
     assert turned.forward(x.to(torch.bfloat16)).dtype == torch.float32
@@ -98,12 +98,12 @@ def test_hadamard_matrices(order: int) -> None:
 
 
 @pytest.mark.parametrize("order", [3, 6, 10, 52, 92])
-def test_orders_out_of_reach(order: int) -> None:
+def test_unknown_orders(order: int) -> None:
     assert hadamard(order) is None
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 128, 129, 257])
-def test_hartley_is_its_own_inverse(width: int) -> None:
+def test_hartley_is_involution(width: int) -> None:
     x = torch.randn(3, width)
     assert torch.allclose(hartley(hartley(x)), x, atol=1e-5)
     index = torch.arange(width)

@@ -8,7 +8,7 @@ from bitmill.numerics.sparse import best_values, from_index, index_type, largest
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 60])
-def test_the_largest_are_exactly_so_many(count):
+def test_largest_count_is_exact(count):
     score = torch.randint(0, 5, (6, 10), generator=torch.Generator().manual_seed(0)).float()
     mask = largest(score, count)
     assert int(mask.sum()) == count
@@ -24,7 +24,7 @@ def test_indices_round_trip(columns):
     assert torch.equal(from_index(stored), numbers)
 
 
-def test_places_follow_the_mask():
+def test_positions_follow_mask():
     mask = torch.rand(9, 70, generator=torch.Generator().manual_seed(1)) < 0.1
     mask[3] = False
     rows, columns = places(to_index(mask.sum(1), 70), to_index(mask.nonzero()[:, 1], 70))
@@ -32,7 +32,7 @@ def test_places_follow_the_mask():
 
 
 @pytest.mark.parametrize("budget", [1, 500, 1 << 22])
-def test_values_are_the_least_squares_ones(budget, monkeypatch):
+def test_least_squares_values(budget, monkeypatch):
     monkeypatch.setattr(sparse, "_BUDGET", budget)
     draw = torch.Generator().manual_seed(0)
     X = torch.randn(300, 30, generator=draw) @ (torch.eye(30) + 0.2 * torch.randn(30, 30, generator=draw))
@@ -48,7 +48,7 @@ def test_values_are_the_least_squares_ones(budget, monkeypatch):
     torch.testing.assert_close(values.double(), expected[mask], rtol=1e-3, atol=1e-4)
 
 
-def test_values_are_the_error_itself_for_independent_inputs():
+def test_values_if_independent():
     error = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(4, 20, generator=torch.Generator().manual_seed(1)) < 0.3
     for gram, damp in ((torch.eye(20) * 3, 0.01), (torch.zeros(20, 20), 0.01), (torch.ones(20, 20), 1e9)):

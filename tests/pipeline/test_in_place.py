@@ -20,7 +20,7 @@ from helpers.tiny_models import tiny_model
 WINDOWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
-def test_a_run_that_fails_leaves_the_module_as_it_was():
+def test_failed_run_restores_module():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[2, 3] = torch.nan
@@ -35,7 +35,7 @@ def test_a_run_that_fails_leaves_the_module_as_it_was():
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_a_run_that_succeeds_swaps_every_linear(model_type):
+def test_every_linear_replaced(model_type):
     model = tiny_model(model_type)
     outcome = bitmill.quantize(model, "gptq", calibration=WINDOWS, bits=4, group_size=16)
     packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
@@ -44,7 +44,7 @@ def test_a_run_that_succeeds_swaps_every_linear(model_type):
     assert model(WINDOWS).logits.isfinite().all()
 
 
-def test_bits_of_a_live_quantized_model_count_its_packed_layers():
+def test_live_model_bits():
     model = tiny_model("llama")
     assert stored_bits(model, False)[0] == 32
     outcome = bitmill.quantize(model, "rtn", calibration=WINDOWS, bits=4, group_size=16)
@@ -60,7 +60,7 @@ class Words:
         return {"input_ids": [3 + ord(letter) % 100 for letter in text]}
 
 
-def test_a_module_in_training_is_measured_without_dropout_and_goes_on_training(tmp_path):
+def test_training_mode_restored(tmp_path):
     (tmp_path / "text.txt").write_text("All that glitters is not gold. " * 20)
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
     terms = {"text_source": str(tmp_path / "text.txt"), "seqlen": 16, "windows": 2, "tokenizer": Words()}
@@ -73,20 +73,20 @@ def test_a_module_in_training_is_measured_without_dropout_and_goes_on_training(t
 
 
 @pytest.mark.parametrize("name", ["*.q_porj", "*norm", "model.layers"])
-def test_an_ignored_name_must_be_there(name):
+def test_ignored_name_must_exist(name):
     recipe = replace(build_recipe("rtn", {"group_size": 16}), rules=(Rule(name, FLOAT),))
     with pytest.raises(UsageError, match="matrix of weights is called " + re.escape(repr(name))):
         bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS)
 
 
-def test_an_ignored_name_may_be_a_head():
+def test_ignored_head():
     recipe = build_recipe("rtn", {"group_size": 16})
     rules = (Rule("*.o_proj", FLOAT), Rule("lm_head", FLOAT))
     bitmill.quantize(tiny_model("llama"), replace(recipe, rules=rules), calibration=WINDOWS)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_an_unpacked_model_is_saved_as_a_float_one(tmp_path, model_type):
+def test_unpacked_model_saved_as_float(tmp_path, model_type):
     tiny_model(model_type).save_pretrained(tmp_path / "float")
     bitmill.quantize(tmp_path / "float", "rtn", out=tmp_path / "packed", measure=0, group_size=16)
     model = bitmill.load(tmp_path / "packed", dense=True)
@@ -96,6 +96,6 @@ def test_an_unpacked_model_is_saved_as_a_float_one(tmp_path, model_type):
     assert "quantization_config" not in back.config.to_dict()
 
 
-def test_a_folder_needs_a_model_that_transformers_can_build(tmp_path):
+def test_folder_needs_known_model(tmp_path):
     with pytest.raises(UsageError, match="Sequential has no transformers config"):
         bitmill.quantize(nn.Sequential(nn.Linear(4, 4)), "rtn", out=tmp_path / "out", measure=0)

@@ -22,7 +22,7 @@ def logits(method: str = "gptq", architecture: str = "llama", **options) -> torc
 
 
 @pytest.mark.parametrize("architecture", ["llama", "olmo"])  # the second one is walked over generically
-def test_shared_statistics_give_the_same_model_without_another_pass(architecture, tmp_path, monkeypatch):
+def test_shared_statistics(architecture, tmp_path, monkeypatch):
     def shared(method: str = "gptq") -> torch.Tensor:
         return logits(method, architecture, propagate="float", statistics=tmp_path / "s")
 
@@ -33,7 +33,7 @@ def test_shared_statistics_give_the_same_model_without_another_pass(architecture
     assert not torch.equal(shared("gptqt"), alone)
 
 
-def test_the_first_block_is_the_same_either_way_and_later_ones_are_not():
+def test_later_blocks_differ():
     layers = []
     for propagate in ("float", "quantized"):
         outcome = bitmill.quantize(
@@ -45,17 +45,17 @@ def test_the_first_block_is_the_same_either_way_and_later_ones_are_not():
     assert layers[0][first:] != pytest.approx(layers[1][first:], rel=1e-4)
 
 
-def test_a_method_that_looks_at_earlier_errors_finds_none(tmp_path):
+def test_no_earlier_errors(tmp_path):
     plain = logits("gptq", propagate="float", statistics=tmp_path)
     assert torch.allclose(logits("gptaq", propagate="float", statistics=tmp_path), plain, atol=1e-4)
 
 
-def test_without_correction_gptaq_is_gptq():
+def test_gptaq_equals_gptq():
     assert torch.allclose(logits("gptaq", propagate="quantized", alpha=0.0), logits("gptq"), atol=1e-4)
     assert not torch.allclose(logits("gptaq", propagate="quantized", alpha=1.0), logits("gptq"), atol=1e-4)
 
 
-def test_statistics_of_other_text_are_refused(tmp_path):
+def test_other_text_refused(tmp_path):
     logits(propagate="float", statistics=tmp_path)
     with pytest.raises(CalibrationError, match="another model, text, device or version"):
         bitmill.quantize(
@@ -68,6 +68,6 @@ def test_statistics_of_other_text_are_refused(tmp_path):
         )
 
 
-def test_statistics_of_quantized_blocks_cannot_be_shared(tmp_path):
+def test_quantized_statistics_refused(tmp_path):
     with pytest.raises(RecipeError, match="propagate"):
         logits(statistics=tmp_path)

@@ -24,13 +24,13 @@ def test_parts_replace_and_add():
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
-def test_bits_are_those_of_a_weight_whatever_the_codes_are():
+def test_bits_per_weight():
     assert build_recipe("aqlm", {"bits": 2}).weight.rate == 2
     assert build_recipe("quip_sharp").stored.rate == 2
     assert compose(build_recipe("aqlm", {"bits": 2}), format="uniform", solver="nearest").weight.bits == 2
 
 
-def test_parts_alone_make_a_recipe():
+def test_recipe_from_parts():
     recipe = from_parts("codebook:group_size=row", "gptq:damp=0.05", {"bits": "2"})
     assert (recipe.name, recipe.weight.bits, recipe.solver.damp) == ("codebook+gptq", 2, 0.05)
     assert (recipe.transforms, recipe.tuners) == ((), ())
@@ -40,12 +40,12 @@ def test_parts_alone_make_a_recipe():
         from_parts("uniform", "gptq", {"damp": "0.1"})
 
 
-def test_values_are_spelled_as_numbers_are():
+def test_number_spelling():
     recipe = compose(base(), format="float:bits=8,element=e5m2", solver="gptq:damp=1e-3,act_order=false")
     assert (recipe.solver.damp, recipe.solver.act_order, recipe.weight.element) == (1e-3, False, "e5m2")
 
 
-def test_a_recipe_file_that_is_none_is_one_sentence(tmp_path):
+def test_invalid_recipe_file(tmp_path):
     with pytest.raises(RecipeError, match=r"^There is no recipe file .*absent\.yaml; give .*\.$"):
         build_recipe(str(tmp_path / "absent.yaml"))
     file = tmp_path / "mine.yaml"
@@ -61,7 +61,7 @@ def test_a_recipe_file_that_is_none_is_one_sentence(tmp_path):
         assert str(caught.value).count(". ") == 0
 
 
-def test_nothing_changes_nothing():
+def test_no_changes():
     assert compose(base()) == base()
 
 
@@ -80,18 +80,18 @@ def test_nothing_changes_nothing():
         ({"tuners": ["luck"]}, "no tuner 'luck'"),
     ],
 )
-def test_nonsense_is_refused(parts, word):
+def test_invalid_options_refused(parts, word):
     with pytest.raises(RecipeError, match=word) as caught:
         compose(base(), **parts)
     assert str(caught.value).endswith(".")
 
 
-def test_illegal_combinations_are_refused_when_they_are_built():
+def test_illegal_combinations_refused():
     with pytest.raises(RecipeError, match="cannot be built"):
         compose(base(), format="integer_coding", solver="gptq:static_groups=false,act_order=false")
 
 
-def test_a_users_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+def test_user_recipe_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("BITMILL_RECIPES", str(tmp_path))
     with pytest.raises(RecipeError, match="mine"):
         find_recipe("mine")
@@ -105,7 +105,7 @@ def row(method: str, bits: int, bpw: float, kl: float, minutes: float) -> leader
     return leaderboard.Row(method, bits, bpw, 20.0, kl, minutes)
 
 
-def test_the_leader_has_the_least_divergence_within_the_time(monkeypatch):
+def test_leader_within_time(monkeypatch):
     rows = (row("quick", 3, 3.2, 0.3, 1), row("slow", 3, 3.2, 0.1, 60), row("large", 3, 3.8, 0.05, 1))
     monkeypatch.setattr(leaderboard, "rows", lambda: rows)
     assert leaderboard.leader(3, 5).method == "quick"
@@ -113,7 +113,7 @@ def test_the_leader_has_the_least_divergence_within_the_time(monkeypatch):
     assert leaderboard.leader(2) is None
 
 
-def test_the_shipped_leaderboard_names_methods_that_exist():
+def test_leaderboard_methods_exist():
     for entry in leaderboard.rows():
         bits = {"bits": entry.bits} if "bits" in METHODS.get(entry.method).__dataclass_fields__ else {}
         assert build_recipe(entry.method, bits).name
@@ -131,7 +131,7 @@ def test_the_shipped_leaderboard_names_methods_that_exist():
         ({"bits": 2, "group_size": 32}, "rtn", 2),  # quip_sharp leads, and has no groups
     ],
 )
-def test_the_leader_is_built_at_the_bits_it_leads(monkeypatch, options, name, bits):
+def test_leader_bits(monkeypatch, options, name, bits):
     table = [row("gptq", bits, bits + 0.3, 0.1, 1) for bits in (3, 4)] + [row("quip_sharp", 2, 2.0, 0.9, 1)]
     others = [row("rtn", bits, bits + 0.3, 2.0, 1) for bits in (2, 3, 4)]
     monkeypatch.setattr(leaderboard, "rows", lambda: tuple(table + others))
@@ -141,7 +141,7 @@ def test_the_leader_is_built_at_the_bits_it_leads(monkeypatch, options, name, bi
     assert name in why
 
 
-def test_what_the_leader_does_not_have_is_refused():
+def test_leader_options_refused():
     for options, word in (({"bits": "three"}, "whole number"), ({"luck": 1}, "no option 'luck'")):
         with pytest.raises(RecipeError, match=word):
             leaderboard.leading_recipe(options)

@@ -39,14 +39,14 @@ def test_first_match_wins():
     assert schemes["model.layers.1.self_attn.o_proj"] == recipe.default
 
 
-def test_rule_fills_in_the_default_scheme():
+def test_rule_defaults():
     base = build_recipe("gptq", {"bits": 3})
     recipe = with_rules(Rule("*.o_proj", solver=Nearest()), Rule("*.down_proj", Uniform(8)), base=base)
     assert recipe.scheme("a.o_proj").weight == base.weight
     assert recipe.scheme("a.down_proj").solver == base.solver
 
 
-def test_needs_are_those_of_all_rules():
+def test_needs_of_all_rules():
     assert with_rules(Rule("*.o_proj", solver=GPTQ())).needs == {"gram"}
 
 
@@ -65,7 +65,7 @@ def test_round_trip(rules):
     assert Recipe.from_yaml(recipe.to_json()) == recipe
 
 
-def test_leading_float_rules_are_written_as_ignore():
+def test_float_rules_written_as_ignore():
     data = with_rules(Rule("*.o_proj", FLOAT)).to_dict()
     assert data["ignore"] == ["*.o_proj"]
     assert "rules" not in data
@@ -114,7 +114,7 @@ def test_wrong_rule_document(rule, reason):
         Recipe.from_dict({**build_recipe("gptq").to_dict(), "rules": [rule]})
 
 
-def test_rules_come_before_those_of_the_base():
+def test_rules_precede_base():
     base = with_rules(Rule("*.o_proj", FLOAT))
     assert compose(base, rules=["*.o_proj=uniform:bits=8"]).scheme("a.o_proj").weight.bits == 8
 
@@ -134,12 +134,12 @@ def test_rules_come_before_those_of_the_base():
         ([Rule("*", FLOAT)], UsageError, "ignores every linear layer"),
     ],
 )
-def test_rules_that_do_not_fit_the_model(rules, kind, reason):
+def test_rules_for_other_model(rules, kind, reason):
     with pytest.raises(kind, match=re.escape(reason)):
         resolve_recipe(with_rules(*rules), streamed())
 
 
-def test_rules_that_contradict_each_other_across_a_seam():
+def test_conflicting_rules_at_seam():
     awq = build_recipe("awq", {"bits": 3})
     assert resolve_recipe(with_rules(Rule("*.o_proj", Uniform(8)), base=awq), streamed()).formats
     model = streamed("opt")
@@ -148,7 +148,7 @@ def test_rules_that_contradict_each_other_across_a_seam():
         resolve_recipe(with_rules(*both, base=awq), model)
 
 
-def test_rules_that_contradict_shared_codebooks():
+def test_conflicting_rules_shared():
     aqlm = build_recipe("aqlm", {"shared": True})
     recipe = with_rules(Rule("model.layers.0.self_attn.o_proj", Uniform(8), Nearest()), base=aqlm)
     with pytest.raises(RecipeError, match="share codebooks"):

@@ -46,7 +46,7 @@ def front_matter(card: str) -> dict:
 
 
 @pytest.mark.parametrize("method", METHODS.names())
-def test_every_method_has_a_card(method):
+def test_methods_have_cards(method):
     card = model_card(report(method))
     data = front_matter(card)
     assert data["base_model"] == "smollm2-135m"
@@ -64,41 +64,41 @@ def table_rows(card: str, first: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-def test_measurements_are_rows_of_a_table():
+def test_measurement_table():
     rows = table_rows(model_card(report(measured=[MEASURED, {**MEASURED, "by": "eval"}])), "| pydoc")
     assert rows[0] == ["pydoc, eval split", "4 x 512", "12.35", "11", "0.01235", "0.9", "bitmill quantize"]
     assert rows[1][-1] == "bitmill eval"
 
 
-def test_figures_that_are_missing_are_dashes():
+def test_missing_values_are_dashes():
     bare = {k: MEASURED[k] for k in ("by", "text", "split", "windows", "seqlen", "perplexity")}
     assert table_rows(model_card(report(measured=[bare])), "| pydoc")[0][3:6] == ["-", "-", "-"]
 
 
-def test_nothing_measured_is_said():
+def test_no_measurement():
     card = model_card(report(measured=[]))
     assert "Nothing was measured" in card
     assert "| perplexity |" not in card
 
 
-def test_the_worst_layers_come_first():
+def test_worst_layers_first():
     rows = table_rows(model_card(report()), "| `model.layers")
     assert [row[0] for row in rows] == [f"`model.layers.{n}.mlp.up_proj`" for n in (8, 7, 6, 5, 4)]
     assert rows[0][1:] == ["3.25", "0.01", "0.08"]
 
 
-def test_a_data_free_run_lists_no_output_errors():
+def test_data_free_run():
     card = model_card(report("rtn", layers=[layer(0, None)], identity={"calibration": None}))
     assert "largest relative output error" not in card
     assert "No calibration text was used" in card
 
 
-def test_the_calibration_text_is_named():
+def test_calibration_text_named():
     card = model_card(report())
     assert "Calibrated on 128 windows of 512 tokens of\n`pydoc` (seed 3, sha256\n`0123456789abcdef`)" in card
 
 
-def test_token_windows_of_a_caller_are_named_by_their_digest():
+def test_token_windows_digest():
     card = model_card(report(identity={"calibration": {"source": "tokens", "sha256": "f" * 64}}))
     assert "ffffffffffffffff" in card
     assert "Calibrated on  windows" not in card
@@ -107,7 +107,7 @@ def test_token_windows_of_a_caller_are_named_by_their_digest():
 @pytest.mark.parametrize("method", METHODS.names())
 @pytest.mark.parametrize("measured", [[], [MEASURED], [MEASURED, {**MEASURED, "split": "all"}]])
 @pytest.mark.parametrize("error", [None, 0.5])
-def test_every_part_of_the_card_stands_apart(method, measured, error):
+def test_card_sections(method, measured, error):
     """Markdown takes the line after a table for one more row of it."""
     card = model_card(report(method, measured=measured, layers=[layer(0, error)]))
     assert card.endswith("```\n")
@@ -130,7 +130,7 @@ SIZED = {
 
 @pytest.mark.parametrize("head", ["lm_head", ""])
 @pytest.mark.parametrize("tied", [False, True])
-def test_it_tells_what_embedding_and_head_take(head, tied):
+def test_embedding_and_head_size(head, tied):
     ends = {"embedding": "model.embed_tokens", "head": head, "tied": tied}
     outside = [{**SIZED, "name": name} for name in (("model.embed_tokens", head)[: 2 - tied]) if name]
     sized = [{**layer(n, 0.1), "size_bytes": 1_000_000} for n in range(9)]
@@ -144,7 +144,7 @@ def test_it_tells_what_embedding_and_head_take(head, tied):
     assert f"The tensors take {total} MB: 9.00 MB in the blocks' linear layers, {both} in t{named}, 500 kB" in card
 
 
-def test_without_it_the_card_tells_what_is_in_float():
+def test_float_embedding_and_head():
     sized = [{**layer(n, 0.1), "size_bytes": 1_000_000} for n in range(9)]
     card = model_card(report(layers=sized, ends=None, head_bits_per_weight=None, unquantized_bytes=56_000_000))
     assert "Embeddings, norms and the head are as in the source." in card

@@ -20,7 +20,7 @@ REPORT = {
 }
 
 
-def test_table_fills_what_is_not_known():
+def test_table_unknown_values():
     stream = io.StringIO()
     rows = [{"name": "float", "perplexity": 9.25}, {"name": "rtn", "top1_agreement": 0.5, "size_bytes": 2e6}]
     Console(file=stream, width=200).print(comparison_table(rows, "few windows"))
@@ -29,7 +29,7 @@ def test_table_fills_what_is_not_known():
         assert word in text
 
 
-def test_card_says_what_was_held_out():
+def test_card_held_out_text():
     held_out = model_card({**REPORT, "measured": [MEASURED]})
     assert "The text was held out from calibration." in held_out
     assert "base_model: org/model" in held_out

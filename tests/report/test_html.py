@@ -27,7 +27,7 @@ def page() -> str:
     return without_plotly(comparison_page(sample_results.results()))
 
 
-def test_every_variant_is_there(page):
+def test_all_variants_shown(page):
     for variant in sample_results.results().variants:
         assert f"{variant.method} {variant.bits}-bit" in page
     for words in (
@@ -43,7 +43,7 @@ def test_every_variant_is_there(page):
     assert "bitmill compare smollm2-135m --methods rtn,gptq" in page
 
 
-def test_answers_show_where_they_leave_the_float_models(page):
+def test_answer_differences(page):
     assert f"<p>{sample_results.ANSWERS[0]}</p>" in page
     assert '<span class="same">The capital of France i</span> ...' in page
 
@@ -51,7 +51,7 @@ def test_answers_show_where_they_leave_the_float_models(page):
 @pytest.mark.parametrize(
     "make", [lambda: comparison_page(sample_results.results()), lambda: folder_page(report())]
 )
-def test_only_the_scripts_of_the_page_itself_may_run(make):
+def test_content_security_policy(make):
     page = make()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)[1]
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
@@ -64,7 +64,7 @@ def test_only_the_scripts_of_the_page_itself_may_run(make):
 @pytest.mark.parametrize(
     "make", [lambda: comparison_page(sample_results.results()), lambda: folder_page(report())]
 )
-def test_nothing_is_loaded(make):
+def test_no_external_resources(make):
     page = without_plotly(make())
     assert re.findall(r'(?:src|href|action)="(?!data:|#)', page) == []
     assert re.findall(r"https?://(?!www\.w3\.org/)", page) == []
@@ -72,7 +72,7 @@ def test_nothing_is_loaded(make):
     assert "url(" not in page
 
 
-def test_what_results_say_is_escaped():
+def test_results_are_escaped():
     document = sample_results.document({"rtn": (14.67, 33.55, None)}, blocks=1)
     document["settings"] |= {"model": EVIL, "prompts": [EVIL, EVIL]}
     document["machine"]["cpu"] = document["commands"][0] = EVIL
@@ -91,7 +91,7 @@ def test_what_results_say_is_escaped():
     assert data["methods"][0]["name"] == EVIL
 
 
-def test_what_a_report_says_is_escaped():
+def test_report_is_escaped():
     layers = [{**layer, "name": EVIL + layer["name"]} for layer in sample_results.layers(0.05, 2, True, 0)]
     recipe = {**build_recipe("gptq").to_dict(), "name": EVIL}
     page = folder_page(report(source=EVIL, recipe=recipe, layers=layers, measured=[{**COMPARED, "text": EVIL}]))
@@ -109,11 +109,11 @@ def test_what_a_report_says_is_escaped():
     ],
     ids=["no variants", "nothing measured", "no float", "twenty methods"],
 )
-def test_incomplete_results_have_a_page_too(document):
+def test_incomplete_results(document):
     assert "</html>" in comparison_page(Results.model_validate(document))
 
 
-def test_a_page_is_a_function_of_its_results():
+def test_page_is_deterministic():
     assert comparison_page(sample_results.results()) == comparison_page(sample_results.results())
     assert folder_page(report()) == folder_page(report())
 
@@ -121,7 +121,7 @@ def test_a_page_is_a_function_of_its_results():
 # -- the page of a folder -----------------------------------------------------------------------------------
 
 
-def test_a_folders_page_says_what_was_measured():
+def test_folder_page():
     page = folder_page(report())
     for words in (
         "smollm2-135m",
@@ -138,7 +138,7 @@ def test_a_folders_page_says_what_was_measured():
     assert len(page) < 80_000  # it lies in every folder
 
 
-def test_a_folders_page_without_figures():
+def test_folder_page_without_figures():
     page = folder_page(report(measured=[], identity={"calibration": None}))
     assert "Nothing was measured" in page
     assert "nothing</dd>" in page
@@ -150,6 +150,6 @@ def test_a_folders_page_without_figures():
     assert "token windows passed by the caller" in folder_page(report(identity={"calibration": tokens}))
 
 
-def test_a_folder_gets_a_card_and_a_page():
+def test_folder_card_and_page():
     documents = folder_documents(report())
     assert set(documents) == {"README.md", "report.html"}

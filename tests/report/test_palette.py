@@ -51,19 +51,19 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("sight", SIGHT)
-def test_colours_differ(theme, sight):
+def test_colors_differ(theme, sight):
     seen = [lab(np.array(SIGHT[sight]) @ linear(colour)) for colour in THEMES[theme][0]]
     nearest = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2))
     assert nearest > 20  # 2.3 is just noticeable
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_colours_stand_out_from_their_background(theme):
+def test_color_contrast(theme):
     colours, panel = THEMES[theme]
     assert min(contrast(colour, panel) for colour in colours) >= 3  # WCAG 2, 1.4.11
 
 
-def test_every_method_has_a_marker_of_its_own():
+def test_distinct_markers():
     marks = [marker_of(index) for index in range(64)]
     assert len(set(marks)) == 64
     assert {mark.colour for mark in marks} == set(range(len(LIGHT)))

@@ -25,7 +25,7 @@ def file(tmp_path):
     return path
 
 
-def test_it_is_read_as_it_was_written(file):
+def test_round_trip(file):
     results = read_results(file)
     assert Results.model_validate_json(results.model_dump_json()) == results
     assert {v.status for v in results.variants} == {"done", "not_applicable"}
@@ -42,7 +42,7 @@ def test_it_is_read_as_it_was_written(file):
         (lambda d: d["settings"].pop("prompts"), r"settings\.prompts"),
     ],
 )
-def test_what_is_wrong_is_named(file, change, message):
+def test_invalid_results_message(file, change, message):
     document = sample_results.document()
     change(document)
     file.write_text(json.dumps(document))
@@ -51,7 +51,7 @@ def test_what_is_wrong_is_named(file, change, message):
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, ""])
-def test_what_is_no_json_is_refused(file, text):
+def test_invalid_json_refused(file, text):
     file.write_text(text)
     with pytest.raises(CheckpointError, match="not valid JSON"):
         read_results(file)
@@ -60,7 +60,7 @@ def test_what_is_no_json_is_refused(file, text):
         read_results(file)
 
 
-def test_every_key_is_documented():
+def test_keys_are_documented():
     page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
     schema = Results.model_json_schema()
     described = [schema, *schema["$defs"].values()]
@@ -68,7 +68,7 @@ def test_every_key_is_documented():
         assert f"`{name}`" in page, name
 
 
-def test_the_order_is_bits_then_perplexity_then_the_rest():
+def test_row_order():
     results = sample_results.results()
     names = [variant.name for variant in comparison.in_order(results)]
     assert names[:3] == ["gptqt-4bit", "gptq-4bit", "awq-4bit"]
@@ -94,11 +94,11 @@ def test_headline(grid, said):
     assert comparison.headline(Results.model_validate(sample_results.document(grid, blocks=1))).startswith(said)
 
 
-def test_headline_without_the_float_model():
+def test_headline_without_float_model():
     assert "the float model not" in comparison.headline(sample_results.results(float=None))
 
 
-def test_layers_have_their_place_in_a_grid():
+def test_heat_map_layout():
     layer = {"format": "uniform", "shape": [2, 2], "bits_per_weight": 3, "size_bytes": 1, "output_error": None}
     names = ["model.layers.0.a.q", "model.layers.0.b.q", "model.layers.10.a.q", "lm_head"]
     layers = [Layer(name=name, weight_error=n / 10, **layer) for n, name in enumerate(names)]
@@ -110,7 +110,7 @@ def test_layers_have_their_place_in_a_grid():
     assert charts.short_names(["a.x", "b.y"]) == ["x", "y"]
 
 
-def test_a_heat_map_spans_its_scale():
+def test_heat_map_scale():
     layers = [Layer.model_validate(entry) for entry in sample_results.layers(0.1, 12, True, 0)]
     heat = heat_map(layers, "output_error")
     assert len(heat.cells) == 12 * 7
@@ -122,13 +122,13 @@ def test_a_heat_map_spans_its_scale():
     )
 
 
-def test_how_far_an_answer_is_the_float_models():
+def test_shared_answer_prefix():
     assert comparison.common_prefix_length("Paris is", "Paris was") == 6
     assert comparison.common_prefix_length("Paris", "Paris was") == 5
     assert comparison.common_prefix_length("", "Paris") == 0
 
 
-def test_the_terminal_table():
+def test_terminal_table():
     stream = io.StringIO()
     Console(file=stream, width=100).print(results_table(sample_results.results()))
     lines = [line.split() for line in stream.getvalue().splitlines() if re.match(r" (float|\w+-\dbit)", line)]

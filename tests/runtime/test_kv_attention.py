@@ -47,14 +47,14 @@ def test_every_width_and_axis(bits, pre_rope, dim):
 
 @pytest.mark.parametrize("levels", ["normal", "learned"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_tables_with_and_without_zeros(levels, bits):
+def test_tables_and_zeros(levels, bits):
     side = TensorScheme(bits, "token", "head", levels)
     check(Case(side, side, dim=96, heads=1))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("pre_rope", [False, True])
-def test_channels_with_levels_of_their_own(bits, pre_rope):
+def test_channel_levels(bits, pre_rope):
     check(
         Case(
             TensorScheme(bits, "channel", levels="learned", outliers=0.02),
@@ -75,7 +75,7 @@ def test_outliers(heads, pre_rope, dim):
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 9])
-def test_any_number_of_query_heads_shares_keys(group):
+def test_grouped_query_heads(group):
     check(Case(PLAIN, PLAIN, group=group, dim=128))
 
 
@@ -87,7 +87,7 @@ def test_lengths(packed, tail, pre_rope):
 
 @pytest.mark.parametrize("sinks", [0, 1, 4, 40])
 @pytest.mark.parametrize("first_slot", [0, 32])
-def test_padding_sinks_and_windows(sinks, first_slot):
+def test_padding_sinks_windows(sinks, first_slot):
     sides = TensorScheme(4, "token", outliers=0.02), TensorScheme(4, "token", 32, outliers=0.02)
     begins = (first_slot, first_slot + 3, first_slot + 45, first_slot + 126)
     case = Case(
@@ -104,21 +104,21 @@ def test_padding_sinks_and_windows(sinks, first_slot):
     check(replace(case, firsts=(first_slot + 31, first_slot + 70, first_slot + 127, first_slot + 130)))
 
 
-def test_threads_share_the_work():
+def test_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     check(Case(PLAIN, PLAIN, packed=32 * 37, starts=(0, 5, 700), firsts=(0, 5, 700), pre_rope=True))
     torch.set_num_threads(before)
 
 
-def test_a_row_without_tokens_in_sight_becomes_zero():
+def test_masked_row_is_zero():
     q, layer, past, *_ = made(Case(PLAIN, PLAIN, packed=64, starts=(0, 0), firsts=(0, 900)))
     out = attend(q, layer, past, 1.0)
     assert out[0].abs().max() > 0
     assert out[1].eq(0).all()
 
 
-def test_what_is_not_finite_stays_so():
+def test_nonfinite_values_propagate():
     q, layer, past, *_ = made(Case(PLAIN, PLAIN, group=2))
     q[0, 1, 3] = float("nan")
     out = attend(q, layer, past, 1.0)
@@ -126,7 +126,7 @@ def test_what_is_not_finite_stays_so():
     assert out[0, 0].isfinite().all()
 
 
-def test_what_is_known_is_told_once():
+def test_layer_plan_reused():
     def places(past):
         return past.slabs, past.fp16_keys, past.fp16_values
 
@@ -145,7 +145,7 @@ def test_what_is_known_is_told_once():
     assert views.update(*places(fewer)) is not first
 
 
-def test_what_does_not_fit_is_refused():
+def test_wrong_shapes_refused():
     q, layer, past, *_ = made(Case(PLAIN, PLAIN))
     for wrong in (replace(past, packed=1024), replace(past, tail=90), replace(past, first=past.first.repeat(2))):
         with pytest.raises(ValueError):
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("heads", [3, 5])  # indices of one byte, and of two
 @pytest.mark.parametrize("side", ["key", "value"])
-def test_outliers_in_channels_that_are_not_there_are_skipped(heads, side):
+def test_invalid_outliers_skipped(heads, side):
     keys, values = TensorScheme(3, "page", outliers=0.03), TensorScheme(3, "token", outliers=0.03)
     of, layout = made(Case(keys, values, heads=heads, group=2)), PageLayout(Scheme(keys, values), heads, 64)
     pages = torch.cat(of.past.slabs, 1)
@@ -175,7 +175,7 @@ def test_outliers_in_channels_that_are_not_there_are_skipped(heads, side):
     assert torch.equal(*outs)
 
 
-def test_it_says_which_pages_no_kernel_takes():
+def test_unsupported_reason():
     plan = made(Case(PLAIN, PLAIN)).layer.pages
     cpu = torch.device("cpu")
     assert unsupported_reason(plan, cpu) is None

@@ -21,7 +21,7 @@ class Watched(StaticGrids):
         return super().rounder(column, Wt)
 
 
-def test_later_blocks_answer_for_earlier_ones() -> None:
+def test_equals_definition() -> None:
     """With errors E of the columns before, those to come are at W - E H_BR H_RR^-1, the best real numbers."""
     W, H = weights(5, 44), gram_of(inputs(columns=44)).double()
     H.diagonal().add_(0.1 * H.diagonal().mean())
@@ -39,7 +39,7 @@ def test_later_blocks_answer_for_earlier_ones() -> None:
 @pytest.mark.parametrize("format", [E8(2), E8(2, 40), Pyramid(2), Pyramid(3, 32)], ids=repr)
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("columns", [96, 44, 7])
-def test_codes_decode_to_what_was_fed_on(format, act_order: bool, columns: int) -> None:
+def test_codes_decode_to_feedback(format, act_order: bool, columns: int) -> None:
     W, gram = weights(6, columns), gram_of(inputs(columns=columns))
     order = visiting_order(gram.diagonal(), format.block, act_order)
     assert sorted(order.tolist()) == list(range(columns))
@@ -54,7 +54,7 @@ def test_codes_decode_to_what_was_fed_on(format, act_order: bool, columns: int) 
     torch.testing.assert_close(decoded[:, order].T, values, rtol=1e-5, atol=1e-6)
 
 
-def test_loud_blocks_come_first_and_ragged_ones_last() -> None:
+def test_block_order() -> None:
     loud = torch.tensor([1.0, 1, 5, 5, 3, 3, 9])
     assert visiting_order(loud, 2, True).tolist() == [2, 3, 4, 5, 0, 1, 6]
     assert visiting_order(loud, 1, True).tolist() == [6, 2, 3, 4, 5, 0, 1]

@@ -43,7 +43,7 @@ def file(tiny, tmp_path):
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 @torch.no_grad()
-def test_the_model_comes_back(model_type, tmp_path):
+def test_model_round_trip(model_type, tmp_path):
     model = tiny_model(model_type, **({"query_pre_attn_scalar": 8} if model_type.startswith("gemma") else {}))
     source = GgufSource(write_gguf(tmp_path / "tiny.gguf", model))
     weights = {name: source.tensor(name) for name in source.names()}
@@ -58,7 +58,7 @@ def test_the_model_comes_back(model_type, tmp_path):
     assert torch.allclose(back(TOKENS).logits, model(TOKENS).logits, atol=1e-5)
 
 
-def test_biases_are_reordered_with_their_weights(tmp_path):
+def test_biases_are_reordered(tmp_path):
     model = tiny_model("llama", attention_bias=True)
     source = GgufSource(write_gguf(tmp_path / "tiny.gguf", model))
     assert source.config.attention_bias
@@ -67,7 +67,7 @@ def test_biases_are_reordered_with_their_weights(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
-def test_stored_types_are_decoded(kind, tiny, tmp_path):
+def test_stored_types(kind, tiny, tmp_path):
     name, ours = "blk.1.attn_q.weight", "model.layers.1.self_attn.q_proj.weight"
     source = GgufSource(write_gguf(tmp_path / "tiny.gguf", tiny, kinds={name: kind}))
     dtype = torch.bfloat16 if kind == "BF16" else torch.float16
@@ -76,14 +76,14 @@ def test_stored_types_are_decoded(kind, tiny, tmp_path):
     assert torch.equal(interleave(source.tensor(ours).float(), 4), there.to(dtype).float())
 
 
-def test_rows_are_decoded_in_pieces(tiny, file, monkeypatch):
+def test_partial_rows(tiny, file, monkeypatch):
     whole = GgufSource(file).tensor("model.embed_tokens.weight")
     monkeypatch.setattr("bitmill.sources.gguf.CHUNK_ELEMENTS", 100)
     assert torch.equal(GgufSource(file).tensor("model.embed_tokens.weight"), whole)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q8_K", "I8"])
-def test_super_blocks_are_decoded_and_undecodable_types_are_named(kind, tmp_path):
+def test_super_blocks(kind, tmp_path):
     model = tiny_model("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     path = write_gguf(tmp_path / "tiny.gguf", model)
     name, number = "blk.0.ffn_down.weight", gguf.GGMLQuantizationType[kind]
@@ -104,7 +104,7 @@ def test_super_blocks_are_decoded_and_undecodable_types_are_named(kind, tmp_path
     assert torch.equal(source.tensor(ours), torch.from_numpy(expected).half())
 
 
-def test_metadata_become_the_config(tiny, file):
+def test_metadata_to_config(tiny, file):
     config = GgufSource(file).config
     assert config.architectures == ["LlamaForCausalLM"]
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 1, None)
@@ -113,7 +113,7 @@ def test_metadata_become_the_config(tiny, file):
     assert (config.vocab_size, config.head_dim, config.max_position_embeddings) == (128, 8, 64)
 
 
-def test_rotary_scaling_is_read(tiny, tmp_path):
+def test_rope_scaling(tiny, tmp_path):
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0, "rope.freq_base": 5e5}
     config = GgufSource(write_gguf(tmp_path / "a.gguf", tiny, **linear)).config
     assert config.rope_parameters == {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
@@ -124,7 +124,7 @@ def test_rotary_scaling_is_read(tiny, tmp_path):
     assert "'longrope'" in refused(write_gguf(tmp_path / "c.gguf", tiny, **{"rope.scaling.type": "longrope"}))
 
 
-def test_llama3_scaling_is_found_in_the_factors(tmp_path):
+def test_llama3_rope_scaling(tmp_path):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0}
@@ -156,7 +156,7 @@ def test_tokenizer_and_side_files(file, tmp_path):
     assert source.fingerprint() == GgufSource(file).fingerprint()
 
 
-def test_unknown_names_and_architectures(file, tmp_path):
+def test_unknown_names(file, tmp_path):
     with pytest.raises(SourceError, match="no tensor 'nope'"):
         GgufSource(file).tensor("nope")
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mamba")
@@ -182,7 +182,7 @@ def test_unknown_names_and_architectures(file, tmp_path):
         ({"expert_count": 8}, "mixture of 8 experts"),
     ],
 )
-def test_metadata_that_contradict_the_tensors(tiny, tmp_path, changes, said):
+def test_inconsistent_metadata(tiny, tmp_path, changes, said):
     assert said in refused(write_gguf(tmp_path / "tiny.gguf", tiny, **changes))
 
 
@@ -245,7 +245,7 @@ def test_truncated_files(file, share):
     assert "is not a sound GGUF file" in refused(file)
 
 
-def test_random_damage_never_raises_anything_else(file):
+def test_random_damage(file):
     sound = file.read_bytes()
     generator = torch.Generator().manual_seed(0)
     header = sound.index(b"output_norm.weight")
@@ -267,7 +267,7 @@ def test_random_damage_never_raises_anything_else(file):
     assert outcomes == {"read", "refused"}
 
 
-def test_a_missing_tokenizer_is_one_sentence(file):
+def test_missing_tokenizer_message(file):
     data = file.read_bytes()
     file.write_bytes(data.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.modem"))
     with pytest.raises(SourceError, match="describes no tokenizer"):

@@ -51,7 +51,7 @@ def write_header(path: Path, header: object, data: bytes = b"") -> None:
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
 
 
-def test_a_sharded_folder_gives_back_every_tensor(saved):
+def test_sharded_folder(saved):
     source = open_source(str(saved))
     assert isinstance(source, Source)
     assert len(list(saved.glob("*.safetensors"))) > 1
@@ -66,12 +66,12 @@ def test_a_sharded_folder_gives_back_every_tensor(saved):
     assert source.name == saved.name
 
 
-def test_a_tied_head_is_not_listed(tmp_path):
+def test_tied_head_not_listed(tmp_path):
     tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in HfSource(tmp_path).names()
 
 
-def test_fingerprint_follows_weights_and_config(folder):
+def test_fingerprint(folder):
     first = HfSource(folder).fingerprint()
     assert first == HfSource(folder).fingerprint()
     assert len(first) == 64
@@ -84,12 +84,12 @@ def test_fingerprint_follows_weights_and_config(folder):
     assert len({first, second, HfSource(folder).fingerprint()}) == 3
 
 
-def test_an_unknown_tensor_is_named(folder):
+def test_unknown_tensor_message(folder):
     with pytest.raises(SourceError, match=r"no tensor 'model\.nope'"):
         HfSource(folder).tensor("model.nope")
 
 
-def test_names_without_the_prefix_gain_it(tmp_path):
+def test_base_model_prefix(tmp_path):
     model = tiny_model("gpt2")
     model.transformer.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
@@ -99,7 +99,7 @@ def test_names_without_the_prefix_gain_it(tmp_path):
     assert "transformer.h.0.attn.c_attn.weight" in names
 
 
-def test_side_files_are_copied_without_weights_or_outward_links(folder, tmp_path):
+def test_side_files(folder, tmp_path):
     for name in ("tokenizer.json", "LICENSE", "generation_config.json", "chat_template.jinja", "modeling.py"):
         (folder / name).write_text(name)
     for name in (
@@ -128,7 +128,7 @@ def test_side_files_are_copied_without_weights_or_outward_links(folder, tmp_path
     ]
 
 
-def test_a_folder_without_a_tokenizer_says_so(folder):
+def test_missing_tokenizer_message(folder):
     with pytest.raises(SourceError, match=r"no tokenizer that can be loaded \(.*\); copy"):
         HfSource(folder).tokenizer()
 
@@ -159,7 +159,7 @@ def test_bad_configs(folder, text, said):
     assert said in refused(folder)
 
 
-def test_remote_code_does_not_run_by_default(folder, tmp_path):
+def test_no_remote_code(folder, tmp_path):
     marker = tmp_path / "ran"
     (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
     (folder / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}')
@@ -196,7 +196,7 @@ def test_bad_headers(folder, header, size, said):
 
 
 @pytest.mark.parametrize("length", [0xFFFFFFFFFFFFFFFF, 1 << 40, 200_000_000, 50])
-def test_an_absurd_header_length_is_refused_before_it_is_read(folder, length):
+def test_absurd_header_length(folder, length):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
     assert f"claims {length} bytes in a file of 10" in refused(folder)
 
@@ -213,7 +213,7 @@ def make_index(folder: Path, weight_map: object) -> None:
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
-def test_an_index_cannot_lead_out_of_the_folder(folder, shard):
+def test_index_outside_folder(folder, shard):
     make_index(folder, {"a": shard})
     assert f"{shard!r}" in refused(folder)
 
@@ -227,7 +227,7 @@ def test_bad_indexes(folder):
     assert "no weight_map" in refused(folder)
 
 
-def test_a_linked_shard_is_followed_for_hub_snapshots_only(folder, tmp_path):
+def test_linked_shards(folder, tmp_path):
     snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
     blobs = tmp_path / "models--org--name" / "blobs"
     snapshot.mkdir(parents=True)
@@ -245,21 +245,21 @@ def test_a_linked_shard_is_followed_for_hub_snapshots_only(folder, tmp_path):
     assert "outside" in refused(snapshot, hub=True)
 
 
-def test_pickles_are_never_opened(folder):
+def test_pickles_never_opened(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "bitmill never unpickles" in refused(folder)
     (folder / "pytorch_model.bin").unlink()
     assert "holds no weights" in refused(folder)
 
 
-def test_shards_without_an_index_are_ambiguous(folder):
+def test_shards_without_index(folder):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     assert HfSource(folder).names()
     (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
     assert "2 safetensors files and no" in refused(folder)
 
 
-def test_random_damage_never_raises_anything_else(folder):
+def test_random_damage(folder):
     path = folder / "model.safetensors"
     sound, said = path.read_bytes(), []
     generator = torch.Generator().manual_seed(0)

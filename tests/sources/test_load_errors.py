@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
         (ValueError("pass the argument\n`trust_remote_code=True`."), "--trust-remote-code"),
     ],
 )
-def test_it_is_one_sentence(folder, monkeypatch, name, kind, load, raised, advice):
+def test_one_sentence(folder, monkeypatch, name, kind, load, raised, advice):
     def fail(cls, path, **options):
         assert options["local_files_only"]
         assert options["trust_remote_code"] is False
@@ -49,7 +49,7 @@ def test_it_is_one_sentence(folder, monkeypatch, name, kind, load, raised, advic
     assert "\n" not in said
 
 
-def test_errors_of_ours_pass_unchanged(folder, monkeypatch):
+def test_own_errors_unchanged(folder, monkeypatch):
     def fail(cls, path, **options):
         raise CheckpointError("Ours.")
 

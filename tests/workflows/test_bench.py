@@ -25,7 +25,7 @@ def _small(monkeypatch):
         monkeypatch.setattr(f"{module}.cold_bytes", lambda: 1 << 20)
 
 
-def test_every_case_is_measured():
+def test_all_cases_measured():
     result = bench_kernels(((32, 160),), turns=1)
     assert len(result["kernels"]) == len(CASES)
     assert all(case.keys() == KEYS for case in result["kernels"])
@@ -34,12 +34,12 @@ def test_every_case_is_measured():
 
 
 @pytest.mark.parametrize(("name", "bits", "size"), CASES)
-def test_random_layers_can_be_decoded(name, bits, size):
+def test_random_layers(name, bits, size):
     format = FORMATS.get(name)(bits=bits, group_size=size)
     assert torch.isfinite(unpack(format, random_packed(format, (5, 200)), (5, 200)).dequantize()).all()
 
 
-def test_the_command_prints_json(capsys):
+def test_json_output(capsys):
     arguments = [
         "bench",
         "kernels",
@@ -60,7 +60,7 @@ def test_the_command_prints_json(capsys):
     assert "uniform" in capsys.readouterr().out
 
 
-def test_models_are_measured(tmp_path, capsys):
+def test_models(tmp_path, capsys):
     bitmill.quantize(tiny_model("llama"), "rtn", bits=4, out=tmp_path / "out", measure=0)
     for command, more in (("decode", []), ("prefill", ["--turns", "2"])):
         arguments = ["bench", command, str(tmp_path / "out"), "--tokens", "7", *more]
@@ -87,12 +87,12 @@ def test_models_are_measured(tmp_path, capsys):
         (["prefill", "nowhere", "--tokens", "0"], "tokens is 0"),
     ],
 )
-def test_what_is_refused(arguments, sentence, capsys):
+def test_invalid_input_refused(arguments, sentence, capsys):
     assert main(["bench", *arguments]) in (1, 2)
     assert sentence in capsys.readouterr().err
 
 
-def test_copies_fill_more_than_the_caches():
+def test_copies_exceed_cpu_caches():
     assert memory.copies_of(1 << 18) == 4
     assert memory.copies_of(1 << 30) == 2
     assert memory.cache_bytes() > 0

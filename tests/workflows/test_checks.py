@@ -35,12 +35,12 @@ WINDOWS = torch.arange(40).view(4, 10)
     ],
 )
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_windows_of_no_use_are_refused(windows, said, method):
+def test_invalid_windows_refused(windows, said, method):
     with pytest.raises(CalibrationError, match=said):
         token_windows(SOURCE, windows, bool(build_recipe(method).needs), 0)
 
 
-def test_windows_are_described_where_they_are_read():
+def test_windows_description():
     calib, held_out, described = token_windows(SOURCE, WINDOWS.to(torch.int16), True, 4)
     assert calib.dtype == torch.int64
     assert torch.equal(calib, WINDOWS)
@@ -51,7 +51,7 @@ def test_windows_are_described_where_they_are_read():
     assert described["calibration"] is None
 
 
-def test_of_a_callers_windows_nothing_is_said_to_be_held_out():
+def test_given_windows_not_held_out():
     measured = {"by": "eval", "text": "pydoc", "split": "eval", "windows": 4, "seqlen": 512, "perplexity": 9.0}
     report = {
         "bitmill": "0.1",
@@ -67,7 +67,7 @@ def test_of_a_callers_windows_nothing_is_said_to_be_held_out():
     assert "The text was held out" in model_card(report)
 
 
-def test_a_job_is_identified_by_its_source_and_its_machine():
+def test_job_identity():
     identity = job_identity(SOURCE, build_recipe("rtn"), None, None, {"calibration": None}, "cpu")
     assert identity["source"] == "tiny"
     assert identity["machine"]
@@ -75,7 +75,7 @@ def test_a_job_is_identified_by_its_source_and_its_machine():
     assert identity["gpu"] is None
 
 
-def test_what_an_unfinished_run_holds_needs_no_more_space(tmp_path, monkeypatch):
+def test_free_space_of_resumed_run(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(OutputError, match="free some space"):
         check_space(tmp_path / "out", 1500)
@@ -87,7 +87,7 @@ def test_what_an_unfinished_run_holds_needs_no_more_space(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("seqlen", [1, 0, -3])
-def test_windows_without_a_token_to_predict_are_refused(seqlen):
+def test_too_short_windows_refused(seqlen):
     with pytest.raises(CalibrationError, match=f"seqlen is {seqlen}"):
         calibration_windows(torch.arange(99), 4, seqlen)
     with pytest.raises(CalibrationError, match=f"seqlen is {seqlen}"):
@@ -95,6 +95,6 @@ def test_windows_without_a_token_to_predict_are_refused(seqlen):
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (0, 8)])
-def test_nothing_predicted_is_no_perplexity(shape):
+def test_no_predictions(shape):
     with pytest.raises(CalibrationError, match="No token was predicted"):
         score_windows(lambda tokens: torch.zeros(*tokens.shape, 5), torch.zeros(shape, dtype=torch.int64))

@@ -23,7 +23,7 @@ from bitmill.workflows.comparison.process import CellFailed, run_cell
 from bitmill.workflows.comparison.reference import Recorded, Recorder
 
 
-def test_one_cell_for_every_method_and_bits():
+def test_cells_of_grid():
     cells = plan_cells(["rtn", "gptq"], [3, 4], options={"gptq": {"damp": "0.05"}})
     assert [cell.name for cell in cells] == ["rtn-3bit", "rtn-4bit", "gptq-3bit", "gptq-4bit"]
     assert [cell.bits for cell in cells] == [3, 4, 3, 4]
@@ -32,13 +32,13 @@ def test_one_cell_for_every_method_and_bits():
     assert all(cell.reason is None for cell in cells)
 
 
-def test_bits_that_a_method_does_not_have_are_not_applicable():
+def test_unsupported_bits():
     (cell,) = plan_cells(["rtn"], [9])
     assert cell.recipe is None
     assert "8" in cell.reason
 
 
-def test_options_need_fit_only_the_bits_asked_for():
+def test_options_for_given_bits():
     two, three = plan_cells(["gptqt"], [2, 3], options={"gptqt": {"grid_bits": 6}})  # 3 bits are its default
     assert two.recipe["weight"]["grid_bits"] == 6
     assert three.recipe is None
@@ -46,14 +46,14 @@ def test_options_need_fit_only_the_bits_asked_for():
 
 
 @pytest.mark.parametrize("method", METHODS.names())
-def test_every_method_can_be_compared(method):
+def test_methods_can_be_compared(method):
     cells = plan_cells([method], [2, 4, 9])
     assert len(cells) == (3 if "bits" in METHODS.get(method).__dataclass_fields__ else 1)
     assert all((cell.recipe is None) == bool(cell.reason) for cell in cells)
     assert any(cell.recipe for cell in cells)
 
 
-def test_a_recipe_file_is_one_cell(tmp_path):
+def test_recipe_file_cell(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(build_recipe("gptq", {"bits": 2}).to_yaml().replace("name: gptq", "name: my gptq!"))
     (cell,) = plan_cells([], [], [path])
@@ -73,12 +73,12 @@ def test_a_recipe_file_is_one_cell(tmp_path):
         ((["gptq"], [3]), {"gptq": {"bits": 3}}, "--bits"),
     ],
 )
-def test_what_is_wrong_at_any_bits_is_refused(arguments, options, message):
+def test_invalid_options_refused(arguments, options, message):
     with pytest.raises(RecipeError if "option" in message or "wants" in message else UsageError, match=message):
         plan_cells(*arguments, options=options)
 
 
-def test_a_grid_is_plain_data():
+def test_grid_round_trip():
     grid = Grid("model", plan_cells(["rtn"], [3, 9]), windows=3, prompts=("a", "b"))
     assert Grid.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
 
@@ -92,7 +92,7 @@ def test_a_grid_is_plain_data():
         ((Cell("a", "a", 3, {}),), 0, "at least 1"),
     ],
 )
-def test_grids_that_make_no_sense(cells, windows, message):
+def test_invalid_grids(cells, windows, message):
     with pytest.raises(UsageError, match=message):
         Grid("model", cells, windows=windows)
 
@@ -100,7 +100,7 @@ def test_grids_that_make_no_sense(cells, windows, message):
 # -- the float model's predictions --------------------------------------------------------------------------
 
 
-def test_recorded_predictions_are_as_good_as_the_model(tmp_path):
+def test_recorded_predictions(tmp_path):
     torch.manual_seed(0)
     windows = torch.randint(0, 50, (5, 40))
     table, noise = 4 * torch.randn(50, 50), 0.02 * torch.randn(50, 50)
@@ -123,7 +123,7 @@ def test_recorded_predictions_are_as_good_as_the_model(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["float.npy"]
 
 
-def test_predictions_of_other_windows_are_refused(tmp_path):
+def test_other_windows_refused(tmp_path):
     windows = torch.zeros(2, 4, dtype=torch.int64)
     recorder = Recorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
     score_windows(recorder, windows)
@@ -135,7 +135,7 @@ def test_predictions_of_other_windows_are_refused(tmp_path):
         Recorded(tmp_path / "float.npy", windows)
 
 
-def test_predictions_that_do_not_fit_the_disk(tmp_path, monkeypatch):
+def test_predictions_disk_full(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     windows = torch.zeros(2, 4, dtype=torch.int64)
     recorder = Recorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
@@ -171,7 +171,7 @@ def cell(tmp_path, monkeypatch):
     return run
 
 
-def test_a_result_and_its_progress(cell, tmp_path):
+def test_result_and_progress(cell, tmp_path):
     noted = Noted()
     program = """
 print('{"task": "quantize", "total": 2}')
@@ -196,19 +196,19 @@ print('{"result": {"perplexity": 2.5}}')
         ("raise SystemExit(3)", "status 3 and without a result"),
     ],
 )
-def test_a_process_that_fails(cell, tmp_path, program, reason):
+def test_failed_process(cell, tmp_path, program, reason):
     with pytest.raises(CellFailed, match=reason):
         cell(program)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_failed_process_complained_about_is_kept(cell, tmp_path):
+def test_failed_process_stderr(cell, tmp_path):
     with pytest.raises(CellFailed, match=r"see gptq-3bit\.log"):
         cell("raise ValueError('of all things')")
     assert "of all things" in (tmp_path / "gptq-3bit.log").read_text()
 
 
-def test_a_worker_ends_when_whoever_started_it_is_gone():
+def test_worker_ends_with_parent():
     program = (
         "import sys, threading, time\n"
         "from bitmill.workflows.comparison.process import end_with\n"
@@ -223,7 +223,7 @@ def test_a_worker_ends_when_whoever_started_it_is_gone():
     child.stdout.close()
 
 
-def test_an_interrupted_comparison_leaves_no_process(cell, tmp_path):
+def test_interrupt_ends_workers(cell, tmp_path):
     class Impatient(Progress):
         def start(self, task, total):
             raise KeyboardInterrupt

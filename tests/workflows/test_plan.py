@@ -49,7 +49,7 @@ def config_only(folder, model_type: str, **changes):
     return folder
 
 
-def test_the_paper_s_cache_of_llama_7b() -> None:
+def test_llama_7b_cache() -> None:
     """arXiv 2401.18079, table 8: 512 in fp16 and 64 at 2 bits, for 1M tokens; gigabytes of 2^30 bytes."""
     bare = plan("llama-7b", context=MILLION, kv=BARE, kv_bits=2)
     assert size(bare, "float16", 16) == 512 * GIB
@@ -60,7 +60,7 @@ def test_the_paper_s_cache_of_llama_7b() -> None:
     assert with_outliers["size_bytes"] / GIB == pytest.approx(74.6, rel=0.005)
 
 
-def test_a_million_tokens_on_one_device() -> None:
+def test_million_tokens_one_device() -> None:
     """Without outliers beside fp16 weights only where 80 GB are 80 GiB; with them only beside 4-bit weights."""
     terms = {"context": MILLION, "kv_bits": 2}
     four = Wanted(bits=4)
@@ -73,7 +73,7 @@ def test_a_million_tokens_on_one_device() -> None:
     assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GB, weights=Wanted(bits=2))["fits"] is False
 
 
-def test_ten_million_tokens_on_eight_devices() -> None:
+def test_ten_million_tokens_8_devices() -> None:
     """10^7 tokens at 2 bits are 611 GiB, which eight devices of 80 GiB have, and eight of 80 GB have not."""
     terms = {"context": 10**7, "kv_bits": 2, "devices": 8}
     assert plan("llama-7b", **terms, kv=BARE, memory=80 * GIB)["fits"] is True
@@ -82,14 +82,14 @@ def test_ten_million_tokens_on_eight_devices() -> None:
     assert plan("llama-7b", **{**terms, "context": 10 * MILLION}, kv=BARE, memory=80 * GIB)["fits"] is False
 
 
-def test_the_paper_s_cache_of_llama_65b() -> None:
+def test_llama_65b_cache() -> None:
     """46.5 for nuq2-1%, which its text gives for 32K tokens, and which is what 128K take."""
     terms = {"kv": PAPER, "kv_bits": 2}
     sizes = [chosen(plan("llama-65b", context=n << 10, **terms), "cache")["size_bytes"] / GIB for n in (32, 128)]
     assert sizes == pytest.approx([11.7, 46.5], abs=0.05)
 
 
-def test_what_is_needed_is_the_sum() -> None:
+def test_needed_is_sum() -> None:
     result = plan("llama-7b", context=4096, batch=3, devices=2, weights=Wanted(bits=4), kv="kivi", kv_bits=4)
     shared = chosen(result, "weights")["size_bytes"] + chosen(result, "cache")["size_bytes"]
     numbers = 2 * 4096 + 4 * 4096 + 2 * 11008 + 4096  # input, residual, and what seven linears put out
@@ -103,7 +103,7 @@ def test_what_is_needed_is_the_sum() -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 3])
-def test_one_token_more_than_the_longest_does_not_fit(devices: int) -> None:
+def test_longest_context(devices: int) -> None:
     terms = {"memory": 24 * GB, "devices": devices, "kv": "kvquant", "kv_bits": 3}
     result = plan("llama-7b", **terms)
     name = chosen(result, "weights")["name"]
@@ -114,7 +114,7 @@ def test_one_token_more_than_the_longest_does_not_fit(devices: int) -> None:
     assert plan("llama-7b", context=rows[0] + 1, **terms)["fits"] is False
 
 
-def test_no_context_and_any_context(tmp_path) -> None:
+def test_context_limits(tmp_path) -> None:
     assert {r["tokens"] for r in plan("llama-7b", memory=GB)["longest"]} == {0}
     windowed = config_only(tmp_path / "windowed", "mistral", sliding_window=16)
     assert {r["tokens"] for r in plan(windowed, memory=GB)["longest"]} == {None}
@@ -126,7 +126,7 @@ def test_no_context_and_any_context(tmp_path) -> None:
      ("mistral", {"sliding_window": 16}), ("gemma2", {"sliding_window": 16}),
      ("gemma3_text", {"sliding_window": 8, "num_hidden_layers": 7})],
 )  # fmt: skip
-def test_layers_are_those_that_transformers_caches(model_type: str, changes: dict) -> None:
+def test_layers_match_transformers(model_type: str, changes: dict) -> None:
     model, tokens = tiny_model(model_type, **changes), 40
     cache = model(torch.ones(1, tokens, dtype=torch.int64), use_cache=True).past_key_values
     layers = cached_layers(model.config)
@@ -136,7 +136,7 @@ def test_layers_are_those_that_transformers_caches(model_type: str, changes: dic
         assert kept.keys.numel() + kept.values.numel() == layer.num_elements(tokens)
 
 
-def test_windows_are_counted_as_windows(tmp_path) -> None:
+def test_sliding_windows(tmp_path) -> None:
     folder = config_only(tmp_path / "m", "gemma2", sliding_window=512, num_hidden_layers=4)
     result = plan(folder, context=100_000)
     assert [layer["window"] for layer in result["layers"]] == [512, None, 512, None]
@@ -149,7 +149,7 @@ def test_windows_are_counted_as_windows(tmp_path) -> None:
     assert 90 * parts[0].codes < parts[1].codes
 
 
-def test_weights_are_what_quantizing_would_store(tmp_path) -> None:
+def test_weights_match_quantization(tmp_path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "float")
     result = plan(tmp_path / "float", weights=Wanted("rtn", 3, {"group_size": "16"}, 8))
     stored = bitmill.quantize(tmp_path / "float", "rtn", bits=3, group_size=16, head_bits=8, dry_run=True).summary
@@ -160,7 +160,7 @@ def test_weights_are_what_quantizing_would_store(tmp_path) -> None:
     assert [r["name"] for r in result["weights"][2:]] == [f"rtn, {bits} bits" for bits in (8, 4, 3, 2)]
 
 
-def test_the_same_from_a_config_alone(tmp_path) -> None:
+def test_config_alone(tmp_path) -> None:
     model = tiny_model("llama").half()
     model.save_pretrained(tmp_path / "whole")
     model.config.save_pretrained(tmp_path / "bare")
@@ -169,7 +169,7 @@ def test_the_same_from_a_config_alone(tmp_path) -> None:
     assert {**whole, "model": ""} == {**bare, "model": ""}
 
 
-def test_a_packed_folder_and_its_quality(tmp_path) -> None:
+def test_packed_folder(tmp_path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "float")
     windows = torch.randint(3, 128, (4, 16))
     bitmill.quantize(tmp_path / "float", "rtn", bits=4, out=tmp_path / "packed", calibration=windows, measure=0)
@@ -185,7 +185,7 @@ def test_a_packed_folder_and_its_quality(tmp_path) -> None:
     assert row["size_bytes"] == same["size_bytes"]
 
 
-def test_a_gguf_file_runs_decoded(tmp_path) -> None:
+def test_gguf_runs_decoded(tmp_path) -> None:
     model = tiny_model("llama", hidden_size=64, intermediate_size=96, head_dim=16)
     path = write_gguf(tmp_path / "m.gguf", model, kinds={"blk.0.ffn_up.weight": "Q8_0"})
     result = plan(path)
@@ -195,7 +195,7 @@ def test_a_gguf_file_runs_decoded(tmp_path) -> None:
     assert result["weights"][0]["size_bytes"] < 2 * row["size_bytes"]
 
 
-def test_only_the_config_of_a_hub_id_is_fetched(tmp_path, monkeypatch) -> None:
+def test_hub_config_only(tmp_path, monkeypatch) -> None:
     asked = []
     folder = config_only(tmp_path / "snapshot", "qwen3")
 
@@ -208,7 +208,7 @@ def test_only_the_config_of_a_hub_id_is_fetched(tmp_path, monkeypatch) -> None:
     assert asked == [("org/name", ["config.json"])]
 
 
-def test_experts_can_be_planned_in_float(tmp_path) -> None:
+def test_experts_in_float(tmp_path) -> None:
     folder = config_only(tmp_path / "m", "mixtral", num_local_experts=2, num_experts_per_tok=1)
     result = plan(folder)
     assert [row["name"] for row in result["weights"]] in (["as stored"], ["as stored", "16 bits"])
@@ -216,7 +216,7 @@ def test_experts_can_be_planned_in_float(tmp_path) -> None:
     assert "expert" in refused(folder, weights=Wanted(bits=4))
 
 
-def test_an_outline_has_no_weights() -> None:
+def test_config_source_has_no_weights() -> None:
     assert bundled_configs() == ["llama-65b", "llama-7b"]
     for name, weights in (("llama-65b", 65_285_660_672), ("llama-7b", LLAMA_7B_WEIGHTS)):
         source = open_config_only(name)
@@ -228,7 +228,7 @@ def test_an_outline_has_no_weights() -> None:
         source.shape("x")
 
 
-def test_what_is_refused(tmp_path) -> None:
+def test_invalid_input_refused(tmp_path) -> None:
     assert "--kv-bits is 3 and no method is named" in refused("llama-7b", kv_bits=3)
     assert "use 2, 3 or 4" in refused("llama-7b", kv="kvquant", kv_bits=8)
     assert "no kv method 'nope'" in refused("llama-7b", kv="nope")
@@ -254,7 +254,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["80", "GB", "0GB", "-1GB", "80 pounds", ""])
-def test_sizes_that_are_none(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(UsageError, match="80GiB"):
         parse_bytes(text)
 
@@ -268,6 +268,6 @@ def test_lengths() -> None:
             parse_tokens(text)
 
 
-def test_layers_count_what_they_keep() -> None:
+def test_layer_bytes() -> None:
     assert CachedLayer(2, 8).num_elements(100) == 2 * 2 * 8 * 100
     assert CachedLayer(2, 8, 64).num_elements(100) == 2 * 2 * 8 * 63

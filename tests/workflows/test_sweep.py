@@ -31,7 +31,7 @@ def quantized(model: torch.nn.Module, method: str, **options: object) -> tuple[t
 
 
 @architectures
-def test_errors_and_bits_are_those_of_quantizing(architecture: str) -> None:
+def test_equals_quantization(architecture: str) -> None:
     model = tiny_model(architecture)
     result = sweep(model)
     assert len(result["cells"]) == len(BITS) * len(SIZES) + len(FLOATS)
@@ -48,7 +48,7 @@ def test_errors_and_bits_are_those_of_quantizing(architecture: str) -> None:
 
 
 @architectures
-def test_what_is_measured_is_the_quantized_model(architecture: str) -> None:
+def test_measures_quantized_model(architecture: str) -> None:
     model = tiny_model(architecture)
     table = [cell for cell in cells(search=False) if cell.group_size == 32 and cell.bits in (3, 4)]
     _walk(StreamedModel(open_source(model)), table, WINDOWS, Progress())
@@ -63,21 +63,21 @@ def test_what_is_measured_is_the_quantized_model(architecture: str) -> None:
             assert found[key] == pytest.approx(expected[key], rel=1e-3)
 
 
-def test_the_model_is_left_alone() -> None:
+def test_model_unmodified() -> None:
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sweep(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_searching_lowers_every_error() -> None:
+def test_search_lowers_errors() -> None:
     plain, searched = sweep(tiny_model("llama")), sweep(tiny_model("llama"), search=True)
     for one, other in zip(plain["cells"], searched["cells"]):
         assert other["weight_error"] <= one["weight_error"] * (1 + 1e-6)
         assert other["bits_per_weight"] == one["bits_per_weight"]
 
 
-def test_layers_are_ranked_by_what_they_suffer() -> None:
+def test_layer_ranking() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         weight = model.model.layers[1].mlp.down_proj.weight
@@ -97,14 +97,14 @@ def cell(sqnr_db: float = 40.0, worst: float = 40.0, kl: float | None = None, **
     return {**made, "verdict": verdict(made)}
 
 
-def test_a_verdict_follows_the_divergence_where_it_is_known() -> None:
+def test_verdict_from_divergence() -> None:
     for word, most, _ in LIMITS:
         assert cell(0, 0, most)["verdict"] == word
         assert VERDICTS.index(cell(99, 99, most * 1.01)["verdict"]) == VERDICTS.index(word) + 1
     assert cell(99, 99, math.inf)["verdict"] == BROKEN
 
 
-def test_a_verdict_follows_the_errors_otherwise() -> None:
+def test_verdict_from_errors() -> None:
     for word, _, least in LIMITS:
         assert cell(least, least)["verdict"] == word
         assert VERDICTS.index(cell(least - 0.1, least)["verdict"]) == VERDICTS.index(word) + 1
@@ -114,7 +114,7 @@ def test_a_verdict_follows_the_errors_otherwise() -> None:
     assert cell(math.inf, math.inf)["verdict"] == "safe"
 
 
-def test_verdicts_in_words() -> None:
+def test_verdict_words() -> None:
     lines = summarize(
         [
             cell(bits=8, group_size="row", bits_per_weight=8.1),
@@ -135,7 +135,7 @@ def test_verdicts_in_words() -> None:
     assert summarize([cell(0, 0)])[-2:] == ["smallest safe: none of these", "smallest fair: none of these"]
 
 
-def test_a_cell_beyond_measuring_is_a_row_too() -> None:
+def test_unmeasurable_cell() -> None:
     made = Cell(build_recipe("rtn"), 4, 64, errors={"a": 0.1}, stored_bits=4)
     made.comparison.predicted, made.comparison.loss = 1, math.nan
     result = made.result(1)
@@ -148,6 +148,6 @@ def test_decibels() -> None:
     assert decibels(0) == math.inf
 
 
-def test_no_windows_are_refused() -> None:
+def test_no_windows_refused() -> None:
     with pytest.raises(UsageError, match="windows is 0"):
         sweep(tiny_model("llama"), windows=0)

@@ -38,7 +38,7 @@ def whole(model, ids: list[int]):
         return detach(copy.deepcopy(model))(input_ids=torch.tensor([ids])).logits[0, -1]
 
 
-def test_memory_grows_with_the_text(model):
+def test_memory_grows_with_text(model):
     ids = torch.randint(0, 101, (80,)).tolist()
     found, cache = logits(model, ids)
     assert is_stepping(model)
@@ -46,7 +46,7 @@ def test_memory_grows_with_the_text(model):
     assert apart(found[-1], whole(model, PROMPT[0].tolist() + ids)) < 1e-5
 
 
-def test_the_cache_is_read_by_the_ordinary_forward(model):
+def test_cache_readable_by_forward(model):
     _, cache = logits(model, TOKENS)
     with torch.no_grad():
         more = model(input_ids=torch.tensor([[9, 10, 11]]), past_key_values=cache).logits[0, -1]  # a next question
@@ -56,7 +56,7 @@ def test_the_cache_is_read_by_the_ordinary_forward(model):
     assert cache.layers[2].get_seq_length() == len(ids) + 1
 
 
-def test_the_cache_forgets(model):
+def test_cache_crop(model):
     ids = PROMPT[0].tolist()
     _, cache = logits(model, TOKENS)
     cache.crop(-3)
@@ -68,7 +68,7 @@ def test_the_cache_forgets(model):
     assert apart(logits(model, [12], cache)[0][0], whole(model, [*ids, 12])) < 1e-5
 
 
-def test_copies_of_a_cache_are_apart(model):
+def test_cache_copies_independent(model):
     _, cache = logits(model, TOKENS)
     other = copy.deepcopy(cache)
     first = logits(model, [1, 2], cache)[0]
@@ -77,7 +77,7 @@ def test_copies_of_a_cache_are_apart(model):
     assert torch.equal(logits(model, [2], cache)[0][0], first[1])
 
 
-def test_layers_that_leave_are_ordinary(model):
+def test_removed_layers(model):
     _, cache = logits(model, TOKENS)
     cache.batch_repeat_interleave(2)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_layers_that_leave_are_ordinary(model):
     ],
     ids=lambda options: ",".join(options),
 )
-def test_generate_is_as_ever(model, options):
+def test_generate_unchanged(model, options):
     texts = []
     for one in (detach(copy.deepcopy(model)), model):
         torch.manual_seed(3)
@@ -110,7 +110,7 @@ def test_generate_is_as_ever(model, options):
     assert torch.equal(*texts)
 
 
-def test_streamers_and_stops_see_every_token(model):
+def test_streamers_and_stop_criteria(model):
     class Words:
         def decode(self, ids, **_):
             return " ".join(map(str, torch.as_tensor(ids).tolist())) + " "
@@ -125,7 +125,7 @@ def test_streamers_and_stops_see_every_token(model):
     assert "".join(seen).split() == [str(t) for t in found[0].tolist()]
 
 
-def test_other_calls_are_transformers_own(model):
+def test_other_calls_fall_back(model):
     plain = detach(copy.deepcopy(model))
     ids = torch.tensor([[9]])
     padded = torch.tensor([[0, *[1] * (PROMPT.shape[1] + len(TOKENS))]])
@@ -158,7 +158,7 @@ def test_gradients_flow(model):
     assert output.logits.requires_grad
 
 
-def test_a_static_cache_is_left_alone(model):
+def test_static_cache_unchanged(model):
     cache = StaticCache(config=model.config, max_cache_len=64)
     with torch.no_grad():
         model(input_ids=PROMPT, past_key_values=cache)
@@ -166,7 +166,7 @@ def test_a_static_cache_is_left_alone(model):
     assert apart(found[-1], whole(model, PROMPT[0].tolist() + TOKENS)) < 1e-5
 
 
-def test_changed_models_are_planned_anew(model):
+def test_changed_model_replanned(model):
     logits(model, TOKENS)
     quantize(model, FORMATS.get("uniform")(4, 16))
     found, _ = logits(model, TOKENS)
@@ -192,7 +192,7 @@ def test_hooks_are_called(model):
     assert is_stepping(model)
 
 
-def test_a_model_that_does_more_than_llama_is_found_out(model):
+def test_custom_forward_detected(model):
     model.model.layers[1].self_attn.scaling = 1.0  # all blocks have the first one's
     found, _ = logits(model, TOKENS)
     assert "differs" in decode_path(model)
@@ -211,13 +211,13 @@ def test_reasons():
         assert reason in sentence
 
 
-def test_windows_are_transformers_own():
+def test_sliding_windows_fall_back():
     model = odd_model("mistral", sliding_window=4)
     expected = model.generate(PROMPT, max_new_tokens=20, do_sample=False)
     assert torch.equal(attach(model).generate(PROMPT, max_new_tokens=20, do_sample=False), expected)
 
 
-def test_it_can_be_switched_off(monkeypatch):
+def test_can_be_disabled(monkeypatch):
     monkeypatch.setenv("BITMILL_DECODE", "off")
     assert "no step is attached" in decode_path(attach(odd_model()))
     monkeypatch.setenv("BITMILL_DECODE", "sometimes")
@@ -225,7 +225,7 @@ def test_it_can_be_switched_off(monkeypatch):
         attach(odd_model())
 
 
-def test_compilers_see_the_model_itself(model):
+def test_torch_compile(model):
     with torch.no_grad():
         expected = model(input_ids=PROMPT, use_cache=False).logits
         compiled = torch.compile(model, backend="eager", fullgraph=True)

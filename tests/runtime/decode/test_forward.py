@@ -49,7 +49,7 @@ def _compiled(monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "changes"), MODELS, ids=repr)
-def test_float_models_decode_alike(kind, changes):
+def test_float_models(kind, changes):
     model = odd_model(kind, **changes)
     expected, found = both(model, TOKENS)
     assert decode_path(model) == "step"
@@ -58,7 +58,7 @@ def test_float_models_decode_alike(kind, changes):
 
 
 @pytest.mark.parametrize(("kind", "changes"), MODELS, ids=repr)
-def test_greedy_texts_are_the_same(kind, changes):
+def test_greedy_text(kind, changes):
     model = quantize(odd_model(kind, **changes), UNIFORM)
     expected = model.generate(PROMPT, max_new_tokens=40, do_sample=False)
     assert torch.equal(attach(model).generate(PROMPT, max_new_tokens=40, do_sample=False), expected)
@@ -66,7 +66,7 @@ def test_greedy_texts_are_the_same(kind, changes):
 
 
 @pytest.mark.parametrize("format", [*few_formats(), *all_wrappers()], ids=repr)
-def test_every_format_has_its_step(format):
+def test_every_format(format):
     model = quantize(odd_model(), format)
     first = model.model.layers[0].self_attn.q_proj
     if first.kernel_on(torch.device("cpu")).step_linear() is None:
@@ -107,7 +107,7 @@ def test_several_threads(threads, format):
     assert apart(found, expected) < limit
 
 
-def test_bfloat16_models_decode_nearer_to_float():
+def test_bfloat16_models():
     model = odd_model().to(torch.bfloat16)
     expected = logits(odd_model().to(torch.bfloat16).to(torch.float32), TOKENS)[0]
     own, found = both(model, TOKENS)
@@ -117,7 +117,7 @@ def test_bfloat16_models_decode_nearer_to_float():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantized_table_that_is_also_the_head(bits):
+def test_tied_quantized_embedding(bits):
     model, format = odd_model(tie_word_embeddings=True), FORMATS.get("uniform")(bits, 21)
     W = model.lm_head.weight.detach()
     packed = nearest_matrix(format, W, fitted(format, W, search=False)).pack()

@@ -59,7 +59,7 @@ def primed(model, tokens=TOKENS):
 
 
 @pytest.mark.parametrize(("kind", "changes"), FOREIGN, ids=[kind for kind, _ in FOREIGN])
-def test_other_architectures_are_refused(kind, changes):
+def test_other_architectures_refused(kind, changes):
     model = tiny_model(kind, **{**ODD, "eos_token_id": None, **changes})
     expected = logits(model, TOKENS)[0]
     assert "no part of transformers' Llama, Mistral, Qwen2 or Qwen3" in decode_path(attach(model))
@@ -68,7 +68,7 @@ def test_other_architectures_are_refused(kind, changes):
     assert "no part of" in decode_path(model)
 
 
-def test_derived_classes_are_refused(model):
+def test_derived_classes_refused(model):
     class Mine(LlamaForCausalLM):
         pass
 
@@ -83,21 +83,21 @@ def test_derived_classes_are_refused(model):
     assert decode_path(model) == "step"
 
 
-def test_what_layers_share_is_no_part_of_the_model(model):
+def test_shared_parts(model):
     model.add_module(SHARED, nn.Module())
     assert decode_path(model) == "step"
     model.add_module("score", nn.Linear(42, 2))
     assert "its modules are not those of a LlamaForCausalLM" in decode_path(model)
 
 
-def test_what_the_plan_trips_over_is_a_refusal(model):
+def test_plan_errors_refuse(model):
     primed(model)
     del model.model.layers[1].input_layernorm.weight
     assert "AttributeError" in decode_path(model)
 
 
 @pytest.mark.parametrize("path", ["model.embed_tokens", "model.layers.1.mlp", "model.layers.0.self_attn.q_proj"])
-def test_hooks_anywhere_are_called(model, path):
+def test_hooks_are_called(model, path):
     cache, called = primed(model), []
     part = model.get_submodule(path)
     for register in (part.register_forward_hook, part.register_forward_pre_hook):
@@ -112,7 +112,7 @@ def test_hooks_anywhere_are_called(model, path):
     assert decode_path(model) == "step"
 
 
-def test_patches_of_inner_forwards_are_seen(model):
+def test_patched_forward_detected(model):
     primed(model)
     mlp = model.model.layers[1].mlp
     mlp.forward = lambda x: 0 * LlamaMLP.forward(mlp, x)
@@ -123,7 +123,7 @@ def test_patches_of_inner_forwards_are_seen(model):
 @pytest.mark.parametrize(
     "name", ["model.norm", "lm_head", "model.layers.1.self_attn.k_proj", "model.embed_tokens"]
 )
-def test_replaced_parameters_are_seen(model, name):
+def test_replaced_parameters(model, name):
     primed(model)
     part = model.get_submodule(name)
     part.weight = nn.Parameter(part.weight.detach() * 3 + torch.randn_like(part.weight))
@@ -133,7 +133,7 @@ def test_replaced_parameters_are_seen(model, name):
 
 
 @torch.no_grad()
-def test_functional_calls_are_of_other_parameters(model):
+def test_functional_call(model):
     other = {"model.norm.weight": torch.randn(42)}
     answers = []
     for one in (detach(copy.deepcopy(model)), model):
@@ -143,7 +143,7 @@ def test_functional_calls_are_of_other_parameters(model):
     assert apart(logits(model, TOKENS)[0], own_logits(model)) < 1e-5
 
 
-def test_copied_numbers_are_watched():
+def test_copied_parameters_watched():
     model = attach(odd_model("qwen2").to(torch.bfloat16))
     primed(model)
     for part in (
@@ -159,7 +159,7 @@ def test_copied_numbers_are_watched():
 
 
 @torch.no_grad()
-def test_requests_in_the_config_are_heard(model):
+def test_config_output_flags(model):
     cache = primed(model)
     model.config.output_hidden_states = True
     output = model(input_ids=torch.tensor([[9]]), past_key_values=cache)
@@ -171,7 +171,7 @@ def test_requests_in_the_config_are_heard(model):
     assert decode_path(model) == "step"  # though transformers leaves its hooks in place, which do nothing now
 
 
-def test_dropout_is_the_models_own(model):
+def test_dropout_falls_back(model):
     primed(model)
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
@@ -182,7 +182,7 @@ def test_dropout_is_the_models_own(model):
     assert decode_path(model.eval()) == "step"
 
 
-def test_refusals_end_with_their_cause():
+def test_refusals_are_temporary():
     model = attach(odd_model().to(torch.float16))
     logits(model, TOKENS)
     assert "holds torch.float16" in decode_path(model)
@@ -194,7 +194,7 @@ def test_refusals_end_with_their_cause():
     assert "lm_head is not contiguous" in decode_path(model)
 
 
-def test_unpacked_models_step():
+def test_unpacked_models():
     model = attach(quantize(odd_model(), UNIFORM))
     primed(model)
     found = logits(dequantize_model(model), TOKENS)[0]
@@ -202,14 +202,14 @@ def test_unpacked_models_step():
     assert apart(found, own_logits(model)) < 1e-5
 
 
-def test_a_shallow_copy_shares_the_step(model):
+def test_shallow_copy(model):
     other = copy.copy(model)
     primed(other)
     assert torch.equal(logits(other, TOKENS)[0], logits(model, TOKENS)[0])
 
 
 @torch.no_grad()
-def test_masks_of_other_kinds_are_transformers_own(model):
+def test_other_masks_fall_back(model):
     masks = {"full_attention": torch.zeros(1, 1, 1, PROMPT.shape[1] + len(TOKENS) + 1)}
     call = {"input_ids": torch.tensor([[9]]), "past_key_values": primed(model), "attention_mask": masks}
     try:
@@ -221,14 +221,14 @@ def test_masks_of_other_kinds_are_transformers_own(model):
     assert apart(model(**call).logits, expected) < 1e-5
 
 
-def test_unknown_tokens_raise_what_transformers_raises(model):
+def test_unknown_tokens_raise(model):
     cache = primed(model)
     with pytest.raises(IndexError):
         logits(model, [101], cache)
     assert apart(logits(model, [9], cache)[0], own_logits(model, [*TOKENS, 9])[-1:]) < 1e-5
 
 
-def test_an_embedding_of_another_type_is_looked_up_in_python():
+def test_custom_embedding():
     model = quantize(odd_model(), UNIFORM)
     model.model.embed_tokens.half()
     expected = logits(model, TOKENS)[0]
@@ -238,7 +238,7 @@ def test_an_embedding_of_another_type_is_looked_up_in_python():
     assert apart(found, expected) < 2e-3
 
 
-def test_caches_go_from_one_mode_to_the_other(model):
+def test_cache_changes_mode(model):
     for first, second in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
         with first():
             cache = model(input_ids=PROMPT, use_cache=True).past_key_values
@@ -251,7 +251,7 @@ def test_caches_go_from_one_mode_to_the_other(model):
 
 
 @torch.no_grad()
-def test_a_cache_that_was_reset_takes_several_sequences(model):
+def test_reset_cache_with_batch(model):
     cache = primed(model)
     cache.reset()
     two = torch.cat([PROMPT, PROMPT.flip(1)])
@@ -260,7 +260,7 @@ def test_a_cache_that_was_reset_takes_several_sequences(model):
     assert cache.layers[0].keys.shape[0] == 2
 
 
-def test_snapshots_of_a_cache_last_until_it_is_cropped(model):
+def test_cache_snapshots(model):
     cache = primed(model)
     view = cache.layers[1].keys
     before = view.clone()
@@ -271,7 +271,7 @@ def test_snapshots_of_a_cache_last_until_it_is_cropped(model):
     assert torch.equal(view[:, :, :-2], before[:, :, :-2])
 
 
-def test_a_watch_sees_early_exits(model):
+def test_early_exit_detected(model):
     guard = ModelGuard(model)
     assert guard.is_current()
     assert guard.blocking_reason() is None

@@ -53,7 +53,7 @@ def stored(cache):
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize(("kind", "changes"), MODELS, ids=str)
-def test_greedy_tokens_are_the_same(kind, changes, setting):
+def test_greedy_tokens(kind, changes, setting):
     model = model_of(kind, changes)
     expected = generated(model, prompt(), packed_cache(model, setting), **LONG)
     cache = packed_cache(attach(model), setting)
@@ -64,7 +64,7 @@ def test_greedy_tokens_are_the_same(kind, changes, setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_logits_are_close_and_bytes_are_those_of_the_same_numbers(setting):
+def test_logits_and_bytes(setting):
     """Sums in another order move a key by a unit in the last place of fp16 now and then, and logits by as much."""
     model, ids = model_of(), prompt(1, 160, seed=3)
     own, stepped = packed_cache(model, setting), packed_cache(model, setting)
@@ -95,7 +95,7 @@ def test_logits_are_close_and_bytes_are_those_of_the_same_numbers(setting):
         assert layer.pages.pages == other.pages.pages
 
 
-def test_equalized_values_are_moved_to_the_very_same_numbers():
+def test_equalized_values():
     """By two roundings that leave no choice: what the step stores of given values is what Tokens stores."""
     model = attach(model_of())
     cache, ids = packed_cache(model, KVQUANT), prompt(1, 4)
@@ -115,7 +115,7 @@ def test_equalized_values_are_moved_to_the_very_same_numbers():
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_both_ways_take_turns_token_by_token(setting):
+def test_alternating_paths(setting):
     model, ids = model_of(), prompt(1, 150, seed=4)
     expected = continued(model, packed_cache(model, setting), ids, 150)
     cache, found = packed_cache(model, setting), []
@@ -127,7 +127,7 @@ def test_both_ways_take_turns_token_by_token(setting):
 
 
 @pytest.mark.parametrize("setting", [KVQUANT, KIVI, ROTATED], ids=str)
-def test_crop_save_and_load_in_the_middle(setting, tmp_path):
+def test_crop_save_load(setting, tmp_path):
     model, ids = model_of(), prompt(1, 200, seed=5)
     own = packed_cache(model, setting)
     attach(model)
@@ -148,7 +148,7 @@ def test_crop_save_and_load_in_the_middle(setting, tmp_path):
     assert apart(found, continued(detach(model), own, tail, 30)) < 2e-3
 
 
-def test_copies_go_their_own_way():
+def test_copies_are_independent():
     model = attach(model_of())
     cache, ids = packed_cache(model, KIVI), prompt(1, 100)
     continued(model, cache, ids, 100)
@@ -163,7 +163,7 @@ def test_copies_go_their_own_way():
     assert torch.equal(continued(model, cache, prompt(seed=6)), first)
 
 
-def test_what_is_not_for_the_step():
+def test_unsupported_calls():
     model = attach(model_of())
     cache = packed_cache(model, KVQUANT)
     assert decode_path(model) == "step"
@@ -194,7 +194,7 @@ def test_what_is_not_for_the_step():
     assert decode_path(model) == "step"
 
 
-def test_a_packed_cache_that_is_read_otherwise_is_left_to_transformers():
+def test_other_attention_falls_back():
     model, ids = model_of(), prompt(1, 60)
     expected = continued(model, packed_cache(model, KVQUANT), ids, 60)
     attach(model)
@@ -222,7 +222,7 @@ def block(heads=2, dim=16, room=34, pages=1, words=None):
     return library.KvBlock(layer, tokens, None, None, None, None), layer, tokens
 
 
-def test_arrays_that_do_not_fit_are_refused():
+def test_wrong_shapes_refused():
     model = attach(model_of())
     continued(model, packed_cache(model, KIVI), prompt(), 2)
     plan = vars(model)["forward"]._plan
@@ -256,7 +256,7 @@ def test_arrays_that_do_not_fit_are_refused():
             native.native().KvBlock(layer, tokens, *moves)
 
 
-def test_it_is_off_where_the_step_is(monkeypatch):
+def test_disabled_with_step(monkeypatch):
     monkeypatch.setenv("BITMILL_DECODE", "off")
     model = attach(model_of())
     assert "no step is attached" in decode_path(model, packed_cache(model, KIVI))

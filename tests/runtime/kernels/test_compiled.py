@@ -56,7 +56,7 @@ def off(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 @settings(max_examples=15)
 @given(data=st.data())
-def test_sums_stay_within_the_bound(data):
+def test_additive_error_bound(data):
     format = Additive(
         data.draw(st.integers(1, 8)),
         data.draw(st.sampled_from([8, 16, 40, 64, "row", "tensor"])),
@@ -72,13 +72,13 @@ def test_sums_stay_within_the_bound(data):
     assert bool(((y - exact(matrix, x)).abs() <= each * scale + 1e-4).all())
 
 
-def test_typical_sums_are_far_closer():
+def test_typical_additive_error():
     matrix, x = random_codes(Additive(8), (70, 577)), torch.randn(3, 577)
     y, expected = kernel_of(AdditiveKernel, matrix).apply(x), exact(matrix, x)
     assert (y - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_what_is_not_finite_stays_so():
+def test_nonfinite_values_propagate():
     x = torch.randn(2, 96)
     x[1, 50] = float("nan")
     y = kernel_of(AdditiveKernel, random_codes(Additive(8), (70, 96))).apply(x)
@@ -91,7 +91,7 @@ def test_what_is_not_finite_stays_so():
 
 @pytest.mark.parametrize("format", VECTORS, ids=repr)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_vectors_decode_bit_by_bit_and_multiply_in_fp32(format, shape):
+def test_vector_kernel_is_exact(format, shape):
     matrix, x = quantized(format, shape), torch.randn(3, shape[1])
     kernel = kernel_of(VectorKernel, matrix)
     decoded = torch.cat([kernel.weights(slice(0, 1)), kernel.weights(slice(1, shape[0]))])
@@ -100,7 +100,7 @@ def test_vectors_decode_bit_by_bit_and_multiply_in_fp32(format, shape):
 
 
 @pytest.mark.parametrize("format", [Additive(5, codebooks=3), E8(2), Pyramid(3)], ids=repr)
-def test_many_tokens_in_floats_are_the_reference_bit_by_bit(format, monkeypatch):
+def test_many_tokens_equal_reference(format, monkeypatch):
     monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
     matrix = random_codes(format, (35, 130)) if isinstance(format, Additive) else quantized(format, (35, 130))
     kind = AdditiveKernel if isinstance(format, Additive) else VectorKernel
@@ -108,7 +108,7 @@ def test_many_tokens_in_floats_are_the_reference_bit_by_bit(format, monkeypatch)
     assert torch.equal(kernel_of(kind, matrix).apply(x), kernel_of(Reference, matrix).apply(x))
 
 
-def test_numbers_of_no_point_decode_to_some_vector():
+def test_unused_numbers_decode():
     format, shape = Pyramid(4), (4, 64)
     tensors = {"codes": torch.full((4, 9), -1, dtype=torch.int32), "scale": torch.ones(4, 1).half()}
     kernel = VectorKernel(KernelSpec(format, shape, CPU), tensors)
@@ -124,7 +124,7 @@ def test_numbers_of_no_point_decode_to_some_vector():
     [("hadamard", n) for n in (1, 2, 7, 16, 32, 96, 576, 1536, 4096, 44, 52)]
     + [("orthogonal", n) for n in (1, 5, 96, 97, 576)],
 )
-def test_rotations_turn_as_torch_turns(kind, width, inverse):
+def test_rotation_equals_torch(kind, width, inverse):
     made = rotation(kind, width, 3)
     plan, x = rotation_plan(made, inverse), torch.randn(3, width)
     before = x.clone()
@@ -134,13 +134,13 @@ def test_rotations_turn_as_torch_turns(kind, width, inverse):
     assert off(y, x.double() @ dense) < 3e-6
 
 
-def test_fourier_transforms_are_left_to_torch():
+def test_fourier_falls_back():
     assert rotation_plan(rotation("hadamard", 2 * 257, 0), False) is None
     matrix, x = wrapped(Rotated(Uniform(4, 32)), (5, 2 * 257)), torch.randn(1, 2 * 257)
     assert off(kernel_of(RotatedKernel, matrix).apply(x), exact(matrix, x)) < 0.03
 
 
-def test_sylvester_is_found_inside_of_a_factor():
+def test_sylvester_factor():
     H, P = hadamard(8), hadamard(12)
     rest, order = _without_sylvester(torch.kron(P, H) / 96**0.5)
     assert order == 8 * 1
@@ -152,7 +152,7 @@ def test_sylvester_is_found_inside_of_a_factor():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("sides", ["both", "in"])
-def test_rotated_layers_around_compiled_kernels(sides, rescale, dtype, monkeypatch):
+def test_rotated_layers(sides, rescale, dtype, monkeypatch):
     monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
     format = Rotated(Pyramid(2), "hadamard", 1, sides, rescale)
     W = wrapped(Rotated(Pyramid(2), "hadamard", 1, sides), (24, 96))
@@ -171,7 +171,7 @@ def test_rotated_layers_around_compiled_kernels(sides, rescale, dtype, monkeypat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("shape", [(6, 7), (65, 96), (20, 577)], ids=str)
-def test_entries_are_added(shape, tokens, dtype, monkeypatch):
+def test_sparse_entries_added(shape, tokens, dtype, monkeypatch):
     monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
     matrix = wrapped(Sum(Pyramid(2), outliers=0.2, sensitive=0.02), shape)
     x = torch.randn(tokens, shape[1]).to(dtype)
@@ -180,7 +180,7 @@ def test_entries_are_added(shape, tokens, dtype, monkeypatch):
     assert off(y, exact(matrix, x)) < (2e-2 if dtype == torch.bfloat16 else 3e-6)
 
 
-def test_columns_that_do_not_exist_are_not_read():
+def test_column_out_of_range():
     matrix = wrapped(Sum(Uniform(3), outliers=0.2), (6, 7))
     tensors = matrix.pack()
     tensors["sparse_columns"] = tensors["sparse_columns"] + 100
@@ -192,7 +192,7 @@ def test_columns_that_do_not_exist_are_not_read():
 # -- operators ------------------------------------------------------------------------------------------------
 
 
-def test_they_are_torch_operators():
+def test_torch_operators():
     x = torch.randn(2, 96)
     sums = kernel_of(AdditiveKernel, random_codes(Additive(4), (70, 96)))
     vectors = kernel_of(VectorKernel, quantized(E8(2), (5, 96)))
@@ -211,7 +211,7 @@ def test_they_are_torch_operators():
         torch.library.opcheck(operator.op, (x, *arguments), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_arrays_of_a_wrong_type_or_order_are_errors_not_copies():
+def test_wrong_arrays_raise():
     library, weights = native.native(), torch.randn(4, 6)
     assert library.dense_linear(weights) is not None
     for wrong in (weights.double(), weights.T):
@@ -221,7 +221,7 @@ def test_arrays_of_a_wrong_type_or_order_are_errors_not_copies():
         library.sparse_add(torch.zeros(5), *(torch.zeros(0, dtype=torch.uint8),) * 2, weights, weights, 1)
 
 
-def test_the_reference_can_be_asked_for(monkeypatch):
+def test_reference_can_be_selected(monkeypatch):
     monkeypatch.setenv("BITMILL_KERNEL", "reference")
     kernel = kernel_of(RotatedKernel, wrapped(Rotated(Uniform(3)), (6, 96)))
     assert not kernel._compiled

@@ -43,7 +43,7 @@ def bound(x: Tensor, W: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("format", few_formats(), ids=repr)
 @pytest.mark.parametrize("shape", thin([(1, 1), (3, 7), (35, 130), (18, 577)], [(3, 7), (18, 577)]), ids=str)
-def test_every_format_within_the_bound(format, shape):
+def test_format_error_bound(format, shape):
     matrix, x = quantized(format, shape), torch.randn(MAX_TOKENS + 3, shape[1])
     x[1] *= 1e3
     W = matrix.dequantize().double()
@@ -52,7 +52,7 @@ def test_every_format_within_the_bound(format, shape):
 
 
 @given(data=st.data())
-def test_any_shape_width_and_group(data):
+def test_random_shapes(data):
     bits = data.draw(st.integers(1, 8))
     size = data.draw(st.sampled_from([16, 24, 32, 64, 96, 100, 128, 256, "row", "tensor"]))
     format = data.draw(
@@ -67,14 +67,14 @@ def test_any_shape_width_and_group(data):
 
 
 @pytest.mark.parametrize("format", [Uniform(4, 64), IntegerCoding(3, 32), Codebook(4), Pyramid(3)], ids=repr)
-def test_typical_errors_are_those_of_fp16(format):
+def test_typical_error(format):
     matrix, x = quantized(format, (64, 512)), torch.randn(40, 512)
     expected = x.double() @ matrix.dequantize().double().T
     assert (kernel_of(matrix).apply(x) - expected).norm() < 3e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("format", [Uniform(4, 64), Uniform(2, 32), IntegerCoding(3, 32)], ids=repr)
-def test_exact_tables_leave_the_rounding_of_inputs_alone(format):
+def test_exact_tables(format):
     matrix, x = quantized(format, (64, 512)), torch.randn(40, 512)
     kernel = kernel_of(matrix)
     assert isinstance(kernel, Lut)
@@ -87,7 +87,7 @@ def test_exact_tables_leave_the_rounding_of_inputs_alone(format):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("format", [Uniform(4, 32), Codebook(4)], ids=repr)
-def test_what_is_not_finite_stays_so(format, bad):
+def test_nonfinite_values_propagate(format, bad):
     x = torch.randn(20, 96)
     x[1, 50] = bad
     y = kernel_of(quantized(format, (20, 96))).apply(x)
@@ -95,12 +95,12 @@ def test_what_is_not_finite_stays_so(format, bad):
     assert not torch.isfinite(y[1]).any()
 
 
-def test_tokens_do_not_depend_on_how_many_there_are():
+def test_batch_size_does_not_matter():
     kernel, x = kernel_of(quantized(Uniform(4, 64), (40, 300))), torch.randn(45, 300)
     assert torch.equal(kernel.apply(x)[:20], kernel.apply(x[:20]))
 
 
-def test_types_come_back_and_gradients_flow():
+def test_dtypes_and_gradients():
     matrix = quantized(Uniform(4, 64), (24, 128))
     kernel, x = kernel_of(matrix), torch.randn(2, 20, 128)
     assert kernel.apply(x.bfloat16()).dtype == torch.bfloat16
@@ -109,7 +109,7 @@ def test_types_come_back_and_gradients_flow():
     assert torch.allclose(x.grad[0, 0], matrix.dequantize().sum(0), atol=1e-5)
 
 
-def test_other_shapes_are_refused():
+def test_wrong_shapes_refused():
     inputs = native.native().FixedInputs()
     inputs.read(torch.randn(20, 64), 1)
     for W, y, first in (

@@ -60,7 +60,7 @@ def folder(request, tmp_path):
     return tmp_path / "out"
 
 
-def test_a_head_and_its_table(folder, monkeypatch):
+def test_tied_head(folder, monkeypatch):
     model = bitmill.load(folder)
     table, head = model.model.embed_tokens, model.lm_head
     before = held_bytes(model)
@@ -103,7 +103,7 @@ def test_saved_after_use(folder, tmp_path):
 @pytest.mark.parametrize("name", [name for name, kind in KERNELS.items()])
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 @pytest.mark.parametrize("rows", [1, 50])
-def test_rows_of_every_kernel(name, format, rows):
+def test_row_lookup(name, format, rows):
     matrix = quantized(format, (rows, 44))
     kind: type[Kernel] = dict(KERNELS.items())[name]
     spec = KernelSpec(format, matrix.shape, CPU)
@@ -114,14 +114,14 @@ def test_rows_of_every_kernel(name, format, rows):
         assert torch.equal(kernel.rows(ids), W[ids])
 
 
-def test_a_row_that_is_not_there():
+def test_row_out_of_range():
     matrix = quantized(Uniform(4, 16), (50, 44))
     for kind in (Reference, dict(KERNELS.items())["lut"]):
         with pytest.raises(IndexError):
             kind(KernelSpec(matrix.format, (50, 44), CPU), matrix.pack()).rows(torch.tensor([50]))
 
 
-def test_the_first_use_by_several_threads():
+def test_concurrent_first_use():
     matrix, x = quantized(Uniform(4, 16), (200, 44)), torch.randn(1, 44)
     expected, failed = layer_of(matrix)(x), []
     for _ in range(10):
@@ -142,7 +142,7 @@ def test_the_first_use_by_several_threads():
     assert not failed
 
 
-def test_shared_parts_stay_where_they_are():
+def test_shared_parts():
     model = tiny_model("llama")
     small = {"shared": True, "codebook_bits": 4, "rounds": 2, "sweeps": 1, "epochs": 1}
     bitmill.quantize(model, "aqlm", calibration=IDS, measure=0, **small)

@@ -80,13 +80,13 @@ def check(matrix: Quantized, x: Tensor, act: str) -> None:
 @pytest.mark.parametrize("act", native.ACTIVATIONS)
 @pytest.mark.parametrize("format", SCALAR, ids=repr)
 @pytest.mark.parametrize("shape", thin([(1, 1), (3, 7), (35, 130), (18, 577)], [(3, 7), (18, 577)]), ids=str)
-def test_every_format_within_the_bound(format, shape, act, monkeypatch):
+def test_format_error_bound(format, shape, act, monkeypatch):
     monkeypatch.setenv("BITMILL_ACTIVATIONS", act)
     check(quantized(format, shape), torch.randn(2, shape[1]), act)
 
 
 @given(data=st.data())
-def test_any_shape_width_and_group(data):
+def test_random_shapes(data):
     name = data.draw(st.sampled_from(sorted(WIDTHS)))
     low = 2 if name == "normal_float" else 1
     bits = data.draw(st.integers(low, WIDTHS[name]))
@@ -100,7 +100,7 @@ def test_any_shape_width_and_group(data):
         check(matrix, torch.randn(tokens, shape[1]), act)
 
 
-def test_typical_errors_are_far_below_the_bound(monkeypatch):
+def test_typical_error(monkeypatch):
     x = torch.randn(4, 512)
     for format in (Uniform(3, 64), Codebook(3), BinaryCoding(4, 64), Uniform(8, 64)):
         matrix = quantized(format, (64, 512))
@@ -112,21 +112,21 @@ def test_typical_errors_are_far_below_the_bound(monkeypatch):
 
 
 @pytest.mark.parametrize("format", SCALAR, ids=repr)
-def test_many_tokens_in_floats_are_the_reference_bit_by_bit(format, monkeypatch):
+def test_many_tokens_equal_reference(format, monkeypatch):
     monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
     matrix, x = quantized(format, (35, 130)), torch.randn(MAX_TOKENS + 1, 130)
     spec = KernelSpec(format, matrix.shape, CPU)
     assert torch.equal(Lut(spec, matrix.pack()).apply(x), Reference(spec, matrix.pack()).apply(x))
 
 
-def test_tokens_do_not_depend_on_each_other():
+def test_tokens_are_independent():
     kernel = Lut(KernelSpec(Uniform(4, 64), (40, 300), CPU), quantized(Uniform(4, 64), (40, 300)).pack())
     x = torch.randn(7, 300)
     assert torch.allclose(kernel.apply(x), torch.cat([kernel.apply(row[None]) for row in x]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(bad):
+def test_nonfinite_values_propagate(bad):
     x = torch.randn(2, 96)
     x[1, 50] = bad
     y = Lut(KernelSpec(Uniform(4, 32), (20, 96), CPU), quantized(Uniform(4, 32), (20, 96)).pack()).apply(x)
@@ -134,7 +134,7 @@ def test_what_is_not_finite_stays_so(bad):
     assert not torch.isfinite(y[1]).any()
 
 
-def test_zeros_give_zeros():
+def test_zero_inputs():
     y = Lut(KernelSpec(Uniform(4, 32), (20, 96), CPU), quantized(Uniform(4, 32), (20, 96)).pack()).apply(
         torch.zeros(1, 96)
     )
@@ -150,7 +150,7 @@ def layer_of(matrix: Quantized) -> QuantLinear:
     return layer
 
 
-def test_a_layer_holds_one_layout_and_gives_the_other_back():
+def test_one_layout_in_memory():
     matrix = quantized(Uniform(3, 64), (64, 512))
     layer, packed = layer_of(matrix), matrix.pack()
     x = torch.randn(1, 512)
@@ -165,7 +165,7 @@ def test_a_layer_holds_one_layout_and_gives_the_other_back():
     assert dict(layer.named_buffers()).keys() == packed.keys()
 
 
-def test_a_prepared_layer_can_be_copied_cast_and_loaded():
+def test_copy_cast_and_load():
     matrix = quantized(Uniform(3, 64), (20, 130))
     model = nn.Sequential(layer_of(matrix))
     x = torch.randn(1, 130)
@@ -180,13 +180,13 @@ def test_a_prepared_layer_can_be_copied_cast_and_loaded():
     assert torch.equal(model.float()(x), y)
 
 
-def test_gradients_take_the_exact_way():
+def test_exact_gradients():
     matrix, x = quantized(Uniform(3, 16), (5, 44)), torch.randn(2, 44, requires_grad=True)
     layer_of(matrix)(x).sum().backward()
     assert torch.allclose(x.grad, matrix.dequantize().sum(0).expand(2, 44), atol=1e-5)
 
 
-def test_it_is_a_torch_operator():
+def test_torch_operator():
     kernel = Lut(KernelSpec(Uniform(4, 64), (20, 96), CPU), quantized(Uniform(4, 64), (20, 96)).pack())
     arguments = (torch.randn(2, 96), kernel.codes, *kernel.parts, kernel.plan, kernel.zero)
     torch.library.opcheck(ops.lut_linear.op, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -195,7 +195,7 @@ def test_it_is_a_torch_operator():
 # -- choosing -----------------------------------------------------------------------------------------------
 
 
-def test_it_is_chosen_by_itself_unless_another_is_asked_for(monkeypatch):
+def test_kernel_choice(monkeypatch):
     spec = KernelSpec(Uniform(4), (20, 96), CPU)
     monkeypatch.delenv("BITMILL_KERNEL")
     assert choose_kernel(spec) is Lut
@@ -206,7 +206,7 @@ def test_it_is_chosen_by_itself_unless_another_is_asked_for(monkeypatch):
         choose_kernel(spec)
 
 
-def test_other_formats_and_devices_have_a_reason():
+def test_unsupported_reason():
     assert (
         Lut.unsupported_reason(KernelSpec(FORMATS.get("e8")(bits=2), (8, 8), CPU))
         == "e8 is no table of single numbers."
@@ -214,7 +214,7 @@ def test_other_formats_and_devices_have_a_reason():
     assert "meta" in Lut.unsupported_reason(KernelSpec(Uniform(4), (8, 8), torch.device("meta")))
 
 
-def test_without_the_extension_everything_works_and_it_is_said_once(monkeypatch, caplog):
+def test_without_extension(monkeypatch, caplog):
     monkeypatch.delenv("BITMILL_KERNEL")
     monkeypatch.setattr(native, "_native", None)
     monkeypatch.setattr(native, "import_error", "for a test")
@@ -230,7 +230,7 @@ def test_without_the_extension_everything_works_and_it_is_said_once(monkeypatch,
         native.native()
 
 
-def test_unknown_words_are_refused(monkeypatch):
+def test_unknown_values_refused(monkeypatch):
     with pytest.raises(ValueError, match="'avx1024' is not among those of this machine"):
         native.native().use_isa("avx1024")
     monkeypatch.setenv("BITMILL_ACTIVATIONS", "int3")
@@ -241,7 +241,7 @@ def test_unknown_words_are_refused(monkeypatch):
 # -- tables -------------------------------------------------------------------------------------------------
 
 
-def test_round_numbers_are_exact():
+def test_integer_tables_are_exact():
     assert as_integers(torch.tensor([[-1.5, 0, 0.5, 3]]), 255)[1:] == (0.5, 3)
     assert as_integers(torch.tensor([[0.0, 1, 300]]), 255) is None
     assert as_integers(torch.tensor([[0.0, 1 / 3]]), 255) is None
@@ -250,7 +250,7 @@ def test_round_numbers_are_exact():
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("half_steps", [False, True])
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
-def test_other_tables_are_rounded_within_the_bound(wide, half_steps, size):
+def test_table_rounding_bound(wide, half_steps, size):
     tables = torch.randn(50, 16) * size
     entries, steps, zero = rounded(tables, wide, half_steps)
     assert entries.min() >= 0
@@ -261,7 +261,7 @@ def test_other_tables_are_rounded_within_the_bound(wide, half_steps, size):
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_odd_tables_stay_odd(wide):
+def test_odd_tables(wide):
     tables = torch.randn(50, 8)
     tables = torch.cat([tables, -tables.flip(-1)], -1)
     entries, steps, zero = rounded(tables, wide, False, odd=True)
@@ -269,7 +269,7 @@ def test_odd_tables_stay_odd(wide):
     assert ((steps * (entries - zero) - tables).abs() <= steps * 0.51).all()  # fp32 has 24 bits
 
 
-def test_binary_coding_stores_half_its_tables():
+def test_half_tables_of_binary_coding():
     kind = KernelSpec(BinaryCoding(4, 128), (16, 512), CPU)
     kernel = Lut(kind, quantized(BinaryCoding(4, 128), (16, 512)).pack())
     assert kernel.tensors["lut_tables"].numel() == 16 * 4 * 8
@@ -284,13 +284,13 @@ def test_binary_coding_stores_half_its_tables():
     )
 
 
-def test_groups_are_whole_blocks():
+def test_group_blocks():
     assert [group_blocks(width, 16) for width in (1, 16, 17, 32, 64, 577)] == [4, 4, 8, 8, 16, 152]
     assert [group_blocks(width, 4) for width in (1, 32, 64, 65, 128)] == [2, 2, 4, 8, 8]
     assert [group_blocks(width, 1) for width in (1, 64, 513)] == [8, 8, 16]
 
 
-def test_codings_are_sums_and_codebooks_are_not():
+def test_codings_are_sums():
     bits = torch.arange(16)[:, None] >> torch.arange(4) & 1
     codings = (bits.float() @ torch.tensor([[3.0, -2, 1, 7], [1, 2, 4, 8]]).T).T
     assert are_sums(codings)
@@ -298,7 +298,7 @@ def test_codings_are_sums_and_codebooks_are_not():
 
 
 @pytest.mark.parametrize(("most", "source"), [(63, BANK), (64, OWN)])
-def test_a_bank_has_entries_of_up_to_63(most, source):
+def test_table_bank_limit(most, source):
     tables = torch.tensor([[0.0, 1, 2, 3], [0, 5, 6, most]])
     lookup = Lookup(tables, torch.ones(2, 1), torch.zeros(1, 1), torch.tensor([[0, 1], [1, 0]]))
     assert byte_tables(lookup, (2, 64), 32, 2, "bytes").source == source

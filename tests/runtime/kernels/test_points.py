@@ -54,7 +54,7 @@ def test_points(format, shape, act, monkeypatch):
     obeys(kernel, matrix, act)
 
 
-def test_points_are_for_rounded_inputs_and_scales_of_rows(monkeypatch):
+def test_points_unsupported_reason(monkeypatch):
     def chosen(format):
         return choose_kernel(KernelSpec(format, (20, 577), CPU))
 
@@ -64,7 +64,7 @@ def test_points_are_for_rounded_inputs_and_scales_of_rows(monkeypatch):
     assert chosen(Pyramid(2)) is VectorKernel
 
 
-def test_numbers_of_no_point_stay_packed():
+def test_unused_numbers_stay_packed():
     tensors = {"codes": torch.full((4, 9), -1, dtype=torch.int32), "scale": torch.ones(4, 1).half()}
     kernel = Points(KernelSpec(Pyramid(4), (4, 64), CPU), tensors)
     assert kernel._packed is not None
@@ -86,7 +86,7 @@ def test_lattice(format, shape, act, monkeypatch):
     obeys(kernel_of(Lattice, matrix), matrix, act)
 
 
-def test_the_lattice_is_for_rounded_inputs_and_scales_of_rows(monkeypatch):
+def test_lattice_unsupported_reason(monkeypatch):
     def chosen(format):
         return choose_kernel(KernelSpec(format, (20, 577), CPU))
 

@@ -48,7 +48,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     ],
     ids=["to bfloat16", "half", "double", "to cpu, bfloat16", "there and back", "cpu"],
 )
-def test_casts_leave_packed_tensors_alone(format, cast):
+def test_casts_keep_packed_tensors(format, cast):
     layer = layer_of(format)
     before = {k: v.clone() for k, v in layer.packed().items()}
     model = cast(nn.Sequential(nn.Linear(44, 44), layer))
@@ -61,7 +61,7 @@ def test_casts_leave_packed_tensors_alone(format, cast):
 
 
 @every_format
-def test_the_meta_device_and_back(format):
+def test_meta_device(format):
     layer = QuantLinear(format, SHAPE, True, device="meta")
     assert all(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
     layer.to_empty(device="cpu")
@@ -76,7 +76,7 @@ def test_the_meta_device_and_back(format):
 
 @every_format
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_state_dict_round_trips(format, bias):
+def test_state_dict_round_trip(format, bias):
     layer = layer_of(format, bias)
     state = layer.state_dict()
     assert state.keys() == format.layout(SHAPE).keys() | ({"bias"} if bias else set())
@@ -86,7 +86,7 @@ def test_the_state_dict_round_trips(format, bias):
     assert torch.equal(layer(x), other(x))
 
 
-def test_copies_stand_alone():
+def test_copies_are_independent():
     layer = layer_of(Uniform(3, 16))
     layer(torch.randn(1, 44))
     other = copy.deepcopy(layer)
@@ -94,17 +94,17 @@ def test_copies_stand_alone():
     assert not torch.equal(layer.codes, other.codes)
 
 
-def test_nothing_is_trainable():
+def test_no_trainable_parameters():
     assert not any(p.requires_grad for p in layer_of(Uniform(3)).parameters())
 
 
-def test_gradients_pass_through_to_the_inputs():
+def test_input_gradients():
     layer, x = layer_of(Uniform(3, 16), bias=False), torch.randn(2, 44, requires_grad=True)
     layer(x).sum().backward()
     assert torch.allclose(x.grad, quantized(Uniform(3, 16)).dequantize().sum(0).expand(2, 44), atol=1e-5)
 
 
-def test_its_description_names_format_and_shape():
+def test_repr():
     assert "44 -> 5, Uniform(bits=3" in repr(layer_of(Uniform(3)))
 
 
@@ -119,7 +119,7 @@ class Model(nn.Module):
 
 @every_format
 @pytest.mark.parametrize("kind", ["Linear", "Linear without bias", "Conv1D"])
-def test_it_takes_the_place_of_a_float_layer(format, kind):
+def test_replaces_float_layer(format, kind):
     old = Conv1D(5, 44) if kind == "Conv1D" else nn.Linear(44, 5, bias=kind == "Linear")
     W = old.weight.data.T.contiguous() if kind == "Conv1D" else old.weight.data
     solved = quantized(format, W)
@@ -134,6 +134,6 @@ def test_it_takes_the_place_of_a_float_layer(format, kind):
     assert torch.allclose(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_that_is_not_there_is_an_attribute_error():
+def test_missing_layer_raises():
     with pytest.raises(AttributeError):
         replace_linear(Model(nn.Linear(2, 2)), "block.outer", Uniform(3))

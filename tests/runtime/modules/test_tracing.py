@@ -114,7 +114,7 @@ def test_tables(format, prepared, way):
 @pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("tokens", [1, 32])
 @torch.no_grad()
-def test_recorded_and_batched(prepared, tokens):
+def test_export_and_vmap(prepared, tokens):
     layer, x, other = layer_of(Uniform(4, 16)), torch.randn(tokens, 48), torch.randn(tokens, 48)
     if prepared:
         layer(x)
@@ -127,7 +127,7 @@ def test_recorded_and_batched(prepared, tokens):
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_tables_with_a_class_of_their_own_are_pickled(prepared):
+def test_pickle_embedding_subclass(prepared):
     table, file = table_of(Uniform(4, 16), Doubled), io.BytesIO()
     expected = table(IDS)
     if prepared:

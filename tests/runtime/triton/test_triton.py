@@ -27,7 +27,7 @@ SHAPES = [((1, 1), 1), ((3, 7), 7), ((4, 130), 40), ((5, 577), 577), ((4, 256), 
 
 @pytest.mark.skipif(available.missing() is not None, reason=str(available.missing()))
 @pytest.mark.parametrize("file", ["triton_kernels.py", "triton_kv.py"])
-def test_the_kernels_in_the_interpreter_or_on_a_gpu(file):
+def test_interpreter_or_gpu(file):
     where = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     tests = Path(__file__).parent / file
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
@@ -37,7 +37,7 @@ def test_the_kernels_in_the_interpreter_or_on_a_gpu(file):
 
 @pytest.mark.parametrize(("shape", "width"), SHAPES, ids=str)
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_codes_come_back_from_lanes_and_planes(shape, width, bits):
+def test_lanes_and_planes_round_trip(shape, width, bits):
     codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
     packed, columns = pack(codes, bits), shape[1]
     for there, back in ((to_lanes, codes_of), (to_planes, codes_of_planes)):
@@ -47,7 +47,7 @@ def test_codes_come_back_from_lanes_and_planes(shape, width, bits):
         assert torch.equal(from_words(words, columns, width, back), packed)
 
 
-def test_whole_groups_take_the_bits_that_are_stored():
+def test_no_padding_of_whole_groups():
     packed = pack(torch.randint(0, 8, (4, 11008)), 3)
     assert to_lanes(packed, 3, 11008, 128).numel() == packed.numel()
 
@@ -59,19 +59,19 @@ def installed(monkeypatch):
     monkeypatch.delenv("BITMILL_KERNEL", raising=False)
 
 
-def test_it_serves_gpus_where_triton_is_installed(installed):
+def test_chosen_on_gpu(installed):
     for name in ("uniform", "binary_coding", "additive", "integer_coding"):
         assert choose_kernel(KernelSpec(FORMATS.get(name)(3), (8, 64), CUDA)) is Triton
     assert choose_kernel(KernelSpec(FORMATS.get("uniform")(3), (8, 64), CPU)) is not Triton
 
 
-def test_without_triton_the_reference_serves_gpus(installed, monkeypatch):
+def test_reference_without_triton(installed, monkeypatch):
     monkeypatch.setattr(available, "missing", lambda: "Triton is not installed.")
     chosen = choose_kernel(KernelSpec(FORMATS.get("uniform")(3), (8, 64), CUDA))
     assert chosen is KERNELS.get("reference")
 
 
-def test_it_says_why_not(installed, monkeypatch):
+def test_unsupported_reason(installed, monkeypatch):
     uniform = FORMATS.get("uniform")(3)
     assert Triton.unsupported_reason(KernelSpec(uniform, (8, 64), CPU)) == "Triton runs on cuda here, not on cpu."
     assert "no Triton kernel" in Triton.unsupported_reason(KernelSpec(FORMATS.get("e8")(2), (8, 64), CUDA))
@@ -81,7 +81,7 @@ def test_it_says_why_not(installed, monkeypatch):
 
 
 @pytest.mark.parametrize(("found", "reason"), [("3.2.0", "3.6 or later"), ("3.6.0", None), ("4.0.1+git", None)])
-def test_old_versions_are_refused(monkeypatch, found, reason):
+def test_old_versions_refused(monkeypatch, found, reason):
     monkeypatch.setattr(available, "find_spec", lambda name: True)
     monkeypatch.setattr(available, "version", lambda name: found)
     said = available.missing.__wrapped__()

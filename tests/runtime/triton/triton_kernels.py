@@ -89,25 +89,25 @@ def check(matrix: Quantized, tokens: int, dtype: torch.dtype = torch.float32) ->
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("kind", [Uniform, Codebook], ids=lambda kind: kind.__name__)
-def test_lut_gemv_at_every_width(kind, bits):
+def test_lut_gemv(kind, bits):
     check(quantized(kind(bits, 40), (5, 130)), 1)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("kind", [Uniform, Codebook], ids=lambda kind: kind.__name__)
-def test_lut_gemm_at_every_width(kind, bits):
+def test_lut_gemm(kind, bits):
     check(quantized(kind(bits, 40), (5, 130)), 16)
 
 
 @pytest.mark.parametrize("bits", range(1, 6))
 @pytest.mark.parametrize("tokens", [1, 16])
-def test_binary_at_every_width(bits, tokens):
+def test_binary(bits, tokens):
     check(quantized(BinaryCoding(bits, 40, offset=bits % 2 == 0), (5, 130)), tokens)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("tokens", [1, 16])
-def test_additive_at_every_width(bits, tokens):
+def test_additive(bits, tokens):
     check(quantized(Additive(bits, 40 if bits % 2 else "row", codebooks=3 if bits < 5 else 2), (9, 130)), tokens)
 
 
@@ -129,16 +129,16 @@ def test_every_scalar_format(format, tokens):
 @pytest.mark.parametrize(
     "format", [Uniform(4, 32), IntegerCoding(3, 32), BinaryCoding(3, 32), Additive(8)], ids=repr
 )
-def test_types_of_16_bits(format, tokens, dtype):
+def test_half_precision(format, tokens, dtype):
     check(quantized(format, (5, 96)), tokens, dtype)
 
 
-def test_long_rows_take_several_steps():
+def test_long_rows():
     check(quantized(Uniform(2, 128), (2, 4100)), 1)
 
 
 @pytest.mark.parametrize("format", [Uniform(4, 32), BinaryCoding(2, 32), Additive(8)], ids=repr)
-def test_what_is_not_finite_stays_so(format):
+def test_nonfinite_values_propagate(format):
     x = torch.randn(2, 96, device=DEVICE)
     x[1, 50] = float("nan")
     y = kernel_of(quantized(format, (5, 96))).apply(x)
@@ -147,13 +147,13 @@ def test_what_is_not_finite_stays_so(format):
 
 
 @pytest.mark.parametrize("format", [Codebook(3), Additive(8)], ids=repr)
-def test_equal_inputs_give_equal_bits(format):
+def test_deterministic(format):
     kernel, x = kernel_of(quantized(format, (9, 300))), torch.randn(1, 300, device=DEVICE)
     assert torch.equal(kernel.apply(x), kernel.apply(x))
 
 
 @pytest.mark.parametrize("format", [Uniform(3, 40), Codebook(5), BinaryCoding(3, 40), Additive(5, 40)], ids=repr)
-def test_many_tokens_and_gradients_are_the_reference_bit_by_bit(format):
+def test_many_tokens_equal_reference(format):
     matrix = quantized(format, (9, 130))
     kernel, reference = kernel_of(matrix), Reference(spec_of(matrix), packed(matrix))
     x = torch.randn(available.MAX_TOKENS + 1, 130, device=DEVICE)
@@ -175,7 +175,7 @@ def layer_of(matrix: Quantized) -> QuantLinear:
 @pytest.mark.parametrize(
     "format", [Uniform(3, 40), IntegerCoding(3, 32), Codebook(5), BinaryCoding(3, 40), Additive(5, 40)], ids=repr
 )
-def test_a_layer_gives_the_packed_tensors_back(format):
+def test_restore_packed_tensors(format):
     matrix = quantized(format, (5, 130))
     layer, x = layer_of(matrix), torch.randn(1, 130, device=DEVICE)
     y = layer(x)
@@ -189,7 +189,7 @@ def test_a_layer_gives_the_packed_tensors_back(format):
 @pytest.mark.parametrize(
     "format", [Uniform(3, 40), IntegerCoding(3, 32), BinaryCoding(2, 40, offset=True), Additive(5, 40)], ids=repr
 )
-def test_compile_and_export_pass_through(format, monkeypatch):
+def test_compile_and_export(format, monkeypatch):
     layer, x = layer_of(quantized(format, (3, 130))), torch.randn(1, 130, device=DEVICE)
     y = layer(x)  # lays the weights out
     torch._dynamo.reset()
@@ -214,7 +214,7 @@ def first_entries(out, one, START: tl.constexpr):
     tl.store(out + (rows - START) * 2 + groups, table)
 
 
-def test_tables_may_have_more_entries_than_an_int32_counts():
+def test_int64_table_offsets():
     start, out = 1 << 23, torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
     first_entries[(1,)](out, torch.ones(1, 1, device=DEVICE), start)
     assert out.flatten().tolist() == [(2 * start + i) << 8 for i in range(4)]

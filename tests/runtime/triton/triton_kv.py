@@ -69,7 +69,7 @@ def test_outliers(heads):
     )
 
 
-def test_padding_sinks_and_windows():
+def test_padding_sinks_windows():
     begins = (32, 35, 77)
     sides = TensorScheme(4, "token", outliers=0.02), TensorScheme(4, "token", 32)
     for sinks in (0, 4, 40):
@@ -83,7 +83,7 @@ def test_lengths(packed, tail):
     check(Case(PLAIN, PLAIN, packed=packed, tail=tail, heads=1))
 
 
-def test_a_row_without_tokens_in_sight_becomes_zero():
+def test_masked_row_is_zero():
     of = made(Case(PLAIN, PLAIN, packed=64, starts=(0, 0), firsts=(0, 900)))
     out = attend(of.q.to(DEVICE), there(of.layer), there(of.past), 1.0)
     assert out[0].abs().max() > 0
