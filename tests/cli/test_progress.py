@@ -48,7 +48,7 @@ def test_short_task_is_silent(terminal, monkeypatch):
 
 def test_few_lines_in_pipe(monkeypatch):
     stderr = capture(monkeypatch, False)
-    monkeypatch.setattr(module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(module, "SHOW_AFTER_S", 0.1)
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.2)
     work(30)
     lines = stderr.getvalue().splitlines()
@@ -59,7 +59,7 @@ def test_few_lines_in_pipe(monkeypatch):
 
 def test_unknown_length_reports(monkeypatch):
     stderr = capture(monkeypatch, False)
-    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(module, "SHOW_AFTER_S", 0.05)
     progress = TerminalProgress()
     progress.start("loading", 0)
     time.sleep(0.2)
@@ -70,7 +70,7 @@ def test_unknown_length_reports(monkeypatch):
 def on_a_terminal(term: str, total: int, monkeypatch) -> str:
     stderr = capture(monkeypatch, True)
     monkeypatch.setenv("TERM", term)
-    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(module, "SHOW_AFTER_S", 0.05)
     work(20, total)
     return stderr.getvalue()
 
@@ -91,7 +91,7 @@ def test_dumb_terminal(total, monkeypatch):
 
 def test_next_task_ends_previous(monkeypatch):
     stderr = capture(monkeypatch, False)
-    monkeypatch.setattr(module, "PATIENCE_S", 30.0)
+    monkeypatch.setattr(module, "SHOW_AFTER_S", 30.0)
     progress = TerminalProgress()
     timers = []
     for task in range(4):

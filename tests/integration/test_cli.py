@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from bitmill.cli.main import main
-from bitmill.cli.output import plain
+from bitmill.cli.output import to_json_types
 from bitmill.version import __version__
 from helpers.workspace import TEMPLATE, interrupted_after, save_model, snapshot
 
@@ -29,7 +29,7 @@ def run(capsys):
 
 def test_version_and_help(run):
     assert run("--version") == f"bitmill {__version__}\n"
-    commands = "quantize eval study plan generate chat inspect verify methods models"
+    commands = "quantize eval sweep plan generate chat inspect verify methods models"
     for command in commands.split():
         assert command in run("--help")
         assert "Usage: bitmill" in run(command, "--help")
@@ -235,7 +235,7 @@ def test_models(run):
 
 
 def test_json_without_nan():
-    assert plain({"a": math.nan, "b": [math.inf, 1.0], "c": None, 1: "x"}) == {
+    assert to_json_types({"a": math.nan, "b": [math.inf, 1.0], "c": None, 1: "x"}) == {
         "a": None, "b": [None, 1.0], "c": None, "1": "x",
     }  # fmt: skip
 

@@ -60,10 +60,10 @@ def test_compare(world, keys, monkeypatch):
     assert keys("compare", world.source, *nothing, *terms, "-o", world.out) == documented("compare")
 
 
-def test_study(world, keys):
-    command = ["study", world.source, "--text", world.text, "--seqlen", 16, "--windows", 1]
+def test_sweep(world, keys):
+    command = ["sweep", world.source, "--text", world.text, "--seqlen", 16, "--windows", 1]
     inside = {"text", "split", "seqlen", "windows", "reference_perplexity"}
-    assert keys(*command) == documented("study") - inside - {"safe", "fair", "poor", "broken"}
+    assert keys(*command) == documented("sweep") - inside - {"safe", "fair", "poor", "broken"}
 
 
 def test_plan(world, keys):

@@ -124,13 +124,13 @@ def test_recorded_measurement(source, done, run, tmp_path):
         (["generate", "DONE", "--prompt", "x"], "writes no text"),
         (["chat", "DONE"], "writes no text"),
         (["compare", "SOURCE", "--methods", "rtn", "--bits", "4", "-o", "OUT"], "is a text encoder"),
-        (["study", "SOURCE", "--text", "TEXT"], "no perplexity"),
+        (["sweep", "SOURCE", "--text", "TEXT"], "no perplexity"),
         (["quantize", "SOURCE", "--method", "gptq", "--calib", "self", "-o", "OUT"], "writes no text"),
     ],
 )
 def test_unsupported_commands_refused(source, done, run, tmp_path, command, said):
     places = {"SOURCE": source, "DONE": done, "OUT": tmp_path / "out", "TEXT": source.parent / "text.txt"}
-    seqlen = ["--seqlen", "32"] if command[0] in ("compare", "quantize", "study") else []
+    seqlen = ["--seqlen", "32"] if command[0] in ("compare", "quantize", "sweep") else []
     message = run(*(places.get(word, word) for word in command), *seqlen, status=2)
     assert said in message
     assert message.strip().startswith("error: ")
@@ -147,8 +147,8 @@ def test_unknown_pooling_refused_early(source, run, tmp_path):
     assert run(*command, "--measure", 0, "--json")["measured"] == []
 
 
-def test_study_without_text(source, run):
-    cells = run("study", source, "--json")["cells"]
+def test_sweep_without_text(source, run):
+    cells = run("sweep", source, "--json")["cells"]
     assert cells[0]["sqnr_db"] > cells[-1]["sqnr_db"]
 
 

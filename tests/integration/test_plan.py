@@ -7,8 +7,8 @@ import json
 import pytest
 
 from bitmill.cli.main import main
-from bitmill.cli.plan import _verdict
-from bitmill.workflows.plan import plan
+from bitmill.cli.plan import total_rows
+from bitmill.workflows.plan.plan import plan
 
 BARE = "kvquant:outliers=0,key_outliers=0,residual=0"
 PAPER = "kvquant:channel_levels=false,equalize=false,outliers=0.01,key_outliers=0.01,residual=0"
@@ -62,8 +62,8 @@ def test_sliding_windows(tmp_path, text):
 def test_measured_cache():
     result = plan("llama-7b")
     result["measured"] = [{"perplexity": 5.7, "kv_bits_per_element": 2.33, "windows": 1, "seqlen": 8}]
-    (said,) = (value for name, value in _verdict(result) if name == "quality")
-    assert said.endswith("weights as stored, keys and values at 2.33 bits")
+    (quality,) = (value for name, value in total_rows(result) if name == "quality")
+    assert quality.endswith("weights as stored, keys and values at 2.33 bits")
 
 
 @pytest.mark.parametrize(

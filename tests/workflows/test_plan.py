@@ -10,14 +10,15 @@ import torch
 from transformers import AutoConfig
 
 import bitmill
+from bitmill.cli.options import parse_bytes, parse_tokens
 from bitmill.errors import BitmillError, SourceError, UsageError
 from bitmill.kv.scheme import kv_method
 from bitmill.kv.size import cache_size
 from bitmill.models.config_only import open_config_only
 from bitmill.models.kv_shapes import CachedLayer, cached_layers
 from bitmill.sources.zoo import bundled_configs
-from bitmill.workflows.plan import Wanted, plan
-from bitmill.workflows.plan.units import parse_bytes, parse_tokens
+from bitmill.workflows.plan.plan import plan
+from bitmill.workflows.plan.weights import WeightStorage
 from helpers.tiny_gguf import write_gguf
 from helpers.tiny_models import tiny_config, tiny_model
 
@@ -63,14 +64,14 @@ def test_llama_7b_cache() -> None:
 def test_million_tokens_one_device() -> None:
     """Without outliers beside fp16 weights only where 80 GB are 80 GiB; with them only beside 4-bit weights."""
     terms = {"context": MILLION, "kv_bits": 2}
-    four = Wanted(bits=4)
+    four = WeightStorage(bits=4)
     assert chosen(plan("llama-7b", **terms, kv=BARE), "weights")["size_bytes"] == 2 * LLAMA_7B_WEIGHTS
     assert plan("llama-7b", **terms, kv=BARE, memory=80 * GIB)["fits"] is True
     assert plan("llama-7b", **terms, kv=BARE, memory=80 * GB)["fits"] is False
     assert plan("llama-7b", **terms, kv=BARE, memory=80 * GB, weights=four)["fits"] is True
     assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GIB)["fits"] is False
     assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GIB, weights=four)["fits"] is True
-    assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GB, weights=Wanted(bits=2))["fits"] is False
+    assert plan("llama-7b", **terms, kv=PAPER, memory=80 * GB, weights=WeightStorage(bits=2))["fits"] is False
 
 
 def test_ten_million_tokens_8_devices() -> None:
@@ -90,7 +91,7 @@ def test_llama_65b_cache() -> None:
 
 
 def test_needed_is_sum() -> None:
-    result = plan("llama-7b", context=4096, batch=3, devices=2, weights=Wanted(bits=4), kv="kivi", kv_bits=4)
+    result = plan("llama-7b", context=4096, batch=3, devices=2, weights=WeightStorage(bits=4), kv="kivi", kv_bits=4)
     shared = chosen(result, "weights")["size_bytes"] + chosen(result, "cache")["size_bytes"]
     numbers = 2 * 4096 + 4 * 4096 + 2 * 11008 + 4096  # input, residual, and what seven linears put out
     assert result["activations"]["prompt_bytes"] == 3 * (2 * 512 * numbers + 4 * 32000)
@@ -151,7 +152,7 @@ def test_sliding_windows(tmp_path) -> None:
 
 def test_weights_match_quantization(tmp_path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "float")
-    result = plan(tmp_path / "float", weights=Wanted("rtn", 3, {"group_size": "16"}, 8))
+    result = plan(tmp_path / "float", weights=WeightStorage("rtn", 3, {"group_size": "16"}, 8))
     stored = bitmill.quantize(tmp_path / "float", "rtn", bits=3, group_size=16, head_bits=8, dry_run=True).summary
     row = chosen(result, "weights")
     assert row["name"] == "rtn, 3 bits"
@@ -213,7 +214,7 @@ def test_experts_in_float(tmp_path) -> None:
     result = plan(folder)
     assert [row["name"] for row in result["weights"]] in (["as stored"], ["as stored", "16 bits"])
     assert "expert" in result["note"]
-    assert "expert" in refused(folder, weights=Wanted(bits=4))
+    assert "expert" in refused(folder, weights=WeightStorage(bits=4))
 
 
 def test_config_source_has_no_weights() -> None:
@@ -235,7 +236,7 @@ def test_invalid_input_refused(tmp_path) -> None:
     assert "no option 'foo'" in refused("llama-7b", kv="kivi:foo=1")
     assert "--gpus is 0" in refused("llama-7b", devices=0)
     assert "--batch is -1" in refused("llama-7b", batch=-1)
-    assert "1 to 8 bits, not 9" in refused("llama-7b", weights=Wanted(bits=9))
+    assert "1 to 8 bits, not 9" in refused("llama-7b", weights=WeightStorage(bits=9))
     assert "is a text encoder" in refused(config_only(tmp_path / "bert", "bert"))
     config = AutoConfig.for_model("t5", num_layers=1)
     config.save_pretrained(tmp_path / "t5")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bitmill
-from bitmill.cli.study import _table
+from bitmill.cli.sweep import cell_table
 from bitmill.errors import UsageError
 from bitmill.evaluation.metrics import score_windows
 from bitmill.models.streamed import StreamedModel
@@ -140,7 +140,7 @@ def test_unmeasurable_cell() -> None:
     made.comparison.predicted, made.comparison.loss = 1, math.nan
     result = made.result(1)
     assert (result["perplexity"], result["kl_divergence"], result["top1_agreement"]) == (None, math.inf, None)
-    assert _table([{**result, "verdict": verdict(result)}], measured=True).row_count == 1
+    assert cell_table([{**result, "verdict": verdict(result)}], measured=True).row_count == 1
 
 
 def test_decibels() -> None:

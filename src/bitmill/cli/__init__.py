@@ -1,1 +1,1 @@
-"""The command line; one file per group of commands, nothing in it computes."""
+"""The command line: one file per group of commands; nothing in it computes."""

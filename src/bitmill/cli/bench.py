@@ -7,125 +7,129 @@ from typing import Annotated, Any
 import typer
 
 from bitmill.cli.options import AsJson, TrustRemoteCode
-from bitmill.cli.output import facts, megabytes, number, working
+from bitmill.cli.output import command_output, data_table, format_mb, format_number, property_table
 from bitmill.errors import UsageError
 
-app = typer.Typer(help="Measure how fast kernels and quantized models run.", no_args_is_help=True)
+app = typer.Typer(help="Measure the speed of kernels and quantized models.", no_args_is_help=True)
 
 Folder = Annotated[str, typer.Argument(help="Quantized folder.", show_default=False)]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="OUTxIN", help="Size of the layer; repeatable.",
+                 show_default="4096x4096, 4096x11008"),
+]  # fmt: skip
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", metavar="NAME", help="Only this format; repeatable.", show_default="all"),
+]
+Bits = Annotated[
+    list[int] | None, typer.Option(metavar="B", help="Only this number of bits; repeatable.", show_default="all")
+]
+Batch = Annotated[int, typer.Option(metavar="N", help="Tokens in a batch.")]
+NewTokens = Annotated[int, typer.Option(metavar="N", help="Tokens to decode.")]
+PromptTokens = Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt.")]
+Turns = Annotated[int, typer.Option(metavar="N", help="Number of measurements; their median is reported.")]
 
 
 @app.command("kernels")
 def kernels(
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="OUTxIN", help="Size of the layer; repeatable.", show_default="4096x4096, 4096x11008"
-        ),
-    ] = None,
-    format: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this format; repeatable.", show_default="all")
-    ] = None,
-    bits: Annotated[
-        list[int] | None, typer.Option(metavar="B", help="Only this width; repeatable.", show_default="all")
-    ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens in a batch.")] = 1,
-    turns: Annotated[int, typer.Option(metavar="N", help="Measurements, whose median is reported.")] = 7,
+    shapes: Shapes = None,
+    formats: Formats = None,
+    bits: Bits = None,
+    tokens: Batch = 1,
+    turns: Turns = 7,
     as_json: AsJson = False,
 ) -> None:
-    """Time the kernels of all formats beside torch's fp32 layer and the memory's read bandwidth."""
-    shapes = tuple(_shape(text) for text in shape) if shape else None
+    """Time the kernels of all formats, torch's fp32 layer and the memory's read bandwidth."""
+    parsed = tuple(_parse_shape(text) for text in shapes or [])
     if tokens < 1 or turns < 1:
         raise UsageError(f"--tokens is {tokens} and --turns is {turns}; use at least 1 of each.")
-    with working(as_json) as output:
+    with command_output(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill.workflows.bench.kernels import CASES, SHAPES, bench_kernels
 
-        known = sorted({name for name, _, _ in CASES})
-        if unknown := [name for name in format or [] if name not in known]:
-            raise UsageError(f"--format is {unknown[0]!r}; use one of {', '.join(known)}.")
+        names = sorted({name for name, _, _ in CASES})
+        if unknown := [name for name in formats or [] if name not in names]:
+            raise UsageError(f"--format is {unknown[0]!r}; use one of {', '.join(names)}.")
         result = bench_kernels(
-            shapes or SHAPES,
-            tuple(format or ()),
+            parsed or SHAPES,
+            tuple(formats or ()),
             tuple(bits or ()),
             tokens,
             turns,
             lambda name: output.progress.start(name, 0),
         )
-        output.result(result, lambda: [_machine(result), _table(result)])
+        output.result(result, lambda: [_machine_table(result), _kernel_table(result)])
 
 
 @app.command("decode")
 def decode(
     model: Folder,
-    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode.")] = 64,
+    tokens: NewTokens = 64,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tokens a second of a quantized model, and of the same model with its weights unpacked to fp32."""
-    with working(as_json) as output:
+    """Measure tokens per second of a quantized model, and of this model with its weights unpacked to fp32."""
+    with command_output(as_json) as output:
         output.progress.start(f"decoding with {model}", 0)
-        from bitmill.workflows.bench.decode import bench_decode
+        from bitmill.workflows.bench.models import bench_decode
 
         result = bench_decode(model, tokens, trust_remote_code)
         rows = [
             ("path", "compiled step" if result["path"] == "step" else result["path"]),
-            ("packed", f"{number(result['tokens_per_s'])} tokens/s"),
-            ("float", f"{number(result['float_tokens_per_s'])} tokens/s"),
-            ("ratio", number(result["ratio"])),
-            ("peak memory", megabytes(result["peak_memory_bytes"])),
+            *_speed_rows(result),
+            ("peak memory", format_mb(result["peak_memory_bytes"])),
         ]
-        output.result(result, lambda: [facts(rows)])
+        output.result(result, lambda: [property_table(rows)])
 
 
 @app.command("prefill")
 def prefill(
     model: Folder,
-    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt.")] = 512,
-    turns: Annotated[int, typer.Option(metavar="N", help="Measurements, whose median is reported.")] = 5,
+    tokens: PromptTokens = 512,
+    turns: Turns = 5,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time to read a prompt and choose the next token, of a quantized model and of the same model in fp32."""
-    with working(as_json) as output:
+    """Measure the time to read a prompt, of a quantized model and of this model in fp32."""
+    with command_output(as_json) as output:
         output.progress.start(f"reading a prompt with {model}", 0)
-        from bitmill.workflows.bench.prefill import bench_prefill
+        from bitmill.workflows.bench.models import bench_prefill
 
         result = bench_prefill(model, tokens, turns, trust_remote_code)
         rows = [
-            ("packed", f"{number(result['tokens_per_s'])} tokens/s"),
-            ("float", f"{number(result['float_tokens_per_s'])} tokens/s"),
-            ("ratio", number(result["ratio"])),
-            ("first token after", f"{number(result['time_to_first_token_s'])} s"),
-            ("first call", f"{number(result['first_call_s'])} s"),
-            ("peak memory", megabytes(result["peak_memory_bytes"])),
+            *_speed_rows(result),
+            ("time to first token", f"{format_number(result['time_to_first_token_s'])} s"),
+            ("first call", f"{format_number(result['first_call_s'])} s"),
+            ("peak memory", format_mb(result["peak_memory_bytes"])),
         ]
-        output.result(result, lambda: [facts(rows)])
+        output.result(result, lambda: [property_table(rows)])
 
 
-def _shape(text: str) -> tuple[int, int]:
+def _parse_shape(text: str) -> tuple[int, int]:
     out, _, inputs = text.partition("x")
     if not (out.isdigit() and inputs.isdigit() and int(out) and int(inputs)):
         raise UsageError(f"--shape is {text!r}; write it as OUTxIN, such as 4096x11008.")
     return int(out), int(inputs)
 
 
-def _machine(result: dict[str, Any]) -> Any:
-    rows = [
-        ("read bandwidth", f"{number(result['read_bandwidth_GBps'])} GB/s, {result['threads']} threads"),
-        ("kernels", f"{result['isa'] or 'reference'}, {result['activations']} activations"),
+def _speed_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("packed", f"{format_number(result['tokens_per_s'])} tokens/s"),
+        ("float", f"{format_number(result['float_tokens_per_s'])} tokens/s"),
+        ("ratio", format_number(result["ratio"])),
     ]
-    return facts(rows)
 
 
-def _table(result: dict[str, Any]) -> Any:
-    from rich.table import Table
+def _machine_table(result: dict[str, Any]) -> Any:
+    bandwidth = f"{format_number(result['read_bandwidth_GBps'])} GB/s, {result['threads']} threads"
+    isa = f"{result['isa'] or 'reference'}, {result['activations']} activations"
+    return property_table([("read bandwidth", bandwidth), ("kernels", isa)])
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("format", "bits", "group", "shape", "kernel", "ms", "GB/s", "of bandwidth", "x torch fp32"):
-        table.add_column(name, justify="left" if name in ("format", "kernel") else "right")
-    for case in result["kernels"]:
-        table.add_row(
+
+def _kernel_table(result: dict[str, Any]) -> Any:
+    rows = [
+        (
             case["format"],
             str(case["bits"]),
             str(case["group_size"]),
@@ -136,4 +140,7 @@ def _table(result: dict[str, Any]) -> Any:
             f"{case['fraction_of_read_bandwidth']:.0%}",
             f"{case['speedup_vs_torch_fp32']:.1f}",
         )
-    return table
+        for case in result["kernels"]
+    ]
+    columns = ("format", "bits", "group", "shape", "kernel", "ms", "GB/s", "of bandwidth", "x torch fp32")
+    return data_table(columns, rows, left=("format", "kernel"))

@@ -3,115 +3,122 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitmill.cli.options import AsJson, Device, HeadBits, TrustRemoteCode
-from bitmill.cli.output import working
+from bitmill.cli.options import (
+    AsJson,
+    Device,
+    HeadBits,
+    Model,
+    Propagate,
+    Samples,
+    Seed,
+    Seqlen,
+    TrustRemoteCode,
+    split_list,
+)
+from bitmill.cli.output import command_output
 from bitmill.errors import BitmillError, UsageError
 
 if TYPE_CHECKING:
     from bitmill.report.results import Results
 
+Out = Annotated[
+    Path,
+    typer.Option("-o", "--out", help="Folder of the comparison; continued if it exists.", show_default=False),
+]
+Methods = Annotated[str, typer.Option(metavar="A,B", help="Named methods, or all.", show_default=False)]
+Bits = Annotated[str, typer.Option(metavar="B,C", help="Bits for each of the methods.", show_default=False)]
+Recipes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Recipe .yaml or a user recipe, one variant each; repeatable.",
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="METHOD.KEY=VALUE", help="Option of one method; repeatable.", show_default=False
+    ),
+]
+Calib = Annotated[
+    str, typer.Option(metavar="SOURCE", help="Text: its first four fifths calibrate, the rest measures.")
+]
+Windows = Annotated[int, typer.Option(metavar="W", help="Held-out windows to measure on.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Prompts to answer, one per line; three built-in ones otherwise.",
+                 show_default=False),
+]  # fmt: skip
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens of an answer.")]
+KeepModels = Annotated[bool, typer.Option("--keep-models", help="Keep the quantized folders.")]
+
 
 def compare(
-    model: Annotated[
-        str, typer.Argument(help="Demo model, Hugging Face folder or hub id, or .gguf file.", show_default=False)
-    ],
-    out: Annotated[
-        Path,
-        typer.Option("-o", "--out", help="Folder of the comparison; continued if it exists.", show_default=False),
-    ],
-    methods: Annotated[str, typer.Option(metavar="A,B", help="Named methods, or all.", show_default=False)] = "",
-    bits: Annotated[
-        str, typer.Option(metavar="B,C", help="Bits for each of the methods.", show_default=False)
-    ] = "",
-    recipes: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Recipe .yaml or one of your own, one variant each; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="METHOD.KEY=VALUE", help="Option of one method; repeatable.", show_default=False
-        ),
-    ] = None,
-    calib: Annotated[
-        str, typer.Option(metavar="SOURCE", help="Text: its first four fifths calibrate, the rest measures.")
-    ] = "pydoc",
-    samples: Annotated[int, typer.Option(metavar="N", help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(metavar="L", help="Tokens in a window.")] = 512,
-    seed: Annotated[int, typer.Option(metavar="S", help="Which calibration windows are drawn.")] = 0,
-    windows: Annotated[int, typer.Option(metavar="W", help="Held-out windows to measure on.")] = 40,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Prompts to answer, one a line; three of our own otherwise.", show_default=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")] = 48,
-    propagate: Annotated[
-        Literal["quantized", "float"],
-        typer.Option(
-            help="Whose outputs later blocks are calibrated on; with float all share one pass's statistics."
-        ),
-    ] = "quantized",
+    model: Model,
+    out: Out,
+    methods: Methods = "",
+    bits: Bits = "",
+    recipes: Recipes = None,
+    settings: Settings = None,
+    calib: Calib = "pydoc",
+    samples: Samples = 128,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    windows: Windows = 40,
+    prompts: Prompts = None,
+    max_new_tokens: MaxNewTokens = 48,
+    propagate: Propagate = "quantized",
     head_bits: HeadBits = None,
     device: Device = "cpu",
-    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the quantized folders.")] = False,
+    keep_models: KeepModels = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a model in several ways, measure each on the same terms, and write a page about it."""
-    with working(as_json, "interrupted; the same command continues") as output:
+    """Quantize a model with several methods, measure each under equal conditions, and write a page about it."""
+    request: dict[str, Any] = {
+        "windows": windows, "max_new_tokens": max_new_tokens, "propagate": propagate, "head_bits": head_bits,
+        "device": device, "keep_models": keep_models, "trust_remote_code": trust_remote_code,
+        "recipes": [path for given in recipes or [] for path in split_list(given)],
+        "options": parse_options_by_method(settings or []),
+        **({} if prompts is None else {"prompts": read_prompts(prompts)}),
+    }  # fmt: skip
+    with command_output(as_json, "interrupted; run the command again to continue") as output:
         output.progress.start("starting", 0)
         from bitmill.data.windows import Calibration
         from bitmill.recipes.method import METHODS
         from bitmill.report.comparison import results_table
-        from bitmill.workflows.comparison.cells import PROMPTS
         from bitmill.workflows.comparison.compare import compare
 
-        named = METHODS.names() if methods.strip() == "all" else words(methods)
+        named = METHODS.names() if methods.strip() == "all" else split_list(methods)
+        calibration = Calibration(calib, samples, seqlen, seed)
         results = compare(
-            model,
-            named,
-            [_whole(word) for word in words(bits)],
-            out=out,
-            recipes=[path for given in recipes or [] for path in words(given)],
-            options=per_method(settings or []),
-            calibration=Calibration(calib, samples, seqlen, seed),
-            windows=windows,
-            prompts=PROMPTS if prompts is None else read_prompts(prompts),
-            max_new_tokens=max_new_tokens,
-            propagate=propagate,
-            head_bits=head_bits,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            keep_models=keep_models,
-            progress=output.progress,
+            model, named, _parse_bits(bits), out=out, calibration=calibration, progress=output.progress, **request
         )
         data = {"out": str(out), **results.model_dump(exclude={"variants": {"__all__": {"layers"}}})}
-        output.result(data, lambda: [results_table(results), *_remarks(results, out)])
+        output.result(data, lambda: [results_table(results), *_status_lines(results, out)])
+    _raise_failures(results)
+
+
+def _raise_failures(results: Results) -> None:
     failed = [variant for variant in results.variants if variant.status == "failed"]
     if failed:
         raise BitmillError(
             f"{len(failed)} of {len(results.variants)} variants failed, the first one {failed[0].name!r}; "
-            "the same command tries them again."
+            "run the command again to retry them."
         )
 
 
-def words(text: str) -> list[str]:
-    """The words of a list with commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+def parse_options_by_method(settings: list[str]) -> dict[str, dict[str, Any]]:
+    """Return options by method, from METHOD.KEY=VALUE.
 
-
-def per_method(settings: list[str]) -> dict[str, dict[str, Any]]:
-    """Options by method from METHOD.KEY=VALUE. Raises UsageError."""
+    Raises:
+        UsageError: a setting has another form, or a key is given twice.
+    """
     options: dict[str, dict[str, Any]] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -119,7 +126,7 @@ def per_method(settings: list[str]) -> dict[str, dict[str, Any]]:
         key = key.replace("-", "_")
         if not (equals and dot and method and key.isidentifier()):
             raise UsageError(
-                f"--set wants METHOD.KEY=VALUE here, not {setting!r}; for example --set gptq.damp=0.05."
+                f"--set expects METHOD.KEY=VALUE here, not {setting!r}; for example --set gptq.damp=0.05."
             )
         of_method = options.setdefault(method, {})
         if key in of_method:
@@ -129,23 +136,28 @@ def per_method(settings: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts from a text file, one a line; empty lines do not count. Raises UsageError."""
+    """Return the prompts of a text file, one per non-empty line.
+
+    Raises:
+        UsageError: the file cannot be read or has no prompt.
+    """
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The prompts in {path} cannot be read: {error}.") from None
     if not prompts:
-        raise UsageError(f"{path} holds no prompts; write one a line.")
+        raise UsageError(f"{path} has no prompts; write one per line.")
     return prompts
 
 
-def _whole(word: str) -> int:
-    if not word.isdigit():
-        raise UsageError(f"--bits holds {word!r}; give whole numbers such as 2,3,4.")
-    return int(word)
+def _parse_bits(text: str) -> list[int]:
+    items = split_list(text)
+    if wrong := next((item for item in items if not item.isdigit()), None):
+        raise UsageError(f"--bits contains {wrong!r}; give whole numbers such as 2,3,4.")
+    return [int(item) for item in items]
 
 
-def _remarks(results: Results, out: Path) -> list[str]:
+def _status_lines(results: Results, out: Path) -> list[str]:
     from rich.markup import escape
 
     lines = [

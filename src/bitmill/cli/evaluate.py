@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bitmill.cli.options import (
+    AnyModel,
     AsJson,
     Device,
     Kv,
@@ -15,37 +16,39 @@ from bitmill.cli.options import (
     KvSamples,
     KvSeqlen,
     KvSet,
+    Seqlen,
     TrustRemoteCode,
-    pairs,
+    kv_arguments,
 )
-from bitmill.cli.output import facts, figure_value, kv_rows, megabytes, number, working
+from bitmill.cli.output import command_output, format_mb, format_number, kv_cache_rows, metric_rows, property_table
 from bitmill.errors import UsageError
 
 SPLITS = ("eval", "calib", "all")
 
+Text = Annotated[str, typer.Option(metavar="SOURCE", help="pydoc, a .txt or .jsonl file, or hf:dataset.")]
+Split = Annotated[str, typer.Option(help="eval (the last fifth of the text), calib (the rest) or all.")]
+Windows = Annotated[int, typer.Option(metavar="W", help="Number of windows; 0 for all of the text.")]
+Reference = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Float model to compare with.", show_default=False)
+]
+Record = Annotated[
+    bool, typer.Option("--record", help="Add the measurement to the folder's report and model card.")
+]
+
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Quantized folder, or any float model.", show_default=False)],
-    text: Annotated[
-        str, typer.Option(metavar="SOURCE", help="pydoc, a .txt or .jsonl file, or hf:dataset.")
-    ] = "pydoc",
-    split: Annotated[
-        str, typer.Option(help="eval (the last fifth of the text), calib (the rest) or all.")
-    ] = "eval",
-    seqlen: Annotated[int, typer.Option(metavar="L", help="Tokens in a window.")] = 512,
-    windows: Annotated[int, typer.Option(metavar="W", help="How many windows; 0 for all there are.")] = 40,
-    reference: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Float model to compare with.", show_default=False),
-    ] = None,
+    model: AnyModel,
+    text: Text = "pydoc",
+    split: Split = "eval",
+    seqlen: Seqlen = 512,
+    windows: Windows = 40,
+    reference: Reference = None,
     kv: Kv = None,
     kv_bits: KvBits = None,
     kv_set: KvSet = None,
     kv_samples: KvSamples = 16,
     kv_seqlen: KvSeqlen = None,
-    record: Annotated[
-        bool, typer.Option("--record", help="Add the measurement to the folder's report and model card.")
-    ] = False,
+    record: Record = False,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -53,7 +56,7 @@ def evaluate(
     """Measure perplexity, and with --reference the divergence from the float model; of an encoder, embeddings."""
     if split not in SPLITS:
         raise UsageError(f"--split is {split!r}; use one of {', '.join(SPLITS)}.")
-    with working(as_json) as output:
+    with command_output(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
         from bitmill.checkpoint.reader import is_ours
@@ -68,44 +71,36 @@ def evaluate(
             seqlen=seqlen,
             windows=windows or None,
             reference=reference,
-            kv=kv,
-            kv_bits=kv_bits,
-            kv_options=pairs(kv_set, "--kv-set"),
-            kv_samples=kv_samples,
-            kv_seqlen=kv_seqlen,
             device=device,
             progress=output.progress,
             trust_remote_code=trust_remote_code,
+            **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
         )
         result = {"model": model, **result, "reference": reference}
         if record:
             record_measurement(Path(model), result)
-        output.result({**result, "recorded": record}, lambda: [_readable(result, record)])
+        output.result({**result, "recorded": record}, lambda: [_render(result, record)])
 
 
-def _readable(result: dict[str, Any], recorded: bool) -> Any:
-    from bitmill.report.metrics import metric_columns
-
+def _render(result: dict[str, Any], recorded: bool) -> Any:
     rows = [
         ("model", str(result["model"])),
         ("text", f"{result['text']}, {result['split']} split, {result['windows']} x {result['seqlen']} tokens"),
         *(("reference", str(name)) for name in [result["reference"]] if name is not None),
+        *metric_rows(result),
     ]
-    known = [figure for figure in metric_columns([result]) if result.get(figure.key) is not None]
-    rows += [(figure.name, figure_value(figure, result)) for figure in known]
     if result.get("kv_method"):
-        rows += kv_rows(result)
-        if result["kv_calibration"]:
-            where = result["kv_calibration"]
-            rows.append(("calibrated", "in the folder" if where == "folder" else f"on {where}"))
+        rows += kv_cache_rows(result)
+        if calibration := result["kv_calibration"]:
+            rows.append(("calibrated", "in the folder" if calibration == "folder" else f"on {calibration}"))
         if result["kv_on_calibration_text"]:
-            rows.append(("mind", "measured on text that keys and values were calibrated on"))
+            rows.append(("warning", "measured on text that keys and values were calibrated on"))
     rows += [
         ("bits per weight", f"{result['bits_per_weight']:.3f}"),
-        ("size", megabytes(result["size_bytes"])),
-        ("time", f"{number(result['time_s'])} s"),
-        ("peak memory", megabytes(result["peak_memory_bytes"])),
+        ("size", format_mb(result["size_bytes"])),
+        ("time", f"{format_number(result['time_s'])} s"),
+        ("peak memory", format_mb(result["peak_memory_bytes"])),
     ]
     if recorded:
         rows.append(("recorded in", f"{result['model']}/report.json"))
-    return facts(rows)
+    return property_table(rows)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bitmill.cli.options import AsJson, Device, TrustRemoteCode
-from bitmill.cli.output import facts, kv_facts, measured_row, megabytes, working
+from bitmill.cli.options import AsJson, Device, QuantizedFolder, TrustRemoteCode
+from bitmill.cli.output import (
+    command_output,
+    data_table,
+    describe_kv_plan,
+    describe_measurement,
+    format_mb,
+    property_table,
+)
 
-FolderArgument = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Folder that bitmill quantize wrote.", show_default=False)
+Quality = Annotated[
+    bool, typer.Option("--quality/--no-quality", help="Repeat the recorded measurement and compare.")
 ]
 
 
-def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
-    """List what a quantized folder holds, in which formats and how many bits."""
-    with working(as_json) as output:
+def inspect(folder: QuantizedFolder, as_json: AsJson = False) -> None:
+    """List the tensors of a quantized folder, with formats and bits."""
+    with command_output(as_json) as output:
         from bitmill.checkpoint.files import folder_bytes
         from bitmill.checkpoint.reader import open_checkpoint
 
@@ -38,27 +44,25 @@ def inspect(folder: FolderArgument, as_json: AsJson = False) -> None:
             "measured": report.get("measured", []),
             "tensors": tensors,
         }
-        output.result(data, lambda: [_table(tensors), "", _totals(data)])
+        output.result(data, lambda: [_tensor_table(tensors), "", _totals(data)])
 
 
 def verify(
-    folder: FolderArgument,
-    quality: Annotated[
-        bool, typer.Option("--quality/--no-quality", help="Measure what was recorded again.")
-    ] = True,
+    folder: QuantizedFolder,
+    quality: Quality = True,
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte and every tensor of a quantized folder, and that it still performs as recorded."""
-    with working(as_json) as output:
+    """Check every byte and every tensor of a quantized folder, and repeat the recorded measurement."""
+    with command_output(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
         from bitmill.checkpoint.reader import open_checkpoint
         from bitmill.checkpoint.verify import verify, verify_quality
         from bitmill.report.metrics import REFERENCE_FREE
 
-        def again(recorded: dict[str, Any]) -> dict[str, Any]:
+        def measure_again(recorded: dict[str, Any]) -> dict[str, Any]:
             return api.evaluate(
                 folder,
                 text_source=recorded["text"],
@@ -72,36 +76,31 @@ def verify(
 
         checkpoint = open_checkpoint(folder)
         counts = verify(checkpoint, output.progress, trust_remote_code=trust_remote_code)
-        found = verify_quality(checkpoint, again) if quality else None
+        change = verify_quality(checkpoint, measure_again) if quality else None
         checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"
         rows = [("sound", checked)]
         if quality:
-            said = "nothing was recorded" if found is None else f"as recorded (changed by {found[1]:.2g})"
-            rows.append((found[0].replace("_", " ") if found else "perplexity", said))
-        changes = {f"{key}_change": found[1] if found and found[0] == key else None for key in REFERENCE_FREE}
+            result = "nothing was recorded" if change is None else f"as recorded (changed by {change[1]:.2g})"
+            rows.append((change[0].replace("_", " ") if change else "perplexity", result))
+        changes = {f"{key}_change": change[1] if change and change[0] == key else None for key in REFERENCE_FREE}
         data = {"folder": str(folder), "sound": True, **counts, **changes}
-        output.result(data, lambda: [facts(rows)])
+        output.result(data, lambda: [property_table(rows)])
 
 
-def _table(tensors: list[dict[str, Any]]) -> Any:
-    """One row for all tensors that differ in nothing but the number of their block."""
-    from rich.table import Table
-
+def _tensor_table(tensors: list[dict[str, Any]]) -> Any:
+    """Return a table with one row for all tensors that differ only in the number of their block."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for tensor in tensors:
         name = re.sub(r"\.\d+\.", ".*.", tensor["name"])
         shape = " x ".join(str(side) for side in tensor["shape"])
         groups.setdefault((name, tensor["format"], shape), []).append(tensor)
-    table = Table(box=None, pad_edge=False)
-    for title, justify in (("tensor", "left"), ("format", "left"), ("shape", "right"), ("count", "right")):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("bits/weight", justify="right")
-    table.add_column("size", justify="right")
+    rows = []
     for (name, format, shape), members in groups.items():
-        size = sum(member["size_bytes"] for member in members)
-        bits = members[0]["bits_per_weight"]
-        table.add_row(name, format, shape, str(len(members)), f"{bits:.3f}", megabytes(size))
-    return table
+        size = format_mb(sum(member["size_bytes"] for member in members))
+        bits = f"{members[0]['bits_per_weight']:.3f}"
+        rows.append((name, format, shape, str(len(members)), bits, size))
+    columns = ("tensor", "format", "shape", "count", "bits/weight", "size")
+    return data_table(columns, rows, left=("tensor", "format"))
 
 
 def _totals(data: dict[str, Any]) -> Any:
@@ -112,9 +111,9 @@ def _totals(data: dict[str, Any]) -> Any:
         ("recipe", str(recipe.get("name", "-"))),
         ("bits per weight", f"{data['bits_per_weight']:.3f}{in_blocks}"),
         *(("", f"{bits:.3f} in embedding and head") for bits in [data["head_bits_per_weight"]] if bits),
-        ("size", f"{megabytes(data['size_bytes'])} of tensors, {megabytes(data['folder_bytes'])} in all"),
+        ("size", f"{format_mb(data['size_bytes'])} of tensors, {format_mb(data['folder_bytes'])} in total"),
     ]
     if data["kv"]:
-        rows.append(("keys and values", kv_facts(data["kv"])))
-    rows += [(f"measured by {measured.get('by', '-')}", measured_row(measured)) for measured in data["measured"]]
-    return facts(rows)
+        rows.append(("keys and values", describe_kv_plan(data["kv"])))
+    rows += [(f"measured by {m.get('by', '-')}", describe_measurement(m)) for m in data["measured"]]
+    return property_table(rows)

@@ -3,33 +3,91 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
 
-from bitmill.cli.options import AsJson, Device, Kv, KvBits, KvSet, TrustRemoteCode, pairs
-from bitmill.cli.output import Output, kv_rows, number, working
+from bitmill.cli.options import AnyModel, AsJson, Device, Kv, KvBits, KvSet, TrustRemoteCode, parse_pairs
+from bitmill.cli.output import Output, command_output, format_number, kv_cache_rows
 from bitmill.errors import UsageError
 
-ModelArgument = Annotated[str, typer.Argument(help="Quantized folder, or any float model.", show_default=False)]
-MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes the likeliest token.")]
+Prompt = Annotated[str, typer.Option(metavar="TEXT", help="Text to continue or to answer.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens to generate.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="0 always takes the most likely token.")]
 Seed = Annotated[int, typer.Option(metavar="S", help="Seed of the sampling.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the bare text, even if the model has a chat template.")]
 Dense = Annotated[
     bool, typer.Option("--dense", help="Unpack all weights first: an ordinary model, with a float model's memory.")
 ]
 
 
+class Session:
+    """A loaded model with its tokenizer and a factory of caches."""
+
+    def __init__(
+        self, output: Output, model: str, *, kv: Any, dense: bool, device: str, trust_remote_code: bool
+    ) -> None:
+        output.progress.start(f"loading {model}", 0)
+        from bitmill import api
+        from bitmill.evaluation.generate import check_can_generate
+        from bitmill.workflows.kv import CacheFactory
+
+        self.tokenizer: Any = api.load_tokenizer(model, trust_remote_code=trust_remote_code)
+        self.model: Any = api.load(model, device=device, dense=dense, trust_remote_code=trust_remote_code)
+        check_can_generate(self.model, model)
+        output.progress.finish()
+        self.caches = CacheFactory(self.model, kv, model)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True if the tokenizer can format a chat."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def generate(
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        on_text: Callable[[str], None] | None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Continue token ids with an empty cache.
+
+        Args:
+            ids: the prompt.
+            max_new_tokens: maximum number of new tokens.
+            temperature: 0 takes the most likely token.
+            seed: of the sampling.
+            on_text: receives the text piece by piece.
+
+        Returns:
+            The `Generation`, and the measures of the packed cache (empty for an ordinary one).
+        """
+        from bitmill.evaluation.generate import generate
+
+        past = self.caches.new()
+        generation = generate(
+            self.model,
+            self.tokenizer,
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            on_text=on_text,
+            past=past,
+            chunk=self.caches.chunk,
+        )
+        return generation, self.caches.measured(past)
+
+
 def generate(
-    model: ModelArgument,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or to answer.")],
-    max_new_tokens: MaxTokens = 64,
+    model: AnyModel,
+    prompt: Prompt,
+    max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the bare text, even if the model has a chat template.")
-    ] = False,
+    raw: Raw = False,
     dense: Dense = False,
     kv: Kv = None,
     kv_bits: KvBits = None,
@@ -38,59 +96,35 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate text; answers the prompt as a chat when the tokenizer has a chat template."""
-    with working(as_json) as output:
-        live, tokenizer = _open(output, model, dense, device, trust_remote_code)
-        caches = _caches(live, model, kv, kv_bits, kv_set)
-        from bitmill.evaluation.generate import chat_prompt, encode, generate
-        from bitmill.progress import peak_memory_bytes
+    """Generate text; the prompt is answered as a chat if the tokenizer has a chat template."""
+    with command_output(as_json) as output:
+        config = _kv_config(kv, kv_bits, kv_set)
+        session = Session(
+            output, model, kv=config, dense=dense, device=device, trust_remote_code=trust_remote_code
+        )
+        from bitmill.evaluation.generate import chat_prompt, encode
 
-        chat = not raw and bool(getattr(tokenizer, "chat_template", None))
-        turns = [{"role": "user", "content": prompt}]
-        ids = chat_prompt(tokenizer, turns) if chat else encode(tokenizer, prompt)
-        pending = [] if chat else [prompt]  # a bare text is shown with its continuation, once there is one
+        chat = not raw and session.has_chat_template
+        messages = [{"role": "user", "content": prompt}]
+        ids = chat_prompt(session.tokenizer, messages) if chat else encode(session.tokenizer, prompt)
+        pending = [] if chat else [prompt]  # a bare prompt is printed with the first piece of its continuation
 
         def show(piece: str) -> None:
-            _say(output, "".join(pending) + piece)
+            output.write("".join(pending) + piece)
             pending.clear()
 
-        past = caches.new()
-        done = generate(
-            live,
-            tokenizer,
-            ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            on_text=None if as_json else show,
-            past=past,
-            chunk=caches.chunk,
-        )
-        if not as_json:
+        done, cache = session.generate(ids, max_new_tokens, temperature, seed, None if as_json else show)
+        if as_json:
+            output.result(_generation_data(done, prompt, chat, cache), lambda: [])
+        else:
             show("\n")
-            speed = f"{done.new_tokens} tokens, {number(done.tokens_per_s, 3)} tokens/s"
-            print(f"{speed}, peak memory {peak_memory_bytes() / 1e9:.2f} GB", file=sys.stderr)
-            _say_cache(caches.measured(past))
-            return
-        output.result(
-            {
-                "text": done.text,
-                "prompt": prompt,
-                "chat": chat,
-                "new_tokens": done.new_tokens,
-                "stopped": done.stopped,
-                "tokens_per_s": done.tokens_per_s,
-                "time_s": done.time_s,
-                "peak_memory_bytes": peak_memory_bytes(),
-                **caches.measured(past),
-            },
-            lambda: [],
-        )
+            _print_speed(done)
+            _print_cache(cache)
 
 
 def chat(
-    model: ModelArgument,
-    max_new_tokens: MaxTokens = 256,
+    model: AnyModel,
+    max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     dense: Dense = False,
@@ -100,86 +134,89 @@ def chat(
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk with a model; /quit, Ctrl-D or Ctrl-C ends."""
-    with working(False) as output:
-        live, tokenizer = _open(output, model, dense, device, trust_remote_code)
-        caches = _caches(live, model, kv, kv_bits, kv_set)
-        from bitmill.evaluation.generate import chat_prompt, generate
-
-        if not getattr(tokenizer, "chat_template", None):
+    """Chat with a model; /quit, Ctrl-D or Ctrl-C ends."""
+    with command_output(False) as output:
+        config = _kv_config(kv, kv_bits, kv_set)
+        session = Session(
+            output, model, kv=config, dense=dense, device=device, trust_remote_code=trust_remote_code
+        )
+        if not session.has_chat_template:
             raise UsageError(f"{model} has no chat template; use bitmill generate {model} --prompt TEXT.")
-        room = getattr(live.config, "max_position_embeddings", None)
-        turns: list[dict[str, str]] = []
+        messages: list[dict[str, str]] = []
         try:
-            for line in _lines(output):
-                turns.append({"role": "user", "content": line})
-                ids = chat_prompt(tokenizer, turns)
-                while isinstance(room, int) and len(ids) + max_new_tokens > room and len(turns) > 2:
-                    del turns[:2]  # the oldest question and its answer
-                    ids = chat_prompt(tokenizer, turns)
-                past = caches.new()
-                done = generate(
-                    live,
-                    tokenizer,
-                    ids,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    seed=seed + len(turns),
-                    on_text=lambda piece: _say(output, piece),
-                    past=past,
-                    chunk=caches.chunk,
-                )
-                _say(output, "\n")
-                _say_cache(caches.measured(past))
-                turns.append({"role": "assistant", "content": done.text})
+            for line in _read_lines(output):
+                messages.append({"role": "user", "content": line})
+                ids = _fit_context(session, messages, max_new_tokens)
+                turn_seed = seed + len(messages)
+                done, cache = session.generate(ids, max_new_tokens, temperature, turn_seed, output.write)
+                output.write("\n")
+                _print_cache(cache)
+                messages.append({"role": "assistant", "content": done.text})
         except KeyboardInterrupt:
-            _say(output, "\n")
+            output.write("\n")
 
 
-def _open(output: Output, model: str, dense: bool, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    output.progress.start(f"loading {model}", 0)
-    from bitmill import api
-    from bitmill.evaluation.generate import check_can_generate
-
-    tokenizer = api.load_tokenizer(model, trust_remote_code=trust_remote_code)
-    live = api.load(model, device=device, dense=dense, trust_remote_code=trust_remote_code)
-    check_can_generate(live, model)
-    output.progress.finish()
-    return live, tokenizer
-
-
-def _caches(live: Any, model: str, kv: str | None, bits: int | None, settings: list[str] | None) -> Any:
+def _kv_config(kv: str | None, bits: int | None, settings: list[str] | None) -> Any:
     from bitmill.kv.config import parse_kv_config
-    from bitmill.workflows.kv import CacheFactory
 
-    return CacheFactory(live, parse_kv_config(kv, bits, pairs(settings, "--kv-set")), model)
+    return parse_kv_config(kv, bits, parse_pairs(settings, "--kv-set"))
 
 
-def _say_cache(measured: dict[str, Any]) -> None:
+def _fit_context(session: Session, messages: list[dict[str, str]], max_new_tokens: int) -> list[int]:
+    """Return the prompt of a chat, after deleting the oldest turns that exceed the model's context."""
+    from bitmill.evaluation.generate import chat_prompt
+
+    context = getattr(session.model.config, "max_position_embeddings", None)
+    ids = chat_prompt(session.tokenizer, messages)
+    while isinstance(context, int) and len(ids) + max_new_tokens > context and len(messages) > 2:
+        del messages[:2]  # the oldest question and its answer
+        ids = chat_prompt(session.tokenizer, messages)
+    return ids
+
+
+def _generation_data(done: Any, prompt: str, chat: bool, cache: dict[str, Any]) -> dict[str, Any]:
+    from bitmill.progress import peak_memory_bytes
+
+    return {
+        "text": done.text,
+        "prompt": prompt,
+        "chat": chat,
+        "new_tokens": done.new_tokens,
+        "stopped": done.stopped,
+        "tokens_per_s": done.tokens_per_s,
+        "time_s": done.time_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        **cache,
+    }
+
+
+def _print_speed(done: Any) -> None:
+    from bitmill.progress import peak_memory_bytes
+
+    speed = f"{done.new_tokens} tokens, {format_number(done.tokens_per_s, 3)} tokens/s"
+    print(f"{speed}, peak memory {peak_memory_bytes() / 1e9:.2f} GB", file=sys.stderr)
+
+
+def _print_cache(measured: dict[str, Any]) -> None:
     if measured:
-        print(", ".join(f"{name} {value}" for name, value in kv_rows(measured)), file=sys.stderr)
+        print(", ".join(f"{name} {value}" for name, value in kv_cache_rows(measured)), file=sys.stderr)
 
 
-def _lines(output: Output) -> Iterator[str]:
-    """What the user says, line by line, until /quit or the end of the input."""
-    asks = sys.stdin.isatty()
-    if asks:
+def _read_lines(output: Output) -> Iterator[str]:
+    """Yield the non-empty lines of stdin, until /quit or its end; with a prompt sign on a terminal."""
+    interactive = sys.stdin.isatty()
+    if interactive:
         print("/quit ends the chat.", file=sys.stderr)
     while True:
-        if asks:
-            _say(output, "> ")
+        if interactive:
+            output.write("> ")
         line = sys.stdin.readline()
         if not line:
-            if asks:
-                _say(output, "\n")
+            if interactive:
+                output.write("\n")
             return
         line = line.strip()
         if line == "/quit":
             return
         if line:
             yield line
-
-
-def _say(output: Output, text: str) -> None:
-    output.stdout.write(text)
-    output.stdout.flush()

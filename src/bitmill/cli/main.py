@@ -1,4 +1,4 @@
-"""The entry point `bitmill`: the commands, and how every failure reaches the user."""
+"""The entry point `bitmill`: registers the commands and reports every failure in one line."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Annotated
 
 import typer
 
-from bitmill.cli import bench, catalog, compare, evaluate, folder, generate, plan, quantize, study
-from bitmill.cli.output import Interrupted, in_one_line
+from bitmill.cli import bench, catalog, compare, evaluate, folder, generate, plan, quantize, sweep
+from bitmill.cli.output import Interrupted, one_line
 from bitmill.errors import BitmillError
 from bitmill.version import __version__
 
 UNEXPECTED = 70  # EX_SOFTWARE
 INTERRUPTED = 130
+RENAMED_COMMANDS = {"study": "sweep"}  # old names, accepted until the next release
+RENAMED_OPTIONS = {"quantize": {"--within": "--max-minutes"}}  # by command
 
 app = typer.Typer(
     name="bitmill",
@@ -30,7 +32,7 @@ app = typer.Typer(
 app.command("quantize")(quantize.quantize)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
-app.command("study")(study.study)
+app.command("sweep")(sweep.sweep)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("chat")(generate.chat)
@@ -42,8 +44,8 @@ app.command("models")(catalog.models)
 app.add_typer(bench.app, name="bench")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"bitmill {__version__}")
         raise typer.Exit
 
@@ -51,22 +53,26 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     pass
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. Whatever fails, fails in one line on stderr."""
+    """Run one command and return its exit status; every failure is one line on stderr.
+
+    Args:
+        args: the command's words; those of the process (sys.argv) when left out.
+    """
     _quiet_libraries()
     with warnings.catch_warnings():
         if not _debugging():
             warnings.simplefilter("ignore")
-        return _run(args)
+        return _run(replace_old_names(sys.argv[1:] if args is None else args))
 
 
-def _run(args: list[str] | None) -> int:
+def _run(args: list[str]) -> int:
     try:
         status = app(args=args, prog_name="bitmill", standalone_mode=False) or 0
         sys.stdout.flush()
@@ -77,41 +83,63 @@ def _run(args: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left, as `head` does
+    except BrokenPipeError:  # the reader of our output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except BitmillError as error:
-        return _complain(str(error), error.exit_code)
+        return _print_error(str(error), error.exit_code)
     except Exception as error:
-        # typer carries click inside since 0.29, so its errors are told by what they can do
+        # typer contains its own click since 0.29, so its errors are recognized by their attributes
         if hasattr(error, "format_message"):
             if type(error).__name__ == "NoArgsIsHelpError":  # the help is printed already
                 return 2
-            return _complain(f"{error.format_message().rstrip('.')}{_found(error, args)}; see bitmill --help.", 2)
+            message = f"{error.format_message().rstrip('.')}{_given_value(error, args)}"
+            return _print_error(f"{message}; see bitmill --help.", 2)
         if _debugging():
             traceback.print_exc()
-        return _complain(_unexpected(error), UNEXPECTED)
+        return _print_error(_describe_unexpected(error), UNEXPECTED)
 
 
-def _found(error: Exception, args: list[str] | None) -> str:
-    """The value that was given for the option an error is about, which its message may leave out."""
+def replace_old_names(args: list[str]) -> list[str]:
+    """Return the arguments with renamed commands and options replaced; each prints a deprecation note."""
+    if not args:
+        return args
+    command = RENAMED_COMMANDS.get(args[0], args[0])
+    if command != args[0]:
+        _note_renamed(args[0], command)
+    options = RENAMED_OPTIONS.get(command, {})
+    replaced = [command]
+    for word in args[1:]:
+        name, equals, value = word.partition("=")
+        if name in options:
+            _note_renamed(name, options[name])
+            word = options[name] + equals + value
+        replaced.append(word)
+    return replaced
+
+
+def _note_renamed(old: str, new: str) -> None:
+    print(f"note: {old} is deprecated and will be removed in the next release; use {new}.", file=sys.stderr)
+
+
+def _given_value(error: Exception, args: list[str]) -> str:
+    """Return the value given for the option that an error is about, which its message may leave out."""
     names = getattr(getattr(error, "param", None), "opts", [])
-    words = sys.argv[1:] if args is None else args
     found = ""
-    for name, value in itertools.pairwise([*words, ""]):  # the last one counts
+    for name, value in itertools.pairwise([*args, ""]):  # the last one counts
         if name.partition("=")[0] in names:
             found = f" (found {value if name in names else name.partition('=')[2]!r})"
     return found
 
 
-def _unexpected(error: Exception) -> str:
-    said = in_one_line(str(error))
-    kind = f"{type(error).__name__} ({said})" if said else type(error).__name__
+def _describe_unexpected(error: Exception) -> str:
+    message = one_line(str(error))
+    kind = f"{type(error).__name__} ({message})" if message else type(error).__name__
     return f"Unexpected {kind}: run with BITMILL_DEBUG=1 for the traceback; please report."
 
 
-def _complain(sentence: str, status: int) -> int:
-    print(f"error: {in_one_line(sentence, limit=2000)}", file=sys.stderr)
+def _print_error(sentence: str, status: int) -> int:
+    print(f"error: {one_line(sentence, limit=2000)}", file=sys.stderr)
     return status
 
 
@@ -120,13 +148,13 @@ def _debugging() -> bool:
 
 
 def _quiet_libraries() -> None:
-    """transformers reads these when it is imported; the user's own settings win."""
+    """Set environment variables that transformers reads on import; the user's own settings win."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not _debugging():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if "transformers" in sys.modules:  # called from a program that has it already
+    if "transformers" in sys.modules:  # imported before by the calling program
         from transformers.utils import logging
 
         logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What a command prints: its result alone on stdout, everything else on stderr."""
+"""The output of a command: its result alone on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from bitmill.cli.progress import TerminalProgress
@@ -18,34 +18,46 @@ if TYPE_CHECKING:
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with what to do next."""
+    """Ctrl-C, with a hint how to continue."""
 
 
 class Output:
-    """Where the result of one command goes."""
+    """The result and the progress of one command."""
 
     def __init__(self, as_json: bool, stdout: TextIO, progress: TerminalProgress) -> None:
         self.as_json, self.stdout, self.progress = as_json, stdout, progress
 
-    def result(self, data: dict[str, Any], readable: Callable[[], list[RenderableType]]) -> None:
-        """Print `data` as one JSON object, or the readable form of it."""
+    def result(self, data: dict[str, Any], render: Callable[[], list[RenderableType]]) -> None:
+        """Print the result.
+
+        Args:
+            data: printed as one JSON object with --json.
+            render: returns the parts printed without --json.
+        """
         self.progress.finish()
         if self.as_json:
-            print(json.dumps(plain(data), allow_nan=False), file=self.stdout, flush=True)
+            print(json.dumps(to_json_types(data), allow_nan=False), file=self.stdout, flush=True)
             return
         from rich.console import Console
 
-        # a file or a pipe has no width: lines are not broken for it
+        # a file or a pipe has no width: do not wrap lines for it
         console = Console(file=self.stdout, highlight=False, width=None if self.stdout.isatty() else 400)
-        for part in readable():
+        for part in render():
             console.print(part, crop=False)
+
+    def write(self, text: str) -> None:
+        """Write text to stdout at once."""
+        self.stdout.write(text)
+        self.stdout.flush()
 
 
 @contextlib.contextmanager
-def working(as_json: bool, hint: str = "interrupted") -> Iterator[Output]:
-    """While a command works, whatever libraries print goes to stderr.
+def command_output(as_json: bool, hint: str = "interrupted") -> Iterator[Output]:
+    """Redirect stdout to stderr while a command runs, so that libraries cannot print into its result.
 
-    hint: what to say when the user stops it.
+    Args:
+        as_json: print the result as JSON.
+        hint: message after Ctrl-C.
     """
     progress = TerminalProgress()
     stdout = sys.stdout
@@ -58,28 +70,28 @@ def working(as_json: bool, hint: str = "interrupted") -> Iterator[Output]:
         progress.finish()
 
 
-def plain(value: Any) -> Any:
-    """The same data in types JSON has; NaN and the infinities, which it has not, become null."""
+def to_json_types(value: Any) -> Any:
+    """Return the data in types that JSON has; NaN and infinities become null."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
+        return [to_json_types(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def in_one_line(text: str, limit: int = 300) -> str:
-    """The text without line breaks and of bounded length."""
+def one_line(text: str, limit: int = 300) -> str:
+    """Return the text without line breaks, truncated to `limit` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def facts(rows: list[tuple[str, str]], title: str = "") -> RenderableType:
-    """A small table of names and values."""
+def property_table(rows: list[tuple[str, str]]) -> RenderableType:
+    """Return a table of names and values."""
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -87,56 +99,79 @@ def facts(rows: list[tuple[str, str]], title: str = "") -> RenderableType:
     return table
 
 
-def number(value: Any, digits: int = 4) -> str:
-    """A number for people; a dash where there is none."""
+def data_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str] = ()) -> RenderableType:
+    """Return a table of plain text with one header row.
+
+    Args:
+        columns: headers.
+        rows: one text per column.
+        left: headers of left-aligned columns; the others are right-aligned.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def format_number(value: Any, digits: int = 4) -> str:
+    """Format a number with `digits` significant digits; a dash for None, NaN and infinities."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     return f"{value:.{digits}g}" if isinstance(value, float) else f"{value:,}"
 
 
-def megabytes(size_bytes: int) -> str:
-    """A size for people, in MB (10^6 bytes)."""
+def format_mb(size_bytes: int) -> str:
+    """Format a size in MB (10^6 bytes)."""
     return f"{size_bytes / 1e6:,.1f} MB"
 
 
-def kv_facts(kv: dict[str, Any]) -> str:
-    """How keys and values are kept, in a line."""
+def format_metric(metric: MetricColumn, measured: dict[str, Any]) -> str:
+    """Format one metric of a measurement with its unit; a dash where it is missing."""
+    value = measured.get(metric.key)
+    if value is None:
+        return "-"
+    return f"{value:.2%}" if metric.share else f"{format_number(value, 5)} {metric.unit}".rstrip()
+
+
+def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, value) of every metric that a measurement has."""
+    from bitmill.report.metrics import metric_columns
+
+    present = [metric for metric in metric_columns([measured]) if measured.get(metric.key) is not None]
+    return [(metric.name, format_metric(metric, measured)) for metric in present]
+
+
+def describe_measurement(measured: dict[str, Any]) -> str:
+    """Return one measurement in a line."""
+    from bitmill.report.describe import describe_measured_cache
+
+    metrics = ", ".join(f"{name} {value}" for name, value in metric_rows(measured))
+    text = f"{measured.get('windows')} x {measured.get('seqlen')} tokens of {measured.get('text')}"
+    return f"{metrics}{describe_measured_cache(measured)} ({text}, {measured.get('split')} split)"
+
+
+def describe_kv_plan(kv: dict[str, Any]) -> str:
+    """Return the packing of keys and values, from the `kv` of a report, in a line."""
     from bitmill.report.describe import describe_options
 
     options = dict(kv["method"])
     name = options.pop("kv method")
     size = f", {kv['size_bytes']:,} bytes of calibration" if kv["size_bytes"] else ""
-    return (
-        f"{name} ({describe_options(options)}): {kv['bits_per_element']:.3f} bits per number in full pages{size}"
-    )
+    bits = f"{kv['bits_per_element']:.3f} bits per number in full pages"
+    return f"{name} ({describe_options(options)}): {bits}{size}"
 
 
-def kv_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The packed cache of a result that has kv_method, kv_options and the figures beside them."""
+def kv_cache_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, value) rows about the packed cache of a result that has `kv_method`."""
     from bitmill.report.describe import describe_options
 
     options = describe_options(result["kv_options"])
-    taken = f"{result['kv_bits_per_element']:.3f} bits per number, {megabytes(result['kv_bytes'])}"
+    size = f"{result['kv_bits_per_element']:.3f} bits per number, {format_mb(result['kv_bytes'])}"
     if result["kv_table_bytes"]:
-        taken += f", and {result['kv_table_bytes']:,} bytes of calibrated tables"
-    return [("keys and values", f"{result['kv_method']} ({options})"), ("their cache", taken)]
-
-
-def figure_value(figure: MetricColumn, measured: dict[str, Any]) -> str:
-    """One figure of a measurement, with its unit; a dash where it is missing."""
-    value = measured.get(figure.key)
-    if value is None:
-        return "-"
-    return f"{value:.2%}" if figure.share else f"{number(value, 5)} {figure.unit}".rstrip()
-
-
-def measured_row(measured: dict[str, Any]) -> str:
-    """One measurement in a line."""
-    from bitmill.report.describe import describe_measured_cache
-    from bitmill.report.metrics import metric_columns
-
-    known = [figure for figure in metric_columns([measured]) if measured.get(figure.key) is not None]
-    parts = [f"{figure.name} {figure_value(figure, measured)}" for figure in known]
-    where = f"{measured.get('windows')} x {measured.get('seqlen')} tokens of {measured.get('text')}"
-    cache = describe_measured_cache(measured)
-    return f"{', '.join(parts)}{cache} ({where}, {measured.get('split')} split)"
+        size += f", and {result['kv_table_bytes']:,} bytes of calibrated tables"
+    return [("keys and values", f"{result['kv_method']} ({options})"), ("their cache", size)]

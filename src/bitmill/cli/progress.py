@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar where there is a terminal, a line now and then where there is none."""
+"""Progress on stderr: a bar on a terminal, an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from bitmill.progress import Progress, peak_memory_bytes
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-PATIENCE_S = 2.0  # shorter work shows nothing
+SHOW_AFTER_S = 2.0  # shorter work shows nothing
 LINE_EVERY_S = 5.0
 DUMB = ("dumb", "unknown")  # values of TERM
 
 
 class TerminalProgress(Progress):
-    """Draws the current task once it has lasted longer than PATIENCE_S.
+    """Draws the current task once it has lasted longer than SHOW_AFTER_S.
 
-    A task of 0 steps has an unknown length (opening a model): its bar only moves.
+    A task of 0 steps has an unknown length (opening a model): its bar is indeterminate.
     """
 
     def __init__(self) -> None:
@@ -30,9 +30,9 @@ class TerminalProgress(Progress):
         self._bar: Bar | None = None
         self._task, self._total, self._done = "", 0, 0
         self._started = self._last_line = 0.0
-        # a dumb terminal cannot move its cursor, so a bar would never be drawn: it gets lines, as a pipe does
+        # a dumb terminal cannot move its cursor, so it gets lines, as a pipe does
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in DUMB
-        self._elsewhere: int | None = None
+        self._worker_peak_bytes: int | None = None
 
     def start(self, task: str, total: int) -> None:
         """Begin a task; nothing is drawn yet."""
@@ -40,8 +40,8 @@ class TerminalProgress(Progress):
             self.finish()
             self._task, self._total, self._done = task, total, 0
             self._started, self._last_line = time.monotonic(), 0.0
-            # a timer, since a task that only loads reports nothing while it does
-            self._timer = threading.Timer(PATIENCE_S, self._appear)
+            # a timer, because a task that only loads reports no steps
+            self._timer = threading.Timer(SHOW_AFTER_S, self._appear)
             self._timer.daemon = True
             self._timer.start()
 
@@ -52,10 +52,10 @@ class TerminalProgress(Progress):
             if self._bar is not None:
                 self._bar.update(self._bar.task_ids[0], completed=self._done, memory=self._memory())
             elif not self._terminal:
-                self._line()
+                self._print_line()
 
     def finish(self) -> None:
-        """End the task; the bar of one that was counted stays on the screen."""
+        """End the task; the bar of a task with a known length stays on the screen."""
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()
@@ -66,43 +66,43 @@ class TerminalProgress(Progress):
                 self._bar = None
 
     def note(self, sentence: str) -> None:
-        """Print it, in place of the current task's bar."""
+        """Print a sentence in place of the current task's bar."""
         self.finish()
         print(sentence, file=sys.stderr, flush=True)
 
     def note_memory(self, size_bytes: int) -> None:
-        """Show this as the memory, and not this process's own."""
-        self._elsewhere = size_bytes
+        """Show this peak memory, of a worker process, in place of this process's own."""
+        self._worker_peak_bytes = size_bytes
 
     def _memory(self) -> str:
-        return f"{(self._elsewhere or peak_memory_bytes()) / 1e9:.2f} GB"
+        return f"{(self._worker_peak_bytes or peak_memory_bytes()) / 1e9:.2f} GB"
 
     def _appear(self) -> None:
         with self._lock:
-            if self._timer is None:  # finished while this thread woke up
+            if self._timer is None:  # finished while this thread started
                 return
             if self._terminal:
                 self._bar = _bar(self._total)
                 self._bar.add_task(
                     self._task, total=self._total or None, completed=self._done, memory=self._memory()
                 )
-                self._bar.tasks[0].start_time = self._started  # the time that passed unseen counts too
+                self._bar.tasks[0].start_time = self._started  # includes the time before the bar was drawn
                 self._bar.start()
             else:
-                self._line()
+                self._print_line()
 
-    def _line(self) -> None:
-        """At most one line per LINE_EVERY_S, and none in the first PATIENCE_S."""
+    def _print_line(self) -> None:
+        """Print at most one line per LINE_EVERY_S, and none in the first SHOW_AFTER_S."""
         now = time.monotonic()
         elapsed = now - self._started
-        if elapsed < PATIENCE_S or now - self._last_line < LINE_EVERY_S:
+        if elapsed < SHOW_AFTER_S or now - self._last_line < LINE_EVERY_S:
             return
         self._last_line = now
-        said = f"{self._task} {self._done}/{self._total}" if self._total else self._task
-        said += f", {elapsed:.0f} s"
+        line = f"{self._task} {self._done}/{self._total}" if self._total else self._task
+        line += f", {elapsed:.0f} s"
         if self._total and 0 < self._done < self._total:
-            said += f", about {elapsed * (self._total - self._done) / self._done:.0f} s left"
-        print(f"{said}, peak memory {self._memory()}", file=sys.stderr, flush=True)
+            line += f", about {elapsed * (self._total - self._done) / self._done:.0f} s left"
+        print(f"{line}, peak memory {self._memory()}", file=sys.stderr, flush=True)
 
 
 def _bar(total: int) -> Bar:

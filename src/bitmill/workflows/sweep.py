@@ -184,7 +184,7 @@ def _walk(
         with streamed.non_block_weights("embedding"):
             measure = HeldOutMetrics(streamed, windows)
         streams = [list(measure.float) for _ in table]
-    progress.start("study", len(streamed.blocks))
+    progress.start("sweep", len(streamed.blocks))
     for index in range(len(streamed.blocks)):
         block = streamed.load_block(index)
         originals = {f"{streamed.block_name(index)}.{name}": name for name in streamed.adapter.linears}

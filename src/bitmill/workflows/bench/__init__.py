@@ -1,1 +1,1 @@
-"""How fast it runs: single kernels against the memory they read, and whole models token by token."""
+"""Benchmarks: single kernels against memory bandwidth, and whole models in tokens per second."""

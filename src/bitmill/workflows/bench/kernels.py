@@ -1,7 +1,7 @@
-"""Time of the kernels on layers of common sizes, beside torch's fp32 layer and the memory's read bandwidth.
+"""Time of the kernels on layers of common sizes, against torch's fp32 layer and the memory's read bandwidth.
 
-Every figure is the median of turns in which the kernel, the float layer and the memory are measured one after the
-other, so that whatever else the machine does falls on all three. Weights are cold: copies take turns until far
+Every value is the median of turns in which the kernel, the float layer and the memory are measured one after the
+other, so that other load on the machine affects all three. Weights are cold: copies are used in turns until far
 more than the caches hold has been read.
 """
 
@@ -48,12 +48,20 @@ def bench_kernels(
     turns: int = 7,
     on_case: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Plain data: the machine's figures, and for every case
+    """Time the kernel of every case of CASES on every shape.
 
-    kernel, format, bits, group_size, shape (out, in), tokens, bits_per_weight, time_s, GBps (of packed bytes),
-    fraction_of_read_bandwidth, speedup_vs_torch_fp32.
+    Args:
+        shapes: (out, in) of the layers.
+        formats: only these formats; all when empty.
+        bits: only these bits; all when empty.
+        tokens: rows of the input.
+        turns: measurements, whose median is returned.
+        on_case: called with the name of each case before it runs.
 
-    formats, bits: only these; empty for all.
+    Returns:
+        Plain data: threads, isa, activations and read_bandwidth_GBps of the machine, and `kernels`, for every case
+        kernel, format, bits, group_size, shape (out, in), tokens, bits_per_weight, time_s, GBps (of packed bytes),
+        fraction_of_read_bandwidth and speedup_vs_torch_fp32.
     """
     memory, results, bandwidths = ReadBandwidth(), [], []
     for shape in shapes:
@@ -80,8 +88,14 @@ def _cases(formats: tuple[str, ...], bits: tuple[int, ...]) -> Iterator[Format]:
 
 
 def _measure(
-    format: Format, shape: tuple[int, int], x: Tensor, floats: list[Tensor], memory: ReadBandwidth, turns: int
+    format: Format,
+    shape: tuple[int, int],
+    x: Tensor,
+    floats: list[Tensor],
+    memory: ReadBandwidth,
+    turns: int,
 ) -> tuple[dict[str, Any], list[float]]:
+    """Return the row of one case, and the read bandwidths measured between its turns, bytes per second."""
     spec = KernelSpec(format, shape, _CPU)
     kind = choose_kernel(spec)
     kernel = kind(spec, random_packed(format, shape))
@@ -113,20 +127,20 @@ def _measure(
 
 
 def random_packed(format: Format, shape: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
-    """Packed tensors of random codes and small positive parameters; speed does not depend on the numbers.
+    """Return packed tensors of random codes and small positive parameters; speed does not depend on the values.
 
-    But not every number names a point of a pyramid: those are of 64 rows of random weights, again and again.
+    Not every integer is the code of a pyramid point: those are quantized from 64 random rows, repeated.
     """
     generator = torch.Generator().manual_seed(seed)
     if isinstance(format, Pyramid):
         W = torch.randn(min(64, shape[0]), shape[1], generator=generator) * 0.02
-        few = nearest_matrix(format, W, fit_matrix(format, W, None, False)).pack()
+        packed = nearest_matrix(format, W, fit_matrix(format, W, None, False)).pack()
         rows = torch.arange(shape[0]) % len(W)
-        return {name: t[rows] if len(t) == len(W) else t for name, t in few.items()}
-    made = {}
+        return {name: t[rows] if len(t) == len(W) else t for name, t in packed.items()}
+    tensors = {}
     for name, (size, dtype) in format.layout(shape).items():
         if dtype.is_floating_point:
-            made[name] = (torch.rand(size, generator=generator) * 0.02 + 0.001).to(dtype)
+            tensors[name] = (torch.rand(size, generator=generator) * 0.02 + 0.001).to(dtype)
         else:
-            made[name] = torch.randint(-(1 << 31), 1 << 31, size, generator=generator).to(dtype)
-    return made
+            tensors[name] = torch.randint(-(1 << 31), 1 << 31, size, generator=generator).to(dtype)
+    return tensors

@@ -1,4 +1,4 @@
-"""What the machine's memory can deliver, which is what a kernel of one token is measured against."""
+"""The read bandwidth of the memory, the limit of a kernel of one token, and timing with cold caches."""
 
 from __future__ import annotations
 
@@ -11,31 +11,17 @@ from torch import Tensor
 
 from bitmill.runtime.native import is_available, native, threads
 
-_CACHE_BYTES = 64 << 20  # where the system does not tell
-
-
-def cache_bytes() -> int:
-    """The largest cache of the first core."""
-    found = [_CACHE_BYTES // 2]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text(encoding="utf-8").strip()
-        found.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1))
-    return max(found)
-
-
-def cold_bytes() -> int:
-    """How much must be read in turns for none of it to be left in a cache when its turn comes again."""
-    return max(4 * cache_bytes(), 128 << 20)
+_DEFAULT_CACHE_BYTES = 32 << 20  # where the system does not report its caches
 
 
 class ReadBandwidth:
-    """Reads a buffer that no cache holds, with all threads."""
+    """Measures the read bandwidth of the memory, over a buffer larger than all caches, with all threads."""
 
     def __init__(self) -> None:
         self.buffer = torch.ones(cold_bytes() // 8, dtype=torch.int64)
 
     def measure(self) -> float:
-        """Bytes a second of one pass."""
+        """Return the bytes per second of one pass."""
         return self.buffer.nbytes / timed(self._read)
 
     def _read(self) -> None:
@@ -45,18 +31,32 @@ class ReadBandwidth:
             self.buffer.sum()
 
 
+def cache_bytes() -> int:
+    """Return the size of the largest cache of the first core."""
+    sizes = [_DEFAULT_CACHE_BYTES]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text(encoding="utf-8").strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1))
+    return max(sizes)
+
+
+def cold_bytes() -> int:
+    """Return the bytes to read in turns so that none of them is in a cache when its turn repeats."""
+    return max(4 * cache_bytes(), 128 << 20)
+
+
+def copies_of(size_bytes: int) -> int:
+    """Return the number of copies of a tensor to use in turns, at least 2."""
+    return max(2, -(-cold_bytes() // max(1, size_bytes)))
+
+
 def timed(run: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Return the seconds that a call takes."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
-def copies_of(size_bytes: int) -> int:
-    """How many copies of something to rotate over, at least 2."""
-    return max(2, -(-cold_bytes() // max(1, size_bytes)))
-
-
 def linear_time(weights: list[Tensor], x: Tensor) -> float:
-    """Seconds of one torch linear layer, in turns over copies of its weight (out, in)."""
+    """Return the seconds of one torch linear layer, in turns over copies of its weight (out, in)."""
     return timed(lambda: [torch.nn.functional.linear(x, W) for W in weights]) / len(weights)

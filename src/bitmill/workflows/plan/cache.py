@@ -1,4 +1,4 @@
-"""Bytes of the keys and values, by every method and at every width."""
+"""Bytes of the keys and values, by every method and at every number of bits."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _FLOAT_BYTES = FLOAT_BITS // 8
 
 
 @dataclass(frozen=True)
-class Cache:
-    """One way to keep keys and values; without a method plain fp16."""
+class CacheStorage:
+    """Storage of keys and values by a method, or in fp16 without one."""
 
     method: KVMethod | None
     layers: tuple[CachedLayer, ...]
@@ -39,13 +39,17 @@ class Cache:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the method, bits aside, that are not at their defaults."""
-        known = KV_METHODS.options(self.name) if self.method else {}
-        given = {name: getattr(self.method, name) for name in known if name != "bits"}
-        return {name: value for name, value in given.items() if value != known[name].default}
+        """Options of the method apart from bits that differ from their defaults."""
+        fields = KV_METHODS.options(self.name) if self.method else {}
+        given = {name: getattr(self.method, name) for name in fields if name != "bits"}
+        return {name: value for name, value in given.items() if value != fields[name].default}
 
     def size(self, tokens: int) -> CacheSize:
-        """Bytes after `tokens` tokens a row. Raises RecipeError where the heads do not suit the method."""
+        """Return the bytes after `tokens` tokens per sequence.
+
+        Raises:
+            RecipeError: the method does not support these heads.
+        """
         total = CacheSize()
         for layer, count in Counter(self.layers).items():
             if self.method is None:
@@ -64,7 +68,7 @@ class Cache:
         return total
 
     def row(self, tokens: int, chosen: bool) -> dict[str, Any]:
-        """Plain data."""
+        """Return the sizes at `tokens` tokens per sequence as plain data; `chosen` marks the requested storage."""
         size = self.size(tokens)
         numbers = self.batch * sum(layer.num_elements(tokens) for layer in self.layers)
         return {
@@ -78,44 +82,51 @@ class Cache:
         }
 
 
-def caches(
+def cache_storages(
     layers: tuple[CachedLayer, ...], batch: int, kv: str | None, bits: int | None
-) -> tuple[list[Cache], Cache]:
-    """fp16 and every method at every width it has, and the one that was asked for; fp16 where nothing was.
+) -> tuple[list[CacheStorage], CacheStorage]:
+    """Return fp16 and every method at every number of bits, and the requested one of them.
 
-    kv: `NAME` or `NAME:key=value,...`, whose options its other widths share. Raises RecipeError for methods that
-    are unknown or do not suit the heads, UsageError for bits without a method.
+    Args:
+        layers: layers that cache keys and values.
+        batch: number of sequences.
+        kv: requested method, `NAME` or `NAME:key=value,...`, whose options apply to its other bits too;
+            None for fp16.
+        bits: requested bits; those of `kv`, or its default, when left out.
+
+    Raises:
+        RecipeError: the requested method is unknown or does not support these heads.
+        UsageError: bits are given without a method.
     """
     if kv is None and bits is not None:
-        known = ", ".join(KV_METHODS.names())
-        raise UsageError(f"--kv-bits is {bits} and no method is named; give --kv, one of {known}.")
-    plain = Cache(None, layers, batch)
-    asked = None if kv is None else _method(kv, bits)
-    if asked is not None:
-        _check_heads(asked, layers)
-    known_caches = [plain]
+        methods = ", ".join(KV_METHODS.names())
+        raise UsageError(f"--kv-bits is {bits} and no method is named; give --kv, one of {methods}.")
+    requested = None if kv is None else _parse_method(kv, bits)
+    if requested is not None:
+        _check_heads(requested, layers)
+    storages = [CacheStorage(None, layers, batch)]
     for name in KV_METHODS.names():
-        spelled = kv if kv is not None and asked is not None and name == asked.name else name
+        text = kv if kv is not None and requested is not None and name == requested.name else name
         for width in BITS:
             try:
-                method = _method(spelled, width)
+                method = _parse_method(text, width)
                 _check_heads(method, layers)
-            except RecipeError:  # no such bits, or no such heads
+            except RecipeError:  # does not support these bits or heads
                 continue
-            known_caches.append(Cache(method, layers, batch))
-    return known_caches, next(cache for cache in known_caches if cache.method == asked)
+            storages.append(CacheStorage(method, layers, batch))
+    return storages, next(storage for storage in storages if storage.method == requested)
 
 
-def _method(spelled: str, bits: int | None) -> KVMethod:
-    """The method of `NAME:key=value,...`; `bits` overrides what it says."""
-    data = part_of(KV_METHODS, spelled)
+def _parse_method(text: str, bits: int | None) -> KVMethod:
+    """Return the method of `NAME:key=value,...`; `bits` overrides those in the text."""
+    data = part_of(KV_METHODS, text)
     name, own = data.pop(KV_METHODS.noun), data.pop("bits", None)
     return kv_method(name, own if bits is None else bits, **data)
 
 
 def _check_heads(method: KVMethod, layers: tuple[CachedLayer, ...]) -> None:
-    """Raises RecipeError where heads do not suit a method."""
-    Cache(method, layers, 1).size(1)
+    """Raise RecipeError where a method does not support the heads."""
+    CacheStorage(method, layers, 1).size(1)
     scheme = method.scheme()
     if scheme.keys.rotated or scheme.values.rotated:
         for dim in {layer.dim for layer in layers}:

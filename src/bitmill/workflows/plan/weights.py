@@ -1,4 +1,4 @@
-"""Bytes of the weights: as they are stored, in 16 bits, and as a method would store them."""
+"""Bytes of the weights: as stored, in 16 bits, and quantized by a method."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from bitmill.workflows.sizes import storage_plan
 
 BITS = (8, 4, 3, 2)
 FLOAT_BITS = 16
-BASELINE = "rtn"  # whose uniform groups stand for every method of as many bits
+BASELINE = "rtn"  # whose uniform groups represent all methods of these bits
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """How the weights are to be stored, as for `quantize`; as they are where nothing is said."""
+class WeightStorage:
+    """The requested storage of the weights, with arguments as for `quantize`; as stored by default."""
 
     method: str | None = None
     bits: int | None = None
@@ -34,54 +34,65 @@ class Wanted:
     head_bits: int | None = None
 
     @property
-    def asks(self) -> bool:
-        """Whether weights are to be quantized."""
+    def is_quantized(self) -> bool:
+        """True if weights are to be quantized."""
         named = self.method is not None or bool(self.options) or self.head_bits is not None
         return named or self.bits not in (None, FLOAT_BITS)
 
     def recipe(self, bits: int | None) -> Recipe:
-        """The method at these bits. Raises RecipeError where it has not got them."""
+        """Return the recipe of the method at `bits` bits; at its default bits for None.
+
+        Raises:
+            RecipeError: the method does not have these bits.
+        """
         given = self.options | ({} if bits is None else {"bits": bits})
         return with_head(find_recipe(self.method or BASELINE, given), self.head_bits)
 
     def recipes(self) -> list[Recipe]:
-        """The method at every width it has, most bits first, and what was asked for."""
-        found = [self.recipe(self.bits)] if self.asks else []
+        """Return the recipes of the method at all its bits, most bits first, and the requested one."""
+        found = [self.recipe(self.bits)] if self.is_quantized else []
         name = self.method or BASELINE
         for bits in BITS if name in METHODS.names() and "bits" in METHODS.options(name) else ():
             try:
                 found.append(self.recipe(bits))
-            except RecipeError:  # it has no such bits
+            except RecipeError:  # the method does not have these bits
                 continue
         unique = {recipe.to_json(): recipe for recipe in found}
         return sorted(unique.values(), key=lambda recipe: recipe.stored.rate, reverse=True)
 
 
 def weight_rows(
-    model: str | Path, source: Source, streamed: StreamedModel | str, wanted: Wanted
+    model: str | Path, source: Source, streamed: StreamedModel | str, requested: WeightStorage
 ) -> list[dict[str, Any]]:
-    """Every way to store the weights, as plain data; exactly one is chosen: what was asked for, or what would run.
+    """Return every storage of the weights as plain data, exactly one of them `chosen`.
 
-    skeleton: or why there is none, and nothing can be quantized. Raises SourceError if that was asked for.
+    Args:
+        model: name or path.
+        source: its tensors.
+        streamed: the model without weights, or the reason why its weights cannot be quantized.
+        requested: the storage to mark as chosen; where it is not quantized, the one that would run.
+
+    Raises:
+        SourceError: weights are to be quantized and cannot be.
     """
     count = sum(torch.Size(source.shape(name)).numel() for name in source.names())
-    stored, runs = stored_bytes(model, source)
-    bits = None if wanted.asks else wanted.bits if runs else FLOAT_BITS
-    rows = [_float_row("as stored", stored, count, not wanted.asks and bits is None)]
+    stored, runs_as_stored = stored_bytes(model, source)
+    bits = None if requested.is_quantized else requested.bits if runs_as_stored else FLOAT_BITS
+    rows = [_float_row("as stored", stored, count, not requested.is_quantized and bits is None)]
     if stored != 2 * count or bits == FLOAT_BITS:
         rows.append(_float_row("16 bits", 2 * count, count, bits == FLOAT_BITS))
     if isinstance(streamed, str):
-        if wanted.asks:
+        if requested.is_quantized:
             raise SourceError(streamed)
         return rows
-    chosen = wanted.recipe(wanted.bits) if wanted.asks else None
-    return rows + [_recipe_row(streamed, recipe, recipe == chosen) for recipe in wanted.recipes()]
+    chosen = requested.recipe(requested.bits) if requested.is_quantized else None
+    return rows + [_recipe_row(streamed, recipe, recipe == chosen) for recipe in requested.recipes()]
 
 
 def stored_bytes(model: str | Path, source: Source) -> tuple[int, bool]:
-    """Bytes of the tensors as they lie on the disk, of a config alone as they would in its type.
+    """Return the bytes of the tensors as stored, and True if the model runs with them in this form.
 
-    And whether they are run as they lie there; what a .gguf file holds is decoded first.
+    A config alone counts in its dtype. The tensors of a .gguf file are decoded before they run.
     """
     if is_checkpoint(Path(model)):
         return sum(int(tensor["size_bytes"]) for tensor in open_checkpoint(model).layers()), True

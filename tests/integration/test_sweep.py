@@ -1,4 +1,4 @@
-"""bitmill study, as a user types it."""
+"""bitmill sweep, as a user types it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bitmill.cli.main import main
 
 
 def test_as_json(world, capsys):
-    assert main(["study", str(world.source), "--json"]) == 0
+    assert main(["sweep", str(world.source), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["measured"] is None
     assert len(data["cells"]) == 34
@@ -17,12 +17,12 @@ def test_as_json(world, capsys):
 
 def test_for_people(world, capsys):
     text = ["--text", str(world.text), "--windows", "2", "--seqlen", "16", "--search"]
-    assert main(["study", str(world.source), *text]) == 0
+    assert main(["sweep", str(world.source), *text]) == 0
     out = capsys.readouterr().out
-    for word in ("2 x 16 tokens", "shrunken", "smallest safe", "4 bits: ", "nvfp4 in groups of 16: ", "ppl", "KL"):
+    for word in ("2 x 16 tokens", "shrunk", "smallest safe", "4 bits: ", "nvfp4 in groups of 16: ", "ppl", "KL"):
         assert word in out
 
 
 def test_windows_require_text(world, capsys):
-    assert main(["study", str(world.source), "--windows", "3"]) == 2
+    assert main(["sweep", str(world.source), "--windows", "3"]) == 2
     assert "--text" in capsys.readouterr().err

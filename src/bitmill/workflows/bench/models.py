@@ -1,0 +1,132 @@
+"""Tokens per second of a quantized model, decoding and reading a prompt, and of this model unpacked to fp32."""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.checkpoint.reader import is_checkpoint
+from bitmill.compat import forward_with_cache
+from bitmill.errors import UsageError
+from bitmill.progress import peak_memory_bytes
+from bitmill.runtime.decode import decode_path, detach
+from bitmill.runtime.modules.dequantize import dequantize_model
+from bitmill.workflows.bench.memory import timed
+from bitmill.workflows.load import load
+
+_DECODE_PROMPT = 16  # tokens
+
+
+@torch.no_grad()
+def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Decode `tokens` tokens, one at a time, with the packed and then with the float weights.
+
+    Times are medians over the tokens. The float model runs by transformers' own forward.
+
+    Returns:
+        tokens_per_s, float_tokens_per_s and their ratio; peak_memory_bytes of the process until the packed run
+        ends; path, "step" where the packed model decodes by the compiled step, otherwise the reason.
+
+    Raises:
+        UsageError: the model is not quantized, or there are fewer than 2 tokens.
+    """
+    if tokens < 2:
+        raise UsageError(f"tokens is {tokens}; use at least 2.")
+    live, prompt = load_packed(model, _DECODE_PROMPT, trust_remote_code)
+    packed = _decode_speed(live, prompt, tokens)
+    peak = peak_memory_bytes()
+    path = decode_path(live)
+    live = dequantize_model(detach(live))
+    gc.collect()
+    dense = _decode_speed(live, prompt, tokens)
+    return {
+        "model": str(model),
+        "path": path,
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "tokens_per_s": packed,
+        "float_tokens_per_s": dense,
+        "ratio": packed / dense,
+        "peak_memory_bytes": peak,
+    }
+
+
+@torch.no_grad()
+def bench_prefill(
+    model: str | Path, tokens: int = 512, turns: int = 5, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Read a prompt of `tokens` tokens and choose the next one, with the packed and the float weights in turns.
+
+    Both models stay in memory: newly allocated memory is slow, and a second model would reuse that of the first.
+    Times are medians over `turns`.
+
+    Returns:
+        tokens_per_s and time_to_first_token_s, and float_ of both; ratio of the two speeds; first_call_s, the
+        packed model's first prompt, during which kernels repack their weights; peak_memory_bytes of the process
+        with the packed model alone.
+
+    Raises:
+        UsageError: the model is not quantized, or tokens or turns are below 1.
+    """
+    if tokens < 1 or turns < 1:
+        raise UsageError(f"tokens is {tokens} and turns is {turns}; use at least 1 of each.")
+    live, prompt = load_packed(model, tokens, trust_remote_code)
+    first = _prefill_time(live, prompt)
+    _prefill_time(live, prompt)
+    peak = peak_memory_bytes()
+    dense = dequantize_model(load_packed(model, tokens, trust_remote_code)[0])
+    _prefill_time(dense, prompt)
+    times = [(_prefill_time(live, prompt), _prefill_time(dense, prompt)) for _ in range(turns)]
+    packed, floats = (median(each) for each in zip(*times))
+    return {
+        "model": str(model),
+        "threads": torch.get_num_threads(),
+        "tokens": tokens,
+        "tokens_per_s": tokens / packed,
+        "float_tokens_per_s": tokens / floats,
+        "ratio": floats / packed,
+        "time_to_first_token_s": packed,
+        "float_time_to_first_token_s": floats,
+        "first_call_s": first,
+        "peak_memory_bytes": peak,
+    }
+
+
+def load_packed(model: str | Path, tokens: int, trust_remote_code: bool) -> tuple[Any, Tensor]:
+    """Load a quantized folder.
+
+    Returns:
+        The model, and a random prompt (1, tokens).
+
+    Raises:
+        UsageError: the folder is not quantized.
+    """
+    if not is_checkpoint(Path(model)):
+        raise UsageError(f"{model} is no quantized folder; write one with bitmill quantize {model} -o DIR.")
+    live: Any = load(model, trust_remote_code=trust_remote_code)
+    generator = torch.Generator().manual_seed(0)
+    return live, torch.randint(0, int(live.config.vocab_size), (1, tokens), generator=generator)
+
+
+def _decode_speed(live: nn.Module, prompt: Tensor, tokens: int) -> float:
+    """Return tokens per second of decoding, the median over `tokens` steps."""
+    cache, step, times = None, prompt, []
+    for _ in range(tokens + 2):
+        started = time.perf_counter()
+        output, cache = forward_with_cache(live, step, cache)
+        step = output.logits[:, -1].argmax(-1, keepdim=True)
+        times.append(time.perf_counter() - started)
+    return 1 / median(times[2:])  # the first reads the prompt, the second prepares the compiled step
+
+
+def _prefill_time(live: nn.Module, prompt: Tensor) -> float:
+    """Return the seconds until the first token is chosen."""
+    generate: Any = live.generate  # computes logits of the last token only
+    mask = torch.ones_like(prompt)
+    return timed(lambda: generate(prompt, max_new_tokens=1, do_sample=False, attention_mask=mask))
