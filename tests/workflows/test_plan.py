@@ -91,7 +91,9 @@ def test_llama_65b_cache() -> None:
 
 
 def test_needed_is_sum() -> None:
-    result = plan("llama-7b", context=4096, batch=3, devices=2, weights=WeightStorage(bits=4), kv="kivi", kv_bits=4)
+    result = plan(
+        "llama-7b", context=4096, batch=3, devices=2, weights=WeightStorage(bits=4), kv="kivi", kv_bits=4
+    )
     shared = chosen(result, "weights")["size_bytes"] + chosen(result, "cache")["size_bytes"]
     numbers = 2 * 4096 + 4 * 4096 + 2 * 11008 + 4096  # input, residual, and what seven linears put out
     assert result["activations"]["prompt_bytes"] == 3 * (2 * 512 * numbers + 4 * 32000)
