@@ -23,7 +23,7 @@ from bitmill.tasks.base import task_for
 from bitmill.workflows.quantize import Outcome
 from helpers.architectures import MODELS, TOKENS, WINDOWS, answer, model_of, stored_bytes
 from helpers.cases import method_options
-from helpers.selection import thin
+from helpers.selection import FULL, thin
 from helpers.tiny_models import tiny_config
 
 PRODUCT = [(name, method) for name in MODELS for method in METHODS.names()]
@@ -115,7 +115,7 @@ def test_more_bits_lower_kl(method, tmp_path):
     reference = torch.log_softmax(model(TOKENS).logits, -1)
     far, small = [], method_options(method, codebook_bits=4)  # 256 vectors would hold a tiny matrix whole
     for bits in (2, 3):
-        quantize(model, method, tmp_path / str(bits), bits=bits, **small)
+        quantize(model, method, tmp_path / str(bits), bits=bits, **small, **({} if FULL else BRIEF))
         logits = torch.log_softmax(bitmill.load(tmp_path / str(bits))(TOKENS).logits, -1)
         far.append(float((reference.exp() * (reference - logits)).sum(-1).mean()))
     assert far[1] < far[0]

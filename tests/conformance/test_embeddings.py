@@ -24,11 +24,14 @@ from bitmill.sources.module import ModuleSource
 from bitmill.tasks.base import task_for
 from helpers.architectures import MODELS, TOKENS, WINDOWS, answer, neox, stored_bytes
 from helpers.cases import few_formats
+from helpers.selection import one_of_each, thin
 from helpers.tiny_models import tiny_model
 
 ENCODERS = [name for name, adapter in ADAPTERS.items() if adapter.task == "text_encoder"]
 CASES = [(name, tied) for name in MODELS for tied in (True, False) if name not in ENCODERS or not tied]
-every_model = pytest.mark.parametrize(("name", "tied"), CASES)
+FEW = [("llama", True), ("llama", False), ("gpt2", True), ("gemma2", False), ("bert", False)]
+every_model = pytest.mark.parametrize(("name", "tied"), thin(CASES, one_of_each(CASES, lambda case: case[0])))
+few_models = pytest.mark.parametrize(("name", "tied"), thin(CASES, FEW))
 
 
 def model_of(name: str, tied: bool) -> nn.Module:
@@ -84,7 +87,7 @@ def test_loaded_equals_decoded(name, tied, tmp_path):
     assert bitmill.api.stored_bits(packed, False)[0] == pytest.approx(checkpoint.bits_per_weight)
 
 
-@every_model
+@few_models
 def test_tied_weights_stored_once(name, tied, tmp_path):
     model = model_of(name, tied)
     ends = embedding_and_head(StreamedModel(ModuleSource(model)))
@@ -119,7 +122,7 @@ def test_tied_weights_stored_once(name, tied, tmp_path):
     )
 
 
-@every_model
+@few_models
 def test_folder_size_matches_plan(name, tied, tmp_path):
     model = model_of(name, tied)
     ends = embedding_and_head(StreamedModel(ModuleSource(model)))
