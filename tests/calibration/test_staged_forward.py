@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import signal
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from bitmill.architectures.adapter import Adapter
+from bitmill.calibration import staged_forward
 from bitmill.calibration.staged_forward import StagedForward, find_stages
 from bitmill.errors import SourceError
 from bitmill.models.block_call import BlockCall
@@ -163,3 +171,93 @@ def test_unused_linears_named():
     adapter = described(("a",), ("b",), ("c",), ("idle",))
     with pytest.raises(SourceError, match="idle do not run"):
         find_stages(adapter, Block(), torch.randn(1, 5, 6), CALL)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_passes_run_in_the_callers_grad_mode(mode):
+    modes = []
+
+    class Noting(Block):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+            return super().forward(x)
+
+    with mode(), StagedForward(Noting(), batches(), [CALL, CALL], ["a"]) as forward:
+        expected = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        list(forward.inputs("a"))
+    assert modes == [expected, expected]
+
+
+def forward_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("bitmill-forward")]
+
+
+@torch.no_grad()
+def test_closing_ends_every_thread():
+    with StagedForward(Block(), batches(), [CALL, CALL], ["a", "c"]) as forward:
+        next(forward.inputs("a"))
+        assert len(forward_threads()) == 1
+    assert not forward_threads()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("failure", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_failure_between_stages_ends_every_thread(failure):
+    with pytest.raises(failure), StagedForward(Block(), batches(), [CALL, CALL], ["a", "c"]) as forward:
+        raise next(failure() for _ in forward.inputs("a"))
+    assert not forward_threads()
+
+
+@torch.no_grad()
+def test_an_interrupt_while_a_pass_runs_ends_every_thread():
+    class Interrupting(Block):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            signal.raise_signal(signal.SIGINT)  # Python delivers it to the main thread
+            time.sleep(0.1)
+            return super().forward(x)
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        StagedForward(Interrupting(), batches(), [CALL, CALL], ["a"]) as forward,
+    ):
+        list(forward.inputs("a"))
+    assert not forward_threads()
+
+
+@torch.no_grad()
+def test_a_failed_pass_keeps_no_tensor():
+    class Broken(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            large = self.a(x)
+            kept.append(weakref.ref(large))
+            raise ZeroDivisionError
+
+    kept: list[weakref.ref[Tensor]] = []
+    gc.disable()
+    try:
+        with StagedForward(Broken(), batches(), [CALL, CALL], []) as forward:
+            with pytest.raises(ZeroDivisionError) as raised:
+                forward.outputs()
+            del raised
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_teams_of_compute_threads_are_bounded(monkeypatch):
+    class Noting(Block):
+        def forward(self, x: Tensor) -> tuple[Tensor, None]:
+            teams.append(torch.get_num_threads())
+            return super().forward(x)
+
+    teams, before = [], torch.get_num_threads()
+    monkeypatch.setattr(staged_forward, "_MAX_COMPUTE_THREADS", 6)
+    try:
+        torch.set_num_threads(4)
+        with StagedForward(Noting(), batches(), [CALL, CALL], ["a"]) as forward:
+            list(forward.inputs("a"))
+        later = ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
+        assert (teams, torch.get_num_threads(), later) == ([3, 3], 4, 4)
+    finally:
+        torch.set_num_threads(before)

@@ -1,81 +1,199 @@
-"""One forward pass of a block that stops where each stage's input is ready.
+"""One forward pass of a block that pauses where the input of each stage is ready.
 
-True-sequential quantization wants, for each linear of a block, the input it receives once the linears
-before it are quantized. Running the block anew for every stage costs several passes. Here the forward of
-every batch is a coroutine (a greenlet): it runs to the first linear of a stage, hands that input over and
-sleeps; when the stage is quantized it goes on from there. All stages together cost one forward pass, at
-the price of keeping each sleeping batch's live activations.
+True-sequential quantization needs the input of each linear as it is once the linears before it are quantized.
+Running the block again for every stage costs several passes. Here each batch has a thread that runs the block's
+forward up to the first linear of a stage, passes that linear's input to the caller and waits; when the stage is
+quantized, it continues. All stages together cost one forward pass, and the live activations of every paused batch
+in memory.
+
+The threads take turns: one of them runs only while the caller waits for it, so no code needs a lock.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from bitmill.architectures.adapter import Adapter
 from bitmill.errors import SourceError
 from bitmill.models.block_call import BlockCall
+from bitmill.models.meta import trim_malloc
+
+# OpenMP starts a team of threads for each thread that computes. This bounds the teams of all passes of a block.
+_MAX_COMPUTE_THREADS = 512
 
 
 class StagedForward:
     """The forward passes of all batches through one block, advanced stage by stage.
 
-    leads: the linear of each stage whose input stands for the stage, in the order in which they run.
+    Use it as a context manager, or call `close`: both end every thread.
     """
 
     def __init__(self, block: nn.Module, batches: list[Tensor], calls: list[BlockCall], leads: list[str]) -> None:
-        self._leads = leads
-        self._hooks = [block.get_submodule(name).register_forward_pre_hook(self._pause(name)) for name in leads]
-        self._runs = [greenlet(_runner(block, call, batches, i)) for i, call in enumerate(calls)]
+        """Prepare the passes; nothing runs yet.
 
-    @staticmethod
-    def _pause(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            parent = getcurrent().parent
-            if parent is not None:
-                parent.switch((name, args[0]))
+        Args:
+            block: Module whose linears are quantized between the stages.
+            batches: Hidden states (windows, tokens, width) before the block. Each is replaced by an empty tensor
+                when its pass starts, so that the block alone decides how long it is needed.
+            calls: Arguments with which the model calls the block, one per batch.
+            leads: The first linear of each stage, by path in the block, in the order in which they run.
+        """
+        self._threads = torch.get_num_threads()
+        team = min(self._threads, max(1, _MAX_COMPUTE_THREADS // max(1, len(calls))))
+        self._passes = [_BatchForward(block, call, batches, number, team) for number, call in enumerate(calls)]
+        self._hooks = [block.get_submodule(lead).register_forward_pre_hook(_pause_hook(lead)) for lead in leads]
 
-        return hook
+    def __enter__(self) -> StagedForward:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def inputs(self, lead: str) -> Iterator[Tensor]:
-        """Advance every batch to `lead` and yield its input, X (tokens, in)."""
-        for run in self._runs:
-            reached, X = run.switch() if not run.dead else ("", None)
+        """Advance every batch to a stage and yield the input of its linears.
+
+        Args:
+            lead: The first linear of the stage.
+
+        Yields:
+            X (tokens, in), batch by batch.
+
+        Raises:
+            SourceError: If another linear runs before this one, or the block ends without it.
+        """
+        for batch in self._passes:
+            reached, X = (None, None) if batch.ended else batch.advance()
             if reached != lead or X is None:
                 raise SourceError(
                     f"The linear layer {lead!r} was expected to run next in its block, but the block "
-                    f"{'ended' if run.dead else f'reached {reached!r}'}; its adapter does not describe it."
+                    f"{'ended' if reached is None else f'reached {reached!r}'}; its adapter does not describe it."
                 )
             yield X.reshape(-1, X.shape[-1])
 
     def outputs(self) -> list[Tensor]:
-        """Run every batch to its end and return the hidden states, batch by batch."""
+        """Run every batch to the end and return the hidden states after the block, batch by batch.
+
+        Raises:
+            SourceError: If a linear that leads a stage runs once more.
+        """
         results = []
-        for run in self._runs:
-            kind, value = run.switch()
-            if not run.dead or kind != "end":
-                raise SourceError(f"The linear layer {kind!r} runs twice in its block, which is not supported.")
-            results.append(value)
+        for batch in self._passes:
+            reached, hidden = batch.advance()
+            if reached is not None:
+                raise SourceError(f"The linear layer {reached!r} runs twice in its block, which is not supported.")
+            results.append(hidden)
         return results
 
     def close(self) -> None:
-        """Remove the hooks and drop whatever still sleeps."""
+        """Remove the hooks and end every thread, also those of paused passes."""
         for hook in self._hooks:
             hook.remove()
-        self._runs.clear()
+        for batch in self._passes:
+            batch.cancel()
+        for batch in self._passes:
+            batch.wait()
+        if any(batch.team < self._threads for batch in self._passes):
+            torch.set_num_threads(self._threads)  # for threads that start later
+        self._passes.clear()
 
 
-def _runner(block: nn.Module, call: BlockCall, batches: list[Tensor], index: int) -> Any:
-    def body() -> tuple[str, Tensor]:
-        hidden = batches[index]
-        batches[index] = hidden.new_empty(0)  # the block keeps what it needs of its input
-        return "end", call.run(block, hidden)
+class _Cancelled(BaseException):
+    """Unwinds the stack of a paused pass that is no longer needed."""
 
-    return body
+
+class _BatchForward(threading.Thread):
+    """The forward pass of one batch, in a thread that runs only while `advance` waits for it."""
+
+    def __init__(self, block: nn.Module, call: BlockCall, batches: list[Tensor], number: int, team: int) -> None:
+        super().__init__(name=f"bitmill-forward-{number}", daemon=True)
+        self.ended, self.team = False, team
+        self._block, self._call, self._batches, self._number = block, call, batches, number
+        self._continue: SimpleQueue[bool] = SimpleQueue()  # to the thread; False ends it
+        self._events: SimpleQueue[tuple[str | None, Any]] = SimpleQueue()  # from the thread
+        # PyTorch keeps these for each thread
+        self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        device = batches[number].device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def advance(self) -> tuple[str | None, Tensor]:
+        """Run up to the next lead linear: its path and input, or None and the output of the block at the end.
+
+        Raises what the block's forward raises, with its traceback.
+        """
+        assert not self.ended
+        if self.ident is None:
+            self.start()
+        else:
+            self._continue.put(True)
+        reached, value = self._events.get()
+        if not isinstance(value, BaseException):
+            return reached, value
+        try:
+            raise value
+        finally:
+            del value  # its traceback holds this frame, which would keep the block's tensors
+
+    def pause(self, lead: str, X: Tensor) -> None:
+        """Pass the input of a lead linear to the caller and wait for the next `advance`."""
+        self._report(lead, X)
+        del X
+        if not self._continue.get():
+            raise _Cancelled
+
+    def cancel(self) -> None:
+        """Let the thread end at its next pause."""
+        self._continue.put(False)
+
+    def wait(self) -> None:
+        """Return when the thread has ended."""
+        if self.ident is not None:
+            self.join()
+
+    def run(self) -> None:
+        """Run the block's forward; called in the thread."""
+        if self.team < torch.get_num_threads():
+            torch.set_num_threads(self.team)
+        try:
+            with (
+                torch.inference_mode(self._inference),
+                torch.set_grad_enabled(self._grad),
+                torch.cuda.stream(self._stream),
+            ):
+                output = self._forward()
+        except _Cancelled:
+            return
+        except BaseException as error:
+            self.ended = True
+            self._report(None, error)
+        else:
+            self.ended = True
+            self._report(None, output)
+
+    def _report(self, reached: str | None, value: Tensor | BaseException) -> None:
+        trim_malloc()  # memory that one thread has freed is kept for that thread, and there is one for each batch
+        self._events.put((reached, value))
+
+    def _forward(self) -> Tensor:
+        hidden = self._batches[self._number]
+        self._batches[self._number] = hidden.new_empty(0)  # the block keeps what it needs of its input
+        return self._call.run(self._block, hidden)
+
+
+def _pause_hook(lead: str) -> Any:
+    """Return a forward pre-hook that pauses the pass in whose thread it runs."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        thread = threading.current_thread()
+        if isinstance(thread, _BatchForward):
+            thread.pause(lead, args[0])
+
+    return hook
 
 
 @torch.no_grad()
