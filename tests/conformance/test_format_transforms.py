@@ -37,15 +37,14 @@ def test_matrix_and_outputs_unchanged(transform: FormatTransform, shape):
     X[:, shape[1] // 2 + 1 :: 7] = 0  # dead inputs
     stats = Statistics(gram_of(X), 400, cross=gram_of(X), fisher=torch.rand(shape))
 
-    def solve_inner(M, inner):
-        for original, turned in ((stats.gram, inner.gram), (stats.cross, inner.cross)):
-            expected, found = ((A @ G * A).sum() for A, G in ((W, original), (M, turned)))
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-        assert torch.equal(inner.gram, inner.gram.T)
-        assert inner.fisher.shape == M.shape == shape
-        return Quantized(Exact(8), M, {}, shape)
-
-    solved = transform.wrap(Exact(8)).solve(W, stats, solve_inner)
+    reduction = transform.wrap(Exact(8)).reduce(W, stats)
+    M, inner = reduction.W, reduction.stats
+    for original, turned in ((stats.gram, inner.gram), (stats.cross, inner.cross)):
+        expected, found = ((A @ G * A).sum() for A, G in ((W, original), (M, turned)))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(inner.gram, inner.gram.T)
+    assert inner.fisher.shape == M.shape == shape
+    solved = reduction.finish(Quantized(Exact(8), M, {}, shape))
     live = stats.gram.diagonal() > 0
     torch.testing.assert_close(solved.dequantize()[:, live], W[:, live], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(X @ solved.dequantize().T, X @ W.T, rtol=1e-4, atol=1e-4)

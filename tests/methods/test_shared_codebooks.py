@@ -16,10 +16,11 @@ from bitmill.formats.permuted import Permuted
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.shared import Shared
 from bitmill.formats.uniform import Uniform
+from bitmill.formats.wrapper import reduce_to_core
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Statistics
-from bitmill.solvers.base import inside, output_error, solve
+from bitmill.solvers.base import output_error, solve
 from bitmill.solvers.beam import BeamSearch
 from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
@@ -42,7 +43,7 @@ def layer(seed: int, columns: int = COLUMNS) -> tuple[Tensor, Statistics]:
 def learned(format: Format, layers: int = LAYERS, solver: BeamSearch = SOLVER, columns: int = COLUMNS) -> Params:
     learner = solver.learner(format.core, layers)
     for seed in range(layers):
-        learner.add_layer(*inside(*layer(seed, columns), format))
+        learner.add_layer(*reduce_to_core(*layer(seed, columns), format))
     return learner.learn()
 
 

@@ -1,7 +1,6 @@
 """Which numbers can be stored, and in which bits. One file per format."""
 
-from bitmill.formats.base import FORMATS, Format, Params
-from bitmill.formats.grouped import GroupFormat, ScalarFormat
+from bitmill.formats.base import FORMATS, Format, GroupFormat, Params, ScalarFormat
 from bitmill.formats.lookup import Lookup
 from bitmill.formats.wrapper import Wrapper
 

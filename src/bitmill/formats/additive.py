@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.grouped import GroupFormat, Rounder, as_stored
+from bitmill.formats.base import FORMATS, GroupFormat, Params, Part, Rounder
+from bitmill.formats.fitting import as_stored
 from bitmill.numerics import additive
 from bitmill.numerics.grouping import GroupSize
 

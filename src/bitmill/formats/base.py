@@ -1,37 +1,48 @@
-"""What a format is to storage and to the runtime: named tensors of known shapes that decode to a matrix.
+"""The contract of a format: named tensors of known shapes that decode to a matrix.
 
     codes    (rows, stored codes a row)   unsigned integers
     params   name -> fp32 working values, already rounded as stored
 
-Laws, tested for every registered format (tests/conformance/test_formats.py):
+`Format` is what storage and the runtime use. `GroupFormat` adds the operations that solvers use, on grouped
+tensors, so that solvers never deal with ragged edges or files:
+
+    x           (rows, groups, width)            the numbers to store
+    importance  (rows|1, groups, width)          weight of each squared error, 0 on padding
+    params      name -> (rows|1, groups|1, ...)  fp32 working values; size 1 means shared
+    codes       (rows, groups, width / block * codes_per_block)   unsigned integers below 2**code_bits
+
+A scalar format codes one column at a time from a small table. A vector format codes `block` columns jointly, in
+`codes_per_block` integers. Laws, tested for every registered format (tests/conformance/test_formats.py):
 
     unpack(pack(codes, params)) == (codes, params)
-    packed bytes * 8 == stored_bits(shape)         honest bits
+    packed bytes * 8 == stored_bits(shape)
+    decode(nearest(decode(codes))) == decode(codes)            quantizing twice changes nothing
+    nearest is the best code of brute force
+    refit never raises the weighted error
     repr and dict round-trip
-
-`grouped` adds the verbs that solvers use, `wrapper` formats around other formats.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bitmill.config.registry import Member, Registry
+from bitmill.errors import RecipeError
+from bitmill.formats.lookup import Lookup
+from bitmill.numerics.grouping import GroupSize, group_grid, group_width, grouped, ungrouped
 from bitmill.numerics.packing import pack, unpack, unpack_at, words_for
-
-if TYPE_CHECKING:
-    from bitmill.formats.grouped import GroupFormat
 
 Params = dict[str, Tensor]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype) of tensors on disk
+Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-_LONG = 1 << 12  # columns of a row whose ragged end counts for nothing
+_LONG_ROW = 1 << 12  # columns of a row whose ragged end is negligible
 
 FORMATS: Registry[type[Format]] = Registry("format", "bitmill.formats")
 
@@ -58,20 +69,25 @@ class Part:
         return self.stored_as if self.bits is None else torch.int32
 
     def pack(self, values: Tensor) -> Tensor:
-        """Working values as they are stored."""
+        """Return working values in their stored form."""
         if self.bits is None:
             return values.to(self.stored_as).contiguous()
         return pack(values.movedim(0, -1), self.bits).movedim(-1, 0).contiguous()
 
     def unpack(self, stored: Tensor) -> Tensor:
-        """Inverse of `pack`, fp32; arrays of integers keep their type."""
+        """Invert `pack`: fp32 values; arrays of integers without `bits` keep their type."""
         if self.bits is not None:
             stored = unpack(stored.movedim(0, -1), self.bits, self.shape[0]).movedim(-1, 0)
             return stored.to(torch.float32)
         return stored.to(torch.float32) if stored.is_floating_point() else stored
 
     def unpack_rows(self, stored: Tensor, rows: Tensor) -> Tensor:
-        """What `unpack` gives for some rows, int64 (n,), at their cost alone; all of it where rows share it."""
+        """Unpack some rows at the cost of those rows alone; a part that all rows share is unpacked whole.
+
+        Args:
+            stored: as returned by `pack`.
+            rows: int64 (n,).
+        """
         if self.shape[0] == 1:
             return self.unpack(stored)
         if self.bits is not None:
@@ -87,12 +103,12 @@ class Format(Member, ABC):
 
     @property
     def stackable(self) -> bool:
-        """Whether layers that read one input may be solved as one tall matrix."""
+        """True where layers that read one input may be solved as one tall matrix."""
         return True
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics that solving it uses besides the solver's own, see `solvers.base`."""
+        """Statistics that solving uses in addition to the solver's own, see `solvers.base`."""
         return frozenset()
 
     @property
@@ -103,7 +119,7 @@ class Format(Member, ABC):
     @property
     @abstractmethod
     def core(self) -> GroupFormat:
-        """What a solver works with: the format itself, or the one that wrappers wrap."""
+        """The format that a solver works with: this one, or the one inside all wrappers."""
 
     @property
     @abstractmethod
@@ -112,79 +128,301 @@ class Format(Member, ABC):
 
     @property
     def rate(self) -> float:
-        """Bits of the codes for one weight of a long row: what users mean by the bits of a format."""
-        return self.codes_in(_LONG) * self.code_bits / _LONG
+        """Bits of the codes for one weight of a long row, the nominal bits of a format."""
+        return self.codes_in(_LONG_ROW) * self.code_bits / _LONG_ROW
 
     @abstractmethod
     def codes_in(self, columns: int) -> int:
-        """Codes that store a row of `columns` weights."""
+        """Return the number of codes that store a row of `columns` weights."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """The stored parameter arrays of a matrix of `shape` (rows, columns), codes not included."""
+        """Return the stored parameter arrays of a matrix of `shape` (rows, columns), codes not included."""
 
     @abstractmethod
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """The stored matrix, fp32 of `shape`."""
+        """Decode a matrix.
+
+        Args:
+            codes: (rows, codes_in(columns)).
+            params: fp32 working values by name.
+            shape: (rows, columns).
+
+        Returns:
+            The stored matrix, fp32 of `shape`.
+        """
+
+    # -- tensors on disk ----------------------------------------------------------------------------------
 
     def layout(self, shape: tuple[int, int]) -> Layout:
-        """Every tensor that decoding takes."""
+        """Return name, shape and dtype of every tensor that decoding needs."""
         tensors = {p.name: (p.packed_shape, p.dtype) for p in self.parts(shape)}
         return {"codes": ((shape[0], words_for(self.codes_in(shape[1]), self.code_bits)), torch.int32), **tensors}
 
     def own_layout(self, shape: tuple[int, int]) -> Layout:
-        """Those that a layer does not share."""
+        """Return the layout of the tensors that a layer does not share."""
         return {name: entry for name, entry in self.layout(shape).items() if name not in self.shared}
 
     def shared_layout(self) -> Layout:
-        """Those that it shares, whose size no matrix has a say in."""
+        """Return the layout of the tensors that layers share, whose sizes depend on no matrix."""
         return {name: entry for name, entry in self.layout((1, 1)).items() if name in self.shared}
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
-        """Bits on disk of a single matrix of `shape`, everything included."""
+        """Return the bits on disk of a single matrix of `shape`, everything included."""
         return _bits(self.layout(shape))
 
     def own_bits(self, shape: tuple[int, int]) -> int:
-        """Bits on disk of a layer that shares what it can."""
+        """Return the bits on disk of a layer without the parts that it shares."""
         return _bits(self.own_layout(shape))
 
     def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """codes and params as the tensors that `layout` names."""
+        """Return codes and params as the tensors that `layout` names; arguments as of `dequantize`."""
         return {
             "codes": pack(codes, self.code_bits),
             **{part.name: part.pack(params[part.name]) for part in self.parts(shape)},
         }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Params]:
-        """Inverse of `pack`: codes and fp32 params."""
+        """Invert `pack`: return codes and fp32 params."""
         return self.unpack_codes(tensors["codes"], shape[1]), self.unpack_params(tensors, shape)
 
     def unpack_codes(self, stored: Tensor, columns: int) -> Tensor:
-        """The codes of some rows alone, uint8 up to 8 bits, int32 above."""
+        """Unpack the codes of some rows.
+
+        Args:
+            stored: int32 (rows, words).
+            columns: weights in a row.
+
+        Returns:
+            (rows, codes_in(columns)), uint8 up to 8 bits, int32 above.
+        """
         return unpack(stored, self.code_bits, self.codes_in(columns))
 
     def unpack_params(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Params:
-        """The params alone, fp32."""
+        """Return the params without the codes, fp32."""
         return {part.name: part.unpack(tensors[part.name]) for part in self.parts(shape)}
 
     def pack_shared(self, params: Params) -> dict[str, Tensor]:
-        """The shared parts as the tensors that `shared_layout` names."""
+        """Return the shared parts as the tensors that `shared_layout` names."""
         return {part.name: part.pack(params[part.name]) for part in self.parts((1, 1)) if part.name in self.shared}
 
     def unpack_shared(self, tensors: dict[str, Tensor]) -> Params:
-        """Inverse of `pack_shared`."""
+        """Invert `pack_shared`."""
         parts = (part for part in self.parts((1, 1)) if part.name in self.shared)
         return {part.name: part.unpack(tensors[part.name]) for part in parts}
 
 
 def total_stored_bits(layers: Iterable[tuple[Format, tuple[int, int], Hashable]]) -> int:
-    """Bits on disk of layers, everything included: format, shape, and by what the sharing know each other."""
+    """Return the bits on disk of several layers, with shared parts counted once.
+
+    Args:
+        layers: format, shape (rows, columns), and a key that is equal for layers that share parts.
+    """
     total, shared = 0, dict[Hashable, int]()
-    for format, shape, place in layers:
+    for format, shape, key in layers:
         total += format.own_bits(shape)
-        shared[place] = _bits(format.shared_layout()) if format.shared else 0
+        shared[key] = _bits(format.shared_layout()) if format.shared else 0
     return total + sum(shared.values())
 
 
 def _bits(layout: Layout) -> int:
     return sum(torch.Size(size).numel() * dtype.itemsize * 8 for size, dtype in layout.values())
+
+
+@dataclass(frozen=True)
+class GroupFormat(Format):
+    """Base of the formats that solvers work with: numbers in groups of input columns that share parameters."""
+
+    bits: int
+    group_size: GroupSize = 64
+
+    block: ClassVar[int] = 1  # columns coded jointly
+    max_bits: ClassVar[int] = 8
+    groups_independent: ClassVar[bool] = True  # one group can be fitted without the rest of its row
+    shareable: ClassVar[frozenset[str]] = frozenset()  # parts of one size for all matrices, which layers may share
+    learned_codebooks: ClassVar[bool] = False  # a block is `scale` times a sum of vectors from `codebooks`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.bits <= self.max_bits:
+            raise RecipeError(
+                f"{self.name} stores 1 to {self.max_bits} bits, not {self.bits!r}; choose bits in that range."
+            )
+        size = self.group_size
+        if isinstance(size, int) and (size < 1 or size % self.block):
+            multiple = f" that is a multiple of {self.block}" if self.block > 1 else ""
+            raise RecipeError(
+                f"group_size is {size!r}; use a positive number of input columns{multiple}, 'row' or 'tensor'."
+            )
+
+    @property
+    def core(self) -> GroupFormat:
+        """This format."""
+        return self
+
+    @property
+    def stackable(self) -> bool:
+        """True unless the whole tensor is one group: rows do not depend on each other."""
+        return self.group_size != "tensor"
+
+    # -- meaning ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
+        """Fit parameters to x.
+
+        Args:
+            x: (rows, groups, width).
+            importance: (rows|1, groups, width).
+            search: return the best parameters found by search instead of the closed-form start.
+        """
+
+    @abstractmethod
+    def nearest(self, x: Tensor, params: Params) -> Tensor:
+        """Return the codes (uint8; int32 above 8 bits) of the storable numbers closest to x."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """Return the stored numbers, fp32 (rows, groups, width)."""
+
+    @abstractmethod
+    def rounder(self, params: Params) -> Rounder:
+        """Return a function that quickly rounds one column, or block of columns, of a single group.
+
+        Scalar formats: w (rows,) -> codes (rows,), values (rows,).
+        Vector formats: w (rows, block) -> codes (rows, codes_per_block), values (rows, block).
+
+        Args:
+            params: of that group, (rows|1, 1, ...).
+        """
+
+    def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
+        """Fit parameters to groups x (rows, groups, width); parts that groups share stay as in `params`."""
+        return self.fit(x, importance)
+
+    def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
+        """Return parameters of least weighted error for fixed codes; `params` where the format has no better."""
+        return params
+
+    @property
+    def can_shift(self) -> bool:
+        """True where the levels of a group can be moved together, see `shift`."""
+        return False
+
+    def shift(self, params: Params, by: Tensor) -> Params:
+        """Return parameters whose levels are higher by `by` (rows, groups), as nearly as can be stored."""
+        raise NotImplementedError
+
+    # -- storage ------------------------------------------------------------------------------------------
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of one code; a column has one, of `bits` bits, unless a vector format overrides it."""
+        return self.bits
+
+    @property
+    def codes_per_block(self) -> int:
+        """Codes that store one block of columns."""
+        return 1
+
+    def codes_in(self, columns: int) -> int:
+        """Return the codes of a row: `codes_per_block` for every whole or ragged block."""
+        return -(-columns // self.block) * self.codes_per_block
+
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, groups) of the parameters of a matrix of `shape`."""
+        return group_grid(shape, self.group_size, self.block)
+
+    def width(self, shape: tuple[int, int]) -> int:
+        """Return the columns of one group of a matrix of `shape`."""
+        return group_width(shape, self.group_size, self.block)
+
+    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """Return the stored matrix, fp32 of `shape`."""
+        size = self.group_size
+        if isinstance(size, int):
+            size = min(size, self.width(shape)) // self.block * self.codes_per_block
+        return ungrouped(self.decode(grouped(codes, size), params), shape)
+
+    def dequantize_rows(self, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
+        """Decode some rows of a packed matrix at the cost of those rows alone.
+
+        Args:
+            tensors: as returned by `pack`.
+            shape: (rows, columns) of the whole matrix.
+            rows: int64 (n,).
+
+        Returns:
+            fp32 (n, columns).
+        """
+        return self.rows_of(self.unpack_codes(tensors["codes"][rows], shape[1]), tensors, shape, rows)
+
+    def rows_of(self, codes: Tensor, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
+        """Decode some rows, as `dequantize_rows`, from their unpacked codes and the packed parameters."""
+        if not rows.numel():
+            return torch.empty(0, shape[1], device=rows.device)
+        params = {part.name: part.unpack_rows(tensors[part.name], rows) for part in self.parts(shape)}
+        return self.dequantize(codes, params, (rows.shape[0], shape[1]))
+
+
+class ScalarFormat(GroupFormat):
+    """A format whose every code is an entry of a small table: `levels(params)[code]`.
+
+    One lookup kernel therefore runs all of them.
+    """
+
+    @abstractmethod
+    def levels(self, params: Params) -> Tensor:
+        """Return the table (rows|1, groups|1, 2**bits) fp32; entry c is the value of code c."""
+
+    def lookup(self, params: Params) -> Lookup:
+        """Return the levels as tables and factors; formats with fewer tables than groups override it."""
+        levels = self.levels(params)
+        which = torch.arange(levels.shape[0] * levels.shape[1], device=levels.device).view(levels.shape[:2])
+        one = torch.ones(1, 1, device=levels.device)
+        return Lookup(levels.flatten(0, 1), one, 0 * one, which)
+
+    def nearest(self, x: Tensor, params: Params) -> Tensor:
+        """Count how many midpoints of the sorted table are below x, then translate rank to code."""
+        table, order = self.levels(params).sort(-1)
+        middles = (table[..., 1:] + table[..., :-1]) / 2
+        rank = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+        for k in range(middles.shape[-1]):
+            rank += x > middles[..., k : k + 1]
+        shape = (*x.shape[:-1], order.shape[-1])
+        return order.expand(shape).gather(-1, rank).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """Look every code up in its group's table."""
+        table = self.levels(params)
+        return table.expand(*codes.shape[:-1], table.shape[-1]).gather(-1, codes.long())
+
+    def rounder(self, params: Params) -> Rounder:
+        """Sort the table once; then a column costs one binary search and two lookups."""
+        table, order = self.levels(params)[:, 0].sort(-1)
+        middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
+
+        def column(w: Tensor) -> tuple[Tensor, Tensor]:
+            rank = torch.searchsorted(middles.expand(w.shape[0], -1).contiguous(), w[:, None].contiguous())
+            rows = w.shape[0]
+            codes = order.expand(rows, -1).gather(1, rank)[:, 0].to(torch.uint8)
+            return codes, table.expand(rows, -1).gather(1, rank)[:, 0]
+
+        return column
+
+
+class RangeFormat(ScalarFormat):
+    """A format of evenly spaced levels, scale * (code - zero), whose parameters follow from a range of numbers.
+
+    With `symmetric` the zero is the middle code 2**(bits-1) and is not stored.
+    """
+
+    symmetric: bool
+
+    @abstractmethod
+    def from_range(self, low: Tensor, high: Tensor) -> Params:
+        """Return the parameters that cover a range: "scale", never 0, and "zero" unless symmetric.
+
+        Args:
+            low, high: (rows, groups) each, low <= 0 <= high.
+        """

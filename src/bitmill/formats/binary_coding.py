@@ -20,8 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.grouped import ScalarFormat, alternate, as_stored
+from bitmill.formats.base import FORMATS, Params, Part, ScalarFormat
+from bitmill.formats.fitting import alternate, as_stored
 
 _ROUNDS = 15
 

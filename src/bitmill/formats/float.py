@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.grouped import as_stored, positive
+from bitmill.formats.fitting import as_stored, positive
 from bitmill.formats.scaled import Scaled
 from bitmill.numerics.minifloat import ELEMENTS, ElementName, ElementTable
 from bitmill.numerics.table import Table

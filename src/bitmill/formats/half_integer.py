@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.grouped import Rounder, ScalarFormat, as_stored, least_error
+from bitmill.formats.base import FORMATS, Params, Part, Rounder, ScalarFormat
+from bitmill.formats.fitting import as_stored, divide_or_zero, least_error, refit_scale, weighted_rms
 from bitmill.formats.lookup import Lookup
-from bitmill.formats.scale import over, refit_scale, weighted_rms
 from bitmill.numerics.grouping import GroupSize
 
 _REACH = 2.4  # of the outermost levels, in RMS
@@ -83,7 +82,7 @@ class HalfInteger(ScalarFormat):
         return ((1 << self.bits) - 1) / 2
 
     def _round(self, x: Tensor, scale: Tensor) -> Tensor:
-        return over(x, scale).add_(self._centre).round_().clamp_(0, 2 * self._centre)
+        return divide_or_zero(x, scale).add_(self._centre).round_().clamp_(0, 2 * self._centre)
 
     def _snap(self, x: Tensor, params: Params) -> Tensor:
         scale = params["scale"][..., None]

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.grouped import ScalarFormat, as_stored
+from bitmill.formats.base import FORMATS, Params, Part, ScalarFormat
+from bitmill.formats.fitting import as_stored
 from bitmill.formats.lookup import Lookup
 from bitmill.numerics.codings import KEEP, bin_moments, levels_of, snap_table
 

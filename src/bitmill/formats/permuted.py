@@ -16,17 +16,15 @@ log2(columns)/rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.wrapper import InnerSolve, Wrapper
+from bitmill.formats.quantized import Quantized
+from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.cholesky import inverse_factor
-
-if TYPE_CHECKING:
-    from bitmill.formats.quantized import Quantized
+from bitmill.numerics.statistics import Statistics
 
 _DAMP = 0.05
 
@@ -48,13 +46,16 @@ class Permuted(Wrapper):
             return (Part("order", (shape[1],), stored_as=torch.int32),)
         return (Part("order", (shape[1],), bits),)
 
-    def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
-        """Solve the matrix and its statistics in the order chosen."""
+    def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
+        """Permute the columns of the matrix, of which `inner` stores the result."""
         order = deal_columns(_cost(W, stats.required_gram(self.name)), self.core.block)
-        solved = solve_inner(W[:, order], stats.permute(order))
-        part = self.own_parts(solved.shape)[0]
-        own = {"order": order.to(torch.float32 if part.bits else torch.int32)}
-        return replace(solved, format=self, params={**solved.params, **own})
+
+        def finish(solved: Quantized) -> Quantized:
+            part = self.own_parts(solved.shape)[0]
+            own = {"order": order.to(torch.float32 if part.bits else torch.int32)}
+            return replace(solved, format=self, params={**solved.params, **own})
+
+        return Reduction(W[:, order], stats.permute(order), finish)
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
         """The stored matrix with its columns back in place, fp32 of `shape`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmill.formats import Format, GroupFormat, Params
+from bitmill.formats.base import Format, GroupFormat, Params
 from bitmill.numerics.grouping import grouped, grouped_importance
 
 SHARED = "shared_parts"  # the module of a quantized model that holds what layers share

@@ -18,18 +18,17 @@ Source: QuIP (Chee et al. 2023, arXiv 2307.13304), section 4; QuIP# (arXiv 2402.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.grouped import as_stored
-from bitmill.formats.wrapper import InnerSolve, Wrapper
+from bitmill.formats.fitting import as_stored
+from bitmill.formats.quantized import Quantized
+from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.rotations import Rotation, rotation
-
-if TYPE_CHECKING:
-    from bitmill.formats.quantized import Quantized
+from bitmill.numerics.statistics import Statistics
 
 _RANGE = 64.0  # s is kept within this factor of 1: the other side of the balance grows by what one side loses
 
@@ -66,8 +65,8 @@ class Rotated(Wrapper):
         """U; None where outputs stay as they are."""
         return None if self.sides == "in" else rotation(self.kind, rows, 2 * self.seed + 1, device)
 
-    def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
-        """Solve U W diag(s) V^T against V diag(1/s) G diag(1/s) V^T."""
+    def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
+        """Reduce to U W diag(s) V^T with the Gram matrix V diag(1/s) G diag(1/s) V^T."""
         V, U = self.on_inputs(W.shape[1], W.device), self.on_outputs(W.shape[0], W.device)
         if stats.gram is not None:
             W = torch.where(stats.gram.diagonal() > 0, W, 0.0)  # no input, no weight: it would only fill the basis
@@ -78,8 +77,11 @@ class Rotated(Wrapper):
         rotated = V.forward(W)
         if U is not None:
             rotated = U.forward(rotated.T).T.contiguous()
-        solved = solve_inner(rotated, stats.rotate(V, s))
-        return replace(solved, format=self, params={**solved.params, **own})
+
+        def finish(solved: Quantized) -> Quantized:
+            return replace(solved, format=self, params={**solved.params, **own})
+
+        return Reduction(rotated, stats.rotate(V, s), finish)
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
         """The stored matrix in the basis of the layer, fp32 of `shape`."""

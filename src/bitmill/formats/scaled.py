@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import Params
-from bitmill.formats.grouped import Rounder, ScalarFormat, least_error, weighted_error
+from bitmill.formats.base import Params, Rounder, ScalarFormat
+from bitmill.formats.fitting import least_error, weighted_error
 from bitmill.formats.lookup import Lookup
 from bitmill.numerics.table import Table
 

@@ -11,16 +11,13 @@ parts of the inner format; a matrix alone is a kind of one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.wrapper import InnerSolve, Wrapper
-
-if TYPE_CHECKING:
-    from bitmill.formats.quantized import Quantized
+from bitmill.formats.wrapper import Reduction, Wrapper
+from bitmill.numerics.statistics import Statistics
 
 
 @FORMATS.register("shared")
@@ -42,9 +39,9 @@ class Shared(Wrapper):
         """None: it only says where the inner format's are."""
         return ()
 
-    def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
-        """As the inner format; the solver takes what is shared from `stats.shared`."""
-        return replace(solve_inner(W, stats), format=self)
+    def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
+        """Return the problem unchanged; the solver takes the shared parts from `stats.shared`."""
+        return Reduction(W, stats, lambda solved: replace(solved, format=self))
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
         """The inner matrix."""

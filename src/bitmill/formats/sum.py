@@ -22,18 +22,16 @@ the spread of the weights, tuned until the share is right; here they are counted
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.grouped import as_stored
-from bitmill.formats.wrapper import InnerSolve, Wrapper
+from bitmill.formats.fitting import as_stored
+from bitmill.formats.quantized import Quantized
+from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.sparse import best_values, index_type, largest, places, to_index
-
-if TYPE_CHECKING:
-    from bitmill.formats.quantized import Quantized
+from bitmill.numerics.statistics import Statistics
 
 _DAMP = 0.01  # of the refit: a row has few entries, and the Gram matrix many tokens
 
@@ -70,10 +68,14 @@ class Sum(Wrapper):
             Part("sparse_counts", (shape[0],), stored_as=index),
         )
 
-    def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
-        """Choose the entries, solve the rest, then fit the entries to what it leaves."""
+    def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
+        """Choose the entries and set them to zero in the dense matrix; fit them to its error afterwards."""
         mask = self._choose(W, stats)
-        dense = solve_inner(W.masked_fill(mask, 0), stats.exclude(mask))
+        dense = W.masked_fill(mask, 0)
+        return Reduction(dense, stats.exclude(mask), lambda solved: self._add_entries(W, stats, mask, solved))
+
+    def _add_entries(self, W: Tensor, stats: Statistics, mask: Tensor, dense: Quantized) -> Quantized:
+        """Fit the masked entries to the error that the dense matrix leaves."""
         error = W - dense.dequantize()
         values = error[mask] if stats.gram is None else best_values(error, stats.gram, mask, _DAMP)
         columns = W.shape[1]
@@ -91,7 +93,7 @@ class Sum(Wrapper):
         W[rows, columns] += params["sparse_values"]
         return W
 
-    def _choose(self, W: Tensor, stats: Any) -> Tensor:
+    def _choose(self, W: Tensor, stats: Statistics) -> Tensor:
         """The most sensitive entries, by what is known of the loss, then the largest of the others."""
         sensitive, outliers = self.entries((W.shape[0], W.shape[1]))
         size = W.abs()

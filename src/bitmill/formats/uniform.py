@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part
-from bitmill.formats.grouped import Rounder, ScalarFormat, as_stored, least_error, positive, weighted_error
+from bitmill.formats.base import FORMATS, Params, Part, RangeFormat, Rounder
+from bitmill.formats.fitting import as_stored, least_error, positive, refit_scale, weighted_error
 from bitmill.formats.lookup import Lookup
-from bitmill.formats.scale import refit_scale
 
 # Shares of the full range that the search tries, widest first.
 _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()
@@ -33,7 +32,7 @@ _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()
 
 @FORMATS.register("uniform")
 @dataclass(frozen=True)
-class Uniform(ScalarFormat):
+class Uniform(RangeFormat):
     """Evenly spaced levels: `bits` 1 to 8, one scale (and zero) per tensor, row or group.
 
     Symmetric codes have one more negative level than positive ones; with 1 bit they hold no positive number.

@@ -14,9 +14,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bitmill.formats.base import Params, Part
-from bitmill.formats.grouped import GroupFormat, Rounder, as_stored, least_error
-from bitmill.formats.scale import over, refit_scale, weighted_rms
+from bitmill.formats.base import GroupFormat, Params, Part, Rounder
+from bitmill.formats.fitting import as_stored, divide_or_zero, least_error, refit_scale, weighted_rms
 from bitmill.numerics.grouping import GroupSize
 
 # Scales that the search tries besides the one from the RMS, as shares of it.
@@ -58,7 +57,7 @@ class VectorFormat(GroupFormat):
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """Codes of the closest vectors."""
-        unit = over(x, params["scale"][..., None])
+        unit = divide_or_zero(x, params["scale"][..., None])
         return self.encode(unit.reshape(-1, self.block)).reshape(*x.shape[:-1], -1)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -71,7 +70,7 @@ class VectorFormat(GroupFormat):
         scale = params["scale"][:, 0, None]
 
         def block(w: Tensor) -> tuple[Tensor, Tensor]:
-            codes = self.encode(over(w, scale))
+            codes = self.encode(divide_or_zero(w, scale))
             return codes, self.points(codes) * scale
 
         return block

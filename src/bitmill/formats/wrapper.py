@@ -1,7 +1,7 @@
-"""Formats around another format: the matrix is stored as the inner one's codes, plus parts of the wrapper.
+"""Formats around another format: the matrix is stored as the inner format's codes, plus parts of the wrapper.
 
-A wrapper says how a matrix is solved when somebody knows how to solve the inner format (`solve`), and how the
-whole decodes. Solvers never see one: `bitmill.solvers.solve` peels wrappers off, outermost first.
+A wrapper states how it reduces the problem of quantizing a matrix to that of its inner format (`reduce`), and how
+the whole decodes. Solvers never see one: `bitmill.solvers.base.solve` removes wrappers, outermost first.
 """
 
 from __future__ import annotations
@@ -9,18 +9,26 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bitmill.formats.base import Format, Params, Part
-from bitmill.formats.grouped import GroupFormat
+from bitmill.formats.base import Format, GroupFormat, Params, Part
+from bitmill.formats.quantized import Quantized
+from bitmill.numerics.statistics import Statistics
 
-if TYPE_CHECKING:
-    from bitmill.formats.quantized import Quantized
 
-# (W (rows, columns), statistics) -> Quantized in the inner format
-InnerSolve = Callable[[Tensor, Any], "Quantized"]
+@dataclass(frozen=True)
+class Reduction:
+    """The problem of a wrapper's inner format.
+
+    W       the matrix to be solved in the inner format, fp32 (rows, columns)
+    stats   its statistics
+    finish  maps the solution, a `Quantized` of the inner format, to that of the wrapper
+    """
+
+    W: Tensor
+    stats: Statistics
+    finish: Callable[[Quantized], Quantized]
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Wrapper(Format):
 
     @property
     def stackable(self) -> bool:
-        """Wrappers act on a layer's own matrix, unless they say otherwise."""
+        """False unless a wrapper overrides it: wrappers act on a layer's own matrix."""
         return False
 
     @property
@@ -60,25 +68,40 @@ class Wrapper(Format):
         return self.inner.code_bits
 
     def codes_in(self, columns: int) -> int:
-        """The inner format's."""
+        """Return the inner format's."""
         return self.inner.codes_in(columns)
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """The inner format's, and the wrapper's own."""
+        """Return the inner format's parts and the wrapper's own."""
         return (*self.inner.parts(shape), *self.own_parts(shape))
 
     @abstractmethod
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """What the wrapper stores besides."""
+        """Return the parts that the wrapper adds to those of the inner format."""
 
     @abstractmethod
-    def solve(self, W: Tensor, stats: Any, solve_inner: InnerSolve) -> Quantized:
-        """Quantize W (rows, columns) with what `solve_inner` makes of the matrix it is handed.
+    def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
+        """Reduce the quantization of a matrix to that of the inner format.
 
-        stats: `solvers.Statistics` of the layer's inputs.
+        Args:
+            W: fp32 (rows, columns).
+            stats: statistics of the layer.
         """
 
     def inner_params(self, params: Params, shape: tuple[int, int]) -> Params:
-        """Those of the params that belong to the inner format."""
+        """Return those of the params that belong to the inner format."""
         own = {part.name for part in self.own_parts(shape)}
         return {name: value for name, value in params.items() if name not in own}
+
+
+def reduce_to_core(W: Tensor, stats: Statistics, format: Format) -> tuple[Tensor, Statistics]:
+    """Return the matrix and statistics that a solver receives of W once all wrappers of `format` have reduced it.
+
+    Args:
+        W: fp32 (rows, columns).
+        stats: statistics of the layer.
+    """
+    while isinstance(format, Wrapper):
+        reduction = format.reduce(W, stats)
+        W, stats, format = reduction.W, reduction.stats, format.inner
+    return W, stats

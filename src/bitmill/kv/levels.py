@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from bitmill.formats.grouped import as_stored, positive
+from bitmill.formats.fitting import as_stored, positive
 from bitmill.kv.scheme import TensorScheme
 
 _ROUNDS = 2000

@@ -14,11 +14,11 @@ from bitmill.calibration.staged_forward import find_stages
 from bitmill.calibration.streams import Streams
 from bitmill.formats import Params
 from bitmill.formats.quantized import shared_module_path
+from bitmill.formats.wrapper import reduce_to_core
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import Job, Sink
 from bitmill.progress import Progress
 from bitmill.solvers import Learner, Statistics
-from bitmill.solvers.base import inside
 
 _OBSERVED = {"gram", "cross", "activations"}  # of what calibration may collect, what a float pass can see
 
@@ -90,5 +90,5 @@ def _show(job: Job, index: int, streams: Streams | None, learners: dict[str, Lea
             name = f"{streamed.block_name(index)}.{kind}"
             if job.quantizes(name):
                 W, format = streamed.matrix(f"{name}.weight"), job.scheme(name).format
-                learners[kind].add_layer(*inside(W, stats, format))
+                learners[kind].add_layer(*reduce_to_core(W, stats, format))
     streamed.free_block(index)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat
-from bitmill.formats.grouped import alternate
+from bitmill.formats.fitting import alternate
 from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.numerics.grouping import grouped, grouped_importance
 from bitmill.numerics.statistics import WEIGHTED, Statistics

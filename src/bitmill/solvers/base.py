@@ -76,33 +76,10 @@ def solve(solver: Solver, W: Tensor, stats: Statistics, format: Format) -> Quant
 
 def _solve(solver: Solver, W: Tensor, stats: Statistics, format: Format) -> Quantized:
     if isinstance(format, Wrapper):
-        inner = format.inner
-        return format.solve(W, stats, lambda W, stats: _solve(solver, W, stats, inner))
+        reduction = format.reduce(W, stats)
+        return reduction.finish(_solve(solver, reduction.W, reduction.stats, format.inner))
     assert isinstance(format, GroupFormat)
     return solver.solve(W, stats, format)
-
-
-def inside(W: Tensor, stats: Statistics, format: Format) -> tuple[Tensor, Statistics]:
-    """What a solver would be handed of W once the wrappers of `format` have done their part."""
-    if not isinstance(format, Wrapper):
-        return W, stats
-
-    def take(W: Tensor, stats: Statistics) -> Quantized:
-        raise _Handed(W, stats)
-
-    try:
-        format.solve(W, stats, take)
-    except _Handed as handed:
-        return inside(handed.W, handed.stats, format.inner)
-    raise AssertionError(f"{format.name} solved a matrix without its inner format")
-
-
-class _Handed(Exception):
-    """Stops a wrapper where it hands its matrix over: nobody wants it solved."""
-
-    def __init__(self, W: Tensor, stats: Statistics) -> None:
-        super().__init__()
-        self.W, self.stats = W, stats
 
 
 def solve_stacked(

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat, Params
-from bitmill.formats.grouped import Rounder, as_stored
+from bitmill.formats.base import Rounder
+from bitmill.formats.fitting import as_stored
 from bitmill.formats.quantized import Quantized, fit_matrix, fit_with_shared
 from bitmill.numerics import additive
 from bitmill.numerics.cholesky import inverse_factor

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import GroupFormat, Params
-from bitmill.formats.grouped import Rounder, group_params
+from bitmill.formats.base import Rounder
+from bitmill.formats.fitting import group_params
 from bitmill.numerics.cholesky import inverse_factor
 from bitmill.solvers.feedback import StaticGrids, block_codes, round_block, run_error_feedback
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import GroupFormat, Params
-from bitmill.formats.grouped import Rounder, group_params
+from bitmill.formats.base import Rounder
+from bitmill.formats.fitting import group_params
 from bitmill.formats.quantized import fit_matrix
 
 # Columns updated one by one before the rest of the matrix receives their sum in one product. Small enough

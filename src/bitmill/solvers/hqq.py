@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import GroupFormat, Params
-from bitmill.formats.grouped import in_slices
+from bitmill.formats.fitting import in_slices
 from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.numerics.grouping import grouped, grouped_importance
 from bitmill.numerics.statistics import NOTHING, Statistics

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import GroupFormat, Params
-from bitmill.formats.grouped import as_stored
+from bitmill.formats.fitting import as_stored
 from bitmill.formats.quantized import fit_with_shared
 from bitmill.numerics import additive
 from bitmill.numerics.cholesky import inverse_factor

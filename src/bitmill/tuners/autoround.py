@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import Format
-from bitmill.formats.base import Params
+from bitmill.formats.base import Format, Params, RangeFormat
 from bitmill.formats.quantized import Quantized
-from bitmill.formats.uniform import Uniform
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.solvers import Solver
 from bitmill.solvers.nearest import Nearest
@@ -59,7 +57,7 @@ class AutoRound(Tuner):
 
     def unsupported_reason(self, format: Format) -> str | None:
         """Uniform grids alone: a neighbouring level must be one step away."""
-        if isinstance(format, Uniform):
+        if isinstance(format, RangeFormat):
             return None
         return f"autoround learns the rounding of uniform grids and the weight format is {format.name!r}."
 
@@ -72,7 +70,7 @@ class AutoRound(Tuner):
     def before(self, task: BlockTask) -> None:
         """Learn, and settle every linear that nobody has settled."""
         format = task.format
-        assert isinstance(format, Uniform)
+        assert isinstance(format, RangeFormat)
         roundings = {
             name: _Rounding(format, task.matrix(name), self.search)
             for name in task.names
@@ -111,7 +109,7 @@ class AutoRound(Tuner):
 class _Rounding:
     """One matrix while its rounding is learned; everything in groups (rows, groups, width)."""
 
-    def __init__(self, format: Uniform, W: Tensor, search: bool) -> None:
+    def __init__(self, format: RangeFormat, W: Tensor, search: bool) -> None:
         self.format, self.shape = format, (W.shape[0], W.shape[1])
         self.top = (1 << format.bits) - 1
         self.W = grouped(W, format.group_size)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats import Format
+from bitmill.formats.base import Format, RangeFormat
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
-from bitmill.formats.uniform import Uniform
+from bitmill.formats.straight_through import round_in_range
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.solvers import Solver
 from bitmill.solvers.clip import Clip
@@ -78,7 +78,7 @@ class OmniQuant(Tuner):
 
     def unsupported_reason(self, format: Format) -> str | None:
         """Uniform grids: their parameters are a range."""
-        if isinstance(format, Uniform):
+        if isinstance(format, RangeFormat):
             return None
         return f"omniquant learns ranges of the uniform format, and {format.name} has none."
 
@@ -126,7 +126,7 @@ class _Learned:
     """What is learned in a block, and what the block's parameters become by it."""
 
     def __init__(self, task: BlockTask, options: OmniQuant) -> None:
-        assert isinstance(task.format, Uniform)
+        assert isinstance(task.format, RangeFormat)
         self.task, self.format = task, task.format
         self.parameters = {name: p.detach() for name, p in task.block.named_parameters()}
         # name of a linear -> gamma and beta, (rows, groups) each
@@ -185,7 +185,7 @@ class _Learned:
         for name in self.task.names:
             W = self._matrix(name, tensors)
             low, high = self._range(name, W)
-            x = _StraightThrough.apply(grouped(W, self.format.group_size), low, high, self.format)
+            x = round_in_range(grouped(W, self.format.group_size), low, high, self.format)
             tensors[f"{name}.weight"] = self._place(ungrouped(x, (W.shape[0], W.shape[1])))
         return tensors
 
@@ -241,35 +241,3 @@ class _Learned:
             return low, high
         gamma, beta = self.ranges[name]
         return low * beta.sigmoid(), high * gamma.sigmoid()
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Clamp x (rows, groups, width) to [low, high] (rows, groups), and round it on the grid of that range.
-
-    Rounding passes gradients as if it were the identity, so that with steps = W^ / scale
-    dW^/dx = 1 inside the range, dW^/dlow = 1 below it, dW^/dhigh = 1 above it, and everywhere
-    dW^/dscale = steps - clamp(x) / scale.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, format: Uniform) -> Tensor:
-        inside = x.clamp(low[..., None], high[..., None])
-        params = format.fit(inside, x.new_ones(1, 1, 1), search=False)
-        y = format.decode(format.nearest(inside, params), params)
-        side = (x > inside).to(torch.int8) - (x < inside).to(torch.int8)
-        ctx.save_for_backward((y - inside) / params["scale"][..., None], side, low, high)
-        ctx.format = format
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
-        residual, side, low, high = ctx.saved_tensors
-        of_scale = (grad * residual).sum(-1) / ((1 << ctx.format.bits) - 1)
-        if ctx.format.symmetric:  # scale is 2 max(high, -low) / (2^b - 1)
-            up = high >= -low
-            of_low, of_high = torch.where(up, 0, -2 * of_scale), torch.where(up, 2 * of_scale, 0)
-        else:
-            of_low, of_high = -of_scale, of_scale
-        of_low = of_low + (grad * (side < 0)).sum(-1)
-        of_high = of_high + (grad * (side > 0)).sum(-1)
-        return grad * (side == 0) if ctx.needs_input_grad[0] else None, of_low, of_high, None

@@ -44,7 +44,8 @@ def random_codes(format: Additive, shape: tuple[int, int]) -> Quantized:
 
 def wrapped(format: Wrapper, shape: tuple[int, int]) -> Quantized:
     """Rounded to nearest, without statistics."""
-    return format.solve(weights(*shape), Statistics(), lambda W, stats: rounded_to(format.inner, W))
+    reduction = format.reduce(weights(*shape), Statistics())
+    return reduction.finish(rounded_to(format.inner, reduction.W))
 
 
 def off(y: torch.Tensor, expected: torch.Tensor) -> float:

@@ -88,7 +88,8 @@ def test_layers(format, tokens, prepared, way, monkeypatch):
 )
 @torch.no_grad()
 def test_wrappers(format, prepared, way):
-    matrix = format.solve(weights(*SHAPE), Statistics(), lambda W, stats: rounded_to(format.inner, W))
+    reduction = format.reduce(weights(*SHAPE), Statistics())
+    matrix = reduction.finish(rounded_to(format.inner, reduction.W))
     layer, x = QuantLinear(format, SHAPE, bias=False), torch.randn(1, SHAPE[1])
     layer.load_state_dict(matrix.pack())
     if prepared:
