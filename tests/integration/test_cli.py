@@ -73,6 +73,13 @@ def test_group_sizes(world, run, given, stored):
     assert run(*command, "--group-size", given)["format"]["group_size"] == stored
 
 
+def test_rules(world, run):
+    command = ["quantize", world.source, "--method", "rtn", "--bits", "3", "--measure", "0", "--dry-run", "--json"]
+    plain = run(*command)["size_bytes"]
+    ruled = run(*command, "--rule", "*.down_proj=uniform:bits=8", "--rule", "*.layers.0.*=float")["size_bytes"]
+    assert ruled > plain
+
+
 def test_dry_run_writes_nothing(world, run):
     before = snapshot(world.root)
     data = run(*world.quantize("--dry-run", "--json"))

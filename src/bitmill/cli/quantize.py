@@ -88,6 +88,16 @@ Sparse = Annotated[
         show_default=False,
     ),
 ]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="PATTERN=FORMAT",
+        help="Other format for the layers that match, NAME, NAME:key=value,... or float; first match wins; "
+        "repeatable.",
+        show_default=False,
+    ),
+]
 MaxMinutes = Annotated[
     float, typer.Option(metavar="MINUTES", help="Without --method: longest time of the method in the leaderboard.")
 ]
@@ -113,6 +123,7 @@ def quantize(
     transform: Transforms = None,
     tuner: Tuners = None,
     sparse: Sparse = None,
+    rules: Rules = None,
     propagate: Propagate = "quantized",
     max_minutes: MaxMinutes = WITHIN_MINUTES,
     calib: Calib = "pydoc",
@@ -135,12 +146,9 @@ def quantize(
     """Quantize a model into a folder that transformers can load."""
     options = parse_method_options(bits, group_size, settings)
     parts: dict[str, Any] = {
-        "format": format,
-        "solver": solver,
-        "transforms": transform,
-        "tuners": tuner,
-        "sparse": sparse,
-    }
+        "format": format, "solver": solver, "transforms": transform, "tuners": tuner, "sparse": sparse,
+        "rules": rules,
+    }  # fmt: skip
     request: dict[str, Any] = {
         "out": out, "measure": measure, "device": device, "resume": resume, "dry_run": dry_run,
         "trust_remote_code": trust_remote_code, "propagate": propagate, "head_bits": head_bits,
