@@ -1,4 +1,4 @@
-"""Shared by all tests: seeds, one thread, and fresh memory full of NaN for whoever wants it."""
+"""Fixtures of all tests: seeds, one thread, and memory that is filled with NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that go on from a cache."""
+"""Forward calls with a cache."""
 
 from __future__ import annotations
 

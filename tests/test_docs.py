@@ -1,4 +1,4 @@
-"""The documentation speaks of what exists, and its code and links work."""
+"""Names, commands, code and links in the documentation are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters say only what is true of the models that transformers builds."""
+"""Adapters match the models that transformers builds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of packed caches is what their results say."""
+"""The page of packed caches matches its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of the speed benchmarks is what their results say, and its picture can be drawn of any of them."""
+"""The page of the speed benchmarks and its plot match the results."""
 
 from __future__ import annotations
 

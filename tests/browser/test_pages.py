@@ -1,4 +1,4 @@
-"""How the pages look and behave, in a browser. With BITMILL_SCREENSHOTS=FOLDER the tests leave pictures there."""
+"""Layout and behavior of the pages in a browser. BITMILL_SCREENSHOTS=FOLDER saves screenshots."""
 
 from __future__ import annotations
 

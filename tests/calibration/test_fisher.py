@@ -1,4 +1,4 @@
-"""The Fisher diagonal, block by block, equals the one that autograd takes of the whole model."""
+"""The Fisher diagonal, computed block by block, equals autograd on the whole model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A staged forward stops where each stage's input is ready, and says when a block does not run as described."""
+"""A staged forward stops at the input of each stage and refuses blocks that run in another order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal carries an unfinished run over a crash, and refuses to mix two different runs."""
+"""The journal lets an interrupted run continue, and refuses to mix two different runs."""
 
 from __future__ import annotations
 

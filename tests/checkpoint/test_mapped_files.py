@@ -1,4 +1,4 @@
-"""What is read of a folder is mapped, and a file is let go of once its codes have their new layout."""
+"""Files of a folder are memory-mapped, and unmapped once their codes are repacked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder is sound only if a real perplexity was recorded and comes out again."""
+"""Verification recomputes the recorded perplexity of a folder."""
 
 from __future__ import annotations
 

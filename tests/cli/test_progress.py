@@ -1,4 +1,4 @@
-"""Progress appears when work lasts, and stays out of the way when it does not."""
+"""Progress is shown for long tasks only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registries find members by importing their package, and name what they do not know."""
+"""Registries find members by importing their package, and refuse unknown names."""
 
 from __future__ import annotations
 

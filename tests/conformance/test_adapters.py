@@ -38,7 +38,7 @@ def quantize(model: nn.Module, method: str, out=None, **options):
 
 @pytest.fixture(scope="module")
 def outcome_of(tmp_path_factory) -> Callable[[str, str], Outcome]:
-    """What a method made of a model, in a folder; made when first asked for."""
+    """Return the outcome of a method on a model, in a folder; computed once."""
 
     @cache
     def made(name: str, method: str) -> Outcome:

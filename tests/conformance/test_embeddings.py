@@ -1,4 +1,4 @@
-"""Embedding and head of every architecture, tied and apart: quantized, stored once, loaded, run."""
+"""Embedding and head of every architecture, tied and untied: quantized, stored once, loaded, run."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_any_row_format_for_head(format, tmp_path):
 @pytest.mark.parametrize("propagate", ["quantized", "float"])
 @torch.no_grad()
 def test_calibrated_on_stored_table(name, tied, propagate, tmp_path):
-    """The first block's codes differ from those beside a float table exactly where its inputs do."""
+    """The codes of the first block differ from those with a float table exactly if its inputs do."""
     model = model_of(name, tied)
     first = {}
     for head_bits in (None, 4):

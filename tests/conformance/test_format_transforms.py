@@ -1,4 +1,4 @@
-"""The law of format transforms: another basis, the same matrix and the same outputs."""
+"""Laws of format transforms: another basis, equal matrix and equal outputs."""
 
 from __future__ import annotations
 

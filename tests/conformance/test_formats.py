@@ -1,4 +1,4 @@
-"""The laws of formats, for every registered one."""
+"""Laws of formats, for every registered format."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_pack_unpack_round_trip(format, search):
 
 @every_format
 def test_rows_decode_separately(format):
-    """In any order, and as often as asked for: this is how a table of embeddings is read."""
+    """Rows decode in any order and repeatedly, as an embedding table is read."""
     params = fitted(format, weights())
     tensors = format.pack(flat(format, format.nearest(in_groups(weights(), format), params)), params, SHAPE)
     whole = format.dequantize(*format.unpack(tensors, SHAPE), SHAPE)

@@ -1,4 +1,4 @@
-"""Bytes written by earlier versions decode to the numbers they meant when they were written."""
+"""Bytes written by earlier versions decode to the recorded numbers."""
 
 from __future__ import annotations
 

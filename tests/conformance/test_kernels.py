@@ -1,4 +1,4 @@
-"""The law of kernels: apply equals decoding everything and multiplying, on every shape and type."""
+"""Laws of kernels: apply equals decode and matmul, on every shape and dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws of KV methods, for every registered one."""
+"""Laws of KV methods, for every registered method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws of named methods and of recipes."""
+"""Laws of named methods and of recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws of solvers, for every registered one."""
+"""Laws of solvers, for every registered solver."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ every_pair = pytest.mark.parametrize(("solver", "format"), PAIRS, ids=repr)
 
 
 def statistics(solver: Solver, rows: int = 6, seed: int = 0) -> Statistics:
-    """What the solver says it needs, and no more."""
+    """Return exactly the statistics that the solver needs."""
     gram = gram_of(inputs(seed=seed)) if "gram" in solver.needs else None
     squares = torch.randn(rows, 96, generator=torch.Generator().manual_seed(seed)).pow(4) * 1e-8
     cross = torch.zeros(96, 96) if "cross" in solver.needs else None  # earlier layers made no errors

@@ -1,4 +1,4 @@
-"""The law of seam transforms: folded into the float model, they do not change what it computes."""
+"""Laws of seam transforms: folded into the float model, they do not change its outputs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def loaded(name: str, changes: dict[str, object]) -> StreamedModel:
 
 
 def folded(streamed: StreamedModel, *chosen: Transform, ignore=()) -> list[dict[str, torch.Tensor]]:
-    """What a recipe of these transforms changes, block by block, once it has seen what it needs."""
+    """Fold the transforms into each block, and return the changed tensors of each block."""
     recipe = Recipe("test", Uniform(4), Nearest(), chosen, tuple(Rule(pattern, FLOAT) for pattern in ignore))
     changed = []
     hidden, calls = streamed.embed(TOKENS)
@@ -62,7 +62,7 @@ def folded(streamed: StreamedModel, *chosen: Transform, ignore=()) -> list[dict[
 
 
 def assert_seen(kept: dict[str, Statistics], now: dict[str, Statistics]) -> None:
-    """What was seen before the fold is kept true while scales change."""
+    """Check that statistics collected before the fold are scaled along."""
     for lead, expected in now.items():
         for name in ("gram", "mean_abs", "max_abs"):
             found, wanted = getattr(kept[lead], name), getattr(expected, name)

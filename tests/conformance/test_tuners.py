@@ -1,4 +1,4 @@
-"""The laws of tuners, for every registered one: they bring a block closer, and what they measured is stored."""
+"""Laws of tuners, for every registered tuner: the error of a block falls, and the measured block is stored."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def errors(tuner: Tuner | None = None, model: str = "llama", measure=BlockTask.e
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, blocks: str) -> list[Tensor]:
-    """What every block of a model makes of the windows."""
+    """Return the outputs of every block on the windows."""
     seen: list[Tensor] = []
 
     def note(module, args, output):
@@ -125,7 +125,7 @@ def test_error_falls(tuner):
 @every_tuner
 @pytest.mark.parametrize(("bits", "solver"), [(8, Nearest(search=True)), (2, GPTQ())], ids=repr)
 def test_never_worse(tuner, bits, solver):
-    """Where many bits or a solver have left little to gain, nothing may be lost."""
+    """The error never rises, even where many bits or a solver leave little to gain."""
     if reason := tuner.unsupported_solver_reason(solver):
         assert reason.endswith(".")
         with pytest.raises(RecipeError, match="cannot be built"):
@@ -139,7 +139,7 @@ def test_never_worse(tuner, bits, solver):
 @every_tuner
 @pytest.mark.parametrize("model", MODELS)
 def test_stored_error_equals_measured(tuner, model, tmp_path):
-    """The folder's model is as far from the float model, block by block, as the tuner said."""
+    """The error of each block of the stored model equals the error that the tuner reported."""
     tuner, source = brief(tuner), tiny_model(model)
     streamed = StreamedModel(ModuleSource(copy.deepcopy(source)))
     quantize(recipe_of(tuner), source, tmp_path / "out")
@@ -161,7 +161,7 @@ def test_deterministic_bytes(tuner, tmp_path):
 
 @every_tuner
 def test_resumed_run_keeps_tuning(tuner):
-    """Blocks that are finished come back with their tuned norms: the next block is the same, bit by bit."""
+    """Finished blocks keep their tuned norms, so that the next block is identical bit by bit."""
     recipe = recipe_of(brief(tuner))
     whole, rest = Keep(), Keep()
     run(Job(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), whole)

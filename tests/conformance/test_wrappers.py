@@ -1,4 +1,4 @@
-"""The laws of formats around formats, for every registered one."""
+"""Laws of wrappers (formats around formats), for every registered wrapper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text becomes the windows of the published measurement protocol, or one sentence."""
+"""Text is cut into the windows of the published protocol."""
 
 from __future__ import annotations
 

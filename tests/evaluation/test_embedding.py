@@ -1,4 +1,4 @@
-"""Embeddings are compared as their definitions say, however many there are."""
+"""Metrics of embeddings equal their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation: what stops it, what it chooses, what it streams."""
+"""Generation: stopping, sampling and streaming."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bitmill.evaluation.generate import chat_prompt, encode, eos_tokens, generat
 
 
 class Script(nn.Module):
-    """A model without a cache that says the tokens of a script, whatever it is told."""
+    """A model without a cache that generates the tokens of a script."""
 
     def __init__(self, script: list[int], limit: int = 100, vocabulary: int = 250) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A quantized matrix: what it decodes to, what it costs, how it is cut along its rows."""
+"""A quantized matrix: decoding, size and splitting by rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cases for every registered member, read off its dataclass fields, so that a new member needs no list."""
+"""Test cases of every registered member, derived from its dataclass fields."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def varied(kind: type, **given: Any) -> list[Any]:
 
 
 def method_options(name: str, **wanted: Any) -> dict[str, Any]:
-    """Those of the wanted options that the method has."""
+    """Return those of the options that the method has."""
     return {key: value for key, value in wanted.items() if key in METHODS.get(name).__dataclass_fields__}
 
 

@@ -1,4 +1,4 @@
-"""Comparisons in a world of tests: the command, what it left, and cells that run in this process."""
+"""Comparisons in a test workspace: the command, its results, and cells that run in this process."""
 
 from __future__ import annotations
 

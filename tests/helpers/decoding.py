@@ -1,4 +1,4 @@
-"""Shared by the tests of the decode step: tiny models of odd sizes, quantized in place, and both ways to run."""
+"""Helpers of the decode step tests: tiny models of odd sizes, quantized in place, and both forward paths."""
 
 from __future__ import annotations
 

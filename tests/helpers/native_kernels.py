@@ -1,4 +1,4 @@
-"""Shared by the tests of the compiled kernels: every instruction set in turn, and quantized matrices."""
+"""Helpers of the compiled kernel tests: instruction sets and quantized matrices."""
 
 from __future__ import annotations
 

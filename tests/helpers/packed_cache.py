@@ -1,4 +1,4 @@
-"""A slow cache that dequantizes everything, to hold against the packed one; calibrations of random numbers."""
+"""A slow reference cache that dequantizes everything; calibrations of random numbers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def both_sides(scheme, channels, seed=0):
 
 
 def calibrated_by(side, x):
-    """What a calibration would find in numbers (tokens, channels), roughly: their range, even levels."""
+    """Return an approximate calibration of numbers (tokens, channels): their range, even levels."""
     low, high = x.amin(0), x.amax(0)
     if side.axis == "channel":
         even = torch.linspace(0, 1, 1 << side.bits)
@@ -100,7 +100,7 @@ def long_model(model_type, **changes):
 
 
 class SlowLayer(DynamicLayer):
-    """Floats of all tokens, each page of which went through the coder once it was full."""
+    """Floats of all tokens; each full page is encoded and decoded once."""
 
     def __init__(self, packed, start=None, direct=True):
         super().__init__()

@@ -48,7 +48,7 @@ def calibrated(side: TensorScheme, x: Tensor) -> CalibratedParams:
 
 
 class Made(NamedTuple):
-    """What to attend to. keys, values (rows, heads, slots, dim): what is in it. counted (rows, slots)."""
+    """Packed tokens. keys, values (rows, heads, slots, dim): their floats. counted (rows, slots)."""
 
     q: Tensor
     layer: LayerPlan

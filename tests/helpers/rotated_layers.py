@@ -14,7 +14,7 @@ ROWS, COLUMNS = 96, 192
 
 
 def layer(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights with outliers, and Gram matrices of training and of held-out inputs with loud channels."""
+    """Weights with outliers, and Gram matrices of training and of held-out inputs with large channels."""
     draw = torch.Generator().manual_seed(seed)
     mix = torch.eye(COLUMNS) + 0.9 * torch.randn(COLUMNS, COLUMNS, generator=draw) / COLUMNS**0.5
     loud = (0.7 * torch.randn(COLUMNS, generator=draw)).exp()

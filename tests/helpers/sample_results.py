@@ -1,4 +1,4 @@
-"""Results of a comparison and a report of a folder that never were, for tests of what is made from them."""
+"""Made-up results of a comparison and a made-up report of a folder."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def variant(method: str, bits: int, perplexity: float | None, blocks: int = 30) 
 
 
 def document(perplexity: dict[str, tuple[float | None, ...]] | None = None, blocks: int = 30) -> dict[str, Any]:
-    """What results.json might hold."""
+    """Return the content of a results.json."""
     grid = PERPLEXITY if perplexity is None else perplexity
     variants = [variant(m, b, p, blocks) for m, row in grid.items() for b, p in zip(BITS, row)]
     text = {"source": "pydoc", "seqlen": 512}

@@ -92,6 +92,6 @@ def write_gguf(path: Path, model, *, kinds=None, extra=None, **changes) -> Path:
 
 
 def decoded(model, name: str, kind: str) -> np.ndarray:
-    """What a tensor reads as, in GGUF's own order, after a trip through `kind`."""
+    """Return a tensor, in GGUF's own order, after quantization to `kind` and back."""
     number = gguf.GGMLQuantizationType[kind]
     return gguf.quants.dequantize(gguf.quants.quantize(stored_tensors(model)[name].numpy(), number), number)

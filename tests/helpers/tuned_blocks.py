@@ -1,4 +1,4 @@
-"""A tiny model, quantized block by block with tuners, and how far it is from the float one on held-out windows."""
+"""A tiny model, quantized block by block with tuners, and its divergence on held-out windows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Keep:
 
 
 def quantized_by(recipe: Recipe) -> tuple[list[BlockResult], float]:
-    """The blocks of a tiny llama, and the divergence from the float model on windows that nobody was tuned on."""
+    """Return the blocks of a tiny llama, and the divergence from the float model on held-out windows."""
     sink = Keep()
     job = Job(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, CALIBRATION, HELD_OUT)
     return sink.blocks, run(job, sink)["kl_divergence"]

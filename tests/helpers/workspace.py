@@ -1,4 +1,4 @@
-"""A small world to run commands in: a tiny model with a tokenizer, a text, what quantizing it leaves behind."""
+"""A workspace to run commands in: a tiny model with a tokenizer, a text, and quantized folders."""
 
 from __future__ import annotations
 

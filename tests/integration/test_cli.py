@@ -1,4 +1,4 @@
-"""Every command, as a user types it."""
+"""Every command, run through the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bitmill compare: a grid with a cell that fails, other terms, damage."""
+"""bitmill compare: failing cells, changed terms, damaged records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bitmill compare, killed and continued."""
+"""bitmill compare, killed and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decode step as users meet it: every setting as installed, from a quantized folder to an unpacked model."""
+"""The decode step with default settings, from a quantized folder to an unpacked model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An encoder by every command: quantized, loaded packed, measured by embeddings, refused where it has no place."""
+"""An encoder in every command: quantized, loaded packed, measured by embeddings, refused where unsupported."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What goes wrong is said in one sentence that names the culprit, and nothing is lost.
+"""Errors are one sentence that names the cause, and no file is lost.
 
-Whatever fault has spoiled the world: the exit status is not 0, stdout is empty, stderr is one line, no file
-that was there changed, and the output folder does not exist unless it did before.
+For every fault: the exit status is not 0, stdout is empty, stderr is one line, no existing file changes, and the
+output folder is not created.
 """
 
 from __future__ import annotations

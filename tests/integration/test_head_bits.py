@@ -1,4 +1,4 @@
-"""--head-bits by every command: quantized, resumed, verified, measured, run, compared, and told in reports."""
+"""--head-bits in every command: quantized, resumed, verified, measured, run, compared, and reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed keys and values by every command: calibrated into a folder, measured, generated with, refused."""
+"""Packed keys and values in every command: calibration, evaluation, generation, refusals."""
 
 from __future__ import annotations
 

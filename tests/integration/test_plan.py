@@ -1,4 +1,4 @@
-"""bitmill plan, as a user types it."""
+"""bitmill plan, run through the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A power cut leaves what was flushed to the disk, and that is always enough to go on with."""
+"""After a power cut, the flushed files suffice to resume."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from helpers.workspace import snapshot
 
 
 class Disk:
-    """What of the folder `root` would survive: by inode, bytes and names as they were at their last flush."""
+    """The part of the folder `root` that survives: by inode, bytes and names at their last flush."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.checks = root, 0

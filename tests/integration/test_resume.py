@@ -1,4 +1,4 @@
-"""A run killed at any moment, continued with --resume, ends with the very bytes of an undisturbed run."""
+"""A run that is killed at any moment and resumed writes the bytes of an uninterrupted run."""
 
 from __future__ import annotations
 

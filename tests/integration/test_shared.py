@@ -1,4 +1,4 @@
-"""What layers share, from the float model to the folder and back: learned once, stored once, and left alone."""
+"""Shared parameters of layers: learned once, stored once, loaded, and kept by tuners."""
 
 from __future__ import annotations
 

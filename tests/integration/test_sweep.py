@@ -1,4 +1,4 @@
-"""bitmill sweep, as a user types it."""
+"""bitmill sweep, run through the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hook teaches once the registry has run, however often somebody looked for it before."""
+"""The import hook registers the quantizer once transformers is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REGISTRY, TEACHER = "bitmill_test_library.auto", "bitmill_test_teacher"
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A library with a registry, and a teacher of it, that nobody has imported yet."""
+    """A library with a registry that is not imported yet, and the function that registers in it."""
     package = tmp_path / "bitmill_test_library"
     package.mkdir()
     (package / "__init__.py").write_text("")

@@ -1,4 +1,4 @@
-"""Answers page by page, as evaluation reads them, are those of generation token by token."""
+"""Outputs page by page, as in evaluation, equal those of generation token by token."""
 
 from __future__ import annotations
 

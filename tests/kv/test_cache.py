@@ -1,4 +1,4 @@
-"""QuantizedCache apart from generate(): saved, taken, copied, chosen rows, and beside the model's own cache."""
+"""QuantizedCache without generate(): saved, converted, copied, rows selected, and the model's own cache."""
 
 from __future__ import annotations
 

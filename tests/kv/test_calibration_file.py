@@ -1,4 +1,4 @@
-"""Calibrations of keys and values of live models, and what is said beforehand of their size."""
+"""KV calibrations of live models, and their predicted size."""
 
 from __future__ import annotations
 

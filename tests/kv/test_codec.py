@@ -1,4 +1,4 @@
-"""Numbers to codes and back."""
+"""Encoding and decoding of numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QuantizedCache in generate(), token by token the same as a slow cache that dequantizes everything."""
+"""QuantizedCache in generate() equals a slow cache that dequantizes everything, token by token."""
 
 from __future__ import annotations
 

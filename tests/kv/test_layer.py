@@ -1,4 +1,4 @@
-"""The packed layer against one that holds floats: any lengths, chunks, paddings, crops and reorders."""
+"""The packed layer against a float reference: any lengths, chunks, paddings, crops and reorders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def numbers(rows, tokens, seed):
 
 
 def same(layer, slow, start):
-    """Whether both hold the same numbers where there is no padding."""
+    """Return True if both hold equal numbers outside of the padding."""
     first = layer.first_for(0)
     assert layer.get_mask_sizes(3) == slow.get_mask_sizes(3)
     for ours, theirs in zip((layer.keys, layer.values), slow.floats(first), strict=True):

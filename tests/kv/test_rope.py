@@ -1,4 +1,4 @@
-"""Rotary embeddings undone and done again, against the models' own."""
+"""Rotary embeddings and their inverse, against those of the models."""
 
 from __future__ import annotations
 

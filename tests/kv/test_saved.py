@@ -1,4 +1,4 @@
-"""Files of packed caches that were damaged, or made up, are refused."""
+"""Damaged or forged files of packed caches are refused."""
 
 from __future__ import annotations
 

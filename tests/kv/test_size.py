@@ -1,4 +1,4 @@
-"""What a cache is said to take is what it takes, and what the paper says of LLaMA-7B."""
+"""Predicted sizes of caches equal allocations and the figures of the paper for LLaMA-7B."""
 
 from __future__ import annotations
 

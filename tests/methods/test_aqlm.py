@@ -31,7 +31,7 @@ SMALL = Additive(4, codebooks=4)  # 2 bits a weight, and codebooks that a layer 
 
 
 def layer(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gaussian weights, and Gram matrices of training and of held-out inputs with loud channels."""
+    """Gaussian weights, and Gram matrices of training and of held-out inputs with large channels."""
     draw = torch.Generator().manual_seed(seed)
     mix = torch.eye(COLUMNS) + 0.9 * torch.randn(COLUMNS, COLUMNS, generator=draw) / COLUMNS**0.5
     loud = (0.7 * torch.randn(COLUMNS, generator=draw)).exp()
@@ -78,7 +78,7 @@ def test_wider_beam_helps() -> None:
 
 
 def test_output_metric_matters() -> None:
-    """The same format in error feedback that rounds each block to the nearest point is far behind."""
+    """Error feedback that rounds each block to the nearest point, in an equal format, is far worse."""
     searched = held_out_error(0, BeamSearch(rounds=0, sweeps=0), SMALL)
     assert searched < 0.7 * held_out_error(0, GPTQ(damp=0.05, importance="inverse"), SMALL)
 
@@ -120,7 +120,7 @@ def test_gradients_reach_parameters() -> None:
 
 
 def test_block_finetuning_helps() -> None:
-    """Section 3.4, on text that nobody was tuned on."""
+    """Section 3.4, on held-out text."""
     recipe = build_recipe("aqlm", {"codebook_bits": 4, "rounds": 2, "sweeps": 1})
     found = []
     for tuners in ((), (BlockFinetune(epochs=8, tokens=128),)):  # a tiny text has few steps in it

@@ -1,4 +1,4 @@
-"""AWQ (arXiv 2306.00978): scaling salient channels, and clipping, on seeded layers with loud inputs."""
+"""AWQ (arXiv 2306.00978): scaling salient channels, and clipping, on seeded layers with large input channels."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ COLUMNS = 192
 
 
 def layer(seed: int) -> tuple[torch.Tensor, Statistics, torch.Tensor]:
-    """Heavy-tailed weights, calibration inputs with a few loud channels, and the Gram matrix of held-out ones."""
+    """Heavy-tailed weights, calibration inputs with a few large channels, and the Gram matrix of held-out ones."""
     draw = torch.Generator().manual_seed(seed)
     mix = torch.eye(COLUMNS) + 0.5 * torch.randn(COLUMNS, COLUMNS, generator=draw) / COLUMNS**0.5
     loud = torch.where(torch.rand(COLUMNS, generator=draw) < 0.03, 10.0, 1.0)
@@ -64,7 +64,7 @@ def test_never_worse_than_no_scale(format, seed):
 
 @pytest.mark.parametrize("format", [Uniform(3, 64), Uniform(3, 80), Uniform(4, "row")], ids=repr)
 def test_output_clipping_beats_weight(format):
-    """Shrinking a range to the least error of the weights gives the tails away that loud channels read."""
+    """Clipping to the least weight error removes the tails that large input channels multiply."""
     ours, full, weights = (error(0, format, s, None, True) for s in (Clip(), Nearest(), Nearest(search=True)))
     assert ours < 0.95 * full
     assert ours < 0.95 * weights

@@ -1,4 +1,4 @@
-"""FP8 and its smaller relatives: exact value sets (OFP8 1.0, MX 1.0), and what arXiv 2209.05433 claims of them."""
+"""FP8 and its smaller relatives: exact value sets (OFP8 1.0, MX 1.0), and the claims of arXiv 2209.05433."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_exact_values_survive() -> None:
 
 
 def test_error_is_relative() -> None:
-    """What an exponent buys (section 3): an error of at most half a unit in the fourth bit, of every weight."""
+    """Section 3: the relative error of every weight is at most half a unit in the fourth bit."""
     W = spread(8192).reshape(8, 1024)
     W = W / W.abs().amax(1, keepdim=True)
     format = Float(8, "row")

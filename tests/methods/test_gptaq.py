@@ -1,4 +1,4 @@
-"""GPTAQ (arXiv 2504.02692): the layer answers for errors its inputs already carry."""
+"""GPTAQ (arXiv 2504.02692): a layer compensates the errors of its inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ does what its paper says, and equals LDLQ; everything is checked against references in float64."""
+"""GPTQ matches its paper and LDLQ, against references in float64."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ COLUMNS = 192
 
 
 def layer(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Heavy-tailed weights, and Gram matrices of training and of held-out inputs with loud channels."""
+    """Heavy-tailed weights, and Gram matrices of training and of held-out inputs with large channels."""
     draw = torch.Generator().manual_seed(seed)
     mix = torch.eye(COLUMNS) + 0.9 * torch.randn(COLUMNS, COLUMNS, generator=draw) / COLUMNS**0.5
     loud = (0.7 * torch.randn(COLUMNS, generator=draw)).exp()

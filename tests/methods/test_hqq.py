@@ -1,4 +1,4 @@
-"""HQQ (Badri and Shaji 2023): its objective, the pitfalls of its released code, and where its claim ends."""
+"""HQQ (Badri and Shaji 2023): its objective, pitfalls of its released code, and limits of its claim."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_scale_invariance() -> None:
 
 
 def test_float_zero_point() -> None:
-    """Where the claim ends: an integer zero keeps every 0, HQQ's moves it by up to half a step."""
+    """A limit of the claim: an integer zero point keeps every 0, that of HQQ moves it by up to half a step."""
     W = weights(2)
     W[torch.rand(W.shape, generator=torch.Generator().manual_seed(0)) < 0.1] = 0
     assert not rtn(W, 3)[W == 0].any()
@@ -103,7 +103,7 @@ def test_zero_point_bits() -> None:
 
 
 def test_least_squares_scale_and_zero() -> None:
-    """The refit of the same format: squared error falls below HQQ's, which keeps the scale."""
+    """Refitting scale and zero point lowers the squared error below HQQ's, which keeps the scale."""
     from bitmill.solvers.alternating import Alternating
 
     W, format = weights(0), Uniform(3, 64, zero="float")

@@ -42,7 +42,7 @@ def quantiles(bits: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_table_construction(bits: int) -> None:
-    """The printed 4-bit table went through fp32, so it agrees to a few 1e-7."""
+    """The printed 4-bit table was rounded to fp32, so it agrees to a few 1e-7."""
     table = NormalFloat(bits).table(CPU).values
     torch.testing.assert_close(table.double(), quantiles(bits), rtol=0, atol=5e-7 if bits == 4 else 1e-7)
     assert {-1.0, 0.0, 1.0} <= set(table.tolist())
@@ -61,7 +61,7 @@ def test_beats_int4_and_fp4(group_size: int, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_asymmetric_grid_ties(seed: int) -> None:
-    """What the paper does not compare with: a zero of 4 bits a group makes up for even levels, but for tails."""
+    """Not in the paper: a 4-bit zero point per group compensates for even levels, except for tails."""
     assert error(gaussian(seed), NormalFloat(4, 64)) == pytest.approx(
         error(gaussian(seed), Uniform(4, 64)), rel=0.05
     )

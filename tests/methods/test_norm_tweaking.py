@@ -1,4 +1,4 @@
-"""Norm Tweaking (arXiv 2309.02784) and the refit of norms: norms alone make up for some of what rounding did."""
+"""Norm Tweaking (arXiv 2309.02784) and the refit of norms: norms alone compensate some of the rounding error."""
 
 from __future__ import annotations
 

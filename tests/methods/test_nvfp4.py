@@ -1,4 +1,4 @@
-"""NVFP4 (arXiv 2509.25149) and MXFP4 (OCP MX 1.0): scale rules, value sets, and which of them is closer."""
+"""NVFP4 (arXiv 2509.25149) and MXFP4 (OCP MX 1.0): scale rules, value sets, and a comparison."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_normal_float_beats_mxfp4(seed: int) -> None:
 
 
 def test_standard_scale_rule() -> None:
-    """floor(log2(largest)) - 2; what then lies beyond 6 is clipped."""
+    """floor(log2(largest)) - 2; values beyond 6 are clipped."""
     W = torch.zeros(5, 32)
     W[:, 3] = torch.tensor([1.0, 1.99, 0.5, -6.0, 7.9])
     got = solved(W, Microscaling(4, 32))

@@ -50,7 +50,7 @@ def task_of(name: str = "llama", format: Uniform | None = None) -> BlockTask:
 
 
 def nearest(task: BlockTask) -> dict[str, Tensor]:
-    """What the nearest solver stores of the block as it is."""
+    """Return the block as the nearest solver stores it."""
     solved = {n: Nearest().solve(task.matrix(n), Statistics(), task.format).dequantize() for n in task.names}
     return {f"{n}.weight": W.T if task.transposed else W for n, W in solved.items()}
 

@@ -1,4 +1,4 @@
-"""QuIP (arXiv 2307.13304): incoherence, LDLQ, and what both do at 2 bits."""
+"""QuIP (arXiv 2307.13304): incoherence, LDLQ, and both at 2 bits."""
 
 from __future__ import annotations
 

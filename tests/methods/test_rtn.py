@@ -1,4 +1,4 @@
-"""Round to nearest: what is known of uniform quantizers, on seeded Gaussian weights."""
+"""Round to nearest: theory of uniform quantizers, on seeded Gaussian weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codebooks that all layers of a kind share: on matrices that have few weights to pay for their own."""
+"""Codebooks shared by all layers of a kind, on matrices too small for codebooks of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmoothQuant (arXiv 2211.10438): activations become even, weights take it, the function stays."""
+"""SmoothQuant (arXiv 2211.10438): ranges move from activations to weights, outputs stay."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from bitmill.transforms.smooth import SmoothQuant
 
 
 def case() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Inputs (tokens, 64), three channels of which are 50 times as loud, and two layers that read them."""
+    """Inputs (tokens, 64), three channels of which are 50 times as large, and two layers that read them."""
     draw = torch.Generator().manual_seed(0)
     X = torch.randn(500, 64, generator=draw)
     X[:, [3, 17, 40]] *= 50

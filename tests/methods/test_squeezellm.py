@@ -130,7 +130,7 @@ def test_sparse_values() -> None:
 
 
 def test_sparse_entries_excluded() -> None:
-    """A weight that is kept apart may have any size and any gradient."""
+    """A sparse entry may have any size and any gradient."""
     W, stats = layer(0)
     other = W.clone()
     place = divmod(int(W.abs().argmax()), COLUMNS)
@@ -159,7 +159,7 @@ def correlated(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("inner", [Codebook(3), Uniform(3, 64)], ids=repr)
 def test_works_with_gptq(inner: Format, seed: int, monkeypatch) -> None:
-    """Entries beside a matrix from GPTQ, whose errors lean on each other, are refitted in the same metric."""
+    """Sparse entries next to a GPTQ matrix are refitted in the metric of the outputs."""
     W, gram, held_out = correlated(seed)
 
     def error(solver: Solver, format: Format) -> float:

@@ -1,4 +1,4 @@
-"""The two ends of a model: found, refused, and a table as a module."""
+"""Embedding and head of a model: found or refused, and the embedding as a module."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Own(nn.Module):
-    """A module of nobody's, with a table of positions, and a linear after the head that is none."""
+    """A custom module with position embeddings, and a linear after the head that is not the head."""
 
     def __init__(self, table: nn.Module | None = None, tied: bool = False) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_ignored_head_conflict():
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's: what it says of the lookup, it says in the type of the weight."""
+    """An embedding like Gemma's, scaled in the dtype of its weight."""
 
     factor = 3.0
 

@@ -1,4 +1,4 @@
-"""A skeleton holds only what is in use, and computes what the model computes."""
+"""A streamed model holds only the parts in use, and equals the whole model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The E8 codebook of 65536 points: what it holds, and that the search is exact."""
+"""The E8 codebook of 65536 points: its points, and the exact search."""
 
 from __future__ import annotations
 

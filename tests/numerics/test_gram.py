@@ -1,4 +1,4 @@
-"""The running Gram matrix equals X^T X / tokens, whatever the batches and the width."""
+"""The running Gram matrix equals X^T X / tokens, for any batches and width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of columns: what is cut up comes back, and padding is nowhere to be seen."""
+"""Groups of columns: round trip and padding."""
 
 from __future__ import annotations
 

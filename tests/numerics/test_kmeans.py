@@ -1,4 +1,4 @@
-"""Weighted k-means on a line, against the whole dynamic program and against brute force."""
+"""Weighted k-means in one dimension, against the full dynamic program and brute force."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""Rotations: orthogonal on every width, incoherent, the same for ever."""
+"""Rotations: orthogonal on every width, incoherent, reproducible."""
 
 from __future__ import annotations
 

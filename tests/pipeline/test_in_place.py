@@ -1,4 +1,4 @@
-"""A live module is quantized whole or not at all, and what is said of it is true."""
+"""A live module is quantized completely or left unchanged, and reported correctly."""
 
 from __future__ import annotations
 

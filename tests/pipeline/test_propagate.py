@@ -1,4 +1,4 @@
-"""Calibrating every block on the float model, and sharing what was seen."""
+"""Calibration of every block on the float model, and shared statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card says what the report says, and no more."""
+"""The model card matches the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages say what results say, escape it, and load nothing. How they behave is tested in tests/browser."""
+"""Pages match the results, escape them, and load nothing. Their behavior is tested in tests/browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The colours of methods can be told apart, by everyone and against their background."""
+"""The colors of methods are distinguishable, also with color blindness, and contrast with the background."""
 
 from __future__ import annotations
 

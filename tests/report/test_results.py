@@ -1,4 +1,4 @@
-"""results.json is checked when it is read, and what is read off it is right."""
+"""results.json is validated when it is read; tables and charts derived from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block feedback against its definition, and codes that say what the loop left behind."""
+"""Block feedback against its definition, and the codes that it returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A GGUF file gives back the model it was written from; a damaged one gives one sentence."""
+"""A GGUF file restores the model that it was written from; damaged files are refused."""
 
 from __future__ import annotations
 

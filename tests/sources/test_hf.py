@@ -1,4 +1,4 @@
-"""A safetensors folder: lazily read, and refused in one sentence when it is not sound."""
+"""A safetensors folder is read lazily; damaged folders are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever transformers raises about a folder is one sentence, and nothing is looked for on the network."""
+"""Errors of transformers about a folder become one sentence, and the network is not used."""
 
 from __future__ import annotations
 

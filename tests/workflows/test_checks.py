@@ -1,4 +1,4 @@
-"""What is refused before the first block, and what identifies a job."""
+"""Checks before the first block, and the identity of a job."""
 
 from __future__ import annotations
 

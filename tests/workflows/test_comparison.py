@@ -1,4 +1,4 @@
-"""The plan of a comparison, and how a cell's process is followed."""
+"""The plan of a comparison, and the process of a cell."""
 
 from __future__ import annotations
 

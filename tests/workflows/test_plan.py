@@ -1,4 +1,4 @@
-"""What a plan says is what the paper computed, what quantizing would store, and what transformers would cache."""
+"""A plan matches the figures of the paper, quantized folders, and caches of transformers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_llama_7b_cache() -> None:
 
 
 def test_million_tokens_one_device() -> None:
-    """Without outliers beside fp16 weights only where 80 GB are 80 GiB; with them only beside 4-bit weights."""
+    """Without outliers, fp16 weights fit only if 80 GB are 80 GiB; with outliers, only 4-bit weights fit."""
     terms = {"context": MILLION, "kv_bits": 2}
     four = WeightStorage(bits=4)
     assert chosen(plan("llama-7b", **terms, kv=BARE), "weights")["size_bytes"] == 2 * LLAMA_7B_WEIGHTS

@@ -1,4 +1,4 @@
-"""The study of a model: its cells hold what quantizing would do, and its verdicts follow from them."""
+"""A sweep of a model: its cells equal quantization, and its verdicts follow from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ architectures = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 
 
 def quantized(model: torch.nn.Module, method: str, **options: object) -> tuple[torch.nn.Module, list[dict]]:
-    """A copy, quantized, and what the report says of its layers."""
+    """Return a quantized copy, and the layers of its report."""
     outcome = bitmill.quantize(copy.deepcopy(model), method, measure=0, **options)
     return outcome.model, outcome.report["layers"]
 

@@ -1,6 +1,6 @@
-"""What can go wrong, by subject.
+"""Faults by subject.
 
-A fault spoils a copy of the world and returns the command to run and the words its error must contain.
+A fault damages a copy of the workspace and returns the command to run and the words its error must contain.
 """
 
 from __future__ import annotations

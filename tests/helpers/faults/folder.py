@@ -1,4 +1,4 @@
-"""A quantized folder is damaged, and what else inspect, verify, eval, generate and chat refuse."""
+"""Damaged quantized folders, and other input that inspect, verify, eval, generate and chat refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model to quantize is not there, damaged or of no use."""
+"""The model to quantize is missing, damaged or unsupported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options and recipes that make no sense."""
+"""Invalid options and recipes."""
 
 from __future__ import annotations
 

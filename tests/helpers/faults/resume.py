@@ -1,4 +1,4 @@
-"""What an unfinished run left does not fit what is run now."""
+"""An unfinished run does not match the new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calibration text is of no use, or the windows asked of it."""
+"""Invalid calibration text or windows."""
 
 from __future__ import annotations
 

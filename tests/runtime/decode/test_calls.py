@@ -1,4 +1,4 @@
-"""Around the decode step: caches, generate(), and the calls that transformers must answer."""
+"""Calls around the decode step: caches, generate(), and calls that fall back to transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decode step against transformers' own forward, on every shape of model and every kernel it takes."""
+"""The decode step against the forward of transformers, on every model shape and every kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What keeps the decode step from answering for a model, or a call, that it does not compute."""
+"""The decode step is not used for models and calls that it does not support."""
 
 from __future__ import annotations
 

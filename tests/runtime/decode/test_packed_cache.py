@@ -1,4 +1,4 @@
-"""The compiled step on packed caches: the same tokens, logits and stored bytes as by transformers' own forward."""
+"""The compiled step on packed caches equals the forward of transformers: tokens, logits and stored bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two layouts of a packed matrix, on disk and a kernel's: one of them is held, and every way back is exact."""
+"""The two layouts of a packed matrix, on disk and in a kernel: only one is in memory, conversions are exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled kernels: every instruction set against fp64 within the stated bound, and what a layer holds."""
+"""The compiled kernels: every instruction set against fp64 within the stated bound, and the buffers of a layer."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ pytestmark = [needs_native, pytest.mark.usefixtures("each_isa")]
 
 
 def obeys(kernel: Kernel, matrix: Quantized, act: str) -> None:
-    """What is packed comes back; decoding, and many tokens in floats, are exact, few within the inputs' bound."""
+    """Check packing, exact decoding, exact products of many tokens, and the error bound of few tokens."""
     tensors, back = matrix.pack(), kernel.restore()
     assert tensors.keys() == back.keys()
     assert all(torch.equal(tensors[name], back[name]) for name in tensors)

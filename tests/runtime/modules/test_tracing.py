@@ -1,4 +1,4 @@
-"""Packed layers in traces, transforms and compiled graphs: the same numbers as outside of them."""
+"""Packed layers in traces, transforms and compiled graphs compute equal numbers."""
 
 from __future__ import annotations
 

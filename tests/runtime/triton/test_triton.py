@@ -1,4 +1,4 @@
-"""Triton's kernels: their layout and their choice here, the kernels themselves in a process of their own.
+"""Triton kernels: layout and choice here, the kernels themselves in a separate process.
 
 TRITON_INTERPRET=1 must be set before Triton is imported, and must not reach other tests; see triton_kernels.py.
 """

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
 def there(x):
-    """The same with its tensors on the device."""
+    """Return a copy with its tensors on the device."""
     on_device = {f.name: getattr(x, f.name) for f in fields(x)}
     for name, value in on_device.items():
         if isinstance(value, torch.Tensor):
