@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from bitmill import api
 from bitmill.compat import forward_with_cache
 from bitmill.data import text
-from bitmill.evaluation.generate import CHUNK
+from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrate import fit_calibration
 from bitmill.kv.calibration_file import KVCalibration
@@ -111,8 +111,8 @@ def hidden(stream: Tensor, keys: list[Key], context: int) -> tuple[Tensor, int]:
 def read(model: Any, tokens: Tensor) -> DynamicCache:
     """The float cache of a text."""
     cache = DynamicCache(config=model.config)
-    for start in range(0, len(tokens), CHUNK):
-        part = tokens[None, start : start + CHUNK]
+    for start in range(0, len(tokens), PROMPT_CHUNK):
+        part = tokens[None, start : start + PROMPT_CHUNK]
         forward_with_cache(model, part, cache, logits_to_keep=1)
     return cache
 

@@ -59,7 +59,7 @@ def main() -> None:
             name,
             out=OUT / name,
             bits=BITS,
-            calibration=bitmill.Calibration(samples=SAMPLES, seqlen=SEQLEN),
+            calibration=bitmill.CalibrationData(samples=SAMPLES, seqlen=SEQLEN),
             measure=0,
             progress=TerminalProgress(),
         )

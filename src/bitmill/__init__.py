@@ -7,6 +7,7 @@ torch and transformers themselves are imported on first use, which keeps the com
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from bitmill.errors import BitmillError
@@ -14,7 +15,7 @@ from bitmill.integrations.transformers_hook import register_with_transformers
 from bitmill.version import __version__
 
 if TYPE_CHECKING:
-    from bitmill.api import Calibration, load, load_tokenizer
+    from bitmill.api import CalibrationData, load, load_tokenizer
     from bitmill.formats.quantized import Quantized
     from bitmill.kv.cache import QuantizedCache
     from bitmill.recipes.recipe import Recipe
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BitmillError",
-    "Calibration",
+    "CalibrationData",
     "Outcome",
     "Quantized",
     "QuantizedCache",
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Calibration": "bitmill.api",
+    "CalibrationData": "bitmill.api",
     "Outcome": "bitmill.api",
     "compare": "bitmill.workflows.comparison.compare",
     "evaluate": "bitmill.api",
@@ -51,7 +52,14 @@ _HOMES = {
 }
 
 
+_RENAMED = {"Calibration": "CalibrationData"}  # until the next release
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(f"bitmill.{name} is now called bitmill.{new}.", FutureWarning, stacklevel=2)
+        return __getattr__(new)
     if name not in _HOMES:
         raise AttributeError(f"module 'bitmill' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bitmill.data.windows import Calibration
+from bitmill.data.windows import CalibrationData
 from bitmill.workflows.evaluate import evaluate
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.quantize import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
 
-__all__ = ["Calibration", "Outcome", "evaluate", "load", "load_tokenizer", "quantize", "stored_bits"]
+__all__ = ["CalibrationData", "Outcome", "evaluate", "load", "load_tokenizer", "quantize", "stored_bits"]

@@ -86,19 +86,19 @@ def test_broken_model_refused():
 def test_model_without_tokenizer(tmp_path):
     done = bitmill.quantize(
         tiny_model("llama"), "gptq", bits=3, group_size=16, measure=0, out=tmp_path / "out",
-        calibration=bitmill.Calibration("self", samples=4, seqlen=16),
+        calibration=bitmill.CalibrationData("self", samples=4, seqlen=16),
     )  # fmt: skip
     described = done.report["identity"]["calibration"]
     assert described["source"] == "self"
     again = bitmill.quantize(
         tiny_model("llama"), "gptq", bits=3, group_size=16, measure=0,
-        calibration=bitmill.Calibration("self", samples=4, seqlen=16),
+        calibration=bitmill.CalibrationData("self", samples=4, seqlen=16),
     )  # fmt: skip
     assert again.report["identity"]["calibration"] == described
 
 
 @pytest.mark.parametrize(("samples", "seqlen", "said"), [(0, 16, "samples"), (4, 1, "seqlen"), (4, 65, "64")])
 def test_invalid_windows_refused(samples, seqlen, said):
-    own = bitmill.Calibration("self", samples, seqlen)
+    own = bitmill.CalibrationData("self", samples, seqlen)
     with pytest.raises(CalibrationError, match=said):
         bitmill.quantize(tiny_model("llama"), "gptq", calibration=own, measure=0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import bitmill
 from bitmill.data import text
-from bitmill.data.windows import SentenceWindows, StreamWindows, count_windows
+from bitmill.data.windows import CalibrationData, SentenceWindows, StreamWindows, count_windows
 from bitmill.errors import CalibrationError
 
 CLS, SEP = 1, 2
@@ -109,3 +110,8 @@ def test_hash_depends_on_lengths():
     one, other = [torch.tensor([1, 2]), torch.tensor([3])], [torch.tensor([1]), torch.tensor([2, 3])]
     assert text.windows_hash(one) != text.windows_hash(other)
     assert text.windows_hash(one) == text.windows_hash([ids.clone() for ids in one])
+
+
+def test_old_name_of_calibration_data_warns():
+    with pytest.warns(FutureWarning, match=r"bitmill\.CalibrationData"):
+        assert bitmill.CalibrationData is CalibrationData

@@ -78,7 +78,7 @@ def test_measured_equals_packed(root, run):
 
 
 def _terms():
-    return {"calibration": bitmill.Calibration("text.txt", 4, 32), "measure": 2}
+    return {"calibration": bitmill.CalibrationData("text.txt", 4, 32), "measure": 2}
 
 
 def test_it_generates(root, run):
@@ -164,7 +164,7 @@ def test_compare_with_head_bits(root, run, monkeypatch):
         return told[-1]["result"]
 
     def compare(**more):
-        calibration = bitmill.Calibration("text.txt", 4, 32)
+        calibration = bitmill.CalibrationData("text.txt", 4, 32)
         monkeypatch.setattr(run_grid, "__kwdefaults__", {**run_grid.__kwdefaults__, "run": here})
         from bitmill.workflows.comparison.compare import compare
 

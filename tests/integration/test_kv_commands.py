@@ -200,7 +200,7 @@ def test_generate_as_calibrated(world, run, kept):
 
 
 def test_long_prompts_in_chunks(world, monkeypatch):
-    from bitmill.evaluation.generate import CHUNK, generate
+    from bitmill.evaluation.generate import PROMPT_CHUNK, generate
     from bitmill.workflows import kv as caching
 
     model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
@@ -211,7 +211,7 @@ def test_long_prompts_in_chunks(world, monkeypatch):
     done = generate(model, tokenizer, prompt, max_new_tokens=3, past=caches.new(), chunk=20)
     assert seen == [20, 20, 10, 1, 1]
     assert done.tokens == generate(model, tokenizer, prompt, max_new_tokens=3).tokens
-    assert caches.chunk == CHUNK
+    assert caches.chunk == PROMPT_CHUNK
 
 
 def test_chat(world, kept, capsys, monkeypatch):

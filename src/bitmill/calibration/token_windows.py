@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitmill.data.self_generated import generate_windows
 from bitmill.data.text import Windows, check_windows, windows_hash
-from bitmill.data.windows import SELF, Calibration, check_context_length, count_windows
+from bitmill.data.windows import SELF, CalibrationData, check_context_length, count_windows
 from bitmill.errors import CalibrationError, SourceError, UsageError
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
@@ -22,7 +22,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def token_windows(
     source: Source,
-    calibration: Calibration | Tensor | None,
+    calibration: CalibrationData | Tensor | None,
     calibrates: bool,
     measure: int,
     device: str = "cpu",
@@ -49,7 +49,7 @@ def token_windows(
     """
     if isinstance(calibration, Tensor):
         return _given_windows(calibration, source, calibrates)
-    calibration = calibration or Calibration()
+    calibration = calibration or CalibrationData()
     self_generated = calibration.source == SELF
     task = task_of(source)
     described: dict[str, Any] = {"calibration": None, "held_out": None}
@@ -80,7 +80,7 @@ def token_windows(
 
 
 def calibration_windows(
-    source: Source, calibration: Calibration, device: str, progress: Progress | None
+    source: Source, calibration: CalibrationData, device: str, progress: Progress | None
 ) -> Tensor:
     """Return calibration windows (samples, seqlen) of a text, or of text that the model writes itself.
 
@@ -94,7 +94,7 @@ def calibration_windows(
 
 
 def _self_generated_windows(
-    source: Source, calibration: Calibration, device: str, progress: Progress | None
+    source: Source, calibration: CalibrationData, device: str, progress: Progress | None
 ) -> Tensor:
     """Return windows that the float model writes; the whole model is in memory while it does."""
     task = task_of(source)

@@ -89,13 +89,13 @@ def compare(
     }  # fmt: skip
     with command_output(as_json, "interrupted; run the command again to continue") as output:
         output.progress.start("starting", 0)
-        from bitmill.data.windows import Calibration
+        from bitmill.data.windows import CalibrationData
         from bitmill.recipes.method import METHODS
         from bitmill.report.comparison import results_table
         from bitmill.workflows.comparison.compare import compare
 
         named = METHODS.names() if methods.strip() == "all" else split_list(methods)
-        calibration = Calibration(calib, samples, seqlen, seed)
+        calibration = CalibrationData(calib, samples, seqlen, seed)
         results = compare(
             model, named, _parse_bits(bits), out=out, calibration=calibration, progress=output.progress, **request
         )

@@ -161,7 +161,7 @@ def quantize(
         recipe, reason = _choose_recipe(method, options, parts, max_minutes)
         if recipe is None:
             request |= options  # which the workflow refuses
-        calibration = api.Calibration(calib, samples, seqlen, seed)
+        calibration = api.CalibrationData(calib, samples, seqlen, seed)
         outcome = api.quantize(model, recipe or NONE, calibration=calibration, progress=output.progress, **request)
         data = {"model": model, **({"chosen": reason} if reason else {}), **outcome.summary}
         output.result(data, lambda: [_render(model, outcome.summary, dry_run, reason)])

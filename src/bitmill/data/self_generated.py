@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.compat import forward_with_cache
-from bitmill.evaluation.generate import choose
+from bitmill.evaluation.generate import sample_tokens
 from bitmill.progress import Progress
 
 LIKELIEST = 4  # tokens after the first one; the papers say 3 to 5
@@ -43,7 +43,7 @@ def generate_windows(
             known = tokens if cache is None else tokens[:, -1:]
             output, cache = forward_with_cache(model, known.to(device), cache)
             temperature = 0.0 if tokens.shape[1] <= LIKELIEST else 1.0
-            tokens = torch.cat([tokens, choose(output.logits[:, -1], temperature, generator)[:, None]], 1)
+            tokens = torch.cat([tokens, sample_tokens(output.logits[:, -1], temperature, generator)[:, None]], 1)
             progress.advance()
         windows.append(tokens)
     progress.finish()

@@ -30,7 +30,7 @@ SELF = "self"  # calibration source: the model writes its text itself
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationData:
     """The calibration text and how much of it is read.
 
     source: "pydoc", a .txt or .jsonl file, "hf:dataset", or "self" for text that the float model writes.

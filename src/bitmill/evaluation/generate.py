@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitmill.compat import forward_with_cache
 from bitmill.errors import NumericsError, UsageError
 
-CHUNK = 512  # tokens of a prompt that are read at a time into a packed cache
+PROMPT_CHUNK = 512  # tokens of a prompt that are read at a time into a packed cache
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def generate(
     first_done = started
     for step in range(min(max_new_tokens, room)):
         logits, cache = _read(model, torch.tensor([unread], device=device), cache, chunk)
-        token = int(choose(logits, temperature, generator))
+        token = int(sample_tokens(logits, temperature, generator))
         if step == 0:
             first_done = time.perf_counter()
         if token in ends:
@@ -155,7 +155,7 @@ def _check(model: nn.Module, prompt: list[int], max_new_tokens: int, temperature
     return limit - len(prompt)
 
 
-def choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """Token ids (n,) from logits (n, vocabulary). Raises NumericsError when they are not finite."""
     logits = logits.float().cpu()
     if not bool(torch.isfinite(logits).any(-1).all()) or bool(torch.isnan(logits).any()):

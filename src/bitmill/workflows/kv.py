@@ -16,9 +16,9 @@ from bitmill.checkpoint.files import publish, writing
 from bitmill.checkpoint.record import record_calibration, write_calibration
 from bitmill.checkpoint.writer import check_new, work_of
 from bitmill.data.text import windows_hash
-from bitmill.data.windows import SELF, Calibration, TextWindows, check_context_length
+from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length
 from bitmill.errors import UsageError
-from bitmill.evaluation.generate import CHUNK
+from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.kv.answers import PackedCacheLogits
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrate import calibrate
@@ -68,7 +68,7 @@ class KVCalibrationJob:
         self.plan = plan(streamed.model, self.method, streamed.source.name)
         self.windows: Tensor | None = None
 
-    def read(self, given: Calibration | Tensor | None, progress: Progress) -> None:
+    def read(self, given: CalibrationData | Tensor | None, progress: Progress) -> None:
         """Settle the windows that calibrate, of the text that calibrates the weights. Raises CalibrationError."""
         source = self.streamed.source
         if not self.method.scheme().is_calibrated:
@@ -76,7 +76,7 @@ class KVCalibrationJob:
         if isinstance(given, Tensor):
             self.windows, self.plan["calibration"] = given.long().cpu(), _described("tokens", given.long(), None)
             return
-        given = given or Calibration()
+        given = given or CalibrationData()
         seqlen = window_of(self.wanted, source.config)
         text = replace(given, samples=self.wanted.samples, seqlen=seqlen)
         self.windows = calibration_windows(source, text, str(self.streamed.device), progress)
@@ -178,7 +178,7 @@ class CacheFactory:
             config: Any = model.config
             layers = config.get_text_config().num_hidden_layers
             # not all hybrids of transformers continue their other states by several tokens exactly: Bamba does not
-            self.chunk = CHUNK if len(packed_shapes(model)) == layers else None
+            self.chunk = PROMPT_CHUNK if len(packed_shapes(model)) == layers else None
 
     def new(self) -> QuantizedCache | None:
         """An empty cache."""
@@ -215,7 +215,7 @@ def add_to_folder(
     folder: Path,
     out: Path,
     wanted: KVConfig,
-    given: Calibration | Tensor | None,
+    given: CalibrationData | Tensor | None,
     device: str,
     trust_remote_code: bool,
     progress: Progress,
@@ -230,8 +230,8 @@ def add_to_folder(
     kv, found = plan(live, method, str(folder)), KVCalibration(method, ())
     if method.scheme().is_calibrated:
         if isinstance(given, Tensor):
-            raise UsageError(f"Token windows cannot calibrate {folder}; name a text, as a Calibration.")
-        text = given or Calibration()
+            raise UsageError(f"Token windows cannot calibrate {folder}; name a text, as CalibrationData.")
+        text = given or CalibrationData()
         if text.source == SELF:
             raise UsageError(f"{folder} cannot write the text that calibrates it; give another one with --calib.")
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)

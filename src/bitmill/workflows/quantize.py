@@ -13,7 +13,7 @@ from bitmill.calibration.token_windows import token_windows
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import Checkpoint, is_ours, open_checkpoint
 from bitmill.checkpoint.writer import FolderSink, check_new, is_finished
-from bitmill.data.windows import Calibration
+from bitmill.data.windows import CalibrationData
 from bitmill.errors import UsageError
 from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
 from bitmill.models.embedding_and_head import embedding_and_head
@@ -50,7 +50,7 @@ def quantize(
     method: str | Path | Recipe | None = None,
     *,
     out: str | Path | None = None,
-    calibration: Calibration | Tensor | None = None,
+    calibration: CalibrationData | Tensor | None = None,
     measure: int = 4,
     device: str = "cpu",
     resume: bool = False,

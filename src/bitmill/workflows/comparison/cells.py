@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from bitmill.data.windows import Calibration
+from bitmill.data.windows import CalibrationData
 from bitmill.errors import RecipeError, UsageError
 from bitmill.pipeline.job import Propagate
 from bitmill.recipes.compose import find_recipe, with_head
@@ -59,7 +59,7 @@ class Grid:
 
     model: str
     cells: tuple[Cell, ...]
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: CalibrationData = field(default_factory=CalibrationData)
     windows: int = 40
     prompts: tuple[str, ...] = PROMPTS
     max_new_tokens: int = NEW_TOKENS
@@ -92,7 +92,7 @@ class Grid:
             **{
                 **data,
                 "cells": tuple(Cell(**cell) for cell in data["cells"]),
-                "calibration": Calibration(**data["calibration"]),
+                "calibration": CalibrationData(**data["calibration"]),
                 "prompts": tuple(data["prompts"]),
             }
         )

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitmill.data.windows import Calibration
+from bitmill.data.windows import CalibrationData
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
 from bitmill.report.results import Results
@@ -22,7 +22,7 @@ def compare(
     out: str | Path,
     recipes: Sequence[str | Path] = (),
     options: Options | None = None,
-    calibration: Calibration | None = None,
+    calibration: CalibrationData | None = None,
     windows: int = 40,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = NEW_TOKENS,
@@ -48,7 +48,7 @@ def compare(
     Every variant has a process of its own. One that fails, or that a method does not offer, is a row with a
     reason. Raises BitmillError subclasses for what concerns all of them.
     """
-    calibration = calibration or Calibration()
+    calibration = calibration or CalibrationData()
     command = ["bitmill", "compare", str(model)]
     for name, given, usual in (
         ("--methods", ",".join(methods), ""),

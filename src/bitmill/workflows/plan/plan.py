@@ -15,7 +15,7 @@ from typing import Any
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.errors import SourceError, UsageError
-from bitmill.evaluation.generate import CHUNK
+from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.models.config_only import open_config_only
 from bitmill.models.kv_shapes import CachedLayer, cached_layers, check_key_widths
 from bitmill.models.streamed import StreamedModel
@@ -54,7 +54,7 @@ class Devices:
 
     def needed(self, weight_bytes: int, cache_bytes: int, tokens: int) -> int:
         """Return the bytes needed on each device at a context of `tokens`."""
-        return -(-(weight_bytes + cache_bytes) // self.count) + self.activations.of(min(tokens, CHUNK))
+        return -(-(weight_bytes + cache_bytes) // self.count) + self.activations.of(min(tokens, PROMPT_CHUNK))
 
     def longest(self, weight_bytes: int, cache: CacheStorage) -> int | None:
         """Return the most tokens that fit: 0 where one does not, None where there is no limit."""
@@ -170,8 +170,8 @@ def _activation_row(
     activations: Activations, tokens: int, layers: tuple[CachedLayer, ...], batch: int
 ) -> dict[str, int]:
     return {
-        "chunk": CHUNK,
-        "prompt_bytes": activations.of(min(tokens, CHUNK)),
+        "chunk": PROMPT_CHUNK,
+        "prompt_bytes": activations.of(min(tokens, PROMPT_CHUNK)),
         "decode_bytes": activations.of(1),
         "prompt_at_once_bytes": activations.of(tokens),
         "float_layer_bytes": max(4 * batch * layer.num_elements(tokens) for layer in layers),
