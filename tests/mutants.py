@@ -95,20 +95,21 @@ def copy_tree(folder: Path) -> None:
 
 
 class Recorder:
-    """A plugin of pytest: coverage in the context of each test, and the seconds of those that passed."""
+    """A plugin of pytest: coverage in the context of each test, and the CPU seconds of those that passed."""
 
     def __init__(self, coverage) -> None:
-        self.coverage, self.seconds = coverage, dict[str, float]()
+        self.coverage, self.seconds, self.started = coverage, dict[str, float](), 0.0
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.coverage.switch_context(nodeid)
+        self.started = time.process_time()
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == "call" and report.passed:
-            self.seconds[report.nodeid] = round(report.duration, 4)
+            self.seconds[report.nodeid] = round(time.process_time() - self.started, 4)
 
 
-def measure(tree: Path, tests: list[Path], folder: Path) -> None:
+def measure(tree: Path, tests: list[Path], folder: Path, jobs: int) -> None:
     """Write which lines each test covers to `folder`, one file per file of tests, each measured in a fork."""
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
@@ -121,7 +122,7 @@ def measure(tree: Path, tests: list[Path], folder: Path) -> None:
             importlib.import_module(module.name)
     running: set[int] = set()
     for number, test in enumerate(tests, 1):
-        if len(running) == (os.cpu_count() or 1):
+        if len(running) == jobs:
             running.discard(os.wait()[0])
         print(f"measuring {number} of {len(tests)}: {test}", flush=True)
         child = os.fork()
@@ -332,6 +333,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tests", type=int, default=60, help="tests per mutant, at most")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds per mutant, at most")
     parser.add_argument("--measure", nargs="*", metavar="FILE", help="files of tests to measure, in place of all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="files of tests measured at a time")
     parser.add_argument("--only-map", action="store_true", help="only measure which test covers which line")
     parser.add_argument("--fresh-map", action="store_true", help="measure it again")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "mutants.md")
@@ -351,7 +353,9 @@ def main() -> None:
         if options.measure is not None:
             tests = [Path(name) for name in options.measure]
         done = {file.stem for file in folder.glob("*.json")}
-        measure(tree, [t for t in tests if ".".join(t.with_suffix("").parts[1:]) not in done], folder)
+        measure(
+            tree, [t for t in tests if ".".join(t.with_suffix("").parts[1:]) not in done], folder, options.jobs
+        )
         if options.only_map:
             return
         mutants = draw(options.seed, options.lines)
