@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitmill.report.results import read_results
 from bitmill.workflows.comparison import process, worker
-from bitmill.workflows.comparison.process import CellFailed
+from bitmill.workflows.comparison.process import VariantFailed
 
 TERMS = ["--samples", "4", "--seqlen", "32", "--windows", "2", "--max-new-tokens", "3"]
 
@@ -18,9 +18,9 @@ def in_this_process(folder: Path, name: str, log: Path, progress) -> dict:
     worker.main([str(folder), name], stdout=stdout)
     said: dict = {}
     for line in stdout.getvalue().splitlines():
-        said |= process._follow(line, progress, name)
+        said |= process.handle_message(line, progress, name)
     if "result" not in said:
-        raise CellFailed(said["failed"])
+        raise VariantFailed(said["failed"])
     return said["result"]
 
 

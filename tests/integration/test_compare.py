@@ -10,7 +10,7 @@ import pytest
 from bitmill.cli.main import main
 from bitmill.errors import NumericsError
 from bitmill.workflows.comparison import run, worker
-from bitmill.workflows.comparison.process import CellFailed
+from bitmill.workflows.comparison.process import VariantFailed
 from helpers.comparisons import command, names, results
 
 
@@ -97,7 +97,7 @@ def test_held_out_windows(world, quick, capsys):
     (world.root / "grid" / "grid.json").write_text(json.dumps(grid))
     said = io.StringIO()
     assert worker.main([str(world.root / "grid"), "rtn-3bit"], stdout=said) == 1
-    assert "no longer what it was" in json.loads(said.getvalue().splitlines()[-1])["failed"]
+    assert "has changed since" in json.loads(said.getvalue().splitlines()[-1])["failed"]
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,7 @@ def test_changed_terms_refused(world, quick, capsys, more, said):
 
 
 def test_failed_cells_are_rows(world, quick, broken, capsys, monkeypatch):
-    from bitmill.workflows import quantize as quantizing
-
-    quantize = quantizing.quantize
+    quantize = worker.quantize
 
     def sometimes(model, recipe, **options):
         if recipe.name == "gptq" and recipe.weight.bits == 3:
@@ -133,7 +131,7 @@ def test_failed_cells_are_rows(world, quick, broken, capsys, monkeypatch):
             raise ZeroDivisionError("of our\nmaking")
         return quantize(model, recipe, **options)
 
-    monkeypatch.setattr(quantizing, "quantize", sometimes)
+    monkeypatch.setattr(worker, "quantize", sometimes)
     assert main(command(world, "--recipes", broken, bits="3,4,9")) == 1
     out, err = capsys.readouterr()
     assert err.splitlines()[-1].startswith("error: 3 of 7 variants failed, the first one 'gptq-3bit'")
@@ -146,7 +144,7 @@ def test_failed_cells_are_rows(world, quick, broken, capsys, monkeypatch):
     assert "ignores every linear layer" in rows["broken"][1]
     for name in ("gptq-3bit: failed: A matrix", "rtn-9bit: not applicable: "):
         assert name in out
-    monkeypatch.setattr(quantizing, "quantize", quantize)
+    monkeypatch.setattr(worker, "quantize", quantize)
     assert main(command(world, bits="3,4,9")) == 0  # what failed is tried again
     assert {v.status for v in results(world).variants if v.name != "broken"} == {"done", "not_applicable"}
 
@@ -192,7 +190,7 @@ def test_grid_error_message(world, quick, capsys, more, status, said):
 
 def test_float_model_must_be_measured(world, quick, capsys, monkeypatch):
     def fail(*_):
-        raise CellFailed("Its process was killed.")
+        raise VariantFailed("Its process was killed.")
 
     monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": fail})
     assert main(command(world)) == 1

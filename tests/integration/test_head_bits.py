@@ -12,7 +12,7 @@ import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.writer import FolderSink
 from bitmill.cli.main import main
-from bitmill.workflows.comparison.process import CellFailed
+from bitmill.workflows.comparison.process import VariantFailed
 from bitmill.workflows.comparison.run import run_grid
 from bitmill.workflows.comparison.worker import main as work
 from helpers.workspace import arguments, interrupted_after, save_model, snapshot, write_text
@@ -160,7 +160,7 @@ def test_compare_with_head_bits(root, run, monkeypatch):
             monkeypatch.undo()
             monkeypatch.chdir(root)
         if "failed" in told[-1]:
-            raise CellFailed(told[-1]["failed"])
+            raise VariantFailed(told[-1]["failed"])
         return told[-1]["result"]
 
     def compare(**more):

@@ -18,13 +18,13 @@ from bitmill.evaluation.metrics import score_windows
 from bitmill.progress import Progress
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.workflows.comparison import process
-from bitmill.workflows.comparison.cells import Cell, Grid, plan_cells
-from bitmill.workflows.comparison.process import CellFailed, run_cell
-from bitmill.workflows.comparison.reference import Recorded, Recorder
+from bitmill.workflows.comparison.grid import Grid, VariantSpec, plan_variants
+from bitmill.workflows.comparison.predictions import PredictionRecorder, RecordedPredictions
+from bitmill.workflows.comparison.process import VariantFailed, run_variant
 
 
 def test_cells_of_grid():
-    cells = plan_cells(["rtn", "gptq"], [3, 4], options={"gptq": {"damp": "0.05"}})
+    cells = plan_variants(["rtn", "gptq"], [3, 4], options={"gptq": {"damp": "0.05"}})
     assert [cell.name for cell in cells] == ["rtn-3bit", "rtn-4bit", "gptq-3bit", "gptq-4bit"]
     assert [cell.bits for cell in cells] == [3, 4, 3, 4]
     assert cells[3].recipe["weight"]["bits"] == 4
@@ -33,13 +33,13 @@ def test_cells_of_grid():
 
 
 def test_unsupported_bits():
-    (cell,) = plan_cells(["rtn"], [9])
+    (cell,) = plan_variants(["rtn"], [9])
     assert cell.recipe is None
     assert "8" in cell.reason
 
 
 def test_options_for_given_bits():
-    two, three = plan_cells(["gptqt"], [2, 3], options={"gptqt": {"grid_bits": 6}})  # 3 bits are its default
+    two, three = plan_variants(["gptqt"], [2, 3], options={"gptqt": {"grid_bits": 6}})  # 3 bits are its default
     assert two.recipe["weight"]["grid_bits"] == 6
     assert three.recipe is None
     assert "grid_bits is 6" in three.reason
@@ -47,7 +47,7 @@ def test_options_for_given_bits():
 
 @pytest.mark.parametrize("method", METHODS.names())
 def test_methods_can_be_compared(method):
-    cells = plan_cells([method], [2, 4, 9])
+    cells = plan_variants([method], [2, 4, 9])
     assert len(cells) == (3 if "bits" in METHODS.get(method).__dataclass_fields__ else 1)
     assert all((cell.recipe is None) == bool(cell.reason) for cell in cells)
     assert any(cell.recipe for cell in cells)
@@ -56,7 +56,7 @@ def test_methods_can_be_compared(method):
 def test_recipe_file_cell(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(build_recipe("gptq", {"bits": 2}).to_yaml().replace("name: gptq", "name: my gptq!"))
-    (cell,) = plan_cells([], [], [path])
+    (cell,) = plan_variants([], [], [path])
     assert (cell.name, cell.method, cell.bits) == ("my-gptq", "my gptq!", 2)
 
 
@@ -75,11 +75,11 @@ def test_recipe_file_cell(tmp_path):
 )
 def test_invalid_options_refused(arguments, options, message):
     with pytest.raises(RecipeError if "option" in message or "wants" in message else UsageError, match=message):
-        plan_cells(*arguments, options=options)
+        plan_variants(*arguments, options=options)
 
 
 def test_grid_round_trip():
-    grid = Grid("model", plan_cells(["rtn"], [3, 9]), windows=3, prompts=("a", "b"))
+    grid = Grid("model", plan_variants(["rtn"], [3, 9]), windows=3, prompts=("a", "b"))
     assert Grid.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
 
 
@@ -87,9 +87,9 @@ def test_grid_round_trip():
     ("cells", "windows", "message"),
     [
         ((), 1, "nothing to compare"),
-        ((Cell("a", "a", 3, {}), Cell("a", "a", 3, {})), 1, "Two variants"),
-        ((Cell("float", "float", 3, {}),), 1, "cannot be called"),
-        ((Cell("a", "a", 3, {}),), 0, "at least 1"),
+        ((VariantSpec("a", "a", 3, {}), VariantSpec("a", "a", 3, {})), 1, "Two variants"),
+        ((VariantSpec("float", "float", 3, {}),), 1, "cannot be called"),
+        ((VariantSpec("a", "a", 3, {}),), 0, "at least 1"),
     ],
 )
 def test_invalid_grids(cells, windows, message):
@@ -111,11 +111,11 @@ def test_recorded_predictions(tmp_path):
     def model(tokens):
         return (table + noise)[tokens] + 30
 
-    recorder = Recorder(tmp_path / "float.npy", exact, windows)
+    recorder = PredictionRecorder(tmp_path / "float.npy", exact, windows)
     row = score_windows(recorder, windows, batch=2)
-    recorder.keep()
+    recorder.finish()
     direct = score_windows(model, windows, exact)
-    recorded = score_windows(model, windows, Recorded(tmp_path / "float.npy", windows), batch=3)
+    recorded = score_windows(model, windows, RecordedPredictions(tmp_path / "float.npy", windows), batch=3)
     assert row["perplexity"] == pytest.approx(direct["reference_perplexity"])
     assert recorded["kl_divergence"] == pytest.approx(direct["kl_divergence"], rel=1e-2)
     assert recorded["kl_divergence"] < 1e-3
@@ -125,20 +125,20 @@ def test_recorded_predictions(tmp_path):
 
 def test_other_windows_refused(tmp_path):
     windows = torch.zeros(2, 4, dtype=torch.int64)
-    recorder = Recorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
+    recorder = PredictionRecorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
     score_windows(recorder, windows)
-    recorder.keep()
+    recorder.finish()
     with pytest.raises(CheckpointError, match="windows"):
-        Recorded(tmp_path / "float.npy", windows[:1])
+        RecordedPredictions(tmp_path / "float.npy", windows[:1])
     (tmp_path / "float.npy").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        Recorded(tmp_path / "float.npy", windows)
+        RecordedPredictions(tmp_path / "float.npy", windows)
 
 
 def test_predictions_disk_full(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     windows = torch.zeros(2, 4, dtype=torch.int64)
-    recorder = Recorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
+    recorder = PredictionRecorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
     with pytest.raises(OutputError, match="lower --windows"):
         recorder(windows)
 
@@ -166,7 +166,7 @@ def cell(tmp_path, monkeypatch):
 
     def run(program: str, progress: Progress | None = None) -> dict:
         monkeypatch.setattr(process, "WORKER", (sys.executable, "-c", program))
-        return run_cell(tmp_path, "gptq-3bit", tmp_path / "gptq-3bit.log", progress or Progress())
+        return run_variant(tmp_path, "gptq-3bit", tmp_path / "gptq-3bit.log", progress or Progress())
 
     return run
 
@@ -197,13 +197,13 @@ print('{"result": {"perplexity": 2.5}}')
     ],
 )
 def test_failed_process(cell, tmp_path, program, reason):
-    with pytest.raises(CellFailed, match=reason):
+    with pytest.raises(VariantFailed, match=reason):
         cell(program)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_process_stderr(cell, tmp_path):
-    with pytest.raises(CellFailed, match=r"see gptq-3bit\.log"):
+    with pytest.raises(VariantFailed, match=r"see gptq-3bit\.log"):
         cell("raise ValueError('of all things')")
     assert "of all things" in (tmp_path / "gptq-3bit.log").read_text()
 
@@ -211,8 +211,8 @@ def test_failed_process_stderr(cell, tmp_path):
 def test_worker_ends_with_parent():
     program = (
         "import sys, threading, time\n"
-        "from bitmill.workflows.comparison.process import end_with\n"
-        "threading.Thread(target=end_with, args=(sys.stdin,), daemon=True).start()\n"
+        "from bitmill.workflows.comparison.process import exit_with_parent\n"
+        "threading.Thread(target=exit_with_parent, args=(sys.stdin,), daemon=True).start()\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     )

@@ -1,1 +1,1 @@
-"""A grid of recipes and bits, quantized and measured on the same terms: what `bitmill compare` runs."""
+"""Comparisons: a grid of recipes, each quantized and measured in its own process under equal conditions."""

@@ -1,4 +1,4 @@
-"""What the figures of a comparison were measured on."""
+"""The machine on which a comparison is measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bitmill.version import __version__
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Processor, memory, system and versions; of a GPU its name. No host name, no user, no path."""
+    """Return processor, memory, system, versions and the name of the GPU; no host name, user or path."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -33,7 +33,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's own name, where the system tells it."""
+    """Return the model name of the processor where the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""Run one cell in a process of its own, follow its progress, and say what became of it."""
+"""Run one variant in its own process, and receive its progress and result."""
 
 from __future__ import annotations
 
@@ -17,37 +17,44 @@ from bitmill.progress import Progress
 WORKER = (sys.executable, "-m", "bitmill.workflows.comparison.worker")
 
 
-class CellFailed(Exception):
-    """A cell came to nothing; the message is one sentence."""
+class VariantFailed(Exception):
+    """A variant has no result; the message is one sentence."""
 
 
-def run_cell(folder: Path, name: str, log: Path, progress: Progress) -> dict[str, Any]:
-    """The result of one cell. What its process prints on stderr is kept in `log` when it fails.
+def run_variant(folder: Path, name: str, log: Path, progress: Progress) -> dict[str, Any]:
+    """Run one variant in a worker process and return its result.
 
-    Raises CellFailed with what the process said, or with how it died.
+    Args:
+        folder: folder of the comparison, with grid.json.
+        name: the variant, or `float`.
+        log: receives stderr of the process; deleted unless it failed with output.
+        progress: receives the progress of the worker.
+
+    Raises:
+        VariantFailed: with the worker's message, or the way in which the process ended.
     """
-    said: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     try:
         with log.open("w") as errors, _worker([str(folder), name], errors) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                said |= _follow(line, progress, name)
+                message |= handle_message(line, progress, name)
             status = process.wait()
     finally:
         progress.finish()
-        if "result" in said or not log.stat().st_size:
+        if "result" in message or not log.stat().st_size:
             log.unlink()
-    if "result" not in said:
-        raise CellFailed(said.get("failed") or _how_it_died(status, log))
-    return dict(said["result"])
+    if "result" not in message:
+        raise VariantFailed(message.get("failed") or _exit_reason(status, log))
+    return dict(message["result"])
 
 
 @contextmanager
 def _worker(arguments: list[str], errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """A worker that ends with the block, however the block ends.
+    """Start a worker and kill it when the block ends.
 
-    It has a session of its own: Ctrl-C reaches us alone, and we end it. If we are killed its stdin ends, and it
-    ends itself.
+    It has its own session: Ctrl-C reaches only this process, which ends the worker. If this process is killed, the
+    worker's stdin closes and it exits.
     """
     process = subprocess.Popen(
         [*WORKER, *arguments],
@@ -68,14 +75,20 @@ def _worker(arguments: list[str], errors: IO[str]) -> Iterator[subprocess.Popen[
             pipe.close()
 
 
-def end_with(stdin: IO[str]) -> None:
-    """In the worker: wait until whoever started it is gone, and end it."""
+def exit_with_parent(stdin: IO[str]) -> None:
+    """Block until stdin closes, which is when the parent process has ended, then exit."""
     stdin.read()
     os._exit(1)
 
 
-def _follow(line: str, progress: Progress, name: str) -> dict[str, Any]:
-    """Take in one line of a worker: progress is passed on, anything else returned."""
+def handle_message(line: str, progress: Progress, name: str) -> dict[str, Any]:
+    """Handle one line of a worker: forward progress, and return any other message.
+
+    Args:
+        line: a JSON object; other text is ignored.
+        progress: receives the worker's tasks, steps and memory.
+        name: the variant, as prefix of its tasks.
+    """
     try:
         message = json.loads(line)
     except ValueError:
@@ -96,15 +109,15 @@ def _follow(line: str, progress: Progress, name: str) -> dict[str, Any]:
     return {}
 
 
-def _how_it_died(status: int, log: Path) -> str:
-    """One sentence about a process that said nothing."""
-    where = f"; see {log.name} beside its record" if log.exists() else ""
+def _exit_reason(status: int, log: Path) -> str:
+    """Return one sentence about a process that ended without a message."""
+    hint = f"; see {log.name} next to its record" if log.exists() else ""
     if status == -signal.SIGKILL:
-        return f"Its process was killed (SIGKILL), most likely because the machine ran out of memory{where}."
+        return f"Its process was killed (SIGKILL), most likely because the machine ran out of memory{hint}."
     if status < 0:
         try:
-            how = signal.Signals(-status).name
+            name = signal.Signals(-status).name
         except ValueError:
-            how = f"signal {-status}"
-        return f"Its process died of {how}{where}."
-    return f"Its process ended with status {status} and without a result{where}."
+            name = f"signal {-status}"
+        return f"Its process died of {name}{hint}."
+    return f"Its process ended with status {status} and without a result{hint}."

@@ -1,15 +1,15 @@
-"""Run a grid: one cell after another, each noted when it is finished, so that a killed grid goes on.
+"""Run a grid: one variant after another, each recorded when it is finished, so that a killed run can be continued.
 
-    DIR/grid.json          the terms of the comparison and the cells asked for last
-    DIR/cells/NAME.json    what became of a cell
-    DIR/cells/NAME/        its quantized model, until it was measured (kept with `keep_models`)
-    DIR/float.npy          what the float model predicts, until the grid is finished
+    DIR/grid.json          the settings of the comparison and the latest requested variants
+    DIR/cells/NAME.json    the record of a variant
+    DIR/cells/NAME/        its quantized model, until it is measured (kept with `keep_models`)
+    DIR/float.npy          the float model's predictions, until the grid is finished
     DIR/statistics/        of the float model, until the grid is finished; with propagate="float"
-    DIR/results.json       everything, see report/results.py
-    DIR/report.html        the page made from it
+    DIR/results.json       all results, see report/results.py
+    DIR/report.html        the page made from them
 
-Running the same command again does what is missing and tries again what failed. Other methods and bits may be
-added; other terms are refused.
+Running the command again completes missing variants and retries failed ones. Other methods and bits may be added;
+other settings are refused.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from bitmill.report.results import Results
 from bitmill.sources.open import open_source
 from bitmill.tasks.base import task_of
 from bitmill.workflows.checks import check_device
-from bitmill.workflows.comparison.cells import FLOAT, Cell, Grid
+from bitmill.workflows.comparison.grid import FLOAT, Grid, VariantSpec
 from bitmill.workflows.comparison.machine import describe_machine
-from bitmill.workflows.comparison.process import CellFailed, run_cell
+from bitmill.workflows.comparison.process import VariantFailed, run_variant
 from bitmill.workflows.comparison.worker import FLOAT_FILE, GRID_FILE, STATISTICS
 
 RESULTS_FILE = "results.json"
 PAGE_FILE = "report.html"
 
-RunCell = Callable[[Path, str, Path, Progress], dict[str, Any]]
+RunVariant = Callable[[Path, str, Path, Progress], dict[str, Any]]
 
 
 def run_grid(
@@ -49,18 +49,25 @@ def run_grid(
     *,
     keep_models: bool = False,
     progress: Progress | None = None,
-    run: RunCell = run_cell,
+    run: RunVariant = run_variant,
 ) -> Results:
-    """Quantize and measure every cell of `grid` into the folder `out`; returns what results.json holds.
+    """Quantize and measure every variant of `grid` into the folder `out`, and return the results.
 
-    run: how one cell is run.
+    A variant that fails is a row of the results.
 
-    Raises BitmillError for whatever concerns all cells: the model, the text, the folder, the float model's run.
-    A cell that fails is a row of the results.
+    Args:
+        grid: variants and settings.
+        out: folder of the comparison.
+        keep_models: keep the quantized models.
+        progress: receives the progress.
+        run: runs one variant; in its own process by default.
+
+    Raises:
+        BitmillError: for errors that concern all variants: the model, the text, the folder, the float model.
     """
     progress = progress or Progress()
     progress.start("reading text and model", 0)
-    settings = describe_terms(grid)
+    settings = comparison_settings(grid)
     machine = describe_machine(grid.device)
     with writing(out):
         make_folder(out / "cells")
@@ -79,8 +86,12 @@ def run_grid(
         lock.close()
 
 
-def describe_terms(grid: Grid) -> dict[str, Any]:
-    """`settings` of the results. Raises BitmillError for a model or a text that cannot be used."""
+def comparison_settings(grid: Grid) -> dict[str, Any]:
+    """Return the `settings` of the results.
+
+    Raises:
+        BitmillError: the model or the text cannot be used.
+    """
     check_device(grid.device)
     source = open_source(grid.model, trust_remote_code=grid.trust_remote_code)
     task = task_of(source)
@@ -89,13 +100,13 @@ def describe_terms(grid: Grid) -> dict[str, Any]:
             f"{grid.model} is {task.description}, and a comparison needs perplexities and generated text; "
             "quantize it by each method, and measure with bitmill eval --reference."
         )
-    terms, tokenizer = grid.calibration, source.tokenizer()
-    check_context_length(source.config, terms.seqlen)
-    windows = task.windows(terms.source, tokenizer)
-    calib = windows.calibration(terms.samples, terms.seqlen, terms.seed)
-    held_out = windows.held_out("eval", terms.seqlen, grid.windows)
-    window = {"source": terms.source, "seqlen": terms.seqlen}
-    of_calib = {"windows": terms.samples, "seed": terms.seed, "sha256": text.windows_hash(calib)}
+    calibration, tokenizer = grid.calibration, source.tokenizer()
+    check_context_length(source.config, calibration.seqlen)
+    windows = task.windows(calibration.source, tokenizer)
+    calib = windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
+    held_out = windows.held_out("eval", calibration.seqlen, grid.windows)
+    window = {"source": calibration.source, "seqlen": calibration.seqlen}
+    of_calib = {"windows": calibration.samples, "seed": calibration.seed, "sha256": text.windows_hash(calib)}
     of_held_out = {"windows": len(held_out), "seed": None, "sha256": text.windows_hash(held_out)}
     return {
         "model": grid.model,
@@ -110,26 +121,26 @@ def describe_terms(grid: Grid) -> dict[str, Any]:
     }
 
 
-def _run(grid: Grid, records: _Records, progress: Progress, run: RunCell) -> Results:
-    """The float model where something still needs it, then every cell without a lasting record."""
-    missing = [cell for cell in grid.cells if not records.settled(cell)]
-    runnable = [cell for cell in missing if cell.recipe is not None]
+def _run(grid: Grid, records: _Records, progress: Progress, run: RunVariant) -> Results:
+    """Run the float model if a missing variant needs it, then every variant without a final record."""
+    missing = [variant for variant in grid.variants if not records.is_final(variant)]
+    runnable = [variant for variant in missing if variant.recipe is not None]
     if records.read(FLOAT) is None or (runnable and not (records.out / FLOAT_FILE).exists()):
         try:
             row = run(records.out, FLOAT, records.log(FLOAT), progress)
-        except CellFailed as failure:
+        except VariantFailed as failure:
             raise BitmillError(f"The float model cannot be measured: {failure}") from None
         records.write(FLOAT, row)
-    for cell in missing:
-        if cell.recipe is None:
-            records.note(cell, {"status": "not_applicable", "reason": cell.reason})
+    for variant in missing:
+        if variant.recipe is None:
+            records.add(variant, {"status": "not_applicable", "reason": variant.reason})
             continue
         try:
-            result = run(records.out, cell.name, records.log(cell.name), progress)
-            records.note(cell, {"status": "done", **result})
-        except CellFailed as failure:
-            records.note(cell, {"status": "failed", "reason": str(failure)})
-    # gigabytes, and quickly made again
+            result = run(records.out, variant.name, records.log(variant.name), progress)
+            records.add(variant, {"status": "done", **result})
+        except VariantFailed as failure:
+            records.add(variant, {"status": "failed", "reason": str(failure)})
+    # gigabytes that are quickly computed again
     (records.out / FLOAT_FILE).unlink(missing_ok=True)
     shutil.rmtree(records.out / STATISTICS, ignore_errors=True)
     return records.publish()
@@ -144,9 +155,11 @@ class _Records:
         self.terms = json.loads(json.dumps({"settings": settings, "machine": machine}))
 
     def begin(self, keep_models: bool) -> None:
-        """Note the grid.
+        """Write grid.json.
 
-        Raises CheckpointError when the folder holds results on other terms, OutputError when other things.
+        Raises:
+            CheckpointError: the folder holds results with other settings.
+            OutputError: the folder holds other files.
         """
         file = self.out / GRID_FILE
         if file.exists():
@@ -158,55 +171,55 @@ class _Records:
                     f"{self.out} holds a comparison whose {key} was {old!r} and is now {new!r}; "
                     "restore that, or choose another folder with -o."
                 )
-            for cell in self.grid.cells:
-                self._check_recipe(cell)
-        elif strange := sorted({entry.name for entry in self.out.iterdir()} - {"cells", "lock"}):
-            raise OutputError(f"{self.out} holds {strange[0]!r} and no comparison; choose another folder with -o.")
+            for variant in self.grid.variants:
+                self._check_recipe(variant)
+        elif other := sorted({entry.name for entry in self.out.iterdir()} - {"cells", "lock"}):
+            raise OutputError(f"{self.out} holds {other[0]!r} and no comparison; choose another folder with -o.")
         self.commands.append(self.grid.command)
         document = {"terms": self.terms, "commands": self.commands, "grid": self.grid.to_dict()}
         write_json(file, {**document, "keep_models": keep_models})
 
-    def _check_recipe(self, cell: Cell) -> None:
-        known = self.read(cell.name)
-        if known is None or known.get("status") == "failed":
+    def _check_recipe(self, variant: VariantSpec) -> None:
+        record = self.read(variant.name)
+        if record is None or record.get("status") == "failed":
             return
-        if difference := first_difference(known.get("recipe"), json.loads(json.dumps(cell.recipe))):
+        if difference := first_difference(record.get("recipe"), json.loads(json.dumps(variant.recipe))):
             key, old, new = difference
             raise CheckpointError(
-                f"{self.out} holds {cell.name!r} with another recipe ({key or 'recipe'} was {old!r} and is now "
+                f"{self.out} holds {variant.name!r} with another recipe ({key or 'recipe'} was {old!r} and is now "
                 f"{new!r}); restore that, or choose another folder with -o."
             )
 
     def log(self, name: str) -> Path:
-        """Where the process of a cell complains."""
+        """Return the file for stderr of a variant's process."""
         return self.out / "cells" / f"{name}.log"
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """What became of a cell, None when nothing did."""
+        """Return the record of a variant; None if there is none."""
         file = self._file(name)
         return _load(file) if file.exists() else None
 
-    def settled(self, cell: Cell) -> bool:
-        """Whether a cell need not be run again."""
-        known = self.read(cell.name)
-        return known is not None and known.get("status") in ("done", "not_applicable")
+    def is_final(self, variant: VariantSpec) -> bool:
+        """Return True if a variant need not be run again."""
+        record = self.read(variant.name)
+        return record is not None and record.get("status") in ("done", "not_applicable")
 
-    def note(self, cell: Cell, result: dict[str, Any]) -> None:
-        """Write what became of a cell, and everything that is known by now."""
-        described = {"name": cell.name, "method": cell.method, "bits": cell.bits, "recipe": cell.recipe}
-        self.write(cell.name, {**described, **result})
+    def add(self, variant: VariantSpec, result: dict[str, Any]) -> None:
+        """Write the record of a variant, and the results so far."""
+        spec = {"name": variant.name, "method": variant.method, "bits": variant.bits, "recipe": variant.recipe}
+        self.write(variant.name, {**spec, **result})
         self.publish()
 
     def write(self, name: str, record: dict[str, Any]) -> None:
-        """Write one record, whole or not at all."""
+        """Write one record atomically."""
         write_json(self._file(name), record)
 
     def publish(self) -> Results:
-        """Write results.json and the page from the records."""
-        names = [cell.name for cell in self.grid.cells]
+        """Write results.json and the page from the records, and return the results."""
+        names = [spec.name for spec in self.grid.variants]
         variants = [
-            self.read(cell.name) or {"name": cell.name, "method": cell.method, "bits": cell.bits}
-            for cell in self.grid.cells
+            self.read(spec.name) or {"name": spec.name, "method": spec.method, "bits": spec.bits}
+            for spec in self.grid.variants
         ]
         others = sorted({file.stem for file in (self.out / "cells").glob("*.json")} - {*names, FLOAT})
         earlier = [record for name in others if (record := self.read(name))]
@@ -226,4 +239,4 @@ def _load(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise CheckpointError(f"{file} cannot be read; delete it, and what it held is made again.") from None
+        raise CheckpointError(f"{file} cannot be read; delete it, and its contents are computed again.") from None

@@ -1,9 +1,9 @@
-"""The process that does the work of one cell: `python -m bitmill.workflows.comparison.worker DIR NAME`.
+"""The worker process of one variant: `python -m bitmill.workflows.comparison.worker DIR NAME`.
 
-Each cell has a process of its own, so that its peak memory is its own, and running out of memory ends it alone.
-DIR holds `grid.json`; NAME is a cell's, or `float` for the float model. On stdout go lines of JSON: progress,
-and last the result or the reason why there is none. The process ends when its stdin does, which is when whoever
-started it is gone.
+Each variant has its own process, so that its peak memory is its own, and running out of memory ends only this
+variant. DIR holds `grid.json`; NAME is a variant, or `float` for the float model. The process writes lines of JSON to
+stdout: progress, and last the result or the reason of the failure. It ends when its stdin closes, which is when its
+parent has ended.
 """
 
 from __future__ import annotations
@@ -33,143 +33,155 @@ from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
 from bitmill.report.describe import split_layers
 from bitmill.tasks.causal_lm import CausalLM
-from bitmill.workflows import quantize as quantizing
-from bitmill.workflows.comparison.cells import FLOAT, Grid
-from bitmill.workflows.comparison.process import end_with
-from bitmill.workflows.comparison.reference import Recorded, Recorder
+from bitmill.workflows.comparison.grid import FLOAT, Grid, VariantSpec
+from bitmill.workflows.comparison.predictions import PredictionRecorder, RecordedPredictions
+from bitmill.workflows.comparison.process import exit_with_parent
 from bitmill.workflows.load import load, load_tokenizer
+from bitmill.workflows.quantize import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
 
 GRID_FILE = "grid.json"
 FLOAT_FILE = "float.npy"
 STATISTICS = "statistics"
+_LAYER_KEYS = ("name", "format", "shape", "bits_per_weight", "size_bytes", "weight_error", "output_error")
 
-Say = Callable[[dict[str, Any]], None]
+Send = Callable[[dict[str, Any]], None]
 
 
 def main(arguments: list[str], stdin: TextIO | None = None, stdout: TextIO | None = None) -> int:
-    """Do one cell; 0 when it has a result."""
+    """Run one variant and return the exit status, 0 when it has a result.
+
+    Args:
+        arguments: DIR and NAME.
+        stdin: when it closes the process ends.
+        stdout: receives the messages; that of the process when left out.
+    """
     folder, name = Path(arguments[0]), arguments[1]
     out = stdout or sys.stdout
     if stdin is not None:
-        threading.Thread(target=end_with, args=(stdin,), daemon=True).start()
+        threading.Thread(target=exit_with_parent, args=(stdin,), daemon=True).start()
 
-    def say(line: dict[str, Any]) -> None:
-        print(json.dumps(line), file=out, flush=True)
+    def send(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=out, flush=True)
 
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print
+    with contextlib.redirect_stdout(sys.stderr):  # for libraries that print
         try:
             document = json.loads((folder / GRID_FILE).read_text(encoding="utf-8"))
-            grid = Grid.from_dict(document["grid"])
             torch.set_num_threads(document["terms"]["machine"]["threads"])
-            work = _Work(folder, grid, document, _Told(say))
-            say({"result": work.float_row() if name == FLOAT else work.variant(name)})
+            job = _VariantJob(folder, document, _JsonProgress(send))
+            send({"result": job.measure_float() if name == FLOAT else job.run(name)})
         except BitmillError as error:
-            say({"failed": str(error)})
+            send({"failed": str(error)})
             return error.exit_code
         except Exception as error:
             traceback.print_exc()
-            said = " ".join(str(error).split())[:300].rstrip(".")
-            say({"failed": f"Unexpected {type(error).__name__}" + (f": {said}." if said else ".")})
+            text = " ".join(str(error).split())[:300].rstrip(".")
+            send({"failed": f"Unexpected {type(error).__name__}" + (f": {text}." if text else ".")})
             return 70
     return 0
 
 
-class _Work:
-    """The steps of a cell, and what they share."""
+class _VariantJob:
+    """The steps of a variant: quantize, measure, answer the prompts."""
 
-    def __init__(self, folder: Path, grid: Grid, document: dict[str, Any], progress: Progress) -> None:
-        self.folder, self.grid, self.progress = folder, grid, progress
-        self.keep = bool(document.get("keep_models"))
-        self.held_out = document["terms"]["settings"]["evaluation"]["sha256"]
-
-    def float_row(self) -> dict[str, Any]:
-        """Measure the float model, and keep what it predicts for the variants."""
-        bits, size = stored_bits(self.grid.model, self.grid.trust_remote_code)
-        windows, tokenizer = self._windows(self.grid.model)
-        model = load(self.grid.model, **self._loading())
-        recorder = Recorder(self.folder / FLOAT_FILE, output_fn(model), windows)
-        measured = score_windows(recorder, windows, None, self.progress, batch=1)
-        recorder.keep()
-        return {
-            "bits_per_weight": bits,
-            "size_bytes": size,
-            **measured,
-            "samples": self._answers(model, tokenizer),
+    def __init__(self, folder: Path, document: dict[str, Any], progress: Progress) -> None:
+        self.folder, self.grid, self.progress = folder, Grid.from_dict(document["grid"]), progress
+        self.keep_models = bool(document.get("keep_models"))
+        self.windows_sha256 = document["terms"]["settings"]["evaluation"]["sha256"]
+        self.load_options: dict[str, Any] = {
+            "device": self.grid.device,
+            "trust_remote_code": self.grid.trust_remote_code,
         }
 
-    def variant(self, name: str) -> dict[str, Any]:
-        """Quantize a cell into `cells/NAME`, measure it against the float model, let it answer the prompts."""
-        (cell,) = (cell for cell in self.grid.cells if cell.name == name)
-        assert cell.recipe is not None
-        out = self.folder / "cells" / name
-        state = out.with_name(name + ".state")
-        if not out.exists() and not work_of(out).exists():
-            state.unlink(missing_ok=True)  # the work that it counts is gone
-        strange = not state.exists()  # nothing is there, or work that nobody has counted
-        clock = _Clock(state, self.progress, cell.recipe)
-        if strange or clock.other:  # or on a recipe that the cell no longer has
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.rmtree(work_of(out), ignore_errors=True)
-        try:
-            outcome = quantizing.quantize(
-                self.grid.model,
-                Recipe.from_dict(cell.recipe),
-                out=out,
-                calibration=self.grid.calibration,
-                measure=0,
-                device=self.grid.device,
-                resume=True,
-                trust_remote_code=self.grid.trust_remote_code,
-                propagate=self.grid.propagate,
-                statistics=self.folder / STATISTICS if self.grid.propagate == "float" else None,
-                progress=clock,
-            )
-        finally:
-            if not out.exists() and not work_of(out).exists():
-                state.unlink(missing_ok=True)  # it failed before there was any work
-        cost = clock.stop(finished=True)
-        size = folder_bytes(out)
-        windows, tokenizer = self._windows(out)
-        model = load(out, dense=True, **self._loading())
-        recorded = Recorded(self.folder / FLOAT_FILE, windows)
-        measured = score_windows(output_fn(model), windows, recorded, self.progress, batch=1)
-        reference = measured.pop("reference_perplexity")
+    def measure_float(self) -> dict[str, Any]:
+        """Measure the float model, and record its predictions for the variants."""
+        bits, size = stored_bits(self.grid.model, self.grid.trust_remote_code)
+        windows, tokenizer = self._held_out(self.grid.model)
+        model = load(self.grid.model, **self.load_options)
+        recorder = PredictionRecorder(self.folder / FLOAT_FILE, output_fn(model), windows)
+        measured = score_windows(recorder, windows, None, self.progress, batch=1)
+        recorder.finish()
         samples = self._answers(model, tokenizer)
-        del model
-        if self.keep:
-            terms = {"text": self.grid.calibration.source, "split": "eval", "seqlen": windows.shape[1]}
-            against = {"reference": self.grid.model, "reference_perplexity": reference}
-            record_measurement(out, {**measured, **terms, "windows": len(windows), **against})
-        else:
+        return {"bits_per_weight": bits, "size_bytes": size, **measured, "samples": samples}
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Quantize a variant into `cells/NAME`, measure it against the float model, and answer the prompts."""
+        (spec,) = (variant for variant in self.grid.variants if variant.name == name)
+        out = self.folder / "cells" / name
+        outcome, cost = self._quantize(spec, out)
+        size = folder_bytes(out)
+        measured, samples = self._measure(out)
+        if not self.keep_models:
             shutil.rmtree(out)
-        clock.path.unlink(missing_ok=True)
-        inside, _ = split_layers(outcome.report)
-        layers = [{key: layer[key] for key in _LAYER_KEYS} for layer in inside]
+        _state_file(out).unlink(missing_ok=True)
+        block_layers, _ = split_layers(outcome.report)
         return {
             "bits_per_weight": outcome.summary["bits_per_weight"],
             "size_bytes": size,
             **measured,
             **cost,
-            "layers": layers,
+            "layers": [{key: layer[key] for key in _LAYER_KEYS} for layer in block_layers],
             "samples": samples,
         }
 
-    def _windows(self, model: str | Path) -> tuple[Any, Any]:
-        """The held-out windows and the tokenizer that made them."""
+    def _quantize(self, spec: VariantSpec, out: Path) -> tuple[Outcome, dict[str, Any]]:
+        """Quantize a variant, or resume it; return the outcome and the cost."""
+        assert spec.recipe is not None
+        state = _state_file(out)
+        if not _has_work(out):
+            state.unlink(missing_ok=True)  # counts work that was deleted
+        uncounted = not state.exists()
+        cost = _CostRecorder(state, self.progress, spec.recipe)
+        if uncounted or cost.is_other_recipe:
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(work_of(out), ignore_errors=True)
+        try:
+            outcome = quantize(
+                self.grid.model,
+                Recipe.from_dict(spec.recipe),
+                out=out,
+                calibration=self.grid.calibration,
+                measure=0,
+                resume=True,
+                propagate=self.grid.propagate,
+                statistics=self.folder / STATISTICS if self.grid.propagate == "float" else None,
+                progress=cost,
+                **self.load_options,
+            )
+        finally:
+            if not _has_work(out):
+                state.unlink(missing_ok=True)  # failed before there was any work
+        return outcome, cost.save(finished=True)
+
+    def _measure(self, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Measure a quantized folder against the recorded predictions; return the metrics and the answers."""
+        windows, tokenizer = self._held_out(out)
+        model = load(out, dense=True, **self.load_options)
+        predictions = RecordedPredictions(self.folder / FLOAT_FILE, windows)
+        measured = score_windows(output_fn(model), windows, predictions, self.progress, batch=1)
+        reference_perplexity = measured.pop("reference_perplexity")
+        samples = self._answers(model, tokenizer)
+        if self.keep_models:
+            text = {"text": self.grid.calibration.source, "split": "eval", "seqlen": windows.shape[1]}
+            reference = {"reference": self.grid.model, "reference_perplexity": reference_perplexity}
+            record_measurement(out, {**measured, **text, "windows": len(windows), **reference})
+        return measured, samples
+
+    def _held_out(self, model: str | Path) -> tuple[Any, Any]:
+        """Return the held-out windows and the tokenizer that made them."""
         self.progress.start("reading text and model", 0)
         tokenizer = load_tokenizer(model, trust_remote_code=self.grid.trust_remote_code)
-        terms = self.grid.calibration
-        windows = CausalLM().windows(terms.source, tokenizer).held_out("eval", terms.seqlen, self.grid.windows)
-        if windows_hash(windows) != self.held_out:
+        text = self.grid.calibration
+        windows = CausalLM().windows(text.source, tokenizer).held_out("eval", text.seqlen, self.grid.windows)
+        if windows_hash(windows) != self.windows_sha256:
             raise CheckpointError(
-                f"The tokenizer of {model} or the text {terms.source!r} is no longer what it was when the "
-                "comparison began, so that results would not compare; choose another folder with -o."
+                f"The tokenizer of {model} or the text {text.source!r} has changed since the comparison began, so "
+                "results would not be comparable; choose another folder with -o."
             )
         return windows, tokenizer
 
     def _answers(self, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-        """Greedy answers to the prompts, as a chat where the tokenizer has a template."""
+        """Return greedy answers to the prompts, as a chat where the tokenizer has a template."""
         self.progress.start("answer", len(self.grid.prompts))
         answers = []
         for prompt in self.grid.prompts:
@@ -183,44 +195,51 @@ class _Work:
         self.progress.finish()
         return answers
 
-    def _loading(self) -> dict[str, Any]:
-        return {"device": self.grid.device, "trust_remote_code": self.grid.trust_remote_code}
+
+def _state_file(out: Path) -> Path:
+    return out.with_name(out.name + ".state")
 
 
-_LAYER_KEYS = ("name", "format", "shape", "bits_per_weight", "size_bytes", "weight_error", "output_error")
+def _has_work(out: Path) -> bool:
+    return out.exists() or work_of(out).exists()
 
 
-class _Clock(Progress):
-    """Counts the time and the memory that quantizing takes, over all the processes that took part in it.
+class _CostRecorder(Progress):
+    """Records time and memory of quantization, summed over all processes that took part in it.
 
-    Noted after every block, as the blocks are: a run that was killed and resumed is charged for each block once.
-    other: whether what was noted is the work on another recipe, which this one is not charged for.
+    Saved after every block, as the blocks are: a run that was killed and resumed is charged once for each block.
+
+    Attributes:
+        is_other_recipe: the saved cost is that of another recipe, and is not charged.
     """
 
     def __init__(self, path: Path, inner: Progress, recipe: dict[str, Any]) -> None:
         self.path, self.inner, self.recipe = path, inner, json.loads(json.dumps(recipe))
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        self.other = before.get("recipe", self.recipe) != self.recipe
-        if self.other:
+        self.is_other_recipe = before.get("recipe", self.recipe) != self.recipe
+        if self.is_other_recipe:
             before = {}
         self.time_s = float(before.get("quantize_time_s", 0.0))
         self.peak = int(before.get("peak_memory_bytes", 0))
-        self.finished = bool(before.get("finished"))  # what follows is not quantizing
+        self.finished = bool(before.get("finished"))  # later work is not quantization
         self.started = time.perf_counter()
-        self.stop()  # a run that ends in its first block has said what it worked on
+        self.save()  # so that a run killed in its first block has recorded its recipe
 
     def start(self, task: str, total: int) -> None:
+        """Forward the task."""
         self.inner.start(task, total)
 
     def advance(self, steps: int = 1) -> None:
-        self.stop()
+        """Save the cost and forward the steps."""
+        self.save()
         self.inner.advance(steps)
 
     def finish(self) -> None:
+        """Forward the end of the task."""
         self.inner.finish()
 
-    def stop(self, finished: bool = False) -> dict[str, Any]:
-        """Note and return the time and the memory until now."""
+    def save(self, finished: bool = False) -> dict[str, Any]:
+        """Save and return the time and the peak memory so far; `finished` ends the quantization."""
         elapsed = 0.0 if self.finished else time.perf_counter() - self.started
         cost = {
             "quantize_time_s": round(self.time_s + elapsed, 3),
@@ -230,22 +249,25 @@ class _Clock(Progress):
         return cost
 
 
-class _Told(Progress):
+class _JsonProgress(Progress):
     """Progress as lines of JSON."""
 
-    def __init__(self, say: Say) -> None:
-        self.say = say
+    def __init__(self, send: Send) -> None:
+        self.send = send
 
     def start(self, task: str, total: int) -> None:
-        self.say({"task": task, "total": total, "memory": peak_memory_bytes()})
+        """Send the task."""
+        self.send({"task": task, "total": total, "memory": peak_memory_bytes()})
 
     def advance(self, steps: int = 1) -> None:
-        self.say({"steps": steps, "memory": peak_memory_bytes()})
+        """Send the steps."""
+        self.send({"steps": steps, "memory": peak_memory_bytes()})
 
     def finish(self) -> None:
-        self.say({"task": None})
+        """Send the end of the task."""
+        self.send({"task": None})
 
 
 if __name__ == "__main__":
-    # what reads the other end knows no other text, and a child of this process must not hold the pipes
+    # the parent decodes UTF-8 lines, and a child of this process must not hold the pipes
     sys.exit(main(sys.argv[1:], sys.stdin))

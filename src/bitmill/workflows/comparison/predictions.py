@@ -1,7 +1,7 @@
-"""What the float model says about the held-out windows, computed once and kept on disk for every variant.
+"""The float model's predictions on the held-out windows, computed once and kept on disk for every variant.
 
-Stored are log-probabilities in fp16, (windows, length, vocabulary), not logits: near 0, where the likely tokens
-are, fp16 is finest, and that is where the divergence is weighed.
+Stored are log-probabilities in fp16, (windows, length, vocabulary), not logits: fp16 is most precise near 0, where
+the log-probabilities of likely tokens are, and these dominate the KL divergence.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from bitmill.errors import CheckpointError, OutputError
 Logits = Callable[[Tensor], Tensor]
 
 
-class Recorder:
-    """Wraps the float model: passes its logits on and writes them down, windows first to last."""
+class PredictionRecorder:
+    """Wraps the float model: returns its logits and writes its predictions, windows first to last."""
 
     def __init__(self, path: Path, model: Logits, windows: Tensor) -> None:
         self.path, self.model, self.windows = path, model, windows
-        self.half = path.with_name(path.name + ".tmp")
+        self.partial = path.with_name(path.name + ".tmp")
         self._file: np.memmap | None = None
-        self._at = 0
+        self._written = 0
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits of the next windows (w, length)."""
+        """Return the logits of the next windows (w, length)."""
         logits = self.model(tokens)
         if self._file is None:
             self._file = self._create(logits.shape[-1])
         for window in logits:
-            self._file[self._at] = torch.log_softmax(window.float(), -1).half().cpu().numpy()
-            self._at += 1
+            self._file[self._written] = torch.log_softmax(window.float(), -1).half().cpu().numpy()
+            self._written += 1
         return logits
 
-    def keep(self) -> None:
-        """Give the file its name, once every window is in it."""
+    def finish(self) -> None:
+        """Rename the file to its final name, after the last window."""
         assert self._file is not None
-        assert self._at == len(self.windows)
+        assert self._written == len(self.windows)
         with writing(self.path):
             self._file.flush()
             self._file = None
-            os.replace(self.half, self.path)
+            os.replace(self.partial, self.path)
 
     def _create(self, vocabulary: int) -> np.memmap:
         shape = (*self.windows.shape, vocabulary)
@@ -57,12 +57,12 @@ class Recorder:
                 f"The float model's predictions need {size / 1e9:.1f} GB and {self.path.parent} has "
                 f"{free / 1e9:.1f} GB free; lower --windows, or choose another folder with -o."
             )
-        with writing(self.half):
-            return np.lib.format.open_memmap(self.half, mode="w+", dtype=np.float16, shape=shape)
+        with writing(self.partial):
+            return np.lib.format.open_memmap(self.partial, mode="w+", dtype=np.float16, shape=shape)
 
 
-class Recorded:
-    """The recorded predictions as a model: called with the same windows in the same order."""
+class RecordedPredictions:
+    """The recorded predictions as a callable model; windows must be requested in their recorded order."""
 
     def __init__(self, path: Path, windows: Tensor) -> None:
         try:
@@ -71,10 +71,10 @@ class Recorded:
             raise CheckpointError(f"{path} cannot be read ({error}); delete it and compare again.") from None
         if self._file.shape[:2] != tuple(windows.shape):
             raise CheckpointError(f"{path} holds {self._file.shape[:2]} windows; delete it and compare again.")
-        self._at = 0
+        self._next = 0
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Log-probabilities (w, length, vocabulary) of the next windows."""
-        cut = slice(self._at, self._at + len(tokens))
-        self._at += len(tokens)
-        return torch.from_numpy(np.array(self._file[cut]))
+        """Return the log-probabilities (w, length, vocabulary) of the next windows."""
+        rows = slice(self._next, self._next + len(tokens))
+        self._next += len(tokens)
+        return torch.from_numpy(np.array(self._file[rows]))

@@ -1,0 +1,176 @@
+"""The grid of a comparison: its variants, each a recipe, and the settings shared by all of them.
+
+Plain data: the grid is written to `grid.json`, from which the worker processes read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from bitmill.data.windows import CalibrationData
+from bitmill.errors import RecipeError, UsageError
+from bitmill.pipeline.job import Propagate
+from bitmill.recipes.compose import find_recipe, with_head
+from bitmill.recipes.method import METHODS, build_recipe
+from bitmill.recipes.recipe import Recipe
+
+Options = Mapping[str, Mapping[str, Any]]
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain in one sentence why the sky is blue.",
+    "Write a Python function that reverses a string.",
+)
+NEW_TOKENS = 48
+FLOAT = "float"  # name of the float model among the variants
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """One variant of the model to quantize and measure.
+
+    Attributes:
+        name: also the name of its files.
+        method: common to its variants at other bits.
+        bits: as requested; those of the format where none were requested.
+        recipe: plain data; None when the method does not have these bits.
+        reason: one sentence why it does not.
+    """
+
+    name: str
+    method: str
+    bits: int | None
+    recipe: dict[str, Any] | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The variants of a comparison and their common settings.
+
+    Attributes:
+        model: name or path of the float model.
+        variants: in the order of the results.
+        calibration: calibration text; its window length and held-out part are also used to measure.
+        windows: number of held-out windows to measure on.
+        prompts: answered greedily by every variant, in at most `max_new_tokens` tokens.
+        propagate: inputs for calibrating later blocks; with "float" all variants share the statistics of one pass.
+        command: an equivalent command line, for the record.
+    """
+
+    model: str
+    variants: tuple[VariantSpec, ...]
+    calibration: CalibrationData = field(default_factory=CalibrationData)
+    windows: int = 40
+    prompts: tuple[str, ...] = PROMPTS
+    max_new_tokens: int = NEW_TOKENS
+    propagate: Propagate = "quantized"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.propagate not in get_args(Propagate):
+            raise UsageError(f"propagate is {self.propagate!r}; use one of {', '.join(get_args(Propagate))}.")
+        if self.windows < 1:
+            raise UsageError(f"windows is {self.windows}; use at least 1.")
+        names = [variant.name for variant in self.variants]
+        if not names:
+            raise UsageError("There is nothing to compare; name methods with --methods or recipes with --recipes.")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"Two variants are called {twice!r}; give their recipes different names.")
+        if FLOAT in names:
+            raise UsageError(f"A variant cannot be called {FLOAT!r}, which is the float model; rename its recipe.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `from_dict` is its inverse."""
+        data = asdict(self)
+        return {"model": data.pop("model"), "cells": data.pop("variants"), **data}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Grid:
+        """Return the grid from the output of `to_dict`, through JSON or not."""
+        data = dict(data)
+        return cls(
+            variants=tuple(VariantSpec(**variant) for variant in data.pop("cells")),
+            calibration=CalibrationData(**data.pop("calibration")),
+            prompts=tuple(data.pop("prompts")),
+            **data,
+        )
+
+
+def plan_variants(
+    methods: Sequence[str],
+    bits: Sequence[int],
+    recipes: Sequence[str | Path] = (),
+    options: Options | None = None,
+    head_bits: int | None = None,
+) -> tuple[VariantSpec, ...]:
+    """Return one variant for every method at every number of bits, and one for every recipe file.
+
+    A method without an option `bits` has one variant. Bits that a method refuses make a variant without recipe.
+
+    Args:
+        methods: names of methods.
+        bits: numbers of bits for each of them.
+        recipes: recipe files or names of user recipes.
+        options: of each method by name, such as {"gptq": {"damp": 0.05}}.
+        head_bits: bits of embedding and head, in all variants.
+
+    Raises:
+        UsageError: the lists contradict each other.
+        RecipeError: a method or option is unknown, or a value is wrong at any bits.
+    """
+    options = options or {}
+    _check_lists(methods, bits, options)
+    variants: list[VariantSpec] = []
+    for method in methods:
+        given = dict(options.get(method, {}))
+        if "bits" in given:
+            raise UsageError(f"The bits of {method!r} are set as an option; give them with --bits.")
+        if "bits" in METHODS.get(method).__dataclass_fields__:
+            row = [_variant_at(method, count, given, head_bits) for count in bits]
+            if not any(variant.recipe for variant in row):
+                with_head(build_recipe(method, given), head_bits)  # raises for values that are wrong at any bits
+            variants += row
+        else:
+            recipe = with_head(build_recipe(method, given), head_bits)
+            variants.append(VariantSpec(_file_name(method), method, _bits_of(recipe), recipe.to_dict()))
+    for path in recipes:
+        recipe = with_head(find_recipe(str(path)), head_bits)
+        variants.append(VariantSpec(_file_name(recipe.name), recipe.name, _bits_of(recipe), recipe.to_dict()))
+    return tuple(variants)
+
+
+def _check_lists(methods: Sequence[str], bits: Sequence[int], options: Options) -> None:
+    if stray := next((name for name in options if name not in methods), None):
+        raise UsageError(f"There are options for {stray!r}, which is not among the methods; add it to --methods.")
+    if len(set(methods)) < len(methods) or len(set(bits)) < len(bits):
+        raise UsageError("A method or a number of bits is named twice; name each once.")
+    if methods and not bits:
+        raise UsageError("There are methods and no bits; give some with --bits, such as --bits 3,4.")
+
+
+def _variant_at(method: str, bits: int, options: dict[str, Any], head_bits: int | None) -> VariantSpec:
+    name = f"{_file_name(method)}-{bits}bit"
+    try:
+        recipe = with_head(build_recipe(method, {**options, "bits": bits}), head_bits)
+        return VariantSpec(name, method, bits, recipe.to_dict())
+    except RecipeError as error:
+        return VariantSpec(name, method, bits, None, str(error))
+
+
+def _bits_of(recipe: Recipe) -> int:
+    return int(recipe.stored.rate)
+
+
+def _file_name(text: str) -> str:
+    """Return the text without characters that a file name should not have."""
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-.")
+    if not name:
+        raise UsageError(f"The recipe name {text!r} cannot name a file; use letters and digits.")
+    return name
