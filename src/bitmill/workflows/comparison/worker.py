@@ -1,9 +1,9 @@
 """The worker process of one variant: `python -m bitmill.workflows.comparison.worker DIR NAME`.
 
 Each variant has its own process, so that its peak memory is its own, and running out of memory ends only this
-variant. DIR holds `grid.json`; NAME is a variant, or `float` for the float model. The process writes lines of JSON to
-stdout: progress, and last the result or the reason of the failure. It ends when its stdin closes, which is when its
-parent has ended.
+variant. DIR holds `grid.json`; NAME is a variant, or `float` for the float model. The process writes lines of
+JSON to stdout: progress, and last the result or the reason of the failure. It ends when its stdin closes, which
+is when its parent has ended.
 """
 
 from __future__ import annotations
