@@ -1,4 +1,4 @@
-"""What long work reports while it runs; the command line draws it, a library caller may ignore it."""
+"""The progress of long work, displayed by the command line and ignored by default."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ import psutil
 
 
 class Progress:
-    """Receives the state of long work. This base class ignores it."""
+    """Receives the progress of long work; this base class ignores it."""
 
     def start(self, task: str, total: int) -> None:
-        """A task of `total` steps begins, 0 where that is not known; it ends the task before it."""
+        """Begin a task, which ends the previous one.
+
+        Args:
+            task: its name.
+            total: number of steps; 0 where it is unknown.
+        """
 
     def advance(self, steps: int = 1) -> None:
-        """Some steps of the current task are done."""
+        """Report finished steps of the current task."""
 
     def finish(self) -> None:
-        """The current task is over."""
+        """End the current task."""
 
     def note(self, sentence: str) -> None:
-        """Something that whoever waits for the work should know."""
+        """Show a sentence to the user."""
 
     def note_memory(self, size_bytes: int) -> None:
-        """The work is done in another process, whose highest memory so far this is."""
+        """Report the peak memory so far of another process that does the work."""
 
 
 def peak_memory_bytes() -> int:
-    """Highest resident memory of this process so far, bytes.
+    """Return the highest resident memory of this process so far, bytes.
 
-    From Linux's VmHWM: its ru_maxrss begins at what the process had that started this one.
+    From Linux's VmHWM, because ru_maxrss there starts at that of the parent process.
     """
     if (own := high_water_mark()) is not None:
         return own
@@ -44,7 +49,7 @@ def peak_memory_bytes() -> int:
 
 
 def high_water_mark(process: int | str = "self") -> int | None:
-    """Highest resident memory so far of a process, by its number, bytes; None where the system does not tell."""
+    """Return the highest resident memory of a process so far, bytes; None where the system does not report it."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="ignore").splitlines()
     except OSError:
