@@ -6,6 +6,8 @@ sentence and exits with `exit_code`; a traceback is a bug.
 
 from __future__ import annotations
 
+MAX_QUOTED_CHARACTERS = 200
+
 
 class BitmillError(Exception):
     """Base of every foreseeable failure."""
@@ -41,3 +43,9 @@ class OutputError(BitmillError):
 
 class NumericsError(BitmillError):
     """A weight or a statistic is not finite, or a factorization failed."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of another library's error on one line, without a final full stop, for a quotation."""
+    text = (" ".join(str(error).split()) or type(error).__name__).rstrip(".:")
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else text[:MAX_QUOTED_CHARACTERS].rstrip() + "..."
