@@ -10,6 +10,7 @@ from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.checkpoint.writer import FolderSink
 from bitmill.errors import CheckpointError
 from bitmill.recipes.method import build_recipe
+from bitmill.recipes.resolve import ResolvedRecipe
 
 IDENTITY = {"model": "abc", "recipe": {"bits": 3, "ignore": ["*.x"]}, "threads": 1, "calibration": None}
 LAYERS = {"model.layers.0.q": {"shape": [4, 8], "weight_error": 0.125, "output_error": None}}
@@ -125,7 +126,7 @@ def test_first_difference(old, new, expected):
 
 
 def test_refused_resume_unlocks(tmp_path):
-    recipe = build_recipe("rtn")
+    recipe = ResolvedRecipe(build_recipe("rtn"), {})
     FolderSink(tmp_path / "out", recipe, {"seed": 1}, 1, resume=False).close()
     with pytest.raises(CheckpointError, match="seed was 1 and is now 2") as caught:
         FolderSink(tmp_path / "out", recipe, {"seed": 2}, 1, resume=True)

@@ -18,6 +18,7 @@ from bitmill.numerics.statistics import Statistics
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import Job
 from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.recipes.rules import FLOAT, Rule
 from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
@@ -50,11 +51,13 @@ def folded(streamed: StreamedModel, *chosen: Transform, ignore=()) -> list[dict[
     """Fold the transforms into each block, and return the changed tensors of each block."""
     recipe = Recipe("test", Uniform(4), Nearest(), chosen, tuple(Rule(pattern, FLOAT) for pattern in ignore))
     changed = []
+    schemes = {site.layer: recipe.scheme(site.layer) for site in streamed.all_sites()}
+    job = Job(streamed, ResolvedRecipe(recipe, schemes))
     hidden, calls = streamed.embed(TOKENS)
     for index, block in enumerate(streamed.blocks):
         leads = [stage[0] for stage in streamed.adapter.stages]
         seen = collect_statistics(block, [hidden], [calls[index]], leads) if recipe.needs else None
-        changed.append(fold_transforms(Job(streamed, recipe), index, seen))
+        changed.append(fold_transforms(job, index, seen))
         if seen:
             assert_seen(seen, collect_statistics(block, [hidden], [calls[index]], leads))
         hidden = calls[index].run(block, hidden)

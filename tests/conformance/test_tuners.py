@@ -16,7 +16,7 @@ from bitmill.errors import RecipeError
 from bitmill.formats import Format
 from bitmill.formats.uniform import Uniform
 from bitmill.models.streamed import StreamedModel
-from bitmill.pipeline import BlockResult, Job, run
+from bitmill.pipeline import BlockResult, run
 from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Solver
 from bitmill.solvers.beam import BeamSearch
@@ -78,7 +78,7 @@ def errors(tuner: Tuner | None = None, model: str = "llama", measure=BlockTask.e
     recipe = recipe_of(watch, **choices)
     if tuner:
         recipe = dataclasses.replace(recipe, tuners=(tuner, watch))
-    run(Job(StreamedModel(ModuleSource(tiny_model(model))), recipe, WINDOWS), sink)
+    run(job_of(StreamedModel(ModuleSource(tiny_model(model))), recipe, WINDOWS), sink)
     return watch.seen
 
 
@@ -164,9 +164,9 @@ def test_resumed_run_keeps_tuning(tuner):
     """Finished blocks keep their tuned norms, so that the next block is identical bit by bit."""
     recipe = recipe_of(brief(tuner))
     whole, rest = Keep(), Keep()
-    run(Job(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), whole)
+    run(job_of(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), whole)
     rest.done = whole.blocks[:1]
-    run(Job(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), rest)
+    run(job_of(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, WINDOWS), rest)
     first, second = whole.blocks[1], rest.blocks[0]
     assert first.changed.keys() == second.changed.keys()
     assert all(torch.equal(tensor, second.changed[name]) for name, tensor in first.changed.items())
@@ -194,7 +194,7 @@ def test_formats_tuned_or_refused(tuner, format):
 def test_source_weights_unmodified(tuner):
     model = tiny_model("llama")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    run(Job(StreamedModel(ModuleSource(model)), recipe_of(brief(tuner)), WINDOWS), Keep())
+    run(job_of(StreamedModel(ModuleSource(model)), recipe_of(brief(tuner)), WINDOWS), Keep())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

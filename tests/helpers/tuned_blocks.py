@@ -7,12 +7,13 @@ import torch
 from bitmill.formats import Format
 from bitmill.formats.uniform import Uniform
 from bitmill.models.streamed import StreamedModel
-from bitmill.pipeline import BlockResult, Job, run
+from bitmill.pipeline import BlockResult, run
 from bitmill.recipes.recipe import Recipe
 from bitmill.solvers import Solver
 from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
 from bitmill.tuners import Tuner
+from helpers.jobs import job_of
 from helpers.tiny_models import tiny_model
 
 draw = torch.Generator().manual_seed(3)
@@ -37,7 +38,7 @@ class Keep:
 def quantized_by(recipe: Recipe) -> tuple[list[BlockResult], float]:
     """Return the blocks of a tiny llama, and the divergence from the float model on held-out windows."""
     sink = Keep()
-    job = Job(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, CALIBRATION, HELD_OUT)
+    job = job_of(StreamedModel(ModuleSource(tiny_model("llama"))), recipe, CALIBRATION, HELD_OUT)
     return sink.blocks, run(job, sink)["kl_divergence"]
 
 

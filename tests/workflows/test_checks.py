@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bitmill.calibration.token_windows import token_windows
+from bitmill.calibration.token_windows import CalibrationData, token_windows
 from bitmill.data.text import calibration_windows, evaluation_windows
 from bitmill.errors import CalibrationError, OutputError
 from bitmill.evaluation.metrics import score_windows
@@ -41,14 +41,14 @@ def test_invalid_windows_refused(windows, said, method):
 
 
 def test_windows_description():
-    calib, held_out, described = token_windows(SOURCE, WINDOWS.to(torch.int16), True, 4)
-    assert calib.dtype == torch.int64
-    assert torch.equal(calib, WINDOWS)
-    assert held_out is None
-    assert described["calibration"]["source"] == "tokens"
-    calib, _, described = token_windows(SOURCE, WINDOWS, False, 4)
-    assert calib is None
-    assert described["calibration"] is None
+    data = token_windows(SOURCE, WINDOWS.to(torch.int16), True, 4)
+    assert data.windows.dtype == torch.int64
+    assert torch.equal(data.windows, WINDOWS)
+    assert data.held_out is None
+    assert data.described["calibration"]["source"] == "tokens"
+    data = token_windows(SOURCE, WINDOWS, False, 4)
+    assert data.windows is None
+    assert data.described["calibration"] is None
 
 
 def test_given_windows_not_held_out():
@@ -68,7 +68,7 @@ def test_given_windows_not_held_out():
 
 
 def test_job_identity():
-    identity = job_identity(SOURCE, build_recipe("rtn"), None, None, {"calibration": None}, "cpu")
+    identity = job_identity(SOURCE, build_recipe("rtn"), CalibrationData(), "cpu")
     assert identity["source"] == "tiny"
     assert identity["machine"]
     assert identity["cpu"] == torch.backends.cpu.get_cpu_capability()

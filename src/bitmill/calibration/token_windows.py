@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +21,21 @@ from bitmill.tasks.base import task_of
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+@dataclass(frozen=True)
+class CalibrationData:
+    """Tokens that calibrate and tokens that measure.
+
+    Attributes:
+        windows: token ids (samples, length) that calibrate; None for a data-free recipe.
+        held_out: windows to measure on; None measures nothing.
+        described: the report's entries `calibration` and `held_out`, each None where there is none.
+    """
+
+    windows: Tensor | None = None
+    held_out: Windows | None = None
+    described: dict[str, Any] = field(default_factory=lambda: {"calibration": None, "held_out": None})
+
+
 def token_windows(
     source: Source,
     calibration: CalibrationData | Tensor | None,
@@ -27,7 +43,7 @@ def token_windows(
     measure: int,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> tuple[Tensor | None, Windows | None, dict[str, Any]]:
+) -> CalibrationData:
     """Return the token windows to calibrate and to measure on, and their description for the report.
 
     Args:
@@ -38,10 +54,6 @@ def token_windows(
             they come from the default text of its task.
         device: where a model that writes its own text runs.
         progress: where progress is reported.
-
-    Returns:
-        Windows (samples, seqlen) to calibrate on, held-out windows, each None where not needed, and
-        {"calibration": ..., "held_out": ...}.
 
     Raises:
         CalibrationError: The text or the windows cannot be used.
@@ -76,7 +88,7 @@ def token_windows(
             "seqlen": calibration.seqlen,
             "windows": count_windows(held_out, calibration.seqlen),
         }
-    return calib, held_out, described
+    return CalibrationData(calib, held_out, described)
 
 
 def calibration_windows(
@@ -118,14 +130,13 @@ def _self_generated_windows(
     )
 
 
-def _given_windows(
-    windows: Tensor, source: Source, calibrates: bool
-) -> tuple[Tensor | None, None, dict[str, Any]]:
+def _given_windows(windows: Tensor, source: Source, calibrates: bool) -> CalibrationData:
     """Return a caller's windows, checked, as `token_windows` does."""
     windows = _checked_windows(windows, source.config)
     if not calibrates:
-        return None, None, {"calibration": None, "held_out": None}
-    return windows, None, {"calibration": {"source": "tokens", "sha256": windows_hash(windows)}, "held_out": None}
+        return CalibrationData()
+    calibration = {"source": "tokens", "sha256": windows_hash(windows)}
+    return CalibrationData(windows, None, {"calibration": calibration, "held_out": None})
 
 
 def _checked_windows(windows: Tensor, config: Any) -> Tensor:

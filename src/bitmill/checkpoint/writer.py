@@ -36,7 +36,7 @@ from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import NON_BLOCK, BlockResult, LayerResult, Shared
 from bitmill.progress import Progress
-from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.sources.safetensors_header import read_header
 
 
@@ -49,13 +49,13 @@ class FolderSink:
     """
 
     def __init__(
-        self, out: Path, recipe: Recipe | None, identity: dict[str, Any], blocks: int, resume: bool
+        self, out: Path, resolved: ResolvedRecipe | None, identity: dict[str, Any], blocks: int, resume: bool
     ) -> None:
-        self.out, self.recipe = out, recipe
+        self.out, self.resolved = out, resolved
         self.work = work_of(out)
         self.folder = self.work / "model"
         # the first holds what lies outside the blocks, the last what they share
-        self.shards = blocks + 1 + bool(recipe and recipe.stored.shared)
+        self.shards = blocks + 1 + bool(resolved and resolved.shares_parts)
         self.index: dict[str, str] = {}
         self.layers: list[dict[str, Any]] = []
         self.formats: dict[str, Format] = {}
@@ -112,12 +112,10 @@ class FolderSink:
         with safe_open(self.folder / entry["file"], "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         result = BlockResult(index)
-        recipe = self.recipe
+        formats = self.resolved.formats if self.resolved else {}
         try:
             for name, known in entry["layers"].items():
-                assert recipe is not None
-                format = recipe.stored if index != NON_BLOCK else recipe.head
-                assert format is not None
+                format = formats[name]
                 prefix = name + "."
                 parts = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
                 bias = parts.pop("bias", None)
@@ -178,7 +176,7 @@ class FolderSink:
 
     def complete(self, streamed: StreamedModel) -> Path:
         """Write everything that is not a block; returns the folder, which can be loaded now."""
-        recipe = self.recipe
+        recipe = self.resolved.recipe if self.resolved else None
         if recipe is None or recipe.head is None:  # otherwise it was written first
             file = self._shard(0)
             tensors = {name: streamed.stored_tensor(name) for name in streamed.non_block_tensors()}

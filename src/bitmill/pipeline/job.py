@@ -8,10 +8,12 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from bitmill.calibration.token_windows import CalibrationData
 from bitmill.data.text import Windows
 from bitmill.formats.quantized import Quantized
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.recipes.scheme import LayerScheme
 
 Propagate = Literal["quantized", "float"]
@@ -23,28 +25,48 @@ Shared = dict[
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done: the model, the recipe, tokens (windows, length) to calibrate and to measure on.
+    """Everything the loop needs, resolved: the model, the scheme of every layer, the data.
 
-    propagate: what later blocks are calibrated on, the outputs of the quantized blocks before them or the float
-        model's.
-    statistics: a folder that keeps the float model's statistics, so that other recipes find them there.
+    Attributes:
+        streamed: the float model.
+        resolved: the recipe on this model.
+        data: the tokens that calibrate and that measure.
+        propagate: input of later blocks during calibration: the outputs of the quantized blocks before them, or of
+            the float model's.
+        statistics: a folder that keeps the float model's statistics for further recipes.
+        identity: plain data that decides the bytes of the result.
     """
 
     streamed: StreamedModel
-    recipe: Recipe
-    calibration: Tensor | None = None
-    held_out: Windows | None = None
+    resolved: ResolvedRecipe
+    data: CalibrationData = CalibrationData()
     propagate: Propagate = "quantized"
     statistics: Path | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.resolved.recipe
+
+    @property
+    def calibration(self) -> Tensor | None:
+        """The token windows (samples, length) that calibrate."""
+        return self.data.windows
+
+    @property
+    def held_out(self) -> Windows | None:
+        """The token windows to measure on."""
+        return self.data.held_out
 
     def quantizes(self, layer: str) -> bool:
         """Return True if the linear layer with this full name is quantized, and False if it stays in float."""
-        return self.recipe.scheme(layer) is not None
+        return self.resolved.schemes[layer] is not None
 
     def scheme(self, layer: str) -> LayerScheme:
-        """Return how the linear layer with this full name is quantized."""
-        scheme = self.recipe.scheme(layer)
-        assert scheme is not None  # `quantizes` is asked first
+        """Return the scheme of the quantized linear layer with this full name."""
+        scheme = self.resolved.schemes[layer]
+        assert scheme is not None, layer
         return scheme
 
 

@@ -1,4 +1,4 @@
-"""What is settled before the first block: what will be stored, which tokens are read, what identifies the job."""
+"""Checks before the first block, the choice of the recipe, and the identity of a job."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from bitmill.calibration.token_windows import CalibrationData
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.writer import work_of
 from bitmill.data import text
@@ -21,12 +21,18 @@ from bitmill.sources.base import Source
 from bitmill.version import __version__
 
 
-def settled_recipe(
+def choose_recipe(
     method: str | Path | Recipe | None, options: dict[str, Any], head_bits: int | None = None
 ) -> tuple[Recipe, dict[str, str]]:
-    """The recipe that is meant, and for the summary why it was `chosen`, where nobody named one.
+    """Return the recipe of the arguments, or the leader of the leaderboard.
 
-    head_bits: of embedding and head, instead of what the recipe says of them.
+    Args:
+        method: a `Recipe`, the name of a method, a recipe file, or None for the leader.
+        options: options of the method.
+        head_bits: bits of embedding and head in place of those of the recipe.
+
+    Returns:
+        The recipe, and the summary's entry `chosen` that explains the choice, empty where a method was named.
     """
     if isinstance(method, Recipe):
         if options:
@@ -41,16 +47,20 @@ def settled_recipe(
 def job_identity(
     source: Source,
     recipe: Recipe | None,
-    calib: Tensor | None,
-    held_out: text.Windows | None,
-    described: dict[str, Any],
+    data: CalibrationData,
     device: str,
     propagate: str = "quantized",
     kv: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of the result.
+    """Return everything that decides the bytes of the result, as plain data.
 
-    recipe: None where weights stay as they are.  kv: method and calibration text of keys and values.
+    Args:
+        source: the float model.
+        recipe: the recipe; None where the weights stay as they are.
+        data: the tokens that calibrate and that measure.
+        device: the device that computes.
+        propagate: input of later blocks during calibration.
+        kv: method and calibration text of keys and values.
     """
     import numpy
     import safetensors
@@ -61,9 +71,9 @@ def job_identity(
         "model": source.fingerprint(),
         "recipe": recipe.to_dict() if recipe is not None else None,
         **({"kv": kv} if kv else {}),
-        "calibration": described["calibration"],
-        "propagate": propagate if calib is not None else None,
-        "held_out": None if held_out is None else text.windows_hash(held_out),
+        "calibration": data.described["calibration"],
+        "propagate": propagate if data.windows is not None else None,
+        "held_out": None if data.held_out is None else text.windows_hash(data.held_out),
         "versions": {
             "bitmill": __version__,
             "python": platform.python_version(),
@@ -81,9 +91,11 @@ def job_identity(
 
 
 def check_space(out: Path, size_bytes: int) -> None:
-    """Refuse a job that cannot fit on the disk before it has cost hours.
+    """Raise OutputError for a result that does not fit on the disk; files of an unfinished run count as written.
 
-    What an unfinished run wrote already needs no more space.
+    Args:
+        out: the folder to write.
+        size_bytes: size of the result.
     """
     parent = out.absolute().parent
     while not parent.exists():
@@ -101,7 +113,7 @@ def check_space(out: Path, size_bytes: int) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raises UsageError for a device that torch does not have here."""
+    """Raise UsageError for a device that torch does not have on this machine."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""Quantize a model: from arguments to a finished folder."""
+"""Quantize a model: from arguments to a finished folder, or to a live module in place."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitmill.calibration.token_windows import token_windows
+from bitmill.calibration.token_windows import CalibrationData, token_windows
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import Checkpoint, is_ours, open_checkpoint
 from bitmill.checkpoint.writer import FolderSink, check_new, is_finished
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import UsageError
-from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
+from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
 from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import Job, run
@@ -23,12 +23,12 @@ from bitmill.pipeline.in_place import ModuleSink
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
-from bitmill.recipes.resolve import resolve_recipe
+from bitmill.recipes.resolve import ResolvedRecipe, resolve_recipe
 from bitmill.report.html import folder_documents
 from bitmill.sources.open import open_source
 from bitmill.version import __version__
-from bitmill.workflows import kv as caching
-from bitmill.workflows.checks import check_device, check_space, job_identity, settled_recipe
+from bitmill.workflows import kv as kv_workflow
+from bitmill.workflows.checks import check_device, check_space, choose_recipe, job_identity
 from bitmill.workflows.sizes import report_plan, storage_plan
 
 SECONDS_DIGITS = 3
@@ -37,7 +37,7 @@ STORED = ("bits_per_weight", "head_bits_per_weight", "head_bytes", "unquantized_
 
 @dataclass
 class Outcome:
-    """What `quantize` did. `model` is set for a live module, `out` for a folder."""
+    """The result of `quantize`: `model` is set for a live module, `out` for a folder."""
 
     summary: dict[str, Any]
     report: dict[str, Any]
@@ -70,116 +70,205 @@ def quantize(
 ) -> Outcome:
     """Quantize a model with a named method, a recipe file or a `Recipe`.
 
-    model: a demo model's name, a Hugging Face folder or hub id, a .gguf file, or a live module.
-    method: without one, the leader of the leaderboard at these bits; `summary["chosen"]` says which, and why.
-        "none" leaves the weights as they are, for a KV method alone; a folder of bitmill's will do then.
-    out: the folder to write; without it, a live module is quantized in place, once every layer is done, and with
-        method "none" a folder of bitmill's is given its calibration in place.
-    calibration: text to calibrate on, or token windows (samples, seqlen) for a live module without tokenizer.
-    measure: held-out windows of the same text to measure on while quantizing; 0 measures nothing.
-    propagate: what later blocks are calibrated on: the quantized blocks' outputs, or the float model's.
-    statistics: with propagate="float", a folder that keeps the statistics for further recipes.
-    head_bits: of embedding and output head, 8, 6 or 4; they stay in float without it.
-    kv, kv_bits, kv_options: method of keys and values that the folder is to be used with, and is calibrated for
-        on `kv_samples` windows of `kv_seqlen` tokens (2048, or as many as the model reads) of the same text.
-    options: options of the method, such as bits=3, group_size="row".
+    Args:
+        model: the name of a demo model, a Hugging Face folder or hub id, a .gguf file, or a live module.
+        method: by default the leader of the leaderboard at these bits, which `summary["chosen"]` explains. "none"
+            leaves the weights as they are, for a KV method alone, also in a folder that bitmill wrote.
+        out: the folder to write. Without it, a live module is quantized in place once every layer is done, and a
+            folder that bitmill wrote gets its KV calibration in place.
+        calibration: text to calibrate on, or token windows (samples, seqlen) for a live module without tokenizer.
+        measure: number of held-out windows of the text to measure on while quantizing; 0 measures nothing.
+        propagate: input of later blocks during calibration, of the quantized blocks or of the float model.
+        statistics: with propagate="float", a folder that keeps the statistics for further recipes.
+        head_bits: bits of embedding and output head, 8, 6 or 4; both stay in float by default.
+        kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
+            `kv_seqlen` tokens (by default 2048, or the model's context length) of the text.
+        options: options of the method, such as bits=3 or group_size="row".
 
-    Raises BitmillError subclasses, each with one sentence.
+    Raises:
+        BitmillError: anything wrong with model, method, text or disk, in one sentence.
     """
-    started = time.perf_counter()
-    if measure < 0:
-        raise UsageError(f"measure is {measure}; use 0 or a positive number of windows.")
-    wanted = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
-    folder = Path(out) if out is not None else None
-    progress = progress or Progress()
+    kv_config = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    request = _Request(
+        model, None if out is None else Path(out), calibration, measure, device, resume, dry_run, propagate,
+        None if statistics is None else Path(statistics), kv_config, tokenizer, trust_remote_code,
+        progress or Progress(),
+    )  # fmt: skip
+    return _quantize(request, method, head_bits, options)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `quantize` but for those of the recipe."""
+
+    model: str | Path | nn.Module
+    out: Path | None
+    calibration: Calibration | Tensor | None
+    measure: int
+    device: str
+    resume: bool
+    dry_run: bool
+    propagate: Propagate
+    statistics: Path | None
+    kv: KVConfig | None
+    tokenizer: Any
+    trust_remote_code: bool
+    progress: Progress
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.measure < 0:
+            raise UsageError(f"measure is {self.measure}; use 0 or a positive number of windows.")
+        check_device(self.device)
+
+    @property
+    def live(self) -> bool:
+        """True for a live module."""
+        return isinstance(self.model, nn.Module)
+
+    def check_output(self) -> None:
+        """Raise UsageError when the result has no place to go."""
+        if self.out is None and not self.dry_run and (self.kv is not None or not self.live):
+            raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A job with its model open: the recipe on it, the sizes it will have, and the KV calibration to add."""
+
+    request: _Request
+    streamed: StreamedModel
+    resolved: ResolvedRecipe | None
+    kv: kv_workflow.KVCalibrationJob | None
+    plan: dict[str, Any]
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe; None where the weights stay as they are."""
+        return self.resolved.recipe if self.resolved else None
+
+
+def _quantize(
+    request: _Request, method: str | Path | Recipe | None, head_bits: int | None, options: dict[str, Any]
+) -> Outcome:
     recipe: Recipe | None = None
     chosen: dict[str, str] = {}
     if method != FLOAT:
-        recipe, chosen = settled_recipe(method, options, head_bits)
-    elif wanted is None or options or head_bits:
+        recipe, chosen = choose_recipe(method, options, head_bits)
+    elif request.kv is None or options or head_bits:
         raise UsageError(
             "The method 'none' leaves weights as they are; name a KV method and no option of weights."
         )
-    elif not isinstance(model, nn.Module) and is_ours(Path(model)) and not dry_run:
-        check_device(device)
-        written = folder or Path(model)
-        caching.add_to_folder(Path(model), written, wanted, calibration, device, trust_remote_code, progress)
-        return _found(open_checkpoint(written), {}, started)
-    if folder is None and not dry_run and (wanted is not None or not isinstance(model, nn.Module)):
-        raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
-    check_device(device)
-    progress.start("opening the model", 0)
-    source = open_source(model, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
-    if out is not None and isinstance(model, nn.Module) and not source.config.model_type:
-        raise UsageError(
-            f"{type(model).__name__} has no transformers config (no model_type), so no folder of it could be "
-            "loaded again; leave out=... away to quantize it in place."
-        )
-    streamed = StreamedModel(source, device)
-    keeping = caching.KVCalibrationJob(wanted, streamed) if wanted is not None else None
-    kv_plan = keeping.plan if keeping else None
-    resolved = None if recipe is None else resolve_recipe(recipe, streamed)
-    plan = {
-        **chosen,
-        **storage_plan(streamed, resolved, kv_plan["size_bytes"] if kv_plan else 0),
-        "kv": kv_plan,
-    }
-    if dry_run:
-        return Outcome({**plan, "dry_run": True, "out": str(out) if out else None}, {})
-    if folder is not None and not resume:
-        check_new(folder)  # before text is read, or written by the model itself
-    progress.start("reading text and model", 0)
-    calib, held_out, described = token_windows(
-        source, calibration, bool(recipe and recipe.needs), measure if recipe else 0, device, progress
+    elif not isinstance(request.model, nn.Module) and is_ours(Path(request.model)) and not request.dry_run:
+        return _calibrate_folder(request, Path(request.model), request.kv)
+    request.check_output()
+    prepared = _prepare(request, recipe, chosen)
+    if request.dry_run:
+        out = str(request.out) if request.out else None
+        return Outcome({**prepared.plan, "dry_run": True, "out": out}, {})
+    if request.out is not None and not request.resume:
+        check_new(request.out)  # before text is read, or written by the model itself
+    data, identity = _read_data(prepared)
+    if request.out is not None and request.resume and is_finished(request.out, identity):
+        return _finished(open_checkpoint(request.out), prepared.plan, request.started)
+    return _run(prepared, data, identity)
+
+
+def _calibrate_folder(request: _Request, folder: Path, kv: KVConfig) -> Outcome:
+    """Add a KV calibration to a folder that bitmill wrote, or to a copy of it."""
+    out = request.out or folder
+    kv_workflow.add_to_folder(
+        folder, out, kv, request.calibration, request.device, request.trust_remote_code, request.progress
     )
-    if keeping:
-        keeping.read(calibration, progress)
-    identity = job_identity(source, recipe, calib, held_out, described, device, propagate, kv_plan)
-    report: dict[str, Any] = {
+    return _finished(open_checkpoint(out), {}, request.started)
+
+
+def _prepare(request: _Request, recipe: Recipe | None, chosen: dict[str, str]) -> _Prepared:
+    """Open the model, resolve the recipe on it and compute the sizes of the result."""
+    request.progress.start("opening the model", 0)
+    source = open_source(request.model, trust_remote_code=request.trust_remote_code, tokenizer=request.tokenizer)
+    if request.out is not None and request.live and not source.config.model_type:
+        raise UsageError(
+            f"{type(request.model).__name__} has no transformers config (no model_type), so no folder of it could "
+            "be loaded again; leave out=... away to quantize it in place."
+        )
+    streamed = StreamedModel(source, request.device)
+    kv = kv_workflow.KVCalibrationJob(request.kv, streamed) if request.kv is not None else None
+    resolved = None if recipe is None else resolve_recipe(recipe, streamed)
+    plan = storage_plan(streamed, resolved, kv.plan["size_bytes"] if kv else 0)
+    return _Prepared(request, streamed, resolved, kv, {**chosen, **plan, "kv": kv.plan if kv else None})
+
+
+def _read_data(prepared: _Prepared) -> tuple[CalibrationData, dict[str, Any]]:
+    """Load the tokens that calibrate and measure; returns them and the identity of the job."""
+    request, recipe, source = prepared.request, prepared.recipe, prepared.streamed.source
+    request.progress.start("reading text and model", 0)
+    calibrates = recipe is not None and bool(recipe.needs)
+    measure = request.measure if recipe is not None else 0
+    data = token_windows(source, request.calibration, calibrates, measure, request.device, request.progress)
+    if prepared.kv:
+        prepared.kv.read(request.calibration, request.progress)
+    kv_plan = prepared.kv.plan if prepared.kv else None
+    return data, job_identity(source, recipe, data, request.device, request.propagate, kv_plan)
+
+
+def _run(prepared: _Prepared, data: CalibrationData, identity: dict[str, Any]) -> Outcome:
+    """Quantize every block and write the folder, or put the packed layers into the live module."""
+    request, streamed, model = prepared.request, prepared.streamed, prepared.request.model
+    if request.out is None:
+        assert isinstance(model, nn.Module)
+        in_place = ModuleSink(model)
+        report = _report(prepared, data, identity, _quantize_blocks(prepared, data, identity, in_place))
+        report["layers"] = in_place.layers
+        in_place.finish()
+        return Outcome(_summary(prepared.plan, None, request.started, report["measured"]), report, None, model)
+    check_space(request.out, prepared.plan["size_bytes"])
+    sink = FolderSink(request.out, prepared.resolved, identity, len(streamed.blocks), request.resume)
+    try:
+        report = _report(prepared, data, identity, _quantize_blocks(prepared, data, identity, sink))
+        report["layers"] = sink.layers
+        written = sink.complete(streamed)
+        if prepared.kv:
+            prepared.kv.write(written, request.progress)
+        sink.finish(report, folder_documents(report))
+    finally:
+        sink.close()
+    return Outcome(_summary(prepared.plan, request.out, request.started, report["measured"]), report, request.out)
+
+
+def _quantize_blocks(
+    prepared: _Prepared, data: CalibrationData, identity: dict[str, Any], sink: FolderSink | ModuleSink
+) -> dict[str, Any]:
+    """Send every block to the sink; returns the measured quality, empty where nothing was measured."""
+    request, streamed = prepared.request, prepared.streamed
+    if prepared.resolved is not None:
+        job = Job(streamed, prepared.resolved, data, request.propagate, request.statistics, identity)
+        return run(job, sink, request.progress)
+    assert isinstance(sink, FolderSink)
+    sink.keep(streamed, request.progress)
+    return {}
+
+
+def _report(
+    prepared: _Prepared, data: CalibrationData, identity: dict[str, Any], quality: dict[str, Any]
+) -> dict[str, Any]:
+    """Return report.json without the layers and the digests of files."""
+    streamed, recipe, plan = prepared.streamed, prepared.recipe, prepared.plan
+    return {
         "bitmill": __version__,
-        "source": source.name,
+        "source": streamed.source.name,
         "recipe": recipe.to_dict() if recipe is not None else None,
         "identity": identity,
         **{key: plan[key] for key in STORED},
         "ends": embedding_and_head(streamed).to_dict() if recipe is not None and recipe.head else None,
         "auto_class": streamed.task.auto_class_name,
-        **({"kv": kv_plan} if kv_plan else {}),
+        **({"kv": plan["kv"]} if plan["kv"] else {}),
+        "measured": [{"by": "quantize", **data.described["held_out"], **quality}] if quality else [],
     }
-    sink: FolderSink | ModuleSink
-    if folder is not None:
-        if resume and is_finished(folder, identity):
-            return _found(open_checkpoint(folder), plan, started)
-        check_space(folder, plan["size_bytes"])
-        sink = FolderSink(folder, recipe, identity, len(streamed.blocks), resume)
-    else:
-        assert isinstance(model, nn.Module)
-        sink = ModuleSink(model)
-    try:
-        quality: dict[str, Any] = {}
-        if recipe is not None:
-            shared = Path(statistics) if statistics is not None else None
-            quality = run(Job(streamed, recipe, calib, held_out, propagate, shared), sink, progress)
-        elif isinstance(sink, FolderSink):
-            sink.keep(streamed, progress)
-        measured = [{"by": "quantize", **described["held_out"], **quality}] if quality else []
-        report["measured"] = measured
-        report["layers"] = sink.layers
-        if isinstance(sink, FolderSink):
-            written = sink.complete(streamed)
-            if keeping:
-                keeping.write(written, progress)
-            sink.finish(report, folder_documents(report))
-        else:
-            sink.finish()
-    finally:
-        if isinstance(sink, FolderSink):
-            sink.close()
-    live = model if isinstance(model, nn.Module) and folder is None else None
-    return Outcome(_summary(plan, folder, started, measured), report, folder, live)
 
 
-def _found(checkpoint: Checkpoint, plan: dict[str, Any], started: float) -> Outcome:
-    """The outcome of a folder that is there, as planned or, without a plan, as it says itself."""
+def _finished(checkpoint: Checkpoint, plan: dict[str, Any], started: float) -> Outcome:
+    """Return the outcome of a finished folder: its plan or, without one, the record of its files."""
     report = checkpoint.report
     plan = plan or {**report_plan(checkpoint), "kv": report.get("kv")}
     return Outcome(_summary(plan, checkpoint.folder, started, report["measured"]), report, checkpoint.folder)
