@@ -26,6 +26,7 @@ from bitmill.sources.module import ModuleSource
 from bitmill.tuners import TUNERS, BlockTask, Tuner
 from bitmill.tuners.base import relative_error
 from helpers.cases import all_wrappers, few_formats, varied
+from helpers.jobs import job_of
 from helpers.selection import FULL, one_of_each, thin
 from helpers.tiny_models import tiny_model
 
