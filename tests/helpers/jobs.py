@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bitmill.calibration.token_windows import CalibrationData
+from bitmill.calibration.token_windows import JobData
 from bitmill.data.text import Windows
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import Job
@@ -16,4 +16,4 @@ def job_of(
     streamed: StreamedModel, recipe: Recipe, calibration: Tensor | None = None, held_out: Windows | None = None
 ) -> Job:
     """Return a job with these windows."""
-    return Job(streamed, resolve_recipe(recipe, streamed), CalibrationData(calibration, held_out))
+    return Job(streamed, resolve_recipe(recipe, streamed), JobData(calibration, held_out))

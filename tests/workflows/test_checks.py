@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bitmill.calibration.token_windows import CalibrationData, token_windows
+from bitmill.calibration.token_windows import JobData, token_windows
 from bitmill.data.text import calibration_windows, evaluation_windows
 from bitmill.errors import CalibrationError, OutputError
 from bitmill.evaluation.metrics import score_windows
@@ -68,7 +68,7 @@ def test_given_windows_not_held_out():
 
 
 def test_job_identity():
-    identity = job_identity(SOURCE, build_recipe("rtn"), CalibrationData(), "cpu")
+    identity = job_identity(SOURCE, build_recipe("rtn"), JobData(), "cpu")
     assert identity["source"] == "tiny"
     assert identity["machine"]
     assert identity["cpu"] == torch.backends.cpu.get_cpu_capability()

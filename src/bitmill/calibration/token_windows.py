@@ -22,7 +22,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
-class CalibrationData:
+class JobData:
     """Tokens that calibrate and tokens that measure.
 
     Attributes:
@@ -43,7 +43,7 @@ def token_windows(
     measure: int,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> CalibrationData:
+) -> JobData:
     """Return the token windows to calibrate and to measure on, and their description for the report.
 
     Args:
@@ -88,7 +88,7 @@ def token_windows(
             "seqlen": calibration.seqlen,
             "windows": count_windows(held_out, calibration.seqlen),
         }
-    return CalibrationData(calib, held_out, described)
+    return JobData(calib, held_out, described)
 
 
 def calibration_windows(
@@ -130,13 +130,13 @@ def _self_generated_windows(
     )
 
 
-def _given_windows(windows: Tensor, source: Source, calibrates: bool) -> CalibrationData:
+def _given_windows(windows: Tensor, source: Source, calibrates: bool) -> JobData:
     """Return a caller's windows, checked, as `token_windows` does."""
     windows = _checked_windows(windows, source.config)
     if not calibrates:
-        return CalibrationData()
+        return JobData()
     calibration = {"source": "tokens", "sha256": windows_hash(windows)}
-    return CalibrationData(windows, None, {"calibration": calibration, "held_out": None})
+    return JobData(windows, None, {"calibration": calibration, "held_out": None})
 
 
 def _checked_windows(windows: Tensor, config: Any) -> Tensor:

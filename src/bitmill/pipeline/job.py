@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from bitmill.calibration.token_windows import CalibrationData
+from bitmill.calibration.token_windows import JobData
 from bitmill.data.text import Windows
 from bitmill.formats.quantized import Quantized
 from bitmill.models.streamed import StreamedModel
@@ -39,7 +39,7 @@ class Job:
 
     streamed: StreamedModel
     resolved: ResolvedRecipe
-    data: CalibrationData = CalibrationData()
+    data: JobData = JobData()
     propagate: Propagate = "quantized"
     statistics: Path | None = None
     identity: dict[str, Any] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bitmill.calibration.token_windows import CalibrationData
+from bitmill.calibration.token_windows import JobData
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.writer import work_of
 from bitmill.data import text
@@ -47,7 +47,7 @@ def choose_recipe(
 def job_identity(
     source: Source,
     recipe: Recipe | None,
-    data: CalibrationData,
+    data: JobData,
     device: str,
     propagate: str = "quantized",
     kv: dict[str, Any] | None = None,

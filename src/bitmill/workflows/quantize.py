@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitmill.calibration.token_windows import CalibrationData, token_windows
+from bitmill.calibration.token_windows import JobData, token_windows
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import Checkpoint, is_ours, open_checkpoint
 from bitmill.checkpoint.writer import FolderSink, check_new, is_finished
@@ -103,7 +103,7 @@ class _Request:
 
     model: str | Path | nn.Module
     out: Path | None
-    calibration: Calibration | Tensor | None
+    calibration: CalibrationData | Tensor | None
     measure: int
     device: str
     resume: bool
@@ -199,7 +199,7 @@ def _prepare(request: _Request, recipe: Recipe | None, chosen: dict[str, str]) -
     return _Prepared(request, streamed, resolved, kv, {**chosen, **plan, "kv": kv.plan if kv else None})
 
 
-def _read_data(prepared: _Prepared) -> tuple[CalibrationData, dict[str, Any]]:
+def _read_data(prepared: _Prepared) -> tuple[JobData, dict[str, Any]]:
     """Load the tokens that calibrate and measure; returns them and the identity of the job."""
     request, recipe, source = prepared.request, prepared.recipe, prepared.streamed.source
     request.progress.start("reading text and model", 0)
@@ -212,7 +212,7 @@ def _read_data(prepared: _Prepared) -> tuple[CalibrationData, dict[str, Any]]:
     return data, job_identity(source, recipe, data, request.device, request.propagate, kv_plan)
 
 
-def _run(prepared: _Prepared, data: CalibrationData, identity: dict[str, Any]) -> Outcome:
+def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any]) -> Outcome:
     """Quantize every block and write the folder, or put the packed layers into the live module."""
     request, streamed, model = prepared.request, prepared.streamed, prepared.request.model
     if request.out is None:
@@ -237,7 +237,7 @@ def _run(prepared: _Prepared, data: CalibrationData, identity: dict[str, Any]) -
 
 
 def _quantize_blocks(
-    prepared: _Prepared, data: CalibrationData, identity: dict[str, Any], sink: FolderSink | ModuleSink
+    prepared: _Prepared, data: JobData, identity: dict[str, Any], sink: FolderSink | ModuleSink
 ) -> dict[str, Any]:
     """Send every block to the sink; returns the measured quality, empty where nothing was measured."""
     request, streamed = prepared.request, prepared.streamed
@@ -250,7 +250,7 @@ def _quantize_blocks(
 
 
 def _report(
-    prepared: _Prepared, data: CalibrationData, identity: dict[str, Any], quality: dict[str, Any]
+    prepared: _Prepared, data: JobData, identity: dict[str, Any], quality: dict[str, Any]
 ) -> dict[str, Any]:
     """Return report.json without the layers and the digests of files."""
     streamed, recipe, plan = prepared.streamed, prepared.recipe, prepared.plan
