@@ -1,4 +1,4 @@
-"""Which numbers can be stored, and in which bits. One file per format."""
+"""Formats: the numbers that can be stored, and their bits. One file per format."""
 
 from bitmill.formats.base import FORMATS, Format, GroupFormat, Params, ScalarFormat
 from bitmill.formats.lookup import Lookup

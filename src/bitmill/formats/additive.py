@@ -5,7 +5,7 @@
     scale      fp16, one a row by default
 
 Bits a weight: codebooks * bits / 8, and 128 * codebooks * 2**bits / (rows * columns) + 16/columns. The codebooks
-are what small matrices pay for: two of 256 vectors are 0.07 bits a weight of a 1536 x 576 matrix and 0.6 of a
+are the cost of small matrices: two of 256 vectors are 0.07 bits a weight of a 1536 x 576 matrix and 0.6 of a
 192 x 576 one, three of 64 vectors a quarter bit of codes more and three eighths of that.
 
 Solvers that support `learned_codebooks` fit them to the output error; `fit` alone is residual k-means, followed
@@ -54,18 +54,22 @@ class Additive(GroupFormat):
 
     @property
     def codes_per_block(self) -> int:
-        """One in each codebook."""
+        """One code in each codebook."""
         return self.codebooks
 
     @property
     def stackable(self) -> bool:
-        """Every matrix has codebooks of its own."""
+        """False: every matrix has codebooks of its own."""
         return False
 
     # -- choosing -----------------------------------------------------------------------------------------
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """Scales to unit RMS, and codebooks by residual k-means; `search` then takes turns with least squares."""
+        """Fit scales to unit RMS and codebooks by residual k-means; `search` then alternates with least squares.
+
+        Returns:
+            "codebooks" (1, 1, codebooks, 2**bits, 8) and "scale" (rows, groups).
+        """
         scale = _rms(x, importance)
         vectors, weight = self._vectors(x, importance, scale)
         books = additive.residual_kmeans(vectors, weight, self.codebooks, 1 << self.bits, _ROUNDS)
@@ -73,11 +77,15 @@ class Additive(GroupFormat):
         return self._improve(params, vectors, weight) if search else params
 
     def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
-        """A scale alone: the codebooks belong to all."""
+        """Fit a scale alone: all groups share the codebooks.
+
+        Returns:
+            `params` with a new "scale" (rows, groups).
+        """
         return {**params, "scale": _rms(x, importance)}
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """Weighted least squares for the codebooks, and then for the scales, where they help."""
+        """Refit the codebooks and then the scales by weighted least squares, where they lower the error."""
         flat, weight = self._flat(codes), importance.expand(x.shape).reshape(-1, self.block)
         target, books = x.reshape(-1, self.block), params["codebooks"][0, 0]
         scale = self._spread(params["scale"], x)
@@ -91,7 +99,7 @@ class Additive(GroupFormat):
         return self._better(x, codes, importance, params, fitted)
 
     def _improve(self, params: Params, vectors: Tensor, weight: Tensor) -> Params:
-        """Turns of nearest codes and least squares on some vectors; the codebooks that were best for them."""
+        """Alternate nearest codes and least squares on some vectors; keep the codebooks that suit them best."""
         books = kept = params["codebooks"][0, 0]
         eye = torch.eye(self.block, device=books.device)
         one, least = torch.ones_like(vectors[:, :1]), None
@@ -107,7 +115,7 @@ class Additive(GroupFormat):
         return {**params, "codebooks": kept[None, None]}
 
     def _vectors(self, x: Tensor, importance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks in units of their scale, and the weights of their errors; a sample of those that count."""
+        """Return blocks in units of their scale and the weights of their errors: a sample of those with weight."""
         weight = (importance * scale.square()[..., None]).reshape(-1, self.block)
         vectors = _over(x, scale[..., None]).reshape(-1, self.block)
         counts = weight.sum(1) > 0
@@ -118,24 +126,32 @@ class Additive(GroupFormat):
         return vectors[::step], weight
 
     def _better(self, x: Tensor, codes: Tensor, importance: Tensor, old: Params, new: Params) -> Params:
-        """Whichever has less weighted error."""
+        """Return the params of less weighted error."""
         errors = [((x - self.decode(codes, p)).double().square() * importance).sum() for p in (new, old)]
         return new if bool(errors[0] < errors[1]) else old
 
     # -- meaning ------------------------------------------------------------------------------------------
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """The closest sums: exact for one or two codebooks, by a beam of 2**bits hypotheses for more."""
+        """Return the closest sums: exact for one or two codebooks, by a beam of 2**bits hypotheses for more.
+
+        Returns:
+            Codes uint8 (rows, groups, width / 8 * codebooks).
+        """
         vectors = _over(x, params["scale"][..., None]).reshape(-1, self.block)
         return self._encode(vectors, params)[0].reshape(*x.shape[:2], -1)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """scale * sum of vectors; gradients reach both."""
+        """Return scale * sum of vectors; gradients reach both.
+
+        Returns:
+            fp32 (rows, groups, width).
+        """
         points = additive.decode(self._flat(codes), params["codebooks"][0, 0])
         return points.reshape(*codes.shape[:2], -1) * params["scale"][..., None]
 
     def rounder(self, params: Params) -> Rounder:
-        """The closest sums for one block of columns."""
+        """Return a function that finds the closest sums for one block of columns."""
         scale = params["scale"][:, 0, None]
 
         def block(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +161,7 @@ class Additive(GroupFormat):
         return block
 
     def _encode(self, vectors: Tensor, params: Params) -> tuple[Tensor, Tensor]:
-        """In fp64: many sums lie close together, and |u|^2 - 2 u x in fp32 could not tell them apart."""
+        """Search in fp64: many sums are close together, and |u|^2 - 2 u x in fp32 could not distinguish them."""
         books = params["codebooks"][0, 0]
         eye = torch.eye(self.block, dtype=torch.float64, device=vectors.device)
         codes, _ = additive.search(vectors.double(), eye, books.double(), 1 << self.bits)
@@ -155,24 +171,24 @@ class Additive(GroupFormat):
         return codes.reshape(-1, self.codebooks)
 
     def _spread(self, scale: Tensor, x: Tensor) -> Tensor:
-        """Scales of groups (rows, groups) to those of their vectors, (n, 1)."""
+        """Expand scales of groups (rows, groups) to those of their vectors, (n, 1)."""
         return scale.repeat_interleave(x.shape[-1] // self.block, dim=-1).reshape(-1, 1)
 
     # -- storage ------------------------------------------------------------------------------------------
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 codebooks and scales."""
+        """Return fp16 codebooks and scales."""
         books = (1, 1, self.codebooks, 1 << self.bits, self.block)
         return Part("codebooks", books), Part("scale", self.grid(shape))
 
 
 def _on_grid(books: Tensor) -> Tensor:
-    """As fp16 stores it, and in steps of 2**-12 of the unit: every sum is then exact in fp32, and can be found."""
+    """Round to fp16 and to steps of 2**-12 of the unit: every sum is then exact in fp32, and reproducible."""
     return as_stored((books * 4096).round() / 4096)
 
 
 def _rms(x: Tensor, importance: Tensor) -> Tensor:
-    """Root mean square of what counts in every group, (rows, groups), as stored."""
+    """Return the root mean square of the numbers with weight in every group, (rows, groups), as stored."""
     counts = (importance > 0).to(x.dtype)
     counts = torch.where(counts.sum(-1, keepdim=True) > 0, counts, 1.0)
     return as_stored(((x.square() * counts).sum(-1) / counts.sum(-1)).sqrt())

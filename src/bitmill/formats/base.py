@@ -49,7 +49,7 @@ FORMATS: Registry[type[Format]] = Registry("format", "bitmill.formats")
 
 @dataclass(frozen=True)
 class Part:
-    """How one parameter array is stored: numbers of `dtype`, or unsigned integers of `bits` bits."""
+    """A parameter array in its stored form: numbers of `dtype`, or unsigned integers of `bits` bits."""
 
     name: str
     shape: tuple[int, ...]
@@ -176,14 +176,28 @@ class Format(Member, ABC):
         return _bits(self.own_layout(shape))
 
     def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Return codes and params as the tensors that `layout` names; arguments as of `dequantize`."""
+        """Return codes and params as the tensors that `layout` names.
+
+        Args:
+            codes: (rows, codes_in(columns)).
+            params: fp32 working values by name.
+            shape: (rows, columns).
+        """
         return {
             "codes": pack(codes, self.code_bits),
             **{part.name: part.pack(params[part.name]) for part in self.parts(shape)},
         }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Params]:
-        """Invert `pack`: return codes and fp32 params."""
+        """Invert `pack`.
+
+        Args:
+            tensors: as named by `layout`.
+            shape: (rows, columns).
+
+        Returns:
+            Codes, and fp32 params.
+        """
         return self.unpack_codes(tensors["codes"], shape[1]), self.unpack_params(tensors, shape)
 
     def unpack_codes(self, stored: Tensor, columns: int) -> Tensor:
@@ -279,11 +293,27 @@ class GroupFormat(Format):
 
     @abstractmethod
     def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """Return the codes (uint8; int32 above 8 bits) of the storable numbers closest to x."""
+        """Return the codes of the storable numbers closest to x.
+
+        Args:
+            x: (rows, groups, width).
+            params: of its groups.
+
+        Returns:
+            uint8 up to 8 bits, int32 above, (rows, groups, width / block * codes_per_block).
+        """
 
     @abstractmethod
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """Return the stored numbers, fp32 (rows, groups, width)."""
+        """Return the stored numbers.
+
+        Args:
+            codes: (rows, groups, width / block * codes_per_block).
+            params: of their groups.
+
+        Returns:
+            fp32 (rows, groups, width).
+        """
 
     @abstractmethod
     def rounder(self, params: Params) -> Rounder:
@@ -297,11 +327,24 @@ class GroupFormat(Format):
         """
 
     def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
-        """Fit parameters to groups x (rows, groups, width); parts that groups share stay as in `params`."""
+        """Fit parameters to groups without the rest of their rows.
+
+        Args:
+            x: (rows, groups, width).
+            importance: (rows|1, groups, width).
+            params: the parts that groups share stay as they are here.
+        """
         return self.fit(x, importance)
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """Return parameters of least weighted error for fixed codes; `params` where the format has no better."""
+        """Return parameters of least weighted error for fixed codes; `params` where the format has no better.
+
+        Args:
+            x: (rows, groups, width).
+            codes: of x.
+            importance: (rows|1, groups, width).
+            params: the present parameters.
+        """
         return params
 
     @property
@@ -310,7 +353,12 @@ class GroupFormat(Format):
         return False
 
     def shift(self, params: Params, by: Tensor) -> Params:
-        """Return parameters whose levels are higher by `by` (rows, groups), as nearly as can be stored."""
+        """Return parameters whose levels are higher, as nearly as can be stored; see `can_shift`.
+
+        Args:
+            params: the present parameters.
+            by: (rows, groups).
+        """
         raise NotImplementedError
 
     # -- storage ------------------------------------------------------------------------------------------
@@ -358,7 +406,17 @@ class GroupFormat(Format):
         return self.rows_of(self.unpack_codes(tensors["codes"][rows], shape[1]), tensors, shape, rows)
 
     def rows_of(self, codes: Tensor, tensors: dict[str, Tensor], shape: tuple[int, int], rows: Tensor) -> Tensor:
-        """Decode some rows, as `dequantize_rows`, from their unpacked codes and the packed parameters."""
+        """Decode some rows from their unpacked codes and the packed parameters.
+
+        Args:
+            codes: (n, codes_in(columns)).
+            tensors: as returned by `pack`; only the parameters are read.
+            shape: (rows, columns) of the whole matrix.
+            rows: int64 (n,).
+
+        Returns:
+            fp32 (n, columns).
+        """
         if not rows.numel():
             return torch.empty(0, shape[1], device=rows.device)
         params = {part.name: part.unpack_rows(tensors[part.name], rows) for part in self.parts(shape)}
@@ -383,7 +441,11 @@ class ScalarFormat(GroupFormat):
         return Lookup(levels.flatten(0, 1), one, 0 * one, which)
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """Count how many midpoints of the sorted table are below x, then translate rank to code."""
+        """Count how many midpoints of the sorted table are below x, then translate rank to code.
+
+        Returns:
+            uint8 (rows, groups, width).
+        """
         table, order = self.levels(params).sort(-1)
         middles = (table[..., 1:] + table[..., :-1]) / 2
         rank = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
@@ -393,7 +455,11 @@ class ScalarFormat(GroupFormat):
         return order.expand(shape).gather(-1, rank).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """Look every code up in its group's table."""
+        """Look every code up in its group's table.
+
+        Returns:
+            fp32 (rows, groups, width).
+        """
         table = self.levels(params)
         return table.expand(*codes.shape[:-1], table.shape[-1]).gather(-1, codes.long())
 

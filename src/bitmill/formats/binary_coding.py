@@ -5,8 +5,8 @@
     beta   fp16, one a group; only with `offset`
 
 Any uniform grid is the special case alpha_i = scale * 2^i / 2. Bits a weight: bits * (1 + 16/group_size),
-and 16/group_size more with an offset, so that small groups are dear: see `integer_coding` for a form of the
-same numbers that is not.
+and 16/group_size more with an offset, which is much in small groups: see `integer_coding` for a compact form of
+these numbers.
 
 Source: Xu et al. 2018, "Alternating Multi-bit Quantization" (arXiv 1802.00150), sections 3 and 4; the table
 form is LUT-GEMM's (arXiv 2206.09557), section 3.
@@ -36,14 +36,18 @@ class BinaryCoding(ScalarFormat):
     max_bits: ClassVar[int] = 5  # the least-squares refit solves for `bits` unknowns, and 2**bits levels
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """Greedy residual magnitudes; `search` then alternates codes and least squares."""
+        """Choose residual magnitudes greedily; `search` then alternates codes and least squares.
+
+        Returns:
+            "alpha" (rows, groups, bits) and, with offset, "beta" (rows, groups).
+        """
         params = self._greedy(x, importance)
         return alternate(self, x, importance, params, _ROUNDS) if search else params
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """Weighted least squares for the magnitudes (and the offset), kept where it helps.
+        """Refit the magnitudes (and the offset) by weighted least squares, kept where they lower the error.
 
-        Codes take only 2**bits values, so the sums of weights and of weighted x per code say all.
+        Codes take only 2**bits values, so the sums of weights and of weighted x per code suffice.
         """
         index = codes.long()
         weight = importance.expand(x.shape)
@@ -67,33 +71,33 @@ class BinaryCoding(ScalarFormat):
         }
 
     def _error(self, mass: Tensor, moment: Tensor, params: Params) -> Tensor:
-        """Weighted squared error of each group, but for the constant sum of x^2."""
+        """Return the weighted squared error of each group, without the constant sum of x^2."""
         table = self.levels(params)
         return (mass * table.square() - 2 * moment * table).sum(-1)
 
     @property
     def can_shift(self) -> bool:
-        """With an offset."""
+        """True with an offset."""
         return self.offset
 
     def shift(self, params: Params, by: Tensor) -> Params:
-        """The offset moves."""
+        """Move the offset."""
         return {**params, "beta": as_stored(params["beta"] + by)}
 
     def levels(self, params: Params) -> Tensor:
-        """beta + sum of +-alpha, entry c for code c."""
+        """Return beta + sum of +-alpha; entry c is that of code c."""
         alpha = params["alpha"]
         table = alpha @ self._signs(alpha.device).T.to(alpha.dtype)
         return table + params["beta"][..., None] if self.offset else table
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 alpha, and fp16 beta with an offset."""
+        """Return fp16 alpha, and fp16 beta with an offset."""
         grid = self.grid(shape)
         alpha = Part("alpha", (*grid, self.bits))
         return (alpha, Part("beta", grid)) if self.offset else (alpha,)
 
     def _signs(self, device: torch.device) -> Tensor:
-        """(2**bits, bits) of -1 and +1: row c holds the bits of code c."""
+        """Return (2**bits, bits) of -1 and +1: row c holds the bits of code c."""
         codes = torch.arange(1 << self.bits, device=device)
         return 2.0 * ((codes[:, None] >> torch.arange(self.bits, device=device)) & 1) - 1.0
 

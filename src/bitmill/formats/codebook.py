@@ -3,7 +3,7 @@
     code   unsigned, `bits` bits, an index into the table
     table  fp16, 2**bits levels a group, sorted when fitted
 
-Levels lie wherever the (weighted) weights are: `fit` is k-means on a line. Bits a weight: bits +
+Levels follow the density of the (weighted) weights: `fit` is k-means on a line. Bits a weight: bits +
 16 * 2**bits / width of a group, so whole rows, the default, make 4 bits cost 4 + 256/columns.
 
 Source: SqueezeLLM (Kim et al. 2023, arXiv 2306.07629), section 4.1.
@@ -30,13 +30,17 @@ class Codebook(ScalarFormat):
     group_size: GroupSize = "row"
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """Weighted k-means, or with no `search` the levels it starts from."""
+        """Run weighted k-means; without `search` return its starting levels.
+
+        Returns:
+            "table" (rows, groups, 2**bits), sorted.
+        """
         method = kmeans if search else kmeans_start
         table = method(x.flatten(0, 1), importance.expand(x.shape).flatten(0, 1), 1 << self.bits)
         return {"table": as_stored(table).unflatten(0, x.shape[:2])}
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """The weighted mean of the numbers of each code; a code without weight keeps its level."""
+        """Return the weighted mean of the numbers of each code; a code without weight keeps its level."""
         index, weight = codes.long(), importance.expand(x.shape).double()
         empty = weight.new_zeros(*x.shape[:-1], 1 << self.bits)
         mass = empty.scatter_add(-1, index, weight)
@@ -44,9 +48,9 @@ class Codebook(ScalarFormat):
         return {"table": torch.where(mass > 0, as_stored(mean.float()), params["table"])}
 
     def levels(self, params: Params) -> Tensor:
-        """The table."""
+        """Return the table."""
         return params["table"]
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 levels."""
+        """Return fp16 levels."""
         return (Part("table", (*self.grid(shape), 1 << self.bits)),)

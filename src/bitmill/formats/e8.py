@@ -44,13 +44,13 @@ class E8(VectorFormat):
 
     @property
     def code_bits(self) -> int:
-        """One code for a block."""
+        """Bits of the one code of a block."""
         return 16
 
     def encode(self, x: Tensor) -> Tensor:
-        """The nearest of 65536 points."""
+        """Return the nearest of 65536 points."""
         return e8.nearest(x)[:, None].to(torch.int32)
 
     def points(self, codes: Tensor) -> Tensor:
-        """Look them up."""
+        """Look the points up."""
         return e8.points(codes.device)[codes[:, 0].long()]

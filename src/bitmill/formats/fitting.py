@@ -104,7 +104,13 @@ def _slices(x: Tensor) -> list[slice]:
 def refit_scale(format: GroupFormat, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
     """Refit params["scale"], of which the stored numbers are multiples, by weighted least squares at fixed codes.
 
-    A new scale is kept only where it is positive and lowers the error. Arguments as of `GroupFormat.refit`.
+    A new scale is kept only where it is positive and lowers the error.
+
+    Args:
+        x: (rows, groups, width).
+        codes: of x.
+        importance: (rows|1, groups, width).
+        params: the present parameters.
     """
     unit = format.decode(codes, {**params, "scale": torch.ones_like(params["scale"])})
     power = (unit.square() * importance).sum(-1)
@@ -115,7 +121,15 @@ def refit_scale(format: GroupFormat, x: Tensor, codes: Tensor, importance: Tenso
 
 
 def weighted_rms(x: Tensor, importance: Tensor) -> Tensor:
-    """Return the root of each group's weighted mean square, (rows, groups); unweighted where all weights are 0."""
+    """Return the root of each group's weighted mean square; unweighted where all weights are 0.
+
+    Args:
+        x: (rows, groups, width).
+        importance: (rows|1, groups, width).
+
+    Returns:
+        (rows, groups).
+    """
     weight = importance.expand(x.shape)
     weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, torch.ones_like(weight))
     return ((x.square() * weight).sum(-1) / weight.sum(-1)).sqrt()
@@ -140,10 +154,23 @@ def as_stored(values: Tensor) -> Tensor:
 
 
 def weighted_error(x: Tensor, y: Tensor, importance: Tensor) -> Tensor:
-    """Return the importance-weighted squared error of each group, (rows, groups)."""
+    """Return the importance-weighted squared error of each group.
+
+    Args:
+        x, y: (rows, groups, width).
+        importance: (rows|1, groups, width).
+
+    Returns:
+        (rows, groups).
+    """
     return (x - y).square_().mul_(importance).sum(-1)
 
 
 def group_params(params: Params, group: int) -> Params:
-    """Return the parameters of one group; parts that the groups of a row share stay whole."""
+    """Return the parameters of one group; parts that the groups of a row share stay whole.
+
+    Args:
+        params: name -> (rows|1, groups|1, ...).
+        group: its index.
+    """
     return {name: v if v.shape[1] == 1 else v[:, group : group + 1] for name, v in params.items()}

@@ -40,7 +40,7 @@ class Elements(Scaled):
             )
 
     def table(self, device: torch.device) -> Table:
-        """The element of every code."""
+        """Return the element of every code."""
         return ElementTable(self.element, device)
 
 
@@ -52,17 +52,21 @@ class Float(Elements):
     shares: ClassVar[tuple[float, ...]] = tuple(1 + k / 20 for k in (*range(-8, 0), 1, 2, 4, 6, 8, 10))
 
     def factor(self, params: Params) -> Tensor:
-        """The scale."""
+        """Return the scale."""
         return params["scale"]
 
     def start(self, x: Tensor) -> Params:
-        """The largest magnitude becomes the largest number."""
+        """Map the largest magnitude to the largest number."""
         return self.with_factor(x.abs().amax(-1) / ELEMENTS[self.element].largest, {})
 
     def with_factor(self, factor: Tensor, params: Params) -> Params:
-        """The scale in fp16."""
+        """Store the scale in fp16.
+
+        Returns:
+            "scale" (rows, groups), positive.
+        """
         return {"scale": positive(as_stored(factor))}
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 scale."""
+        """Return the fp16 scale."""
         return (Part("scale", self.grid(shape)),)

@@ -3,9 +3,9 @@
     code   unsigned, `bits` bits
     scale  fp16, one a tensor by default
 
-A 2-bit code means -3/2, -1/2, 1/2 or 3/2. As many levels lie above 0 as below, and no zero is stored: what
-serves numbers that are symmetric around 0, such as weights in a rotated basis. Levels reach 2.4 times the RMS,
-or as far as the least error asks (`search`). Bits a weight: bits.
+A 2-bit code means -3/2, -1/2, 1/2 or 3/2. As many levels are above 0 as below, and no zero is stored, which
+suits numbers that are symmetric around 0, such as weights in a rotated basis. Levels reach 2.4 times the RMS,
+or as far as the least error requires (`search`). Bits a weight: bits.
 
 Source: QuIP (arXiv 2307.13304), section 4.2: one grid a matrix, its range a multiple of the RMS.
 """
@@ -34,7 +34,11 @@ class HalfInteger(ScalarFormat):
     group_size: GroupSize = "tensor"
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """Outermost levels at 2.4 times the (weighted) RMS, or where the weighted error is least."""
+        """Put the outermost levels at 2.4 times the (weighted) RMS, or where the weighted error is least.
+
+        Returns:
+            "scale" (rows, groups).
+        """
         start = _REACH * weighted_rms(x, importance) / self._centre
         params = {"scale": as_stored(start)}
         if not search:
@@ -42,29 +46,37 @@ class HalfInteger(ScalarFormat):
         return least_error(self._snap, x, importance, params, ({"scale": as_stored(start * s)} for s in _SHARES))
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """Weighted least squares for the scale at fixed codes, kept only where it helps."""
+        """Refit the scale at fixed codes by weighted least squares, kept only where it lowers the error."""
         return refit_scale(self, x, codes, importance, params)
 
     def levels(self, params: Params) -> Tensor:
-        """scale * (-centre ... centre)."""
+        """Return scale * (-centre ... centre)."""
         codes = torch.arange(1 << self.bits, device=params["scale"].device)
         return params["scale"][..., None] * (codes - self._centre)
 
     def lookup(self, params: Params) -> Lookup:
-        """One table, of the codes themselves."""
+        """Return one table, of the codes themselves."""
         codes = torch.arange(1 << self.bits, device=params["scale"].device, dtype=torch.float32)
         return Lookup(codes[None], params["scale"], torch.full_like(params["scale"], self._centre))
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """Round and clamp."""
+        """Round and clamp.
+
+        Returns:
+            uint8 (rows, groups, width).
+        """
         return self._round(x, params["scale"][..., None]).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """scale * (code - centre)."""
+        """Return scale * (code - centre).
+
+        Returns:
+            fp32 (rows, groups, width).
+        """
         return torch.sub(codes, self._centre).mul_(params["scale"][..., None])
 
     def rounder(self, params: Params) -> Rounder:
-        """Round and clamp one column."""
+        """Return a function that rounds and clamps one column."""
         scale = params["scale"][:, 0]
 
         def column(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +86,7 @@ class HalfInteger(ScalarFormat):
         return column
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 scale."""
+        """Return the fp16 scale."""
         return (Part("scale", self.grid(shape)),)
 
     @property

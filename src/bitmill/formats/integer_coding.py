@@ -7,9 +7,9 @@
     scale     fp16, one a row
 
 A binary coding with m free magnitudes a group costs 16 m bits a group. Here the magnitudes are integers on
-a grid that was quantized to linearly first (the two steps of GPTQT), few integer codings matter, and
+a grid, the result of a linear quantization (the two steps of GPTQT), few integer codings matter, and
 neighbouring groups differ little in scale: the defaults spend one byte a group, 5 bits of index and 3 of
-exponent, which pays for groups of 32. `merged` gives the same numbers as plain binary coding.
+exponent, so that groups of 32 are affordable. `merged` returns these numbers as plain binary coding.
 
 Bits a weight: bits + (log2(codings) + scale_bits)/group_size + 16/columns.
 
@@ -38,7 +38,7 @@ from bitmill.numerics.codings import KEEP, bin_moments, levels_of, snap_table
 # codings of Gaussian groups have it.  Found on synthetic groups; the search covers four exponents around.
 _START = {1: 1.6, 2: 3.2, 3: 4.8, 4: 5.76}
 _WINDOW = 4  # exponents tried to both sides of the start
-_HEADROOM = 2  # exponents left above the loudest group's start
+_HEADROOM = 2  # exponents left above the start of the group of largest scale
 _REACH = 4  # exponents by which a row's window may move from there, either way
 _SLICE = 1 << 17
 
@@ -59,8 +59,8 @@ class IntegerCoding(ScalarFormat):
     def __post_init__(self) -> None:
         super().__post_init__()
         if f"{self.grid_bits},{self.bits}" not in _lists():
-            known = sorted(int(k[0]) for k in _lists() if k.endswith(f",{self.bits}"))
-            raise RecipeError(f"grid_bits is {self.grid_bits!r}; with {self.bits} bits use one of {known}.")
+            choices = sorted(int(k[0]) for k in _lists() if k.endswith(f",{self.bits}"))
+            raise RecipeError(f"grid_bits is {self.grid_bits!r}; with {self.bits} bits use one of {choices}.")
         if self.codings not in (1, 2, 4, 8, 16, 32, 64):
             raise RecipeError(f"codings is {self.codings!r}; use a power of two up to {KEEP}.")
         if not 1 <= self.scale_bits <= 8 or not 0 < self.scale_step <= 1:
@@ -72,7 +72,11 @@ class IntegerCoding(ScalarFormat):
     # -- choosing -----------------------------------------------------------------------------------------
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """Row scale, exponents and codings of least weighted error: every pair near the start is tried exactly."""
+        """Choose row scale, exponents and codings of least weighted error: all pairs near the start are tried.
+
+        Returns:
+            "scale" (rows, 1), "exponent" and "coding" (rows, groups).
+        """
         start = self._start(x, importance)
         scale = as_stored(start.amax(1, keepdim=True) * 2.0 ** (self.scale_step * _HEADROOM))
         exponent = self._exponent_near(start, scale)
@@ -100,11 +104,15 @@ class IntegerCoding(ScalarFormat):
         return params
 
     def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
-        """The same for one group (rows, 1, width), at the row's scale."""
+        """Choose exponent and coding of one group (rows, 1, width) at the row's scale.
+
+        Returns:
+            "scale" unchanged, "exponent" and "coding" (rows, 1).
+        """
         return self._search(x, importance, params["scale"], self._start(x, importance))
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """The best exponent and coding for fixed codes: all pairs are tried."""
+        """Choose the best exponent and coding for fixed codes: all pairs are tried."""
         weight = importance.expand(x.shape)
         empty = x.new_zeros(*x.shape[:-1], 1 << self.bits)
         mass = empty.scatter_add(-1, codes.long(), weight)
@@ -137,7 +145,7 @@ class IntegerCoding(ScalarFormat):
         return {"scale": scale, "exponent": exponent, "coding": coding}
 
     def _cheapest(self, x: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted error of the best coding of each group at the given scale, and its index."""
+        """Return the weighted error of the best coding of each group at the given scale, and its index."""
         snapped = snap_table(self._table(torch.device("cpu")), self.grid_bits).to(x.device)
         cost_matrix = torch.cat([snapped.square(), -2 * snapped], 1).T.contiguous()  # (2 * bins, codings)
         mass, moment = bin_moments(x / _divisor(factor), importance.expand(x.shape), self.grid_bits)
@@ -145,12 +153,12 @@ class IntegerCoding(ScalarFormat):
         return least * factor.square(), index
 
     def _slices(self, x: Tensor) -> list[slice]:
-        """Rows whose temporaries stay in the cache."""
+        """Return slices of rows whose temporaries stay in the cache."""
         step = max(1, _SLICE // max(1, x[0].numel()))
         return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
     def _start(self, x: Tensor, importance: Tensor) -> Tensor:
-        """The scale to start from, (rows, groups)."""
+        """Return the scale to start from, (rows, groups)."""
         total = importance.sum(-1).clamp(min=1e-30)
         spread = ((x.square() * importance).sum(-1) / total).sqrt()
         return spread * _START[self.bits] * 2.0**-self.grid_bits
@@ -162,21 +170,22 @@ class IntegerCoding(ScalarFormat):
     # -- meaning and storage ------------------------------------------------------------------------------
 
     def levels(self, params: Params) -> Tensor:
-        """scale * 2^(-scale_step * exponent) * the coding's integers."""
+        """Return scale * 2^(-scale_step * exponent) * the coding's integers."""
         factor = params["scale"] * self._powers(params["exponent"])
         return factor[..., None] * self._table(factor.device)[self._coding(params)]
 
     def lookup(self, params: Params) -> Lookup:
-        """The shipped codings, chosen among by `coding`, times one of few powers."""
+        """Return the shipped codings, chosen by `coding`, times one of few powers."""
         device = params["scale"].device
         scale, exponent = params["scale"], params["exponent"].long()
         powers, zero = self._all_powers(device), torch.zeros_like(scale)
         return Lookup(self._table(device), scale, zero, self._coding(params), powers, exponent)
 
     def merged(self, params: Params) -> Params:
-        """The same levels as binary coding with an offset: alpha_i = S d_i / 2, beta = S (base + sum d / 2).
+        """Return the levels as binary coding with an offset: alpha_i = S d_i / 2, beta = S (base + sum d / 2).
 
-        fp64, in which these products and their sums are exact: rounded to fp32 they equal `levels` bit by bit.
+        These are fp64, in which the products and their sums are exact: rounded to fp32 they equal `levels` bit by
+        bit.
         """
         factor = (params["scale"] * self._powers(params["exponent"])).double()
         entries = _entries(self.grid_bits, self.bits).to(factor.device)[self._coding(params)].double()
@@ -187,7 +196,7 @@ class IntegerCoding(ScalarFormat):
         }
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 row scale, exponent, and the index of the coding (none when there is one)."""
+        """Return the fp16 row scale, the exponent, and the index of the coding (none when there is one)."""
         rows, groups = self.grid(shape)
         parts = (Part("scale", (rows, 1)), Part("exponent", (rows, groups), self.scale_bits))
         if self.codings == 1:
@@ -195,7 +204,7 @@ class IntegerCoding(ScalarFormat):
         return (*parts, Part("coding", (rows, groups), self.codings.bit_length() - 1))
 
     def unpack_params(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Params:
-        """As stored; a single coding has index 0 everywhere."""
+        """Unpack the stored params; a single coding has index 0 everywhere."""
         params = super().unpack_params(tensors, shape)
         if self.codings == 1:
             params["coding"] = torch.zeros_like(params["exponent"])
@@ -205,7 +214,7 @@ class IntegerCoding(ScalarFormat):
         return params["coding"].long()
 
     def _table(self, device: torch.device) -> Tensor:
-        """(codings, 2**bits) integer levels, fp32."""
+        """Return the integer levels, (codings, 2**bits) fp32."""
         return levels_of(_entries(self.grid_bits, self.bits)[: self.codings]).to(device)
 
     def _powers(self, exponent: Tensor) -> Tensor:
@@ -220,7 +229,7 @@ def _power(step: float, exponent: int) -> float:
 
 
 def _divisor(factor: Tensor) -> Tensor:
-    """A row of zeros has scale 0; dividing by 1 instead leaves its zeros alone."""
+    """Replace the scale 0 of a row of zeros by 1, which leaves its zeros unchanged."""
     return torch.where(factor > 0, factor, torch.ones_like(factor))[..., None]
 
 
@@ -233,5 +242,5 @@ def _lists() -> dict[str, list[list[int]]]:
 
 @cache
 def _entries(grid_bits: int, bits: int) -> Tensor:
-    """The shipped codings, int64 (KEEP, 1 + bits): base, then steps."""
+    """Return the shipped codings, int64 (KEEP, 1 + bits): base, then steps."""
     return torch.tensor(_lists()[f"{grid_bits},{bits}"])

@@ -1,8 +1,8 @@
-"""What a scalar format is to a lookup kernel: small tables, and what they are scaled by.
+"""The interface of scalar formats to lookup kernels: small tables, and their scale factors.
 
     levels[r, g, c] = scale[r, g] * powers[power[r, g]] * (tables[table[r, g], c] - zero[r, g])
 
-Every scalar format has this form (law: `Lookup.levels` equals `ScalarFormat.levels`); those that say it in few
+Every scalar format has this form (law: `Lookup.levels` equals `ScalarFormat.levels`); formats that need only few
 tables of round numbers are looked up exactly in one byte an entry.
 """
 
@@ -25,12 +25,12 @@ class Lookup:
     power: Tensor | None = None  # (rows|1, groups|1) int64, which of them
 
     def factor(self) -> Tensor:
-        """Scale and power together, (rows|1, groups|1)."""
+        """Return scale and power together, (rows|1, groups|1)."""
         if self.powers is None or self.power is None:
             return self.scale
         return self.scale * self.powers[self.power]
 
     def levels(self) -> Tensor:
-        """(rows|1, groups|1, 2**bits) fp32."""
+        """Return the levels, (rows|1, groups|1, 2**bits) fp32."""
         tables = self.tables[None] if self.table is None else self.tables[self.table]
         return self.factor()[..., None] * (tables - self.zero[..., None])

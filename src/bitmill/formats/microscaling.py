@@ -31,7 +31,7 @@ _LARGEST = 254
 @FORMATS.register("microscaling")
 @dataclass(frozen=True)
 class Microscaling(Elements):
-    """Elements with one power of two a group, as the MX standard has them."""
+    """Elements with one power of two a group, as in the MX standard."""
 
     group_size: GroupSize = 32
     element: ElementName = "e2m1"
@@ -39,22 +39,26 @@ class Microscaling(Elements):
     shares: ClassVar[tuple[float, ...]] = (0.5, 2.0)
 
     def factor(self, params: Params) -> Tensor:
-        """2^(scale - 127)."""
+        """Return 2^(scale - 127)."""
         powers = [2.0 ** (code - _BIAS) for code in range(_LARGEST + 1)]
         return torch.tensor([*powers, torch.nan], device=params["scale"].device)[params["scale"].long()]
 
     def start(self, x: Tensor) -> Params:
-        """floor(log2(largest magnitude)) less the element's own; larger magnitudes than it can hold saturate."""
+        """Return floor(log2(largest magnitude)) less the element's own; magnitudes beyond its range saturate."""
         _, exponent = torch.frexp(x.abs().amax(-1))  # mantissas in [1/2, 1)
         return self._stored(exponent - 1 - ELEMENTS[self.element].largest_exponent)
 
     def with_factor(self, factor: Tensor, params: Params) -> Params:
-        """The nearest power of two."""
+        """Store the nearest power of two.
+
+        Returns:
+            "scale" (rows, groups), the exponent with bias 127.
+        """
         mantissa, exponent = torch.frexp(factor)
         return self._stored(exponent - (mantissa < 0.75).to(exponent.dtype))
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """E8M0 scale."""
+        """Return the E8M0 scale."""
         return (Part("scale", self.grid(shape), 8),)
 
     def _stored(self, exponent: Tensor) -> Params:

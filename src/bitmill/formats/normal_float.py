@@ -5,14 +5,14 @@
     step     unsigned, 8 bits, one a group; only with `double`
     scale    fp16, one a row; only with `double`
 
-With 4 bits the table is NF4's, number by number. Those for 2 and 3 bits follow the same construction and are
+With 4 bits the table is NF4's, number by number. Those for 2 and 3 bits follow its construction and are
 bitmill's: 2^(bits-1) quantiles of the standard normal distribution on the positive side, one less on the
 negative, evenly spaced in probability between 1/2 and 1 - (1/2^(bits+1) + 1/(2^(bits+1) - 2)) / 2, divided by
 the largest. Bits a weight: bits + 16/group_size, with `double` bits + 8/group_size + 16/columns.
 
 Sources: Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), section 3 and appendix E, for the table and the idea
 of quantizing the absmax again. QLoRA codes the absmax of 256 groups, less their mean, in 8-bit floats; here the
-groups of one row share a scale, so that rows stay apart, and the steps are even.
+groups of one row share a scale, so that rows stay independent, and the steps are even.
 """
 
 from __future__ import annotations
@@ -64,37 +64,41 @@ class NormalFloat(Scaled):
 
     @property
     def groups_independent(self) -> bool:  # type: ignore[override]
-        """Whether groups can be fitted apart: not when they share the row's scale."""
+        """False with `double`, where groups share the row's scale."""
         return not self.double
 
     def table(self, device: torch.device) -> Table:
-        """The quantiles."""
+        """Return the quantiles."""
         return Table(torch.tensor(_TABLES[self.bits], device=device))
 
     def factor(self, params: Params) -> Tensor:
-        """absmax."""
+        """Return absmax."""
         if not self.double:
             return params["absmax"]
         return params["scale"] * ((params["step"] + 1) / _STEPS)
 
     def start(self, x: Tensor) -> Params:
-        """The largest magnitudes."""
+        """Return the largest magnitudes."""
         largest = x.abs().amax(-1)
         shared = {"scale": positive(as_stored(largest.amax(1, keepdim=True)))} if self.double else {}
         return {**shared, **self.with_factor(largest, shared)}
 
     def start_group(self, x: Tensor, params: Params) -> Params:
-        """The group's largest magnitude."""
+        """Return the group's largest magnitude."""
         return self.with_factor(x.abs().amax(-1), params)
 
     def with_factor(self, factor: Tensor, params: Params) -> Params:
-        """The nearest absmax that can be stored."""
+        """Store the nearest absmax.
+
+        Returns:
+            "absmax" (rows, groups), or with `double` "step" (rows, groups).
+        """
         if not self.double:
             return {"absmax": positive(as_stored(factor))}
         return {"step": (factor / params["scale"] * _STEPS - 1).round().clamp(0, _STEPS - 1)}
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 absmax, or step and fp16 row scale."""
+        """Return fp16 absmax, or step and fp16 row scale."""
         rows, groups = self.grid(shape)
         if not self.double:
             return (Part("absmax", (rows, groups)),)

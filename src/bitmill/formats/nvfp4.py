@@ -45,7 +45,7 @@ class NVFP4(Scaled):
 
     @property
     def stackable(self) -> bool:
-        """Each tensor has a scale of its own."""
+        """False: each tensor has a scale of its own."""
         return False
 
     def __post_init__(self) -> None:
@@ -54,31 +54,35 @@ class NVFP4(Scaled):
             raise RecipeError(f"bits is {self.bits!r}, but nvfp4 has {_ELEMENT.bits}; set bits=4.")
 
     def table(self, device: torch.device) -> Table:
-        """E2M1."""
+        """Return the E2M1 table."""
         return ElementTable("e2m1", device)
 
     def factor(self, params: Params) -> Tensor:
-        """tensor_scale * e4m3(scale)."""
+        """Return tensor_scale * e4m3(scale)."""
         scale = params["scale"]
         return _scales(scale.device).lookup(scale) * params["tensor_scale"]
 
     def start(self, x: Tensor) -> Params:
-        """The tensor's largest magnitude becomes 6 * 448, a group's becomes 6."""
+        """Map the tensor's largest magnitude to 6 * 448, and a group's to 6."""
         largest = x.abs().amax().reshape(1, 1) / (_ELEMENT.largest * _SCALE.largest)
         shared = torch.where(largest > 0, largest.clamp(min=2.0**-100), torch.ones_like(largest))
         return {"tensor_scale": shared, **self.start_group(x, {"tensor_scale": shared})}
 
     def start_group(self, x: Tensor, params: Params) -> Params:
-        """The E4M3 number nearest to largest magnitude / 6, in units of the tensor's scale."""
+        """Return the E4M3 number nearest to largest magnitude / 6, in units of the tensor's scale."""
         return self.with_factor(x.abs().amax(-1) / _ELEMENT.largest, params)
 
     def with_factor(self, factor: Tensor, params: Params) -> Params:
-        """The nearest positive E4M3 number."""
+        """Store the nearest positive E4M3 number.
+
+        Returns:
+            "scale" (rows, groups), its code.
+        """
         codes = _scales(factor.device).codes(factor / params["tensor_scale"])
         return {"scale": codes.clamp(min=1).to(torch.float32)}  # 0 is no scale
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """E4M3 scale, fp32 scale of the tensor."""
+        """Return the E4M3 scale and the fp32 scale of the tensor."""
         return Part("scale", self.grid(shape), 8), Part("tensor_scale", (1, 1), stored_as=torch.float32)
 
 

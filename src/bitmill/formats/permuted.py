@@ -1,15 +1,15 @@
-"""Permuted: another format for the same matrix with its columns in another order.
+"""Permuted: another format for the matrix with its columns in another order.
 
     order  the column stored at each place, ceil(log2(columns)) bits each
 
-Formats that code blocks of columns spend the same bits on every block, and codebooks that all blocks share can
-give the places in a block unequal shares of them. So columns are dealt like cards: sorted by what an error
-there costs, the first place of every block has one of the most important columns, the last place one of the
+Formats that code blocks of columns spend equal bits on every block, and codebooks that all blocks share can
+give the places in a block unequal shares of them. So columns are dealt to blocks by importance: sorted by the cost
+of an error there, the first place of every block has one of the most important columns, the last place one of the
 least. Formats that code single columns get them sorted, and groups hold columns of one kind.
 
     cost of column j   (mean over rows of w_ij^2 / mean w_i^2) / (H^-1)_jj,  H the damped Gram of the inputs
 
-At run time the inputs are gathered in the same order. Bits a weight: the inner format's and about
+At run time the inputs are gathered in this order. Bits a weight: the inner format's and about
 log2(columns)/rows.
 """
 
@@ -40,14 +40,18 @@ class Permuted(Wrapper):
         return self.inner.needs | frozenset({"gram"})
 
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """The order: a permutation of the columns."""
+        """Return the order, a permutation of the columns."""
         bits = max(1, (shape[1] - 1).bit_length())
         if bits > 16:
             return (Part("order", (shape[1],), stored_as=torch.int32),)
         return (Part("order", (shape[1],), bits),)
 
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
-        """Permute the columns of the matrix, of which `inner` stores the result."""
+        """Permute the columns of the matrix; the inner format stores the result.
+
+        Raises:
+            NumericsError: when there is no Gram matrix.
+        """
         order = deal_columns(_cost(W, stats.required_gram(self.name)), self.core.block)
 
         def finish(solved: Quantized) -> Quantized:
@@ -58,15 +62,22 @@ class Permuted(Wrapper):
         return Reduction(W[:, order], stats.permute(order), finish)
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """The stored matrix with its columns back in place, fp32 of `shape`."""
+        """Return the stored matrix with its columns in their original order, fp32 of `shape`."""
         W = self.inner.dequantize(codes, self.inner_params(params, shape), shape)
         return W[:, params["order"].long().argsort()]
 
 
 def deal_columns(cost: Tensor, block: int) -> Tensor:
-    """Columns in the order in which they are stored, (columns,): falling cost goes round the blocks.
+    """Return the columns in the order in which they are stored: descending cost is dealt to the blocks in turn.
 
-    Place p of block i gets the column of rank p * blocks + i; what fills no block comes last.
+    Place p of block i gets the column of rank p * blocks + i; the columns of a ragged block come last.
+
+    Args:
+        cost: (columns,).
+        block: columns coded jointly.
+
+    Returns:
+        int64 (columns,).
     """
     ranked = torch.argsort(cost, descending=True, stable=True)
     whole = len(ranked) // block * block
@@ -74,7 +85,7 @@ def deal_columns(cost: Tensor, block: int) -> Tensor:
 
 
 def _cost(W: Tensor, gram: Tensor) -> Tensor:
-    """What errors in proportion to the weights cost in each column, (columns,), once others have answered."""
+    """Return the cost of proportional errors in each column, (columns,), once other columns compensate."""
     power = W.square().mean(1, keepdim=True)
     size = (W.square() / power.clamp(min=1e-30)).mean(0)
     if not bool(gram.diagonal().any()):

@@ -1,6 +1,6 @@
 """Pyramid vector quantization: the direction of sixteen weights as a numbered integer point, and its length.
 
-    number  16 * bits bits: which of the integer vectors y with sum |y_i| = K, see `numerics.pyramid`;
+    number  16 * bits bits: one of the integer vectors y with sum |y_i| = K, see `numerics.pyramid`;
             K is the largest whose vectors can all be numbered: 4, 12, 27, 58 for 1, 2, 3, 4 bits
     gain    4 bits, an index into sixteen lengths
     scale   fp16, the RMS of a row
@@ -8,8 +8,8 @@
     w^ = scale * length * y / |y|
 
 stored as 4-bit codes, the number first, lowest digit first. There is no codebook: the lengths are those of
-least squared error for sixteen Gaussian numbers of variance 1 (chi with 16 degrees of freedom, which is what
-the Beta law of a part of a row tends to as the row gets long). Made for weights in a rotated basis. Bits a
+least squared error for sixteen Gaussian numbers of variance 1 (chi with 16 degrees of freedom, the limit of the
+Beta law of a part of a row as the row gets long). Made for weights in a rotated basis. Bits a
 weight: bits + 1/4 + 16/columns.
 
 Source: PVQ for LLMs (arXiv 2410.16926); Fischer 1986, "A pyramid vector quantizer". Block width, bits of the
@@ -54,7 +54,7 @@ class Pyramid(VectorFormat):
 
     @property
     def code_bits(self) -> int:
-        """Hexadecimal digits."""
+        """Bits of a code, a hexadecimal digit."""
         return _DIGIT
 
     @property
@@ -63,21 +63,21 @@ class Pyramid(VectorFormat):
         return self.block * self.bits // _DIGIT + 1
 
     def encode(self, x: Tensor) -> Tensor:
-        """The direction of (nearly) largest cosine, then the length nearest to the projection on it."""
+        """Find the direction of (nearly) largest cosine, then the length nearest to the projection on it."""
         pieces = [self._encode(piece) for piece in x.split(_SLICE)]
         return torch.cat(pieces) if pieces else x.new_zeros(0, self.codes_per_block, dtype=torch.uint8)
 
     def points(self, codes: Tensor) -> Tensor:
-        """length * y / |y|."""
+        """Return length * y / |y|."""
         pieces = [self._points(piece) for piece in codes.split(_SLICE)]
         return torch.cat(pieces) if pieces else torch.zeros(0, self.block, device=codes.device)
 
     def _encode(self, x: Tensor) -> Tensor:
         y = project(x, self.pulses)
         digits = number(y, self.pulses)[:, None] >> self._shifts(x.device) & ((1 << _DIGIT) - 1)
-        wanted = (x * _unit(y)).sum(1)
+        projection = (x * _unit(y)).sum(1)
         lengths = _lengths(x.device)
-        gain = torch.bucketize(wanted, (lengths[1:] + lengths[:-1]) / 2)
+        gain = torch.bucketize(projection, (lengths[1:] + lengths[:-1]) / 2)
         return torch.cat([digits, gain[:, None]], 1).to(torch.uint8)
 
     def _points(self, codes: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ SHARED = "shared_parts"  # the module of a quantized model that holds what layer
 
 
 def shared_module_path(kind: str) -> str:
-    """Where what the layers of a kind share is kept, as the path of a module."""
+    """Return the path of the module that holds the parts shared by the layers of a kind."""
     return f"{SHARED}.{kind}"
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """W^ (rows, columns) in `format`.
+    """A quantized matrix W^ (rows, columns) in `format`.
 
     codes: uint8 or int32 (rows, format.codes_in(columns)).  params: name -> fp32, as stored.
     """
@@ -32,16 +32,16 @@ class Quantized:
     shape: tuple[int, int]  # (rows, columns), that is (out, in) of the linear layer
 
     def dequantize(self) -> Tensor:
-        """The stored numbers, fp32 (rows, columns)."""
+        """Return the stored numbers, fp32 (rows, columns)."""
         return self.format.dequantize(self.codes, self.params, self.shape)
 
     def pack(self) -> dict[str, Tensor]:
-        """The tensors to write, as named by `format.layout(shape)`."""
+        """Return the tensors to write, as named by `format.layout(shape)`."""
         return self.format.pack(self.codes, self.params, self.shape)
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything on disk over the number of weights."""
+        """Bits on disk, everything included, over the number of weights."""
         return self.format.stored_bits(self.shape) / (self.shape[0] * self.shape[1])
 
     def split(self, sizes: list[int]) -> list[Quantized]:
@@ -55,27 +55,49 @@ class Quantized:
 
 
 def unpack(format: Format, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Quantized:
-    """Inverse of `Quantized.pack`."""
+    """Invert `Quantized.pack`.
+
+    Args:
+        tensors: as named by `format.layout(shape)`.
+        shape: (rows, columns).
+    """
     codes, params = format.unpack(tensors, shape)
     return Quantized(format, codes, params, shape)
 
 
 def fit_matrix(format: GroupFormat, W: Tensor, importance: Tensor | None, search: bool) -> Params:
-    """`format.fit` for a matrix W (rows, columns) and importance (columns,) or (rows, columns)."""
+    """Fit parameters to a matrix by `format.fit`.
+
+    Args:
+        W: (rows, columns).
+        importance: (columns,) or (rows, columns); None for equal importance.
+        search: as of `GroupFormat.fit`.
+    """
     shape = (W.shape[0], W.shape[1])
     weight = grouped_importance(importance, shape, format.group_size, format.block).to(W.device)
     return format.fit(grouped(W, format.group_size, format.block), weight, search)
 
 
 def fit_with_shared(format: GroupFormat, W: Tensor, importance: Tensor | None, params: Params) -> Params:
-    """`format.fit_group` for a matrix, as `fit_matrix`: what rows share is known."""
+    """Fit parameters to a matrix by `format.fit_group`: the parts that rows share are given.
+
+    Args:
+        W: (rows, columns).
+        importance: (columns,) or (rows, columns); None for equal importance.
+        params: the shared parts.
+    """
     shape = (W.shape[0], W.shape[1])
     weight = grouped_importance(importance, shape, format.group_size, format.block).to(W.device)
     return format.fit_group(grouped(W, format.group_size, format.block), weight, params)
 
 
 def nearest_matrix(format: GroupFormat, W: Tensor, params: Params) -> Quantized:
-    """The storable matrix closest to W under fixed params."""
+    """Return the storable matrix closest to W under fixed params.
+
+    Args:
+        W: (rows, columns).
+        params: of its groups.
+    """
     codes = format.nearest(grouped(W, format.group_size, format.block), params)
     flat = codes.reshape(W.shape[0], -1)[:, : format.codes_in(W.shape[1])].contiguous()
     return Quantized(format, flat, params, (W.shape[0], W.shape[1]))

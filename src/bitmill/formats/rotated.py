@@ -1,11 +1,11 @@
-"""Rotated: another format for the same matrix in a random orthogonal basis.
+"""Rotated: another format for the matrix in a random orthogonal basis.
 
-    W^ = U^T Q V diag(1/s)      Q what the inner format stores, U and V orthogonal, made from the seed
+    W^ = U^T Q V diag(1/s)      Q the matrix in the inner format, U and V orthogonal, made from the seed
 
     rescale  fp16 s, one a column; with `rescale` alone
 
-In that basis the weights are incoherent: none stands out, whatever W was, and all rows and columns have much
-the same size, so that a coarse format serves them. At run time V acts on the inputs and U^T on the outputs, in
+In that basis the weights are incoherent: outliers of W are spread over all entries, and rows and columns have
+nearly equal sizes, so that a coarse format suffices. At run time V acts on the inputs and U^T on the outputs, in
 O(n log n) (`kind` "hadamard") or O(n**1.5) ("orthogonal") operations each, see `numerics.rotations`. With
 `rescale`, columns are first scaled by s_j = (G_jj / |W_:j|^2)^(1/4), which balances weights against inputs.
 
@@ -50,26 +50,42 @@ class Rotated(Wrapper):
 
     @property
     def stackable(self) -> bool:
-        """Rows stay apart where the outputs are not rotated."""
+        """True where the outputs are not rotated and the inner format allows it: rows stay independent."""
         return self.sides == "in" and self.inner.stackable
 
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """s, with rescale."""
+        """Return s, with rescale."""
         return (Part("rescale", (1, shape[1])),) if self.rescale else ()
 
     def on_inputs(self, columns: int, device: torch.device) -> Rotation:
-        """V."""
+        """Return V.
+
+        Args:
+            columns: width of the inputs.
+            device: of its tensors.
+        """
         return rotation(self.kind, columns, 2 * self.seed, device)
 
     def on_outputs(self, rows: int, device: torch.device) -> Rotation | None:
-        """U; None where outputs stay as they are."""
+        """Return U; None where outputs are not rotated.
+
+        Args:
+            rows: width of the outputs.
+            device: of its tensors.
+        """
         return None if self.sides == "in" else rotation(self.kind, rows, 2 * self.seed + 1, device)
 
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
-        """Reduce to U W diag(s) V^T with the Gram matrix V diag(1/s) G diag(1/s) V^T."""
+        """Reduce to U W diag(s) V^T with the Gram matrix V diag(1/s) G diag(1/s) V^T.
+
+        Raises:
+            NumericsError: with `rescale`, when there is no Gram matrix.
+        """
         V, U = self.on_inputs(W.shape[1], W.device), self.on_outputs(W.shape[0], W.device)
         if stats.gram is not None:
-            W = torch.where(stats.gram.diagonal() > 0, W, 0.0)  # no input, no weight: it would only fill the basis
+            W = torch.where(
+                stats.gram.diagonal() > 0, W, 0.0
+            )  # weights without input would only spread over the basis
         own, s = {}, None
         if self.rescale:
             s = _balance(W, stats.required_gram(self.name))
@@ -84,7 +100,7 @@ class Rotated(Wrapper):
         return Reduction(rotated, stats.rotate(V, s), finish)
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """The stored matrix in the basis of the layer, fp32 of `shape`."""
+        """Return the stored matrix in the basis of the layer, fp32 of `shape`."""
         W = self.inner.dequantize(codes, self.inner_params(params, shape), shape)
         V, U = self.on_inputs(shape[1], W.device), self.on_outputs(shape[0], W.device)
         if U is not None:
@@ -94,10 +110,10 @@ class Rotated(Wrapper):
 
 
 def _balance(W: Tensor, gram: Tensor) -> Tensor:
-    """s (columns,) as stored, of geometric mean about 1; 1 for columns without weights or inputs."""
-    loud, large = gram.diagonal().to(torch.float64), W.square().sum(0).to(torch.float64)
-    live = (loud > 0) & (large > 0)
-    ratio = torch.where(live, loud / large.clamp(min=1e-300), 1.0)
+    """Return s (columns,) as stored, of geometric mean about 1; 1 for columns without weights or inputs."""
+    inputs, weights = gram.diagonal().to(torch.float64), W.square().sum(0).to(torch.float64)
+    live = (inputs > 0) & (weights > 0)
+    ratio = torch.where(live, inputs / weights.clamp(min=1e-300), 1.0)
     octaves = ratio.log() / 4
     if bool(live.any()):
         octaves = torch.where(live, octaves - octaves[live].mean(), 0.0)

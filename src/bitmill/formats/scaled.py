@@ -28,47 +28,54 @@ class Scaled(ScalarFormat):
 
     @abstractmethod
     def table(self, device: torch.device) -> Table:
-        """The table at factor 1, of 2**bits values."""
+        """Return the table at factor 1, of 2**bits values."""
 
     @abstractmethod
     def factor(self, params: Params) -> Tensor:
-        """What the table is multiplied with, positive, (rows|1, groups|1)."""
+        """Return the positive factor of the table, (rows|1, groups|1)."""
 
     @abstractmethod
     def start(self, x: Tensor) -> Params:
-        """The published closed-form parameters of x (rows, groups, width)."""
+        """Return the published closed-form parameters of x (rows, groups, width)."""
 
     @abstractmethod
     def with_factor(self, factor: Tensor, params: Params) -> Params:
-        """Those parts of `params` that change when every group's factor (rows, groups) becomes this one.
+        """Return the parts of `params` that change when every group gets a new factor.
 
-        The nearest storable factor is taken, and never 0.
+        Args:
+            factor: (rows, groups); the nearest storable factor is taken, and never 0.
+            params: the present parameters.
         """
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """The published start, or the factor of least weighted error among `shares` of it."""
+        """Return the published start, or the factor of least weighted error among `shares` of it."""
         start = self.start(x)
         return self._search(x, importance, start) if search else start
 
     def fit_group(self, x: Tensor, importance: Tensor, params: Params) -> Params:
-        """The search for one group (rows, 1, width); what groups share stays."""
+        """Search the factor of one group (rows, 1, width); parts that groups share stay."""
         return self._search(x, importance, {**params, **self.start_group(x, params)})
 
     def start_group(self, x: Tensor, params: Params) -> Params:
-        """The parts of `params` that belong to the groups, as `start` would choose them for x."""
+        """Return the parts of `params` that belong to the groups, as `start` would choose them.
+
+        Args:
+            x: (rows, groups, width).
+            params: the parts that groups share.
+        """
         return self.start(x)  # all of them, where nothing is shared
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """Weighted least squares for the factor at fixed codes, kept only where it helps.
+        """Refit the factor at fixed codes by weighted least squares, kept only where it lowers the error.
 
         The error is a parabola in the factor, so the storable factor nearest to its minimum is the best one.
         """
         steps = self._table(x.device).lookup(codes)
         power = (steps.square() * importance).sum(-1)
-        wanted = (steps * x * importance).sum(-1) / power.clamp(min=1e-30)
-        fresh = self.with_factor(wanted.clamp(min=0), params)
+        best = (steps * x * importance).sum(-1) / power.clamp(min=1e-30)
+        fresh = self.with_factor(best.clamp(min=0), params)
         error = weighted_error(x, self.decode(codes, {**params, **fresh}), importance)
-        better = (wanted > 0) & (error < weighted_error(x, self.decode(codes, params), importance))
+        better = (best > 0) & (error < weighted_error(x, self.decode(codes, params), importance))
         return {**params, **{name: torch.where(better, v, params[name]) for name, v in fresh.items()}}
 
     def _search(self, x: Tensor, importance: Tensor, start: Params) -> Params:
@@ -79,25 +86,33 @@ class Scaled(ScalarFormat):
     # -- the table ----------------------------------------------------------------------------------------
 
     def levels(self, params: Params) -> Tensor:
-        """factor * table."""
+        """Return factor * table."""
         factor = self.factor(params)
         return factor[..., None] * self._table(factor.device).values
 
     def lookup(self, params: Params) -> Lookup:
-        """One table."""
+        """Return one table."""
         factor = self.factor(params)
         return Lookup(self._table(factor.device).values[None], factor, torch.zeros_like(factor))
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """Divide by the factor and round to the one table; equal to the search in each group's own."""
+        """Divide by the factor and round to the one table; equal to the search in each group's own table.
+
+        Returns:
+            uint8 (rows, groups, width).
+        """
         return self._table(x.device).codes(x / self.factor(params)[..., None])
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """factor * table[code]."""
+        """Return factor * table[code].
+
+        Returns:
+            fp32 (rows, groups, width).
+        """
         return self._table(codes.device).lookup(codes).mul_(self.factor(params)[..., None])
 
     def rounder(self, params: Params) -> Rounder:
-        """The same for one column."""
+        """Return a function that divides one column by the factor and rounds it to the table."""
         factor = self.factor(params)[:, 0]
         table = self._table(factor.device)
 

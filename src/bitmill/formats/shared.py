@@ -1,8 +1,8 @@
 """Shared: another format whose parts of fixed size are stored once for all layers of a kind.
 
-Codebooks that a small matrix cannot pay for cost next to nothing when the same linear of every block uses them:
-two of 256 vectors of eight are 0.2 bits a weight of one 576 x 576 matrix, and 0.007 of thirty. They are learned
-from all blocks before the first one is quantized, and nobody changes them afterwards.
+Codebooks that are too expensive for one small matrix cost next to nothing when one linear of every block shares
+them: two of 256 vectors of eight are 0.2 bits a weight of one 576 x 576 matrix, and 0.007 of thirty. They are
+learned from all blocks before the first one is quantized, and never change afterwards.
 
 A kind is the path of a linear inside its block, such as `self_attn.q_proj`. A layer keeps its codes and all other
 parts of the inner format; a matrix alone is a kind of one.
@@ -32,11 +32,11 @@ class Shared(Wrapper):
 
     @property
     def shared(self) -> frozenset[str]:
-        """Those of the core."""
+        """The shareable parts of the core."""
         return self.core.shareable
 
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """None: it only says where the inner format's are."""
+        """Return no parts: the wrapper only states that those of the inner format are shared."""
         return ()
 
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
@@ -44,5 +44,5 @@ class Shared(Wrapper):
         return Reduction(W, stats, lambda solved: replace(solved, format=self))
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """The inner matrix."""
+        """Return the inner matrix."""
         return self.inner.dequantize(codes, params, shape)

@@ -4,16 +4,16 @@
 
     sparse_values   fp16, the entries row by row
     sparse_columns  their columns, 16 bits each (32 where there are more than 65535 columns)
-    sparse_counts   entries of every row, of the same type
+    sparse_counts   entries of every row, of that type
 
-The entries are those whose change the loss minds most (`sensitive`), then the largest of what is left
+The entries are those to which the loss is most sensitive (`sensitive`), then the largest of the others
 (`outliers`); without them the inner format covers a narrower range. Bits a weight: the inner format's, and for
 n entries (32 n + 16 rows) / size: 0.14 + 16/columns at 0.45 %.
 
-The inner matrix is solved for W with zeros at these places, where errors count for nothing. It decodes to some
-small level there, the one nearest to 0, so the stored value is W minus that level. Where the Gram matrix of
-the inputs is known the values are refitted in its metric instead: beside error feedback, which has spread the
-dense errors over the row, the entries then take over what they can of them.
+The inner matrix is solved for W with zeros at these places, where errors have no weight. It decodes to some
+small level there, the one nearest to 0, so the stored value is W minus that level. With the Gram matrix of
+the inputs the values are refitted in its metric instead: after error feedback, which has spread the
+dense errors over the row, the entries then take over as much as they can of them.
 
 Source: SqueezeLLM (Kim et al. 2023, arXiv 2306.07629), section 4.2. There outliers are found by a threshold on
 the spread of the weights, tuned until the share is right; here they are counted.
@@ -49,18 +49,18 @@ class Sum(Wrapper):
         if not (self.outliers >= 0 and self.sensitive >= 0 and 0 < self.outliers + self.sensitive <= 0.25):
             raise RecipeError(
                 f"outliers is {self.outliers!r} and sensitive {self.sensitive!r}; use shares of 0 or more that "
-                "come to at most 0.25, or the inner format alone for none."
+                "add up to at most 0.25, or the inner format alone for none."
             )
         if {part.name for part in self.own_parts((1, 1))} & {part.name for part in self.inner.parts((1, 1))}:
             raise RecipeError("A sum is inside a sum; add their shares up in one.")
 
     def entries(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """How many entries are kept for being sensitive, and for being large."""
+        """Return the number of entries kept for being sensitive, and of those kept for being large."""
         size = shape[0] * shape[1]
         return round(self.sensitive * size), round(self.outliers * size)
 
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 values, their columns, and how many there are in each row."""
+        """Return fp16 values, their columns, and the number of entries in each row."""
         count, index = sum(self.entries(shape)), index_type(shape[1])
         return (
             Part("sparse_values", (count,)),
@@ -87,14 +87,14 @@ class Sum(Wrapper):
         return replace(dense, format=self, params={**dense.params, **own})
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """The inner matrix with the entries added."""
+        """Return the inner matrix with the entries added."""
         W = self.inner.dequantize(codes, self.inner_params(params, shape), shape).clone()
         rows, columns = places(params["sparse_counts"], params["sparse_columns"])
         W[rows, columns] += params["sparse_values"]
         return W
 
     def _choose(self, W: Tensor, stats: Statistics) -> Tensor:
-        """The most sensitive entries, by what is known of the loss, then the largest of the others."""
+        """Return a mask of the most sensitive entries, by Fisher, Gram or magnitude, and of the largest others."""
         sensitive, outliers = self.entries((W.shape[0], W.shape[1]))
         size = W.abs()
         if stats.fisher is not None:

@@ -48,11 +48,15 @@ class Uniform(RangeFormat):
 
     @property
     def can_shift(self) -> bool:
-        """With a float zero all levels of a group can move together."""
+        """True with a float zero: all levels of a group can move together."""
         return self.zero == "float"
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """Min-max range, or the shrunken range of least weighted squared error."""
+        """Fit the range from minimum to maximum, or the shrunken range of least weighted squared error.
+
+        Returns:
+            "scale" (rows, groups) and, unless symmetric, "zero" (rows, groups).
+        """
         low = x.amin(-1).clamp(max=0)
         high = x.amax(-1).clamp(min=0)
         start = self.from_range(low, high)
@@ -62,13 +66,13 @@ class Uniform(RangeFormat):
         return least_error(self._snap, x, importance, start, trials)
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """Weighted least squares for the scale (and a float zero) at fixed codes, kept only where it helps."""
+        """Refit the scale (and a float zero) at fixed codes by weighted least squares, kept where that helps."""
         if self.zero == "float":
             return self._refit_line(x, codes, importance, params)
         return refit_scale(self, x, codes, importance, params)
 
     def _refit_line(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """The line through (code, x): its slope is the scale, its root the zero."""
+        """Fit the line through (code, x): its slope is the scale, its root the zero."""
         weight = (importance / importance.sum(-1, keepdim=True).clamp(min=1e-30)).expand(x.shape)
         steps = codes.to(x.dtype)
         middle, height = (steps * weight).sum(-1), (x * weight).sum(-1)
@@ -81,29 +85,37 @@ class Uniform(RangeFormat):
         return {name: torch.where(better, value, params[name]) for name, value in trial.items()}
 
     def shift(self, params: Params, by: Tensor) -> Params:
-        """Levels move up by `by` when the zero moves down by `by / scale`."""
+        """Move the levels up by `by`: the zero moves down by `by / scale`."""
         return {**params, "zero": as_stored(params["zero"] - by / params["scale"])}
 
     def levels(self, params: Params) -> Tensor:
-        """scale * (0..2**bits-1 - zero)."""
+        """Return scale * (0..2**bits-1 - zero)."""
         codes = torch.arange(1 << self.bits, device=params["scale"].device, dtype=torch.float32)
         return params["scale"][..., None] * (codes - self._zero(params)[..., None])
 
     def lookup(self, params: Params) -> Lookup:
-        """One table, of the codes themselves."""
+        """Return one table, of the codes themselves."""
         codes = torch.arange(1 << self.bits, device=params["scale"].device, dtype=torch.float32)
         return Lookup(codes[None], params["scale"], self._zero(params))
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """Round and clamp; equal to the table search and much faster at 8 bits."""
+        """Round and clamp; equal to the table search and much faster at 8 bits.
+
+        Returns:
+            uint8 (rows, groups, width).
+        """
         return self._round(x, params["scale"][..., None], self._zero(params)[..., None]).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """scale * (code - zero)."""
+        """Return scale * (code - zero).
+
+        Returns:
+            fp32 (rows, groups, width).
+        """
         return torch.sub(codes, self._zero(params)[..., None]).mul_(params["scale"][..., None])
 
     def rounder(self, params: Params) -> Rounder:
-        """Round and clamp one column."""
+        """Return a function that rounds and clamps one column."""
         scale, zero = params["scale"][:, 0], self._zero(params)[:, 0]
 
         def column(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +125,7 @@ class Uniform(RangeFormat):
         return column
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 scale; the zero in `bits` bits or fp16, unless symmetric."""
+        """Return the fp16 scale; the zero in `bits` bits or fp16, unless symmetric."""
         grid = self.grid(shape)
         scale = Part("scale", grid)
         if self.symmetric:
@@ -135,7 +147,11 @@ class Uniform(RangeFormat):
         return params["zero"]
 
     def from_range(self, low: Tensor, high: Tensor) -> Params:
-        """Scale (never 0) and zero that cover [low, high]."""
+        """Return scale (never 0) and zero that cover a range.
+
+        Args:
+            low, high: (rows, groups) each, low <= 0 <= high.
+        """
         top = (1 << self.bits) - 1
         if self.symmetric:
             high = torch.maximum(high, -low)

@@ -2,8 +2,8 @@
 
     scale  fp16, one a tensor, row or group
 
-A member gives the set: how a vector is coded (`encode`) and what a code means (`points`), and the RMS of the
-numbers that the set serves best.
+A member defines the set: how a vector is coded (`encode`), how a code decodes (`points`), and the RMS of the
+numbers that the set suits best.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ class VectorFormat(GroupFormat):
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
-        """Codes (n, codes_per_block) of the vectors of the set closest to x (n, block) fp32."""
+        """Return the codes (n, codes_per_block) of the vectors of the set closest to x (n, block) fp32."""
 
     @abstractmethod
     def points(self, codes: Tensor) -> Tensor:
-        """The vectors (n, block) fp32 that codes (n, codes_per_block) mean."""
+        """Return the vectors (n, block) fp32 of codes (n, codes_per_block)."""
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
-        """The scale that brings the (weighted) RMS to the set's; `search` tries others on a sample of blocks."""
+        """Bring the (weighted) RMS to the set's; `search` tries other scales on a sample of blocks.
+
+        Returns:
+            "scale" (rows, groups).
+        """
         start = weighted_rms(x, importance) / self.rms
         params = {"scale": as_stored(start)}
         if not search:
@@ -52,21 +56,29 @@ class VectorFormat(GroupFormat):
         return least_error(self._snap, blocks[:, :, ::step].flatten(2), weight, params, trials)
 
     def refit(self, x: Tensor, codes: Tensor, importance: Tensor, params: Params) -> Params:
-        """Weighted least squares for the scale at fixed codes, kept only where it helps."""
+        """Refit the scale at fixed codes by weighted least squares, kept only where it lowers the error."""
         return refit_scale(self, x, codes, importance, params)
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """Codes of the closest vectors."""
+        """Return the codes of the closest vectors.
+
+        Returns:
+            (rows, groups, width / block * codes_per_block).
+        """
         unit = divide_or_zero(x, params["scale"][..., None])
         return self.encode(unit.reshape(-1, self.block)).reshape(*x.shape[:-1], -1)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """scale * vector."""
+        """Return scale * vector.
+
+        Returns:
+            fp32 (rows, groups, width).
+        """
         unit = self.points(codes.reshape(-1, self.codes_per_block)).reshape(*codes.shape[:-1], -1)
         return unit * params["scale"][..., None]
 
     def rounder(self, params: Params) -> Rounder:
-        """Encode one block of columns."""
+        """Return a function that encodes one block of columns."""
         scale = params["scale"][:, 0, None]
 
         def block(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +88,7 @@ class VectorFormat(GroupFormat):
         return block
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """fp16 scale."""
+        """Return the fp16 scale."""
         return (Part("scale", self.grid(shape)),)
 
     def _snap(self, x: Tensor, params: Params) -> Tensor:

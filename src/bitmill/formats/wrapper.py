@@ -89,7 +89,12 @@ class Wrapper(Format):
         """
 
     def inner_params(self, params: Params, shape: tuple[int, int]) -> Params:
-        """Return those of the params that belong to the inner format."""
+        """Return the params that belong to the inner format.
+
+        Args:
+            params: of the wrapper.
+            shape: (rows, columns).
+        """
         own = {part.name for part in self.own_parts(shape)}
         return {name: value for name, value in params.items() if name not in own}
 

@@ -1,1 +1,1 @@
-"""Pure functions of tensors; nothing here knows a format, a model or a file."""
+"""Pure functions of tensors, independent of formats, models and files."""

@@ -6,7 +6,7 @@
     codebooks  (M, K, width) fp32
     points     (n, width)
 
-Which codes are best is a quadratic assignment, so the search keeps a beam of hypotheses, codebook by codebook.
+The choice of codes is a quadratic assignment, so the search keeps a beam of hypotheses, codebook by codebook.
 
 Residual k-means and codes one codebook at a time: Chen, Guan and Wang 2010, "Approximate nearest neighbor search
 by residual vector quantization"; sums of free vectors, their beam search and their least squares: Babenko and
@@ -25,7 +25,15 @@ _SLICE = 1 << 20  # sums of a search at a time: with their temporaries about a s
 
 
 def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """The points (n, width) of codes (n, M); gradients reach the codebooks."""
+    """Return the points of codes; gradients reach the codebooks.
+
+    Args:
+        codes: integers (n, M).
+        codebooks: (M, K, width).
+
+    Returns:
+        Points (n, width).
+    """
     points = codebooks[0].index_select(0, codes[:, 0].long())
     for m in range(1, codebooks.shape[0]):
         points = points + codebooks[m].index_select(0, codes[:, m].long())
@@ -33,7 +41,16 @@ def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def decode_adjoint(values: Tensor, codes: Tensor, size: int) -> Tensor:
-    """The adjoint of `decode`: values (n, width) summed over the uses of each vector, (M, size, width)."""
+    """Apply the adjoint of `decode`: sum values over the uses of each codebook vector.
+
+    Args:
+        values: (n, width).
+        codes: integers (n, M) below `size`.
+        size: K, vectors in a codebook.
+
+    Returns:
+        (M, size, width).
+    """
     sums = values.new_zeros(codes.shape[1], size, values.shape[1])
     for m in range(codes.shape[1]):
         sums[m].index_add_(0, codes[:, m].long(), values)
@@ -41,11 +58,18 @@ def decode_adjoint(values: Tensor, codes: Tensor, size: int) -> Tensor:
 
 
 def search(pull: Tensor, metric: Tensor, codebooks: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-    """Codes (n, M) int64 and points u (n, width) of low u metric u - 2 u pull.
+    """Find codes whose points u have low u metric u - 2 u pull.
 
-    pull: (n, width).  metric: (width, width), symmetric, positive semi-definite.  beam: hypotheses kept after
-    each codebook, rounded down to a power of two. For x, the point to approach, pull is x metric. One codebook
-    is searched exactly, and two are with a beam of K.
+    For a target x the pull is x metric. One codebook is searched exactly, and two are with a beam of K.
+
+    Args:
+        pull: (n, width).
+        metric: (width, width), symmetric, positive semi-definite.
+        codebooks: (M, K, width).
+        beam: hypotheses kept after each codebook, rounded down to a power of two.
+
+    Returns:
+        Codes (n, M) int64 and points (n, width).
     """
     size = codebooks.shape[1]
     beam = min(1 << (max(1, beam).bit_length() - 1), size)
@@ -74,10 +98,10 @@ def _search(pull: Tensor, codebooks: Tensor, lean: Tensor, norms: Tensor, beam: 
 
 
 def _best(costs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Nearly the `count` least of costs (n, hypotheses, K): their values, hypotheses and codes, (n, count) each.
+    """Return nearly the `count` least of costs (n, hypotheses, K): values, hypotheses and codes, (n, count) each.
 
-    Sorting out many numbers is dear, finding where a minimum is less so, and its value alone next to free: so
-    runs of codes are ranked by their least, and the best runs give one code each. The least of all is exact.
+    Sorting many numbers is expensive, the position of a minimum is cheaper, and its value alone almost free: so
+    runs of codes are ranked by their minima, and the best runs give one code each. The least of all is exact.
     """
     hypotheses, size = costs.shape[1:]
     count = min(count, hypotheses * size)
@@ -90,10 +114,20 @@ def _best(costs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def residual_kmeans(x: Tensor, weight: Tensor, books: int, size: int, rounds: int, seed: int = 0) -> Tensor:
-    """Codebooks (books, size, width) by k-means of what the codebooks before leave of x.
+    """Fit codebooks one after the other by k-means of the residual that earlier codebooks leave.
 
-    x: (n, width).  weight: (n, width) of the squared errors, not negative. A vector that nobody uses is put
-    where some x is.
+    A vector without any x assigned to it is moved to a random x.
+
+    Args:
+        x: (n, width).
+        weight: (n, width) of the squared errors, not negative.
+        books: number of codebooks.
+        size: vectors in each.
+        rounds: iterations of k-means for each codebook.
+        seed: of the random starts.
+
+    Returns:
+        Codebooks (books, size, width).
     """
     draw = torch.Generator().manual_seed(seed)
     codebooks = x.new_empty(books, size, x.shape[1])
@@ -112,13 +146,13 @@ def residual_kmeans(x: Tensor, weight: Tensor, books: int, size: int, rounds: in
 
 
 def _places(draw: torch.Generator, x: Tensor, count: int) -> Tensor:
-    """Random rows of x, each once as long as there are enough."""
+    """Return `count` random rows of x, without repetition while there are enough."""
     order = torch.randperm(x.shape[0], generator=draw).to(x.device)
     return order.repeat(-(-count // x.shape[0]))[:count]
 
 
 def _closest(x: Tensor, weight: Tensor, centres: Tensor) -> Tensor:
-    """The centre of least weighted squared distance from each x."""
+    """Return the index of the centre of least weighted squared distance from each x."""
     step, squares = max(1, _SLICE // len(centres)), centres.square().T
     pieces = zip(x.split(step), weight.split(step))
     return torch.cat([torch.addmm(w @ squares, w * v, centres.T, alpha=-2).argmin(1) for v, w in pieces])
@@ -133,11 +167,22 @@ def refit(
     diagonal: Tensor,
     steps: int,
 ) -> Tensor:
-    """Codebooks that leave less of <e, weigh(e)>, e what is left of `error` as they move, for fixed codes.
+    """Refit codebooks at fixed codes so that less of <e, apply_metric(e)> is left, e the error that remains.
 
-    error: (n, width), what scale * points leave now.  scale: (n, 1).  weigh: a symmetric positive semi-definite
-    map of (n, width), diagonal (n|1, width) its diagonal.  Least squares by conjugate gradients, `steps` of
-    them, scaled by the diagonal of the normal equations; every step lowers the error.
+    Least squares by conjugate gradients, scaled by the diagonal of the normal equations; every step lowers the
+    error.
+
+    Args:
+        error: (n, width), the present error, target - scale * points.
+        codes: integers (n, M).
+        codebooks: (M, K, width).
+        scale: (n, 1).
+        apply_metric: a symmetric positive semi-definite map of (n, width).
+        diagonal: (n|1, width), the diagonal of that map.
+        steps: of conjugate gradients.
+
+    Returns:
+        Codebooks (M, K, width).
     """
     size = codebooks.shape[1]
     curvature = decode_adjoint(scale.square() * diagonal, codes, size)

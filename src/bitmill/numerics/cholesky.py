@@ -1,4 +1,4 @@
-"""The one factor that error feedback needs."""
+"""The Cholesky factor of the damped inverse Gram matrix, which error feedback needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ _ATTEMPTS = 12
 
 
 def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
-    """Upper-triangular U with (gram + d*mean(diag(gram))*I)^-1 = U^T U, and the d that was used.
+    """Return upper-triangular U with (gram + d*mean(diag(gram))*I)^-1 = U^T U, and the d that was used.
 
-    gram: (width, width), symmetric, positive semi-definite up to rounding. `damp` is tried first and grows
-    tenfold while the factorization fails. The arithmetic is fp64: an ill-conditioned Gram loses all its
-    digits in fp32.
-
-    Raises NumericsError when the Gram holds NaN or Inf, or when even a damping of 1e3 times the mean does not
-    help.
+    The arithmetic is fp64: an ill-conditioned Gram matrix loses all its digits in fp32.
     Source: GPTQ (Frantar et al. 2022), section 3.3, step 3.
+
+    Args:
+        gram: (width, width), symmetric, positive semi-definite up to rounding.
+        damp: tried first; it grows tenfold while the factorization fails.
+
+    Returns:
+        U fp32 (width, width), and d.
+
+    Raises:
+        NumericsError: when the Gram matrix holds NaN or Inf, or a damping of 1e3 times the mean does not help.
     """
     if not bool(torch.isfinite(gram).all()):
         raise NumericsError(

@@ -1,10 +1,10 @@
-"""Binary codings on an integer grid, and which of them are worth storing.
+"""Binary codings on an integer grid, ranked by usefulness.
 
 A coding of m bits on an n-bit grid is a base and m positive steps: its 2**m levels are the base plus the
 subset sums of the steps, all integers in [-2**(n-1), 2**(n-1)). The uniform grid is the coding with steps
-1, 2, 4, ... There are thousands of codings, but a few dozen serve: `rank` orders them by how much each adds
-to those before it on synthetic groups, so that any prefix of the list is a good dictionary and no model's
-weights decide what an index means.
+1, 2, 4, ... There are thousands of codings, but a few dozen suffice: `rank` orders them by how much each adds
+to those before it on synthetic groups, so that any prefix of the list is a good dictionary and the meaning of an
+index does not depend on any model's weights.
 
 `python -m bitmill.numerics.codings` writes formats/data/codings.json. The file is part of the storage format
 of `integer_coding`: entries may be appended, never changed.
@@ -24,7 +24,11 @@ KEEP = 64
 
 
 def enumerate_codings(grid_bits: int, bits: int) -> Tensor:
-    """All codings, int64 (count, 1 + bits): base, then steps in falling order."""
+    """Return all codings of `bits` bits on a grid of `grid_bits` bits.
+
+    Returns:
+        int64 (count, 1 + bits): base, then steps in descending order.
+    """
     top = (1 << grid_bits) - 1
     low = -(1 << (grid_bits - 1))
     rows: list[tuple[int, ...]] = []
@@ -36,17 +40,27 @@ def enumerate_codings(grid_bits: int, bits: int) -> Tensor:
 
 
 def levels_of(codings: Tensor) -> Tensor:
-    """The levels of codings (count, 1 + bits): (count, 2**bits) fp32, entry c adds the steps of c's set bits."""
+    """Return the levels of codings (count, 1 + bits), fp32 (count, 2**bits).
+
+    Entry c is the base plus the steps of c's set bits.
+    """
     bits = codings.shape[1] - 1
     chosen = (torch.arange(1 << bits)[:, None] >> torch.arange(bits)) & 1
     return (codings[:, :1] + codings[:, 1:] @ chosen.T).float()
 
 
 def snap_table(levels: Tensor, grid_bits: int) -> Tensor:
-    """The level nearest to each half-integer bin of the grid: (count, 2**(grid_bits+1)).
+    """Return the level nearest to each half-integer bin of the grid.
 
     Levels are integers, so the boundary between two of them is a multiple of 1/2: numbers in one bin
     [b/2, (b+1)/2) share their nearest level. The first and last bins reach to infinity.
+
+    Args:
+        levels: (count, 2**bits).
+        grid_bits: bits of the grid.
+
+    Returns:
+        (count, 2**(grid_bits+1)).
     """
     bins = 1 << (grid_bits + 1)
     centres = (torch.arange(bins) - 0.5) / 2 - (1 << (grid_bits - 1))
@@ -55,7 +69,16 @@ def snap_table(levels: Tensor, grid_bits: int) -> Tensor:
 
 
 def bin_moments(x: Tensor, weight: Tensor, grid_bits: int) -> tuple[Tensor, Tensor]:
-    """Sums of weight and of weight*x per half-integer bin, over the last axis: (..., 2**(grid_bits+1)) each."""
+    """Sum weight and weight*x per half-integer bin over the last axis.
+
+    Args:
+        x: (..., n), in units of the grid.
+        weight: (..., n).
+        grid_bits: bits of the grid.
+
+    Returns:
+        Two tensors (..., 2**(grid_bits+1)).
+    """
     bins = 1 << (grid_bits + 1)
     index = ((x + (1 << (grid_bits - 1))) * 2).floor_().add_(1).clamp_(0, bins - 1).long()
     empty = x.new_zeros(*x.shape[:-1], bins)
@@ -63,10 +86,18 @@ def bin_moments(x: Tensor, weight: Tensor, grid_bits: int) -> tuple[Tensor, Tens
 
 
 def rank(grid_bits: int, bits: int, keep: int = KEEP, groups: int = 1200, width: int = 32) -> Tensor:
-    """The `keep` most useful codings in greedy order, (keep, 1 + bits), chosen on synthetic groups.
+    """Choose the most useful codings in greedy order on synthetic groups.
 
     Half the groups are Gaussian, half Student t with 5 degrees of freedom; importances are log-normal, as
     the diagonals of Gram matrices are. Every coding is tried at 33 scales.
+
+    Args:
+        grid_bits, bits: of the grid and of the codings.
+        keep: codings to return.
+        groups, width: number and width of the synthetic groups.
+
+    Returns:
+        int64 (keep, 1 + bits).
     """
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(groups, width, generator=draw, dtype=torch.float64)

@@ -7,13 +7,13 @@ codebook keeps the vectors of D with one of 256 patterns of absolute values:
     29 of the 56 arrangements of five 3/2 and three 1/2, squared norm 12
 
     code = pattern | signs << 8 | shift << 15      bit i of signs negates coordinate i, i < 7; the parity of
-                                                   the sum decides the eighth; shift 1 adds 1/4, 0 takes it away
+                                                   the sum decides the eighth; shift 1 adds 1/4, 0 subtracts it
 
-so that a table of 256 x 8 decodes 65536 points. Patterns are numbered here once and for ever: they are part
-of the storage format.
+so that a table of 256 x 8 decodes 65536 points. The numbering of patterns is part of the storage format and never
+changes.
 
-Tseng et al. 2024, "QuIP#" (arXiv 2402.04396), section 4.2 (E8P). The paper fixes 227 patterns; which of
-those of norm 12 fill up the byte, and the numbering, are this module's own.
+Tseng et al. 2024, "QuIP#" (arXiv 2402.04396), section 4.2 (E8P). The paper fixes 227 patterns; the choice of those
+of norm 12 that complete the byte, and the numbering, are this module's own.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _SLICE = 1 << 12  # vectors searched at a time, so that temporaries stay in the 
 
 @lru_cache(maxsize=8)
 def patterns(device: torch.device | str = "cpu") -> Tensor:
-    """Absolute values, (256, 8) fp32: kind by kind, each in lexicographic order of where its large ones are."""
+    """Return the absolute values, (256, 8) fp32, by kind, each in lexicographic order of its large positions."""
     rows = [_pattern(large) for large in _arrangements()]
     return torch.tensor(rows, device=device)
 
 
 @lru_cache(maxsize=8)
 def points(device: torch.device | str = "cpu") -> Tensor:
-    """What every code means, (65536, 8) fp32."""
+    """Return the point of every code, (65536, 8) fp32."""
     code = torch.arange(POINTS, device=device)
     table = patterns(device)[code & 255]
     negative = (code[:, None] >> 8 >> torch.arange(BLOCK, device=device)) & 1
@@ -51,25 +51,25 @@ def points(device: torch.device | str = "cpu") -> Tensor:
 
 
 def nearest(x: Tensor) -> Tensor:
-    """Codes int64 (n,) of the points closest to x (n, 8) fp32; exact up to ties."""
+    """Return the codes int64 (n,) of the points closest to x (n, 8) fp32; exact up to ties."""
     return (
         torch.cat([_search(piece) for piece in x.split(_SLICE)]) if len(x) else x.new_zeros(0, dtype=torch.int64)
     )
 
 
 def _search(x: Tensor) -> Tensor:
-    """Both shifts, each by its best pattern."""
+    """Search both shifts, each by its best pattern."""
     error, code = _of_shift(x, -0.25)
     other, shifted = _of_shift(x, 0.25)
     return torch.where(other < error, shifted | (1 << 15), code)
 
 
 def _of_shift(x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """(squared distance, code without its shift bit) of the vector of D closest to y = x - shift.
+    """Return (squared distance, code without its shift bit) of the vector of D closest to y = x - shift.
 
     With free signs a pattern p does best with the signs of y: |y - p|^2 = |y|^2 + |p|^2 - 2 |y|.p. Where that
-    breaks the parity of the sum, one sign must turn, which costs 4 min |y_i| p_i. Of an arrangement of a
-    multiset the best pairs large with large; it has a 1/2, so that the cheapest turn is the smallest |y_i|.
+    breaks the parity of the sum, one sign must flip, which costs 4 min |y_i| p_i. Of the arrangements of a
+    multiset the best pairs large with large; it has a 1/2, so that the cheapest flip is at the smallest |y_i|.
     """
     y = x - shift
     size = y.abs()
@@ -109,7 +109,7 @@ def _of_shift(x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
 
 
 def _arrangements() -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(places of 5/2, places of 3/2) of every pattern, in their order."""
+    """Return (positions of 5/2, positions of 3/2) of every pattern, in their order."""
     found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     for fives, threes in _KINDS:
         for five in combinations(range(BLOCK), fives):
@@ -125,7 +125,7 @@ def _pattern(places: tuple[tuple[int, ...], tuple[int, ...]]) -> list[float]:
 
 @lru_cache(maxsize=8)
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Per kind its 5/2s, and its large ones of both sorts; and pattern numbers by the bit sets of their places."""
+    """Return the counts of 5/2 and of larger entries of each kind; and pattern numbers by position bit sets."""
     index = torch.zeros(256, 256, dtype=torch.int64)
     for number, (five, three) in enumerate(_arrangements()[: 256 - _FILL]):
         index[sum(1 << i for i in five), sum(1 << i for i in (*five, *three))] = number

@@ -1,6 +1,6 @@
-"""The second moment of a layer's inputs, X^T X / tokens, summed as they come.
+"""The second moment of a layer's inputs, X^T X / tokens, accumulated batch by batch.
 
-Every second-order method reads the same matrix (GPTQ calls 2 X^T X the Hessian of the layer's squared output
+Every second-order method uses this matrix (GPTQ calls 2 X^T X the Hessian of the layer's squared output
 error). It is summed in fp32 and divided by the number of tokens when it is read. Only upper blocks are
 computed: the matrix is symmetric, and these products cost as much as the forward pass itself.
 """
@@ -16,21 +16,21 @@ _PANEL = 384
 
 
 class RunningGram:
-    """Accumulates gram = X^T X / tokens, (width, width) fp32."""
+    """Accumulator of gram = X^T X / tokens, (width, width) fp32."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.sum = torch.zeros(width, width, device=device)
         self.tokens = 0
 
     def add(self, X: Tensor) -> None:
-        """Take in inputs X (tokens, width)."""
+        """Add inputs X (tokens, width)."""
         X = X.to(torch.float32)
         for start, stop in self._panels():
             self.sum[start:stop, start:].addmm_(X[:, start:stop].T, X[:, start:])
         self.tokens += X.shape[0]
 
     def mean(self) -> Tensor:
-        """The full symmetric matrix, divided by the number of tokens."""
+        """Return the full symmetric matrix, divided by the number of tokens."""
         mean = self.sum / max(self.tokens, 1)
         for start, stop in self._panels():  # in place: whole triangles would take twice the matrix again
             square = mean[start:stop, start:stop]
@@ -39,7 +39,7 @@ class RunningGram:
         return mean
 
     def _panels(self) -> list[tuple[int, int]]:
-        """Equal cuts of the width, of at most _PANEL."""
+        """Divide the width into equal cuts of at most _PANEL."""
         width = self.sum.shape[0]
         panel = -(-width // -(-width // _PANEL))
         return [(start, min(start + panel, width)) for start in range(0, width, panel)]

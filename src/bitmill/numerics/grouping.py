@@ -1,8 +1,8 @@
 """Groups of input columns that share quantization parameters.
 
-A matrix (rows, columns) is seen as (rows, groups, width). Where the width does not divide the columns
-(SmolLM2's 576 inputs in groups of 128), the last group is ragged: it is padded with zeros here and cut off
-again by `ungrouped`; whoever fits parameters gives the padding no importance. Formats that code `block`
+A matrix (rows, columns) is viewed as (rows, groups, width). Where the width does not divide the columns
+(SmolLM2's 576 inputs in groups of 128), the last group is ragged: `grouped` pads it with zeros and `ungrouped`
+cuts the padding off; the padding has no importance when parameters are fitted. Formats that code `block`
 columns jointly pad the columns to whole blocks first.
 """
 
@@ -17,7 +17,13 @@ GroupSize = int | Literal["row", "tensor"]
 
 
 def group_width(shape: tuple[int, int], size: GroupSize, block: int = 1) -> int:
-    """Columns in one group of a matrix of `shape` (rows, columns)."""
+    """Return the columns in one group of a matrix.
+
+    Args:
+        shape: (rows, columns).
+        size: columns in a group, "row" or "tensor".
+        block: columns coded jointly.
+    """
     rows, columns = shape[0], -(-shape[1] // block) * block
     if size == "tensor":
         return rows * columns
@@ -25,14 +31,29 @@ def group_width(shape: tuple[int, int], size: GroupSize, block: int = 1) -> int:
 
 
 def group_grid(shape: tuple[int, int], size: GroupSize, block: int = 1) -> tuple[int, int]:
-    """(rows, groups) of the parameter arrays; (1, 1) for one group over the whole tensor."""
+    """Return the shape of parameter arrays, (rows, groups); (1, 1) for one group over the whole tensor.
+
+    Args:
+        shape: (rows, columns).
+        size: columns in a group, "row" or "tensor".
+        block: columns coded jointly.
+    """
     if size == "tensor":
         return 1, 1
     return shape[0], -(-shape[1] // group_width(shape, size, block))
 
 
 def grouped(x: Tensor, size: GroupSize, block: int = 1) -> Tensor:
-    """(rows, columns) to (rows, groups, width), zero-padded; (1, 1, rows*columns) for size 'tensor'."""
+    """View a matrix in groups, padded with zeros.
+
+    Args:
+        x: (rows, columns).
+        size: columns in a group, "row" or "tensor".
+        block: columns coded jointly.
+
+    Returns:
+        (rows, groups, width); (1, 1, rows*columns) for size "tensor".
+    """
     shape = (x.shape[0], x.shape[1])
     rows, groups = group_grid(shape, size, block)
     width = group_width(shape, size, block)
@@ -43,7 +64,15 @@ def grouped(x: Tensor, size: GroupSize, block: int = 1) -> Tensor:
 
 
 def ungrouped(x: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Inverse of `grouped`: cut the padding and give back (rows, columns)."""
+    """Invert `grouped`: remove the padding.
+
+    Args:
+        x: (rows, groups, width).
+        shape: (rows, columns) of the matrix.
+
+    Returns:
+        (rows, columns).
+    """
     rows, columns = shape
     return x.reshape(rows, -1)[:, :columns]
 
@@ -51,9 +80,16 @@ def ungrouped(x: Tensor, shape: tuple[int, int]) -> Tensor:
 def grouped_importance(
     importance: Tensor | None, shape: tuple[int, int], size: GroupSize, block: int = 1
 ) -> Tensor:
-    """Importance as seen by the groups: (1|rows, groups, width), zero on padding.
+    """View importances in groups, zero on padding.
 
-    importance: of every column (columns,) or of every weight (rows, columns); None for equal importance.
+    Args:
+        importance: of every column (columns,) or of every weight (rows, columns); None for equal importance.
+        shape: (rows, columns).
+        size: columns in a group, "row" or "tensor".
+        block: columns coded jointly.
+
+    Returns:
+        fp32 (1|rows, groups, width).
     """
     if importance is None:
         importance = torch.ones(shape[1])

@@ -1,7 +1,7 @@
 """Hadamard matrices: entries 1 and -1, orthogonal rows.
 
 Sylvester's construction doubles; Paley's two reach 12, 20, 28, 36, 44, 60, ... from the quadratic residues of
-a prime, so no table of matrices is shipped. What a matrix of a given order is, is part of stored folders:
+a prime, so no table of matrices is shipped. The matrix of a given order is part of stored folders:
 constructions may be added for orders that have none, never changed.
 
 Paley 1933, "On orthogonal matrices".
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @cache
 def hadamard(order: int) -> Tensor | None:
-    """(order, order) fp32 of 1 and -1; None where the constructions here do not reach (the first is 52)."""
+    """Return the matrix of an order, fp32 of 1 and -1; None where no construction reaches (the first is 52)."""
     if order & (order - 1) == 0:
         return _sylvester(order)
     if order % 4 == 0 and _is_prime(order - 1):
@@ -35,7 +35,7 @@ def _sylvester(order: int) -> Tensor:
 
 
 def _skew(q: int) -> Tensor:
-    """Paley's first: I + S of order q + 1, S skew, for a prime q = 3 mod 4."""
+    """Build Paley's first matrix, I + S of order q + 1, S skew, for a prime q = 3 mod 4."""
     S = torch.zeros(q + 1, q + 1)
     S[0, 1:], S[1:, 0] = 1.0, -1.0
     S[1:, 1:] = _residues(q)
@@ -43,7 +43,7 @@ def _skew(q: int) -> Tensor:
 
 
 def _symmetric(q: int) -> Tensor:
-    """Paley's second, of order 2 (q + 1): a symmetric S with blocks for its zeros and its ones, q = 1 mod 4."""
+    """Build Paley's second matrix, of order 2 (q + 1), for q = 1 mod 4: symmetric S, blocks for zeros and ones."""
     S = torch.zeros(q + 1, q + 1)
     S[0, 1:] = S[1:, 0] = 1.0
     S[1:, 1:] = _residues(q)
@@ -52,7 +52,7 @@ def _symmetric(q: int) -> Tensor:
 
 
 def _residues(q: int) -> Tensor:
-    """Jacobsthal's matrix: entry (i, j) is 1 where j - i is a square modulo q, -1 where it is not, 0 at 0."""
+    """Build Jacobsthal's matrix: entry (i, j) is 1 where j - i is a square modulo q, -1 elsewhere, 0 at 0."""
     character = torch.full((q,), -1.0)
     character[torch.arange(1, q).square() % q] = 1.0
     character[0] = 0.0

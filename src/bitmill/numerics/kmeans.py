@@ -1,14 +1,14 @@
-"""Weighted 1-D k-means: the few levels that stand for many numbers with the least weighted squared error.
+"""Weighted 1-D k-means: few levels that represent many numbers with the least weighted squared error.
 
 On a line the clusters of an optimum are intervals of the sorted numbers, so k-means is the choice of k - 1
-cuts, and the best cuts among any candidates follow from dynamic programming over prefix sums. Few numbers go
-through the whole program. Trying every place for every cut of long rows would cost k n^2 each; there each cut
-is offered a window of candidates, coarse and wide, then finer around what was chosen, in turns until nothing
-moves. What is found is an optimum over all joint moves of the cuts within their windows: mostly the global
-one, and otherwise within a few percent of it (tests/numerics/test_kmeans.py compares with the whole program). All
-rows go through together, in fp64, because prefix sums cancel.
+cuts, and the best cuts among any candidates follow from dynamic programming over prefix sums. Up to 64 numbers
+are solved exactly. Trying every position for every cut of long rows would cost k n^2 each; there each cut
+gets a window of candidates, coarse and wide, then finer around the choice, in turns until nothing
+moves. The result is an optimum over all joint moves of the cuts within their windows: mostly the global
+one, and otherwise within a few percent of it (tests/numerics/test_kmeans.py compares with the exact solution). All
+rows are processed together, in fp64, because prefix sums cancel.
 
-Coarse candidates divide the clusters at hand. These start as equal steps of the integral of density^(1/3),
+Coarse candidates divide the present clusters. These start as equal steps of the integral of density^(1/3),
 along which the clusters of an optimal quantizer are about equally long (Panter and Dite 1951), mixed with
 equal counts so that one outlier does not take them all. Dynamic programs for k-means: Wang and Song 2011,
 "Ckmeans.1d.dp".
@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_EXACT = 64  # so few numbers are left to the whole program
+_EXACT = 64  # up to so many numbers are solved exactly
 _FINE = 6  # coarse candidates in a cluster
 _REACH = 3  # clusters that a cut may move across at once
 _STEPS = 10  # candidates on either side in a fine window
@@ -32,16 +32,28 @@ _TINY, _HUGE = 1e-300, 1e300
 
 
 def kmeans(x: Tensor, weight: Tensor, levels: int) -> Tensor:
-    """Centres of least weighted squared error, sorted, (batch, levels), in the type of x.
+    """Return the sorted centres of least weighted squared error.
 
-    x: (batch, n).  weight: (batch|1, n), not negative, of any scale; rows whose weights are all 0 count every
-    number equally. Where fewer than `levels` clusters are of use, some centres are equal.
+    Args:
+        x: (batch, n).
+        weight: (batch|1, n), not negative, of any scale; rows whose weights are all 0 weigh every number equally.
+        levels: number of centres; some are equal where fewer clusters are of use.
+
+    Returns:
+        (batch, levels), in the type of x.
     """
     return _by_slices(x, weight, levels, _optimum)
 
 
 def kmeans_start(x: Tensor, weight: Tensor, levels: int) -> Tensor:
-    """Centres of clusters that are equally long along the integral of density^(1/3): good, and cheap."""
+    """Return centres of clusters equally long along the integral of density^(1/3), a good and cheap start.
+
+    Args:
+        x, weight, levels: as of `kmeans`.
+
+    Returns:
+        (batch, levels), in the type of x.
+    """
     return _by_slices(x, weight, levels, _Line.start)
 
 
@@ -57,14 +69,16 @@ def _by_slices(x: Tensor, weight: Tensor, levels: int, cuts: Callable[[_Line, in
 class _Line:
     """Sorted rows with the prefix sums of weight and of weight times number, (batch, n + 1), fp64.
 
-    Numbers are taken relative to their weighted mean. A cut at p has p numbers to its left.
+    Numbers are relative to their weighted mean. A cut at p has p numbers to its left.
     """
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         weight = torch.where(weight.sum(-1, keepdim=True) > 0, weight, 1.0).to(torch.float64).expand(x.shape)
         counts = weight > 0
         last = x.masked_fill(~counts, -torch.inf).amax(-1, keepdim=True)
-        x = torch.where(counts, x, last).to(torch.float64)  # what does not count goes where it disturbs nothing
+        x = torch.where(counts, x, last).to(
+            torch.float64
+        )  # numbers without weight are moved to where they change nothing
         x, order = x.sort(dim=-1, stable=True)
         weight, counts = weight.gather(-1, order), counts.gather(-1, order)
         weight = weight / weight.sum(-1, keepdim=True)
@@ -79,38 +93,45 @@ class _Line:
         self.length = _prefix(density.add_(counts / counts.sum(-1, keepdim=True)).mul_(0.5))
 
     def places(self, share: Tensor) -> Tensor:
-        """The cuts at these shares (batch, places) of the length."""
+        """Return the cuts at these shares (batch, places) of the length."""
         return torch.searchsorted(self.length, share).clamp_(max=self.count)
 
     def start(self, levels: int) -> Tensor:
-        """Cuts into intervals of equal length, (batch, levels - 1)."""
+        """Return cuts into intervals of equal length, (batch, levels - 1)."""
         share = torch.arange(1, levels, dtype=torch.float64, device=self.length.device) / levels
         return self.places(share.repeat(self.length.shape[0], 1))
 
     def rows(self, chosen: Tensor) -> _Line:
-        """Some of the rows."""
+        """Select some of the rows."""
         part = copy.copy(self)
         part.x, part.mean, part.length = self.x[chosen], self.mean[chosen], self.length[chosen]
         part.mass, part.moment = self.mass[chosen], self.moment[chosen]
         return part
 
     def ends(self, cuts: Tensor) -> Tensor:
-        """The cuts between the two ends of the line, (batch, levels + 1)."""
+        """Return the cuts with both ends of the line, (batch, levels + 1)."""
         cuts = torch.nn.functional.pad(cuts, (1, 0))
         return torch.nn.functional.pad(cuts, (0, 1), value=self.count)
 
     def gain(self, left: Tensor, right: Tensor) -> Tensor:
-        """What one centre between two cuts takes off the sum of squares; hugely negative in the wrong order."""
+        """Return the reduction of the sum of squares by one centre between two cuts.
+
+        Args:
+            left, right: cuts (batch, a, b); a and b may be 1.
+
+        Returns:
+            (batch, a, b); hugely negative where left exceeds right.
+        """
         mass = self._of(self.mass, right) - self._of(self.mass, left)
         moment = self._of(self.moment, right) - self._of(self.moment, left)
         return torch.where(mass > 0, moment.square_().div_(mass), mass.mul_(_HUGE))
 
     def _of(self, sums: Tensor, cuts: Tensor) -> Tensor:
-        """Prefix sums at cuts (batch, a, b); a and b may be 1."""
+        """Return prefix sums at cuts (batch, a, b); a and b may be 1."""
         return sums.gather(1, cuts.flatten(1)).unflatten(1, cuts.shape[1:])
 
     def centres(self, cuts: Tensor) -> Tensor:
-        """Means between cuts (batch, levels - 1); a cluster without weight takes its neighbour's."""
+        """Return means between cuts (batch, levels - 1); a cluster without weight takes its neighbour's."""
         ends = self.ends(cuts)
         mass, moment = self.mass.gather(1, ends).diff(), self.moment.gather(1, ends).diff()
         # of next to no weight, differences of sums are noise: the numbers of a cluster bound their mean
@@ -123,7 +144,7 @@ class _Line:
 
 
 def _optimum(line: _Line, levels: int) -> Tensor:
-    """Cuts (batch, levels - 1): coarse moves, then fine ones, until neither finds a better place."""
+    """Return cuts (batch, levels - 1): coarse moves, then fine ones, until neither finds an improvement."""
     cuts = line.start(levels)
     if levels == 1:
         return cuts
@@ -143,7 +164,7 @@ def _optimum(line: _Line, levels: int) -> Tensor:
 
 
 def _coarse(line: _Line, cuts: Tensor) -> tuple[Tensor, Tensor]:
-    """Better cuts among a few places in each of the _REACH intervals to either side; and the gaps beside them."""
+    """Improve cuts among a few places in each of the _REACH intervals to either side; return their gaps too."""
     levels, device = cuts.shape[1] + 1, cuts.device
     fine = max(_FINE, _REACH * _FINE * 2 // levels)
     reach = torch.arange(-_REACH * _FINE, _REACH * _FINE + 1, device=device)
@@ -153,12 +174,12 @@ def _coarse(line: _Line, cuts: Tensor) -> tuple[Tensor, Tensor]:
     share = torch.lerp(ends[:, part.long()], ends[:, (part.long() + 1).clamp(max=levels)], part.frac().double())
     window = line.places(share)[:, number.flatten()].unflatten(1, number.shape)
     cuts, index = _choose(line, window)
-    beside = [window.gather(2, (index + k).clamp(0, len(reach) - 1)[..., None])[..., 0] for k in (-1, 1)]
-    return cuts, torch.maximum(cuts - beside[0], beside[1] - cuts)
+    around = [window.gather(2, (index + k).clamp(0, len(reach) - 1)[..., None])[..., 0] for k in (-1, 1)]
+    return cuts, torch.maximum(cuts - around[0], around[1] - cuts)
 
 
 def _fine(line: _Line, cuts: Tensor, stride: Tensor) -> Tensor:
-    """Better cuts within _STEPS strides to either side, the stride falling to single places."""
+    """Improve cuts within _STEPS strides to either side, the stride falling to single places."""
     reach = torch.arange(-_STEPS, _STEPS + 1, device=cuts.device)
     for _ in range(_ROUNDS):
         stride = (stride + _STEPS - 1).div_(_STEPS, rounding_mode="floor").clamp_(min=1)
@@ -171,7 +192,7 @@ def _fine(line: _Line, cuts: Tensor, stride: Tensor) -> Tensor:
 
 
 def _choose(line: _Line, window: Tensor) -> tuple[Tensor, Tensor]:
-    """The best cut from each window (batch, levels - 1, candidates), and its index, by dynamic programming."""
+    """Choose the best cut of each window (batch, levels - 1, candidates), and its index, by a dynamic program."""
     cuts = window.shape[1]
     best = [line.gain(torch.zeros_like(window[:, 0]), window[:, 0])]
     for t in range(1, cuts):

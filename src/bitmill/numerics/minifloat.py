@@ -1,12 +1,12 @@
-"""Floating-point numbers of 4 to 8 bits: which values their codes mean.
+"""Floating-point numbers of 4 to 8 bits: the values of their codes.
 
 A code is, from the highest bit down, a sign, an exponent field e and a mantissa field m of M bits:
 
     e > 0    (-1)^sign * 2^(e - bias) * (1 + m / 2^M)
     e = 0    (-1)^sign * 2^(1 - bias) * m / 2^M
 
-Codes that the standards reserve for NaN and infinities read as the largest number of their sign, so that every
-code has a value; nothing here ever chooses them, nor -0.
+Codes that the standards reserve for NaN and infinities decode to the largest number of their sign, so that every
+code has a value; rounding never chooses them, nor -0.
 
 Sources: OCP 8-bit Floating Point Specification (OFP8) 1.0, tables 1 and 2, for e4m3 and e5m2; OCP
 Microscaling Formats (MX) Specification 1.0, section 5.3, for e3m2, e2m3 and e2m1.
@@ -41,14 +41,14 @@ class Element:
         return 1 + self.exponent_bits + self.mantissa_bits
 
     def value(self, code: int) -> float:
-        """What a code means."""
+        """Return the value of a code."""
         exponent = code >> self.mantissa_bits & ((1 << self.exponent_bits) - 1)
         fraction = (code & ((1 << self.mantissa_bits) - 1)) / (1 << self.mantissa_bits)
         size = 2.0 ** (max(exponent, 1) - self.bias) * (fraction + (exponent > 0))
         return (-1.0 if code >> (self.bits - 1) else 1.0) * min(size, self.largest)
 
     def values(self) -> Tensor:
-        """The value of every code, (2**bits,) fp32."""
+        """Return the value of every code, (2**bits,) fp32."""
         return torch.tensor([self.value(code) for code in range(1 << self.bits)])
 
 
@@ -72,7 +72,7 @@ class ElementTable(Table):
         self.element = ELEMENTS[name]
 
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of the values nearest to x, uint8, any shape; ties to even, beyond the largest saturated."""
+        """Return the codes of the values nearest to x, uint8, any shape; ties to even, saturated at the ends."""
         kind = self.element
         x = x.clamp(-kind.largest, kind.largest)
         octave = (x.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0 ** (1 - kind.bias))

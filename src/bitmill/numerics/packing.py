@@ -20,15 +20,27 @@ _MASK = 0xFFFFFFFF
 
 
 def words_for(count: int, bits: int) -> int:
-    """Number of 32-bit words that `count` codes of `bits` bits need."""
+    """Return the number of 32-bit words that `count` codes of `bits` bits occupy.
+
+    Args:
+        count: codes in a row.
+        bits: of one code.
+    """
     return (count * bits + _WORD - 1) // _WORD
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes along the last axis.
 
-    codes: (..., n), any integer type, values in [0, 2**bits).  Returns int32 (..., ceil(n*bits/32)).
-    Raises ValueError when `bits` is not in 1..16 or a code does not fit.
+    Args:
+        codes: (..., n), any integer type, values in [0, 2**bits).
+        bits: of one code, 1 to 16.
+
+    Returns:
+        int32 (..., ceil(n*bits/32)).
+
+    Raises:
+        ValueError: when `bits` is not in 1..16 or a code does not fit.
     """
     _check_bits(bits)
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
@@ -51,9 +63,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack`: int32 (..., w) to codes (..., count), uint8 up to 8 bits, int32 above.
+    """Invert `pack`.
 
-    Raises ValueError when `words` holds fewer than `count` codes.
+    Args:
+        words: int32 (..., w).
+        bits: of one code, 1 to 16.
+        count: codes in a row.
+
+    Returns:
+        Codes (..., count), uint8 up to 8 bits, int32 above.
+
+    Raises:
+        ValueError: when `words` does not hold exactly the words of `count` codes.
     """
     _check_bits(bits)
     if words.shape[-1] != words_for(count, bits):
@@ -70,7 +91,7 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """The least number of codes that fill whole bytes, and how many."""
+    """Return the least number of codes that fill whole bytes, and that number of bytes."""
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
 
@@ -108,7 +129,16 @@ def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
 
 
 def unpack_at(words: Tensor, bits: int, index: Tensor) -> Tensor:
-    """The codes at some places of the last axis alone: int32 (..., w) and index (n,) to int64 (..., n)."""
+    """Unpack the codes at some places of the last axis.
+
+    Args:
+        words: int32 (..., w).
+        bits: of one code, 1 to 16.
+        index: (n,), positions of codes.
+
+    Returns:
+        int64 (..., n).
+    """
     _check_bits(bits)
     start = index * bits
     word, last = start // _WORD, words.shape[-1] - 1

@@ -24,7 +24,12 @@ _MOVES = 2  # beyond these, one vector in a hundred still improves
 
 @cache
 def count(dimension: int, pulses: int) -> int:
-    """N(d, k), the integer vectors of d coordinates with L1 norm k."""
+    """Return N(d, k), the number of integer vectors of a dimension with L1 norm `pulses`.
+
+    Args:
+        dimension: d.
+        pulses: k.
+    """
     if pulses == 0 or dimension == 0:
         return int(pulses == 0)
     shorter = count(dimension - 1, pulses)
@@ -32,7 +37,12 @@ def count(dimension: int, pulses: int) -> int:
 
 
 def most_pulses(dimension: int, bits: int) -> int:
-    """The largest k with N(dimension, k) <= 2**bits."""
+    """Return the largest k with N(dimension, k) <= 2**bits.
+
+    Args:
+        dimension: coordinates of a vector.
+        bits: of its number.
+    """
     pulses = 0
     while count(dimension, pulses + 1) <= 1 << bits:
         pulses += 1
@@ -40,11 +50,18 @@ def most_pulses(dimension: int, bits: int) -> int:
 
 
 def project(x: Tensor, pulses: int) -> Tensor:
-    """y int64 (n, d) with L1 norm `pulses` and nearly the largest cosine to x (n, d) fp32.
+    """Project vectors to points of the pyramid with nearly the largest cosine.
 
-    |x| is scaled to the L1 norm and rounded down; each pulse still missing goes where the cosine gains most.
+    |x| is scaled to the L1 norm and rounded down; each pulse still missing is added where the cosine gains most.
     Then single pulses move: for t = |y|^2 / <|x|, y> a move that brings y closer to t |x| raises the cosine.
     A point of the pyramid is its own projection; a zero vector gets all pulses in its first coordinate.
+
+    Args:
+        x: fp32 (n, d).
+        pulses: the L1 norm.
+
+    Returns:
+        y int64 (n, d).
     """
     size = x.abs()
     size[:, 0] = torch.where(size.amax(1) > 0, size[:, 0], 1.0)
@@ -67,14 +84,22 @@ def project(x: Tensor, pulses: int) -> Tensor:
 
 
 def _move(y: Tensor, size: Tensor, cross: Tensor, power: Tensor, place: Tensor, pulse: Tensor) -> None:
-    """Add `pulse` (n, 1), of 1, 0 or -1, to y at `place` (n, 1), and keep <size, y> and |y|^2."""
+    """Add `pulse` (n, 1), of 1, 0 or -1, to y at `place` (n, 1), and update <size, y> and |y|^2."""
     cross += pulse * size.gather(1, place)
     power += pulse * (2 * y.gather(1, place) + pulse)
     y.scatter_add_(1, place, pulse)
 
 
 def number(y: Tensor, pulses: int) -> Tensor:
-    """Numbers int64 (n,), to be read as unsigned, of points y (n, d), d a power of two, L1 norm `pulses`."""
+    """Return the numbers of points.
+
+    Args:
+        y: int64 (n, d) of L1 norm `pulses`, d a power of two.
+        pulses: the L1 norm.
+
+    Returns:
+        int64 (n,), to be interpreted as unsigned.
+    """
     size = y.abs()
     index = ((y < 0) & (size > 0)).to(torch.int64)
     while size.shape[1] > 1:
@@ -87,9 +112,17 @@ def number(y: Tensor, pulses: int) -> Tensor:
 
 
 def point(numbers: Tensor, dimension: int, pulses: int) -> Tensor:
-    """Inverse of `number`: y int64 (n, dimension) from numbers int64 (n,).
+    """Invert `number`.
 
     Numbers of no point (N(dimension, pulses) and above) give some vector, not an error.
+
+    Args:
+        numbers: int64 (n,), interpreted as unsigned.
+        dimension: a power of two.
+        pulses: the L1 norm.
+
+    Returns:
+        int64 (n, dimension).
     """
     index = numbers[:, None]
     size = torch.full_like(index, pulses)
@@ -106,7 +139,7 @@ def point(numbers: Tensor, dimension: int, pulses: int) -> Tensor:
 
 
 def _search(offsets: Tensor, row: Tensor, index: Tensor) -> Tensor:
-    """The last entry j of offsets[row] that is not above the unsigned index, by halving."""
+    """Return the last entry j of offsets[row] that is not above the unsigned index, by bisection."""
     low = torch.zeros_like(row)
     step = 1 << max(0, int(offsets.shape[1] - 1).bit_length() - 1)
     while step:
@@ -120,7 +153,11 @@ def _search(offsets: Tensor, row: Tensor, index: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _tables(half: int, pulses: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """offsets (pulses + 1, pulses + 1): points of k pulses with fewer than j in the first half; and N(half, k)."""
+    """Return counts of points as signed integers.
+
+    Returns:
+        offsets (pulses + 1, pulses + 1), points of k pulses with fewer than j in the first half; and N(half, k).
+    """
     offsets = torch.zeros(pulses + 1, pulses + 1, dtype=torch.int64)
     for k in range(pulses + 1):
         below = 0
@@ -132,5 +169,5 @@ def _tables(half: int, pulses: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _signed(value: int) -> int:
-    """The signed integer with the same 64 bits; values of points that do not exist wrap, and are not used."""
+    """Return the signed integer of equal 64 bits; values of points that do not exist wrap, and are not used."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,7 +1,7 @@
-"""Orthogonal maps of any width that cost far less than width**2, each a function of a seed.
+"""Orthogonal maps of any width that cost far less than width**2, each determined by a seed.
 
-A weight matrix W (out, in) seen in a random orthogonal basis, U W V^T, is incoherent: its largest entry is
-little above its RMS, whatever outliers W had, so that few levels serve it well. A rotation is a chain of
+A weight matrix W (out, in) in a random orthogonal basis, U W V^T, is incoherent: its largest entry is
+little above its RMS despite any outliers of W, so that few levels serve it well. A rotation is a chain of
 steps on the last axis:
 
     signs            x_i -> s_i x_i
@@ -9,12 +9,12 @@ steps on the last axis:
     kronecker        the x of a window, reshaped (a, b, ...), times one small orthogonal matrix along each axis
 
 hadamard(width)      signs, then Sylvester's matrices for the powers of two, Paley's for odd primes p with a
-                     matrix of order 4p, Hartley's for what is left. Largest entry 1/sqrt(width), at most
+                     matrix of order 4p, Hartley's for the rest. Largest entry 1/sqrt(width), at most
                      sqrt(2/width) with a Hartley factor. O(width log width).
 orthogonal(width)    permutation, two Haar-random factors of about sqrt(width), permutation. A width without
                      such factors takes two overlapping windows of a width that has them. O(width**1.5).
 
-Seeds mean the same map for ever (`rng`). QuIP (arXiv 2307.13304, section 4.1) has the Kronecker product,
+A seed always means one and the same map (`rng`). QuIP (arXiv 2307.13304, section 4.1) has the Kronecker product,
 QuIP# (arXiv 2402.04396, section 3) the randomized Hadamard transform.
 """
 
@@ -46,13 +46,21 @@ class Kronecker:
     factors: tuple[Tensor | int, ...]  # a matrix, or the order of a Hartley transform
 
     def apply(self, x: Tensor, inverse: bool) -> Tensor:
-        """x (..., width) fp32 to the same shape; the inverse is the transpose."""
+        """Multiply by the product, or its transpose.
+
+        Args:
+            x: fp32 (..., width).
+            inverse: apply the transpose.
+
+        Returns:
+            fp32 (..., width).
+        """
         orders = [f if isinstance(f, int) else f.shape[0] for f in self.factors]
         width = prod(orders)
         y = x[..., self.start : self.start + width]
         lead = y.shape[:-1]
         for order, factor in zip(orders, self.factors):
-            # the first axis goes last, is transformed there and stays: after all factors the order is as before
+            # the first axis is moved last, transformed and left there: after all factors the order is as before
             y = y.reshape(*lead, order, width // order).transpose(-1, -2)
             # Hartley's transform is its own inverse, a matrix is undone by its transpose
             y = hartley(y) if isinstance(factor, int) else y @ (factor if inverse else factor.T)
@@ -64,24 +72,24 @@ class Kronecker:
 
 @dataclass(frozen=True, eq=False)
 class Signs:
-    """x * signs."""
+    """Multiplication by signs."""
 
     signs: Tensor
 
     def apply(self, x: Tensor, inverse: bool) -> Tensor:
-        """x (..., width) to the same shape."""
+        """Multiply x (..., width) by the signs, their own inverse."""
         return x * self.signs
 
 
 @dataclass(frozen=True, eq=False)
 class Permutation:
-    """x[..., order], undone by the inverse."""
+    """The permutation x[..., order]."""
 
     order: Tensor
     back: Tensor
 
     def apply(self, x: Tensor, inverse: bool) -> Tensor:
-        """x (..., width) to the same shape."""
+        """Permute the last axis of x (..., width), or undo it with `inverse`."""
         return x.index_select(-1, self.back if inverse else self.order)
 
 
@@ -96,34 +104,41 @@ class Rotation:
     steps: tuple[Step, ...]
 
     def forward(self, x: Tensor) -> Tensor:
-        """V applied to every vector on the last axis: x (..., width) to x V^T, fp32."""
+        """Apply V to every vector on the last axis: x (..., width) to x V^T, fp32."""
         x = x.to(torch.float32)
         for step in self.steps:
             x = step.apply(x, False)
         return x
 
     def inverse(self, x: Tensor) -> Tensor:
-        """x (..., width) to x V, fp32: undoes `forward`."""
+        """Undo `forward`: x (..., width) to x V, fp32."""
         x = x.to(torch.float32)
         for step in reversed(self.steps):
             x = step.apply(x, True)
         return x
 
     def congruent(self, gram: Tensor) -> Tensor:
-        """V G V^T for G (width, width), symmetric or not."""
+        """Return V G V^T for G (width, width), symmetric or not."""
         return self.forward(self.forward(gram).T).T
 
 
 @lru_cache(maxsize=64)
 def rotation(kind: Kind, width: int, seed: int, device: torch.device | str = "cpu") -> Rotation:
-    """The rotation of `width` that `seed` means. Cached: the layers of a model share a few widths."""
-    with torch.inference_mode(False):  # what is kept must serve training too, whoever asks for it first
+    """Return the rotation of a seed. Cached: the layers of a model share a few widths.
+
+    Args:
+        kind: "hadamard" or "orthogonal".
+        width: of the vectors.
+        seed: any integer.
+        device: of the tensors.
+    """
+    with torch.inference_mode(False):  # the cached tensors must serve training too
         made = _hadamard_steps(width, seed) if kind == "hadamard" else _orthogonal_steps(width, seed)
         return Rotation(width, tuple(_moved(step, torch.device(device)) for step in made))
 
 
 def hartley(x: Tensor) -> Tensor:
-    """The orthonormal Hartley transform of the last axis: symmetric, real, its own inverse, any length.
+    """Apply the orthonormal Hartley transform to the last axis: symmetric, real, its own inverse, any length.
 
     Entry (j, k) is sqrt(2/n) cos(2 pi jk/n - pi/4), so no entry exceeds sqrt(2/n).
     """
@@ -169,7 +184,7 @@ def _hadamard_steps(width: int, seed: int) -> list[Step]:
 
 
 def _merged(matrices: list[Tensor]) -> list[Tensor]:
-    """Few products of middling matrices are faster than many of tiny ones: join those that stay small."""
+    """Join matrices whose product stays small: few medium products are faster than many tiny ones."""
     merged: list[Tensor] = []
     for small in sorted(matrices, key=lambda m: -m.shape[0]):
         for i, large in enumerate(merged):
@@ -201,13 +216,13 @@ def _shuffle(seed: int, stream: int, width: int) -> Permutation:
 
 
 def _haar(seed: int, stream: int, order: int) -> Tensor:
-    """A Haar-random orthogonal matrix: Q of the one QR with a positive diagonal of R."""
+    """Return a Haar-random orthogonal matrix: Q of the one QR with a positive diagonal of R."""
     Q, R = torch.linalg.qr(normals(seed, stream, order * order).reshape(order, order))
     return (Q * R.diagonal().sign()).to(torch.float32)
 
 
 def _primes(n: int) -> list[int]:
-    """The prime factors of n, smallest first."""
+    """Return the prime factors of n, smallest first."""
     found, divisor = [], 2
     while n > 1:
         while n % divisor == 0:

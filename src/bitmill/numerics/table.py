@@ -9,8 +9,9 @@ _FEW = 16
 
 
 class Table:
-    """Values by code, and the code of the value nearest to a number: ties go to the even code, of codes with
-    equal values the lowest is chosen.
+    """Values by code, and the code of the value nearest to a number.
+
+    Ties round to the even code; of codes with equal values the lowest is chosen.
 
     values: (n,) fp32, the value of every code, n up to 256.
     """
@@ -30,15 +31,15 @@ class Table:
         self._in_order = self._order.tolist() == list(range(len(ordered)))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """The values of codes, fp32, any shape."""
+        """Return the values of codes, fp32, any shape."""
         return self.values.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
     def edges_in_order(self) -> Tensor | None:
-        """Fp32, as many of which a number exceeds as its code says; None where codes do not rise with values."""
+        """Return fp32 edges, of which a number exceeds as many as its code; None where codes are out of order."""
         return self._edges if self._in_order else None
 
     def codes(self, x: Tensor) -> Tensor:
-        """The codes of the values nearest to x, uint8, any shape."""
+        """Return the codes of the values nearest to x, uint8, any shape."""
         if len(self._edges) < _FEW:  # counting edges below x is faster than a binary search
             rank = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
             for edge in self._edges.tolist():

@@ -1,4 +1,4 @@
-"""Which of the storable numbers is chosen. One file per solver."""
+"""Solvers: they choose which of the storable numbers represent a matrix. One file per solver."""
 
 from bitmill.numerics.statistics import Statistics
 from bitmill.solvers.base import SOLVERS, Learner, Solver

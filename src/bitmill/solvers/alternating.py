@@ -24,7 +24,7 @@ from bitmill.solvers.base import SOLVERS, Solver
 @SOLVERS.register("alternating")
 @dataclass(frozen=True)
 class Alternating(Solver):
-    """Up to `rounds` turns from the format's closed-form start."""
+    """Up to `rounds` alternations from the format's closed-form start."""
 
     rounds: int = 15
     weighted: Literal["nothing", "diagonal", "fisher"] = "nothing"
@@ -36,17 +36,21 @@ class Alternating(Solver):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Nothing, unless errors are weighted."""
+        """No statistics, unless errors are weighted."""
         return WEIGHTED[self.weighted]
 
     def unsupported_reason(self, format: GroupFormat) -> str | None:
-        """Formats whose rows are apart: these take turns slice by slice."""
+        """Return a reason for formats whose rows share codebooks: slices of rows are solved independently."""
         if format.learned_codebooks:
             return f"alternating goes row by row, and all rows share the codebooks of {format.name}."
         return None
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns)."""
+        """Quantize W, fp32 (rows, columns).
+
+        Raises:
+            NumericsError: when the statistics that `weighted` needs were not collected.
+        """
         shape = (W.shape[0], W.shape[1])
         weight = stats.importance(self.weighted, self.name)
         importance = grouped_importance(weight, shape, format.group_size, format.block).to(W.device)

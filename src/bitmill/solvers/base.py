@@ -23,19 +23,24 @@ SOLVERS: Registry[type[Solver]] = Registry("solver", "bitmill.solvers")
 
 
 class Learner(ABC):
-    """Learns what all layers of a kind share.
+    """Learns the parts that all layers of a kind share.
 
-    The layers go by one after another, in float and as their solver would be handed them, and are gone when the
-    next one comes: a learner keeps what it needs of each, and answers at the end.
+    The layers are passed one after another, in float and as their solver would receive them, and are freed before
+    the next one: a learner keeps the samples that it needs of each.
     """
 
     @abstractmethod
     def add_layer(self, W: Tensor, stats: Statistics) -> None:
-        """Look at a layer, W fp32 (rows, columns)."""
+        """Take samples of a layer.
+
+        Args:
+            W: fp32 (rows, columns), as returned by `formats.wrapper.reduce_to_core`.
+            stats: its statistics.
+        """
 
     @abstractmethod
     def learn(self) -> Params:
-        """The shared parts, as stored."""
+        """Return the shared parts, as stored."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +55,51 @@ class Solver(Member, ABC):
         """The statistics that calibration must collect, of STATISTICS."""
 
     def unsupported_reason(self, format: GroupFormat) -> str | None:
-        """None, or one sentence that says why this format cannot be solved here."""
+        """Return one sentence on why this format cannot be solved here; None where it can."""
         return None
 
     def learner(self, format: GroupFormat, layers: int) -> Learner | None:
-        """Who learns what `layers` layers share; None where this solver cannot take stats.shared."""
+        """Return the learner of shared parts; None where this solver cannot use stats.shared.
+
+        Args:
+            format: the core format.
+            layers: number of layers that share the parts.
+        """
         return None
 
     def target(self, W: Tensor, stats: Statistics) -> Tensor:
-        """The matrix to come close to, in the metric of stats.gram: W, or what would serve the model better.
+        """Return the matrix to approximate in the metric of stats.gram: W, or one that serves the model better.
 
-        It is moved before wrappers do their part, so that all parts of a sum approach the same matrix.
+        It is computed before wrappers reduce the problem, so that all parts of a sum approach one matrix.
+
+        Args:
+            W: fp32 (rows, columns).
+            stats: of the layer.
         """
         return W
 
     @abstractmethod
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns), which is the target already."""
+        """Quantize a matrix.
+
+        Args:
+            W: fp32 (rows, columns), the target already.
+            stats: of the layer.
+            format: the core format.
+        """
 
 
 def solve(solver: Solver, W: Tensor, stats: Statistics, format: Format) -> Quantized:
-    """Quantize W, fp32 (rows, columns): wrappers do their part, the solver sees the innermost format."""
+    """Quantize a matrix: wrappers reduce the problem, the solver works on the innermost format.
+
+    Args:
+        W: fp32 (rows, columns).
+        stats: of the layer.
+        format: any format.
+
+    Raises:
+        NumericsError: when statistics that the solver or format needs are missing or cannot be factorized.
+    """
     return _solve(solver, solver.target(W, stats), stats, format)
 
 
@@ -89,19 +118,32 @@ def solve_stacked(
     format: Format,
     shared: Sequence[Params | None] | None = None,
 ) -> list[Quantized]:
-    """Quantize matrices that read one input, as one tall matrix where rows are apart: one factorization.
+    """Quantize matrices that read one input, as one tall matrix (one factorization) where the format allows it.
 
-    shared: what each matrix shares with its like in other blocks.
+    Args:
+        matrices: fp32 (rows, columns) each.
+        stats: of the stacked matrices.
+        format: any format.
+        shared: parts that each matrix shares with the layers of its kind in other blocks.
+
+    Returns:
+        The quantized matrices in order.
     """
     sizes = [W.shape[0] for W in matrices]
     if format.stackable and len(matrices) > 1:
         return solve(solver, torch.cat(matrices), stats, format).split(sizes)
-    known = [replace(own, shared=params) for own, params in zip(stats.split(sizes), shared or [None] * len(sizes))]
-    return [solve(solver, W, own, format) for W, own in zip(matrices, known)]
+    parts = shared or [None] * len(sizes)
+    own = [replace(each, shared=params) for each, params in zip(stats.split(sizes), parts)]
+    return [solve(solver, W, each, format) for W, each in zip(matrices, own)]
 
 
 def output_error(W: Tensor, W_hat: Tensor, gram: Tensor | None) -> float:
-    """Relative squared error of the layer's output, tr(D G D^T) / tr(W G W^T); of the weights without a Gram."""
+    """Return the relative squared error of the layer's output, tr(D G D^T) / tr(W G W^T), D = W - W_hat.
+
+    Args:
+        W, W_hat: fp32 (rows, columns).
+        gram: G (columns, columns); None for the error of the weights.
+    """
     D = W - W_hat
     if gram is None:
         return float(D.square_().sum() / W.square().sum().clamp(min=1e-30))

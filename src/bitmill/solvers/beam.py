@@ -66,25 +66,33 @@ class BeamSearch(Solver):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The Gram matrix of the layer's inputs; with alpha, how they differ from the float model's."""
+        """The Gram matrix of the layer's inputs; with alpha, the cross-Gram with the float model's inputs too."""
         return GRAM | {"cross"} if self.alpha else GRAM
 
     def unsupported_reason(self, format: GroupFormat) -> str | None:
-        """Formats with learned codebooks."""
+        """Return a reason for formats without learned codebooks."""
         if format.learned_codebooks:
             return None
         return f"beam_search searches sums of learned codebooks, and {format.name} has none; use gptq."
 
     def learner(self, format: GroupFormat, layers: int) -> CodebookLearner:
-        """Learns codebooks by the same search and least squares, from rows of all layers."""
+        """Return a learner of codebooks that uses this search and least squares on rows of all layers."""
         return CodebookLearner(format, layers, self.beam, self.rounds, self.damp)
 
     def target(self, W: Tensor, stats: Statistics) -> Tensor:
-        """W moved against the errors of earlier layers, with alpha."""
+        """Return W corrected for the errors of earlier layers, with alpha.
+
+        Raises:
+            NumericsError: when alpha is positive and stats.cross is missing.
+        """
         return corrected_target(W, stats, self.alpha, self.damp, self.name)
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns), against stats.gram."""
+        """Quantize W, fp32 (rows, columns), in the metric of stats.gram.
+
+        Raises:
+            NumericsError: when there is no Gram matrix, or it cannot be factorized.
+        """
         W, gram, dead = zero_dead_inputs(W, stats.required_gram(self.name))
         U, damp = inverse_factor(gram, self.damp)
         H = gram.clone()
@@ -94,9 +102,10 @@ class BeamSearch(Solver):
             state = _State(W, H, U, format, fit_matrix(format, W, importance, False), self.beam)
             self._train(state)
         else:
-            known = {name: value.to(W.device) for name, value in stats.shared.items()}
-            state = _State(W, H, U, format, fit_with_shared(format, W, importance, known), self.beam, frozen=True)
-        state.run_error_feedback()
+            shared = {name: value.to(W.device) for name, value in stats.shared.items()}
+            params = fit_with_shared(format, W, importance, shared)
+            state = _State(W, H, U, format, params, self.beam, frozen=True)
+        state.code_blocks()
         error = state.refit()
         best = state.quantized()
         for _ in range(self.sweeps):
@@ -109,20 +118,20 @@ class BeamSearch(Solver):
         return best
 
     def _train(self, state: _State) -> None:
-        """Fit the codebooks to a few rows at a time, coded as they will be."""
+        """Fit the codebooks to a few rows at a time, coded by error feedback."""
         rows = state.shape[0]
         count = min(rows, -(-_SAMPLE * state.format.codes_per_block // state.format.codes_in(state.shape[1])))
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).repeat(2)
         for turn in range(self.rounds):
             start = turn * count % rows
             part = state.some(order[start : start + count].to(state.W.device))
-            part.run_error_feedback()
+            part.code_blocks()
             part.refit_codebooks()
             state.params["codebooks"] = part.params["codebooks"]
 
 
 class _State:
-    """A matrix on its way: codes (rows, codes), params as stored.
+    """A matrix during the search: codes (rows, codes), params as stored.
 
     W (rows, columns), H (columns, columns), U as in `run_error_feedback`.  frozen: the codebooks are shared.
     """
@@ -137,18 +146,18 @@ class _State:
         self.codes = torch.empty(0)
 
     def some(self, rows: Tensor) -> _State:
-        """Some of the rows."""
+        """Select some of the rows."""
         params = {**self.params, "scale": self.params["scale"][rows if len(self.params["scale"]) > 1 else [0]]}
         return _State(self.W[rows], self.H, self.U, self.format, params, self.beam)
 
     def quantized(self) -> Quantized:
-        """The present state; later ones replace its tensors and leave them as they are."""
+        """Return the present state; later ones replace its tensors and never change them in place."""
         return Quantized(self.format, self.codes.clone(), dict(self.params), self.shape)
 
     # -- codes --------------------------------------------------------------------------------------------
 
-    def run_error_feedback(self) -> None:
-        """Code all blocks in turn; those to come absorb the error."""
+    def code_blocks(self) -> None:
+        """Code all blocks in turn; those not yet coded absorb the error."""
         self.codes = run_error_feedback(self.W.T.contiguous(), self.U, self, self.format).T.contiguous()
 
     def stop(self, start: int, stop: int) -> int:
@@ -156,7 +165,12 @@ class _State:
         return stop
 
     def rounder(self, column: int, Wt: Tensor) -> Rounder:
-        """Searches in (U_BB^T U_BB)^-1, the metric of what the blocks to come cannot absorb."""
+        """Return a search in (U_BB^T U_BB)^-1, the metric of errors that later blocks cannot absorb.
+
+        Args:
+            column: the first of the block.
+            Wt: unused.
+        """
         U = self.U[column : column + self.format.block, column : column + self.format.block].double()
         inverse = torch.linalg.solve_triangular(U, torch.eye(len(U), device=U.device).double(), upper=True)
         metric = self._whole((inverse @ inverse.T).float())
@@ -167,7 +181,16 @@ class _State:
         return block
 
     def search(self, column: int, pull: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (rows, M) and values (rows, block) of low v metric v - 2 v pull for the block at `column`."""
+        """Find codes of low v metric v - 2 v pull for a block.
+
+        Args:
+            column: the first of the block.
+            pull: (rows, block).
+            metric: (block, block).
+
+        Returns:
+            Codes (rows, M) and values v (rows, block).
+        """
         scale = self.scale_at(column)
         over = torch.where(scale > 0, 1 / torch.where(scale > 0, scale, 1.0), 0.0)
         codes, points = additive.search(pull * over, metric, self.params["codebooks"][0, 0], self.beam)
@@ -182,13 +205,13 @@ class _State:
     # -- parameters ---------------------------------------------------------------------------------------
 
     def refit(self) -> float:
-        """Codebooks, then scales; returns what is left of the objective."""
+        """Refit codebooks, then scales; return the objective."""
         if not self.frozen:
             self.refit_codebooks()
         return self._refit_scales()
 
     def refit_codebooks(self) -> None:
-        """Least squares in the metric of H."""
+        """Refit the codebooks by least squares in the metric of H."""
         blocks, diagonal = self._blocks(self.W - self._decoded()), self._blocks(self.H.diagonal()[None])
         codes = self.codes.reshape(-1, self.format.codes_per_block)
         starts = range(0, self.shape[1], self.format.block)
@@ -204,7 +227,7 @@ class _State:
         self.params["codebooks"] = as_stored(fitted)[None, None]
 
     def _refit_scales(self) -> float:
-        """Least squares for the scales, one group of columns after the other; returns the objective."""
+        """Refit the scales by least squares, one group of columns after the other; return the objective."""
         scale, width = self.params["scale"].clone(), self.format.width(self.shape)
         if len(scale) < self.shape[0]:
             width = self.shape[1]
@@ -227,7 +250,7 @@ class _State:
     # -- views --------------------------------------------------------------------------------------------
 
     def scale_at(self, column: int) -> Tensor:
-        """Scales (rows, 1) of the block at `column`."""
+        """Return the scales (rows, 1) of the block at `column`."""
         scale = self.params["scale"]
         group = min(column // self.format.width(self.shape), scale.shape[1] - 1)
         return scale[:, group : group + 1]
@@ -236,11 +259,11 @@ class _State:
         return self.format.dequantize(self.codes, self.params, self.shape)
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """(rows, columns) as blocks (n, block), padded with zeros."""
+        """View (rows, columns) as blocks (n, block), padded with zeros."""
         return torch.nn.functional.pad(x, (0, self.missing)).reshape(-1, self.format.block)
 
     def _whole(self, metric: Tensor) -> Tensor:
-        """The metric of a ragged block as that of a whole one: what is not there counts for nothing."""
+        """Pad the metric of a ragged block with zeros to that of a whole one."""
         missing = self.format.block - len(metric)
         return torch.nn.functional.pad(metric, (0, missing, 0, missing))
 

@@ -1,13 +1,12 @@
-"""Nearest rounding on clipped ranges: per row and group, the range whose outputs suffer least.
+"""Nearest rounding on clipped ranges: per row and group, the range of least output error.
 
 For share = 1, .95, .9, ... the largest |weight| of the group is clamped to that share, the format's closed-form
-parameters are fitted to what is left, and the group's own part of the output error, d^T G_gg d with d = w - w^,
-decides. What errors of different groups do to each other is left out of that choice; rows for which it would
-have cost more than it gained keep their full ranges, so that the result is never worse than nearest rounding.
+parameters are fitted to the clamped weights, and the group's own part of the output error, d^T G_gg d with
+d = w - w^, decides. That choice ignores interactions of errors of different groups; rows for which it would
+cost more than it gains keep their full ranges, so that the result is never worse than nearest rounding.
 
 Source: AWQ's code (mit-han-lab/llm-awq, auto_clip.py), which samples the group's partial outputs on 512 tokens
-where the Gram block is exact over all, and leaves q and k alone; clipping them too was better wherever it was
-measured.
+where the Gram block is exact over all, and leaves q and k alone; clipping them too was better in all measurements.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from bitmill.numerics.grouping import grouped, grouped_importance
 from bitmill.numerics.statistics import GRAM, Statistics
 from bitmill.solvers.base import SOLVERS, Solver
 
-_SLICE = 1 << 22  # weights looked at together
+_SLICE = 1 << 22  # weights processed together
 
 
 @SOLVERS.register("clip")
@@ -48,7 +47,11 @@ class Clip(Solver):
         return GRAM
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns), against stats.gram."""
+        """Quantize W, fp32 (rows, columns), in the metric of stats.gram.
+
+        Raises:
+            NumericsError: when there is no Gram matrix.
+        """
         gram = stats.required_gram(self.name)
         step = max(1, _SLICE // W.shape[1]) if format.stackable else W.shape[0]
         pieces = [self._solve(piece, gram, format) for piece in W.split(step)]
@@ -56,18 +59,18 @@ class Clip(Solver):
         return Quantized(format, torch.cat([p.codes for p in pieces]), params, (W.shape[0], W.shape[1]))
 
     def _solve(self, W: Tensor, gram: Tensor, format: GroupFormat) -> Quantized:
-        """Some rows, or all of them where they share parameters."""
+        """Quantize some rows, or all of them where they share parameters."""
         size, block = format.group_size, format.block
         x = grouped(W, size, block)
         importance = grouped_importance(gram.diagonal(), (W.shape[0], W.shape[1]), size, block)
         blocks = _diagonal_blocks(gram, x.shape[2] // (W.shape[0] // x.shape[0]))
         peak = x.abs().amax(-1, keepdim=True)
         full = best = format.fit(x, importance, search=False)
-        least = _apart(_error(x, best, blocks, format), best)
+        least = _sum_shared(_error(x, best, blocks, format), best)
         for step in range(1, self.steps):
             limit = peak * (1 - step * (1 - self.lowest) / self.steps)
             trial = format.fit(x.clamp(-limit, limit), importance, search=False)
-            error = _apart(_error(x, trial, blocks, format), trial)
+            error = _sum_shared(_error(x, trial, blocks, format), trial)
             best = _where(error < least, trial, best)
             least = torch.minimum(error, least)
         worse = _row_error(W, best, gram, format) > _row_error(W, full, gram, format)
@@ -75,7 +78,7 @@ class Clip(Solver):
 
 
 def _diagonal_blocks(gram: Tensor, width: int) -> Tensor:
-    """G_gg of every group of `width` columns, (groups, width, width), 0 where the last one is ragged."""
+    """Return G_gg of every group of `width` columns, (groups, width, width), 0 where the last one is ragged."""
     groups = -(-gram.shape[0] // width)
     missing = groups * width - gram.shape[0]
     gram = torch.nn.functional.pad(gram, (0, missing, 0, missing))
@@ -83,20 +86,20 @@ def _diagonal_blocks(gram: Tensor, width: int) -> Tensor:
 
 
 def _error(x: Tensor, params: Params, blocks: Tensor, format: GroupFormat) -> Tensor:
-    """d^T G_gg d, (rows, groups)."""
+    """Return d^T G_gg d, (rows, groups)."""
     D = x - format.decode(format.nearest(x, params), params)
     D = D.reshape(-1, *blocks.shape[:2]).transpose(0, 1)
     return (D @ blocks).mul_(D).sum(-1).T
 
 
 def _row_error(W: Tensor, params: Params, gram: Tensor, format: GroupFormat) -> Tensor:
-    """The whole output error of every row, groups together, (rows|1, 1)."""
+    """Return the whole output error of every row, groups together, (rows|1, 1)."""
     D = W - nearest_matrix(format, W, params).dequantize()
-    return _apart((D @ gram).mul_(D).sum(1, keepdim=True), params)
+    return _sum_shared((D @ gram).mul_(D).sum(1, keepdim=True), params)
 
 
-def _apart(error: Tensor, params: Params) -> Tensor:
-    """Errors (rows, groups), summed over whatever shares one of the parameters."""
+def _sum_shared(error: Tensor, params: Params) -> Tensor:
+    """Sum errors (rows, groups) over the rows or groups that share one of the parameters."""
     for axis in (0, 1):
         if any(value.shape[axis] == 1 for value in params.values()):
             error = error.sum(axis, keepdim=True)
@@ -104,5 +107,5 @@ def _apart(error: Tensor, params: Params) -> Tensor:
 
 
 def _where(better: Tensor, new: Params, old: Params) -> Params:
-    """Parameters by row and group; better: (rows|1, groups|1)."""
+    """Choose parameters by row and group; better: (rows|1, groups|1)."""
     return {name: torch.where(better[(..., *[None] * (v.dim() - 2))], new[name], v) for name, v in old.items()}

@@ -1,17 +1,17 @@
-"""Coordinate descent on the output error, after error feedback has made its one pass.
+"""Coordinate descent on the output error, after the one pass of error feedback.
 
-GPTQ never looks back: a column rounded early cannot answer for what later columns did. Two kinds of step
+GPTQ never revisits a column: one that is rounded early cannot compensate for later columns. Two kinds of step
 do, and neither can raise the objective tr((W - W^) H (W - W^)^T), H the damped Gram:
 
     column   re-round column j to the value that is best given the errors of all others,
-             w^_j + (E H)_j / H_jj  with E = W - W^; formats that code blocks re-round a block to what is
+             w^_j + (E H)_j / H_jj  with E = W - W^; formats that code blocks re-round a block to the number
              nearest to w^_B + (E H)_B H_BB^-1, and keep it in the rows where the objective falls;
     group    give a whole group new parameters: with everything else fixed its best real values are
              t = w^_g + (E H)_g H_gg^-1; fit the group's parameters to t, round t with error feedback inside
              the group, and keep the result in the rows where the objective falls.
 
 Columns are QuantEase's steps (Behdin et al. 2023, arXiv 2309.01885, section 3.2) and QuIP's greedy passes;
-the group step alternates codes and parameters in the metric that matters.
+the group step alternates codes and parameters in the metric of the output.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Descent:
         self._take(cut, *round_block(rounder, target, self.format.block))
 
     def groups_pass(self) -> None:
-        """Offer every group new parameters and codes, once, in natural order."""
+        """Try new parameters and codes for every group, once, in natural order."""
         for group in range(self._groups()):
             cut = slice(group * self.width, min((group + 1) * self.width, self.Q.shape[0]))
             U, _ = inverse_factor(self.H[cut, cut].contiguous(), 1e-6)
@@ -82,7 +82,7 @@ class Descent:
             self._keep(fresh, group, self._take(cut, codes, target))
 
     def _take(self, cut: slice, codes: Tensor, value: Tensor) -> Tensor:
-        """Replace whole blocks of columns in the rows where the objective falls; says which, (rows,)."""
+        """Replace blocks of columns in the rows where the objective falls; return these rows, bool (rows,)."""
         moved = value - self.Q[cut]
         # the exact change of the objective, whatever the new value has been through
         better = (moved * (self.H[cut, cut] @ moved)).sum(0) < 2 * (moved * self.gradient[cut]).sum(0)

@@ -1,6 +1,6 @@
-"""Error feedback: round columns, or blocks of columns, in turn, and let those to come absorb the error.
+"""Error feedback: round columns, or blocks of columns, in turn, and let later columns absorb the error.
 
-With G^-1 = U^T U and columns B rounded jointly from w_B to w^_B, the others do best to move by
+With G^-1 = U^T U and columns B rounded jointly from w_B to w^_B, the best move of the remaining columns R is
 
     w_R -= (w_B - w^_B) U_BB^-1 U_BR
 
@@ -26,9 +26,16 @@ _CHUNK = 32
 
 
 def zero_dead_inputs(W: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W, gram and the mask of inputs that are always 0, which contribute nothing whatever their weight: it is 0.
+    """Set the weights of inputs that are always 0, which contribute nothing, to 0.
 
-    On the diagonal they get the mean of the others, so that damping, a share of the mean, is not moved.
+    On the diagonal they get the mean of the others, so that damping, a share of the mean, does not change.
+
+    Args:
+        W: (rows, columns).
+        gram: (columns, columns).
+
+    Returns:
+        W, gram, and the mask of dead inputs (columns,).
     """
     dead = gram.diagonal() == 0
     if bool(dead.any()):
@@ -38,24 +45,35 @@ def zero_dead_inputs(W: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return W, gram, dead
 
 
-def visiting_order(loudness: Tensor, block: int, act_order: bool) -> Tensor:
-    """Columns in the order in which they are rounded: blocks stay whole, a ragged one comes last.
+def visiting_order(importance: Tensor, block: int, act_order: bool) -> Tensor:
+    """Return the columns in the order in which they are rounded: blocks stay whole, a ragged one comes last.
 
-    loudness (columns,): with `act_order`, blocks come by falling mean of it.
+    Args:
+        importance: (columns,).
+        block: columns coded jointly.
+        act_order: order blocks by descending mean importance.
     """
-    order = torch.arange(loudness.shape[0], device=loudness.device)
+    order = torch.arange(importance.shape[0], device=importance.device)
     if not act_order:
         return order
-    whole = loudness.shape[0] // block * block
-    blocks = torch.argsort(loudness[:whole].reshape(-1, block).mean(1), descending=True, stable=True)
+    whole = importance.shape[0] // block * block
+    blocks = torch.argsort(importance[:whole].reshape(-1, block).mean(1), descending=True, stable=True)
     return torch.cat([order[:whole].reshape(-1, block)[blocks].flatten(), order[whole:]])
 
 
 def run_error_feedback(Wt: Tensor, U: Tensor, grids: Grids, format: GroupFormat) -> Tensor:
-    """The loop. Wt (columns, rows) in visiting order, overwritten by the stored numbers; returns their codes.
+    """Round all columns in turn.
 
-    codes: (format.codes_in(columns), rows). Columns are kept as contiguous rows, because each step reads some
-    and updates those after them.
+    Columns are kept as contiguous rows, because each step reads some and updates those after them.
+
+    Args:
+        Wt: (columns, rows) in visiting order, overwritten by the stored numbers.
+        U: upper triangular (columns, columns), see the module.
+        grids: rounds the columns.
+        format: of the codes.
+
+    Returns:
+        Codes (format.codes_in(columns), rows).
     """
     columns, rows = Wt.shape
     codes = empty_codes(format, columns, rows, Wt.device)
@@ -99,35 +117,54 @@ def _block(
 
 
 def round_block(rounder: Rounder, wt: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Codes (codes_per_block, rows) and values (columns, rows) of wt (columns, rows), at most `block` columns."""
+    """Round at most `block` columns jointly.
+
+    Args:
+        rounder: as of `GroupFormat.rounder`.
+        wt: (columns, rows).
+        block: columns of a whole block.
+
+    Returns:
+        Codes (codes_per_block, rows) and values (columns, rows).
+    """
     columns = wt.shape[0]
     codes, values = rounder(torch.nn.functional.pad(wt.T, (0, block - columns)))
     return codes.T, values.T[:columns]
 
 
 def block_codes(format: GroupFormat, columns: slice) -> slice:
-    """Where the codes of some whole blocks of columns are."""
+    """Return the slice of the codes of some whole blocks of columns."""
     return slice(columns.start // format.block * format.codes_per_block, format.codes_in(columns.stop))
 
 
 def empty_codes(format: GroupFormat, columns: int, rows: int, device: torch.device) -> Tensor:
-    """Room for the codes of all columns, (codes, rows)."""
+    """Return uninitialized codes of all columns, (codes, rows)."""
     dtype = torch.uint8 if format.code_bits <= 8 else torch.int32
     return torch.empty(format.codes_in(columns), rows, dtype=dtype, device=device)
 
 
 class Grids(Protocol):
-    """What rounds the columns, or blocks of columns, in the order in which they are visited."""
+    """Rounders of the columns, or blocks of columns, in visiting order."""
 
     def stop(self, start: int, stop: int) -> int:
-        """Where a chunk from `start` that may reach to `stop` ends."""
+        """Return the end of a chunk of columns.
+
+        Args:
+            start: its first column.
+            stop: the end that it may not exceed.
+        """
 
     def rounder(self, column: int, Wt: Tensor) -> Rounder:
-        """Of the column, or block that starts there, visited at this turn; Wt as it is then."""
+        """Return the rounder of a column, or of the block that starts there.
+
+        Args:
+            column: its position in visiting order.
+            Wt: the present weights (columns, rows).
+        """
 
 
 class StaticGrids:
-    """Grids fitted beforehand; columns may come in any order.
+    """Grids fitted before the loop; columns may come in any order.
 
     groups: the group of each column, in visiting order.
     """
@@ -139,27 +176,27 @@ class StaticGrids:
         self._groups = groups.clamp(max=count - 1).tolist()
 
     def stop(self, start: int, stop: int) -> int:
-        """A chunk may end anywhere."""
+        """Return `stop`: a chunk may end anywhere."""
         return stop
 
     def rounder(self, column: int, Wt: Tensor) -> Rounder:
-        """Of the group of the column (or block that starts there) visited at this turn."""
+        """Return the rounder of the column's group."""
         return self._rounders[self._groups[column]]
 
 
 class LocalGrids:
-    """Grids fitted as the loop reaches each group, from weights that carry every correction so far."""
+    """Grids fitted when the loop reaches each group, from weights that carry every correction so far."""
 
     def __init__(self, format: GroupFormat, importance: Tensor, search: bool, width: int) -> None:
         self._format, self._importance, self._search, self._width = format, importance, search, width
         self._fitted: list[Params] = []
 
     def stop(self, start: int, stop: int) -> int:
-        """Chunks end where groups end: inside a chunk, later columns still lack the chunk's updates."""
+        """Return the end of the group: inside a chunk, later columns still lack the chunk's updates."""
         return min(stop, (start // self._width + 1) * self._width)
 
     def rounder(self, column: int, Wt: Tensor) -> Rounder:
-        """Of the group of `column`, fitted at its first column."""
+        """Return the rounder of the column's group, fitted at its first column."""
         if column % self._width == 0:
             cut = slice(column, column + self._width)
             self._fitted.append(fit_matrix(self._format, Wt[cut].T, self._importance[cut], self._search))
@@ -168,5 +205,5 @@ class LocalGrids:
 
     @property
     def params(self) -> Params:
-        """Of all groups, once the loop is over."""
+        """The parameters of all groups, once the loop is over."""
         return {name: torch.cat([p[name] for p in self._fitted], 1) for name in self._fitted[0]}

@@ -1,14 +1,14 @@
-"""GPTAQ: GPTQ towards what the float model would have computed, from the inputs the quantized model gives.
+"""GPTAQ: GPTQ towards the outputs of the float model, from the inputs that the quantized model produces.
 
 Problem    minimise || X_float W^T - X W^^T ||^2: the inputs X already carry the errors of earlier layers, and the
-           layer should undo what it can of them
+           layer should undo as much of them as it can
 Equation   with D = (X_float - X)^T X / tokens and G = X^T X / tokens, the best real-valued matrix is
            W* = W + W D (G + damp I)^-1, and || X W*^T - X W^^T ||^2 is GPTQ's problem; alpha scales the step
-Needs      the Gram matrix and the cross-Gram D: the float blocks run beside the quantized ones
+Needs      the Gram matrix and the cross-Gram D: the float blocks run in addition to the quantized ones
 Cost       GPTQ's, one more forward pass, and one triangular solve a layer
 Limits     D is estimated from the calibration text and fits it: alpha below 1 is a shrinkage
 
-Li et al. 2025, "GPTAQ" (arXiv 2504.02692). The paper spreads the same correction over the columns to come while
+Li et al. 2025, "GPTAQ" (arXiv 2504.02692). The paper spreads this correction over the remaining columns while
 it rounds (strictly upper part, alpha 0.25); here it is applied to all columns at once, before the loop, so that
 any format and order can follow.
 """
@@ -41,18 +41,30 @@ class GPTAQ(GPTQ):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The Gram matrix, and how the inputs differ from the float model's."""
+        """The Gram matrix, and with alpha the cross-Gram with the float model's inputs."""
         return super().needs | {"cross"} if self.alpha else super().needs
 
     def target(self, W: Tensor, stats: Statistics) -> Tensor:
-        """W moved against the errors of earlier layers; needs stats.gram and stats.cross."""
+        """Return W corrected for the errors of earlier layers.
+
+        Raises:
+            NumericsError: when stats.gram or stats.cross is missing.
+        """
         return corrected_target(W, stats, self.alpha, self.damp, self.name)
 
 
 def corrected_target(W: Tensor, stats: Statistics, alpha: float, damp: float, solver: str) -> Tensor:
-    """The matrix (rows, columns) to quantize instead of W, the share `alpha` of the way to W*.
+    """Return the matrix to quantize in place of W, the share `alpha` of the way to W*.
 
-    Raises NumericsError, naming the solver, when there are no statistics of the float model's inputs.
+    Args:
+        W: fp32 (rows, columns).
+        stats: of the layer.
+        alpha: 0 to 1.
+        damp: share of the Gram's mean diagonal added to it.
+        solver: its name, for the error message.
+
+    Raises:
+        NumericsError: when there are no statistics of the float model's inputs.
     """
     if not alpha:
         return W

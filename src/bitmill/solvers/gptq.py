@@ -1,4 +1,4 @@
-"""GPTQ: round one input column at a time, and let the columns to come absorb the error.
+"""GPTQ: round one input column at a time, and let the remaining columns absorb the error.
 
 Problem      minimise tr((W - W^) G (W - W^)^T) over storable W^, G = X^T X / tokens
 Step         with (G + damp*mean(diag G)*I)^-1 = U^T U:   e_j = (w_j - w^_j) / U_jj,   w_k -= e_j U_jk  (k > j)
@@ -6,11 +6,11 @@ Needs        the Gram matrix; cost out*in^2 multiplications plus the factorizati
 Grids        fitted before the loop from the original weights (`static_groups`, which act-order needs), or
              when the loop reaches a group, from the weights that already carry its neighbours' corrections
 Order        act-order takes the columns with the largest mean square first, while most freedom is left
-Importance   of a column when grids are fitted: its mean square G_jj, or 1 / (G^-1)_jj, what an error there
-             costs once the other columns have answered it
+Importance   of a column when grids are fitted: its mean square G_jj, or 1 / (G^-1)_jj, the cost of an error
+             there once the other columns have compensated for it
 Passes       optional coordinate descent afterwards, see `descent`
 Limits       rounding to a finite grid voids the optimality of the unbounded case; groups whose inputs are
-             nearly collinear want more damping
+             nearly collinear need more damping
 
 Frantar et al. 2022, "GPTQ" (arXiv 2210.17323), section 3 and algorithm 1. The loop is LDLQ of QuIP
 (arXiv 2307.13304, theorem 6), which the tests check. The block-local grid differs from the released code,
@@ -68,7 +68,7 @@ class GPTQ(Solver):
         return GRAM
 
     def unsupported_reason(self, format: GroupFormat) -> str | None:
-        """Formats whose parameters can be fitted when these options need them."""
+        """Return a reason for formats whose parameters cannot be fitted when these options require it."""
         if not self.static_groups and not format.groups_independent:
             return f"{format.name} fits all groups of a row together, so it needs static_groups=true."
         if not self.static_groups and format.group_size == "tensor":
@@ -78,7 +78,11 @@ class GPTQ(Solver):
         return None
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns), against stats.gram."""
+        """Quantize W, fp32 (rows, columns), in the metric of stats.gram.
+
+        Raises:
+            NumericsError: when there is no Gram matrix, or it cannot be factorized.
+        """
         W, gram, dead = zero_dead_inputs(W, stats.required_gram(self.name))
         columns = W.shape[1]
         order = visiting_order(gram.diagonal().masked_fill(dead, 0.0), format.block, self.act_order)

@@ -50,11 +50,11 @@ class HQQ(Solver):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Nothing."""
+        """No statistics."""
         return NOTHING
 
     def unsupported_reason(self, format: GroupFormat) -> str | None:
-        """Formats whose levels can move."""
+        """Return a reason for formats whose levels cannot move."""
         if not format.can_shift:
             return (
                 f"hqq moves the zero of every group, and that of {format.name} is fixed or an integer; "

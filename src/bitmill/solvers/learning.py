@@ -1,12 +1,12 @@
 """Codebooks that all layers of a kind share, learned from samples of their float weights.
 
 Sample    of every layer some blocks of columns and some rows, each row in units of its scale, and of every block
-          the metric of what the blocks after it cannot absorb, (U_BB^T U_BB)^-1 as in `feedback`
+          the metric of errors that later blocks cannot absorb, (U_BB^T U_BB)^-1 as in `feedback`
 Weight    that of the squared scale, over the mean energy of a row's output: layers count by relative errors
 Learn     residual k-means, then in turns beam search of all samples in their own metrics, and least squares
 
 The sampled weights lack the corrections that error feedback would make to them, which depend on codes that are
-not chosen yet. All samples together take a MB or two, however large the layers are.
+not chosen yet. All samples together take a MB or two, independent of the size of the layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STEPS = 8  # of conjugate gradients
 
 @dataclass(frozen=True)
 class _Sample:
-    """Of one layer.
+    """Samples of one layer.
 
     vectors: (places, rows, block).  weight: (places, rows), of their errors.  metric: (places, block, block).
     """
@@ -44,7 +44,7 @@ class _Sample:
 
     @property
     def diagonal(self) -> Tensor:
-        """What a squared error costs in each coordinate, (places, rows, block)."""
+        """The weight of a squared error in each coordinate, (places, rows, block)."""
         return self.weight[..., None] * self.metric.diagonal(dim1=1, dim2=2)[:, None]
 
 
@@ -60,7 +60,11 @@ class CodebookLearner(Learner):
         self.samples: list[_Sample] = []
 
     def add_layer(self, W: Tensor, stats: Statistics) -> None:
-        """Keep a sample of a layer."""
+        """Keep samples of a layer.
+
+        Raises:
+            NumericsError: when there is no Gram matrix, or it cannot be factorized.
+        """
         W, gram, dead = zero_dead_inputs(W, stats.required_gram("Learning codebooks"))
         energy = float(((W @ gram) * W).sum() / max(W.shape[0], 1))
         if energy <= 0:
@@ -77,14 +81,14 @@ class CodebookLearner(Learner):
         self.samples.append(_Sample(vectors, scale.square() / energy, _metrics(U, block)[places]))
 
     def _scales(self, W: Tensor, rows: Tensor, live: Tensor) -> Tensor:
-        """The scales (blocks of columns, rows) that the format gives to some rows."""
+        """Return the scales (blocks of columns, rows) that the format gives to some rows."""
         scale = fit_with_shared(self.format, W, live, {})["scale"]
         first = torch.arange(0, W.shape[1], self.format.block, device=W.device)
         group = (first // self.format.width((W.shape[0], W.shape[1]))).clamp(max=scale.shape[1] - 1)
         return scale.expand(W.shape[0], -1)[rows][:, group].T
 
     def learn(self) -> Params:
-        """Codebooks of least weighted error of all samples together."""
+        """Return codebooks of least weighted error of all samples together."""
         books, size = self.format.codes_per_block, 1 << self.format.code_bits
         if not self.samples:  # no weight is other than 0, and every code means 0
             return {"codebooks": torch.zeros(1, 1, books, size, self.format.block)}
@@ -100,7 +104,7 @@ class CodebookLearner(Learner):
         return {"codebooks": as_stored(codebooks)[None, None]}
 
     def _search(self, codebooks: Tensor) -> Tensor:
-        """Codes of all samples, each searched in the metric of its place."""
+        """Return the codes of all samples, each searched in the metric of its place."""
         found = [
             additive.search(vectors @ metric, metric, codebooks, self.beam)[0]
             for sample in self.samples
@@ -109,7 +113,7 @@ class CodebookLearner(Learner):
         return torch.cat(found)
 
     def _weigh(self, error: Tensor) -> Tensor:
-        """Errors of all samples (n, block) times their metrics and weights."""
+        """Multiply errors of all samples (n, block) by their metrics and weights."""
         sizes = [sample.weight.numel() for sample in self.samples]
         pieces = [
             (piece.reshape(sample.vectors.shape) @ sample.metric) * sample.weight[..., None]
@@ -122,7 +126,7 @@ class CodebookLearner(Learner):
 
 
 def _metrics(U: Tensor, block: int) -> Tensor:
-    """(U_BB^T U_BB)^-1 of every block of columns, (blocks, block, block); what is not there counts for nothing."""
+    """Return (U_BB^T U_BB)^-1 of every block of columns, (blocks, block, block), zero beyond the last column."""
     columns = U.shape[0]
     missing = -columns % block
     padded = torch.nn.functional.pad(U, (0, missing, 0, missing))

@@ -1,6 +1,6 @@
 """Round to nearest: fit the parameters, then take the closest storable number.
 
-Data-free by default. `weighted` says what squared errors count by when parameters are fitted: "diagonal" the
+Data-free by default. `weighted` selects the weights of squared errors when parameters are fitted: "diagonal" the
 mean square of the weight's input, "fisher" the loss's mean squared gradient by the weight.
 """
 
@@ -27,10 +27,14 @@ class Nearest(Solver):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Nothing, unless errors are weighted."""
+        """No statistics, unless errors are weighted."""
         return WEIGHTED[self.weighted]
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns)."""
+        """Quantize W, fp32 (rows, columns).
+
+        Raises:
+            NumericsError: when the statistics that `weighted` needs were not collected.
+        """
         importance = stats.importance(self.weighted, self.name)
         return nearest_matrix(format, W, fit_matrix(format, W, importance, self.search))

@@ -1,4 +1,4 @@
-"""Which exact change is made to the float model first. One file per transform."""
+"""Transforms: exact changes of the float model before it is quantized. One file per transform."""
 
 from bitmill.transforms.base import TRANSFORMS, FormatTransform, SeamTransform, SeamView, Transform
 

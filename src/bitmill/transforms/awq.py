@@ -1,7 +1,7 @@
-"""AWQ: scale the channels that matter up before rounding, and back down where they come from.
+"""AWQ: scale important channels up before rounding, and back down in the layer before.
 
-Problem    one percent of the weights, those that read loud channels, carry most of the output error; storing
-           them in float needs mixed storage, scaling their columns up makes their rounding finer for free
+Problem    one percent of the weights, those that read channels of large magnitude, carry most of the output error;
+           storing them in float needs mixed storage, scaling their columns up makes their rounding finer for free
 Equation   s_c = a_c^r / sqrt(max_c a_c^r min_c a_c^r), a_c = mean|x_c|; of r = 0, 1/grid, 2/grid, ... the one
            with the least sum over the seam's targets of tr(D G D^T), D = W - Q(W s) / s, G = X^T X / tokens
 Needs      calibration text
@@ -9,8 +9,8 @@ Source     Lin et al. 2023, "AWQ" (arXiv 2306.00978), section 3.2; the grid is t
 
 The authors run the parent module, all of attention or of the MLP, for every r and compare its outputs. The
 error of the targets' own outputs needs only the Gram matrix: exact over all calibration tokens instead of a
-sample of them, independent of their number, and the same for every architecture. What it leaves out is that
-the parent forgives some errors more than others (those of q and k pass a softmax).
+sample of them, independent of their number, and of the architecture. It ignores that
+the parent tolerates some errors more than others (those of q and k pass a softmax).
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class AWQ(SeamTransform):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the layers read."""
+        """Statistics of the layers' inputs."""
         return frozenset({"activations"})
 
     def choose(self, seam: SeamView) -> Tensor:
-        """s (channels,)."""
+        """Return s (channels,)."""
         gram = seam.stats.required_gram(self.name)
         magnitude = seam.readers(seam.stats.required_mean_abs(self.name)).mean(0)
         magnitude = magnitude / magnitude.mean().clamp(min=1e-30)
@@ -67,7 +67,7 @@ class AWQ(SeamTransform):
         return best
 
     def _error(self, W: Tensor, scale: Tensor, gram: Tensor, format: GroupFormat) -> Tensor:
-        """tr(D G D^T) of W (rows, columns), rounded after its columns are multiplied by `scale`."""
+        """Return tr(D G D^T) of W (rows, columns), rounded after its columns are multiplied by `scale`."""
         scaled = W * scale
         params = fit_matrix(format, scaled, None, self.search)
         D = W - nearest_matrix(format, scaled, params).dequantize() / scale

@@ -2,9 +2,9 @@
 
 A seam transform acts where a matrix and its inverse may be inserted without changing the function: the output
 channels of a norm or a linear layer are divided by s, the input columns of the layers that read them are
-multiplied by s. It only chooses s; folding it is done here, once, for every architecture that describes its
-seams. A format transform acts on a layer's own matrix and is undone at run time, by the wrapper it puts around
-the weight format.
+multiplied by s. It only chooses s; folding it is done here, once, for every architecture that describes its seams.
+A format transform acts on a layer's own matrix and is undone at run time, by the wrapper that it puts around the
+weight format.
 
 Law (tests/conformance/test_transforms.py): the float model's logits change by less than 1e-4 relative.
 """
@@ -30,12 +30,12 @@ TRANSFORMS: Registry[type[Transform]] = Registry("transform", "bitmill.transform
 
 @dataclass(frozen=True)
 class SeamView:
-    """One seam as a transform sees it.
+    """One seam in the form that a transform receives.
 
     source: the weight of the norm (channels,) or linear layer (channels, in) before the seam.
     targets: the weights (out, columns) of the linear layers after it that will be quantized.
-    format: what the targets will be quantized to.
-    stats: statistics of what the targets read; empty for a transform that does not need them.
+    format: the core of the targets' format.
+    stats: statistics of the targets' inputs; empty for a transform that does not need them.
     heads: of the source. With grouped queries the targets have more columns than the source has channels: they
         read every head several times in turn.
     """
@@ -47,11 +47,11 @@ class SeamView:
     heads: int = 1
 
     def columns(self, values: Tensor) -> Tensor:
-        """Values of the channels (channels,) as the targets' columns (columns,) see them."""
-        return spread(values, self.targets[0].shape[1], self.heads)
+        """Expand values of the channels (channels,) to the targets' columns (columns,)."""
+        return expand_channels(values, self.targets[0].shape[1], self.heads)
 
     def readers(self, values: Tensor) -> Tensor:
-        """Values of the columns (columns,) by the channel they read: (readers of a channel, channels)."""
+        """Group values of the columns (columns,) by the channel that they read: (readers, channels)."""
         repeats = values.shape[0] // self.source.shape[0]
         if repeats == 1:
             return values[None]
@@ -66,31 +66,39 @@ class Transform(Member, ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """{"activations"} when it looks at what the layers read."""
+        """{"activations"} for a transform that uses statistics of the layers' inputs."""
         return frozenset()
 
 
 class SeamTransform(Transform):
-    """Scales channels at the seams."""
+    """A transform that scales channels at the seams."""
 
     @abstractmethod
     def choose(self, seam: SeamView) -> Tensor:
-        """The positive scale s (channels,) for one seam."""
+        """Return the positive scale s (channels,) for one seam."""
 
 
 class FormatTransform(Transform):
-    """Changes the basis in which each matrix is stored."""
+    """A transform that changes the basis in which each matrix is stored."""
 
     @abstractmethod
     def wrap(self, format: Format) -> Wrapper:
-        """The format that undoes the change around `format`."""
+        """Return the wrapper around `format` that undoes the change."""
 
 
 def fold(scale: Tensor, seam: Seam, tensors: Mapping[str, Tensor], transposed: bool) -> dict[str, Tensor]:
-    """Divide the seam's source by `scale` (channels,) and multiply what its targets read by it.
+    """Divide the seam's source by a scale and multiply the columns of its targets by it.
 
-    tensors: the parameters of the block, by name.  transposed: weights are (in, out) (GPT-2).
-    Returns those that change, and leaves its arguments alone: a scale can be learned through it.
+    The arguments are not changed, and gradients reach the scale.
+
+    Args:
+        scale: (channels,).
+        seam: of the architecture.
+        tensors: the parameters of the block, by name.
+        transposed: weights are (in, out) (GPT-2).
+
+    Returns:
+        The parameters that change, by name.
     """
     weight, bias = tensors[f"{seam.source}.weight"], tensors.get(f"{seam.source}.bias")
     if weight.dim() == 1:
@@ -102,12 +110,21 @@ def fold(scale: Tensor, seam: Seam, tensors: Mapping[str, Tensor], transposed: b
         changed[f"{seam.source}.bias"] = bias / scale
     for target in (f"{name}.weight" for name in seam.targets):
         weight = tensors[target]
-        columns = spread(scale, weight.shape[0 if transposed else 1], seam.heads)
+        columns = expand_channels(scale, weight.shape[0 if transposed else 1], seam.heads)
         changed[target] = weight * (columns[:, None] if transposed else columns[None, :])
     return changed
 
 
-def spread(values: Tensor, columns: int, heads: int) -> Tensor:
-    """Values of a seam's channels (channels,) as its targets' `columns` see them: each head repeated in turn."""
+def expand_channels(values: Tensor, columns: int, heads: int) -> Tensor:
+    """Expand values of a seam's channels to its targets' columns: each head is repeated in turn.
+
+    Args:
+        values: (channels,).
+        columns: of the targets.
+        heads: of the source.
+
+    Returns:
+        (columns,).
+    """
     repeats = columns // values.shape[0]
     return values if repeats == 1 else values.unflatten(0, (heads, 1, -1)).expand(-1, repeats, -1).flatten()

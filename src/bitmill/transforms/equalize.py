@@ -1,6 +1,6 @@
 """Cross-layer equalization: balance the ranges on both sides of a seam.
 
-Problem    one loud input column widens the range of every group it falls into
+Problem    one input column of large weights widens the range of every group that contains it
 Equation   s_c = sqrt(r1_c / r2_c), r1 the largest |weight| that writes channel c, r2 the largest that reads it
            (a norm writes with its own weight)
 Needs      weights only
@@ -25,7 +25,7 @@ class Equalize(SeamTransform):
     strength: float = 1.0
 
     def choose(self, seam: SeamView) -> Tensor:
-        """s (channels,), normalised to geometric mean 1."""
+        """Return s (channels,), normalised to geometric mean 1."""
         writes = seam.source.abs() if seam.source.dim() == 1 else seam.source.abs().amax(1)
         reads = seam.readers(torch.stack([t.abs().amax(0) for t in seam.targets]).amax(0)).amax(0)
         ratio = writes.clamp(min=1e-5) / reads.clamp(min=1e-5)

@@ -27,5 +27,5 @@ class Hadamard(FormatTransform):
     rescale: bool = False
 
     def wrap(self, format: Format) -> Rotated:
-        """The format in the rotated basis."""
+        """Return the format in the rotated basis."""
         return Rotated(format, "hadamard", self.seed, self.sides, self.rescale)

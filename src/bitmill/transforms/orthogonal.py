@@ -27,5 +27,5 @@ class Orthogonal(FormatTransform):
     rescale: bool = False
 
     def wrap(self, format: Format) -> Rotated:
-        """The format in the rotated basis."""
+        """Return the format in the rotated basis."""
         return Rotated(format, "orthogonal", self.seed, self.sides, self.rescale)

@@ -1,6 +1,6 @@
 """Permute: deal the columns of every matrix to the blocks of its format by importance.
 
-Problem    vector codes spend as many bits on blocks of quiet inputs as on loud ones
+Problem    vector codes spend as many bits on blocks of unimportant inputs as on important ones
 Equation   W -> W P, with the most important columns at the first place of every block, and so on
 Needs      the Gram matrix of the inputs
 Cost       a gather of the inputs at run time; log2(columns) bits a column
@@ -22,5 +22,5 @@ class Permute(FormatTransform):
     """An order of the columns for each matrix."""
 
     def wrap(self, format: Format) -> Permuted:
-        """The format for the columns in that order."""
+        """Return the format for the permuted columns."""
         return Permuted(format)

@@ -1,6 +1,6 @@
-"""SmoothQuant: move the loudness of activations into the weights that read them.
+"""SmoothQuant: move the magnitude of activations into the weights that read them.
 
-Problem    a few input channels are far louder than the rest, so that one scale for a token's activations
+Problem    a few input channels are far larger than the rest, so that one scale for a token's activations
            leaves the others a handful of levels; weights have no such channels
 Equation   s_c = max|x_c|^alpha / max|w_c|^(1 - alpha), over all tokens and over all rows that read channel c
 Needs      calibration text
@@ -36,11 +36,11 @@ class SmoothQuant(SeamTransform):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the layers read."""
+        """Statistics of the layers' inputs."""
         return frozenset({"activations"})
 
     def choose(self, seam: SeamView) -> Tensor:
-        """s (channels,)."""
+        """Return s (channels,)."""
         inputs = seam.readers(seam.stats.required_max_abs(self.name)).amax(0).clamp(min=_FLOOR)
         weights = torch.stack([W.abs().amax(0) for W in seam.targets]).amax(0)
         weights = seam.readers(weights).amax(0).clamp(min=_FLOOR)

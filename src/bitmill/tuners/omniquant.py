@@ -33,7 +33,7 @@ from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.solvers import Solver
 from bitmill.solvers.clip import Clip
 from bitmill.solvers.nearest import Nearest
-from bitmill.transforms.base import fold, spread
+from bitmill.transforms.base import expand_channels, fold
 from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner, relative_error
 from bitmill.tuners.training import Adam, minibatches
 
@@ -223,7 +223,7 @@ class _Learned:
                     stats = self.task.input_stats.pop(name)
                     if shift is None:  # the moments of shifted inputs are not known
                         columns = self._matrix(name, self.parameters).shape[1]
-                        self.task.input_stats[name] = stats.scale(spread(log.exp(), columns, seam.heads))
+                        self.task.input_stats[name] = stats.scale(expand_channels(log.exp(), columns, seam.heads))
 
     def _matrix(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
         """The weight of a linear as (out, in)."""
