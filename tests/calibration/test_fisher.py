@@ -17,6 +17,7 @@ from bitmill.formats.codebook import Codebook
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.rules import Rule
 from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
 from bitmill.tasks.base import task_for
@@ -109,7 +110,7 @@ def test_scaled_weights(tmp_path):
 
 
 def recipe(weighted: str, transforms: tuple = ()) -> Recipe:
-    return Recipe("test", Codebook(3), Nearest(True, weighted), transforms, ("*.q_proj",))
+    return Recipe("test", Codebook(3), Nearest(True, weighted), transforms, (Rule("*.o_proj", "float"),))
 
 
 @pytest.mark.parametrize("propagate", ["quantized", "float"])
@@ -128,12 +129,12 @@ def test_pipeline_passes_fisher(propagate, transforms, tmp_path):
         patch.setattr(Nearest, "solve", solve)
         bitmill.quantize(model, recipe("fisher", transforms), calibration=WINDOWS, measure=0, propagate=propagate)
     assert all(stats.gram is None for _, stats in seen.values())  # nobody asked
-    W, stats = seen[0]  # k and v, stacked
-    wanted = torch.cat([expected[f"model.layers.0.self_attn.{n}_proj"] for n in "kv"])
+    W, stats = seen[0]  # q, k and v, stacked
+    wanted = torch.cat([expected[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv"])
     assert stats.fisher.shape == W.shape == wanted.shape
     if not transforms:
         assert torch.allclose(stats.fisher, wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
-    assert len(seen) == 2 * 4
+    assert len(seen) == 2 * 3
 
 
 def test_cached_result_reused(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from bitmill.progress import Progress
 from bitmill.recipes.method import build_recipe
 from bitmill.report.verdicts import BROKEN, LIMITS, VERDICTS, summarize, verdict
 from bitmill.sources.open import open_source
-from bitmill.workflows.sweep import BITS, FLOATS, SIZES, Cell, _walk, cells, decibels, sweep
+from bitmill.workflows.sweep import BITS, FLOATS, SIZES, Cell, decibels, fill_cells, sweep, sweep_cells
 from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -50,10 +50,10 @@ def test_equals_quantization(architecture: str) -> None:
 @architectures
 def test_measures_quantized_model(architecture: str) -> None:
     model = tiny_model(architecture)
-    table = [cell for cell in cells(search=False) if cell.group_size == 32 and cell.bits in (3, 4)]
-    _walk(StreamedModel(open_source(model)), table, WINDOWS, Progress())
+    table = [cell for cell in sweep_cells(search=False) if cell.group_size == 32 and cell.bits in (3, 4)]
+    fill_cells(StreamedModel(open_source(model)), table, WINDOWS, Progress())
     for cell in table:
-        core = cell.recipe.stored.core
+        core = cell.recipe.default.format.core
         options = {"bits": core.bits, "group_size": 32} if cell.recipe.name == "rtn" else {}
         with_codes, _ = quantized(model, cell.recipe.name, **options)
         logits = (lambda tokens, m=m: m(tokens).logits for m in (with_codes, model))
@@ -137,7 +137,7 @@ def test_verdict_words() -> None:
 
 def test_unmeasurable_cell() -> None:
     made = Cell(build_recipe("rtn"), 4, 64, errors={"a": 0.1}, stored_bits=4)
-    made.comparison.predicted, made.comparison.loss = 1, math.nan
+    made.metrics.predicted, made.metrics.loss = 1, math.nan
     result = made.result(1)
     assert (result["perplexity"], result["kl_divergence"], result["top1_agreement"]) == (None, math.inf, None)
     assert cell_table([{**result, "verdict": verdict(result)}], measured=True).row_count == 1

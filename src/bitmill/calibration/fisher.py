@@ -1,12 +1,12 @@
-"""The Fisher diagonal: how much the model's own loss minds a change of each single weight.
+"""The Fisher diagonal: the sensitivity of the model's own loss to each single weight.
 
     F = mean over windows of (d loss / d W)^2        loss: mean next-token cross entropy of one window;
                                                      of an encoder u e, e its embedding, u drawn from N(0, I)
 
-One backward pass a window, through a model of which one block is in memory at a time: a float forward pass
-leaves the inputs of every block on the disk, then blocks are taken last to first, run again, and sent the
-gradient of their output. Squares are summed in fp32 (a weight's square is of the order of 1e-10, which half
-types round away); results go to the disk too, so memory does not grow with depth.
+One backward pass per window, through a model of which one block is in memory at a time: a float forward pass
+writes the inputs of every block to disk; then the blocks, from last to first, run again and receive the gradient
+of their output. Squares are summed in fp32 (a weight's square is of the order of 1e-10, which half types round to
+zero); results are written to disk too, so memory does not grow with depth.
 
 The gradient is averaged over a window's tokens before it is squared, as in SqueezeLLM (arXiv 2306.07629,
 section 4.1 and its published gradient code), so this is no Fisher matrix of single tokens. An encoder has no
@@ -28,13 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitmill.calibration.store import replace_file
+from bitmill.calibration.walk import HiddenStates, walk_blocks
 from bitmill.errors import NumericsError, OutputError
 from bitmill.models.block_call import BlockCall
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.tasks.base import Loss
 
-WINDOWS = 100  # more windows than these are not read: the published figures use 100
+WINDOWS = 100  # most windows that are read; the published figures use 100
 
 
 class Fisher:
@@ -44,54 +45,53 @@ class Fisher:
         self.folder = folder
 
     def block(self, index: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Name of the linear inside its block -> F, fp32 (out, in)."""
+        """Return F, fp32 (out, in), of every linear of a block, by its path in the block."""
         return load_file(self._file(index), str(device))
 
     @property
     def complete(self) -> bool:
-        """Whether all blocks are there: the first block's file is written last."""
+        """Return True if all blocks are there: the first block's file is written last."""
         return self._file(0).exists()
 
     def measure(self, streamed: StreamedModel, windows: Tensor, progress: Progress) -> None:
-        """Fill the folder from windows of tokens (windows, length); at most WINDOWS of them are read.
+        """Fill the folder.
 
-        Raises NumericsError when the model's loss is NaN or Inf, OutputError when the folder has no room.
+        Args:
+            streamed: the float model.
+            windows: token ids (windows, length), of which the first WINDOWS are used.
+            progress: advanced by two for each block.
+
+        Raises:
+            NumericsError: If the model's loss is NaN or Inf.
+            OutputError: If the folder has too little space.
         """
         windows = windows[:WINDOWS]
         self.folder.mkdir(parents=True, exist_ok=True)
-        count = len(streamed.blocks)
-        progress.start("Fisher information", 2 * count)
+        progress.start("Fisher information", 2 * len(streamed.blocks))
         with streamed.non_block_weights("embedding"):
-            entered = [streamed.embed(window[None]) for window in windows]
-        hidden = torch.cat([start for start, _ in entered])
-        calls = [call for _, call in entered]
-        del entered
-        self._check_space(streamed, hidden)
-        for index in range(count):
-            save_file({"hidden": hidden}, self._inputs(index))
-            block = streamed.load_block(index)
-            for n, call in enumerate(calls):
-                hidden[n] = call[index].run(block, hidden[n : n + 1])[0]
-            streamed.free_block(index)
-            progress.advance()
+            states = HiddenStates(streamed, windows.split(1))
+        self._check_space(streamed, sum(hidden.nbytes for hidden in states.batches))
+        for index, block in walk_blocks(streamed, progress):
+            save_file(
+                {str(n): hidden.contiguous() for n, hidden in enumerate(states.batches)}, self._inputs(index)
+            )
+            states.advance(block, index)
         with streamed.non_block_weights("head"):
-            loss = streamed.task.loss()
+            loss, gradients = streamed.task.loss(), states.batches
             for n, window in enumerate(windows):
-                hidden[n] = _loss_gradient(streamed, window[None], hidden[n : n + 1], loss)[0]
-        for index in reversed(range(count)):
-            block = streamed.load_block(index)
-            squares = self._backward(streamed, block, index, hidden, [call[index] for call in calls])
+                gradients[n] = _loss_gradient(streamed, window[None], gradients[n], loss)
+        for index, block in walk_blocks(streamed, progress, reverse=True):
+            squares = self._backward(streamed, block, index, gradients, states.calls(index))
             replace_file(self._file(index), partial(save_file, squares))
-            streamed.free_block(index)
-            progress.advance()
 
-    def _check_space(self, streamed: StreamedModel, hidden: Tensor) -> None:
+    def _check_space(self, streamed: StreamedModel, hidden_bytes: int) -> None:
+        """Raise OutputError if the folder cannot hold the inputs of all blocks and the result."""
         names = [
             f"{streamed.block_name(index)}.{linear}.weight"
             for index in range(len(streamed.blocks))
             for linear in streamed.adapter.linears
         ]
-        needed = len(streamed.blocks) * hidden.nbytes + sum(4 * math.prod(streamed.shape(name)) for name in names)
+        needed = len(streamed.blocks) * hidden_bytes + sum(4 * math.prod(streamed.shape(name)) for name in names)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OutputError(
@@ -100,20 +100,33 @@ class Fisher:
             )
 
     def _backward(
-        self, streamed: StreamedModel, block: nn.Module, index: int, gradient: Tensor, calls: list[BlockCall]
+        self,
+        streamed: StreamedModel,
+        block: nn.Module,
+        index: int,
+        gradients: list[Tensor],
+        calls: list[BlockCall],
     ) -> dict[str, Tensor]:
-        """Mean squares of one block; `gradient` (windows, tokens, width) goes from its output to its input."""
+        """Return the mean squared gradients of one block's linears.
+
+        Args:
+            streamed: the float model.
+            block: block `index`, with float weights.
+            index: its index.
+            gradients: gradients of the loss by the block's output (1, tokens, width), window by window; replaced
+                by those by its input.
+            calls: arguments with which the model calls the block, window by window.
+        """
         linears = {name: block.get_submodule(name) for name in streamed.adapter.linears}
         squares: dict[str, Tensor] = {}
         hooks = [linear.register_forward_hook(_square_into(squares, name)) for name, linear in linears.items()]
         try:
             with safe_open(self._inputs(index), "pt") as file, torch.enable_grad():
-                stored = file.get_slice("hidden")
                 for n, call in enumerate(calls):
-                    start = stored[n : n + 1].to(gradient.device).requires_grad_()
-                    call.run(block, start).backward(gradient[n : n + 1])
+                    start = file.get_tensor(str(n)).to(gradients[n].device).requires_grad_()
+                    call.run(block, start).backward(gradients[n])
                     assert start.grad is not None
-                    gradient[n] = start.grad[0]
+                    gradients[n] = start.grad
         finally:
             for hook in hooks:
                 hook.remove()
@@ -128,15 +141,21 @@ class Fisher:
 
 
 def rescale_fisher(F: Tensor, W: Tensor, scaled: Tensor) -> Tensor:
-    """F of a weight after rows or columns of W were scaled: its gradient was divided by the same numbers."""
+    """Return the Fisher diagonal of a weight whose rows or columns were scaled.
+
+    Args:
+        F: Fisher diagonal of W, (out, in).
+        W: the weight before, (out, in).
+        scaled: the weight after; its gradients are those of W divided by the scales.
+    """
     return F * torch.where(scaled != 0, W / scaled, 1.0).square_()
 
 
 def _square_into(squares: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """A forward hook: when the output's gradient G arrives, add (G^T X)^2 to squares[name].
+    """Return a forward hook that adds (G^T X)^2 to squares[name] when the output's gradient G arrives.
 
-    Weights ask for no gradient of their own, so none is kept for longer than its square takes; and the
-    result is (out, in) whichever way round the module stores its weight.
+    Weights do not require gradients of their own, so none is kept for longer than its square takes; and the result
+    is (out, in), also where the module stores its weight as (in, out).
     """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -153,7 +172,7 @@ def _square_into(squares: dict[str, Tensor], name: str) -> Callable[[nn.Module, 
 
 @torch.enable_grad()
 def _loss_gradient(streamed: StreamedModel, tokens: Tensor, hidden: Tensor, loss_of: Loss) -> Tensor:
-    """The gradient of the window's loss by the hidden states after the last block, (1, tokens, width)."""
+    """Return the gradient of a window's loss by the hidden states after the last block, (1, tokens, width)."""
     hidden = hidden.detach().clone().requires_grad_()
     loss = loss_of(tokens, streamed.head(tokens, hidden))
     if not bool(torch.isfinite(loss)):

@@ -1,14 +1,14 @@
-"""The calibration windows on their way through the blocks.
+"""The hidden states of the calibration windows on their way through the blocks, in up to two streams.
 
-Up to two streams travel: what the quantized blocks make of the text, which is what later blocks will have to
-live with, and what the float model has there, for those who compare with it.
+One stream has passed the quantized blocks, since later blocks will receive their outputs; the other one has passed
+the float blocks, for methods that compare the two.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from bitmill.calibration.walk import HiddenStates
 from bitmill.models.block_call import BlockCall
 from bitmill.models.streamed import StreamedModel
 
@@ -17,54 +17,60 @@ BATCH_TOKENS = 2048
 
 
 class Streams:
-    """Hidden states before the next block, (windows, tokens, width) batch by batch.
+    """Hidden states of the calibration windows before the next block.
 
-    hidden: what blocks are calibrated on.  float: the float model's, None when nobody compares.
+    Attributes:
+        hidden: input of the next block during calibration.
+        float: hidden states of the float model; None where no method compares with them.
     """
 
     def __init__(self, streamed: StreamedModel, windows: Tensor, compare: bool) -> None:
-        self._streamed = streamed
-        self._batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
-        self.embed_windows()
-        self.float: list[Tensor] | None = list(self.hidden) if compare else None
+        """Embed the windows; needs the weights of the side "embedding" in memory.
 
-    def embed_windows(self) -> None:
-        """Begin with the embeddings that are in memory now; the float stream stays where it is."""
-        self.hidden: list[Tensor] = []
-        self._calls: list[list[BlockCall]] = []
-        for batch in self._batches:
-            start, calls = self._streamed.embed(batch)
-            self.hidden.append(start)
-            self._calls.append(calls)
+        Args:
+            streamed: the float model.
+            windows: token ids (windows, length).
+            compare: keep the float model's hidden states too.
+        """
+        batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self.hidden = HiddenStates(streamed, batches)
+        self.float: HiddenStates | None = self.hidden.fork() if compare else None
 
     def calls(self, index: int) -> list[BlockCall]:
-        """How block `index` is called, batch by batch."""
-        return [calls[index] for calls in self._calls]
+        """Return how the model calls block `index`, batch by batch."""
+        return self.hidden.calls(index)
+
+    def first_window(self, index: int) -> tuple[Tensor, BlockCall]:
+        """Return the hidden states (1, tokens, width) of the first window, and how it is passed to a block."""
+        first = self.hidden.batches[0]
+        return first[:1], self.calls(index)[0].cut(first.shape[0], 0, 1)
 
     def float_outputs(self, block: nn.Module, index: int) -> list[Tensor]:
-        """What a block that still holds its float weights makes of the float stream; empty without one."""
-        return [] if self.float is None else self.forward(block, index, self.float)
+        """Return the outputs of a float block on the float stream, batch by batch; empty without that stream."""
+        return [] if self.float is None else self.float.forward(block, index)
 
     def advance(
         self,
         block: nn.Module,
         index: int,
-        targets: list[Tensor],
+        float_outputs: list[Tensor],
         outputs: list[Tensor] | None = None,
         follow_float: bool = False,
     ) -> None:
-        """Move on to the next block.
+        """Move past a block.
 
-        targets: as `float_outputs` gave them.  outputs: of the quantized block on `hidden`, where they are known.
-        follow_float: calibrate the next block on the float model's hidden states.
+        Args:
+            block: the quantized block.
+            index: its index.
+            float_outputs: result of `float_outputs` while the block held float weights.
+            outputs: outputs of the quantized block on `hidden`, where they are available.
+            follow_float: calibrate the next block on the float model's hidden states.
         """
         if follow_float:
-            self.hidden = targets
+            self.hidden.batches = float_outputs
+        elif outputs is None:
+            self.hidden.advance(block, index)
         else:
-            self.hidden = self.forward(block, index, self.hidden) if outputs is None else outputs
-        self.float = None if self.float is None else targets
-
-    @torch.no_grad()
-    def forward(self, block: nn.Module, index: int, batches: list[Tensor]) -> list[Tensor]:
-        """What block `index` makes of hidden states, with whatever its weights are now."""
-        return [call.run(block, hidden) for call, hidden in zip(self.calls(index), batches)]
+            self.hidden.batches = outputs
+        if self.float:
+            self.float.batches = float_outputs

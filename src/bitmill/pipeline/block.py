@@ -52,8 +52,7 @@ def quantize_block(
     calls = streams.calls(index) if streams else []
     stages = [list(stage) for stage in adapter.stages]
     if streams:
-        first = streams.hidden[0]
-        stages = find_stages(adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
+        stages = find_stages(adapter, block, *streams.first_window(index))
     elif store and store.has(index):  # by the leads of its stages
         stages = store.stages(index) or stages
     leads = [stage[0] for stage in stages]
@@ -65,14 +64,14 @@ def quantize_block(
         seen = _float_statistics(job, block, index, streams, stages, store)
     elif "activations" in recipe.needs:
         assert streams is not None
-        seen = collect_statistics(block, streams.hidden, calls, leads)
+        seen = collect_statistics(block, streams.hidden.batches, calls, leads)
 
     task = BlockTask(
         block, names, recipe.stored, calls, [], targets, index, len(streamed.blocks), adapter.transposed,
         adapter.seams,
     )  # fmt: skip
     if streams and recipe.tuners:  # nobody else needs the inputs once they have passed
-        task.inputs = list(streams.hidden)
+        task.inputs = list(streams.hidden.batches)
     work = _Work(job, task, stages, bool(recipe.tuners), shared)
     if work.keep:
         task.dtypes = {name: streamed.dtype(f"{prefix}.{name}") for name, _ in task.floats()}
@@ -113,7 +112,7 @@ def _float_statistics(
     if store and store.has(index):
         return store.load(index, job.streamed.device)
     assert streams is not None
-    seen = collect_statistics(block, streams.hidden, streams.calls(index), [stage[0] for stage in stages])
+    seen = collect_statistics(block, streams.hidden.batches, streams.calls(index), [stage[0] for stage in stages])
     if store:
         store.save(index, seen, stages)
     return seen
@@ -133,12 +132,12 @@ def _solve(
         return None
     assert streams is not None
     leads = [stage[0] for stage in work.stages]
-    inputs = list(streams.hidden) if job.recipe.tuners else streams.hidden
+    inputs = list(streams.hidden.batches) if job.recipe.tuners else streams.hidden.batches
     forward = StagedForward(task.block, inputs, task.calls, leads)
     beside = None
     if twin is not None:
         assert streams.float is not None
-        beside = StagedForward(twin, list(streams.float), task.calls, leads)
+        beside = StagedForward(twin, list(streams.float.batches), task.calls, leads)
     try:
         for stage in work.stages:
             _solve_stage(work, stage, _statistics(forward, beside, stage[0], task.matrix(stage[0]).shape[1], job))

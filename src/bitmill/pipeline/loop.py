@@ -14,6 +14,7 @@ import torch
 from bitmill.calibration.fisher import Fisher
 from bitmill.calibration.store import StatisticsStore
 from bitmill.calibration.streams import Streams
+from bitmill.calibration.walk import walk_blocks
 from bitmill.data.text import windows_hash
 from bitmill.errors import RecipeError
 from bitmill.formats import Params
@@ -53,25 +54,24 @@ def _run(
 ) -> dict[str, Any]:
     streamed = job.streamed
     streams = measure = None
-    ends = quantize_embeddings(job, sink, progress)
+    embeddings = quantize_embeddings(job, sink, progress)
     with streamed.non_block_weights("embedding"):
         if _needs_streams(job, store):
             assert job.calibration is not None
             streams = Streams(streamed, job.calibration, job.propagate == "float" or _compares(job))
         if job.held_out is not None:
             measure = HeldOutMetrics(streamed, job.held_out)
-        if ends:  # until here the float model's own embeddings were read
-            ends.put_embedding()
+        if embeddings:  # until here the float model's own embeddings were read
+            embeddings.put_embedding()
             if streams and job.propagate != "float":
-                streams.embed_windows()
+                streams.hidden.embed()
             if measure:
-                measure.embed_windows()
+                measure.quantized.embed()
 
     progress.start("quantize", len(streamed.blocks))
-    for index in range(len(streamed.blocks)):
-        block = streamed.load_block(index)
+    for index, block in walk_blocks(streamed, progress):
         if measure:
-            measure.advance_float(block, index)
+            measure.float.advance(block, index)
         done = sink.finished(index)
         if done is not None:
             targets = streams.float_outputs(block, index) if streams else []
@@ -81,14 +81,12 @@ def _run(
         else:
             sink.write(quantize_block(job, block, index, streams, store, fisher, shared), streamed)
         if measure:
-            measure.advance_quantized(block, index)
-        streamed.free_block(index)
-        progress.advance()
+            measure.quantized.advance(block, index)
     progress.finish()
     if measure is None:
         return {}
     with streamed.non_block_weights("head"):
-        return measure.result(ends)
+        return measure.result(embeddings)
 
 
 def _store(job: Job) -> StatisticsStore | None:

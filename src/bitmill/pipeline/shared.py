@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from torch import nn
+
 from bitmill.calibration.collect import collect_statistics
 from bitmill.calibration.staged_forward import find_stages
 from bitmill.calibration.streams import Streams
+from bitmill.calibration.walk import walk_blocks
 from bitmill.formats import Params
 from bitmill.formats.quantized import shared_module_path
 from bitmill.formats.wrapper import reduce_to_core
@@ -63,9 +66,8 @@ def _learn(job: Job, progress: Progress) -> dict[str, Params]:
     if job.calibration is not None and recipe.needs & _OBSERVED:
         with streamed.non_block_weights("embedding"):
             streams = Streams(streamed, job.calibration, compare=False)
-    for index in range(len(streamed.blocks)):
-        _show(job, index, streams, learners)
-        progress.advance()
+    for index, block in walk_blocks(streamed, progress):
+        _show(job, block, index, streams, learners)
     learned = {}
     for kind in list(learners):
         learned[kind] = learners.pop(kind).learn()
@@ -74,14 +76,14 @@ def _learn(job: Job, progress: Progress) -> dict[str, Params]:
     return learned
 
 
-def _show(job: Job, index: int, streams: Streams | None, learners: dict[str, Learner]) -> None:
+def _show(job: Job, block: nn.Module, index: int, streams: Streams | None, learners: dict[str, Learner]) -> None:
     """Let the learners see the linears of one block, and move the stream past it."""
     streamed = job.streamed
-    block, stages, seen = streamed.load_block(index), [list(stage) for stage in streamed.adapter.stages], {}
+    stages, seen = [list(stage) for stage in streamed.adapter.stages], {}
     if streams:
-        calls, first = streams.calls(index), streams.hidden[0]
-        stages = find_stages(streamed.adapter, block, first[:1], calls[0].cut(first.shape[0], 0, 1))
-        seen = collect_statistics(block, streams.hidden, calls, [stage[0] for stage in stages])
+        stages = find_stages(streamed.adapter, block, *streams.first_window(index))
+        leads = [stage[0] for stage in stages]
+        seen = collect_statistics(block, streams.hidden.batches, streams.calls(index), leads)
         streams.advance(block, index, [])
     fold_transforms(job, index, seen)
     for stage in stages:
@@ -91,4 +93,3 @@ def _show(job: Job, index: int, streams: Streams | None, learners: dict[str, Lea
             if job.quantizes(name):
                 W, format = streamed.matrix(f"{name}.weight"), job.scheme(name).format
                 learners[kind].add_layer(*reduce_to_core(W, stats, format))
-    streamed.free_block(index)
