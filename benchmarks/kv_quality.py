@@ -21,9 +21,8 @@ import torch
 
 from bitmill import api
 from bitmill.evaluation.metrics import score_windows
-from bitmill.kv.answers import PackedCacheLogits
-from bitmill.kv.calibrate import fit_calibration
-from bitmill.kv.recording import KVRecording, record_keys_values
+from bitmill.kv.cache import PackedForward
+from bitmill.kv.calibrate import KVRecording, fit_calibration, record_keys_values
 from bitmill.kv.scheme import KVMethod, kv_method
 from bitmill.kv.size import cache_size
 from bitmill.models.block_call import output_fn
@@ -119,7 +118,7 @@ def main() -> None:
         if method.scheme().is_calibrated:
             recording = recording or record_keys_values(model, calib, fisher=True)
             calibration = fit_calibration(model, method, recording)
-        answers = PackedCacheLogits(model, method, calibration)
+        answers = PackedForward(model, method, calibration)
         measured = score_windows(answers, held_out, reference, batch=args.batch)
         results["rows"][key] = {
             "name": name,

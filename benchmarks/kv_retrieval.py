@@ -32,9 +32,8 @@ from bitmill.compat import forward_with_cache
 from bitmill.data import text
 from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.kv.cache import QuantizedCache
-from bitmill.kv.calibrate import fit_calibration
+from bitmill.kv.calibrate import fit_calibration, record_keys_values
 from bitmill.kv.calibration_file import KVCalibration
-from bitmill.kv.recording import record_keys_values
 from bitmill.kv.scheme import KVMethod, kv_method
 
 RESULTS = Path(__file__).parent / "results" / "kv_retrieval.json"

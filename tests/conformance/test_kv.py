@@ -11,7 +11,7 @@ import torch
 
 from bitmill.errors import RecipeError
 from bitmill.kv.codec import TensorCodec
-from bitmill.kv.kernel_args import plan_of
+from bitmill.kv.kernel_args import page_plan
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import Rope
@@ -94,7 +94,7 @@ def test_more_bits_lower_error(name):
         kept = 32 * 8
         found = torch.stack([layer.keys, layer.values])[..., :kept, :]
         errors.append(float((found - states).square().mean()))
-        sizes.append(layer.pages.layout.words)
+        sizes.append(layer.buffer.pages.layout.words)
     assert errors == sorted(errors, reverse=True)
     assert sizes == sorted(sizes)
     assert len(errors) >= 2
@@ -112,7 +112,7 @@ def test_page_overhead(name, bits):
 @every_method
 def test_kernel_accepts_pages(name):
     for bits in widths(name):
-        plan = plan_of(PageLayout(kv_method(name, bits).scheme(), 3, 64))
+        plan = page_plan(PageLayout(kv_method(name, bits).scheme(), 3, 64))
         reason = unsupported_reason(plan, torch.device("cpu"))
         assert reason is None or "installed" in reason
 
@@ -121,7 +121,7 @@ def test_kernel_accepts_pages(name):
 def test_pages_are_independent(name):
     method, states = kv_method(name), numbers(96)
     for which, side in enumerate((method.scheme().keys, method.scheme().values)):
-        coder = TensorCodec(side, HEADS, DIM, calibrated(method, states)[which])
+        coder = TensorCodec.from_params(side, HEADS, DIM, calibrated(method, states)[which])
         x = states[which].transpose(1, 2).flatten(2)
         whole = coder.decode(coder.encode(x))
         assert torch.equal(whole[:, 32:64], coder.decode(coder.encode(x[:, 32:64])))

@@ -33,7 +33,7 @@ def method_of(setting):
     return kv_method(name, **options)
 
 
-def calibrated_at_random(side, channels, seed=0, weighed=False):
+def calibrated_at_random(side, channels, seed=0, uses_gradients=False):
     """Ranges and levels as calibration finds them for normal numbers of deviation 1 to 2."""
     generator = torch.Generator().manual_seed(seed)
     own, learned = side.axis == "channel", side.levels == "learned"
@@ -53,7 +53,7 @@ def calibrated_at_random(side, channels, seed=0, weighed=False):
         zero,
         levels if learned else None,
         levels * 0.9 if side.q_norm else None,
-        torch.rand(channels, generator=generator) + 0.5 if weighed and side.outliers else None,
+        torch.rand(channels, generator=generator) + 0.5 if uses_gradients and side.outliers else None,
         mean,
         deviation,
     )
@@ -104,7 +104,7 @@ class SlowLayer(DynamicLayer):
 
     def __init__(self, packed, start=None, direct=True):
         super().__init__()
-        self.scheme, self.calibrated, self.rope = packed.scheme, packed.calibrated, packed.rope
+        self.scheme, self.calibrated, self.rope = packed.scheme, packed.buffer.params, packed.buffer.rope
         self.window, self.start, self.direct = packed.window, start, direct
         self.packed = self.length = 0
         self.rows = None
@@ -116,7 +116,9 @@ class SlowLayer(DynamicLayer):
     def append(self, keys, values):
         heads, dim = keys.shape[1], keys.shape[-1]
         sides = (self.scheme.keys, self.scheme.values)
-        self.coders = [TensorCodec(side, heads, dim, found) for side, found in zip(sides, self.calibrated)]
+        self.coders = [
+            TensorCodec.from_params(side, heads, dim, found) for side, found in zip(sides, self.calibrated)
+        ]
         self.dtype, self.is_initialized = keys.dtype, True
         if self.start is None:
             self.start = torch.zeros(keys.shape[0], dtype=torch.int64)

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bitmill.kv.buffer import PageStore
 from bitmill.kv.codec import CalibratedParams, TensorCodec
-from bitmill.kv.kernel_args import plan_of
+from bitmill.kv.kernel_args import page_plan
 from bitmill.kv.page import PageLayout
 from bitmill.kv.rope import Rope
 from bitmill.kv.scheme import Scheme, TensorScheme
-from bitmill.kv.store import PageStore
 from bitmill.runtime.attention.plan import LayerPlan, PackedPast
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def made(case: Case, seed: int = 0) -> Made:
     shape = (rows, case.packed, channels)
     numbers = [torch.randn(shape, generator=generator) * torch.rand(channels, generator=generator) for _ in "kv"]
     coders = [
-        TensorCodec(
+        TensorCodec.from_params(
             side,
             case.heads,
             case.dim,
@@ -78,7 +78,7 @@ def made(case: Case, seed: int = 0) -> Made:
     store = PageStore(layout, coders[0], coders[1], rows, CPU)
     store.append(*numbers)
     for slab in store.slabs[-1:]:
-        slab[:, (store.pages - 1) % slab.shape[1] + 1 :] = -1  # scales that are NaN, in pages not in use
+        slab[:, (store.num_pages - 1) % slab.shape[1] + 1 :] = -1  # scales that are NaN, in pages not in use
     keys, values = (x.unflatten(-1, (case.heads, case.dim)).transpose(1, 2) for x in store.read(0, case.packed))
     rope = Rope(10000.0 ** -(torch.arange(0, case.dim, 2).double() / case.dim), 1.25)
     start = torch.tensor(case.starts)
@@ -101,11 +101,11 @@ def made(case: Case, seed: int = 0) -> Made:
                 fp16_buffer[:, row, :, i] = float("nan")
     first = torch.tensor(case.firsts)
     static = case.keys.axis == "static"
-    levels = coders[0].levels
+    levels = coders[0].levels.values
     if levels.dim() == 2:
         levels = levels.repeat(1, 16 // levels.shape[1]).flatten()
     layer = LayerPlan(
-        plan_of(layout), levels, coders[1].levels,
+        page_plan(layout), levels, coders[1].levels.values,
         coders[0].scale if static else None, coders[0].zero if static else None,
         rope.frequencies if case.pre_rope else None, rope.factor,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from bitmill.errors import UsageError
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibration_file import FILE, read_calibration
 from bitmill.kv.config import parse_kv_config
-from bitmill.kv.support import calibration_bytes
+from bitmill.kv.size import calibration_bytes
 from helpers.tiny_models import tiny_model
 from helpers.workspace import interrupted_after, snapshot
 
@@ -246,7 +246,7 @@ def test_damage(world, run, kept):
         (["--kv", "per_token", "--kv-set", "group=x"], "use a whole number or null"),
         (["--kv", "per_token", "--kv-bits", "4", "--kv-set", "bits=4"], "given twice"),
         (["--kv", "per_token:bits=4", "--kv-bits", "4"], "given twice"),
-        (["--kv-bits", "4"], "without a method"),
+        (["--kv-bits", "4"], "no method is named"),
         (["--kv", "per_token", "--kv-set", "4"], "--kv-set wants KEY=VALUE"),
         (["--kv", "kvquant", "--kv-samples", "0"], "--kv-samples is 0"),
         (["--kv", "kvquant", "--kv-seqlen", "65"], "lower --kv-seqlen"),
@@ -260,7 +260,7 @@ def test_refused(world, run, flags, said):
 
 
 def test_advice_names_alternatives(kept):
-    with pytest.raises(UsageError, match=r"there is one for kvquant at 3 bits, residual 0; .*residual=64 -o"):
+    with pytest.raises(UsageError, match=r"has one for kvquant at 3 bits, residual 0; .*residual=64 -o"):
         QuantizedCache(bitmill.load(kept), "kvquant", bits=3)
 
 

@@ -81,7 +81,7 @@ def test_from_dynamic_cache(architecture):
         layer.get_mask_sizes(1) for layer in written.layers
     ]
     for a, b in zip(taken.layers, written.layers):
-        own_mask = mask[:, a.first_for(0) :].bool()[:, None, :, None]
+        own_mask = mask[:, a.first_visible(0) :].bool()[:, None, :, None]
         difference = (a.keys - b.keys).masked_fill(~own_mask, 0).abs()
         assert difference.max() < 0.1  # other numbers share a range after padding
 
@@ -123,7 +123,7 @@ def test_select_and_repeat_rows():
     whole = cache.layers[0].keys
     cache.batch_select_indices(torch.tensor([2, 0]))
     assert torch.equal(cache.layers[0].keys, whole[[2, 0]])
-    assert cache.layers[0].start.tolist() == [14, 0]
+    assert cache.layers[0].buffer.start.tolist() == [14, 0]
     cache.batch_repeat_interleave(2)
     assert torch.equal(cache.layers[0].keys, whole[[2, 2, 0, 0]])
     cache.reset()

@@ -9,8 +9,13 @@ import bitmill
 from bitmill.kv.calibrate import calibrate
 from bitmill.kv.calibration_file import read_calibration
 from bitmill.kv.config import parse_kv_config
-from bitmill.kv.size import cache_size
-from bitmill.kv.support import calibration_bytes, packed_shapes
+from bitmill.kv.size import cache_size, calibration_bytes, packed_shapes
+from helpers.workspace import build_world
+
+
+@pytest.fixture
+def world(tmp_path):
+    return build_world(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +30,9 @@ def test_calibration_size(world, options):
     (shape,) = set(packed_shapes(model).values())
     layers = len(packed_shapes(model))
     fixed = 0 if method.nuq else layers * 4 * 2 * 4  # levels that are not learned are no part of it
-    assert cache_size(method.scheme(), *shape, layers, 1, weighed=method.weighs_errors).tables == size + fixed
+    assert (
+        cache_size(method.scheme(), *shape, layers, 1, uses_gradients=method.uses_gradients).tables == size + fixed
+    )
 
 
 def test_live_models(world):

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.kv.codec import TensorCodec, hadamard_rotation
-from bitmill.kv.levels import normal_levels
+from bitmill.kv.codec import TensorCodec, hadamard_rotation, normal_levels
 from bitmill.kv.scheme import PAGE, Scheme, TensorScheme
 from helpers.packed_cache import calibrated_at_random
 
@@ -36,7 +35,7 @@ every_side = pytest.mark.parametrize("side", SIDES, ids=repr)
 
 
 def coder_of(side):
-    return TensorCodec(side, HEADS, DIM, calibrated_at_random(side, HEADS * DIM))
+    return TensorCodec.from_params(side, HEADS, DIM, calibrated_at_random(side, HEADS * DIM))
 
 
 def numbers(seed=0, tokens=3 * PAGE):
@@ -50,7 +49,7 @@ def test_shapes(side):
     assert coded.codes.shape == (2, 3, PAGE, HEADS * DIM)
     assert coded.codes.dtype == torch.uint8
     assert int(coded.codes.max()) < 1 << side.bits
-    assert (coded.scale is None) == side.is_fixed
+    assert (coded.scale is None) == side.is_static
     assert coder.decode(coded).shape == x.shape
 
 
@@ -61,7 +60,7 @@ def test_stored_parts_are_fp16(side):
         assert part is None or torch.equal(part, part.half().float())
 
 
-@pytest.mark.parametrize("side", [s for s in SIDES if s.is_fixed and not s.q_norm], ids=repr)
+@pytest.mark.parametrize("side", [s for s in SIDES if s.is_static and not s.q_norm], ids=repr)
 def test_encode_decode_is_idempotent(side):
     coder = coder_of(side)
     once = coder.decode(coder.encode(numbers()))
@@ -79,12 +78,12 @@ def test_requantize_error(side):
 
 
 @pytest.mark.parametrize(
-    "side", [s for s in SIDES if s.levels == "uniform" and not (s.is_fixed or s.outliers)], ids=repr
+    "side", [s for s in SIDES if s.levels == "uniform" and not (s.is_static or s.outliers)], ids=repr
 )
 def test_uniform_error_bound(side):
     coder, x = coder_of(side), numbers()
     coded = coder.encode(x)
-    wide = coder._wide(coded.scale).expand(coded.codes.shape).flatten(1, 2)
+    wide = coder.per_number_scale(coded).expand(coded.codes.shape).flatten(1, 2)
     # fp16 rounds the scale and the zero: 15 steps are off by 15 * 2**-11 of one, and the zero by 2**-11 of itself
     assert ((coder.decode(coded) - x).abs() <= wide * (0.5 + (1 << side.bits) / 2048) + 8 / 2048).all()
 
@@ -109,7 +108,7 @@ def test_outliers_exact_in_fp16(side):
     assert ((exact - stored).abs() <= apart * 2**-10 + 1e-5).all()
     assert abs(float(back[0, 5, 17]) - 900) < 1
     assert abs(float(back[1, 40, 0]) + 700) < 1
-    count = side.outlier_count(HEADS * DIM)
+    count = side.num_outliers(HEADS * DIM)
     dense = back.scatter_add(-1, index, -coded.outlier_value.flatten(1, 2))
     worst = (x - dense).abs().topk(count + 1, -1).values
     assert (apart.amin(-1) >= worst[..., -1] - 0.5).all()
@@ -120,9 +119,11 @@ def test_outliers_excluded_from_range():
     """Without its two largest numbers a token has a finer scale."""
     x = numbers()
     x[:, :, 3], x[:, :, 50] = 100.0, -100.0
-    plain = TensorCodec(TensorScheme(3, "token"), HEADS, DIM, calibrated_at_random(TensorScheme(3, "token"), 96))
+    plain = TensorCodec.from_params(
+        TensorScheme(3, "token"), HEADS, DIM, calibrated_at_random(TensorScheme(3, "token"), 96)
+    )
     side = TensorScheme(3, "token", outliers=0.02)
-    sparse = TensorCodec(side, HEADS, DIM, calibrated_at_random(side, 96))
+    sparse = TensorCodec.from_params(side, HEADS, DIM, calibrated_at_random(side, 96))
     errors = [(c.decode(c.encode(x)) - x).square().mean() for c in (plain, sparse)]
     assert errors[1] < errors[0] / 50
 
@@ -140,7 +141,7 @@ def test_constant_numbers():
 def test_q_norm_levels():
     side = TensorScheme(2, "static", levels="learned", q_norm=True)
     found = calibrated_at_random(side, HEADS * DIM)
-    coder = TensorCodec(side, HEADS, DIM, found)
+    coder = TensorCodec.from_params(side, HEADS, DIM, found)
     normal = torch.linspace(-1, 1, PAGE)[None, :, None].expand(1, PAGE, HEADS * DIM)
     coded = coder.encode(normal * found.scale + found.zero)
     nearest = (normal[..., None] - found.edges).abs().argmin(-1)
@@ -155,7 +156,7 @@ def test_lloyd_max_levels():
     assert normal_levels(4)[-1] == pytest.approx(2.733, abs=5e-4)
     x = torch.randn(400, PAGE, 64)
     side = TensorScheme(2, "token", "head", levels="normal")
-    coder = TensorCodec(side, 1, 64, calibrated_at_random(side, 64))
+    coder = TensorCodec.from_params(side, 1, 64, calibrated_at_random(side, 64))
     error = (coder.decode(coder.encode(x)) - x).square().mean()
     assert 0.112 < float(error) < 0.1175  # of a normal number; a head is scaled by its own mean square
 
@@ -180,7 +181,7 @@ def test_odd_heads_not_rotated():
         lambda: TensorScheme(4, "token", 0),
         lambda: TensorScheme(4, "token", q_norm=True),
         lambda: TensorScheme(4, "token", outliers=0.7),
-        lambda: TensorScheme(4, "token", 12).groups(2, 64),
+        lambda: TensorScheme(4, "token", 12).num_groups(2, 64),
         lambda: Scheme(TensorScheme(4, "token"), TensorScheme(4, "page")),
         lambda: Scheme(
             TensorScheme(4, "token", "head", "normal", rotated=True), TensorScheme(4, "token"), pre_rope=True
@@ -197,12 +198,12 @@ def test_conflicting_options_refused(wrong):
 
 
 def test_channel_groups():
-    assert TensorScheme(4, "token").groups(3, 64) == 1
-    assert TensorScheme(4, "token", "head").groups(3, 64) == 3
-    assert TensorScheme(4, "token", 32).groups(3, 64) == 6
-    assert TensorScheme(4, "token", outliers=0.01).outlier_count(192) == 2
-    assert TensorScheme(4, "token", outliers=0.01).outlier_count(16) == 1
-    assert TensorScheme(4, "token", outliers=0.01).outlier_count(math.prod((32, 128))) == 41
+    assert TensorScheme(4, "token").num_groups(3, 64) == 1
+    assert TensorScheme(4, "token", "head").num_groups(3, 64) == 3
+    assert TensorScheme(4, "token", 32).num_groups(3, 64) == 6
+    assert TensorScheme(4, "token", outliers=0.01).num_outliers(192) == 2
+    assert TensorScheme(4, "token", outliers=0.01).num_outliers(16) == 1
+    assert TensorScheme(4, "token", outliers=0.01).num_outliers(math.prod((32, 128))) == 41
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_channel_levels():
     found = calibrated_at_random(side, HEADS * DIM)
     x = numbers(tokens=PAGE)
     nearest = (x[..., None] - found.levels).abs().argmin(-1)
-    assert torch.equal(TensorCodec(side, HEADS, DIM, found).encode(x).codes[:, 0].long(), nearest)
+    assert torch.equal(TensorCodec.from_params(side, HEADS, DIM, found).encode(x).codes[:, 0].long(), nearest)
 
 
 def test_weighted_outliers():
@@ -232,5 +233,5 @@ def test_weighted_outliers():
     found = calibrated_at_random(side, HEADS * DIM)
     heavy = torch.ones(HEADS * DIM)
     heavy[5] = 1e6
-    index = TensorCodec(side, HEADS, DIM, replace(found, weight=heavy)).encode(numbers()).outlier_index
+    index = TensorCodec.from_params(side, HEADS, DIM, replace(found, weight=heavy)).encode(numbers()).outlier_index
     assert (index == 5).any(-1).all()

@@ -9,6 +9,7 @@ import torch
 
 import bitmill
 from bitmill.errors import UsageError
+from bitmill.kv import buffer as buffer_module
 from bitmill.kv import layer as layer_module
 from bitmill.kv.cache import QuantizedCache
 from bitmill.runtime import native
@@ -144,16 +145,16 @@ def test_kernel_equals_decoded(setting, rows, monkeypatch):
         raise AssertionError("a token was decoded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(layer_module.QuantizedLayer, "read", decoded)
+        patch.setattr(buffer_module.TokenBuffer, "read", decoded)
         assert generated(model, ids, cache, mask) == expected
     assert cache.unsupported_reason is None
     twin = copy.deepcopy(cache)
     assert torch.equal(continued(model, twin, prompt(rows), 3), continued(model, cache, prompt(rows), 3))
     layer = cache.packed_layers[1]
-    query, first = torch.randn(rows, 4, 16), layer.start + 3
+    query, first = torch.randn(rows, 4, 16), layer.buffer.start + 3
     torch.testing.assert_close(
         layer.attend(query, 0.3, first),
-        layer_module.read_by_floats(layer, query, 0.3, first),
+        layer_module.attend_decoded(layer, query, 0.3, first),
         atol=1e-4,
         rtol=1e-4,
     )
@@ -172,7 +173,7 @@ def test_kernel_unsupported_reason(monkeypatch):
     monkeypatch.delenv("BITMILL_KERNEL")
     model = long_model("llama")
     cache = packed_cache(model, SETTINGS[0])
-    assert cache.unsupported_reason == "Nothing is packed yet."
+    assert cache.unsupported_reason == "The cache is empty."
     generated(model, prompt(), cache)
     assert cache.unsupported_reason == "Heads have 8 numbers; kernels take multiples of 16."
     monkeypatch.setenv("BITMILL_KERNEL", "reference")

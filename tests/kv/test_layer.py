@@ -29,7 +29,7 @@ def numbers(rows, tokens, seed):
 
 def same(layer, slow, start):
     """Return True if both hold equal numbers outside of the padding."""
-    first = layer.first_for(0)
+    first = layer.first_visible(0)
     assert layer.get_mask_sizes(3) == slow.get_mask_sizes(3)
     for ours, theirs in zip((layer.keys, layer.values), slow.floats(first), strict=True):
         for row, begin in enumerate(start):
@@ -57,7 +57,7 @@ def test_random_operations(setting, steps, padding, prompt):
     layer = layer_of(setting)
     start = torch.tensor(padding)
     slow = SlowLayer(layer, start)
-    layer.begin(start)
+    layer.buffer.set_start(start)
     for seed, (what, number) in enumerate([("append", prompt), *steps]):
         if what == "append":
             states = numbers(len(slow.start), number, seed)
@@ -74,7 +74,7 @@ def test_random_operations(setting, steps, padding, prompt):
             layer.batch_repeat_interleave(number)
             slow.batch_repeat_interleave(number)
         same(layer, slow, slow.start.tolist())
-        assert layer.start.tolist() == slow.start.tolist()
+        assert layer.buffer.start.tolist() == slow.start.tolist()
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -103,7 +103,7 @@ def test_windows(setting, chunks, window):
         slow.append(*states)
         same(layer, slow, [0])
         assert layer.elements == 2 * HEADS * DIM * min(layer.length, window - 1)
-    assert layer.length - layer.pages.first <= window + max(256, layer.num_unpacked)  # freed slab by slab
+    assert layer.length - layer.buffer.pages.first <= window + max(256, layer.buffer.num_unpacked)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -149,7 +149,7 @@ def test_prompt_attends_in_float():
 def test_sinks_and_tail_are_fp16():
     layer = layer_of(("kvquant", {"bits": 2, "sink": 5, "equalize": False, "residual": 0}))
     start = torch.tensor([0, 30])
-    layer.begin(start)
+    layer.buffer.set_start(start)
     states = numbers(2, 75, 1)
     layer.append(*states)
     for ours, given_ in zip((layer.keys, layer.values), states.half().float(), strict=True):
@@ -165,7 +165,7 @@ def test_padding_excluded_from_range():
     alone = layer_of(setting)
     alone.append(*states)
     padded = layer_of(setting)
-    padded.begin(torch.tensor([32 + 7]))
+    padded.buffer.set_start(torch.tensor([32 + 7]))
     padded.append(*torch.cat([torch.full((2, 1, HEADS, 39, DIM), 1000.0), states], -2))
     assert (padded.keys[..., 39 : 39 + 25, :] - states[0][..., :25, :]).abs().max() < 1
 
@@ -198,7 +198,7 @@ def test_byte_counts(setting):
     """By hand: slabs of eight pages, and fp16 for the sinks, the residual and a page."""
     layer = layer_of(setting)
     layer.append(*numbers(3, 32 * 9 + layer.scheme.residual, 0))
-    layer.pack_full_page()
+    layer.buffer.pack_full_page()
     name = setting[0]
     scheme, channels = layer.scheme, HEADS * DIM
     page = 0
@@ -208,12 +208,12 @@ def test_byte_counts(setting):
             page += HEADS * 32 * (-DIM * side.bits % 32) // 8
         outliers = round(side.outliers * channels) or (1 if side.outliers else 0)
         page += outliers * 32 * 3
-        numbers_of = {"static": 0, "channel": 0, "page": channels, "token": 32 * side.groups(HEADS, DIM)}[
+        numbers_of = {"static": 0, "channel": 0, "page": channels, "token": 32 * side.num_groups(HEADS, DIM)}[
             side.axis
         ]
         page += numbers_of * (2 if name == "rotated" else 4)
     fp16_buffer = (scheme.sink + scheme.residual + 32) * channels * 2 * 2
-    assert layer.pages.layout.words * 4 == page
+    assert layer.buffer.pages.layout.words * 4 == page
     assert layer.allocated_bytes == 3 * (16 * page + fp16_buffer)
     assert layer.elements == 3 * 2 * channels * layer.length
 
@@ -221,9 +221,9 @@ def test_byte_counts(setting):
 def test_growth_does_not_copy():
     layer = layer_of(SETTINGS[0])
     layer.append(*numbers(1, 300, 0))
-    before = [slab.data_ptr() for slab in layer.pages.slabs]
+    before = [slab.data_ptr() for slab in layer.buffer.pages.slabs]
     layer.append(*numbers(1, 3000, 1))
-    assert [slab.data_ptr() for slab in layer.pages.slabs][: len(before)] == before
+    assert [slab.data_ptr() for slab in layer.buffer.pages.slabs][: len(before)] == before
 
 
 def test_fp16_clamping():

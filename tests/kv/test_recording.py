@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from bitmill.errors import CalibrationError
-from bitmill.kv.calibrate import calibrate, fit_calibration
+from bitmill.kv.calibrate import KVRecording, KVSample, calibrate, fit_calibration, record_keys_values
 from bitmill.kv.layer import QuantizedLayer
-from bitmill.kv.recording import KVRecording, KVSample, record_keys_values
 from bitmill.kv.scheme import kv_method
 from helpers.packed_cache import prompt
 from helpers.tiny_models import tiny_model

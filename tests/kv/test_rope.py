@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitmill.errors import UsageError
-from bitmill.kv.rope import Rope, attentions, rope_of
+from bitmill.kv.rope import Rope, attention_modules, find_rope
 from helpers.packed_cache import long_model, packed_cache
 
 KINDS = {
@@ -52,7 +52,7 @@ def test_gradient():
 
 def own_keys(model, layer_type="full_attention"):
     """A layer's rotary embedding as the model applies it, (1, 2, 300, 8), and what went in."""
-    attention = attentions(model)[0]
+    attention = attention_modules(model)[0]
     apply_rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     x, positions = torch.randn(1, 2, 300, attention.head_dim), torch.arange(300)[None]
     several = hasattr(model.model.rotary_emb, f"{layer_type}_inv_freq")
@@ -64,7 +64,7 @@ def own_keys(model, layer_type="full_attention"):
 def test_equals_model_rope(kind):
     model = long_model("llama", rope_parameters=KINDS[kind])
     x, positions, theirs = own_keys(model)
-    rope = rope_of(model, attentions(model)[0], "full_attention")
+    rope = find_rope(model, attention_modules(model)[0], "full_attention")
     torch.testing.assert_close(rope.apply(x, positions), theirs, atol=2e-4, rtol=1e-3)
     assert (rope.factor != 1) == (kind == "yarn")
 
@@ -73,7 +73,7 @@ def test_gemma_local_and_global():
     model = long_model("gemma3_text", layer_types=["sliding_attention", "full_attention"], sliding_window=16)
     found = {}
     for number, kind in enumerate(("sliding_attention", "full_attention")):
-        rope = rope_of(model, attentions(model)[number], kind)
+        rope = find_rope(model, attention_modules(model)[number], kind)
         x, positions, theirs = own_keys(model, kind)
         torch.testing.assert_close(rope.apply(x, positions), theirs, atol=2e-4, rtol=1e-3)
         found[kind] = rope.frequencies
@@ -92,11 +92,11 @@ def test_gemma_local_and_global():
 )
 def test_unsupported_rope_message(model):
     model = model()
-    assert rope_of(model, attentions(model).get(0), "full_attention") is None
+    assert find_rope(model, attention_modules(model).get(0), "full_attention") is None
     with pytest.raises(UsageError, match="no rotary embedding that can be undone"):
         packed_cache(model, ("kvquant", {}))
 
 
 def test_layers_without_rope():
     cache = packed_cache(long_model("smollm3", no_rope_layers=[1, 0]), ("kvquant", {}))
-    assert [layer.rope is None for layer in cache.packed_layers] == [False, True]
+    assert [layer.buffer.rope is None for layer in cache.packed_layers] == [False, True]

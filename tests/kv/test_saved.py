@@ -46,7 +46,7 @@ def test_outlier_channel_out_of_range(heads, side, tmp_path):
     assert QuantizedCache.load(model, path).get_seq_length() == 100
 
     def beyond(tensors, meta):
-        part.of(tensors["layers.1.pages"])[0, 2, 0, 31] = heads * 64
+        part.view(tensors["layers.1.pages"])[0, 2, 0, 31] = heads * 64
 
     with pytest.raises(CheckpointError, match=f"Layer 1 .* outlier in channel {heads * 64}"):
         QuantizedCache.load(model, altered(path, beyond))
@@ -56,20 +56,20 @@ def test_outlier_channel_out_of_range(heads, side, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"length": "100"}, "is said to be"),
-        ({"length": 100.0}, "is said to be"),
-        ({"heads": True}, "is said to be"),
-        ({"dim": None}, "is said to be"),
-        ({"dtype": "int8"}, "is said to be"),
-        ({"dtype": "load"}, "is said to be"),
+        ({"length": "100"}, "has the metadata"),
+        ({"length": 100.0}, "has the metadata"),
+        ({"heads": True}, "has the metadata"),
+        ({"dim": None}, "has the metadata"),
+        ({"dtype": "int8"}, "has the metadata"),
+        ({"dtype": "load"}, "has the metadata"),
         ({"heads": 1, "dim": 16}, "1 heads of 16 numbers"),
         ({"heads": 10**9}, "1000000000 heads"),
-        ({"first": 1, "length": 101}, "pages say otherwise"),
-        ({"first": -32, "length": 68}, "pages say otherwise"),
-        ({"first": 96, "length": 196}, "pages say otherwise"),
-        ({"length": 95}, "pages say otherwise"),
-        ({"length": 140}, "pages say otherwise"),
-        ({"length": -1}, "pages say otherwise"),
+        ({"first": 1, "length": 101}, "contradicts its pages"),
+        ({"first": -32, "length": 68}, "contradicts its pages"),
+        ({"first": 96, "length": 196}, "contradicts its pages"),
+        ({"length": 95}, "contradicts its pages"),
+        ({"length": 140}, "contradicts its pages"),
+        ({"length": -1}, "contradicts its pages"),
     ],
     ids=str,
 )
@@ -115,7 +115,7 @@ def test_wrong_calibration_refused(setting, side):
     QuantizedCache(model, method, calibration=good)
     found = good.layers[1][side]
     scheme = method.scheme()
-    names = set(calibrated_shapes((scheme.keys, scheme.values)[side], 16, method.weighs_errors))
+    names = set(calibrated_shapes((scheme.keys, scheme.values)[side], 16, method.uses_gradients))
     for part in fields(found):
         there = part.name in names
         for value in (None, torch.ones(16, 3)) if there else (torch.ones(16),):

@@ -9,7 +9,7 @@ from bitmill.errors import RecipeError
 from bitmill.kv import KV_METHODS, Scheme
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.scheme import kv_method
-from bitmill.kv.size import cache_size, slabs
+from bitmill.kv.size import cache_size, num_slabs
 from helpers.packed_cache import both_sides
 
 LLAMA_7B = (32, 128, 32)  # heads, head dim, layers
@@ -97,6 +97,6 @@ def test_batch_and_layers_multiply() -> None:
 
 def test_lengths() -> None:
     scheme = kv_method("kvquant", 4, residual=0).scheme()
-    assert [slabs(scheme, n) for n in (0, 32, 33, 257, 288, 289)] == [0, 0, 1, 1, 1, 2]
+    assert [num_slabs(scheme, n) for n in (0, 32, 33, 257, 288, 289)] == [0, 0, 1, 1, 1, 2]
     with pytest.raises(RecipeError, match="share a scale"):
         cache_size(kv_method("kivi", 4).scheme(), 2, 40, 1, 100)

@@ -146,7 +146,7 @@ def test_sliding_windows(tmp_path) -> None:
     numbers = 2 * 2 * 8 * (2 * 511 + 2 * 100_000)  # 2 heads of 8
     assert chosen(result, "cache")["size_bytes"] == 2 * numbers
     method = kv_method("kvquant", 4)
-    terms = {"weighed": method.weighs_errors}
+    terms = {"uses_gradients": method.uses_gradients}
     parts = [cache_size(method.scheme(), 2, 8, 2, 100_000, window=window, **terms) for window in (512, None)]
     assert size(result, "kvquant", 4) == sum(part.total for part in parts)
     assert 90 * parts[0].codes < parts[1].codes

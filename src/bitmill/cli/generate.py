@@ -78,7 +78,7 @@ class Session:
             past=past,
             chunk=self.caches.chunk,
         )
-        return generation, self.caches.measured(past)
+        return generation, self.caches.measurements(past)
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""The packed cache of keys and values: which numbers it stores, how it holds them, how it is read."""
+"""Packed KV cache: storage schemes, codecs and page layout, the cache of transformers, and its calibration."""
 
 from bitmill.kv.scheme import KV_METHODS, KVMethod, Scheme, TensorScheme
 

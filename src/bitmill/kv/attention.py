@@ -1,7 +1,7 @@
-"""Attention that reads packed keys and values, as an attention implementation of transformers.
+"""Attention on packed keys and values, as an attention implementation of transformers.
 
-A model keeps its own implementation for everything else: this one takes over where a packed layer passes itself on
-in the place of its keys (QuantizedLayer.update).
+All other calls of the model keep sdpa: this implementation takes over where a packed layer returned itself in
+place of its keys (QuantizedLayer.update).
 """
 
 from __future__ import annotations
@@ -16,73 +16,98 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitmill.errors import UsageError
 from bitmill.kv.layer import QuantizedLayer
-from bitmill.kv.rope import attentions
+from bitmill.kv.rope import attention_modules
 from bitmill.kv.scheme import ATTENTION
 
-_STANDS_FOR = "sdpa"
-_UNKNOWN = ("position_bias", "softcap")  # what else may go into a score
+_FALLBACK = "sdpa"
+_UNSUPPORTED = ("position_bias", "softcap")  # further terms of a score
 
 
-def attend(
+def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """(rows, heads, 1, dim) queries on a packed layer; anything else goes to sdpa. Gives (rows, 1, heads, dim)."""
-    theirs: Any = ALL_ATTENTION_FUNCTIONS[_STANDS_FOR]
+    """Compute attention on a packed layer, or by sdpa on floats.
+
+    Args:
+        module: attention module of the model.
+        query: (rows, query heads, tokens, dim); one token for packed layers.
+        key: (rows, heads, tokens, dim), or an empty tensor that carries the packed layer.
+        value: of the shape of `key`.
+        attention_mask: as for sdpa.
+        kwargs: further arguments of transformers.
+
+    Returns:
+        Output (rows, tokens, query heads, dim), and None in place of the attention weights.
+
+    Raises:
+        UsageError: the model changed the keys after they were cached, which loses the packed layer.
+    """
+    fallback: Any = ALL_ATTENTION_FUNCTIONS[_FALLBACK]
     layer: QuantizedLayer | None = getattr(key, "packed_layer", None)
+    output: tuple[Tensor, Tensor | None]
     if layer is None:
         if not key.shape[-2]:
             raise UsageError(
                 f"{type(module).__name__} changes keys after they were cached; use attention 'sdpa' for it."
             )
-        answer: tuple[Tensor, Tensor | None] = theirs(module, query, key, value, attention_mask, **kwargs)
-        return answer
-    first = first_in_sight(layer, attention_mask)
-    if first is None or any(kwargs.get(name) is not None for name in _UNKNOWN):
-        keys, values = layer.floats(layer.first_for(1))
-        answer = theirs(module, query, keys, values, attention_mask, **kwargs)
-        return answer
+        output = fallback(module, query, key, value, attention_mask, **kwargs)
+        return output
+    first = first_visible_slots(layer, attention_mask)
+    if first is None or any(kwargs.get(name) is not None for name in _UNSUPPORTED):
+        keys, values = layer.decode(layer.first_visible(1))
+        output = fallback(module, query, keys, values, attention_mask, **kwargs)
+        return output
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     return layer.attend(query[:, :, 0], scaling, first)[:, None].to(query.dtype), None
 
 
-def first_in_sight(layer: QuantizedLayer, mask: Any) -> Tensor | None:
-    """For every row the slot of the first token that the last one may look at, (rows,) int32.
+def first_visible_slots(layer: QuantizedLayer, mask: Any) -> Tensor | None:
+    """Return the first slot of each row that its last token attends to.
 
-    Padding and windows both hide the first tokens and no others. None for a mask that hides others.
+    Padding and sliding windows both hide the first tokens and no others.
+
+    Args:
+        layer: packed layer.
+        mask: attention mask (rows, 1 or heads, queries, tokens), boolean or additive; None for none.
+
+    Returns:
+        (rows,) int32; None for a mask that hides other tokens.
     """
-    rows, begin = layer.pages.rows, layer.first_for(1)
+    rows, begin = layer.buffer.pages.rows, layer.first_visible(1)
     if mask is None:
-        return torch.full((rows,), begin, dtype=torch.int32, device=layer.device)
-    found: Tensor | str | None = getattr(mask, "first_in_sight", "unknown")  # all layers of a kind share a mask
+        return torch.full((rows,), begin, dtype=torch.int32, device=layer.buffer.device)
+    found: Tensor | str | None = getattr(mask, "first_visible_slots", "unknown")  # layers of a type share a mask
     if isinstance(found, str):
-        seen = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > torch.finfo(mask.dtype).min / 2
-        hidden = seen.to(torch.int32).argmax(-1)
-        is_plain = mask.shape[1] == 1 and bool(((~seen).sum(-1) == hidden).all())
-        found = (hidden + begin).to(torch.int32).expand(rows).contiguous() if is_plain else None
-        mask.first_in_sight = found
+        is_visible = (
+            mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > torch.finfo(mask.dtype).min / 2
+        )
+        hidden = is_visible.to(torch.int32).argmax(-1)
+        hides_first_only = mask.shape[1] == 1 and bool(((~is_visible).sum(-1) == hidden).all())
+        found = (hidden + begin).to(torch.int32).expand(rows).contiguous() if hides_first_only else None
+        mask.first_visible_slots = found
     return found
 
 
-def takes_packed(model: nn.Module) -> bool:
-    """Whether the model's attention goes through transformers' table of implementations, as sdpa or this one."""
+def supports_packed_attention(model: nn.Module) -> bool:
+    """Return True if the model calls sdpa or this implementation through transformers' table of attentions."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) not in (_STANDS_FOR, ATTENTION):
+    if getattr(config, "_attn_implementation", None) not in (_FALLBACK, ATTENTION):
         return False
-    found = attentions(model)
-    return bool(found) and all(
-        hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS") for module in found.values()
+    modules = attention_modules(model)
+    return bool(modules) and all(
+        hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS") for module in modules.values()
     )
 
 
-def attach(model: Any) -> bool:
-    """Let the model's attention read packed layers; whether it can."""
-    if not takes_packed(model):
+def attach_attention(model: Any) -> bool:
+    """Set the model's attention to this implementation; return False where the model does not support it."""
+    if not supports_packed_attention(model):
         return False
     if model.config._attn_implementation != ATTENTION:
         model.set_attn_implementation(ATTENTION)
     return True
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[_STANDS_FOR])
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[_FALLBACK])

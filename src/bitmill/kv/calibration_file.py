@@ -1,11 +1,13 @@
-"""What calibration found for all layers, and the file it is kept in: kv.safetensors in a model's folder.
+"""Calibrated parameters of all layers, and their file: kv.safetensors in a model's folder.
 
-Its tensors are layers.N.keys.scale and so on, its metadata the method with its options and what it was found on.
+Its tensors are layers.N.keys.scale and so on; its metadata hold the method with its options and the calibration
+text.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitmill.errors import CheckpointError
+from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.codec import CalibratedParams, calibrated_shapes
 from bitmill.kv.scheme import KV_METHODS, KVMethod
 
 FILE = "kv.safetensors"
 _META = "bitmill_kv"
-_SIDES = ("keys", "values")
+_TENSORS = ("keys", "values")
 
 
 @dataclass(frozen=True)
 class KVCalibration:
-    """A method, and for every layer what was found for its keys and its values.
+    """A KV method and the calibrated parameters of every layer.
 
-    about: plain data on how it was found (text, tokens, seconds).
+    Attributes:
+        method: with its options.
+        layers: parameters of the keys and of the values of each layer.
+        about: plain data on the calibration (text, windows, seconds).
     """
 
     method: KVMethod
@@ -35,56 +40,69 @@ class KVCalibration:
     about: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that was found, by name."""
+        """Return all parameters by name."""
         tensors: dict[str, Tensor] = {}
         for number, layer in enumerate(self.layers):
-            for side, found in zip(_SIDES, layer, strict=True):
-                for part in fields(found):
-                    value = getattr(found, part.name)
+            for name, params in zip(_TENSORS, layer, strict=True):
+                for part in fields(params):
+                    value = getattr(params, part.name)
                     if value is not None:
-                        tensors[f"layers.{number}.{side}.{part.name}"] = value.contiguous()
+                        tensors[f"layers.{number}.{name}.{part.name}"] = value.contiguous()
         return tensors
 
     @property
     def bytes(self) -> int:
-        """What its tensors take, in fp32; it grows with nothing."""
+        """Return the bytes of its tensors in fp32, independent of the tokens of a cache."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def save(self, folder: Path) -> Path:
-        """Write kv.safetensors; returns its path."""
+        """Write kv.safetensors into a folder; return its path."""
         save_file(self.tensors(), folder / FILE, metadata=self.metadata())
         return folder / FILE
 
     def check(self, shapes: dict[int, tuple[int, int]]) -> None:
-        """Raises CheckpointError unless all is there for layers with these (heads, dim), by number."""
-        if not self.method.scheme().is_calibrated:
+        """Raise an error unless all parameters fit a model.
+
+        Args:
+            shapes: layer index -> (heads, head dimension).
+
+        Raises:
+            CheckpointError: a layer or a parameter is missing, or has another shape.
+        """
+        scheme = self.method.scheme()
+        if not scheme.is_calibrated:
             return
         if len(self.layers) <= max(shapes):
             raise CheckpointError(
                 f"Keys and values of {len(self.layers)} layers were calibrated, and the model has "
                 f"{max(shapes) + 1}; calibrate this model."
             )
-        sides = (self.method.scheme().keys, self.method.scheme().values)
         for number, (heads, dim) in shapes.items():
-            for name, side, found in zip(_SIDES, sides, self.layers[number], strict=True):
-                expected = calibrated_shapes(side, heads * dim, self.method.weighs_errors)
-                for part in fields(found):
-                    value, wanted = getattr(found, part.name), expected.get(part.name)
-                    shape = None if value is None else tuple(value.shape)
-                    if shape != wanted:
-                        raise CheckpointError(
-                            f"What was calibrated as {part.name} of the {name} of layer {number} has the shape "
-                            f"{shape}, and {wanted} is needed; calibrate this model again."
-                        )
+            for name, tensor_scheme, params in zip(
+                _TENSORS, (scheme.keys, scheme.values), self.layers[number], strict=True
+            ):
+                expected = calibrated_shapes(tensor_scheme, heads * dim, self.method.uses_gradients)
+                _check_shapes(f"{name} of layer {number}", params, expected)
 
     def metadata(self) -> dict[str, str]:
-        """What the file says beside its tensors."""
+        """Return the metadata of the file."""
         meta = {"method": self.method.to_dict(), "layers": len(self.layers), "about": self.about}
         return {_META: json.dumps(meta)}
 
 
+def _check_shapes(where: str, params: CalibratedParams, expected: dict[str, tuple[int, ...]]) -> None:
+    for part in fields(params):
+        value, needed = getattr(params, part.name), expected.get(part.name)
+        shape = None if value is None else tuple(value.shape)
+        if shape != needed:
+            raise CheckpointError(
+                f"The calibrated {part.name} of the {where} has the shape {shape}, and {needed} is needed; "
+                "calibrate this model again."
+            )
+
+
 def read_calibration(folder: Path) -> KVCalibration | None:
-    """What `save` wrote into the folder, or None. Raises CheckpointError when the file is damaged."""
+    """Return the calibration in a folder, None where there is none. Raise CheckpointError for a damaged file."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -93,20 +111,73 @@ def read_calibration(folder: Path) -> KVCalibration | None:
             meta = json.loads((file.metadata() or {})[_META])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         method = KV_METHODS.from_dict(meta["method"])
-        layers = calibrated_layers(tensors, meta["layers"])
-    except Exception as error:  # safetensors and json raise all sorts
+        layers = params_by_layer(tensors, meta["layers"])
+    except Exception as error:  # safetensors and json raise many types
         raise CheckpointError(f"{path} cannot be read ({error}); quantize the model again.") from error
     return KVCalibration(method, layers, meta["about"])
 
 
-def calibrated_layers(
+def load_calibration(model: Any) -> KVCalibration | None:
+    """Return the calibration in the folder that a model was loaded from, None where there is none."""
+    folder = getattr(model, "name_or_path", "") or ""
+    return read_calibration(Path(folder)) if folder else None
+
+
+def matching_calibration(method: KVMethod, found: KVCalibration | None, name: str) -> KVCalibration | None:
+    """Return the calibration of a method, None for a method that needs none.
+
+    Args:
+        method: KV method.
+        found: calibration of the model's folder, if there is one.
+        name: of the model, for the error message.
+
+    Raises:
+        UsageError: the method needs a calibration and `found` is not one for it; the message has the command that
+            calibrates the model.
+    """
+    if not method.scheme().is_calibrated:
+        return None
+    if found is None or found.method != method:
+        present = "none" if found is None else f"one for {found.method.describe()}"
+        raise UsageError(
+            f"{method.describe()} needs a calibration, and {name} has {present}; "
+            f"make one by {_calibration_command(method, name, found)}."
+        )
+    return found
+
+
+def _calibration_command(method: KVMethod, name: str, found: KVCalibration | None) -> str:
+    """Return the command that calibrates a model.
+
+    Options that the command would otherwise take from the folder's calibration are named even at their defaults.
+    """
+    assumed = [type(method)()]
+    if found is not None and found.method.name == method.name:
+        assumed.append(found.method)
+    own = [(f.name, getattr(method, f.name)) for f in fields(method) if f.name != "bits"]
+    changed = [(key, value) for key, value in own if any(getattr(other, key) != value for other in assumed)]
+    options = "".join(
+        f" --kv-set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed
+    )
+    start = f"bitmill quantize {shlex.quote(name)} --method none --kv {method.name} --kv-bits {method.bits}"
+    return f"{start}{options} -o DIR"
+
+
+def params_by_layer(
     tensors: dict[str, Tensor], count: int
 ) -> tuple[tuple[CalibratedParams, CalibratedParams], ...]:
-    """What `KVCalibration.tensors` gave of so many layers."""
+    """Return the inverse of `KVCalibration.tensors`.
 
-    def side(number: int, name: str) -> CalibratedParams:
-        return CalibratedParams(
-            **{p.name: tensors.get(f"layers.{number}.{name}.{p.name}") for p in fields(CalibratedParams)}
-        )
+    Args:
+        tensors: parameters by name.
+        count: number of layers.
 
-    return tuple((side(number, "keys"), side(number, "values")) for number in range(count))
+    Returns:
+        Parameters of the keys and of the values of each layer.
+    """
+
+    def params(number: int, name: str) -> CalibratedParams:
+        prefix = f"layers.{number}.{name}"
+        return CalibratedParams(**{p.name: tensors.get(f"{prefix}.{p.name}") for p in fields(CalibratedParams)})
+
+    return tuple((params(number, "keys"), params(number, "values")) for number in range(count))

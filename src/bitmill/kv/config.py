@@ -1,10 +1,8 @@
-"""Keys and values as somebody asks for them, and as results and sentences name them."""
+"""The KV option: a method, its options and its calibration text, parsed once."""
 
 from __future__ import annotations
 
-import json
-import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from bitmill.config.parsing import part_of, value_of
@@ -13,16 +11,19 @@ from bitmill.kv.calibration_file import KVCalibration
 from bitmill.kv.scheme import KV_METHODS, KVMethod, kv_method
 
 SAMPLES = 16
-FLOAT = "none"  # the KV method that is none
+FLOAT = "none"  # name in place of a KV method: an ordinary cache
 
 
 @dataclass(frozen=True)
 class KVConfig:
-    """What is asked for: a KV method by name, with its bits and options, and how much text calibrates it.
+    """A KV method by name, with the options that were given, and the amount of text it is calibrated on.
 
-    bits, options: what is left out is as in the folder, if that has a calibration for this method, else the
-        method's default. Strings are read as in YAML.
-    seqlen: None for 2048 tokens, or as many as the model reads.
+    Attributes:
+        name: of the method, or "none" for an ordinary cache.
+        bits: bits of a code; None where not given.
+        options: further options that were given. Strings are read as YAML.
+        samples: windows of calibration text.
+        seqlen: tokens of a window; None for 2048, or the model's maximum if that is less.
     """
 
     name: str
@@ -31,73 +32,71 @@ class KVConfig:
     samples: int = SAMPLES
     seqlen: int | None = None
 
-    def method(self, found: KVCalibration | None = None) -> KVMethod:
-        """The method itself. Raises RecipeError."""
+    def method(self, calibration: KVCalibration | None = None) -> KVMethod:
+        """Return the method.
+
+        Args:
+            calibration: that of the model's folder: options that were not given are taken from it if it is of this
+                method, else they have the method's defaults.
+
+        Raises:
+            RecipeError: the method or an option is unknown, or options contradict each other.
+            UsageError: bits are given twice.
+        """
         given = {k: value_of(v) if isinstance(v, str) else v for k, v in self.options.items()}
         if self.bits is not None:
             if "bits" in given:
                 raise UsageError(f"'bits' of {self.name} is given twice, as {self.bits} and {given['bits']}.")
             given["bits"] = self.bits
-        if found is not None and found.method.name == self.name:
-            given = {**{f.name: getattr(found.method, f.name) for f in fields(found.method)}, **given}
+        if calibration is not None and calibration.method.name == self.name:
+            given = {**{f.name: getattr(calibration.method, f.name) for f in fields(calibration.method)}, **given}
         return kv_method(self.name, **given)
+
+    def with_bits(self, bits: int) -> KVConfig:
+        """Return this configuration at another bit width."""
+        options = {key: value for key, value in self.options.items() if key != "bits"}
+        return replace(self, bits=bits, options=options)
 
 
 def parse_kv_config(
-    name: str | None,
-    bits: int | None,
-    options: dict[str, Any] | None,
+    method: str | None,
+    bits: int | None = None,
+    options: dict[str, Any] | None = None,
     samples: int = SAMPLES,
     seqlen: int | None = None,
 ) -> KVConfig | None:
-    """The arguments of a function as one object, None where no method is named. Raises UsageError.
+    """Return the arguments of a command or function as one object.
 
-    name: of a method, or NAME:key=value,... with options.
+    Args:
+        method: name of a KV method, or NAME:key=value,... with options.
+        bits: bits of a code.
+        options: further options of the method.
+        samples: windows of calibration text.
+        seqlen: tokens of a window.
+
+    Returns:
+        Configuration, None where no method is named.
+
+    Raises:
+        UsageError: an option is given twice, or bits or options without a method.
+        CalibrationError: there are no windows to calibrate on.
+        RecipeError: the method or an option is unknown.
     """
-    if name is None:
+    if method is None:
         if bits is not None or options:
-            raise UsageError("Bits or options of a KV method are given without a method; name it with --kv.")
+            given = f"--kv-bits is {bits}" if bits is not None else "Options of a KV method are given"
+            names = ", ".join(KV_METHODS.names())
+            raise UsageError(f"{given} and no method is named; give --kv, one of {names}.")
         return None
-    options = options or {}
+    name, options = method, options or {}
     if name != FLOAT:
         part = part_of(KV_METHODS, name)
         name = part.pop(KV_METHODS.noun)
         if twice := next((key for key in part if key in options or (key == "bits" and bits is not None)), None):
-            raise UsageError(f"{twice!r} of {name} is given twice, with the method and apart; give it once.")
+            raise UsageError(
+                f"{twice!r} of {name} is given twice, with the method and as an option; give it once."
+            )
         options = {**part, **options}
     if samples < 1:
         raise CalibrationError(f"--kv-samples is {samples}; use at least 1 window to calibrate keys and values.")
     return KVConfig(name, bits, options, samples, seqlen)
-
-
-def summary(method: KVMethod) -> dict[str, Any]:
-    """A method and its options as the results of commands have them."""
-    return {
-        "kv_method": method.name,
-        "kv_options": {f.name: getattr(method, f.name) for f in fields(method)},
-    }
-
-
-def describe(method: KVMethod) -> str:
-    """A method and its options that are not as by default, in words."""
-    default = type(method)()
-    changed = [f.name for f in fields(method) if getattr(method, f.name) != getattr(default, f.name)]
-    more = "".join(f", {name} {getattr(method, name)}" for name in changed if name != "bits")
-    return f"{method.name} at {method.bits} bits{more}"
-
-
-def calibration_command(method: KVMethod, name: str, found: KVCalibration | None = None) -> str:
-    """The command that calibrates a model for this very method.
-
-    found: what lies in the model's folder; options that it has otherwise are named even as by default.
-    """
-    assumed = [type(method)()]
-    if found is not None and found.method.name == method.name:
-        assumed.append(found.method)
-    own = [(f.name, getattr(method, f.name)) for f in fields(method) if f.name != "bits"]
-    told = [(key, value) for key, value in own if any(getattr(other, key) != value for other in assumed)]
-    given = "".join(
-        f" --kv-set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in told
-    )
-    start = f"bitmill quantize {shlex.quote(name)} --method none --kv {method.name} --kv-bits {method.bits}"
-    return f"{start}{given} -o DIR"

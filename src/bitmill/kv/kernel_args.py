@@ -1,4 +1,4 @@
-"""Attention of one token a row that reads packed tokens where they lie (bitmill.runtime.attention.plan)."""
+"""Arguments of the attention kernel that reads packed tokens in place (bitmill.runtime.attention)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,31 @@ from bitmill.kv.scheme import PAGE, TensorScheme
 from bitmill.runtime.attention.dispatch import NativeTokenViews, attend, unsupported_reason
 from bitmill.runtime.attention.plan import LayerPlan, PackedPast, PagePlan, TensorPlan
 
+_KERNEL_LEVELS = 16  # per channel that the kernel reads: shorter tables are repeated
+
 
 class AttentionKernelArgs:
-    """Calls the kernel on a layer's tokens.
+    """Arguments of the attention kernel for the tokens of a layer.
 
-    why_not: None, or one sentence that says why no kernel takes them.
+    Args:
+        tokens: allocated buffer.
+
+    Attributes:
+        unsupported_reason: None, or a sentence on why no kernel takes them.
     """
 
     def __init__(self, tokens: TokenBuffer) -> None:
-        self.tokens, self._known = tokens, NativeTokenViews()
+        self.tokens, self._views = tokens, NativeTokenViews()
         keys, values = tokens.pages.keys, tokens.pages.values
         rope = tokens.rope if tokens.scheme.pre_rope else None
         frequencies = None if rope is None else rope.frequencies.to(tokens.device).contiguous()
-        levels = keys.levels.repeat(1, 16 // keys.levels.shape[1]) if keys.levels.dim() == 2 else keys.levels
+        key_levels = keys.levels.values
+        if key_levels.dim() == 2:
+            key_levels = key_levels.repeat(1, _KERNEL_LEVELS // key_levels.shape[1])
         self._layer = LayerPlan(
-            plan_of(tokens.pages.layout),
-            levels.flatten(),
-            values.levels,
+            page_plan(tokens.pages.layout),
+            key_levels.flatten(),
+            values.levels.values,
             keys.scale,
             keys.zero,
             frequencies,
@@ -42,55 +50,66 @@ class AttentionKernelArgs:
         self.unsupported_reason = unsupported_reason(self._layer.pages, tokens.device)
         if os.environ.get("BITMILL_KERNEL") == "reference":
             self.unsupported_reason = "BITMILL_KERNEL is reference; packed tokens are decoded."
-        self._loose: Tensor | None = None
-        self._told: Any = None
+        self._fp16_buffer: Tensor | None = None
+        self._native_tokens: Any = None
 
     def attend(self, query: Tensor, scaling: float, first: Tensor) -> Tensor:
-        """Attention of query (rows, query heads, dim) over slots from `first` (rows,) int32 on, fp32."""
+        """Compute the attention of one token per row.
+
+        Args:
+            query: (rows, query heads, dim), after RoPE.
+            scaling: multiplier of the scores.
+            first: (rows,) int32, first visible slot of each row.
+
+        Returns:
+            fp32 (rows, query heads, dim).
+        """
         tokens, pages = self.tokens, self.tokens.pages
-        self._look()
+        self._refresh_views()
         assert tokens.start is not None
         past = PackedPast(
             pages.slabs,
             pages.first,
-            pages.pages * PAGE,
-            self._keys,
-            self._values,
+            pages.num_pages * PAGE,
+            self._fp16_keys,
+            self._fp16_values,
             tokens.scheme.sink,
             tokens.num_unpacked,
             tokens.start,
             first,
         )
         keys, values = pages.keys, pages.values
-        out = attend(keys.to_storage_basis(query[:, :, None])[:, :, 0], self._layer, past, scaling, self._known)
+        query = keys.to_storage_basis(query[:, :, None])[:, :, 0]
+        out = attend(query, self._layer, past, scaling, self._views)
         if not values.has_storage_basis:
             return out
-        heads = out.unflatten(1, (tokens.heads, -1))  # of the query heads that share one of the values'
+        heads = out.unflatten(1, (tokens.heads, -1))  # query heads that share a value head
         return values.from_storage_basis(heads).flatten(1, 2)
 
     def block(self) -> Any:
-        """The tokens as the compiled step reads and extends them (csrc/bind_kv.h: KvBlock), as they are now."""
-        self._look()
-        told = self._known.update(self.tokens.pages.slabs, self._keys, self._values)
-        if told is not self._told:
-            self._told, self._block = told, self._layer.block(told)
+        """Return the tokens as the compiled decode step reads and extends them (csrc/bind_kv.h: KvBlock)."""
+        self._refresh_views()
+        native_tokens = self._views.update(self.tokens.pages.slabs, self._fp16_keys, self._fp16_values)
+        if native_tokens is not self._native_tokens:
+            self._native_tokens, self._block = native_tokens, self._layer.block(native_tokens)
         return self._block
 
-    def _look(self) -> None:
-        """The kernel knows tensors by identity."""
-        if self._loose is not self.tokens.fp16_buffer:
-            self._loose = self.tokens.fp16_buffer
-            self._keys, self._values = self.tokens.fp16_buffer
+    def _refresh_views(self) -> None:
+        """Split the fp16 buffer if it was replaced: the kernel identifies tensors by identity."""
+        if self._fp16_buffer is not self.tokens.fp16_buffer:
+            self._fp16_buffer = self.tokens.fp16_buffer
+            self._fp16_keys, self._fp16_values = self.tokens.fp16_buffer
 
 
-def plan_of(layout: PageLayout) -> PagePlan:
-    """Where the kernel finds the parts of a page."""
+def page_plan(layout: PageLayout) -> PagePlan:
+    """Return the offsets of the parts of a page, as the kernel takes them."""
 
-    def side(name: str, kind: TensorScheme) -> TensorPlan:
+    def side(name: str, scheme: TensorScheme) -> TensorPlan:
         prefix = f"{name}."
-        places = {n.removeprefix(prefix): part.offset for n, part in layout.parts.items() if n.startswith(prefix)}
-        groups, outliers = kind.groups(layout.heads, layout.dim), kind.outlier_count(layout.heads * layout.dim)
-        return TensorPlan(kind.bits, kind.axis, groups, outliers, **places)
+        offsets = {n.removeprefix(prefix): part.offset for n, part in layout.parts.items() if n.startswith(prefix)}
+        groups = scheme.num_groups(layout.heads, layout.dim)
+        outliers = scheme.num_outliers(layout.heads * layout.dim)
+        return TensorPlan(scheme.bits, scheme.axis, groups, outliers, **offsets)
 
     scheme = layout.scheme
     return PagePlan(layout.heads, layout.dim, layout.words, side("key", scheme.keys), side("value", scheme.values))

@@ -20,7 +20,7 @@ from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.sources.open import open_source
 from bitmill.sources.pooling import read_pooling
 from bitmill.tasks.base import Task, task_for, task_of
-from bitmill.workflows import kv as caching
+from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.load import live_model, load_tokenizer
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
@@ -63,7 +63,7 @@ def evaluate(
     """
     started = time.perf_counter()
     chosen_kv = None if kv == FLOAT else kv
-    wanted = parse_kv_config(chosen_kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    kv_config = parse_kv_config(chosen_kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     if tokenizer is None:
         if isinstance(model, nn.Module):
             raise UsageError("A live model carries no tokenizer; pass tokenizer=... beside it.")
@@ -81,17 +81,17 @@ def evaluate(
     against = None if other is None else output_fn(other)
     answers, batch = output_fn(live), task.batch_size
     with eval_mode(live), eval_mode(other):
-        through = (
-            caching.PackedCacheEvaluator(live, wanted, text_windows, text_source, split, progress)
-            if wanted is not None
+        packed = (
+            kv_workflow.PackedCacheEvaluator(live, kv_config, text_windows, text_source, split, progress)
+            if kv_config is not None
             else None
         )
-        if through:
-            answers, batch = through, max(1, _TOKENS // seqlen)
+        if packed:
+            answers, batch = packed, max(1, _TOKENS // seqlen)
         result = score_windows(answers, chosen, against, progress, batch, metric)
     return {
         **result,
-        **(through.measured() if through else {}),
+        **(packed.measurements() if packed else {}),
         "bits_per_weight": bits,
         "size_bytes": size,
         "text": text_source,

@@ -1,11 +1,11 @@
-"""How a model's keys and values are to be kept: settled, calibrated, put into a folder, looked up again."""
+"""KV methods in the workflows: resolved, calibrated, written into a folder, measured and generated with."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length
 from bitmill.errors import UsageError
 from bitmill.evaluation.generate import PROMPT_CHUNK
-from bitmill.kv.answers import PackedCacheLogits
-from bitmill.kv.cache import QuantizedCache
+from bitmill.kv.cache import PackedForward, QuantizedCache
 from bitmill.kv.calibrate import calibrate
-from bitmill.kv.calibration_file import KVCalibration, read_calibration
-from bitmill.kv.config import FLOAT, KVConfig, calibration_command, describe, summary
+from bitmill.kv.calibration_file import KVCalibration, load_calibration, matching_calibration
+from bitmill.kv.config import FLOAT, KVConfig
 from bitmill.kv.scheme import KVMethod
-from bitmill.kv.support import calibration_bytes, check, packed_shapes, page_bits
+from bitmill.kv.size import calibration_bytes, check_method, packed_shapes, page_bits
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.runtime.modules.dequantize import dequantize_model
@@ -37,21 +36,35 @@ SEQLEN = 2048
 _CONTEXT = "max_position_embeddings"
 
 
-def window_of(wanted: KVConfig, config: Any) -> int:
-    """Tokens of a window that calibrates. Raises CalibrationError for more than the model reads."""
-    if wanted.seqlen is not None:
-        check_context_length(config, wanted.seqlen, "--kv-seqlen")
-        return wanted.seqlen
-    limit = getattr(config, _CONTEXT, None)
+def window_length(config: KVConfig, model_config: Any) -> int:
+    """Return the tokens of a calibration window.
+
+    Args:
+        config: KV option.
+        model_config: transformers config of the model.
+
+    Raises:
+        CalibrationError: more tokens are requested than the model reads.
+    """
+    if config.seqlen is not None:
+        check_context_length(model_config, config.seqlen, "--kv-seqlen")
+        return config.seqlen
+    limit = getattr(model_config, _CONTEXT, None)
     return min(SEQLEN, limit) if isinstance(limit, int) else SEQLEN
 
 
-def plan(model: nn.Module, method: KVMethod, name: str = "") -> dict[str, Any]:
-    """What a method will come to, for report and summary; meta parameters suffice.
+def method_plan(model: nn.Module, method: KVMethod, name: str = "") -> dict[str, Any]:
+    """Return what reports and summaries state of a method, before it is calibrated.
 
-    Raises UsageError or RecipeError where model and method do not go together.
+    Args:
+        model: a decoder; parameters on the meta device suffice.
+        method: KV method.
+        name: of the model, for error messages.
+
+    Raises:
+        UsageError, RecipeError: the method cannot store the model's keys and values.
     """
-    check(model, method, name)
+    check_method(model, method, name)
     return {
         "method": method.to_dict(),
         "bits_per_element": page_bits(model, method),
@@ -60,191 +73,271 @@ def plan(model: nn.Module, method: KVMethod, name: str = "") -> dict[str, Any]:
     }
 
 
-class KVCalibrationJob:
-    """A KV method on its way into a new folder. plan: what report and summary say of it."""
+def resolve_method(model: nn.Module, config: KVConfig, name: str = "") -> tuple[KVMethod, KVCalibration | None]:
+    """Return the method of a KV option for a model, and the calibration in the model's folder, of any method.
 
-    def __init__(self, wanted: KVConfig, streamed: StreamedModel) -> None:
-        self.wanted, self.streamed, self.method = wanted, streamed, wanted.method()
-        self.plan = plan(streamed.model, self.method, streamed.source.name)
-        self.windows: Tensor | None = None
+    Args:
+        model: a decoder.
+        config: KV option; options that were not given are those of the folder's calibration.
+        name: of the model, for error messages.
 
-    def read(self, given: CalibrationData | Tensor | None, progress: Progress) -> None:
-        """Settle the windows that calibrate, of the text that calibrates the weights. Raises CalibrationError."""
-        source = self.streamed.source
-        if not self.method.scheme().is_calibrated:
-            return
-        if isinstance(given, Tensor):
-            self.windows, self.plan["calibration"] = given.long().cpu(), _described("tokens", given.long(), None)
-            return
-        given = given or CalibrationData()
-        seqlen = window_of(self.wanted, source.config)
-        text = replace(given, samples=self.wanted.samples, seqlen=seqlen)
-        self.windows = calibration_windows(source, text, str(self.streamed.device), progress)
-        self.plan["calibration"] = _described(text.source, self.windows, text.seed)
-
-    def write(self, folder: Path, progress: Progress) -> None:
-        """Calibrate the model as the folder has it, and add what was found."""
-        found = KVCalibration(self.method, ())
-        if self.windows is not None:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            device, trusted = str(self.streamed.device), self.streamed.source.trust_remote_code
-            live = read_folder(folder, config, device=device, dense=True, trust_remote_code=trusted)
-            found = calibrated(live, self.method, self.windows, self.plan["calibration"], progress)
-        write_calibration(folder, found)
+    Raises:
+        UsageError, RecipeError: the method is unknown, or cannot store the model's keys and values.
+    """
+    found = load_calibration(model)
+    method = config.method(found)
+    check_method(model, method, name)
+    return method, found
 
 
-class PackedCacheEvaluator:
-    """A model's answers through the packed cache, for a measurement; calibrated first where that is missing."""
-
-    def __init__(
-        self, model: nn.Module, wanted: KVConfig, reading: TextWindows, text: str, split: str, progress: Progress
-    ) -> None:
-        self.method, found = resolve_method(model, wanted)
-        self.calibration: str | None = None
-        self.on_own_text = False
-        if self.method.scheme().is_calibrated:
-            self.calibration = "folder"
-            if found is None:
-                length = window_of(wanted, getattr(model, "config", None))
-                windows = reading.calibration(wanted.samples, length, 0)
-                self.calibration = f"{text}, calib split, {wanted.samples} x {length} tokens"
-                found = calibrated(model, self.method, windows, _described(text, windows, 0), progress)
-            self.on_own_text = split != "eval" and found.about.get("source") == text
-        self.device, self.rows = next(model.parameters()).device, 1
-        self.answers = PackedCacheLogits(model, self.method, found)
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits of tokens (windows, length)."""
-        self.rows = len(tokens)
-        return self.answers(tokens.to(self.device))
-
-    def measured(self) -> dict[str, Any]:
-        """What is to be said of the cache beside the figures of the model."""
-        bits, size = self.answers.bits_per_element, self.answers.bytes
-        told = {"kv_calibration": self.calibration, "kv_bits_per_element": bits, "kv_bytes": size // self.rows}
-        return {
-            **summary(self.method),
-            **told,
-            "kv_table_bytes": self.answers.table_bytes,
-            "kv_on_calibration_text": self.on_own_text,
-        }
-
-
-def _described(source: str, windows: Tensor, seed: int | None) -> dict[str, Any]:
-    samples, seqlen = windows.shape
-    about = {"source": source, "samples": samples, "seqlen": seqlen, "sha256": windows_hash(windows.cpu())}
-    return about if seed is None else {**about, "seed": seed}
-
-
-def calibrated(
-    model: nn.Module, method: KVMethod, windows: Tensor, about: dict[str, Any], progress: Progress | None = None
+def calibrate_on(
+    model: nn.Module,
+    method: KVMethod,
+    windows: Tensor,
+    about: dict[str, Any],
+    progress: Progress | None = None,
 ) -> KVCalibration:
-    """What the method needs to know of a model, float or packed, from token windows (samples, length).
+    """Calibrate a method for a model with float or packed weights.
 
-    Gradients go through decoded weights, so that a packed model is unpacked beside itself.
+    Gradients pass through decoded weights: a packed model is decoded into a copy.
+
+    Args:
+        model: a decoder.
+        method: KV method.
+        windows: token windows (samples, length).
+        about: description of the windows, for the calibration.
+        progress: observer.
+
+    Returns:
+        Calibration, without times: equal jobs give equal bytes.
     """
     if any(isinstance(module, PackedMatrix) for module in model.modules()):
         model = dequantize_model(copy.deepcopy(model))
     device = next(model.parameters()).device
-    found = calibrate(model, method, windows.to(device), progress)
-    return replace(found, about=about)  # no time: equal jobs give equal bytes
+    return replace(calibrate(model, method, windows.to(device), progress), about=about)
 
 
-def load_calibration(model: nn.Module) -> KVCalibration | None:
-    """What lies in the folder that a model was loaded from."""
-    folder = getattr(model, "name_or_path", "") or ""
-    return read_calibration(Path(folder)) if folder else None
+class KVCalibrationJob:
+    """Calibration of a KV method while a model is quantized into a new folder.
+
+    Args:
+        config: KV option.
+        streamed: the model.
+
+    Attributes:
+        plan: what report and summary state of the method.
+
+    Raises:
+        UsageError, RecipeError: the method cannot store the model's keys and values.
+    """
+
+    def __init__(self, config: KVConfig, streamed: StreamedModel) -> None:
+        self.config, self.streamed, self.method = config, streamed, config.method()
+        self.plan = method_plan(streamed.model, self.method, streamed.source.name)
+        self.windows: Tensor | None = None
+
+    def prepare(self, given: CalibrationData | Tensor | None, progress: Progress) -> None:
+        """Read the calibration windows of the method, if it needs any.
+
+        Args:
+            given: calibration of the weights: its text is used, or its token windows (samples, length).
+            progress: observer.
+
+        Raises:
+            CalibrationError: there are too few tokens, or more than the model reads.
+        """
+        source = self.streamed.source
+        if not self.method.scheme().is_calibrated:
+            return
+        if isinstance(given, Tensor):
+            self.windows, self.plan["calibration"] = given.long().cpu(), _about("tokens", given.long(), None)
+            return
+        given = given or CalibrationData()
+        seqlen = window_length(self.config, source.config)
+        text = replace(given, samples=self.config.samples, seqlen=seqlen)
+        self.windows = calibration_windows(source, text, str(self.streamed.device), progress)
+        self.plan["calibration"] = _about(text.source, self.windows, text.seed)
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """Calibrate the model in a folder, with its weights as written, and write the calibration there."""
+        calibration = KVCalibration(self.method, ())
+        if self.windows is not None:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            device, trusted = str(self.streamed.device), self.streamed.source.trust_remote_code
+            live = read_folder(folder, config, device=device, dense=True, trust_remote_code=trusted)
+            calibration = calibrate_on(live, self.method, self.windows, self.plan["calibration"], progress)
+        write_calibration(folder, calibration)
 
 
-def resolve_method(model: nn.Module, wanted: KVConfig, name: str = "") -> tuple[KVMethod, KVCalibration | None]:
-    """The method that is meant, and its calibration if the folder has that very one. Raises UsageError."""
-    found = load_calibration(model)
-    method = wanted.method(found)
-    check(model, method, name)
-    return method, found if found is not None and found.method == method else None
+class PackedCacheEvaluator:
+    """Logits of a model through the packed cache, for a measurement; calibrated first if the folder has none.
+
+    Args:
+        model: a decoder.
+        config: KV option.
+        reading: tokenized text, for the calibration.
+        text: name of the text.
+        split: of the text that is measured on.
+        progress: observer.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: KVConfig, reading: TextWindows, text: str, split: str, progress: Progress
+    ) -> None:
+        self.method, found = resolve_method(model, config)
+        self.calibration: str | None = None
+        self.on_own_text = False
+        if self.method.scheme().is_calibrated:
+            self.calibration = "folder"
+            if found is None or found.method != self.method:
+                length = window_length(config, getattr(model, "config", None))
+                windows = reading.calibration(config.samples, length, 0)
+                self.calibration = f"{text}, calib split, {config.samples} x {length} tokens"
+                found = calibrate_on(model, self.method, windows, _about(text, windows, 0), progress)
+            self.on_own_text = split != "eval" and found.about.get("source") == text
+        self.device, self.rows = next(model.parameters()).device, 1
+        self.forward = PackedForward(model, self.method, found)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits (windows, length, vocabulary) of tokens (windows, length)."""
+        self.rows = len(tokens)
+        return self.forward(tokens.to(self.device))
+
+    def measurements(self) -> dict[str, Any]:
+        """Return the figures of the cache after the last windows, for the result of the measurement."""
+        return {
+            **_method_summary(self.method),
+            "kv_calibration": self.calibration,
+            "kv_bits_per_element": self.forward.bits_per_element,
+            "kv_bytes": self.forward.bytes // self.rows,
+            "kv_table_bytes": self.forward.table_bytes,
+            "kv_on_calibration_text": self.on_own_text,
+        }
 
 
 class CacheFactory:
-    """Caches that text is generated with: what is asked for, or else what the model's folder was calibrated for.
+    """Factory of caches to generate text with.
 
-    method: None for the model's own caches.  chunk: tokens of a prompt to read at a time, None for all at once.
-    Raises UsageError for a method that lacks its calibration.
+    Args:
+        model: a decoder.
+        config: KV option; None for the method that the model's folder was calibrated for.
+        name: of the model, for error messages.
+
+    Attributes:
+        method: None for the model's own caches.
+        chunk: tokens of a prompt to read at a time, None for all at once.
+
+    Raises:
+        UsageError: the method lacks its calibration, or cannot store the model's keys and values.
     """
 
-    def __init__(self, model: nn.Module, wanted: KVConfig | None, name: str) -> None:
+    def __init__(self, model: nn.Module, config: KVConfig | None, name: str) -> None:
         self.model, self.chunk = model, None
-        self.method, self.calibration = _chosen(model, wanted, name)
+        self.method, self.calibration = _method_to_generate_with(model, config, name)
         if self.method is not None:
-            config: Any = model.config
-            layers = config.get_text_config().num_hidden_layers
+            model_config: Any = model.config
+            layers = model_config.get_text_config().num_hidden_layers
             # not all hybrids of transformers continue their other states by several tokens exactly: Bamba does not
             self.chunk = PROMPT_CHUNK if len(packed_shapes(model)) == layers else None
 
     def new(self) -> QuantizedCache | None:
-        """An empty cache."""
+        """Return an empty cache; None for the model's own."""
         if self.method is None:
             return None
         return QuantizedCache(self.model, self.method, calibration=self.calibration)
 
-    def measured(self, cache: QuantizedCache | None) -> dict[str, Any]:
-        """What is to be said of one that is full; nothing of the model's own."""
+    def measurements(self, cache: QuantizedCache | None) -> dict[str, Any]:
+        """Return the figures of a filled cache; none for the model's own."""
         if self.method is None or cache is None:
             return {}
-        taken = {"kv_bits_per_element": cache.bits_per_element, "kv_bytes": cache.allocated_bytes}
-        return {**summary(self.method), **taken, "kv_table_bytes": cache.table_bytes}
+        return {
+            **_method_summary(self.method),
+            "kv_bits_per_element": cache.bits_per_element,
+            "kv_bytes": cache.allocated_bytes,
+            "kv_table_bytes": cache.table_bytes,
+        }
 
 
-def _chosen(model: nn.Module, wanted: KVConfig | None, name: str) -> tuple[KVMethod | None, KVCalibration | None]:
-    if wanted is None:
+def _method_to_generate_with(
+    model: nn.Module, config: KVConfig | None, name: str
+) -> tuple[KVMethod | None, KVCalibration | None]:
+    if config is None:
         found = load_calibration(model)
-        if found is not None:
-            check(model, found.method, name)
-        return (found.method, found) if found else (None, None)
-    if wanted.name == FLOAT:
+        if found is None:
+            return None, None
+        check_method(model, found.method, name)
+        return found.method, found
+    if config.name == FLOAT:
         return None, None
-    method, own = resolve_method(model, wanted, name)
-    if method.scheme().is_calibrated and own is None:
-        raise UsageError(
-            f"{name} has no calibration for {describe(method)}; "
-            f"make one by {calibration_command(method, name, load_calibration(model))}."
-        )
-    return method, own
+    method, found = resolve_method(model, config, name)
+    return method, matching_calibration(method, found, name)
 
 
-def add_to_folder(
+def calibrate_folder(
     folder: Path,
     out: Path,
-    wanted: KVConfig,
+    config: KVConfig,
     given: CalibrationData | Tensor | None,
     device: str,
     trust_remote_code: bool,
     progress: Progress,
 ) -> None:
-    """Calibrate a folder that bitmill wrote, in place or, where `out` is another one, a copy of it."""
+    """Calibrate a folder that bitmill wrote, in place or, where `out` is another folder, a copy of it.
+
+    Args:
+        folder: with a quantized or float model.
+        out: folder to write.
+        config: KV option.
+        given: calibration text; token windows are refused.
+        device: to calibrate on.
+        trust_remote_code: load code in the model's folder.
+        progress: observer.
+
+    Raises:
+        UsageError: `given` cannot calibrate a folder, or the method cannot store the model's keys and values.
+        OutputError: the folder cannot be written.
+    """
     if out != folder:
         check_new(out)
     progress.start("reading text and model", 0)
     live = load(folder, device=device, dense=True, trust_remote_code=trust_remote_code)
     earlier = load_calibration(live)
-    method = wanted.method(earlier)
-    kv, found = plan(live, method, str(folder)), KVCalibration(method, ())
+    method = config.method(earlier)
+    plan, calibration = method_plan(live, method, str(folder)), KVCalibration(method, ())
     if method.scheme().is_calibrated:
-        if isinstance(given, Tensor):
-            raise UsageError(f"Token windows cannot calibrate {folder}; name a text, as CalibrationData.")
-        text = given or CalibrationData()
-        if text.source == SELF:
-            raise UsageError(f"{folder} cannot write the text that calibrates it; give another one with --calib.")
+        text = _folder_text(folder, given)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         text_windows = task_for(live.config).windows(text.source, tokenizer)
-        windows = text_windows.calibration(wanted.samples, window_of(wanted, live.config), text.seed)
-        kv["calibration"] = _described(text.source, windows, text.seed)
-        found = calibrated(live, method, windows, kv["calibration"], progress)
+        windows = text_windows.calibration(config.samples, window_length(config, live.config), text.seed)
+        plan["calibration"] = _about(text.source, windows, text.seed)
+        calibration = calibrate_on(live, method, windows, plan["calibration"], progress)
     if out == folder:
         if earlier is not None:
-            progress.note(f"replaces the calibration for {describe(earlier.method)}")
-        record_calibration(folder, found, kv)
+            progress.note(f"replaces the calibration for {earlier.method.describe()}")
+        record_calibration(folder, calibration, plan)
         return
     with writing(out):
         work = Path(shutil.copytree(folder, work_of(out)))
-    record_calibration(work, found, kv)
+    record_calibration(work, calibration, plan)
     publish(work, out)
+
+
+def _folder_text(folder: Path, given: CalibrationData | Tensor | None) -> CalibrationData:
+    if isinstance(given, Tensor):
+        raise UsageError(f"Token windows cannot calibrate {folder}; name a text, as CalibrationData.")
+    text = given or CalibrationData()
+    if text.source == SELF:
+        raise UsageError(f"{folder} cannot write its own calibration text; give another one with --calib.")
+    return text
+
+
+def _method_summary(method: KVMethod) -> dict[str, Any]:
+    """Return a method and its options under the keys of results."""
+    return {"kv_method": method.name, "kv_options": {f.name: getattr(method, f.name) for f in fields(method)}}
+
+
+def _about(source: str, windows: Tensor, seed: int | None) -> dict[str, Any]:
+    """Return the description of calibration windows (samples, length), for the calibration's metadata."""
+    samples, seqlen = windows.shape
+    about = {"source": source, "samples": samples, "seqlen": seqlen, "sha256": windows_hash(windows.cpu())}
+    return about if seed is None else {**about, "seed": seed}

@@ -177,7 +177,7 @@ def _quantize(
 def _calibrate_folder(request: _Request, folder: Path, kv: KVConfig) -> Outcome:
     """Add a KV calibration to a folder that bitmill wrote, or to a copy of it."""
     out = request.out or folder
-    kv_workflow.add_to_folder(
+    kv_workflow.calibrate_folder(
         folder, out, kv, request.calibration, request.device, request.trust_remote_code, request.progress
     )
     return _finished(open_checkpoint(out), {}, request.started)
@@ -207,7 +207,7 @@ def _read_data(prepared: _Prepared) -> tuple[JobData, dict[str, Any]]:
     measure = request.measure if recipe is not None else 0
     data = token_windows(source, request.calibration, calibrates, measure, request.device, request.progress)
     if prepared.kv:
-        prepared.kv.read(request.calibration, request.progress)
+        prepared.kv.prepare(request.calibration, request.progress)
     kv_plan = prepared.kv.plan if prepared.kv else None
     return data, job_identity(source, recipe, data, request.device, request.propagate, kv_plan)
 

@@ -53,7 +53,9 @@ def has_stepped(model, cache):
 
 
 def stored(cache):
-    return [(layer.pages.used(), layer.fp16_buffer, layer.length) for layer in cache.packed_layers]
+    return [
+        (layer.buffer.pages.used_pages(), layer.buffer.fp16_buffer, layer.length) for layer in cache.packed_layers
+    ]
 
 
 @pytest.mark.parametrize(("kind", "changes", "setting"), PRODUCT, ids=str)
@@ -64,7 +66,7 @@ def test_greedy_tokens(kind, changes, setting):
     assert generated(model, prompt(), cache, **LONG) == expected
     assert has_stepped(model, cache)
     assert decode_path(model, cache) == "step"
-    assert cache.packed_layers[0].pages.pages >= 2
+    assert cache.packed_layers[0].buffer.pages.num_pages >= 2
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -78,25 +80,27 @@ def test_logits_and_bytes(setting):
     found, keys = [], []
     for at in range(160):
         found.append(continued(model, stepped, ids[:, at : at + 1], 1))
-        waits = [layer.scheme.sink + layer.num_unpacked - 1 for layer in stepped.packed_layers]
-        keys.append([layer.fp16_buffer[:, :, :, w].clone() for layer, w in zip(stepped.packed_layers, waits)])
+        waits = [layer.scheme.sink + layer.buffer.num_unpacked - 1 for layer in stepped.packed_layers]
+        keys.append(
+            [layer.buffer.fp16_buffer[:, :, :, w].clone() for layer, w in zip(stepped.packed_layers, waits)]
+        )
     assert has_stepped(model, stepped)
     assert apart(torch.cat(found, 1), expected) < 2e-3
     for number, layer in enumerate(fed.packed_layers):  # what the step has put aside, by the ordinary way
         states = torch.stack([k[number].float() for k in keys], -2)
         layer.lazy_initialization(states[0], states[1])
-        coders = (layer.pages.keys, layer.pages.values)
+        coders = (layer.buffer.pages.keys, layer.buffer.pages.values)
         assert not any(coder.rotation is not None for coder in coders) or setting == ROTATED
-        layer._turned = lambda x, back=False: [side.float() for side in x]  # they are in their basis already
+        layer.buffer._to_storage_basis = lambda x: [side.float() for side in x]  # they are in their basis already
         for at in range(160):
-            layer.add(states[0][..., at : at + 1, :], states[1][..., at : at + 1, :])
+            layer.buffer.append(states[0][..., at : at + 1, :], states[1][..., at : at + 1, :])
     for (pages, fp16_buffer, length), (other, theirs, count) in zip(stored(stepped), stored(fed)):
         assert torch.equal(pages, other)
         assert torch.equal(fp16_buffer, theirs)
         assert length == count == 160
     for layer, other in zip(stepped.packed_layers, own.packed_layers):
-        assert apart(layer.fp16_buffer.float(), other.fp16_buffer.float()) < 2e-3
-        assert layer.pages.pages == other.pages.pages
+        assert apart(layer.buffer.fp16_buffer.float(), other.buffer.fp16_buffer.float()) < 2e-3
+        assert layer.buffer.pages.num_pages == other.buffer.pages.num_pages
 
 
 def test_equalized_values():
@@ -113,8 +117,8 @@ def test_equalized_values():
         continued(model, twin, ids, 1)
     continued(model, cache, ids, 1)
     value = seen[0].view(1, 1, 2, 16).transpose(1, 2)
-    expected = layer.pages.values.to_storage_basis(value).half()
-    apart_by = (layer.fp16_buffer[1, :, :, 2 + 4].float() - expected[:, :, 0].float()).abs()
+    expected = layer.buffer.pages.values.to_storage_basis(value).half()
+    apart_by = (layer.buffer.fp16_buffer[1, :, :, 2 + 4].float() - expected[:, :, 0].float()).abs()
     assert apart_by.max() <= 2**-10 * expected.abs().max()
 
 
@@ -205,7 +209,9 @@ def test_other_attention_falls_back():
     cache = packed_cache(model, KVQUANT)
     continued(model, cache, ids, 1)
     for layer in cache.packed_layers:  # what the compiled kernel is told differs from what is stored
-        layer.reader._layer = replace(layer.reader._layer, value_mean=layer.pages.values.mean * 30)
+        layer.kernel_args._layer = replace(
+            layer.kernel_args._layer, value_mean=layer.buffer.pages.values.mean * 30
+        )
     assert apart(continued(model, cache, ids[:, 1:], 59), expected[:, 1:]) < 2e-3
     assert "with a packed cache the compiled step differs" in decode_path(model, cache)
     assert decode_path(model) == "step"

@@ -6,17 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from bitmill.config.parsing import part_of
-from bitmill.errors import RecipeError, UsageError
+from bitmill.errors import RecipeError
 from bitmill.kv import KV_METHODS, KVMethod
-from bitmill.kv.codec import hadamard_rotation
-from bitmill.kv.scheme import kv_method
-from bitmill.kv.size import CacheSize, cache_size
+from bitmill.kv.config import KVConfig
+from bitmill.kv.size import FLOAT_BITS, CacheSize, check_heads, layer_cache_size
 from bitmill.models.kv_shapes import CachedLayer
 
 BITS = (8, 4, 3, 2)
-FLOAT_BITS = 16
-_FLOAT_BYTES = FLOAT_BITS // 8
 
 
 @dataclass(frozen=True)
@@ -50,22 +46,11 @@ class CacheStorage:
         Raises:
             RecipeError: the method does not support these heads.
         """
-        total = CacheSize()
-        for layer, count in Counter(self.layers).items():
-            if self.method is None:
-                total += CacheSize(floats=_FLOAT_BYTES * count * self.batch * layer.num_elements(tokens))
-                continue
-            total += cache_size(
-                self.method.scheme(),
-                layer.heads,
-                layer.dim,
-                count,
-                tokens,
-                batch=self.batch,
-                window=layer.window,
-                weighed=self.method.weighs_errors,
-            )
-        return total
+        sizes = (
+            layer_cache_size(self.method, layer, count, tokens, self.batch)
+            for layer, count in Counter(self.layers).items()
+        )
+        return sum(sizes, CacheSize())
 
     def row(self, tokens: int, chosen: bool) -> dict[str, Any]:
         """Return the sizes at `tokens` tokens per sequence as plain data; `chosen` marks the requested storage."""
@@ -83,51 +68,35 @@ class CacheStorage:
 
 
 def cache_storages(
-    layers: tuple[CachedLayer, ...], batch: int, kv: str | None, bits: int | None
+    layers: tuple[CachedLayer, ...], batch: int, config: KVConfig | None
 ) -> tuple[list[CacheStorage], CacheStorage]:
     """Return fp16 and every method at every number of bits, and the requested one of them.
 
     Args:
         layers: layers that cache keys and values.
         batch: number of sequences.
-        kv: requested method, `NAME` or `NAME:key=value,...`, whose options apply to its other bits too;
-            None for fp16.
-        bits: requested bits; those of `kv`, or its default, when left out.
+        config: requested method, whose options apply to its other bits too; None for fp16.
 
     Raises:
         RecipeError: the requested method is unknown or does not support these heads.
-        UsageError: bits are given without a method.
     """
-    if kv is None and bits is not None:
-        methods = ", ".join(KV_METHODS.names())
-        raise UsageError(f"--kv-bits is {bits} and no method is named; give --kv, one of {methods}.")
-    requested = None if kv is None else _parse_method(kv, bits)
+    requested = None if config is None else config.method()
     if requested is not None:
-        _check_heads(requested, layers)
+        _check_layers(requested, layers)
     storages = [CacheStorage(None, layers, batch)]
     for name in KV_METHODS.names():
-        text = kv if kv is not None and requested is not None and name == requested.name else name
-        for width in BITS:
+        base = config if config is not None and config.name == name else KVConfig(name)
+        for bits in BITS:
             try:
-                method = _parse_method(text, width)
-                _check_heads(method, layers)
+                method = base.with_bits(bits).method()
+                _check_layers(method, layers)
             except RecipeError:  # does not support these bits or heads
                 continue
             storages.append(CacheStorage(method, layers, batch))
     return storages, next(storage for storage in storages if storage.method == requested)
 
 
-def _parse_method(text: str, bits: int | None) -> KVMethod:
-    """Return the method of `NAME:key=value,...`; `bits` overrides those in the text."""
-    data = part_of(KV_METHODS, text)
-    name, own = data.pop(KV_METHODS.noun), data.pop("bits", None)
-    return kv_method(name, own if bits is None else bits, **data)
-
-
-def _check_heads(method: KVMethod, layers: tuple[CachedLayer, ...]) -> None:
-    """Raise RecipeError where a method does not support the heads."""
-    CacheStorage(method, layers, 1).size(1)
-    scheme = method.scheme()
-    if scheme.keys.rotated or scheme.values.rotated:
-        for dim in {layer.dim for layer in layers}:
-            hadamard_rotation(dim)
+def _check_layers(method: KVMethod, layers: tuple[CachedLayer, ...]) -> None:
+    """Raise RecipeError where a method does not support the heads of a layer."""
+    for layer in set(layers):
+        check_heads(method.scheme(), layer.heads, layer.dim)

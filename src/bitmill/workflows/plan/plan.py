@@ -16,6 +16,7 @@ from typing import Any
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.errors import SourceError, UsageError
 from bitmill.evaluation.generate import PROMPT_CHUNK
+from bitmill.kv.config import parse_kv_config
 from bitmill.models.config_only import open_config_only
 from bitmill.models.kv_shapes import CachedLayer, cached_layers, check_key_widths
 from bitmill.models.streamed import StreamedModel
@@ -98,7 +99,7 @@ def plan(
     _check_positive(context=context, gpus=devices, batch=batch)
     source = open_config_only(model, trust_remote_code=trust_remote_code)
     layers = cached_layers(source.config, source.name)
-    caches, cache = cache_storages(layers, batch, kv, kv_bits)
+    caches, cache = cache_storages(layers, batch, parse_kv_config(kv, kv_bits))
     streamed = _open_streamed(source, layers)
     rows = weight_rows(model, source, streamed, weights or WeightStorage())
     weight = next(row for row in rows if row["chosen"])
