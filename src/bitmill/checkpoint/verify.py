@@ -12,7 +12,7 @@ from bitmill.checkpoint.files import sha256
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.errors import CheckpointError
 from bitmill.kv.calibration_file import FILE, read_calibration
-from bitmill.kv.support import packed_shapes
+from bitmill.kv.size import packed_shapes
 from bitmill.models.config_only import open_config_only
 from bitmill.models.meta import empty_model
 from bitmill.progress import Progress
