@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "lut/floats.h"
 
 namespace bitmill {
 
@@ -144,7 +143,7 @@ Rotation rotation(const Array<const int64_t, 2>& steps, const Array<const float,
         require(permutes || s->turn == Turn::multiply || s->width % (s->order * s->inner) == 0,
                 "a window has no such axis");
         require(s->turn != Turn::butterflies || (s->inner % 16 == 0 && (s->order & (s->order - 1)) == 0),
-                "butterflies need powers of two, 16 apart");
+                "butterflies need powers of two, at a stride of 16");
         const int64_t most = s->turn == Turn::butterflies ? 0 : s->width;
         const int64_t used = matrix ? s->order * padded_order(s->order) : most;
         require(s->at + used <= static_cast<int64_t>(permutes ? orders.size() : numbers.size()),

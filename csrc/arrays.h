@@ -9,7 +9,7 @@
 #include <stdexcept>
 
 #include "additive/additive.h"
-#include "lut/kernel.h"
+#include "lut/lookup.h"
 #include "rotation/rotation.h"
 #include "sparse/sparse.h"
 #include "vector/vector.h"

@@ -13,7 +13,7 @@ using namespace bitmill;
 
 namespace {
 
-void made_layout(Layout* self, int64_t rows, int64_t columns, int64_t group, int bits, int rows_per_tile,
+void init_layout(Layout* self, int64_t rows, int64_t columns, int64_t group, int bits, int rows_per_tile,
                  int group_blocks) {
     new (self) Layout{rows, columns, group, bits, rows_per_tile, group_blocks};
 }
@@ -36,16 +36,16 @@ void from_layout_of(const Layout& l, Bytes stored, Array<int32_t, 2> words, int 
     from_layout(l, stored.data(), reinterpret_cast<uint32_t*>(words.data()), words.shape(1), threads);
 }
 
-void codes_of_rows(const Layout& l, Bytes stored, int64_t first, Array<uint8_t, 2> out, int threads) {
+void unpack_rows_of(const Layout& l, Bytes stored, int64_t first, Array<uint8_t, 2> out, int threads) {
     check(l, stored.size());
     const int64_t count = out.shape(0);
     require(0 <= first && first + count <= l.rows && out.shape(1) == static_cast<size_t>(l.columns),
             "the rows are not the layout's");
     nb::gil_scoped_release free;
-    codes_of(l, stored.data(), first, count, out.data(), threads);
+    unpack_rows(l, stored.data(), first, count, out.data(), threads);
 }
 
-void codes_at_rows(const Layout& l, Bytes stored, Array<const int64_t, 1> rows, Array<uint8_t, 2> out,
+void gather_rows_of(const Layout& l, Bytes stored, Array<const int64_t, 1> rows, Array<uint8_t, 2> out,
                    int threads) {
     check(l, stored.size());
     require(out.shape(0) == rows.shape(0) && out.shape(1) == static_cast<size_t>(l.columns),
@@ -53,7 +53,7 @@ void codes_at_rows(const Layout& l, Bytes stored, Array<const int64_t, 1> rows, 
     for (size_t i = 0; i < rows.size(); ++i)
         if (rows.data()[i] < 0 || rows.data()[i] >= l.rows) throw std::out_of_range("a row is out of range");
     nb::gil_scoped_release free;
-    codes_at(l, stored.data(), rows.data(), rows.size(), out.data(), threads);
+    gather_rows(l, stored.data(), rows.data(), rows.size(), out.data(), threads);
 }
 
 void bytes_to_layout_of(const Layout& l, Array<const uint8_t, 2> codes, Array<uint8_t, 1> out, int threads) {
@@ -232,18 +232,18 @@ void fixed_product_of(const FixedInputs& x, Array<const float, 2> W, Array<float
 
 NB_MODULE(_native, m) {
     nb::class_<Layout>(m, "Layout")
-        .def("__init__", made_layout, "rows"_a, "columns"_a, "group"_a, "bits"_a, "rows_per_tile"_a,
+        .def("__init__", init_layout, "rows"_a, "columns"_a, "group"_a, "bits"_a, "rows_per_tile"_a,
              "group_blocks"_a)
         .def_prop_ro("tiles", &Layout::tiles)
         .def_prop_ro("padded_groups", &Layout::padded_groups)
         .def_prop_ro("code_bytes", [](const Layout& l) { return l.tiles() * l.tile_bytes(); });
     m.def("to_layout", to_layout_of, "layout"_a, "words"_as_is, "out"_as_is, "threads"_a);
     m.def("from_layout", from_layout_of, "layout"_a, "stored"_as_is, "words"_as_is, "threads"_a);
-    m.def("codes_of", codes_of_rows, "layout"_a, "stored"_as_is, "first"_a, "out"_as_is, "threads"_a);
+    m.def("codes_of", unpack_rows_of, "layout"_a, "stored"_as_is, "first"_a, "out"_as_is, "threads"_a);
     m.def("bytes_to_layout", bytes_to_layout_of, "layout"_a, "codes"_as_is, "out"_as_is, "threads"_a);
     m.def("decode", decode_of, "layout"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(), "scales"_as_is,
           "zeros"_as_is, "first"_a, "out"_as_is, "threads"_a);
-    m.def("codes_at", codes_at_rows, "layout"_a, "stored"_as_is, "rows"_a, "out"_as_is, "threads"_a);
+    m.def("codes_at", gather_rows_of, "layout"_a, "stored"_as_is, "rows"_a, "out"_as_is, "threads"_a);
     m.def("linear", linear_of, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a,
           "records_per_tile"_a, "bank_bits"_a, "zero"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(),
           "powers"_as_is.none(), "scales"_as_is.none(), "zeros"_as_is.none(), "row_scales"_as_is, "act"_a,

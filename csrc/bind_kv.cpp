@@ -9,10 +9,10 @@ using namespace nb::literals;
 
 namespace {
 
-// Whether a part of so many bytes lies within a page; -1: whether it may be absent.
-void check_part(const KvPages& p, int64_t first, int64_t bytes, bool wanted) {
-    require(first >= 0 || (first == -1 && !wanted), "a part of the pages is missing");
-    require(first < 0 || (bytes + 3) / 4 <= p.words - first, "a part lies outside of the page");
+// Require that a part of so many bytes is inside a page; -1, for an absent part, is allowed if it is not required.
+void check_part(const KvPages& p, int64_t first, int64_t bytes, bool required) {
+    require(first >= 0 || (first == -1 && !required), "a part of the pages is missing");
+    require(first < 0 || (bytes + 3) / 4 <= p.words - first, "a part is outside the page");
 }
 
 void check_side(const KvPages& p, const KvSide& s, int64_t code_words) {
@@ -66,7 +66,7 @@ std::vector<T> copied(const std::optional<Array<const T, 1>>& given, int64_t cou
 template <class T>
 const T* or_null(const std::vector<T>& numbers) { return numbers.empty() ? nullptr : numbers.data(); }
 
-bool is(size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; }
+bool is(size_t found, int64_t expected) { return static_cast<int64_t>(found) == expected; }
 
 // A call on tokens, of which `start` and `first` have rows; all that it does not read of them is checked.
 KvAttention call_of(const KvLayer& layer, const KvTokens& tokens, int64_t rows, int64_t heads, int64_t first_slot, int64_t packed,
@@ -79,10 +79,10 @@ KvAttention call_of(const KvLayer& layer, const KvTokens& tokens, int64_t rows, 
     require(packed >= 0 && packed % kv_tokens == 0 && first_slot >= 0 && slab_pages > 0 &&
                 packed / kv_tokens <= static_cast<int64_t>(slabs.size()) * slab_pages,
             "the slabs have fewer pages");
-    const KvTokens::Halves& loose = tokens.loose_keys;
-    require(is(loose.shape(0), rows) && is(loose.shape(1), p.heads) && is(loose.shape(3), p.dim), "loose tokens have another shape");
-    const int64_t room = loose.shape(2);
-    require(0 <= sinks && 0 <= tail && sinks <= room && tail <= room - sinks, "there are fewer loose tokens");
+    const KvTokens::Halves& fp16 = tokens.fp16_keys;
+    require(is(fp16.shape(0), rows) && is(fp16.shape(1), p.heads) && is(fp16.shape(3), p.dim), "fp16 tokens have another shape");
+    const int64_t room = fp16.shape(2);
+    require(0 <= sinks && 0 <= tail && sinks <= room && tail <= room - sinks, "there are fewer fp16 tokens");
     return {p, rows, heads, nullptr, tokens.data.data(), slab_pages, first_slot, packed, tokens.keys(), tokens.values(), room, sinks,
             tail, start, first, layer.key_levels.data(), layer.value_levels.data(), or_null(layer.key_scale), or_null(layer.key_zero),
             or_null(layer.inv_freq), layer.turns.data(), layer.rope_scaling, scale, nullptr};
@@ -109,11 +109,11 @@ KvLayer::KvLayer(const KvPages& p, Floats keys, Floats values, MaybeFloats scale
       key_zero(copied(zero, p.channels(), "each channel has a zero")),
       inv_freq(copied(frequencies, p.dim / 2, "a frequency turns two channels of a head")), rope_scaling(rope_scaling) {
     require((p.key.axis == KvAxis::fixed) == scale.has_value(), "a fixed axis, and it alone, has calibrated numbers");
-    turns = kv_turns(inv_freq.data(), inv_freq.size());
+    turns = kv_rotations(inv_freq.data(), inv_freq.size());
 }
 
-KvTokens::KvTokens(Halves keys, Halves values) : loose_keys(keys), loose_values(values) {
-    for (size_t i = 0; i < 4; ++i) require(keys.shape(i) == values.shape(i), "loose keys and values have one shape");
+KvTokens::KvTokens(Halves keys, Halves values) : fp16_keys(keys), fp16_values(values) {
+    for (size_t i = 0; i < 4; ++i) require(keys.shape(i) == values.shape(i), "fp16 keys and values have one shape");
 }
 
 void KvTokens::append(Slab slab) {
@@ -137,7 +137,7 @@ KvBlock::KvBlock(const KvLayer& layer, const KvTokens& tokens, KvLayer::MaybeFlo
 Packed KvBlock::packed(const Shape& shape, int64_t packed, int64_t sinks, int64_t waiting) const {
     static constexpr int32_t none = 0;
     require(layer.pages.heads == shape.kv_heads && layer.pages.dim == shape.dim, "a layer has other heads");
-    require(0 <= waiting && waiting < static_cast<int64_t>(tokens.loose_keys.shape(2)), "there is no room for a token");
+    require(0 <= waiting && waiting < static_cast<int64_t>(tokens.fp16_keys.shape(2)), "there is no room for a token");
     const KvAttention call = call_of(layer, tokens, 1, shape.heads, 0, packed, sinks, waiting + 1, &none, &none, shape.scaling);
     return {call, tokens.keys(), tokens.values(), {or_null(keys)},
             {or_null(values), or_null(values_back), or_null(mean), or_null(deviation)}};

@@ -1,4 +1,4 @@
-// Packed keys and values as the Python module keeps them.
+// Packed keys and values of the Python module.
 #pragma once
 #include <optional>
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace bitmill {
 
-// What stays the same from token to token, in memory of its own.
+// Constants of a layer, in memory of its own.
 struct KvLayer {
     using Floats = Array<const float, 1>;
     using MaybeFloats = std::optional<Floats>;
@@ -22,20 +22,20 @@ struct KvLayer {
             std::optional<Array<const double, 1>> frequencies, float rope_scaling);
 };
 
-// Where tokens are: slabs of pages (rows, pages, words), as many pages in all, and loose tokens. They are told once: a
-// long past has many.
+// Tensors of tokens: slabs of pages (rows, pages, words), all with the same number of pages, and fp16 tokens. The view is
+// kept from call to call, because a long past has many slabs.
 struct KvTokens {
     using Slab = Array<const int32_t, 3>;
     using Halves = Array<int16_t, 4>;
 
-    Halves loose_keys, loose_values;
+    Halves fp16_keys, fp16_values;
     std::vector<Slab> slabs;
     std::vector<const uint32_t*> data;
 
     KvTokens(Halves keys, Halves values);
     void append(Slab slab);
-    uint16_t* keys() const { return reinterpret_cast<uint16_t*>(loose_keys.data()); }
-    uint16_t* values() const { return reinterpret_cast<uint16_t*>(loose_values.data()); }
+    uint16_t* keys() const { return reinterpret_cast<uint16_t*>(fp16_keys.data()); }
+    uint16_t* values() const { return reinterpret_cast<uint16_t*>(fp16_values.data()); }
 };
 
 // A layer of one sequence as a step reads and extends it, with the basis that its heads are stored in.
@@ -46,7 +46,7 @@ struct KvBlock {
 
     KvBlock(const KvLayer& layer, const KvTokens& tokens, KvLayer::MaybeFloats key_turn, KvLayer::MaybeFloats value_turn,
             KvLayer::MaybeFloats value_mean, KvLayer::MaybeFloats value_deviation);
-    // With a token to come after `packed` ones in pages and `waiting` loose ones.
+    // With one more token after `packed` ones in pages and `waiting` fp16 ones.
     Packed packed(const Shape& shape, int64_t packed, int64_t sinks, int64_t waiting) const;
 };
 

@@ -1,4 +1,4 @@
-// The decode step in the Python module. What is given keeps whatever memory it names alive.
+// The decode step in the Python module. Arguments keep the memory they refer to alive.
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
@@ -97,7 +97,7 @@ std::vector<float> row_of(const Linear& table, int64_t row) {
 void advance(Model& model, const MaybeFloats& embedding, const Linear* table, int64_t token, const Floats& cos, const Floats& sin,
              Past past, const Packed* packed, Array<float, 1>& logits, int threads) {
     const Shape& s = model.shape;
-    const auto is = [&](size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; };
+    const auto is = [&](size_t found, int64_t expected) { return static_cast<int64_t>(found) == expected; };
     std::vector<float> row;
     if (table) {
         require(table->columns == s.hidden, "the table has another width");
@@ -115,7 +115,7 @@ void advance(Model& model, const MaybeFloats& embedding, const Linear* table, in
 void advance_floats(Model& model, MaybeFloats embedding, const Linear* table, int64_t token, Floats cos, Floats sin,
                     Array<float, 5> past, int64_t length, Array<float, 1> logits, int threads) {
     const Shape& s = model.shape;
-    const auto is = [&](size_t found, int64_t wanted) { return static_cast<int64_t>(found) == wanted; };
+    const auto is = [&](size_t found, int64_t expected) { return static_cast<int64_t>(found) == expected; };
     require(is(past.shape(0), model.depth()) && past.shape(1) == 2 && is(past.shape(2), s.kv_heads) &&
                 is(past.shape(4), s.dim) && 0 <= length && length < static_cast<int64_t>(past.shape(3)),
             "the past has another shape, or no room");

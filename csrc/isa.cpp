@@ -6,9 +6,9 @@
 namespace bitmill {
 namespace {
 
-std::vector<const Isa*> known_isas() {
+std::vector<const Isa*> machine_isas() {
     std::vector<const Isa*> known;
-#ifdef BITMILL_EMULATED_AVX512  // tests/sanitize.sh: whatever the machine has
+#ifdef BITMILL_EMULATED_AVX512  // tests/sanitize.sh: on any machine
     known.push_back(&avx512_isa);
 #endif
 #ifdef BITMILL_X86
@@ -29,7 +29,7 @@ std::vector<const Isa*> known_isas() {
 
 const Isa* find(const std::string& name) {
     std::string names;
-    for (const Isa* one : known_isas()) {
+    for (const Isa* one : machine_isas()) {
         if (name == one->name) return one;
         names += (names.empty() ? "" : ", ") + std::string(one->name);
     }
@@ -38,8 +38,8 @@ const Isa* find(const std::string& name) {
 
 const Isa*& current() {
     static const Isa* chosen = [] {
-        const char* wanted = std::getenv("BITMILL_ISA");
-        return wanted && *wanted ? find(wanted) : known_isas().front();
+        const char* name = std::getenv("BITMILL_ISA");
+        return name && *name ? find(name) : machine_isas().front();
     }();
     return chosen;
 }
@@ -48,7 +48,7 @@ const Isa*& current() {
 
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
-    for (const Isa* one : known_isas()) names.emplace_back(one->name);
+    for (const Isa* one : machine_isas()) names.emplace_back(one->name);
     return names;
 }
 

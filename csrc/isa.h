@@ -1,4 +1,4 @@
-// The instruction sets: each is a list of kernels compiled for it, and which one runs is decided at run time.
+// Instruction sets: each is a list of kernels compiled for it; one is chosen at run time.
 #pragma once
 #include <string>
 #include <vector>
@@ -7,9 +7,9 @@
 
 namespace bitmill {
 
-enum class Act;          // lut/kernel.h
+enum class Act;          // lut/lookup-inl.h
 struct LookupKernels;
-struct Buffers;          // lut/inputs.h
+struct Buffers;          // lut/inputs-inl.h
 struct AdditiveKernels;  // additive/additive.h
 struct VectorKernels;    // vector/vector.h
 struct RotationKernels;  // rotation/rotation.h
@@ -33,10 +33,10 @@ struct Isa {
 };
 extern const Isa avx512_isa, avx2_isa, neon_isa, scalar_isa;
 
-// Those that this machine has, best first.
+// The instruction sets of this machine, best first.
 std::vector<std::string> available_isas();
 
-// The one in use: BITMILL_ISA, or the best. Both throw std::invalid_argument for one that is not available.
+// The selected one: BITMILL_ISA, or the best. Both throw std::invalid_argument for an unavailable one.
 const Isa& isa();
 void use_isa(const std::string& name);
 

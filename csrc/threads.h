@@ -1,5 +1,5 @@
-// Static shares of a range, one a thread. OpenMP, because torch brings the same runtime: its threads are reused, so
-// that no second pool competes for the cores. Without OpenMP everything runs in the calling thread.
+// A parallel loop over static ranges, one per thread, by OpenMP: torch brings the same runtime, so that no second pool of
+// threads competes for the cores. Without OpenMP everything runs in the calling thread.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace bitmill {
 
 template <class Body>
-void in_shares(int64_t count, int threads, const Body& body) {
+void parallel_for(int64_t count, int threads, const Body& body) {
     threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
 #ifdef _OPENMP
     if (threads > 1) {

@@ -21,9 +21,9 @@ void additive(const Additive& w, const float* x, int64_t columns, int64_t tokens
     uint8_t* records = tables.data();
     for (int64_t t = 0; t < tokens; ++t) {
         std::memcpy(in, x + t * columns, columns * sizeof(float));
-        in_shares(chunks, threads, [&](int64_t first, int64_t last) { best.tables(w, in, records, sizes, first, last); });
+        parallel_for(chunks, threads, [&](int64_t first, int64_t last) { best.tables(w, in, records, sizes, first, last); });
         float* out = y + t * l.rows;
-        in_shares(l.tiles(), threads, [&](int64_t first, int64_t last) { best.tiles(w, records, sizes, out, first, last); });
+        parallel_for(l.tiles(), threads, [&](int64_t first, int64_t last) { best.tiles(w, records, sizes, out, first, last); });
     }
 }
 

@@ -1,14 +1,14 @@
 // y = x W^T where every block of columns of W^ is a scale times a sum of vectors, one of each codebook.
 //
-// The product of a block of inputs with a vector of a codebook is the same for all rows. So all of them are computed
-// once, and a code costs a lookup and an addition, whatever the width of its block:
+// The product of a block of inputs with a vector of a codebook is shared by all rows. So all products are computed
+// once, and a code costs a lookup and an addition, for blocks of any width:
 //
 //     y_r = sum over groups g of scale[r, g] * sum over codes c of g of table[c][code[r, c]]
 //
 // The tables become integers of 13 bits with a step for each chunk of eight, in two byte tables, so that one vector
 // looks up 64 rows at once. No product moves by more than 1/8190 of the largest in its chunk.
 //
-// Rows are apart: threads share them, and nothing is added up by two.
+// Each row belongs to one thread: no two threads add to one output.
 #pragma once
 #include <cstdint>
 

@@ -21,7 +21,7 @@ FixedShape fixed_shape(int64_t columns, int64_t group, int64_t stored, int64_t p
 void fixed_inputs(const FixedShape& shape, const float* x, int64_t tokens, FixedInputs& out, int threads) {
     out.shape = shape, out.tokens = tokens;
     out.integers.resize(tokens * shape.padded), out.steps.resize(tokens * shape.spans()), out.sums.resize(tokens * shape.groups());
-    in_shares(tokens, threads, [&](int64_t first, int64_t last) {
+    parallel_for(tokens, threads, [&](int64_t first, int64_t last) {
         thread_local std::vector<float> spare;
         spare.resize(shape.padded);
         for (int64_t t = first; t < last; ++t)
@@ -32,7 +32,7 @@ void fixed_inputs(const FixedShape& shape, const float* x, int64_t tokens, Fixed
 
 void fixed_product(const FixedInputs& x, const float* W, int64_t rows, float* y, int64_t stride, int threads) {
     const FixedKernels& best = *isa().fixed;
-    in_shares((rows + fixed_rows - 1) / fixed_rows, threads, [&](int64_t first, int64_t last) {
+    parallel_for((rows + fixed_rows - 1) / fixed_rows, threads, [&](int64_t first, int64_t last) {
         thread_local FixedPanel panel;
         for (int64_t i = first; i < last; ++i) {
             const int64_t row = i * fixed_rows, count = std::min(fixed_rows, rows - row);

@@ -4,7 +4,7 @@
 //     y_tr = sum over spans of step_ts * step_rs * (sum of integers of x times those of w) - offset_rg * sum of x_tg
 //
 // W comes as floats, whose integers reach as far as those of x (64 * 5792^2 < 2^31: half a step is 1/11584 of the largest
-// of 64 numbers, finer than fp16 around it), or as entries of byte tables, exactly (lut/panel.h), and inputs have the rest.
+// of 64 numbers, finer than fp16 around it), or as entries of byte tables, exactly (lut/panel-inl.h), and inputs have the rest.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -11,7 +11,7 @@
 namespace bitmill {
 namespace {
 
-constexpr int64_t least_units = 4;  // worth a thread
+constexpr int64_t least_units = 4;  // of a thread
 
 // Units [first, last) of a row.
 struct Piece {
@@ -45,8 +45,8 @@ struct Plan {
 
 }  // namespace
 
-// By turning again and again, in fp64.
-std::vector<float> kv_turns(const double* inv_freq, int64_t count) {
+// By repeated rotation, in fp64.
+std::vector<float> kv_rotations(const double* inv_freq, int64_t count) {
     std::vector<float> turns(2 * count * 32);
     for (int64_t f = 0; f < count; ++f) {
         const double by_cos = std::cos(inv_freq[f]), by_sin = std::sin(inv_freq[f]);
@@ -69,22 +69,22 @@ int64_t KvAttention::units(int64_t row) const {
     return packed / kv_tokens - first_page(row) + (sinks + tail + kv_tokens - 1) / kv_tokens;
 }
 
-void KvPieces::make_room(const KvAttention& a, int64_t pieces, int64_t threads) {
+void PartialSoftmax::make_room(const KvAttention& a, int64_t pieces, int64_t threads) {
     one = std::max(one, a.query_heads * a.record()), heads = std::max(heads, (a.query_heads + 15) / 16 * 16);
     spare = std::max(spare, isa().kv->spare(a));
-    const auto wanted = static_cast<size_t>(pieces * (one + heads) + threads * spare + 16);
-    if (memory.size() < wanted) memory.resize(wanted);
+    const auto needed = static_cast<size_t>(pieces * (one + heads) + threads * spare + 16);
+    if (memory.size() < needed) memory.resize(needed);
     // Vectors of 16 floats that are cut by no cache line.
     records = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 4;
     most = records + pieces * one;
     room = most + pieces * heads;
 }
 
-void KvPieces::sweep(const KvAttention& a, int64_t row, int64_t first, int64_t last, int64_t piece, int64_t thread) {
+void PartialSoftmax::sweep(const KvAttention& a, int64_t row, int64_t first, int64_t last, int64_t piece, int64_t thread) {
     isa().kv->sweep(a, row, first, last, most + piece * heads, records + piece * one, {room + thread * spare});
 }
 
-void KvPieces::merge(const KvAttention& a, int64_t first, int64_t last, int64_t head, float* out) const {
+void PartialSoftmax::merge(const KvAttention& a, int64_t first, int64_t last, int64_t head, float* out) const {
     const int64_t dim = a.pages.dim, width = a.pages.group_width(), sums = 16 * (1 + a.zeros());
     float top = kv_lowest, weight = 0;
     for (int64_t i = first; i < last; ++i) top = std::max(top, most[i * heads + head]);
@@ -111,9 +111,9 @@ void KvPieces::merge(const KvAttention& a, int64_t first, int64_t last, int64_t 
 void kv_attend(const KvAttention& a, int threads) {
     const Plan plan(a, threads);
     const int64_t count = static_cast<int64_t>(plan.pieces.size());
-    KvPieces pieces;
+    PartialSoftmax pieces;
     pieces.make_room(a, count, plan.shares());
-    in_shares(plan.shares(), static_cast<int>(plan.shares()), [&](int64_t from, int64_t to) {
+    parallel_for(plan.shares(), static_cast<int>(plan.shares()), [&](int64_t from, int64_t to) {
         for (int64_t share = from; share < to; ++share)
             for (int64_t i = plan.starts[share]; i < plan.starts[share + 1]; ++i) {
                 const Piece& piece = plan.pieces[i];

@@ -1,10 +1,10 @@
-// Attention of one token on packed keys and values (src/bitmill/kv/page.py says what a page is):
+// Attention of one token on packed keys and values (pages: src/bitmill/kv/page.py):
 //
 //     out = sum over slots of softmax(scale * q . k) * v        k, v = scale * levels[code] + zero, + outliers
 //
-// Work is a row's pages and its loose tokens, 32 at a time: a unit. Threads take ranges of units, each with sums and
-// a maximum of its own, which are merged at the end. A unit serves all heads, so that what a page says of a token,
-// scales and outliers, is read once.
+// Work is divided into units: a page of a row, or 32 of its fp16 tokens. Threads process ranges of units, each with sums
+// and a maximum of its own, which are merged at the end. A unit covers all heads, so that scales and outliers of a token
+// are read once.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -15,14 +15,15 @@ namespace bitmill {
 
 constexpr int64_t kv_tokens = 32;  // of a page
 
-// What has a scale: a channel, a channel of a page, a token's group of channels; or channels have levels of their own.
+// The numbers that share a scale: a channel, a channel of a page, a token's group of channels; with `channel` every channel
+// has levels of its own.
 enum class KvAxis { fixed, page, token, channel };
 
 struct KvSide {
     int bits;
     KvAxis axis;
     int64_t groups, outliers;                          // of a token
-    int64_t codes, scale, zero;                        // first words of its parts in a page, -1 for what is absent
+    int64_t codes, scale, zero;                        // first words of its parts in a page, -1 for an absent one
     int64_t outlier_value, outlier_index;
 };
 
@@ -44,31 +45,31 @@ struct KvAttention {
     const uint32_t* const* slabs;    // each (rows, slab_pages, words)
     int64_t slab_pages, first_slot;  // slot of the first page
     int64_t packed;                  // tokens, whole pages
-    const uint16_t *loose_keys, *loose_values;  // fp16 (rows, heads, loose, dim), after RoPE: sinks, then the tail
-    int64_t loose, sinks, tail;
-    const int32_t *start, *first;    // (rows,): slot of the first token that is no padding, and of the first in sight
+    const uint16_t *fp16_keys, *fp16_values;  // fp16 (rows, heads, fp16_room, dim), after RoPE: sinks, then the tail
+    int64_t fp16_room, sinks, tail;
+    const int32_t *start, *first;    // (rows,): slot of the first token that is no padding, and of the first visible token
     const float *key_levels, *value_levels;  // repeated to 16; keys' (channels, 16) where each channel has its own
     const float *key_scale, *key_zero;       // (channels,) of a fixed axis
     const double* inv_freq;          // (dim / 2,), null where keys are stored after RoPE
-    const float* turns;              // kv_turns of it
+    const float* turns;              // kv_rotations of it
     float rope_scaling, scale;
     float* out;                      // (rows, query heads, dim)
 
     BITMILL_INLINE int64_t group() const { return query_heads / pages.heads; }
     BITMILL_INLINE int64_t packed_end() const { return first_slot + packed; }
-    int64_t first_page(int64_t row) const;  // the first of which a token is in sight
+    int64_t first_page(int64_t row) const;  // the first with a visible token
     int64_t units(int64_t row) const;
 
-    // What a thread sums of a query head: 16 lanes of the weights, 16 of weights times zeros for each group, and dim
+    // Sums of a thread for a query head: 16 lanes of the weights, 16 of weights times zeros for each group, and dim
     // sums of weights times values.
     BITMILL_INLINE int64_t zeros() const { return pages.value.zero < 0 ? 0 : pages.head_groups(); }
     BITMILL_INLINE int64_t record() const { return 16 * (1 + zeros()) + pages.dim; }
 };
 
-constexpr float kv_lowest = -3.0e38f;  // of a maximum of nothing
+constexpr float kv_lowest = -3.0e38f;  // maximum of no scores
 
-// Memory of a thread, taken piece by piece in whole vectors; without any, what would be taken is counted.
-struct KvRoom {
+// Memory of a thread, allocated piece by piece in whole vectors; without memory, sizes are only counted.
+struct Scratch {
     float* floats;
     int64_t taken = 0;
 
@@ -79,19 +80,19 @@ struct KvRoom {
     }
 };
 
-// What an instruction set has: units [first, last) of a row into the maxima and sums of its query heads.
+// Kernels of an instruction set: units [first, last) of a row into the maxima and sums of its query heads.
 struct KvKernels {
-    void (*sweep)(const KvAttention&, int64_t row, int64_t first, int64_t last, float* most, float* records, KvRoom spare);
+    void (*sweep)(const KvAttention&, int64_t row, int64_t first, int64_t last, float* most, float* records, Scratch spare);
     int64_t (*spare)(const KvAttention&);  // how many floats a sweep takes
 };
 
 // (2, frequencies, 2, 16): cos and sin of 0 to 31 times each, the angles at the tokens of both halves of a page.
-std::vector<float> kv_turns(const double* inv_freq, int64_t count);
+std::vector<float> kv_rotations(const double* inv_freq, int64_t count);
 
-// What pieces of work sum, each by one thread, in memory that stays from call to call.
-class KvPieces {
+// Partial sums of pieces of work, each by one thread, in memory kept from call to call.
+class PartialSoftmax {
 public:
-    // Room for so many pieces and threads, of calls like this one and of those before.
+    // Allocates memory for so many pieces and threads, of this call and of previous ones.
     void make_room(const KvAttention& a, int64_t pieces, int64_t threads);
     // Units [first, last) of a row as a piece of its own.
     void sweep(const KvAttention& a, int64_t row, int64_t first, int64_t last, int64_t piece, int64_t thread);
@@ -104,7 +105,7 @@ private:
     float *records = nullptr, *room = nullptr, *most = nullptr;
 };
 
-// Rows of which nothing is in sight become 0.
+// Rows without visible tokens become 0.
 void kv_attend(const KvAttention&, int threads);
 
 }  // namespace bitmill

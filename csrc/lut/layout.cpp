@@ -74,7 +74,7 @@ void unpack_block(const uint8_t* chunk, int bits, int i, uint8_t* codes) {
 // read(row, codes) gives a row's codes.
 template <class Read>
 void fill_layout(const Layout& l, uint8_t* out, int threads, const Read& read) {
-    in_shares(l.tiles(), threads, [&](int64_t first, int64_t last) {
+    parallel_for(l.tiles(), threads, [&](int64_t first, int64_t last) {
         std::vector<uint8_t> row(l.columns), tile(l.rows_per_tile * l.padded_columns());
         for (int64_t t = first; t < last; ++t) {
             for (int64_t r = 0; r < l.rows_per_tile && t * l.rows_per_tile + r < l.rows; ++r) {
@@ -98,9 +98,9 @@ void bytes_to_layout(const Layout& l, const uint8_t* codes, uint8_t* out, int th
     fill_layout(l, out, threads, [&](int64_t row, uint8_t* to) { std::memcpy(to, codes + row * l.columns, l.columns); });
 }
 
-void codes_of(const Layout& l, const uint8_t* stored, int64_t first, int64_t count, uint8_t* out, int threads) {
+void unpack_rows(const Layout& l, const uint8_t* stored, int64_t first, int64_t count, uint8_t* out, int threads) {
     const int64_t R = l.rows_per_tile, start = first / R, stop = (first + count + R - 1) / R;
-    in_shares(stop - start, threads, [&](int64_t from_tile, int64_t to_tile) {
+    parallel_for(stop - start, threads, [&](int64_t from_tile, int64_t to_tile) {
         std::vector<uint8_t> tile(R * l.padded_columns());
         for (int64_t t = start + from_tile; t < start + to_tile; ++t) {
             unpack_tile(l, stored + t * l.tile_bytes(), tile.data());
@@ -113,9 +113,9 @@ void codes_of(const Layout& l, const uint8_t* stored, int64_t first, int64_t cou
     });
 }
 
-void codes_at(const Layout& l, const uint8_t* stored, const int64_t* rows, int64_t count, uint8_t* out, int threads) {
+void gather_rows(const Layout& l, const uint8_t* stored, const int64_t* rows, int64_t count, uint8_t* out, int threads) {
     const int64_t R = l.rows_per_tile, width = l.block_columns();
-    in_shares(count, threads, [&](int64_t first, int64_t last) {
+    parallel_for(count, threads, [&](int64_t first, int64_t last) {
         std::vector<uint8_t> padded(l.padded_columns());
         for (int64_t i = first; i < last; ++i) {
             const uint8_t* tile = stored + rows[i] / R * l.tile_bytes();
@@ -136,11 +136,11 @@ void codes_at(const Layout& l, const uint8_t* stored, const int64_t* rows, int64
 }
 
 void from_layout(const Layout& l, const uint8_t* stored, uint32_t* words, int64_t words_per_row, int threads) {
-    in_shares(l.tiles(), threads, [&](int64_t first, int64_t last) {
+    parallel_for(l.tiles(), threads, [&](int64_t first, int64_t last) {
         std::vector<uint8_t> codes(l.rows_per_tile * l.columns);
         for (int64_t t = first; t < last; ++t) {
             const int64_t row = t * l.rows_per_tile, count = std::min<int64_t>(l.rows_per_tile, l.rows - row);
-            codes_of(l, stored, row, count, codes.data(), 1);
+            unpack_rows(l, stored, row, count, codes.data(), 1);
             for (int64_t r = 0; r < count; ++r)
                 write_words(codes.data() + r * l.columns, l.bits, l.columns, words + (row + r) * words_per_row);
         }

@@ -1,4 +1,4 @@
-// How a matrix of codes lies in memory for the lookup kernels.
+// Layout of a matrix of codes in memory for the lookup kernels.
 //
 // A block is 64 codes, one byte each once unpacked: `rows_per_tile` (R) rows times 64 / R columns, row after row.
 // R is 16, 4 or 1: so that every row of a block can have a table of its own in one vector register, or, with one
@@ -48,12 +48,12 @@ void unpack_block(const uint8_t* chunk, int bits, int i, uint8_t* codes);
 // Dense rows of codes, least significant bit first in 32-bit words (numerics/packing.py), to the layout above, and
 // back. `words` is (rows, words_per_row); `out` of to_layout is zeroed by the caller.
 void to_layout(const Layout& layout, const uint32_t* words, int64_t words_per_row, uint8_t* out, int threads);
-// The same from one byte a code, (rows, columns).
+// As to_layout, from one byte a code, (rows, columns).
 void bytes_to_layout(const Layout& layout, const uint8_t* codes, uint8_t* out, int threads);
 void from_layout(const Layout& layout, const uint8_t* stored, uint32_t* words, int64_t words_per_row, int threads);
 // Codes of `count` rows from `first` on, one byte each, (count, columns).
-void codes_of(const Layout& layout, const uint8_t* stored, int64_t first, int64_t count, uint8_t* out, int threads);
-// The same of any rows, in any order.
-void codes_at(const Layout& layout, const uint8_t* stored, const int64_t* rows, int64_t count, uint8_t* out, int threads);
+void unpack_rows(const Layout& layout, const uint8_t* stored, int64_t first, int64_t count, uint8_t* out, int threads);
+// Codes of any rows, in any order, (count, columns).
+void gather_rows(const Layout& layout, const uint8_t* stored, const int64_t* rows, int64_t count, uint8_t* out, int threads);
 
 }  // namespace bitmill

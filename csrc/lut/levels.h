@@ -1,4 +1,4 @@
-// W^ itself from codes of the layout: as a format's `dequantize` has it, bit by bit (formats/lookup.py).
+// W^ from codes of the layout, bit by bit as a format's `dequantize` computes it (formats/lookup.py).
 //
 //     W^[r, k] = scale[r, g] * (tables[id[r, g]][code] - zero[r, g])               g the group of column k
 #pragma once

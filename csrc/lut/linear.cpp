@@ -7,7 +7,6 @@
 #include "../fixed/fixed.h"
 #include "../isa.h"
 #include "../threads.h"
-#include "inputs.h"
 
 namespace bitmill {
 namespace {
@@ -19,7 +18,7 @@ constexpr int64_t cached_bytes = 256 << 10;
 
 uint64_t read_all(const uint8_t* bytes, int64_t count, int threads) {
     std::atomic<uint64_t> total{0};
-    in_shares(count / 64, threads, [&](int64_t first, int64_t last) {
+    parallel_for(count / 64, threads, [&](int64_t first, int64_t last) {
         uint64_t sums[8] = {};
         for (int64_t line = first; line < last; ++line) {
             uint64_t words[8];
@@ -48,7 +47,7 @@ void linear(const Weights& weights, const float* x, int64_t tokens, Act act, flo
         return rest;
     };
     const int64_t share = tokens > 1 ? std::max<int64_t>(1, cached_bytes / layout.tile_bytes()) : layout.tiles();
-    in_shares(layout.tiles(), threads, [&](int64_t first, int64_t last) {
+    parallel_for(layout.tiles(), threads, [&](int64_t first, int64_t last) {
         for (int64_t next; first < last; first = next) {
             next = std::min(last, first + share);
             for (int64_t t = 0; t < tokens;) {
@@ -60,16 +59,16 @@ void linear(const Weights& weights, const float* x, int64_t tokens, Act act, flo
     });
 }
 
-bool has_panels(const Weights& weights) { return isa().lookup->panel(weights) != nullptr; }
+bool has_gemm(const Weights& weights) { return isa().lookup->panel(weights) != nullptr; }
 
-void linear_of_many(const Weights& weights, const float* x, int64_t tokens, float* y, int threads) {
+void linear_gemm(const Weights& weights, const float* x, int64_t tokens, float* y, int threads) {
     const PanelKernel read = isa().lookup->panel(weights);
     if (!read) throw std::invalid_argument("no kernel for many tokens of these weights");
     const Layout& l = weights.layout;
     thread_local FixedInputs inputs;  // kept: memory that is new is slow
     fixed_inputs(fixed_shape(l.columns, l.group, l.group_blocks * l.block_columns(), l.padded_columns()), x, tokens, inputs, threads);
     const FixedInputs& in = inputs;
-    in_shares(l.tiles(), threads, [&](int64_t first, int64_t last) {
+    parallel_for(l.tiles(), threads, [&](int64_t first, int64_t last) {
         thread_local FixedPanel panel;
         for (int64_t tile = first; tile < last; ++tile) {
             read(weights, tile, panel);
@@ -82,7 +81,7 @@ void linear_of_many(const Weights& weights, const float* x, int64_t tokens, floa
 void decode_levels(const Levels& levels, int64_t count, float* out, int threads) {
     const Layout& l = levels.layout;
     const int64_t R = l.rows_per_tile, first = levels.first, last = first + count;
-    in_shares((last + R - 1) / R - first / R, threads, [&](int64_t from, int64_t to) {
+    parallel_for((last + R - 1) / R - first / R, threads, [&](int64_t from, int64_t to) {
         std::vector<uint8_t> codes(R * l.padded_columns() + 64);
         const int64_t start = std::max(first, (first / R + from) * R), stop = std::min(last, (first / R + to) * R);
         isa().decode(levels, out + (start - first) * l.columns, codes.data(), start, stop);

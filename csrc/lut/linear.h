@@ -1,17 +1,17 @@
-// y = x W^T for a few tokens, on all threads, with the best instruction set there is or the one asked for.
+// y = x W^T for a few tokens, on all threads, with the best instruction set or the selected one.
 #pragma once
-#include "kernel.h"
+#include "lookup.h"
 
 namespace bitmill {
 
-// x (tokens, columns), y (tokens, rows). Throws std::invalid_argument where there is no kernel for the weights.
+// x (tokens, columns), y (tokens, rows). Throws std::invalid_argument if no kernel supports the weights.
 void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads);
 
-// The same for many tokens, by integers of 16 bits; whether there is a kernel for the weights.
-void linear_of_many(const Weights& weights, const float* x, int64_t tokens, float* y, int threads);
-bool has_panels(const Weights& weights);
+// As `linear`, for many tokens, by integers of 16 bits; has_gemm: true if a kernel supports the weights.
+void linear_gemm(const Weights& weights, const float* x, int64_t tokens, float* y, int threads);
+bool has_gemm(const Weights& weights);
 
-// One row of W^, with whatever rounding its tables have.
+// One row of W^, as its tables are rounded.
 void lookup_row(const Weights& weights, Act act, int64_t row, float* out);
 
 // The sum of all 64-bit words: as fast as memory can be read.

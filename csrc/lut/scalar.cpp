@@ -1,8 +1,5 @@
-// The kernels in plain C++ for every width at once: what the vector kernels are tested against, and what runs where
-// they do not. Loops go over the 64 bytes of a block, so that compilers can vectorize them for any machine.
+// The kernels in plain C++ for every width: the reference of the vector kernels' tests, and the fallback. Loops go over the 64 bytes of a block, so that compilers can vectorize them for any machine.
 #include "../simd/scalar.h"
-#include "floats.h"
-#include "inputs.h"
 #include "linear.h"
 
 namespace bitmill {
@@ -22,7 +19,7 @@ struct Tables {
         return w.records_per_tile ? tile * w.records_per_tile + (w.records_per_tile > 1 ? group : 0) : 0;
     }
 
-    // What a code of lane l, which is of row l * R / 64 of its tile, stands for.
+    // The level of a code of lane l, which belongs to row l * R / 64 of its tile.
     float entry(int64_t tile, int64_t group, int l, int code, float) const {  // rows' fp32 tables follow each other
         const float* tables = reinterpret_cast<const float*>(w.tables);
         int64_t table = 0;
@@ -128,7 +125,7 @@ void lookup_row(const Weights& w, Act act, int64_t row, float* out) {
     const int64_t tile = row / l.rows_per_tile, within = row % l.rows_per_tile;
     const int lane = static_cast<int>(within * l.block_columns());
     std::vector<uint8_t> codes(l.columns);
-    codes_at(l, w.codes, &row, 1, codes.data(), 1);
+    gather_rows(l, w.codes, &row, 1, codes.data(), 1);
     for (int64_t g = 0; g < l.groups(); ++g) {
         const int64_t at = (tile * l.padded_groups() + g) * l.rows_per_tile + within;
         const float scale = w.row_scales[row] * group_scale(w, at), zero = zero_of(w, at);

@@ -30,7 +30,7 @@ struct Rotation {
     const int32_t* orders;
 };
 
-// What an instruction set has: one token, in place, with as much to spare.
+// Kernels of an instruction set: one token, in place, with scratch memory of that size.
 struct RotationKernels {
     void (*rotate)(const Rotation&, float* x, float* spare);
 };

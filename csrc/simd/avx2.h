@@ -94,7 +94,7 @@ struct Avx2 {
         }
     };
 
-    // 64 sums of 16 bits, of which every table gives the low and the high bytes apart.
+    // 64 sums of 16 bits, of which every table gives the low and the high bytes separately.
     struct Shorts { __m256i v[4]; };
     static BITMILL_INLINE Shorts no_shorts() {
         const __m256i none = _mm256_setzero_si256();
@@ -245,7 +245,7 @@ struct Avx2 {
     }
 
     // Tables of bytes: avx2_tables.h.
-    static constexpr bool apart = true;  // Lanes<3>: the third bits of codes come in a vector of their own
+    static constexpr bool split_third_bit = true;  // Lanes<3>: the third bits of codes come in a vector of their own
     static BITMILL_INLINE __m256i four_rows() {  // of 16 bytes, four each
         const __m128i rows = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
         return _mm256_broadcastsi128_si256(rows);

@@ -49,15 +49,15 @@ struct Avx2::Whole {
     }
 };
 
-// 32 words: of the first 16 the bytes 0 and 2, the bytes 1 and 3, and the same of the others.
+// 32 words: of the first 16 the bytes 0 and 2, then the bytes 1 and 3; likewise of the others.
 struct Avx2::Words {
     __m256i planes[4];
 
     BITMILL_INLINE void load(const uint8_t* words) {
-        const __m256i apart = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        const __m256i by_byte = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
         const __m256i turned = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         const auto eight = [&](int i) {
-            return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(half(words + 32 * i), apart), turned);
+            return _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(half(words + 32 * i), by_byte), turned);
         };
         for (int i = 0; i < 4; i += 2) {
             const __m256i first = eight(i), second = eight(i + 1);

@@ -72,7 +72,7 @@ struct Avx512 {
         }
     };
 
-    // 64 sums of 16 bits, of which every table gives the low and the high bytes apart.
+    // 64 sums of 16 bits, of which every table gives the low and the high bytes separately.
     struct Shorts { __m512i low, high; };
     static BITMILL_INLINE Shorts no_shorts() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
     static BITMILL_INLINE Shorts add(Shorts sum, Bytes low, Bytes high) {
@@ -203,7 +203,7 @@ struct Avx512 {
         }
     };
 
-    static constexpr bool apart = false;  // Lanes<3> takes whole codes
+    static constexpr bool split_third_bit = false;  // Lanes<3> takes whole codes
     static BITMILL_INLINE Bytes fours() {  // where the four entries of each of 16 rows start
         return _mm512_set_epi32(0x3c3c3c3c, 0x38383838, 0x34343434, 0x30303030, 0x2c2c2c2c, 0x28282828, 0x24242424,
                                 0x20202020, 0x1c1c1c1c, 0x18181818, 0x14141414, 0x10101010, 0x0c0c0c0c, 0x08080808,

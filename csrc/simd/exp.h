@@ -27,7 +27,7 @@ BITMILL_INLINE float exponential(float x) {
     return y * power;
 }
 
-// The same of 16 numbers that are not above 0, with V's multiply-adds.
+// Of 16 numbers of at most 0, with V's multiply-adds.
 template <class V>
 BITMILL_INLINE typename V::Floats exponentials(typename V::Floats x) {
     constexpr float most = rounding + 127;

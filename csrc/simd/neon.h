@@ -85,7 +85,7 @@ struct Neon {
     }
     struct Pairs;  // of signed 16 bits (neon_pairs.h)
 
-    // 64 sums of 16 bits, of which every table gives the low and the high bytes apart.
+    // 64 sums of 16 bits, of which every table gives the low and the high bytes separately.
     static BITMILL_INLINE Shorts no_shorts() {
         const int16x8_t none = vdupq_n_s16(0);
         return {{none, none, none, none, none, none, none, none}};
@@ -225,7 +225,7 @@ struct Neon {
         return vorrq_u8(at, vreinterpretq_u8_u64(starts));
     }
 
-    static constexpr bool apart = false;  // Lanes<3> takes whole codes
+    static constexpr bool split_third_bit = false;  // Lanes<3> takes whole codes
 
     // A table for every row: 4 rows of 4 entries in 16 bytes, two of these for 8 entries, or a row of 16.
     template <int bits>

@@ -7,7 +7,7 @@ namespace bitmill {
 
 void sparse_add(const Sparse& s, const float* x, int64_t tokens, float* y, int threads) {
     const auto& best = *isa().sparse;
-    in_shares(s.rows, threads, [&](int64_t first, int64_t last) { best.add(s, x, tokens, y, first, last); });
+    parallel_for(s.rows, threads, [&](int64_t first, int64_t last) { best.add(s, x, tokens, y, first, last); });
 }
 
 }  // namespace bitmill

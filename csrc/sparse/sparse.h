@@ -17,7 +17,7 @@ struct SparseKernels {
     void (*add)(const Sparse&, const float* x, int64_t tokens, float* y, int64_t first, int64_t last);
 };
 
-// x (tokens, columns), y (tokens, rows). Rows are apart: no two threads add to one number.
+// x (tokens, columns), y (tokens, rows). Each row belongs to one thread: no two threads add to one output.
 void sparse_add(const Sparse& entries, const float* x, int64_t tokens, float* y, int threads);
 
 }  // namespace bitmill

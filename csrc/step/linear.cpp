@@ -25,10 +25,10 @@ bool alike(const Layout& a, const Layout& b) {
 
 }  // namespace
 
-const Inputs& LookupInputs::of(const Layout& wanted, const float* x, Act as) {
-    if (from != x || act != as || !alike(layout, wanted)) {
-        isa().read_inputs(wanted, x, 1, as, buffers);
-        from = x, layout = wanted, act = as;
+const Inputs& RoundedInputs::of(const Layout& needed, const float* x, Act as) {
+    if (from != x || act != as || !alike(layout, needed)) {
+        isa().read_inputs(needed, x, 1, as, buffers);
+        from = x, layout = needed, act = as;
     }
     return buffers.inputs;
 }
@@ -38,7 +38,7 @@ LookupLinear::LookupLinear(const Weights& weights, Act act)
     if (!lookup_kernel(weights, act)) throw std::invalid_argument("no kernel for these weights");
 }
 
-void LookupLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+void LookupLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
     const auto [first, last] = team.share(weights.layout.tiles());
     if (first < last) lookup_kernel(weights, act)(weights, room.inputs.of(weights.layout, x, act), y, rows, first, last);
 }
@@ -48,17 +48,17 @@ void LookupLinear::product(const float* x, int64_t tokens, float* y, int threads
 }
 
 void LookupLinear::many(const float* x, int64_t tokens, float* y, int threads) const {
-    linear_of_many(weights, x, tokens, y, threads);
+    linear_gemm(weights, x, tokens, y, threads);
 }
 
-bool LookupLinear::takes_many() const { return act != Act::float32 && has_panels(weights); }
+bool LookupLinear::takes_many() const { return act != Act::float32 && has_gemm(weights); }
 
 bool LookupLinear::row(int64_t row, float* out) const {
     lookup_row(weights, act, row, out);
     return true;
 }
 
-void DenseLinear::apply(const Team& team, Room, const float* x, float* y) const {
+void DenseLinear::apply(const Team& team, Workspace, const float* x, float* y) const {
     const auto [first, last] = team.share(rows);
     const StepKernels& best = *isa().step;
     if (wide) best.dense(static_cast<const float*>(weights), columns, x, y, first, last);
@@ -78,14 +78,14 @@ VectorLinear::VectorLinear(const Vectors& weights) : Linear(weights.rows, weight
     own = weights.padded_columns();
 }
 
-void VectorLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+void VectorLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
     std::memcpy(room.own, x, columns * sizeof(float));
     std::fill(room.own + columns, room.own + own, 0.0f);
     const auto [first, last] = team.share(rows);
     isa().vector->linear(weights, room.own, 1, y, first, last);
 }
 
-void PointsLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+void PointsLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
     if (own) {  // the last point is cut
         std::memcpy(room.own, x, columns * sizeof(float));
         std::fill(room.own + columns, room.own + own, 0.0f);
@@ -97,7 +97,7 @@ void PointsLinear::apply(const Team& team, Room room, const float* x, float* y) 
     if (own) room.inputs.changed();
 }
 
-void LatticeLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+void LatticeLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
     lattice_order(x, columns, room.own, own);
     room.inputs.changed();
     const auto [first, last] = team.share(weights.layout.tiles());
@@ -113,7 +113,7 @@ AdditiveLinear::AdditiveLinear(const Additive& weights, int64_t columns)
     shared = weights.layout.chunks() + floats_of(weights.table_bytes());
 }
 
-void AdditiveLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+void AdditiveLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
     const AdditiveKernels& best = *isa().additive;
     std::memcpy(room.own, x, columns * sizeof(float));
     std::fill(room.own + columns, room.own + padded, 0.0f);  // the last block may be ragged
@@ -134,7 +134,7 @@ RotatedLinear::RotatedLinear(const Linear& inner, const float* rescale, const Ro
     shared = inner.shared;
 }
 
-void RotatedLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+void RotatedLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
     float *turned = room.own, *rest = room.own + columns;
     for (int64_t i = 0; i < columns; ++i) turned[i] = rescale ? x[i] / rescale[i] : x[i];
     isa().rotation->rotate(inputs, turned, rest);
@@ -151,7 +151,7 @@ SumLinear::SumLinear(const Linear& inner, const Sparse& entries)
     own = inner.own, shared = inner.shared;
 }
 
-void SumLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+void SumLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
     inner.apply(team, room, x, y);
     team.wait();
     const auto [first, last] = team.share(rows);
@@ -164,7 +164,7 @@ PermutedLinear::PermutedLinear(const Linear& inner, const int64_t* order)
     shared = inner.shared;
 }
 
-void PermutedLinear::apply(const Team& team, Room room, const float* x, float* y) const {
+void PermutedLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
     for (int64_t i = 0; i < columns; ++i) room.own[i] = x[order[i]];
     room.inputs.changed();
     inner.apply(team, {room.inputs, room.own + columns, room.shared}, room.own, y);

@@ -1,11 +1,11 @@
-// Matrices as the threads of a step multiply with them together: one token, no region of threads of their own.
+// Matrices that the threads of a step multiply with together: one token, within the step's parallel region.
 #pragma once
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "../additive/additive.h"
-#include "../lut/inputs.h"
+#include "../lut/lookup.h"
 #include "../rotation/rotation.h"
 #include "../sparse/sparse.h"
 #include "../vector/vector.h"
@@ -13,8 +13,8 @@
 
 namespace bitmill {
 
-// What a thread has to itself: inputs as the lookup kernels want them, which layers that read the same ones share.
-class LookupInputs {
+// Rounded inputs of a thread for the lookup kernels; layers with the same input share them.
+class RoundedInputs {
 public:
     void changed() { from = nullptr; }
     const Inputs& of(const Layout& layout, const float* x, Act act);
@@ -26,16 +26,16 @@ private:
     Act act{};
 };
 
-// Memory for the time of a product: `own` of each thread, `shared` by all.
-struct Room {
-    LookupInputs& inputs;
+// Memory during a product: `own` of each thread, `shared` by all.
+struct Workspace {
+    RoundedInputs& inputs;
     float *own, *shared;
 };
 
 class Linear {
 public:
     const int64_t rows, columns;
-    int64_t own = 0, shared = 0;  // floats that it needs of a Room
+    int64_t own = 0, shared = 0;  // floats that it needs in a Workspace
 
     Linear(int64_t rows, int64_t columns) : rows(rows), columns(columns) {}
     virtual ~Linear() = default;
@@ -43,8 +43,8 @@ public:
 
     // y = W x. Every thread of the team calls it, with the same numbers in x, be it its own copy or not, and the one y,
     // which is whole when all have passed the next wait.
-    virtual void apply(const Team& team, Room room, const float* x, float* y) const = 0;
-    // One row of W, as embeddings are looked up; whether there is a way.
+    virtual void apply(const Team& team, Workspace room, const float* x, float* y) const = 0;
+    // One row of W, for embeddings; returns false if it is not supported.
     virtual bool row(int64_t, float*) const { return false; }
 };
 
@@ -53,10 +53,10 @@ public:
     LookupLinear(const Weights& weights, Act act);  // throws std::invalid_argument where there is no kernel
     // y = x W^T outside of a step: x (tokens, columns), y (tokens, rows), threads of its own.
     void product(const float* x, int64_t tokens, float* y, int threads) const;
-    // The same for many tokens, in which integers of 16 bits are multiplied; throws where there is no kernel.
+    // As `product`, for many tokens, by integers of 16 bits; throws if no kernel supports the weights.
     void many(const float* x, int64_t tokens, float* y, int threads) const;
     bool takes_many() const;
-    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
 
 private:
@@ -69,7 +69,7 @@ class DenseLinear : public Linear {
 public:
     DenseLinear(const void* weights, bool wide, int64_t rows, int64_t columns)
         : Linear(rows, columns), weights(weights), wide(wide) {}
-    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
 
 private:
@@ -80,34 +80,34 @@ private:
 class VectorLinear : public Linear {
 public:
     explicit VectorLinear(const Vectors& weights);
-    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
 
 private:
     const Vectors weights;
 };
 
-// Pyramid points laid out anew.
+// Repacked pyramid points.
 class PointsLinear : public Linear {
 public:
     PointsLinear(const Points& weights, int64_t columns, Act act)
         : Linear(weights.layout.rows, columns), weights(weights), act(act) {
         own = columns < weights.layout.columns ? weights.layout.columns : 0;
     }
-    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
 
 private:
     const Points weights;
     const Act act;
 };
 
-// Points of E8 laid out anew.
+// Repacked points of E8.
 class LatticeLinear : public Linear {
 public:
     LatticeLinear(const Lattice& weights, int64_t columns, Act act)
         : Linear(weights.layout.rows, columns), weights(weights), act(act) {
         own = weights.layout.columns;
     }
-    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
 
 private:
     const Lattice weights;
@@ -117,7 +117,7 @@ private:
 class AdditiveLinear : public Linear {
 public:
     AdditiveLinear(const Additive& weights, int64_t columns);
-    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
 
 private:
     const Additive weights;
@@ -128,7 +128,7 @@ private:
 class RotatedLinear : public Linear {
 public:
     RotatedLinear(const Linear& inner, const float* rescale, const Rotation& inputs, const Rotation& outputs);
-    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
 
 private:
     const Linear& inner;
@@ -139,7 +139,7 @@ private:
 class SumLinear : public Linear {
 public:
     SumLinear(const Linear& inner, const Sparse& entries);
-    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
 
 private:
     const Linear& inner;
@@ -150,7 +150,7 @@ private:
 class PermutedLinear : public Linear {
 public:
     PermutedLinear(const Linear& inner, const int64_t* order);
-    void apply(const Team& team, Room room, const float* x, float* y) const override;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
 
 private:
     const Linear& inner;

@@ -11,7 +11,7 @@
 namespace bitmill {
 
 struct Model::Thread {
-    LookupInputs inputs;
+    RoundedInputs inputs;
     std::vector<float> x, normed, gated, q, scores, own, head;
 };
 
@@ -63,7 +63,7 @@ void Model::advance(const float* embedding, const Position& at, float* logits, i
 
 void Model::run(const Team& team, Thread& self, const Position& at, float* logits) {
     const StepKernels& best = *isa().step;
-    const Room room{self.inputs, self.own.data(), shared.data()};
+    const Workspace room{self.inputs, self.own.data(), shared.data()};
     const auto apply = [&](const Projection& p, const float* x, float* y) { p.linear->apply(team, room, x, y); };
     const auto normed = [&](const float* weight) {
         best.norm(self.x.data(), weight, shape.eps, shape.hidden, self.normed.data());
@@ -147,10 +147,10 @@ void Model::attention(const Team& team, Thread& self, const Block& b, const Pack
     const auto [from, to] = team.share(shape.kv_heads);
     for (int64_t h = from; h < to; ++h) {
         float *key = k.data() + h * dim, *value = v.data() + h * dim;
-        const int64_t place_of = (h * call.loose + call.sinks + call.tail - 1) * dim;
+        const int64_t place_of = (h * call.fp16_room + call.sinks + call.tail - 1) * dim;
         place(b.k, b.k_norm, h, &at, key), place(b.v, nullptr, h, nullptr, value);
         moved(packed.keys, packed.keys.turn, h, false, key), moved(packed.values, packed.values.turn, h, false, value);
-        best.halve(key, dim, packed.loose_keys + place_of), best.halve(value, dim, packed.loose_values + place_of);
+        best.to_fp16(key, dim, packed.fp16_keys + place_of), best.to_fp16(value, dim, packed.fp16_values + place_of);
     }
     const auto [first, last] = team.share(shape.heads);
     for (int64_t h = first; h < last; ++h) {

@@ -3,9 +3,9 @@
 //     x += o(attention(rope(q(n)), rope(k(n)), v(n)))     n = norm(x)
 //     x += down(silu(gate(n)) * up(n))                     n = norm(x)     for every block; logits = head(norm(x))
 //
-// Products share their rows among threads; what lies between them is small, and every thread does it for itself on
-// its own copy of x. So threads wait for each other only where one reads what another wrote: six times a block, seven
-// where keys and values are packed, as the threads then share out tokens instead of heads.
+// Threads divide the rows of products; the operations in between are small, and every thread computes them on its own copy
+// of x. So threads wait for each other only before reading another's results: six times a block, seven with packed keys
+// and values, for which they divide tokens instead of heads.
 #pragma once
 #include <cstdint>
 #include <mutex>
@@ -33,7 +33,7 @@ struct Block {
     const float *q_norm = nullptr, *k_norm = nullptr;  // (dim,): Qwen3
 };
 
-// Keys, after rotation, and values of all blocks: (blocks, 2, kv_heads, capacity, dim), of which `length` are there.
+// Keys, after rotation, and values of all blocks: (blocks, 2, kv_heads, capacity, dim), of which `length` are valid.
 struct Past {
     float* numbers;
     int64_t capacity, length;
@@ -46,10 +46,10 @@ struct Basis {
 };
 
 // Packed keys and values of a block, of one row. q and out of the call are the step's own; its tail ends with the token,
-// whose key and value join the loose ones.
+// whose key and value join the fp16 ones.
 struct Packed {
     KvAttention call;
-    uint16_t *loose_keys, *loose_values;
+    uint16_t *fp16_keys, *fp16_values;
     Basis keys, values;
 };
 
@@ -59,17 +59,17 @@ struct Position {
     const Packed* packed = nullptr;  // of every block, in the place of the past
 };
 
-// What an instruction set has.
+// Kernels of an instruction set.
 struct StepKernels {
     void (*norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
     void (*add)(float* x, const float* y, const float* bias, int64_t count);  // bias may be null
     void (*rope)(float* x, const float* cos, const float* sin, int64_t dim);
     // silu(gate) * up; biases may be null
     void (*gated)(const float* gate, const float* gate_bias, const float* up, const float* up_bias, int64_t count, float* out);
-    // Some heads that share keys and values: q and out (heads, dim), scores (heads, length) to spare.
+    // Some heads that share keys and values: q and out (heads, dim), scratch memory scores (heads, length).
     void (*attend)(const float* q, const float* keys, const float* values, int64_t heads, int64_t length, int64_t dim,
                    float scaling, float* scores, float* out);
-    void (*halve)(const float* x, int64_t count, uint16_t* out);  // to fp16, the largest of which is never exceeded
+    void (*to_fp16)(const float* x, int64_t count, uint16_t* out);  // to fp16, the largest of which is never exceeded
     void (*dense)(const float* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
     void (*dense_bf16)(const uint16_t* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
 };
@@ -99,7 +99,7 @@ private:
     int64_t inner = 0, own = 0;
     std::vector<float> q, k, v, attended, o, gate, up, down, shared;
     std::vector<Thread> threads_;
-    KvPieces pieces;
+    PartialSoftmax pieces;
     std::mutex busy;
 
     void run(const Team& team, Thread& self, const Position& at, float* logits);

@@ -10,7 +10,7 @@ namespace bitmill {
 
 class Barrier {
 public:
-    // Returns once `count` threads have come; what they wrote before is then seen by all.
+    // Returns once `count` threads have arrived; all then see what they wrote before.
     void wait(int count) {
         if (count == 1) return;
         const uint32_t now = turn.load(std::memory_order_acquire);
@@ -21,7 +21,7 @@ public:
         }
         for (int spins = 0; turn.load(std::memory_order_acquire) == now; ++spins) {
             if (spins < patience) pause();
-            else std::this_thread::yield();  // another process may have the core that we wait for
+            else std::this_thread::yield();  // another process may occupy the core of a thread
         }
     }
 
@@ -39,7 +39,7 @@ private:
     }
 };
 
-// What one thread knows of it.
+// A thread's view of the team.
 struct Team {
     int self, count;
     Barrier* barrier;

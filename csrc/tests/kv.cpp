@@ -1,5 +1,5 @@
 // Attention on packed pages against fp64: codes, numbers and outliers of exactly as many bytes as a page has, NaN in
-// pages and loose tokens that nothing is to read.
+// pages and fp16 tokens that nothing is to read.
 #include "../kv/kv.h"
 
 #include <algorithm>
@@ -28,7 +28,7 @@ struct Run {
     const int64_t rows = 2, room, group;
     KvPages p{};
     std::vector<std::vector<uint32_t>> slabs;
-    std::vector<uint16_t> loose_keys, loose_values;
+    std::vector<uint16_t> fp16_keys, fp16_values;
     std::vector<float> q, levels, scale, zero;
     std::vector<double> inv_freq;
     const std::vector<int32_t> start{3, 0}, first{3, 37};
@@ -42,7 +42,7 @@ struct Run {
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t i = 0; i < 2 && 2 * s + i < o.pages; ++i) fill(slabs.back().data() + (2 * r + i) * p.words);
         }
-        for (auto* loose : {&loose_keys, &loose_values}) {
+        for (auto* loose : {&fp16_keys, &fp16_values}) {
             loose->assign(rows * o.heads * room * o.dim, half_nan);
             for (int64_t i = 0; i < rows * o.heads; ++i)
                 for (int64_t j = 0; j < (o.sinks + o.tail) * o.dim; ++j) (*loose)[i * room * o.dim + j] = small_half();
@@ -74,7 +74,7 @@ struct Run {
             for (const int64_t at : {s->scale, s->zero})
                 for (int64_t i = 0; at >= 0 && i < numbers; ++i) reinterpret_cast<uint16_t*>(page + at)[i] = small_half();
             for (int64_t e = 0; e < s->outliers * kv_tokens; ++e) {
-                const int64_t channel = (e / kv_tokens * 7 + below(7)) % p.channels();  // several of a token are apart
+                const int64_t channel = (e / kv_tokens * 7 + below(7)) % p.channels();  // several of a token at a distance
                 reinterpret_cast<uint16_t*>(page + s->outlier_value)[e] = small_half();
                 if (p.wide()) reinterpret_cast<uint16_t*>(page + s->outlier_index)[e] = static_cast<uint16_t>(channel);
                 else reinterpret_cast<uint8_t*>(page + s->outlier_index)[e] = static_cast<uint8_t>(channel);
@@ -137,7 +137,7 @@ struct Run {
                 const int64_t end = o.pages * kv_tokens, slot = i < o.sinks ? start[row] + i : end + i - o.sinks;
                 if (slot < first[row] || (i < o.sinks && slot >= end)) continue;
                 const int64_t at = ((row * o.heads + h) * room + i) * o.dim;
-                for (int64_t c = 0; c < o.dim; ++c) key[c] = of_half(loose_keys[at + c]), value[c] = of_half(loose_values[at + c]);
+                for (int64_t c = 0; c < o.dim; ++c) key[c] = of_half(fp16_keys[at + c]), value[c] = of_half(fp16_values[at + c]);
                 take(key, value);
             }
             const double most = *std::max_element(scores.begin(), scores.end());
@@ -153,8 +153,8 @@ struct Run {
     }
 
     void check() const {
-        const auto wanted = expected();
-        const auto turns = kv_turns(inv_freq.data(), inv_freq.size());
+        const auto correct = expected();
+        const auto turns = kv_rotations(inv_freq.data(), inv_freq.size());
         std::vector<const uint32_t*> data;
         for (const auto& slab : slabs) data.push_back(slab.data());
         const bool fixed = o.axis == KvAxis::fixed;
@@ -162,12 +162,12 @@ struct Run {
             for (const int threads : {1, 3}) {
                 use_isa(name);
                 std::vector<float> out(q.size(), NAN);
-                kv_attend({p, rows, o.heads * group, q.data(), data.data(), 2, 0, o.pages * kv_tokens, loose_keys.data(),
-                           loose_values.data(), room, o.sinks, o.tail, start.data(), first.data(), levels.data(), levels.data(),
+                kv_attend({p, rows, o.heads * group, q.data(), data.data(), 2, 0, o.pages * kv_tokens, fp16_keys.data(),
+                           fp16_values.data(), room, o.sinks, o.tail, start.data(), first.data(), levels.data(), levels.data(),
                            fixed ? scale.data() : nullptr, fixed ? zero.data() : nullptr, o.turned ? inv_freq.data() : nullptr,
                            turns.data(), 1.5f, 0.1f, out.data()},
                           threads);
-                report(difference(out, wanted), 1e-4, "kv %s: %d bits, axis %d, %ld heads of %ld, %ld pages", name.c_str(), o.bits,
+                report(difference(out, correct), 1e-4, "kv %s: %d bits, axis %d, %ld heads of %ld, %ld pages", name.c_str(), o.bits,
                        static_cast<int>(o.axis), static_cast<long>(o.heads), static_cast<long>(o.dim), static_cast<long>(o.pages));
             }
     }

@@ -14,26 +14,27 @@ objects=
 compile() {  # flags, sources
   flags=$1; shift
   for source in "$@"; do
-    object="$out/$(echo "$source" | tr / _).o"
+    object="$out/$(echo "$flags $source" | tr -c 'A-Za-z0-9\n' _ | cut -c1-200).o"
     $cxx $flags -c "$source" -o "$object"
     objects="$objects $object"
   done
 }
 case $(${CXX:-g++} -dumpmachine) in
 x86_64*)
-  compile "-w $avx2" lut/avx2.cpp isa/avx2.cpp
-  [ -n "${EMULATE_AVX512-}" ] || compile "-w $avx512" lut/avx512.cpp isa/avx512.cpp
+  compile "-w -DBITMILL_FOR_AVX2 $avx2" isa/lookup.cpp isa/kernels.cpp
+  [ -n "${EMULATE_AVX512-}" ] || compile "-w -DBITMILL_FOR_AVX512 $avx512" isa/lookup.cpp isa/kernels.cpp
   shared=-DBITMILL_X86 ;;
 aarch64*)
-  compile -w lut/neon.cpp isa/neon.cpp
+  compile "-w -DBITMILL_FOR_NEON" isa/lookup.cpp isa/kernels.cpp
   shared=-DBITMILL_ARM ;;
 *) shared= ;;
 esac
 if [ -n "${EMULATE_AVX512-}" ]; then
-  compile "-w -Itests/emulated" lut/avx512.cpp isa/avx512.cpp
+  compile "-w -Itests/emulated -DBITMILL_FOR_AVX512" isa/lookup.cpp isa/kernels.cpp
   shared="$shared -DBITMILL_EMULATED_AVX512"
 fi
-compile "$shared" isa.cpp isa/scalar.cpp lut/layout.cpp lut/linear.cpp lut/scalar.cpp \
+compile "$shared -DBITMILL_FOR_SCALAR" isa/kernels.cpp
+compile "$shared" isa.cpp lut/layout.cpp lut/linear.cpp lut/scalar.cpp \
   additive/additive.cpp vector/vector.cpp rotation/rotation.cpp sparse/sparse.cpp fixed/fixed.cpp step/*.cpp kv/*.cpp tests/*.cpp
 $cxx $objects -o "$out/driver"
 OMP_NUM_THREADS=2 ${RUN-} "$out/driver"

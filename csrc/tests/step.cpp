@@ -47,13 +47,13 @@ void turn(double* x, const Floats& cos, const Floats& sin) {
 
 enum class Kept { floats, turned, equalized };  // of the past: packed ones in a basis of their own
 
-// A packed past of one page, whose tokens are of one number each, and of loose tokens: every array as small as may be.
+// A packed past of one page, whose tokens are of one number each, and of fp16 tokens: every array as small as may be.
 struct PackedPast {
     const int64_t kv, dim, room;
     const Kept kept;
     KvPages pages{};
     std::vector<uint32_t> page;
-    std::vector<uint16_t> loose_keys, loose_values;
+    std::vector<uint16_t> fp16_keys, fp16_values;
     Floats levels = Floats(16, 0.5f), turn, mean, deviation, turns;
     const uint32_t* slab = nullptr;
     const int32_t none = 0;
@@ -65,7 +65,7 @@ struct PackedPast {
         page.assign(pages.words, 0);
         for (int64_t t = 0; t < 2 * kv_tokens; ++t)  // scales of 0.25 to 0.5
             reinterpret_cast<uint16_t*>(page.data() + codes + values)[t] = static_cast<uint16_t>(0x3400 + below(1024));
-        loose_keys.assign(kv * room * dim, 0x7e00), loose_values = loose_keys;
+        fp16_keys.assign(kv * room * dim, 0x7e00), fp16_values = fp16_keys;
         const Floats v = random_floats(dim);
         float squares = 0;
         for (const float x : v) squares += x * x;
@@ -77,10 +77,10 @@ struct PackedPast {
 
     Packed at(const Shape& shape, int64_t waiting) {
         Packed out{};
-        out.call = {pages, 1, shape.heads, nullptr, &slab, 1, 0, kv_tokens, loose_keys.data(), loose_values.data(), room, 0,
+        out.call = {pages, 1, shape.heads, nullptr, &slab, 1, 0, kv_tokens, fp16_keys.data(), fp16_values.data(), room, 0,
                     waiting + 1, &none, &none, levels.data(), levels.data(), nullptr, nullptr, nullptr, turns.data(), 1.0f,
                     shape.scaling, nullptr};
-        out.loose_keys = loose_keys.data(), out.loose_values = loose_values.data();
+        out.fp16_keys = fp16_keys.data(), out.fp16_values = fp16_values.data();
         out.keys = {turn.data()};
         if (kept == Kept::turned) out.values = {turn.data(), turn.data()};  // which is symmetric
         else out.values = {nullptr, nullptr, mean.data(), deviation.data()};
@@ -97,12 +97,12 @@ struct PackedPast {
         }
         return out;
     }
-    // A page's token as the model knows it.
+    // A token of a page in the model's basis.
     Exact token(int64_t t, bool keys) const {
         const uint16_t half = reinterpret_cast<const uint16_t*>(page.data() + pages.words - 32)[(keys ? 0 : kv_tokens) + t];
         return moved(Exact(kv * dim, 0.5 * std::ldexp(1024.0 + (half & 1023), (half >> 10) - 25)), keys, true);
     }
-    // A loose token as the model knows it once it was fp16.
+    // A token rounded to fp16, in the model's basis.
     Exact rounded(const Exact& x, bool keys) const {
         Exact halves = moved(x, keys, false);
         for (double& h : halves) {
@@ -180,11 +180,11 @@ void run(int64_t hidden, int64_t inner, int64_t heads, int64_t kv, int64_t dim, 
 void run_halve() {
     const Floats x{0.0f,  -0.0f, 1.0f,  1.00048828125f, 1.00146484375f, 65504.0f,      65519.0f,         INFINITY,
                    1e30f, -1e30f, 5.9604645e-8f, 2.9802322e-8f, 2.99e-8f, 6.0975552e-5f, -0.333251953125f};
-    const std::vector<uint16_t> wanted{0,      0x8000, 0x3c00, 0x3c00, 0x3c02, 0x7bff, 0x7bff, 0x7bff,
+    const std::vector<uint16_t> correct{0,      0x8000, 0x3c00, 0x3c00, 0x3c02, 0x7bff, 0x7bff, 0x7bff,
                                        0x7bff, 0xfbff, 1,      0,      1,      0x03ff, 0xb555};
     std::vector<uint16_t> found(x.size());
-    isa().step->halve(x.data(), static_cast<int64_t>(x.size()), found.data());
-    for (size_t i = 0; i < x.size(); ++i) report(std::abs(found[i] - wanted[i]), 0, "fp16 %s of %g", isa().name, x[i]);
+    isa().step->to_fp16(x.data(), static_cast<int64_t>(x.size()), found.data());
+    for (size_t i = 0; i < x.size(); ++i) report(std::abs(found[i] - correct[i]), 0, "fp16 %s of %g", isa().name, x[i]);
 }
 
 // Sixteen-bit weights, and rows as embeddings are looked up.
@@ -196,7 +196,7 @@ void run_bf16(int64_t rows, int64_t columns) {
     const DenseLinear linear(weights.data(), false, rows, columns);
     const Floats x = random_floats(columns);
     Floats y(rows, NAN), row(columns);
-    LookupInputs inputs;
+    RoundedInputs inputs;
     Barrier barrier;
     linear.apply({0, 1, &barrier}, {inputs, nullptr, nullptr}, x.data(), y.data());
     Exact expected(rows, 0.0);

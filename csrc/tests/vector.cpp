@@ -51,7 +51,7 @@ void run(VectorSet set, int bits, int64_t rows, int64_t columns, int64_t group, 
     }
 }
 
-// Points laid out anew against decoded rows, the packed words again, and every instruction set alike.
+// Repacked points against decoded rows, the packed words again, and every instruction set alike.
 void run_points(int bits, int64_t rows, int64_t columns) {
     const int64_t points = (columns + 15) / 16, words = (points * (16 * bits + 4) + 31) / 32,
                   width = 16 * points;
@@ -115,7 +115,7 @@ void run_points(int bits, int64_t rows, int64_t columns) {
     }
 }
 
-// One coordinate of the lattice, as vector/lattice.h says it is stored.
+// One coordinate of the lattice, in the layout of vector/lattice-inl.h.
 float lattice_weight(const Lattice& w, int64_t row, int64_t column) {
     const int64_t square = row / 16 * w.layout.chunks() + column / 32;
     const uint8_t* at = w.codes + square * Lattice::square_bytes + row % 16 * 4 + column % 32 / 8;

@@ -4,12 +4,11 @@
 #include <vector>
 
 #include "../isa.h"
-#include "../lut/inputs.h"
 #include "../simd/scalar.h"
 #include "../threads.h"
 #include "../words.h"
-#include "pyramid.h"
-#include "relaid.h"
+#include "pyramid-inl.h"
+#include "points-inl.h"
 
 namespace bitmill {
 
@@ -21,13 +20,13 @@ void vector_linear(const Vectors& w, const float* x, int64_t tokens, float* y, i
     for (int64_t t = 0; t < tokens; ++t)
         std::memcpy(in + t * columns, x + t * w.columns, w.columns * sizeof(float));
     const auto& best = *isa().vector;
-    in_shares(w.rows, threads,
+    parallel_for(w.rows, threads,
               [&](int64_t first, int64_t last) { best.linear(w, in, tokens, y, first, last); });
 }
 
 void vector_decode(const Vectors& w, int64_t first, int64_t count, float* out, int threads) {
     const auto& best = *isa().vector;
-    in_shares(count, threads, [&](int64_t from, int64_t to) {
+    parallel_for(count, threads, [&](int64_t from, int64_t to) {
         best.decode(w, out + from * w.columns, first + from, first + to);
     });
 }
@@ -35,14 +34,14 @@ void vector_decode(const Vectors& w, int64_t first, int64_t count, float* out, i
 void coordinates(const Vectors& w, int8_t* y, uint8_t* gains, int threads) {
     const auto& best = *isa().vector;
     const int64_t points = w.padded_columns() / 16;
-    in_shares(w.rows, threads, [&](int64_t first, int64_t last) {
+    parallel_for(w.rows, threads, [&](int64_t first, int64_t last) {
         best.coordinates(w, y + first * points * 16, gains + first * points, first, last);
     });
 }
 
 void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint8_t* gains, uint32_t* words,
              int64_t words_per_row, int threads) {
-    in_shares(rows, threads, [&](int64_t first, int64_t last) {
+    parallel_for(rows, threads, [&](int64_t first, int64_t last) {
         const Pyramid<Scalar> set(bits, nullptr);
         const int digits = 4 * bits + 1;
         std::vector<uint8_t> codes(points * digits);
@@ -71,7 +70,7 @@ void points_linear(const Points& w, const float* x, int64_t columns, int64_t tok
     }
     isa().read_inputs(w.layout, x, tokens, act, buffers);
     const Inputs in = buffers.inputs;
-    in_shares(w.layout.tiles(), threads,
+    parallel_for(w.layout.tiles(), threads,
               [&](int64_t first, int64_t last) { points_tiles(w, in, x, tokens, act, y, first, last); });
 }
 
@@ -83,7 +82,7 @@ void points_tiles(const Points& w, const Inputs& in, const float* x, int64_t tok
 
 void points_decode(const Points& w, int64_t columns, int64_t first, int64_t count, float* out, int threads) {
     const auto& best = *isa().vector;
-    in_shares(count, threads, [&](int64_t from, int64_t to) {
+    parallel_for(count, threads, [&](int64_t from, int64_t to) {
         best.points_decode(w, out + from * columns, columns, first + from, first + to);
     });
 }
@@ -109,13 +108,13 @@ void lattice_linear(const Lattice& w, const float* x, int64_t columns, int64_t t
     isa().read_inputs(w.layout, ordered.data(), tokens, act, buffers);
     const Inputs in = buffers.inputs;
     const auto& best = *isa().vector;
-    in_shares(w.layout.tiles(), threads,
+    parallel_for(w.layout.tiles(), threads,
               [&](int64_t first, int64_t last) { best.lattice_linear(w, in, act, tokens, y, first, last); });
 }
 
 void lattice_decode(const Lattice& w, int64_t columns, int64_t first, int64_t count, float* out, int threads) {
     const auto& best = *isa().vector;
-    in_shares(count, threads, [&](int64_t from, int64_t to) {
+    parallel_for(count, threads, [&](int64_t from, int64_t to) {
         best.lattice_decode(w, out + from * columns, columns, first + from, first + to);
     });
 }

@@ -2,11 +2,11 @@
 //
 // Their sets of vectors are too large for tables of products: a row is decoded a piece at a time, which stays in the
 // first-level cache, and multiplied in fp32. Decoding rounds as the formats' own does, so that both agree bit by bit.
-// Where one scale serves a row, codes are laid out anew instead and become small integers, many times faster.
+// With one scale per row, codes are repacked as small integers instead, which is many times faster.
 #pragma once
 #include <cstdint>
 
-#include "../lut/kernel.h"
+#include "../lut/lookup.h"
 
 namespace bitmill {
 
@@ -29,7 +29,7 @@ struct Vectors {
     int64_t padded_columns() const { return (columns + 15) / 16 * 16; }
 };
 
-// Pyramid points laid out anew: vector/relaid.h.
+// Repacked pyramid points: vector/points-inl.h.
 struct Points {
     Layout layout;            // of coordinates of bits + 1 bits; columns are whole points
     const uint8_t* codes;
@@ -48,7 +48,7 @@ struct Points {
     int odd_gain(int64_t row, int64_t odd) const { return gain(row, odd_places[odd]); }
 };
 
-// Points of E8 laid out anew: vector/lattice.h.
+// Repacked points of E8: vector/lattice-inl.h.
 struct Lattice {
     static constexpr int64_t square_bytes = 128;
     Layout layout;         // of 2 bits and whole squares of 32 columns: only its sizes count
@@ -60,13 +60,13 @@ struct Lattice {
     float scale_of(int64_t row) const { return scales[own_scales ? row : 0]; }
 };
 
-// What an instruction set has, for rows [first, last). x is (tokens, padded columns), zero where padded.
+// Kernels of an instruction set, for rows [first, last). x is (tokens, padded columns), zero where padded.
 struct VectorKernels {
     void (*linear)(const Vectors&, const float* x, int64_t tokens, float* y, int64_t first, int64_t last);
     void (*decode)(const Vectors&, float* out, int64_t first, int64_t last);  // out is (last - first, columns)
     // Coordinates (last - first, whole blocks * 16) and gains (last - first, blocks) of a pyramid's points.
     void (*coordinates)(const Vectors&, int8_t* y, uint8_t* gains, int64_t first, int64_t last);
-    // Points laid out anew: tiles [first, last), and rows [first, last) of W^.
+    // Repacked points: tiles [first, last), and rows [first, last) of W^.
     void (*points_linear)(const Points&, const Inputs&, Act, int64_t tokens, float* y, int64_t first,
                           int64_t last);
     void (*points_decode)(const Points&, float* out, int64_t columns, int64_t first, int64_t last);
@@ -80,7 +80,7 @@ void vector_linear(const Vectors& weights, const float* x, int64_t tokens, float
 // Rows from `first` on, (count, columns).
 void vector_decode(const Vectors& weights, int64_t first, int64_t count, float* out, int threads);
 
-// What `Points` are made from, and the packed words again, (rows, words_per_row).
+// Coordinates and gains of packed points, and the inverse: packed words (rows, words_per_row).
 void coordinates(const Vectors& weights, int8_t* y, uint8_t* gains, int threads);
 void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint8_t* gains, uint32_t* words,
              int64_t words_per_row, int threads);

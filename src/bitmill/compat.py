@@ -1,4 +1,4 @@
-"""Calls that go on from the tokens a cache holds, whatever the release of transformers names the cache."""
+"""Differences between releases of torch and transformers, and what neither of them offers publicly."""
 
 from __future__ import annotations
 
@@ -7,28 +7,50 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
-CACHE_NAMES = ("cache", "past_key_values")  # of the argument and in the output, later releases first
+CACHE_NAMES = ("cache", "past_key_values")  # names of the argument and of the output, later releases first
 
 
 def cache_argument(arguments: Mapping[str, Any]) -> Any:
-    """The cache that a call is given, None for none."""
+    """Return the cache among the keyword arguments of a model's forward, or None."""
     return next((arguments[name] for name in CACHE_NAMES if name in arguments), None)
 
 
-def forward_with_cache(model: Any, tokens: Tensor, held: Any, **options: Any) -> tuple[Any, Any]:
-    """The output for tokens (windows, length) behind those in the cache `held`, and what the cache then is.
+def forward_with_cache(model: Any, tokens: Tensor, cache: Any, **options: Any) -> tuple[Any, Any]:
+    """Run a model on tokens that follow those in a cache.
 
-    held: None for none yet.  options: further arguments of the call.  Models that keep no cache give None back.
+    Args:
+        model: A causal language model of transformers, or any callable with that signature.
+        tokens: Token ids (windows, length).
+        cache: Cache with the preceding tokens, or None.
+        **options: Further arguments of the call.
+
+    Returns:
+        The output of the model and the cache afterwards (None for a model without a cache).
     """
     kind: Any = type(model)
-    output = model(tokens, **{_argument(kind): held}, use_cache=True, **options)
+    output = model(tokens, **{_cache_name(kind): cache}, use_cache=True, **options)
     found = (getattr(output, name, None) for name in CACHE_NAMES)
     return output, next((one for one in found if one is not None), None)
 
 
 @cache
-def _argument(kind: type) -> str:
-    known = inspect.signature(getattr(kind, "forward", kind.__call__)).parameters
-    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
+def _cache_name(kind: type) -> str:
+    parameters = inspect.signature(getattr(kind, "forward", kind.__call__)).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
+
+
+def is_traced(x: Tensor | None = None) -> bool:
+    """Return True while a compiler, a tracer, a function transform or a dispatch mode observes operations on x.
+
+    torch has no public functions for the last two (torch.func transforms, TorchDispatchMode).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or (x is not None and type(x) is not Tensor)
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

@@ -64,7 +64,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
 
 def is_stepping(model) -> bool:
     """Return True if the compiled step has run and its first results agreed."""
-    return None in vars(model)["forward"]._agrees.values()
+    return None in vars(model)["forward"]._kind_reasons.values()
 
 
 def both(model, tokens: list[int]) -> tuple[Tensor, Tensor]:

@@ -155,8 +155,9 @@ def test_embedding_lookup(kind, bits):
     assert model.bfloat16()(ids).dtype == torch.bfloat16
     assert torch.equal(copy.deepcopy(model).float()(ids), expected)
     assert "50 x 44, Uniform" in repr(model)
-    restore_embedding(table, quantized.dequantize())
-    assert type(table) is kind
+    restored = restore_embedding(model, table, quantized.dequantize())
+    assert restored is model[0]
+    assert type(restored) is kind
     assert torch.equal(model(ids), expected)
     assert list(model.state_dict()) == ["0.weight"]
 

@@ -1,5 +1,5 @@
 // In place of the compiler's header of this name: AVX-512 in plain C, for any machine, by SIMDe (libsimde-dev). For the
-// tests alone, tests/sanitize.sh: what SIMDe 0.7.4 lacks of what simd/avx512*.h use stands below.
+// tests only (tests/sanitize.sh): intrinsics used by simd/avx512*.h that SIMDe 0.7.4 lacks.
 #pragma once
 #define SIMDE_NO_NATIVE
 #define SIMDE_NO_INLINE  // hundreds of kernels of inlined loops would take long to compile

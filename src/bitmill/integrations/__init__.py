@@ -1,1 +1,1 @@
-"""Hooks into other libraries."""
+"""Integrations with other libraries."""

@@ -1,7 +1,7 @@
-"""Teach transformers the checkpoint format when, and only when, transformers is used.
+"""Register the checkpoint format with transformers if, and only if, transformers is used.
 
-Importing transformers takes seconds. If it is there already, the format is registered at once; otherwise a
-finder waits for the import of the module that keeps the registry, and registers right after it has run.
+Importing transformers takes seconds. If it is already imported, the format is registered at once; otherwise an
+import hook registers it right after the module with transformers' registry of quantizers has been executed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from types import ModuleType
 
 REGISTRY = "transformers.quantizers.auto"
-TEACHER = "bitmill.integrations.transformers_quantizer"  # registers itself when it is imported
+QUANTIZER_MODULE = "bitmill.integrations.transformers_quantizer"  # registers itself when it is imported
 
 
 class _Loader(importlib.abc.Loader):
-    """Runs a module as its own loader would, then imports TEACHER."""
+    """A loader that executes a module by its own loader, then imports QUANTIZER_MODULE."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -31,13 +31,13 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        importlib.import_module(TEACHER)
+        importlib.import_module(QUANTIZER_MODULE)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds REGISTRY by way of the ordinary path search.
+    """A finder of REGISTRY by the ordinary path search.
 
-    It never leaves: who asks for the spec may only want to know whether the module is there.
+    It stays installed: callers may look up the spec without importing the module.
     """
 
     def find_spec(
@@ -52,8 +52,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def register_with_transformers() -> None:
-    """Make from_pretrained read bitmill's folders, whichever of the two is imported first."""
+    """Make from_pretrained read bitmill's folders, in either order of the two imports."""
     if REGISTRY in sys.modules:
-        importlib.import_module(TEACHER)
+        importlib.import_module(QUANTIZER_MODULE)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

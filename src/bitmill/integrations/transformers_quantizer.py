@@ -1,4 +1,4 @@
-"""The transformers hook: after `import bitmill`, from_pretrained understands `quant_method: bitmill`."""
+"""The quantizer of transformers for `quant_method: bitmill`, registered by `import bitmill`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bitmill.runtime.modules.replace import layers_outside_blocks, replace_layer
 
 
 class BitmillConfig(QuantizationConfigMixin):
-    """`quantization_config` of a bitmill checkpoint: formats with the layers that use them, and the recipe."""
+    """`quantization_config` of a bitmill checkpoint: formats with their layers, and the recipe."""
 
     def __init__(self, groups: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -30,12 +30,12 @@ class BitmillConfig(QuantizationConfigMixin):
         self.rest = {k: v for k, v in kwargs.items() if k != "quant_method"}
 
     def to_dict(self) -> dict[str, Any]:
-        """As in config.json."""
+        """Return the config as in config.json."""
         return {"quant_method": QUANT_METHOD, **self.rest, "groups": self.groups}
 
 
 class BitmillQuantizer(HfQuantizer):
-    """Swaps layers for packed ones on the meta device; from_pretrained then fills the packed buffers."""
+    """Replaces layers by packed ones on the meta device; from_pretrained then fills the packed buffers."""
 
     requires_calibration = True
     quantization_config: BitmillConfig
@@ -49,24 +49,25 @@ class BitmillQuantizer(HfQuantizer):
                 f"The checkpoint quantizes {absent!r}, which {type(model).__name__} does not have; "
                 "load it with the model class that config.json names."
             )
-        self._swapped = replace_layers(model, formats, ends, places, device="meta")
+        self._replaced = replace_layers(model, formats, ends, places, device="meta")
         self._ties = dict(getattr(model, "all_tied_weights_keys", {}))
-        for name in layers_outside_blocks(ends):  # their weights are no parameters any more that could be tied
+        for name in layers_outside_blocks(ends):  # their weights are no longer parameters that could be tied
             model.all_tied_weights_keys.pop(f"{name}.weight", None)
-        for layer in (layer for layer in self._swapped.values() if isinstance(layer, QuantLinear)):
-            # Some architectures (GPT-2) initialise the weights of their linears by name once loading is over;
-            # a stand-in that counts as initialised lets them. It is no parameter and is gone after loading.
-            stand_in = torch.empty(0)
-            stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-            object.__setattr__(layer, "weight", stand_in)
+        for layer in (layer for layer in self._replaced.values() if isinstance(layer, QuantLinear)):
+            # Some architectures (GPT-2) initialize the weights of their linears by name after loading; a
+            # placeholder that counts as initialized prevents an error. It is no parameter, and is removed after
+            # loading.
+            placeholder = torch.empty(0)
+            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
+            object.__setattr__(layer, "weight", placeholder)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        for layer in (layer for layer in self._swapped.values() if isinstance(layer, QuantLinear)):
+        for layer in (layer for layer in self._replaced.values() if isinstance(layer, QuantLinear)):
             del layer.weight
-        model.all_tied_weights_keys = self._ties  # of the plain model that it may become again
-        self._swapped = {}
+        model.all_tied_weights_keys = self._ties  # for a model that is dequantized later
+        self._replaced = {}
         detach_files(model)
-        from bitmill.runtime.decode import attach  # transformers is not all there while this file is imported
+        from bitmill.runtime.decode import attach  # transformers is only partly imported when this file is
 
         attach(model)
 
@@ -74,17 +75,17 @@ class BitmillQuantizer(HfQuantizer):
         return dequantize_model(model, dtype or torch.float32)
 
     def is_serializable(self) -> bool:
-        """save_pretrained writes the packed buffers back."""
+        """Return True: save_pretrained writes the packed tensors."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Codes carry no gradient."""
+        """False: codes have no gradient."""
         return False
 
 
 def register() -> None:
-    """Make transformers know bitmill; harmless when called again."""
+    """Register the quantizer with transformers, once."""
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(BitmillConfig)
         register_quantizer(QUANT_METHOD)(BitmillQuantizer)

@@ -70,12 +70,12 @@ class ModuleSink:
         # on the meta device: the memory is the packed tensors' own
         for name, new in replace_layers(self.model, formats, ends, self._places, "meta").items():
             parts = self._packed[name][1] if name in self._packed else {}  # a tied head has none
-            new._buffers.update(parts)
+            new.set_packed(parts)
             if isinstance(new, QuantLinear):
                 new.bias = biases[name]
                 if new.shared is not None:
                     shared, device = self._shared[self._places[name]], parts["codes"].device
-                    new.shared._buffers.update({part: tensor.to(device) for part, tensor in shared.items()})
+                    new.shared.set_packed({part: tensor.to(device) for part, tensor in shared.items()})
         for name, tensor in self._changed.items():
             self.model.get_parameter(name).data = tensor
         self._packed, self._changed, self._shared = {}, {}, {}

@@ -25,7 +25,7 @@ except ImportError as error:
     _native = None
     import_error = str(error)
 
-ACTIVATIONS = ("int8", "int16", "float32")  # csrc/lut/kernel.h: Act
+ACTIVATIONS = ("int8", "int16", "float32")  # csrc/lut/lookup.h: Act
 DEFAULT_ACTIVATIONS = "int8"
 
 

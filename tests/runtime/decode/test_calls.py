@@ -206,7 +206,7 @@ def test_reasons():
         decode_path(attach(odd_model(hidden_act="gelu"))),
         decode_path(attach(odd_model().to(torch.float16))),
     ]
-    for sentence, reason in zip(said, ("GPT2LMHeadModel of", "a window of the past", "not SiLU", "float16")):
+    for sentence, reason in zip(said, ("GPT2LMHeadModel of", "a sliding window", "not SiLU", "float16")):
         assert sentence.startswith("It decodes by transformers' own forward: ")
         assert reason in sentence
 

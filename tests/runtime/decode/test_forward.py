@@ -38,7 +38,7 @@ UNIFORM = FORMATS.get("uniform")(4, 16)
 
 def limit_of(model) -> float:
     """Sums in another order; tables of products are integers, and one that rounds the other way is a step off."""
-    kernel = model.model.layers[0].self_attn.q_proj._kernel
+    kernel = model.model.layers[0].self_attn.q_proj.kernel
     return 1e-3 if kernel.tolerance == AdditiveKernel.tolerance else 1e-5
 
 

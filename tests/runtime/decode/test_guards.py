@@ -164,9 +164,9 @@ def test_config_output_flags(model):
     model.config.output_hidden_states = True
     output = model(input_ids=torch.tensor([[9]]), past_key_values=cache)
     assert len(output.hidden_states) == 4
-    assert "config asks for more" in decode_path(model)
+    assert "config requests more" in decode_path(model)
     model.config.output_hidden_states, model.config.return_dict = False, False
-    assert "config asks for more" in decode_path(model)
+    assert "config requests more" in decode_path(model)
     model.config.return_dict = True
     assert decode_path(model) == "step"  # though transformers leaves its hooks in place, which do nothing now
 

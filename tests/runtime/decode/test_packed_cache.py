@@ -49,7 +49,7 @@ def model_of(kind="llama", changes=None):
 
 def has_stepped(model, cache):
     kind = cache.decode_step_cache().kind
-    return kind != "packed" and vars(model)["forward"]._agrees.get(kind, "no") is None
+    return kind != "packed" and vars(model)["forward"]._kind_reasons.get(kind, "no") is None
 
 
 def stored(cache):

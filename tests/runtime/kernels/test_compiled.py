@@ -20,13 +20,12 @@ from bitmill.numerics.rotations import rotation
 from bitmill.runtime import native, ops
 from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.additive import AdditiveKernel
-from bitmill.runtime.kernels.lattice import Lattice
-from bitmill.runtime.kernels.points import Points
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.runtime.kernels.rotated import RotatedKernel
 from bitmill.runtime.kernels.rotation_plan import _without_sylvester, rotation_plan
 from bitmill.runtime.kernels.sum import SumKernel
 from bitmill.runtime.kernels.vector import VectorKernel
+from bitmill.runtime.kernels.vector_lookup import Lattice, Points
 from bitmill.solvers import Statistics
 from helpers.cases import weights
 from helpers.native_kernels import CPU, SHAPES, each_isa, exact, kernel_of, needs_native, quantized, rounded_to  # noqa: F401
@@ -204,8 +203,8 @@ def test_torch_operators():
     for operator, arguments in (
         (ops.additive, (sums.codes, sums._books, sums._scales, sums.layout)),
         (ops.vector_linear, (vectors._parts, vectors._plan)),
-        (ops.points_linear, (points._codes, points._parts, points._plan)),
-        (ops.lattice_linear, (lattice._parts, lattice._plan)),
+        (ops.points.linear, (points._parts, points._plan)),
+        (ops.lattice.linear, (lattice._parts, lattice._plan)),
         (ops.rotate, plan.parts),
         (ops.sparse_add, (torch.randn(2, 6), *entries._entries)),
     ):

@@ -35,7 +35,7 @@ def _fastest(monkeypatch):
 
 
 def kernel_name(matrix: nn.Module) -> str | None:
-    return None if matrix._kernel is None else KERNELS.name_of(type(matrix._kernel))
+    return None if matrix.kernel is None else KERNELS.name_of(type(matrix.kernel))
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -75,10 +75,10 @@ def test_tied_head(folder, monkeypatch):
     else:
         assert (kernel_name(table), kernel_name(head)) == ("lut", None)
         assert not list(head.buffers())
-    kept = table._kernel
+    kept = table.kernel
     assert torch.equal(answer(model), first)
-    assert table._kernel is kept  # no layout is made twice
-    kernels = [m._kernel for m in model.modules() if getattr(m, "_kernel", None) is not None]
+    assert table.kernel is kept  # no layout is made twice
+    kernels = [m.kernel for m in model.modules() if getattr(m, "kernel", None) is not None]
     packed = sum(k.spec.format.stored_bits(k.spec.shape) / 8 for k in kernels)
     laid_out = sum(t.nbytes for k in kernels for t in k.tensors.values())
     assert held_bytes(model) == pytest.approx(before + laid_out - packed)  # nothing is held beside it
@@ -97,7 +97,7 @@ def test_saved_after_use(folder, tmp_path):
     dense = bitmill.load(folder, dense=True)
     table = model.model.embed_tokens
     assert torch.equal(table(IDS), dense.model.embed_tokens(IDS))
-    assert torch.equal(table.codes, stored["model.embed_tokens.codes"])
+    assert torch.equal(table.packed()["codes"], stored["model.embed_tokens.codes"])
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KERNELS.items()])
@@ -131,7 +131,7 @@ def test_concurrent_first_use():
             together.wait()
             try:
                 assert torch.equal(layer(x), expected)
-                assert torch.equal(layer.codes, layer.state_dict()["codes"])
+                assert torch.equal(layer.packed()["codes"], layer.state_dict()["codes"])
             except Exception as error:
                 failed.append(error)
 

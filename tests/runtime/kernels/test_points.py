@@ -9,10 +9,9 @@ from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import Quantized
 from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
-from bitmill.runtime.kernels.lattice import Lattice
-from bitmill.runtime.kernels.points import Points
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.runtime.kernels.vector import VectorKernel
+from bitmill.runtime.kernels.vector_lookup import Lattice, Points
 from helpers.cases import weights
 from helpers.native_kernels import CPU, SHAPES, each_isa, exact, kernel_of, needs_native, rounded_to  # noqa: F401
 
@@ -49,7 +48,7 @@ def test_points(format, shape, act, monkeypatch):
     W[:, ::40] *= 30  # points with nearly all pulses in one coordinate
     matrix = rounded_to(format, W)
     kernel = kernel_of(Points, matrix)
-    assert kernel._packed is None
+    assert kernel._fallback is None
     assert len(kernel._parts[4]) > 0
     obeys(kernel, matrix, act)
 
@@ -67,7 +66,7 @@ def test_points_unsupported_reason(monkeypatch):
 def test_unused_numbers_stay_packed():
     tensors = {"codes": torch.full((4, 9), -1, dtype=torch.int32), "scale": torch.ones(4, 1).half()}
     kernel = Points(KernelSpec(Pyramid(4), (4, 64), CPU), tensors)
-    assert kernel._packed is not None
+    assert kernel._fallback is not None
     assert torch.equal(kernel.restore()["codes"], tensors["codes"])
     assert torch.isfinite(kernel.apply(torch.randn(1, 64))).all()
     assert torch.isfinite(kernel.apply(torch.randn(17, 64))).all()

@@ -19,13 +19,13 @@ from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.base import KERNELS
 from bitmill.runtime.kernels.triton import Triton
 from bitmill.runtime.triton import available
-from bitmill.runtime.triton.lanes import codes_of, codes_of_planes, from_words, lanes_in, to_lanes, to_planes
+from bitmill.runtime.triton.lanes import codes_of_lanes, codes_of_planes, from_words, lanes_in, to_lanes, to_planes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPES = [((1, 1), 1), ((3, 7), 7), ((4, 130), 40), ((5, 577), 577), ((4, 256), 64), ((2, 2048), 2048)]
 
 
-@pytest.mark.skipif(available.missing() is not None, reason=str(available.missing()))
+@pytest.mark.skipif(available.install_problem() is not None, reason=str(available.install_problem()))
 @pytest.mark.parametrize("file", ["triton_kernels.py", "triton_kv.py"])
 def test_interpreter_or_gpu(file):
     where = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
@@ -40,7 +40,7 @@ def test_interpreter_or_gpu(file):
 def test_lanes_and_planes_round_trip(shape, width, bits):
     codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
     packed, columns = pack(codes, bits), shape[1]
-    for there, back in ((to_lanes, codes_of), (to_planes, codes_of_planes)):
+    for there, back in ((to_lanes, codes_of_lanes), (to_planes, codes_of_planes)):
         words = there(packed, bits, columns, width)
         assert words.shape == (shape[0], bits, lanes_in(columns, width))
         assert torch.equal(back(words, columns, width), codes)
@@ -54,7 +54,7 @@ def test_no_padding_of_whole_groups():
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(available, "missing", lambda: None)
+    monkeypatch.setattr(available, "install_problem", lambda: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("BITMILL_KERNEL", raising=False)
 
@@ -66,7 +66,7 @@ def test_chosen_on_gpu(installed):
 
 
 def test_reference_without_triton(installed, monkeypatch):
-    monkeypatch.setattr(available, "missing", lambda: "Triton is not installed.")
+    monkeypatch.setattr(available, "install_problem", lambda: "Triton is not installed.")
     chosen = choose_kernel(KernelSpec(FORMATS.get("uniform")(3), (8, 64), CUDA))
     assert chosen is KERNELS.get("reference")
 
@@ -84,5 +84,5 @@ def test_unsupported_reason(installed, monkeypatch):
 def test_old_versions_refused(monkeypatch, found, reason):
     monkeypatch.setattr(available, "find_spec", lambda name: True)
     monkeypatch.setattr(available, "version", lambda name: found)
-    said = available.missing.__wrapped__()
+    said = available.install_problem.__wrapped__()
     assert said is None if reason is None else reason in said

@@ -182,7 +182,7 @@ def test_restore_packed_tensors(format):
     matrix = quantized(format, (5, 130))
     layer, x = layer_of(matrix), torch.randn(1, 130, device=DEVICE)
     y = layer(x)
-    assert type(layer._kernel) is Triton
+    assert type(layer.kernel) is Triton
     kept = matrix.pack()
     state = layer.state_dict()
     assert all(torch.equal(state[name].cpu(), kept[name]) for name in kept)
@@ -198,7 +198,7 @@ def test_compile_and_export(format, monkeypatch):
     torch._dynamo.reset()
     compiled = torch.compile(nn.Sequential(layer), backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x), y)
-    operator, seen = layer._kernel._family._operator, []
+    operator, seen = layer.kernel._family._operator, []
     monkeypatch.setattr(operator, "run", lambda *arguments: seen.append(arguments) or operator.op(*arguments))
     layer(x)
     torch.library.opcheck(operator.op, seen[0], test_utils=("test_schema", "test_faketensor"))

@@ -20,7 +20,15 @@ from bitmill.runtime.triton.available import unsupported_reason as triton_unsupp
 
 
 def unsupported_reason(plan: PagePlan, device: torch.device) -> str | None:
-    """Return None if a kernel on `device` reads pages of this layout, or one sentence with the reason."""
+    """Check whether a kernel reads pages of a layout.
+
+    Args:
+        plan: Layout of a page.
+        device: Device of the pages.
+
+    Returns:
+        None, or one sentence with the reason why no kernel does.
+    """
     if plan.dim % 16:
         return f"Heads have {plan.dim} numbers; kernels take multiples of 16."
     for part in (plan.key, plan.value):
@@ -42,9 +50,15 @@ class NativeTokenViews:
         self._tokens: Any = None
 
     def update(self, slabs: Sequence[Tensor], keys: Tensor, values: Tensor) -> Any:
-        """Return the KvTokens of the slabs and fp16 tensors of a PackedPast.
+        """Return the extension's view, made anew if a tensor was replaced; appended slabs are added to it.
 
-        It is made anew if a tensor was replaced; slabs that were appended are added to the existing one.
+        Args:
+            slabs: Pages, as in PackedPast.
+            keys: fp16 keys, as in PackedPast.
+            values: fp16 values, as in PackedPast.
+
+        Returns:
+            The KvTokens.
         """
         mine, fp16 = self._slabs, self._fp16
         same = fp16 is not None and fp16[0] is keys and fp16[1] is values

@@ -1,4 +1,4 @@
-"""Decoding token by token in compiled code (csrc/step): Python would take longer than a small model's products."""
+"""Compiled decoding of single tokens (csrc/step), without the overhead of Python."""
 
 from bitmill.runtime.decode.forward import attach, decode_path, detach
 

@@ -1,6 +1,6 @@
-"""Whether a model is still the one that was looked at, and whether somebody wants more than its logits.
+"""Guard of a compiled model: detects changes of the model, and requests for more than its logits.
 
-Asked before every token, so dicts and addresses are collected once, and compared all at a time in C.
+It runs before every token: dictionaries and addresses are collected once and then compared in C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 
 
 class ModelGuard:
-    """The modules and parameters of a model, by identity and address, and where hooks and patches would show."""
+    """The modules and parameters of a model, by identity and address, and its dictionaries of hooks."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -22,11 +22,11 @@ class ModelGuard:
         self._children = [m._modules for m in modules if m._modules]
         self._modules = list(chain.from_iterable(map(dict.values, self._children)))
         self._all, self._types = modules, list(map(type, modules))
-        self._holders = [m._parameters for m in modules if m._parameters]
-        parameters = list(chain.from_iterable(map(dict.values, self._holders)))
+        self._owners = [m._parameters for m in modules if m._parameters]
+        parameters = list(chain.from_iterable(map(dict.values, self._owners)))
         self._ids = list(map(id, parameters))
-        self._parameters = [p for p in parameters if p is not None]  # kept, so that no id is given out twice
-        self._places = _places(self._parameters)
+        self._parameters = [p for p in parameters if p is not None]  # kept alive, so that no id is reused
+        self._addresses = _addresses(self._parameters)
         inner = modules[1:]  # hooks of the model itself are called around its forward
         self._hooks: list[Any] = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         self._hooks += [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
@@ -34,34 +34,34 @@ class ModelGuard:
         self._modes = [vars(m) for m in modules if len(m._modules) > 1]  # blocks and attention
 
     def is_current(self) -> bool:
-        """Whether all modules and parameters are the same, and where they were."""
+        """Return True if all modules and parameters are unchanged, in identity and address."""
         return (
             list(chain.from_iterable(map(dict.values, self._children))) == self._modules
-            and list(map(id, chain.from_iterable(map(dict.values, self._holders)))) == self._ids
+            and list(map(id, chain.from_iterable(map(dict.values, self._owners)))) == self._ids
             and list(map(type, self._all)) == self._types
-            and _places(self._parameters) == self._places
+            and _addresses(self._parameters) == self._addresses
         )
 
     def blocking_reason(self) -> str | None:
-        """What only the model's own forward gives, for now: hooks, dropout, hidden states; None if nothing is."""
-        hooks = [hook for held in filter(None, self._hooks) for hook in held.values()]
+        """Return a phrase if only the model's own forward serves now (hooks, dropout, hidden states), or None."""
+        hooks = [hook for registered in filter(None, self._hooks) for hook in registered.values()]
         if not all(map(_is_idle, hooks)) or any(map(contains, self._vars, repeat("forward"))):
-            return "hooks or patches listen to its modules"
+            return "hooks or patches are attached to its modules"
         if any(map(itemgetter("training"), self._modes)):
             return "it is in training mode"
         config = self.model.config
         for one in {id(c): c for c in (config, self.model.model.config)}.values():
             if one.output_hidden_states or one.output_attentions or not one.return_dict:
-                return "its config asks for more than logits"
+                return "its config requests more than logits"
             if one.num_hidden_layers != len(self.model.model.layers):
                 return "its config names another number of blocks"
         return None
 
 
 def _is_idle(hook: Any) -> bool:
-    """Whether it is one that transformers leaves behind once hidden states were asked for; they do no more."""
+    """Return True for hooks that transformers leaves after hidden states were requested; they do nothing."""
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
-def _places(tensors: list[Tensor]) -> list[int]:
+def _addresses(tensors: list[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))

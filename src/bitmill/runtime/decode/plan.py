@@ -1,34 +1,33 @@
-"""Which models the compiled step can run, and what it is built of: their own tensors, never copies of matrices."""
+"""The compiled model of the decode step, built on the tensors of the model without copies of matrices."""
 
 from __future__ import annotations
 
-import contextlib
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitmill.runtime.decode.parts import GATED, HEAD_NORMS, PROJECTIONS, NotEligibleError, parts_of
+from bitmill.runtime.decode.parts import GATED, HEAD_NORMS, PROJECTIONS, NotEligibleError, model_parts
 from bitmill.runtime.decode.step_cache import StepCache
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.native import is_available, native, threads
 
 _CPU = torch.device("cpu")
-_kernel_of = attrgetter("_kernel")
+_kernel_of = attrgetter("kernel")
 _SILU = ("SiLU", "SiLUActivation")
-# Kinds of rotary embedding whose angles depend on the position alone.
+# Kinds of rotary embedding whose angles depend on the position only.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class Plan:
-    """The compiled model, and which kernels and numbers must stay as they are; a Watch sees to all else."""
+    """The compiled model, with the kernels and copied parameters it depends on; see also ModelGuard."""
 
     def __init__(self, model: Any) -> None:
-        """Raises NotEligibleError."""
+        """Build the compiled model. Raises NotEligibleError if the step does not support it."""
         if not is_available():
             raise NotEligibleError("the compiled kernels are not installed")
-        base, head, layers = parts_of(model)
+        base, head, layers = model_parts(model)
         attention, mlp = layers[0].self_attn, layers[0].mlp
         self.blocks, self.dim = len(layers), int(attention.head_dim)
         self.heads = int(attention.q_proj.out_features) // self.dim
@@ -39,7 +38,7 @@ class Plan:
         self.rotary: Any = base.rotary_emb
         self.dtype: torch.dtype = base.norm.weight.dtype
         self.tokens = int(head.out_features)
-        self._owners: list[Any] = []
+        self._kernel_owners: list[Any] = []
         self._kernels: list[Any] = []
         self._copied: list[Tensor] = []
         hidden = int(attention.q_proj.in_features)
@@ -61,11 +60,13 @@ class Plan:
         if self._fixed and not self._frequencies.is_inference():
             self._copied.append(self._frequencies)
         if any(tensor.is_inference() for tensor in self._copied):
-            raise NotEligibleError("it was made in inference mode, where changes of numbers leave no trace")
+            raise NotEligibleError("it was made in inference mode, where changes of parameters are not counted")
         self._versions = _versions(self._copied)
 
     def advance(self, ids: Tensor, past: StepCache) -> Tensor:
-        """Logits (tokens,) of what follows the token `ids` (1, 1); its keys and values join the past."""
+        """Return the logits (vocabulary,) after the token `ids` (1, 1), appending its keys and values to the
+        cache.
+        """
         logits = torch.empty(self.tokens)
         row = None if self._table is not None else self.embedding(ids).to(torch.float32).view(-1)
         angles = self.angles(past.length)
@@ -73,12 +74,12 @@ class Plan:
         return logits
 
     def _rows(self, head: Any) -> Any:
-        """What looks up embeddings in compiled code, where it gives what the model's own table gives."""
+        """Return the compiled lookup of embeddings if it reproduces the model's table on some rows, or None."""
         tied: Any = getattr(head, "tied", None)
         table = None
         if type(self.embedding) is nn.Embedding:
-            with contextlib.suppress(NotEligibleError):
-                table = self._linear(self.embedding, "embed_tokens")
+            if _dense_unsupported_reason(self.embedding.weight) is None:
+                table = _dense_linear(self.embedding.weight)
         elif tied is self.embedding:
             table = self._linear(head, "lm_head")
         if table is None:
@@ -89,18 +90,18 @@ class Plan:
         return table if rows.shape == own.shape and torch.allclose(rows, own, rtol=1e-5, atol=1e-7) else None
 
     def is_current(self) -> bool:
-        """Whether the kernels are the same, and nobody has changed what was copied.
+        """Return True if the kernels are unchanged and no copied parameter was edited.
 
-        An edit through `.data` leaves no trace, and is missed where a copy was needed.
+        Edits through `.data` are not detected for copied parameters.
         """
         return (
-            list(map(_kernel_of, self._owners)) == self._kernels
+            list(map(_kernel_of, self._kernel_owners)) == self._kernels
             and _versions(self._copied) == self._versions
             and (not self._fixed or self.rotary.inv_freq is self._frequencies)
         )
 
     def angles(self, position: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (dim,) of a position, by the model's own rotary embedding."""
+        """Return cosines and sines (dim,) of a position, from the model's rotary embedding."""
         if not self._fixed:
             cos, sin = self._rotate(torch.tensor([[position]]))
             return cos[0], sin[0]
@@ -134,22 +135,16 @@ class Plan:
             kernel = module.kernel_on(_CPU)
             made = kernel.step_linear()
             if made is None:
-                raise NotEligibleError(f"{name} is {module.format.name}, whose kernel is no compiled one")
-            self._owners.append(module.tied or module)
+                raise NotEligibleError(f"{name} is {module.format.name}, whose kernel is not compiled")
+            self._kernel_owners.append(module.tied or module)
             self._kernels.append(kernel)
             return made
-        if type(module) not in (nn.Linear, nn.Embedding):
+        if type(module) is not nn.Linear:
             raise NotEligibleError(f"{name} is a {type(module).__name__}")
-        weight = module.weight.detach()
-        if weight.device.type != "cpu":
-            raise NotEligibleError(f"{name} is not in the CPU's memory")
-        if not weight.is_contiguous():
-            raise NotEligibleError(f"{name} is not contiguous, row by row")
-        if weight.dtype == torch.float32:
-            return native().dense_linear(weight)
-        if weight.dtype == torch.bfloat16:
-            return native().bf16_linear(weight.view(torch.int16))
-        raise NotEligibleError(f"{name} holds {weight.dtype}")
+        reason = _dense_unsupported_reason(module.weight)
+        if reason is not None:
+            raise NotEligibleError(f"{name} {reason}")
+        return _dense_linear(module.weight)
 
     def _bias(self, module: Any) -> Tensor | None:
         return None if module.bias is None else self._vector(module.bias)
@@ -161,8 +156,24 @@ class Plan:
         return vector
 
 
+def _dense_unsupported_reason(weight: Tensor) -> str | None:
+    """Return None if compiled code multiplies with a float weight, or a phrase with the reason."""
+    if weight.device.type != "cpu":
+        return "is not in the CPU's memory"
+    if not weight.is_contiguous():
+        return "is not contiguous, row by row"
+    return None if weight.dtype in (torch.float32, torch.bfloat16) else f"holds {weight.dtype}"
+
+
+def _dense_linear(weight: Tensor) -> Any:
+    weight = weight.detach()
+    if weight.dtype == torch.float32:
+        return native().dense_linear(weight)
+    return native().bf16_linear(weight.view(torch.int16))
+
+
 def _versions(tensors: list[Tensor]) -> list[int]:
-    """How often each was changed in place."""
+    """Return the number of in-place changes of each tensor."""
     return [tensor._version for tensor in tensors]
 
 

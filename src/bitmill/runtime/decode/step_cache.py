@@ -1,4 +1,4 @@
-"""Keys and values of one sequence where the compiled step appends to them, as layers that transformers reads."""
+"""Caches of one sequence that the compiled step appends to, and that transformers reads as layers."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ MIN_CAPACITY = 256  # tokens
 
 
 class StepCache(Protocol):
-    """What the step needs of a cache of one sequence, of floats or packed.
+    """The interface of the step to a cache of one sequence, in floats or packed.
 
-    length: tokens that are there.  kind: caches of one kind are served alike.
+    Attributes:
+        length: Number of tokens in the cache.
+        kind: Caches of one kind use the same code of the step.
     """
 
     length: int
     kind: str
 
     def make_room(self) -> None:
-        """Room for a token."""
+        """Make room for one token."""
 
     def arguments(self) -> tuple[Any, ...]:
-        """The past as a compiled model's `advance` takes it (csrc/bind_step.cpp)."""
+        """Return the arguments of a compiled model's `advance` (csrc/bind_step.cpp)."""
 
     def advance(self) -> None:
-        """Count the token that the step has appended."""
+        """Increase the length by the token that the step has appended."""
 
 
 class PackedStepCache(StepCache, Protocol):
-    """What a packed cache offers by its method `decode_step_cache`."""
+    """The object that a packed cache returns from its method `decode_step_cache`."""
 
     def unsupported_reason(self, blocks: int, heads: int, dim: int) -> str | None:
-        """None where the step of a model of this shape takes the cache as it is now, or a phrase on why not."""
+        """Return None if the step supports the cache in its present state, or a phrase with the reason.
+
+        Args:
+            blocks: Blocks of the model.
+            heads: Heads of keys and values.
+            dim: Numbers of a head.
+        """
 
 
 class KVBuffer:
@@ -45,11 +53,16 @@ class KVBuffer:
 
     @property
     def capacity(self) -> int:
-        """How many tokens fit."""
+        """The number of tokens that fit."""
         return self.numbers.shape[3]
 
     def make_room(self, tokens: int, length: int) -> None:
-        """Room for `tokens`, of which `length` are there; memory doubles when it must grow."""
+        """Make room for tokens; memory at least doubles when it grows.
+
+        Args:
+            tokens: Number of tokens to make room for.
+            length: Number of tokens in the buffer.
+        """
         if tokens <= self.capacity:
             return
         blocks, _, heads, _, dim = self.numbers.shape
@@ -65,7 +78,7 @@ def _memory(blocks: int, heads: int, tokens: int, dim: int) -> Tensor:
 
 
 class KVBufferLayer(DynamicLayer):
-    """One block's part of a KVBuffer, as transformers' caches hold it.
+    """One block's part of a KVBuffer, as a layer of a transformers cache.
 
     Assigning other tensors to `keys` and `values` (beam search, several sequences) detaches the layer from the
     buffer; from then on it is an ordinary layer. `keys` and `values` may be views: clone what must outlast a
@@ -75,17 +88,17 @@ class KVBufferLayer(DynamicLayer):
     def __init__(self, past: KVBuffer, index: int, length: int, dtype: torch.dtype) -> None:
         self.past, self.index, self.length, self.dtype = past, index, length, dtype
         self.device, self.is_initialized = torch.device("cpu"), True
-        self._others: list[Tensor | None] = [None, None]
+        self._replaced: list[Tensor | None] = [None, None]
 
     @property
-    def is_ours(self) -> bool:
-        """Whether its keys and values are the KVBuffer's."""
-        return self._others[0] is None and self._others[1] is None
+    def is_attached(self) -> bool:
+        """True while its keys and values are the buffer's."""
+        return self._replaced[0] is None and self._replaced[1] is None
 
     def _part(self, which: int) -> Tensor:
-        other = self._others[which]
-        if other is not None:
-            return other
+        replaced = self._replaced[which]
+        if replaced is not None:
+            return replaced
         return self.past.numbers[self.index, which][None, :, : self.length].to(self.dtype)
 
     @property
@@ -95,7 +108,7 @@ class KVBufferLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, keys: Tensor) -> None:
-        self._others[0] = keys
+        self._replaced[0] = keys
 
     @property
     def values(self) -> Tensor:
@@ -104,12 +117,22 @@ class KVBufferLayer(DynamicLayer):
 
     @values.setter
     def values(self, values: Tensor) -> None:
-        self._others[1] = values
+        self._replaced[1] = values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values (sequences, heads, tokens, dim); returns all there are."""
-        if not self.is_ours or key_states.shape[0] != 1 or key_states.requires_grad:
-            if self.is_ours and not self.length:  # nothing is there that must be of the same shape
+        """Append tokens.
+
+        Args:
+            key_states: Keys (sequences, heads, tokens, dim).
+            value_states: Values (sequences, heads, tokens, dim).
+            *args: Ignored, as in DynamicLayer.
+            **kwargs: Ignored, as in DynamicLayer.
+
+        Returns:
+            All keys and all values.
+        """
+        if not self.is_attached or key_states.shape[0] != 1 or key_states.requires_grad:
+            if self.is_attached and not self.length:  # no earlier tokens of another shape
                 self.lazy_initialization(key_states, value_states)
             return super().update(key_states, value_states, *args, **kwargs)
         end = self.length + key_states.shape[-2]
@@ -121,23 +144,23 @@ class KVBufferLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Tokens that are there."""
-        return self.length if self.is_ours else super().get_seq_length()
+        """Return the number of tokens."""
+        return self.length if self.is_attached else super().get_seq_length()
 
     def reset(self) -> None:
-        """Forget all tokens."""
-        self.length, self._others = 0, [None, None]
+        """Remove all tokens."""
+        self.length, self._replaced = 0, [None, None]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; `tokens_to_remove` is negative, as transformers has it."""
-        if tokens_to_remove > 0 or not self.is_ours:
+        """Remove the last tokens; `tokens_to_remove` is negative, as in transformers."""
+        if tokens_to_remove > 0 or not self.is_attached:
             super().crop(tokens_to_remove)
         else:
             self.length = max(0, self.length + tokens_to_remove)
 
 
 class FloatStepCache:
-    """A KVBuffer and its layers, all of which hold `length` tokens."""
+    """A KVBuffer and its layers, each with `length` tokens."""
 
     kind = "floats"
 
@@ -145,30 +168,37 @@ class FloatStepCache:
         self.past, self.layers, self.length = past, layers, length
 
     def make_room(self) -> None:
-        """Room for a token."""
+        """Make room for one token."""
         self.past.make_room(self.length + 1, self.length)
 
     def arguments(self) -> tuple[Tensor, int]:
-        """Keys and values, and how many there are."""
+        """Return keys and values, and their number."""
         return self.past.numbers, self.length
 
     def advance(self) -> None:
-        """Count the token that the step has appended."""
+        """Increase the length by the token that the step has appended."""
         for layer in self.layers:
             layer.length = self.length + 1
 
 
 def packed_step_cache(cache: Any) -> PackedStepCache | None:
-    """What a packed cache offers the step; None for caches of another kind."""
+    """Return the step's interface to a packed cache; None for other caches."""
     offered: Any = getattr(cache, "decode_step_cache", None)
     packed: PackedStepCache | None = None if offered is None else offered()
     return packed
 
 
 def step_cache_of(cache: Any, blocks: int, heads: int, dim: int) -> StepCache | None:
-    """A cache as the step takes it; an ordinary one of one sequence is made into a KVBuffer first.
+    """Return the step's interface to a cache; the layers of an ordinary one are first moved into a KVBuffer.
 
-    None where the cache is of another kind, or holds nothing yet.
+    Args:
+        cache: The cache, of one sequence.
+        blocks: Blocks of the model.
+        heads: Heads of keys and values.
+        dim: Numbers of a head.
+
+    Returns:
+        None if the cache is of another kind, or empty.
     """
     layers = getattr(cache, "layers", None)
     if not isinstance(cache, Cache) or layers is None or len(layers) != blocks or cache.offloading:
@@ -184,7 +214,7 @@ def step_cache_of(cache: Any, blocks: int, heads: int, dim: int) -> StepCache | 
                 type(layer) is not KVBufferLayer
                 or layer.past is not past
                 or layer.length != length
-                or not layer.is_ours
+                or not layer.is_attached
             ):
                 return None
         return FloatStepCache(past, layers, length) if length else None

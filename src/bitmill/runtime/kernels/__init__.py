@@ -1,4 +1,4 @@
-"""Kernels, fastest first; each says whether it can serve a layer, or why not."""
+"""Kernels: products with packed matrices; the fastest that supports a matrix is chosen."""
 
 from bitmill.runtime.kernels.base import Kernel, KernelSpec, choose_kernel
 

@@ -31,7 +31,7 @@ class AdditiveKernel(RepackedKernel):
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """Additive formats on the CPU, where the compiled kernels are installed."""
+        """Return None for additive formats on the CPU, or the reason."""
         if not isinstance(spec.format, Additive):
             return f"{spec.format.name} has no codebooks to add."
         return cpu_unsupported_reason(spec)
@@ -50,20 +50,20 @@ class AdditiveKernel(RepackedKernel):
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Codes and parameters as the kernel reads them, and the packed parameters."""
-        return self.held("additive", {"books": self._books, "scales": self._scales})
+        return self.named_tensors("additive", {"books": self._books, "scales": self._scales})
 
     def gemv(self, x: Tensor) -> Tensor:
-        """By table lookup."""
+        """Multiply a few tokens (tokens, in) by table lookup."""
         return ops.additive(x, self.codes, self._books, self._scales, self.layout)
 
     def step_linear(self) -> Any:
-        """The same lookups for the decode step."""
+        """Return the matrix for the decode step."""
         layout = native().Layout(*self.layout)
         return native().additive_linear(layout, self.spec.shape[1], self.codes, self._books, self._scales)
 
 
 def _tiled(scale: Tensor, rows: int, groups: int) -> Tensor:
-    """(rows|1, groups|1) to fp16, tile by tile: (tiles, groups, 64) in one row."""
+    """Return scales (rows|1, groups|1) as fp16 in the order of tiles, (tiles, groups, 64), flattened."""
     tiles = -(-rows // _ROWS)
     full = torch.zeros(tiles * _ROWS, groups, dtype=torch.float16)
     full[:rows] = scale.expand(rows, groups)

@@ -1,7 +1,7 @@
-"""The contract of a kernel, and how one is chosen.
+"""The contract of a kernel, and the choice among kernels.
 
-Law (tests/conformance/test_kernels.py): apply equals decode + matmul within the kernel's `tolerance`, on odd
-shapes and ragged groups; restore gives back what was packed, bit by bit.
+Law (tests/conformance/test_kernels.py): `apply` equals decode and matmul within the kernel's `tolerance`, on odd
+shapes and ragged groups; `restore` returns the packed tensors bit by bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KERNELS: Registry[type[Kernel]] = Registry("kernel", "bitmill.runtime.kernels")
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What is asked of a kernel: W^ (out, in) in `format`, applied on `device`."""
+    """The matrix that a kernel multiplies with: W^ (out, in) in `format`, on `device`."""
 
     format: Format
     shape: tuple[int, int]
@@ -31,52 +31,61 @@ class KernelSpec:
 
 
 class Kernel(ABC):
-    """Computes x @ W^.T for one matrix.
+    """The product x @ W^.T with one quantized matrix.
 
-    A kernel takes over the packed tensors of `format.layout`, lays them out as it likes, once, and can give them
-    back. `tensors` is all it holds, so that memory can be counted.
+    A kernel takes over the packed tensors of `format.layout`, may repack them once, and can restore them.
+    `tensors` is everything it holds, so that memory can be counted.
     """
 
-    priority: ClassVar[int] = 0  # the highest that supports a layer serves it
-    tolerance: ClassVar[float] = 1e-5  # |y - x W^^T| / |x W^^T| that fp32 inputs may show
+    priority: ClassVar[int] = 0  # among the kernels that support a layer the highest is chosen
+    tolerance: ClassVar[float] = 1e-5  # of |y - x W^^T| / |x W^^T| for fp32 inputs
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
+        """Take over the packed tensors of a matrix.
+
+        Args:
+            spec: The matrix; `unsupported_reason` returns None for it.
+            tensors: Its packed tensors by name, on `spec.device`.
+        """
         self.spec, self.tensors = spec, dict(tensors)
 
     @staticmethod
     @abstractmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """None for yes, or one sentence that says why not."""
+        """Return None if the kernel supports the matrix, or one sentence with the reason why not."""
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out), in the type of x."""
+        """Multiply x (..., in) to (..., out), in the type of x."""
 
     def step_linear(self) -> Any:
-        """The matrix as the compiled decode step multiplies with it (csrc/step); None where only torch can."""
+        """Return the matrix for the compiled decode step (csrc/step), or None if only torch multiplies with it."""
         return None
 
     def restore(self) -> dict[str, Tensor]:
-        """The packed tensors, as they were given."""
+        """Return the packed tensors, as they were given."""
         return self.tensors
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of W^, int64 (n,), as `format.dequantize_rows` gives them: fp32 (n, in).
+        """Return rows of W^, int64 (n,), as `format.dequantize_rows` does: fp32 (n, in).
 
-        Kernels that lay codes out anew override it, for a cost of those rows alone.
+        Kernels that repack codes override it, so that only these rows are decoded.
         """
         assert isinstance(self.spec.format, GroupFormat)
         return self.spec.format.dequantize_rows(self.restore(), self.spec.shape, ids)
 
 
 def choose_kernel(spec: KernelSpec) -> type[Kernel]:
-    """The kernel of highest priority that supports `spec`, or the one that BITMILL_KERNEL names where it does.
+    """Return the kernel of highest priority that supports the matrix.
 
-    Raises RecipeError with every reason if none does.
+    The kernel that BITMILL_KERNEL names is preferred if it supports the matrix.
+
+    Raises:
+        RecipeError: with the reasons of all kernels if none supports it.
     """
     forced = os.environ.get("BITMILL_KERNEL")
     if forced:
-        KERNELS.get(forced)  # an unknown name is an error
+        KERNELS.get(forced)  # raises for an unknown name
     reasons = []
     for name, kernel in sorted(KERNELS.items(), key=lambda item: (item[0] != forced, -item[1].priority)):
         reason = kernel.unsupported_reason(spec)

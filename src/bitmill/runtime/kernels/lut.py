@@ -1,35 +1,36 @@
-"""Lookup kernels: codes stay packed, every code is an entry of a small table of bytes.
+"""Lookup kernels: codes stay packed, and every code selects an entry of a small table of bytes.
 
 One compiled kernel serves every scalar format at 1 to 8 bits (csrc/lut). Up to 16 tokens at a time it reads the
 codes once, rounds the inputs to integers with a step for every 16 to 64 columns, and sums exactly:
 
     int8   |error of y_r| <= sum over steps s of max|x_s| / 254 * sum of |W^_rs|, and where the format's levels
            are no round numbers 1/254 of a table's largest magnitude a weight (5 bits and more: 1/65534)
-    int16  the same with 65024 in place of 254, and 65534 at every width
+    int16  as int8 with 65024 in place of 254, and 65534 at every width
     float32  no rounding: fp32 tables, inputs and sums
 
-Free-form levels, of codebooks or binary coding, at up to 4 bits are what rounding tables to bytes is about. With m
-a table's largest magnitude it adds an error of RMS m / 440 to each weight, 0.7 % of their RMS where m is three
-times that, to the 0.5 % or so of an output that rounding Gaussian inputs to int8 costs.
+Rounding tables to bytes matters for free-form levels (codebooks, binary coding) of up to 4 bits. With m a table's
+largest magnitude it adds an error of RMS m / 440 to each weight, 0.7 % of their RMS where m is three times that
+RMS; rounding Gaussian inputs to int8 changes an output by about 0.5 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitmill.compat import is_traced
 from bitmill.formats import ScalarFormat
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import RepackedKernel, cpu_unsupported_reason, tile_buffer
-from bitmill.runtime.kernels.lut_tables import Entries, byte_tables
+from bitmill.runtime.kernels.lut_tables import Entries, lookup_tables
+from bitmill.runtime.kernels.reference import RowDecoder
 from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
 
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
-_FLOATS = ("powers", "row_scales")  # taken as fp32; the rest as bytes, whose type their number tells
+_FLOATS = ("powers", "row_scales")  # passed as fp32; the others as bytes, whose type follows from their number
 
 
 @KERNELS.register("lut")
@@ -41,7 +42,7 @@ class Lut(RepackedKernel):
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """Scalar formats of up to 8 bits on the CPU, where the compiled kernels are installed."""
+        """Return None for scalar formats of up to 8 bits on the CPU, or the reason."""
         if not isinstance(spec.format, ScalarFormat):
             return f"{spec.format.name} is no table of single numbers."
         if spec.format.bits > 8:
@@ -55,7 +56,7 @@ class Lut(RepackedKernel):
         act, columns = activations(), spec.shape[1]
         width = min(format.width(spec.shape), columns)
         kind: Entries = "floats" if act == "float32" else "words" if act == "int16" or format.bits > 4 else "bytes"
-        made = byte_tables(format.lookup(params), spec.shape, width, format.bits, kind)
+        made = lookup_tables(format.lookup(params), spec.shape, width, format.bits, kind)
         super().__init__(spec, tensors, [*spec.shape, width, format.bits, made.rows_per_tile, made.group_blocks])
         self.plan = [
             *self.layout,
@@ -72,10 +73,12 @@ class Lut(RepackedKernel):
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Codes and tables as the kernel reads them, and the packed parameters."""
-        return self.held("lut", {name: part for name, part in zip(_PARTS, self.parts) if part is not None})
+        return self.named_tensors(
+            "lut", {name: part for name, part in zip(_PARTS, self.parts) if part is not None}
+        )
 
-    def decoder(self) -> Callable[[slice], Tensor]:
-        """By table lookup in fp32, each weight as the format computes it."""
+    def decoder(self) -> RowDecoder:
+        """Return a function that decodes rows by table lookup in fp32, each weight as the format computes it."""
         format, params, layout = self.spec.format, self._params(), native().Layout(*self.layout)
         assert isinstance(format, ScalarFormat)
 
@@ -91,15 +94,15 @@ class Lut(RepackedKernel):
         return weights
 
     def gemv(self, x: Tensor) -> Tensor:
-        """By table lookup."""
-        if ops.is_traced(x):
+        """Multiply a few tokens (tokens, in) by table lookup."""
+        if is_traced(x):
             return ops.lut_linear(x, self.codes, *self.parts, self.plan, self.zero)
         y = torch.empty(x.shape[0], self.spec.shape[0])
         self._bound().product(x.contiguous(), y, threads())
         return y
 
     def gemm(self, x: Tensor) -> Tensor:
-        """By table lookup too, where the tables are exact."""
+        """Multiply many tokens (tokens, in), by table lookup where the tables are exact."""
         if not (self.is_exact and self._bound().takes_many):
             return super().gemm(x)
         y = torch.empty(x.shape[0], self.spec.shape[0])
@@ -107,8 +110,8 @@ class Lut(RepackedKernel):
         return y
 
     def _bound(self) -> Any:
-        """The extension's own view of the tensors: handing them over takes as long as a small layer."""
-        if self._native is None or self._native[0] != self.codes.data_ptr():  # moved, as to shared memory
+        """Return the extension's view of the tensors, made once: that takes as long as a small layer."""
+        if self._native is None or self._native[0] != self.codes.data_ptr():  # moved, for example to shared memory
             self._native = self.codes.data_ptr(), self.step_linear()
         return self._native[1]
 
@@ -116,7 +119,7 @@ class Lut(RepackedKernel):
         return {**self.__dict__, "_native": None}
 
     def step_linear(self) -> Any:
-        """The same lookups for the decode step."""
+        """Return the matrix for the decode step."""
         source, wide, mirrored, record_bytes, records, bank_bits, act = self.plan[6:]
         tables = (source, bool(wide), bool(mirrored), record_bytes, records, bank_bits, self.zero)
         layout = native().Layout(*self.layout)

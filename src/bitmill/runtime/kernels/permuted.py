@@ -1,4 +1,4 @@
-"""Permuted columns: gather the inputs in the same order, then run the inner format's kernel."""
+"""Permuted columns: gather the inputs in the order of the columns, then run the inner format's kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PermutedKernel(WrapperKernel):
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """Permuted formats around what some kernel runs."""
+        """Return None for permuted formats, or the reason."""
         return None if isinstance(spec.format, Permuted) else f"{spec.format.name} has its columns in place."
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
@@ -28,10 +28,10 @@ class PermutedKernel(WrapperKernel):
         self._order = spec.format.own_parts(spec.shape)[0].unpack(self.own["order"]).long()
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """Multiply x (..., in) to (..., out)."""
         return self.inner.apply(x[..., self._order])
 
     def step_linear(self) -> Any:
-        """The inner kernel's, behind the same gather."""
+        """Return the inner kernel's matrix behind the gather, for the decode step."""
         inner = self.inner.step_linear()
         return None if inner is None else native().permuted_linear(inner, self._order)

@@ -22,7 +22,7 @@ class RotatedKernel(WrapperKernel):
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """Rotated formats around what some kernel runs."""
+        """Return None for rotated formats, or the reason."""
         return None if isinstance(spec.format, Rotated) else f"{spec.format.name} is not in a rotated basis."
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
@@ -31,12 +31,12 @@ class RotatedKernel(WrapperKernel):
         rows, columns = spec.shape
         self._rescale = self.own["rescale"].to(torch.float32) if spec.format.rescale else None
         self._V, self._U = spec.format.on_inputs(columns, spec.device), spec.format.on_outputs(rows, spec.device)
-        # few tokens are turned by compiled code, where there is some for both sides
+        # a few tokens are rotated by compiled code if it supports the rotations of both sides
         self._plans = [rotation_plan(self._V, False), None if self._U is None else rotation_plan(self._U, True)]
         self._compiled = may_compile(spec) and None not in self._plans[: 1 if self._U is None else 2]
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out). Rotations are computed in fp32; many tokens multiply in the type of x."""
+        """Multiply x (..., in) to (..., out). Rotations are fp32; many tokens multiply in the type of x."""
         if self._compiled and uses_gemv(x):
             return (
                 self._gemv(x.reshape(-1, self.spec.shape[1])).to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
@@ -57,7 +57,7 @@ class RotatedKernel(WrapperKernel):
         return y if back is None else back.apply(y)
 
     def step_linear(self) -> Any:
-        """The inner kernel's between the same rotations, where these are compiled."""
+        """Return the inner kernel's matrix between the rotations, if these are compiled, for the decode step."""
         inner = self.inner.step_linear() if self._compiled else None
         if inner is None:
             return None

@@ -1,8 +1,8 @@
-"""Rotations as the compiled kernel runs them: chains of turns, see csrc/rotation/rotation.h.
+"""Rotations as chains of steps that the compiled kernel runs (csrc/rotation/rotation.h).
 
-Sylvester's matrices inside of the small factors become additions: a factor A (x) H, H of order 2**k, is A along
-one axis and k rounds of butterflies along the next. What is left of a factor, Paley's and Hartley's matrices and
-random ones, is multiplied.
+Sylvester's matrices inside the small factors become additions: a factor A (x) H, H of order 2**k, is A along one
+axis and k rounds of butterflies along the next. The remaining matrices (Paley's, Hartley's, random ones) are
+multiplied.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ NOTHING = (
     torch.empty(0, 6, dtype=torch.int64),
     torch.empty(0),
     torch.empty(0, dtype=torch.int32),
-)  # parts of no turn
+)  # parts of the identity
 
 
 class RotationPlan:
-    """A rotation, forwards or backwards, whose factors are all matrices."""
+    """A rotation or its inverse, all factors of which are matrices."""
 
     def __init__(self, rotation: Rotation, inverse: bool) -> None:
         self._steps: list[tuple[int, int, int, int, int, int]] = []
@@ -46,7 +46,7 @@ class RotationPlan:
         self.parts = (steps, _joined(self._numbers, torch.float32), _joined(self._orders, torch.int32))
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (tokens, width) fp32 to the same shape."""
+        """Rotate x (tokens, width) fp32; returns a new tensor."""
         return ops.rotate(x, *self.parts)
 
     def _kronecker(self, step: Kronecker, inverse: bool) -> None:
@@ -65,8 +65,11 @@ class RotationPlan:
             self._add(_MULTIPLY, step.start, width, 1, 1, torch.full((width,), scale))
 
     def _sylvester(self, order: int, start: int, width: int, inner: int) -> float:
-        """Adds Sylvester's matrix along an axis, all of it or up to a factor, which is returned."""
-        dense = order if inner % _LANES else 1  # lanes of a vector are multiplied, whole vectors added
+        """Add the product with Sylvester's matrix along an axis; returns the factor that remains to be applied.
+
+        order: of the matrix.  start, width: columns that the step covers.  inner: elements of an axis step.
+        """
+        dense = order if inner % _LANES else 1  # within a vector lanes are multiplied; whole vectors are added
         while inner == 1 and dense > _LANES:
             dense //= 2
         if dense > 1:
@@ -82,17 +85,25 @@ class RotationPlan:
         self._add(_MATRIX, start, width, len(F), inner, numbers)
 
     def _add(
-        self, turn: int, start: int, width: int, order: int, inner: int, values: Tensor | None = None
+        self, kind: int, start: int, width: int, order: int, inner: int, values: Tensor | None = None
     ) -> None:
-        held = self._orders if turn == _PERMUTE else self._numbers
-        self._steps.append((turn, start, width, order, inner, sum(len(v) for v in held)))
+        held = self._orders if kind == _PERMUTE else self._numbers
+        self._steps.append((kind, start, width, order, inner, sum(len(v) for v in held)))
         if values is not None:
             held.append(values)
 
 
 @lru_cache(maxsize=128)
 def rotation_plan(rotation: Rotation, inverse: bool) -> RotationPlan | None:
-    """The plan, which all layers of a width share; None with a Fourier transform, which is left to torch."""
+    """Return the plan of a rotation, shared by all layers of a width.
+
+    Args:
+        rotation: The rotation.
+        inverse: Return the plan of its inverse.
+
+    Returns:
+        None for rotations with a Fourier transform, which torch computes.
+    """
     kronecker = [step for step in rotation.steps if isinstance(step, Kronecker)]
     if any(isinstance(factor, int) for step in kronecker for factor in step.factors):
         return None
@@ -100,7 +111,7 @@ def rotation_plan(rotation: Rotation, inverse: bool) -> RotationPlan | None:
 
 
 def _without_sylvester(F: Tensor) -> tuple[Tensor, int]:
-    """(A, order) with F = A (x) Sylvester's orthogonal matrix of `order`, which is as large as can be."""
+    """Return (A, order) with F = A (x) Sylvester's orthogonal matrix of the largest possible order."""
     order = 1
     while len(F) % 2 == 0:
         a = F[::2, ::2]

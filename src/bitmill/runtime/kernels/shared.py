@@ -1,4 +1,4 @@
-"""Shared parts: the layer brings them along, so the inner format's kernel does it all."""
+"""Formats with parts that layers share: the layer passes them, and the inner format's kernel multiplies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SharedKernel(WrapperKernel):
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """Formats whose parts other layers share, around what some kernel runs."""
+        """Return None for formats with shared parts, or the reason."""
         return None if isinstance(spec.format, Shared) else f"{spec.format.name} shares nothing."
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
@@ -26,9 +26,9 @@ class SharedKernel(WrapperKernel):
         super().__init__(spec, tensors, replace(spec, format=spec.format.inner))
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """Multiply x (..., in) to (..., out)."""
         return self.inner.apply(x)
 
     def step_linear(self) -> Any:
-        """The inner kernel's."""
+        """Return the inner kernel's matrix for the decode step."""
         return self.inner.step_linear()

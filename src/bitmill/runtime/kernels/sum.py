@@ -1,4 +1,4 @@
-"""Dense plus sparse: the inner format's kernel, and a product with the few entries beside it."""
+"""Dense plus sparse: the inner format's kernel, and a product with the sparse entries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SumKernel(WrapperKernel):
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """Formats that store entries beside an inner format which some kernel runs."""
+        """Return None for formats that add sparse entries to an inner format, or the reason."""
         if isinstance(spec.format, Wrapper):
             own = tuple(part.name for part in spec.format.own_parts(spec.shape))
             if own == _PARTS:
@@ -44,17 +44,17 @@ class SumKernel(WrapperKernel):
             columns = self.own["sparse_columns"].contiguous()
             if (
                 not columns.numel() or int(from_index(columns).max()) < spec.shape[1]
-            ):  # the compiled code trusts them
+            ):  # the compiled code does not check them
                 values = self.own["sparse_values"].contiguous()
                 self._entries = starts, columns.view(torch.uint8), values.view(torch.uint8)
 
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """The inner kernel's, the entries, and where each row's start."""
+        """The inner kernel's, the entries, and the start of each row."""
         return {**super().tensors, **({} if self._entries is None else {"sparse_starts": self._entries[0]})}
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out). The entries are added in fp32."""
+        """Multiply x (..., in) to (..., out). The entries are added in fp32."""
         if self._entries is not None and uses_gemv(x):
             wide = x.reshape(-1, self.spec.shape[1]).to(torch.float32)
             y = ops.sparse_add(wide, self.inner.apply(wide), *self._entries)
@@ -62,12 +62,12 @@ class SumKernel(WrapperKernel):
         return self._by_torch(x, self.inner.apply(x))
 
     def step_linear(self) -> Any:
-        """The inner kernel's, and the same entries."""
+        """Return the inner kernel's matrix plus the entries, for the decode step."""
         inner = None if self._entries is None else self.inner.step_linear()
         return None if inner is None else native().sum_linear(inner, *self._entries)  # type: ignore[misc]
 
     def _by_torch(self, x: Tensor, y: Tensor) -> Tensor:
-        """As many tokens at a time as memory allows."""
+        """Add the entries' product to y, as many tokens at a time as memory allows."""
         rows, columns = places(self.own["sparse_counts"], self.own["sparse_columns"])
         values = self.own["sparse_values"].to(torch.float32)
         tokens, out = x.reshape(-1, self.spec.shape[1]), y.reshape(-1, self.spec.shape[0])

@@ -1,10 +1,11 @@
-"""Triton kernels, for GPUs, chosen by the format.
+"""Triton kernels for GPUs, chosen by the format.
 
     binary_coding   runtime/triton/binary.py
     additive        runtime/triton/additive.py
     other scalars   runtime/triton/lut.py
 
-Many tokens, and inputs that need gradients, decode tiles of rows and multiply with torch, as the reference does.
+Many tokens, and inputs that need gradients, multiply decoded tiles of rows with torch, as the reference kernel
+does.
 """
 
 from __future__ import annotations
@@ -19,29 +20,30 @@ from bitmill.formats.additive import Additive
 from bitmill.formats.base import Params
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.runtime.kernels.base import KERNELS, Kernel, KernelSpec
-from bitmill.runtime.kernels.reference import decoded, matmul_by_tiles
-from bitmill.runtime.triton.available import MAX_TOKENS, unsupported_reason
-from bitmill.runtime.triton.lanes import codes_of, codes_of_planes, from_words, to_lanes, to_planes
+from bitmill.runtime.kernels.reference import matmul_by_tiles, row_decoder
+from bitmill.runtime.triton import available
+from bitmill.runtime.triton.available import MAX_TOKENS
+from bitmill.runtime.triton.lanes import codes_of_lanes, codes_of_planes, from_words, to_lanes, to_planes
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @KERNELS.register("triton")
 class Triton(Kernel):
-    """One kernel for each family of formats; holds the one that serves the layer."""
+    """A kernel for each family of formats; `_family` is the layer's."""
 
     priority = 5
     tolerance = 1e-5
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """Scalar formats of up to 8 bits and additive ones, on GPUs, where Triton is installed."""
+        """Return None for scalar formats of up to 8 bits and additive ones on GPUs with Triton, or the reason."""
         if isinstance(spec.format, ScalarFormat):
             if spec.format.bits > 8:
                 return f"{spec.format.name} has {spec.format.bits} bits, more than 8."
         elif not isinstance(spec.format, Additive):
             return f"there is no Triton kernel for {spec.format.name}."
-        return unsupported_reason(spec.device)
+        return available.unsupported_reason(spec.device)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         families: dict[type, type[_Family]] = {BinaryCoding: _Binary, Additive: _Additive}
@@ -50,32 +52,32 @@ class Triton(Kernel):
 
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """What the family's kernel reads, and what restoring needs besides."""
+        """The tensors that the family's kernel reads, and those needed to restore the packed ones."""
         return self._family.tensors
 
     def restore(self) -> dict[str, Tensor]:
-        """The packed tensors, bit by bit."""
+        """Return the packed tensors, bit by bit."""
         return self._family.restore()
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of W^, int64 (n,): fp32 (n, in)."""
+        """Return rows of W^, int64 (n,): fp32 (n, in)."""
         assert isinstance(self.spec.format, GroupFormat)
         return self.spec.format.rows_of(self._family.codes(ids), self._family.packed, self.spec.shape, ids)
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """Multiply x (..., in) to (..., out)."""
         rows, columns = self.spec.shape
         tokens = x.numel() // columns
-        learns = torch.is_grad_enabled() and x.requires_grad
-        if not 0 < tokens <= MAX_TOKENS or learns or x.dtype not in _TYPES:
-            weights = decoded(self.spec, self._family.params(), self._family.codes)
+        needs_grad = torch.is_grad_enabled() and x.requires_grad
+        if not 0 < tokens <= MAX_TOKENS or needs_grad or x.dtype not in _TYPES:
+            weights = row_decoder(self.spec, self._family.params(), self._family.codes)
             return matmul_by_tiles(self.spec, weights, x)
         y = self._family.apply(x.reshape(tokens, columns))
         return y.view(*x.shape[:-1], rows)
 
 
 class _Family(Kernel):
-    """The packed parameters, and codes that may be laid out anew."""
+    """The packed parameters, and codes that may be repacked."""
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         self.spec = spec
@@ -83,23 +85,23 @@ class _Family(Kernel):
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """`Triton` says it."""
+        """Return the reason of `Triton`."""
         return Triton.unsupported_reason(spec)
 
     def params(self) -> Params:
-        """The format's parameters."""
+        """Return the format's parameters."""
         return self.spec.format.unpack_params(self.packed, self.spec.shape)
 
     @property
     def width(self) -> int:
-        """Columns of a group."""
+        """The columns of a group."""
         format = self.spec.format
         assert isinstance(format, GroupFormat)
         return min(format.width(self.spec.shape), -(-self.spec.shape[1] // format.block) * format.block)
 
     @abstractmethod
     def codes(self, rows: slice | Tensor) -> Tensor:
-        """Codes of some rows, as the format has them."""
+        """Return the codes of rows, as the format unpacks them."""
 
 
 class _Lut(_Family):
@@ -126,21 +128,21 @@ class _Lut(_Family):
         return {**parts, **{f"triton_packed_{name}": tensor for name, tensor in self.packed.items()}}
 
     def restore(self) -> dict[str, Tensor]:
-        """The packed tensors, bit by bit."""
+        """Return the packed tensors, bit by bit."""
         assert self._parts[0] is not None
-        return {"codes": from_words(self._parts[0], self.spec.shape[1], self.width, codes_of), **self.packed}
+        return {"codes": from_words(self._parts[0], self.spec.shape[1], self.width, codes_of_lanes), **self.packed}
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (tokens, in) to (tokens, out)."""
+        """Multiply x (tokens, in) to (tokens, out)."""
         return self._operator(x, *self._parts, self._plan)
 
     def codes(self, rows: slice | Tensor) -> Tensor:
-        """Codes of some rows."""
+        """Return the codes of rows."""
         assert self._parts[0] is not None
-        return codes_of(self._parts[0][rows], self.spec.shape[1], self.width)
+        return codes_of_lanes(self._parts[0][rows], self.spec.shape[1], self.width)
 
     def _shared(self, part: Tensor | None) -> Tensor | None:
-        """The packed tensor that is the same, if there is one."""
+        """Return the packed tensor that equals a part, if there is one, so that it is held once."""
         if part is None:
             return None
         same = (p for p in self.packed.values() if p.dtype == part.dtype and torch.equal(p, part))
@@ -164,16 +166,16 @@ class _Binary(_Family):
         return {"triton_codes": self._codes, **self.packed}
 
     def restore(self) -> dict[str, Tensor]:
-        """The packed tensors, bit by bit."""
+        """Return the packed tensors, bit by bit."""
         return {"codes": from_words(self._codes, self.spec.shape[1], self.width, codes_of_planes), **self.packed}
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (tokens, in) to (tokens, out)."""
+        """Multiply x (tokens, in) to (tokens, out)."""
         plan = [*self.spec.shape, self.width]
         return self._operator(x, self._codes, self.packed["alpha"], self.packed.get("beta"), plan)
 
     def codes(self, rows: slice | Tensor) -> Tensor:
-        """Codes of some rows."""
+        """Return the codes of rows."""
         return codes_of_planes(self._codes[rows], self.spec.shape[1], self.width)
 
 
@@ -188,7 +190,7 @@ class _Additive(_Family):
         self.tensors = tensors
 
     def apply(self, x: Tensor) -> Tensor:
-        """x (tokens, in) to (tokens, out)."""
+        """Multiply x (tokens, in) to (tokens, out)."""
         format = self.spec.format
         assert isinstance(format, Additive)
         books = self.tensors["codebooks"].view(format.codebooks, 1 << format.bits, format.block)
@@ -196,5 +198,5 @@ class _Additive(_Family):
         return self._operator(x, self.tensors["codes"], books, self.tensors["scale"], plan)
 
     def codes(self, rows: slice | Tensor) -> Tensor:
-        """Codes of some rows."""
+        """Return the codes of rows."""
         return self.spec.format.unpack_codes(self.tensors["codes"][rows], self.spec.shape[1])

@@ -1,17 +1,17 @@
 """Lattice and pyramid codes: rows decoded in the cache by compiled code, and multiplied in fp32 (csrc/vector).
 
-Codes stay as they are packed. Decoding rounds as the formats' `dequantize` does, so many tokens, which multiply
-decoded tiles with torch, come out bit by bit as with the reference kernel; few tokens differ by fp32 sums alone.
+Codes stay packed. Decoding rounds as the formats' `dequantize` does: many tokens, which multiply decoded tiles
+with torch, equal the reference kernel bit by bit; a few tokens differ only by the order of fp32 sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitmill.compat import is_traced
 from bitmill.formats import Format
 from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import LENGTHS, Pyramid
@@ -20,7 +20,7 @@ from bitmill.numerics import e8
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import CompiledKernel, cpu_unsupported_reason, tile_buffer
-from bitmill.runtime.kernels.reference import decode_rows
+from bitmill.runtime.kernels.reference import RowDecoder, decode_rows
 from bitmill.runtime.native import native, threads
 
 _SETS = (E8, Pyramid)  # csrc/vector/vector.h: VectorSet
@@ -32,14 +32,14 @@ class VectorKernel(CompiledKernel):
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """The lattice E8 and pyramids on the CPU, where the compiled kernels are installed."""
+        """Return None for the lattice E8 and pyramids on the CPU, or the reason."""
         if not isinstance(spec.format, _SETS):
             return f"{spec.format.name} has no fixed set of vectors."
         return cpu_unsupported_reason(spec)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         super().__init__(spec, tensors)
-        self._text = ops.text_of(spec.format)
+        self._format_json = ops.format_to_json(spec.format)
         format = spec.format
         assert isinstance(format, VectorFormat)
         scale = format.unpack_params(tensors, spec.shape)["scale"].contiguous()
@@ -47,15 +47,17 @@ class VectorKernel(CompiledKernel):
         self._parts = [tensors["codes"].contiguous(), scale, _table(format)]
 
     def gemv(self, x: Tensor) -> Tensor:
-        """By decoding each row once."""
+        """Multiply a few tokens (tokens, in), decoding each row once."""
         return ops.vector_linear(x, self._parts, self._plan)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of W^, int64 (n,): fp32 (n, in)."""
-        return decode_rows(self.spec, self.tensors, self._text, ids) if ops.is_traced(ids) else super().rows(ids)
+        """Return rows of W^, int64 (n,): fp32 (n, in)."""
+        return (
+            decode_rows(self.spec, self.tensors, self._format_json, ids) if is_traced(ids) else super().rows(ids)
+        )
 
-    def decoder(self) -> Callable[[slice], Tensor]:
-        """As the product has it."""
+    def decoder(self) -> RowDecoder:
+        """Return a function that decodes rows as the product does."""
 
         def weights(rows: slice) -> Tensor:
             out = tile_buffer(rows, self.spec.shape[1])
@@ -65,7 +67,7 @@ class VectorKernel(CompiledKernel):
         return weights
 
     def step_linear(self) -> Any:
-        """The same decoding for the decode step."""
+        """Return the matrix for the decode step."""
         set, width, bits = self._plan
         return native().step_vector_linear(set, self.spec.shape[1], width, bits, *self._parts)
 

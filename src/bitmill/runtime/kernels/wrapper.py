@@ -1,4 +1,4 @@
-"""Base of the kernels of wrappers: the inner format's kernel, and the wrapper's own tensors."""
+"""Base of the kernels of wrappers: a kernel for the inner format, and the tensors of the wrapper itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from bitmill.runtime.kernels.base import Kernel, KernelSpec, choose_kernel
 
 
 class WrapperKernel(Kernel):
-    """Holds `inner`, a kernel of its own for the inner format, and `own`, the wrapper's parts as stored."""
+    """A kernel around `inner`, the kernel chosen for the inner format; `own` are the wrapper's parts as stored."""
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor], inner: KernelSpec) -> None:
+        """Split the tensors between the wrapper and the inner kernel.
+
+        Args:
+            spec: The matrix.
+            tensors: Its packed tensors by name.
+            inner: The matrix of the inner format.
+        """
         assert isinstance(spec.format, Wrapper)
         names = {part.name for part in spec.format.own_parts(spec.shape)}
         self.spec = spec
@@ -22,9 +29,9 @@ class WrapperKernel(Kernel):
 
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """The inner kernel's and the wrapper's own."""
+        """The inner kernel's tensors and the wrapper's own."""
         return {**self.inner.tensors, **self.own}
 
     def restore(self) -> dict[str, Tensor]:
-        """The packed tensors."""
+        """Return the packed tensors."""
         return {**self.inner.restore(), **self.own}

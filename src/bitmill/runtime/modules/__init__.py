@@ -1,1 +1,1 @@
-"""Packed layers as nn.Module."""
+"""Modules that hold packed weights, and functions that replace a model's layers by them and back."""

@@ -1,6 +1,8 @@
-"""Unpack a quantized model into an ordinary one: the same function, the memory of a float model."""
+"""Replace the packed layers of a model by float ones: the same function, in the memory of a float model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,34 +12,42 @@ from bitmill.runtime.modules.embedding import QuantEmbedding, restore_embedding
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix
 
-_TRACES = ("hf_quantizer", "quantization_method", "is_quantized")  # by which transformers refuses training
+_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")  # with these transformers refuses training
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Give every packed layer's place to what was there before, with the decoded weight; returns the model.
+    """Replace every packed layer by a float layer of its former class with the decoded weight.
 
-    What was tied stays tied.
+    Tied layers stay tied.
+
+    Args:
+        model: The model, changed in place.
+        dtype: Type of the weights.
+
+    Returns:
+        The model.
     """
-    packed = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedMatrix)]
-    packed.sort(key=lambda named: isinstance(named[1], QuantLinear))  # a head may be tied to a table
-    for name, layer in packed:
-        if isinstance(layer, QuantEmbedding):
-            restore_embedding(layer, _decoded(layer, dtype))
-            continue
-        assert isinstance(layer, QuantLinear)
+    tables = [module for module in model.modules() if isinstance(module, QuantEmbedding)]
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    weights: dict[PackedMatrix, nn.Parameter] = {}  # of tables, to which heads may be tied
+    for table in tables:
+        restored: Any = restore_embedding(model, table, _decoded(table, dtype))
+        weights[table] = restored.weight
+    for name, layer in linears.items():
+        weight = _weight(layer, dtype) if layer.tied is None else weights[layer.tied]
         bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-        linear = _plain(layer)
-        linear.register_parameter("weight", _weight(layer, dtype))
+        linear = _float_linear(layer)
+        linear.register_parameter("weight", weight)
         linear.register_parameter("bias", bias)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
-    model._modules.pop(SHARED, None)  # nobody looks there any more
+    model._modules.pop(SHARED, None)
     config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "quantization_config"):  # or a saved copy would claim to be packed
+    if config is not None and hasattr(config, "quantization_config"):  # a saved copy is no packed model
         del config.quantization_config
-    for trace in _TRACES:
-        if hasattr(model, trace):
-            delattr(model, trace)
+    for mark in _MARKS:
+        if hasattr(model, mark):
+            delattr(model, mark)
     return model
 
 
@@ -46,17 +56,13 @@ def _decoded(layer: PackedMatrix, dtype: torch.dtype) -> Tensor:
 
 
 def _weight(layer: QuantLinear, dtype: torch.dtype) -> nn.Parameter:
-    """The decoded weight as the float layer keeps it; where it is tied, that of the table, which is decoded."""
-    if layer.tied is not None:
-        weight = layer.tied.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+    """Return the decoded weight in the orientation of the float layer."""
     decoded = _decoded(layer, dtype)
     return nn.Parameter(decoded.T.contiguous() if layer.was_conv1d else decoded, requires_grad=False)
 
 
-def _plain(layer: QuantLinear) -> nn.Module:
-    """A float layer of the kind that a packed one replaced, still without weights."""
+def _float_linear(layer: QuantLinear) -> nn.Module:
+    """Return a layer of the class that a packed one replaced, without weights."""
     if not layer.was_conv1d:
         return nn.Linear(layer.in_features, layer.out_features, device="meta")
     from transformers.pytorch_utils import Conv1D

@@ -14,13 +14,15 @@ from bitmill.runtime.modules.packed import PackedMatrix, PackedModule
 
 
 class QuantLinear(PackedMatrix):
-    """y = x W^T + b with W kept packed, for any format.
+    """y = x W^T + b with W packed in any format.
 
-    tied: the layer whose matrix this one reads, by that layer's kernel; it keeps none of its own then.
+    Attributes:
+        tied: The layer whose matrix and kernel this one uses; it then has no matrix of its own.
+        was_conv1d: True if it replaced GPT-2's Conv1D, which stores its weight as (in, out).
     """
 
     tied: PackedMatrix | None
-    was_conv1d = False  # it took the place of a layer of GPT-2's kind, which keeps its weight as (in, out)
+    was_conv1d = False
 
     def __init__(
         self,
@@ -31,29 +33,39 @@ class QuantLinear(PackedMatrix):
         tied: PackedMatrix | None = None,
         shared: PackedModule | None = None,
     ) -> None:
+        """Allocate an empty layer.
+
+        Args:
+            format: Format of the weight.
+            shape: (out, in).
+            bias: Add a bias.
+            device: Device of the tensors.
+            tied: The layer whose matrix to use.
+            shared: The module with the parts that the format shares between layers.
+        """
         own = format.own_layout(shape) if shared else format.layout(shape)
         super().__init__({} if tied else own, device)
-        self.format, self.shape, self._text = format, shape, ops.text_of(format)
+        self.format, self.shape, self._format_json = format, shape, ops.format_to_json(format)
         self.out_features, self.in_features = shape
-        object.__setattr__(self, "tied", tied)  # neither is a part of this module: both belong to the model
+        object.__setattr__(self, "tied", tied)  # not registered as submodules: both belong to the model
         object.__setattr__(self, "shared", shared)
         self.bias = nn.Parameter(torch.empty(shape[0], device=device), requires_grad=False) if bias else None
 
     def packed(self) -> dict[str, Tensor]:
-        """All packed tensors by name, those that are not its own too."""
+        """Return all packed tensors by name, tied and shared ones included."""
         return super().packed() if self.tied is None else self.tied.packed()
 
     def kernel_on(self, device: torch.device) -> Kernel:
-        """Its own, or that of the layer it is tied to."""
+        """Return the kernel of the layer, or of the layer it is tied to."""
         return super().kernel_on(device) if self.tied is None else self.tied.kernel_on(device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out), in the type of x."""
+        """Compute x (..., in) to (..., out), in the type of x."""
         y = self.kernel_on(x.device).apply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """Return the description in print(model)."""
         return f"{self.in_features} -> {self.out_features}, {self.format!r}, bias={self.bias is not None}"
 
 
@@ -65,11 +77,23 @@ def replace_linear(
     tied: PackedMatrix | None = None,
     shared: PackedModule | None = None,
 ) -> QuantLinear:
-    """Replace the linear (nn.Linear or GPT-2's Conv1D) called `name` by an empty QuantLinear and return it."""
+    """Replace a linear layer (nn.Linear or GPT-2's Conv1D) by an empty QuantLinear.
+
+    Args:
+        model: The model, changed in place.
+        name: Path of the layer.
+        format: Format of the weight.
+        device: Device of the packed tensors.
+        tied: The layer whose matrix to use.
+        shared: The module with the parts that the format shares between layers.
+
+    Returns:
+        The new layer.
+    """
     old = model.get_submodule(name)
     if isinstance(old, nn.Linear):
         shape = (old.out_features, old.in_features)
-    else:  # Conv1D keeps (in, out)
+    else:  # Conv1D stores (in, out)
         assert isinstance(old.weight, Tensor)
         shape = (old.weight.shape[1], old.weight.shape[0])
     new = QuantLinear(format, shape, getattr(old, "bias", None) is not None, device, tied, shared)

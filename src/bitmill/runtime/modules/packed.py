@@ -1,45 +1,55 @@
-"""Modules that hold packed tensors: casts of the model leave them alone, for they mean what their bits say."""
+"""Modules that hold packed tensors. Casts of the model do not change them: their bits are codes, not numbers."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from bitmill.compat import is_traced
 from bitmill.errors import CheckpointError
 from bitmill.formats import Format
 from bitmill.formats.base import Layout
-from bitmill.runtime import ops
 from bitmill.runtime.kernels import Kernel, KernelSpec, choose_kernel
 from bitmill.runtime.kernels.reference import TraceKernel
 
-_TURN = threading.RLock()  # held by whoever lays a matrix out anew or asks for its packed tensors
+_PREPARING = threading.Lock()  # held while a matrix is repacked for its kernel, so that it happens once
 
 
 class PackedModule(nn.Module):
-    """Buffers named as on disk, of the shapes and types of `layout`."""
+    """Buffers named as on disk, with the shapes and types of `layout`."""
 
-    _held: tuple[str, ...] = ()
+    _packed_names: tuple[str, ...] = ()
 
     def __init__(self, layout: Layout, device: Any = None) -> None:
+        """Allocate the tensors of `layout` on `device`."""
         super().__init__()
-        self.hold(layout, device)
+        self.allocate(layout, device)
 
-    def hold(self, layout: Layout, device: Any = None) -> None:
-        """Make room for the tensors of `layout`."""
-        self._held = tuple(layout)
+    def allocate(self, layout: Layout, device: Any = None) -> None:
+        """Register uninitialized buffers.
+
+        Args:
+            layout: Sizes and types by name.
+            device: Device of the buffers.
+        """
+        self._packed_names = tuple(layout)
         for name, (size, dtype) in layout.items():
             self.register_buffer(name, torch.empty(size, dtype=dtype, device=device))
 
     def packed(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return {name: getattr(self, name) for name in self._held}
+        """Return the packed tensors by name."""
+        return {name: getattr(self, name) for name in self._packed_names}
+
+    def set_packed(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace packed tensors by others of the layout, without a copy."""
+        self._buffers.update(tensors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {name: self._buffers[name] for name in self._held}
+        kept = {name: self._buffers[name] for name in self._packed_names}
         for name in kept:
             self._buffers[name] = None
         try:
@@ -50,7 +60,7 @@ class PackedModule(nn.Module):
         for name, tensor in kept.items():
             assert tensor is not None
             probe = fn(torch.empty(0, device=tensor.device))
-            # to_empty() maps a meta tensor to fresh memory; every other fn only tells us the device
+            # to_empty() maps a meta tensor to fresh memory; every other fn determines only the device
             moved = torch.empty_like(tensor, device=probe.device) if tensor.is_meta else tensor.to(probe.device)
             self._buffers[name] = moved
         return self
@@ -59,94 +69,94 @@ class PackedModule(nn.Module):
 class PackedMatrix(PackedModule):
     """W^ (rows, columns) in any format.
 
-    Whoever computes with it has a kernel do so, which takes over the tensors and may lay them out anew: then the
-    buffers are the kernel's, and only one of the two layouts is held. Whoever asks for the packed tensors after
-    that (by name, `packed`, `state_dict`) gets them back, bit by bit, in place of the kernel's.
+    The first product prepares a kernel, which takes over the packed tensors and may repack them. From then on the
+    buffers are the kernel's, so that one layout is held and not two. `packed` and `state_dict` then restore the
+    packed tensors bit by bit, in fresh memory. Moving the module and loading a state release the kernel.
 
-    shared: the module that holds the parts which the matrix shares with others; a kernel reads them there.
+    Attributes:
+        format: Format of the matrix.
+        shape: (rows, columns).
+        outside_blocks: True for a table of embeddings and for the head.
+        shared: The module with the parts that the matrix shares with others; a kernel reads them there.
+        kernel: The kernel that holds the tensors; None before the first product.
     """
 
     format: Format
     shape: tuple[int, int]
-    outside_blocks = False  # True for a table of embeddings and for the head
+    outside_blocks = False
     shared: PackedModule | None = None
-    _kernel: Kernel | None = None
-    _text: str  # `ops.text_of` the format
+    kernel: Kernel | None = None
+    _format_json: str  # `ops.format_to_json` of the format
 
     def packed(self) -> dict[str, Tensor]:
-        """All packed tensors by name, those that it shares too."""
-        if self._kernel is None and ops.is_traced():
-            return self._as_stored()
-        with _TURN:
-            self._take_back()
-            return self._as_stored()
-
-    def _as_stored(self) -> dict[str, Tensor]:
-        return {**super().packed(), **(self.shared.packed() if self.shared else {})}
+        """Return all packed tensors by name, shared ones included."""
+        # Buffers are read before the kernel: preparing one removes them only after it has set the kernel.
+        buffers = dict(self._buffers)
+        kernel = self.kernel
+        tensors: Mapping[str, Any] = buffers if kernel is None else kernel.restore()
+        own = {name: tensors[name] for name in self._packed_names}
+        return own if self.shared is None else {**own, **self.shared.packed()}
 
     def kernel_on(self, device: torch.device) -> Kernel:
-        """What multiplies with the matrix there; from now on it holds the tensors.
+        """Return the kernel of the matrix on `device`, preparing it before the first product.
 
-        A trace that comes before its first use decodes the packed tensors each time: slow, use it once before.
+        A trace of a matrix without a kernel decodes the packed tensors in every call, which is slow: run the model
+        once before tracing it.
         """
-        kernel = self._kernel
+        kernel = self.kernel
         if kernel is not None and kernel.spec.device == device:
             return kernel
-        if ops.is_traced():
-            return TraceKernel(KernelSpec(self.format, self.shape, device), self.packed(), self._text)
-        with _TURN:
-            if self._kernel is None or self._kernel.spec.device != device:
-                self._kernel = self._lay_out(device)
-            return self._kernel
+        if is_traced():
+            return TraceKernel(KernelSpec(self.format, self.shape, device), self.packed(), self._format_json)
+        with _PREPARING:
+            if self.kernel is None or self.kernel.spec.device != device:
+                self._prepare_kernel(device)
+            assert self.kernel is not None
+            return self.kernel
 
-    def _lay_out(self, device: torch.device) -> Kernel:
+    def _prepare_kernel(self, device: torch.device) -> None:
         spec, tensors = KernelSpec(self.format, self.shape, device), self.packed()
         kernel = choose_kernel(spec)(spec, tensors)
-        shared = {id(tensors[name]) for name in tensors if name not in self._held}
-        for name in self._held:
-            del self._buffers[name]
+        shared = {id(tensor) for name, tensor in tensors.items() if name not in self._packed_names}
+        replaced = (*self._packed_names, *(self.kernel.tensors if self.kernel else ()))
+        self.kernel = kernel
+        for name in replaced:
+            self._buffers.pop(name, None)
         self._buffers.update({name: t for name, t in kernel.tensors.items() if id(t) not in shared})
-        return kernel
 
-    def _take_back(self) -> None:
-        if self._kernel is None:
+    def release_kernel(self) -> None:
+        """Restore the packed tensors as buffers and drop the kernel."""
+        kernel = self.kernel
+        if kernel is None:
             return
-        kernel, self._kernel = self._kernel, None
+        tensors = kernel.restore()
         for name in kernel.tensors:
             self._buffers.pop(name, None)
-        tensors = kernel.restore()
-        self._buffers.update({name: tensors[name] for name in self._held})
+        self._buffers.update({name: tensors[name] for name in self._packed_names})
+        self.kernel = None
 
-    def __getattr__(self, name: str) -> Any:
-        """Packed tensors that a kernel has taken are asked back."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name not in self._held:
-                raise
-        with _TURN:  # another thread may be laying them out
-            return super().__getattr__(name) if self._kernel is None else self.packed()[name]
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        with _TURN:
-            self._take_back()
-            super()._save_to_state_dict(*args)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        skipped = {*self._non_persistent_buffers_set, *(self.kernel.tensors if self.kernel else ())}
+        buffers = {name: tensor for name, tensor in self._buffers.items() if name not in skipped}
+        packed = self.packed()
+        tensors = {**self._parameters, **buffers, **{name: packed[name] for name in self._packed_names}}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        with _TURN:
-            self._take_back()
-            super()._load_from_state_dict(*args)
+        self.release_kernel()
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with _TURN:
-            self._take_back()
-            return super()._apply(fn, recurse)
+        self.release_kernel()
+        return super()._apply(fn, recurse)
 
 
 def detach_files(model: nn.Module) -> None:
-    """Copy all that is small of a model whose tensors are mapped files: who holds one tensor holds the file.
+    """Copy the small tensors of a model whose tensors are mapped files; codes and float matrices stay mapped.
 
-    Then a file goes as soon as its codes are laid out anew. Codes and float matrices stay mapped.
+    A tensor keeps its whole file mapped: without the small ones, a file is released once its codes are repacked.
     """
     for module in model.modules():
         buffers = {name: tensor for name, tensor in module._buffers.items() if tensor is not None}
@@ -161,9 +171,16 @@ def detach_files(model: nn.Module) -> None:
 
 
 def shared_module(model: nn.Module, place: str, format: Format, device: Any = None) -> PackedModule:
-    """The module at the path `place` that holds what layers of `format` share, made if it is not there yet.
+    """Return the module with the parts that layers share, creating it if needed.
 
-    Raises CheckpointError when something else is there.
+    Args:
+        model: The model.
+        place: Path of the module in the model.
+        format: Format of the layers.
+        device: Device of a new module.
+
+    Raises:
+        CheckpointError: if there is another kind of module or attribute at that path.
     """
     above, (*path, leaf) = model, place.split(".")
     for name in path:
@@ -175,11 +192,13 @@ def shared_module(model: nn.Module, place: str, format: Format, device: Any = No
     found = above.get_submodule(leaf)
     if isinstance(found, PackedModule) and set(found.packed()) == format.shared:
         return found
-    raise CheckpointError(f"{place!r} of {type(model).__name__} is no place for what layers share.")
+    raise CheckpointError(f"{place!r} of {type(model).__name__} cannot hold the parts that layers share.")
 
 
 def _put(above: nn.Module, name: str, module: nn.Module, place: str) -> None:
     try:
         above.add_module(name, module)
     except KeyError:  # an attribute of that name, or no name at all
-        raise CheckpointError(f"{place!r} of {type(above).__name__} is no place for what layers share.") from None
+        raise CheckpointError(
+            f"{place!r} of {type(above).__name__} cannot hold the parts that layers share."
+        ) from None

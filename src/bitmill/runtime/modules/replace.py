@@ -1,4 +1,4 @@
-"""Put packed layers in the place of a model's own: linears, and the two ends of a model."""
+"""Replace the layers of a model by packed ones: linears, the table of embeddings and the head."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from bitmill.runtime.modules.embedding import QuantEmbedding, replace_embedding
 from bitmill.runtime.modules.linear import replace_linear
 from bitmill.runtime.modules.packed import PackedMatrix, shared_module
 
-EmbeddingAndHeadConfig = Mapping[
-    str, Any
-]  # as in config.json: `embedding` and `head` (paths, "" for none), `tied`
+# As in config.json: "embedding" and "head" (paths, "" for none) and "tied" (bool).
+EmbeddingAndHeadConfig = Mapping[str, Any]
 
 
 def replace_layers(
@@ -24,29 +23,39 @@ def replace_layers(
     places: Mapping[str, str],
     device: Any = None,
 ) -> dict[str, PackedMatrix]:
-    """Replace every layer that `formats` names by an empty packed one; returns them by name.
+    """Replace layers by empty packed ones.
 
-    ends: where tokens enter the model and leave it, if these are quantized. A tied head becomes a QuantLinear that
-    reads the embedding's matrix; `formats` does not name it, and it is returned too.
-    places: layer -> path of the module that holds what it shares, made where it is not there.
-    Raises AttributeError for a layer that the model does not have, CheckpointError for a place that is none.
+    Args:
+        model: The model, changed in place.
+        formats: Formats by the paths of the layers.
+        ends: Embedding and head, if they are quantized. A tied head becomes a QuantLinear that uses the
+            embedding's matrix; `formats` does not name it.
+        places: Paths of the modules with shared parts, by layer; they are created if needed.
+        device: Device of the packed tensors.
+
+    Returns:
+        The new layers by path, a tied head included.
+
+    Raises:
+        AttributeError: if the model does not have a layer.
+        CheckpointError: if shared parts cannot be stored at their path.
     """
-    swapped: dict[str, PackedMatrix] = {}
+    replaced: dict[str, PackedMatrix] = {}
     for name, format in formats.items():
         if isinstance(model.get_submodule(name), nn.Embedding):
-            swapped[name] = replace_embedding(model, name, format, device)
+            replaced[name] = replace_embedding(model, name, format, device)
         else:
             shared = shared_module(model, places[name], format, device) if name in places else None
-            swapped[name] = replace_linear(model, name, format, device, shared=shared)
+            replaced[name] = replace_linear(model, name, format, device, shared=shared)
     if ends and ends["tied"]:
-        table = swapped[ends["embedding"]]
+        table = replaced[ends["embedding"]]
         assert isinstance(table, QuantEmbedding)
-        swapped[ends["head"]] = replace_linear(model, ends["head"], table.format, device, tied=table)
+        replaced[ends["head"]] = replace_linear(model, ends["head"], table.format, device, tied=table)
     for name in layers_outside_blocks(ends):
-        swapped[name].outside_blocks = True
-    return swapped
+        replaced[name].outside_blocks = True
+    return replaced
 
 
 def layers_outside_blocks(ends: EmbeddingAndHeadConfig | None) -> tuple[str, ...]:
-    """The quantized layers that lie outside the blocks, a tied head among them."""
+    """Return the paths of the quantized layers outside the blocks, a tied head included."""
     return tuple(ends[key] for key in ("embedding", "head") if ends[key]) if ends else ()

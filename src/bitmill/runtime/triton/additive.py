@@ -2,9 +2,9 @@
 
     W^[r, 8 j + d] = scale[r, g] * sum_m codebooks[m, code[r, j, m], d]
 
-They read the packed layout as it is: a code stands for eight weights, so that finding it in the stream of bits,
-with shifts that differ from code to code, costs little beside them; the codebooks lie in the cache. A program
-serves some rows and all their blocks: an output is written once, by one program, and equal inputs give equal bits.
+They read the packed layout unchanged: a code represents eight weights, so that extracting it from the stream of
+bits, with shifts that differ from code to code, costs little; the codebooks stay in the cache. A program computes
+all blocks of some rows: an output is written once, by one program, and equal inputs give equal bits.
 
 One token: additive_gemv, in fp32. More: additive_gemm decodes weights in the type of the inputs for the matrix
 units.
@@ -17,13 +17,12 @@ With m_rk = scale * sum_m |codebooks[m, code, d]|, and before y is rounded to th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bitmill.runtime.ops import Operator
-from bitmill.runtime.triton.available import MAX_TOKENS, widens
+from bitmill.runtime.triton.launch import Launch, multiply
 from bitmill.runtime.triton.tiles import of_group
 
 GEMV_ROWS, GEMV_BLOCKS = 8, 64
@@ -35,7 +34,7 @@ def _sums(
     codes, books, rows, blocks, inside,
     WORDS: tl.constexpr, BITS: tl.constexpr, BOOKS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows' blocks before scaling, fp32: rows (R, 1, 1) and blocks (1, S, 1) give (R, S, 8)."""
+    """Return blocks before scaling, fp32 (R, S, 8), for rows (R, 1, 1) and blocks (1, S, 1)."""
     d = tl.arange(0, 8)[None, None, :]
     total = 0.0
     for m in tl.static_range(BOOKS):
@@ -58,7 +57,7 @@ def additive_gemv(
     COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, BOOKS: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """y (count,) = W^ x; `ROWS` rows a program, `STEP` blocks at a time. PER_GROUP: blocks of a group."""
+    """Compute y (count,) = W^ x, `ROWS` rows per program, `STEP` of the blocks at a time."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
     total = tl.zeros([ROWS, STEP, 1], tl.float32)
     for start in range(0, BLOCKS, STEP):
@@ -81,9 +80,9 @@ def additive_gemm(
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, TOKENS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y (tokens, count) = x W^^T; `ROWS` rows and `TOKENS` tokens a program, `STEP` blocks at a time.
+    """Compute y (tokens, count) = x W^^T, `ROWS` rows and `TOKENS` tokens per program, `STEP` blocks at a time.
 
-    WIDE: multiply in fp32, for the sake of Triton's interpreter.
+    WIDE: multiply in fp32, which Triton's interpreter needs for bf16.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
     which = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[None, :]
@@ -108,7 +107,7 @@ _SCHEMA = "Tensor codes, Tensor books, Tensor scales, int[] plan"
 
 
 def _triton_additive(x: Tensor, codes: Tensor, books: Tensor, scales: Tensor, plan: list[int]) -> Tensor:
-    """x (tokens, in) to (tokens, out) in the type of x.
+    """Multiply x (tokens, in) to (tokens, out) in the type of x.
 
     codes   int32 (rows, words), packed
     books   fp16 (codebooks, 2**bits, 8)
@@ -116,8 +115,6 @@ def _triton_additive(x: Tensor, codes: Tensor, books: Tensor, scales: Tensor, pl
     plan    rows, columns, columns of a group, bits
     """
     rows, columns, width, bits = plan
-    tokens = x.shape[0]
-    y = x.new_empty(tokens, rows)
     constants = {
         "COLUMNS": columns,
         "BLOCKS": triton.cdiv(columns, 8),
@@ -127,18 +124,9 @@ def _triton_additive(x: Tensor, codes: Tensor, books: Tensor, scales: Tensor, pl
         "PER_GROUP": width // 8,
         "SCALE": tuple(scales.shape),
     }
-    x = x.contiguous()
-    with torch.cuda.device_of(x):
-        if tokens == 1:
-            grid = (triton.cdiv(rows, GEMV_ROWS), 1)
-            sizes = {"ROWS": GEMV_ROWS, "STEP": GEMV_BLOCKS}
-            additive_gemv[grid](x, y, codes, books, scales, rows, **constants, **sizes, num_warps=4)
-        else:
-            size = max(16, min(MAX_TOKENS, triton.next_power_of_2(tokens)))
-            grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
-            sizes = {"ROWS": GEMM_ROWS, "STEP": GEMM_BLOCKS, "TOKENS": size, "WIDE": widens(x)}
-            additive_gemm[grid](x, y, codes, books, scales, rows, tokens, **constants, **sizes, num_warps=4)
-    return y
+    gemv = Launch(additive_gemv, GEMV_ROWS, {"STEP": GEMV_BLOCKS}, 4)
+    gemm = Launch(additive_gemm, GEMM_ROWS, {"STEP": GEMM_BLOCKS}, 4)
+    return multiply(x, (codes, books, scales), rows, constants, gemv, gemm)
 
 
-additive = Operator(_SCHEMA, _triton_additive, lambda x, *rest: rest[-1][0], device=None)
+additive = Operator("triton_additive", _SCHEMA, _triton_additive, lambda x, *rest: rest[-1][0], device=None)

@@ -3,11 +3,10 @@
     W^[r, k] = beta[r, g] + sum_i alpha[r, g, i] * b_i[r, k],  b_i in {-1, +1}
     y[r]     = sum_g ( (beta - sum_i alpha_i) * sum_k x_k + 2 * sum_i alpha_i * sum_{k: b_i = +1} x_k )
 
-They read planes in lanes (`lanes`), prepared once at load: word i of a lane holds bit i of its 32 codes. The inner
-sums of binary_gemv then cost one mask and one multiply-add a bit, without unpacking codes, and no table of 2**bits
-levels a group is built or read, which in small groups are more than the magnitudes. Tables of sums of the inputs,
-for several signs at a time, as LUT-GEMM has them, would take another launch, or shared memory that Triton does not
-hand out.
+They read planes in lanes (`lanes`), prepared once: word i of a lane holds bit i of its 32 codes. The inner sums of
+binary_gemv then cost one mask and one multiply-add a bit, without unpacking codes, and no table of 2**bits levels
+a group is built or read, which in small groups are more than the magnitudes. Tables of sums of the inputs for
+several signs at a time, as in LUT-GEMM, would need another launch, or shared memory that Triton does not expose.
 
 One token: binary_gemv, in fp32. More: binary_gemm decodes weights in the type of the inputs for the matrix units.
 
@@ -19,15 +18,13 @@ With m_rk = |beta| + sum_i |alpha_i|, and before y is rounded to the type of x,
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bitmill.runtime.ops import Operator
-from bitmill.runtime.triton.available import MAX_TOKENS, widens
-from bitmill.runtime.triton.lanes import lanes_per_group, stride_of
-from bitmill.runtime.triton.lut import GEMM_LANES, GEMM_ROWS, GEMV_ROWS, gemv_block
+from bitmill.runtime.triton.launch import multiply
+from bitmill.runtime.triton.lut import gemm_launch, gemv_launch, lane_constants
 from bitmill.runtime.triton.tiles import of_group, places, words_of
 
 
@@ -38,7 +35,9 @@ def binary_gemv(
     PER_GROUP: tl.constexpr, STRIDE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y (count,) = W^ x; `ROWS` rows a program, `BLOCK` lanes at a time. alphas (rows|1, groups|1, bits)."""
+    """Compute y (count,) = W^ x, `ROWS` rows per program, `BLOCK` lanes at a time; alphas (rows|1, groups|1,
+    bits).
+    """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, LANES, BLOCK):
@@ -79,7 +78,7 @@ def binary_gemm(
     PER_GROUP: tl.constexpr, STRIDE: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y (tokens, count) = x W^^T; as lut_gemm."""
+    """Compute y (tokens, count) = x W^^T with the tiles of lut_gemm."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     which = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[None, :]
     total = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -116,7 +115,7 @@ _SCHEMA = "Tensor codes, Tensor alphas, Tensor? betas, int[] plan"
 
 
 def _triton_binary(x: Tensor, codes: Tensor, alphas: Tensor, betas: Tensor | None, plan: list[int]) -> Tensor:
-    """x (tokens, in) to (tokens, out) in the type of x.
+    """Multiply x (tokens, in) to (tokens, out) in the type of x.
 
     codes   int32 (rows, bits, lanes), `lanes.to_planes`
     alphas  fp16 (rows|1, groups|1, bits)
@@ -124,31 +123,13 @@ def _triton_binary(x: Tensor, codes: Tensor, alphas: Tensor, betas: Tensor | Non
     plan    rows, columns, columns of a group
     """
     rows, columns, width = plan
-    tokens, lanes = x.shape[0], codes.shape[2]
-    y = x.new_empty(tokens, rows)
     constants = {
-        "COLUMNS": columns,
-        "WIDTH": width,
-        "BITS": codes.shape[1],
-        "LANES": lanes,
-        "PER_GROUP": lanes_per_group(width),
-        "STRIDE": stride_of(width),
+        **lane_constants(columns, width, codes),
         "ALPHA": tuple(alphas.shape[:2]),
         "BETA": (1, 1) if betas is None else tuple(betas.shape),
     }
-    x = x.contiguous()
-    with torch.cuda.device_of(x):
-        if tokens == 1:
-            block, warps = gemv_block(lanes)
-            grid = (triton.cdiv(rows, GEMV_ROWS), 1)
-            sizes = {"ROWS": GEMV_ROWS, "BLOCK": block}
-            binary_gemv[grid](x, y, codes, alphas, betas, rows, **constants, **sizes, num_warps=warps)
-        else:
-            size = max(16, min(MAX_TOKENS, triton.next_power_of_2(tokens)))
-            grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
-            sizes = {"ROWS": GEMM_ROWS, "BLOCK": GEMM_LANES, "TOKENS": size, "WIDE": widens(x)}
-            binary_gemm[grid](x, y, codes, alphas, betas, rows, tokens, **constants, **sizes, num_warps=4)
-    return y
+    gemv, gemm = gemv_launch(binary_gemv, codes.shape[2]), gemm_launch(binary_gemm)
+    return multiply(x, (codes, alphas, betas), rows, constants, gemv, gemm)
 
 
-binary = Operator(_SCHEMA, _triton_binary, lambda x, *rest: rest[-1][0], device=None)
+binary = Operator("triton_binary", _SCHEMA, _triton_binary, lambda x, *rest: rest[-1][0], device=None)

@@ -1,9 +1,9 @@
 """Codes in lanes: the layout of `lut`, made once when a layer is first used.
 
-A stored row is one stream of `bits`-bit codes in 32-bit words, in which neighbours share words and groups begin
-anywhere. A GPU wants each thread to read whole words that need no neighbour, and neighbouring threads to read
-neighbouring words. So 32 codes of one group, which fill exactly `bits` words at every width from 1 to 8, are a
-lane, and word j of a row's lanes lie together:
+A packed row is one stream of `bits`-bit codes in 32-bit words: codes cross words, and groups begin anywhere. On a
+GPU each thread should read whole words on its own, and neighbouring threads neighbouring words. So 32 codes of one
+group, which fill exactly `bits` words at every width from 1 to 8, form a lane, and the words j of a row's lanes
+are contiguous:
 
     words    int32 (rows, bits, lanes);  code i of a lane occupies bits i*bits ... of its `bits` words
     lanes    whole ones for every group: ceil(width / 32) of them; only groups of another width than a multiple
@@ -12,8 +12,8 @@ lane, and word j of a row's lanes lie together:
              neighbouring lanes then multiply their code i with neighbouring inputs. The largest power of two up to
              32 that divides the lanes of a group
 
-The bits stored are those of the packed layout, but for that padding. Planes are the same for binary codings: bit i
-of a lane's 32 codes is its word i.
+Apart from that padding no bits are added. Planes are the analogue for binary codings: word i of a lane holds bit i
+of its 32 codes.
 """
 
 from __future__ import annotations
@@ -32,23 +32,33 @@ _SLICE = 1 << 24  # codes laid out at a time, some 0.3 GB of temporaries
 
 
 def lanes_per_group(width: int) -> int:
-    """Lanes that hold `width` columns."""
+    """Return the number of lanes that hold `width` columns."""
     return -(-width // LANE)
 
 
 def stride_of(width: int) -> int:
-    """Columns between neighbouring codes of a lane."""
+    """Return the columns between neighbouring codes of a lane."""
     lanes = lanes_per_group(width)
     return min(LANE, lanes & -lanes)
 
 
 def lanes_in(columns: int, width: int) -> int:
-    """Lanes of a row."""
+    """Return the number of lanes of a row."""
     return -(-columns // width) * lanes_per_group(width)
 
 
 def to_lanes(packed: Tensor, bits: int, columns: int, width: int) -> Tensor:
-    """Packed codes (rows, words) to (rows, bits, lanes), int32."""
+    """Repack codes in lanes.
+
+    Args:
+        packed: int32 (rows, words), packed codes.
+        bits: Bits of a code.
+        columns: Columns of a row.
+        width: Columns of a group.
+
+    Returns:
+        int32 (rows, bits, lanes).
+    """
     rows, stride, lanes = packed.shape[0], stride_of(width), lanes_in(columns, width)
     out = packed.new_empty(rows, bits, lanes)
     for cut in _slices(rows, columns):
@@ -60,7 +70,17 @@ def to_lanes(packed: Tensor, bits: int, columns: int, width: int) -> Tensor:
 
 
 def to_planes(packed: Tensor, bits: int, columns: int, width: int) -> Tensor:
-    """Packed codes (rows, words) to (rows, bits, lanes), int32, a word for each bit."""
+    """Repack codes in planes: as `to_lanes`, but word i of a lane holds bit i of its codes.
+
+    Args:
+        packed: int32 (rows, words), packed codes.
+        bits: Bits of a code.
+        columns: Columns of a row.
+        width: Columns of a group.
+
+    Returns:
+        int32 (rows, bits, lanes).
+    """
     out = packed.new_empty(packed.shape[0], bits, lanes_in(columns, width))
     for cut in _slices(packed.shape[0], columns):
         codes = unpack(packed[cut], bits, columns)
@@ -70,20 +90,48 @@ def to_planes(packed: Tensor, bits: int, columns: int, width: int) -> Tensor:
 
 
 def codes_of_planes(words: Tensor, columns: int, width: int) -> Tensor:
-    """Codes of some rows, uint8 (rows, columns)."""
-    planes = [codes_of(words[:, i : i + 1], columns, width) << i for i in range(words.shape[1])]
+    """Unpack codes in lanes or planes.
+
+    Args:
+        words: int32 (rows, bits, lanes).
+        columns: Columns of a row.
+        width: Columns of a group.
+
+    Returns:
+        uint8 (rows, columns).
+    """
+    planes = [codes_of_lanes(words[:, i : i + 1], columns, width) << i for i in range(words.shape[1])]
     return torch.stack(planes).sum(0, dtype=torch.uint8)
 
 
-def from_words(words: Tensor, columns: int, width: int, codes: Codes) -> Tensor:
-    """The packed codes again, bit by bit; `codes` is `codes_of` or `codes_of_planes`."""
+def from_words(words: Tensor, columns: int, width: int, unpack_rows: Codes) -> Tensor:
+    """Pack codes in lanes or planes again, bit by bit as they were.
+
+    Args:
+        words: int32 (rows, bits, lanes).
+        columns: Columns of a row.
+        width: Columns of a group.
+        unpack_rows: `codes_of_lanes` or `codes_of_planes`.
+
+    Returns:
+        int32 (rows, words).
+    """
     bits = words.shape[1]
     slices = _slices(words.shape[0], columns)
-    return torch.cat([pack(codes(words[cut], columns, width), bits) for cut in slices])
+    return torch.cat([pack(unpack_rows(words[cut], columns, width), bits) for cut in slices])
 
 
-def codes_of(words: Tensor, columns: int, width: int) -> Tensor:
-    """Codes of some rows, uint8 (rows, columns)."""
+def codes_of_lanes(words: Tensor, columns: int, width: int) -> Tensor:
+    """Unpack codes in lanes or planes.
+
+    Args:
+        words: int32 (rows, bits, lanes).
+        columns: Columns of a row.
+        width: Columns of a group.
+
+    Returns:
+        uint8 (rows, columns).
+    """
     stride, lanes = stride_of(width), words.shape[2]
     codes = unpack(words.transpose(1, 2), words.shape[1], LANE)
     codes = codes.reshape(-1, lanes // stride, stride, LANE).transpose(2, 3).flatten(1)

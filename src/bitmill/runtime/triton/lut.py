@@ -2,17 +2,17 @@
 
     W^[r, k] = scale[r, g] * powers[power[r, g]] * (table[code[r, k]] - zero[r, g])
 
-They read codes in lanes (`lanes`), prepared once at load: in the packed layout groups begin anywhere in a word,
-so that the word and the shift of a code are variables. In lanes they are constants of the compiled kernel, at most
-one funnel shift and one mask at every width, and neighbouring threads read neighbouring words.
+They read codes in lanes (`lanes`), prepared once: in the packed layout groups begin anywhere in a word, so that
+the word and the shift of a code are variables. In lanes they are constants of the compiled kernel, at most one
+funnel shift and one mask at every width, and neighbouring threads read neighbouring words.
 
-lut_gemv serves one token: a program sums a few rows in fp32 in one pass over their words, and nobody adds to them
-after it, so that equal inputs give equal bits. lut_gemm serves more: values are decoded in the type of the inputs
-and multiplied by the matrix units, summed in fp32.
+lut_gemv multiplies one token: one program sums a few rows in fp32 in one pass over their words, without atomic
+additions, so that equal inputs give equal bits. lut_gemm multiplies more tokens: values are decoded in the type of
+the inputs, multiplied by the matrix units and summed in fp32.
 
-Where the only table is the codes themselves (uniform levels) lut_gemv reads none, and most codes it need not even
-shift: the bits of a code inside of a word are a denormal float, and exact; multiplied with an input that is larger
-by a power of two they are a normal one.
+For uniform levels the codes are the only table, and lut_gemv reads none. Most codes need no shift either: the bits
+of a code inside a word are a denormal float, which is exact; its product with an input scaled by a power of two is
+a normal one.
 
 With m_rk = |scale * power| * (max |table| + |zero|), and before y is rounded to the type of x,
 
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -35,8 +36,8 @@ from torch import Tensor
 
 from bitmill.formats import Lookup
 from bitmill.runtime.ops import Operator
-from bitmill.runtime.triton.available import MAX_TOKENS, widens
 from bitmill.runtime.triton.lanes import lanes_per_group, stride_of
+from bitmill.runtime.triton.launch import Launch, multiply
 from bitmill.runtime.triton.tiles import of_group, places, words_of
 
 GEMV_ROWS = 8
@@ -48,7 +49,7 @@ def _factors(
     scales, zeros, ids, powers, rows, groups, inside, count,
     SCALE: tl.constexpr, ZERO: tl.constexpr, TABLE: tl.constexpr, ID_BITS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Scale, zero and the first entry of the table of every lane: fp32, fp32, int64."""
+    """Return scale, zero and the first entry of the table of every lane: fp32, fp32, int64."""
     scale = of_group(scales, rows, groups, inside, count, SCALE).to(tl.float32)
     zero = of_group(zeros, rows, groups, inside, count, ZERO).to(tl.float32)
     table = inside.to(tl.int32) * 0
@@ -66,8 +67,8 @@ def _factors(
     return scale, zero, table.to(tl.int64) << BITS
 
 
-# One lane a thread: of tensors known to be aligned a thread would load several, of others not, and what it holds
-# of the ones would have to be exchanged for what it holds of the others, for every code.
+# One lane a thread. A thread would load several elements of aligned tensors but one of others, and the threads
+# would have to exchange elements for every code.
 @triton.jit(do_not_specialize_on_alignment=["x", "codes", "scales", "zeros", "ids"])
 def lut_gemv(
     x, y, codes, tables, scales, zeros, ids, powers, count,
@@ -75,7 +76,16 @@ def lut_gemv(
     PER_GROUP: tl.constexpr, STRIDE: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
     TABLE: tl.constexpr, ID_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y (count,) = W^ x; `ROWS` rows a program, `BLOCK` lanes at a time. tables is None where codes are levels."""
+    """Compute y (count,) = W^ x for one token.
+
+    Args (the others are tensors of `LutWeights`):
+        x: (columns,).
+        y: (count,), the result.
+        count: Rows of the matrix.
+        SCALE, ZERO, TABLE: Shapes of scales, zeros, and of tables or ids.
+        ROWS: Rows of a program.
+        BLOCK: Lanes processed at a time.
+    """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, LANES, BLOCK):
@@ -95,8 +105,8 @@ def lut_gemv(
             ones += v
             code = words[i * BITS // 32]
             if tables is None:
-                # the bits of a code alone are the float code * 2**(place - 149), if they lie in its mantissa;
-                # place is undone on the side of the input, once for all rows
+                # the bits of a code alone are the float code * 2**(position - 149), if they are in its mantissa;
+                # the input is scaled by 2**-position, once for all rows
                 if i * BITS % 32 + BITS <= 23:
                     level = code & (((1 << BITS) - 1) << i * BITS % 32)
                     v *= 2.0 ** (80 - i * BITS % 32)
@@ -128,9 +138,12 @@ def lut_gemm(
     TABLE: tl.constexpr, ID_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y (tokens, count) = x W^^T; `ROWS` rows and `TOKENS` tokens a program, `BLOCK` lanes at a time.
+    """Compute y (tokens, count) = x W^^T.
 
-    WIDE: multiply in fp32, for the sake of Triton's interpreter.
+    Args (the others as in lut_gemv):
+        tokens: Tokens of x.
+        TOKENS: Tokens of a program.
+        WIDE: Multiply in fp32, which Triton's interpreter needs for bf16.
     """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     which = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[None, :]
@@ -144,7 +157,7 @@ def lut_gemm(
             scales, zeros, ids, powers, rows, groups, inside, count, SCALE, ZERO, TABLE, ID_BITS, BITS
         )
         bias = -scale * zero
-        down = (start + tl.arange(0, BLOCK))[:, None]  # the same lanes, for the inputs
+        down = (start + tl.arange(0, BLOCK))[:, None]  # these lanes, for the inputs
         down_groups, down_offset = places(down, PER_GROUP, STRIDE)
         for i in tl.static_range(32):
             column = down_groups * WIDTH + down_offset + i * STRIDE
@@ -166,43 +179,90 @@ def lut_gemm(
     tl.store(at, total.to(y.dtype.element_ty), mask=(rows < count) & (which < tokens))
 
 
-def gemv_block(lanes: int) -> tuple[int, int]:
-    """(lanes at a time, warps): a lane a thread."""
+def gemv_launch(kernel: Any, lanes: int) -> Launch:
+    """Return the launch of a gemv kernel: one lane a thread, some rows a program.
+
+    Args:
+        kernel: lut_gemv or binary_gemv.
+        lanes: Lanes of a row.
+    """
     block = max(32, min(128, triton.next_power_of_2(lanes)))
-    return block, block // 32
+    return Launch(kernel, GEMV_ROWS, {"BLOCK": block}, block // 32)
+
+
+def gemm_launch(kernel: Any) -> Launch:
+    """Return the launch of a gemm kernel."""
+    return Launch(kernel, GEMM_ROWS, {"BLOCK": GEMM_LANES}, 4)
+
+
+def lane_constants(columns: int, width: int, codes: Tensor) -> dict[str, int]:
+    """Return the compile-time arguments that describe codes in lanes.
+
+    Args:
+        columns: Columns of the matrix.
+        width: Columns of a group.
+        codes: (rows, bits, lanes).
+    """
+    return {
+        "COLUMNS": columns,
+        "WIDTH": width,
+        "BITS": codes.shape[1],
+        "LANES": codes.shape[2],
+        "PER_GROUP": lanes_per_group(width),
+        "STRIDE": stride_of(width),
+    }
 
 
 @dataclass(frozen=True)
 class LutWeights:
-    """A matrix as the kernels read it. Sizes of 1 are shared along that axis."""
+    """A matrix as the kernels read it. Sizes of 1 are broadcast.
+
+    Attributes:
+        shape: (rows, columns).
+        width: Columns of a group.
+        codes: int32 (rows, bits, lanes).
+        tables: fp16 or fp32 (rows|1, groups|1, 2**bits), with ids (n, 1, 2**bits); None for levels 0, 1, 2, ...
+        scales: fp16 or fp32 (rows|1, groups|1).
+        zeros: uint8, fp16 or fp32 (rows|1, groups|1).
+        ids: uint8 or int32 (rows|1, groups|1): table + (power << id_bits).
+        powers: fp32, the factors of scales.
+        id_bits: Bits of a table's number in `ids`.
+    """
 
     shape: tuple[int, int]
-    width: int  # columns of a group
-    codes: Tensor  # int32 (rows, bits, lanes)
-    tables: Tensor | None  # fp16 or fp32 (rows|1, groups|1, 2**bits), with ids (n, 1, 2**bits); None: 0, 1, 2, ...
-    scales: Tensor  # fp16 or fp32 (rows|1, groups|1)
-    zeros: Tensor  # uint8, fp16 or fp32 (rows|1, groups|1)
-    ids: Tensor | None = None  # uint8 or int32 (rows|1, groups|1): table + (power << id_bits)
-    powers: Tensor | None = None  # fp32
+    width: int
+    codes: Tensor
+    tables: Tensor | None
+    scales: Tensor
+    zeros: Tensor
+    ids: Tensor | None = None
+    powers: Tensor | None = None
     id_bits: int = 0
 
     def parts(self) -> list[Tensor | None]:
-        """The tensors, in the order of the operator's arguments."""
+        """Return the tensors in the order of the operator's arguments."""
         return [self.codes, self.tables, self.scales, self.zeros, self.ids, self.powers]
 
     def plan(self) -> list[int]:
-        """The rest: rows, columns, width, id_bits."""
+        """Return the integers of the operator: rows, columns, width, id_bits."""
         return [*self.shape, self.width, self.id_bits]
 
 
 def prepare(lookup: Lookup, codes: Tensor, shape: tuple[int, int], width: int) -> LutWeights:
-    """Tables and factors of a matrix in groups of `width` columns, and its codes (rows, bits, lanes)."""
+    """Build the tensors that the kernels read.
+
+    Args:
+        lookup: Tables, scales and zeros of the format.
+        codes: int32 (rows, bits, lanes), from `lanes.to_lanes`.
+        shape: (rows, columns).
+        width: Columns of a group.
+    """
     scale, zero, tables = lookup.scale, lookup.zero, lookup.tables
     ids, power, powers, id_bits = lookup.table, lookup.power, lookup.powers, 0
     placed = tables[:, None]
     if tables.shape[0] == 1:
         ids = None
-    elif ids is not None and power is None and _counts(ids):  # a table for each: no need to say which
+    elif ids is not None and power is None and _counts(ids):  # a table for each: no ids needed
         placed, ids = tables.view(*ids.shape, -1), None
     if power is not None and powers is not None:
         id_bits = (tables.shape[0] - 1).bit_length()
@@ -230,7 +290,7 @@ def _counts(ids: Tensor) -> bool:
 
 
 def _step(tables: Tensor) -> float | None:
-    """The step of one table of even steps that are a power of two, so that dividing by it is exact."""
+    """Return the step of a single table with even steps of a power of two (division is exact), or None."""
     if tables.shape[0] > 1 or tables.shape[1] < 2:
         return None
     step = float(tables[0, 1] - tables[0, 0])
@@ -239,7 +299,7 @@ def _step(tables: Tensor) -> float | None:
 
 
 def _smallest(values: Tensor, *types: torch.dtype) -> Tensor:
-    """In the first of `types`, fp16 that holds the values exactly, or as they are."""
+    """Return values in the first of `types` and fp16 that holds them exactly, or unchanged."""
     for dtype in (*types, torch.float16):
         if torch.equal(values.to(dtype).to(values.dtype), values):
             return values.to(dtype).contiguous()
@@ -259,36 +319,19 @@ def _triton_lut(
     powers: Tensor | None,
     plan: list[int],
 ) -> Tensor:
-    """x (tokens, in) to (tokens, out) in the type of x: `LutWeights.parts` and `.plan`."""
+    """Multiply x (tokens, in) to (tokens, out) in the type of x; see `LutWeights.parts` and `LutWeights.plan`."""
     rows, columns, width, id_bits = plan
-    tokens, lanes = x.shape[0], codes.shape[2]
-    y = x.new_empty(tokens, rows)
+    lanes = codes.shape[2]
     table = (1, 1) if tables is None else tuple(tables.shape[:2])
     constants = {
-        "COLUMNS": columns,
-        "WIDTH": width,
-        "BITS": codes.shape[1],
-        "LANES": lanes,
-        "PER_GROUP": lanes_per_group(width),
-        "STRIDE": stride_of(width),
+        **lane_constants(columns, width, codes),
         "SCALE": tuple(scales.shape),
         "ZERO": tuple(zeros.shape),
         "TABLE": table if ids is None else tuple(ids.shape),
         "ID_BITS": id_bits,
     }
-    x, parts = x.contiguous(), (codes, tables, scales, zeros, ids, powers)
-    with torch.cuda.device_of(x):
-        if tokens == 1:
-            block, warps = gemv_block(lanes)
-            grid = (triton.cdiv(rows, GEMV_ROWS), 1)
-            blocks = {"ROWS": GEMV_ROWS, "BLOCK": block}
-            lut_gemv[grid](x, y, *parts, rows, **constants, **blocks, num_warps=warps)
-        else:
-            size = max(16, min(MAX_TOKENS, triton.next_power_of_2(tokens)))
-            grid = (triton.cdiv(rows, GEMM_ROWS), triton.cdiv(tokens, size))
-            blocks = {"ROWS": GEMM_ROWS, "BLOCK": GEMM_LANES, "TOKENS": size, "WIDE": widens(x)}
-            lut_gemm[grid](x, y, *parts, rows, tokens, **constants, **blocks, num_warps=4)
-    return y
+    arguments = (codes, tables, scales, zeros, ids, powers)
+    return multiply(x, arguments, rows, constants, gemv_launch(lut_gemv, lanes), gemm_launch(lut_gemm))
 
 
-lut = Operator(_SCHEMA, _triton_lut, lambda x, *rest: rest[-1][0], device=None)
+lut = Operator("triton_lut", _SCHEMA, _triton_lut, lambda x, *rest: rest[-1][0], device=None)

@@ -1,4 +1,4 @@
-"""What the kernels share: how a program finds its words, its groups and its inputs."""
+"""Functions that the Triton kernels share: addresses of words and of groups' parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import triton.language as tl
 
 @triton.jit
 def words_of(codes, rows, lanes, inside, BITS: tl.constexpr, LANES: tl.constexpr):
-    """The words of some rows' lanes: a tuple of `BITS` tiles."""
+    """Load the words of lanes.
+
+    Args:
+        codes: (rows, BITS, LANES) words.
+        rows: Rows (R, 1).
+        lanes: Lanes (1, L).
+        inside: Mask (R, L).
+
+    Returns:
+        A tuple of BITS tiles (R, L), uint32.
+    """
     at = codes + rows.to(tl.int64) * (BITS * LANES) + lanes
     words = ()
     for j in tl.static_range(BITS):
@@ -18,9 +28,10 @@ def words_of(codes, rows, lanes, inside, BITS: tl.constexpr, LANES: tl.constexpr
 
 @triton.jit
 def of_group(values, rows, groups, inside, count, SHAPE: tl.constexpr, EACH: tl.constexpr = 1):
-    """values (rows|1, groups|1) of `SHAPE`, `EACH` numbers apart, at some rows and the groups of some lanes.
+    """Load values (rows|1, groups|1) of `SHAPE`, at a stride of `EACH`, for some rows and the groups of some
+    lanes.
 
-    Sizes of 1 stay 1: what is read a row at a time would otherwise be spread over threads by rows.
+    Sizes of 1 stay 1: otherwise values of rows would be distributed over threads by rows.
     """
     if SHAPE[1] > 1:
         at = values + rows * 0 + groups * EACH
@@ -36,6 +47,6 @@ def of_group(values, rows, groups, inside, count, SHAPE: tl.constexpr, EACH: tl.
 
 @triton.jit
 def places(lanes, PER_GROUP: tl.constexpr, STRIDE: tl.constexpr):
-    """Group of every lane, and the offset in it of code 0; code i is i * STRIDE further."""
+    """Return the group of every lane, and the offset of its code 0 in the group; code i is i * STRIDE further."""
     inner = lanes % PER_GROUP
     return lanes // PER_GROUP, inner // STRIDE * (STRIDE * 32) + inner % STRIDE

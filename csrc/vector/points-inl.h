@@ -1,20 +1,20 @@
-// Pyramid points as small integers in the layout of the lookup kernels (lut/layout.h): 16 rows a tile, 4 blocks of 64
+// Repacked pyramid points: small integers in the layout of the lookup kernels (lut/layout.h): 16 rows a tile, 4 blocks of 64
 // codes to the 16 columns of a point. For an instruction set V.
 //
 //     W^[r, k] = scale[r] * length[gain[r, p]] * y / |y|                           p the point of column k
 //
 // A code c > 0 is the coordinate y = c - 2^(bits - 1). A point with a coordinate beyond that range is `odd`: its
-// codes are 0, which stands for 0, and its product is added afterwards. |y|^2 is summed beside the products.
+// codes are 0, which represent 0, and its product is added afterwards. |y|^2 is summed with the products.
 #pragma once
 #include <cmath>
 #include <cstring>
 #include <utility>
 #include <vector>
 
-#include "../lut/codes.h"
-#include "../lut/decode.h"
-#include "../lut/kernel.h"
-#include "tiles.h"
+#include "../lut/codes-inl.h"
+#include "../lut/decode-inl.h"
+#include "../lut/lookup-inl.h"
+#include "tiles-inl.h"
 #include "vector.h"
 
 namespace bitmill {

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <utility>
 
-#include "../lut/codes.h"
+#include "../lut/codes-inl.h"
 #include "../simd/round.h"
 #include "additive.h"
 

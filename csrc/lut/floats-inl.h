@@ -1,20 +1,14 @@
-// The lookup kernels without integers: fp32 tables, inputs as they are, fp32 sums. For an instruction set V.
+// The lookup kernels without integers: fp32 tables, inputs and sums. For an instruction set V.
 //
 // Sixteen codes at a time, four vectors v a block: of 4 rows and 4 columns with R = 16, of one row with R = 4, of 16
 // columns of the one row with R = 1. Tables of own rows follow each other, so that four rows' are one larger table.
 #pragma once
 #include <cstring>
 
-#include "codes.h"
-#include "kernel.h"
+#include "codes-inl.h"
+#include "lookup-inl.h"
 
 namespace bitmill {
-
-// Numbers of one record of tables, of a tile or of a tile's group: whole vectors can be read from wherever one starts.
-constexpr int64_t float_record(int bits, int rows_per_tile, Source source) {
-    const int64_t one = int64_t{1} << bits, all = source == Source::shared ? one : one * rows_per_tile;
-    return all < 64 ? 64 : all;
-}
 
 template <class V, int bits, int R, Source source>
 struct FloatTile {

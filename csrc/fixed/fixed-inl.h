@@ -72,7 +72,7 @@ void fixed_panel(const FixedShape& shape, const float* W, int64_t count, FixedPa
 
 // One span of T tokens, added to `total` (T, 16). A function of its own, in which compilers keep the sums in registers.
 template <class V, int T>
-BITMILL_APART void fixed_span(const int8_t* x, int64_t width, const uint8_t* w, int64_t pairs, const float* size, const float* steps,
+BITMILL_NOINLINE void fixed_span(const int8_t* x, int64_t width, const uint8_t* w, int64_t pairs, const float* size, const float* steps,
                               int64_t spans, float* total) {
     using P = typename V::Pairs;
     constexpr int parts = fixed_rows / P::rows;
@@ -103,7 +103,7 @@ void fixed_tokens(const FixedInputs& x, const FixedPanel& panel, int64_t first, 
     const int64_t spans = shape.spans(), groups = shape.groups(), in_group = shape.stored / shape.span;
     const int16_t *integers = x.integers.data() + first * shape.padded, *w = panel.integers.data();
     alignas(64) float total[T * fixed_rows] = {};
-    for (int t = 0; t < T; ++t)  // rows of y are far apart, and what is not at hand when it is written is waited for
+    for (int t = 0; t < T; ++t)  // rows of y have a large stride: prefetch them before the stores
         for (const int64_t at : {int64_t{0}, count - 1}) __builtin_prefetch(y + (first + t) * stride + at, 1);
     for (int64_t g = 0, s = 0; g < groups; ++g) {
         for (const int64_t stop = s + in_group < spans ? s + in_group : spans; s < stop; ++s) {

@@ -2,7 +2,7 @@
 // looked up as for one token, and are the integers.
 #pragma once
 #include "../fixed/fixed.h"
-#include "kernel.h"
+#include "lookup-inl.h"
 
 namespace bitmill {
 

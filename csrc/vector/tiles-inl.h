@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../lut/kernel.h"
+#include "../lut/lookup-inl.h"
 
 namespace bitmill {
 

@@ -107,7 +107,7 @@ void attend(const float* q, const float* keys, const float* values, int64_t head
 // To the nearest, ties to even, as conversions of the machine do: added to a number whose last bit is worth as much as
 // that of the half, the sum is rounded where the half ends.
 template <class V>
-void halve(const float* x, int64_t count, uint16_t* out) {
+void to_fp16(const float* x, int64_t count, uint16_t* out) {
     constexpr float most = 65504.0f;
     for (int64_t i = 0; i < count; ++i) {
         const float value = x[i] < -most ? -most : x[i] > most ? most : x[i];
@@ -151,6 +151,6 @@ void dense_bf16_rows(const uint16_t* weights, int64_t columns, const float* x, f
 }
 
 template <class V>
-constexpr StepKernels step_kernels = {rms_norm<V>, add_to<V>, rope<V>, gated<V>, attend<V>, halve<V>, dense_rows<V>, dense_bf16_rows<V>};
+constexpr StepKernels step_kernels = {rms_norm<V>, add_to<V>, rope<V>, gated<V>, attend<V>, to_fp16<V>, dense_rows<V>, dense_bf16_rows<V>};
 
 }  // namespace bitmill

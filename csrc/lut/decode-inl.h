@@ -3,7 +3,7 @@
 #include <cstring>
 #include <utility>
 
-#include "codes.h"
+#include "codes-inl.h"
 #include "layout.h"
 #include "levels.h"
 

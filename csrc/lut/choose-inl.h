@@ -9,12 +9,12 @@
 //     ... of sums     4      16            4, 8n            1 byte
 //
 // Two bytes of up to 4 bits only with int16 inputs: the rounding of int8 inputs hides what they would gain. Inputs in
-// float32 have kernels of their own (lut/floats.h).
+// float32 have kernels of their own (lut/floats-inl.h).
 //
 // Included by one source file for each instruction set, which is compiled with its own flags.
 #pragma once
-#include "inputs.h"
-#include "kernel.h"
+#include "inputs-inl.h"
+#include "lookup-inl.h"
 
 namespace bitmill {
 

@@ -19,7 +19,7 @@ BITMILL_INLINE void butterflies(const RotationStep& s, float* x) {
             }
 }
 
-// One vector of `order` inputs, `inner` apart; 64 outputs at a time.
+// One vector of `order` inputs, with the stride `inner`; 64 outputs at a time.
 template <class V>
 BITMILL_INLINE void matrix_of_one(const RotationStep& s, const float* matrix, const float* x, float* y) {
     const int64_t stride = padded_order(s.order);
@@ -39,7 +39,7 @@ BITMILL_INLINE void matrix_of_one(const RotationStep& s, const float* matrix, co
     }
 }
 
-// The same for 16 vectors side by side, whose elements are `inner` apart; 4 outputs at a time share the loads.
+// As above for 16 adjacent vectors, whose elements have the stride `inner`; 4 outputs at a time share the loads.
 template <class V>
 BITMILL_INLINE void matrix_of_sixteen(const RotationStep& s, const float* matrix, const float* x, float* y) {
     const int64_t stride = padded_order(s.order);

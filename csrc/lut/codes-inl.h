@@ -6,21 +6,21 @@
 
 namespace bitmill {
 
-// Asks for the codes that are read some time after these, which lie `bytes` long in order. Processors see the order
-// themselves, but stop at every page and start anew, which narrow codes are too soon done with to hide.
+// Prefetches the codes read some time after these, which are `bytes` long and contiguous. Hardware prefetching stops at
+// every page, and narrow codes are consumed too fast to hide its restart.
 template <int bytes>
 BITMILL_INLINE void prefetch(const uint8_t* codes) {
     constexpr int ahead = 2048;
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(codes + ahead + i);
 }
 
-// The bits of block i that a field of one bit a code holds, at position `at` of every byte; the others are dirt.
+// The bits of block i that a field of one bit a code holds, at position `at` of every byte; the others are undefined.
 template <class V, int i, int at>
 BITMILL_INLINE typename V::Bytes block_bits(const uint8_t* field) {
     return V::template shifted<i - at>(V::load(field));
 }
 
-// The codes of block i of a chunk; bits above the code are dirt. The 1-bit field goes to position `top`.
+// The codes of block i of a chunk; bits above the code are undefined. The 1-bit field goes to position `top`.
 template <class V, int bits, int i, int top>
 BITMILL_INLINE typename V::Bytes block_codes(const uint8_t* p) {
     if constexpr (bits == 8) {

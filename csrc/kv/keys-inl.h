@@ -1,6 +1,6 @@
 // Scores of a unit: keys are decoded half a page at a time, a lane a token, and serve all query heads.
 #pragma once
-#include "codes.h"
+#include "codes-inl.h"
 #include "kv.h"
 
 namespace bitmill {
@@ -78,7 +78,7 @@ void score(const float* tile, const float* q, int64_t dim, const float* turns, f
 
 // Loose tokens, fp16 (.., dim), of which `count` at the places `which`, for R query heads.
 template <class V, int R>
-void score_loose(const uint16_t* keys, const int32_t* which, int64_t count, const float* q, int64_t dim, float* scores) {
+void score_fp16(const uint16_t* keys, const int32_t* which, int64_t count, const float* q, int64_t dim, float* scores) {
     for (int64_t t = 0; t < count; ++t) {
         typename V::Floats sums[R];
         for (auto& sum : sums) sum = V::zero();

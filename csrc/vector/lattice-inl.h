@@ -2,10 +2,10 @@
 //
 // Four times a coordinate is an odd number from -11 to 11: sign * (2 + 4 size) + 1 or - 1, size 0, 1 or 2. The sizes of
 // a pattern are two bytes, so that two lookups of 256 entries serve 8 coordinates: bits 0, 2, 4 and 6 of the one begin
-// those of coordinates 0, 1, 4 and 5, of the other those of 2, 3, 6 and 7. A shift puts two of them, 4 apart, where
+// those of coordinates 0, 1, 4 and 5, of the other those of 2, 3, 6 and 7. A shift puts two of them, at a distance of 4, where
 // the signs and the block's shift complete them to numbers of 4 bits.
 //
-// Codes are laid out anew, byte by byte: tiles of 16 rows, in them squares of 32 columns in two vectors, the patterns
+// Codes are repacked byte by byte: tiles of 16 rows, in them squares of 32 columns in two vectors, the patterns
 // of 16 rows by 4 blocks and the other bytes of the same codes. A vector of coordinates i has, then, columns i,
 // 8 + i, 16 + i and 24 + i of 16 rows: inputs are taken in that order (lattice_order).
 #pragma once
@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "../lut/codes.h"
-#include "tiles.h"
+#include "../lut/codes-inl.h"
+#include "tiles-inl.h"
 #include "vector.h"
 
 namespace bitmill {

@@ -1,4 +1,4 @@
-// Inputs as the kernels want them: padded to whole chunks, and integers with a step for every few columns.
+// Inputs for the lookup kernels: padded to whole chunks, and integers with a step for every few columns.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -6,15 +6,9 @@
 
 #include "../simd/inline.h"
 #include "../simd/round.h"
-#include "kernel.h"
+#include "lookup.h"
 
 namespace bitmill {
-
-struct Buffers {
-    std::vector<float> padded, steps, sums;
-    std::vector<int8_t> bytes, lows;
-    Inputs inputs{};
-};
 
 // One step: x ~ step * integer, |integer| <= reach. Returns step * (sum of integers).
 template <Act act>
@@ -37,7 +31,7 @@ BITMILL_INLINE float integers(const float* x, int64_t count, int8_t* bytes, int8
     return *step * static_cast<float>(sum);
 }
 
-// x (tokens, layout.columns) into `out`, which it sizes. V only says with which instructions.
+// x (tokens, layout.columns) into `out`, which it sizes. V selects the instructions only.
 template <class V>
 void read_inputs(const Layout& layout, const float* x, int64_t tokens, Act act, Buffers& out) {
     const int64_t columns = layout.padded_columns(), groups = layout.padded_groups(), width = layout.block_columns();

@@ -1,10 +1,10 @@
 // The kernels of vector.h for an instruction set V.
 #pragma once
 #include "../simd/inline.h"
-#include "e8.h"
-#include "lattice.h"
-#include "pyramid.h"
-#include "relaid.h"
+#include "e8-inl.h"
+#include "lattice-inl.h"
+#include "pyramid-inl.h"
+#include "points-inl.h"
 
 namespace bitmill {
 

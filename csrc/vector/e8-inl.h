@@ -1,4 +1,4 @@
-// Points of the lattice E8 from 16-bit codes: numerics/e8.py says what the bits mean.
+// Points of the lattice E8 from 16-bit codes: the bits are described in numerics/e8.py.
 #pragma once
 #include <cstdint>
 

@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "../simd/exp.h"
-#include "keys.h"
-#include "values.h"
+#include "keys-inl.h"
+#include "values-inl.h"
 
 namespace bitmill {
 
@@ -12,7 +12,7 @@ namespace bitmill {
 template <class V>
 class KvSweep {
 public:
-    KvSweep(const KvAttention& a, int64_t row, float* most, float* records, KvRoom& spare)
+    KvSweep(const KvAttention& a, int64_t row, float* most, float* records, Scratch& spare)
         : a(a), p(a.pages), row(row), dim(p.dim), group(a.group()), heads(a.query_heads), stride(a.record()),
           most(most), sums(records ? records + 16 * (1 + a.zeros()) : nullptr), records(records), q(a.q + row * heads * dim) {
         own_q = spare.take(heads * dim), scores = spare.take(heads * kv_tokens), weights = spare.take(4 * kv_tokens);
@@ -33,7 +33,7 @@ public:
         if (first < last && first < pages) start_pages(from + first);
         for (int64_t unit = first; unit < last; ++unit) {
             if (unit < pages) page(from + unit);
-            else loose(unit - pages);
+            else fp16_unit(unit - pages);
         }
     }
 
@@ -114,7 +114,7 @@ private:
         if (side.outliers) widen(page + side.outlier_value, side.outliers * kv_tokens, to.outliers);
     }
 
-    // Bit t: token t of a page is in sight, and none that is kept beside the pages.
+    // Bit t: token t of a page is visible, and not stored in fp16.
     uint32_t in_sight(int64_t slot) const {
         uint32_t mask = 0;
         for (int64_t t = 0; t < kv_tokens; ++t, ++slot) {
@@ -133,7 +133,7 @@ private:
         };
         const uint32_t* const words = at(number);
         const uint32_t* const next = at(number + 1 < a.packed / kv_tokens ? number + 1 : number);
-        for (int64_t i = 0; i < p.words; i += 16) __builtin_prefetch(next + i, 0, 2);  // slabs are apart, pages cross 4 KiB
+        for (int64_t i = 0; i < p.words; i += 16) __builtin_prefetch(next + i, 0, 2);  // hardware prefetching stops between slabs and at 4 KiB
         if (a.inv_freq) turn_q();
         if (!mask) return;
         read(p.key, words, key);
@@ -240,7 +240,7 @@ private:
             }
     }
 
-    void loose(int64_t number) {
+    void fp16_unit(int64_t number) {
         int32_t which[kv_tokens];
         int64_t count = 0;
         for (int64_t i = number * kv_tokens; i < (number + 1) * kv_tokens && i < a.sinks + a.tail; ++i) {
@@ -253,27 +253,27 @@ private:
         for (int64_t h = 0; h < p.heads; ++h)
             query_heads([&](auto R, int64_t i) {
                 const int64_t one = h * group + i;
-                score_loose<V, R>(a.loose_keys + (row * p.heads + h) * a.loose * dim, which, count, own_q + one * dim, dim,
+                score_fp16<V, R>(a.fp16_keys + (row * p.heads + h) * a.fp16_room * dim, which, count, own_q + one * dim, dim,
                                   scores + one * kv_tokens);
             });
         soften(~0u >> (kv_tokens - count));
         for (int64_t h = 0; h < p.heads; ++h)
             query_heads([&](auto R, int64_t i) {
                 const int64_t one = h * group + i;
-                mix_loose<V, R>(a.loose_values + (row * p.heads + h) * a.loose * dim, which, count, dim, scores + one * kv_tokens,
+                mix_fp16<V, R>(a.fp16_values + (row * p.heads + h) * a.fp16_room * dim, which, count, dim, scores + one * kv_tokens,
                                 stride, sums + one * stride);
             });
     }
 };
 
 template <class V>
-void kv_sweep(const KvAttention& a, int64_t row, int64_t first, int64_t last, float* most, float* records, KvRoom spare) {
+void kv_sweep(const KvAttention& a, int64_t row, int64_t first, int64_t last, float* most, float* records, Scratch spare) {
     KvSweep<V>(a, row, most, records, spare).run(first, last);
 }
 
 template <class V>
 int64_t kv_spare(const KvAttention& a) {
-    KvRoom none{nullptr};
+    Scratch none{nullptr};
     KvSweep<V>(a, 0, nullptr, nullptr, none);
     return none.taken;
 }

@@ -1,6 +1,6 @@
 // Sums of a unit's values: a lane is a channel, weights (R, 32) are those of a head's R query heads.
 #pragma once
-#include "codes.h"
+#include "codes-inl.h"
 #include "kv.h"
 
 namespace bitmill {
@@ -19,7 +19,7 @@ BITMILL_INLINE void mix_token(const typename V::Floats& value, const float* weig
     for (int i = 0; i < R; ++i) sums[i][chain] = V::fma(V::all(weights[kv_tokens * i]), value, sums[i][chain]);
 }
 
-// To 16 channels of R query heads, whose sums are `stride` apart.
+// To 16 channels of R query heads, whose sums have the stride `stride`.
 template <class V, int R>
 BITMILL_INLINE void add_sums(const KvSums<V, R>& sums, int64_t stride, float* out) {
     for (int i = 0; i < R; ++i) {
@@ -43,9 +43,9 @@ void mix(const uint32_t* words, const float* sixteen, int64_t blocks, const floa
     }
 }
 
-// Loose tokens, as in score_loose.
+// Loose tokens, as in score_fp16.
 template <class V, int R>
-void mix_loose(const uint16_t* values, const int32_t* which, int64_t count, int64_t dim, const float* weights, int64_t stride,
+void mix_fp16(const uint16_t* values, const int32_t* which, int64_t count, int64_t dim, const float* weights, int64_t stride,
                float* out) {
     for (int64_t c = 0; c < dim; c += 16) {
         KvSums<V, R> sums;
@@ -56,7 +56,7 @@ void mix_loose(const uint16_t* values, const int32_t* which, int64_t count, int6
     }
 }
 
-// Adds outliers (n, 32) to R query heads of every head: weights (query heads, 32), sums `stride` apart.
+// Adds outliers (n, 32) to R query heads of every head: weights (query heads, 32), sums with the stride `stride`.
 template <class V, int R, class Index>
 void mix_outliers(const KvAttention& a, const float* values, const Index* indices, const float* weights, int64_t stride, float* out) {
     const int64_t dim = a.pages.dim, group = a.group();

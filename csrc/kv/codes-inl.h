@@ -7,7 +7,7 @@
 
 namespace bitmill {
 
-// f(n) for n of [first, first + count), unrolled with integral_constant<int, n> where V wants it.
+// f(n) for n of [first, first + count), unrolled with integral_constant<int, n> if V requires it.
 template <int first, class F, int... n>
 BITMILL_INLINE void unrolled_from(const F& f, std::integer_sequence<int, n...>) {
     (f(std::integral_constant<int, first + n>{}), ...);
@@ -19,13 +19,13 @@ BITMILL_INLINE void unrolled(const F& f) {
         for (int n = first; n < first + count; ++n) f(n);
 }
 
-// f(integral_constant<int, n>) for the n of the list that is `wanted`.
+// Calls f(integral_constant<int, n>) for the n of the list that equals `value`.
 template <int... n, class F>
-BITMILL_INLINE void chosen(int64_t wanted, const F& f) {
-    ((wanted == n ? f(std::integral_constant<int, n>{}) : void()), ...);
+BITMILL_INLINE void chosen(int64_t value, const F& f) {
+    ((value == n ? f(std::integral_constant<int, n>{}) : void()), ...);
 }
 
-// Code n of every lane's stream, whose words are 16 apart; bits above it are dirt.
+// Code n of every lane's stream, whose words have a stride of 16; bits above the code are undefined.
 template <class V, int bits, class N>
 BITMILL_INLINE typename V::Ints code_at(const uint32_t* words, N n) {
     if constexpr (!V::unrolls) {
@@ -54,7 +54,7 @@ struct KvLevels<V, 8> {
 // What to multiply numbers below 2^16 by, and to shift right by 32, to divide them by n.
 BITMILL_INLINE uint64_t over(int64_t n) { return (uint64_t{1} << 32) / static_cast<uint64_t>(n) + 1; }
 
-// How many sums of `count` vectors run beside each other: two each, so that additions need not wait, where they fit.
+// Independent sums of `count` vectors: two each, to hide the latency of additions, if the registers suffice.
 template <class V, int count>
 constexpr int chains = 2 * count + 4 <= V::floats ? 2 : 1;
 
