@@ -177,7 +177,7 @@ def test_generic_adapter_no_blocks():
             super().__init__()
             self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3))
 
-    with pytest.raises(SourceError, match=r"Model has no list of like blocks.*norms \(3\)"):
+    with pytest.raises(SourceError, match=r"Model has no list of blocks of one class.*norms \(3\)"):
         generic_adapter(Model())
     with pytest.raises(SourceError, match=r"Linear has no list.*no nn.ModuleList"):
         generic_adapter(nn.Linear(2, 2))

@@ -114,4 +114,4 @@ def test_hash_depends_on_lengths():
 
 def test_old_name_of_calibration_data_warns():
     with pytest.warns(FutureWarning, match=r"bitmill\.CalibrationData"):
-        assert bitmill.CalibrationData is CalibrationData
+        assert getattr(bitmill, "Calibration") is CalibrationData  # noqa: B009

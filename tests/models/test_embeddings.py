@@ -85,7 +85,7 @@ def test_custom_module(tied):
 
 
 def test_model_without_embedding():
-    with pytest.raises(SourceError, match="no table of token embeddings"):
+    with pytest.raises(SourceError, match="no token embedding"):
         bitmill.quantize(Own(Bag()), "rtn", head_bits=8, calibration=WINDOWS, measure=0)
     assert bitmill.quantize(Own(Bag()), "rtn", calibration=WINDOWS, measure=0).summary["head_bytes"] == 0
 

@@ -1,8 +1,8 @@
-"""What bitmill knows about an architecture, as data.
+"""The description of an architecture as data.
 
-An adapter lists the blocks of a model, the linears of a block in the order in which they run, the places
-where a channel scale and its inverse cancel (seams), and what serving engines fuse. Adapters name no
-method; methods name no architecture.
+An adapter lists the blocks of a model, the linear layers of a block in the order in which they run, the places
+where a channel scale and its inverse cancel (seams), and the layers that serving engines fuse. Adapters name no
+quantization method, and methods name no architecture.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seam:
-    """A place in a block where channel c may be divided by s[c] at the source and multiplied at the targets.
+    """A place in a block where channel c may be divided by s[c] at the source and multiplied by it at the targets.
 
-    kind: "norm" (the source is a norm with a weight per channel, all of whose readers are the targets) or
-        "linear" (the source is a linear whose output channel c reaches input channel c of the targets
-        through nothing but a positively homogeneous map).
-    source: path of the module inside the block whose output channels may be divided (bias included).
-    targets: paths of the linears inside the block that read it. A target may read more channels than the
+    kind: "norm" (the source is a norm with one weight per channel, and only the targets read its output) or
+        "linear" (the source is a linear layer whose output channel c reaches input channel c of the targets
+        through a positively homogeneous map alone).
+    source: path inside the block of the module whose output channels may be divided (bias included).
+    targets: paths inside the block of the linear layers that read it. A target may read more channels than the
         source has: with grouped queries every head of v is repeated heads / kv_heads times, head by head.
-    norm_plus_one: the norm multiplies by (1 + weight), as Gemma's does.
+    norm_plus_one: the norm multiplies by (1 + weight), as in Gemma.
     when: (config attribute, value) pairs that must all hold for the seam to be exact.
-    heads: kv_heads, where they are repeated; `adapter_for` reads it off the config.
+    heads: number of key-value heads, which `adapter_for` sets from the config; 1 where heads are not repeated.
     """
 
     kind: str
@@ -45,17 +45,20 @@ class Seam:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The description of one architecture; all paths but `blocks`, `embeddings`, `head` are relative to a block.
+    """The description of one architecture.
 
-    model_types: the values of `config.model_type` it describes.
+    Paths are relative to a block, except those of blocks, embeddings and head.
+
+    model_types: values of `config.model_type` that it describes.
     blocks: path of the nn.ModuleList of blocks.
-    stages: the linears of a block in true-sequential order; those in one tuple read the same tensor.
-    fused: linears that serving engines merge into one matrix, which must share a bit width.
-    head: path of what turns hidden states into logits; "" where there is none.
-    transposed: weights are stored (in, out), as in GPT-2's Conv1D.
-    task: name of the task in `bitmill.tasks` that says how the model reads text and is measured.
-    inferred: made by `generic_adapter` from the module tree: the order of the linears, and what the embeddings and
-        the head are used for, are not known.
+    stages: linear layers of a block in true-sequential order; those in one tuple read one tensor.
+    fused: groups of linear layers that serving engines merge into one matrix, so that they must share a format.
+    embeddings: paths of the embedding modules; the first one embeds tokens.
+    head: path of the module that turns hidden states into logits; "" where there is none.
+    transposed: weights are stored (in, out), as in the Conv1D of GPT-2.
+    task: name in `bitmill.tasks` of how the model reads text and is measured.
+    inferred: made by `generic_adapter` from the module tree, so the order of the linear layers and the use of
+        embeddings and head are unknown.
     """
 
     name: str
@@ -72,7 +75,7 @@ class Adapter:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Every linear of a block, in stage order."""
+        """All linear layers of a block, in stage order."""
         return tuple(name for stage in self.stages for name in stage)
 
 
@@ -80,7 +83,7 @@ ADAPTERS: Registry[Adapter] = Registry("architecture", "bitmill.architectures.ad
 
 
 def register(adapter: Adapter) -> Adapter:
-    """File an adapter under its name."""
+    """Register an adapter under its name, and return it."""
     return ADAPTERS.register(adapter.name)(adapter)
 
 
@@ -104,71 +107,96 @@ def adapter_for(config: Any) -> Adapter | None:
 
 
 def _attribute(config: Any, name: str) -> Any:
+    """Return an attribute of a config, None where it has no such attribute."""
     return getattr(config, name, None)
 
 
 def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
-    """Describe an unknown architecture by looking at a built model (meta tensors suffice).
+    """Infer the adapter of an architecture without one from its modules.
 
-    The blocks are the longest outermost nn.ModuleList whose members share a class and all hold nn.Linear.
-    Every linear is a stage of its own, in module order, and no seam is claimed, so nothing is assumed about
-    data flow. Raises SourceError when there are no such blocks, when blocks differ in their linears, or when
-    they hold weights fused over experts, which no walk over nn.Linear would reach.
+    The blocks are the longest outermost nn.ModuleList whose members share a class and all hold nn.Linear. Every
+    linear layer is a stage of its own, in module order, and there are no seams, so nothing is assumed about the
+    data flow.
+
+    Args:
+        model: the model; parameters may be on the meta device.
+        config: its transformers config, which names the model type.
+
+    Raises:
+        SourceError: There are no such blocks, blocks differ in their linear layers, or they hold weights fused
+            over experts, which are not nn.Linear.
     """
     from torch import nn
 
     path, blocks = _longest_blocks(model)
-    for name, parameter in blocks.named_parameters():
-        if parameter.dim() == 3 and not isinstance(_owner(blocks, name), nn.modules.conv._ConvNd):
-            raise SourceError(
-                f"Blocks {path!r} hold the fused expert weight {name!r} of shape {tuple(parameter.shape)}; "
-                "mixture-of-experts weights cannot be quantized yet; choose a dense model."
-            )
-    per_block = [tuple(n for n, m in block.named_modules() if isinstance(m, nn.Linear)) for block in blocks]
-    for index, names in enumerate(per_block):
-        if names != per_block[0]:
-            odd = sorted(set(names) ^ set(per_block[0]))
-            raise SourceError(
-                f"Block {index} of {path!r} differs from block 0 in {', '.join(odd)}, "
-                "so a generic adapter cannot describe them; write an adapter for this architecture."
-            )
-    outside = [(n, m) for n, m in model.named_modules() if n and not n.startswith(f"{path}.")]
-    heads = [n for n, m in outside if isinstance(m, nn.Linear)]
+    _check_no_fused_experts(path, blocks)
+    linears = _common_linears(path, blocks)
+    non_block = [(n, m) for n, m in model.named_modules() if n and not n.startswith(f"{path}.")]
+    heads = [n for n, m in non_block if isinstance(m, nn.Linear)]
     model_type = getattr(config, "model_type", None) or type(model).__name__
     return Adapter(
         name=f"generic:{model_type}",
         model_types=(model_type,),
         blocks=path,
-        stages=tuple((name,) for name in per_block[0]),
+        stages=tuple((name,) for name in linears),
         fused=(),
         seams=(),
-        embeddings=tuple(n for n, m in outside if isinstance(m, nn.Embedding)),
+        embeddings=tuple(n for n, m in non_block if isinstance(m, nn.Embedding)),
         head=heads[-1] if heads else "",
         inferred=True,
     )
 
 
+def _check_no_fused_experts(path: str, blocks: nn.ModuleList) -> None:
+    """Raise SourceError for a 3-D weight that no convolution owns."""
+    from torch import nn
+
+    for name, parameter in blocks.named_parameters():
+        owner = blocks.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() == 3 and not isinstance(owner, nn.modules.conv._ConvNd):
+            raise SourceError(
+                f"Blocks {path!r} hold the fused expert weight {name!r} of shape {tuple(parameter.shape)}; "
+                "mixture-of-experts weights cannot be quantized yet; choose a dense model."
+            )
+
+
+def _common_linears(path: str, blocks: nn.ModuleList) -> tuple[str, ...]:
+    """Return the linear layers of every block. Raises SourceError where blocks differ in them."""
+    from torch import nn
+
+    per_block = [tuple(n for n, m in block.named_modules() if isinstance(m, nn.Linear)) for block in blocks]
+    for index, names in enumerate(per_block):
+        if names != per_block[0]:
+            different = sorted(set(names) ^ set(per_block[0]))
+            raise SourceError(
+                f"Block {index} of {path!r} differs from block 0 in {', '.join(different)}, "
+                "so a generic adapter cannot describe them; write an adapter for this architecture."
+            )
+    return per_block[0]
+
+
 def _longest_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return path and list of the blocks. Raises SourceError where no list qualifies."""
     from torch import nn
 
     best: tuple[str, nn.ModuleList] | None = None
     for path, module in _outermost_lists(model):
-        alike = len({type(member) for member in module}) == 1
+        one_class = len({type(member) for member in module}) == 1
         with_linears = all(any(isinstance(m, nn.Linear) for m in member.modules()) for member in module)
-        if alike and with_linears and (best is None or len(module) > len(best[1])):
+        if one_class and with_linears and (best is None or len(module) > len(best[1])):
             best = (path, module)
     if best is None:
         lists = [f"{path or '(root)'} ({len(m)})" for path, m in _outermost_lists(model)]
         found = f"its lists are {', '.join(lists)}" if lists else "it has no nn.ModuleList"
         raise SourceError(
-            f"{type(model).__name__} has no list of like blocks that all hold nn.Linear ({found}); "
+            f"{type(model).__name__} has no list of blocks of one class that all hold nn.Linear ({found}); "
             "write an adapter for this architecture."
         )
     return best
 
 
 def _outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """Non-empty ModuleLists that lie in no other one (the experts of a block are not its blocks)."""
+    """Yield path and module of every non-empty ModuleList that is not inside another one, as experts are."""
     from torch import nn
 
     if isinstance(module, nn.ModuleList) and len(module):
@@ -176,7 +204,3 @@ def _outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, n
         return
     for name, child in module.named_children():
         yield from _outermost_lists(child, f"{path}.{name}" if path else name)
-
-
-def _owner(module: nn.Module, parameter: str) -> nn.Module:
-    return module.get_submodule(parameter.rpartition(".")[0])

@@ -1,1 +1,1 @@
-"""Where models come from (sources), how they are built (adapters), and what calibrates them (text)."""
+"""Models whose weights are in memory only while they are used."""

@@ -1,4 +1,4 @@
-"""How a model calls its blocks, learned by standing in for them."""
+"""The arguments with which a model calls its blocks, recorded by modules that replace the blocks."""
 
 from __future__ import annotations
 
@@ -12,39 +12,45 @@ from torch.func import functional_call
 
 @dataclass(frozen=True)
 class BlockCall:
-    """How the model calls a block: everything but the hidden states."""
+    """The arguments of a block's forward, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Forward one batch of hidden states (windows, tokens, width) through `block`."""
+        """Return the output of `block` for hidden states (windows, tokens, width)."""
         return block_output(block(hidden, *self.args, **self.kwargs))
 
     def run_with(self, tensors: dict[str, Tensor], block: nn.Module, hidden: Tensor) -> Tensor:
-        """The same with some of the block's parameters, by name, replaced by tensors that may carry gradients."""
+        """Run a block with some of its parameters replaced by tensors that may carry gradients.
+
+        Args:
+            tensors: name of the parameter inside the block -> tensor.
+            block: the block.
+            hidden: (windows, tokens, width) hidden states.
+        """
         return block_output(functional_call(block, tensors, (hidden, *self.args), self.kwargs))
 
     def cut(self, windows: int, start: int, stop: int) -> BlockCall:
-        """The same call for the windows `start` to `stop` of a batch of `windows`."""
+        """Return the call for windows `start` to `stop` of a batch of `windows`."""
 
-        def of(value: object) -> object:
+        def cut_value(value: object) -> object:
             if isinstance(value, Tensor):
                 return value[start:stop] if value.dim() > 1 and value.shape[0] == windows > 1 else value
             if isinstance(value, tuple):
-                return tuple(of(v) for v in value)
+                return tuple(cut_value(v) for v in value)
             return value
 
-        return BlockCall(tuple(of(a) for a in self.args), {k: of(v) for k, v in self.kwargs.items()})
+        return BlockCall(tuple(cut_value(a) for a in self.args), {k: cut_value(v) for k, v in self.kwargs.items()})
 
 
 def block_output(output: Any) -> Tensor:
-    """The hidden states in what a block returns: a tensor, or a tuple that starts with it."""
+    """Return the hidden states of a block's output, which is a tensor or a tuple that starts with it."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def output_tensor(output: Any) -> Tensor:
-    """What a model says of its tokens (windows, tokens, n): logits, or the hidden states of an encoder."""
+    """Return the logits (windows, tokens, vocabulary) of a model output, or the hidden states of an encoder."""
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
@@ -52,21 +58,29 @@ def output_tensor(output: Any) -> Tensor:
 
 
 def output_fn(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model as a function from tokens (windows, length), wherever they are, to its answer."""
+    """Return a function from tokens (windows, length) on any device to logits, or hidden states of an encoder."""
     device = next(model.parameters()).device
     return lambda tokens: output_tensor(model(tokens.to(device)))
 
 
 class StopForward(Exception):
-    """Leaves the model's forward once every block has been recorded."""
+    """Ends a model's forward once every block has been recorded."""
 
 
 class BlockRecorder(nn.Module):
-    """Stands in for a block: records how it was called, and answers with `reply` or its input."""
+    """A module in place of a block, which records the call and returns `replacement` or its input.
+
+    as_tuple: return a tuple, as the blocks of some models do.
+    stop: raise StopForward instead of returning.
+    replacement: hidden states to return in place of the input.
+    hidden_in: hidden states that the block received.
+    output: output of the whole model, set by the caller.
+    call: the other arguments that the block received.
+    """
 
     def __init__(self, block: nn.Module, as_tuple: bool) -> None:
         super().__init__()
-        object.__setattr__(self, "_block", block)  # not a submodule: its parameters are not ours
+        object.__setattr__(self, "_block", block)  # no submodule, so that parameters stay with the block
         self.as_tuple = as_tuple
         self.stop = False
         self.replacement: Tensor | None = None
@@ -75,14 +89,14 @@ class BlockRecorder(nn.Module):
         self.call: BlockCall | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Models read attributes of their blocks (attention_type); hand out the real block's."""
+        """Return an attribute of the block, because models read some of them (attention_type)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Record the call; then stop, reply, or pass the input on."""
+        """Record the call; then stop, or return the replacement or the input."""
         if args:
             hidden, rest = args[0], args[1:]
         else:

@@ -1,4 +1,4 @@
-"""A model of which only the config is there: names, shapes and types of its weights, and not one number."""
+"""Models without weights: names, shapes and dtypes of the tensors, from a config alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ConfigOnlySource:
-    """A source without weights; tensors have the config's type, float16 where it names none."""
+    """A source without weights. Tensors have the dtype of the config, float16 where it names none."""
 
     def __init__(self, config: PretrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
         self.config, self.name, self.trust_remote_code = config, name, trust_remote_code
@@ -30,7 +30,7 @@ class ConfigOnlySource:
 
     @cached_property
     def _tensors(self) -> dict[str, nn.Parameter]:
-        """Every parameter once: of tied ones the first name."""
+        """Every parameter by name; tied parameters under their first name."""
         from bitmill.models.meta import empty_model
 
         model = empty_model(self)
@@ -39,64 +39,69 @@ class ConfigOnlySource:
         return dict(model.named_parameters())
 
     def names(self) -> list[str]:
-        """Names of the parameters."""
+        """Return the names of the parameters."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one parameter."""
+        """Return the shape of one parameter. Raises SourceError for an unknown name."""
         if name not in self._tensors:
             raise SourceError(f"The model {self.name!r} has no tensor {name!r}.")
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of every parameter."""
+        """Return the dtype of every parameter."""
         return self._dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Raises SourceError: there are no weights."""
+        """Raise SourceError, because there are no weights."""
         self._refuse()
 
     def fingerprint(self) -> str:
-        """Raises SourceError: there are no weights."""
+        """Raise SourceError, because there are no weights."""
         self._refuse()
 
     def write_auxiliary_files(self, folder: Path) -> None:
-        """Nothing is there to write."""
+        """Write nothing."""
 
     def tokenizer(self) -> Any:
-        """Raises SourceError: there is none."""
+        """Raise SourceError, because there is no tokenizer."""
         self._refuse()
 
     def pooling(self) -> str:
-        """The mean over tokens: a config says nothing about it."""
+        """Return the mean over tokens, which a config does not specify otherwise."""
         return MEAN
 
     def _refuse(self) -> NoReturn:
-        raise SourceError(f"Of {self.name} only the config is known; give a model with weights.")
+        raise SourceError(f"{self.name} has a config but no weights; give a model with weights.")
 
 
 def open_config_only(model: str | Path, *, trust_remote_code: bool = False) -> Source:
-    """A source whose names, shapes and types are known, at the least cost.
+    """Open a model for its names, shapes and dtypes, without weights where possible.
 
-    model: a name of `bundled_configs()`, a folder with a config.json (weights may be absent, pickled, or quantized
-    by bitmill), a hub id, of which only the config is fetched, a .gguf file, or a demo model. Raises SourceError.
+    Args:
+        model: a name of `bundled_configs()`, a folder with a config.json (weights may be absent, pickled, or
+            quantized by bitmill), a hub id, of which only the config is fetched, a .gguf file, or a demo model.
+        trust_remote_code: allow Python code that comes with the model.
+
+    Raises:
+        SourceError: There is no such model, or it is damaged.
     """
     if isinstance(model, str) and model in zoo.bundled_configs():
         from transformers import AutoConfig
 
         return ConfigOnlySource(AutoConfig.for_model(**zoo.bundled_config(model)), model)
     path = Path(model).expanduser()
-    if path.is_dir() and _is_bare(path):
-        return _outline(path, path.resolve().name, trust_remote_code)
-    known = path.exists() or isinstance(model, Path) or model in zoo.ZOO
-    if not known and is_hub_id(str(model)):
+    if path.is_dir() and _lacks_float_weights(path):
+        return _from_folder(path, path.resolve().name, trust_remote_code)
+    local = path.exists() or isinstance(model, Path) or model in zoo.ZOO
+    if not local and is_hub_id(str(model)):
         patterns = ["config.json"] + ["*.py"] * trust_remote_code
-        return _outline(hub_files(str(model), patterns), str(model), trust_remote_code)
+        return _from_folder(hub_files(str(model), patterns), str(model), trust_remote_code)
     return open_source(model, trust_remote_code=trust_remote_code)
 
 
-def _is_bare(folder: Path) -> bool:
-    """Whether a folder has no weights that a source could open, or bitmill's own."""
+def _lacks_float_weights(folder: Path) -> bool:
+    """Return True if a folder has no weights that a source could open, or was written by bitmill."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -106,8 +111,9 @@ def _is_bare(folder: Path) -> bool:
     return own or not (quantized or any(folder.glob("*.safetensors")))
 
 
-def _outline(folder: Path, name: str, trust_remote_code: bool) -> ConfigOnlySource:
+def _from_folder(folder: Path, name: str, trust_remote_code: bool) -> ConfigOnlySource:
+    """Return the source of the config.json in a folder."""
     config = load_config(folder, trust_remote_code)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # of the float model behind it
+        del config.quantization_config  # the config is that of the float model
     return ConfigOnlySource(config, name, trust_remote_code=trust_remote_code)

@@ -1,7 +1,4 @@
-"""The two ends of a model: the table that turns tokens into vectors, and the head that turns vectors into logits.
-
-They are the largest matrices of a small model. In many models they are one and the same.
-"""
+"""Token embedding and output head of a model: the largest matrices of a small model, tied in many models."""
 
 from __future__ import annotations
 
@@ -17,9 +14,11 @@ from bitmill.models.streamed import StreamedModel
 
 @dataclass(frozen=True)
 class EmbeddingAndHead:
-    """Paths of the table of token embeddings and of the head; `head` is "" where there is none, as in an encoder.
+    """Paths of the token embedding and of the output head.
 
-    tied: the head reads the embedding's matrix.
+    embedding: path of the embedding.
+    head: path of the head; "" where there is none, as in an encoder.
+    tied: the head uses the matrix of the embedding.
     """
 
     embedding: str
@@ -28,19 +27,19 @@ class EmbeddingAndHead:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Those with a matrix of their own, (rows, columns) = (vocabulary, width) each."""
+        """The layers with a matrix of their own, (vocabulary, width) each."""
         return (self.embedding,) if self.tied or not self.head else (self.embedding, self.head)
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The names under which a source may hold these matrices."""
+        """The names that a source may use for these matrices."""
         return tuple(f"{path}.weight" for path in (self.embedding, self.head) if path)
 
     def stored_name(self, layer: str, streamed: StreamedModel) -> str:
-        """The name under which the source does hold the matrix of a layer; of tied ones it may hold either."""
-        known = [name for name in self.weights if name in streamed.names()]
+        """Return the name that the source uses for the matrix of a layer; of tied layers it may hold either."""
+        present = [name for name in self.weights if name in streamed.names()]
         own = f"{layer}.weight"
-        return own if own in known else known[0]
+        return own if own in present else present[0]
 
     def sites(self, streamed: StreamedModel) -> tuple[Site, ...]:
         """Return the matrices of `layers` as sites, (vocabulary, width) each."""
@@ -50,35 +49,39 @@ class EmbeddingAndHead:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the fields as plain data."""
         return asdict(self)
 
 
 def embedding_and_head(streamed: StreamedModel) -> EmbeddingAndHead:
-    """The ends of a model. Raises SourceError where they are not a plain table and a plain linear.
+    """Return the token embedding and the head of a model.
 
-    A generic walk finds other tables and linears too: what has a row for every token counts.
+    An inferred adapter lists other embeddings and linear layers too; those with a row for every token count.
+
+    Raises:
+        SourceError: The embedding is no plain nn.Embedding, or the head no plain nn.Linear.
     """
     adapter, name = streamed.adapter, streamed.source.name
     modules = dict(streamed.model.named_modules())
-    tables = {path: table for path in adapter.embeddings if isinstance(table := modules.get(path), nn.Embedding)}
+    listed = {path: modules.get(path) for path in adapter.embeddings}
+    embeddings = {path: module for path, module in listed.items() if isinstance(module, nn.Embedding)}
     head = modules.get(adapter.head) if adapter.head else None
     if adapter.inferred:
         vocabulary = getattr(streamed.source.config, "vocab_size", None) or getattr(head, "out_features", None)
-        tables = {path: table for path, table in tables.items() if table.num_embeddings == vocabulary}
+        embeddings = {path: m for path, m in embeddings.items() if m.num_embeddings == vocabulary}
         head = head if getattr(head, "out_features", None) == vocabulary else None
-    if not tables:
+    if not embeddings:
         raise SourceError(
-            f"{name} has no table of token embeddings that bitmill knows, so it stays in float; leave --head-bits "
-            "(head_bits) out."
+            f"{name} has no token embedding that bitmill recognizes, so it stays in float; leave out --head-bits "
+            "(head_bits)."
         )
     if not isinstance(head, nn.Linear | None):
         raise SourceError(
             f"The head of {name} is a {type(head).__name__} and no linear layer, so it stays in float; leave "
-            "--head-bits (head_bits) out."
+            "out --head-bits (head_bits)."
         )
-    path, table = next(iter(tables.items()))
-    tied = head is not None and head.weight is table.weight
+    path, embedding = next(iter(embeddings.items()))
+    tied = head is not None and head.weight is embedding.weight
     return EmbeddingAndHead(path, "" if head is None else adapter.head, tied)
 
 

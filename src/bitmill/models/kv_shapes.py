@@ -1,4 +1,4 @@
-"""What each layer of a model keeps of the past, from its config alone."""
+"""Shapes of the keys and values that each layer of a model caches, from its config alone."""
 
 from __future__ import annotations
 
@@ -15,26 +15,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """Keys and values of one layer: `heads` heads of `dim` numbers, of the last `window` tokens or of all."""
+    """Keys and values of one layer.
+
+    heads: key-value heads.
+    dim: elements of a head.
+    window: tokens of a sliding window; None where all tokens are cached.
+    """
 
     heads: int
     dim: int
     window: int | None = None
 
     def num_elements(self, tokens: int) -> int:
-        """How many numbers an ordinary cache keeps after `tokens` tokens of a row.
+        """Return the elements that an ordinary cache holds after `tokens` tokens of a row.
 
-        In a window the next token looks at itself and at window - 1 before it.
+        In a sliding window the next token attends to itself and to the window - 1 tokens before it.
         """
-        seen = tokens if self.window is None else min(tokens, max(self.window - 1, 1))
-        return 2 * self.heads * self.dim * seen
+        cached = tokens if self.window is None else min(tokens, max(self.window - 1, 1))
+        return 2 * self.heads * self.dim * cached
 
 
 def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ...]:
-    """The layers, in order, as transformers would cache them; layers that read another one's cache are left out.
+    """Return the layers in order as transformers caches them, without layers that read the cache of another layer.
 
-    Raises SourceError for encoders, alone or beside a decoder, for layers that keep a state instead of tokens, and
-    for compressed keys.
+    Raises:
+        SourceError: The model is an encoder or has one, layers keep a state instead of tokens, or keys and values
+            are cached in compressed form.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -44,12 +50,12 @@ def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ..
         raise SourceError(f"{name} is {task.description}, which keeps no keys and values; give a language model.")
     if config.is_encoder_decoder:
         raise SourceError(
-            f"{name} has an encoder beside its decoder, which cannot be planned yet; give a decoder."
+            f"{name} has an encoder and a decoder, which cannot be planned yet; give a decoder-only model."
         )
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
         raise SourceError(
-            f"{name} keeps keys and values compressed (kv_lora_rank is {text.kv_lora_rank}), which cannot be "
+            f"{name} caches compressed keys and values (kv_lora_rank is {text.kv_lora_rank}), which cannot be "
             "planned yet; give a model with plain, grouped or multi-query attention."
         )
     heads, dim = kv_heads_and_dim(text, name)
@@ -68,7 +74,7 @@ def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ..
 
 
 def check_key_widths(layers: tuple[CachedLayer, ...], model: nn.Module, name: str) -> None:
-    """Raises SourceError where a k_proj of the model makes other keys than the config says."""
+    """Raise SourceError where a k_proj of the model has another width than the config implies."""
     for path, module in model.named_modules():
         found = re.search(r"\.(\d+)\..*k_proj$", path)
         width = getattr(module, "out_features", None)
@@ -77,13 +83,13 @@ def check_key_widths(layers: tuple[CachedLayer, ...], model: nn.Module, name: st
         layer = layers[int(found[1])]
         if width != layer.heads * layer.dim:
             raise SourceError(
-                f"{path} of {name} makes keys of {width} numbers, and {layer.heads} heads of {layer.dim} were "
+                f"{path} of {name} has {width} outputs, and {layer.heads} heads of {layer.dim} were "
                 "expected; heads that differ between layers cannot be planned yet."
             )
 
 
 def kv_heads_and_dim(config: Any, name: str) -> tuple[int, int]:
-    """Heads of keys, numbers of a head. Raises SourceError where the config does not say."""
+    """Return the key-value heads and the elements of a head. Raises SourceError where the config lacks them."""
     queries = getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or queries
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
@@ -91,7 +97,5 @@ def kv_heads_and_dim(config: Any, name: str) -> tuple[int, int]:
     hidden = getattr(config, "hidden_size", None)
     dim = getattr(config, "head_dim", None) or (hidden // queries if hidden and queries else None)
     if not isinstance(heads, int) or not isinstance(dim, int):
-        raise SourceError(
-            f"The config of {name} names no attention heads (num_attention_heads); give a decoder's."
-        )
+        raise SourceError(f"The config of {name} names no attention heads (num_attention_heads); give a decoder.")
     return heads, dim

@@ -1,4 +1,4 @@
-"""The module tree of a source without its weights: parameters on the meta device, buffers real."""
+"""The modules of a source without its weights: parameters on the meta device, buffers in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from bitmill.tasks.base import task_for
 
 
 def empty_model(source: Source) -> nn.Module:
-    """The module tree with meta parameters and real buffers."""
+    """Return the model with parameters on the meta device and buffers in memory.
+
+    Raises:
+        SourceError: transformers cannot build the model.
+    """
     if isinstance(source, ModuleSource):
         memo: dict[int, Any] = {}
         for parameter in source.model.parameters():
@@ -43,7 +47,7 @@ def empty_model(source: Source) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters lose their memory as they are registered; buffers (rotary frequencies) stay real."""
+    """Move parameters to the meta device as they are registered; buffers (rotary frequencies) stay in memory."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -70,6 +74,7 @@ def trim_malloc() -> None:
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], object]:
+    """Return glibc's malloc_trim, or a function that does nothing."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):

@@ -1,8 +1,8 @@
-"""A model of which only the part in use holds weights.
+"""A model whose weights are loaded block by block.
 
-The module tree is built with parameters on the meta device; blocks, embeddings and head are filled from the
-source when they are needed and emptied again. The model's own code runs: embeddings, masks, rotary angles
-and the head are whatever transformers computes, and no architecture is spelled out here.
+The model is built with parameters on the meta device; blocks, embeddings and head are loaded from the source when
+they are needed and freed again. The model's own code runs: embeddings, masks, rotary angles and the head are those
+of transformers, so no architecture is implemented here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from bitmill.tasks.base import task_of
 
 
 class StreamedModel:
-    """The meta model of `source`, its adapter, and loading on demand (fp32, on `device`)."""
+    """The modules of a source, whose parameters are loaded on demand in fp32.
+
+    source: where weights and config come from.
+    device: where weights are loaded to and the model runs.
+    model: the modules, with parameters on the meta device until they are loaded.
+    task, adapter: descriptions of the model.
+    blocks: the blocks of `model`.
+    """
 
     def __init__(self, source: Source, device: str = "cpu") -> None:
         self.source = source
@@ -41,8 +48,8 @@ class StreamedModel:
             blocks = self.model
         if not isinstance(blocks, nn.ModuleList):
             raise SourceError(
-                f"{type(self.model).__name__} has no blocks at {self.adapter.blocks!r}, where a model of its kind "
-                f"({self.adapter.name}) keeps them; give the model that transformers loads as "
+                f"{type(self.model).__name__} has no blocks at {self.adapter.blocks!r}, where models of "
+                f"architecture {self.adapter.name!r} have them; give the model that transformers loads as "
                 f"{self.task.auto_class_name}."
             )
         self.blocks: nn.ModuleList = blocks
@@ -54,43 +61,44 @@ class StreamedModel:
     # -- names --------------------------------------------------------------------------------------------
 
     def _match_names(self) -> dict[str, str]:
-        """Name in the model -> name in the source; old checkpoints omit the base model's prefix."""
-        known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        known |= {name for name, _ in self.model.named_buffers()}
+        """Return name in the model -> name in the source; old checkpoints omit the prefix of the base model."""
+        in_model = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        in_model |= {name for name, _ in self.model.named_buffers()}
         prefix = getattr(self.model, "base_model_prefix", "")
         stored = {}
         for name in self.source.names():
-            full = name if name in known else f"{prefix}.{name}" if f"{prefix}.{name}" in known else name
+            prefixed = f"{prefix}.{name}"
+            full = prefixed if name not in in_model and prefixed in in_model else name
             stored[full] = name
         return stored
 
     def names(self) -> list[str]:
-        """Every stored tensor, by its name in the model; tensors the model does not know keep their own."""
+        """Return the stored tensors by name in the model; tensors that are not in the model keep their name."""
         return sorted(self._stored)
 
     def stored_tensor(self, name: str) -> Tensor:
-        """The tensor as the source holds it, in its stored type."""
+        """Return a tensor as the source holds it, in its stored dtype."""
         return self.source.tensor(self._stored[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a stored tensor, without reading it."""
+        """Return the shape of a stored tensor, without reading it."""
         return self.source.shape(self._stored[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a stored tensor, without reading it."""
+        """Return the dtype of a stored tensor, without reading it."""
         return self.source.dtype(self._stored[name])
 
     def block_name(self, index: int) -> str:
-        """The full name of a block."""
+        """Return the full name of a block."""
         return f"{self.adapter.blocks}.{index}"
 
     def block_tensors(self, index: int) -> list[str]:
-        """The stored tensors of one block."""
+        """Return the names of the stored tensors of one block."""
         prefix = self.block_name(index) + "."
         return [name for name in self.names() if name.startswith(prefix)]
 
     def non_block_tensors(self) -> list[str]:
-        """The stored tensors of no block: embeddings, final norm, head, and whatever else the source carries."""
+        """Return the names of the stored tensors outside the blocks: embeddings, final norm, head and others."""
         inside = tuple(self.block_name(i) + "." for i in range(len(self.blocks)))
         return [name for name in self.names() if not name.startswith(inside)]
 
@@ -123,7 +131,7 @@ class StreamedModel:
         )
 
     def _check_complete(self) -> None:
-        """Every parameter must have a source, or be tied to one that has, and every linear must be there."""
+        """Raise SourceError for a parameter whose stored tensor, or that of a tied one, is absent or misshapen."""
         owners: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name in self._stored:
@@ -135,7 +143,7 @@ class StreamedModel:
             if tuple(parameter.shape) != self.shape(owner):
                 raise SourceError(
                     f"The tensor {owner!r} has shape {self.shape(owner)}, but the config of "
-                    f"{self.source.name} asks for {tuple(parameter.shape)}."
+                    f"{self.source.name} requires {tuple(parameter.shape)}."
                 )
         blocks = [self.block_name(index) for index in range(len(self.blocks))]
         for name in (f"{block}.{linear}.weight" for block in blocks for linear in self.adapter.linears):
@@ -148,7 +156,7 @@ class StreamedModel:
     # -- weights ------------------------------------------------------------------------------------------
 
     def load(self, names: list[str]) -> None:
-        """Fill parameters and stored buffers from the source, fp32. Raises NumericsError on NaN or Inf."""
+        """Load parameters (fp32) and stored buffers. Raises NumericsError for NaN or Inf."""
         for name in names:
             module, leaf = self._owner(name)
             if module is None:
@@ -164,20 +172,21 @@ class StreamedModel:
                 module._buffers[leaf] = kept.reshape(old.shape)
 
     def finite_tensor(self, name: str) -> Tensor:
-        """A stored tensor in fp32. Raises NumericsError on NaN or Inf."""
+        """Return a stored tensor in fp32. Raises NumericsError for NaN or Inf."""
         tensor = self.stored_tensor(name).to(self.device, torch.float32)
-        # one pass without temporaries: a sum hides no NaN or Inf, though finite numbers may overflow it
+        # one pass without temporaries: a sum propagates NaN and Inf; values
+        # are counted only then, because finite ones may overflow it
         if not bool(torch.isfinite(tensor.sum())) and (bad := int((~torch.isfinite(tensor)).sum())):
             raise NumericsError(f"The weight {name!r} holds {bad} NaN or Inf values; the source is damaged.")
         return tensor
 
     def is_parameter(self, name: str) -> bool:
-        """Whether a stored tensor is a parameter of the model; others travel along unused."""
+        """Return True if a stored tensor is a parameter of the model; others are copied without being used."""
         module, leaf = self._owner(name)
         return module is not None and leaf in module._parameters
 
     def set_parameter(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in place of a parameter, and of every parameter tied to it."""
+        """Replace a parameter, and every parameter tied to it, with a tensor."""
         module, leaf = self._owner(name)
         assert module is not None
         old = module._parameters[leaf]
@@ -188,31 +197,32 @@ class StreamedModel:
                     owner._parameters[key] = new
 
     def matrix(self, name: str) -> Tensor:
-        """The weight of a linear in memory as (out, in)."""
+        """Return the loaded weight of a linear layer as (out, in)."""
         weight = self.model.get_parameter(name).data
         return weight.T.contiguous() if self.adapter.transposed else weight
 
     def set_matrix(self, name: str, W: Tensor) -> None:
-        """Put W (out, in) in place of the weight of a linear."""
+        """Replace the weight of a linear layer with W (out, in)."""
         self.set_parameter(name, (W.T if self.adapter.transposed else W).to(self.device).contiguous())
 
     def free(self, names: list[str]) -> None:
-        """Empty these parameters."""
+        """Free the memory of these parameters."""
         for name in names:
             if self.is_parameter(name):
                 self.set_parameter(name, torch.empty(self.shape(name), device="meta"))
 
     def load_block(self, index: int) -> nn.Module:
-        """Fill one block and return it."""
+        """Load one block and return it."""
         self.load(self.block_tensors(index))
         return self.blocks[index]
 
     def free_block(self, index: int) -> None:
-        """Empty one block."""
+        """Free the memory of one block."""
         self.free(self.block_tensors(index))
         trim_malloc()
 
     def _owner(self, name: str) -> tuple[nn.Module | None, str]:
+        """Return the module that owns a tensor, None where there is no such module, and the name inside it."""
         path, _, leaf = name.rpartition(".")
         try:
             return self.model.get_submodule(path), leaf
@@ -220,6 +230,7 @@ class StreamedModel:
             return None, leaf
 
     def _place_buffers(self) -> None:
+        """Move all buffers to the device."""
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None:
@@ -229,10 +240,16 @@ class StreamedModel:
 
     @contextmanager
     def non_block_weights(self, side: Literal["both", "embedding", "head"] = "both") -> Iterator[None]:
-        """Hold the tensors outside the blocks in memory (embeddings, final norm, head).
+        """Load the tensors outside the blocks for the duration of a with-statement.
 
-        side: "embedding" holds what `embed` needs, "head" what `head` needs. The table of token embeddings and
-        the head are the largest tensors of most models; no more than one of them is held at a time.
+        Args:
+            side: "embedding" loads what `embed` needs, "head" what `head` needs. Token embedding and head are the
+                largest tensors of most models, so no more than one of them is in memory at a time; "both" loads
+                both.
+
+        Raises:
+            NumericsError: A tensor holds NaN or Inf. With "embedding" the head is checked too, before the blocks
+                run.
         """
         names, unneeded = self.non_block_tensors(), self._unneeded(side)
         for name in unneeded if side == "embedding" else []:
@@ -245,40 +262,55 @@ class StreamedModel:
             trim_malloc()
 
     def _unneeded(self, side: str) -> list[str]:
-        """The stored tensors outside the blocks that one side can do without."""
+        """Return the stored tensors outside the blocks that one side does not need."""
         if side == "both" or self.adapter.inferred or not self.adapter.head:
-            return []  # what a generic walk calls embeddings and head may be used anywhere
-        table, head = (f"{path}.weight" for path in (self.adapter.embeddings[0], self.adapter.head))
-        name = head if side == "embedding" else table
-        tied = self.model.get_parameter(table) is self.model.get_parameter(head)
+            return []  # modules of an inferred adapter may be used anywhere
+        embedding, head = (f"{path}.weight" for path in (self.adapter.embeddings[0], self.adapter.head))
+        name = head if side == "embedding" else embedding
+        tied = self.model.get_parameter(embedding) is self.model.get_parameter(head)
         return [name] if name in self._stored and not tied else []
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
-        """What the first block receives for tokens (windows, length), and how each block is called.
+        """Return the input of the first block, and the other arguments of every block.
 
-        Needs the tensors outside the blocks in memory, those of the side "embedding".
+        Needs `non_block_weights("embedding")`.
+
+        Args:
+            tokens: (windows, length) token ids.
+
+        Returns:
+            Hidden states (windows, length, width), and one call per block.
+
+        Raises:
+            SourceError: The model does not call its blocks one after another.
         """
         if self._blocks_return_tuples is None:
             self._blocks_return_tuples = not self._passes_tensors(tokens[:1])
         recorders = self._run(tokens, self._blocks_return_tuples, stop=True)
         calls = [recorder.call for recorder in recorders]
         if recorders[0].hidden_in is None or any(call is None for call in calls):
-            raise SourceError(f"{self.source.name}: the model's forward does not call its blocks in turn.")
+            raise SourceError(
+                f"{self.source.name}: the model's forward does not call its blocks one after another."
+            )
         return recorders[0].hidden_in, [call for call in calls if call is not None]
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits for the hidden states after the last block, or an encoder's final hidden states.
+        """Return logits for the hidden states after the last block, or the final hidden states of an encoder.
 
-        Needs the tensors of the side "head".
+        Needs `non_block_weights("head")`.
+
+        Args:
+            tokens: (windows, length) token ids, from which the model computes masks and positions.
+            hidden: (windows, length, width) output of the last block.
         """
-        with self._no_embeddings():
-            recorders = self._run(tokens, bool(self._blocks_return_tuples), replacement=hidden, stop=False)
+        with self._zero_embeddings():
+            recorders = self._run(tokens, bool(self._blocks_return_tuples), stop=False, replacement=hidden)
         assert recorders[0].output is not None
         return recorders[0].output
 
     @contextmanager
-    def _no_embeddings(self) -> Iterator[None]:
-        """Let a table of embeddings that holds no memory answer zeros: no block will look at them."""
+    def _zero_embeddings(self) -> Iterator[None]:
+        """Let a token embedding without memory return zeros, which no block reads."""
         for name in self._unneeded("head"):
             table, width = self._owner(name)[0], self.shape(name)[1]
             if table is not None and self.model.get_parameter(name).is_meta:
@@ -290,7 +322,7 @@ class StreamedModel:
                 vars(self._owner(name)[0]).pop("forward", None)
 
     def _passes_tensors(self, tokens: Tensor) -> bool:
-        """Whether blocks exchange bare tensors (a model that expects tuples cuts the shape up)."""
+        """Return True if blocks return tensors; a model that expects tuples would index into the tensor."""
         try:
             recorders = self._run(tokens, False, stop=True)
         except Exception:
@@ -302,15 +334,22 @@ class StreamedModel:
     def _run(
         self, tokens: Tensor, as_tuple: bool, stop: bool, replacement: Tensor | None = None
     ) -> list[BlockRecorder]:
+        """Run the model with recorders in place of its blocks.
+
+        Args:
+            tokens: (windows, length) token ids.
+            as_tuple: the recorders return tuples.
+            stop: end the forward at the last block.
+            replacement: output of the last block.
+        """
         recorders = [BlockRecorder(block, as_tuple) for block in self.blocks]
         recorders[-1].stop, recorders[-1].replacement = stop, replacement
         path, _, leaf = self.adapter.blocks.rpartition(".")
         parent = self.model.get_submodule(path)
         setattr(parent, leaf, nn.ModuleList(recorders))
-        quiet = {"use_cache": False} if hasattr(self.source.config, "use_cache") else {}
+        options = {"use_cache": False} if hasattr(self.source.config, "use_cache") else {}
         try:
-            output = self.model(tokens.to(self.device), **quiet)
-            recorders[0].output = output_tensor(output)
+            recorders[0].output = output_tensor(self.model(tokens.to(self.device), **options))
         except StopForward:
             pass
         finally:

@@ -1,1 +1,1 @@
-"""One file of data per architecture; importing the package files nothing, the registry discovers them."""
+"""Adapters, one file per architecture; the registry imports them on first use."""

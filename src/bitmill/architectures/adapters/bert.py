@@ -1,7 +1,7 @@
 """BERT and the sentence encoders made from it (MiniLM, BGE, E5, GTE): norms after the residual sums.
 
-Such a norm feeds the linears behind it and the residual stream past them, so that none can be scaled for its
-linears alone. Attention is linear in the values; of the MLP's activations only ReLU passes a positive scale on.
+Such a norm feeds both the linear layers after it and the residual stream, so no norm is a seam. Attention is
+linear in the values; ReLU is the only activation of the MLP that commutes with a positive scale.
 """
 
 from bitmill.architectures.adapter import Adapter, Seam, register

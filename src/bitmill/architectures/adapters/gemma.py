@@ -1,5 +1,6 @@
-"""Gemma 1 to 3 (text): Llama's linears, norms that multiply by (1 + weight); from 2 on, norms after
-attention and MLP too, so that the norm in front of the MLP has a name of its own.
+"""Gemma 1 to 3 (text): the linear layers of Llama, and norms that multiply by (1 + weight).
+
+From Gemma 2 on there are norms after attention and MLP too, so the norm before the MLP has another name.
 """
 
 from dataclasses import replace
@@ -9,6 +10,7 @@ from bitmill.architectures.adapters.llama import LLAMA
 
 
 def _gemma_seam(seam: Seam, norm_before_mlp: str) -> Seam:
+    """Return a seam of Llama with the norm of Gemma as its source."""
     if seam.kind != "norm":
         return seam
     source = norm_before_mlp if seam.source == "post_attention_layernorm" else seam.source

@@ -1,5 +1,7 @@
-"""GPT-2: q, k and v in one Conv1D, whose weight is stored (in, out). The values of v cannot be scaled apart
-from q and k, and GELU passes no scale on, so only the norms are seams.
+"""GPT-2: q, k and v in one Conv1D, whose weight is stored (in, out).
+
+The rows of v are part of one matrix with q and k, and GELU does not commute with a scale, so only the norms are
+seams.
 """
 
 from bitmill.architectures.adapter import Adapter, Seam, register

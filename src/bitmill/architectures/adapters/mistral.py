@@ -1,4 +1,4 @@
-"""Mistral 7B and its dense successors: Llama's block with an optional sliding window."""
+"""Mistral 7B and its dense successors: the block of Llama with an optional sliding window."""
 
 from dataclasses import replace
 

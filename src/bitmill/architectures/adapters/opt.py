@@ -1,5 +1,7 @@
-"""OPT: LayerNorm, learned positions, plain MLP. ReLU lets a positive scale pass from fc1 to fc2; the
-350m model norms after the residual sum, where its norms feed more than the linears.
+"""OPT: LayerNorm, learned positions, plain MLP.
+
+ReLU commutes with a positive scale, so fc1 to fc2 is a seam. The 350m model normalizes after the residual sum, so
+its norms feed the residual stream too and are no seams.
 """
 
 from bitmill.architectures.adapter import Adapter, Seam, register

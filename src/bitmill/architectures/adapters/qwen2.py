@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5 (dense): Llama's block with biases on q, k and v."""
+"""Qwen 2 and 2.5 (dense): the block of Llama with biases on q, k and v."""
 
 from dataclasses import replace
 

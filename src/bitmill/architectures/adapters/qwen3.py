@@ -1,4 +1,4 @@
-"""Qwen 3 (dense): Llama's block with a norm on every head of q and k."""
+"""Qwen 3 (dense): the block of Llama with a norm on every head of q and k."""
 
 from dataclasses import replace
 
