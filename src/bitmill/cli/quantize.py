@@ -224,8 +224,10 @@ def _render(model: str, summary: dict[str, Any], dry_run: bool, reason: str) -> 
 
 def _storage_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    if summary["format"]:
-        rows.append(("format", describe_format(summary["format"])))
+    for entry in summary["formats"]:
+        count = f" in {entry['layers']:,} layers" if len(summary["formats"]) > 1 else ""
+        rows.append(("format", describe_format(entry["format"]) + count))
+    if summary["formats"]:
         rows.append(("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"))
     rows.append(("bits per weight", f"{summary['bits_per_weight']:.3f}"))
     if kv := summary["kv"]:
