@@ -35,7 +35,7 @@ def task_of(name: str = "llama", format: Uniform | None = None) -> BlockTask:
     task = BlockTask(
         block,
         list(adapter.linears),
-        format or Uniform(3, 16),
+        dict.fromkeys(adapter.linears, format or Uniform(3, 16)),
         calls,
         inputs,
         targets,

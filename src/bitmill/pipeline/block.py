@@ -66,8 +66,9 @@ def quantize_block(
         assert streams is not None
         seen = collect_statistics(block, streams.hidden.batches, calls, leads)
 
+    formats = {name: job.scheme(f"{prefix}.{name}").format for name in names}
     task = BlockTask(
-        block, names, recipe.stored, calls, [], targets, index, len(streamed.blocks), adapter.transposed,
+        block, names, formats, calls, [], targets, index, len(streamed.blocks), adapter.transposed,
         adapter.seams,
     )  # fmt: skip
     if streams and recipe.tuners:  # nobody else needs the inputs once they have passed

@@ -69,10 +69,8 @@ class AutoRound(Tuner):
 
     def before(self, task: BlockTask) -> None:
         """Learn, and settle every linear that nobody has settled."""
-        format = task.format
-        assert isinstance(format, RangeFormat)
         roundings = {
-            name: _Rounding(format, task.matrix(name), self.search)
+            name: _Rounding(task.range_format(name), task.matrix(name), self.search)
             for name in task.names
             if name not in task.quantized
         }

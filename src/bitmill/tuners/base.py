@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bitmill.architectures.adapter import Seam
 from bitmill.config.registry import Member, Registry
-from bitmill.formats import Format
+from bitmill.formats.base import Format, RangeFormat
 from bitmill.formats.quantized import Quantized
 from bitmill.models.block_call import BlockCall
 from bitmill.numerics.statistics import Statistics
@@ -48,7 +48,7 @@ class BlockTask:
 
     block: nn.Module
     names: list[str]
-    format: Format
+    formats: dict[str, Format]  # by path in the block, of the linears to be quantized
     calls: list[BlockCall]
     inputs: list[Tensor]
     targets: list[Tensor]
@@ -62,6 +62,12 @@ class BlockTask:
     stats: dict[str, Statistics] = field(default_factory=dict)
     stages: list[list[str]] = field(default_factory=list)
     input_stats: dict[str, Statistics] = field(default_factory=dict)
+
+    def range_format(self, name: str) -> RangeFormat:
+        """Return the format of a linear, one whose grid is fixed by the range of each group."""
+        format = self.formats[name]
+        assert isinstance(format, RangeFormat)
+        return format
 
     def matrix(self, name: str) -> Tensor:
         """The weight of a linear as (out, in), fp32."""

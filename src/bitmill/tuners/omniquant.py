@@ -126,8 +126,8 @@ class _Learned:
     """What is learned in a block, and what the block's parameters become by it."""
 
     def __init__(self, task: BlockTask, options: OmniQuant) -> None:
-        assert isinstance(task.format, RangeFormat)
-        self.task, self.format = task, task.format
+        self.task = task
+        self.formats = {name: task.range_format(name) for name in task.names}
         self.parameters = {name: p.detach() for name, p in task.block.named_parameters()}
         # name of a linear -> gamma and beta, (rows, groups) each
         self.ranges = {name: self._start(name, options.start) for name in task.names} if options.lwc else {}
@@ -148,17 +148,17 @@ class _Learned:
     def _start(self, name: str, start: str) -> tuple[Tensor, Tensor]:
         """gamma and beta at the start."""
         W = self.task.matrix(name)
-        shape = (W.shape[0], W.shape[1])
-        wide = W.new_full(self.format.grid(shape), _WIDE)
+        format, shape = self.formats[name], (W.shape[0], W.shape[1])
+        wide = W.new_full(format.grid(shape), _WIDE)
         if start == "wide":
             return wide.clone().requires_grad_(), wide.requires_grad_()
         stats = self.task.input_statistics(name)
-        found = Clip().solve(W, stats, self.format).params
-        x = grouped(W, self.format.group_size)
+        found = Clip().solve(W, stats, format).params
+        x = grouped(W, self.formats[name].group_size)
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-        span, shorter = found["scale"] * ((1 << self.format.bits) - 1), torch.minimum(high, -low)
+        span, shorter = found["scale"] * ((1 << format.bits) - 1), torch.minimum(high, -low)
         limit = span / 2  # where magnitudes were cut, if both ends were or one scale serves both
-        if not self.format.symmetric:
+        if not format.symmetric:
             limit = torch.where(limit < shorter, limit, span - shorter)
         gamma, beta = ((limit / end).nan_to_num(1.0).clamp(0.02, 0.995).logit() for end in (high, -low))
         return gamma.requires_grad_(), beta.requires_grad_()
@@ -185,7 +185,7 @@ class _Learned:
         for name in self.task.names:
             W = self._matrix(name, tensors)
             low, high = self._range(name, W)
-            x = round_in_range(grouped(W, self.format.group_size), low, high, self.format)
+            x = round_in_range(grouped(W, self.formats[name].group_size), low, high, self.formats[name])
             tensors[f"{name}.weight"] = self._place(ungrouped(x, (W.shape[0], W.shape[1])))
         return tensors
 
@@ -200,7 +200,7 @@ class _Learned:
         tensors = {}
         for name in self.task.names:
             W = self.task.matrix(name)
-            rounded = nearest_matrix(self.format, W, fit_matrix(self.format, W, None, False))
+            rounded = nearest_matrix(self.formats[name], W, fit_matrix(self.formats[name], W, None, False))
             tensors[f"{name}.weight"] = self._place(rounded.dequantize())
         return tensors
 
@@ -212,7 +212,7 @@ class _Learned:
             W = self._matrix(name, tensors)
             tensors.pop(f"{name}.weight", None)
             low, high = self._range(name, W)
-            clamped = grouped(W, self.format.group_size).clamp(low[..., None], high[..., None])
+            clamped = grouped(W, self.formats[name].group_size).clamp(low[..., None], high[..., None])
             self.task.originals[name] = W.clone()
             self.task.set_matrix(name, ungrouped(clamped, (W.shape[0], W.shape[1])).contiguous())
         for name, tensor in tensors.items():
@@ -235,7 +235,7 @@ class _Learned:
 
     def _range(self, name: str, W: Tensor) -> tuple[Tensor, Tensor]:
         """low and high (rows, groups) of W as it is now."""
-        x = grouped(W, self.format.group_size)
+        x = grouped(W, self.formats[name].group_size)
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
         if name not in self.ranges:
             return low, high
