@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +29,10 @@ RULES = [
 ]
 
 
-def quantize_command(folder, *more: str) -> list[str]:
+def quantize_command(*more: str) -> list[str]:
+    """In the current folder: paths are part of the record."""
     rules = [word for rule in RULES for word in ("--rule", rule)]
-    return arguments(folder / "source", folder / "text.txt", folder / "out", *rules, *more)
+    return arguments(Path("source"), "text.txt", Path("out"), *rules, *more)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixed")
     save_model(folder / "source", blocks=3)
     write_text(folder / "text.txt")
-    assert main(quantize_command(folder)) == 0
+    with contextlib.chdir(folder):
+        assert main(quantize_command()) == 0
     return folder
 
 
@@ -51,15 +55,17 @@ def test_each_layer_has_the_format_of_its_rule(place):
 
 
 def test_recipe_file_repeats_the_folder(place, tmp_path):
-    again = arguments(place / "source", place / "text.txt", tmp_path / "out", method="")
+    again = arguments(Path("source"), "text.txt", tmp_path / "out", method="")
     again = [word for word in again if word not in ("--group-size", "16")]
-    assert main([*again, "--method", str(place / "out" / "recipe.yaml")]) == 0
+    with contextlib.chdir(place):
+        assert main([*again, "--method", "out/recipe.yaml"]) == 0
     expected, found = snapshot(place / "out"), snapshot(tmp_path / "out")
     assert {name for name in found if found[name] != expected[name]} == set()
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
-def test_resume_after_kill(place, tmp_path, blocks):
+def test_resume_after_kill(place, tmp_path, blocks, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("source", "text.txt"):
         os.symlink(place / name, tmp_path / name)
     child = os.fork()
@@ -72,27 +78,32 @@ def test_resume_after_kill(place, tmp_path, blocks):
             write(self, result, streamed)
 
         FolderSink.write = killed
-        os._exit(main(quantize_command(tmp_path)))
+        os._exit(main(quantize_command()))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert len(json.loads((tmp_path / "out.partial" / "journal.json").read_text())["blocks"]) == blocks
-    assert main(quantize_command(tmp_path, "--resume")) == 0
+    assert main(quantize_command("--resume")) == 0
     assert snapshot(tmp_path / "out") == snapshot(place / "out")
 
 
-def test_loads_and_decodes_in_the_compiled_step(place):
+def test_loads_and_decodes_in_the_compiled_step(place, monkeypatch):
+    for name in ("BITMILL_KERNEL", "BITMILL_ACTIVATIONS", "BITMILL_DECODE"):
+        monkeypatch.delenv(name, raising=False)
     model = bitmill.load(place / "out")
     unpacked = bitmill.load(place / "out", dense=True)
     tokens = torch.tensor([[5, 17, 99, 3, 42]])
     with torch.no_grad():
-        assert torch.allclose(model(tokens).logits, unpacked(tokens).logits, atol=2e-3)
+        assert torch.allclose(
+            model(tokens).logits, unpacked(tokens).logits, atol=5e-2
+        )  # inputs are rounded to 8 bits
     made = model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert made.shape == (1, 9)
     if is_available():
         assert decode_path(model) == "step"
 
 
-def test_verify(place):
-    assert main(["verify", str(place / "out")]) == 0
+def test_verify(place, monkeypatch):
+    monkeypatch.chdir(place)
+    assert main(["verify", "out"]) == 0
 
 
 def test_compare(world, quick, place, capsys):
@@ -101,9 +112,9 @@ def test_compare(world, quick, place, capsys):
     assert "rules" in capsys.readouterr().out
 
 
-def test_summary_lists_the_formats(place, tmp_path, capsys):
-    dry = [word for word in quantize_command(place, "--dry-run", "--json") if word != str(place / "out")]
-    dry.remove("-o")
+def test_summary_lists_the_formats(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    dry = [word for word in quantize_command("--dry-run", "--json") if word not in ("-o", "out")]
     assert main(dry) == 0
     summary = json.loads(capsys.readouterr().out)
     assert [entry["layers"] for entry in summary["formats"]] == [15, 3, 2]

@@ -20,6 +20,7 @@ from bitmill.numerics.gram import RunningGram
 from bitmill.numerics.statistics import FISHER, Statistics
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
+from bitmill.recipes.scheme import LayerScheme
 from bitmill.solvers.base import output_error, solve_stacked
 from bitmill.tuners import BlockTask
 
@@ -167,16 +168,27 @@ def _statistics(
 
 def _solve_stage(work: _Work, stage: list[str], stats: Statistics) -> None:
     """Quantize the linears that read one input, but for those that a tuner has settled."""
-    task, recipe = work.task, work.job.recipe
+    task, prefix = work.task, work.job.streamed.block_name(work.task.index)
     for name in stage:
         if work.keep:
             task.stats[name] = Statistics(stats.gram)
-    names = [name for name in stage if name in task.names and name not in task.quantized]
-    if work.fisher and names:
+    groups: dict[LayerScheme, list[str]] = {}
+    for name in stage:
+        if name in task.names and name not in task.quantized:
+            groups.setdefault(work.job.scheme(f"{prefix}.{name}"), []).append(name)
+    for scheme, names in groups.items():
+        _solve_group(work, scheme, names, stats)
+    trim_malloc()  # splinters of one stage must not add to the next one's peak
+
+
+def _solve_group(work: _Work, scheme: LayerScheme, names: list[str], stats: Statistics) -> None:
+    """Quantize linears that read one input and have one scheme."""
+    task = work.task
+    if work.fisher:
         stats = replace(stats, fisher=torch.cat([work.fisher[name] for name in names]))
     matrices = [task.matrix(name) for name in names]
     shared = [work.shared.get(name) for name in names]
-    solved = solve_stacked(recipe.solver, matrices, stats, recipe.stored, shared)
+    solved = solve_stacked(scheme.solver, matrices, stats, scheme.format, shared)
     for name, W, quantized in zip(names, matrices, solved):
         if work.keep:
             task.set_quantized(name, quantized)
@@ -185,7 +197,6 @@ def _solve_stage(work: _Work, stage: list[str], stats: Statistics) -> None:
             work.errors[name] = _compare(W, decoded, stats.gram)
             task.quantized[name] = quantized
             task.set_matrix(name, decoded)
-    trim_malloc()  # splinters of one stage must not add to the next one's peak
 
 
 def _compare(W: Tensor, decoded: Tensor, gram: Tensor | None) -> tuple[float, float | None]:

@@ -7,8 +7,6 @@ transforms and wrappers of the recipe; what a learner keeps of a layer is small.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from torch import nn
 
 from bitmill.calibration.collect import collect_statistics
@@ -21,49 +19,54 @@ from bitmill.formats.wrapper import reduce_to_core
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.job import Job, Sink
 from bitmill.progress import Progress
+from bitmill.recipes.scheme import LayerScheme
 from bitmill.solvers import Learner, Statistics
 
 _OBSERVED = {"gram", "cross", "activations"}  # of what calibration may collect, what a float pass can see
 
 
 def learn_shared_parts(job: Job, sink: Sink, progress: Progress) -> dict[str, Params]:
-    """Kind (the path of a linear in its block) -> parts that its layers share; the sink keeps them.
+    """Learn the parts that layers share across blocks, or read what an earlier run learned.
 
-    Empty where the recipe's format shares nothing.
+    Returns:
+        Path of a linear in its block -> the parts that its layers share; empty where no format shares any.
     """
-    format = job.recipe.stored
-    if not format.shared:
+    sharing = _sharing(job)
+    if not sharing:
         return {}
     kept = sink.shared()
     if kept is None:
-        learned = _learn(job, progress)
-        kept = {shared_module_path(kind): format.pack_shared(params) for kind, params in learned.items()}
+        learned = _learn(job, sharing, progress)
+        kept = {shared_module_path(kind): sharing[kind][0].format.pack_shared(p) for kind, p in learned.items()}
         sink.share(kept)
-    device = job.streamed.device
-    parts = {kind: kept[shared_module_path(kind)] for kind in _kinds(job)}
-    return {
-        kind: {name: value.to(device) for name, value in format.unpack_shared(tensors).items()}
-        for kind, tensors in parts.items()
-    }
+    parts = {}
+    for kind, (scheme, _) in sharing.items():
+        unpacked = scheme.format.unpack_shared(kept[shared_module_path(kind)])
+        parts[kind] = {name: value.to(job.streamed.device) for name, value in unpacked.items()}
+    return parts
 
 
-def _kinds(job: Job) -> Counter[str]:
-    """How many layers of each kind are quantized."""
-    names = [job.streamed.block_name(index) for index in range(len(job.streamed.blocks))]
-    linears = job.streamed.adapter.linears
-    return Counter(kind for kind in linears for name in names if job.quantizes(f"{name}.{kind}"))
+def _sharing(job: Job) -> dict[str, tuple[LayerScheme, int]]:
+    """Return the scheme and the number of layers of every kind of linear whose layers share parts."""
+    sharing: dict[str, tuple[LayerScheme, int]] = {}
+    for kind in job.streamed.adapter.linears:
+        names = [f"{job.streamed.block_name(index)}.{kind}" for index in range(len(job.streamed.blocks))]
+        schemes = [job.scheme(name) for name in names if job.quantizes(name)]
+        if schemes and schemes[0].format.shared:  # equal for all of them, which the recipe's resolution checked
+            sharing[kind] = schemes[0], len(schemes)
+    return sharing
 
 
-def _learn(job: Job, progress: Progress) -> dict[str, Params]:
-    streamed, recipe = job.streamed, job.recipe
+def _learn(job: Job, sharing: dict[str, tuple[LayerScheme, int]], progress: Progress) -> dict[str, Params]:
+    streamed = job.streamed
     learners: dict[str, Learner] = {}
-    for kind, layers in _kinds(job).items():
-        learner = recipe.solver.learner(recipe.weight.core, layers)
-        assert learner is not None  # the recipe has asked
+    for kind, (scheme, layers) in sharing.items():
+        learner = scheme.solver.learner(scheme.weight.core, layers)
+        assert learner is not None  # the recipe has checked that
         learners[kind] = learner
-    progress.start("what layers share", len(streamed.blocks) + len(learners))
+    progress.start("shared codebooks", len(streamed.blocks) + len(learners))
     streams = None
-    if job.calibration is not None and recipe.needs & _OBSERVED:
+    if job.calibration is not None and job.recipe.needs & _OBSERVED:
         with streamed.non_block_weights("embedding"):
             streams = Streams(streamed, job.calibration, compare=False)
     for index, block in walk_blocks(streamed, progress):
@@ -90,6 +93,6 @@ def _show(job: Job, block: nn.Module, index: int, streams: Streams | None, learn
         stats = seen.get(stage[0], Statistics())
         for kind in stage:
             name = f"{streamed.block_name(index)}.{kind}"
-            if job.quantizes(name):
+            if kind in learners and job.quantizes(name):
                 W, format = streamed.matrix(f"{name}.weight"), job.scheme(name).format
                 learners[kind].add_layer(*reduce_to_core(W, stats, format))
