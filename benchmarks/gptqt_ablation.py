@@ -1,4 +1,4 @@
-"""What each ingredient of GPTQT is worth, on real layers of SmolLM2.
+"""Ablation of GPTQT: the contribution of each ingredient, on layers of SmolLM2.
 
     python benchmarks/gptqt_ablation.py [--windows 32] [--blocks 1,9,18,26] [--json]
 
@@ -40,7 +40,13 @@ Arm = tuple[str, Format, Solver]
 
 @torch.no_grad()
 def stages(model: str, blocks: list[int], windows: int) -> list[Stage]:
-    """Weights and Gram matrices of every stage of the chosen blocks."""
+    """Return weights and Gram matrices of every stage of the chosen blocks.
+
+    Args:
+        model: Name of the model.
+        blocks: Indices of the blocks.
+        windows: Number of calibration windows.
+    """
     source = open_source(model)
     streamed = StreamedModel(source)
     ids = text.split_stream(text.token_stream("pydoc", source.tokenizer()), "calib")
@@ -76,7 +82,7 @@ def gptqt(label: str, **options: object) -> Arm:
 
 
 def arms() -> list[Arm]:
-    """The ladder, from rounding to nearest to the full method and what it leaves out."""
+    """Return the variants, from rounding to nearest to the full method and alternatives to its parts."""
     loop = GPTQ(damp=0.03, importance="inverse")
     table: list[Arm] = []
     for bits in (3, 2):
@@ -144,7 +150,12 @@ def arms() -> list[Arm]:
 
 
 def measure(arm: Arm, layers: list[Stage]) -> dict[str, object]:
-    """One row: bits per weight, held-out and calibration error (geometric means), seconds."""
+    """Return one row: bits per weight, held-out and calibration error (geometric means), seconds.
+
+    Args:
+        arm: The variant.
+        layers: Weights and Gram matrices.
+    """
     label, format, solver = arm
     started, logs, seen, bits, weights = time.perf_counter(), [], [], 0, 0
     for W, gram, held_out in layers:

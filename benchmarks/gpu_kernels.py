@@ -1,4 +1,5 @@
-"""Triton's kernels on a GPU: packed bytes a second against the device's bandwidth, times against torch in bf16.
+"""Triton kernels on a GPU: packed bytes a second relative to the device's bandwidth, times relative to torch in
+bf16.
 
 One token by default. A line counts only if the kernel's result is right: every case is first compared with decode
 and matmul in fp64. Bandwidth is that of a copy on the device (bytes read and written), measured in the same run.
@@ -33,13 +34,18 @@ SHAPES = ["4096x4096", "4096x11008", "8192x28672"]
 FORMATS_MEASURED = ["uniform", "codebook", "binary_coding", "integer_coding", "additive"]
 ROTATED_BYTES = 256 << 20  # several times the largest cache
 COPIED_BYTES = 4 << 30
-MOST_COPIES = 64
+MAX_COPIES = 64
 REPEATS = 20
 ALLOWED = 2e-2  # |y - x W^^T| / |x W^^T| in bf16
 
 
 def format_of(name: str, bits: int) -> Format | None:
-    """The format at about `bits` bits a weight, or None where it has none."""
+    """Return a format with about `bits` bits a weight, or None.
+
+    Args:
+        name: Name of the format.
+        bits: Bits a weight.
+    """
     kind = FORMATS.get(name)
     if name == "additive":  # codes of 8 bits, one codebook for each bit a weight
         return kind(8, codebooks=bits)
@@ -51,7 +57,13 @@ def format_of(name: str, bits: int) -> Format | None:
 
 
 def random_packed(format: Format, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of the format's layout: random codes, parameters that keep weights near 0.01."""
+    """Return random packed tensors with weights near 0.01.
+
+    Args:
+        format: The format.
+        shape: (rows, columns).
+        device: Device of the tensors.
+    """
     tensors = {}
     for name, (size, dtype) in format.layout(shape).items():
         if dtype.is_floating_point:
@@ -67,7 +79,13 @@ def random_packed(format: Format, shape: tuple[int, int], device: torch.device) 
 
 
 def error_of(kernel: Triton, packed: dict[str, Tensor], x: Tensor) -> float:
-    """|y - x W^^T| / |x W^^T|, W^ decoded and multiplied in fp64 a slice of rows at a time."""
+    """Return |y - x W^^T| / |x W^^T|, W^ decoded and multiplied in fp64 a slice of rows at a time.
+
+    Args:
+        kernel: The kernel.
+        packed: The packed tensors.
+        x: Inputs (tokens, columns).
+    """
     format, shape = kernel.spec.format, kernel.spec.shape
     weights = unpack(format, packed, shape).dequantize()
     y = kernel.apply(x).double()
@@ -77,7 +95,7 @@ def error_of(kernel: Triton, packed: dict[str, Tensor], x: Tensor) -> float:
 
 
 def median_time_s(calls: list[Callable[[], Any]]) -> float:
-    """Seconds of one call: medians of replays of a graph that makes all of them once."""
+    """Return the seconds of one call: the median over replays of a CUDA graph of all calls."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -98,21 +116,21 @@ def median_time_s(calls: list[Callable[[], Any]]) -> float:
 
 
 def measured_bandwidth() -> float:
-    """GB a second that a copy on the device reads and writes."""
+    """Return the GB/s of a copy on the device, bytes read and written."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     return 2 * COPIED_BYTES / median_time_s([lambda: target.copy_(source)]) / 1e9
 
 
 def copies_of(size: int) -> int:
-    """How many matrices of `size` bytes outgrow the cache."""
-    return max(2, min(MOST_COPIES, -(-ROTATED_BYTES // size)))
+    """Return the number of matrices of `size` bytes that exceed the cache."""
+    return max(2, min(MAX_COPIES, -(-ROTATED_BYTES // size)))
 
 
 def measure(
     name: str, format: Format, shape: tuple[int, int], tokens: int, device: torch.device
 ) -> dict[str, Any]:
-    """One line: correctness, and on a GPU the times of the kernel."""
+    """Return one line of results: correctness, and on a GPU the times of the kernel."""
     x = torch.randn(tokens, shape[1], device=device).to(torch.bfloat16)
     packed = random_packed(format, shape, device)
     size = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
@@ -130,7 +148,12 @@ def measure(
 
 
 def torch_time_s(shape: tuple[int, int], tokens: int) -> float:
-    """F.linear in bf16, over weights that rotate as well."""
+    """Return the seconds of F.linear in bf16, with weights that rotate over copies.
+
+    Args:
+        shape: (rows, columns).
+        tokens: Number of tokens.
+    """
     x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
     count = copies_of(2 * shape[0] * shape[1])
     weights = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]

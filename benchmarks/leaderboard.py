@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def merged(runs: list[Results]) -> list[Results]:
-    """Runs on the same terms as one; of a variant measured twice, the first run's."""
+    """Merge runs with equal settings; of a variant measured twice, the first result counts."""
     boards: list[Results] = []
     for run in runs:
         same = next(
@@ -54,7 +54,7 @@ def merged(runs: list[Results]) -> list[Results]:
 
 
 def page(boards: list[Results]) -> str:
-    """docs/leaderboard.md."""
+    """Return docs/leaderboard.md."""
     lines = [
         "# Leaderboard",
         "",
@@ -83,13 +83,13 @@ def page(boards: list[Results]) -> str:
 
 
 def folders(commands: list[str]) -> list[str]:
-    """The results that the commands write, each once."""
+    """Return the folders of results that the commands write, each once."""
     found = [words[words.index("-o") + 1] for command in commands if "-o" in (words := command.split())]
     return [f"{folder}/results.json" for folder in dict.fromkeys(found)]
 
 
 def _board(results: Results) -> list[str]:
-    """One run of `bitmill compare`."""
+    """Return the section of one run of `bitmill compare`."""
     settings, machine, base = results.settings, results.machine, results.float
     assert base is not None
     calibration, evaluation = settings.calibration, settings.evaluation
@@ -116,7 +116,7 @@ def _board(results: Results) -> list[str]:
 
 
 def _missing(boards: list[Results]) -> list[str]:
-    """The methods that no table has at bits that they could have, line by line."""
+    """Return lines with the methods that no table has at bits that they support."""
     found = {(v.method, v.bits) for board in boards for v in board.done()}
     lines = []
     for bits in (4, 3, 2):
@@ -133,7 +133,7 @@ def _exists(method: str, bits: int) -> bool:
 
 
 def data(results: Results) -> str:
-    """recipes/leaderboard.json: what `bitmill.recipes.defaults` reads."""
+    """Return recipes/leaderboard.json, which `bitmill.recipes.defaults` reads."""
     rows = [
         {
             "method": v.method,
@@ -150,7 +150,7 @@ def data(results: Results) -> str:
 
 
 def _is_default(v: Variant) -> bool:
-    """Whether a variant is a named method as it comes, and no recipe of somebody's that bears its name."""
+    """Return True if a variant is a named method with default options, not a recipe file of that name."""
     if v.method not in METHODS.names():
         return False
     has_bits = "bits" in METHODS.get(v.method).__dataclass_fields__
@@ -158,7 +158,7 @@ def _is_default(v: Variant) -> bool:
 
 
 def _agrees(measured: Any, today: Any) -> bool:
-    """Equal but for options that did not exist when it was measured."""
+    """Return True if recipes are equal except for options that did not exist at the time of measurement."""
     if isinstance(measured, dict):
         return isinstance(today, dict) and all(_agrees(value, today.get(key)) for key, value in measured.items())
     if isinstance(measured, list | tuple):

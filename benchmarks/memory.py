@@ -1,6 +1,6 @@
 """Peak resident memory of `bitmill quantize`, on synthetic checkpoints of TinyLlama-1.1B's shape.
 
-Each run is the command line in a process of its own; the operating system says how much of it was resident at
+Each run is the command line in a process of its own; the operating system reports how much of it was resident at
 most. Depth must not matter: only one block is in memory at a time.
 
     python benchmarks/memory.py                         # rtn and gptq, 8 and 22 blocks; minutes
@@ -35,7 +35,12 @@ SEED = 0
 
 
 def build(folder: Path, blocks: int) -> None:
-    """Write the checkpoint shard by shard, config.json last: a folder that has one is whole."""
+    """Write the checkpoint shard by shard, config.json last: a folder with a config.json is complete.
+
+    Args:
+        folder: Folder of the checkpoint.
+        blocks: Number of blocks.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -91,7 +96,7 @@ def build(folder: Path, blocks: int) -> None:
 
 
 def _byte_tokenizer() -> Any:
-    """Byte-level BPE without merges: one token a byte."""
+    """Return a byte-level BPE tokenizer without merges: one token a byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -102,7 +107,12 @@ def _byte_tokenizer() -> Any:
 
 
 def checkpoint(cache: Path, blocks: int) -> Path:
-    """The checkpoint of so many blocks, built unless it is there."""
+    """Return the checkpoint with so many blocks, building it if needed.
+
+    Args:
+        cache: Folder of checkpoints.
+        blocks: Number of blocks.
+    """
     folder = cache / f"llama-{blocks}-blocks"
     if not (folder / "config.json").is_file():
         child = multiprocessing.get_context("spawn").Process(target=build, args=(folder, blocks))
@@ -114,7 +124,17 @@ def checkpoint(cache: Path, blocks: int) -> Path:
 
 
 def quantize(source: Path, out: Path, method: str, measure: int | None) -> dict[str, Any]:
-    """Run the command line; returns peak_bytes (resident) and time_s."""
+    """Run the command line.
+
+    Args:
+        source: The checkpoint.
+        out: Folder of the result.
+        method: Name of the method.
+        measure: Windows to measure on.
+
+    Returns:
+        peak_bytes (resident) and time_s.
+    """
     command = [sys.executable, "-m", "bitmill.cli.main"]
     command += ["quantize", str(source), "--method", method, "-o", str(out), "--json", *OPTIONS[method]]
     if measure is not None:
@@ -134,7 +154,7 @@ def quantize(source: Path, out: Path, method: str, measure: int | None) -> dict[
 
 
 def judge(runs: list[dict[str, Any]]) -> list[str]:
-    """Add the bound to every run; returns one sentence for each bound that was missed."""
+    """Add the bound to every run; returns one sentence for each bound that was exceeded."""
     missed = []
     for run in runs:
         run["bound_bytes"] = BOUND_BYTES[run["method"]]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "assets" / "roofline.svg"
-BUSY = 0.1  # of the processors, by other work: such figures are provisional
+BUSY = 0.1  # share of the processors used by other work; above it figures are provisional
 COMMANDS = (
     "bitmill bench kernels --json > benchmarks/results/kernels.json",
     "python benchmarks/peers/run.py --prepare",
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def results() -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[dict[str, Any]]]:
-    """What is in benchmarks/results: of the kernels, of the kernels on other machines, and of every model."""
+    """Read benchmarks/results: the kernels, the kernels on other machines, and every model."""
     others, models = (
         [_read(f) for f in sorted(RESULTS.glob(name))] for name in ("kernels-*.json", "peers-*.json")
     )
@@ -47,13 +47,20 @@ def results() -> tuple[dict[str, Any] | None, list[dict[str, Any]], list[dict[st
 
 
 def page(kernels: dict[str, Any] | None, others: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
-    """docs/performance.md."""
+    """Return docs/performance.md.
+
+    Args:
+        kernels: Result of `bitmill bench kernels`, if there is one.
+        others: Its results on other machines.
+        runs: Results of peers/run.py.
+    """
     lines = [
         "# Performance",
         "",
-        "How fast quantized weights run: single matrix-vector products against the memory they are read from, and "
-        "whole models beside other programs on the same machine. Figures are medians over turns in which all that "
-        "is compared was measured one after the other, so ratios hold where absolute figures may not.",
+        "Speed of quantized weights: single matrix-vector products relative to memory bandwidth, and whole "
+        "models next to other programs on the same machine. Figures are medians over turns; within a turn "
+        "everything that is compared was measured one after the other, so ratios are more reliable than "
+        "absolute figures.",
         "",
     ]
     if runs:
@@ -67,15 +74,15 @@ def page(kernels: dict[str, Any] | None, others: list[dict[str, Any]], runs: lis
     for run in sorted(runs, key=lambda run: run["model"]):
         lines += _model(run)
     lines += [
-        "## How it was made",
+        "## Reproduction",
         "",
         "```sh",
         *COMMANDS,
         "```",
         "",
-        "`--prepare` makes an environment for every peer and the models in all their formats, once; the other "
-        "commands take minutes. `--threads N` limits all engines, `--model`, `--peers` and `--turns` shorten a "
-        "run, `--peers llama.cpp,torch,vllm` adds vLLM.",
+        "`--prepare` creates an environment for every peer and the models in all formats, once; the other "
+        "commands take minutes. `--threads N` limits all engines; `--model`, `--peers` and `--turns` shorten a "
+        "run; `--peers llama.cpp,torch,vllm` adds vLLM.",
         "",
     ]
     return "\n".join(lines)
@@ -113,11 +120,11 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
         "![Roofline of the kernels](assets/roofline.svg)",
         "",
         f"One token, {kernels['threads']} threads, {kernels['isa'] or 'reference'} kernels, "
-        f"{kernels['activations']} activations. Weights are cold: copies take turns until more than the caches "
-        f"hold has been read. GB/s counts packed bytes, of {kernels['read_bandwidth_GBps']:.1f} GB/s that reading "
-        "alone reaches; the last column of a shape is how many times faster than torch's fp32 `F.linear` it is. "
-        "The `points` kernel reads more than it counts: it lays pyramids out as integers of one bit more, 1.3 to "
-        "1.6 times the packed size.",
+        f"{kernels['activations']} activations. Weights are cold: copies alternate until more than the caches "
+        "hold has been read. GB/s counts packed bytes; reading alone reaches "
+        f"{kernels['read_bandwidth_GBps']:.1f} GB/s. The last column of a shape is the speedup over torch's fp32 "
+        "`F.linear`. The `points` kernel reads more than it counts: it repacks pyramids as integers of one bit more, "
+        "1.3 to 1.6 times the packed size.",
         "",
         *_table(kernels["kernels"]),
     ]
@@ -127,7 +134,7 @@ def _other_machine(kernels: dict[str, Any]) -> list[str]:
     return [
         f"### With {kernels['isa']}",
         "",
-        "The same on another, shared machine, which has no more than that and whose figures scatter: "
+        "On another machine, which has no better instruction set and is shared, so that figures vary: "
         f"{kernels['threads']} threads, {kernels['read_bandwidth_GBps']:.1f} GB/s.",
         "",
         *_table(kernels["kernels"]),
@@ -161,27 +168,26 @@ def _case(case: dict[str, Any] | None) -> list[str]:
 
 
 def _evenness(cases: list[dict[str, Any]]) -> list[str]:
-    """How far other formats are from the uniform one of the same bits: GB/s, which counts what they store."""
+    """Return the speed of other formats relative to the uniform one at equal bits, in GB/s of packed bytes."""
     speeds: dict[str, list[float]] = {}
     uniform = {(c["bits"], *c["shape"]): c["GBps"] for c in cases if c["format"] == "uniform"}
     for case in cases:
         key = (case["bits"], *case["shape"])
         if case["format"] in ("codebook", "binary_coding") and key in uniform and case["bits"] in (2, 3, 4):
             speeds.setdefault(case["format"], []).append(case["GBps"] / uniform[key])
-    said = [f"`{name}` {min(found):.2f} to {max(found):.2f}" for name, found in speeds.items()]
-    return [f"At 2, 3 and 4 bits, GB/s relative to `uniform`: {', '.join(said)}."] if said else []
+    ranges = [f"`{name}` {min(found):.2f} to {max(found):.2f}" for name, found in speeds.items()]
+    return [f"At 2, 3 and 4 bits, GB/s relative to `uniform`: {', '.join(ranges)}."] if ranges else []
 
 
 def _how_models_were_measured(run: dict[str, Any]) -> list[str]:
     return [
-        "Every engine is a process of its own; they take turns, bitmill between its peers. Decode is the median "
-        f"time of {run['decode_tokens']} greedy tokens after a prompt of {run['prompt_tokens']}, prefill the time "
-        f"until the logits after {run['prefill_tokens']} tokens are there. llama.cpp is compiled for this machine "
-        "and called through its C interface, with whichever threads, flash attention and batch were fastest for "
-        "that file in the same run. Size is what the weights take on disk; memory is the peak of the process, "
-        "which for llama.cpp counts the mapped file beside weights it has laid out anew. An engine is measured "
-        "only if its logits are near the fp32 model's (cosine) and its continuation is one that this model finds "
-        "likely (nats a token).",
+        "Every engine is a process; they alternate, bitmill between its peers. Decode is the median time of "
+        f"{run['decode_tokens']} greedy tokens after a prompt of {run['prompt_tokens']}, prefill the time to the "
+        f"logits after {run['prefill_tokens']} tokens. llama.cpp is compiled for this machine and called through "
+        "its C interface, with the threads, flash attention and batch that were fastest for that file in this "
+        "run. Size is that of the weights on disk; memory is the peak of the process, which for llama.cpp "
+        "includes the mapped file in addition to repacked weights. An engine is measured only if its logits are "
+        "close to the fp32 model's (cosine) and this model assigns its continuation a high likelihood (nats per token).",
         "",
     ]
 
@@ -209,13 +215,13 @@ def _model(run: dict[str, Any]) -> list[str]:
         cells = [peer] + [_ratio(found[bits][what]) for what in ("decode", "prefill") for bits in ours]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *_notes(run)]
-    said = [e for e in _ours_first(run) if e["check"].get("text")]
-    if said:
+    texts = [e for e in _ours_first(run) if e["check"].get("text")]
+    if texts:
         lines += [
-            "What they said:",
+            "Continuations:",
             "",
             "```text",
-            *(f"{e['name']:16s} {e['check']['text']}" for e in said),
+            *(f"{e['name']:16s} {e['check']['text']}" for e in texts),
             "```",
             "",
         ]
@@ -223,7 +229,7 @@ def _model(run: dict[str, Any]) -> list[str]:
 
 
 def _ours_first(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """bitmill's, then the peers together."""
+    """Return the engines of bitmill, then those of each peer."""
     order = ["bitmill", *dict.fromkeys(engine["peer"] for engine in reversed(run["engines"]))]
     return sorted(run["engines"], key=lambda engine: order.index(engine["peer"]))
 
@@ -244,9 +250,8 @@ def _notes(run: dict[str, Any]) -> list[str]:
         if engine["peer"] == "vllm":
             notes.append(
                 f"{engine['name']}: version {engine['settings']['version']}, added by "
-                "`--peers llama.cpp,torch,vllm`; it takes whole requests: decode is what those of 33 tokens "
-                "take longer than those of 1; no logits are seen; memory counts the 1 GB given for keys "
-                "and values."
+                "`--peers llama.cpp,torch,vllm`; it runs whole requests: decode is the difference of those of 33 "
+                "tokens and of 1; its logits are not accessible; memory includes 1 GB for keys and values."
             )
         if engine["peer"] == "bitmill":
             notes.append(

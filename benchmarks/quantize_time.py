@@ -39,7 +39,7 @@ WINDOWS = 2  # held-out windows of the sanity check
 
 
 class Clock(Progress):
-    """Seconds of each phase of `quantize`, by the name under which it reports progress."""
+    """Seconds of each phase of `quantize`, by its name in the progress display."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -73,7 +73,19 @@ class Clock(Progress):
 
 
 def time_quantize(model: str, method: str, out: Path, samples: int, seqlen: int, options: dict[str, Any]) -> Any:
-    """Quantize once; returns seconds, peak memory, and where the time went."""
+    """Quantize once.
+
+    Args:
+        model: Name of the model.
+        method: Name of the method.
+        out: Folder of the result.
+        samples: Number of calibration windows.
+        seqlen: Tokens of a window.
+        options: Options of the method.
+
+    Returns:
+        Seconds in all and by phase, and peak memory.
+    """
     clock = Clock()
     clock.inside(StreamedModel, "load_block", "loading blocks")
     clock.inside(FolderSink, "write", "writing blocks")
@@ -103,7 +115,12 @@ def time_quantize(model: str, method: str, out: Path, samples: int, seqlen: int,
 
 @torch.no_grad()
 def time_pass(run: Callable[[torch.Tensor], Any], windows: torch.Tensor) -> dict[str, float]:
-    """Seconds of one pass over the windows, batched as `quantize` batches them; one batch warms up."""
+    """Return the seconds of one pass over the windows, batched as in `quantize`, after one batch of warm-up.
+
+    Args:
+        run: The forward pass.
+        windows: Token ids (windows, length).
+    """
     batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     run(batches[0])
     began, cpu = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""The roofline of the matrix-vector kernels as SVG: what the machine allows, and what each kernel reaches."""
+"""The roofline of the matrix-vector kernels as SVG: limits of the machine, and the speed of each kernel."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Axes:
         self.y = (2 ** math.floor(math.log2(min(ys) * 0.8)), 2 ** math.ceil(math.log2(max(ys) * 1.2)))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where it is in the picture."""
+        """Return the position in the picture."""
         along = math.log(x / self.x[0]) / math.log(self.x[1] / self.x[0])
         up = math.log(y / self.y[0]) / math.log(self.y[1] / self.y[0])
         width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -88,7 +88,7 @@ def roofline(kernels: dict[str, Any], arithmetic: float | None) -> str:
 
 
 def _frame(axes: Axes) -> list[str]:
-    """Plot, grid, ticks and what the axes mean."""
+    """Return frame, grid, ticks and labels of the axes."""
     (x0, y1), (x1, y0) = axes.at(axes.x[0], axes.y[1]), axes.at(axes.x[1], axes.y[0])
     made = [f'<rect class="plot" x="{x0}" y="{y1}" width="{x1 - x0:.1f}" height="{y0 - y1:.1f}"/>']
     for tick in _powers(*axes.x):
@@ -132,7 +132,7 @@ def _roofs(axes: Axes, bandwidth: float, arithmetic: float | None) -> list[str]:
 
 
 def _points(axes: Axes, points: list[tuple[float, float, dict[str, Any]]]) -> list[str]:
-    """A dot a kernel and the legend; bits are written at the first family's, with whole widths."""
+    """Return a dot for each kernel and the legend; bits are labelled at whole widths of the first family."""
     names = [*FAMILIES.values(), OTHERS]
     made = []
     for x, y, case in sorted(points, key=lambda p: p[2]["format"] in FAMILIES):

@@ -1,4 +1,4 @@
-"""What two rotations cost at run time, as a share of a layer: `python benchmarks/rotation.py`.
+"""Run-time cost of two rotations, as a share of a layer: `python benchmarks/rotation.py`.
 
 For shapes of real layers and for one token and many: the time of rotating inputs and outputs, of the layer that
 runs from packed tensors around them, and of a dense float layer of the same shape.
@@ -22,7 +22,12 @@ SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (5632, 2048))
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
-    """Median of the CPU time, after one round that fills the caches."""
+    """Return the median CPU time, after one round that fills the caches.
+
+    Args:
+        work: The function to time.
+        rounds: Number of calls.
+    """
     work()
     times = []
     for _ in range(rounds):
@@ -33,7 +38,12 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
 
 
 def packed_layer(shape: tuple[int, int], kind: str) -> QuantLinear:
-    """A layer of random codes."""
+    """Return a layer with random codes.
+
+    Args:
+        shape: (out, in).
+        kind: Name of the format.
+    """
     format = Rotated(E8(2), kind)  # type: ignore[arg-type]
     codes = torch.randint(0, 1 << 16, (shape[0], format.codes_in(shape[1])), dtype=torch.int32)
     matrix = Quantized(format, codes, {"scale": torch.full((1, 1), 0.02)}, shape)
@@ -43,7 +53,7 @@ def packed_layer(shape: tuple[int, int], kind: str) -> QuantLinear:
 
 
 def measured(shape: tuple[int, int], tokens: int, kind: str, rounds: int) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     rows, columns = shape
     x, y = torch.randn(tokens, columns), torch.randn(tokens, rows)
     dense, layer = torch.nn.Linear(columns, rows, bias=False), packed_layer(shape, kind)

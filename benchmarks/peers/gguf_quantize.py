@@ -19,9 +19,9 @@ TYPES = {
 def main() -> None:
     source, out, name = sys.argv[1:]
     partial = Path(out).with_suffix(".partial")
-    wanted = ll.llama_model_quantize_default_params()
-    wanted.ftype, wanted.nthread = TYPES[name], 0
-    if ll.llama_model_quantize(source.encode(), str(partial).encode(), ctypes.byref(wanted)):
+    params = ll.llama_model_quantize_default_params()
+    params.ftype, params.nthread = TYPES[name], 0
+    if ll.llama_model_quantize(source.encode(), str(partial).encode(), ctypes.byref(params)):
         raise SystemExit(f"{source} could not be quantized to {name}.")
     partial.rename(out)
 

@@ -22,10 +22,14 @@ BITS = (4, 3, 2)
 class Model:
     """A float model, and how bitmill quantizes it.
 
-    head_bits: what llama.cpp stores the output matrix of the same model in.
-    turns: how often decode and prefill are measured, where not told.
-    least_cosine: between the logits of an engine and the float model's, to count as the same model.
-    text: what it is asked to continue; a model without one has random weights and no words.
+    Attributes:
+        name: Name of the model.
+        about: Description in the page.
+        options: Options of `bitmill quantize`.
+        head_bits: Bits of the output matrix, as in llama.cpp's files.
+        turns: Default number of turns of decode and prefill.
+        least_cosine: Smallest cosine between the logits of an engine and the float model's that passes the check.
+        text: Prompt; None for random weights, which have no words.
     """
 
     name: str
@@ -37,7 +41,7 @@ class Model:
     text: str | None
 
     def source(self, folder: Path) -> str:
-        """What bitmill and transformers load."""
+        """Return the name or folder that bitmill and transformers load."""
         if self.text is not None:
             return self.name
         sys.path.insert(0, str(HERE.parent))
@@ -46,17 +50,17 @@ class Model:
         return str(checkpoint(folder, 22))
 
     def words(self, tokens: list[int]) -> str:
-        """Text of token ids, where there is any."""
+        """Return the text of token ids, \"\" for random weights."""
         if self.text is None:
             return ""
         return str(_tokenizer(self.name).decode(tokens))
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         return list(_tokenizer(self.name)(text)["input_ids"])
 
     def folder(self, files: Path) -> str:
-        """The float model as a folder that any program of transformers' kind loads."""
+        """Return the float model as a folder in the format of transformers."""
         if self.text is None:
             return self.source(files)
         out = files / f"{self.name}-folder"
@@ -68,7 +72,12 @@ class Model:
         return str(out)
 
     def packed(self, folder: Path, bits: int) -> Path:
-        """bitmill's folder."""
+        """Return bitmill's folder with so many bits, quantizing if needed.
+
+        Args:
+            folder: Folder of the files.
+            bits: Bits of a weight.
+        """
         out = folder / f"{self.name}-{bits}-bits-head-{self.head_bits}"
         if not out.is_dir():
             _say(f"quantizing {self.name} to {bits} bits")
@@ -79,12 +88,23 @@ class Model:
         return out
 
     def command(self, bits: int, source: str | None = None) -> list[str]:
-        """How bitmill quantizes it, without where to."""
+        """Return the command that quantizes it, without the output folder.
+
+        Args:
+            bits: Bits of a weight.
+            source: Source in place of the name.
+        """
         made = ["bitmill", "quantize", source or self.name, *self.options]
         return [*made, "--bits", str(bits), "--head-bits", str(self.head_bits)]
 
     def gguf(self, folder: Path, kind: str, python: str) -> Path:
-        """llama.cpp's file, quantized by llama.cpp; `python` is its environment's."""
+        """Return llama.cpp's file, quantized by llama.cpp if needed.
+
+        Args:
+            folder: Folder of the files.
+            kind: Type of the weights.
+            python: Interpreter of its environment.
+        """
         out = folder / f"{self.name}-{kind}.gguf"
         if not out.is_file():
             _say(f"quantizing {self.name} to {kind}")
@@ -102,7 +122,7 @@ class Model:
         return out
 
     def tidy(self, folder: Path) -> None:
-        """Remove what only the making of the others needed."""
+        """Remove the intermediate F16 file once the others exist."""
         if all((folder / f"{self.name}-{kind}.gguf").is_file() for kind in GGUF_TYPES):
             (folder / f"{self.name}-F16.gguf").unlink(missing_ok=True)
 
@@ -123,7 +143,8 @@ MODELS = {
         Model(
             "synthetic-1b",
             "1.1 B random weights in the shape of TinyLlama: 22 blocks, hidden 2048, intermediate 5632, 32 heads, "
-            "4 of them for keys and values, 32000 tokens. What it says means nothing, its speed is a model's.",
+            "4 of them for keys and values, 32000 tokens. Its text is meaningless; its speed is that of a trained "
+            "model.",
             ("--method", "rtn"),
             6,
             (3, 2),
@@ -135,7 +156,7 @@ MODELS = {
 
 
 def types_of(file: Path) -> str:
-    """How many matrices of a GGUF file are stored in which type."""
+    """Return the number of matrices of a GGUF file for each type."""
     import gguf
 
     found = Counter(t.tensor_type.name for t in gguf.GGUFReader(file).tensors if len(t.shape) > 1)

@@ -15,7 +15,7 @@ from bitmill.runtime.native import activations, is_available, native
 
 
 class Packed(Transformers):
-    """What `bitmill.load` returns."""
+    """The model that `bitmill.load` returns."""
 
     def load(self, model: Path, option: str) -> Any:
         self.folder = model
@@ -32,7 +32,7 @@ class Packed(Transformers):
 
 
 def _decode_path(model: Any) -> str:
-    """Whether tokens are decoded by the compiled step, and if not, why."""
+    """Return the decode path: the compiled step, or the reason against it."""
     if find_spec("bitmill.runtime.decode") is None:
         return "transformers' own forward"
     from bitmill.runtime.decode import decode_path

@@ -79,11 +79,11 @@ class LlamaCpp(Engine):
             return
         if self.live:
             ll.llama_free(self.live)
-        wanted = ll.llama_context_default_params()
-        wanted.n_ctx, wanted.n_batch, wanted.n_ubatch = self.context, 512, uses["ubatch"]
-        wanted.n_threads = wanted.n_threads_batch = uses["threads"]
-        wanted.flash_attn_type = uses["flash_attention"]
-        self.live, self.uses = ll.llama_init_from_model(self.model, wanted), uses
+        params = ll.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = self.context, 512, uses["ubatch"]
+        params.n_threads = params.n_threads_batch = uses["threads"]
+        params.flash_attn_type = uses["flash_attention"]
+        self.live, self.uses = ll.llama_init_from_model(self.model, params), uses
 
     def _run(self, tokens: list[int]) -> np.ndarray:
         ids = (ll.llama_token * len(tokens))(*tokens)

@@ -34,11 +34,11 @@ class Vllm(Engine):
         return {"version": vllm.__version__, "size_bytes": self.size}
 
     def check(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        said, likely = self._generate(prompt, tokens)
-        return {"tokens": said, "finite": math.isfinite(likely), "vocabulary": None, "logits": []}
+        text, likely = self._generate(prompt, tokens)
+        return {"tokens": text, "finite": math.isfinite(likely), "vocabulary": None, "logits": []}
 
     def decode(self, prompt: list[int], tokens: int) -> float:
-        """What all tokens but the first took, divided by their number: there are no times of single ones."""
+        """Return the time of all tokens but the first divided by their number: single tokens cannot be timed."""
         started = time.perf_counter()
         self._generate(prompt, 1)
         first = time.perf_counter()
@@ -52,8 +52,8 @@ class Vllm(Engine):
 
     def _generate(self, prompt: list[int], tokens: int) -> tuple[list[int], float]:
         """Greedy tokens and the sum of their log probabilities."""
-        wanted = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        (request,) = self.model.generate([{"prompt_token_ids": prompt}], wanted, use_tqdm=False)
+        params = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        (request,) = self.model.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
         answer = request.outputs[0]
         return list(answer.token_ids), float(answer.cumulative_logprob or 0.0)
 

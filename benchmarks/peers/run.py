@@ -1,14 +1,14 @@
-"""Decode and prefill of bitmill beside llama.cpp, torch and vLLM: one machine, one run, taking turns.
+"""Decode and prefill of bitmill, llama.cpp, torch and vLLM: one machine, one run, in turns.
 
     python benchmarks/peers/run.py --prepare            # environments and models, once; an hour
     python benchmarks/peers/run.py                      # measures; minutes
     python benchmarks/peers/run.py --model smollm2-135m --peers llama.cpp --turns 1 --json
 
-Every engine is a process that holds its model and waits while another one works. A turn asks all of them once,
-bitmill between its peers; figures are medians over the turns, ratios medians of the ratios within a turn. An
-engine that does not pass its check is not measured: logits finite, of the right size, and near the float model's;
-a continuation that the float model finds likely. Results go to benchmarks/results/peers-MODEL.json after every
-turn, and benchmarks/performance.py makes the page of them.
+Every engine is a process that keeps its model loaded and waits while another one works. A turn measures all of
+them once, bitmill between its peers; figures are medians over the turns, ratios medians of the ratios within a
+turn. An engine that fails its check is not measured: logits finite, of the right size, and close to the float
+model's, and a continuation that is likely under the float model. Results are written to benchmarks/results/peers-
+MODEL.json after every turn; benchmarks/performance.py makes the page from them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from models import HERE, MODELS, Model
 
 RESULTS = Path(__file__).parent.parent / "results"
 PROMPT, PREFILL = 16, 512
-PAUSE_S = 0.05  # threads of the engine before go to sleep
+PAUSE_S = 0.05  # so that the threads of the previous engine go to sleep
 
 
 def main() -> int:
@@ -67,7 +67,15 @@ def main() -> int:
 
 
 def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Plain data: machine; of every engine its check, decode, prefill and memory; ratios of bitmill to each."""
+    """Measure all engines.
+
+    Args:
+        model: The model.
+        arguments: Of the command line.
+
+    Returns:
+        Plain data: machine; check, decode, prefill and memory of every engine; ratios of bitmill to each.
+    """
     files, peers = arguments.folder / "models", arguments.peers.split(",")
     files.mkdir(parents=True, exist_ok=True)
     pythons = {peer: python_of(peer, arguments.folder, arguments.jobs) for peer in ("bitmill", *peers)}
@@ -84,13 +92,13 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         "prefill_tokens": PREFILL,
     }
     torch.set_num_threads(arguments.threads)
-    memory = ReadBandwidth()  # here, for its buffer is no part of what an engine needs
+    memory = ReadBandwidth()  # in this process, so that its buffer does not count for an engine
     workers = [Worker(engine, arguments.threads, arguments.folder / "logs") for engine in engines]
     try:
         measured = [w for w in workers if w.check(prompt, model, reference=workers[0])]
         for worker in measured:
-            worker.settle(long)
-        result["machine"]["arithmetic"] = workers[0].ask("arithmetic")
+            worker.warm_up(long)
+        result["machine"]["arithmetic"] = workers[0].request("arithmetic")
         decodes, prefills = arguments.turns or model.turns[0], arguments.prefill_turns or model.turns[1]
         for turn in range(max(decodes, prefills)):
             result.setdefault("read_bandwidths", []).append(max(memory.measure() for _ in range(3)))
@@ -113,7 +121,7 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def prompts(model: Model) -> tuple[list[int], list[int]]:
-    """Token ids: to be continued, and 512 to be read."""
+    """Return token ids of a prompt to continue, and of 512 tokens to read."""
     if model.text is None:
         long = [(7919 * i) % 31000 + 1 for i in range(PREFILL)]
         return long[:PROMPT], long
@@ -121,7 +129,7 @@ def prompts(model: Model) -> tuple[list[int], list[int]]:
 
 
 def ratios(workers: list[Worker]) -> list[dict[str, Any]]:
-    """bitmill's speed divided by each peer's, the median over turns."""
+    """Return bitmill's speed divided by each peer's, medians over turns."""
     found = []
     for ours in (w for w in workers if w.engine.peer == "bitmill"):
         for other in (w for w in workers if w.engine.peer != "bitmill"):
@@ -134,7 +142,12 @@ def ratios(workers: list[Worker]) -> list[dict[str, Any]]:
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
+    """Write the result atomically.
+
+    Args:
+        result: Plain data.
+        path: The file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -156,10 +169,10 @@ def show(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("engine", "check") else "right", no_wrap=True)
     for engine in result["engines"]:
         check = engine["check"]
-        said = check["text"] or f"cosine {check['cosine']:.3f}"
+        text = check["text"] or f"cosine {check['cosine']:.3f}"
         cells = [engine["name"], f"{engine['size_bytes'] / 1e6:.0f}"]
         cells += [f"{engine[what]['tokens_per_s']:.1f}" if engine[what] else "-" for what in ("decode", "prefill")]
-        cells += [f"{engine['peak_memory_bytes'] / 1e6:.0f}", ("" if check["passed"] else "FAILED ") + said]
+        cells += [f"{engine['peak_memory_bytes'] / 1e6:.0f}", ("" if check["passed"] else "FAILED ") + text]
         table.add_row(*cells)
     console.print(table)
     table = Table(box=None, pad_edge=False)

@@ -1,9 +1,9 @@
 """One engine in a process of its own: it loads a model, then answers requests, a JSON object a line.
 
-Everything an engine needs to say is `Engine`; a file peer_*.py holds one and ends with `serve`. This file runs in
-the environments of all peers, so it imports numpy and Python's own library alone.
+`Engine` is the interface; a file peer_*.py defines one and ends with `serve`. This file runs in the environments
+of all peers, so it imports only numpy and the standard library.
 
-Requests, by "do": settings, check, decode, prefill, bandwidth (where the engine can), and whatever else it names.
+Requests name a method of the engine in "do": settings, check, decode, prefill, and others that it defines.
 """
 
 from __future__ import annotations
@@ -22,42 +22,57 @@ import numpy as np
 
 
 class Engine:
-    """A loaded model that reads tokens and says what comes next."""
+    """A loaded model that reads tokens and returns logits."""
 
     def __init__(self, model: Path, threads: int, context: int, option: str) -> None:
         raise NotImplementedError
 
     def read(self, tokens: list[int]) -> np.ndarray:
-        """Forget everything, read a prompt; logits (vocabulary,) after its last token."""
+        """Reset the cache and read a prompt; returns logits (vocabulary,) after its last token."""
         raise NotImplementedError
 
     def step(self, token: int) -> np.ndarray:
-        """Read one token more; logits (vocabulary,)."""
+        """Read one more token; returns logits (vocabulary,)."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """What the engine runs with, as plain data."""
+        """Return the settings of the engine as plain data."""
         return {}
 
     def tune(self, prompt: list[int], tokens: int) -> None:
-        """Run once what will be measured; find the fastest settings, where the engine has a choice of them."""
+        """Run everything that is measured once; engines with settings find the fastest ones.
+
+        Args:
+            prompt: Token ids.
+            tokens: Number of tokens to decode.
+        """
         self.decode(prompt[:16], 2)
         self.prefill(prompt)
 
-    # -- what is measured; an engine that has no `step` says these itself ----------------------------------
+    # -- Measurements; an engine without `step` overrides them ---------------------------------------------
 
     def check(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        """Greedy continuation, and the logits it began with."""
+        """Return a greedy continuation and its first logits.
+
+        Args:
+            prompt: Token ids.
+            tokens: Number of tokens to decode.
+        """
         logits = self.read(prompt)
-        first, said, finite = logits.tolist(), [], True  # before the engine writes over them
+        first, decoded, finite = logits.tolist(), [], True  # before the engine writes over them
         for _ in range(tokens):
             finite &= bool(np.isfinite(logits).all())
-            said.append(int(logits.argmax()))
-            logits = self.step(said[-1])
-        return {"tokens": said, "finite": finite, "vocabulary": len(first), "logits": first}
+            decoded.append(int(logits.argmax()))
+            logits = self.step(decoded[-1])
+        return {"tokens": decoded, "finite": finite, "vocabulary": len(first), "logits": first}
 
     def decode(self, prompt: list[int], tokens: int) -> float:
-        """Seconds a token, the median over greedy tokens."""
+        """Return seconds per token, the median over greedy tokens.
+
+        Args:
+            prompt: Token ids.
+            tokens: Number of tokens to decode.
+        """
         logits, times = self.read(prompt), []
         for _ in range(tokens):
             started = time.perf_counter()
@@ -66,14 +81,14 @@ class Engine:
         return median(times)
 
     def prefill(self, prompt: list[int]) -> float:
-        """Seconds until the logits after a prompt are there."""
+        """Return the seconds to the logits after a prompt."""
         started = time.perf_counter()
         self.read(prompt)
         return time.perf_counter() - started
 
 
 def serve(kind: type[Engine]) -> None:
-    """Answer requests until there are none; only answers go to stdout, whatever libraries print to stderr."""
+    """Answer requests until stdin ends; stdout carries only answers, prints of libraries go to stderr."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--option", default="")
