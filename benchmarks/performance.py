@@ -123,8 +123,8 @@ def _kernels(kernels: dict[str, Any]) -> list[str]:
         f"{kernels['activations']} activations. Weights are cold: copies alternate until more than the caches "
         "hold has been read. GB/s counts packed bytes; reading alone reaches "
         f"{kernels['read_bandwidth_GBps']:.1f} GB/s. The last column of a shape is the speedup over torch's fp32 "
-        "`F.linear`. The `points` kernel reads more than it counts: it repacks pyramids as integers of one bit more, "
-        "1.3 to 1.6 times the packed size.",
+        "`F.linear`. The `points` kernel reads more than it counts: it repacks pyramids as integers of one "
+        "bit more, 1.3 to 1.6 times the packed size.",
         "",
         *_table(kernels["kernels"]),
     ]
@@ -187,7 +187,8 @@ def _how_models_were_measured(run: dict[str, Any]) -> list[str]:
         "its C interface, with the threads, flash attention and batch that were fastest for that file in this "
         "run. Size is that of the weights on disk; memory is the peak of the process, which for llama.cpp "
         "includes the mapped file in addition to repacked weights. An engine is measured only if its logits are "
-        "close to the fp32 model's (cosine) and this model assigns its continuation a high likelihood (nats per token).",
+        "close to the fp32 model's (cosine) and this model assigns its continuation a high likelihood (nats per "
+        "token).",
         "",
     ]
 
