@@ -1,6 +1,6 @@
 """bitmill: quantize neural language models with published methods, to a bit budget, measured, and run them.
 
-Importing it teaches transformers the checkpoint format, so that `from_pretrained` reads bitmill's folders.
+The import registers the checkpoint format with transformers, so that `from_pretrained` reads bitmill's folders.
 torch and transformers themselves are imported on first use, which keeps the command line quick.
 """
 

@@ -55,4 +55,4 @@ def test_recipe_round_trip(transform: FormatTransform):
     assert TRANSFORMS.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
     recipe = Recipe("test", Uniform(4), Nearest(), (transform,))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
-    assert recipe.stored == transform.wrap(Uniform(4))
+    assert recipe.default.format == transform.wrap(Uniform(4))

@@ -28,5 +28,5 @@ def held_out_error(seed: int, method: str | Recipe, **options: object) -> float:
     """Relative squared error of the outputs on inputs that the method has not seen."""
     recipe = build_recipe(method, options) if isinstance(method, str) else method
     W, gram, held_out = layer(seed)
-    solved = solve(recipe.solver, W, Statistics(gram, 2048, torch.zeros_like(gram)), recipe.stored)
+    solved = solve(recipe.solver, W, Statistics(gram, 2048, torch.zeros_like(gram)), recipe.default.format)
     return output_error(W, solved.dequantize(), held_out)

@@ -71,7 +71,9 @@ def test_greedy_passes_help(seed: int) -> None:
 
     def objective(passes: int) -> float:
         recipe = build_recipe("quip", {"column_passes": passes})
-        return output_error(W, solve(recipe.solver, W, Statistics(gram, 2048), recipe.stored).dequantize(), gram)
+        return output_error(
+            W, solve(recipe.solver, W, Statistics(gram, 2048), recipe.default.format).dequantize(), gram
+        )
 
     assert objective(2) < objective(1) < objective(0)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
-from bitmill.checkpoint.schema import quantized_ends
+from bitmill.checkpoint.schema import head_config
 from bitmill.errors import CheckpointError, RecipeError, SourceError, UsageError
 from bitmill.formats.quantized import nearest_matrix
 from bitmill.formats.uniform import Uniform
@@ -178,9 +178,9 @@ def test_embedding_lookup(kind, bits):
 def test_damaged_description_refused(ends):
     groups = [{"format": {"format": "uniform", "bits": 4}, "layers": ["a", "b"]}]
     with pytest.raises(CheckpointError, match=r"damaged.*'ends'") as caught:
-        quantized_ends({"groups": groups, "ends": ends})
+        head_config({"groups": groups, "ends": ends})
     assert "\n" not in str(caught.value)
-    assert quantized_ends({"groups": groups}) is None
+    assert head_config({"groups": groups}) is None
 
 
 @pytest.mark.parametrize("names", [["lm_head.weight"], ["lm_head.weight", "model.embed_tokens.weight"]])

@@ -136,7 +136,7 @@ def test_leader_bits(monkeypatch, options, name, bits):
     others = [row("rtn", bits, bits + 0.3, 2.0, 1) for bits in (2, 3, 4)]
     monkeypatch.setattr(leaderboard, "rows", lambda: tuple(table + others))
     recipe, why = leaderboard.leading_recipe(options)
-    assert (recipe.name, recipe.stored.core.bits) == (name, bits)
+    assert (recipe.name, recipe.default.format.core.bits) == (name, bits)
     assert why.startswith("no method was named")
     assert name in why
 

@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all, also after a power cut.
+"""Files that appear complete or not at all, also after a power cut.
 
-A file's bytes reach the disk before it gets its name, and the name before anything is done that relies on it.
+The bytes of a file reach the disk before the file gets its name, and its name before anything that relies on it is
+done.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from bitmill.errors import OutputError
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the ways in which writing to `path` fails into one sentence."""
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn every error of writing to `path` into an OutputError of one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -40,32 +41,35 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file: to a temporary name first, flushed to the disk, then renamed."""
+    """Write a text file: to a temporary name, flushed to the disk, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with output_errors(path):
         temporary.write_text(text, encoding="utf-8")
         _name(temporary, path)
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON, readable and in the order of `data`."""
+    """Write readable JSON in the order of `data`."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file the same way; equal tensors give equal bytes.
+    """Write a safetensors file: to a temporary name, flushed to the disk, then renamed.
 
-    metadata: of one key, as several would come in any order.
+    Args:
+        path: the file.
+        tensors: name -> tensor; equal tensors give equal bytes.
+        metadata: at most one key, because the order of several is not defined.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with output_errors(path):
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata or {"format": "pt"})
         os.chmod(temporary, 0o666 & ~_umask())  # the library makes files that only their owner can read
         _name(temporary, path)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing."""
+    """Make a folder and its missing parents."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -73,8 +77,8 @@ def make_folder(path: Path) -> None:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Give a folder its final name once all that is in it, whoever wrote it, is on the disk."""
-    with writing(out):
+    """Flush a finished folder to the disk and rename it to `out`."""
+    with output_errors(out):
         for path in (*folder.rglob("*"), folder):
             _sync(path)
         os.rename(folder, out)
@@ -83,14 +87,14 @@ def publish(folder: Path, out: Path) -> None:
 
 
 def _name(temporary: Path, path: Path) -> None:
-    """Give a file that was written under a temporary name its own."""
+    """Rename a file from its temporary name to its own."""
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
-    """Return once the disk holds the bytes of a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -104,24 +108,24 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    """What this process withholds from the permissions of new files; it can only be read by setting it."""
+    """Return the permissions that this process withholds from new files; they can only be read by setting them."""
     current = os.umask(0o077)
     os.umask(current)
     return current
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_digests(folder: Path, but: Collection[str] = ()) -> dict[str, str]:
-    """Name -> sha256 of every file below `folder`, in the order of their paths."""
+    """Return name -> sha256 of every file below `folder` except `but`, in the order of their paths."""
     files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
     return {name: sha256(file) for name, file in files.items() if name not in but}
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of every file below `folder`."""
+    """Return the total size of the files below `folder`."""
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

@@ -1,8 +1,8 @@
-"""What an unfinished run has done, so that it can go on, and on what terms.
+"""The journal of an unfinished run: finished blocks, and the identity that a resumed run must have.
 
-The journal lies in the work folder `OUT.partial`. Its `identity` holds everything that decides the output
-bytes: the model's fingerprint, the recipe, the token windows, the versions, the device and thread count. A
-run resumes only when all of it is equal.
+It is a file of the work folder `OUT.partial`. Its `identity` holds everything that decides the output bytes: the
+model's fingerprint, the recipe, the token windows, the versions, the device and the thread count. A run resumes
+only when all of it is equal.
 """
 
 from __future__ import annotations
@@ -27,25 +27,32 @@ class Journal:
         self.shared: dict[str, Any] | None = None
 
     def save(self) -> None:
-        """Write the journal; after this, the blocks in it survive a crash."""
+        """Write the journal; blocks in it survive a crash from then on."""
         blocks = [{"index": index, **entry} for index, entry in sorted(self.blocks.items())]
         shared = {"shared": self.shared} if self.shared else {}
         write_json(self.path, {"identity": self.identity, **shared, "blocks": blocks})
 
     def add(self, index: int, file: Path, layers: dict[str, Any]) -> None:
-        """Note a finished block: its shard, the shard's digest, and what is known of each layer."""
+        """Record a finished block.
+
+        Args:
+            index: index of the block.
+            file: its shard.
+            layers: layer -> summary.
+        """
         self.blocks[index] = {"file": file.name, "sha256": sha256(file), "layers": layers}
         self.save()
 
     def share(self, file: Path) -> None:
-        """Note the shard of what layers share, and its digest."""
+        """Record the shard of shared parts and its digest."""
         self.shared = {"file": file.name, "sha256": sha256(file)}
         self.save()
 
     def load(self, shards: Path) -> None:
-        """Take over an earlier run's journal.
+        """Read the journal of an earlier run.
 
-        Raises CheckpointError when anything differs from this run, or a shard was altered.
+        Raises:
+            CheckpointError: the identity differs from this run's, or a shard was altered.
         """
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
@@ -74,7 +81,7 @@ class Journal:
                 raise self.unreadable(f"{type(error).__name__} in what is shared") from None
 
     def _checked(self, shards: Path, entry: dict[str, Any]) -> str:
-        """The name of a shard, if its digest is the one that was noted."""
+        """Return the name of a shard after its digest was compared."""
         file = shards / Path(entry["file"]).name
         if not file.is_file() or sha256(file) != entry["sha256"]:
             raise CheckpointError(
@@ -84,7 +91,7 @@ class Journal:
         return file.name
 
     def unreadable(self, reason: str) -> CheckpointError:
-        """The error for a journal that cannot be made sense of."""
+        """Return the error for a damaged journal."""
         return CheckpointError(
             f"The journal {self.path} cannot be read ({reason}); delete {self.path.parent} "
             "and run without --resume."
@@ -92,7 +99,7 @@ class Journal:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first leaf in which two trees of plain data differ: (path, old value, new value)."""
+    """Return (path, old value, new value) of the first leaf in which two trees of plain data differ, or None."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*new, *(k for k in old if k not in new)]:
             found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from bitmill.checkpoint.schema import FORMAT_VERSION, QUANT_METHOD, layer_formats, layer_places, quantized_ends
+from bitmill.checkpoint.schema import FORMAT_VERSION, QUANT_METHOD, head_config, layer_formats, shared_paths
 from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.formats import Format
 from bitmill.formats.base import total_stored_bits
@@ -24,7 +24,16 @@ from bitmill.sources.safetensors_header import TensorEntry, read_header
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A quantized folder: its documents, the format of every quantized layer, where each tensor lies."""
+    """A quantized folder: its documents, the format of every quantized layer, and the file of every tensor.
+
+    Attributes:
+        files: tensor name -> shard.
+        entries: tensor name -> header entry.
+        shapes: quantized layer -> (out, in).
+        places: layer -> path of the module that holds its shared parts, for layers that share any.
+        outside: embedding and head, where they are quantized.
+        kv_bytes: size of the calibration of keys and values.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -38,14 +47,18 @@ class Checkpoint:
     kv_bytes: int = 0  # of what keys and values were calibrated to
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor. Raises CheckpointError when it is missing."""
+        """Read one tensor.
+
+        Raises:
+            CheckpointError: there is none of this name.
+        """
         if name not in self.files:
             raise CheckpointError(f"{self.folder} holds no tensor {name!r}; quantize the model again.")
         with safe_open(self.files[name], "pt") as file:
             return file.get_tensor(name)
 
     def shape(self, layer: str) -> tuple[int, int]:
-        """(out, in) of a quantized layer, as recorded."""
+        """Return the recorded (out, in) of a quantized layer."""
         if layer not in self.shapes:
             raise CheckpointError(f"The report of {self.folder} does not list the layer {layer!r}.")
         return self.shapes[layer]
@@ -56,12 +69,16 @@ class Checkpoint:
         return unpack(format, {part: self.tensor(name) for part, name in self._names(layer).items()}, shape)
 
     def _names(self, layer: str) -> dict[str, str]:
-        """Part -> the tensor that holds it: the layer's own, or one that it shares."""
+        """Return part -> name of the tensor that holds it, the layer's own or a shared one."""
         format, place = self.formats[layer], self.places.get(layer, layer)
         return {p: f"{place if p in format.shared else layer}.{p}" for p in format.layout(self.shape(layer))}
 
     def check(self) -> None:
-        """Raises CheckpointError when a part of a quantized layer is missing or has the wrong shape."""
+        """Check that every part of every quantized layer has a tensor of the right shape and type.
+
+        Raises:
+            CheckpointError: a part is missing or different.
+        """
         for layer, format in self.formats.items():
             names = self._names(layer)
             for part, (size, dtype) in format.layout(self.shape(layer)).items():
@@ -75,7 +92,7 @@ class Checkpoint:
                     )
 
     def layers(self) -> Iterator[dict[str, Any]]:
-        """One entry a quantized layer or float tensor: name, format, shape, bits_per_weight, size_bytes."""
+        """Yield name, format, shape, bits_per_weight and size_bytes of every quantized layer and float tensor."""
         packed = set()
         for name, format in self.formats.items():
             shape = self.shape(name)
@@ -101,9 +118,9 @@ class Checkpoint:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits on disk of the quantized layers of all blocks, all metadata included, over their weights.
+        """Bits on disk of the quantized layers of all blocks, all metadata included, per weight.
 
-        What keys and values were calibrated to counts too. Of a float model: bits of all tensors.
+        A calibration of keys and values counts too. For a float model: bits of all tensors per weight.
         """
         inside = [name for name in self.formats if name not in self.outside]
         weights = sum(math.prod(self.shape(name)) for name in inside)
@@ -115,7 +132,7 @@ class Checkpoint:
 
     @property
     def head_bits_per_weight(self) -> float | None:
-        """The same of embedding and head; None where they are in float."""
+        """Bits on disk of embedding and head per weight; None where they are in float."""
         return self._bits([name for name in self.formats if name in self.outside]) if self.outside else None
 
     def _bits(self, layers: list[str]) -> float:
@@ -124,7 +141,7 @@ class Checkpoint:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` looks like a model quantized by bitmill."""
+    """Return True if `folder` has the config of a model quantized by bitmill."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return config["quantization_config"]["quant_method"] == "bitmill"
@@ -132,8 +149,8 @@ def is_checkpoint(folder: Path) -> bool:
         return False
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether bitmill wrote `folder`, quantized or with float weights beside a calibration."""
+def is_bitmill_folder(folder: Path) -> bool:
+    """Return True if bitmill wrote `folder`, quantized or with float weights and a KV calibration."""
     if is_checkpoint(folder):
         return True
     try:
@@ -143,10 +160,11 @@ def is_ours(folder: Path) -> bool:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open `folder` and check its documents and headers against each other.
+    """Open `folder` and check its documents and headers against each other; no tensor is read.
 
-    Reads no tensor data. Raises CheckpointError, one sentence, for whatever is missing or damaged, for shard
-    names that leave the folder, and for headers that do not fit their file.
+    Raises:
+        CheckpointError: a file is missing or damaged, a shard name leaves the folder, or a header does not fit its
+            file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -157,8 +175,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         described = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "groups": []}
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
-    formats, shapes, places = _formats(described), _layer_shapes(folder, report), layer_places(described)
-    ends = layers_outside_blocks(quantized_ends(described))
+    formats, shapes, places = _formats(described), _layer_shapes(folder, report), shared_paths(described)
+    ends = layers_outside_blocks(head_config(described))
     index = _document(folder, "model.safetensors.index.json").get("weight_map")
     if not isinstance(index, dict):
         raise CheckpointError(f"{folder}/model.safetensors.index.json has no 'weight_map'; quantize again.")
@@ -202,7 +220,7 @@ def _formats(described: dict[str, Any]) -> dict[str, Format]:
 
 
 def _layer_shapes(folder: Path, report: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Shapes of the quantized layers; checks what everyone else takes from the report for granted."""
+    """Return the shapes of the quantized layers; check the entries of the report that other code relies on."""
     for key in ("layers", "measured"):
         if not isinstance(report.get(key), list) or not all(isinstance(entry, dict) for entry in report[key]):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Add a measurement or a calibration to a finished folder, to its report, and to the card and the page of it."""
+"""Add a measurement or a KV calibration to a finished folder, its report, its card and its page."""
 
 from __future__ import annotations
 
@@ -33,9 +33,15 @@ _SAME = ("by", "text", "split", "seqlen", "windows", "reference", "kv_method", "
 
 
 def record_measurement(folder: Path, result: dict[str, Any]) -> None:
-    """Append what `bitmill.evaluate` returned; a repetition takes the place of the earlier one.
+    """Append the result of `bitmill.evaluate` to the report; an equal measurement is replaced.
 
-    Raises CheckpointError for a damaged report, OutputError when the folder cannot be written.
+    Args:
+        folder: the quantized folder.
+        result: the result of `bitmill.evaluate`.
+
+    Raises:
+        CheckpointError: the report is damaged.
+        OutputError: the folder cannot be written.
     """
     report = open_checkpoint(folder).report
     entry = {"by": "eval", **{key: result[key] for key in _KEPT if result.get(key) is not None}}
@@ -44,16 +50,23 @@ def record_measurement(folder: Path, result: dict[str, Any]) -> None:
 
 
 def write_calibration(folder: Path, calibration: KVCalibration) -> None:
-    """Write kv.safetensors, whole or not at all; equal calibrations give equal bytes."""
+    """Write kv.safetensors, complete or not at all; equal calibrations give equal bytes."""
     write_tensors(folder / FILE, calibration.tensors(), calibration.metadata())
 
 
 def record_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]) -> None:
-    """Add a calibration of keys and values to a finished folder, in place of an earlier one.
+    """Add a KV calibration to a finished folder, in place of an earlier one.
 
-    What was measured through a packed cache is left out from then on.
+    Measurements through a packed cache are removed from the report.
 
-    kv: what the report is to say of it. Raises as `record_measurement` does.
+    Args:
+        folder: the folder.
+        calibration: the calibration.
+        kv: the report's entry on keys and values.
+
+    Raises:
+        CheckpointError: the report is damaged.
+        OutputError: the folder cannot be written.
     """
     open_checkpoint(folder)
     write_calibration(folder, calibration)

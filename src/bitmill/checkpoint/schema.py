@@ -1,4 +1,4 @@
-"""The `quantization_config` of config.json: written, read and checked here."""
+"""The `quantization_config` of config.json: how it is written, read and checked."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ FORMAT_VERSION = 1
 
 
 def layer_formats(config: dict[str, Any]) -> dict[str, Format]:
-    """Layer name -> format, from a `quantization_config`.
+    """Return layer -> format of a `quantization_config`.
 
-    Raises CheckpointError when it is not bitmill's, is damaged, or was written by a later version.
+    Raises:
+        CheckpointError: another tool or a later version wrote it, or it is damaged.
     """
     if config.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
@@ -39,10 +40,11 @@ def layer_formats(config: dict[str, Any]) -> dict[str, Format]:
     return formats
 
 
-def quantized_ends(config: dict[str, Any]) -> EmbeddingAndHeadConfig | None:
-    """`ends` of a `quantization_config`, None where embedding and head are in float.
+def head_config(config: dict[str, Any]) -> EmbeddingAndHeadConfig | None:
+    """Return the entry `ends` of a `quantization_config`, or None where embedding and head are in float.
 
-    Raises CheckpointError when it is damaged, or names layers that are not quantized.
+    Raises:
+        CheckpointError: it is damaged, or names layers that are not quantized.
     """
     ends = config.get("ends")
     if ends is None:
@@ -58,10 +60,11 @@ def quantized_ends(config: dict[str, Any]) -> EmbeddingAndHeadConfig | None:
     return dict(ends)
 
 
-def layer_places(config: dict[str, Any]) -> dict[str, str]:
-    """Layer name -> path of the module that holds what it shares, for those that share something.
+def shared_paths(config: dict[str, Any]) -> dict[str, str]:
+    """Return layer -> path of the module that holds its shared parts, for layers that share any.
 
-    Raises CheckpointError for a path that leads elsewhere.
+    Raises:
+        CheckpointError: a path is not below the module of shared parts.
     """
     places: dict[str, str] = {}
     for group in config["groups"]:
@@ -83,10 +86,13 @@ def quantization_config(
     places: dict[str, str] | None = None,
     ends: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `quantization_config` of config.json: formats, each with the layers that use it, and the recipe.
+    """Return the `quantization_config` of config.json: the recipe, and formats with their layers.
 
-    places: layer -> where what it shares is.  ends: embedding, head and whether they are tied, where they are
-    quantized.  `layer_formats`, `layer_places` and `quantized_ends` read it.
+    Args:
+        layers: layer -> format.
+        recipe: the recipe as plain data.
+        places: layer -> path of the module that holds its shared parts.
+        ends: embedding, head and whether they are tied, where they are quantized.
     """
     groups: list[dict[str, Any]] = []
     for name, format in layers.items():

@@ -1,4 +1,4 @@
-"""Check a quantized folder: every byte, every tensor, and that it still does what was measured."""
+"""Verify a quantized folder: every byte, every tensor, and its measured quality."""
 
 from __future__ import annotations
 
@@ -27,7 +27,16 @@ def verify(
 ) -> dict[str, int]:
     """Compare every file with its recorded digest and decode every quantized layer.
 
-    Returns counts of what was checked. Raises CheckpointError at the first file or tensor that is wrong.
+    Args:
+        checkpoint: the folder.
+        progress: receives the progress.
+        trust_remote_code: allow Python code in the folder to run.
+
+    Returns:
+        Counts of files, layers and tensors that were checked.
+
+    Raises:
+        CheckpointError: the first file or tensor that is wrong.
     """
     progress = progress or Progress()
     files = checkpoint.report.get("files", {})
@@ -51,7 +60,7 @@ def verify(
 
 
 def _check_calibration(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
-    """What keys and values were calibrated to: readable, finite, and of the model and the method of the report."""
+    """Check that the KV calibration is readable, finite, and fits the model and the report."""
     calibration, kv = read_calibration(checkpoint.folder), checkpoint.report.get("kv") or {}
     if kv.get("method") != (calibration.method.to_dict() if calibration else None):
         raise CheckpointError(
@@ -71,11 +80,18 @@ def _check_calibration(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
 def verify_quality(
     checkpoint: Checkpoint, evaluate: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> tuple[str, float] | None:
-    """Measure again what was measured while quantizing: which figure it is, and by how much it changed.
+    """Repeat the measurement that was made while quantizing and compare the results.
 
-    evaluate: from the recorded measurement (text, windows, seqlen) to a new one. The change is that of the
-    perplexity, relative, or of an encoder's `pair_cosine`, absolute; None when nothing was recorded.
-    Raises CheckpointError when it moved by more than 0.001, or what was recorded is no such figure.
+    Args:
+        checkpoint: the folder.
+        evaluate: function of the recorded measurement (text, windows, seqlen) that returns a new one.
+
+    Returns:
+        The name of the figure and its change: relative for perplexity, absolute for an encoder's `pair_cosine`.
+        None where nothing was recorded.
+
+    Raises:
+        CheckpointError: the change exceeds 0.001, or the recorded figure is not valid.
     """
     recorded = [m for m in checkpoint.report["measured"] if m.get("by") == "quantize"]
     if not recorded:

@@ -1,8 +1,8 @@
-"""Write a quantized model as a Hugging Face folder, shard by shard, and never a half one.
+"""Write a quantized model as a Hugging Face folder, shard by shard, complete or not at all.
 
-Blocks are written into `OUT.partial/model` as they finish and noted in a journal beside it. When the last
-file is in place the folder is renamed to OUT: whoever sees OUT sees all of it. Nothing in the folder depends
-on the clock, so the same job always gives the same bytes, interrupted or not.
+Finished blocks are written to `OUT.partial/model` and recorded in a journal in `OUT.partial`. After the last
+file the folder is renamed to OUT. Nothing in the folder depends on the clock, so that equal jobs give equal
+bytes, interrupted or not.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from bitmill.checkpoint.files import (
     file_digests,
     make_folder,
+    output_errors,
     publish,
     write_json,
     write_tensors,
     write_text,
-    writing,
 )
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.checkpoint.schema import quantization_config
@@ -41,18 +41,25 @@ from bitmill.sources.safetensors_header import read_header
 
 
 class FolderSink:
-    """A sink that keeps blocks as shards of a folder.
+    """A sink that writes blocks as shards of a folder.
 
-    recipe: None where weights stay as they are.
-    identity: plain data that decides the output bytes, see `journal`.
-    Raises OutputError when `out` exists or cannot be written; CheckpointError when a resume does not match.
+    Args:
+        out: the folder.
+        resolved: the recipe on the model; None where the weights stay as they are.
+        identity: plain data that decides the output bytes, see `journal`.
+        blocks: number of blocks of the model.
+        resume: continue an unfinished run.
+
+    Raises:
+        OutputError: `out` exists or cannot be written.
+        CheckpointError: the unfinished run has another identity.
     """
 
     def __init__(
         self, out: Path, resolved: ResolvedRecipe | None, identity: dict[str, Any], blocks: int, resume: bool
     ) -> None:
         self.out, self.resolved = out, resolved
-        self.work = work_of(out)
+        self.work = partial_folder(out)
         self.folder = self.work / "model"
         # the first holds what lies outside the blocks, the last what they share
         self.shards = blocks + 1 + bool(resolved and resolved.shares_parts)
@@ -63,7 +70,7 @@ class FolderSink:
         self._places: dict[str, str] = {}
         if not resume:
             check_new(out)
-        with writing(out):
+        with output_errors(out):
             make_folder(self.folder)
         self._lock = _lock(self.work)
         try:
@@ -81,7 +88,7 @@ class FolderSink:
     # -- what layers share --------------------------------------------------------------------------------
 
     def shared(self) -> Shared | None:
-        """Read what an earlier run kept."""
+        """Read the shared parts of an earlier run."""
         if self.journal.shared is None:
             return None
         file = self.folder / self.journal.shared["file"]
@@ -89,7 +96,7 @@ class FolderSink:
         return self._shared
 
     def share(self, parts: Shared) -> None:
-        """Write what layers share into a shard of its own."""
+        """Write shared parts to their own shard."""
         tensors = {f"{place}.{part}": tensor for place, named in parts.items() for part, tensor in named.items()}
         file = self._shard(self.shards - 1)
         write_tensors(file, tensors)
@@ -133,7 +140,7 @@ class FolderSink:
         return result
 
     def write(self, result: BlockResult, streamed: StreamedModel) -> None:
-        """Pack a block into its shard: quantized layers, and everything else as the source holds it."""
+        """Write a block to its shard: packed layers, and all other tensors as the source holds them."""
         tensors: dict[str, Tensor] = {}
         for name, layer in result.layers.items():
             for part, tensor in layer.own().items():
@@ -175,7 +182,7 @@ class FolderSink:
     # -- the rest -----------------------------------------------------------------------------------------
 
     def complete(self, streamed: StreamedModel) -> Path:
-        """Write everything that is not a block; returns the folder, which can be loaded now."""
+        """Write everything but the blocks; returns the folder, which can be loaded from then on."""
         recipe = self.resolved.recipe if self.resolved else None
         if recipe is None or recipe.head is None:  # otherwise it was written first
             file = self._shard(0)
@@ -183,7 +190,7 @@ class FolderSink:
             write_tensors(file, tensors)
             self.index.update(dict.fromkeys(tensors, file.name))
             del tensors
-        with writing(self.folder):
+        with output_errors(self.folder):
             streamed.source.write_auxiliary_files(self.folder)
         shards = [self.folder / name for name in sorted(set(self.index.values()))]
         entries = [e for f in shards for e in read_header(f).values()]
@@ -205,9 +212,11 @@ class FolderSink:
         return self.folder
 
     def finish(self, report: dict[str, Any], documents: dict[str, str]) -> None:
-        """Write report and documents, then give the folder its name.
+        """Write report and documents, then rename the folder.
 
-        documents: file name -> text of what only says what the report says; their digests are not recorded.
+        Args:
+            report: report.json without the digests of files.
+            documents: file name -> text of documents made from the report; their digests are not recorded.
         """
         files = file_digests(self.folder, {*documents, "report.json"})
         for name, text in documents.items():
@@ -218,7 +227,7 @@ class FolderSink:
         self.close()
 
     def close(self) -> None:
-        """Let another process use the work folder."""
+        """Unlock the work folder."""
         self._lock.close()
 
     def _shard(self, number: int) -> Path:
@@ -226,23 +235,31 @@ class FolderSink:
 
 
 def check_new(out: Path) -> None:
-    """Raises OutputError when `out`, or an unfinished run of it, is there already."""
+    """Raise OutputError when `out`, or an unfinished run of it, exists."""
     if out.exists():
         raise OutputError(f"{out} exists already; choose another folder with -o, or remove it first.")
-    work = work_of(out)
+    work = partial_folder(out)
     if work.exists():
         raise OutputError(
             f"{work} holds an unfinished run; continue it with --resume, or delete it to start anew."
         )
 
 
-def work_of(out: Path) -> Path:
-    """Where `out` is made."""
+def partial_folder(out: Path) -> Path:
+    """Return the folder in which `out` is made."""
     return out.with_name(out.name + ".partial")
 
 
 def is_finished(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether `out` holds the result of this very job. Raises BitmillError when it holds something else."""
+    """Return True if `out` holds the result of this job.
+
+    Args:
+        out: the folder.
+        identity: identity of the job.
+
+    Raises:
+        BitmillError: `out` holds something else.
+    """
     if not out.exists():
         return False
     try:
@@ -255,13 +272,13 @@ def is_finished(out: Path, identity: dict[str, Any]) -> bool:
         raise CheckpointError(
             f"{out} is finished already, but its {key} was {old!r} and is now {new!r}; choose another folder."
         )
-    shutil.rmtree(work_of(out), ignore_errors=True)
+    shutil.rmtree(partial_folder(out), ignore_errors=True)
     return True
 
 
 def _lock(work: Path) -> TextIO:
-    """Hold the work folder for this process; the lock ends with the process, however it ends."""
-    with writing(work / "lock"):
+    """Lock the work folder for this process; the lock ends with the process."""
+    with output_errors(work / "lock"):
         file = (work / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

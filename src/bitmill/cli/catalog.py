@@ -130,7 +130,7 @@ def _render_recipes(
 def _recipe_row(name: str, recipe: Recipe, description: str) -> dict[str, Any]:
     return {
         "name": name,
-        "format": _format_chain(recipe.stored),
+        "format": _format_chain(recipe.default.format),
         "solver": recipe.solver.name,
         "transforms": ", ".join(t.name for t in recipe.transforms) or "-",
         "tuners": ", ".join(t.name for t in recipe.tuners) or "-",

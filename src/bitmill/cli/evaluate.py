@@ -59,10 +59,10 @@ def evaluate(
     with command_output(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
-        from bitmill.checkpoint.reader import is_ours
+        from bitmill.checkpoint.reader import is_bitmill_folder
         from bitmill.checkpoint.record import record_measurement
 
-        if record and not is_ours(Path(model)):
+        if record and not is_bitmill_folder(Path(model)):
             raise UsageError(f"--record writes into a quantized folder, and {model!r} is none; leave it out.")
         result = api.evaluate(
             model,

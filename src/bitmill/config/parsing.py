@@ -13,25 +13,33 @@ from bitmill.errors import RecipeError
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
-def part_of(registry: Registry[Any], spelled: str) -> dict[str, Any]:
-    """The plain data of `NAME:key=value,...`. Raises RecipeError."""
+def parse_part(registry: Registry[Any], spelled: str) -> dict[str, Any]:
+    """Parse `NAME:key=value,...` to plain data.
+
+    Args:
+        registry: the registry that has the named member.
+        spelled: the text.
+
+    Raises:
+        RecipeError: an unknown name or option, or an option without value.
+    """
     name, _, options = spelled.partition(":")
     part: dict[str, Any] = {registry.noun: name.strip()}
     known = registry.options(name.strip())
     for option in filter(None, (o.strip() for o in options.split(","))):
         key, equals, value = option.partition("=")
         if key not in known:
-            raise registry.no_option(name.strip(), key)
+            raise registry.unknown_option(name.strip(), key)
         if not equals:
             raise RecipeError(
                 f"The option {key!r} of the {registry.noun} {name.strip()!r} has no value; write {key}=VALUE."
             )
-        part[key] = value_of(value)
+        part[key] = parse_value(value)
     return part
 
 
-def value_of(text: str) -> Any:
-    """A value as in YAML, and numbers such as 1e-3, which YAML 1.1 wants as 1.0e-3."""
+def parse_value(text: str) -> Any:
+    """Parse a value as YAML does, and numbers such as 1e-3, which YAML 1.1 takes for text."""
     if _EXPONENT.fullmatch(text.strip()):
         return float(text)
     try:

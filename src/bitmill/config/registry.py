@@ -1,7 +1,6 @@
-"""Names for members of one noun: formats, solvers, transforms, tuners, recipes, adapters.
+"""Registries of formats, solvers, transforms, tuners, methods and adapters.
 
-A registry discovers its members by importing every module of its package on first use, so that
-adding a member is adding a file.
+A registry imports every module of its package on first use, so that adding a member is adding a file.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps a public name to a member.
+    """A mapping from public names to members.
 
-    `noun` is used in messages ("format", "solver"); `package` is the dotted name of the package whose
-    modules register themselves when they are imported.
+    Attributes:
+        noun: the kind of member in messages, such as "format".
+        package: dotted name of the package whose modules register members when they are imported.
     """
 
     def __init__(self, noun: str, package: str) -> None:
@@ -32,7 +32,7 @@ class Registry(Generic[T]):
         self._discovered = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files a member under `name`; a name can be taken once."""
+        """Return a decorator that registers a member under `name`, which must be unique."""
 
         def file(member: T) -> T:
             if name in self._members and self._members[name] is not member:
@@ -43,7 +43,7 @@ class Registry(Generic[T]):
         return file
 
     def discover(self) -> None:
-        """Import every module of the package, once; modules register their members as they load."""
+        """Import every module of the package, once."""
         if self._discovered:
             return
         self._discovered = True
@@ -52,24 +52,28 @@ class Registry(Generic[T]):
             importlib.import_module(f"{self.package}.{module.name}")
 
     def get(self, name: str) -> T:
-        """The member called `name`. Raises RecipeError that lists the known names."""
+        """Return the member called `name`.
+
+        Raises:
+            RecipeError: there is none; lists the registered names.
+        """
         self.discover()
         if name not in self._members:
             raise RecipeError(f"There is no {self.noun} {name!r}; choose one of: {', '.join(self.names())}.")
         return self._members[name]
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         self.discover()
         return sorted(self._members)
 
     def items(self) -> Iterator[tuple[str, T]]:
-        """All (name, member) pairs, sorted by name."""
+        """Yield all (name, member) pairs, sorted by name."""
         for name in self.names():
             yield name, self._members[name]
 
     def name_of(self, member: object) -> str:
-        """The name under which `member` (or the class of an instance) is filed."""
+        """Return the name under which `member`, or the class of an instance, is registered."""
         self.discover()
         for name, known in self._members.items():
             if known is member or known is type(member):
@@ -77,17 +81,25 @@ class Registry(Generic[T]):
         raise RecipeError(f"{member!r} is not a registered {self.noun}.")
 
     def options(self, name: str) -> dict[str, Field[Any]]:
-        """The options of the member called `name`, in order. Raises RecipeError when there is none."""
+        """Return the options of the member called `name`, in order.
+
+        Raises:
+            RecipeError: there is no such member.
+        """
         kind: Any = self.get(name)
         return {f.name: f for f in fields(kind) if f.init}
 
-    def no_option(self, name: str, option: str) -> RecipeError:
-        """The error of an option that the member called `name` does not have."""
+    def unknown_option(self, name: str, option: str) -> RecipeError:
+        """Return the error for an option that the member called `name` does not have."""
         known = ", ".join(self.options(name)) or "(none)"
         return RecipeError(f"The {self.noun} {name!r} has no option {option!r}; it has: {known}.")
 
     def from_dict(self, data: Any) -> Any:
-        """The member described by `Member.to_dict`. Raises RecipeError on unknown names or fields."""
+        """Build a member from the plain data of `Member.to_dict`.
+
+        Raises:
+            RecipeError: an unknown name or option, a missing option, or a value of the wrong type.
+        """
         values = dict(data) if isinstance(data, dict) else {}
         name = values.pop(self.noun, None)
         if not isinstance(name, str):
@@ -99,7 +111,7 @@ class Registry(Generic[T]):
         values = {k: self.from_dict(v) if isinstance(v, dict) else v for k, v in values.items()}
         known = self.options(name)
         if strange := next((key for key in values if key not in known), None):
-            raise self.no_option(name, strange)
+            raise self.unknown_option(name, strange)
         wanted = (k for k, f in known.items() if f.default is MISSING and f.default_factory is MISSING)
         if absent := next((key for key in wanted if key not in values), None):
             raise RecipeError(f"The {self.noun} {name!r} needs the option {absent!r}; give it a value.")
@@ -107,7 +119,7 @@ class Registry(Generic[T]):
 
 
 class Member:
-    """Base of members that are plain data: frozen dataclasses whose fields are checked and written out."""
+    """Base of registered dataclasses: frozen, checked when they are built, converted to plain data and back."""
 
     registry: ClassVar[Registry[Any]]
 
@@ -120,7 +132,7 @@ class Member:
         return self.registry.name_of(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `Registry.from_dict` turns back into an equal member."""
+        """Return plain data; `Registry.from_dict` is its inverse."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         plain = {k: v.to_dict() if isinstance(v, Member) else v for k, v in values.items()}
         return {self.registry.noun: self.name, **plain}

@@ -13,7 +13,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitmill.checkpoint.schema import QUANT_METHOD, layer_formats, layer_places, quantized_ends
+from bitmill.checkpoint.schema import QUANT_METHOD, head_config, layer_formats, shared_paths
 from bitmill.errors import CheckpointError
 from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.modules.linear import QuantLinear
@@ -42,7 +42,7 @@ class BitmillQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
-        formats, ends, places = layer_formats(config), quantized_ends(config), layer_places(config)
+        formats, ends, places = layer_formats(config), head_config(config), shared_paths(config)
         names = {name for name, _ in model.named_modules(remove_duplicate=False)}
         if absent := next((name for name in (*formats, *layers_outside_blocks(ends)) if name not in names), None):
             raise CheckpointError(

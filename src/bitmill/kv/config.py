@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from bitmill.config.parsing import part_of, value_of
+from bitmill.config.parsing import parse_part, parse_value
 from bitmill.errors import CalibrationError, UsageError
 from bitmill.kv.calibration_file import KVCalibration
 from bitmill.kv.scheme import KV_METHODS, KVMethod, kv_method
@@ -43,7 +43,7 @@ class KVConfig:
             RecipeError: the method or an option is unknown, or options contradict each other.
             UsageError: bits are given twice.
         """
-        given = {k: value_of(v) if isinstance(v, str) else v for k, v in self.options.items()}
+        given = {k: parse_value(v) if isinstance(v, str) else v for k, v in self.options.items()}
         if self.bits is not None:
             if "bits" in given:
                 raise UsageError(f"'bits' of {self.name} is given twice, as {self.bits} and {given['bits']}.")
@@ -90,7 +90,7 @@ def parse_kv_config(
         return None
     name, options = method, options or {}
     if name != FLOAT:
-        part = part_of(KV_METHODS, name)
+        part = parse_part(KV_METHODS, name)
         name = part.pop(KV_METHODS.noun)
         if twice := next((key for key in part if key in options or (key == "bits" and bits is not None)), None):
             raise UsageError(

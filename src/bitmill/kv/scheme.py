@@ -206,7 +206,7 @@ def kv_method(name: str, bits: int | None = None, **options: Any) -> KVMethod:
     known = KV_METHODS.options(name)
     for key in values:
         if key not in known:
-            raise KV_METHODS.no_option(name, key)
+            raise KV_METHODS.unknown_option(name, key)
     method: KVMethod = KV_METHODS.get(name)(**values)
     method.scheme()
     return method

@@ -1,7 +1,8 @@
-"""Recipes put together from parts: any format, solver, transforms and tuners, on top of a named method.
+"""Recipes composed of parts: any format, solver, transforms, tuners and rules, on top of a named method.
 
-A part is spelled as on the command line, `NAME` or `NAME:key=value,key=value`, values as in YAML:
-`codebook:bits=3,group_size=row`. What a part leaves out is its default; bits stay those of the base recipe.
+A part is spelled `NAME` or `NAME:key=value,key=value`, as on the command line, with values as in YAML:
+`codebook:bits=3,group_size=row`. Options that a part leaves out have their defaults; bits default to those of
+the base recipe.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitmill.config.parsing import part_of, value_of
+from bitmill.config.parsing import parse_part, parse_value
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
 from bitmill.recipes.defaults import DEFAULT_BITS
@@ -61,11 +62,11 @@ def compose(
         )
         names.append("sparse")
     if solver is not None:
-        chosen["solver"] = SOLVERS.from_dict(part_of(SOLVERS, solver))
+        chosen["solver"] = SOLVERS.from_dict(parse_part(SOLVERS, solver))
         names.append(chosen["solver"].name)
     more = {
-        "transforms": [TRANSFORMS.from_dict(part_of(TRANSFORMS, spelled)) for spelled in transforms],
-        "tuners": [TUNERS.from_dict(part_of(TUNERS, spelled)) for spelled in tuners],
+        "transforms": [TRANSFORMS.from_dict(parse_part(TRANSFORMS, spelled)) for spelled in transforms],
+        "tuners": [TUNERS.from_dict(parse_part(TUNERS, spelled)) for spelled in tuners],
     }
     for noun, members in more.items():
         names += [member.name for member in members]
@@ -78,9 +79,14 @@ def compose(
 
 
 def with_head(recipe: Recipe, head_bits: int | None) -> Recipe:
-    """`recipe` with embedding and head at `head_bits` bits in groups of 64 columns; None leaves them as they were.
+    """Return `recipe` with embedding and head at `head_bits` bits in groups of 64 columns.
 
-    Raises RecipeError for another number of bits than HEAD_BITS.
+    Args:
+        recipe: the recipe.
+        head_bits: one of HEAD_BITS; None keeps the recipe as it is.
+
+    Raises:
+        RecipeError: another number of bits.
     """
     if head_bits is None:
         return recipe
@@ -94,12 +100,17 @@ def with_head(recipe: Recipe, head_bits: int | None) -> Recipe:
 
 
 def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) -> Recipe:
-    """A recipe of a format and a solver and nothing else, for others to be added with `compose`.
+    """Return a recipe of a format and a solver alone, to be extended by `compose`.
 
-    options: of the format where the part does not say, such as `bits`, else DEFAULT_BITS. Raises RecipeError as
-    `compose` does, and for options that the format does not have.
+    Args:
+        format: the weight format as a part.
+        solver: the solver as a part.
+        options: options of the format that the part leaves out; `bits` defaults to DEFAULT_BITS.
+
+    Raises:
+        RecipeError: an unknown part or option, or parts that cannot work together.
     """
-    part = part_of(FORMATS, format)
+    part = parse_part(FORMATS, format)
     known = FORMATS.options(part["format"])
     if stray := next((key for key in options or {} if key not in known), None):
         raise RecipeError(
@@ -107,16 +118,21 @@ def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) 
             "of that name; give --method, or options with the parts, as in NAME:key=value."
         )
     given = {"bits": DEFAULT_BITS} if "bits" in known else {}
-    given |= {key: value_of(str(value)) for key, value in (options or {}).items()}
+    given |= {key: parse_value(str(value)) for key, value in (options or {}).items()}
     weight = FORMATS.from_dict({**given, **part})
-    solved = SOLVERS.from_dict(part_of(SOLVERS, solver))
+    solved = SOLVERS.from_dict(parse_part(SOLVERS, solver))
     return Recipe(f"{weight.name}+{solved.name}", weight, solved)
 
 
 def find_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
-    """The recipe of a named method, of a file, or of a user's recipe of that name.
+    """Return the recipe of a named method, of a file, or of the user's recipe folder.
 
-    Raises RecipeError when there is none.
+    Args:
+        method: name of a method, path of a recipe file, or name of a file in the user's folder.
+        options: options of the named method.
+
+    Raises:
+        RecipeError: there is no such recipe.
     """
     if method not in METHODS.names() and (file := user_recipes().get(method)):
         return build_recipe(str(file), options)
@@ -124,7 +140,7 @@ def find_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
 
 
 def user_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes in the user's folder: BITMILL_RECIPES, else ~/.config/bitmill/recipes."""
+    """Return name -> file of the recipes in the user's folder: BITMILL_RECIPES, else ~/.config/bitmill/recipes."""
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     folder = Path(os.environ.get("BITMILL_RECIPES") or config / "bitmill" / "recipes")
     return {file.stem: file for file in sorted(folder.glob("*.y*ml"))} if folder.is_dir() else {}

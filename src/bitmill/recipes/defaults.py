@@ -1,7 +1,7 @@
-"""Which method to take when none is named: the one that leads the measured table at these bits.
+"""The default method: the leader of the measured table at the requested bits.
 
-`leaderboard.json` holds the rows of docs/leaderboard.md: every method on one model, same text, same
-windows, one machine. `benchmarks/leaderboard.py` writes both.
+`leaderboard.json` holds the rows of docs/leaderboard.md: every method on one model, one text, one set of windows
+and one machine. `benchmarks/leaderboard.py` writes both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ FALLBACKS = ("gptqt", "gptq")  # where nothing leads: the first that has these b
 
 @dataclass(frozen=True)
 class Row:
-    """One measured recipe. bits: as asked for.  minutes: to quantize the table's model on its machine."""
+    """One measured recipe.
+
+    Attributes:
+        bits: bits of the method's option.
+        minutes: time to quantize the table's model on its machine.
+    """
 
     method: str
     bits: int
@@ -37,7 +42,7 @@ class Row:
 
 @cache
 def rows() -> tuple[Row, ...]:
-    """Every measured recipe that is a named method at its defaults."""
+    """Return every measured recipe that is a named method with default options."""
     text = files("bitmill.recipes").joinpath("leaderboard.json").read_text(encoding="utf-8")
     return tuple(Row(**row) for row in json.loads(text)["rows"])
 
@@ -45,10 +50,15 @@ def rows() -> tuple[Row, ...]:
 def leader(
     bits: int, within_minutes: float = WITHIN_MINUTES, suits: Callable[[str], bool] = lambda method: True
 ) -> Row | None:
-    """The row of least KL divergence at `bits` among those that took at most `within_minutes`; None without one.
+    """Return the row of least KL divergence, or None.
 
-    A method may store more than `bits`: rows count up to half a bit above. One method alone leads nothing.
-    suits: says of a method whether it may lead.
+    Args:
+        bits: bits of the option; rows count that store up to half a bit more per weight.
+        within_minutes: the longest time to quantize.
+        suits: predicate of method names; only methods for which it is true count.
+
+    Returns:
+        None where no row fits, and where only one method was measured at these bits.
     """
     fit = [r for r in rows() if r.bits == bits and r.minutes <= within_minutes and r.bits_per_weight <= bits + 0.5]
     fit = [r for r in fit if suits(r.method)]
@@ -60,10 +70,16 @@ def leader(
 def leading_recipe(
     options: dict[str, Any] | None = None, within_minutes: float = WITHIN_MINUTES
 ) -> tuple[Recipe, str]:
-    """What is used when no method is named, and why: the leader at `options["bits"]`, or at DEFAULT_BITS.
+    """Return the default recipe and one sentence that explains the choice.
 
-    options: of that method, as for `build_recipe`. It leads among the methods that have them all; where none has,
-    RecipeError is raised.
+    Args:
+        options: options of the method, see `build_recipe`; `bits` defaults to DEFAULT_BITS. Only methods that
+        have all of
+            these options count.
+        within_minutes: the longest time to quantize.
+
+    Raises:
+        RecipeError: no method has these options.
     """
     from bitmill.recipes.method import METHODS, build_recipe
 

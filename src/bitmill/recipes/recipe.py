@@ -116,15 +116,6 @@ class Recipe:
         return self.default if rule is None else rule.scheme(self.default)
 
     @property
-    def stored(self) -> Format:
-        """The format in which the default scheme is stored."""
-        return self.default.format
-
-    def ignores(self, layer: str) -> bool:
-        """Return True if a layer stays in float."""
-        return self.scheme(layer) is None
-
-    @property
     def needs(self) -> frozenset[str]:
         """The statistics that calibration must collect; empty for a data-free recipe."""
         needs = [scheme.needs for scheme in self.schemes] + [tuner.needs for tuner in self.tuners]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from bitmill.config.parsing import part_of
+from bitmill.config.parsing import parse_part
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format
 from bitmill.recipes.scheme import LayerScheme
@@ -127,7 +127,7 @@ def format_of(spelled: str, default: Format) -> Format:
     Raises:
         RecipeError: the format or an option is unknown, or the bits would mean another rate than the default's.
     """
-    part = part_of(FORMATS, spelled)
+    part = parse_part(FORMATS, spelled)
     kept = {"bits": int(default.rate)} if "bits" in FORMATS.options(part["format"]) else {}
     format: Format = FORMATS.from_dict({**kept, **part})
     if kept.keys() - part.keys() and format.rate != default.rate:  # its bits are not those of a weight

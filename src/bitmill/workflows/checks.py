@@ -11,7 +11,7 @@ import torch
 
 from bitmill.calibration.token_windows import JobData
 from bitmill.checkpoint.files import folder_bytes
-from bitmill.checkpoint.writer import work_of
+from bitmill.checkpoint.writer import partial_folder
 from bitmill.data import text
 from bitmill.errors import OutputError, UsageError
 from bitmill.recipes.compose import find_recipe, with_head
@@ -102,7 +102,7 @@ def check_space(out: Path, size_bytes: int) -> None:
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     try:
-        held = folder_bytes(work_of(out) / "model")
+        held = folder_bytes(partial_folder(out) / "model")
     except OSError:  # another process is writing there, which the sink will refuse
         held = 0
     if free + held < size_bytes:

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import calibration_windows
-from bitmill.checkpoint.files import publish, writing
+from bitmill.checkpoint.files import output_errors, publish
 from bitmill.checkpoint.record import record_calibration, write_calibration
-from bitmill.checkpoint.writer import check_new, work_of
+from bitmill.checkpoint.writer import check_new, partial_folder
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length
 from bitmill.errors import UsageError
@@ -316,8 +316,8 @@ def calibrate_folder(
             progress.note(f"replaces the calibration for {earlier.method.describe()}")
         record_calibration(folder, calibration, plan)
         return
-    with writing(out):
-        work = Path(shutil.copytree(folder, work_of(out)))
+    with output_errors(out):
+        work = Path(shutil.copytree(folder, partial_folder(out)))
     record_calibration(work, calibration, plan)
     publish(work, out)
 

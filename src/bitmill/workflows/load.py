@@ -1,4 +1,4 @@
-"""Models and tokenizers, quantized or in float, ready to run."""
+"""Load models and tokenizers, quantized or in float."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ def load(
     dense: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a quantized folder, or any float model, ready to run; quantized weights stay packed.
+    """Load a quantized folder or any float model, ready to run; quantized weights stay packed.
 
-    dtype: type of activations and unquantized weights.
-    dense: unpack all weights, for an ordinary model with a float model's memory.
+    Args:
+        model: a folder, the name of a demo model, a hub id, or a .gguf file.
+        dtype: type of activations and unquantized weights.
+        device: device to run on.
+        dense: unpack all weights, which gives an ordinary model with the memory of a float model.
+        trust_remote_code: allow Python code in the folder to run.
+
+    Raises:
+        BitmillError: the model cannot be loaded.
     """
     check_device(device)
     if isinstance(model, (str, Path)) and is_checkpoint(Path(model)):
@@ -41,7 +48,7 @@ def load(
 
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a quantized folder or of any float model."""
+    """Load the tokenizer of a quantized folder or of any float model."""
     if is_checkpoint(Path(model)):
         from transformers import AutoTokenizer
 
@@ -50,7 +57,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
 
 
 def live_model(model: str | Path | nn.Module, device: str, trust_remote_code: bool) -> nn.Module:
-    """A live module as it is, anything else loaded."""
+    """Return a live module unchanged, and load anything else."""
     if isinstance(model, nn.Module):
         return model
     return load(model, device=device, trust_remote_code=trust_remote_code)
@@ -64,7 +71,16 @@ def read_folder(
     dense: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model in a folder that bitmill wrote, by transformers. config: of its config.json."""
+    """Load the model of a folder that bitmill wrote, by transformers.
+
+    Args:
+        folder: the folder.
+        config: its config.json.
+        dtype, device, dense, trust_remote_code: as for `load`.
+
+    Raises:
+        CheckpointError: the folder is damaged.
+    """
     loaded, info = _from_folder(
         task_for(config).auto_class, folder, trust_remote_code, dtype=dtype, output_loading_info=True
     )
@@ -75,7 +91,7 @@ def read_folder(
 
 
 def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **options: Any) -> Any:
-    """What transformers reads from a folder that bitmill wrote, with one sentence for whatever it raises."""
+    """Call `from_pretrained` on a folder that bitmill wrote; every error becomes one sentence."""
     try:
         return kind.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **options

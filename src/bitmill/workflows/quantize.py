@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import JobData, token_windows
 from bitmill.checkpoint.files import folder_bytes
-from bitmill.checkpoint.reader import Checkpoint, is_ours, open_checkpoint
+from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
 from bitmill.checkpoint.writer import FolderSink, check_new, is_finished
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import UsageError
@@ -159,7 +159,9 @@ def _quantize(
         raise UsageError(
             "The method 'none' leaves weights as they are; name a KV method and no option of weights."
         )
-    elif not isinstance(request.model, nn.Module) and is_ours(Path(request.model)) and not request.dry_run:
+    elif (
+        not isinstance(request.model, nn.Module) and is_bitmill_folder(Path(request.model)) and not request.dry_run
+    ):
         return _calibrate_folder(request, Path(request.model), request.kv)
     request.check_output()
     prepared = _prepare(request, recipe, chosen)

@@ -1,4 +1,4 @@
-"""What a model takes: as planned, on the disk, in memory."""
+"""Sizes of a model: planned, on disk, in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bitmill.checkpoint.files import folder_bytes
-from bitmill.checkpoint.reader import Checkpoint, is_ours, open_checkpoint
+from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
 from bitmill.formats import Format
 from bitmill.formats.base import total_stored_bits
 from bitmill.models.embedding_and_head import embedding_and_head
@@ -118,7 +118,16 @@ def report_plan(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:
-    """(bits a weight of the blocks' quantized layers or of the float weights, bytes on disk or in memory)."""
+    """Return the bits per weight and the bytes of a model.
+
+    Args:
+        model: a live module, a folder, the name of a demo model, a hub id, or a .gguf file.
+        trust_remote_code: allow Python code in the folder to run.
+
+    Returns:
+        Bits per weight of the blocks' quantized layers, or of the float weights; bytes on disk, or in memory for
+        a live module.
+    """
     if isinstance(model, nn.Module):
         tensors = [*model.parameters(), *model.buffers()]
         size = sum(t.nbytes for t in tensors)
@@ -127,7 +136,7 @@ def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple
             bits, weights = _stored((m.format, m.shape, id(m.shared or m)) for m in packed)
             return bits / weights, size
         return 8 * size / max(sum(t.numel() for t in tensors), 1), size
-    if is_ours(Path(model)):
+    if is_bitmill_folder(Path(model)):
         return open_checkpoint(model).bits_per_weight, folder_bytes(Path(model))
     source = open_source(model, trust_remote_code=trust_remote_code)
     sizes = [(torch.Size(source.shape(n)).numel(), source.dtype(n).itemsize) for n in source.names()]
@@ -136,6 +145,6 @@ def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple
 
 
 def _stored(layers: Iterable[_Layer]) -> tuple[int, int]:
-    """(bits, weights) of all of them."""
+    """Return the total bits and weights of layers."""
     known = list(layers)
     return total_stored_bits(known), sum(math.prod(shape) for _, shape, _ in known)

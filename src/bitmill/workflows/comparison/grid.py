@@ -165,7 +165,7 @@ def _variant_at(method: str, bits: int, options: dict[str, Any], head_bits: int 
 
 
 def _bits_of(recipe: Recipe) -> int:
-    return int(recipe.stored.rate)
+    return int(recipe.default.format.rate)
 
 
 def _file_name(text: str) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill.checkpoint.files import writing
+from bitmill.checkpoint.files import output_errors
 from bitmill.errors import CheckpointError, OutputError
 
 Logits = Callable[[Tensor], Tensor]
@@ -44,7 +44,7 @@ class PredictionRecorder:
         """Rename the file to its final name, after the last window."""
         assert self._file is not None
         assert self._written == len(self.windows)
-        with writing(self.path):
+        with output_errors(self.path):
             self._file.flush()
             self._file = None
             os.replace(self.partial, self.path)
@@ -57,7 +57,7 @@ class PredictionRecorder:
                 f"The float model's predictions need {size / 1e9:.1f} GB and {self.path.parent} has "
                 f"{free / 1e9:.1f} GB free; lower --windows, or choose another folder with -o."
             )
-        with writing(self.partial):
+        with output_errors(self.partial):
             return np.lib.format.open_memmap(self.partial, mode="w+", dtype=np.float16, shape=shape)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitmill.checkpoint.files import make_folder, write_json, write_text, writing
+from bitmill.checkpoint.files import make_folder, output_errors, write_json, write_text
 from bitmill.checkpoint.journal import first_difference
 from bitmill.data import text
 from bitmill.data.windows import check_context_length
@@ -69,7 +69,7 @@ def run_grid(
     progress.start("reading text and model", 0)
     settings = comparison_settings(grid)
     machine = describe_machine(grid.device)
-    with writing(out):
+    with output_errors(out):
         make_folder(out / "cells")
         lock = (out / "lock").open("w")
     try:

@@ -23,7 +23,7 @@ import torch
 
 from bitmill.checkpoint.files import folder_bytes, write_json
 from bitmill.checkpoint.record import record_measurement
-from bitmill.checkpoint.writer import work_of
+from bitmill.checkpoint.writer import partial_folder
 from bitmill.data.text import windows_hash
 from bitmill.errors import BitmillError, CheckpointError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
@@ -134,7 +134,7 @@ class _VariantJob:
         cost = _CostRecorder(state, self.progress, spec.recipe)
         if uncounted or cost.is_other_recipe:
             shutil.rmtree(out, ignore_errors=True)
-            shutil.rmtree(work_of(out), ignore_errors=True)
+            shutil.rmtree(partial_folder(out), ignore_errors=True)
         try:
             outcome = quantize(
                 self.grid.model,
@@ -201,7 +201,7 @@ def _state_file(out: Path) -> Path:
 
 
 def _has_work(out: Path) -> bool:
-    return out.exists() or work_of(out).exists()
+    return out.exists() or partial_folder(out).exists()
 
 
 class _CostRecorder(Progress):

@@ -58,7 +58,7 @@ class WeightStorage:
             except RecipeError:  # the method does not have these bits
                 continue
         unique = {recipe.to_json(): recipe for recipe in found}
-        return sorted(unique.values(), key=lambda recipe: recipe.stored.rate, reverse=True)
+        return sorted(unique.values(), key=lambda recipe: recipe.default.format.rate, reverse=True)
 
 
 def weight_rows(
@@ -107,7 +107,7 @@ def _float_row(name: str, size: int, count: int, chosen: bool) -> dict[str, Any]
 
 def _recipe_row(streamed: StreamedModel, recipe: Recipe, chosen: bool) -> dict[str, Any]:
     stored = storage_plan(streamed, resolve_recipe(recipe, streamed))
-    name = f"{recipe.name}, {recipe.stored.rate:g} bits"
+    name = f"{recipe.name}, {recipe.default.format.rate:g} bits"
     return {
         "name": name,
         "bits_per_weight": stored["bits_per_weight"],
