@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, GroupFormat, Params, Part, Rounder
-from bitmill.formats.fitting import as_stored
+from bitmill.formats.fitting import as_stored, divide_or_zero
 from bitmill.numerics import additive
 from bitmill.numerics.grouping import GroupSize
 
@@ -117,7 +117,7 @@ class Additive(GroupFormat):
     def _vectors(self, x: Tensor, importance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return blocks in units of their scale and the weights of their errors: a sample of those with weight."""
         weight = (importance * scale.square()[..., None]).reshape(-1, self.block)
-        vectors = _over(x, scale[..., None]).reshape(-1, self.block)
+        vectors = divide_or_zero(x, scale[..., None]).reshape(-1, self.block)
         counts = weight.sum(1) > 0
         if bool(counts.any()):
             vectors, weight = vectors[counts], weight[counts]
@@ -138,7 +138,7 @@ class Additive(GroupFormat):
         Returns:
             Codes uint8 (rows, groups, width / 8 * codebooks).
         """
-        vectors = _over(x, params["scale"][..., None]).reshape(-1, self.block)
+        vectors = divide_or_zero(x, params["scale"][..., None]).reshape(-1, self.block)
         return self._encode(vectors, params)[0].reshape(*x.shape[:2], -1)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
@@ -155,7 +155,7 @@ class Additive(GroupFormat):
         scale = params["scale"][:, 0, None]
 
         def block(w: Tensor) -> tuple[Tensor, Tensor]:
-            codes, points = self._encode(_over(w, scale), params)
+            codes, points = self._encode(divide_or_zero(w, scale), params)
             return codes, points * scale
 
         return block
@@ -192,8 +192,3 @@ def _rms(x: Tensor, importance: Tensor) -> Tensor:
     counts = (importance > 0).to(x.dtype)
     counts = torch.where(counts.sum(-1, keepdim=True) > 0, counts, 1.0)
     return as_stored(((x.square() * counts).sum(-1) / counts.sum(-1)).sqrt())
-
-
-def _over(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, and 0 where the scale is: all codes mean 0 there."""
-    return torch.where(scale > 0, x / torch.where(scale > 0, scale, 1.0), 0.0)

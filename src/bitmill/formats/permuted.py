@@ -62,7 +62,11 @@ class Permuted(Wrapper):
         return Reduction(W[:, order], stats.permute(order), finish)
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Return the stored matrix with its columns in their original order, fp32 of `shape`."""
+        """Decode the inner matrix and restore the order of its columns.
+
+        Returns:
+            fp32 of `shape`.
+        """
         W = self.inner.dequantize(codes, self.inner_params(params, shape), shape)
         return W[:, params["order"].long().argsort()]
 

@@ -100,7 +100,11 @@ class Rotated(Wrapper):
         return Reduction(rotated, stats.rotate(V, s), finish)
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Return the stored matrix in the basis of the layer, fp32 of `shape`."""
+        """Decode the inner matrix and rotate it back to the basis of the layer.
+
+        Returns:
+            fp32 of `shape`.
+        """
         W = self.inner.dequantize(codes, self.inner_params(params, shape), shape)
         V, U = self.on_inputs(shape[1], W.device), self.on_outputs(shape[0], W.device)
         if U is not None:

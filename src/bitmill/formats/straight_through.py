@@ -30,6 +30,8 @@ def round_in_range(x: Tensor, low: Tensor, high: Tensor, format: RangeFormat) ->
 
 
 class _RoundInRange(torch.autograd.Function):
+    """The autograd function of `round_in_range`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, format: RangeFormat) -> Tensor:
         clamped = x.clamp(low[..., None], high[..., None])

@@ -69,7 +69,11 @@ class Sum(Wrapper):
         )
 
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
-        """Choose the entries and set them to zero in the dense matrix; fit them to its error afterwards."""
+        """Choose the entries and set them to zero in the dense matrix; fit them to its error afterwards.
+
+        Returns:
+            The dense matrix with statistics that exclude the entries.
+        """
         mask = self._choose(W, stats)
         dense = W.masked_fill(mask, 0)
         return Reduction(dense, stats.exclude(mask), lambda solved: self._add_entries(W, stats, mask, solved))
@@ -87,7 +91,11 @@ class Sum(Wrapper):
         return replace(dense, format=self, params={**dense.params, **own})
 
     def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Return the inner matrix with the entries added."""
+        """Decode the inner matrix and add the entries.
+
+        Returns:
+            fp32 of `shape`.
+        """
         W = self.inner.dequantize(codes, self.inner_params(params, shape), shape).clone()
         rows, columns = places(params["sparse_counts"], params["sparse_columns"])
         W[rows, columns] += params["sparse_values"]

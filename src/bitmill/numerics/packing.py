@@ -97,7 +97,7 @@ def _period(bits: int) -> tuple[int, int]:
 
 
 def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
-    """`pack` up to 8 bits by arithmetic on bytes, which is a quarter of the memory of words."""
+    """Pack codes of up to 8 bits by arithmetic on bytes, which takes a quarter of the memory of words."""
     count, wide = _period(bits)
     words = words_for(codes.shape[-1], bits)
     codes = pad(codes, (0, -codes.shape[-1] % _WORD)).unflatten(-1, (-1, count))  # 32 codes fill whole words
@@ -111,7 +111,7 @@ def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
-    """Inverse of `_pack_bytes`, with the padding at the end."""
+    """Invert `_pack_bytes`, with the padding at the end."""
     count, wide = _period(bits)
     flat = words.reshape(-1)
     if flat.stride(0) != 1:  # a single number may count as contiguous with any stride

@@ -133,12 +133,21 @@ def round_block(rounder: Rounder, wt: Tensor, block: int) -> tuple[Tensor, Tenso
 
 
 def block_codes(format: GroupFormat, columns: slice) -> slice:
-    """Return the slice of the codes of some whole blocks of columns."""
+    """Return the slice of the codes of some whole blocks of columns.
+
+    Args:
+        format: of the codes.
+        columns: from the first of a block on.
+    """
     return slice(columns.start // format.block * format.codes_per_block, format.codes_in(columns.stop))
 
 
 def empty_codes(format: GroupFormat, columns: int, rows: int, device: torch.device) -> Tensor:
-    """Return uninitialized codes of all columns, (codes, rows)."""
+    """Return uninitialized codes of all columns.
+
+    Returns:
+        uint8, or int32 above 8 bits, (codes, rows).
+    """
     dtype = torch.uint8 if format.code_bits <= 8 else torch.int32
     return torch.empty(format.codes_in(columns), rows, dtype=dtype, device=device)
 

@@ -63,7 +63,11 @@ class HQQ(Solver):
         return None
 
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
-        """Quantize W, fp32 (rows, columns)."""
+        """Quantize W, fp32 (rows, columns).
+
+        Returns:
+            Codes and parameters whose zero of every group has the least sum |w - w^|^p of all rounds.
+        """
         x = grouped(W, format.group_size)
         weight = grouped_importance(None, (W.shape[0], W.shape[1]), format.group_size).to(W.device)
 

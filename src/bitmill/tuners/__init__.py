@@ -1,4 +1,4 @@
-"""What is learned around the quantized layers of a block, and with which loss. One file per tuner."""
+"""Tuners: they learn parameters around the quantized layers of a block. One file per tuner."""
 
 from bitmill.tuners.base import TUNERS, BlockTask, Tuner
 

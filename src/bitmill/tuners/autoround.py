@@ -56,13 +56,13 @@ class AutoRound(Tuner):
             )
 
     def unsupported_reason(self, format: Format) -> str | None:
-        """Uniform grids alone: a neighbouring level must be one step away."""
+        """Return a reason for formats without a range: a neighbouring level must be one step away."""
         if isinstance(format, RangeFormat):
             return None
         return f"autoround learns the rounding of uniform grids and the weight format is {format.name!r}."
 
     def unsupported_solver_reason(self, solver: Solver) -> str | None:
-        """Nearest rounding: the tuner settles every linear, and another solver would have none left."""
+        """Return a reason for solvers other than nearest rounding: the tuner rounds every linear itself."""
         if isinstance(solver, Nearest):
             return None
         return f"autoround rounds every linear itself, and {solver.name} would have none left; use solver nearest."
@@ -86,7 +86,7 @@ class AutoRound(Tuner):
                 task.set_quantized(name, quantized)
 
     def _learn(self, task: BlockTask, roundings: dict[str, _Rounding]) -> None:
-        """All steps; the last ones are so small that the last state stands for the best."""
+        """Run all steps; the last ones are so small that the last state serves as the best."""
         rate = self.rate or 1 / self.iters
         generator = torch.Generator().manual_seed(self.seed)
         done = 0
@@ -105,7 +105,7 @@ class AutoRound(Tuner):
 
 
 class _Rounding:
-    """One matrix while its rounding is learned; everything in groups (rows, groups, width)."""
+    """One matrix while its rounding is learned; all tensors in groups (rows, groups, width)."""
 
     def __init__(self, format: RangeFormat, W: Tensor, search: bool) -> None:
         self.format, self.shape = format, (W.shape[0], W.shape[1])
@@ -124,30 +124,35 @@ class _Rounding:
             self.beta = self.alpha.clone()
 
     def params(self) -> Params:
-        """Scale and zero of the present ranges, as stored."""
+        """Return scale and zero of the present ranges, as stored."""
         return self.format.from_range(self.low * self.beta, self.high * self.alpha)
 
     def codes(self, params: Params) -> tuple[Tensor, Tensor, Tensor]:
-        """Rounded codes before and after clipping, and the zero they are counted from."""
+        """Return rounded codes before and after clipping, and their zero."""
         scale = params["scale"][..., None]
         zero = params["zero"][..., None] if "zero" in params else torch.full_like(scale, (self.top + 1) // 2)
         free = torch.addcdiv(self.V, self.W, scale).add_(zero).round_()
         return free, free.clamp(0, self.top), zero
 
     def matrix(self) -> Tensor:
-        """W^ (rows, columns) as it would be stored now."""
+        """Return W^ (rows, columns) in its present stored form."""
         params = self.params()
         _, codes, zero = self.codes(params)
         return ungrouped(codes.sub_(zero).mul_(params["scale"][..., None]), self.shape)
 
     def quantized(self) -> Quantized:
-        """What is stored."""
+        """Return the quantized matrix."""
         params = self.params()
         codes = self.codes(params)[1].to(torch.uint8).reshape(self.shape[0], -1)[:, : self.shape[1]]
         return Quantized(self.format, codes.contiguous(), params, self.shape)
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Move against the signs of the gradient, given as that of W^ (rows, columns)."""
+        """Move against the signs of the gradient.
+
+        Args:
+            gradient: of W^, (rows, columns).
+            rate: of this step.
+        """
         G, params = grouped(gradient, self.format.group_size), self.params()
         free, codes, zero = self.codes(params)
         outside = free != codes

@@ -1,10 +1,10 @@
-"""The contract of a tuner: what is learned in a block, before its linears are quantized or after.
+"""The contract of a tuner: it learns parameters of a block before its linears are quantized, or after.
 
-`before` may change float weights, or settle layers itself (learned rounding); the solver takes what is left.
-`after` may change what stays in float (norms, biases) and the continuous parameters of quantized layers.
+`before` may change float weights, or quantize layers itself (learned rounding); the solver takes the others.
+`after` may change the parameters that stay in float (norms, biases) and the continuous ones of quantized layers.
 
 Law (tests/conformance/test_tuners.py): the distance between the block's outputs and the float block's falls on
-the inputs it was tuned on, and what is stored afterwards is exactly what was measured.
+the inputs it was tuned on, and the measured parameters are exactly the stored ones.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ TARGETS = frozenset({"targets"})  # what `needs` names when a tuner compares wit
 
 @dataclass
 class BlockTask:
-    """One block on its way: what a tuner may look at and change.
+    """One block during quantization: everything that a tuner may read and change.
 
-    block: the module; its linears hold float weights before, decoded ones after they are settled.
+    block: the module; its linears hold float weights first, decoded ones once they are quantized.
     names: the linears to be quantized, by path in the block, in the order in which they run.
-    inputs: hidden states (windows, tokens, width), batch by batch, as the quantized blocks before produce them.
-    targets: what the float model has after this block, batch by batch; empty unless a tuner needs it.
+    inputs: hidden states (windows, tokens, width), batch by batch, as produced by the quantized blocks before.
+    targets: the float model's hidden states after this block, batch by batch; empty unless a tuner needs them.
     dtypes: the types in which the parameters that stay in float will be stored.
-    originals: the float weight (out, in) of every settled linear, as it was when it was settled.
-    stats: what the linears' inputs were, as far as the recipe needs to know; `gram` alone is kept.
+    originals: the float weight (out, in) of every quantized linear, as it was when it was quantized.
+    stats: statistics of every linear's inputs, where the recipe needs them; `gram` alone is kept.
     stages: the linears that read one input, together, in the order in which they run.
-    input_stats: of what the first linear of every stage reads, where the recipe needs "activations"; a tuner that
+    input_stats: of the inputs of every stage, by its first linear, where the recipe needs "activations"; a tuner
+        that
         changes the inputs of a linear updates them.
     """
 
@@ -70,7 +71,7 @@ class BlockTask:
         return format
 
     def matrix(self, name: str) -> Tensor:
-        """The weight of a linear as (out, in), fp32."""
+        """Return the weight of a linear as (out, in), fp32."""
         weight = self.block.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         return weight.data.T.contiguous() if self.transposed else weight.data
@@ -81,31 +82,56 @@ class BlockTask:
         return self.input_stats.get(next(leads, ""), Statistics())
 
     def set_matrix(self, name: str, W: Tensor) -> None:
-        """Replace the weight of a linear by W (out, in)."""
+        """Replace the weight of a linear.
+
+        Args:
+            name: path of the linear in the block.
+            W: (out, in).
+        """
         weight = self.block.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         weight.data = (W.T if self.transposed else W).to(weight.device).contiguous()
 
     def set_quantized(self, name: str, quantized: Quantized) -> None:
-        """Note a linear's result, and let the block compute with it as it will be stored."""
+        """Record a linear's result, and let the block compute with its stored form.
+
+        Args:
+            name: path of the linear in the block.
+            quantized: its weight (out, in).
+        """
         self.originals.setdefault(name, self.matrix(name))
         self.quantized[name] = quantized
         self.set_matrix(name, quantized.dequantize())
 
     def as_stored(self, name: str, values: Tensor) -> Tensor:
-        """What the stored type of a parameter that stays in float keeps of `values`."""
+        """Round values to the stored type of a parameter that stays in float.
+
+        Args:
+            name: of the parameter in the block.
+            values: fp32.
+        """
         return values.to(self.dtypes.get(name, values.dtype)).to(values.dtype)
 
     def set_float(self, name: str, values: Tensor) -> None:
-        """Replace a parameter that stays in float by what its stored type keeps of `values`."""
+        """Replace a parameter that stays in float, rounded to its stored type.
+
+        Args:
+            name: of the parameter in the block.
+            values: fp32.
+        """
         self.block.get_parameter(name).data = self.as_stored(name, values)
 
     def run(self, batch: int, tensors: dict[str, Tensor] | None = None) -> Tensor:
-        """The block's output for one batch, with whatever its weights are now but for `tensors`, by name."""
+        """Return the block's output for one batch with its present weights.
+
+        Args:
+            batch: index of the batch.
+            tensors: parameters that replace those of the block, by name.
+        """
         return self.calls[batch].run_with(tensors or {}, self.block, self.inputs[batch])
 
     def floats(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters that stay in float: norms, biases, linears that nobody quantizes."""
+        """Yield the parameters that stay in float: norms, biases, linears that are not quantized."""
         coded = {f"{name}.weight" for name in self.names}
         for name, parameter in self.block.named_parameters():
             if name not in coded:
@@ -113,7 +139,7 @@ class BlockTask:
 
     @torch.no_grad()
     def error(self, tensors: dict[str, Tensor] | None = None) -> float:
-        """Distance between the block's outputs and the targets, a mean over tokens; `tensors` as in `run`."""
+        """Return the relative error of the block's outputs, a mean over tokens; `tensors` as in `run`."""
         total = sum(
             float(relative_error(self.run(i, tensors), target).sum()) for i, target in enumerate(self.targets)
         )
@@ -121,16 +147,22 @@ class BlockTask:
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of hidden states (..., width) from their targets, as a share of the targets' (...).
+    """Return the squared distance of hidden states from their targets, relative to the targets' mean square.
 
-    Every token counts alike, as it does for the norms that read it. Left in the units of the hidden states, one
-    attention sink, with ten thousand times the energy of other tokens, would be all that a tuner hears of.
+    Every token has equal weight, as it has for the norms that read it. In absolute units, one attention sink with
+    ten thousand times the energy of other tokens would dominate the loss.
+
+    Args:
+        output, target: (..., width).
+
+    Returns:
+        (...).
     """
     return (output - target).square().mean(-1) / mean_square(target)
 
 
 def mean_square(hidden: Tensor) -> Tensor:
-    """Mean square (...) of hidden states (..., width), and no less than what can be divided by."""
+    """Return the mean square (...) of hidden states (..., width), bounded below so that it can be divided by."""
     return hidden.square().mean(-1).clamp(min=1e-30)
 
 
@@ -142,19 +174,19 @@ class Tuner(Member, ABC):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics, and TARGETS when it compares with the float model."""
+        """Statistics, and TARGETS for a tuner that compares with the float model."""
         return TARGETS
 
     def unsupported_reason(self, format: Format) -> str | None:
-        """None, or one sentence that says why this tuner cannot work with this weight format."""
+        """Return one sentence on why this tuner cannot work with this weight format; None where it can."""
         return None
 
     def unsupported_solver_reason(self, solver: Solver) -> str | None:
-        """None, or one sentence that says why what this tuner does before would be lost on this solver."""
+        """Return one sentence on why this solver would discard the results of `before`; None where it does not."""
         return None
 
     def before(self, task: BlockTask) -> None:
         """Act while the linears hold float weights."""
 
     def after(self, task: BlockTask) -> None:
-        """Act when every linear is settled."""
+        """Act once every linear is quantized."""

@@ -1,9 +1,9 @@
-"""Block fine-tuning: codes stay, everything continuous around them learns from the float block's outputs.
+"""Block fine-tuning: codes stay, and all continuous parameters learn from the float block's outputs.
 
-Trained are the fp16 parameters of every quantized layer of the block (scales, tables, codebooks: whatever the
+Trained are the fp16 parameters of every quantized layer of the block (scales, tables, codebooks: all that the
 format stores as numbers) and the norms and biases, by Adam on the distance to the float block, in which every
-token counts alike. After every epoch the parameters are rounded as they would be stored; the best of these states
-is kept, the start included, and an epoch that did not gain is taken back and the next one goes at half the rate.
+token has equal weight. After every epoch the parameters are rounded to their stored form; the best of these states
+is kept, the start included, and after an epoch without gain training restarts from it at half the rate.
 
 Source: AQLM (Egiazarian et al. 2024, arXiv 2401.06118), section 3.4.
 """
@@ -23,7 +23,7 @@ from bitmill.tuners.training import Adam, TrainableParameters, minibatches
 @TUNERS.register("block_finetune")
 @dataclass(frozen=True)
 class BlockFinetune(Tuner):
-    """Train what is continuous in a quantized block.
+    """Train the continuous parameters of a quantized block.
 
     epochs: passes over the calibration windows.  tokens: in a step.
     rate: of Adam, in units of the root mean square of each parameter's row; falls linearly to 0.

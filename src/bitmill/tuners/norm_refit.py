@@ -1,9 +1,9 @@
 """Norm refit: the scales of a norm by least squares, for the quantized layers that read it.
 
-    error(s) = sum_l E |Q_l (s * x) - W_l x|^2         x: what the layers l read, the output of the norm
+    error(s) = sum_l E |Q_l (s * x) - W_l x|^2         x: input of the layers l, the output of the norm
     (G o sum_l Q_l^T Q_l + lambda I) s = diag(G sum_l W_l^T Q_l) + lambda 1          G = E x x^T
 
-One small linear system a norm, no gradients. A norm is left as it was where the block would not come closer.
+One small linear system a norm, no gradients. A norm is left unchanged where the block's error would not fall.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class NormRefit(Tuner):
                 task.set_float(name, values)
 
     def _scale(self, task: BlockTask, seam: Seam, reader: str) -> Tensor:
-        """s (channels,) of least squared error."""
+        """Return s (channels,) of least squared error."""
         gram = task.stats[reader].gram
         assert gram is not None
         gram = gram.double()
@@ -72,5 +72,5 @@ class NormRefit(Tuner):
         system = gram * power
         ridge = self.damp * system.diagonal().mean().clamp(min=1e-30)
         system.diagonal().add_(ridge)
-        wanted = (gram * match).sum(0) + ridge  # diag(G M) for a symmetric G
-        return torch.linalg.solve(system, wanted).float()
+        right_side = (gram * match).sum(0) + ridge  # diag(G M) for a symmetric G
+        return torch.linalg.solve(system, right_side).float()

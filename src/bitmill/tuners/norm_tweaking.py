@@ -2,9 +2,9 @@
 
     loss = 1/C sum_c (|mean_f,c - mean_q,c| + |var_f,c - var_q,c|)      over tokens, channel by channel
 
-One pass over the calibration windows, Adam on the weights and biases of norms and nothing else; the learning
-rate grows with depth, because errors do. Hidden states are counted in units of the float token's root mean
-square, or an attention sink would be all of the variance. A block's norms stay as they were unless both the
+One pass over the calibration windows, Adam on the weights and biases of norms alone; the learning
+rate grows with depth, because errors do. Hidden states are in units of the float token's root mean
+square, or an attention sink would be all of the variance. A block's norms stay unchanged unless both the
 loss and the tokens' own distance from the float block's outputs fell.
 
 Source: Norm Tweaking (Li et al. 2023, arXiv 2309.02784), algorithm 1 and equations 2 and 3.
@@ -45,7 +45,7 @@ class NormTweaking(Tuner):
             )
 
     def after(self, task: BlockTask) -> None:
-        """One pass of Adam over the windows."""
+        """Run one pass of Adam over the windows."""
         free = TrainableParameters(task, params=False, norms=True)
         if not free.leaves():
             return
@@ -64,7 +64,7 @@ class NormTweaking(Tuner):
 
     @torch.no_grad()
     def losses(self, task: BlockTask) -> tuple[float, float]:
-        """Distances of the block's outputs from the float block's: of their distributions, and token by token."""
+        """Return the distances from the float block's outputs: of the distributions, and token by token."""
         outputs = [task.run(i) for i in range(len(task.inputs))]
         apart = distance(moments(outputs, task.targets), moments(task.targets))
         return float(apart), float(
@@ -73,9 +73,14 @@ class NormTweaking(Tuner):
 
 
 def moments(batches: list[Tensor], targets: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and variance (channels,) over the tokens of hidden states (windows, tokens, channels).
+    """Return mean and variance over tokens, in units of each token's root mean square.
 
-    In units of the root mean square of each token of `targets`, else of its own: sinks count as others do.
+    Args:
+        batches: hidden states (windows, tokens, channels).
+        targets: whose root mean squares are the units; those of `batches` without them.
+
+    Returns:
+        Two tensors (channels,).
     """
     units = [mean_square(target).sqrt()[..., None] for target in targets or batches]
     rows = torch.cat([(batch / unit).flatten(0, 1) for batch, unit in zip(batches, units)])
@@ -83,5 +88,9 @@ def moments(batches: list[Tensor], targets: list[Tensor] | None = None) -> tuple
 
 
 def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss of two pairs of mean and variance."""
+    """Return the loss of two pairs of mean and variance.
+
+    Args:
+        first, second: (mean, variance), (channels,) each.
+    """
     return (first[0] - second[0]).abs().mean() + (first[1] - second[1]).abs().mean()

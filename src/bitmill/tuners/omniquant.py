@@ -1,20 +1,20 @@
-"""OmniQuant: learn where each group's range is cut, and how loud each channel is, block by block.
+"""OmniQuant: learn the clipping of each group's range and the scale of each channel, block by block.
 
 Problem    the best clipping and the best channel scales depend on each other and on the rest of the block;
-           searching them layer by layer sees neither
+           searching them layer by layer ignores both
 Equation   high = sigmoid(gamma) max(0, max w), low = sigmoid(beta) min(0, min w), scale = (high - low) / (2^b - 1)
            with a gamma and a beta a group, from 4 (sigmoid .982) on: learnable weight clipping;
            at every seam x / s and W s, log s from 0 on, behind norms with a bias (x - d) / s and b + W d too:
            learnable equivalent transformation
 Loss       squared distance of the block's outputs, weights rounded straight through, from the float block's, as a
            share of each token's energy
-Stored     uniform codes as ever: scales are folded into the block, float weights clamped to the learned ranges,
-           so that nearest rounding from minimum to maximum gives the very numbers that were learned with
+Stored     ordinary uniform codes: scales are folded into the block, float weights clamped to the learned ranges,
+           so that nearest rounding from minimum to maximum reproduces the learned numbers
 Source     Shao et al. 2023, "OmniQuant" (arXiv 2308.13137), sections 3.2 and 3.3
 
 The authors' scale between q and k is left out: rotary embeddings allow it for pairs of channels only. Their
 start of s is that of SmoothQuant: put that transform, or another, before this tuner. They take thousands of
-steps; where there is time for a few dozen, learning goes further from ranges that the `clip` solver finds first.
+steps; where there is time for a few dozen, learning gets further from ranges that the `clip` solver finds first.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _WIDE = 4.0  # gamma and beta at the start: sigmoid .982
 class OmniQuant(Tuner):
     """Learn clipping (`lwc`), channel scales (`let`) and, with these, channel shifts (`shift`).
 
-    start: "search" starts from the ranges of least output error of each layer, "wide" where the paper does.
+    start: "search" starts from the ranges of least output error of each layer, "wide" from the paper's.
     epochs: passes over the calibration windows, at most.  patience: epochs without gain after which it stops.
     lr_lwc, lr_let: of Adam; fall linearly to 0; ten and two times the paper's.  tokens: in a step.
     """
@@ -73,17 +73,17 @@ class OmniQuant(Tuner):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The float block's outputs; to start from a search, what the linears read."""
+        """The float block's outputs; to start from a search, statistics of the linears' inputs."""
         return TARGETS | ({"activations"} if self.lwc and self.start == "search" else set())
 
     def unsupported_reason(self, format: Format) -> str | None:
-        """Uniform grids: their parameters are a range."""
+        """Return a reason for formats whose parameters are not a range."""
         if isinstance(format, RangeFormat):
             return None
         return f"omniquant learns ranges of the uniform format, and {format.name} has none."
 
     def unsupported_solver_reason(self, solver: Solver) -> str | None:
-        """Nearest rounding from minimum to maximum: any other one would not use the grid that was learned."""
+        """Return a reason for solvers other than nearest rounding from minimum to maximum, the learned grid."""
         if isinstance(solver, Nearest) and not solver.search:
             return None
         return "omniquant learns the grid of nearest rounding from minimum to maximum, so it needs solver nearest."
@@ -91,7 +91,7 @@ class OmniQuant(Tuner):
     def before(self, task: BlockTask) -> None:
         """Learn, fold the scales and clamp the weights, unless plain rounding is as good."""
         if task.quantized:
-            return  # scales must not be folded into what somebody has settled
+            return  # scales must not be folded into quantized layers
         learned = _Learned(task, self)
         start = best = task.error(learned.plain())
         if start == 0:
@@ -123,7 +123,7 @@ class OmniQuant(Tuner):
 
 
 class _Learned:
-    """What is learned in a block, and what the block's parameters become by it."""
+    """The learned parameters of a block, and the block's parameters that follow from them."""
 
     def __init__(self, task: BlockTask, options: OmniQuant) -> None:
         self.task = task
@@ -146,7 +146,7 @@ class _Learned:
         self.leaves = self.clips + self.scales
 
     def _start(self, name: str, start: str) -> tuple[Tensor, Tensor]:
-        """gamma and beta at the start."""
+        """Return gamma and beta at the start."""
         W = self.task.matrix(name)
         format, shape = self.formats[name], (W.shape[0], W.shape[1])
         wide = W.new_full(format.grid(shape), _WIDE)
@@ -167,7 +167,7 @@ class _Learned:
         return all(f"{name}.bias" in self.parameters for name in (seam.source, *seam.targets))
 
     def folded(self) -> dict[str, Tensor]:
-        """The parameters that shifts and scales change, in float."""
+        """Return the parameters that shifts and scales change, in float."""
         now, changed = dict(self.parameters), set[str]()
         for seam, log, shift in zip(self.seams, self.logs, self.shifts):
             new: dict[str, Tensor] = {}
@@ -180,7 +180,7 @@ class _Learned:
         return {name: now[name] for name in changed}
 
     def rounded(self) -> dict[str, Tensor]:
-        """The same with every linear rounded, straight through."""
+        """Return the folded parameters with every linear rounded, straight through."""
         tensors = self.folded()
         for name in self.task.names:
             W = self._matrix(name, tensors)
@@ -191,12 +191,12 @@ class _Learned:
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
-        """The same as it would be stored."""
+        """Return the rounded parameters in their stored form."""
         coded = {f"{name}.weight" for name in self.task.names}
         return {n: t if n in coded else self.task.as_stored(n, t) for n, t in self.rounded().items()}
 
     def plain(self) -> dict[str, Tensor]:
-        """The linears rounded to nearest from minimum to maximum, with nothing learned."""
+        """Return the linears rounded to nearest from minimum to maximum, without learned parameters."""
         tensors = {}
         for name in self.task.names:
             W = self.task.matrix(name)
@@ -206,7 +206,7 @@ class _Learned:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Fold what was learned into the block, and clamp its weights to the learned ranges."""
+        """Fold the learned scales into the block, and clamp its weights to the learned ranges."""
         tensors = self.folded()
         for name in self.task.names:
             W = self._matrix(name, tensors)
@@ -221,16 +221,16 @@ class _Learned:
             for name in seam.targets:
                 if name in self.task.input_stats:
                     stats = self.task.input_stats.pop(name)
-                    if shift is None:  # the moments of shifted inputs are not known
+                    if shift is None:  # the moments of shifted inputs were not collected
                         columns = self._matrix(name, self.parameters).shape[1]
                         self.task.input_stats[name] = stats.scale(expand_channels(log.exp(), columns, seam.heads))
 
     def _matrix(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
-        """The weight of a linear as (out, in)."""
+        """Return the weight of a linear as (out, in)."""
         return self._place(tensors.get(f"{name}.weight", self.parameters[f"{name}.weight"]))
 
     def _place(self, W: Tensor) -> Tensor:
-        """W (out, in) as the block holds it, and back."""
+        """Convert W between (out, in) and the layout of the block."""
         return W.T if self.task.transposed else W
 
     def _range(self, name: str, W: Tensor) -> tuple[Tensor, Tensor]:

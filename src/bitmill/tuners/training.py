@@ -1,4 +1,4 @@
-"""What gradient-based tuners share: minibatches of windows, parameters in units of their own size, Adam."""
+"""Shared parts of gradient-based tuners: minibatches of windows, parameters in units of their own size, Adam."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bitmill.tuners.base import BlockTask
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Some windows: how the block is called for them, what goes in, what should come out."""
+    """Some windows: arguments of the block for them, inputs, and targets."""
 
     call: BlockCall
     hidden: Tensor  # (windows, tokens, width)
@@ -24,7 +24,12 @@ class Minibatch:
 
 
 def minibatches(task: BlockTask, tokens: int, generator: torch.Generator) -> Iterator[Minibatch]:
-    """Every window once, in random order, about `tokens` tokens at a time and never more than one batch."""
+    """Yield every window once, in random order.
+
+    Args:
+        tokens: about so many in a minibatch, and never more than one batch of the task.
+        generator: of the order.
+    """
     cuts = []
     for batch, hidden in enumerate(task.inputs):
         step = max(1, tokens // hidden.shape[1])
@@ -37,7 +42,7 @@ def minibatches(task: BlockTask, tokens: int, generator: torch.Generator) -> Ite
 
 
 class ScaledParameter:
-    """A tensor that is learned, counted in units of its size, so that one learning rate serves all of them.
+    """A learned tensor in units of its size, so that one learning rate suits all of them.
 
     The unit is the root mean square of a row of parameters, or of a whole vector.
     """
@@ -49,12 +54,12 @@ class ScaledParameter:
         self.steps = torch.zeros_like(start, requires_grad=True)
 
     def value(self) -> Tensor:
-        """The tensor now, with its gradient."""
+        """Return the present tensor, with its gradient."""
         return torch.addcmul(self.start, self.unit, self.steps)
 
 
 class TrainableParameters:
-    """What a tuner trains in a settled block: parameters of quantized layers, norms and biases.
+    """The parameters that a tuner trains in a quantized block: those of quantized layers, norms and biases.
 
     params: train the continuous parts of every quantized layer.  norms: train the vectors that stay in float.
     """
@@ -71,11 +76,11 @@ class TrainableParameters:
         self.floats = {name: ScaledParameter(parameter.data) for name, parameter in vectors}
 
     def leaves(self) -> list[ScaledParameter]:
-        """All of them."""
+        """Return all learned tensors."""
         return [leaf for parts in self.params.values() for leaf in parts.values()] + list(self.floats.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The block's weights and vectors with their gradients, by name."""
+        """Return the block's weights and vectors with their gradients, by name."""
         tensors = {name: leaf.value() for name, leaf in self.floats.items()}
         for name, parts in self.params.items():
             quantized = self.task.quantized[name]
@@ -86,7 +91,7 @@ class TrainableParameters:
 
     @torch.no_grad()
     def store(self) -> None:
-        """Let the block compute with what storage keeps of the present state."""
+        """Let the block compute with the stored form of the present state."""
         for name, leaf in self.floats.items():
             self.task.set_float(name, leaf.value())
         for name, parts in self.params.items():
@@ -96,11 +101,11 @@ class TrainableParameters:
             self.task.set_quantized(name, replace(quantized, params=params))
 
     def state(self) -> list[Tensor]:
-        """A copy of where everything is."""
+        """Return a copy of the present state."""
         return [leaf.steps.detach().clone() for leaf in self.leaves()]
 
     def restore(self, state: list[Tensor]) -> None:
-        """Go back to a `state`."""
+        """Return to a `state`."""
         for leaf, steps in zip(self.leaves(), state):
             leaf.steps.data.copy_(steps)  # training goes on in place, and must not reach the state
         self.store()
@@ -128,9 +133,9 @@ class Adam:
 
 
 def continuous_parts(quantized: Quantized) -> list[Part]:
-    """The stored parameters that are numbers, and not indices: what a gradient can move.
+    """Return the stored parameters that are numbers, not indices, which a gradient can move.
 
-    What other layers share is left alone: a block does not know what they would make of another value.
+    Parts shared with other layers are left out: their effect on other blocks is unknown here.
     """
     format = quantized.format
     parts = (part for part in format.parts(quantized.shape) if part.name not in format.shared)

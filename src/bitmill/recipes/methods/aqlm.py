@@ -25,15 +25,15 @@ class AQLM(Method):
                least squares, in turns, all on tr((W - W^) H (W - W^)^T), H the damped Gram of the inputs; then
                codebooks, scales and norms by Adam on the distance of each block's output to the float block's
     Symbols    s scale of a row, C_m a codebook of 2**codebook_bits vectors, M = 8 bits / codebook_bits of them
-    Needs      the Gram matrix of every layer's inputs, how these differ from the float model's, and the float
+    Needs      the Gram matrix of every layer's inputs, the cross-Gram with the float model's, and the float
                blocks' outputs (calibration text)
     Stored     M codes for eight weights; for every layer fp16 scales, M fp16 codebooks and an order of the
                columns: bits + 128 M 2**codebook_bits/(rows columns) + 16/columns + log2(columns)/rows; with
-               `shared` the codebooks once for the like layers of all blocks (all q_proj, all k_proj, ...)
-    Cost       much the dearest of the methods here: minutes of one core for ten million weights
+               `shared` the codebooks once for the corresponding layers of all blocks (all q_proj, all k_proj, ...)
+    Cost       the most expensive of the methods here: minutes of one core for ten million weights
     Expect     below every scalar method at its bits
     Limits     no codebook beyond 8 bits, so not the paper's 1x16, which would be several times the codes of a
-               small model; small layers want small codebooks: bits=2.25 codebook_bits=6 is three of 64 vectors;
+               small model; small layers need small codebooks: bits=2.25 codebook_bits=6 is three of 64 vectors;
                shared codebooks are learned from float weights before the first block, and no block tunes them
     Changed    codes start from error feedback, least squares takes the place of Adam, columns are dealt to blocks
                by importance (permute=false leaves them in place), alpha, shared
@@ -48,11 +48,11 @@ class AQLM(Method):
     rounds: int = option(16, "rounds of training the codebooks on samples of rows")
     sweeps: int = option(4, "searches of all blocks after the first, at most")
     damp: float = option(0.05, "share of the Gram's mean diagonal added to its diagonal")
-    alpha: float = option(0.5, "share of the correction for what inputs suffer from earlier layers; 0 for none")
+    alpha: float = option(0.5, "share of the correction for errors of earlier layers in the inputs; 0 for none")
     epochs: int = option(3, "passes of block fine-tuning over the calibration text; 0 for none")
 
     def recipe(self) -> Recipe:
-        """Additive format, beam search, block fine-tuning."""
+        """Return a recipe: additive format, beam search, block fine-tuning."""
         books = self.bits * Additive.block / max(self.codebook_bits, 1)
         if books != int(books) or books < 1:
             raise RecipeError(

@@ -39,7 +39,7 @@ class AutoRoundMethod(Method):
     search: bool = option(True, "start from the ranges of least weight error instead of min-max")
 
     def recipe(self) -> Recipe:
-        """Uniform format, AutoRound tuner; the solver has nothing left to do."""
+        """Return a recipe: uniform format, AutoRound tuner; the solver has nothing left to do."""
         tuner = AutoRound(self.iters, self.rate, self.tokens, self.search)
         format = Uniform(self.bits, self.group_size, self.symmetric)
         return Recipe("autoround", format, Nearest(), tuners=(tuner,))

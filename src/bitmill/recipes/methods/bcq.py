@@ -20,8 +20,8 @@ class BCQ(Method):
     Equation   min ||w - sum_i alpha_i b_i||^2, b_i in {-1, +1}: codes and alpha in turns
     Needs      nothing; with weighted=true the mean square of every input
     Cost       seconds to a minute; no forward pass unless weighted
-    Expect     better than round to nearest below 4 bits, worse than error feedback; 16 bits a magnitude
-               make small groups dear (3 bits in groups of 64: 3.75 bits per weight)
+    Expect     better than round to nearest below 4 bits, worse than error feedback; with 16 bits a magnitude,
+               small groups are expensive (3 bits in groups of 64: 3.75 bits per weight)
     Paper      Xu et al. 2018 (arXiv 1802.00150); used for language models by LUT-GEMM (arXiv 2206.09557)
     """
 
@@ -31,6 +31,6 @@ class BCQ(Method):
     weighted: bool = option(False, "count errors by the mean square of their input")
 
     def recipe(self) -> Recipe:
-        """Binary coding, alternating solver."""
+        """Return a recipe: binary coding, alternating solver."""
         solver = Alternating(self.rounds, "diagonal" if self.weighted else "nothing")
         return Recipe("bcq", BinaryCoding(self.bits, self.group_size), solver)

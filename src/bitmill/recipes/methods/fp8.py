@@ -23,8 +23,8 @@ class FP8(Method):
     Stored     8-bit codes, fp16 a row: 8.01 bits per weight at 2048 columns
     Needs      nothing: no text, no forward pass
     Cost       seconds; memory of one block
-    Expect     close to float; the error of 8-bit integers with the same scales is far smaller, because
-               weights of one row rarely span the octaves that the exponent is there for
+    Expect     close to float; the error of 8-bit integers with equal scales is far smaller, because
+               weights of one row rarely span the octaves that the exponent provides
     Limits     weights only: activations stay in float
     Paper      Micikevicius et al. 2022, "FP8 Formats for Deep Learning" (arXiv 2209.05433)
     """
@@ -34,6 +34,6 @@ class FP8(Method):
     search: bool = option(False, "try other scales for the least squared weight error")
 
     def recipe(self) -> Recipe:
-        """Float format, nearest solver."""
+        """Return a recipe: float format, nearest solver."""
         format = Float(8, self.group_size, self.element)  # type: ignore[arg-type]
         return Recipe("fp8", format, Nearest(search=self.search))

@@ -14,7 +14,7 @@ from bitmill.solvers.gptaq import GPTAQ
 @METHODS.register("gptaq")
 @dataclass(frozen=True)
 class GPTAQMethod(Method):
-    """GPTAQ: GPTQ whose layers also answer for the errors of the layers before them.
+    """GPTAQ: GPTQ whose layers also compensate for the errors of the layers before them.
 
     Problem    GPTQ matches each layer's output on inputs that are wrong already, and errors add up with depth
     Equation   minimise ||X_float W^T - X W^^T||^2, X_float the float model's inputs, X the quantized model's:
@@ -35,6 +35,6 @@ class GPTAQMethod(Method):
     search: bool = option(True, "shrink each range to the least weighted error instead of min-max")
 
     def recipe(self) -> Recipe:
-        """Uniform format, GPTAQ solver."""
+        """Return a recipe: uniform format, GPTAQ solver."""
         solver = GPTAQ(damp=self.damp, act_order=self.act_order, search=self.search, alpha=self.alpha)
         return Recipe("gptaq", Uniform(self.bits, self.group_size, self.symmetric), solver)

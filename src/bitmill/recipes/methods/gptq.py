@@ -14,7 +14,7 @@ from bitmill.solvers.gptq import GPTQ
 @METHODS.register("gptq")
 @dataclass(frozen=True)
 class GPTQMethod(Method):
-    """GPTQ: round column by column and let the columns to come absorb the error.
+    """GPTQ: round column by column and let the remaining columns absorb the error.
 
     Problem    least squared error of each layer's output, W fixed, one shot, no gradients
     Equation   e_j = (w_j - round(w_j)) / U_jj,  w_k -= e_j U_jk for k > j,  (G + damp I)^-1 = U^T U
@@ -36,7 +36,7 @@ class GPTQMethod(Method):
     group_passes: int = option(0, "rounds of refitting groups after the loop (not in the paper)")
 
     def recipe(self) -> Recipe:
-        """Uniform format, GPTQ solver."""
+        """Return a recipe: uniform format, GPTQ solver."""
         return Recipe(
             "gptq",
             Uniform(self.bits, self.group_size, self.symmetric),

@@ -21,9 +21,9 @@ class GPTQT(Method):
                beta + sum_i alpha_i b_i with alpha_i = S d_i / 2, beta = S (base + sum d / 2)
     Symbols    S scale of a group, n grid_bits, d_i the integer steps, m = bits of the code
     Search     base, d and a re-explored S are chosen together, exactly, by the cost of the group's histogram
-               on the grid, each column weighted by what an error there costs once others have answered it;
+               on the grid, each column weighted by the cost of an error there once others compensate;
                after the GPTQ loop, groups are refitted and columns re-rounded in the metric of the output;
-               each layer first moves towards undoing what its inputs already suffer from earlier ones
+               each layer is first corrected for the errors of earlier layers in its inputs
     Stored     m-bit codes, per group an index of the coding and an exponent of the scale (one byte), fp16 a
                row: m + 8/32 + 16/columns bits per weight by default
     Needs      the Gram matrix of every layer's inputs and, with alpha, their cross-Gram with the float model's
@@ -48,10 +48,10 @@ class GPTQT(Method):
     importance: str = option("inverse", "weight of a column's error in the search: 'inverse' or 'diagonal'")
     group_passes: int = option(1, "rounds of refitting groups after the loop")
     column_passes: int = option(2, "rounds of re-rounding columns after the loop")
-    alpha: float = option(0.5, "share of the correction for what inputs suffer from earlier layers; 0 for none")
+    alpha: float = option(0.5, "share of the correction for errors of earlier layers in the inputs; 0 for none")
 
     def recipe(self) -> Recipe:
-        """Integer coding, GPTAQ solver with descent."""
+        """Return a recipe: integer coding, GPTAQ solver with descent."""
         format = IntegerCoding(
             self.bits, self.group_size, self.grid_bits, self.codings, self.scale_bits, self.scale_step
         )

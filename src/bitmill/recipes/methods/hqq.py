@@ -16,14 +16,14 @@ from bitmill.solvers.hqq import HQQ
 class HQQMethod(Method):
     """HQQ: move the zero of every group so that the errors of its weights become sparse.
 
-    Problem    a grid from min to max suits the outliers of a group, and there is no text to weigh them with
+    Problem    a grid from min to max follows the outliers of a group, and there is no text to weigh them with
     Equation   min over z of sum |w - scale * (q - z)|^p, q = clamp(round(w / scale + z)), p = 0.7
     Symbols    scale min-max, kept; z the zero, a float; split into a soft threshold for the errors and a mean
                for z, in turns, the coupling beta growing
     Stored     codes, fp16 scale and fp16 zero: bits + 32/group_size bits per weight
     Needs      nothing: no text, no forward pass
     Cost       about ten times round to nearest; memory of one block
-    Expect     a smaller error of the weights than round to nearest with the same bits and groups, at 4 bits
+    Expect     a smaller error of the weights than round to nearest with equal bits and groups, at 4 bits
                by far; that is not a smaller perplexity at 3 bits and below, where zeros that are no longer
                exact cost more
     Limits     made for groups: one zero a row moves little; the zero costs as many bits as the scale
@@ -38,6 +38,6 @@ class HQQMethod(Method):
     rounds: int = option(20, "turns between errors and zeros")
 
     def recipe(self) -> Recipe:
-        """Uniform format with a float zero, HQQ solver."""
+        """Return a recipe: uniform format with a float zero, HQQ solver."""
         format = Uniform(self.bits, self.group_size, zero="float")
         return Recipe("hqq", format, HQQ(self.p, self.beta, self.growth, self.rounds))

@@ -23,7 +23,7 @@ class MXFP4(Method):
     Needs      nothing: no text, no forward pass
     Cost       seconds; memory of one block
     Expect     a larger error than nvfp4, nf4 or a uniform grid at a similar number of bits: a power of two
-               fits a group badly, and the rule above clips what lies beyond 6
+               fits a group badly, and the rule above clips numbers beyond 6
     Limits     groups of 32 in the standard; other sizes can be stored, and no hardware reads them
     Paper      OCP Microscaling Formats (MX) Specification 1.0; Rouhani et al. 2023 (arXiv 2310.10537)
     """
@@ -32,5 +32,5 @@ class MXFP4(Method):
     search: bool = option(False, "also try half and twice the power of two of the standard's rule")
 
     def recipe(self) -> Recipe:
-        """Microscaling format, nearest solver."""
+        """Return a recipe: microscaling format, nearest solver."""
         return Recipe("mxfp4", Microscaling(4, self.group_size), Nearest(search=self.search))

@@ -16,7 +16,7 @@ from bitmill.solvers.nearest import Nearest
 class NF4(Method):
     """NormalFloat: levels at the quantiles of a normal distribution, scaled to each group's largest magnitude.
 
-    Problem    weights are bell-shaped, so evenly spaced levels are dense where few weights lie
+    Problem    weights are bell-shaped, so evenly spaced levels are dense where weights are few
     Equation   W^ = absmax * q[code], q the 16 quantiles of N(0, 1) that QLoRA prints, -1, 0 and 1 among them
     Symbols    absmax largest magnitude of a group; with double = true scale * (step + 1) / 256, scale fp16 a
                row, step one byte a group
@@ -24,8 +24,8 @@ class NF4(Method):
                16 bits a group
     Needs      nothing: no text, no forward pass
     Cost       seconds; memory of one block
-    Expect     below the error of a symmetric 4-bit grid in the same groups, and about that of an asymmetric
-               one, which stores a zero besides; ahead of both where weights have heavy tails
+    Expect     below the error of a symmetric 4-bit grid in equal groups, and about that of an asymmetric
+               one, which also stores a zero; ahead of both where weights have heavy tails
     Limits     4 bits as published; the tables for 2 and 3 bits are bitmill's, and at 2 bits three of four
                levels are -absmax, 0 and absmax; search=true lowers the error of the weights, and not always
                the perplexity
@@ -38,5 +38,5 @@ class NF4(Method):
     search: bool = option(False, "shrink each absmax to the least squared weight error")
 
     def recipe(self) -> Recipe:
-        """Normal-float format, nearest solver."""
+        """Return a recipe: normal-float format, nearest solver."""
         return Recipe("nf4", NormalFloat(self.bits, self.group_size, self.double), Nearest(search=self.search))

@@ -31,5 +31,5 @@ class NVFP4Method(Method):
     search: bool = option(False, "try neighbouring scales for the least squared weight error")
 
     def recipe(self) -> Recipe:
-        """NVFP4 format, nearest solver."""
+        """Return a recipe: NVFP4 format, nearest solver."""
         return Recipe("nvfp4", NVFP4(4, self.group_size), Nearest(search=self.search))

@@ -19,17 +19,17 @@ from bitmill.tuners.omniquant import OmniQuant
 @METHODS.register("omniquant")
 @dataclass(frozen=True)
 class OmniQuantMethod(Method):
-    """OmniQuant: learn where ranges are cut and how loud channels are, by the error of whole blocks.
+    """OmniQuant: learn clipped ranges and channel scales by the error of whole blocks.
 
-    Problem    clipping and scales that are searched layer by layer do not know what the block makes of errors
+    Problem    clipping and scales that are searched layer by layer ignore how the block transforms their errors
     Equation   range = [sigmoid(beta) min w, sigmoid(gamma) max w] a group, x / s and W s at every seam; beta,
                gamma and s by Adam on ||block(x; Q(W s)) - float block||^2, rounding passed straight through
-    Needs      calibration text; the float model's hidden states beside the quantized ones
+    Needs      calibration text; the float model's hidden states in addition to the quantized ones
     Stored     an ordinary uniform grid; scales are folded away
     Cost       a forward and a backward pass over the calibration text an epoch, and a forward pass more
-    Expect     below awq's error at 3 bits, from whose scales and clipped ranges it goes on by default
+    Expect     below awq's error at 3 bits, from whose scales and clipped ranges it starts by default
     Limits     uniform grids; no scale between q and k; scales at the seams that the architecture has; the paper's
-               thousands of steps from its own start (start=wide, scales=smoothquant) are out of a CPU's reach
+               thousands of steps from its own start (start=wide, scales=smoothquant) take too long on a CPU
     Paper      Shao et al. 2023 (arXiv 2308.13137)
     """
 
@@ -48,7 +48,7 @@ class OmniQuantMethod(Method):
     lr_let: float = option(1e-2, "learning rate of scales and shifts; the paper's is 0.005")
 
     def recipe(self) -> Recipe:
-        """Uniform format, nearest solver, OmniQuant's tuner."""
+        """Return a recipe: uniform format, nearest solver, OmniQuant's tuner."""
         tuner = OmniQuant(self.epochs, self.lwc, self.let, self.shift, self.start, self.lr_lwc, self.lr_let)
         starts: dict[str, tuple[Transform, ...]] = {
             "awq": (AWQ(),),

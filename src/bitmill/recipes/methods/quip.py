@@ -18,8 +18,8 @@ from bitmill.transforms.orthogonal import Orthogonal
 class QuIP(Method):
     """QuIP: rotate weights and inputs by random orthogonal matrices, then LDLQ on one grid for the whole matrix.
 
-    Problem    the error that adaptive rounding leaves grows with the largest weight, and with how much the
-               inputs' second moments point along single channels; at 2 bits outliers decide
+    Problem    the error that adaptive rounding leaves grows with the largest weight, and with the concentration
+               of the inputs' second moments on single channels; at 2 bits outliers decide
     Equation   W' = U W V^T, G' = V G V^T;  LDLQ: w^_j = round(w'_j + sum_{k<j} (w'_k - w^_k) L_kj);
                W^ = U^T W^' V
     Symbols    U, V products of two random orthogonal matrices of about sqrt(n) and permutations, from a seed;
@@ -29,7 +29,7 @@ class QuIP(Method):
     Cost       gptq's and two products with U and V; two rotations a layer at run time
     Expect     2 bits where gptq with one scale a row fails, without any scales of rows or groups
     Limits     the paper's range of 2.4 RMS (search=false) is wide for 2 bits: the range of least error serves
-               better; rescaling columns, which the paper does, raised errors where some channels are very loud
+               better; rescaling columns, which the paper does, raised errors where some channels are very large
     Paper      Chee et al. 2023, "QuIP" (arXiv 2307.13304)
     """
 
@@ -44,7 +44,7 @@ class QuIP(Method):
     column_passes: int = option(0, "greedy rounds of re-rounding columns after the loop")
 
     def recipe(self) -> Recipe:
-        """Half integers in a rotated basis, GPTQ solver in natural order, which is LDLQ."""
+        """Return a recipe: half integers in a rotated basis, GPTQ solver in natural order, which is LDLQ."""
         turn = Orthogonal if self.rotation == "orthogonal" else Hadamard
         solver = GPTQ(self.damp, act_order=False, search=self.search, column_passes=self.column_passes)
         return Recipe("quip", HalfInteger(self.bits), solver, (turn(self.seed, rescale=self.rescale),))

@@ -36,10 +36,10 @@ class QuIPSharp(Method):
     damp: float = option(0.01, "share of the Gram's mean diagonal added to its diagonal")
     act_order: bool = option(False, "visit blocks by falling mean square of their inputs")
     column_passes: int = option(1, "rounds of re-rounding blocks after the loop")
-    alpha: float = option(0.5, "share of the correction for what inputs suffer from earlier layers; 0 for none")
+    alpha: float = option(0.5, "share of the correction for errors of earlier layers in the inputs; 0 for none")
 
     def recipe(self) -> Recipe:
-        """E8 codes in a Hadamard basis, GPTAQ solver by blocks."""
+        """Return a recipe: E8 codes in a Hadamard basis, GPTAQ solver by blocks."""
         format = E8(2, "tensor" if self.sides == "both" else "row")
         solver = GPTAQ(self.damp, self.act_order, search=False, column_passes=self.column_passes, alpha=self.alpha)
         return Recipe("quip_sharp", format, solver, (Hadamard(self.seed, self.sides),))

@@ -30,5 +30,5 @@ class RTN(Method):
     search: bool = option(False, "shrink each range to the least squared weight error instead of min-max")
 
     def recipe(self) -> Recipe:
-        """Uniform format, nearest solver."""
+        """Return a recipe: uniform format, nearest solver."""
         return Recipe("rtn", Uniform(self.bits, self.group_size, self.symmetric), Nearest(search=self.search))

@@ -1,4 +1,4 @@
-"""SqueezeLLM: levels where the loss is sensitive, and outliers apart."""
+"""SqueezeLLM: sensitivity-weighted levels, with the hardest weights in a sparse matrix."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bitmill.solvers.nearest import Nearest
 class SqueezeLLM(Method):
     """SqueezeLLM: k-means weighted by the loss's squared gradients, and the few hardest weights kept in fp16.
 
-    Problem    evenly spaced levels are spent where few weights lie, or where the loss does not mind; outliers
-               stretch what is left
+    Problem    evenly spaced levels are spent where weights are few, or where the loss is insensitive; outliers
+               stretch the rest
     Equation   per row min sum_j F_j (w_j - c(w_j))^2 over 2^bits free levels c;   W^ = dense + sparse
     Symbols    F mean over windows of (d loss / d w)^2, the diagonal of the Fisher information
     Search     the levels by dynamic programming on the sorted row instead of Lloyd's iterations; sparse are the
@@ -30,18 +30,18 @@ class SqueezeLLM(Method):
                by block; with fisher=false nothing
     Cost       about five forward passes over these windows, and disk for the inputs of every block meanwhile
     Expect     3 bits on a small model: without the gradients it breaks, with them and the sparse weights it is
-               usable; error feedback with the same format is ahead of it, see the solver gptq
+               usable; error feedback in this format is ahead of it, see the solver gptq
     Limits     layers see the float model's inputs, not those of the quantized blocks before them
     Paper      Kim et al. 2023 (arXiv 2306.07629)
     """
 
     bits: int = option(3, "bits of a code, 1 to 8")
     outliers: float = option(0.004, "share of weights kept in fp16 for their magnitude")
-    sensitive: float = option(0.0005, "share of weights kept in fp16 because the loss minds them most")
+    sensitive: float = option(0.0005, "share of weights kept in fp16 because the loss is most sensitive to them")
     fisher: bool = option(True, "weight errors by squared gradients of the loss; false needs no text")
 
     def recipe(self) -> Recipe:
-        """Codebook, alone or in a sum with sparse weights; nearest solver."""
+        """Return a recipe: codebook, alone or in a sum with sparse weights; nearest solver."""
         format: Format = Codebook(self.bits)
         if self.outliers or self.sensitive:
             format = Sum(format, self.outliers, self.sensitive)
