@@ -68,7 +68,10 @@ class AutoRound(Tuner):
         return f"autoround rounds every linear itself, and {solver.name} would have none left; use solver nearest."
 
     def before(self, task: BlockTask) -> None:
-        """Learn, and settle every linear that nobody has settled."""
+        """Learn the rounding of every linear that is not yet quantized, and quantize it.
+
+        Nearest rounding is kept where learning did not lower the block's error.
+        """
         roundings = {
             name: _Rounding(task.range_format(name), task.matrix(name), self.search)
             for name in task.names

@@ -234,7 +234,7 @@ class _Learned:
         return W.T if self.task.transposed else W
 
     def _range(self, name: str, W: Tensor) -> tuple[Tensor, Tensor]:
-        """low and high (rows, groups) of W as it is now."""
+        """Return low and high (rows, groups) of the present W."""
         x = grouped(W, self.formats[name].group_size)
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
         if name not in self.ranges:
