@@ -50,11 +50,13 @@ def held_out_error(seed: int, solver: Solver, format: Format) -> float:
 def test_beats_scalar_methods(seed: int) -> None:
     """The paper's claim at 2 bits, table 1; codebooks are counted, on a layer where they weigh the most."""
     ours = build_recipe("aqlm", {"codebook_bits": 4})
-    error = held_out_error(seed, ours.solver, ours.stored)
+    error = held_out_error(seed, ours.solver, ours.default.format)
     for name, options in (("gptqt", {"bits": 2}), ("gptq", {"bits": 2, "group_size": 64})):
         theirs = build_recipe(name, options)
-        assert ours.stored.stored_bits((ROWS, COLUMNS)) <= theirs.stored.stored_bits((ROWS, COLUMNS))
-        assert error < 0.85 * held_out_error(seed, theirs.solver, theirs.stored)
+        assert ours.default.format.stored_bits((ROWS, COLUMNS)) <= theirs.default.format.stored_bits(
+            (ROWS, COLUMNS)
+        )
+        assert error < 0.85 * held_out_error(seed, theirs.solver, theirs.default.format)
 
 
 def test_beats_residual_kmeans() -> None:

@@ -31,10 +31,10 @@ def test_beats_optimal_levels(bits: int) -> None:
 
 
 def test_stored_bits() -> None:
-    stored = build_recipe("pvq").stored
+    stored = build_recipe("pvq").default.format
     assert stored.stored_bits((576, 1536)) == 576 * (1536 * 3.25 + 16)
     assert {part.name for part in stored.parts((576, 1536))} == {"scale"}
-    assert [build_recipe("pvq", {"bits": b}).stored.stored_bits((64, 512)) for b in (1, 2, 4)] == [
+    assert [build_recipe("pvq", {"bits": b}).default.format.stored_bits((64, 512)) for b in (1, 2, 4)] == [
         64 * (512 * (b + 0.25) + 16) for b in (1, 2, 4)
     ]
 

@@ -23,7 +23,7 @@ def test_rotated_weights_are_incoherent(rotation: str) -> None:
     """Definition 1 and lemma 5: max |W_ij| <= mu |W|_F / sqrt(rows columns) with a mu of logarithms."""
     W, gram, _ = layer(0)
     W[3, 5] = 3.0  # a hundred and fifty times the RMS
-    rotated = build_recipe("quip", {"rotation": rotation}).stored.reduce(W, Statistics(gram, 2048)).W
+    rotated = build_recipe("quip", {"rotation": rotation}).default.format.reduce(W, Statistics(gram, 2048)).W
     assert standing_out(W) > 60
     assert standing_out(rotated) < 12
 
@@ -79,7 +79,8 @@ def test_greedy_passes_help(seed: int) -> None:
 
 
 def test_stored_bits() -> None:
-    assert build_recipe("quip").stored.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16
+    assert build_recipe("quip").default.format.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16
     assert (
-        build_recipe("quip", {"rescale": True}).stored.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16 + 1536 * 16
+        build_recipe("quip", {"rescale": True}).default.format.stored_bits((576, 1536))
+        == 576 * 1536 * 2 + 16 + 1536 * 16
     )

@@ -36,7 +36,7 @@ def test_beats_scalar_methods(seed: int) -> None:
     assert ours < 0.85 * held_out_error(seed, "quip", bits=2, rotation="hadamard", column_passes=1)
     assert ours < 0.8 * held_out_error(seed, "gptq", bits=2, group_size=64)
     assert ours < held_out_error(seed, "gptqt", bits=2)
-    stored, theirs = build_recipe("quip_sharp").stored, build_recipe("gptqt", {"bits": 2}).stored
+    stored, theirs = build_recipe("quip_sharp").default.format, build_recipe("gptqt", {"bits": 2}).default.format
     assert stored.stored_bits((1536, 1536)) < theirs.stored_bits((1536, 1536))
 
 
@@ -55,6 +55,6 @@ def test_extra_pass_and_rotation_help(seed: int) -> None:
 
 
 def test_only_two_bits() -> None:
-    assert build_recipe("quip_sharp").stored.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16
+    assert build_recipe("quip_sharp").default.format.stored_bits((576, 1536)) == 576 * 1536 * 2 + 16
     with pytest.raises(RecipeError, match="2 bits"):
         E8(1)

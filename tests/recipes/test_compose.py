@@ -26,7 +26,7 @@ def test_parts_replace_and_add():
 
 def test_bits_per_weight():
     assert build_recipe("aqlm", {"bits": 2}).weight.rate == 2
-    assert build_recipe("quip_sharp").stored.rate == 2
+    assert build_recipe("quip_sharp").default.format.rate == 2
     assert compose(build_recipe("aqlm", {"bits": 2}), format="uniform", solver="nearest").weight.bits == 2
 
 
