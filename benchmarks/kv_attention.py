@@ -1,11 +1,11 @@
-"""Attention of one token on packed keys and values, beside torch's on floats: `python benchmarks/kv_attention.py`.
+"""Compare attention of one token on packed keys and values with torch's: `python benchmarks/kv_attention.py`.
 
-Written to benchmarks/results/kv_attention.json (--out), unless only a part is measured.
+Written to benchmarks/results/kv_attention.json (--out), unless --only is given.
 
-Layers take turns, so that no cache holds any of them. torch is given its best: fp32 keys and values as attention
-wants them, once with `enable_gqa` and once with the query heads of a kv head as so many queries. Every ratio is
-the median of turns in which all are measured one after the other; before anything is timed, the kernel is checked
-against fp64 on the numbers that it reads.
+Layers alternate, so that none stays in a CPU cache. torch runs in its fastest form: contiguous fp32 keys and
+values, once with `enable_gqa` and once with the query heads of a kv head as separate queries. Every ratio is the
+median over rounds that measure all variants one after the other; before timing, the kernel is checked against
+fp64 on the numbers that it reads.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Layers = list[tuple[Tensor, Tensor]]  # keys and values
 
 
 def cases(tokens: int, bits: list[int]) -> list[tuple[str, str, Case]]:
-    """Shape, scheme, and what to attend to."""
+    """Return name of the shape, name of the scheme, and tokens to attend to."""
     made = []
     for shape, (heads, group, dim) in SHAPES.items():
         size = {"heads": heads, "group": group, "dim": dim, "packed": tokens}
@@ -49,7 +49,7 @@ def cases(tokens: int, bits: list[int]) -> list[tuple[str, str, Case]]:
 
 
 def floats(case: Case) -> Layers:
-    """fp32 keys and values (1, heads, tokens, dim) of so many layers that none stays in a cache."""
+    """Return fp32 keys and values (1, heads, tokens, dim) of enough layers that none stays in a CPU cache."""
     shape = (1, case.heads, case.packed + case.tail, case.dim)
     count = copies_of(8 * case.heads * case.packed * case.dim)
     return [(torch.randn(shape), torch.randn(shape)) for _ in range(count)]
@@ -58,20 +58,20 @@ def floats(case: Case) -> Layers:
 def measure(
     case: Case, turns: int, memory: ReadBandwidth, layers: list[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
-    """One row of the table."""
+    """Return one row of the table."""
     of, scale = made(case), case.dim**-0.5
     q, layer, past, *_ = of
     error = off(attend(q, layer, past, scale), of, scale)
     assert error <= 2.0**-20, f"the kernel is off by {error}"
     size = case.packed // 32 * layer.pages.words * 4
     pasts = [replace(past, slabs=[s.clone() for s in past.slabs]) for _ in range(copies_of(size))]
-    kept = [NativeTokenViews() for _ in pasts]
+    views = [NativeTokenViews() for _ in pasts]
     wide, grouped = q[:, :, None], q.unflatten(1, (case.heads, -1))
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def packed() -> None:
-        for one, known in zip(pasts, kept):
-            attend(q, layer, one, scale, known)
+        for one, view in zip(pasts, views):
+            attend(q, layer, one, scale, view)
 
     runs = {
         "packed": (packed, len(pasts)),
@@ -99,7 +99,7 @@ def measure(
 
 
 def line(row: dict[str, float]) -> str:
-    """For people."""
+    """Return a row as text."""
     columns = " ".join(f"{1e6 * row[f'{name}_s']:>9.0f} us" for name in ("packed", "gqa", "grouped"))
     share = row["fraction_of_read_bandwidth"]
     return f"{row['bits']:>5.2f} {columns} {row['ratio']:>8.2f} x {row['GBps']:>6.1f} GB/s {share:>5.0%}"
@@ -107,26 +107,26 @@ def line(row: dict[str, float]) -> str:
 
 @torch.no_grad()
 def main() -> None:
-    """Print the table."""
+    """Measure all cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--only", default="", help="a part of the shape's or the scheme's name")
+    parser.add_argument("--only", default="", help="substring of the shape's or scheme's name")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     memory = ReadBandwidth()
-    print(f"{'':<36}  bits       packed   torch, gqa torch, grouped   faster      reads  of bandwidth")
-    known: dict[str, Layers] = {}
+    print(f"{'':<36}  bits       packed   torch, gqa torch, grouped  speedup      reads  of bandwidth")
+    layers: dict[str, Layers] = {}
     rows: dict[str, dict[str, float]] = {}
     for shape, scheme, case in cases(arguments.tokens, arguments.bits):
         if arguments.only not in f"{shape}, {scheme}":
             continue
-        if shape not in known:
-            known = {shape: floats(case)}
-        rows[f"{shape}, {scheme}"] = row = measure(case, arguments.turns, memory, known[shape])
+        if shape not in layers:
+            layers = {shape: floats(case)}
+        rows[f"{shape}, {scheme}"] = row = measure(case, arguments.turns, memory, layers[shape])
         print(f"{shape + ', ' + scheme:<36} {line(row)}", flush=True)
     if not arguments.only:
         about = {"tokens": arguments.tokens, "threads": arguments.threads, "turns": arguments.turns}

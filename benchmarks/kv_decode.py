@@ -1,10 +1,10 @@
-"""Time a token with an ordinary and with packed caches, by the compiled step: `python benchmarks/kv_decode.py`.
+"""Time the compiled decode step with an ordinary and with packed caches: `python benchmarks/kv_decode.py`.
 
     python benchmarks/kv_decode.py [--model smollm2-135m] [--contexts 100,2000,16384] [--methods kvquant:4,kivi:4]
 
-Caches are filled with random numbers, and calibrations are made on little text: neither changes the time. For
-every context each cache in turn decodes 32 tokens, which packs a page of every layer once; the time is that of
-all, packing included, and ratios are medians of turns. Written to benchmarks/results/kv_decode.json.
+Caches are filled with random numbers, and calibrated on little text: neither changes the time. For every context
+the caches decode 32 tokens one after the other, which packs a page of every layer once; times include packing, and
+ratios are medians over rounds. Written to benchmarks/results/kv_decode.json.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ FLOAT = "float"
 
 
 def calibrations(model: Any, name: str, methods: list[str]) -> dict[str, Any]:
-    """By method, None for those that need none."""
+    """Return method and calibration, None where it needs none, by name."""
     ids = text.split_stream(text.token_stream("pydoc", api.load_tokenizer(name)), "calib")[: 4 * 256].view(4, 256)
     made: dict[str, Any] = {}
     for method in methods:
         kind, bits = method.split(":")
-        settled = kv_method(kind, int(bits))
-        made[method] = settled, calibrate(model, settled, ids) if settled.scheme().is_calibrated else None
+        resolved = kv_method(kind, int(bits))
+        made[method] = resolved, calibrate(model, resolved, ids) if resolved.scheme().is_calibrated else None
     return made
 
 
 def filled(model: Any, context: int) -> DynamicCache:
-    """An ordinary cache of random numbers."""
+    """Return an ordinary cache of random numbers."""
     config = model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = DynamicCache(config=config)
@@ -54,7 +54,7 @@ def filled(model: Any, context: int) -> DynamicCache:
 
 
 def decoded(model: Any, cache: Cache, count: int = PAGE) -> float:
-    """Seconds a token."""
+    """Return the seconds per token."""
     token = torch.tensor([[7]])
     started = time.perf_counter()
     for _ in range(count):
@@ -85,7 +85,7 @@ def main() -> None:
         }
         caches[FLOAT] = own
         for cache in caches.values():
-            decoded(model, cache, 3)  # the first goes both ways
+            decoded(model, cache, 3)  # the first token is decoded both ways and compared
         paths = {name: decode_path(model, cache) for name, cache in caches.items()}
         times: dict[str, list[float]] = {name: [] for name in caches}
         for _ in range(args.turns):
@@ -96,9 +96,9 @@ def main() -> None:
             ratios = [a / b for a, b in zip(times[FLOAT], times[name])]
             row[name] |= {"faster": median(ratios), "turns": ratios}
         rows[str(context)] = row
-        said = ", ".join(f"{name} {v['token_ms']:.1f} ms" for name, v in row.items())
+        milliseconds = ", ".join(f"{name} {v['token_ms']:.1f} ms" for name, v in row.items())
         faster = ", ".join(f"{row[name]['faster']:.2f} x" for name in methods)
-        print(f"{context:>6} tokens: {said}; faster: {faster}", flush=True)
+        print(f"{context:>6} tokens: {milliseconds}; speedup: {faster}", flush=True)
     about = {"model": args.model, "threads": args.threads, "turns": args.turns, "isa": native().isa()}
     args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 

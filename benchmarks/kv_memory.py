@@ -1,11 +1,11 @@
-"""Memory and time of a process that reads a long text and goes on from it, with an ordinary and a packed cache.
+"""Measure memory and time of generation after a long text, with an ordinary and with packed caches.
 
     python benchmarks/kv_memory.py [--model smollm2-135m] [--context 16384] [--methods kvquant:4,kvquant:2]
 
-Each cache has a process of its own, that reads the text in parts of 512 tokens, then generates. The peak of
-resident memory is compared with that of a process that forgets every part before the next one, which is what the
-model itself needs: the difference is what a cache costs. Calibrations are made on little text first: what they are
-does not change memory or time. Written to benchmarks/results/kv_memory.json.
+Each cache has its own process, which reads the text in chunks of 512 tokens, then generates. Its peak resident
+memory is compared with that of a process that drops every chunk before the next one, which is the memory of the
+model itself: the difference is the cost of the cache. Calibrations use little text, which does not change memory
+or time. Written to benchmarks/results/kv_memory.json.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Turn results about packed caches into docs/kv-measured.md: `python benchmarks/kv_page.py`.
+"""Write docs/kv-measured.md from the results of packed caches: `python benchmarks/kv_page.py`.
 
-Nothing is measured here: every figure is taken from benchmarks/results/kv_*.json.
+Every figure is read from benchmarks/results/kv_*.json; nothing is measured here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """docs/kv-measured.md."""
+    """Return the text of docs/kv-measured.md."""
     lines = ["# Keys and values, measured", ""]
     for name, part in (
         ("quality", quality),
@@ -38,20 +38,20 @@ def page() -> str:
 
 
 def quality(results: dict[str, Any]) -> list[str]:
-    """Perplexity of all methods, and what was asked of KVQuant."""
+    """Return perplexity of all methods, and the targets of KVQuant."""
     return [
         "## Quality",
         "",
-        f"{_terms(results)} Full pages are read packed and the last tokens in float, as in generation.",
+        f"{_terms(results)} Full pages are read packed and the last tokens in fp16, as in generation.",
         "",
         f"    python benchmarks/kv_quality.py --windows {results['windows']}",
         "",
-        *_judged_table(results),
+        *_table_with_targets(results),
     ]
 
 
 def whole(results: dict[str, Any]) -> list[str]:
-    """The same on all windows there are, for some of the methods."""
+    """Return perplexity on all windows, for some of the methods."""
     command = "    python benchmarks/kv_quality.py --windows 0 --out benchmarks/results/kv_whole.json --only"
     return [
         "### On the whole evaluation text",
@@ -61,24 +61,24 @@ def whole(results: dict[str, Any]) -> list[str]:
         f"{command} 'kvquant: '",
         f"{command} 'kivi: '",
         "",
-        *_judged_table(results),
+        *_table_with_targets(results),
     ]
 
 
-def _judged_table(results: dict[str, Any]) -> list[str]:
+def _table_with_targets(results: dict[str, Any]) -> list[str]:
     rows = sorted((row for key, row in results["rows"].items() if key != "float"), key=_order)
     return [
         f"| method | {_COLUMNS} |",
         "|---|---|---|---|---|---|---|",
         *(_row(row["name"], row) for row in rows),
         "",
-        *judged({(row["name"], row["method"]["bits"]): row for row in rows}),
+        *targets({(row["name"], row["method"]["bits"]): row for row in rows}),
     ]
 
 
-def judged(rows: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
-    """What was wanted of KVQuant before it was measured, beside what came."""
-    lines = ["What was wanted of `kvquant`, and what came:", "", "| wanted | measured | |", "|---|---|---|"]
+def targets(rows: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
+    """Return the targets set for KVQuant before it was measured, and the measurements."""
+    lines = ["Targets of `kvquant`, set before it was measured:", "", "| target | measured | |", "|---|---|---|"]
     for bits, most, most_bits in ((4, 0.005, 4.6), (3, 0.02, 3.6), (2, 0.15, 2.6)):
         if ("kvquant", bits) in rows:
             row = rows["kvquant", bits]
@@ -86,13 +86,13 @@ def judged(rows: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
             lines += [
                 f"| {bits} bits: perplexity at most {most:.1%} over float | {over:+.2%} | "
                 f"{_verdict(over <= most)} |",
-                f"| {bits} bits: at most {most_bits} allocated bits a number at 8192 tokens | {size:.3f} | "
+                f"| {bits} bits: at most {most_bits} allocated bits per number at 8192 tokens | {size:.3f} | "
                 f"{_verdict(size <= most_bits)} |",
             ]
     for name, bits in (("kvquant", 4), ("kvquant", 3), ("kvquant", 2), (_AS_LARGE, 4)):
         if (name, bits) in rows and ("kivi", bits) in rows:
             ours, theirs = rows[name, bits], rows["kivi", bits]
-            sizes = f"{ours['kv_bits_at_8k']:.2f} bits a number to its {theirs['kv_bits_at_8k']:.2f}"
+            sizes = f"{ours['kv_bits_at_8k']:.2f} bits per number to its {theirs['kv_bits_at_8k']:.2f}"
             lines += [
                 f"| {bits} bits: {measure} below KIVI's, with {sizes} | {ours[key]:.4f} and {theirs[key]:.4f} | "
                 f"{_verdict(ours[key] < theirs[key])} |"
@@ -106,13 +106,13 @@ def _verdict(met: bool) -> str:
 
 
 def steps(results: dict[str, Any]) -> list[str]:
-    """What each part of KVQuant is worth."""
+    """Return the ablation of KVQuant's parts."""
     rows = [row for key, row in results["rows"].items() if key != "float"]
     return [
-        "### What each part of KVQuant is worth",
+        "### Ablation of KVQuant",
         "",
-        f"{_terms(results)} Each row adds to the one above, but that Q-Norm is left out again "
-        "after its own. From *levels of each key channel* on they are bitmill's.",
+        f"{_terms(results)} Each row adds a part to the row above, except that Q-Norm is "
+        "left out after its own row. The parts from *levels of each key channel* on are bitmill's.",
         "",
         "    python benchmarks/kv_quality.py --steps --windows 4",
         "",
@@ -125,12 +125,12 @@ def steps(results: dict[str, Any]) -> list[str]:
 def _terms(results: dict[str, Any]) -> str:
     return (
         f"{results['model']}, {results['windows']} windows of {results['seqlen']} tokens of the evaluation text, "
-        f"calibrated on {results['samples']} windows of the other text. Perplexity of the float cache: "
+        f"calibrated on {results['samples']} windows of the calibration split. Perplexity of the float cache: "
         f"{results['rows']['float']['perplexity']:.3f}."
     )
 
 
-_COLUMNS = "bits of a code | perplexity | over float | KL | same first token | bits a number at 8192 tokens"
+_COLUMNS = "bits of a code | perplexity | over float | KL | top-1 agreement | bits per number at 8192 tokens"
 _AS_LARGE = "kvquant, as many bits as kivi"
 _NAMES = (
     "kvquant",
@@ -158,18 +158,18 @@ def _row(name: str, row: dict[str, Any]) -> str:
 
 
 def retrieval(results: dict[str, Any]) -> list[str]:
-    """Numbers that were found again."""
+    """Return the share of numbers that were retrieved."""
     texts = results["texts"]
     contexts = ", ".join(str(text["context"]) for text in texts)
     head = " | ".join(f"found in {text['context']} tokens | log-probability" for text in texts)
     lines = [
         "## Retrieval",
         "",
-        f"{results['keys']} numbers in each text, at even depths, each behind words that are nowhere else, said "
-        f"twice. The question repeats the words. Texts of {contexts} tokens from the evaluation split are read in "
-        "float and packed, and every question is answered from what is packed; a number counts where all its "
-        "digits are the likeliest. Log-probabilities are means over the answers' tokens. Calibrated on "
-        f"{results['samples']} windows of 2048 tokens of the other text.",
+        f"{results['keys']} numbers in each text, at even depths, each after words that occur nowhere else, "
+        f"stated twice. The question repeats the words. Texts of {contexts} tokens from the evaluation "
+        "split are read in float and packed, and every question is answered from the packed cache; a number counts where all its "
+        "tokens are the most likely ones. Log-probabilities are means over the answers' tokens. Calibrated on "
+        f"{results['samples']} windows of 2048 tokens of the calibration split.",
         "",
         f"    python benchmarks/kv_retrieval.py --contexts {','.join(map(str, results['contexts']))} "
         f"--keys {results['keys']} --samples {results['samples']}",
@@ -182,9 +182,9 @@ def retrieval(results: dict[str, Any]) -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name in ("kvquant 4", "kvquant 3"):
         pairs = [(text["rows"]["float"]["found"], text["rows"][name]["found"]) for text in texts]
-        told = ", ".join(f"{ours.count('x')} of its {plain.count('x')}" for plain, ours in pairs)
+        counts = ", ".join(f"{ours.count('x')} of its {plain.count('x')}" for plain, ours in pairs)
         met = all(ours.count("x") >= plain.count("x") for plain, ours in pairs)
-        lines += ["", f"Wanted: `{name}` finds as many as the float cache. Found: {told}; {_verdict(met)}."]
+        lines += ["", f"Target: `{name}` finds as many as the float cache. Measured: {counts}; {_verdict(met)}."]
     return lines
 
 
@@ -193,13 +193,13 @@ def _found(row: dict[str, Any]) -> str:
 
 
 def attention(results: dict[str, Any]) -> list[str]:
-    """Time of one layer's attention of one token."""
+    """Return the time of the attention of one token in one layer."""
     return [
         "## Speed of attention",
         "",
         f"One token on {results['tokens']} packed tokens of a layer, {results['threads']} threads, medians of "
-        f"{results['turns']} turns, beside torch's fp32 attention on fp32 keys and values in the same turns, the "
-        "better of its two forms. Layers take turns, so that none is in a cache. "
+        f"{results['turns']} rounds, compared with torch's fp32 attention on fp32 keys and values in these "
+        "rounds, the faster of its two forms. Layers alternate, so that none stays in a CPU cache. "
         f"{results['isa']}, measured {results['measured']}.",
         "",
         "    python benchmarks/kv_attention.py",
@@ -209,12 +209,12 @@ def attention(results: dict[str, Any]) -> list[str]:
 
 
 def attention_with_less(results: dict[str, Any]) -> list[str]:
-    """The same by other instructions."""
+    """Return these times with a smaller instruction set."""
     return [
         f"### With {results['isa']}",
         "",
-        f"The same on another, shared machine, which has no more than that and whose figures scatter; "
-        f"{results['turns']} turns, measured {results['measured']}.",
+        f"On another, shared machine without AVX-512, whose figures vary; {results['turns']} rounds, measured "
+        f"{results['measured']}.",
         "",
         *_attention_table(results),
     ]
@@ -222,7 +222,7 @@ def attention_with_less(results: dict[str, Any]) -> list[str]:
 
 def _attention_table(results: dict[str, Any]) -> list[str]:
     return [
-        "| layer and method | bits a number | packed | torch | faster | of read bandwidth |",
+        "| layer and method | bits per number | packed | torch | speedup | of read bandwidth |",
         "|---|---|---|---|---|---|",
         *(
             f"| {name} | {row['bits']:.2f} | {1e6 * row['packed_s']:.0f} us | "
@@ -234,20 +234,20 @@ def _attention_table(results: dict[str, Any]) -> list[str]:
 
 
 def decode(results: dict[str, Any]) -> list[str]:
-    """Time of whole tokens."""
+    """Return the time of whole tokens."""
     rows = results["rows"]
     methods = [name for name in next(iter(rows.values())) if name != "float"]
-    head = " | ".join(f"{name} | faster" for name in methods)
+    head = " | ".join(f"{name} | speedup" for name in methods)
     return [
         "## Speed of decoding",
         "",
-        f"{results['model']} with float weights, every token one compiled call, packing included: milliseconds a "
-        f"token behind so many, {results['threads']} threads, {results['isa']}, medians of {results['turns']} "
-        "turns of 32 tokens, beside the ordinary fp32 cache in the same turns.",
+        f"{results['model']} with float weights, one compiled call per token, packing included: milliseconds per "
+        f"token by context, {results['threads']} threads, {results['isa']}, medians of {results['turns']} rounds "
+        "of 32 tokens, compared with the ordinary fp32 cache in these rounds.",
         "",
         "    python benchmarks/kv_decode.py",
         "",
-        f"| tokens before | float | {head} |",
+        f"| context | float | {head} |",
         f"|---|---|{'---|---|' * len(methods)}",
         *(
             f"| {context} | {row['float']['token_ms']:.1f} ms | "
@@ -259,20 +259,20 @@ def decode(results: dict[str, Any]) -> list[str]:
 
 
 def memory(results: dict[str, Any]) -> list[str]:
-    """Peak memory of whole processes."""
+    """Return the peak memory of whole processes."""
     rows = dict(results["rows"])
     base, plain = rows.pop("forgets"), rows["float"]
     return [
         "## Memory",
         "",
-        f"A process that reads {results['context']} tokens in parts of 512 into {results['model']} with float "
-        f"weights and goes on from them, {results['threads']} threads. *Added* is by how much its peak is above "
-        f"the {_megabytes(base['peak_memory_bytes'])} of a process that forgets every part before the next one; "
-        "*less* is how many times less that is than what the ordinary fp32 cache adds.",
+        f"A process that reads {results['context']} tokens in chunks of 512 into {results['model']} with float "
+        f"weights and generates from them, {results['threads']} threads. *Added* is its peak minus the "
+        f"{_megabytes(base['peak_memory_bytes'])} of a process that drops every chunk before the next one; "
+        "*reduction* is the ratio to the ordinary fp32 cache.",
         "",
         f"    python benchmarks/kv_memory.py --context {results['context']} --methods {','.join(list(rows)[1:])}",
         "",
-        "| cache | its bytes | less | peak of the process | added | less |",
+        "| cache | bytes | reduction | peak of the process | added | reduction |",
         "|---|---|---|---|---|---|",
         *(
             f"| {name} | {_megabytes(row['cache_bytes'])} | {plain['cache_bytes'] / row['cache_bytes']:.1f} x | "

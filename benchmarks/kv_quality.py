@@ -1,12 +1,12 @@
-"""Perplexity through the packed cache of keys and values: methods at equal bits, and KVQuant's parts one by one.
+"""Measure perplexity through packed caches: methods at equal bits, and an ablation of KVQuant.
 
     python benchmarks/kv_quality.py [--seqlen 2048] [--windows 0] [--samples 16] [--steps] [--only TEXT]
         [--out FILE] [--develop]
 
-Every row is calibrated on the first four fifths of the text and measured on the last; each is appended to
-benchmarks/results/kv_quality.json (--out), or with --steps, which measures KVQuant's parts, to kv_steps.json, when
-it is there, and what is there is not measured again. --develop measures on windows between those of the
-calibration instead, and keeps nothing: choices are made there.
+Every row is calibrated on the first four fifths of the text and measured on the last fifth. Finished rows are
+written to benchmarks/results/kv_quality.json (--out), or with --steps, which measures the parts of KVQuant, to
+kv_steps.json; rows in the file are not measured again. --develop measures on windows between those of the
+calibration instead, and writes nothing: settings were chosen there.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 
 
 def grid(steps: bool) -> list[tuple[str, KVMethod]]:
-    """Names and methods of all rows, those that are compared most first.
+    """Return names and methods of all rows, the most compared ones first.
 
-    steps: KVQuant's parts instead, with the rows they are compared with.
+    steps: the parts of KVQuant instead, with the rows they are compared with.
     """
     if not steps:
         rows = [(name, kv_method(name, bits)) for bits in (4, 3, 2) for name in ("kvquant", "kivi")]
@@ -96,10 +96,10 @@ def main() -> None:
     about = {"model": args.model, "seqlen": args.seqlen, "windows": len(held_out), "samples": args.samples}
     if results["rows"] and any(results[key] != value for key, value in about.items()):
         raise SystemExit(
-            f"{path} was measured on other terms; move it away, or use its model, lengths and counts."
+            f"{path} was measured with other settings; move it away, or use its model, lengths and counts."
         )
     results |= about
-    with torch.no_grad():  # 200 kB a token; computed once for all rows
+    with torch.no_grad():  # 200 kB per token; computed once for all rows
         known = {window.numpy().tobytes(): output_fn(model)(window[None]) for window in held_out}
 
     def reference(tokens: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def _bits_at(model: Any, method: KVMethod, tokens: int) -> float:
-    """Allocated bits a number after so many tokens."""
+    """Return the allocated bits per number after `tokens` tokens."""
     config = model.config
     heads, dim, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
     size = cache_size(method.scheme(), heads, dim, layers, tokens)

@@ -1,16 +1,16 @@
-"""Does the packed cache still find what was said thousands of tokens ago? Numbers in a text, asked for at its end.
+"""Measure retrieval from packed caches: numbers in a long text, queried at its end.
 
     python benchmarks/kv_retrieval.py [--contexts 8000,8000,4000,4000] [--keys 12] [--samples 16] [--develop]
 
-Into text are put blocks at even depths: words that are nowhere else in it, and a number after them, said twice.
-The question repeats the words, and the number must follow. A text is read in float once; every method packs that
-cache and answers each question from a copy, its tokens one by one, so that rows differ by what is stored alone and
-no answer is in the cache of another. Counted: numbers whose tokens all are the likeliest, and the mean
-log-probability of their tokens. Each text is added to benchmarks/results/kv_retrieval.json when it is through, and
-what is there is not measured again.
+Blocks are inserted into the text at even depths: words that occur nowhere else in it, followed by a number, stated
+twice. The question repeats the words, and the number must follow. A text is read in float once; every method packs
+that cache and answers each question from a copy, token by token, so that rows differ only by the stored cache and
+no answer is in the cache of another question. Counted are the numbers whose tokens are all the most likely ones,
+and the mean log-probability of their tokens. Each finished text is added to
+benchmarks/results/kv_retrieval.json; texts in it are not measured again.
 
---develop asks the float model alone, about the text of the calibration, and keeps nothing: the form of the blocks
-and the lengths were chosen there.
+--develop queries the float model only, on the calibration split, and writes nothing: the form of the blocks and
+the lengths were chosen there.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ FRAMES = [
 
 @dataclass(frozen=True)
 class Key:
-    """Token ids of what is put into the text, of the question, and of the answer."""
+    """Token ids of the block inserted into the text, of the question, and of the answer."""
 
     block: Tensor
     question: Tensor
@@ -73,12 +73,12 @@ class Key:
 
 
 def keys_of(tokenizer: Any, ids: Tensor, count: int, generator: torch.Generator) -> list[Key]:
-    """Keys of words that are one token each, in no other key, and nowhere in the text `ids`."""
-    there = set(ids.tolist())
+    """Return keys of words that are one token each, in no other key, and nowhere in the text `ids`."""
+    used = set(ids.tolist())
     words = sorted(
         word[1:]
         for word, number in tokenizer.get_vocab().items()
-        if re.fullmatch("\u0120[a-z]{5,8}", word) and number not in there
+        if re.fullmatch("\u0120[a-z]{5,8}", word) and number not in used
     )
     order = torch.randperm(len(words), generator=generator).tolist()
     keys = []
@@ -96,7 +96,7 @@ def _ids(tokenizer: Any, string: str) -> Tensor:
 
 
 def hidden(stream: Tensor, keys: list[Key], context: int) -> tuple[Tensor, int]:
-    """`context` tokens of text with the keys' blocks in it, and how many of them are of `stream`."""
+    """Return `context` tokens of text with the keys' blocks, and how many of them are from `stream`."""
     room = context - sum(len(key.block) for key in keys)
     parts, last = [], 0
     for number, key in enumerate(keys):
@@ -108,7 +108,7 @@ def hidden(stream: Tensor, keys: list[Key], context: int) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def read(model: Any, tokens: Tensor) -> DynamicCache:
-    """The float cache of a text."""
+    """Return the float cache of a text."""
     cache = DynamicCache(config=model.config)
     for start in range(0, len(tokens), PROMPT_CHUNK):
         part = tokens[None, start : start + PROMPT_CHUNK]
@@ -118,7 +118,7 @@ def read(model: Any, tokens: Tensor) -> DynamicCache:
 
 @torch.no_grad()
 def answered(model: Any, cache: Cache, key: Key) -> list[tuple[int, float]]:
-    """For each token of the answer: the likeliest one in its place, and its own log-probability."""
+    """Return, for each token of the answer, the most likely token in its place and its own log-probability."""
     cache, found = copy.deepcopy(cache), []
     output, _ = forward_with_cache(model, key.question[None], cache, logits_to_keep=1)
     for token in key.answer:
@@ -129,7 +129,7 @@ def answered(model: Any, cache: Cache, key: Key) -> list[tuple[int, float]]:
 
 
 def calibrated(model: Any, windows: Tensor) -> list[tuple[str, KVMethod, KVCalibration | None]]:
-    """Names of rows, methods, and what those that want it were calibrated to."""
+    """Return names of rows, methods, and the calibrations of those that need one."""
     methods, rows = [kv_method(name, bits) for name, bits in METHODS], []
     recording = record_keys_values(model, windows, fisher=True)
     for method in methods:
@@ -157,7 +157,9 @@ def main() -> None:
     if RESULTS.is_file() and not args.develop:
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
         if any(results[name] != value for name, value in about.items()):
-            raise SystemExit(f"{RESULTS} was measured on other terms; move it away, or use its model and numbers.")
+            raise SystemExit(
+                f"{RESULTS} was measured with other settings; move it away, or use its model and numbers."
+            )
     methods = []
     if args.develop:
         stream = calib[len(calib) // 3 :]
@@ -166,8 +168,8 @@ def main() -> None:
         methods = calibrated(model, windows[torch.linspace(0, len(windows) - 1, args.samples).long()])
     keys = keys_of(tokenizer, ids, args.keys * len(contexts), torch.Generator().manual_seed(int(args.develop)))
     for number, context in enumerate(contexts):
-        asked = keys[args.keys * number : args.keys * (number + 1)]
-        tokens, taken = hidden(stream, asked, context)
+        queried = keys[args.keys * number : args.keys * (number + 1)]
+        tokens, taken = hidden(stream, queried, context)
         stream = stream[taken:]
         if number < len(results["texts"]):
             continue
@@ -175,19 +177,20 @@ def main() -> None:
         print(f"{len(tokens)} tokens", flush=True)
         for name, method, calibration in [("float", None, None), *methods]:
             cache = QuantizedCache(model, method, calibration=calibration).take(plain) if method else plain
-            rows[name] = _row([answered(model, cache, key) for key in asked], asked)
+            rows[name] = _row([answered(model, cache, key) for key in queried], queried)
             print(f"{name:12s} {rows[name]['found']} {rows[name]['log_probability']:8.4f}", flush=True)
         results["texts"].append(
-            {"context": context, "answer_tokens": sum(len(key.answer) for key in asked), "rows": rows}
+            {"context": context, "answer_tokens": sum(len(key.answer) for key in queried), "rows": rows}
         )
         if not args.develop:
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _row(answers: list[list[tuple[int, float]]], keys: list[Key]) -> dict[str, Any]:
-    """found: "x" for each key that came back exactly, in the order of the text, "." for one that did not.
+    """Return the row of a method.
 
-    likeliest: the likeliest tokens in place of each answer's.  log_probability: of the answers' tokens, the mean.
+    found: "x" for each key that was retrieved exactly, in the order of the text, else ".".  likeliest: the most
+    likely tokens in place of each answer's.  log_probability: mean over the answers' tokens.
     """
     likeliest = [[token for token, _ in answer] for answer in answers]
     log_p = [log_p for answer in answers for _, log_p in answer]

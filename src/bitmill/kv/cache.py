@@ -8,6 +8,7 @@ layer, its length, first slot and shape.
 from __future__ import annotations
 
 import json
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,12 @@ class QuantizedCache(Cache):
     def unsupported_reason(self) -> str | None:
         """Return None if a kernel reads all packed layers, else a sentence on why one is decoded."""
         return next((reason for layer in self.packed_layers if (reason := layer.unsupported_reason)), None)
+
+    @property
+    def why_not(self) -> str | None:
+        """Return `unsupported_reason`; the former name, kept for one release."""
+        warnings.warn("why_not is now unsupported_reason", DeprecationWarning, stacklevel=2)
+        return self.unsupported_reason
 
     @property
     def allocated_bytes(self) -> int:

@@ -104,7 +104,7 @@ class AttentionKernelArgs:
 def page_plan(layout: PageLayout) -> PagePlan:
     """Return the offsets of the parts of a page, as the kernel takes them."""
 
-    def side(name: str, scheme: TensorScheme) -> TensorPlan:
+    def tensor_plan(name: str, scheme: TensorScheme) -> TensorPlan:
         prefix = f"{name}."
         offsets = {n.removeprefix(prefix): part.offset for n, part in layout.parts.items() if n.startswith(prefix)}
         groups = scheme.num_groups(layout.heads, layout.dim)
@@ -112,4 +112,5 @@ def page_plan(layout: PageLayout) -> PagePlan:
         return TensorPlan(scheme.bits, scheme.axis, groups, outliers, **offsets)
 
     scheme = layout.scheme
-    return PagePlan(layout.heads, layout.dim, layout.words, side("key", scheme.keys), side("value", scheme.values))
+    keys, values = tensor_plan("key", scheme.keys), tensor_plan("value", scheme.values)
+    return PagePlan(layout.heads, layout.dim, layout.words, keys, values)

@@ -1,1 +1,1 @@
-"""Published methods of the KV cache: one a file, as options and the scheme they make."""
+"""Published methods of KV cache quantization, one per file: options, and the scheme they make."""
