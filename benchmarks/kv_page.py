@@ -167,7 +167,8 @@ def retrieval(results: dict[str, Any]) -> list[str]:
         "",
         f"{results['keys']} numbers in each text, at even depths, each after words that occur nowhere else, "
         f"stated twice. The question repeats the words. Texts of {contexts} tokens from the evaluation "
-        "split are read in float and packed, and every question is answered from the packed cache; a number counts where all its "
+        "split are read in float and packed, and every question is answered from the packed cache; a number "
+        "counts where all its "
         "tokens are the most likely ones. Log-probabilities are means over the answers' tokens. Calibrated on "
         f"{results['samples']} windows of 2048 tokens of the calibration split.",
         "",
