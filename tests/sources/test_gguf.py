@@ -242,7 +242,7 @@ def test_absurd_values(file):
 def test_truncated_files(file, share):
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * share)])
-    assert "is not a sound GGUF file" in refused(file)
+    assert "is not a valid GGUF file" in refused(file)
 
 
 def test_random_damage(file):

@@ -50,7 +50,7 @@ def test_live_module(tmp_path):
 
 def test_live_module_tokenizer():
     model = tiny_model("llama")
-    with pytest.raises(SourceError, match="carries no tokenizer"):
+    with pytest.raises(SourceError, match="has no tokenizer"):
         ModuleSource(model).tokenizer()
     tokenizer = object()
     assert ModuleSource(model, tokenizer=tokenizer).tokenizer() is tokenizer

@@ -225,7 +225,7 @@ def test_config_source_has_no_weights() -> None:
         source = open_config_only(name)
         assert sum(torch.Size(source.shape(n)).numel() for n in source.names()) == weights
     for ask in (source.fingerprint, source.tokenizer, lambda: source.tensor("lm_head.weight")):
-        with pytest.raises(SourceError, match="only the config"):
+        with pytest.raises(SourceError, match="has a config but no weights"):
             ask()
     with pytest.raises(SourceError, match="no tensor 'x'"):
         source.shape("x")
@@ -242,7 +242,7 @@ def test_invalid_input_refused(tmp_path) -> None:
     assert "is a text encoder" in refused(config_only(tmp_path / "bert", "bert"))
     config = AutoConfig.for_model("t5", num_layers=1)
     config.save_pretrained(tmp_path / "t5")
-    assert "an encoder beside" in refused(tmp_path / "t5")
+    assert "an encoder and a decoder" in refused(tmp_path / "t5")
     assert "keeps a state" in refused(config_only(tmp_path / "mamba", "mamba"))
     assert "kv_lora_rank is 512" in refused(config_only(tmp_path / "mla", "deepseek_v3"))
     assert "no model at" in refused(tmp_path / "absent")

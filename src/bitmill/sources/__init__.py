@@ -1,1 +1,1 @@
-"""Where float weights come from: Hugging Face folders, GGUF files, live modules, demo models."""
+"""Sources of float models: Hugging Face folders, GGUF files, live modules and demo models."""

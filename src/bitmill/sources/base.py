@@ -1,4 +1,4 @@
-"""A source: where the weights, the config and the tokenizer of a model come from."""
+"""The contract of a source, which provides the weights, the config and the tokenizer of a float model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ CHUNK_BYTES = 1 << 22
 
 @runtime_checkable
 class Source(Protocol):
-    """A float model, opened lazily: nothing is held in memory but what was asked for.
+    """A float model whose tensors are read one at a time.
 
-    name: what the user calls it ("smollm2-135m", a folder's name).
-    trust_remote_code: whether code shipped with the model may run; False unless the user asked for it.
+    name: name for messages and reports ("smollm2-135m", the name of a folder).
+    config: transformers config of the model.
+    trust_remote_code: code that comes with the model may run.
     """
 
     name: str
@@ -27,54 +28,54 @@ class Source(Protocol):
     trust_remote_code: bool
 
     def names(self) -> list[str]:
-        """State-dict names of the stored tensors, in the spelling of transformers; a tied head is absent."""
+        """Return the state-dict names of the stored tensors, as transformers spells them, without a tied head."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, without reading it."""
+        """Return the shape of one tensor, without reading it."""
         ...
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which `tensor` returns it, without reading it."""
+        """Return the dtype of one tensor, as `tensor` returns it, without reading it."""
         ...
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; the caller owns the memory. Raises SourceError for an unknown name."""
+        """Read one tensor into memory of its own. Raises SourceError for an unknown name."""
         ...
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over the config and every weight byte; computed once per object."""
+        """Return the sha256 (hex) over the config and all weights; computed once per object."""
         ...
 
     def write_auxiliary_files(self, folder: Path) -> None:
-        """Copy what is neither weights nor config.json (tokenizer, chat template, licence) into `folder`."""
+        """Write the files besides weights and config.json (tokenizer, chat template, licence) to `folder`."""
         ...
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, or a SourceError."""
+        """Return the tokenizer. Raises SourceError where there is none."""
         ...
 
     def pooling(self) -> str:
-        """How an encoder's hidden states become one embedding, see `bitmill.sources.pooling`."""
+        """Return how hidden states of an encoder become one embedding, see `bitmill.sources.pooling`."""
         ...
 
 
 def hash_file(digest: Any, path: Path) -> None:
-    """Feed a file to a hashlib digest, a few MiB at a time."""
+    """Add the bytes of a file to a hashlib digest, CHUNK_BYTES at a time."""
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file."""
+    """Return the sha256 (hex) of a file."""
     digest = hashlib.sha256()
     hash_file(digest, path)
     return digest.hexdigest()
 
 
 def config_bytes(config: PretrainedConfig) -> bytes:
-    """The config as bytes to hash: what describes the model, not where it lay or which version read it."""
+    """Return the config as bytes to hash, without its path and the version of transformers."""
     plain = config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         plain.pop(key, None)

@@ -1,6 +1,6 @@
-"""A GGUF file as a source: dequantized tensor by tensor, under the names transformers uses.
+"""A GGUF file as a source of weights: tensors are dequantized one at a time and named as in transformers.
 
-The stored codes are already rounded, so this is the model the file holds and not the one it was made from.
+The stored codes are rounded already, so this is the model in the file and not the one that it was made from.
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 class GgufSource:
     """One .gguf file.
 
-    Every tensor is returned in one dtype: float32 when the whole file is float32, bfloat16 when it holds
-    bfloat16, else float16 (block scales of the quantized types are float16 themselves).
+    All tensors have one dtype: float32 where the whole file is float32, bfloat16 where it holds bfloat16, else
+    float16, in which the block scales of quantized types are stored.
+
+    Args:
+        path: the file.
+        name: name for messages; that of the file without it.
+
+    Raises:
+        SourceError: The file is damaged, or its architecture is not supported.
     """
 
     trust_remote_code = False
@@ -58,26 +65,26 @@ class GgufSource:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the tensors as the file holds them."""
+        """Bytes of the tensors in the file."""
         return sum(tensor.size_bytes for tensor in self._header.tensors.values())
 
     def names(self) -> list[str]:
-        """State-dict names, in file order."""
+        """Return the state-dict names, in file order."""
         return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, as transformers lays it out."""
+        """Return the shape of one tensor in the layout of transformers."""
         stored = self._lookup(name)
         shape = self._header.tensors[stored].shape
         return shape[::-1] if self._module(stored) in self._layout.transposed and len(shape) == 2 else shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of every tensor of this file."""
+        """Return the dtype of all tensors of this file."""
         self._lookup(name)
         return self._dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Dequantize one tensor. Raises SourceError for an unknown name or an unsupported type."""
+        """Dequantize one tensor. Raises SourceError for an unknown name or a type that is not supported."""
         stored = self._lookup(name)
         values = self._raw(stored)
         module = self._module(stored)
@@ -91,7 +98,7 @@ class GgufSource:
         return values.to(self._dtype)
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over the config and the bytes of the file."""
+        """Return the sha256 (hex) over the config and the bytes of the file."""
         if self._fingerprint is None:
             digest = hashlib.sha256(config_bytes(self.config))
             hash_file(digest, self.path)
@@ -99,14 +106,14 @@ class GgufSource:
         return self._fingerprint
 
     def write_auxiliary_files(self, folder: Path) -> None:
-        """Save the tokenizer, its chat template and a generation config, all made from the metadata."""
+        """Save tokenizer, chat template and generation config, which are made from the metadata."""
         from transformers import GenerationConfig
 
         self.tokenizer().save_pretrained(str(folder))
         GenerationConfig.from_model_config(self.config).save_pretrained(str(folder))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer the metadata describes, converted by transformers; SourceError if it cannot be."""
+        """Return the tokenizer that transformers converts from the metadata. Raises SourceError."""
         from transformers import PreTrainedTokenizerFast
 
         if self._tokenizer is None:
@@ -122,21 +129,22 @@ class GgufSource:
         return self._tokenizer
 
     def pooling(self) -> str:
-        """The mean over tokens; no GGUF architecture that is read here is an encoder."""
+        """Return the mean over tokens; no supported GGUF architecture is an encoder."""
         return MEAN
 
     def _lookup(self, name: str) -> str:
+        """Return the GGUF name of a tensor. Raises SourceError for an unknown name."""
         try:
             return self._stored[name]
         except KeyError:
             raise SourceError(f"The model {self.name!r} has no tensor {name!r}.") from None
 
     def _module(self, stored: str) -> str:
-        """ "blk.3.attn_q.weight" -> "attn_q"."""
+        """Return the module of a GGUF name: "attn_q" of "blk.3.attn_q.weight"."""
         return stored.split(".")[-2]
 
     def _raw(self, stored: str) -> torch.Tensor:
-        """The values in GGUF's own layout, (rows, columns) or (n,), dequantized a few rows at a time."""
+        """Return the values in the layout of GGUF, (rows, columns) or (n,), dequantized a few rows at a time."""
         tensor = self._header.tensors[stored]
         rows = prod(tensor.shape[:-1])
         row_bytes = tensor.size_bytes // rows
@@ -154,42 +162,45 @@ class GgufSource:
         return out.reshape(tensor.shape)
 
     def _check_shapes(self) -> None:
-        """Metadata and tensors must tell one story before anything is built from them."""
-        text, tensors = self.config, self._header.tensors
+        """Raise SourceError where metadata and tensors contradict each other."""
+        config, tensors = self.config, self._header.tensors
         blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
-        if len(blocks) != text.num_hidden_layers or blocks != {str(i) for i in range(len(blocks))}:
+        if len(blocks) != config.num_hidden_layers or blocks != {str(i) for i in range(len(blocks))}:
             raise SourceError(
-                f"{self.path} announces {text.num_hidden_layers} blocks and holds tensors of {len(blocks)}; "
+                f"{self.path} announces {config.num_hidden_layers} blocks and holds tensors of {len(blocks)}; "
                 "fetch it again."
             )
-        of_first = {name.removeprefix("blk.0.") for name in tensors if name.startswith("blk.0.")}
+        first_block = {name.removeprefix("blk.0.") for name in tensors if name.startswith("blk.0.")}
         for index in range(len(blocks)):
-            missing = sorted(n for n in of_first if f"blk.{index}.{n}" not in tensors)
+            missing = sorted(n for n in first_block if f"blk.{index}.{n}" not in tensors)
             if missing:
                 raise SourceError(f"{self.path} lacks the tensor 'blk.{index}.{missing[0]}'; fetch it again.")
-        head_dim = getattr(text, "head_dim", None)
+        head_dim = getattr(config, "head_dim", None)
         for name, tensor in tensors.items():
             module = self._module(name)
             expected: tuple[int, ...] | None = None
             if module in ("attn_q", "attn_k") and head_dim:
-                heads = text.num_attention_heads if module == "attn_q" else text.num_key_value_heads
-                expected = (heads * head_dim, text.hidden_size)
+                heads = config.num_attention_heads if module == "attn_q" else config.num_key_value_heads
+                expected = (heads * head_dim, config.hidden_size)
             elif module == "token_embd":
-                expected = (text.vocab_size, text.hidden_size)
+                expected = (config.vocab_size, config.hidden_size)
             if name.endswith(".bias") and expected is not None:
                 expected = expected[:1]
             if expected not in (None, tensor.shape):
                 raise SourceError(
-                    f"The GGUF tensor {name!r} has the shape {tensor.shape}, and its metadata promise "
+                    f"The GGUF tensor {name!r} has the shape {tensor.shape}, and its metadata imply "
                     f"{expected}; the file is damaged."
                 )
 
 
 def _decode(codes: np.ndarray, tensor: GgufTensor, name: str) -> np.ndarray:
+    """Return the fp32 values of codes (rows, bytes). Raises SourceError for a type that is not supported."""
     if tensor.kind in _PLAIN:
         return codes.view(_PLAIN[tensor.kind]).astype(np.float32)
     try:
-        with np.errstate(all="ignore"):  # a damaged scale may be infinite: the pipeline looks for that
+        with np.errstate(
+            all="ignore"
+        ):  # a damaged scale may be infinite, which is checked when weights are loaded
             return dequantize(codes, tensor.kind)
     except NotImplementedError:
         raise SourceError(
@@ -202,6 +213,7 @@ _PLAIN: dict[int, type] = {GGMLQuantizationType.F32: np.float32, GGMLQuantizatio
 
 
 def _float_dtype(kinds: set[GGMLQuantizationType]) -> torch.dtype:
+    """Return the dtype in which the tensors of a file are returned."""
     if kinds <= {GGMLQuantizationType.F32}:
         return torch.float32
     return torch.bfloat16 if GGMLQuantizationType.BF16 in kinds else torch.float16

@@ -1,7 +1,7 @@
-"""From llama.cpp's names, layouts and keys back to those of transformers, per architecture.
+"""Conversion of names, layouts and metadata of llama.cpp to those of transformers, per architecture.
 
-Sources: the conversion script of llama.cpp (`convert_hf_to_gguf.py`), undone; its graph builders for the
-constants that no key carries (Gemma's attention scale).
+Sources: the inverse of the conversion script of llama.cpp (`convert_hf_to_gguf.py`), and its graph builders for
+constants that no key holds (the attention scale of Gemma).
 """
 
 from __future__ import annotations
@@ -24,39 +24,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one architecture is laid out in GGUF.
+    """The layout of one architecture in GGUF.
 
-    outside / inside: module names outside and inside a block, GGUF -> transformers.
-    interleaved: modules whose rows llama.cpp reorders for its rotary embedding, -> the config's head count.
+    model_type: of the transformers config.
+    blocks: path of the blocks in transformers.
+    model_modules: modules outside the blocks, GGUF name -> path in transformers.
+    block_modules: modules of a block, GGUF name -> path inside the block in transformers.
+    config: function from metadata to arguments of the transformers config.
+    interleaved: modules whose rows llama.cpp reorders for its rotary embedding -> config attribute with the number
+        of heads.
     norm_plus_one: norm weights are stored as 1 + weight.
     transposed: modules that transformers stores (in, out).
     """
 
     model_type: str
     blocks: str
-    outside: dict[str, str]
-    inside: dict[str, str]
-    config: Callable[[Keys], dict[str, Any]]
+    model_modules: dict[str, str]
+    block_modules: dict[str, str]
+    config: Callable[[Metadata], dict[str, Any]]
     interleaved: dict[str, str]
     norm_plus_one: bool = False
     transposed: tuple[str, ...] = ()
 
 
-class Keys:
-    """The metadata of one architecture, read by short key; a missing or mistyped one is a SourceError."""
+class Metadata:
+    """The metadata of one architecture. A missing or mistyped key raises SourceError."""
 
     def __init__(self, header: Header, architecture: str) -> None:
         self.header = header
         self.architecture = architecture
 
     def optional(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or the default."""
+        """Return the value of a key, or the default."""
         value = self.header.metadata.get(f"{self.architecture}.{key}", default)
         # stored as float32: 1e-05 comes back as 9.999999747378752e-06
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
+        """Return a positive whole number."""
         value = self.optional(key, default)
         if type(value) is not int or not 0 < value < 1 << 31:
             raise SourceError(
@@ -66,7 +71,7 @@ class Keys:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive real number."""
+        """Return a positive real number."""
         value = self.optional(key, default)
         if not isinstance(value, float) or not value > 0:
             raise SourceError(
@@ -76,12 +81,16 @@ class Keys:
         return value
 
     def has_tensor(self, name: str) -> bool:
-        """Whether the file stores this tensor (biases are found this way)."""
+        """Return True if the file stores this tensor, such as a bias."""
         return name in self.header.tensors
 
 
 def layout_for(header: Header) -> tuple[Layout, str]:
-    """The layout of `general.architecture` and that name. Raises SourceError for an unsupported one."""
+    """Return the layout and the name of `general.architecture`.
+
+    Raises:
+        SourceError: The architecture is not supported.
+    """
     architecture = header.metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in LAYOUTS:
         raise SourceError(
@@ -98,14 +107,18 @@ def layout_for(header: Header) -> tuple[Layout, str]:
 
 
 def transformers_name(layout: Layout, name: str) -> str:
-    """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; SourceError if it has no place."""
+    """Return the name in transformers: "model.layers.3.self_attn.q_proj.weight" of "blk.3.attn_q.weight".
+
+    Raises:
+        SourceError: The model has no such tensor.
+    """
     module, _, leaf = name.rpartition(".")
     if module.startswith("blk."):
         _, index, inner = module.split(".", 2) if module.count(".") >= 2 else ("", "", "")
-        if index.isdecimal() and inner in layout.inside and leaf in ("weight", "bias"):
-            return f"{layout.blocks}.{int(index)}.{layout.inside[inner]}.{leaf}"
-    elif module in layout.outside and leaf in ("weight", "bias"):
-        return f"{layout.outside[module]}.{leaf}"
+        if index.isdecimal() and inner in layout.block_modules and leaf in ("weight", "bias"):
+            return f"{layout.blocks}.{int(index)}.{layout.block_modules[inner]}.{leaf}"
+    elif module in layout.model_modules and leaf in ("weight", "bias"):
+        return f"{layout.model_modules[module]}.{leaf}"
     raise SourceError(
         f"The GGUF tensor {name!r} has no counterpart in a {layout.model_type} model; "
         "the file is damaged or of a variant that is not supported."
@@ -113,14 +126,14 @@ def transformers_name(layout: Layout, name: str) -> str:
 
 
 def build_config(layout: Layout, header: Header, architecture: str) -> PretrainedConfig:
-    """The transformers config that the metadata describes."""
+    """Return the transformers config that the metadata describes. Raises SourceError."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise SourceError("The GGUF file has no matrix 'token_embd.weight', so it is no language model.")
-    values = layout.config(Keys(header, architecture))
+    values = layout.config(Metadata(header, architecture))
     tokenizer_ids = {
         f"{role}_token_id": header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         for role, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items()
@@ -136,11 +149,12 @@ def build_config(layout: Layout, header: Header, architecture: str) -> Pretraine
         )
     except Exception as error:  # the config classes validate, each in its own way
         raise SourceError(
-            f"The GGUF metadata makes no {layout.model_type} config ({one_line(error)}); fetch it again."
+            f"The GGUF metadata gives no valid {layout.model_type} config ({one_line(error)}); fetch it again."
         ) from error
 
 
-def _decoder(keys: Keys) -> dict[str, Any]:
+def _decoder(keys: Metadata) -> dict[str, Any]:
+    """Return the config values that most decoders share."""
     hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     per_head = keys.count("rope.dimension_count", hidden // heads)
     return {
@@ -156,7 +170,8 @@ def _decoder(keys: Keys) -> dict[str, Any]:
     }
 
 
-def _rope(keys: Keys) -> dict[str, Any]:
+def _rope(keys: Metadata) -> dict[str, Any]:
+    """Return the rotary parameters. Raises SourceError for a scaling that is not supported."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
     kind = keys.optional("rope.scaling.type", "none")
     if kind == "linear":
@@ -166,16 +181,16 @@ def _rope(keys: Keys) -> dict[str, Any]:
         rope |= {"rope_type": "yarn", "factor": keys.number("rope.scaling.factor")}
         rope |= {"original_max_position_embeddings": original}
     elif kind != "none":
-        raise SourceError(f"The GGUF file scales positions by {kind!r}; only linear and yarn can be read.")
+        raise SourceError(f"The GGUF file scales positions by {kind!r}; only linear and yarn are supported.")
     return rope
 
 
-def _llama(keys: Keys) -> dict[str, Any]:
+def _llama(keys: Metadata) -> dict[str, Any]:
     biased = {"attention_bias": keys.has_tensor("blk.0.attn_q.bias")}
     return _decoder(keys) | biased | {"mlp_bias": keys.has_tensor("blk.0.ffn_up.bias")}
 
 
-def _gemma2(keys: Keys) -> dict[str, Any]:
+def _gemma2(keys: Metadata) -> dict[str, Any]:
     values = _decoder(keys)
     # llama.cpp scales attention by 1/sqrt(head_dim), by hidden/heads in the 27B models alone
     largest = {"gemma2": 46, "gemma3": 62}[keys.architecture]
@@ -189,14 +204,14 @@ def _gemma2(keys: Keys) -> dict[str, Any]:
     }
 
 
-def _gemma3(keys: Keys) -> dict[str, Any]:
+def _gemma3(keys: Metadata) -> dict[str, Any]:
     values = _gemma2(keys)
     local = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa", 10000.0)}
     full = {**values["rope_parameters"], "rope_theta": keys.number("rope.freq_base", 1000000.0)}
     return values | {"rope_parameters": {"sliding_attention": local, "full_attention": full}}
 
 
-def _gpt2(keys: Keys) -> dict[str, Any]:
+def _gpt2(keys: Metadata) -> dict[str, Any]:
     return {
         "n_embd": keys.count("embedding_length"),
         "n_inner": keys.count("feed_forward_length"),
@@ -210,8 +225,8 @@ def _gpt2(keys: Keys) -> dict[str, Any]:
 LLAMA = Layout(
     model_type="llama",
     blocks="model.layers",
-    outside={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
-    inside={
+    model_modules={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+    block_modules={
         "attn_norm": "input_layernorm",
         "attn_q": "self_attn.q_proj",
         "attn_k": "self_attn.k_proj",
@@ -233,17 +248,17 @@ _AROUND = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-GEMMA2 = replace(GEMMA, model_type="gemma2", config=_gemma2, inside={**GEMMA.inside, **_AROUND})
+GEMMA2 = replace(GEMMA, model_type="gemma2", config=_gemma2, block_modules={**GEMMA.block_modules, **_AROUND})
 GPT2 = Layout(
     model_type="gpt2",
     blocks="transformer.h",
-    outside={
+    model_modules={
         "token_embd": "transformer.wte",
         "position_embd": "transformer.wpe",
         "output_norm": "transformer.ln_f",
         "output": "lm_head",
     },
-    inside={
+    block_modules={
         "attn_norm": "ln_1",
         "attn_qkv": "attn.c_attn",
         "attn_output": "attn.c_proj",
@@ -259,10 +274,12 @@ GPT2 = Layout(
 LAYOUTS = {
     "llama": LLAMA,
     "qwen2": QWEN2,
-    "qwen3": replace(QWEN2, model_type="qwen3", inside={**QWEN2.inside, **_HEAD_NORMS}),
+    "qwen3": replace(QWEN2, model_type="qwen3", block_modules={**QWEN2.block_modules, **_HEAD_NORMS}),
     "gemma": GEMMA,
     "gemma2": GEMMA2,
-    "gemma3": replace(GEMMA2, model_type="gemma3_text", config=_gemma3, inside={**GEMMA2.inside, **_HEAD_NORMS}),
+    "gemma3": replace(
+        GEMMA2, model_type="gemma3_text", config=_gemma3, block_modules={**GEMMA2.block_modules, **_HEAD_NORMS}
+    ),
     "gpt2": GPT2,
 }
 
@@ -276,23 +293,28 @@ LOW, HIGH, ORIGINAL = 1.0, 4.0, 8192  # of every Llama 3.1 to 3.3 model
 
 
 def llama3_factors(theta: float, head_dim: int, factor: float) -> torch.Tensor:
-    """The factors (head_dim / 2,) of Llama 3's scaling."""
+    """Return the factors (head_dim / 2,) by which the scaling of Llama 3 divides rotary frequencies."""
     wavelength = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     smooth = ((ORIGINAL / wavelength - LOW) / (HIGH - LOW)).clamp(0, 1)
     return 1 / ((1 - smooth) / factor + smooth)
 
 
 def undo_rope_factors(config: PretrainedConfig, factors: torch.Tensor) -> None:
-    """Put the scaling that `factors` (head_dim / 2,) describes into `config.rope_parameters`.
+    """Set `config.rope_parameters` to the scaling that stored factors describe.
 
-    Raises SourceError when they are not Llama 3's.
+    Args:
+        config: config of the model, changed in place.
+        factors: (head_dim / 2,) factors of the GGUF file.
+
+    Raises:
+        SourceError: They are not those of Llama 3.
     """
     theta, factor = config.rope_parameters["rope_theta"], float(factors.max())
     expected = llama3_factors(theta, config.head_dim, factor)
     if factors.shape != expected.shape or not torch.allclose(factors.double(), expected, rtol=1e-3):
         raise SourceError(
-            f"The {factors.numel()} rotary factors in the GGUF file (largest {factor:g}) are not Llama 3's, "
-            "and no others can be read; use the safetensors folder of this model."
+            f"The {factors.numel()} rotary factors in the GGUF file (largest {factor:g}) are not those of "
+            "Llama 3, and no others are supported; use the safetensors folder of this model."
         )
     config.rope_parameters = {
         "rope_type": "llama3",

@@ -1,8 +1,8 @@
-"""The header of a GGUF file, read with every length checked against the file before it is believed.
+"""The header of a GGUF file. Every length is checked against the size of the file before it is used.
 
 Layout (little endian): magic "GGUF", u32 version, u64 tensors, u64 pairs; the key/value pairs; per tensor
 its name, u32 dims, the dims (fastest first), u32 type, u64 offset; padding to `general.alignment`; data.
-Nothing of the data is read here, and string arrays (vocabularies) are measured, not kept.
+Data is not read, and only the length of string arrays (vocabularies) is kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ _SMALLEST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """shape in torch order (rows, columns); offset from the start of the file, in bytes."""
+    """One tensor of a file.
+
+    shape: in torch order, (rows, columns).
+    kind: GGML type of the codes.
+    offset: bytes from the start of the file.
+    size_bytes: bytes of the codes.
+    """
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -41,31 +47,37 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """metadata: key -> value; an array of strings is present as its length."""
+    """The header of a file.
+
+    metadata: key -> value; an array of strings is replaced by its length.
+    tensors: name -> tensor.
+    """
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
 
 def read_header(path: Path) -> Header:
-    """Parse and check the header. Raises SourceError for anything that does not add up."""
+    """Parse and check the header of a file. Raises SourceError for a damaged one."""
     try:
         with path.open("rb") as file:
             if path.stat().st_size < 24:
-                raise _Damage("it is shorter than a GGUF header")
+                raise _InvalidFile("it is shorter than a GGUF header")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Parser(data).parse()
-    except _Damage as damage:
-        raise SourceError(f"{path} is not a sound GGUF file: {damage}; fetch it again.") from None
+    except _InvalidFile as error:
+        raise SourceError(f"{path} is not a valid GGUF file: {error}; fetch it again.") from None
     except OSError as error:
         raise SourceError(f"{path} cannot be read ({error.strerror}).") from error
 
 
-class _Damage(Exception):
-    """What is wrong with the file, as a clause."""
+class _InvalidFile(Exception):
+    """A defect of the file; the message is a clause."""
 
 
 class _Parser:
+    """Reads values from a mapped file and moves forward."""
+
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
         self.size = len(data)
@@ -74,11 +86,11 @@ class _Parser:
     def parse(self) -> Header:
         magic = self.data[:4]
         if magic != MAGIC:
-            raise _Damage(f"it starts with {bytes(magic)!r} instead of {MAGIC!r}")
+            raise _InvalidFile(f"it starts with {bytes(magic)!r} instead of {MAGIC!r}")
         self.at = 4
         version = self.scalar("I")
         if version not in VERSIONS:
-            raise _Damage(f"its version is {version}, and only 2 and 3 are known")
+            raise _InvalidFile(f"its version is {version}, and only 2 and 3 are supported")
         n_tensors, n_pairs = self.scalar("Q"), self.scalar("Q")
         self.fits(n_pairs, _SMALLEST_PAIR_BYTES, "key/value pairs")
         self.fits(n_tensors, _SMALLEST_TENSOR_BYTES, "tensors")
@@ -86,38 +98,38 @@ class _Parser:
         for _ in range(n_pairs):
             key = self.string("a key", MAX_NAME_BYTES)
             if key in metadata:
-                raise _Damage(f"the key {key!r} appears twice")
+                raise _InvalidFile(f"the key {key!r} appears twice")
             metadata[key] = self.value(self.scalar("I"), key)
         entries = [self.tensor_entry() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise _Damage(f"general.alignment is {alignment!r}, which is no power of two")
+            raise _InvalidFile(f"general.alignment is {alignment!r}, which is no power of two")
         start = -(-self.at // alignment) * alignment
         return Header(metadata, self.place(entries, start))
 
     def scalar(self, code: str) -> Any:
         width = struct.calcsize("<" + code)
         if self.at + width > self.size:
-            raise _Damage(f"its header runs past the end of the file at byte {self.size}")
+            raise _InvalidFile(f"its header runs past the end of the file at byte {self.size}")
         (value,) = struct.unpack_from("<" + code, self.data, self.at)
         self.at += width
         return value
 
     def fits(self, count: int, width: int, what: str) -> None:
         if count * width > self.size - self.at:
-            raise _Damage(f"it announces {count} {what}, more than its {self.size} bytes can hold")
+            raise _InvalidFile(f"it announces {count} {what}, more than its {self.size} bytes can hold")
 
     def string(self, what: str, limit: int | None = None) -> str:
         length = self.scalar("Q")
         self.fits(length, 1, f"bytes for {what}")
         if limit is not None and length > limit:
-            raise _Damage(f"{what} is {length} bytes long")
+            raise _InvalidFile(f"{what} is {length} bytes long")
         raw = self.data[self.at : self.at + length]
         self.at += length
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise _Damage(f"{what} is not valid UTF-8") from None
+            raise _InvalidFile(f"{what} is not valid UTF-8") from None
 
     def value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:
@@ -125,7 +137,7 @@ class _Parser:
         if kind == _STRING:
             return self.string(f"the value of {key!r}")
         if kind != _ARRAY:
-            raise _Damage(f"the key {key!r} has the unknown value type {kind}")
+            raise _InvalidFile(f"the key {key!r} has the unknown value type {kind}")
         element, count = self.scalar("I"), self.scalar("Q")
         if element in _SCALARS:
             code = f"{count}{_SCALARS[element]}"
@@ -134,7 +146,7 @@ class _Parser:
             self.at += struct.calcsize("<" + code)
             return values
         if element != _STRING:
-            raise _Damage(f"the array {key!r} has the unknown element type {element}")
+            raise _InvalidFile(f"the array {key!r} has the unknown element type {element}")
         self.fits(count, 8, f"strings for {key!r}")
         for _ in range(count):
             length = self.scalar("Q")
@@ -146,7 +158,7 @@ class _Parser:
         name = self.string("a tensor name", MAX_NAME_BYTES)
         n_dims = self.scalar("I")
         if not 1 <= n_dims <= MAX_DIMS:
-            raise _Damage(f"the tensor {name!r} has {n_dims} dimensions")
+            raise _InvalidFile(f"the tensor {name!r} has {n_dims} dimensions")
         dims = [self.scalar("Q") for _ in range(n_dims)]
         return name, tuple(reversed(dims)), self.scalar("I"), self.scalar("Q")
 
@@ -154,17 +166,17 @@ class _Parser:
         tensors: dict[str, GgufTensor] = {}
         for name, shape, number, offset in entries:
             if name in tensors:
-                raise _Damage(f"the tensor {name!r} appears twice")
+                raise _InvalidFile(f"the tensor {name!r} appears twice")
             try:
                 kind = GGMLQuantizationType(number)
             except ValueError:
-                raise _Damage(f"the tensor {name!r} has the unknown type {number}") from None
+                raise _InvalidFile(f"the tensor {name!r} has the unknown type {number}") from None
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if prod(shape) == 0 or shape[-1] % block:
-                raise _Damage(f"the {kind.name} tensor {name!r} cannot have the shape {shape}")
+                raise _InvalidFile(f"the {kind.name} tensor {name!r} cannot have the shape {shape}")
             tensor = GgufTensor(shape, kind, start + offset, prod(shape) // block * block_bytes)
             if tensor.offset + tensor.size_bytes > self.size:
-                raise _Damage(
+                raise _InvalidFile(
                     f"the tensor {name!r} ends at byte {tensor.offset + tensor.size_bytes} "
                     f"of a file of {self.size} bytes"
                 )
@@ -172,6 +184,6 @@ class _Parser:
         end, before = 0, ""
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
             if tensor.offset < end:
-                raise _Damage(f"the tensors {before!r} and {name!r} overlap")
+                raise _InvalidFile(f"the tensors {before!r} and {name!r} overlap")
             end, before = tensor.offset + tensor.size_bytes, name
         return tensors

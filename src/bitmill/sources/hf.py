@@ -1,4 +1,4 @@
-"""A Hugging Face folder (config.json and safetensors) as a source."""
+"""A Hugging Face folder (config.json and safetensors) as a source of weights."""
 
 from __future__ import annotations
 
@@ -37,10 +37,17 @@ WEIGHT_SUFFIXES = (
 
 
 class HfSource:
-    """One folder. Tensors are read one at a time.
+    """One folder, whose tensors are read one at a time.
 
-    hub: the folder is a snapshot in the Hub's cache, whose files are links into the cache's blob store; any
-    other folder may not link out of itself.
+    Args:
+        folder: the folder.
+        name: name for messages; that of the folder without it.
+        hub: the folder is a snapshot in the cache of the Hub, whose files are links into the blob store of the
+            cache; any other folder may not link out of itself.
+        trust_remote_code: allow Python code in the folder.
+
+    Raises:
+        SourceError: The folder holds no float model, or is damaged.
     """
 
     def __init__(
@@ -73,21 +80,21 @@ class HfSource:
         self._fingerprint: str | None = None
 
     def names(self) -> list[str]:
-        """Names of the stored tensors, shard by shard."""
+        """Return the names of the stored tensors, shard by shard."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, from the header."""
+        """Return the shape of one tensor, from the header."""
         return self._lookup(name)[2].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor, from the header."""
+        """Return the dtype of one tensor, from the header."""
         return self._lookup(name)[2].dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own.
 
-        It is read and not mapped: the pages of a map count as resident, and the copy out of them doubles that.
+        Memory maps are avoided, because mapped pages count as resident in addition to the copy made from them.
         """
         shard, stored, entry = self._lookup(name)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
@@ -103,7 +110,7 @@ class HfSource:
         return tensor
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over the config and the bytes of every shard."""
+        """Return the sha256 (hex) over the config and the bytes of every shard."""
         if self._fingerprint is None:
             digest = hashlib.sha256(config_bytes(self.config))
             for shard in self._shards:
@@ -112,9 +119,9 @@ class HfSource:
         return self._fingerprint
 
     def write_auxiliary_files(self, folder: Path) -> None:
-        """Copy every regular file of the folder that is neither weights nor config.json, and those of its modules.
+        """Copy every regular file of the folder and of its modules, without weights and config.json.
 
-        The model card becomes SOURCE_README.md; a link that leads out of the folder is left behind.
+        The model card becomes SOURCE_README.md. Links that lead out of the folder are not copied.
         """
         files = [path for path in self.folder.iterdir() if path.name != "config.json"]
         files += [path for module in self._modules for path in (self.folder / module).glob("*")]
@@ -135,7 +142,7 @@ class HfSource:
                 ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's tokenizer, or a SourceError."""
+        """Return the tokenizer of the folder. Raises SourceError."""
         from transformers import AutoTokenizer
 
         try:
@@ -149,19 +156,22 @@ class HfSource:
             ) from error
 
     def pooling(self) -> str:
-        """As the folder's 1_Pooling/config.json says it."""
+        """Return the pooling of the folder's 1_Pooling/config.json."""
         return read_pooling(self.folder)
 
     def _lookup(self, name: str) -> tuple[Path, str, TensorEntry]:
+        """Return shard, stored name and entry of a tensor. Raises SourceError for an unknown name."""
         try:
             return self._entries[name]
         except KeyError:
             raise SourceError(f"The model {self.name!r} has no tensor {name!r}.") from None
 
     def _inside(self, path: Path) -> bool:
+        """Return True if a path, with links followed, is inside the folder."""
         return path.resolve().is_relative_to(self._root)
 
     def _read_config(self) -> PretrainedConfig:
+        """Return the config. Raises SourceError where it is absent or that of a quantized model."""
         path = self.folder / "config.json"
         if not path.is_file():
             raise SourceError(f"{self.folder} has no config.json; give the folder of a Hugging Face model.")
@@ -174,6 +184,7 @@ class HfSource:
         return load_config(self.folder, self.trust_remote_code, "auto_map" in plain)
 
     def _read_json(self, path: Path) -> dict[str, Any]:
+        """Return a JSON object from a file of the folder. Raises SourceError."""
         if not self._inside(path):
             raise SourceError(f"{path} is a link out of its folder, which is not followed; copy the file there.")
         try:
@@ -189,6 +200,7 @@ class HfSource:
         return plain
 
     def _find_shards(self) -> list[Path]:
+        """Return the files of weights, and keep the index where there is one. Raises SourceError."""
         index = self.folder / INDEX
         self._index: dict[str, Any] | None = None
         if index.is_file():
@@ -211,20 +223,24 @@ class HfSource:
         raise SourceError(f"{self.folder} holds no weights; {SINGLE} or {INDEX} is needed.")
 
     def _shard(self, name: str) -> Path:
+        """Return the path of a shard. Raises SourceError where it is absent or outside the folder."""
         path = self.folder / name
         if Path(name).name != name or not self._inside(path):
-            raise SourceError(f"The shard {name!r} of {self.folder} lies outside that folder; it is not followed.")
+            raise SourceError(f"The shard {name!r} of {self.folder} is outside that folder, so it is not read.")
         if not path.is_file():
             raise SourceError(f"{self.folder} lacks the shard {name!r} that its index names; fetch it again.")
         return path
 
     def _check_index(self) -> None:
+        """Raise SourceError for a tensor that is not in the shard that the index names."""
         for name, shard in (self._index or {}).items():
             if name not in self._entries or self._entries[name][0].name != shard:
-                raise SourceError(f"{self.folder} lacks the tensor {name!r}, which its index puts in {shard!r}.")
+                raise SourceError(
+                    f"{self.folder} lacks the tensor {name!r}, which its index expects in {shard!r}."
+                )
 
     def _add_missing_prefix(self) -> None:
-        """Early checkpoints name tensors as the inner model does: "h.0.ln_1" for "transformer.h.0.ln_1"."""
+        """Add the prefix that early checkpoints omit: "transformer.h.0.ln_1" for "h.0.ln_1"."""
         adapter = adapter_for(self.config)
         if adapter is None:
             return
@@ -240,9 +256,15 @@ class HfSource:
 
 
 def load_config(folder: Path, trust_remote_code: bool, has_code: bool = False) -> PretrainedConfig:
-    """The config.json of a folder, as transformers reads it. Raises SourceError.
+    """Return the transformers config of a folder.
 
-    has_code: whether it names Python code that comes with it.
+    Args:
+        folder: folder with a config.json.
+        trust_remote_code: allow Python code in the folder.
+        has_code: the config names such code, which an error should mention.
+
+    Raises:
+        SourceError: transformers cannot read the config.
     """
     from transformers import AutoConfig
 
@@ -251,5 +273,5 @@ def load_config(folder: Path, trust_remote_code: bool, has_code: bool = False) -
     except Exception as error:  # the config classes validate, each in its own way
         hint = "; if you trust the code in this folder, allow remote code" if has_code else ""
         raise SourceError(
-            f"{folder / 'config.json'} describes no model that transformers knows ({one_line(error)}){hint}."
+            f"{folder / 'config.json'} describes no model that transformers supports ({one_line(error)}){hint}."
         ) from error

@@ -1,4 +1,4 @@
-"""A live nn.Module as a source."""
+"""A live nn.Module as a source of weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ if TYPE_CHECKING:
 
 
 class ModuleSource:
-    """The state dict of a module the caller holds; tensors tied to another one are listed once.
+    """The state dict of a live module; tied tensors are listed once.
 
-    The tokenizer, when one is needed, is the caller's to give.
+    Args:
+        model: the module, with weights in memory.
+        tokenizer: its tokenizer, needed where text is read.
+        name: name for messages; that of the config or the class without it.
+
+    Raises:
+        SourceError: A tensor is on the meta device.
     """
 
     trust_remote_code = False
@@ -45,23 +51,23 @@ class ModuleSource:
                 raise SourceError(f"The tensor {key!r} has no data (device 'meta'); load the weights first.")
 
     def names(self) -> list[str]:
-        """State-dict names, ties listed under their first name."""
+        """Return the state-dict names, tied tensors under their first name."""
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor."""
+        """Return the shape of one tensor."""
         return tuple(self._get(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor."""
+        """Return the dtype of one tensor."""
         return self._get(name).dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A copy of one tensor on the CPU, so that the live model stays as it is."""
+        """Return a copy of one tensor on the CPU; the live model is not changed."""
         return self._get(name).detach().to("cpu", copy=True).contiguous()
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over the config and, per tensor, its name, dtype, shape and bytes."""
+        """Return the sha256 (hex) over the config and the name, dtype, shape and bytes of every tensor."""
         if self._fingerprint is None:
             digest = hashlib.sha256(config_bytes(self.config))
             for name in self.names():
@@ -72,7 +78,7 @@ class ModuleSource:
         return self._fingerprint
 
     def write_auxiliary_files(self, folder: Path) -> None:
-        """Save the tokenizer, if the caller gave one, and the model's generation config."""
+        """Save the tokenizer, where there is one, and the generation config."""
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(str(folder))
         generation = getattr(self.model, "generation_config", None)
@@ -80,16 +86,16 @@ class ModuleSource:
             generation.save_pretrained(str(folder))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The caller's tokenizer, or a SourceError."""
+        """Return the tokenizer. Raises SourceError where none was passed."""
         if self._tokenizer is None:
             raise SourceError(
-                f"The live model {self.name!r} carries no tokenizer; pass one beside it, or token windows as "
+                f"The live model {self.name!r} has no tokenizer; pass tokenizer=..., or token windows as "
                 "calibration and measure=0."
             )
         return self._tokenizer
 
     def pooling(self) -> str:
-        """The mean over tokens: a module says nothing about it."""
+        """Return the mean over tokens, which a module does not specify otherwise."""
         return MEAN
 
     def _get(self, name: str) -> torch.Tensor:
@@ -100,13 +106,13 @@ class ModuleSource:
 
 
 def _untied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without the second and later names of one and the same parameter."""
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    kept = {}
+    """Return the state dict without further names of tied parameters."""
+    listed: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    untied = {}
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if not tensor.is_meta and tensor.numel() and key in seen:
+        if not tensor.is_meta and tensor.numel() and key in listed:
             continue
-        seen.add(key)
-        kept[name] = tensor
-    return kept
+        listed.add(key)
+        untied[name] = tensor
+    return untied

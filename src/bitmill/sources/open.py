@@ -1,4 +1,4 @@
-"""Open a model by name, path or Hub id."""
+"""Open a model by name, path, Hub id, or as a live module."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ def open_source(
     trust_remote_code: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Source:
-    """Open a demo model by name, a Hugging Face folder, a .gguf file, a live module, or a Hub id.
+    """Open a model.
 
-    tokenizer: what a live module is to be used with; every other source has its own.
+    Args:
+        model: a demo model by name, a Hugging Face folder, a .gguf file, a live module, or a Hub id.
+        trust_remote_code: allow Python code that comes with the model.
+        tokenizer: tokenizer of a live module; every other source has its own.
 
-    Raises SourceError, one sentence, when `model` is none of these or is damaged.
+    Raises:
+        SourceError: `model` is none of these, or is damaged.
     """
     from torch import nn
 
@@ -51,19 +55,20 @@ def open_source(
             f"There is no model at {str(model)!r}; give a folder, a .gguf file, a Hub id such as 'org/name', "
             f"or one of the demo models: {_zoo_names()}."
         )
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
-    folder = hub_files(model, wanted + ["*.py"] * trust_remote_code)
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+    folder = hub_files(model, patterns + ["*.py"] * trust_remote_code)
     return HfSource(folder, name=model, hub=True, trust_remote_code=trust_remote_code)
 
 
 def _zoo_names() -> str:
+    """Return the names of the demo models for a message."""
     from bitmill.sources import zoo
 
     return ", ".join(sorted(zoo.ZOO))
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether this names a model on the Hub and no path."""
+    """Return True if this is the id of a model on the Hub and no path."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -78,14 +83,25 @@ def is_hub_id(model: str) -> bool:
 
 
 def hub_files(model: str, patterns: list[str]) -> Path:
-    """A folder with the files of a Hub id that match the patterns. Raises SourceError."""
+    """Download files of a model on the Hub.
+
+    Args:
+        model: Hub id, "org/name".
+        patterns: glob patterns of the files.
+
+    Returns:
+        The folder of the snapshot in the cache of the Hub.
+
+    Raises:
+        SourceError: The Hub or the model cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:  # whatever the network, the proxy or the Hub came up with
-        # "no cached snapshot" says little, what kept the Hub from answering says more
+    except Exception as error:  # the network, a proxy or the Hub
+        # the cause is more useful than "no cached snapshot"
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         raise SourceError(
             f"{model!r} is no local path and could not be fetched from the Hub ({one_line(cause or error)}); "

@@ -1,9 +1,9 @@
-"""How the hidden states of an encoder become one embedding, as the folder of a sentence encoder says it.
+"""The pooling that turns hidden states of an encoder into one embedding, from the folder of a sentence encoder.
 
-    modules.json           the modules in turn: Transformer, Pooling, Normalize
-    1_Pooling/config.json  which pooling
+    modules.json           the modules in order: Transformer, Pooling, Normalize
+    1_Pooling/config.json  the pooling mode
 
-A folder that says nothing means the mean over tokens, as sentence-transformers takes it too.
+The mean over tokens is the default, as in sentence-transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ _MODES = {
 
 
 def read_pooling(folder: Path) -> str:
-    """ "mean", "cls" or "max". Raises SourceError for a damaged description, and for embeddings made otherwise."""
+    """Return "mean", "cls" or "max".
+
+    Raises:
+        SourceError: The description is damaged, or embeddings pass other modules or modes.
+    """
     chosen = MEAN
     for module in sentence_modules(folder):
         kind = str(module.get("type")).rpartition(".")[2]
@@ -31,14 +35,18 @@ def read_pooling(folder: Path) -> str:
             chosen = _mode(folder / str(module["path"]) / "config.json")
         elif kind not in ("Transformer", "Normalize"):
             raise SourceError(
-                f"The embeddings of {folder} pass a module {kind!r}, which bitmill does not know; measure nothing "
+                f"The embeddings of {folder} pass a module {kind!r}, which is not supported; leave out measuring "
                 "(--measure 0)."
             )
     return chosen
 
 
 def sentence_modules(folder: Path) -> list[dict[str, Any]]:
-    """The entries of modules.json, whose paths lie in the folder; none where there is no such file."""
+    """Return the entries of modules.json; empty where there is no such file.
+
+    Raises:
+        SourceError: The file is damaged, or a path leaves the folder.
+    """
     file = folder / "modules.json"
     if not file.is_file():
         return []
@@ -51,18 +59,20 @@ def sentence_modules(folder: Path) -> list[dict[str, Any]]:
 
 
 def _mode(file: Path) -> str:
+    """Return the pooling of the config.json of a Pooling module."""
     plain = _json(file)
     flags = plain if isinstance(plain, dict) else {}
-    asked = [key for key, value in flags.items() if key.startswith("pooling_mode_") and value is True]
-    if len(asked) != 1 or asked[0] not in _MODES:
+    modes = [key for key, value in flags.items() if key.startswith("pooling_mode_") and value is True]
+    if len(modes) != 1 or modes[0] not in _MODES:
         raise SourceError(
-            f"{file} asks for {', '.join(asked) or 'no pooling'}, and bitmill knows {', '.join(_MODES)}, one at a "
-            "time; measure nothing (--measure 0)."
+            f"{file} sets {', '.join(modes) or 'no pooling'}, and one of {', '.join(_MODES)} is "
+            "supported; leave out measuring (--measure 0)."
         )
-    return _MODES[asked[0]]
+    return _MODES[modes[0]]
 
 
 def _json(file: Path) -> Any:
+    """Return the content of a JSON file. Raises SourceError."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

