@@ -1,8 +1,7 @@
-"""What the site does not keep in files: a page for every method, one for the parts of recipes, and pages that lie
-in the repository's root.
+"""Generated pages of the site: one for every method, one for the parts of recipes, and those in the root folder.
 
-mkdocs calls the functions named on_* (mkdocs.yml, `hooks`). The pages are made from the method cards and the
-options of the methods, so that they cannot say anything else than `bitmill methods NAME` does.
+mkdocs calls the functions named on_* (mkdocs.yml, `hooks`). The pages are made from the cards and the options of the
+methods, so that they match the output of `bitmill methods NAME`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _CACHE = (8, 128)
 
 
 def pages() -> dict[str, str]:
-    """Site path -> Markdown of every page that is not a file under docs/."""
+    """Return site path -> Markdown of every page that is not a file under docs/."""
     from bitmill.kv import KV_METHODS
     from bitmill.recipes.method import METHODS
 
@@ -37,9 +36,9 @@ def pages() -> dict[str, str]:
 
 
 def method_page(name: str, kind: type) -> str:
-    """Card, options, recipe and cost of one method."""
+    """Return the page of one method: card, options, recipe and cost."""
     recipe = kind().recipe()
-    bits = recipe.stored.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
+    bits = recipe.default.format.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
     origin = f"Source: `src/{kind.__module__.replace('.', '/')}.py`"
     test = f"tests/methods/test_{name}.py"
     if (ROOT / test).exists():
@@ -53,10 +52,10 @@ def method_page(name: str, kind: type) -> str:
         "",
         *_options(kind),
         "",
-        "## What it is made of",
+        "## Recipe",
         "",
         f"The defaults store {bits:.3f} bits per weight in a matrix of {_MATRIX[0]} x {_MATRIX[1]}, everything "
-        "included. As a recipe file, to change parts that have no option:",
+        "included. As a recipe file, for changing parts without an option:",
         "",
         "```yaml",
         recipe.to_yaml().rstrip(),
@@ -69,7 +68,7 @@ def method_page(name: str, kind: type) -> str:
 
 
 def kv_page(name: str, kind: type) -> str:
-    """Card, options and cost of one method of keys and values."""
+    """Return the page of one method for keys and values: card, options and cost."""
     from bitmill.kv.page import PageLayout
 
     scheme = kind().scheme()
@@ -89,7 +88,7 @@ def kv_page(name: str, kind: type) -> str:
         *_options(kind),
         "",
         f"The defaults take {bits:.3f} bits per number in pages of {heads} heads of {dim} numbers, everything "
-        "included but what is calibrated once a layer.",
+        "included except the calibrated tables of each layer.",
         "",
         f"Source: `src/{kind.__module__.replace('.', '/')}.py`.",
         "",
@@ -98,7 +97,7 @@ def kv_page(name: str, kind: type) -> str:
 
 
 def _options(kind: type) -> list[str]:
-    """The options of a method as the lines of a table."""
+    """Return the options of a method as the lines of a table."""
     rows = [("option", "default", "type", "meaning"), ("---", "---", "---", "---")]
     for field in dataclasses.fields(kind):
         help_text = str(field.metadata.get("help", "")).replace("|", "\\|")
@@ -108,28 +107,31 @@ def _options(kind: type) -> list[str]:
 
 
 def methods_index(members: Any) -> str:
-    """The list of methods."""
-    lines = ["# Methods", "", "One published method a page, made from its source file.", ""]
-    lines += ["| method | what it does | stores by default | calibration |", "|---|---|---|---|"]
+    """Return the list of methods."""
+    lines = ["# Methods", "", "One published method per page, generated from its source file.", ""]
+    lines += ["| method | description | default storage | calibration |", "|---|---|---|---|"]
     for name, kind in members:
         recipe = kind().recipe()
-        bits = recipe.stored.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
+        bits = recipe.default.format.stored_bits(_MATRIX) / (_MATRIX[0] * _MATRIX[1])
         first = (inspect.getdoc(kind) or "").partition("\n")[0]
         text = "text" if recipe.needs else "none"
-        stored = f"`{recipe.stored.name}`, {bits:.3f} bits per weight"
+        stored = f"`{recipe.default.format.name}`, {bits:.3f} bits per weight"
         lines.append(f"| [{name}]({name}.md) | {first} | {stored} | {text} |")
     return "\n".join(lines) + "\n"
 
 
 def parts_page() -> str:
-    """Formats, solvers, transforms and tuners, each as its source file describes it."""
+    """Return the page of formats, solvers, transforms and tuners, from the docstrings of their modules."""
     from bitmill.formats import FORMATS
     from bitmill.solvers import SOLVERS
     from bitmill.transforms import TRANSFORMS
     from bitmill.tuners import TUNERS
 
     lines = ["# Parts of recipes", ""]
-    lines += ["What `--format`, `--solver`, `--transform` and `--tuner` may name, made from the source files.", ""]
+    lines += [
+        "The parts for `--format`, `--solver`, `--transform` and `--tuner`, generated from the source files.",
+        "",
+    ]
     for registry in (FORMATS, SOLVERS, TRANSFORMS, TUNERS):
         lines += [f"## {registry.noun.capitalize()}s", ""]
         for name, kind in registry.items():
@@ -140,13 +142,13 @@ def parts_page() -> str:
 
 
 def _opening(kind: Any, name: str, *commands: str) -> list[str]:
-    """A method's name, its card, and how it is used."""
+    """Return a method's name, its card and its usage."""
     first, _, rest = (inspect.getdoc(kind) or "").partition("\n")
     return [f"# {name}", "", first, "", *_card(rest), "", "## Use", "", "```sh", *commands, "```"]
 
 
 def _card(card: str) -> list[str]:
-    """The card's "Word   text" entries as paragraphs, formulas as code."""
+    """Return the "Word   text" entries of a card as paragraphs, formulas as code."""
     entries: list[tuple[str, list[str]]] = []
     for line in textwrap.dedent(card).strip().splitlines():
         found = _CARD_LINE.match(line)
@@ -164,7 +166,7 @@ def _card(card: str) -> list[str]:
 
 
 def _markdown(text: str) -> str:
-    """Plain text without accidental markup; a paper's number as a link."""
+    """Escape markup in plain text; link arXiv numbers."""
     text = re.sub(r"([*_<])", r"\\\1", text)
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
@@ -204,12 +206,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the parts of the README that a page asks for in place of `<!-- readme:PART -->`."""
+    """Replace `<!-- readme:PART -->` by that part of the README."""
     return re.sub(r"<!-- readme:(\w+) -->", lambda found: readme_part(found[1]), markdown)
 
 
 def readme_part(name: str) -> str:
-    """The text of README.md between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
+    """Return the text of README.md between `<!-- NAME:begin -->` and `<!-- NAME:end -->`."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     _, _, rest = readme.partition(f"<!-- {name}:begin -->")
     part, end, _ = rest.partition(f"<!-- {name}:end -->")

@@ -35,7 +35,7 @@ class CacheStorage:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the method apart from bits that differ from their defaults."""
+        """Options of the method, except bits, that differ from their defaults."""
         fields = KV_METHODS.options(self.name) if self.method else {}
         given = {name: getattr(self.method, name) for name in fields if name != "bits"}
         return {name: value for name, value in given.items() if value != fields[name].default}

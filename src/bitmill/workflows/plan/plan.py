@@ -30,7 +30,7 @@ _DEFAULT_CONTEXT = 4096  # tokens, for configs without a trained context
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of a forward pass apart from weights and cache, on every device, in fp16; logits in fp32.
+    """Bytes of a forward pass without weights and cache, on every device, in fp16; logits in fp32.
 
     Attributes:
         per_token: input and residual of one block and the outputs of all its linears.
@@ -83,8 +83,7 @@ def plan(
         model: as for `quantize`; also a folder with only a config.json, or `llama-7b`.
         context: tokens of each of `batch` sequences; the trained context when left out.
         memory: bytes on each device.
-        devices: number of devices that share weights and cache evenly.
-        batch: number of sequences.
+        devices, batch: number of devices that share weights and cache evenly, and of sequences.
         weights: storage of the weights; as they are stored when left out.
         kv: method of keys and values, `NAME` or `NAME:key=value,...`; fp16 when left out.
         kv_bits: bits of keys and values.
