@@ -1,7 +1,7 @@
 """Generated pages of the site: one for every method, one for the parts of recipes, and those in the root folder.
 
-mkdocs calls the functions named on_* (mkdocs.yml, `hooks`). The pages are made from the cards and the options of the
-methods, so that they match the output of `bitmill methods NAME`.
+mkdocs calls the functions named on_* (mkdocs.yml, `hooks`). The pages are made from the cards and the options of
+the methods, so that they match the output of `bitmill methods NAME`.
 """
 
 from __future__ import annotations
