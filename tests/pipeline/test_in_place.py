@@ -12,6 +12,7 @@ from torch import nn
 import bitmill
 from bitmill.api import stored_bits
 from bitmill.errors import BitmillError, UsageError
+from bitmill.formats.uniform import Uniform
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.rules import FLOAT, Rule
 from bitmill.runtime.modules.linear import QuantLinear
@@ -99,3 +100,12 @@ def test_unpacked_model_saved_as_float(tmp_path, model_type):
 def test_folder_needs_known_model(tmp_path):
     with pytest.raises(UsageError, match="Sequential has no transformers config"):
         bitmill.quantize(nn.Sequential(nn.Linear(4, 4)), "rtn", out=tmp_path / "out", measure=0)
+
+
+def test_rules_by_keyword():
+    model = tiny_model("llama")
+    rules = ["*.o_proj=float", Rule("*.down_proj", Uniform(8, 16))]
+    summary = bitmill.quantize(model, "rtn", calibration=WINDOWS, bits=4, group_size=16, rules=rules).summary
+    assert sorted(entry["format"]["bits"] for entry in summary["formats"]) == [4, 8]
+    assert isinstance(model.model.layers[0].self_attn.o_proj, torch.nn.Linear)
+    assert not isinstance(model.model.layers[0].mlp.down_proj, torch.nn.Linear)

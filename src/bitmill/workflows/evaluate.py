@@ -13,7 +13,7 @@ from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.data.windows import check_context_length, count_windows
 from bitmill.errors import UsageError
 from bitmill.evaluation.metrics import score_windows
-from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
+from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
 from bitmill.models.block_call import output_fn
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
@@ -25,14 +25,15 @@ from bitmill.workflows.load import live_model, load_tokenizer
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
 
-_TOKENS = 1024  # through a packed cache at a time
+Split = Literal["eval", "calib", "all"]
+_TOKENS = 1024  # tokens that pass a packed cache together
 
 
 def evaluate(
     model: str | Path | nn.Module,
     *,
     text_source: str = "pydoc",
-    split: Literal["eval", "calib", "all"] = "eval",
+    split: Split = "eval",
     seqlen: int = 512,
     windows: int | None = 40,
     reference: str | Path | nn.Module | None = None,
@@ -46,61 +47,88 @@ def evaluate(
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity on non-overlapping windows; with `reference`, KL divergence and top-1 agreement to it.
+    """Measure perplexity on non-overlapping windows, and the agreement with a reference model.
 
-    An encoder is measured on the sentences in as much text, see `bitmill.evaluation.embedding`: pair_cosine, and
-    with a reference cosine_similarity and neighbour_agreement.
+    An encoder is measured on the sentences of the text, see `bitmill.evaluation.embedding`.
 
-    kv: a KV method, to measure through the packed cache; the reference keeps an ordinary one. What kv_bits and
-        kv_options leave out is as in the model's folder, if that is calibrated for the method. A method that needs
-        a calibration and finds none there is calibrated first, on `kv_samples` windows of `kv_seqlen` tokens
-        (2048, or as many as the model reads) of the text's first four fifths.
+    Args:
+        model: a live module, a folder, the name of a demo model, a hub id, or a .gguf file.
+        text_source: pydoc, a .txt or .jsonl file, or hf:dataset.
+        split: the text's last fifth ("eval"), its first four fifths ("calib"), or all of it.
+        seqlen, windows: tokens of a window and number of windows; None takes all windows.
+        reference: the model to compare with, through an ordinary cache.
+        kv, kv_bits, kv_options: a KV method, to measure through the packed cache. Options default to those of the
+            folder's calibration. Without a calibration there, the method is calibrated on `kv_samples` windows of
+            `kv_seqlen` tokens (2048, or the model's context length) of the text's first four fifths.
 
-    Returns plain data: perplexity, tokens, bits_per_weight, size_bytes, time_s, peak_memory_bytes, and with a
-    reference kl_divergence (nats a token), top1_agreement and reference_perplexity; with a KV method kv_method,
-    kv_options, kv_calibration, kv_bits_per_element (allocated bits), kv_bytes (of one window) and
-    kv_table_bytes (calibrated tables, in neither of the two), and kv_on_calibration_text.
+    Returns:
+        perplexity, tokens, bits_per_weight, size_bytes, time_s and peak_memory_bytes, for an encoder
+        pair_cosine. With a reference kl_divergence (nats per token), top1_agreement and reference_perplexity,
+        for an encoder cosine_similarity and neighbour_agreement. With a KV method `kv_*`, see docs/kv.md.
     """
     started = time.perf_counter()
-    chosen_kv = None if kv == FLOAT else kv
-    kv_config = parse_kv_config(chosen_kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    kv_config = parse_kv_config(None if kv == FLOAT else kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     if tokenizer is None:
         if isinstance(model, nn.Module):
-            raise UsageError("A live model carries no tokenizer; pass tokenizer=... beside it.")
+            raise UsageError("A live model has no tokenizer; pass tokenizer=... with it.")
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     progress = progress or Progress()
     progress.start("reading text and model", 0)
     bits, size = stored_bits(model, trust_remote_code)
-    task = _task(model, trust_remote_code)
-    metric = task.metric()  # a pooling that is not supported is refused before text is read
-    text_windows = task.windows(text_source, tokenizer)
-    chosen = text_windows.held_out(split, seqlen, windows)
+    scoring = _Scoring(_task(model, trust_remote_code), text_source, split, seqlen, tokenizer, progress)
     live = live_model(model, device, trust_remote_code)
     other = None if reference is None else live_model(reference, device, trust_remote_code)
-    check_context_length(getattr(live, "config", None), seqlen)
-    against = None if other is None else output_fn(other)
-    answers, batch = output_fn(live), task.batch_size
-    with eval_mode(live), eval_mode(other):
-        packed = (
-            kv_workflow.PackedCacheEvaluator(live, kv_config, text_windows, text_source, split, progress)
-            if kv_config is not None
-            else None
-        )
-        if packed:
-            answers, batch = packed, max(1, _TOKENS // seqlen)
-        result = score_windows(answers, chosen, against, progress, batch, metric)
     return {
-        **result,
-        **(packed.measurements() if packed else {}),
+        **scoring.score(live, other, windows, kv_config),
         "bits_per_weight": bits,
         "size_bytes": size,
-        "text": text_source,
-        "split": split,
-        "seqlen": seqlen,
-        "windows": count_windows(chosen, seqlen),
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+class _Scoring:
+    """The text of a measurement and how models are scored on it."""
+
+    def __init__(
+        self,
+        task: Task,
+        text: str,
+        split: Split,
+        seqlen: int,
+        tokenizer: Any,
+        progress: Progress,
+    ) -> None:
+        self.task, self.text, self.split, self.seqlen, self.progress = task, text, split, seqlen, progress
+        self.metric = task.metric()  # a pooling that is not supported is refused before text is read
+        self.windows = task.windows(text, tokenizer)
+
+    def score(
+        self, model: nn.Module, reference: nn.Module | None, windows: int | None, kv: KVConfig | None
+    ) -> dict[str, Any]:
+        """Score a model, through a packed cache where `kv` is given; returns the figures and the text."""
+        chosen = self.windows.held_out(self.split, self.seqlen, windows)
+        check_context_length(getattr(model, "config", None), self.seqlen)
+        against = None if reference is None else output_fn(reference)
+        with eval_mode(model), eval_mode(reference):
+            if kv is None:
+                figures = score_windows(
+                    output_fn(model), chosen, against, self.progress, self.task.batch_size, self.metric
+                )
+            else:
+                packed = kv_workflow.PackedCacheEvaluator(
+                    model, kv, self.windows, self.text, self.split, self.progress
+                )
+                batch = max(1, _TOKENS // self.seqlen)
+                figures = score_windows(packed, chosen, against, self.progress, batch, self.metric)
+                figures |= packed.measurements()
+        return {
+            **figures,
+            "text": self.text,
+            "split": self.split,
+            "seqlen": self.seqlen,
+            "windows": count_windows(chosen, self.seqlen),
+        }
 
 
 def _task(model: str | Path | nn.Module, trust_remote_code: bool) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from bitmill.pipeline import Job, run
 from bitmill.pipeline.in_place import ModuleSink
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
+from bitmill.recipes.compose import compose
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.resolve import ResolvedRecipe, resolve_recipe
+from bitmill.recipes.rules import Rule
 from bitmill.report.html import folder_documents
 from bitmill.sources.open import open_source
 from bitmill.version import __version__
@@ -58,6 +61,7 @@ def quantize(
     propagate: Propagate = "quantized",
     statistics: str | Path | None = None,
     head_bits: int | None = None,
+    rules: Sequence[str | Rule] = (),
     kv: str | None = None,
     kv_bits: int | None = None,
     kv_options: dict[str, Any] | None = None,
@@ -81,7 +85,8 @@ def quantize(
         propagate: input of later blocks during calibration, of the quantized blocks or of the float model.
         statistics: with propagate="float", a folder that keeps the statistics for further recipes.
         head_bits: bits of embedding and output head, 8, 6 or 4; both stay in float by default.
-        kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
+        rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8" or "*.o_proj=float"; first match
+        wins. kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
             `kv_seqlen` tokens (by default 2048, or the model's context length) of the text.
         options: options of the method, such as bits=3 or group_size="row".
 
@@ -94,7 +99,26 @@ def quantize(
         None if statistics is None else Path(statistics), kv_config, tokenizer, trust_remote_code,
         progress or Progress(),
     )  # fmt: skip
-    return _quantize(request, method, head_bits, options)
+    return _quantize(request, method, _RecipeChanges(options, head_bits, tuple(rules)))
+
+
+@dataclass(frozen=True)
+class _RecipeChanges:
+    """The arguments of `quantize` that change the recipe."""
+
+    options: dict[str, Any]
+    head_bits: int | None
+    rules: tuple[str | Rule, ...]
+
+    def choose(self, method: str | Path | Recipe | None) -> tuple[Recipe, dict[str, str]]:
+        """Return the recipe, and the summary's entry `chosen` where no method was named."""
+        recipe, chosen = choose_recipe(method, self.options, self.head_bits)
+        return (compose(recipe, rules=self.rules) if self.rules else recipe), chosen
+
+    @property
+    def given(self) -> bool:
+        """True where anything is changed."""
+        return bool(self.options or self.head_bits or self.rules)
 
 
 @dataclass(frozen=True)
@@ -148,14 +172,12 @@ class _Prepared:
         return self.resolved.recipe if self.resolved else None
 
 
-def _quantize(
-    request: _Request, method: str | Path | Recipe | None, head_bits: int | None, options: dict[str, Any]
-) -> Outcome:
+def _quantize(request: _Request, method: str | Path | Recipe | None, changes: _RecipeChanges) -> Outcome:
     recipe: Recipe | None = None
     chosen: dict[str, str] = {}
     if method != FLOAT:
-        recipe, chosen = choose_recipe(method, options, head_bits)
-    elif request.kv is None or options or head_bits:
+        recipe, chosen = changes.choose(method)
+    elif request.kv is None or changes.given:
         raise UsageError(
             "The method 'none' leaves weights as they are; name a KV method and no option of weights."
         )
