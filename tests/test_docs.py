@@ -84,10 +84,10 @@ def test_python_snippets(page: str, block: str) -> None:
 
 def _check_quantize(page: str, call: ast.Call) -> None:
     """Keywords are parameters or options of the named method."""
-    known = set(inspect.signature(bitmill.quantize).parameters)
+    allowed = set(inspect.signature(bitmill.quantize).parameters)
     if len(call.args) > 1 and isinstance(call.args[1], ast.Constant) and call.args[1].value != "none":
-        known |= set(METHODS.get(call.args[1].value).__dataclass_fields__)
-    assert {k.arg for k in call.keywords} <= known, page
+        allowed |= set(METHODS.get(call.args[1].value).__dataclass_fields__)
+    assert {k.arg for k in call.keywords} <= allowed, page
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_commands_exist(page: str, line: str) -> None:
     words = line.partition("#")[0].split()
     command = COMMANDS[words[1]]
     command = command.commands[words[2]] if hasattr(command, "commands") else command
-    known = {option for parameter in command.params for option in parameter.opts}
-    assert {word for word in words if word.startswith("-")} <= known
+    allowed = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("-")} <= allowed
     if "--method" in words:
         assert words[words.index("--method") + 1] in [*METHODS.names(), "none"]
     if "--kv" in words:

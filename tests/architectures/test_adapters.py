@@ -148,11 +148,11 @@ def test_adapter_for_unknown_architecture_is_none():
 
 def test_generic_adapter():
     model = tiny_model("llama")
-    known, found = adapter_for(model.config), generic_adapter(model, model.config)
-    assert found.blocks == known.blocks
+    named, found = adapter_for(model.config), generic_adapter(model, model.config)
+    assert found.blocks == named.blocks
     assert found.stages == tuple((name,) for name in linear_names(model.model.layers[0]))
     for field in ("embeddings", "head"):
-        assert getattr(found, field) == getattr(known, field)
+        assert getattr(found, field) == getattr(named, field)
     assert found.seams == ()
     assert found.name == "generic:llama"
 

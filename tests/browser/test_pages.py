@@ -46,7 +46,7 @@ def axis(page, which: str = "y") -> str:
 def test_page_loads_and_fits(kind, window, scheme, visit, comparison):
     html = comparison if kind == "comparison" else folder_page(report())
     opened = visit(html, window, color_scheme=scheme)
-    assert opened.said == []
+    assert opened.messages == []
     assert [url for url in opened.requests[1:] if not url.startswith(("data:", "blob:"))] == []
     assert opened.overflow() <= 0
     wide = opened.page.evaluate(
@@ -223,7 +223,7 @@ def test_no_script_injection(visit):
     opened = visit(comparison_page(Results.model_validate(document)))
     opened.page.locator("#quality .scatterlayer .point").first.hover(force=True)
     opened.page.mouse.move(*[opened.page.locator("#layers .nsewdrag").bounding_box()[k] + 30 for k in ("x", "y")])
-    assert opened.said == []
+    assert opened.messages == []
     assert opened.page.locator("main img").count() == 0
     assert opened.page.locator("h1").text_content() == EVIL
 
@@ -233,7 +233,7 @@ def test_many_methods(visit):
     html = comparison_page(Results.model_validate(sample_results.document(grid, blocks=3)))
     for window in WINDOWS:
         opened = visit(html, window)
-        assert opened.said == []
+        assert opened.messages == []
         assert opened.overflow() <= 0
 
 

@@ -130,10 +130,10 @@ def test_pipeline_passes_fisher(propagate, transforms, tmp_path):
         bitmill.quantize(model, recipe("fisher", transforms), calibration=WINDOWS, measure=0, propagate=propagate)
     assert all(stats.gram is None for _, stats in seen.values())  # nobody asked
     W, stats = seen[0]  # q, k and v, stacked
-    wanted = torch.cat([expected[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv"])
-    assert stats.fisher.shape == W.shape == wanted.shape
+    target = torch.cat([expected[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv"])
+    assert stats.fisher.shape == W.shape == target.shape
     if not transforms:
-        assert torch.allclose(stats.fisher, wanted, rtol=1e-3, atol=1e-5 * float(wanted.max()))
+        assert torch.allclose(stats.fisher, target, rtol=1e-3, atol=1e-5 * float(target.max()))
     assert len(seen) == 2 * 3
 
 

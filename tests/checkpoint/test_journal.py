@@ -48,7 +48,7 @@ def test_saving_is_idempotent(work):
 
 
 def test_identity_round_trip(tmp_path):
-    Journal(tmp_path, {"shape": (1, 2)}).save()  # JSON knows no tuples
+    Journal(tmp_path, {"shape": (1, 2)}).save()  # JSON has no tuples
     loaded(tmp_path, {"shape": (1, 2)})
 
 

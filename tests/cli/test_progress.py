@@ -114,5 +114,5 @@ def test_base_progress_is_silent():
 def test_peak_memory_of_child() -> None:
     ballast = b"x" * (200 << 20)
     code = "from bitmill.progress import peak_memory_bytes; print(peak_memory_bytes())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(told) < peak_memory_bytes() - len(ballast) // 2
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(output) < peak_memory_bytes() - len(ballast) // 2

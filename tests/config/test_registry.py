@@ -49,7 +49,7 @@ def test_unknown_name_message(registry):
 
 def test_duplicate_name_refused(registry):
     lion = registry.get("lion")
-    assert registry.register("lion")(lion) is lion  # the same member again, as on a reload
+    assert registry.register("lion")(lion) is lion  # an identical member, as on a reload
     with pytest.raises(RuntimeError, match="registered twice"):
         registry.register("lion")(object())
 

@@ -28,7 +28,12 @@ from helpers.tiny_models import tiny_config
 
 PRODUCT = [(name, method) for name in MODELS for method in METHODS.names()]
 MAIN, LIVE, SIMPLE = ("llama", "gpt2", "bert"), ("llama", "gpt2", "bert", "gpt_neox"), ("rtn", "gptq")
-BRIEF = {"iters": 10, "epochs": 1, "rounds": 2, "sweeps": 1}  # training, where nobody asks how well it went
+BRIEF = {
+    "iters": 10,
+    "epochs": 1,
+    "rounds": 2,
+    "sweeps": 1,
+}  # short training, for tests that do not measure its effect
 
 
 def quantize(model: nn.Module, method: str, out=None, **options):

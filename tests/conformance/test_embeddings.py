@@ -191,7 +191,7 @@ def test_casts_reach_embeddings(tmp_path):
         model = bitmill.load(tmp_path / name, dtype=torch.bfloat16)
         assert model.get_input_embeddings()(TOKENS).dtype == torch.bfloat16
         assert answer(model).dtype == torch.bfloat16
-        model.tie_weights()  # somebody may; there is nothing to tie
+        model.tie_weights()  # a no-op, as nothing is tied
         assert torch.equal(answer(copy.deepcopy(model)), answer(model))
         live = quantize(model_of(name, True)).model
         expected = answer(live)

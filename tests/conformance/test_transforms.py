@@ -68,8 +68,8 @@ def assert_seen(kept: dict[str, Statistics], now: dict[str, Statistics]) -> None
     """Check that statistics collected before the fold are scaled along."""
     for lead, expected in now.items():
         for name in ("gram", "mean_abs", "max_abs"):
-            found, wanted = getattr(kept[lead], name), getattr(expected, name)
-            assert (found - wanted).norm() < 1e-4 * wanted.norm()
+            found, target = getattr(kept[lead], name), getattr(expected, name)
+            assert (found - target).norm() < 1e-4 * target.norm()
 
 
 @dataclasses.dataclass(frozen=True)

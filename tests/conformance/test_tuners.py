@@ -33,7 +33,7 @@ from helpers.tiny_models import tiny_model
 WINDOWS = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(7))
 MODELS = thin(["llama", "opt", "gpt2", "gemma2"], ["llama", "gpt2"])
 ALL = [tuner for _, kind in TUNERS.items() for tuner in (kind(), *varied(kind))]
-BRIEF = {"iters": 10, "epochs": 1}  # training, where nobody asks how well it went
+BRIEF = {"iters": 10, "epochs": 1}  # short training, for tests that do not measure its effect
 EACH_FORMAT = one_of_each([*few_formats(), *all_wrappers()], type)
 every_tuner = pytest.mark.parametrize("tuner", ALL, ids=repr)
 
@@ -153,7 +153,7 @@ def test_stored_error_equals_measured(tuner, model, tmp_path):
 @every_tuner
 def test_deterministic_bytes(tuner, tmp_path):
     for out in ("one", "other"):
-        torch.manual_seed(len(out))  # whoever draws numbers has a generator of its own
+        torch.manual_seed(len(out))  # must not matter: each draw has a generator of its own
         model = tiny_model("llama")
         quantize(recipe_of(brief(tuner)), model, tmp_path / out)
     for file in sorted((tmp_path / "one").iterdir()):
@@ -185,7 +185,7 @@ def test_formats_tuned_or_refused(tuner, format):
         with pytest.raises(RecipeError, match="cannot be built"):
             recipe_of(tuner, format)
         return
-    measure = getattr(tuner, "loss", BlockTask.error)  # what it says that it lowers
+    measure = getattr(tuner, "loss", BlockTask.error)  # the error that it minimizes
     solver = BeamSearch(rounds=1, sweeps=0) if format.shared else None
     tuned = errors(enough(tuner), format=format, solver=solver, measure=measure)[0]
     assert tuned <= untuned(format, solver, measure)

@@ -97,8 +97,8 @@ def test_model_without_tokenizer(tmp_path):
     assert again.report["identity"]["calibration"] == described
 
 
-@pytest.mark.parametrize(("samples", "seqlen", "said"), [(0, 16, "samples"), (4, 1, "seqlen"), (4, 65, "64")])
-def test_invalid_windows_refused(samples, seqlen, said):
+@pytest.mark.parametrize(("samples", "seqlen", "fragment"), [(0, 16, "samples"), (4, 1, "seqlen"), (4, 65, "64")])
+def test_invalid_windows_refused(samples, seqlen, fragment):
     own = bitmill.CalibrationData("self", samples, seqlen)
-    with pytest.raises(CalibrationError, match=said):
+    with pytest.raises(CalibrationError, match=fragment):
         bitmill.quantize(tiny_model("llama"), "gptq", calibration=own, measure=0)

@@ -54,7 +54,7 @@ def test_text_and_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "fragment"),
     [
         ("{nope", "no valid JSON"),
         ("[1]", "no text in a field"),
@@ -62,12 +62,12 @@ def test_text_and_json_lines(tmp_path):
         ('{"text": 3}', "no text"),
     ],
 )
-def test_bad_json_line_number(tmp_path, line, said):
+def test_bad_json_line_number(tmp_path, line, fragment):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n{line}\n')
     message = refused(load_text, path)
     assert "Line 2 of" in message
-    assert said in message
+    assert fragment in message
 
 
 def test_unusable_files(tmp_path):
@@ -108,9 +108,9 @@ def test_hub_failure_message(monkeypatch):
     def no_network(*_, **__):
         raise ConnectionError("no\nroute")
 
-    for load, said in ((no_field, "no field 'text'"), (no_network, "could not be read (no route)")):
+    for load, fragment in ((no_field, "no field 'text'"), (no_network, "could not be read (no route)")):
         monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
-        assert said in refused(load_text, "hf:org/data")
+        assert fragment in refused(load_text, "hf:org/data")
 
 
 def test_stream_is_silent(tmp_path, caplog):

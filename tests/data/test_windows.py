@@ -17,10 +17,10 @@ class Words:
     """A tokenizer of whole words, numbered from 10 on as they come, between [CLS] and [SEP]."""
 
     def __init__(self) -> None:
-        self.known: dict[str, int] = {}
+        self.vocabulary: dict[str, int] = {}
 
-    def __call__(self, said, add_special_tokens=True, truncation=False, max_length=None):
-        ids = [self.known.setdefault(word, len(self.known) + 10) for word in said.split()]
+    def __call__(self, text, add_special_tokens=True, truncation=False, max_length=None):
+        ids = [self.vocabulary.setdefault(word, len(self.vocabulary) + 10) for word in text.split()]
         if add_special_tokens:
             ids = [CLS, *(ids[: max_length - 2] if truncation else ids), SEP]
         return {"input_ids": ids}
@@ -40,8 +40,8 @@ def file(tmp_path):
 
 
 def test_decoder_windows(file):
-    def letters(said):
-        return {"input_ids": [ord(c) for c in said]}
+    def letters(text):
+        return {"input_ids": [ord(c) for c in text]}
 
     ids = text.token_stream(file, letters)
     reading = StreamWindows(file, letters)

@@ -63,12 +63,12 @@ def test_model_without_cache():
 
 
 def test_pieces_are_whole_characters():
-    said = "naïve 日本 🙂!"
+    expected = "naïve 日本 🙂!"
     pieces: list[str] = []
     done = generate(
-        Script(list(said.encode())), Bytes(), [1], max_new_tokens=len(said.encode()), on_text=pieces.append
+        Script(list(expected.encode())), Bytes(), [1], max_new_tokens=len(expected.encode()), on_text=pieces.append
     )
-    assert done.text == said == "".join(pieces)
+    assert done.text == expected == "".join(pieces)
     assert not any("\ufffd" in piece for piece in pieces)
 
 

@@ -8,6 +8,7 @@ import re
 import typing
 from collections.abc import Hashable
 from dataclasses import MISSING, fields
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -29,8 +30,8 @@ def switched(kind: type, given: dict[str, Any]) -> list[Any]:
     """`kind(**given)` with every boolean field both ways; combinations that it refuses are left out."""
     switches = [f.name for f in fields(kind) if str(f.type) == "bool" and f.name not in given]
     for f in fields(kind):
-        known = f.name in given or f.name in switches
-        assert known or f.default is not MISSING or f.default_factory is not MISSING, (
+        has_value = f.name in given or f.name in switches
+        assert has_value or f.default is not MISSING or f.default_factory is not MISSING, (
             f"{kind.__name__}.{f.name} has no default, so tests/helpers/cases.py must give it a value"
         )
     made = []
@@ -62,7 +63,8 @@ def ragged(kind: type[GroupFormat]) -> list[GroupFormat]:
     return [format for bits in range(1, kind.max_bits + 1) for format in built(kind, bits, size)]
 
 
-def built(kind: type[GroupFormat], bits: int, size: int | str) -> list[GroupFormat]:
+@cache
+def built(kind: type[GroupFormat], bits: int, size: int | str) -> tuple[GroupFormat, ...]:
     """The format with every word of its Literal fields and its boolean fields both ways; refused ones left out."""
     hints = typing.get_type_hints(kind)
     words = {name: typing.get_args(h) for name, h in hints.items() if typing.get_origin(h) is Literal}
@@ -70,7 +72,7 @@ def built(kind: type[GroupFormat], bits: int, size: int | str) -> list[GroupForm
     for chosen in itertools.product(*words.values()):
         with contextlib.suppress(RecipeError):
             made += switched(kind, {"bits": bits, "group_size": size, **dict(zip(words, chosen))})
-    return made
+    return tuple(made)
 
 
 def middle_bits(formats: list[GroupFormat]) -> int:
@@ -133,13 +135,13 @@ def varied(kind: type, **given: Any) -> list[Any]:
     return made
 
 
-def method_options(name: str, **wanted: Any) -> dict[str, Any]:
+def method_options(name: str, **options: Any) -> dict[str, Any]:
     """Return those of the options that the method has."""
-    return {key: value for key, value in wanted.items() if key in METHODS.get(name).__dataclass_fields__}
+    return {key: value for key, value in options.items() if key in METHODS.get(name).__dataclass_fields__}
 
 
-def method_recipe(name: str, **wanted: Any) -> Any:
-    return build_recipe(name, method_options(name, **wanted))
+def method_recipe(name: str, **options: Any) -> Any:
+    return build_recipe(name, method_options(name, **options))
 
 
 def weights(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> Tensor:
@@ -155,12 +157,12 @@ def inputs(tokens: int = 400, columns: int = COLUMNS, seed: int = 0, correlation
     """Correlated inputs of uneven channels, X (tokens, columns)."""
     generator = torch.Generator().manual_seed(1000)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
-    loud = torch.rand(columns, generator=generator).mul(3).exp()
+    channel_scale = torch.rand(columns, generator=generator).mul(3).exp()
     generator.manual_seed(seed)
     X = torch.randn(tokens, columns, generator=generator)
     few = min(4, columns)
     common = torch.randn(tokens, few, generator=generator) @ mixing[:few] * columns**0.5 / 2
-    return ((1 - correlation) * X + correlation * (X @ mixing * 0.3 + common)) * loud
+    return ((1 - correlation) * X + correlation * (X @ mixing * 0.3 + common)) * channel_scale
 
 
 def gram_of(X: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ def in_this_process(folder: Path, name: str, log: Path, progress) -> dict:
     """Run a cell here: a process of its own spends seconds on imports."""
     stdout = io.StringIO()
     worker.main([str(folder), name], stdout=stdout)
-    said: dict = {}
+    outcome: dict = {}
     for line in stdout.getvalue().splitlines():
-        said |= process.handle_message(line, progress, name)
-    if "result" not in said:
-        raise VariantFailed(said["failed"])
-    return said["result"]
+        outcome |= process.handle_message(line, progress, name)
+    if "result" not in outcome:
+        raise VariantFailed(outcome["failed"])
+    return outcome["result"]
 
 
 def command(world, *more: object, methods: str = "rtn,gptq", bits: str = "3,4") -> list[str]:

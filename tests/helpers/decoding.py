@@ -58,7 +58,7 @@ def logits(model, tokens: list[int], cache=None, prompt: Tensor = PROMPT) -> tup
     return torch.stack(steps), cache
 
 
-def apart(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 

@@ -17,8 +17,8 @@ def layer(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights with outliers, and Gram matrices of training and of held-out inputs with large channels."""
     draw = torch.Generator().manual_seed(seed)
     mix = torch.eye(COLUMNS) + 0.9 * torch.randn(COLUMNS, COLUMNS, generator=draw) / COLUMNS**0.5
-    loud = (0.7 * torch.randn(COLUMNS, generator=draw)).exp()
-    X = torch.randn(4096, COLUMNS, generator=draw) @ mix * loud
+    channel_scale = (0.7 * torch.randn(COLUMNS, generator=draw)).exp()
+    X = torch.randn(4096, COLUMNS, generator=draw) @ mix * channel_scale
     W = torch.randn(ROWS, COLUMNS, generator=draw)
     W = 0.02 * W / torch.randn(ROWS, COLUMNS, 5, generator=draw).square().mean(-1).sqrt()
     return W, X[:2048].T @ X[:2048] / 2048, X[2048:].T @ X[2048:] / 2048

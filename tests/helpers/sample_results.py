@@ -55,7 +55,7 @@ def variant(method: str, bits: int, perplexity: float | None, blocks: int = 30) 
         reason = f"{method} cannot be had at {bits} bits; choose others."
         return {**described, "status": "not_applicable", "reason": reason}
     loss = math.log(perplexity / FLOAT)
-    spoken = [answer[: int(len(answer) * math.exp(-loss))] + " ..." for answer in ANSWERS]
+    generated = [answer[: int(len(answer) * math.exp(-loss))] + " ..." for answer in ANSWERS]
     return {
         **described,
         "status": "done",
@@ -71,7 +71,7 @@ def variant(method: str, bits: int, perplexity: float | None, blocks: int = 30) 
         "layers": layers(
             0.4 * 4.0 ** (1 - bits) * (1 + loss), blocks, method not in ("rtn", "hqq"), len(method) + bits
         ),
-        "samples": [sample(text) for text in spoken],
+        "samples": [sample(text) for text in generated],
     }
 
 

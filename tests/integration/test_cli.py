@@ -162,8 +162,8 @@ def test_generate_context_limit(world, run):
 def test_chat(world, capsys, monkeypatch):
     import io
 
-    for said in ("w1 w2\n\nw3\n/quit\nw4\n", "w1 w2\nw3"):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    for turns in ("w1 w2\n\nw3\n/quit\nw4\n", "w1 w2\nw3"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(turns))
         assert main(["chat", str(world.done), "--max-new-tokens", "4"]) == 0
         assert len(capsys.readouterr().out.splitlines()) == 2
 

@@ -95,13 +95,13 @@ def test_held_out_windows(world, quick, capsys):
     grid = json.loads((world.root / "grid" / "grid.json").read_text())
     grid["terms"]["settings"]["evaluation"]["sha256"] = "0" * 64
     (world.root / "grid" / "grid.json").write_text(json.dumps(grid))
-    said = io.StringIO()
-    assert worker.main([str(world.root / "grid"), "rtn-3bit"], stdout=said) == 1
-    assert "has changed since" in json.loads(said.getvalue().splitlines()[-1])["failed"]
+    fragment = io.StringIO()
+    assert worker.main([str(world.root / "grid"), "rtn-3bit"], stdout=fragment) == 1
+    assert "has changed since" in json.loads(fragment.getvalue().splitlines()[-1])["failed"]
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "fragment"),
     [
         (["--windows", "3"], "settings.evaluation.windows was 2 and is now 3"),
         (["--seed", "1"], "settings.calibration.seed was 0 and is now 1"),
@@ -112,12 +112,12 @@ def test_held_out_windows(world, quick, capsys):
         (["--propagate", "float"], "settings.propagate was 'quantized' and is now 'float'"),
     ],
 )
-def test_changed_terms_refused(world, quick, capsys, more, said):
+def test_changed_terms_refused(world, quick, capsys, more, fragment):
     assert main(command(world, methods="rtn", bits="3")) == 0
     capsys.readouterr()
     assert main(command(world, *more, methods="rtn", bits="3")) == 1
     error = capsys.readouterr().err
-    assert said in error
+    assert fragment in error
     assert error.count("\n") == 1
 
 
@@ -166,7 +166,7 @@ def test_prompts_from_a_file(world, quick, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "status", "said"),
+    ("more", "status", "fragment"),
     [
         (["--bits", "three"], 2, "'three'"),
         (["--methods", "nonsense"], 2, "no method 'nonsense'"),
@@ -180,10 +180,10 @@ def test_prompts_from_a_file(world, quick, capsys):
         (["-o", "text.txt"], 1, "text.txt"),
     ],
 )
-def test_grid_error_message(world, quick, capsys, more, status, said):
+def test_grid_error_message(world, quick, capsys, more, status, fragment):
     assert main(command(world, *more, methods="rtn", bits="3")) == status
     out, err = capsys.readouterr()
-    assert said in err
+    assert fragment in err
     assert err.count("\n") == 1
     assert out == ""
 

@@ -85,12 +85,12 @@ def test_transformers_loads_packed(source, done):
 
 def test_eval_compares_embeddings(source, done, run):
     command = ["eval", done, "--text", source.parent / "text.txt", "--seqlen", 32, "--windows", 8, "--json"]
-    alone, beside = run(*command), run(*command, "--reference", source)
-    assert set(beside) - set(alone) == FIGURES - {"pair_cosine"}
-    assert "perplexity" not in beside
+    alone, with_reference = run(*command), run(*command, "--reference", source)
+    assert set(with_reference) - set(alone) == FIGURES - {"pair_cosine"}
+    assert "perplexity" not in with_reference
     (recorded,) = open_checkpoint(done).report["measured"]
     for figure in FIGURES:
-        assert beside[figure] == pytest.approx(recorded[figure], abs=1e-4)
+        assert with_reference[figure] == pytest.approx(recorded[figure], abs=1e-4)
     assert "same neighbour" in run(*command[:-1], "--reference", source)
     same = run("eval", source, *command[2:], "--reference", source)
     assert same["neighbour_agreement"] == 1
@@ -119,7 +119,7 @@ def test_recorded_measurement(source, done, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "fragment"),
     [
         (["generate", "DONE", "--prompt", "x"], "writes no text"),
         (["chat", "DONE"], "writes no text"),
@@ -128,11 +128,11 @@ def test_recorded_measurement(source, done, run, tmp_path):
         (["quantize", "SOURCE", "--method", "gptq", "--calib", "self", "-o", "OUT"], "writes no text"),
     ],
 )
-def test_unsupported_commands_refused(source, done, run, tmp_path, command, said):
+def test_unsupported_commands_refused(source, done, run, tmp_path, command, fragment):
     places = {"SOURCE": source, "DONE": done, "OUT": tmp_path / "out", "TEXT": source.parent / "text.txt"}
     seqlen = ["--seqlen", "32"] if command[0] in ("compare", "quantize", "sweep") else []
     message = run(*(places.get(word, word) for word in command), *seqlen, status=2)
-    assert said in message
+    assert fragment in message
     assert message.strip().startswith("error: ")
     assert message.strip().count("\n") == 0
 

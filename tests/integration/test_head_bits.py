@@ -82,8 +82,8 @@ def _terms():
 
 
 def test_it_generates(root, run):
-    told = run("generate", root / "done", "--prompt", "w1 w2", "--max-new-tokens", 4, "--json")
-    assert told["new_tokens"] > 0
+    result = run("generate", root / "done", "--prompt", "w1 w2", "--max-new-tokens", 4, "--json")
+    assert result["new_tokens"] > 0
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn", "omniquant"])
@@ -111,8 +111,8 @@ def test_other_bits_refused_on_resume(root, run, monkeypatch):
     run(*quantize(root, "out", "--head-bits", "6"), status=130)
     monkeypatch.undo()
     monkeypatch.chdir(root)
-    for other, said in ((["--head-bits", "4"], "recipe.head.bits was 6 and is now 4"), ([], "recipe.head")):
-        assert said in run(*quantize(root, "out", *other, "--resume"), status=1)
+    for other, fragment in ((["--head-bits", "4"], "recipe.head.bits was 6 and is now 4"), ([], "recipe.head")):
+        assert fragment in run(*quantize(root, "out", *other, "--resume"), status=1)
     assert "recipe.head" in run(*quantize(root, "done", "--resume"), status=1)
     identity = json.loads((root / "done" / "report.json").read_text())["identity"]
     assert identity["recipe"]["head"]["bits"] == 8
@@ -129,8 +129,8 @@ def test_reports_show_head_bits(root, run):
     checkpoint = open_checkpoint(root / "done")
     report, tied = checkpoint.report, checkpoint.report["ends"]["tied"]
     assert report["head_bits_per_weight"] == checkpoint.head_bits_per_weight == 8 + (16 + 8) / 32
-    told = run("inspect", root / "done", "--json")
-    assert told["head_bits_per_weight"] == report["head_bits_per_weight"]
+    result = run("inspect", root / "done", "--json")
+    assert result["head_bits_per_weight"] == report["head_bits_per_weight"]
     assert "8.750 in embedding and head" in run("inspect", root / "done")
     text = run(*quantize(root, "out", "--head-bits", "8", "--dry-run"))
     assert "embedding and head" in text
@@ -138,7 +138,7 @@ def test_reports_show_head_bits(root, run):
     with safe_open(root / "done" / "model-00001-of-00003.safetensors", "pt") as file:
         size = {key: file.get_tensor(key).nbytes for key in file.keys()}  # noqa: SIM118
     assert report["unquantized_bytes"] == sum(
-        entry["size_bytes"] for entry in told["tensors"] if entry["format"] == "float32"
+        entry["size_bytes"] for entry in result["tensors"] if entry["format"] == "float32"
     )
     assert report["head_bytes"] == sum(nbytes for key, nbytes in size.items() if key != "model.norm.weight")
     for name in ("README.md", "report.html"):
@@ -152,16 +152,16 @@ def test_reports_show_head_bits(root, run):
 def test_compare_with_head_bits(root, run, monkeypatch):
     def here(folder, name, log, progress):
         """A cell without a process of its own."""
-        told = []
-        monkeypatch.setattr("builtins.print", lambda line, **_: told.append(json.loads(line)))
+        result = []
+        monkeypatch.setattr("builtins.print", lambda line, **_: result.append(json.loads(line)))
         try:
             work([str(folder), name])
         finally:
             monkeypatch.undo()
             monkeypatch.chdir(root)
-        if "failed" in told[-1]:
-            raise VariantFailed(told[-1]["failed"])
-        return told[-1]["result"]
+        if "failed" in result[-1]:
+            raise VariantFailed(result[-1]["failed"])
+        return result[-1]["result"]
 
     def compare(**more):
         calibration = bitmill.CalibrationData("text.txt", 4, 32)

@@ -127,8 +127,8 @@ def test_verify_incomplete_calibration(world, run, kept):
         path = replace(calibration, layers=layers).save(kept)
         report["files"][FILE] = sha256(path)
         (kept / "report.json").write_text(json.dumps(report))
-        said = run("verify", kept, status=1)
-        assert "1 layers" in said if len(layers) == 1 else "levels of the values of layer 1" in said
+        fragment = run("verify", kept, status=1)
+        assert "1 layers" in fragment if len(layers) == 1 else "levels of the values of layer 1" in fragment
 
 
 def test_calibrate_existing_folder(world, run, kept, capsys):
@@ -204,8 +204,8 @@ def test_long_prompts_in_chunks(world, monkeypatch):
     from bitmill.workflows import kv as caching
 
     model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
-    wanted = parse_kv_config("per_token", 8, None)
-    caches, seen = caching.CacheFactory(model, wanted, "it"), []
+    kv_config = parse_kv_config("per_token", 8, None)
+    caches, seen = caching.CacheFactory(model, kv_config, "it"), []
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     prompt = list(range(3, 53))
     done = generate(model, tokenizer, prompt, max_new_tokens=3, past=caches.new(), chunk=20)
@@ -237,7 +237,7 @@ def test_damage(world, run, kept):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "fragment"),
     [
         (["--kv", "mine"], "choose one of: kivi, kvquant"),
         (["--kv", "kvquant", "--kv-bits", "5"], "bits of keys and values are 5; use 2, 3 or 4"),
@@ -252,10 +252,10 @@ def test_damage(world, run, kept):
         (["--kv", "kvquant", "--kv-seqlen", "65"], "lower --kv-seqlen"),
     ],
 )
-def test_refused(world, run, flags, said):
-    status = 1 if said.startswith(("--kv-samples", "lower")) else 2
-    assert said in run("eval", world.source, *measured(world, *flags), status=status)
-    assert said in run(*world.quantize(*flags), status=status)
+def test_refused(world, run, flags, fragment):
+    status = 1 if fragment.startswith(("--kv-samples", "lower")) else 2
+    assert fragment in run("eval", world.source, *measured(world, *flags), status=status)
+    assert fragment in run(*world.quantize(*flags), status=status)
     assert not world.out.exists()
 
 
@@ -282,12 +282,12 @@ def test_missing_calibration_refused(world, run):
     assert "Nowhere to write" in run(*none, status=2)
 
 
-@pytest.mark.parametrize(("kind", "said"), [("bert", "an encoder"), ("gpt2", "no rotary embedding")])
-def test_refused_models(world, run, kind, said):
+@pytest.mark.parametrize(("kind", "fragment"), [("bert", "an encoder"), ("gpt2", "no rotary embedding")])
+def test_refused_models(world, run, kind, fragment):
     folder = world.root / kind
     tiny_model(kind).save_pretrained(folder)
     for file in world.source.glob("tokenizer*"):
         shutil.copy(file, folder)
     command = ["quantize", folder, "--method", "rtn", *KV, "--calib", world.text, "--measure", 0, "-o", world.out]
-    assert said in run(*command, status=2)
+    assert fragment in run(*command, status=2)
     assert not world.out.exists()

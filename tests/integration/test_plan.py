@@ -67,11 +67,11 @@ def test_measured_cache():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "fragment"),
     [(["--memory", "80"], "80GiB"), (["--context", "0"], "128k"), (["--kv-bits", "2"], "give --kv")],
 )
-def test_invalid_input_refused(arguments, said, capsys):
+def test_invalid_input_refused(arguments, fragment, capsys):
     assert main(["plan", "llama-7b", *arguments]) == 2
     err = capsys.readouterr().err
-    assert said in err
+    assert fragment in err
     assert err.count("\n") == 1

@@ -9,8 +9,9 @@ import torch
 import bitmill
 from bitmill.cli.main import main
 from bitmill.data.text import load_text
+from helpers.selection import FULL
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.skipif(not FULL, reason="runs in make test-all")]
 
 MODEL = "smollm2-135m"
 TEXT_SHA256 = "71f2ff5d99bd"  # of pydoc in Python 3.11.7; other releases say some things in other words

@@ -174,7 +174,7 @@ def interrupted(folder, monkeypatch, after: int, **options) -> None:
 def test_resumed_run_keeps_shared(after, head_bits, tmp_path, monkeypatch):
     quantize(tiny_model("llama"), tmp_path / "whole", head_bits=head_bits)
     interrupted(tmp_path / "out", monkeypatch, after, head_bits=head_bits)
-    monkeypatch.setattr(CodebookLearner, "add_layer", None)  # nobody looks a second time
+    monkeypatch.setattr(CodebookLearner, "add_layer", None)  # learning must not run again
     quantize(tiny_model("llama"), tmp_path / "out", resume=True, head_bits=head_bits)
     files = sorted(f.name for f in (tmp_path / "whole").iterdir())
     assert files == sorted(f.name for f in (tmp_path / "out").iterdir())

@@ -30,7 +30,7 @@ def library(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def known() -> list[str]:
+def registered_names() -> list[str]:
     return importlib.import_module(REGISTRY).KNOWN
 
 
@@ -38,11 +38,11 @@ def test_registered_on_import(library):
     hook.register_with_transformers()
     assert REGISTRY not in sys.modules
     assert TEACHER not in sys.modules
-    assert known() == ["bitmill"]
+    assert registered_names() == ["bitmill"]
 
 
 def test_registered_if_imported(library):
-    registered = known()
+    registered = registered_names()
     assert registered == []
     hook.register_with_transformers()
     assert registered == ["bitmill"]
@@ -53,7 +53,7 @@ def test_find_spec_before_import(library, probed):
     hook.register_with_transformers()
     assert importlib.util.find_spec(probed) is not None
     assert TEACHER not in sys.modules
-    assert known() == ["bitmill"]
+    assert registered_names() == ["bitmill"]
 
 
 def test_failed_import_can_repeat(library):
@@ -61,14 +61,14 @@ def test_failed_import_can_repeat(library):
     (library / "auto.py").write_text("raise ImportError('not yet')\n")
     hook.register_with_transformers()
     with pytest.raises(ImportError, match="not yet"):
-        known()
+        registered_names()
     (library / "auto.py").write_text(source)
     importlib.invalidate_caches()
-    assert known() == ["bitmill"]
+    assert registered_names() == ["bitmill"]
 
 
 def test_registration_is_idempotent(library):
     hook.register_with_transformers()
     hook.register_with_transformers()
     assert sum(isinstance(finder, hook._Finder) for finder in sys.meta_path) == 1
-    assert known() == ["bitmill"]
+    assert registered_names() == ["bitmill"]

@@ -42,11 +42,11 @@ def test_bfloat16():
     cache = packed_cache(model, SETTINGS[3])
     assert generated(model, prompt(), cache) == generated(model, prompt(), packed_cache(model, SETTINGS[3]))
     assert cache.packed_layers[0].keys.dtype == torch.bfloat16
-    twin = copy.deepcopy(cache)
+    copied = copy.deepcopy(cache)
     direct = continued(model, cache, prompt(seed=1), 1)
     model.set_attn_implementation("sdpa")
-    twin.packed_layers[0].config._attn_implementation = "sdpa"
-    rounded = continued(model, twin, prompt(seed=1), 1)
+    copied.packed_layers[0].config._attn_implementation = "sdpa"
+    rounded = continued(model, copied, prompt(seed=1), 1)
     assert (direct - rounded).norm() < 0.05 * rounded.norm()
     fresh = packed_cache(model, SETTINGS[3])
     model.set_attn_implementation("sdpa")
@@ -138,8 +138,8 @@ def test_copies_are_independent():
     cache, ids = packed_cache(model, SETTINGS[2]), prompt(1, 100)
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    twin = copy.deepcopy(cache)
-    first = continued(model, twin, prompt())
+    copied = copy.deepcopy(cache)
+    first = continued(model, copied, prompt())
     continued(model, cache, prompt(seed=5), 3)
     assert cache.get_seq_length() == 103
     cache.crop(-3)

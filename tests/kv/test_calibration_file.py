@@ -47,5 +47,5 @@ def test_live_models(world):
     result = bitmill.evaluate(
         model, kv="kvquant", kv_samples=3, tokenizer=tokenizer, seqlen=64, windows=1, text_source=world.text
     )
-    assert result["kv_method"] == "kvquant"  # gradients went through a copy
+    assert result["kv_method"] == "kvquant"  # gradients were computed on a copy
     assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())

@@ -104,14 +104,14 @@ def test_outliers_exact_in_fp16(side):
     back = coder.decode(coded)
     index = coded.outlier_index.flatten(1, 2)
     exact, stored = x.gather(-1, index), back.gather(-1, index)
-    apart = coded.outlier_value.flatten(1, 2).abs()
-    assert ((exact - stored).abs() <= apart * 2**-10 + 1e-5).all()
+    outlier_size = coded.outlier_value.flatten(1, 2).abs()
+    assert ((exact - stored).abs() <= outlier_size * 2**-10 + 1e-5).all()
     assert abs(float(back[0, 5, 17]) - 900) < 1
     assert abs(float(back[1, 40, 0]) + 700) < 1
     count = side.num_outliers(HEADS * DIM)
     dense = back.scatter_add(-1, index, -coded.outlier_value.flatten(1, 2))
     worst = (x - dense).abs().topk(count + 1, -1).values
-    assert (apart.amin(-1) >= worst[..., -1] - 0.5).all()
+    assert (outlier_size.amin(-1) >= worst[..., -1] - 0.5).all()
     assert (index.sort(-1).values.diff(dim=-1) > 0).all()
 
 

@@ -148,8 +148,8 @@ def test_kernel_equals_decoded(setting, rows, monkeypatch):
         patch.setattr(buffer_module.TokenBuffer, "read", decoded)
         assert generated(model, ids, cache, mask) == expected
     assert cache.unsupported_reason is None
-    twin = copy.deepcopy(cache)
-    assert torch.equal(continued(model, twin, prompt(rows), 3), continued(model, cache, prompt(rows), 3))
+    copied = copy.deepcopy(cache)
+    assert torch.equal(continued(model, copied, prompt(rows), 3), continued(model, cache, prompt(rows), 3))
     layer = cache.packed_layers[1]
     query, first = torch.randn(rows, 4, 16), layer.buffer.start + 3
     torch.testing.assert_close(

@@ -54,7 +54,7 @@ def test_outlier_channel_out_of_range(heads, side, tmp_path):
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "fragment"),
     [
         ({"length": "100"}, "has the metadata"),
         ({"length": 100.0}, "has the metadata"),
@@ -73,7 +73,7 @@ def test_outlier_channel_out_of_range(heads, side, tmp_path):
     ],
     ids=str,
 )
-def test_invalid_positions_refused(change, said, window, tmp_path):
+def test_invalid_positions_refused(change, fragment, window, tmp_path):
     model = long_model("mistral", sliding_window=window)
     path = saved(model, ("per_token", {"bits": 4}), tmp_path)
     assert QuantizedCache.load(model, path).get_seq_length() == 100
@@ -85,7 +85,7 @@ def test_invalid_positions_refused(change, said, window, tmp_path):
         data["layers"][1] |= change
         meta["bitmill_kv_cache"] = json.dumps(data)
 
-    with pytest.raises(CheckpointError, match=f"Layer 1 .*{said}"):
+    with pytest.raises(CheckpointError, match=f"Layer 1 .*{fragment}"):
         QuantizedCache.load(model, altered(path, other))
 
 

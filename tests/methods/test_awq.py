@@ -22,8 +22,8 @@ def layer(seed: int) -> tuple[torch.Tensor, Statistics, torch.Tensor]:
     """Heavy-tailed weights, calibration inputs with a few large channels, and the Gram matrix of held-out ones."""
     draw = torch.Generator().manual_seed(seed)
     mix = torch.eye(COLUMNS) + 0.5 * torch.randn(COLUMNS, COLUMNS, generator=draw) / COLUMNS**0.5
-    loud = torch.where(torch.rand(COLUMNS, generator=draw) < 0.03, 10.0, 1.0)
-    X = torch.randn(2048, COLUMNS, generator=draw) @ mix * loud
+    channel_scale = torch.where(torch.rand(COLUMNS, generator=draw) < 0.03, 10.0, 1.0)
+    X = torch.randn(2048, COLUMNS, generator=draw) @ mix * channel_scale
     W = torch.randn(64, COLUMNS, generator=draw)
     W = 0.02 * W / torch.randn(64, COLUMNS, 5, generator=draw).square().mean(-1).sqrt()
     X, held_out = X.split(1024)

@@ -51,7 +51,7 @@ def test_attention_sink_weight():
     """The paper's loss would be that of an attention sink alone."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 16, 8, generator=draw)
-    loud, wrong = hidden.clone(), hidden + torch.randn(4, 16, 8, generator=draw)
-    loud[:, 0] *= 1e3
-    still = torch.where(loud == hidden, wrong, loud)
-    assert float(distance(moments([still], [loud]), moments([loud]))) > 0.2
+    with_sink, wrong = hidden.clone(), hidden + torch.randn(4, 16, 8, generator=draw)
+    with_sink[:, 0] *= 1e3
+    still = torch.where(with_sink == hidden, wrong, with_sink)
+    assert float(distance(moments([still], [with_sink]), moments([with_sink]))) > 0.2

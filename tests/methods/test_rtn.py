@@ -22,7 +22,7 @@ def error(bits: int, group_size: int | str, outlier: bool = False) -> float:
         W[:, 5] *= 40
     format = build_recipe("rtn", {"bits": bits, "group_size": group_size}).weight
     decoded = nearest_matrix(format, W, fit_matrix(format, W, None, False)).dequantize()
-    rest = torch.arange(1024) != 5  # an outlier's own energy says nothing of the others
+    rest = torch.arange(1024) != 5  # the energy of the outlier itself is left out
     return float(((W - decoded)[:, rest].square().sum(1) / W[:, rest].square().sum(1)).mean())
 
 

@@ -77,25 +77,25 @@ def test_search_beats_kmeans() -> None:
 
 def test_given_codebooks_are_kept() -> None:
     format = Permuted(Shared(Additive(4, codebooks=2)))
-    known = learned(format)
-    first, second = solved(format, 0, known), solved(format, 1, known)
+    shared = learned(format)
+    first, second = solved(format, 0, shared), solved(format, 1, shared)
     for one in (first, second):
-        assert torch.equal(one.params["codebooks"], known["codebooks"])
+        assert torch.equal(one.params["codebooks"], shared["codebooks"])
         assert one.format == format
     assert not torch.equal(first.params["scale"], second.params["scale"])
     alone = solved(format, 0)  # a kind of one
-    assert not torch.equal(alone.params["codebooks"], known["codebooks"])
-    read_back = format.unpack_shared(format.pack_shared(known))
-    assert torch.equal(read_back["codebooks"], known["codebooks"])
+    assert not torch.equal(alone.params["codebooks"], shared["codebooks"])
+    read_back = format.unpack_shared(format.pack_shared(shared))
+    assert torch.equal(read_back["codebooks"], shared["codebooks"])
 
 
 @pytest.mark.parametrize("columns", [96, 90, 20, 5])
 @pytest.mark.parametrize("size", ["row", 16, "tensor"])
 def test_ragged_groups(columns: int, size: int | str) -> None:
     format = Shared(Additive(2, size, 2))
-    known = learned(format, 2, columns=columns)
+    shared = learned(format, 2, columns=columns)
     W, stats = layer(0, columns)
-    assert output_error(W, solved(format, 0, known, columns).dequantize(), stats.gram) < 0.6
+    assert output_error(W, solved(format, 0, shared, columns).dequantize(), stats.gram) < 0.6
 
 
 def test_learning_is_deterministic() -> None:

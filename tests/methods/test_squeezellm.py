@@ -30,8 +30,8 @@ def layer(seed: int) -> tuple[Tensor, Statistics]:
     draw = torch.Generator().manual_seed(seed)
     W = torch.randn(ROWS, COLUMNS, generator=draw)
     W = 0.02 * W / torch.randn(ROWS, COLUMNS, 4, generator=draw).square().mean(-1).sqrt()
-    loud = (torch.randn(ROWS, 1, generator=draw) + torch.randn(1, COLUMNS, generator=draw)).exp()
-    fisher = loud * torch.randn(ROWS, COLUMNS, 3, generator=draw).square().mean(-1) * 1e-8
+    sizes = (torch.randn(ROWS, 1, generator=draw) + torch.randn(1, COLUMNS, generator=draw)).exp()
+    fisher = sizes * torch.randn(ROWS, COLUMNS, 3, generator=draw).square().mean(-1) * 1e-8
     return W, Statistics(fisher=fisher)
 
 

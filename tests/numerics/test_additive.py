@@ -130,8 +130,10 @@ def test_weighted_centers():
     weight[:, 0] = 100
     plain, drawn = (residual_kmeans(x, w, 1, 16, 15) for w in (torch.ones_like(weight), weight))
     eye = torch.eye(WIDTH)
-    loud = torch.diag(weight[0])
-    errors = [((x - search(x @ m, m, c, 16)[1]).square() * weight).sum() for c, m in ((plain, eye), (drawn, loud))]
+    weighted = torch.diag(weight[0])
+    errors = [
+        ((x - search(x @ m, m, c, 16)[1]).square() * weight).sum() for c, m in ((plain, eye), (drawn, weighted))
+    ]
     assert errors[1] < 0.5 * errors[0]
 
 

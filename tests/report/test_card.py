@@ -135,8 +135,8 @@ def test_embedding_and_head_size(head, tied):
     outside = [{**SIZED, "name": name} for name in (("model.embed_tokens", head)[: 2 - tied]) if name]
     sized = [{**layer(n, 0.1), "size_bytes": 1_000_000} for n in range(9)]
     recipe = {**build_recipe("gptq").to_dict(), "head": HEAD}
-    told = {"head_bits_per_weight": 8.375, "ends": ends, "unquantized_bytes": 500_000}
-    card = model_card(report(recipe=recipe, layers=outside + sized, **told))
+    sizes = {"head_bits_per_weight": 8.375, "ends": ends, "unquantized_bytes": 500_000}
+    card = model_card(report(recipe=recipe, layers=outside + sized, **sizes))
     named = "oken embeddings and head" if head else "oken embeddings"
     total, both = (12.5, "3.00 MB") if len(outside) == 1 else (15.5, "6.00 MB")
     assert f"T{named} are stored packed too, in uniform (bits 8, group_size 64" in card

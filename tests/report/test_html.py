@@ -135,7 +135,7 @@ def test_folder_page():
     ):
         assert words in page
     assert page.count("<rect class=") == 30 * 7 + 21
-    assert len(page) < 80_000  # it lies in every folder
+    assert len(page) < 80_000  # each folder holds one
 
 
 def test_folder_page_without_figures():

@@ -82,7 +82,7 @@ def test_row_order():
 
 
 @pytest.mark.parametrize(
-    ("grid", "said"),
+    ("grid", "start"),
     [
         (None, "Down to 3\u00a0bits, gptqt stays close to the float model: perplexity 12.67 against 11.23"),
         ({"rtn": (33.0, None, None)}, "No variant stays close to the float model; rtn 4-bit is nearest"),
@@ -90,8 +90,8 @@ def test_row_order():
         ({}, "There are no variants."),
     ],
 )
-def test_headline(grid, said):
-    assert comparison.headline(Results.model_validate(sample_results.document(grid, blocks=1))).startswith(said)
+def test_headline(grid, start):
+    assert comparison.headline(Results.model_validate(sample_results.document(grid, blocks=1))).startswith(start)
 
 
 def test_headline_without_float_model():

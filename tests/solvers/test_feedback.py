@@ -55,7 +55,7 @@ def test_codes_decode_to_feedback(format, act_order: bool, columns: int) -> None
 
 
 def test_block_order() -> None:
-    loud = torch.tensor([1.0, 1, 5, 5, 3, 3, 9])
-    assert visiting_order(loud, 2, True).tolist() == [2, 3, 4, 5, 0, 1, 6]
-    assert visiting_order(loud, 1, True).tolist() == [6, 2, 3, 4, 5, 0, 1]
-    assert visiting_order(loud, 2, False).tolist() == list(range(7))
+    importance = torch.tensor([1.0, 1, 5, 5, 3, 3, 9])
+    assert visiting_order(importance, 2, True).tolist() == [2, 3, 4, 5, 0, 1, 6]
+    assert visiting_order(importance, 1, True).tolist() == [6, 2, 3, 4, 5, 0, 1]
+    assert visiting_order(importance, 2, False).tolist() == list(range(7))

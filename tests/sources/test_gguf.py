@@ -168,7 +168,7 @@ def test_unknown_names(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "fragment"),
     [
         ({"block_count": 3}, "announces 3 blocks and holds tensors of 2"),
         ({"block_count": 2_000_000_000}, "announces 2000000000 blocks"),
@@ -182,8 +182,8 @@ def test_unknown_names(file, tmp_path):
         ({"expert_count": 8}, "mixture of 8 experts"),
     ],
 )
-def test_inconsistent_metadata(tiny, tmp_path, changes, said):
-    assert said in refused(write_gguf(tmp_path / "tiny.gguf", tiny, **changes))
+def test_inconsistent_metadata(tiny, tmp_path, changes, fragment):
+    assert fragment in refused(write_gguf(tmp_path / "tiny.gguf", tiny, **changes))
 
 
 def patched(file, at: int, raw: bytes):
@@ -197,7 +197,7 @@ U64_MAX = 2**64 - 1
 
 
 @pytest.mark.parametrize(
-    ("at", "raw", "said"),
+    ("at", "raw", "fragment"),
     [
         (0, b"GGML", "starts with b'GGML'"),
         (4, struct.pack("<I", 1), "version is 1"),
@@ -209,8 +209,8 @@ U64_MAX = 2**64 - 1
         (32, b"\xff\xfe", "not valid UTF-8"),
     ],
 )
-def test_absurd_headers(file, at, raw, said):
-    assert said in refused(patched(file, at, raw))
+def test_absurd_headers(file, at, raw, fragment):
+    assert fragment in refused(patched(file, at, raw))
 
 
 def test_absurd_values(file):
@@ -233,9 +233,9 @@ def test_absurd_values(file):
         (entry + 24, struct.pack("<Q", 0), "overlap"),
         (entry - 8, b"9", "no counterpart in a llama model"),
     ]
-    for at, raw, said in cases:
+    for at, raw, fragment in cases:
         file.write_bytes(data)
-        assert said in refused(patched(file, at, raw))
+        assert fragment in refused(patched(file, at, raw))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0005, 0.01, 0.3, 0.9, 0.99999])
@@ -249,7 +249,7 @@ def test_random_damage(file):
     sound = file.read_bytes()
     generator = torch.Generator().manual_seed(0)
     header = sound.index(b"output_norm.weight")
-    outcomes, said = set(), []
+    outcomes, messages = set(), []
     for _ in range(150):
         data = bytearray(sound)
         for at in torch.randint(0, header, (2,), generator=generator).tolist():
@@ -262,8 +262,8 @@ def test_random_damage(file):
             outcomes.add("read")
         except SourceError as error:
             outcomes.add("refused")
-            said.append(str(error))
-    assert not any("\n" in message for message in said)
+            messages.append(str(error))
+    assert not any("\n" in message for message in messages)
     assert outcomes == {"read", "refused"}
 
 

@@ -139,7 +139,7 @@ def test_missing_config(folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "fragment"),
     [
         ("{nope", "no valid JSON"),
         ("[1]", "no JSON object"),
@@ -154,9 +154,9 @@ def test_missing_config(folder):
         ('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}', "allow remote code"),
     ],
 )
-def test_bad_configs(folder, text, said):
+def test_bad_configs(folder, text, fragment):
     (folder / "config.json").write_text(text)
-    assert said in refused(folder)
+    assert fragment in refused(folder)
 
 
 def test_no_remote_code(folder, tmp_path):
@@ -263,7 +263,7 @@ def test_shards_without_index(folder):
 
 def test_random_damage(folder):
     path = folder / "model.safetensors"
-    sound, said = path.read_bytes(), []
+    sound, messages = path.read_bytes(), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         data = bytearray(sound)
@@ -275,6 +275,6 @@ def test_random_damage(folder):
             for name in source.names():
                 source.tensor(name)
         except SourceError as error:
-            said.append(str(error))
-    assert said
-    assert not any("\n" in message for message in said)
+            messages.append(str(error))
+    assert messages
+    assert not any("\n" in message for message in messages)

@@ -43,10 +43,10 @@ def test_one_sentence(folder, monkeypatch, name, kind, load, raised, advice):
     monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", classmethod(fail))
     with pytest.raises(CheckpointError) as caught:
         load(folder)
-    said = str(caught.value)
-    assert f"The {name} of {folder} cannot be loaded" in said
-    assert advice in said
-    assert "\n" not in said
+    message = str(caught.value)
+    assert f"The {name} of {folder} cannot be loaded" in message
+    assert advice in message
+    assert "\n" not in message
 
 
 def test_own_errors_unchanged(folder, monkeypatch):

@@ -127,11 +127,11 @@ def test_hub_snapshot(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "quoted"),
+    ("text", "quoted"),
     [("Two\n  lines.", "Two lines"), ("", "ValueError"), ("x" * 500, "x" * MAX_QUOTED_CHARACTERS + "...")],
 )
-def test_short_message(said, quoted):
-    assert one_line(ValueError(said)) == quoted
+def test_short_message(text, quoted):
+    assert one_line(ValueError(text)) == quoted
 
 
 def unreachable(*args, **kwargs):

@@ -190,7 +190,7 @@ def test_missing_member_message(tiny, pip, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("stderr", "said"),
+    ("stderr", "fragment"),
     [
         ("/usr/bin/python3: No module named pip\n", "No module named pip"),
         (
@@ -201,9 +201,9 @@ def test_missing_member_message(tiny, pip, monkeypatch):
         ("\n", "exit status 1"),
     ],
 )
-def test_pip_failures(tiny, pip, stderr, said):
+def test_pip_failures(tiny, pip, stderr, fragment):
     pip.stderr = stderr
-    assert said in refused()
+    assert fragment in refused()
 
 
 def test_pip_that_hangs(tiny, monkeypatch):

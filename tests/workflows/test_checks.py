@@ -21,7 +21,7 @@ WINDOWS = torch.arange(40).view(4, 10)
 
 
 @pytest.mark.parametrize(
-    ("windows", "said"),
+    ("windows", "fragment"),
     [
         (torch.arange(10), r"shape \(10,\)"),
         (torch.zeros(0, 8, dtype=torch.int64), r"shape \(0, 8\)"),
@@ -35,8 +35,8 @@ WINDOWS = torch.arange(40).view(4, 10)
     ],
 )
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_invalid_windows_refused(windows, said, method):
-    with pytest.raises(CalibrationError, match=said):
+def test_invalid_windows_refused(windows, fragment, method):
+    with pytest.raises(CalibrationError, match=fragment):
         token_windows(SOURCE, windows, bool(build_recipe(method).needs), 0)
 
 

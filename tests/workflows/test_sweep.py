@@ -92,8 +92,8 @@ def test_layer_ranking() -> None:
 
 
 def cell(sqnr_db: float = 40.0, worst: float = 40.0, kl: float | None = None, **changes: object) -> dict:
-    known = {"method": "rtn", "bits": 4, "group_size": 64, "bits_per_weight": 4.3}
-    made = {**known, "sqnr_db": sqnr_db, "worst_sqnr_db": worst, "kl_divergence": kl, **changes}
+    base = {"method": "rtn", "bits": 4, "group_size": 64, "bits_per_weight": 4.3}
+    made = {**base, "sqnr_db": sqnr_db, "worst_sqnr_db": worst, "kl_divergence": kl, **changes}
     return {**made, "verdict": verdict(made)}
 
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import StaticCache
 from bitmill.errors import UsageError
 from bitmill.formats import FORMATS
 from bitmill.runtime.decode import attach, decode_path, detach, step_cache
-from helpers.decoding import PROMPT, apart, is_stepping, logits, odd_model, quantize
+from helpers.decoding import PROMPT, is_stepping, logits, odd_model, quantize, relative_error
 from helpers.native_kernels import needs_native
 
 pytestmark = needs_native
@@ -43,7 +43,7 @@ def test_memory_grows_with_text(model):
     found, cache = logits(model, ids)
     assert is_stepping(model)
     assert cache.get_seq_length() == len(ids) + PROMPT.shape[1]
-    assert apart(found[-1], whole(model, PROMPT[0].tolist() + ids)) < 1e-5
+    assert relative_error(found[-1], whole(model, PROMPT[0].tolist() + ids)) < 1e-5
 
 
 def test_cache_readable_by_forward(model):
@@ -51,8 +51,8 @@ def test_cache_readable_by_forward(model):
     with torch.no_grad():
         more = model(input_ids=torch.tensor([[9, 10, 11]]), past_key_values=cache).logits[0, -1]  # a next question
     ids = [*PROMPT[0].tolist(), *TOKENS, 9, 10, 11]
-    assert apart(more, whole(model, ids)) < 1e-5
-    assert apart(logits(model, [12], cache)[0][0], whole(model, [*ids, 12])) < 1e-5
+    assert relative_error(more, whole(model, ids)) < 1e-5
+    assert relative_error(logits(model, [12], cache)[0][0], whole(model, [*ids, 12])) < 1e-5
     assert cache.layers[2].get_seq_length() == len(ids) + 1
 
 
@@ -60,12 +60,12 @@ def test_cache_crop(model):
     ids = PROMPT[0].tolist()
     _, cache = logits(model, TOKENS)
     cache.crop(-3)
-    assert apart(logits(model, [12], cache)[0][0], whole(model, [*ids, *TOKENS[:2], 12])) < 1e-5
+    assert relative_error(logits(model, [12], cache)[0][0], whole(model, [*ids, *TOKENS[:2], 12])) < 1e-5
     cache.reset()
     assert cache.get_seq_length() == 0
     with torch.no_grad():
         model(input_ids=PROMPT, past_key_values=cache)
-    assert apart(logits(model, [12], cache)[0][0], whole(model, [*ids, 12])) < 1e-5
+    assert relative_error(logits(model, [12], cache)[0][0], whole(model, [*ids, 12])) < 1e-5
 
 
 def test_cache_copies_independent(model):
@@ -83,9 +83,12 @@ def test_removed_layers(model):
     with torch.no_grad():
         two = model(input_ids=torch.tensor([[12], [12]]), past_key_values=cache).logits[:, -1]
     expected = whole(model, [*PROMPT[0].tolist(), *TOKENS, 12])
-    assert apart(two[0], expected) < 1e-5
+    assert relative_error(two[0], expected) < 1e-5
     cache.batch_select_indices(torch.tensor([1]))
-    assert apart(logits(model, [13], cache)[0][0], whole(model, [*PROMPT[0].tolist(), *TOKENS, 12, 13])) < 1e-5
+    assert (
+        relative_error(logits(model, [13], cache)[0][0], whole(model, [*PROMPT[0].tolist(), *TOKENS, 12, 13]))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_other_calls_fall_back(model):
                 output = one(input_ids=ids, past_key_values=cache, **call)
             answers.append(output)
         first, second = ((a[0] if isinstance(a, tuple) else a.logits) for a in answers)
-        assert apart(second, first) < 1e-5, call
+        assert relative_error(second, first) < 1e-5, call
         assert type(answers[0]) is type(answers[1])
         if "output_hidden_states" in call:
             assert len(answers[1].hidden_states) == len(answers[0].hidden_states)
@@ -163,7 +166,7 @@ def test_static_cache_unchanged(model):
     with torch.no_grad():
         model(input_ids=PROMPT, past_key_values=cache)
     found, _ = logits(model, TOKENS, cache)
-    assert apart(found[-1], whole(model, PROMPT[0].tolist() + TOKENS)) < 1e-5
+    assert relative_error(found[-1], whole(model, PROMPT[0].tolist() + TOKENS)) < 1e-5
 
 
 def test_changed_model_replanned(model):
@@ -171,13 +174,13 @@ def test_changed_model_replanned(model):
     quantize(model, FORMATS.get("uniform")(4, 16))
     found, _ = logits(model, TOKENS)
     plain = detach(copy.deepcopy(model))
-    assert apart(found, logits(plain, TOKENS)[0]) < 1e-5
+    assert relative_error(found, logits(plain, TOKENS)[0]) < 1e-5
     before = model.state_dict()  # takes the packed tensors back from the kernels
-    assert apart(logits(model, TOKENS)[0], found) < 1e-6
+    assert relative_error(logits(model, TOKENS)[0], found) < 1e-6
     assert is_stepping(model)
     with torch.no_grad():
         model.model.norm.weight.mul_(2)  # in place: the step reads the model's own tensors
-    assert apart(logits(model, TOKENS)[0], logits(detach(copy.deepcopy(model)), TOKENS)[0]) < 1e-5
+    assert relative_error(logits(model, TOKENS)[0], logits(detach(copy.deepcopy(model)), TOKENS)[0]) < 1e-5
     assert before.keys() == model.state_dict().keys()
 
 
@@ -200,13 +203,13 @@ def test_custom_forward_detected(model):
 
 
 def test_reasons():
-    said = [
+    refusals = [
         decode_path(attach(odd_model("gpt2"))),
         decode_path(attach(odd_model("mistral", sliding_window=8))),
         decode_path(attach(odd_model(hidden_act="gelu"))),
         decode_path(attach(odd_model().to(torch.float16))),
     ]
-    for sentence, reason in zip(said, ("GPT2LMHeadModel of", "a sliding window", "not SiLU", "float16")):
+    for sentence, reason in zip(refusals, ("GPT2LMHeadModel of", "a sliding window", "not SiLU", "float16")):
         assert sentence.startswith("It decodes by transformers' own forward: ")
         assert reason in sentence
 

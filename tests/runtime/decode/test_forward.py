@@ -13,7 +13,7 @@ from bitmill.runtime.kernels.additive import AdditiveKernel
 from bitmill.runtime.modules.embedding import replace_embedding
 from bitmill.runtime.modules.linear import replace_linear
 from helpers.cases import all_wrappers, few_formats, fitted
-from helpers.decoding import PROMPT, apart, both, is_stepping, logits, odd_model, quantize
+from helpers.decoding import PROMPT, both, is_stepping, logits, odd_model, quantize, relative_error
 from helpers.native_kernels import ISAS, needs_native
 
 pytestmark = needs_native
@@ -54,7 +54,7 @@ def test_float_models(kind, changes):
     expected, found = both(model, TOKENS)
     assert decode_path(model) == "step"
     assert is_stepping(model)
-    assert apart(found, expected) < 1e-5
+    assert relative_error(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "changes"), MODELS, ids=repr)
@@ -74,7 +74,7 @@ def test_every_format(format):
         return
     expected, found = both(model, TOKENS)
     assert is_stepping(model)
-    assert apart(found, expected) < limit_of(model)
+    assert relative_error(found, expected) < limit_of(model)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -88,7 +88,7 @@ def test_every_instruction_set(isa, act, monkeypatch):
         expected, found = both(model, TOKENS)
         assert is_stepping(model)
         # a sum that rounds to another integer moves an input by a step of its own
-        assert apart(found, expected) < {"float32": 1e-5, "int16": 1e-4, "int8": 3e-2}[act]
+        assert relative_error(found, expected) < {"float32": 1e-5, "int16": 1e-4, "int8": 3e-2}[act]
     finally:
         native.native().use_isa(before)
 
@@ -101,10 +101,10 @@ def test_several_threads(threads, format):
     limit = limit_of(model)
     torch.set_num_threads(threads)
     try:
-        assert apart(logits(model, TOKENS)[0], found) < limit
+        assert relative_error(logits(model, TOKENS)[0], found) < limit
     finally:
         torch.set_num_threads(1)
-    assert apart(found, expected) < limit
+    assert relative_error(found, expected) < limit
 
 
 def test_bfloat16_models():
@@ -113,7 +113,7 @@ def test_bfloat16_models():
     own, found = both(model, TOKENS)
     assert is_stepping(model)
     assert found.dtype == torch.bfloat16
-    assert apart(found.float(), expected) < apart(own.float(), expected)
+    assert relative_error(found.float(), expected) < relative_error(own.float(), expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -127,4 +127,4 @@ def test_tied_quantized_embedding(bits):
     expected, found = both(model, TOKENS)
     assert is_stepping(model)
     assert vars(model)["forward"]._plan._table is not None
-    assert apart(found, expected) < 1e-5
+    assert relative_error(found, expected) < 1e-5

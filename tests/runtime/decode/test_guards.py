@@ -17,7 +17,7 @@ from bitmill.runtime.decode import attach, decode_path, detach
 from bitmill.runtime.decode.forward import StepForward
 from bitmill.runtime.decode.guard import ModelGuard
 from bitmill.runtime.modules.dequantize import dequantize_model
-from helpers.decoding import ODD, PROMPT, apart, is_stepping, logits, odd_model, quantize
+from helpers.decoding import ODD, PROMPT, is_stepping, logits, odd_model, quantize, relative_error
 from helpers.native_kernels import needs_native
 from helpers.tiny_models import tiny_model
 
@@ -129,7 +129,7 @@ def test_replaced_parameters(model, name):
     part.weight = nn.Parameter(part.weight.detach() * 3 + torch.randn_like(part.weight))
     found = logits(model, TOKENS)[0]
     assert is_stepping(model)
-    assert apart(found, own_logits(model)) < 1e-5
+    assert relative_error(found, own_logits(model)) < 1e-5
 
 
 @torch.no_grad()
@@ -139,8 +139,8 @@ def test_functional_call(model):
     for one in (detach(copy.deepcopy(model)), model):
         call = {"input_ids": torch.tensor([[9]]), "past_key_values": logits(one, TOKENS)[1]}
         answers.append(functional_call(one, other, (), call).logits)
-    assert apart(answers[1], answers[0]) < 1e-5
-    assert apart(logits(model, TOKENS)[0], own_logits(model)) < 1e-5
+    assert relative_error(answers[1], answers[0]) < 1e-5
+    assert relative_error(logits(model, TOKENS)[0], own_logits(model)) < 1e-5
 
 
 def test_copied_parameters_watched():
@@ -155,7 +155,7 @@ def test_copied_parameters_watched():
             part.mul_(torch.rand_like(part) * 3)
         found = logits(model, TOKENS)[0]
         assert is_stepping(model)
-        assert apart(found.float(), own_logits(model).float()) < 0.03
+        assert relative_error(found.float(), own_logits(model).float()) < 0.03
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def test_refusals_are_temporary():
     assert "holds torch.float16" in decode_path(model)
     found = logits(model.float(), TOKENS)[0]
     assert is_stepping(model)
-    assert apart(found, own_logits(model)) < 1e-5
+    assert relative_error(found, own_logits(model)) < 1e-5
     head = model.lm_head
     head.weight = nn.Parameter(head.weight.detach().T.contiguous().T)
     assert "lm_head is not contiguous" in decode_path(model)
@@ -199,7 +199,7 @@ def test_unpacked_models():
     primed(model)
     found = logits(dequantize_model(model), TOKENS)[0]
     assert decode_path(model) == "step"
-    assert apart(found, own_logits(model)) < 1e-5
+    assert relative_error(found, own_logits(model)) < 1e-5
 
 
 def test_shallow_copy(model):
@@ -218,14 +218,14 @@ def test_other_masks_fall_back(model):
         with pytest.raises(type(error)):
             model(**call)
         return
-    assert apart(model(**call).logits, expected) < 1e-5
+    assert relative_error(model(**call).logits, expected) < 1e-5
 
 
 def test_unknown_tokens_raise(model):
     cache = primed(model)
     with pytest.raises(IndexError):
         logits(model, [101], cache)
-    assert apart(logits(model, [9], cache)[0], own_logits(model, [*TOKENS, 9])[-1:]) < 1e-5
+    assert relative_error(logits(model, [9], cache)[0], own_logits(model, [*TOKENS, 9])[-1:]) < 1e-5
 
 
 def test_custom_embedding():
@@ -235,7 +235,7 @@ def test_custom_embedding():
     found = logits(attach(model), TOKENS)[0]
     assert is_stepping(model)
     assert vars(model)["forward"]._plan._table is None
-    assert apart(found, expected) < 2e-3
+    assert relative_error(found, expected) < 2e-3
 
 
 def test_cache_changes_mode(model):
@@ -247,7 +247,7 @@ def test_cache_changes_mode(model):
         with second():
             found = model(input_ids=torch.tensor([[1, 2]]), past_key_values=cache).logits[0, -1]
         assert is_stepping(model)
-        assert apart(found, own_logits(model, [*TOKENS, 1, 2])[-1]) < 1e-5
+        assert relative_error(found, own_logits(model, [*TOKENS, 1, 2])[-1]) < 1e-5
 
 
 @torch.no_grad()
@@ -256,7 +256,7 @@ def test_reset_cache_with_batch(model):
     cache.reset()
     two = torch.cat([PROMPT, PROMPT.flip(1)])
     found = model(input_ids=two, past_key_values=cache).logits
-    assert apart(found, detach(copy.deepcopy(model))(input_ids=two).logits) < 1e-5
+    assert relative_error(found, detach(copy.deepcopy(model))(input_ids=two).logits) < 1e-5
     assert cache.layers[0].keys.shape[0] == 2
 
 

@@ -12,7 +12,7 @@ from bitmill.errors import UsageError
 from bitmill.kv.cache import QuantizedCache
 from bitmill.runtime import native
 from bitmill.runtime.decode import attach, decode_path, detach
-from helpers.decoding import apart
+from helpers.decoding import relative_error
 from helpers.native_kernels import needs_native
 from helpers.packed_cache import continued, generated, long_model, packed_cache, prompt
 from helpers.selection import thin
@@ -85,7 +85,7 @@ def test_logits_and_bytes(setting):
             [layer.buffer.fp16_buffer[:, :, :, w].clone() for layer, w in zip(stepped.packed_layers, waits)]
         )
     assert has_stepped(model, stepped)
-    assert apart(torch.cat(found, 1), expected) < 2e-3
+    assert relative_error(torch.cat(found, 1), expected) < 2e-3
     for number, layer in enumerate(fed.packed_layers):  # what the step has put aside, by the ordinary way
         states = torch.stack([k[number].float() for k in keys], -2)
         layer.lazy_initialization(states[0], states[1])
@@ -99,7 +99,7 @@ def test_logits_and_bytes(setting):
         assert torch.equal(fp16_buffer, theirs)
         assert length == count == 160
     for layer, other in zip(stepped.packed_layers, own.packed_layers):
-        assert apart(layer.buffer.fp16_buffer.float(), other.buffer.fp16_buffer.float()) < 2e-3
+        assert relative_error(layer.buffer.fp16_buffer.float(), other.buffer.fp16_buffer.float()) < 2e-3
         assert layer.buffer.pages.num_pages == other.buffer.pages.num_pages
 
 
@@ -113,13 +113,13 @@ def test_equalized_values():
     assert has_stepped(model, cache)
     layer = cache.packed_layers[1]
     with projection.register_forward_hook(lambda m, i, out: seen.append(out.clone())):  # leaves it to transformers
-        twin = copy.deepcopy(cache)
-        continued(model, twin, ids, 1)
+        copied = copy.deepcopy(cache)
+        continued(model, copied, ids, 1)
     continued(model, cache, ids, 1)
     value = seen[0].view(1, 1, 2, 16).transpose(1, 2)
     expected = layer.buffer.pages.values.to_storage_basis(value).half()
-    apart_by = (layer.buffer.fp16_buffer[1, :, :, 2 + 4].float() - expected[:, :, 0].float()).abs()
-    assert apart_by.max() <= 2**-10 * expected.abs().max()
+    difference = (layer.buffer.fp16_buffer[1, :, :, 2 + 4].float() - expected[:, :, 0].float()).abs()
+    assert difference.max() <= 2**-10 * expected.abs().max()
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -130,7 +130,7 @@ def test_alternating_paths(setting):
     for at in range(150):
         attach(model) if at % 3 else detach(model)
         found.append(continued(model, cache, ids[:, at : at + 1], 1))
-    assert apart(torch.cat(found, 1), expected) < 2e-3
+    assert relative_error(torch.cat(found, 1), expected) < 2e-3
     assert cache.get_seq_length() == 150
 
 
@@ -146,23 +146,23 @@ def test_crop_save_load(setting, tmp_path):
         detach(model)
         expected = continued(model, own, tail, step)
         attach(model)
-        assert apart(found, expected) < 2e-3
+        assert relative_error(found, expected) < 2e-3
         for one in (cache, own):
             one.crop(-min(step - 1, 40))
     cache = QuantizedCache.load(model, cache.save(tmp_path / "cache.safetensors"))
     tail = ids[:, cache.get_seq_length() :]
     found = continued(model, cache, tail, 30)
     assert has_stepped(model, cache)
-    assert apart(found, continued(detach(model), own, tail, 30)) < 2e-3
+    assert relative_error(found, continued(detach(model), own, tail, 30)) < 2e-3
 
 
 def test_copies_are_independent():
     model = attach(model_of())
     cache, ids = packed_cache(model, KIVI), prompt(1, 100)
     continued(model, cache, ids, 100)
-    twin = copy.deepcopy(cache)
+    copied = copy.deepcopy(cache)
     first = continued(model, cache, prompt(seed=6))
-    continued(model, twin, prompt(seed=7), 45)
+    continued(model, copied, prompt(seed=7), 45)
     cache.crop(-20)
     assert torch.equal(continued(model, cache, prompt(seed=6)), first)
     cache.reset()
@@ -212,7 +212,7 @@ def test_other_attention_falls_back():
         layer.kernel_args._layer = replace(
             layer.kernel_args._layer, value_mean=layer.buffer.pages.values.mean * 30
         )
-    assert apart(continued(model, cache, ids[:, 1:], 59), expected[:, 1:]) < 2e-3
+    assert relative_error(continued(model, cache, ids[:, 1:], 59), expected[:, 1:]) < 2e-3
     assert "with a packed cache the compiled step differs" in decode_path(model, cache)
     assert decode_path(model) == "step"
 

@@ -81,7 +81,7 @@ def test_tied_head(folder, monkeypatch):
     kernels = [m.kernel for m in model.modules() if getattr(m, "kernel", None) is not None]
     packed = sum(k.spec.format.stored_bits(k.spec.shape) / 8 for k in kernels)
     laid_out = sum(t.nbytes for k in kernels for t in k.tensors.values())
-    assert held_bytes(model) == pytest.approx(before + laid_out - packed)  # nothing is held beside it
+    assert held_bytes(model) == pytest.approx(before + laid_out - packed)  # no second copy in memory
     assert torch.equal(answer(copy.deepcopy(model)), first)
 
 

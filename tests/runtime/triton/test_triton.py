@@ -84,5 +84,5 @@ def test_unsupported_reason(installed, monkeypatch):
 def test_old_versions_refused(monkeypatch, found, reason):
     monkeypatch.setattr(available, "find_spec", lambda name: True)
     monkeypatch.setattr(available, "version", lambda name: found)
-    said = available.install_problem.__wrapped__()
-    assert said is None if reason is None else reason in said
+    found = available.install_problem.__wrapped__()
+    assert found is None if reason is None else reason in found
