@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from bitmill.recipes.compose import compose
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.report.card import model_card
 
@@ -149,3 +150,10 @@ def test_float_embedding_and_head():
     card = model_card(report(layers=sized, ends=None, head_bits_per_weight=None, unquantized_bytes=56_000_000))
     assert "Embeddings, norms and the head are as in the source." in card
     assert "The tensors take 65.0 MB: 9.00 MB in the blocks' linear layers, 56.0 MB in float." in card
+
+
+def test_exceptions_listed():
+    recipe = compose(build_recipe("gptq"), rules=["*.o_proj=float", "*.down_proj=uniform:bits=8"])
+    card = model_card(report(recipe=recipe.to_dict()))
+    assert "first match wins: `*.o_proj` float; `*.down_proj` uniform (bits 8, " in card
+    assert "first match wins" not in model_card(report())

@@ -9,6 +9,7 @@ from jinja2 import Environment, Template, Undefined
 
 from bitmill.report.describe import (
     describe_embedding_and_head,
+    describe_exceptions,
     describe_format,
     describe_kv_cache,
     describe_measured_cache,
@@ -44,6 +45,9 @@ tags:
 The linear layers of the blocks are stored packed in the format
 {{ describe_format(recipe.weight) }};
 {{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
+{% if exceptions %}
+{{ exceptions }}
+{% endif %}
 {{ embedding_and_head }}
 {% if kv_line %}
 {{ kv_line }}
@@ -157,6 +161,7 @@ def model_card(report: dict[str, Any]) -> str:
         auto=report.get("auto_class", "AutoModelForCausalLM"),
         number=_number,
         describe_format=describe_format,
+        exceptions=describe_exceptions(report["recipe"] or {}),
         cache_of=describe_measured_cache,
         embedding_and_head=describe_embedding_and_head(report),
         sizes=describe_sizes(report),

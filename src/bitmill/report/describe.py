@@ -21,6 +21,24 @@ def describe_format(format: dict[str, Any]) -> str:
     return f"{name} around {describe_format(inner)}" if isinstance(inner, dict) else name
 
 
+def describe_exceptions(recipe: dict[str, Any]) -> str:
+    """Return the rules of a recipe as one sentence of Markdown; empty without rules.
+
+    Args:
+        recipe: the recipe as plain data.
+    """
+    rules = [(pattern, "float") for pattern in recipe.get("ignore", [])]
+    for rule in recipe.get("rules", []):
+        weight = rule.get("weight")
+        changed = [weight if isinstance(weight, str) else describe_format(weight)] if weight is not None else []
+        changed += [f"solver {rule['solver']['solver']}"] if rule.get("solver") else []
+        changed += ["other transforms"] if rule.get("transforms") is not None else []
+        rules.append((rule["sites"], ", ".join(changed)))
+    if not rules:
+        return ""
+    return "Exceptions, first match wins: " + "; ".join(f"`{sites}` {changed}" for sites, changed in rules) + "."
+
+
 def describe_options(options: dict[str, Any]) -> str:
     """Return options as text, values as written on the command line: `bits 3, sink 2`."""
     return ", ".join(f"{key} {_option_value(value)}" for key, value in options.items())
