@@ -24,13 +24,13 @@ def in_this_process(folder: Path, name: str, log: Path, progress) -> dict:
     return outcome["result"]
 
 
-def command(world, *more: object, methods: str = "rtn,gptq", bits: str = "3,4") -> list[str]:
+def command(workspace, *more: object, methods: str = "rtn,gptq", bits: str = "3,4") -> list[str]:
     grid = ["--methods", methods, "--bits", bits] if methods else []
-    return ["compare", "source", *grid, "--calib", world.text.name, *TERMS, "-o", "grid", *map(str, more)]
+    return ["compare", "source", *grid, "--calib", workspace.text.name, *TERMS, "-o", "grid", *map(str, more)]
 
 
-def results(world):
-    return read_results(world.root / "grid" / "results.json")
+def results(workspace):
+    return read_results(workspace.root / "grid" / "results.json")
 
 
 def names(folder: Path) -> set[str]:

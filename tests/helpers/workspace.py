@@ -79,7 +79,7 @@ def interrupted_after(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FolderSink, "write", stop)
 
 
-class World:
+class Workspace:
     """source, text: to quantize.  done: a finished folder.  half: an unfinished run of the folder `half`."""
 
     def __init__(self, root: Path) -> None:
@@ -95,23 +95,23 @@ class World:
         # the text by its relative name: the report holds what the user typed, and copies must agree
         return arguments(self.source, self.text.name, out or self.out, *more, method=method)
 
-    def copy(self, root: Path) -> World:
+    def copy(self, root: Path) -> Workspace:
         shutil.copytree(self.root, root, dirs_exist_ok=True)
-        return World(root)
+        return Workspace(root)
 
 
-def build_world(root: Path) -> World:
+def build_workspace(root: Path) -> Workspace:
     from bitmill.cli.main import main
 
-    world = World(root)
-    save_model(world.source)
-    write_text(world.text)
+    workspace = Workspace(root)
+    save_model(workspace.source)
+    write_text(workspace.text)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(root)
-        assert main(world.quantize(out=world.done)) == 0
+        assert main(workspace.quantize(out=workspace.done)) == 0
         interrupted_after(1, monkeypatch)
-        assert main(world.quantize(out=world.half)) == 130
-    return world
+        assert main(workspace.quantize(out=workspace.half)) == 130
+    return workspace
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import torch
 from bitmill.recipes.method import build_recipe
 from bitmill.workflows.comparison import run
 from helpers.comparisons import in_this_process
-from helpers.workspace import World, build_world
+from helpers.workspace import Workspace, build_workspace
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,13 +24,13 @@ def _no_progress(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory) -> World:
+def built(tmp_path_factory) -> Workspace:
     """Shared; not to be changed."""
-    return build_world(tmp_path_factory.mktemp("world"))
+    return build_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 @pytest.fixture
-def world(built, tmp_path, monkeypatch) -> World:
+def workspace(built, tmp_path, monkeypatch) -> Workspace:
     """A copy to spoil, and the current folder."""
     monkeypatch.chdir(tmp_path)
     return built.copy(tmp_path)
@@ -42,9 +42,9 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
-def broken(world) -> Path:
+def broken(workspace) -> Path:
     """A recipe that cannot be carried out: nothing would be quantized."""
-    path = world.root / "broken.yaml"
+    path = workspace.root / "broken.yaml"
     text = build_recipe("rtn").to_yaml()
     path.write_text(text.replace("name: rtn", "name: broken").replace("ignore: []", "ignore: ['*']"))
     return path

@@ -35,11 +35,11 @@ def test_version_and_help(run):
         assert "Usage: bitmill" in run(command, "--help")
 
 
-def test_quantize_as_json(world, run):
-    data = run(*world.quantize("--json", "--bits", "3"))
+def test_quantize_as_json(workspace, run):
+    data = run(*workspace.quantize("--json", "--bits", "3"))
     assert data["method"] == "gptq"
     assert data["format"]["bits"] == 3
-    assert data["out"] == str(world.out)
+    assert data["out"] == str(workspace.out)
     assert data["layers"] == 14
     measured = data["measured"][0]
     assert measured["windows"] == 2
@@ -47,18 +47,18 @@ def test_quantize_as_json(world, run):
     assert data["peak_memory_bytes"] > 1e6
 
 
-def test_quantize_as_text(world, run):
-    text = run(*world.quantize("--set", "damp=0.02"))
-    for word in ("bits per weight", "perplexity", "written to", str(world.out)):
+def test_quantize_as_text(workspace, run):
+    text = run(*workspace.quantize("--set", "damp=0.02"))
+    for word in ("bits per weight", "perplexity", "written to", str(workspace.out)):
         assert word in text
-    assert "damp: 0.02" in (world.out / "recipe.yaml").read_text()
+    assert "damp: 0.02" in (workspace.out / "recipe.yaml").read_text()
 
 
-def test_default_method(world, run):
+def test_default_method(workspace, run):
     import bitmill
 
-    typed = run(*world.quantize("--dry-run", "--json", method=""))
-    called = bitmill.quantize(world.source, group_size=16, dry_run=True).summary
+    typed = run(*workspace.quantize("--dry-run", "--json", method=""))
+    called = bitmill.quantize(workspace.source, group_size=16, dry_run=True).summary
     for key in ("method", "format", "chosen"):
         assert typed[key] == called[key]
     assert typed["method"] in typed["chosen"]
@@ -68,79 +68,92 @@ def test_default_method(world, run):
 @pytest.mark.parametrize(
     ("given", "stored"), [("8", 8), ("row", "row"), ("-1", "row"), ("tensor", "tensor"), ("0", "tensor")]
 )
-def test_group_sizes(world, run, given, stored):
-    command = ["quantize", world.source, "--method", "rtn", "--measure", "0", "--dry-run", "--json"]
+def test_group_sizes(workspace, run, given, stored):
+    command = ["quantize", workspace.source, "--method", "rtn", "--measure", "0", "--dry-run", "--json"]
     assert run(*command, "--group-size", given)["format"]["group_size"] == stored
 
 
-def test_rules(world, run):
-    command = ["quantize", world.source, "--method", "rtn", "--bits", "3", "--measure", "0", "--dry-run", "--json"]
+def test_rules(workspace, run):
+    command = [
+        "quantize",
+        workspace.source,
+        "--method",
+        "rtn",
+        "--bits",
+        "3",
+        "--measure",
+        "0",
+        "--dry-run",
+        "--json",
+    ]
     plain = run(*command)["size_bytes"]
     ruled = run(*command, "--rule", "*.down_proj=uniform:bits=8", "--rule", "*.layers.0.*=float")["size_bytes"]
     assert ruled > plain
 
 
-def test_dry_run_writes_nothing(world, run):
-    before = snapshot(world.root)
-    data = run(*world.quantize("--dry-run", "--json"))
+def test_dry_run_writes_nothing(workspace, run):
+    before = snapshot(workspace.root)
+    data = run(*workspace.quantize("--dry-run", "--json"))
     assert data["dry_run"] is True
     assert data["size_bytes"] > 0
-    assert snapshot(world.root) == before
+    assert snapshot(workspace.root) == before
 
 
-def test_recipe_file_repeats_run(world, run):
+def test_recipe_file_repeats_run(workspace, run):
     command = [
-        c for c in world.quantize(method=str(world.done / "recipe.yaml")) if c not in ("--group-size", "16")
+        c
+        for c in workspace.quantize(method=str(workspace.done / "recipe.yaml"))
+        if c not in ("--group-size", "16")
     ]
     run(*command)
-    assert snapshot(world.out) == snapshot(world.done)
+    assert snapshot(workspace.out) == snapshot(workspace.done)
 
 
-def test_deterministic_bytes(world, run):
-    run(*world.quantize())
-    assert snapshot(world.out) == snapshot(world.done)
+def test_deterministic_bytes(workspace, run):
+    run(*workspace.quantize())
+    assert snapshot(workspace.out) == snapshot(workspace.done)
 
 
-def test_interrupt_and_resume(world, run, capsys, monkeypatch):
+def test_interrupt_and_resume(workspace, run, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         interrupted_after(1, patch)
-        assert main(world.quantize()) == 130
+        assert main(workspace.quantize()) == 130
     assert capsys.readouterr().err == "interrupted; continue with --resume\n"
-    assert not world.out.exists()
-    run(*world.quantize("--resume"))
-    assert snapshot(world.out) == snapshot(world.done)
-    assert not world.out.with_name("out.partial").exists()
-    again = run(*world.quantize("--resume", "--json"))
+    assert not workspace.out.exists()
+    run(*workspace.quantize("--resume"))
+    assert snapshot(workspace.out) == snapshot(workspace.done)
+    assert not workspace.out.with_name("out.partial").exists()
+    again = run(*workspace.quantize("--resume", "--json"))
     assert again["measured"][0]["windows"] == 2
 
 
-def test_eval(world, run):
-    data = run("eval", world.done, "--text", world.text, "--seqlen", 32, "--windows", 2, "--json")
+def test_eval(workspace, run):
+    data = run("eval", workspace.done, "--text", workspace.text, "--seqlen", 32, "--windows", 2, "--json")
     assert data["windows"] == 2
-    recorded = json.loads((world.done / "report.json").read_text())["measured"][0]
+    recorded = json.loads((workspace.done / "report.json").read_text())["measured"][0]
     assert data["perplexity"] == pytest.approx(recorded["perplexity"], rel=1e-4)
-    everything = run("eval", world.source, "--text", world.text, "--seqlen", 32, "--windows", 0, "--json")
+    everything = run("eval", workspace.source, "--text", workspace.text, "--seqlen", 32, "--windows", 0, "--json")
     assert everything["windows"] == 400 // 32
-    assert "perplexity" in run("eval", world.done, "--text", world.text, "--seqlen", 32, "--windows", 2)
+    assert "perplexity" in run("eval", workspace.done, "--text", workspace.text, "--seqlen", 32, "--windows", 2)
 
 
-def test_eval_records(world, run):
-    command = ["eval", world.done, "--text", world.text, "--seqlen", 32, "--windows", 3]
-    command += ["--reference", world.source, "--record", "--json"]
+def test_eval_records(workspace, run):
+    command = ["eval", workspace.done, "--text", workspace.text, "--seqlen", 32, "--windows", 3]
+    command += ["--reference", workspace.source, "--record", "--json"]
     data = run(*command)
     assert data["recorded"] is True
     assert 0 <= data["top1_agreement"] <= 1
     assert run(*command)["perplexity"] == data["perplexity"]
-    report = json.loads((world.done / "report.json").read_text())
+    report = json.loads((workspace.done / "report.json").read_text())
     assert [m["by"] for m in report["measured"]] == ["quantize", "eval"]  # the repetition replaced itself
     assert report["measured"][1]["kl_divergence"] == data["kl_divergence"]
     assert "time_s" not in report["measured"][1]
-    assert "bitmill eval" in (world.done / "README.md").read_text()
-    run("verify", world.done)
+    assert "bitmill eval" in (workspace.done / "README.md").read_text()
+    run("verify", workspace.done)
 
 
-def test_generate(world, run):
-    command = ["generate", world.done, "--prompt", "w1 w2", "--max-new-tokens", 5]
+def test_generate(workspace, run):
+    command = ["generate", workspace.done, "--prompt", "w1 w2", "--max-new-tokens", 5]
     data = run(*command, "--json")
     assert data["new_tokens"] == 5 or data["stopped"] == "eos"
     assert data["chat"] is True
@@ -154,29 +167,29 @@ def test_generate(world, run):
     assert warm[0] == warm[1] != warm[2]
 
 
-def test_generate_context_limit(world, run):
-    data = run("generate", world.done, "--raw", "--prompt", "w1 " * 60, "--max-new-tokens", 20, "--json")
+def test_generate_context_limit(workspace, run):
+    data = run("generate", workspace.done, "--raw", "--prompt", "w1 " * 60, "--max-new-tokens", 20, "--json")
     assert data["new_tokens"] <= 4
 
 
-def test_chat(world, capsys, monkeypatch):
+def test_chat(workspace, capsys, monkeypatch):
     import io
 
     for turns in ("w1 w2\n\nw3\n/quit\nw4\n", "w1 w2\nw3"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(turns))
-        assert main(["chat", str(world.done), "--max-new-tokens", "4"]) == 0
+        assert main(["chat", str(workspace.done), "--max-new-tokens", "4"]) == 0
         assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_chat_context_limit(world, monkeypatch, capsys):
+def test_chat_context_limit(workspace, monkeypatch, capsys):
     import io
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("w1 w2 w3 w4 w5\n" * 4))
-    assert main(["chat", str(world.done), "--max-new-tokens", "16"]) == 0
+    assert main(["chat", str(workspace.done), "--max-new-tokens", "16"]) == 0
     assert capsys.readouterr().err == ""
 
 
-def test_chat_ends_with_ctrl_c(world, monkeypatch):
+def test_chat_ends_with_ctrl_c(workspace, monkeypatch):
     class Stopped:
         def isatty(self):
             return False
@@ -185,11 +198,11 @@ def test_chat_ends_with_ctrl_c(world, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "stdin", Stopped())
-    assert main(["chat", str(world.done)]) == 0
+    assert main(["chat", str(workspace.done)]) == 0
 
 
-def test_inspect(world, run):
-    data = run("inspect", world.done, "--json")
+def test_inspect(workspace, run):
+    data = run("inspect", workspace.done, "--json")
     names = {t["name"]: t for t in data["tensors"]}
     layer = names["model.layers.1.mlp.down_proj"]
     assert set(layer) == {"name", "format", "shape", "bits_per_weight", "size_bytes"}
@@ -201,18 +214,18 @@ def test_inspect(world, run):
     weights = sum(math.prod(t["shape"]) for t in quantized)
     assert data["bits_per_weight"] == pytest.approx(8 * sum(t["size_bytes"] for t in quantized) / weights)
     assert data["recipe"]["name"] == "gptq"
-    text = run("inspect", world.done)
+    text = run("inspect", workspace.done)
     assert "model.layers.*.mlp.down_proj" in text
     assert "bits per weight" in text
 
 
-def test_verify(world, run):
-    data = run("verify", world.done, "--json")
+def test_verify(workspace, run):
+    data = run("verify", workspace.done, "--json")
     assert data["sound"] is True
     assert data["layers"] == 14
     assert data["perplexity_change"] < 1e-3
-    assert run("verify", world.done, "--no-quality", "--json")["perplexity_change"] is None
-    assert "sound" in run("verify", world.done)
+    assert run("verify", workspace.done, "--no-quality", "--json")["perplexity_change"] is None
+    assert "sound" in run("verify", workspace.done)
 
 
 def test_methods(run):
@@ -247,21 +260,21 @@ def test_json_without_nan():
     }  # fmt: skip
 
 
-def test_unexpected_exception(world, run, capsys, monkeypatch):
+def test_unexpected_exception(workspace, run, capsys, monkeypatch):
     import bitmill.checkpoint.reader
 
     def broken(folder):
         raise ZeroDivisionError("of our\nmaking")
 
     monkeypatch.setattr(bitmill.checkpoint.reader, "open_checkpoint", broken)
-    assert main(["inspect", str(world.done), "--json"]) == 70
+    assert main(["inspect", str(workspace.done), "--json"]) == 70
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: Unexpected ZeroDivisionError (of our making)")
     assert err.count("\n") == 1
     assert "BITMILL_DEBUG=1" in err
     monkeypatch.setenv("BITMILL_DEBUG", "1")
-    assert main(["inspect", str(world.done)]) == 70
+    assert main(["inspect", str(workspace.done)]) == 70
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -14,10 +14,10 @@ from bitmill.workflows.comparison.process import VariantFailed
 from helpers.comparisons import command, names, results
 
 
-def test_a_grid(world, quick, capsys):
-    assert main(command(world, "--set", "gptq.damp=0.05", "--json")) == 0
+def test_a_grid(workspace, quick, capsys):
+    assert main(command(workspace, "--set", "gptq.damp=0.05", "--json")) == 0
     printed = json.loads(capsys.readouterr().out)
-    found = results(world)
+    found = results(workspace)
     assert [v.name for v in found.variants] == ["rtn-3bit", "rtn-4bit", "gptq-3bit", "gptq-4bit"]
     assert [v["name"] for v in printed["variants"]] == [v.name for v in found.variants]
     assert "layers" not in printed["variants"][0]
@@ -36,67 +36,67 @@ def test_a_grid(world, quick, capsys):
     assert found.settings.chat is True
     assert "--set gptq.damp=0.05" in found.commands[0]
     kept = {"grid.json", "results.json", "report.html", "lock", "cells/float.json"}
-    assert names(world.root / "grid") == kept | {f"cells/{v.name}.json" for v in found.variants}
-    page = (world.root / "grid" / "report.html").read_text()
+    assert names(workspace.root / "grid") == kept | {f"cells/{v.name}.json" for v in found.variants}
+    page = (workspace.root / "grid" / "report.html").read_text()
     assert all(f"{v.method} {v.bits}-bit" in page for v in found.variants)
 
 
-def test_equals_eval(world, quick, capsys):
-    assert main(command(world, "--keep-models", methods="gptq", bits="3")) == 0
-    (variant,) = results(world).variants
-    folder = world.root / "grid" / "cells" / "gptq-3bit"
+def test_equals_eval(workspace, quick, capsys):
+    assert main(command(workspace, "--keep-models", methods="gptq", bits="3")) == 0
+    (variant,) = results(workspace).variants
+    folder = workspace.root / "grid" / "cells" / "gptq-3bit"
     capsys.readouterr()
-    evaluate = ["eval", str(folder), "--text", world.text.name, "--seqlen", "32", "--windows", "2"]
+    evaluate = ["eval", str(folder), "--text", workspace.text.name, "--seqlen", "32", "--windows", "2"]
     assert main([*evaluate, "--reference", "source", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert variant.perplexity == pytest.approx(measured["perplexity"], rel=1e-5)
     assert variant.kl_divergence == pytest.approx(measured["kl_divergence"], rel=1e-2)
     assert variant.top1_agreement == measured["top1_agreement"]
-    assert results(world).float.perplexity == pytest.approx(measured["reference_perplexity"], rel=1e-5)
+    assert results(workspace).float.perplexity == pytest.approx(measured["reference_perplexity"], rel=1e-5)
     recorded = json.loads((folder / "report.json").read_text())["measured"]
     assert recorded[0]["perplexity"] == variant.perplexity
     assert main(["verify", str(folder)]) == 0
 
 
-def test_second_run_does_nothing(world, quick, monkeypatch):
-    assert main(command(world, bits="3")) == 0
-    before = names(world.root / "grid"), results(world)
+def test_second_run_does_nothing(workspace, quick, monkeypatch):
+    assert main(command(workspace, bits="3")) == 0
+    before = names(workspace.root / "grid"), results(workspace)
     monkeypatch.setattr(worker, "main", pytest.fail)
-    assert main(command(world, bits="3")) == 0
-    assert (names(world.root / "grid"), results(world)) == before
+    assert main(command(workspace, bits="3")) == 0
+    assert (names(workspace.root / "grid"), results(workspace)) == before
 
 
-def test_grid_grows(world, quick):
-    state = world.root / "grid" / "cells" / "rtn-3bit.state"
+def test_grid_grows(workspace, quick):
+    state = workspace.root / "grid" / "cells" / "rtn-3bit.state"
     state.parent.mkdir(parents=True)
     state.write_text('{"quantize_time_s": 1e6}')  # of work that is gone
-    assert main(command(world, methods="rtn", bits="3")) == 0
-    before = results(world).variants[0]
+    assert main(command(workspace, methods="rtn", bits="3")) == 0
+    before = results(workspace).variants[0]
     assert before.quantize_time_s < 1e5
-    assert main(command(world, methods="gptq", bits="4")) == 0
-    found = results(world)
+    assert main(command(workspace, methods="gptq", bits="4")) == 0
+    found = results(workspace)
     assert [v.name for v in found.variants] == ["gptq-4bit", "rtn-3bit"]
     assert found.variants[1] == before
     assert len(found.commands) == 2
 
 
-def test_other_recipe_starts_anew(world, quick):
-    cells = world.root / "grid" / "cells"
+def test_other_recipe_starts_anew(workspace, quick):
+    cells = workspace.root / "grid" / "cells"
     (cells / "gptq-3bit.partial").mkdir(parents=True)
     (cells / "gptq-3bit.partial" / "journal.json").write_text("{}")
     (cells / "gptq-3bit.state").write_text('{"quantize_time_s": 1e6, "recipe": {"name": "another"}}')
-    assert main(command(world, methods="gptq", bits="3")) == 0
-    (variant,) = results(world).variants
+    assert main(command(workspace, methods="gptq", bits="3")) == 0
+    (variant,) = results(workspace).variants
     assert variant.quantize_time_s < 1e5
 
 
-def test_held_out_windows(world, quick, capsys):
-    assert main(command(world, methods="rtn", bits="3")) == 0
-    grid = json.loads((world.root / "grid" / "grid.json").read_text())
+def test_held_out_windows(workspace, quick, capsys):
+    assert main(command(workspace, methods="rtn", bits="3")) == 0
+    grid = json.loads((workspace.root / "grid" / "grid.json").read_text())
     grid["terms"]["settings"]["evaluation"]["sha256"] = "0" * 64
-    (world.root / "grid" / "grid.json").write_text(json.dumps(grid))
+    (workspace.root / "grid" / "grid.json").write_text(json.dumps(grid))
     fragment = io.StringIO()
-    assert worker.main([str(world.root / "grid"), "rtn-3bit"], stdout=fragment) == 1
+    assert worker.main([str(workspace.root / "grid"), "rtn-3bit"], stdout=fragment) == 1
     assert "has changed since" in json.loads(fragment.getvalue().splitlines()[-1])["failed"]
 
 
@@ -112,16 +112,16 @@ def test_held_out_windows(world, quick, capsys):
         (["--propagate", "float"], "settings.propagate was 'quantized' and is now 'float'"),
     ],
 )
-def test_changed_terms_refused(world, quick, capsys, more, fragment):
-    assert main(command(world, methods="rtn", bits="3")) == 0
+def test_changed_terms_refused(workspace, quick, capsys, more, fragment):
+    assert main(command(workspace, methods="rtn", bits="3")) == 0
     capsys.readouterr()
-    assert main(command(world, *more, methods="rtn", bits="3")) == 1
+    assert main(command(workspace, *more, methods="rtn", bits="3")) == 1
     error = capsys.readouterr().err
     assert fragment in error
     assert error.count("\n") == 1
 
 
-def test_failed_cells_are_rows(world, quick, broken, capsys, monkeypatch):
+def test_failed_cells_are_rows(workspace, quick, broken, capsys, monkeypatch):
     quantize = worker.quantize
 
     def sometimes(model, recipe, **options):
@@ -132,10 +132,10 @@ def test_failed_cells_are_rows(world, quick, broken, capsys, monkeypatch):
         return quantize(model, recipe, **options)
 
     monkeypatch.setattr(worker, "quantize", sometimes)
-    assert main(command(world, "--recipes", broken, bits="3,4,9")) == 1
+    assert main(command(workspace, "--recipes", broken, bits="3,4,9")) == 1
     out, err = capsys.readouterr()
     assert err.splitlines()[-1].startswith("error: 3 of 7 variants failed, the first one 'gptq-3bit'")
-    rows = {v.name: (v.status, v.reason) for v in results(world).variants}
+    rows = {v.name: (v.status, v.reason) for v in results(workspace).variants}
     assert rows["rtn-3bit"] == rows["rtn-4bit"] == ("done", None)
     assert rows["rtn-9bit"][0] == rows["gptq-9bit"][0] == "not_applicable"
     assert rows["gptq-3bit"] == ("failed", "A matrix is not finite; use another.")
@@ -145,23 +145,23 @@ def test_failed_cells_are_rows(world, quick, broken, capsys, monkeypatch):
     for name in ("gptq-3bit: failed: A matrix", "rtn-9bit: not applicable: "):
         assert name in out
     monkeypatch.setattr(worker, "quantize", quantize)
-    assert main(command(world, bits="3,4,9")) == 0  # what failed is tried again
-    assert {v.status for v in results(world).variants if v.name != "broken"} == {"done", "not_applicable"}
+    assert main(command(workspace, bits="3,4,9")) == 0  # what failed is tried again
+    assert {v.status for v in results(workspace).variants if v.name != "broken"} == {"done", "not_applicable"}
 
 
-def test_shared_statistics(world, quick):
-    assert main(command(world, "--propagate", "float", methods="gptq")) == 0
-    assert {v.status for v in results(world).variants} == {"done"}
-    assert not (world.root / "grid" / "statistics").exists()
+def test_shared_statistics(workspace, quick):
+    assert main(command(workspace, "--propagate", "float", methods="gptq")) == 0
+    assert {v.status for v in results(workspace).variants} == {"done"}
+    assert not (workspace.root / "grid" / "statistics").exists()
 
 
-def test_prompts_from_a_file(world, quick, capsys):
-    (world.root / "prompts.txt").write_text("w1 w2\n\n  w3 \n")
-    assert main(command(world, "--prompts", "prompts.txt", methods="rtn", bits="4")) == 0
-    assert results(world).settings.prompts == ["w1 w2", "w3"]
-    (world.root / "prompts.txt").write_text("\n")
-    assert main(command(world, "--prompts", "prompts.txt", methods="rtn", bits="4")) == 2
-    assert main(command(world, "--prompts", "nowhere.txt", methods="rtn", bits="4")) == 2
+def test_prompts_from_a_file(workspace, quick, capsys):
+    (workspace.root / "prompts.txt").write_text("w1 w2\n\n  w3 \n")
+    assert main(command(workspace, "--prompts", "prompts.txt", methods="rtn", bits="4")) == 0
+    assert results(workspace).settings.prompts == ["w1 w2", "w3"]
+    (workspace.root / "prompts.txt").write_text("\n")
+    assert main(command(workspace, "--prompts", "prompts.txt", methods="rtn", bits="4")) == 2
+    assert main(command(workspace, "--prompts", "nowhere.txt", methods="rtn", bits="4")) == 2
     assert "nowhere.txt" in capsys.readouterr().err
 
 
@@ -180,42 +180,42 @@ def test_prompts_from_a_file(world, quick, capsys):
         (["-o", "text.txt"], 1, "text.txt"),
     ],
 )
-def test_grid_error_message(world, quick, capsys, more, status, fragment):
-    assert main(command(world, *more, methods="rtn", bits="3")) == status
+def test_grid_error_message(workspace, quick, capsys, more, status, fragment):
+    assert main(command(workspace, *more, methods="rtn", bits="3")) == status
     out, err = capsys.readouterr()
     assert fragment in err
     assert err.count("\n") == 1
     assert out == ""
 
 
-def test_float_model_must_be_measured(world, quick, capsys, monkeypatch):
+def test_float_model_must_be_measured(workspace, quick, capsys, monkeypatch):
     def fail(*_):
         raise VariantFailed("Its process was killed.")
 
     monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": fail})
-    assert main(command(world)) == 1
+    assert main(command(workspace)) == 1
     assert "The float model cannot be measured: Its process was killed." in capsys.readouterr().err
 
 
-def test_lock(world, quick, capsys):
+def test_lock(workspace, quick, capsys):
     import fcntl
 
-    (world.root / "grid" / "cells").mkdir(parents=True)
-    with (world.root / "grid" / "lock").open("w") as lock:
+    (workspace.root / "grid" / "cells").mkdir(parents=True)
+    with (workspace.root / "grid" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(command(world)) == 1
+        assert main(command(workspace)) == 1
     assert "Another process" in capsys.readouterr().err
 
 
-def test_foreign_folder_refused(world, quick, capsys):
-    (world.root / "grid").mkdir()
-    (world.root / "grid" / "thesis.txt").touch()
-    assert main(command(world)) == 1
+def test_foreign_folder_refused(workspace, quick, capsys):
+    (workspace.root / "grid").mkdir()
+    (workspace.root / "grid" / "thesis.txt").touch()
+    assert main(command(workspace)) == 1
     assert "holds 'thesis.txt' and no comparison" in capsys.readouterr().err
 
 
-def test_damaged_record_message(world, quick, capsys):
-    assert main(command(world, methods="rtn", bits="3")) == 0
-    (world.root / "grid" / "cells" / "rtn-3bit.json").write_text("{")
-    assert main(command(world, methods="rtn", bits="3")) == 1
+def test_damaged_record_message(workspace, quick, capsys):
+    assert main(command(workspace, methods="rtn", bits="3")) == 0
+    (workspace.root / "grid" / "cells" / "rtn-3bit.json").write_text("{")
+    assert main(command(workspace, methods="rtn", bits="3")) == 1
     assert "rtn-3bit.json cannot be read; delete it" in capsys.readouterr().err

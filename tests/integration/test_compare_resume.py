@@ -37,14 +37,14 @@ def wait_for(condition, what: str, limit_s: float = 120.0):
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
-def test_killed_and_continued(world, broken, quick, capsys):
+def test_killed_and_continued(workspace, broken, quick, capsys):
     """A grid with a cell that fails, each in its own process; then the whole is killed, and continued here."""
-    grid = world.root / "grid"
-    arguments = command(world, "--recipes", broken)
+    grid = workspace.root / "grid"
+    arguments = command(workspace, "--recipes", broken)
     arguments[arguments.index("-o") + 1] = str(grid)
     start = [sys.executable, "-m", "bitmill.cli.main", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(start, cwd=world.root, env=environment, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(start, cwd=workspace.root, env=environment, stderr=subprocess.DEVNULL)
     wait_for((grid / "cells" / "rtn-3bit.json").exists, "the first cell")
     wait_for(lambda: processes_of(grid), "the second cell")
     killed.kill()

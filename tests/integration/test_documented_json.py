@@ -36,51 +36,51 @@ def keys(capsys):
     return run
 
 
-def test_quantize(world, keys):
-    assert keys(*world.quantize()) | {"dry_run", "chosen"} == documented("quantize")
+def test_quantize(workspace, keys):
+    assert keys(*workspace.quantize()) | {"dry_run", "chosen"} == documented("quantize")
     dry = documented("quantize") - {"chosen", "measured", "time_s", "peak_memory_bytes"}
-    assert keys(*world.quantize("--dry-run", out=world.root / "dry")) == dry
+    assert keys(*workspace.quantize("--dry-run", out=workspace.root / "dry")) == dry
 
 
-def test_eval(world, keys):
-    command = ["eval", world.done, "--text", world.text, "--seqlen", 32, "--windows", 1]
+def test_eval(workspace, keys):
+    command = ["eval", workspace.done, "--text", workspace.text, "--seqlen", 32, "--windows", 1]
     compared = {"kl_divergence", "top1_agreement", "reference_perplexity"}
     assert keys(*command) == documented("eval") - compared - CACHED - {"kv_calibration", "kv_on_calibration_text"}
-    packed = keys(*command, "--reference", world.source, "--kv", "per_token")
+    packed = keys(*command, "--reference", workspace.source, "--kv", "per_token")
     assert packed == documented("eval")
 
 
-def test_compare(world, keys, monkeypatch):
+def test_compare(workspace, keys, monkeypatch):
     from bitmill.workflows.comparison.run import run_grid
 
     row = sample_results.document()["float"]
     monkeypatch.setattr(run_grid, "__kwdefaults__", {**run_grid.__kwdefaults__, "run": lambda *_: row})
-    terms = ["--calib", world.text, "--samples", 4, "--seqlen", 32, "--windows", 1, "--max-new-tokens", 1]
+    terms = ["--calib", workspace.text, "--samples", 4, "--seqlen", 32, "--windows", 1, "--max-new-tokens", 1]
     nothing = ["--methods", "rtn", "--bits", 9]  # cannot be had
-    assert keys("compare", world.source, *nothing, *terms, "-o", world.out) == documented("compare")
+    assert keys("compare", workspace.source, *nothing, *terms, "-o", workspace.out) == documented("compare")
 
 
-def test_sweep(world, keys):
-    command = ["sweep", world.source, "--text", world.text, "--seqlen", 16, "--windows", 1]
+def test_sweep(workspace, keys):
+    command = ["sweep", workspace.source, "--text", workspace.text, "--seqlen", 16, "--windows", 1]
     inside = {"text", "split", "seqlen", "windows", "reference_perplexity"}
     assert keys(*command) == documented("sweep") - inside - {"safe", "fair", "poor", "broken"}
 
 
-def test_plan(world, keys):
-    command = ["plan", world.done, "--memory", "1GB", "--kv", "kvquant", "--kv-bits", 2]
+def test_plan(workspace, keys):
+    command = ["plan", workspace.done, "--memory", "1GB", "--kv", "kvquant", "--kv-bits", 2]
     inside = {"chunk", "decode_bytes", "prompt_at_once_bytes", "float_layer_bytes"}
     assert keys(*command) == documented("plan") - inside
 
 
-def test_generate(world, keys):
-    command = ["generate", world.done, "--prompt", "w1", "--max-new-tokens", 1]
+def test_generate(workspace, keys):
+    command = ["generate", workspace.done, "--prompt", "w1", "--max-new-tokens", 1]
     assert keys(*command, "--kv", "per_token") == documented("generate") - {"eos", "length"}
     assert keys(*command) == documented("generate") - {"eos", "length"} - CACHED
 
 
-def test_inspect_and_verify(world, keys):
-    assert keys("inspect", world.done) == documented("inspect") - {"float16"}
-    assert keys("verify", world.done, "--no-quality") == documented("verify")
+def test_inspect_and_verify(workspace, keys):
+    assert keys("inspect", workspace.done) == documented("inspect") - {"float16"}
+    assert keys("verify", workspace.done, "--no-quality") == documented("verify")
 
 
 def test_catalog(keys):

@@ -20,13 +20,13 @@ CASES = [(name, False) for name in FAULTS] + [(name, True) for name in list(FAUL
 
 
 @pytest.mark.parametrize(("name", "as_json"), CASES, ids=[n + " --json" * j for n, j in CASES])
-def test_fault(name, as_json, world, capsys, monkeypatch):
+def test_fault(name, as_json, workspace, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        command, words = FAULTS[name](world, patch)
+        command, words = FAULTS[name](workspace, patch)
         if as_json and command[0] not in ("chat", "quantise"):
             command = [*command, "--json"]
-        before = snapshot(world.root)
-        existed = world.out.exists()
+        before = snapshot(workspace.root)
+        existed = workspace.out.exists()
         capsys.readouterr()
         status = main(command)
     out, err = capsys.readouterr()
@@ -38,7 +38,7 @@ def test_fault(name, as_json, world, capsys, monkeypatch):
     assert "Traceback" not in err
     for word in words:
         assert str(word) in err
-    after = snapshot(world.root)
+    after = snapshot(workspace.root)
     assert {k: v for k, v in after.items() if k in before} == before
-    assert world.out.exists() == existed
+    assert workspace.out.exists() == existed
     assert not [k for k in after if k not in before and not k.startswith("out.partial/")]

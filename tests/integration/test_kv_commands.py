@@ -43,83 +43,85 @@ def run(capsys):
 
 
 @pytest.fixture
-def kept(world, run):
+def kept(workspace, run):
     """A folder of float weights and a calibration."""
-    out = world.root / "kept"
-    run("quantize", world.source, "--method", "none", "--calib", world.text, *KV, "-o", out)
+    out = workspace.root / "kept"
+    run("quantize", workspace.source, "--method", "none", "--calib", workspace.text, *KV, "-o", out)
     return out
 
 
-def measured(world, *more: object) -> list[object]:
-    return ["--text", world.text, "--seqlen", 64, "--windows", 1, *more]
+def measured(workspace, *more: object) -> list[object]:
+    return ["--text", workspace.text, "--seqlen", 64, "--windows", 1, *more]
 
 
-def test_quantize_with_keys_and_values(world, run):
-    data = run(*world.quantize(*KV))
-    calibration = read_calibration(world.out)
+def test_quantize_with_keys_and_values(workspace, run):
+    data = run(*workspace.quantize(*KV))
+    calibration = read_calibration(workspace.out)
     assert calibration.method.bits == 3
     assert calibration.about["samples"] == 4
     assert calibration.about["seqlen"] == 64  # as many as the model reads
-    with safe_open(world.out / FILE, "pt") as file:
+    with safe_open(workspace.out / FILE, "pt") as file:
         size = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
-    report = json.loads((world.out / "report.json").read_text())
+    report = json.loads((workspace.out / "report.json").read_text())
     assert data["kv"] == report["kv"]
     assert data["kv"]["size_bytes"] == size
-    plain = json.loads((world.done / "report.json").read_text())
+    plain = json.loads((workspace.done / "report.json").read_text())
     assert data["bits_per_weight"] == pytest.approx(
         plain["bits_per_weight"] + 8 * size / data["quantized_weights"]
     )
-    assert run("inspect", world.out)["bits_per_weight"] == pytest.approx(data["bits_per_weight"])
+    assert run("inspect", workspace.out)["bits_per_weight"] == pytest.approx(data["bits_per_weight"])
     assert FILE in report["files"]
-    assert "kvquant (bits 3" in (world.out / "README.md").read_text()
-    assert "kvquant (bits 3" in (world.out / "report.html").read_text()
-    assert run("verify", world.out)["sound"] is True
-    shards = [name for name in snapshot(world.done) if name.startswith("model")]
-    assert all(snapshot(world.out)[name] == snapshot(world.done)[name] for name in shards)
+    assert "kvquant (bits 3" in (workspace.out / "README.md").read_text()
+    assert "kvquant (bits 3" in (workspace.out / "report.html").read_text()
+    assert run("verify", workspace.out)["sound"] is True
+    shards = [name for name in snapshot(workspace.done) if name.startswith("model")]
+    assert all(snapshot(workspace.out)[name] == snapshot(workspace.done)[name] for name in shards)
 
 
-def test_resume_is_byte_identical(world, run, monkeypatch):
-    run(*world.quantize(*KV))
-    other = world.root / "other"
+def test_resume_is_byte_identical(workspace, run, monkeypatch):
+    run(*workspace.quantize(*KV))
+    other = workspace.root / "other"
     with monkeypatch.context() as patch:
         interrupted_after(1, patch)
-        assert main(world.quantize(*KV, out=other)) == 130
-    assert "kv.method.bits was 3" in run(*world.quantize(*KV[:3], "2", *KV[4:], "--resume", out=other), status=1)
+        assert main(workspace.quantize(*KV, out=other)) == 130
+    assert "kv.method.bits was 3" in run(
+        *workspace.quantize(*KV[:3], "2", *KV[4:], "--resume", out=other), status=1
+    )
     with monkeypatch.context() as patch:
         patch.setattr("bitmill.workflows.kv.calibrate", _stop)
-        assert main(world.quantize(*KV, "--resume", out=other)) == 130
-    run(*world.quantize(*KV, "--resume", out=other))
-    assert snapshot(other) == snapshot(world.out)
-    assert run(*world.quantize(*KV, "--resume", out=other))["kv"]["method"]["bits"] == 3
+        assert main(workspace.quantize(*KV, "--resume", out=other)) == 130
+    run(*workspace.quantize(*KV, "--resume", out=other))
+    assert snapshot(other) == snapshot(workspace.out)
+    assert run(*workspace.quantize(*KV, "--resume", out=other))["kv"]["method"]["bits"] == 3
 
 
 def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_dry_run(world, run):
-    before = snapshot(world.root)
-    data = run(*world.quantize(*KV, "--dry-run"))
+def test_dry_run(workspace, run):
+    before = snapshot(workspace.root)
+    data = run(*workspace.quantize(*KV, "--dry-run"))
     assert data["kv"]["bits_per_element"] > 3
-    assert snapshot(world.root) == before
+    assert snapshot(workspace.root) == before
 
 
-def test_float_weights_with_kv_file(world, run, kept):
-    mine, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (kept, world.source))
+def test_float_weights_with_kv_file(workspace, run, kept):
+    mine, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (kept, workspace.source))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert run("verify", kept)["layers"] == 0
     assert run("inspect", kept)["kv"]["method"]["kv method"] == "kvquant"
-    data = run("eval", kept, *measured(world, "--kv", "kvquant", "--record"))
+    data = run("eval", kept, *measured(workspace, "--kv", "kvquant", "--record"))
     assert (data["kv_options"]["bits"], data["kv_calibration"]) == (3, "folder")
     assert data["bits_per_weight"] > 32
     assert "through kvquant" in (kept / "README.md").read_text()
-    plain = run("eval", kept, *measured(world))
-    assert plain["perplexity"] == run("eval", world.source, *measured(world))["perplexity"]
+    plain = run("eval", kept, *measured(workspace))
+    assert plain["perplexity"] == run("eval", workspace.source, *measured(workspace))["perplexity"]
     assert "kv_method" not in plain
     assert run("verify", kept)["sound"] is True
 
 
-def test_verify_incomplete_calibration(world, run, kept):
+def test_verify_incomplete_calibration(workspace, run, kept):
     calibration = read_calibration(kept)
     values = replace(calibration.layers[1][1], levels=None)
     report = json.loads((kept / "report.json").read_text())
@@ -131,14 +133,14 @@ def test_verify_incomplete_calibration(world, run, kept):
         assert "1 layers" in fragment if len(layers) == 1 else "levels of the values of layer 1" in fragment
 
 
-def test_calibrate_existing_folder(world, run, kept, capsys):
-    before = snapshot(world.done)
-    copy, command = world.root / "copy", ["--method", "none", "--calib", world.text]
-    run("quantize", world.done, *command, *KV, "-o", copy)
-    assert snapshot(world.done) == before
+def test_calibrate_existing_folder(workspace, run, kept, capsys):
+    before = snapshot(workspace.done)
+    copy, command = workspace.root / "copy", ["--method", "none", "--calib", workspace.text]
+    run("quantize", workspace.done, *command, *KV, "-o", copy)
+    assert snapshot(workspace.done) == before
     assert run("verify", copy)["layers"] == 14
-    run("eval", copy, *measured(world, "--kv", "kvquant", "--record"))
-    run("eval", copy, *measured(world, "--record"))
+    run("eval", copy, *measured(workspace, "--kv", "kvquant", "--record"))
+    run("eval", copy, *measured(workspace, "--record"))
     again = ["quantize", copy, *command, "--kv", "kvquant", "--kv-bits", 2, "--kv-samples", 4, "--json"]
     assert main([str(word) for word in again]) == 0
     out, err = capsys.readouterr()
@@ -153,35 +155,37 @@ def test_calibrate_existing_folder(world, run, kept, capsys):
         assert run("verify", folder)["sound"] is True
 
 
-def test_eval_with_other_text(world, run):
-    data = run("eval", world.done, *measured(world, "--kv", "kvquant", "--kv-bits", 4, "--kv-samples", 3))
-    assert data["kv_calibration"] == f"{world.text}, calib split, 3 x 64 tokens"
+def test_eval_with_other_text(workspace, run):
+    data = run("eval", workspace.done, *measured(workspace, "--kv", "kvquant", "--kv-bits", 4, "--kv-samples", 3))
+    assert data["kv_calibration"] == f"{workspace.text}, calib split, 3 x 64 tokens"
     assert data["kv_bytes"] * 8 == pytest.approx(data["kv_bits_per_element"] * 2 * 2 * 64 * 16)
     method = parse_kv_config("kvquant", 4, None).method()
-    assert data["kv_table_bytes"] == calibration_bytes(bitmill.load(world.source), method)
-    exact = run("eval", world.source, *measured(world, "--kv", "per_token", "--reference", world.source))
+    assert data["kv_table_bytes"] == calibration_bytes(bitmill.load(workspace.source), method)
+    exact = run(
+        "eval", workspace.source, *measured(workspace, "--kv", "per_token", "--reference", workspace.source)
+    )
     assert exact["kv_calibration"] is None
     assert exact["kv_table_bytes"] == 0
     assert 0 < exact["kl_divergence"] < 0.05  # 8 bits
 
 
-def test_eval_on_calibration_text(world, run, kept, capsys):
-    command = ["eval", kept, *measured(world, "--kv", "kvquant")]
+def test_eval_on_calibration_text(workspace, run, kept, capsys):
+    command = ["eval", kept, *measured(workspace, "--kv", "kvquant")]
     assert run(*command)["kv_on_calibration_text"] is False
     assert run(*command, "--split", "all", "--record")["kv_on_calibration_text"] is True
     recorded = json.loads((kept / "report.json").read_text())["measured"][-1]
     assert recorded["kv_calibration"] == "folder"
     assert recorded["kv_on_calibration_text"] is True
     assert recorded["kv_bits_per_element"] > 3
-    on_the_fly = [*measured(world, "--kv", "kvquant", "--kv-samples", 3), "--split", "calib"]
-    assert run("eval", world.source, *on_the_fly)["kv_on_calibration_text"] is True
-    exact = [*measured(world, "--kv", "per_token"), "--split", "calib"]
-    assert run("eval", world.source, *exact)["kv_on_calibration_text"] is False
+    on_the_fly = [*measured(workspace, "--kv", "kvquant", "--kv-samples", 3), "--split", "calib"]
+    assert run("eval", workspace.source, *on_the_fly)["kv_on_calibration_text"] is True
+    exact = [*measured(workspace, "--kv", "per_token"), "--split", "calib"]
+    assert run("eval", workspace.source, *exact)["kv_on_calibration_text"] is False
     assert main([str(word) for word in (*command, "--split", "calib")]) == 0
     assert "measured on text that keys and values were calibrated on" in capsys.readouterr().out
 
 
-def test_generate_as_calibrated(world, run, kept):
+def test_generate_as_calibrated(workspace, run, kept):
     command = ["generate", kept, "--prompt", "w1 w2", "--max-new-tokens", 40]
     data = run(*command)
     assert data["kv_method"] == "kvquant"
@@ -189,8 +193,8 @@ def test_generate_as_calibrated(world, run, kept):
     assert data["kv_table_bytes"] == read_calibration(kept).bytes > 0
     plain = run(*command, "--kv", "none")
     assert "kv_method" not in plain
-    assert plain["text"] == run("generate", world.source, *command[2:])["text"]
-    assert run("generate", world.done, *command[2:], "--kv", "kivi:group=8")["kv_bytes"] > 0
+    assert plain["text"] == run("generate", workspace.source, *command[2:])["text"]
+    assert run("generate", workspace.done, *command[2:], "--kv", "kivi:group=8")["kv_bytes"] > 0
     model, tokenizer = bitmill.load(kept), bitmill.load_tokenizer(kept)
     ids = torch.tensor([tokenizer("user w1 w2 assistant", add_special_tokens=False)["input_ids"]])
     cache = QuantizedCache(model)
@@ -199,11 +203,11 @@ def test_generate_as_calibrated(world, run, kept):
     assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == data["text"]
 
 
-def test_long_prompts_in_chunks(world, monkeypatch):
+def test_long_prompts_in_chunks(workspace, monkeypatch):
     from bitmill.evaluation.generate import PROMPT_CHUNK, generate
     from bitmill.workflows import kv as caching
 
-    model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
+    model, tokenizer = bitmill.load(workspace.source), bitmill.load_tokenizer(workspace.source)
     kv_config = parse_kv_config("per_token", 8, None)
     caches, seen = caching.CacheFactory(model, kv_config, "it"), []
     model.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
@@ -214,7 +218,7 @@ def test_long_prompts_in_chunks(world, monkeypatch):
     assert caches.chunk == PROMPT_CHUNK
 
 
-def test_chat(world, kept, capsys, monkeypatch):
+def test_chat(workspace, kept, capsys, monkeypatch):
     import io
 
     monkeypatch.setattr("sys.stdin", io.StringIO("w1 w2\nw3\n"))
@@ -224,13 +228,13 @@ def test_chat(world, kept, capsys, monkeypatch):
     assert err.count("bits per number") == 2
 
 
-def test_damage(world, run, kept):
+def test_damage(workspace, run, kept):
     path = kept / FILE
     whole = path.read_bytes()
     path.write_bytes(whole[:-8] + bytes(8))
     assert "altered" in run("verify", kept, status=1)
     path.write_bytes(whole[:50])
-    for command in (["generate", kept, "--prompt", "w1"], ["eval", kept, *measured(world, "--kv", "kvquant")]):
+    for command in (["generate", kept, "--prompt", "w1"], ["eval", kept, *measured(workspace, "--kv", "kvquant")]):
         assert FILE in run(*command, status=1)
     path.unlink()
     assert "missing" in run("verify", kept, status=1)
@@ -252,11 +256,11 @@ def test_damage(world, run, kept):
         (["--kv", "kvquant", "--kv-seqlen", "65"], "lower --kv-seqlen"),
     ],
 )
-def test_refused(world, run, flags, fragment):
+def test_refused(workspace, run, flags, fragment):
     status = 1 if fragment.startswith(("--kv-samples", "lower")) else 2
-    assert fragment in run("eval", world.source, *measured(world, *flags), status=status)
-    assert fragment in run(*world.quantize(*flags), status=status)
-    assert not world.out.exists()
+    assert fragment in run("eval", workspace.source, *measured(workspace, *flags), status=status)
+    assert fragment in run(*workspace.quantize(*flags), status=status)
+    assert not workspace.out.exists()
 
 
 def test_advice_names_alternatives(kept):
@@ -264,30 +268,46 @@ def test_advice_names_alternatives(kept):
         QuantizedCache(bitmill.load(kept), "kvquant", bits=3)
 
 
-def test_missing_calibration_refused(world, run):
+def test_missing_calibration_refused(workspace, run):
     assert "--method none --kv kvquant --kv-bits 4" in run(
-        "generate", world.source, "--prompt", "w1", "--kv", "kvquant", status=2
+        "generate", workspace.source, "--prompt", "w1", "--kv", "kvquant", status=2
     )
     asked_for = ["--kv", "kvquant", "--kv-bits", "3", "--kv-set", "sink=4", "--kv-set", "nuq=false"]
-    command = f"quantize {world.source} --method none --kv kvquant --kv-bits 3 --kv-set sink=4 --kv-set nuq=false"
+    command = (
+        f"quantize {workspace.source} --method none --kv kvquant --kv-bits 3 --kv-set sink=4 --kv-set nuq=false"
+    )
     assert f"make one by bitmill {command} -o DIR." in run(
-        "generate", world.source, "--prompt", "w1", *asked_for, status=2
+        "generate", workspace.source, "--prompt", "w1", *asked_for, status=2
     )
     with pytest.raises(UsageError, match=re.escape(f"make one by bitmill {command} -o DIR.")):
-        QuantizedCache(bitmill.load(world.source), "kvquant", bits=3, sink=4, nuq=False)
-    assert "name a KV method" in run("quantize", world.source, "--method", "none", "-o", world.out, status=2)
-    none = ["quantize", world.source, "--method", "none", *KV]
-    assert "parts of a recipe" in run(*none, "--format", "uniform", "-o", world.out, status=2)
-    assert "no option of weights" in run(*none, "--bits", "4", "-o", world.out, status=2)
+        QuantizedCache(bitmill.load(workspace.source), "kvquant", bits=3, sink=4, nuq=False)
+    assert "name a KV method" in run(
+        "quantize", workspace.source, "--method", "none", "-o", workspace.out, status=2
+    )
+    none = ["quantize", workspace.source, "--method", "none", *KV]
+    assert "parts of a recipe" in run(*none, "--format", "uniform", "-o", workspace.out, status=2)
+    assert "no option of weights" in run(*none, "--bits", "4", "-o", workspace.out, status=2)
     assert "Nowhere to write" in run(*none, status=2)
 
 
 @pytest.mark.parametrize(("kind", "fragment"), [("bert", "an encoder"), ("gpt2", "no rotary embedding")])
-def test_refused_models(world, run, kind, fragment):
-    folder = world.root / kind
+def test_refused_models(workspace, run, kind, fragment):
+    folder = workspace.root / kind
     tiny_model(kind).save_pretrained(folder)
-    for file in world.source.glob("tokenizer*"):
+    for file in workspace.source.glob("tokenizer*"):
         shutil.copy(file, folder)
-    command = ["quantize", folder, "--method", "rtn", *KV, "--calib", world.text, "--measure", 0, "-o", world.out]
+    command = [
+        "quantize",
+        folder,
+        "--method",
+        "rtn",
+        *KV,
+        "--calib",
+        workspace.text,
+        "--measure",
+        0,
+        "-o",
+        workspace.out,
+    ]
     assert fragment in run(*command, status=2)
-    assert not world.out.exists()
+    assert not workspace.out.exists()

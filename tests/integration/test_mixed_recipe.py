@@ -106,9 +106,9 @@ def test_verify(place, monkeypatch):
     assert main(["verify", "out"]) == 0
 
 
-def test_compare(world, quick, place, capsys):
+def test_compare(workspace, quick, place, capsys):
     recipe = place / "out" / "recipe.yaml"
-    assert main(command(world, "--recipes", recipe, methods="rtn", bits="4")) == 0
+    assert main(command(workspace, "--recipes", recipe, methods="rtn", bits="4")) == 0
     assert "rules" in capsys.readouterr().out
 
 

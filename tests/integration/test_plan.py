@@ -40,9 +40,9 @@ def test_eight_devices(text):
     assert "fits, 2.08 GB (1.94 GiB) to spare in 85.90 GB (80.00 GiB) of memory on each of 8 devices" in out
 
 
-def test_packed_folder_quality(world, text, capsys):
-    out = text(world.done, "--method", "gptq", "--bits", 2, "--set", "group_size=16", "--batch", 2)
-    (measured,) = json.loads((world.done / "report.json").read_text())["measured"]
+def test_packed_folder_quality(workspace, text, capsys):
+    out = text(workspace.done, "--method", "gptq", "--bits", 2, "--set", "group_size=16", "--batch", 2)
+    (measured,) = json.loads((workspace.done / "report.json").read_text())["measured"]
     assert f"perplexity {measured['perplexity']:.5g}" in out
     assert "weights as stored, keys and values in float" in out
     assert "gptq, 2 bits" in out

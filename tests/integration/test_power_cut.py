@@ -87,7 +87,7 @@ def test_folder_and_parents_survive(disk):
     disk.check()
 
 
-def test_run_state_survives(disk, world, monkeypatch):
+def test_run_state_survives(disk, workspace, monkeypatch):
     out = disk.root / "out"
     add, rename, rmtree = Journal.add, os.rename, shutil.rmtree
 
@@ -108,7 +108,7 @@ def test_run_state_survives(disk, world, monkeypatch):
     monkeypatch.setattr(Journal, "add", added)
     monkeypatch.setattr(os, "rename", renamed)
     monkeypatch.setattr(shutil, "rmtree", removed)
-    assert main(world.quantize(out=out)) == 0
+    assert main(workspace.quantize(out=out)) == 0
     assert disk.checks == 2 * 2 + 1 + 1
 
 

@@ -7,22 +7,22 @@ import json
 from bitmill.cli.main import main
 
 
-def test_as_json(world, capsys):
-    assert main(["sweep", str(world.source), "--json"]) == 0
+def test_as_json(workspace, capsys):
+    assert main(["sweep", str(workspace.source), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["measured"] is None
     assert len(data["cells"]) == 34
     assert data["verdicts"][-1].startswith("smallest fair: ")
 
 
-def test_for_people(world, capsys):
-    text = ["--text", str(world.text), "--windows", "2", "--seqlen", "16", "--search"]
-    assert main(["sweep", str(world.source), *text]) == 0
+def test_for_people(workspace, capsys):
+    text = ["--text", str(workspace.text), "--windows", "2", "--seqlen", "16", "--search"]
+    assert main(["sweep", str(workspace.source), *text]) == 0
     out = capsys.readouterr().out
     for word in ("2 x 16 tokens", "shrunk", "smallest safe", "4 bits: ", "nvfp4 in groups of 16: ", "ppl", "KL"):
         assert word in out
 
 
-def test_windows_require_text(world, capsys):
-    assert main(["sweep", str(world.source), "--windows", "3"]) == 2
+def test_windows_require_text(workspace, capsys):
+    assert main(["sweep", str(workspace.source), "--windows", "3"]) == 2
     assert "--text" in capsys.readouterr().err

@@ -10,19 +10,19 @@ from bitmill.kv.calibrate import calibrate
 from bitmill.kv.calibration_file import read_calibration
 from bitmill.kv.config import parse_kv_config
 from bitmill.kv.size import cache_size, calibration_bytes, packed_shapes
-from helpers.workspace import build_world
+from helpers.workspace import build_workspace
 
 
 @pytest.fixture
-def world(tmp_path):
-    return build_world(tmp_path)
+def workspace(tmp_path):
+    return build_workspace(tmp_path)
 
 
 @pytest.mark.parametrize(
     "options", ["", "q_norm=true", "channel_levels=false", "fisher=false", "nuq=false", "equalize=false"]
 )
-def test_calibration_size(world, options):
-    model = bitmill.load(world.source)
+def test_calibration_size(workspace, options):
+    model = bitmill.load(workspace.source)
     method = parse_kv_config(f"kvquant:{options}", 2, None).method()
     found = calibrate(model, method, torch.randint(3, 120, (2, 64)))
     size = sum(tensor.nbytes for tensor in found.tensors().values())
@@ -35,17 +35,17 @@ def test_calibration_size(world, options):
     )
 
 
-def test_live_models(world):
-    model, tokenizer = bitmill.load(world.source), bitmill.load_tokenizer(world.source)
+def test_live_models(workspace):
+    model, tokenizer = bitmill.load(workspace.source), bitmill.load_tokenizer(workspace.source)
     with pytest.raises(bitmill.BitmillError, match="Nowhere to write"):
         bitmill.quantize(model, "rtn", kv="kivi", kv_options={"group": 8}, tokenizer=tokenizer, measure=0)
     windows = torch.randint(3, 120, (4, 64))
-    out = world.root / "live"
+    out = workspace.root / "live"
     bitmill.quantize(model, "rtn", kv="kvquant", calibration=windows, tokenizer=tokenizer, measure=0, out=out)
     assert read_calibration(out).about["source"] == "tokens"
     bitmill.quantize(model, "rtn", group_size=16, tokenizer=tokenizer, measure=0)
     result = bitmill.evaluate(
-        model, kv="kvquant", kv_samples=3, tokenizer=tokenizer, seqlen=64, windows=1, text_source=world.text
+        model, kv="kvquant", kv_samples=3, tokenizer=tokenizer, seqlen=64, windows=1, text_source=workspace.text
     )
     assert result["kv_method"] == "kvquant"  # gradients were computed on a copy
     assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.faults import Faults
-from helpers.workspace import World
+from helpers.workspace import Workspace
 
 fault = Faults()
 
@@ -25,9 +25,9 @@ def fails_with(code: int) -> Callable[..., None]:
 
 
 @fault
-def disk_full_at_a_shard(world: World, patch: pytest.MonkeyPatch):
+def disk_full_at_a_shard(workspace: Workspace, patch: pytest.MonkeyPatch):
     patch.setattr("bitmill.checkpoint.files.save_file", fails_with(errno.ENOSPC))
-    return world.quantize(), ["disk is full", "out.partial/model"]
+    return workspace.quantize(), ["disk is full", "out.partial/model"]
 
 
 def full_at(kind: Callable[[int], bool], patch: pytest.MonkeyPatch) -> None:
@@ -43,37 +43,37 @@ def full_at(kind: Callable[[int], bool], patch: pytest.MonkeyPatch) -> None:
 
 
 @fault
-def disk_full_at_the_journal(world, patch):
+def disk_full_at_the_journal(workspace, patch):
     full_at(stat.S_ISREG, patch)
-    return world.quantize(), ["disk is full", "journal.json"]
+    return workspace.quantize(), ["disk is full", "journal.json"]
 
 
 @fault
-def disk_full_at_the_work_folder(world, patch):
+def disk_full_at_the_work_folder(workspace, patch):
     full_at(stat.S_ISDIR, patch)
-    return world.quantize(), ["disk is full", world.out]
+    return workspace.quantize(), ["disk is full", workspace.out]
 
 
 @fault
-def disk_full_at_the_tokenizer(world, patch):
+def disk_full_at_the_tokenizer(workspace, patch):
     patch.setattr("bitmill.sources.hf.shutil.copyfile", fails_with(errno.ENOSPC))
-    return world.quantize(), ["No space left", "out.partial/model/"]
+    return workspace.quantize(), ["No space left", "out.partial/model/"]
 
 
 @fault
-def disk_too_small_from_the_start(world, patch):
+def disk_too_small_from_the_start(workspace, patch):
     patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    return world.quantize(), ["0 MB free", world.root]
+    return workspace.quantize(), ["0 MB free", workspace.root]
 
 
 @fault
-def folder_not_writable(world, patch):
+def folder_not_writable(workspace, patch):
     patch.setattr("os.mkdir", fails_with(errno.EACCES))
-    return world.quantize(), ["not writable", world.out]
+    return workspace.quantize(), ["not writable", workspace.out]
 
 
 @fault
-def file_system_read_only_at_the_lock(world, patch):
+def file_system_read_only_at_the_lock(workspace, patch):
     opened = Path.open
 
     def refuse(self, mode="r", *args, **kwargs):
@@ -82,34 +82,34 @@ def file_system_read_only_at_the_lock(world, patch):
         return opened(self, mode, *args, **kwargs)
 
     patch.setattr(Path, "open", refuse)
-    return world.quantize(), ["not writable", "out.partial"]
+    return workspace.quantize(), ["not writable", "out.partial"]
 
 
 @fault
-def file_where_a_folder_is_needed(world, patch):
-    return world.quantize(out=world.text / "out"), ["a part of the path is a file", world.text]
+def file_where_a_folder_is_needed(workspace, patch):
+    return workspace.quantize(out=workspace.text / "out"), ["a part of the path is a file", workspace.text]
 
 
 @fault
-def output_exists(world, patch):
-    return world.quantize(out=world.done), ["exists already", world.done]
+def output_exists(workspace, patch):
+    return workspace.quantize(out=workspace.done), ["exists already", workspace.done]
 
 
 @fault
-def output_is_another_folder(world, patch):
-    return world.quantize("--resume", out=world.source), ["no finished bitmill folder", world.source]
+def output_is_another_folder(workspace, patch):
+    return workspace.quantize("--resume", out=workspace.source), ["no finished bitmill folder", workspace.source]
 
 
 @fault
-def no_output(world, patch):
-    return ["quantize", str(world.source), "--method", "rtn"], ["-o"]
+def no_output(workspace, patch):
+    return ["quantize", str(workspace.source), "--method", "rtn"], ["-o"]
 
 
 @fault
-def output_in_use(world, patch):
+def output_in_use(workspace, patch):
     import fcntl
 
-    held = (world.partial / "lock").open("w")
+    held = (workspace.partial / "lock").open("w")
     fcntl.flock(held, fcntl.LOCK_EX)
-    patch.setattr(world, "held", held, raising=False)
-    return world.quantize("--resume", out=world.half), ["Another process", world.partial]
+    patch.setattr(workspace, "held", held, raising=False)
+    return workspace.quantize("--resume", out=workspace.half), ["Another process", workspace.partial]

@@ -11,22 +11,22 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from helpers.faults import Faults, change_json
-from helpers.workspace import World, save_model
+from helpers.workspace import Workspace, save_model
 
 fault = Faults()
 
 
 COMMANDS = {
-    "inspect": lambda world: ["inspect", str(world.done)],
-    "verify": lambda world: ["verify", str(world.done)],
-    "eval": lambda world: ["eval", str(world.done), "--text", "text.txt", "--seqlen", "32"],
+    "inspect": lambda workspace: ["inspect", str(workspace.done)],
+    "verify": lambda workspace: ["verify", str(workspace.done)],
+    "eval": lambda workspace: ["eval", str(workspace.done), "--text", "text.txt", "--seqlen", "32"],
 }
 
 
 def folder_fault(command: str, change: Callable[[Path], object], *words: object):
-    def spoil(world, patch):
-        change(world.done)
-        return COMMANDS[command](world), list(words)
+    def spoil(workspace, patch):
+        change(workspace.done)
+        return COMMANDS[command](workspace), list(words)
 
     return spoil
 
@@ -127,7 +127,7 @@ for command in COMMANDS:
     }
 
 fault |= {
-    "inspect of a float model": lambda world, patch: (["inspect", str(world.source)], ["source"]),
+    "inspect of a float model": lambda workspace, patch: (["inspect", str(workspace.source)], ["source"]),
     "inspect of a link out of the folder": folder_fault("inspect", link_out, SHARD),
     "inspect of another tool's folder": folder_fault(
         "inspect", lambda f: quantization(f, quant_method="awq"), "'awq'"
@@ -167,51 +167,51 @@ fault |= {
     ),
     "verify without the text": folder_fault("verify", lambda f: (f.parent / "text.txt").unlink(), "text.txt"),
     "eval of a folder that lacks a tensor": folder_fault("eval", lambda f: drop(f, NORM), NORM),
-    "eval split unknown": lambda world, patch: (["eval", str(world.done), "--split", "test"], ["'test'"]),
-    "eval windows negative": lambda world, patch: (
-        ["eval", str(world.done), "--text", "text.txt", "--seqlen", "32", "--windows", "-3"],
+    "eval split unknown": lambda workspace, patch: (["eval", str(workspace.done), "--split", "test"], ["'test'"]),
+    "eval windows negative": lambda workspace, patch: (
+        ["eval", str(workspace.done), "--text", "text.txt", "--seqlen", "32", "--windows", "-3"],
         ["windows is -3"],
     ),
-    "eval seqlen too long": lambda world, patch: (
-        ["eval", str(world.done), "--text", "text.txt", "--seqlen", "80"],
+    "eval seqlen too long": lambda workspace, patch: (
+        ["eval", str(workspace.done), "--text", "text.txt", "--seqlen", "80"],
         ["80"],
     ),
-    "eval record of a float model": lambda world, patch: (
-        ["eval", str(world.source), "--text", "text.txt", "--record"],
-        ["--record", world.source],
+    "eval record of a float model": lambda workspace, patch: (
+        ["eval", str(workspace.source), "--text", "text.txt", "--record"],
+        ["--record", workspace.source],
     ),
-    "eval with a reference of another vocabulary": lambda world, patch: (
-        other_vocabulary(world),
+    "eval with a reference of another vocabulary": lambda workspace, patch: (
+        other_vocabulary(workspace),
         ["vocabulary"],
     ),
-    "generate without words": lambda world, patch: (
-        ["generate", str(world.done), "--raw", "--prompt", ""],
+    "generate without words": lambda workspace, patch: (
+        ["generate", str(workspace.done), "--raw", "--prompt", ""],
         ["prompt"],
     ),
-    "generate with too many words": lambda world, patch: (
-        ["generate", str(world.done), "--raw", "--prompt", "w1 " * 70],
+    "generate with too many words": lambda workspace, patch: (
+        ["generate", str(workspace.done), "--raw", "--prompt", "w1 " * 70],
         ["70 tokens", "64"],
     ),
-    "generate colder than 0": lambda world, patch: (
-        ["generate", str(world.done), "--prompt", "w1", "--temperature", "-1"],
+    "generate colder than 0": lambda workspace, patch: (
+        ["generate", str(workspace.done), "--prompt", "w1", "--temperature", "-1"],
         ["temperature is -1"],
     ),
-    "generate nothing": lambda world, patch: (
-        ["generate", str(world.done), "--prompt", "w1", "--max-new-tokens", "0"],
+    "generate nothing": lambda workspace, patch: (
+        ["generate", str(workspace.done), "--prompt", "w1", "--max-new-tokens", "0"],
         ["max_new_tokens is 0"],
     ),
-    "chat without template": lambda world, patch: (
-        ["chat", str(save_model(world.root / "plain", chat=False))],
+    "chat without template": lambda workspace, patch: (
+        ["chat", str(save_model(workspace.root / "plain", chat=False))],
         ["chat template", "plain"],
     ),
-    "method card unknown": lambda world, patch: (["methods", "gtpq"], ["'gtpq'"]),
-    "command unknown": lambda world, patch: (["quantise", "x"], ["quantise"]),
+    "method card unknown": lambda workspace, patch: (["methods", "gtpq"], ["'gtpq'"]),
+    "command unknown": lambda workspace, patch: (["quantise", "x"], ["quantise"]),
 }
 
 
-def other_vocabulary(world: World) -> list[str]:
-    model = LlamaForCausalLM.from_pretrained(world.source)
+def other_vocabulary(workspace: Workspace) -> list[str]:
+    model = LlamaForCausalLM.from_pretrained(workspace.source)
     model.resize_token_embeddings(200)
-    model.save_pretrained(world.source)
-    command = ["eval", str(world.done), "--text", "text.txt", "--seqlen", "32", "--windows", "1"]
-    return [*command, "--reference", str(world.source)]
+    model.save_pretrained(workspace.source)
+    command = ["eval", str(workspace.done), "--text", "text.txt", "--seqlen", "32", "--windows", "1"]
+    return [*command, "--reference", str(workspace.source)]

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from helpers.faults import Faults
-from helpers.workspace import World
+from helpers.workspace import Workspace
 
 fault = Faults()
 
 
 def with_options(*options: str, method: str = "gptq", words: list[object]):
-    def spoil(world, patch):
-        command = ["quantize", str(world.source), "--calib", "text.txt", "--samples", "4", "--seqlen", "32"]
-        return [*command, "--method", method, "-o", str(world.out), *options], words
+    def spoil(workspace, patch):
+        command = ["quantize", str(workspace.source), "--calib", "text.txt", "--samples", "4", "--seqlen", "32"]
+        return [*command, "--method", method, "-o", str(workspace.out), *options], words
 
     return spoil
 
@@ -52,55 +52,55 @@ fault |= {
 
 
 @fault
-def device_not_available(world, patch):
+def device_not_available(workspace, patch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    return world.quantize("--device", "cuda"), ["'cuda'"]
+    return workspace.quantize("--device", "cuda"), ["'cuda'"]
 
 
-def recipe_of(world: World, change: Callable[[str], str]) -> list[str]:
-    path = world.root / "mine.yaml"
-    path.write_text(change((world.done / "recipe.yaml").read_text()))
-    command = ["quantize", str(world.source), "--calib", "text.txt", "--samples", "4", "--seqlen", "32"]
-    return [*command, "--method", str(path), "-o", str(world.out)]
-
-
-@fault
-def recipe_no_yaml(world, patch):
-    return recipe_of(world, lambda text: text.replace("weight:", "weight: {[")), ["YAML"]
+def recipe_of(workspace: Workspace, change: Callable[[str], str]) -> list[str]:
+    path = workspace.root / "mine.yaml"
+    path.write_text(change((workspace.done / "recipe.yaml").read_text()))
+    command = ["quantize", str(workspace.source), "--calib", "text.txt", "--samples", "4", "--seqlen", "32"]
+    return [*command, "--method", str(path), "-o", str(workspace.out)]
 
 
 @fault
-def recipe_empty(world, patch):
-    return recipe_of(world, lambda text: ""), ["recipe"]
+def recipe_no_yaml(workspace, patch):
+    return recipe_of(workspace, lambda text: text.replace("weight:", "weight: {[")), ["YAML"]
 
 
 @fault
-def recipe_unknown_key(world, patch):
-    return recipe_of(world, lambda text: text + "extra: 1\n"), ["extra"]
+def recipe_empty(workspace, patch):
+    return recipe_of(workspace, lambda text: ""), ["recipe"]
 
 
 @fault
-def recipe_unknown_format(world, patch):
-    return recipe_of(world, lambda text: text.replace("format: uniform", "format: round")), ["'round'"]
+def recipe_unknown_key(workspace, patch):
+    return recipe_of(workspace, lambda text: text + "extra: 1\n"), ["extra"]
 
 
 @fault
-def recipe_unknown_field(world, patch):
-    return recipe_of(world, lambda text: text.replace("symmetric:", "symmetrical:")), ["symmetrical"]
+def recipe_unknown_format(workspace, patch):
+    return recipe_of(workspace, lambda text: text.replace("format: uniform", "format: round")), ["'round'"]
 
 
 @fault
-def recipe_word_for_number(world, patch):
-    return recipe_of(world, lambda text: text.replace("bits: 4", "bits: four")), ["'four'"]
+def recipe_unknown_field(workspace, patch):
+    return recipe_of(workspace, lambda text: text.replace("symmetric:", "symmetrical:")), ["symmetrical"]
 
 
 @fault
-def recipe_ignores_everything(world, patch):
-    return recipe_of(world, lambda text: text.replace("ignore: []", "ignore: ['*']")), ["ignores every"]
+def recipe_word_for_number(workspace, patch):
+    return recipe_of(workspace, lambda text: text.replace("bits: 4", "bits: four")), ["'four'"]
 
 
 @fault
-def recipe_head_that_decodes_as_a_whole(world, patch):
+def recipe_ignores_everything(workspace, patch):
+    return recipe_of(workspace, lambda text: text.replace("ignore: []", "ignore: ['*']")), ["ignores every"]
+
+
+@fault
+def recipe_head_that_decodes_as_a_whole(workspace, patch):
     rotated = "head: {format: rotated, kind: hadamard, inner: {format: uniform, bits: 4}}\n"
-    return recipe_of(world, lambda text: text + rotated), ["'rotated'", "uniform"]
+    return recipe_of(workspace, lambda text: text + rotated), ["'rotated'", "uniform"]

@@ -13,56 +13,60 @@ fault = Faults()
 
 
 @fault
-def unfinished_run(world, patch):
-    return world.quantize(out=world.half), [world.partial, "--resume"]
+def unfinished_run(workspace, patch):
+    return workspace.quantize(out=workspace.half), [workspace.partial, "--resume"]
 
 
 @fault
-def resume_with_another_recipe(world, patch):
-    return world.quantize("--resume", "--bits", "3", out=world.half), ["recipe.weight.bits", "was 4", "now 3"]
+def resume_with_another_recipe(workspace, patch):
+    return workspace.quantize("--resume", "--bits", "3", out=workspace.half), [
+        "recipe.weight.bits",
+        "was 4",
+        "now 3",
+    ]
 
 
 @fault
-def resume_with_another_calibration(world, patch):
-    return world.quantize("--resume", "--seed", "1", out=world.half), ["calibration.seed"]
+def resume_with_another_calibration(workspace, patch):
+    return workspace.quantize("--resume", "--seed", "1", out=workspace.half), ["calibration.seed"]
 
 
 @fault
-def resume_with_another_text(world, patch):
-    world.text.write_text(world.text.read_text().replace("w1 ", "w2 "))
-    return world.quantize("--resume", out=world.half), ["calibration.sha256"]
+def resume_with_another_text(workspace, patch):
+    workspace.text.write_text(workspace.text.read_text().replace("w1 ", "w2 "))
+    return workspace.quantize("--resume", out=workspace.half), ["calibration.sha256"]
 
 
 @fault
-def resume_with_another_model(world, patch):
-    shutil.rmtree(world.source)
-    save_model(world.source, seed=1)
-    return world.quantize("--resume", out=world.half), ["model was"]
+def resume_with_another_model(workspace, patch):
+    shutil.rmtree(workspace.source)
+    save_model(workspace.source, seed=1)
+    return workspace.quantize("--resume", out=workspace.half), ["model was"]
 
 
 @fault
-def resume_with_an_altered_shard(world, patch):
-    shard = next((world.partial / "model").glob("*.safetensors"))
+def resume_with_an_altered_shard(workspace, patch):
+    shard = next((workspace.partial / "model").glob("*.safetensors"))
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 1
     shard.write_bytes(raw)
-    return world.quantize("--resume", out=world.half), [shard]
+    return workspace.quantize("--resume", out=workspace.half), [shard]
 
 
 @fault
-def resume_without_a_shard(world, patch):
-    shard = next((world.partial / "model").glob("*.safetensors"))
+def resume_without_a_shard(workspace, patch):
+    shard = next((workspace.partial / "model").glob("*.safetensors"))
     shard.unlink()
-    return world.quantize("--resume", out=world.half), [shard]
+    return workspace.quantize("--resume", out=workspace.half), [shard]
 
 
 def journal_fault(change: Callable[[dict], object], words: list[object]):
-    def spoil(world, patch):
-        path = world.partial / "journal.json"
+    def spoil(workspace, patch):
+        path = workspace.partial / "journal.json"
         journal = json.loads(path.read_text())
         change(journal)
         path.write_text(json.dumps(journal))
-        return world.quantize("--resume", out=world.half), [world.partial, *words]
+        return workspace.quantize("--resume", out=workspace.half), [workspace.partial, *words]
 
     return spoil
 
@@ -81,12 +85,12 @@ fault |= {
 
 
 @fault
-def journal_broken(world, patch):
-    path = world.partial / "journal.json"
+def journal_broken(workspace, patch):
+    path = workspace.partial / "journal.json"
     path.write_text(path.read_text()[:-50])
-    return world.quantize("--resume", out=world.half), [path]
+    return workspace.quantize("--resume", out=workspace.half), [path]
 
 
 @fault
-def finished_with_another_recipe(world, patch):
-    return world.quantize("--resume", "--bits", "3", out=world.done), ["recipe.weight.bits"]
+def finished_with_another_recipe(workspace, patch):
+    return workspace.quantize("--resume", "--bits", "3", out=workspace.done), ["recipe.weight.bits"]
