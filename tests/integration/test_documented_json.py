@@ -30,7 +30,7 @@ def keys(capsys):
         assert main([*map(str, arguments), "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
         nested = ("tensors", "options", "methods", "demo_models", "architectures", "cells", "layers", "kinds")
-        nested += ("weights", "cache", "longest")
+        nested = (*nested, "formats", "weights", "cache", "longest")
         return set(data) | {key for name in nested if isinstance(data.get(name), list) for key in data[name][0]}
 
     return run

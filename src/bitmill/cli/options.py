@@ -123,7 +123,21 @@ def kv_arguments(
     kv_samples: int | None = None,
     kv_seqlen: int | None = None,
 ) -> dict[str, Any]:
-    """Return the keyword arguments about keys and values of `quantize` and `evaluate`."""
+    """Convert the options about keys and values to arguments.
+
+    Args:
+        kv: --kv.
+        kv_bits: --kv-bits.
+        kv_set: values of --kv-set.
+        kv_samples: --kv-samples.
+        kv_seqlen: --kv-seqlen.
+
+    Returns:
+        Keyword arguments of `quantize` and `evaluate`.
+
+    Raises:
+        UsageError: a value of --kv-set is no pair.
+    """
     return {
         "kv": kv,
         "kv_bits": kv_bits,

@@ -131,7 +131,15 @@ def format_mb(size_bytes: int) -> str:
 
 
 def format_metric(metric: MetricColumn, measured: dict[str, Any]) -> str:
-    """Format one metric of a measurement with its unit; a dash where it is missing."""
+    """Format one metric of a measurement.
+
+    Args:
+        metric: key, unit and kind of the value.
+        measured: the measurement.
+
+    Returns:
+        The value with its unit; a dash where it is missing.
+    """
     value = measured.get(metric.key)
     if value is None:
         return "-"

@@ -63,7 +63,15 @@ class LayerGrid:
     blocks: list[int]
 
     def values(self, layers: Iterable[Layer], key: str) -> list[list[float | None]]:
-        """Return the attribute `key` of the layers as (rows, blocks); None where it is missing."""
+        """Return one attribute of the layers as a table.
+
+        Args:
+            layers: quantized layers.
+            key: name of the attribute.
+
+        Returns:
+            Values by (row, block); None where a layer or its value is missing.
+        """
         by_place = {split_name(layer.name): getattr(layer, key) for layer in layers}
         return [[by_place.get((block, row)) for block in self.blocks] for row in self.rows]
 

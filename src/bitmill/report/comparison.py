@@ -96,7 +96,15 @@ def _against_float(variant: Variant, reference: FloatModel) -> str:
 
 
 def common_prefix_length(answer: str, reference: str) -> int:
-    """Return the number of leading characters that two answers have in common."""
+    """Count the leading characters that two answers have in common.
+
+    Args:
+        answer: of a variant.
+        reference: of the float model.
+
+    Returns:
+        0 up to the length of the shorter answer.
+    """
     shorter = min(len(answer), len(reference))
     return next((i for i in range(shorter) if answer[i] != reference[i]), shorter)
 

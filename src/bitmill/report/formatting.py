@@ -8,9 +8,11 @@ _DIGITS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Format a number with `digits` significant digits, trailing zeros included.
+    """Format a number with trailing zeros; magnitudes below 1e-4 and from 1e5 on as powers of ten.
 
-    Magnitudes below 1e-4 and from 1e5 on are written as powers of ten; None is a dash.
+    Args:
+        value: the number; None is a dash.
+        digits: significant digits.
     """
     if value is None:
         return DASH
@@ -54,7 +56,15 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def change(value: float | None, reference: float | None) -> str:
-    """Format the relative change from the reference: a signed percentage up to +100 %, a factor above."""
+    """Format a relative change.
+
+    Args:
+        value: the new value.
+        reference: the old value.
+
+    Returns:
+        A signed percentage up to +100 %, a factor above; a dash where a value is missing.
+    """
     if value is None or not reference:
         return DASH
     ratio = value / reference

@@ -53,7 +53,12 @@ class CacheStorage:
         return sum(sizes, CacheSize())
 
     def row(self, tokens: int, chosen: bool) -> dict[str, Any]:
-        """Return the sizes at `tokens` tokens per sequence as plain data; `chosen` marks the requested storage."""
+        """Return the sizes as plain data.
+
+        Args:
+            tokens: per sequence.
+            chosen: marks the requested storage.
+        """
         size = self.size(tokens)
         numbers = self.batch * sum(layer.num_elements(tokens) for layer in self.layers)
         return {

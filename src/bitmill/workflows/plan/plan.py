@@ -54,11 +54,25 @@ class Devices:
     activations: Activations
 
     def needed(self, weight_bytes: int, cache_bytes: int, tokens: int) -> int:
-        """Return the bytes needed on each device at a context of `tokens`."""
+        """Compute the bytes needed on each device.
+
+        Args:
+            weight_bytes: all weights.
+            cache_bytes: keys and values of all sequences at this context.
+            tokens: context of each sequence.
+        """
         return -(-(weight_bytes + cache_bytes) // self.count) + self.activations.of(min(tokens, PROMPT_CHUNK))
 
     def longest(self, weight_bytes: int, cache: CacheStorage) -> int | None:
-        """Return the most tokens that fit: 0 where one does not, None where there is no limit."""
+        """Compute the longest context.
+
+        Args:
+            weight_bytes: all weights.
+            cache: storage of keys and values.
+
+        Returns:
+            Tokens per sequence: 0 where one does not fit, None where there is no limit.
+        """
         memory = self.memory_bytes or 0
         return largest(lambda n: self.needed(weight_bytes, cache.size(n).total, n) <= memory)
 

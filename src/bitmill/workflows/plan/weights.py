@@ -90,9 +90,14 @@ def weight_rows(
 
 
 def stored_bytes(model: str | Path, source: Source) -> tuple[int, bool]:
-    """Return the bytes of the tensors as stored, and True if the model runs with them in this form.
+    """Count the bytes of the tensors as stored.
 
-    A config alone counts in its dtype. The tensors of a .gguf file are decoded before they run.
+    Args:
+        model: name or path.
+        source: its tensors; a config alone counts in its dtype.
+
+    Returns:
+        Bytes, and True if the model runs in this form: the tensors of a .gguf file are decoded before they run.
     """
     if is_checkpoint(Path(model)):
         return sum(int(tensor["size_bytes"]) for tensor in open_checkpoint(model).layers()), True
