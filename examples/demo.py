@@ -68,7 +68,7 @@ def main() -> None:
         row.update(measured)
     caption = (
         f"{MODEL}, {BITS} bits, each method's own groups, calibrated on {SAMPLES} windows of {SEQLEN} tokens; "
-        f"measured on {WINDOWS} held-out windows of {SEQLEN} tokens of Python's documentation; with so few windows "
+        f"measured on {WINDOWS} held-out windows of {SEQLEN} tokens of Python's documentation; with so few "
         "the last digits vary. top-1 is the share of tokens for which the most likely token is the float model's. "
         "float is the model as its 4-bit GGUF file decodes, in 16 bits."
     )
