@@ -11,8 +11,8 @@ temporary folder.
 Which test covers which line is measured once (the slow half) and kept in build/mutants/. Where a file has
 changed since, the tests that cover the enclosing function are taken. Results are kept as well: the same command
 continues a run that was interrupted. At most `--tests` tests run per mutant, one of each test function in turn,
-the fastest first, for at most `--limit` seconds; a mutant that none of them notices has survived, equivalent to
-the original or not.
+the fastest first, that take at most `--seconds` of CPU time without the mutation. Five times as long counts as an
+endless loop, which is noticed; a mutant that no test notices has survived, equivalent to the original or not.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import os
 import pkgutil
 import py_compile
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,20 +53,21 @@ AREAS = {
     "writer": ["checkpoint/writer.py"],
 }
 LINES = 40
+ENDLESS, WALL_S = "endless", 1200
 # Lines that run in processes of their own, which coverage does not see.
 IN_PROCESSES = {
     "src/bitmill/runtime/kernels/triton.py": "tests/runtime/triton/test_triton.py::test_interpreter_or_gpu"
 }
 
 
-def draw(seed: int, count: int) -> list[Mutant]:
+def draw(tree: Path, seed: int, count: int) -> list[Mutant]:
     """Return `count` mutants, drawn in turn from the areas, each of another line."""
     rng = random.Random(seed)
     pools: dict[str, list[list[Mutant]]] = {}
     for area, patterns in AREAS.items():
-        files = sorted({f for pattern in patterns for f in (ROOT / "src" / "bitmill").glob(pattern)})
+        files = sorted({f for pattern in patterns for f in (tree / "src" / "bitmill").glob(pattern)})
         lines = [
-            choices for file in files for choices in mutations_of(file, str(file.relative_to(ROOT)), area).values()
+            choices for file in files for choices in mutations_of(file, str(file.relative_to(tree)), area).values()
         ]
         rng.shuffle(lines)
         pools[area] = lines
@@ -129,14 +132,17 @@ def measure(tree: Path, tests: list[Path], folder: Path, jobs: int) -> None:
         if child == 0:
             try:
                 quiet(tree / f"output-{os.getpid()}")
-                target = folder / f"{'.'.join(test.with_suffix('').parts[1:])}.json"
-                target.write_text(json.dumps(measure_file(tree, test)))
+                map_file(folder, test).write_text(json.dumps(measure_file(tree, test)))
             finally:
                 os._exit(0)
         running.add(child)
     while running:
         running.discard(os.wait()[0])
     os._exit(0)
+
+
+def map_file(folder: Path, test: Path) -> Path:
+    return folder / f"{'.'.join(test.with_suffix('').parts[1:])}.json"
 
 
 def measure_file(tree: Path, test: Path) -> dict:
@@ -169,7 +175,8 @@ def measure_file(tree: Path, test: Path) -> dict:
 class CoverageMap:
     """The tests that cover a line, from what `measure` wrote."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tree: Path) -> None:
+        self.tree = tree
         self.measured = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         self.seconds = {name: s for part in self.measured for name, s in part["seconds"].items()}
 
@@ -177,14 +184,24 @@ class CoverageMap:
         """Return the tests of the line, or of its function if the file has changed, in the order of `_in_turn`."""
         if mutant.file in IN_PROCESSES:
             return [IN_PROCESSES[mutant.file]]
-        source, chosen = (ROOT / mutant.file).read_bytes(), set()
+        source, chosen = (self.tree / mutant.file).read_bytes(), set()
         digest, statement = hashlib.sha256(source).hexdigest(), first_line(source, mutant.line)
         for file in (part["files"][mutant.file] for part in self.measured if mutant.file in part["files"]):
             first, last = statement, mutant.line
             if digest != file["digest"]:
                 first, last = file["functions"].get(mutant.function, (0, -1))
             chosen |= {t for line, tests in file["lines"].items() if first <= int(line) <= last for t in tests}
-        return self._in_turn({name for name in chosen if (ROOT / name.partition("::")[0]).exists()})
+        here = {name for name in chosen if name in self.seconds and (self.tree / name.partition("::")[0]).exists()}
+        return self._in_turn(here)
+
+    def cpu_seconds(self, tests: list[str]) -> float:
+        return sum(self.seconds.get(name, 0.0) for name in tests)
+
+    def within(self, tests: list[str], cpu_s: float) -> list[str]:
+        """Return as many of the first tests as take at most `cpu_s` together, but one at least."""
+        while len(tests) > 1 and self.cpu_seconds(tests) > cpu_s:
+            tests = tests[:-1]
+        return tests
 
     def _in_turn(self, chosen: set[str]) -> list[str]:
         """One test of each test function in turn, the fastest first."""
@@ -229,11 +246,14 @@ def quiet(path: Path) -> None:
     os.dup2(output, 2)
 
 
-class FirstFailure:
-    """A plugin of pytest that writes the name of the first test that fails."""
+class Chosen:
+    """A plugin of pytest that runs the chosen tests in their order, and writes the name of the first failure."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, tests: list[str], path: Path) -> None:
+        self.order, self.path = {name: number for number, name in enumerate(tests)}, path
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda i: self.order[i.nodeid])
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.failed and not self.path.exists():
@@ -244,8 +264,8 @@ class FirstFailure:
             self.path.write_text(f"{report.nodeid} (collection)")
 
 
-def run_tests(tree: Path, tests: list[str], limit_s: float) -> str | None:
-    """Return the first of `tests` that fails in the tree, "time limit" if they take too long, or None."""
+def run_tests(tree: Path, tests: list[str], cpu_s: float) -> str | None:
+    """Return the first of `tests` that fails in the tree, ENDLESS if they take more CPU seconds, or None."""
     noted = tree / "first-failure"
     noted.unlink(missing_ok=True)
     child = os.fork()
@@ -253,20 +273,24 @@ def run_tests(tree: Path, tests: list[str], limit_s: float) -> str | None:
         status = 70
         try:
             os.setsid()
+            resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_s), int(cpu_s) + 5))
             status = _in_child(tree, tests, noted)
         finally:
             os._exit(status)
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + WALL_S
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             if noted.exists():
                 return noted.read_text()
-            return None if os.waitstatus_to_exitcode(status) in (0, 5) else "the process died"
+            code = os.waitstatus_to_exitcode(status)
+            if code in (-signal.SIGXCPU, -signal.SIGKILL):
+                return ENDLESS
+            return None if code in (0, 5) else "the process died"
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return noted.read_text() if noted.exists() else "time limit"
+    return noted.read_text() if noted.exists() else None
 
 
 def _in_child(tree: Path, tests: list[str], noted: Path) -> int:
@@ -274,12 +298,13 @@ def _in_child(tree: Path, tests: list[str], noted: Path) -> int:
 
     quiet(tree / "output")
     enter(tree)
-    return int(pytest.main(["-x", "-p", "no:cacheprovider", *tests], plugins=[FirstFailure(noted)]))
+    files = dict.fromkeys(name.partition("::")[0] for name in tests)
+    return int(pytest.main(["-x", "-p", "no:cacheprovider", *files], plugins=[Chosen(tests, noted)]))
 
 
 def judge(mutant: Mutant, tree: Path, coverage: CoverageMap, options: argparse.Namespace) -> None:
     """Break the line in the tree, run the tests that cover it, restore it, and note the outcome in the mutant."""
-    tests = coverage.covering(mutant)[: options.tests]
+    tests = coverage.within(coverage.covering(mutant)[: options.tests], options.seconds)
     mutant.tests = len(tests)
     if not tests:
         mutant.status = "uncovered"
@@ -288,18 +313,37 @@ def judge(mutant: Mutant, tree: Path, coverage: CoverageMap, options: argparse.N
     source = file.read_bytes()
     file.write_bytes(source[: mutant.start] + mutant.text.encode() + source[mutant.end :])
     try:
-        failed = run_tests(tree, tests, options.limit)
+        failed = run_tests(tree, tests, 30 + 5 * coverage.cpu_seconds(tests))
     finally:
         file.write_bytes(source)
-    if failed and failed not in ("time limit",) and run_tests(tree, _runnable(failed, tests), options.limit):
-        failed = None  # it fails without the mutation as well
     mutant.seconds = round(time.monotonic() - started, 1)
     mutant.status, mutant.by = ("noticed", failed) if failed else ("survived", "")
 
 
-def _runnable(failed: str, tests: list[str]) -> list[str]:
-    """Return the test that failed, or all where the process died or a file could not be collected."""
-    return [failed] if failed in tests else tests
+def judge_all(
+    mutants: list[Mutant], tree: Path, coverage: CoverageMap, options: argparse.Namespace
+) -> Iterator[int]:
+    """Judge the mutants that have no outcome; yield the number of each when it is done.
+
+    In the end the tests that noticed run once without a mutation. Where they fail even so, the mutants are judged
+    again without them.
+    """
+    while True:
+        for number, mutant in enumerate(mutants):
+            if not mutant.status:
+                judge(mutant, tree, coverage, options)
+            yield number
+        tests = sorted({m.by for m in mutants if m.by in coverage.seconds})
+        failing = set()
+        while tests and (failed := run_tests(tree, tests, WALL_S)) in tests:
+            failing.add(failed)
+            tests.remove(failed)
+        if not failing:
+            return
+        coverage.seconds = {name: s for name, s in coverage.seconds.items() if name not in failing}
+        for mutant in mutants:
+            if mutant.by in failing:
+                mutant.status = mutant.by = ""
 
 
 def table(mutants: list[Mutant], seed: int, options: argparse.Namespace) -> str:
@@ -317,7 +361,7 @@ def table(mutants: list[Mutant], seed: int, options: argparse.Namespace) -> str:
 
 `make mutants SEED={seed}` broke {len(done)} of {len(mutants)} lines at commit
 `{commit.stdout.strip()}`, one by one; the tests of `make test` noticed {noticed}.
-At most {options.tests} of the tests that cover a line ran, for at most {options.limit:.0f} seconds; the first
+At most {options.tests} of the tests that cover a line ran, of at most {options.seconds:.0f} CPU seconds; the first
 failure ends a run. A mutant that computes the same numbers as the original counts as survived.
 
 | | area | line | change | outcome | first failure | s |
@@ -331,7 +375,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=int, default=LINES, help="lines to break")
     parser.add_argument("--tests", type=int, default=60, help="tests per mutant, at most")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds per mutant, at most")
+    parser.add_argument("--seconds", type=float, default=30.0, help="CPU seconds of tests per mutant, at most")
     parser.add_argument("--measure", nargs="*", metavar="FILE", help="files of tests to measure, in place of all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="files of tests measured at a time")
     parser.add_argument("--only-map", action="store_true", help="only measure which test covers which line")
@@ -352,24 +396,18 @@ def main() -> None:
         tests = [file.relative_to(ROOT) for file in sorted((ROOT / "tests").rglob("test_*.py"))]
         if options.measure is not None:
             tests = [Path(name) for name in options.measure]
-        done = {file.stem for file in folder.glob("*.json")}
-        measure(
-            tree, [t for t in tests if ".".join(t.with_suffix("").parts[1:]) not in done], folder, options.jobs
-        )
+        measure(tree, [test for test in tests if not map_file(folder, test).exists()], folder, options.jobs)
         if options.only_map:
             return
-        mutants = draw(options.seed, options.lines)
+        mutants = draw(tree, options.seed, options.lines)
         if results.exists():
             kept = {(m["file"], m["line"], m["start"], m["text"]): m for m in json.loads(results.read_text())}
             mutants = [Mutant(**kept.get((m.file, m.line, m.start, m.text), asdict(m))) for m in mutants]
-        coverage = CoverageMap(folder)
-        for index, mutant in enumerate(mutants, 1):
-            if not mutant.status:
-                judge(mutant, tree, coverage, options)
-                results.write_text(json.dumps([asdict(m) for m in mutants], indent=1))
-            print(
-                f"{index:2} {mutant.status:9} {mutant.file}:{mutant.line} {mutant.change} {mutant.by}", flush=True
-            )
+        coverage = CoverageMap(folder, tree)
+        for number in judge_all(mutants, tree, coverage, options):
+            results.write_text(json.dumps([asdict(m) for m in mutants], indent=1))
+            m = mutants[number]
+            print(f"{number + 1:2} {m.status:9} {m.file}:{m.line} {m.change} {m.by}", flush=True)
     options.output.write_text(table(mutants, options.seed, options), encoding="utf-8")
 
 
