@@ -24,6 +24,7 @@ from bitmill.report.card import model_card
 from bitmill.report.describe import (
     block_layer_bytes,
     describe_embedding_and_head,
+    describe_exceptions,
     describe_kv_cache,
     describe_measured_cache,
     part_sizes,
@@ -74,6 +75,7 @@ def folder_page(report: dict[str, Any]) -> str:
         columns=metric_columns(measured),
         latest=measured[-1] if measured else None,
         layers=layers,
+        exceptions=describe_exceptions(report["recipe"]).replace("`", ""),
         embedding_and_head=describe_embedding_and_head(report),
         kv=describe_kv_cache(report["kv"]) if report.get("kv") else "",
         describe_measured_cache=describe_measured_cache,
