@@ -170,7 +170,7 @@
           line: { color: mine.map((p) => (p.clipped ? colour : best.includes(p) ? ink : style("--panel"))), width: mine.map((p) => (p.clipped ? 2 : best.includes(p) ? 1.5 : 1)) } } });
     });
 
-    // a method is labelled at its point of fewest bits, where the methods are furthest apart
+    // a method is labelled at its point of fewest bits, where the methods differ most
     const texts = far.sort((a, b) => a.px - b.px).map((p) => ({ ...p, text: `${p.v.label} ↑ ${measure.text(p.y)}`, colour: p.v.method }));
     data.methods.forEach((method, index) => {
       const mine = near.filter((p) => p.v.method === index).sort((a, b) => a.x - b.x);

@@ -1,4 +1,4 @@
-// Theme, sorting, filters, tabs: everything a page needs apart from charts. Other scripts listen for the events
+// Theme, sorting, filters, tabs: everything a page needs without charts. Other scripts listen for the events
 // "bitmill:theme" and "bitmill:filter" on the document.
 "use strict";
 (() => {
