@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import bitmill
-from bitmill.data.self_generated import BATCH, LIKELIEST, generate_windows
+from bitmill.data.self_generated import BATCH, GREEDY_TOKENS, generate_windows
 from bitmill.errors import CalibrationError, NumericsError
 from bitmill.progress import Progress
 from helpers.tiny_models import tiny_model
@@ -53,8 +53,8 @@ def test_first_tokens():
 def test_greedy_then_sampled():
     windows = generate_windows(Next(certain=0.5), 40, 60, 0, ())
     certain = (windows[:, 1:] == (windows[:, :-1] + 1) % 50).float().mean(0)
-    assert (certain[:LIKELIEST] == 1).all()
-    assert certain[LIKELIEST:].mean() < 0.2
+    assert (certain[:GREEDY_TOKENS] == 1).all()
+    assert certain[GREEDY_TOKENS:].mean() < 0.2
 
 
 def test_seed_determines_text():

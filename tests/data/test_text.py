@@ -83,7 +83,7 @@ def test_unusable_files(tmp_path):
 def test_hub_dataset_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in refused(load_text, "hf:org/data")
-    assert "is no Hub dataset" in refused(load_text, "hf:a:b:c:d")
+    assert "names no Hub dataset" in refused(load_text, "hf:a:b:c:d")
 
 
 def test_hub_dataset_limit(monkeypatch):

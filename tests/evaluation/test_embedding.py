@@ -82,5 +82,5 @@ def test_invalid_embeddings_refused():
     metric.add(TOKENS, HIDDEN * math.nan)
     with pytest.raises(NumericsError, match="NaN"):
         metric.result()
-    with pytest.raises(UsageError, match="embeddings of 8 numbers and the model of 16"):
+    with pytest.raises(UsageError, match="embeddings of width 8 and the model of width 16"):
         EmbeddingMetrics().add(TOKENS, HIDDEN, HIDDEN[..., :8])

@@ -108,7 +108,7 @@ def test_bad_options(options, word):
 def test_bad_prompts():
     with pytest.raises(UsageError, match="no tokens"):
         generate(Script([65]), Bytes(), [])
-    with pytest.raises(UsageError, match=r"7 tokens.*at most 5"):
+    with pytest.raises(UsageError, match=r"7 tokens.*has 5"):
         generate(Script([65], limit=5), Bytes(), [1] * 7)
 
 

@@ -1,1 +1,1 @@
-"""Text, token windows and calibration data."""
+"""Text, windows of tokens, and calibration text that a model writes itself."""

@@ -1,9 +1,8 @@
-"""Text that calibrates and evaluates: one stream of tokens, its first four fifths for the one, the rest for
-the other, cut into windows.
+"""Text as one stream of tokens, of which the first 80 % are for calibration and the rest for evaluation.
 
-Sources: "pydoc" (the language reference inside Python's standard library: no download,
-but its text differs between versions of Python), a text file, a .jsonl
-file with a "text" on every line, or "hf:dataset[:config][:split]" through the `datasets` package.
+Sources are "pydoc" (the language reference inside the standard library of Python: no download, but the text
+differs between versions of Python), a text file, a .jsonl file with a field "text" on every line, or
+"hf:dataset[:config][:split]" through the `datasets` package.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ import torch
 
 from bitmill.errors import CalibrationError, one_line
 
-Windows = torch.Tensor | list[torch.Tensor]  # token ids (windows, length), or of several lengths
+Windows = torch.Tensor | list[torch.Tensor]  # token ids (windows, length), or windows of several lengths
 Stream = TypeVar("Stream", torch.Tensor, str)
 
 CALIBRATION_SHARE = 0.8
-HUB_CHARACTERS = 20_000_000  # a Hub dataset is streamed up to here; some are terabytes
+HUB_CHARACTERS = 20_000_000  # a Hub dataset is streamed up to this length; some are terabytes
 
 
 def load_text(source: str | Path) -> str:
-    """The whole text of a source. Raises CalibrationError when there is none or it is not text."""
+    """Return the whole text of a source. Raises CalibrationError where there is none."""
     if source == "pydoc":
         return _pydoc()
     if isinstance(source, str) and source.startswith("hf:"):
@@ -55,14 +54,27 @@ def load_text(source: str | Path) -> str:
 
 
 def token_stream(source: str | Path, tokenizer: Any) -> torch.Tensor:
-    """The tokens (n,) int64 of a source, special tokens as the tokenizer adds them to one text."""
+    """Return the tokens (n,) int64 of a source.
+
+    Args:
+        source: see `load_text`.
+        tokenizer: the tokenizer, which adds special tokens once for the whole text.
+
+    Raises:
+        CalibrationError: There is no text.
+    """
     with no_length_warning():
         ids = tokenizer(load_text(source))["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def split_stream(ids: Stream, which: str) -> Stream:
-    """The tokens (n,) or characters that calibrate ("calib", the first 80 %), the "eval" rest, or "all"."""
+    """Return one part of a stream.
+
+    Args:
+        ids: tokens (n,), or characters.
+        which: "calib" for the first 80 %, "eval" for the rest, or "all".
+    """
     cut = int(len(ids) * CALIBRATION_SHARE)
     parts = {"calib": ids[:cut], "eval": ids[cut:], "all": ids}
     if which not in parts:
@@ -71,7 +83,17 @@ def split_stream(ids: Stream, which: str) -> Stream:
 
 
 def calibration_windows(ids: torch.Tensor, samples: int, seqlen: int, seed: int = 0) -> torch.Tensor:
-    """Windows (samples, seqlen) that start at random places of `ids` (n,); they may overlap."""
+    """Return windows (samples, seqlen) that start at random places and may overlap.
+
+    Args:
+        ids: tokens (n,).
+        samples: number of windows.
+        seqlen: tokens of a window.
+        seed: of the random places.
+
+    Raises:
+        CalibrationError: The text is too short.
+    """
     check_windows(samples, seqlen)
     if len(ids) <= seqlen:
         raise CalibrationError(
@@ -84,7 +106,16 @@ def calibration_windows(ids: torch.Tensor, samples: int, seqlen: int, seed: int 
 
 
 def evaluation_windows(ids: torch.Tensor, seqlen: int, windows: int | None = None) -> torch.Tensor:
-    """The first windows (w, seqlen) of `ids` (n,) side by side; as many as asked for, or as there are."""
+    """Return the first windows (w, seqlen) of a stream, without overlap.
+
+    Args:
+        ids: tokens (n,).
+        seqlen: tokens of a window.
+        windows: at most this many; all without it.
+
+    Raises:
+        CalibrationError: The text is shorter than one window.
+    """
     _check_positive(windows=1 if windows is None else windows)
     _check_seqlen(seqlen)
     count = len(ids) // seqlen
@@ -97,9 +128,9 @@ def evaluation_windows(ids: torch.Tensor, seqlen: int, windows: int | None = Non
 
 
 def windows_hash(windows: Windows) -> str:
-    """sha256 (hex) of the int64 token ids, little endian: tells whether two runs saw the same text.
+    """Return the sha256 (hex) of the int64 token ids, little endian, which identifies the text of a run.
 
-    Windows of several lengths are hashed behind their lengths.
+    The lengths of windows of several lengths are hashed first.
     """
     if not isinstance(windows, torch.Tensor):
         windows = torch.cat([torch.tensor([len(window) for window in windows]), *windows])
@@ -107,18 +138,20 @@ def windows_hash(windows: Windows) -> str:
 
 
 def check_windows(samples: int, seqlen: int) -> None:
-    """Raises CalibrationError for a number or a length of windows that is none."""
+    """Raise CalibrationError for less than one window or two tokens."""
     _check_positive(samples=samples)
     _check_seqlen(seqlen)
 
 
 def _check_positive(**numbers: int) -> None:
+    """Raise CalibrationError for a number below 1; the keyword names it."""
     for name, number in numbers.items():
         if number < 1:
             raise CalibrationError(f"The number of {name} is {number}, and must be at least 1.")
 
 
 def _check_seqlen(seqlen: int) -> None:
+    """Raise CalibrationError for a window of fewer than two tokens."""
     if seqlen < 2:
         raise CalibrationError(
             f"seqlen is {seqlen}, and must be at least 2: a window predicts its tokens from the second on."
@@ -126,12 +159,14 @@ def _check_seqlen(seqlen: int) -> None:
 
 
 def _pydoc() -> str:
+    """Return the language reference of Python."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[key] for key in sorted(topics))
 
 
 def _json_lines(path: Path, text: str) -> Iterator[str]:
+    """Yield the field "text" of every line. Raises CalibrationError."""
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -145,10 +180,11 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
 
 
 def _hub(source: str) -> str:
+    """Return the text of a Hub dataset, HUB_CHARACTERS at most. Raises CalibrationError."""
     dataset, *rest = source.removeprefix("hf:").split(":")
     if not dataset or len(rest) > 2:
         raise CalibrationError(
-            f"{source!r} is no Hub dataset; write hf:dataset, hf:dataset:config:split or between."
+            f"{source!r} names no Hub dataset; write hf:dataset, hf:dataset:config or hf:dataset:config:split."
         )
     try:
         from datasets import load_dataset
@@ -171,6 +207,7 @@ def _hub(source: str) -> str:
 
 
 def _until(characters: int, texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts until they have this many characters."""
     total = 0
     for text in texts:
         yield text
@@ -181,7 +218,7 @@ def _until(characters: int, texts: Iterable[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def no_length_warning() -> Iterator[None]:
-    """A stream is longer than any model's context on purpose; transformers warns about that."""
+    """Silence the warning of transformers about streams that are longer than the context of a model."""
     logger = logging.getLogger("transformers.tokenization_utils_base")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""What a model reads of a text: windows of one stream of tokens, or, if it is an encoder, sentences.
+"""Windows of tokens from a text: of one stream for language models, between special tokens for encoders.
 
-A decoder predicts a stream, and windows of it follow one another. An encoder reads a text as a whole and gets
-it between tokens of its own ([CLS] and [SEP]), also where windows calibrate it; it is measured on the sentences of
-the last fifth of the text (of its characters), for their embeddings are what it is used for.
+Language models predict a stream, and their evaluation windows follow one another. Encoders read a text as a whole
+between special tokens ([CLS] and [SEP]), also in calibration windows. They are evaluated on the sentences in the
+last fifth of the characters of the text, because sentence embeddings are their use.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bitmill.data import text
 from bitmill.data.text import Windows
 from bitmill.errors import CalibrationError
 
-WORDS = 5  # a sentence has at least so many, which leaves headings and tables out
-SENTENCES = 3  # at least so many are measured: of two, each is the other's nearest
+MIN_WORDS = 5  # of a sentence, which excludes headings and tables
+MIN_SENTENCES = 3  # of an evaluation: of two sentences, each is the nearest of the other
 _END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
@@ -46,103 +46,132 @@ class CalibrationData:
 
 
 class TextWindows(Protocol):
-    """A text as one model reads it; `seqlen` counts the tokens of a window, the model's own included."""
+    """A text in the windows that a model reads; `seqlen` includes special tokens."""
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
-        """Windows (samples, seqlen) of what calibrates. Raises CalibrationError when the text is too short."""
+        """Return calibration windows.
+
+        Args:
+            samples: number of windows.
+            seqlen: tokens of a window.
+            seed: of the random places at which windows start.
+
+        Returns:
+            (samples, seqlen) token ids.
+
+        Raises:
+            CalibrationError: The text is too short.
+        """
         ...
 
     def held_out(self, split: str, seqlen: int, windows: int | None) -> Windows:
-        """What is measured on: at most `windows` x `seqlen` tokens of a part of the text."""
+        """Return windows to measure on.
+
+        Args:
+            split: part of the text, see `split_stream`.
+            seqlen: most tokens of a window.
+            windows: at most windows x seqlen tokens in all; the whole part without it.
+
+        Raises:
+            CalibrationError: The text is too short.
+        """
         ...
 
 
 def count_windows(held_out: Windows, seqlen: int) -> int:
-    """How many windows of `seqlen` tokens hold as much."""
+    """Return the number of windows of `seqlen` tokens that hold as many tokens."""
     return -(-sum(len(window) for window in held_out) // seqlen)
 
 
 class StreamWindows:
-    """One stream of tokens."""
+    """Windows of one stream of tokens."""
 
     def __init__(self, source: str | Path, tokenizer: Any) -> None:
         self._ids = text.token_stream(source, tokenizer)
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
-        """Windows that start at random places of the first four fifths."""
+        """Return windows that start at random places of the first four fifths."""
         return text.calibration_windows(text.split_stream(self._ids, "calib"), samples, seqlen, seed)
 
     def held_out(self, split: str, seqlen: int, windows: int | None) -> Windows:
-        """Windows (w, seqlen) side by side."""
+        """Return windows (w, seqlen) without overlap."""
         return text.evaluation_windows(text.split_stream(self._ids, split), seqlen, windows)
 
 
 class SentenceWindows:
-    """Text for an encoder."""
+    """Windows between special tokens, and sentences to measure on."""
 
     def __init__(self, source: str | Path, tokenizer: Any) -> None:
         self._text, self._tokenizer = text.load_text(source), tokenizer
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
-        """Windows that start at random places of the first four fifths, each between the model's own tokens."""
-        before, after = self._frame()
-        own = len(before) + len(after)
-        if seqlen < own + 2:
-            raise CalibrationError(f"seqlen is {seqlen}, {own} of them the model's own; use at least {own + 2}.")
+        """Return windows that start at random places of the first four fifths, each between special tokens."""
+        before, after = self._special_tokens()
+        special = len(before) + len(after)
+        if seqlen < special + 2:
+            raise CalibrationError(
+                f"seqlen is {seqlen}, of which {special} are special tokens; use at least {special + 2}."
+            )
         part = text.split_stream(self._text, "calib")
         with text.no_length_warning():
             ids = torch.tensor(self._tokenizer(part, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-        inside = text.calibration_windows(ids, samples, seqlen - own, seed)
+        inside = text.calibration_windows(ids, samples, seqlen - special, seed)
         return torch.cat([before.expand(samples, -1), inside, after.expand(samples, -1)], 1)
 
     def held_out(self, split: str, seqlen: int, windows: int | None) -> Windows:
-        """Distinct sentences, each a tensor (tokens,) of at most `seqlen` tokens, the shortest first.
+        """Return distinct sentences, each a tensor (tokens,) of at most `seqlen` tokens, shortest first.
 
-        Those of the last fifth that occur in what calibrates are left out.
+        Sentences of the last fifth that also occur in the calibration part are left out.
         """
         text.check_windows(1 if windows is None else windows, seqlen)
-        seen = set(_sentences(text.split_stream(self._text, "calib"))) if split == "eval" else set()
+        calibration = set(_sentences(text.split_stream(self._text, "calib"))) if split == "eval" else set()
         found = _sentences(text.split_stream(self._text, split))
-        fresh = [sentence for sentence in dict.fromkeys(found) if sentence not in seen]
-        room = float("inf") if windows is None else windows * seqlen
+        new = [sentence for sentence in dict.fromkeys(found) if sentence not in calibration]
+        remaining = float("inf") if windows is None else windows * seqlen
         chosen: list[Tensor] = []
-        for sentence in fresh:
+        for sentence in new:
             ids = self._tokenizer(sentence, truncation=True, max_length=seqlen)["input_ids"]
-            room -= len(ids)
-            if room < 0:
+            remaining -= len(ids)
+            if remaining < 0:
                 break
             chosen.append(torch.tensor(ids, dtype=torch.int64))
-        if len(chosen) < SENTENCES:
+        if len(chosen) < MIN_SENTENCES:
             raise CalibrationError(
-                f"The evaluation text gives {len(chosen)} of the {SENTENCES} sentences of {WORDS} or more words "
-                "that neighbours take; give a longer text or more windows."
+                f"The evaluation text gives {len(chosen)} of at least {MIN_SENTENCES} sentences of {MIN_WORDS} "
+                "or more words, which nearest neighbours need; give a longer text or more windows."
             )
         return sorted(chosen, key=len)
 
-    def _frame(self) -> tuple[Tensor, Tensor]:
-        """The tokens that the tokenizer puts before and after every text."""
+    def _special_tokens(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens that the tokenizer puts before and after every text."""
         bare = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])
         framed = list(self._tokenizer("a")["input_ids"])
         starts = range(len(framed) - len(bare) + 1)
         at = next((start for start in starts if framed[start : start + len(bare)] == bare), None)
         if at is None:
             raise CalibrationError(
-                "The tokenizer spells a text in another way between its own tokens; give token windows instead."
+                "The tokenizer splits a text in another way between special tokens; give token windows instead."
             )
         before, after = framed[:at], framed[at + len(bare) :]
         return torch.tensor(before, dtype=torch.int64), torch.tensor(after, dtype=torch.int64)
 
 
 def _sentences(whole: str) -> Iterator[str]:
-    """Its sentences, in turn, with single spaces."""
+    """Yield the sentences of a text, with single spaces."""
     for piece in _END.split(whole):
         sentence = " ".join(piece.split())
-        if sentence.endswith((".", "!", "?")) and len(_WORD.findall(sentence)) >= WORDS:
+        if sentence.endswith((".", "!", "?")) and len(_WORD.findall(sentence)) >= MIN_WORDS:
             yield sentence
 
 
 def check_context_length(config: Any, seqlen: int, flag: str = "--seqlen") -> None:
-    """Raises CalibrationError for windows longer than the model can read."""
+    """Raise CalibrationError for windows that are longer than the context of the model.
+
+    Args:
+        config: transformers config.
+        seqlen: tokens of a window.
+        flag: option to lower, for the message.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and seqlen > limit:
         raise CalibrationError(f"seqlen is {seqlen}, but the model reads at most {limit} tokens; lower {flag}.")

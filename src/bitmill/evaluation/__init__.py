@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, divergence from the float model, embeddings, generated text."""
+"""Metrics over windows of tokens, and text generation."""

@@ -1,11 +1,11 @@
-"""What an encoder is worth: whether its sentence embeddings stay where the float model has them.
+"""Similarity of the sentence embeddings of an encoder to those of the float model.
 
-cosine_similarity      mean cosine of a sentence's embedding and the reference's of the same sentence
-neighbour_agreement    share of sentences whose nearest other sentence, by cosine, is the same in both models
-pair_cosine            mean cosine of two different sentences: what it is to have nothing to do with each other
+cosine_similarity      mean cosine between the embeddings of one sentence in both models
+neighbour_agreement    share of sentences whose nearest other sentence, by cosine, agrees between both models
+pair_cosine            mean cosine between two different sentences of one model
 
-An encoder predicts no token, so there is no perplexity. A cosine is to be read against `pair_cosine`: where all
-embeddings point the same way, being close to the reference means little.
+An encoder predicts no token, so it has no perplexity. `pair_cosine` is the baseline of `cosine_similarity`: where
+all embeddings have one direction, a cosine near 1 means little.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from bitmill.errors import CalibrationError, NumericsError, UsageError
 
-_ROWS = 1024  # sentences whose similarities to all others are held at a time
+_ROWS = 1024  # sentences whose cosines to all others are in memory at a time
 
 DEFAULT_POOLING = "mean"
 POOLINGS = {
@@ -30,13 +30,18 @@ POOLINGS = {
 
 
 def embed(hidden: Tensor, pooling: str) -> Tensor:
-    """Embeddings of length one (windows, width) from hidden states (windows, tokens, width) without padding."""
+    """Return embeddings (windows, width) of norm 1.
+
+    Args:
+        hidden: (windows, tokens, width) hidden states without padding.
+        pooling: "mean", "cls" or "max".
+    """
     return normalize(POOLINGS[pooling](hidden.float()), dim=-1)
 
 
 @dataclass
 class EmbeddingMetrics:
-    """A judge: collects the embeddings of sentences, and compares them once all are there."""
+    """A metric that collects the embeddings of all sentences and compares them in `result`."""
 
     pooling: str = DEFAULT_POOLING
     tokens: int = 0
@@ -44,30 +49,41 @@ class EmbeddingMetrics:
     reference: list[Tensor] = field(default_factory=list)
 
     def add(self, tokens: Tensor, output: Tensor, reference: Tensor | None = None) -> None:
-        """Take in sentences of one length: tokens (sentences, n), hidden states (sentences, n, width)."""
+        """Add sentences of one length.
+
+        Args:
+            tokens: (sentences, n) token ids.
+            output: (sentences, n, width) hidden states of the model.
+            reference: hidden states of the float model.
+
+        Raises:
+            UsageError: The widths of both models differ.
+        """
         self.tokens += tokens.numel()
         self.own.append(embed(output, self.pooling).cpu())
         if reference is None:
             return
         if reference.shape[-1] != output.shape[-1]:
             raise UsageError(
-                f"The reference has embeddings of {reference.shape[-1]} numbers and the model of "
+                f"The reference has embeddings of width {reference.shape[-1]} and the model of width "
                 f"{output.shape[-1]}, so they cannot be compared; give the float model it was made from."
             )
         self.reference.append(embed(reference, self.pooling).cpu())
 
     def result(self) -> dict[str, Any]:
-        """The measures as plain data.
+        """Return the measures as plain data.
 
-        Raises NumericsError when an embedding is not finite, CalibrationError for fewer than two sentences.
+        Raises:
+            NumericsError: An embedding is not finite.
+            CalibrationError: There are fewer than two sentences.
         """
         if sum(map(len, self.own)) < 2:
             raise CalibrationError(
-                "Fewer than two sentences were embedded, and none has a neighbour; give more text."
+                "Fewer than two sentences were embedded, so there are no neighbours; give more text."
             )
         own = torch.cat(self.own)
         if not bool(torch.isfinite(own).all()):
-            raise NumericsError("The model's embeddings are NaN or infinite, so it has no use; requantize it.")
+            raise NumericsError("The embeddings of the model are NaN or infinite; quantize it again.")
         result: dict[str, Any] = {
             "pair_cosine": pair_cosine(own),
             "sentences": len(own),
@@ -76,23 +92,23 @@ class EmbeddingMetrics:
         }
         if self.reference:
             other = torch.cat(self.reference)
-            same = (nearest(own) == nearest(other)).double().mean()
+            agreement = (nearest(own) == nearest(other)).double().mean()
             compared = {
                 "cosine_similarity": float((own.double() * other.double()).sum(-1).mean()),
-                "neighbour_agreement": float(same),
+                "neighbour_agreement": float(agreement),
             }
             result = {**compared, **result, "reference_pair_cosine": pair_cosine(other)}
         return result
 
 
 def pair_cosine(unit: Tensor) -> float:
-    """Mean cosine of two different rows of `unit` (n, width), rows of length one."""
+    """Return the mean cosine of two different rows of `unit` (n, width), whose rows have norm 1."""
     n, total = len(unit), unit.double().sum(0)
     return float((total @ total - unit.double().square().sum()) / (n * (n - 1)))
 
 
 def nearest(unit: Tensor) -> Tensor:
-    """For every row of `unit` (n, width) the other row of greatest cosine, (n,) int64."""
+    """Return for every row of `unit` (n, width) the index of the other row of largest cosine, (n,) int64."""
     found = []
     for start in range(0, len(unit), _ROWS):
         cosines = unit[start : start + _ROWS] @ unit.T

@@ -1,4 +1,4 @@
-"""Generate text token by token, with the model's cache of keys and values."""
+"""Text generation, token by token with a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.compat import forward_with_cache
-from bitmill.errors import NumericsError, UsageError
+from bitmill.errors import NumericsError, UsageError, one_line
 
-PROMPT_CHUNK = 512  # tokens of a prompt that are read at a time into a packed cache
+PROMPT_CHUNK = 512  # tokens of a prompt that run at a time where the cache is packed
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated. time_s includes reading the prompt; tokens_per_s is of the new tokens alone."""
+    """A generated text.
+
+    text, tokens: without the prompt and the end-of-text token.
+    stopped: at end of text, or at the most tokens.
+    time_s: seconds, including those for the prompt.
+    tokens_per_s: of the tokens after the first one; None for fewer than two tokens.
+    """
 
     text: str
     tokens: list[int]
     stopped: Literal["eos", "length"]
     time_s: float
-    tokens_per_s: float | None  # None where there is nothing to time: fewer than two tokens
+    tokens_per_s: float | None
 
     @property
     def new_tokens(self) -> int:
-        """How many tokens were generated, the final end-of-text not counted."""
+        """Number of generated tokens, without the end-of-text token."""
         return len(self.tokens)
 
 
@@ -46,101 +52,119 @@ def generate(
     past: Any = None,
     chunk: int | None = None,
 ) -> Generation:
-    """Continue `prompt` (token ids) until end of text, `max_new_tokens`, or the model's longest context.
+    """Generate from a prompt until end of text, `max_new_tokens`, or the longest context of the model.
 
-    temperature: 0 takes the likeliest token, otherwise tokens are drawn from softmax(logits / temperature)
-        with a generator of their own, seeded with `seed`.
-    on_text: receives the text piece by piece, never half a character.
-    past: an empty cache for the keys and values; the model makes its own without it.
-    chunk: most tokens of the prompt that are read at a time, which takes a cache; all at once without it.
-    Raises UsageError for a prompt the model cannot read, NumericsError when its logits are not finite.
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        prompt: token ids.
+        max_new_tokens: most tokens to generate.
+        temperature: 0 for greedy decoding; otherwise tokens are drawn from softmax(logits / temperature).
+        seed: of the generator for these draws.
+        on_text: receives the text in pieces of whole characters.
+        past: an empty cache of keys and values; the model makes its own without it.
+        chunk: most tokens of the prompt that run at a time, which needs a cache; all at once without it.
+
+    Raises:
+        UsageError: The model cannot generate from this prompt.
+        NumericsError: The logits are not finite.
     """
     check_can_generate(model)
-    room = _check(model, prompt, max_new_tokens, temperature)
-    ends = eos_tokens(model, tokenizer)
+    limit = min(max_new_tokens, _remaining_context(model, prompt, max_new_tokens, temperature))
+    eos = eos_tokens(model, tokenizer)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    pieces = _Pieces(tokenizer, on_text)
+    text = _TextStreamer(tokenizer, on_text)
     tokens: list[int] = []
     stopped: Literal["eos", "length"] = "length"
     cache, unread = past, prompt
-    started = time.perf_counter()
-    first_done = started
-    for step in range(min(max_new_tokens, room)):
-        logits, cache = _read(model, torch.tensor([unread], device=device), cache, chunk)
+    started = first_token_at = time.perf_counter()
+    for step in range(limit):
+        logits, cache = _next_logits(model, torch.tensor([unread], device=device), cache, chunk)
         token = int(sample_tokens(logits, temperature, generator))
         if step == 0:
-            first_done = time.perf_counter()
-        if token in ends:
+            first_token_at = time.perf_counter()
+        if token in eos:
             stopped = "eos"
             break
         tokens.append(token)
-        pieces.add(token)
+        text.add(token)
         unread = [*prompt, *tokens] if cache is None else [token]
-    pieces.end()
+    text.end()
     ended = time.perf_counter()
-    timed = len(tokens) - 1  # the first token is the prompt's time
-    speed = timed / (ended - first_done) if timed > 0 else None
-    return Generation(pieces.text, tokens, stopped, ended - started, speed)
+    timed = len(tokens) - 1  # the time of the first token is that of the prompt
+    speed = timed / (ended - first_token_at) if timed > 0 else None
+    return Generation(text.text, tokens, stopped, ended - started, speed)
 
 
-def _read(model: nn.Module, tokens: Tensor, cache: Any, chunk: int | None) -> tuple[Tensor, Any]:
-    """Logits (1, vocabulary) behind tokens (1, length) and what the cache then is, None for models without one."""
+def _next_logits(model: nn.Module, tokens: Tensor, cache: Any, chunk: int | None) -> tuple[Tensor, Any]:
+    """Run tokens (1, length) through the model.
+
+    Returns:
+        Logits (1, vocabulary) after the last token, and the cache; None for models without one.
+    """
     output: Any = None
     for part in tokens.split(chunk or tokens.shape[1], 1):
-        last = {"logits_to_keep": 1} if part.shape[1] > 1 and _keeps_last(model) else {}
+        last = {"logits_to_keep": 1} if part.shape[1] > 1 and _supports_logits_to_keep(model) else {}
         output, cache = forward_with_cache(model, part, cache, **last)
     return output.logits[:, -1], cache
 
 
-def _keeps_last(model: nn.Module) -> bool:
-    """Whether the model can be told to compute the last token's logits alone."""
+def _supports_logits_to_keep(model: nn.Module) -> bool:
+    """Return True if the model can compute the logits of the last token alone."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def check_can_generate(model: nn.Module, name: str = "") -> None:
-    """Raises UsageError for a model that predicts no tokens, such as an encoder."""
+    """Raise UsageError for a model that predicts no tokens, such as an encoder.
+
+    Args:
+        model: the model.
+        name: its name for the message.
+    """
     can_generate = getattr(model, "can_generate", None)
     if can_generate is not None and not can_generate():
         raise UsageError(
-            f"{name or 'The model'} is a {type(model).__name__}, which predicts no tokens and so writes no text; "
-            "give a language model."
+            f"{name or 'The model'} is a {type(model).__name__}, which predicts no tokens; give a language model."
         )
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a bare text, with whatever special tokens the tokenizer adds."""
+    """Return the token ids of a text, with the special tokens that the tokenizer adds."""
     return list(tokenizer(text)["input_ids"])
 
 
 def chat_prompt(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation that ends where the model is to answer.
+    """Return the token ids of a conversation, up to where the reply of the model starts.
 
-    turns: {"role": "user" | "assistant" | "system", "content": text}. Raises UsageError when the chat template
-    does not take them.
+    Args:
+        tokenizer: tokenizer with a chat template.
+        turns: {"role": "user" | "assistant" | "system", "content": text} each.
+
+    Raises:
+        UsageError: The chat template fails.
     """
     try:
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates are programs, and may refuse in any way
-        said = " ".join(str(error).split()).rstrip(".")
-        raise UsageError(f"The chat template cannot be applied ({said}); use --raw.") from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has them already
+    except Exception as error:  # a template is a program and can raise anything
+        raise UsageError(f"The chat template cannot be applied ({one_line(error)}); use --raw.") from None
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template contains special tokens
 
 
 def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Every token that ends a text, by the generation config, the config or the tokenizer."""
-    ends: set[int] = set()
+    """Return all tokens that end a text, from the generation config, the config and the tokenizer."""
+    eos: set[int] = set()
     for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         value = getattr(owner, "eos_token_id", None)
         if isinstance(value, int):
-            ends.add(value)
+            eos.add(value)
         elif isinstance(value, Iterable):
-            ends |= {int(v) for v in value}
-    return ends
+            eos |= {int(v) for v in value}
+    return eos
 
 
-def _check(model: nn.Module, prompt: list[int], max_new_tokens: int, temperature: float) -> int:
-    """How many tokens fit behind the prompt. Raises UsageError."""
+def _remaining_context(model: nn.Module, prompt: list[int], max_new_tokens: int, temperature: float) -> int:
+    """Return the number of tokens that fit into the context after the prompt. Raises UsageError."""
     if not prompt:
         raise UsageError("The prompt has no tokens; give some text.")
     if max_new_tokens < 1:
@@ -151,45 +175,59 @@ def _check(model: nn.Module, prompt: list[int], max_new_tokens: int, temperature
     if not isinstance(limit, int):
         return max_new_tokens
     if len(prompt) >= limit:
-        raise UsageError(f"The prompt has {len(prompt)} tokens, and the model reads at most {limit}; shorten it.")
+        raise UsageError(
+            f"The prompt has {len(prompt)} tokens, and the context of the model has {limit}; shorten it."
+        )
     return limit - len(prompt)
 
 
 def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Token ids (n,) from logits (n, vocabulary). Raises NumericsError when they are not finite."""
+    """Return token ids (n,) from logits (n, vocabulary).
+
+    Args:
+        logits: (n, vocabulary).
+        temperature: 0 for the most likely token, else the tokens are drawn from softmax(logits / temperature).
+        generator: for these draws.
+
+    Raises:
+        NumericsError: The logits are not finite.
+    """
     logits = logits.float().cpu()
     if not bool(torch.isfinite(logits).any(-1).all()) or bool(torch.isnan(logits).any()):
-        raise NumericsError("The model's logits are NaN or infinite, so it cannot generate; requantize it.")
+        raise NumericsError("The logits are NaN or infinite, so the model cannot generate; quantize it again.")
     if temperature == 0:
         return logits.argmax(-1)
-    # subtracting the maximum first keeps tiny temperatures finite
+    # subtracting the maximum first keeps small temperatures finite
     probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, -1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
-class _Pieces:
-    """Decodes a growing list of tokens; a piece is given out once no later token can change it."""
+class _TextStreamer:
+    """Decodes a growing list of tokens in pieces that no later token can change."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None) -> None:
         self.tokenizer, self.on_text = tokenizer, on_text
         self.tokens: list[int] = []
         self.text = ""
-        self._context = self._given = 0  # tokens[_context:_given] are out; they give the next ones their spacing
+        # tokens[_context:_emitted] are emitted already; the next ones are decoded after them for their spaces
+        self._context = self._emitted = 0
 
     def add(self, token: int) -> None:
+        """Add a token, and emit text where it completes a character."""
         self.tokens.append(token)
-        self._give(final=False)
+        self._emit(final=False)
 
     def end(self) -> None:
-        self._give(final=True)
+        """Emit the rest."""
+        self._emit(final=True)
 
-    def _give(self, final: bool) -> None:
-        before = self._decode(self.tokens[self._context : self._given])
+    def _emit(self, final: bool) -> None:
+        before = self._decode(self.tokens[self._context : self._emitted])
         now = self._decode(self.tokens[self._context :])
         if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
-            return  # half a character: its other bytes come with the next token
+            return  # half a character, whose other bytes are in the next token
         piece = now[len(before) :]
-        self._context, self._given = self._given, len(self.tokens)
+        self._context, self._emitted = self._emitted, len(self.tokens)
         self.text += piece
         if self.on_text:
             self.on_text(piece)

@@ -1,8 +1,8 @@
 """Perplexity, KL divergence and top-1 agreement over windows of tokens.
 
-perplexity      exp of the mean next-token loss; every window predicts its tokens 2..n from those before
-kl_divergence   mean over all positions of KL(reference || model), nats a token
-top1_agreement  share of positions where both models put the same token first
+perplexity      exp of the mean next-token loss; every window predicts its tokens 2..n from those before them
+kl_divergence   mean over all positions of KL(reference || model), in nats per token
+top1_agreement  share of positions where the most likely tokens of both models are equal
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Metric(Protocol):
         ...
 
 
-# Positions whose softmax is held at a time: 50 000 logits in fp32, twice, are 100 MB.
+# Positions whose softmax is in memory at a time: 50 000 logits in fp32, of two models, are 100 MB.
 _POSITIONS = 256
 
 
 @dataclass
 class LanguageModelMetrics:
-    """Sums over windows; `add` a batch at a time, then read `result`."""
+    """Sums over windows; call `add` for every batch, then `result`."""
 
     loss: float = 0.0
     reference_loss: float = 0.0
@@ -58,7 +58,16 @@ class LanguageModelMetrics:
     compared: bool = field(default=False)
 
     def add(self, tokens: Tensor, output: Tensor, reference: Tensor | None = None) -> None:
-        """Take in tokens (windows, length) and logits (windows, length, vocabulary) of one or two models."""
+        """Add a batch.
+
+        Args:
+            tokens: (windows, length) token ids.
+            output: (windows, length, vocabulary) logits of the model.
+            reference: logits of the float model.
+
+        Raises:
+            UsageError: The vocabularies of both models differ.
+        """
         if reference is not None and reference.shape[-1] != output.shape[-1]:
             raise UsageError(
                 f"The reference has a vocabulary of {reference.shape[-1]} and the model one of "
@@ -77,23 +86,25 @@ class LanguageModelMetrics:
                 log_q = torch.log_softmax(reference[window, cut].to(log_p.device).float(), -1)
                 self.compared = True
                 self.reference_loss += _loss(log_q, following)
-                q = log_q.exp()  # what the reference rules out counts nothing, and is no 0 * infinity
+                q = log_q.exp()  # q = 0 contributes 0, and not 0 * infinity
                 divergence = (q * (log_q - log_p)).masked_fill_(q == 0, 0.0)
                 self.divergence += float(divergence.sum(dtype=torch.float64))
                 self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
                 self.positions += log_p.shape[0]
 
     def result(self) -> dict[str, float | int]:
-        """The measures as plain numbers.
+        """Return the measures as plain numbers.
 
-        Raises NumericsError when the model's loss is not finite, CalibrationError when nothing was predicted.
+        Raises:
+            NumericsError: The loss of the model is not finite.
+            CalibrationError: No token was predicted.
         """
         if not self.predicted:
             raise CalibrationError(
                 "No token was predicted, so there is no perplexity; give windows of at least 2 tokens."
             )
         if not math.isfinite(self.loss):
-            raise NumericsError("The model's loss is NaN or infinite, so it has no perplexity; requantize it.")
+            raise NumericsError("The loss is NaN or infinite, so the model has no perplexity; quantize it again.")
         result: dict[str, float | int] = {
             "perplexity": _exp(self.loss / self.predicted),
             "tokens": self.tokens,
@@ -106,11 +117,13 @@ class LanguageModelMetrics:
 
 
 def _loss(log_p: Tensor, following: Tensor) -> float:
+    """Return the summed next-token loss of log-probabilities (n, vocabulary) for the tokens that follow."""
     picked = log_p[: following.numel()].gather(1, following[:, None])
     return -float(picked.sum(dtype=torch.float64))
 
 
 def _exp(mean_loss: float) -> float:
+    """Return the perplexity of a mean loss, finite also where exp overflows."""
     return math.exp(min(mean_loss, 700.0))
 
 
@@ -123,7 +136,19 @@ def score_windows(
     batch: int = 4,
     metric: Metric | None = None,
 ) -> dict[str, Any]:
-    """Evaluate callables from tokens (windows, length) to logits, or what `metric` takes (windows, length, n)."""
+    """Evaluate a model on windows of tokens.
+
+    Args:
+        model: function from tokens (windows, length) to logits, or to the output that `metric` takes.
+        windows: token ids (windows, length), or windows of several lengths.
+        reference: the float model.
+        progress: where progress is reported.
+        batch: windows that run at a time.
+        metric: an empty metric; perplexity without it.
+
+    Returns:
+        The result of the metric.
+    """
     progress = progress or Progress()
     metric = metric or LanguageModelMetrics()
     progress.start("evaluate", len(windows))
@@ -135,8 +160,8 @@ def score_windows(
 
 
 def _batches(windows: Tensor | list[Tensor], batch: int) -> Iterator[Tensor]:
-    """Up to `batch` windows at a time, (w, length): those in turn that have one length."""
-    for _, alike in itertools.groupby(windows, key=len):
-        rows = list(alike)
+    """Yield up to `batch` consecutive windows of one length at a time, (w, length)."""
+    for _, group in itertools.groupby(windows, key=len):
+        rows = list(group)
         for start in range(0, len(rows), batch):
             yield torch.stack(rows[start : start + batch])
