@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bitmill.architectures.adapter import Adapter
 from bitmill.calibration import staged_forward
-from bitmill.calibration.staged_forward import StagedForward, find_stages
+from bitmill.calibration.collect import find_stages
+from bitmill.calibration.staged_forward import StagedForward
 from bitmill.errors import SourceError
 from bitmill.models.block_call import BlockCall
 

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import bitmill
-from bitmill.calibration.staged_forward import StagedForward, find_stages
+from bitmill.calibration.collect import find_stages
+from bitmill.calibration.staged_forward import StagedForward
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import SourceError
 from bitmill.models.streamed import StreamedModel

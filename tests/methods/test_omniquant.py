@@ -51,7 +51,7 @@ def task_of(name: str = "llama", format: Uniform | None = None) -> BlockTask:
 
 def nearest(task: BlockTask) -> dict[str, Tensor]:
     """Return the block as the nearest solver stores it."""
-    solved = {n: Nearest().solve(task.matrix(n), Statistics(), task.format).dequantize() for n in task.names}
+    solved = {n: Nearest().solve(task.matrix(n), Statistics(), task.formats[n]).dequantize() for n in task.names}
     return {f"{n}.weight": W.T if task.transposed else W for n, W in solved.items()}
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.architectures.adapter import Adapter
 from bitmill.errors import SourceError
 from bitmill.models.block_call import BlockCall
 from bitmill.models.meta import trim_malloc
@@ -194,43 +193,3 @@ def _pause_hook(lead: str) -> Any:
             thread.pause(lead, args[0])
 
     return hook
-
-
-@torch.no_grad()
-def find_stages(adapter: Adapter, block: nn.Module, hidden: Tensor, call: BlockCall) -> list[list[str]]:
-    """The linears of a block in the order in which they run; those that read the same tensor share a list.
-
-    Known architectures say so in their adapter. For a generic walk, one window is sent through the block.
-    Raises SourceError for a linear that does not run, which calibration could say nothing about.
-    """
-    if not adapter.inferred:
-        return [list(stage) for stage in adapter.stages]
-    order: list[tuple[str, tuple[Any, ...], Any]] = []
-
-    def watch(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not args:
-                raise SourceError(f"The linear layer {name!r} takes its input by keyword, which is not supported.")
-            X = args[0]
-            order.append((name, (X.data_ptr(), tuple(X.shape), X.stride()), X))  # X kept: addresses are reused
-
-        return note
-
-    hooks = [block.get_submodule(n).register_forward_pre_hook(watch(n)) for n in adapter.linears]
-    try:
-        call.run(block, hidden)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    idle = set(adapter.linears) - {name for name, _, _ in order}
-    if idle:
-        raise SourceError(f"The linear layers {', '.join(sorted(idle))} do not run in their block's forward.")
-    stages: list[list[str]] = []
-    previous = None
-    for name, place, _ in order:
-        if stages and place == previous:
-            stages[-1].append(name)
-        else:
-            stages.append([name])
-        previous = place
-    return stages

@@ -1,223 +1,285 @@
-"""Quantize one block: observe, fold transforms, tune, solve stage by stage, tune, and feed the next."""
+"""Quantize one block: collect statistics, fold transforms, tune, solve stage by stage, tune, and feed the next."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from bitmill.calibration.collect import collect_statistics
-from bitmill.calibration.fisher import Fisher, rescale_fisher
-from bitmill.calibration.staged_forward import StagedForward, find_stages
-from bitmill.calibration.store import StatisticsStore
+from bitmill.calibration.collect import collect_statistics, find_stages
+from bitmill.calibration.fisher import rescale_fisher
+from bitmill.calibration.staged_forward import StagedForward
 from bitmill.calibration.streams import Streams
-from bitmill.formats import Params
+from bitmill.formats import Format, Params
 from bitmill.formats.quantized import shared_module_path
 from bitmill.models.meta import trim_malloc
 from bitmill.numerics.gram import RunningGram
 from bitmill.numerics.statistics import FISHER, Statistics
 from bitmill.pipeline.fold import fold_transforms
+from bitmill.pipeline.inputs import BlockInputs, compares_inputs
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
-from bitmill.recipes.scheme import LayerScheme
+from bitmill.solvers import Solver
 from bitmill.solvers.base import output_error, solve_stacked
 from bitmill.tuners import BlockTask
 
 
-@dataclass
-class _Work:
-    """A block being quantized, and what is remembered of it for the report."""
+def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs) -> BlockResult:
+    """Quantize the linears of one block in place, and move the calibration windows past it.
 
-    job: Job
-    task: BlockTask
-    stages: list[list[str]]
-    keep: bool  # float weights and statistics are kept until tuners are done
-    shared: dict[str, Params]  # linear -> parts that it shares with its like in other blocks
-    fisher: dict[str, Tensor] = field(default_factory=dict)
-    errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
-
-
-def quantize_block(
-    job: Job,
-    block: nn.Module,
-    index: int,
-    streams: Streams | None,
-    store: StatisticsStore | None,
-    fisher: Fisher | None,
-    shared: dict[str, Params],
-) -> BlockResult:
-    """Quantize the linears of one block in place and move the streams past it."""
-    recipe, streamed = job.recipe, job.streamed
-    adapter, prefix = streamed.adapter, streamed.block_name(index)
-    calls = streams.calls(index) if streams else []
-    stages = [list(stage) for stage in adapter.stages]
-    if streams:
-        stages = find_stages(adapter, block, *streams.first_window(index))
-    elif store and store.has(index):  # by the leads of its stages
-        stages = store.stages(index) or stages
-    leads = [stage[0] for stage in stages]
-    names = [n for stage in stages for n in stage if job.quantizes(f"{prefix}.{n}")]
-
-    targets = streams.float_outputs(block, index) if streams else []
-    seen: dict[str, Statistics] = {}
-    if job.propagate == "float" and recipe.needs - FISHER:
-        seen = _float_statistics(job, block, index, streams, stages, store)
-    elif "activations" in recipe.needs:
-        assert streams is not None
-        seen = collect_statistics(block, streams.hidden.batches, calls, leads)
-
-    formats = {name: job.scheme(f"{prefix}.{name}").format for name in names}
-    task = BlockTask(
-        block, names, formats, calls, [], targets, index, len(streamed.blocks), adapter.transposed,
-        adapter.seams,
-    )  # fmt: skip
-    if streams and recipe.tuners:  # nobody else needs the inputs once they have passed
-        task.inputs = list(streams.hidden.batches)
-    work = _Work(job, task, stages, bool(recipe.tuners), shared)
-    if work.keep:
-        task.dtypes = {name: streamed.dtype(f"{prefix}.{name}") for name, _ in task.floats()}
-    before = {name: task.matrix(name).clone() for name in names} if fisher and recipe.transforms else {}
-    result = BlockResult(index, changed=fold_transforms(job, index, seen))
-    # beside the block as it is quantized, the float one in the same basis
-    twin = copy.deepcopy(block) if "cross" in recipe.needs and job.propagate == "quantized" else None
-    if fisher:
-        work.fisher = fisher.block(index, streamed.device)
-        for name, W in before.items():
-            work.fisher[name] = rescale_fisher(work.fisher[name], W, task.matrix(name))
-    floats = {name: p.detach().clone() for name, p in task.floats()} if recipe.tuners else {}
-    task.stages, task.input_stats = stages, seen
-    for tuner in recipe.tuners:
-        tuner.before(task)
-    outputs = _solve(work, streams, seen, twin)
-    for tuner in recipe.tuners:
-        tuner.after(task)
-    _note_floats(work, floats, result)
-    for name in names:
-        place = shared_module_path(name) if name in shared else ""
-        result.layers[f"{prefix}.{name}"] = LayerResult(task.quantized[name], *_errors(work, name), place)
-    if streams:
-        tuned = bool(recipe.tuners)
-        streams.advance(block, index, targets, None if tuned else outputs, job.propagate == "float")
+    Args:
+        job: the model, the scheme of every layer, and the data.
+        module: the block, with float weights.
+        index: its index.
+        inputs: data that all blocks are quantized with.
+    """
+    streams, tuners = inputs.streams, job.recipe.tuners
+    stages = _stages(job, module, index, inputs)
+    float_outputs = streams.float_outputs(module, index) if streams else []
+    stats = _input_statistics(job, module, index, stages, inputs)
+    block = _Block(job, _block_task(job, module, index, stages, stats, streams, float_outputs), inputs.shared)
+    result = BlockResult(index, changed=block.fold(inputs))
+    # a float copy in the basis of the block that is quantized
+    float_module = copy.deepcopy(module) if compares_inputs(job) else None
+    before = {name: parameter.detach().clone() for name, parameter in block.task.floats()} if tuners else {}
+    for tuner in tuners:
+        tuner.before(block.task)
+    outputs = block.solve(streams, float_module)
+    for tuner in tuners:
+        tuner.after(block.task)
+    result.changed |= block.round_changed_floats(before)
+    result.layers = block.layer_results()
+    if streams:  # tuners change the outputs
+        streams.advance(module, index, float_outputs, None if tuners else outputs, job.propagate == "float")
     return result
 
 
-def _float_statistics(
-    job: Job,
-    block: nn.Module,
-    index: int,
-    streams: Streams | None,
-    stages: list[list[str]],
-    store: StatisticsStore | None,
+def _stages(job: Job, module: nn.Module, index: int, inputs: BlockInputs) -> list[list[str]]:
+    """Return the linears of a block in the order in which they run; those that read one input share a list."""
+    adapter, store = job.streamed.adapter, inputs.store
+    if inputs.streams:
+        return find_stages(adapter, module, *inputs.streams.first_window(index))
+    stages = [list(stage) for stage in adapter.stages]
+    if store and store.has(index):  # statistics are named after the first linear of each stage
+        return store.stages(index) or stages
+    return stages
+
+
+def _input_statistics(
+    job: Job, module: nn.Module, index: int, stages: list[list[str]], inputs: BlockInputs
 ) -> dict[str, Statistics]:
-    """The float model's statistics of a block, from the store where it has them."""
-    if store and store.has(index):
+    """Return statistics of the block's inputs before it is quantized, by the first linear of each stage.
+
+    Empty where stages collect them one after another, or the recipe needs none.
+    """
+    streams, store, needs = inputs.streams, inputs.store, job.recipe.needs
+    all_stages = job.propagate == "float" and bool(needs - FISHER)
+    if not all_stages and "activations" not in needs:
+        return {}
+    if all_stages and store and store.has(index):
         return store.load(index, job.streamed.device)
     assert streams is not None
-    seen = collect_statistics(block, streams.hidden.batches, streams.calls(index), [stage[0] for stage in stages])
-    if store:
-        store.save(index, seen, stages)
-    return seen
+    leads = [stage[0] for stage in stages]
+    stats = collect_statistics(module, streams.hidden.batches, streams.calls(index), leads)
+    if all_stages and store:
+        store.save(index, stats, stages)
+    return stats
 
 
-def _solve(
-    work: _Work, streams: Streams | None, seen: dict[str, Statistics], twin: nn.Module | None
-) -> list[Tensor] | None:
-    """Solve every stage. Returns the block's outputs where the passes that collect statistics yield them."""
-    job, task = work.job, work.task
-    if job.propagate == "float" or not job.recipe.needs & {"gram", "cross"}:
-        for stage in work.stages:
-            stats = seen.get(stage[0], Statistics())
-            if stats.gram is not None and "cross" in job.recipe.needs:  # the inputs are the float model's own
-                stats = replace(stats, cross=torch.zeros_like(stats.gram))
-            _solve_stage(work, stage, stats)
-        return None
-    assert streams is not None
-    leads = [stage[0] for stage in work.stages]
-    inputs = list(streams.hidden.batches) if job.recipe.tuners else streams.hidden.batches
-    forward = StagedForward(task.block, inputs, task.calls, leads)
-    beside = None
-    if twin is not None:
-        assert streams.float is not None
-        beside = StagedForward(twin, list(streams.float.batches), task.calls, leads)
-    try:
-        for stage in work.stages:
-            _solve_stage(work, stage, _statistics(forward, beside, stage[0], task.matrix(stage[0]).shape[1], job))
-        return forward.outputs()
-    finally:
-        forward.close()
-        if beside:
-            beside.close()
+def _block_task(
+    job: Job,
+    module: nn.Module,
+    index: int,
+    stages: list[list[str]],
+    stats: dict[str, Statistics],
+    streams: Streams | None,
+    float_outputs: list[Tensor],
+) -> BlockTask:
+    """Return the block as tuners see it."""
+    streamed, tuners = job.streamed, job.recipe.tuners
+    prefix = streamed.block_name(index)
+    names = [name for stage in stages for name in stage if job.quantizes(f"{prefix}.{name}")]
+    task = BlockTask(
+        block=module,
+        names=names,
+        formats={name: job.scheme(f"{prefix}.{name}").format for name in names},
+        calls=streams.calls(index) if streams else [],
+        inputs=list(streams.hidden.batches) if streams and tuners else [],  # otherwise freed as they pass
+        targets=float_outputs,
+        index=index,
+        depth=len(streamed.blocks),
+        transposed=streamed.adapter.transposed,
+        seams=streamed.adapter.seams,
+        stages=stages,
+        input_stats=stats,
+    )
+    if tuners:
+        task.dtypes = {name: streamed.dtype(f"{prefix}.{name}") for name, _ in task.floats()}
+    return task
 
 
-def _statistics(
-    forward: StagedForward, beside: StagedForward | None, lead: str, width: int, job: Job
+@dataclass
+class _Block:
+    """A block while it is quantized.
+
+    Attributes:
+        job: the model, the scheme of every layer, and the data.
+        task: the block as tuners see it, with the results so far.
+        shared: path of a linear -> parts that its layers in all blocks share.
+        fisher: path of a linear -> Fisher diagonal of its folded weight, where the recipe needs it.
+        errors: path of a linear -> errors of its weights and outputs; with tuners they are computed in the end.
+    """
+
+    job: Job
+    task: BlockTask
+    shared: dict[str, Params]
+    fisher: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+
+    @property
+    def tuned(self) -> bool:
+        """True if float weights and statistics are kept until tuners are done."""
+        return bool(self.job.recipe.tuners)
+
+    def layer(self, name: str) -> str:
+        """Return the full name of a linear or parameter of the block."""
+        return f"{self.job.streamed.block_name(self.task.index)}.{name}"
+
+    def fold(self, inputs: BlockInputs) -> dict[str, Tensor]:
+        """Fold transforms into the block, scale statistics accordingly, and return the changed float tensors."""
+        task, index = self.task, self.task.index
+        if inputs.fisher is None:
+            return fold_transforms(self.job, index, task.input_stats)
+        scaled = [name for name in task.names if self.job.scheme(self.layer(name)).transforms]
+        before = {name: task.matrix(name).clone() for name in scaled}
+        changed = fold_transforms(self.job, index, task.input_stats)
+        self.fisher = inputs.fisher.block(index, self.job.streamed.device)
+        for name, W in before.items():
+            self.fisher[name] = rescale_fisher(self.fisher[name], W, task.matrix(name))
+        return changed
+
+    def solve(self, streams: Streams | None, float_module: nn.Module | None) -> list[Tensor] | None:
+        """Solve every stage.
+
+        Args:
+            streams: hidden states before the block.
+            float_module: float copy of the block, to compare inputs with.
+
+        Returns:
+            The outputs of the block, batch by batch, where the pass that collects statistics yields them.
+        """
+        job, task = self.job, self.task
+        if job.propagate == "float" or not job.recipe.needs & {"gram", "cross"}:
+            for stage in task.stages:
+                self._solve_stage(stage, self._float_statistics(stage[0]))
+            return None
+        assert streams is not None
+        leads = [stage[0] for stage in task.stages]
+        batches = list(streams.hidden.batches) if self.tuned else streams.hidden.batches
+        with ExitStack() as stack:
+            forward = stack.enter_context(StagedForward(task.block, batches, task.calls, leads))
+            float_forward = None
+            if float_module is not None:
+                assert streams.float is not None
+                float_batches = list(streams.float.batches)
+                float_forward = StagedForward(float_module, float_batches, task.calls, leads)
+                stack.enter_context(float_forward)
+            for stage in task.stages:
+                width = task.matrix(stage[0]).shape[1]
+                stats = _stage_statistics(forward, float_forward, stage[0], width, job.streamed.device)
+                self._solve_stage(stage, stats)
+            return forward.outputs()
+
+    def _float_statistics(self, lead: str) -> Statistics:
+        """Return the statistics of a stage whose inputs are the float model's."""
+        stats = self.task.input_stats.get(lead, Statistics())
+        if stats.gram is not None and "cross" in self.job.recipe.needs:
+            return replace(stats, cross=torch.zeros_like(stats.gram))
+        return stats
+
+    def _solve_stage(self, stage: list[str], stats: Statistics) -> None:
+        """Quantize the linears that read one input, except those that a tuner has quantized."""
+        task = self.task
+        groups: dict[tuple[Format, Solver], list[str]] = {}
+        for name in stage:
+            if self.tuned:
+                task.stats[name] = Statistics(stats.gram)
+            if name in task.names and name not in task.quantized:
+                scheme = self.job.scheme(self.layer(name))
+                groups.setdefault((scheme.format, scheme.solver), []).append(name)
+        for (format, solver), names in groups.items():
+            self._solve_group(names, stats, format, solver)
+        trim_malloc()  # fragments of one stage must not add to the next one's peak
+
+    def _solve_group(self, names: list[str], stats: Statistics, format: Format, solver: Solver) -> None:
+        """Quantize linears of one scheme that read one input."""
+        task = self.task
+        if self.fisher:
+            stats = replace(stats, fisher=torch.cat([self.fisher[name] for name in names]))
+        matrices = [task.matrix(name) for name in names]
+        shared = [self.shared.get(name) for name in names]
+        for name, W, quantized in zip(names, matrices, solve_stacked(solver, matrices, stats, format, shared)):
+            if self.tuned:
+                task.set_quantized(name, quantized)
+            else:
+                decoded = quantized.dequantize()
+                self.errors[name] = _errors(W, decoded, stats.gram)
+                task.quantized[name] = quantized
+                task.set_matrix(name, decoded)
+
+    def round_changed_floats(self, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Round the float parameters that tuners changed to their stored type, and return them by full name.
+
+        Args:
+            before: the parameters before the tuners ran, by path in the block.
+        """
+        streamed, changed = self.job.streamed, {}
+        for name, parameter in self.task.floats():
+            if name in before and not torch.equal(before[name], parameter):
+                full = self.layer(name)
+                changed[full] = parameter.detach().to(streamed.dtype(full))
+                streamed.set_parameter(full, changed[full].float())
+        return changed
+
+    def layer_results(self) -> dict[str, LayerResult]:
+        """Return every quantized layer with its errors, tuners included, by full name."""
+        task, results = self.task, {}
+        for name in task.names:
+            quantized = task.quantized[name]
+            if self.tuned:
+                gram = task.stats.get(name, Statistics()).gram
+                self.errors[name] = _errors(task.originals[name], quantized.dequantize(), gram)
+            path = shared_module_path(name) if name in self.shared else ""
+            results[self.layer(name)] = LayerResult(quantized, *self.errors[name], path)
+        return results
+
+
+def _stage_statistics(
+    forward: StagedForward, float_forward: StagedForward | None, lead: str, width: int, device: torch.device
 ) -> Statistics:
-    """What a stage's inputs say about its linears."""
-    gram = RunningGram(width, job.streamed.device)
-    if beside is None:
+    """Advance a block to a stage and return the statistics of its input.
+
+    Args:
+        forward: passes through the block that is quantized.
+        float_forward: passes through its float copy, to compare inputs with.
+        lead: the first linear of the stage.
+        width: columns of its weight.
+        device: where sums are kept.
+    """
+    gram = RunningGram(width, device)
+    if float_forward is None:
         for X in forward.inputs(lead):
             gram.add(X)
         return Statistics(gram.mean(), gram.tokens)
-    cross = torch.zeros(width, width, device=job.streamed.device)
-    for X, X_float in zip(forward.inputs(lead), beside.inputs(lead)):
+    cross = torch.zeros(width, width, device=device)
+    for X, X_float in zip(forward.inputs(lead), float_forward.inputs(lead)):
         gram.add(X)
         cross.addmm_((X_float - X).T, X)
     return Statistics(gram.mean(), gram.tokens, cross.div_(max(gram.tokens, 1)))
 
 
-def _solve_stage(work: _Work, stage: list[str], stats: Statistics) -> None:
-    """Quantize the linears that read one input, but for those that a tuner has settled."""
-    task, prefix = work.task, work.job.streamed.block_name(work.task.index)
-    for name in stage:
-        if work.keep:
-            task.stats[name] = Statistics(stats.gram)
-    groups: dict[LayerScheme, list[str]] = {}
-    for name in stage:
-        if name in task.names and name not in task.quantized:
-            groups.setdefault(work.job.scheme(f"{prefix}.{name}"), []).append(name)
-    for scheme, names in groups.items():
-        _solve_group(work, scheme, names, stats)
-    trim_malloc()  # splinters of one stage must not add to the next one's peak
-
-
-def _solve_group(work: _Work, scheme: LayerScheme, names: list[str], stats: Statistics) -> None:
-    """Quantize linears that read one input and have one scheme."""
-    task = work.task
-    if work.fisher:
-        stats = replace(stats, fisher=torch.cat([work.fisher[name] for name in names]))
-    matrices = [task.matrix(name) for name in names]
-    shared = [work.shared.get(name) for name in names]
-    solved = solve_stacked(scheme.solver, matrices, stats, scheme.format, shared)
-    for name, W, quantized in zip(names, matrices, solved):
-        if work.keep:
-            task.set_quantized(name, quantized)
-        else:
-            decoded = quantized.dequantize()
-            work.errors[name] = _compare(W, decoded, stats.gram)
-            task.quantized[name] = quantized
-            task.set_matrix(name, decoded)
-
-
-def _compare(W: Tensor, decoded: Tensor, gram: Tensor | None) -> tuple[float, float | None]:
+def _errors(W: Tensor, decoded: Tensor, gram: Tensor | None) -> tuple[float, float | None]:
+    """Return the relative squared errors of a weight and, where the Gram matrix is available, of the outputs."""
     return output_error(W, decoded, None), None if gram is None else output_error(W, decoded, gram)
-
-
-def _errors(work: _Work, name: str) -> tuple[float, float | None]:
-    """The errors of a layer as it ended, tuners included."""
-    if not work.keep:
-        return work.errors[name]
-    task = work.task
-    stats = task.stats.get(name, Statistics())
-    return _compare(task.originals[name], task.quantized[name].dequantize(), stats.gram)
-
-
-def _note_floats(work: _Work, before: dict[str, Tensor], result: BlockResult) -> None:
-    """Round what tuners changed to the type in which it will be stored, and note it."""
-    streamed = work.job.streamed
-    for name, parameter in work.task.floats():
-        if name in before and not torch.equal(before[name], parameter):
-            full = f"{streamed.block_name(result.index)}.{name}"
-            stored = parameter.detach().to(streamed.dtype(full))
-            streamed.set_parameter(full, stored.float())
-            result.changed[full] = stored

@@ -1,0 +1,98 @@
+"""Data that the blocks of a job are quantized with, collected before the first one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bitmill.calibration.fisher import Fisher
+from bitmill.calibration.store import StatisticsStore
+from bitmill.calibration.streams import Streams
+from bitmill.data.text import windows_hash
+from bitmill.errors import RecipeError
+from bitmill.formats import Params
+from bitmill.numerics.statistics import FISHER
+from bitmill.pipeline.job import Job, Sink
+from bitmill.progress import Progress
+from bitmill.tuners.base import TARGETS
+from bitmill.version import __version__
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """Data that every block of a job is quantized with.
+
+    Attributes:
+        streams: hidden states of the calibration windows; None where the job needs none, or all is in the store.
+        store: the float model's statistics on disk; None where the job shares none.
+        fisher: the Fisher diagonal; None where the recipe does not need it.
+        shared: path of a linear in its block -> parts that its layers in all blocks share.
+    """
+
+    streams: Streams | None
+    store: StatisticsStore | None
+    fisher: Fisher | None
+    shared: dict[str, Params]
+
+
+def open_store(job: Job) -> StatisticsStore | None:
+    """Open the folder in which jobs share the float model's statistics; None where this job shares none.
+
+    Raises RecipeError unless the float model's hidden states are propagated: statistics of others cannot be
+    shared.
+    """
+    if job.statistics is None or not job.recipe.needs:
+        return None
+    if job.propagate != "float":
+        raise RecipeError(
+            "Statistics can be shared only when the float model's are propagated; use propagate=float."
+        )
+    assert job.calibration is not None
+    identity = {
+        "model": job.streamed.source.fingerprint(),
+        "windows": windows_hash(job.calibration),
+        "device": str(job.streamed.device),
+        "versions": [__version__, torch.__version__],
+    }
+    return StatisticsStore(job.statistics, identity)
+
+
+@contextmanager
+def fisher_for_job(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher | None]:
+    """Measure the Fisher diagonal of a job's model, unless an earlier run left it; None where it is not needed.
+
+    It is kept with the shared statistics, or in the sink's work folder, or else in a temporary folder.
+    """
+    if "fisher" not in job.recipe.needs:
+        yield None
+        return
+    assert job.calibration is not None
+    with tempfile.TemporaryDirectory(prefix="bitmill-") as temporary:
+        fisher = Fisher(job.statistics or (sink.work or Path(temporary)) / "fisher")
+        if not fisher.complete:
+            fisher.measure(job.streamed, job.calibration, progress)
+        yield fisher
+
+
+def needs_streams(job: Job, store: StatisticsStore | None) -> bool:
+    """Return True if calibration windows must pass the blocks."""
+    needs = job.recipe.needs - FISHER  # which has a pass of its own
+    if not needs:
+        return False
+    stored = store is not None and all(store.has(i) for i in range(len(job.streamed.blocks)))
+    return not stored or compares_with_float(job)
+
+
+def compares_with_float(job: Job) -> bool:
+    """Return True if the float model's hidden states are needed in addition to the quantized model's."""
+    return bool(job.recipe.needs & TARGETS) or compares_inputs(job)
+
+
+def compares_inputs(job: Job) -> bool:
+    """Return True if inputs of linears in the float and in the quantized model are compared."""
+    return "cross" in job.recipe.needs and job.propagate == "quantized"
