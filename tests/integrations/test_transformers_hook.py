@@ -10,7 +10,7 @@ import pytest
 
 from bitmill.integrations import transformers_hook as hook
 
-REGISTRY, TEACHER = "bitmill_test_library.auto", "bitmill_test_teacher"
+REGISTRY, QUANTIZER_MODULE = "bitmill_test_library.auto", "bitmill_test_teacher"
 
 
 @pytest.fixture
@@ -20,10 +20,10 @@ def library(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "auto.py").write_text("KNOWN = []\n")
-    (tmp_path / f"{TEACHER}.py").write_text(f"from {REGISTRY} import KNOWN\nKNOWN.append('bitmill')\n")
+    (tmp_path / f"{QUANTIZER_MODULE}.py").write_text(f"from {REGISTRY} import KNOWN\nKNOWN.append('bitmill')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(hook, "REGISTRY", REGISTRY)
-    monkeypatch.setattr(hook, "TEACHER", TEACHER)
+    monkeypatch.setattr(hook, "QUANTIZER_MODULE", QUANTIZER_MODULE)
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, hook._Finder)])
     yield package
     for name in [name for name in sys.modules if name.startswith("bitmill_test_")]:
@@ -37,7 +37,7 @@ def registered_names() -> list[str]:
 def test_registered_on_import(library):
     hook.register_with_transformers()
     assert REGISTRY not in sys.modules
-    assert TEACHER not in sys.modules
+    assert QUANTIZER_MODULE not in sys.modules
     assert registered_names() == ["bitmill"]
 
 
@@ -52,7 +52,7 @@ def test_registered_if_imported(library):
 def test_find_spec_before_import(library, probed):
     hook.register_with_transformers()
     assert importlib.util.find_spec(probed) is not None
-    assert TEACHER not in sys.modules
+    assert QUANTIZER_MODULE not in sys.modules
     assert registered_names() == ["bitmill"]
 
 

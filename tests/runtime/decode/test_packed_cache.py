@@ -250,7 +250,7 @@ def test_wrong_shapes_refused():
         "no room": (good, 32, 0, 34),
         "past of each block": (good[:1],),
         "fewer pages": (good, 64),
-        "fewer loose": (good, 32, 31, 3),
+        "fewer fp16": (good, 32, 31, 3),
         "other heads": ([block(1)[0]] * 2,),
         "another size": (good, 32, 0, 3, torch.zeros(15)),
     }.items():
