@@ -251,7 +251,7 @@ def test_damage(workspace, run, kept):
         (["--kv", "per_token", "--kv-bits", "4", "--kv-set", "bits=4"], "given twice"),
         (["--kv", "per_token:bits=4", "--kv-bits", "4"], "given twice"),
         (["--kv-bits", "4"], "no method is named"),
-        (["--kv", "per_token", "--kv-set", "4"], "--kv-set wants KEY=VALUE"),
+        (["--kv", "per_token", "--kv-set", "4"], "--kv-set expects KEY=VALUE"),
         (["--kv", "kvquant", "--kv-samples", "0"], "--kv-samples is 0"),
         (["--kv", "kvquant", "--kv-seqlen", "65"], "lower --kv-seqlen"),
     ],
@@ -290,7 +290,7 @@ def test_missing_calibration_refused(workspace, run):
     assert "Nowhere to write" in run(*none, status=2)
 
 
-@pytest.mark.parametrize(("kind", "fragment"), [("bert", "an encoder"), ("gpt2", "no rotary embedding")])
+@pytest.mark.parametrize(("kind", "fragment"), [("bert", "a text encoder"), ("gpt2", "no rotary embedding")])
 def test_refused_models(workspace, run, kind, fragment):
     folder = workspace.root / kind
     tiny_model(kind).save_pretrained(folder)

@@ -57,7 +57,12 @@ class PageStore:
         return sum(slab.numel() * 4 for slab in self.slabs)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Encode and append whole pages of keys and values (rows, tokens, channels) in the storage basis."""
+        """Encode and append whole pages.
+
+        Args:
+            keys: (rows, tokens, channels) in the storage basis; tokens is a multiple of 32.
+            values: of that shape.
+        """
         done, count = 0, keys.shape[1] // PAGE
         while done < count:
             place = self._next_place()
@@ -142,7 +147,7 @@ class TokenBuffer:
 
     Attributes:
         length: slots in use, padding included.
-        start: (rows,) int32, slot of each row's first token; what precedes it is padding.
+        start: (rows,) int32, slot of each row's first token; the slots before it are padding.
         fp16_buffer: (2, rows, heads, sink + residual + 32, dim): keys, after RoPE, and values of each row's
             attention sinks, then of the tokens that are not packed yet, in the storage basis
             (`TensorCodec.to_storage_basis`).
@@ -243,7 +248,12 @@ class TokenBuffer:
         return 0 if self.store is None else self.store.allocated_bytes + self.fp16_buffer.numel() * 2
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Append keys, after RoPE, and values (rows, heads, tokens, dim); pack all full pages but the last."""
+        """Append tokens, and pack all full pages but the last.
+
+        Args:
+            keys: (rows, heads, tokens, dim), after RoPE.
+            values: of that shape.
+        """
         states = keys.detach(), values.detach()
         for at in range(0, keys.shape[-2], _APPEND_CHUNK):
             is_whole = not at and keys.shape[-2] <= _APPEND_CHUNK

@@ -87,7 +87,7 @@ class KVRecording:
 
 
 class _RecordingLayer(DynamicLayer):
-    """Cache layer that returns its input and keeps what the loss is differentiated by."""
+    """Cache layer that returns its input and keeps the tensors the loss is differentiated by."""
 
     def __init__(self, with_gradients: bool) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def record_keys_values(
 
 def _run_window(model: Any, window: Tensor, with_gradients: bool) -> list[Any]:
     """Run a window (length,) forward, and backward for gradients; return the layers of its cache."""
-    kinds = DynamicCache(config=model.config).layers  # anew: some keep a state of the window
+    kinds = DynamicCache(config=model.config).layers  # new ones for each window: some keep its state
     layers: list[Any] = [_RecordingLayer(with_gradients) if isinstance(k, DynamicLayer) else k for k in kinds]
     with torch.set_grad_enabled(with_gradients):
         logits = forward_with_cache(model, window[None], Cache(layers=layers))[0].logits[0, :-1]

@@ -176,7 +176,12 @@ class ThresholdLevels:
 
     @classmethod
     def per_channel(cls, values: Tensor, edges: Tensor) -> ThresholdLevels:
-        """Return levels (channels, 2**bits) whose codes are chosen by the nearest of `edges`, of that shape."""
+        """Return levels per channel whose codes are chosen by the nearest edge.
+
+        Args:
+            values: fp32 (channels, 2**bits), levels.
+            edges: fp32, of that shape, ascending.
+        """
         thresholds = ((edges[:, 1:] + edges[:, :-1]) / 2).T.contiguous().unbind()
         offsets = torch.arange(len(values), dtype=torch.int32, device=values.device) * values.shape[1]
         return cls(values, thresholds, offsets)

@@ -135,7 +135,15 @@ class QuantizedLayer(DynamicLayer):
         return keys, values
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Append keys, after RoPE, and values (rows, heads, tokens, dim); free what left the sliding window."""
+        """Append tokens, and free those that left the sliding window.
+
+        Args:
+            keys: (rows, heads, tokens, dim), after RoPE.
+            values: of that shape.
+
+        Raises:
+            UsageError: keys and values differ in their head dimension.
+        """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self.buffer.append(keys, values)
@@ -171,7 +179,7 @@ class QuantizedLayer(DynamicLayer):
         return states[0], states[1]
 
     def _read_cached(self, first: int, room: int, dtype: torch.dtype) -> Tensor:
-        """Return what `TokenBuffer.read` does, and keep the decoded pages for the next call."""
+        """Read like `TokenBuffer.read`, and keep the decoded pages for the next call."""
         buffer = self.buffer
         end = buffer.pages.end
         border = min(max(first // PAGE * PAGE, buffer.pages.first), end)  # all visible tokens may be unpacked
@@ -192,7 +200,7 @@ class QuantizedLayer(DynamicLayer):
         return -1 if self.window is None else self.window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys `query_length` further tokens attend to, and the slot of the first."""
+        """Return the number of keys that `query_length` further tokens attend to, and the slot of the first."""
         first = self.first_visible(0)
         return self.length + query_length - first, first
 
@@ -231,7 +239,7 @@ class QuantizedLayer(DynamicLayer):
         self._decoded = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i what row beam_idx[i] was."""
+        """Replace row i by row beam_idx[i]."""
         if self.is_initialized and beam_idx.tolist() != list(range(self.buffer.pages.rows)):
             self.map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
 

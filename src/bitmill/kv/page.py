@@ -92,7 +92,13 @@ class PageLayout:
             self._add(f"{tensor}.outlier_index", (count, PAGE), torch.uint8 if channels <= 256 else torch.uint16)
 
     def write(self, pages: Tensor, keys: EncodedPages, values: EncodedPages) -> None:
-        """Write encoded keys and values into `pages`, (rows, pages, words) int32."""
+        """Write encoded keys and values.
+
+        Args:
+            pages: int32 (rows, pages, words), written to.
+            keys: encoded keys of these pages.
+            values: encoded values of these pages.
+        """
         codes = keys.codes.unflatten(-1, (self.heads, self.dim)).unflatten(2, (-1, LANES))
         packed = pack(codes.permute(0, 1, 4, 2, 3, 5), self.scheme.keys.bits)
         self.parts["key.codes"].view(pages).copy_(packed.transpose(-1, -2))

@@ -209,21 +209,40 @@ def check_method(model: nn.Module, method: KVMethod, name: str = "") -> None:
 
 
 def check_heads(scheme: Scheme, heads: int, dim: int) -> None:
-    """Raise RecipeError when heads of this number and dimension do not suit a scheme."""
+    """Raise an error when heads do not suit a scheme.
+
+    Args:
+        scheme: storage scheme.
+        heads: key/value heads of a layer.
+        dim: head dimension.
+
+    Raises:
+        RecipeError: a group does not divide the head dimension, or no Hadamard matrix of it is available.
+    """
     PageLayout(scheme, heads, dim)
     if scheme.keys.rotated or scheme.values.rotated:
         hadamard_rotation(dim)
 
 
 def page_bits(model: nn.Module, method: KVMethod) -> float:
-    """Return the bits per number of full pages, the limit for long contexts."""
+    """Return the bits per number of full pages, the limit for long contexts.
+
+    Args:
+        model: a decoder; parameters on the meta device suffice.
+        method: KV method.
+    """
     shapes = packed_shapes(model).values()
     words = sum(PageLayout(method.scheme(), heads, dim).words for heads, dim in shapes)
     return 32 * words / sum(2 * PAGE * heads * dim for heads, dim in shapes)
 
 
 def calibration_bytes(model: nn.Module, method: KVMethod) -> int:
-    """Return the bytes of the tensors of a calibration; 0 for a method without one."""
+    """Return the bytes of the tensors of a calibration; 0 for a method without one.
+
+    Args:
+        model: a decoder; parameters on the meta device suffice.
+        method: KV method.
+    """
     scheme, shapes = method.scheme(), packed_shapes(model).values()
     tensors = (scheme.keys, scheme.values)
     return _FP32_BYTES * sum(

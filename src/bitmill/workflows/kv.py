@@ -54,7 +54,7 @@ def window_length(config: KVConfig, model_config: Any) -> int:
 
 
 def method_plan(model: nn.Module, method: KVMethod, name: str = "") -> dict[str, Any]:
-    """Return what reports and summaries state of a method, before it is calibrated.
+    """Return the entry of reports and summaries for a method, before it is calibrated.
 
     Args:
         model: a decoder; parameters on the meta device suffice.
@@ -125,7 +125,7 @@ class KVCalibrationJob:
         streamed: the model.
 
     Attributes:
-        plan: what report and summary state of the method.
+        plan: entry of report and summary for the method.
 
     Raises:
         UsageError, RecipeError: the method cannot store the model's keys and values.
@@ -159,7 +159,12 @@ class KVCalibrationJob:
         self.plan["calibration"] = _about(text.source, self.windows, text.seed)
 
     def write(self, folder: Path, progress: Progress) -> None:
-        """Calibrate the model in a folder, with its weights as written, and write the calibration there."""
+        """Calibrate the model in a folder, with its weights as written, and write the calibration there.
+
+        Args:
+            folder: finished folder of the model.
+            progress: observer.
+        """
         calibration = KVCalibration(self.method, ())
         if self.windows is not None:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
