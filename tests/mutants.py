@@ -186,13 +186,20 @@ class CoverageMap:
             return [IN_PROCESSES[mutant.file]]
         source, chosen = (self.tree / mutant.file).read_bytes(), set()
         digest, statement = hashlib.sha256(source).hexdigest(), first_line(source, mutant.line)
-        for file in (part["files"][mutant.file] for part in self.measured if mutant.file in part["files"]):
+        for file in (file for part in self.measured for file in self._files(part, mutant)):
             first, last = statement, mutant.line
             if digest != file["digest"]:
                 first, last = file["functions"].get(mutant.function, (0, -1))
             chosen |= {t for line, tests in file["lines"].items() if first <= int(line) <= last for t in tests}
         here = {name for name in chosen if name in self.seconds and (self.tree / name.partition("::")[0]).exists()}
         return self._in_turn(here)
+
+    @staticmethod
+    def _files(part: dict, mutant: Mutant) -> list[dict]:
+        """Return the file of the mutant, or files with a function of its name if it has been renamed since."""
+        if mutant.file in part["files"]:
+            return [part["files"][mutant.file]]
+        return [file for file in part["files"].values() if mutant.function in file["functions"]]
 
     def cpu_seconds(self, tests: list[str]) -> float:
         return sum(self.seconds.get(name, 0.0) for name in tests)
