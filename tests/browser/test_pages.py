@@ -67,7 +67,7 @@ def test_page_content(page):
         "Size and cost",
         "Error of every layer",
         "Answers to the prompts",
-        "How this was measured",
+        "Measurement settings",
     ]
     assert page.locator(".tile").count() == 4
     assert points(page) == 17

@@ -199,11 +199,11 @@
     const element = document.getElementById("layers"), select = document.getElementById("layer-variant");
     if (!element || !select.value) return;
     const grid = data.layers, note = document.getElementById("layers-note"), variant = data.variants.find((v) => v.name === select.value);
-    const known = grid.values[variant.name], [outputs, weights] = document.querySelectorAll('[name="error"]');
-    outputs.disabled = !known.output_error;
-    (known[preferred] ? [outputs, weights].find((input) => input.value === preferred) : weights).checked = true;
-    const key = chosen("error"), missing = known[preferred] ? "" : `${variant.label} read no calibration text, so its output errors were not measured. `;
-    const table = known[key];
+    const errors = grid.values[variant.name], [outputs, weights] = document.querySelectorAll('[name="error"]');
+    outputs.disabled = !errors.output_error;
+    (errors[preferred] ? [outputs, weights].find((input) => input.value === preferred) : weights).checked = true;
+    const key = chosen("error"), missing = errors[preferred] ? "" : `${variant.label} read no calibration text, so its output errors were not measured. `;
+    const table = errors[key];
     if (!table) { Plotly.purge(element); element.textContent = ""; note.textContent = "No errors of its layers were recorded."; return; }
     const all = Object.values(grid.values).flatMap((v) => v[key] ?? []).flat().filter((v) => v > 0).map(Math.log10).sort((a, b) => a - b);
     const low = all[Math.floor(all.length / 50)], high = all.at(-1), small = narrow(element);
