@@ -94,7 +94,16 @@ def token_windows(
 def calibration_windows(
     source: Source, calibration: CalibrationData, device: str, progress: Progress | None
 ) -> Tensor:
-    """Return calibration windows (samples, seqlen) of a text, or of text that the model writes itself.
+    """Return calibration windows of a text, or of text that the model writes itself.
+
+    Args:
+        source: the float model.
+        calibration: text and number of windows.
+        device: where a model that writes its own text runs.
+        progress: where progress is reported.
+
+    Returns:
+        (samples, seqlen) token ids.
 
     Raises:
         CalibrationError: The text cannot be used.

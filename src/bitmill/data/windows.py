@@ -79,7 +79,12 @@ class TextWindows(Protocol):
 
 
 def count_windows(held_out: Windows, seqlen: int) -> int:
-    """Return the number of windows of `seqlen` tokens that hold as many tokens."""
+    """Return the number of windows of `seqlen` tokens that hold as many tokens.
+
+    Args:
+        held_out: windows of one or several lengths.
+        seqlen: tokens of a window.
+    """
     return -(-sum(len(window) for window in held_out) // seqlen)
 
 
@@ -90,11 +95,19 @@ class StreamWindows:
         self._ids = text.token_stream(source, tokenizer)
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
-        """Return windows that start at random places of the first four fifths."""
+        """Return windows that start at random places of the first four fifths.
+
+        Returns:
+            (samples, seqlen) token ids.
+        """
         return text.calibration_windows(text.split_stream(self._ids, "calib"), samples, seqlen, seed)
 
     def held_out(self, split: str, seqlen: int, windows: int | None) -> Windows:
-        """Return windows (w, seqlen) without overlap."""
+        """Return windows without overlap.
+
+        Returns:
+            (w, seqlen) token ids.
+        """
         return text.evaluation_windows(text.split_stream(self._ids, split), seqlen, windows)
 
 
@@ -105,7 +118,14 @@ class SentenceWindows:
         self._text, self._tokenizer = text.load_text(source), tokenizer
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
-        """Return windows that start at random places of the first four fifths, each between special tokens."""
+        """Return windows that start at random places of the first four fifths, each between special tokens.
+
+        Returns:
+            (samples, seqlen) token ids.
+
+        Raises:
+            CalibrationError: The text or `seqlen` is too short.
+        """
         before, after = self._special_tokens()
         special = len(before) + len(after)
         if seqlen < special + 2:
@@ -119,9 +139,15 @@ class SentenceWindows:
         return torch.cat([before.expand(samples, -1), inside, after.expand(samples, -1)], 1)
 
     def held_out(self, split: str, seqlen: int, windows: int | None) -> Windows:
-        """Return distinct sentences, each a tensor (tokens,) of at most `seqlen` tokens, shortest first.
+        """Return distinct sentences, shortest first.
 
         Sentences of the last fifth that also occur in the calibration part are left out.
+
+        Returns:
+            A tensor (tokens,) per sentence, of at most `seqlen` tokens.
+
+        Raises:
+            CalibrationError: There are too few sentences.
         """
         text.check_windows(1 if windows is None else windows, seqlen)
         calibration = set(_sentences(text.split_stream(self._text, "calib"))) if split == "eval" else set()

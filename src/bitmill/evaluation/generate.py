@@ -125,7 +125,8 @@ def check_can_generate(model: nn.Module, name: str = "") -> None:
     can_generate = getattr(model, "can_generate", None)
     if can_generate is not None and not can_generate():
         raise UsageError(
-            f"{name or 'The model'} is a {type(model).__name__}, which predicts no tokens; give a language model."
+            f"{name or 'The model'} is a {type(model).__name__}, which predicts no tokens and writes "
+            "no text; give a language model."
         )
 
 
@@ -152,7 +153,12 @@ def chat_prompt(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
 
 
 def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Return all tokens that end a text, from the generation config, the config and the tokenizer."""
+    """Return all tokens that end a text.
+
+    Args:
+        model: its generation config and config name some.
+        tokenizer: names others.
+    """
     eos: set[int] = set()
     for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         value = getattr(owner, "eos_token_id", None)

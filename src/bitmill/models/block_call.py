@@ -18,7 +18,12 @@ class BlockCall:
     kwargs: dict[str, Any]
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Return the output of `block` for hidden states (windows, tokens, width)."""
+        """Return the output of a block.
+
+        Args:
+            block: the block.
+            hidden: (windows, tokens, width) hidden states.
+        """
         return block_output(block(hidden, *self.args, **self.kwargs))
 
     def run_with(self, tensors: dict[str, Tensor], block: nn.Module, hidden: Tensor) -> Tensor:
@@ -32,7 +37,13 @@ class BlockCall:
         return block_output(functional_call(block, tensors, (hidden, *self.args), self.kwargs))
 
     def cut(self, windows: int, start: int, stop: int) -> BlockCall:
-        """Return the call for windows `start` to `stop` of a batch of `windows`."""
+        """Return the call for some windows of a batch.
+
+        Args:
+            windows: windows of the batch; tensors with that many rows are cut.
+            start: first window.
+            stop: window after the last one.
+        """
 
         def cut_value(value: object) -> object:
             if isinstance(value, Tensor):

@@ -36,7 +36,12 @@ class EmbeddingAndHead:
         return tuple(f"{path}.weight" for path in (self.embedding, self.head) if path)
 
     def stored_name(self, layer: str, streamed: StreamedModel) -> str:
-        """Return the name that the source uses for the matrix of a layer; of tied layers it may hold either."""
+        """Return the name that the source uses for the matrix of a layer.
+
+        Args:
+            layer: path of the embedding or the head; of tied layers the source may hold either.
+            streamed: the model.
+        """
         present = [name for name in self.weights if name in streamed.names()]
         own = f"{layer}.weight"
         return own if own in present else present[0]

@@ -36,7 +36,13 @@ class CachedLayer:
 
 
 def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ...]:
-    """Return the layers in order as transformers caches them, without layers that read the cache of another layer.
+    """Return the layers in order as transformers caches them.
+
+    Layers that read the cache of another layer are left out.
+
+    Args:
+        config: transformers config.
+        name: name of the model for messages.
 
     Raises:
         SourceError: The model is an encoder or has one, layers keep a state instead of tokens, or keys and values
@@ -74,7 +80,13 @@ def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ..
 
 
 def check_key_widths(layers: tuple[CachedLayer, ...], model: nn.Module, name: str) -> None:
-    """Raise SourceError where a k_proj of the model has another width than the config implies."""
+    """Raise SourceError where a k_proj of the model has another width than the config implies.
+
+    Args:
+        layers: shapes from the config.
+        model: the model; parameters may be on the meta device.
+        name: its name for the message.
+    """
     for path, module in model.named_modules():
         found = re.search(r"\.(\d+)\..*k_proj$", path)
         width = getattr(module, "out_features", None)
@@ -89,7 +101,15 @@ def check_key_widths(layers: tuple[CachedLayer, ...], model: nn.Module, name: st
 
 
 def kv_heads_and_dim(config: Any, name: str) -> tuple[int, int]:
-    """Return the key-value heads and the elements of a head. Raises SourceError where the config lacks them."""
+    """Return the number of key-value heads and the elements of a head.
+
+    Args:
+        config: transformers config of a decoder.
+        name: name of the model for messages.
+
+    Raises:
+        SourceError: The config lacks them.
+    """
     queries = getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or queries
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):

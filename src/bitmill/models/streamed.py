@@ -186,7 +186,12 @@ class StreamedModel:
         return module is not None and leaf in module._parameters
 
     def set_parameter(self, name: str, tensor: Tensor) -> None:
-        """Replace a parameter, and every parameter tied to it, with a tensor."""
+        """Replace a parameter, and every parameter tied to it.
+
+        Args:
+            name: full name of the parameter.
+            tensor: its new value, on the device of the model.
+        """
         module, leaf = self._owner(name)
         assert module is not None
         old = module._parameters[leaf]
@@ -202,7 +207,12 @@ class StreamedModel:
         return weight.T.contiguous() if self.adapter.transposed else weight
 
     def set_matrix(self, name: str, W: Tensor) -> None:
-        """Replace the weight of a linear layer with W (out, in)."""
+        """Replace the weight of a linear layer.
+
+        Args:
+            name: full name of the weight.
+            W: (out, in) new weight.
+        """
         self.set_parameter(name, (W.T if self.adapter.transposed else W).to(self.device).contiguous())
 
     def free(self, names: list[str]) -> None:

@@ -61,7 +61,11 @@ class Metadata:
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """Return a positive whole number."""
+        """Return a positive whole number.
+
+        Raises:
+            SourceError: The value is missing or another one.
+        """
         value = self.optional(key, default)
         if type(value) is not int or not 0 < value < 1 << 31:
             raise SourceError(
@@ -71,7 +75,11 @@ class Metadata:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return a positive real number."""
+        """Return a positive real number.
+
+        Raises:
+            SourceError: The value is missing or another one.
+        """
         value = self.optional(key, default)
         if not isinstance(value, float) or not value > 0:
             raise SourceError(
@@ -107,7 +115,14 @@ def layout_for(header: Header) -> tuple[Layout, str]:
 
 
 def transformers_name(layout: Layout, name: str) -> str:
-    """Return the name in transformers: "model.layers.3.self_attn.q_proj.weight" of "blk.3.attn_q.weight".
+    """Return the name of a tensor in transformers.
+
+    Args:
+        layout: layout of the architecture.
+        name: name in the file, "blk.3.attn_q.weight".
+
+    Returns:
+        For example "model.layers.3.self_attn.q_proj.weight".
 
     Raises:
         SourceError: The model has no such tensor.
@@ -126,7 +141,16 @@ def transformers_name(layout: Layout, name: str) -> str:
 
 
 def build_config(layout: Layout, header: Header, architecture: str) -> PretrainedConfig:
-    """Return the transformers config that the metadata describes. Raises SourceError."""
+    """Return the transformers config that the metadata describes.
+
+    Args:
+        layout: layout of the architecture.
+        header: header of the file.
+        architecture: prefix of its keys.
+
+    Raises:
+        SourceError: Keys are missing, or the config classes of transformers reject them.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -293,7 +317,13 @@ LOW, HIGH, ORIGINAL = 1.0, 4.0, 8192  # of every Llama 3.1 to 3.3 model
 
 
 def llama3_factors(theta: float, head_dim: int, factor: float) -> torch.Tensor:
-    """Return the factors (head_dim / 2,) by which the scaling of Llama 3 divides rotary frequencies."""
+    """Return the factors (head_dim / 2,) by which the scaling of Llama 3 divides rotary frequencies.
+
+    Args:
+        theta: base of the frequencies.
+        head_dim: elements of a head.
+        factor: of the longest wavelengths.
+    """
     wavelength = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     smooth = ((ORIGINAL / wavelength - LOW) / (HIGH - LOW)).clamp(0, 1)
     return 1 / ((1 - smooth) / factor + smooth)

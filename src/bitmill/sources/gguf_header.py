@@ -84,6 +84,7 @@ class _Parser:
         self.at = 0
 
     def parse(self) -> Header:
+        """Return the header. Raises _InvalidFile."""
         magic = self.data[:4]
         if magic != MAGIC:
             raise _InvalidFile(f"it starts with {bytes(magic)!r} instead of {MAGIC!r}")
@@ -108,6 +109,7 @@ class _Parser:
         return Header(metadata, self.place(entries, start))
 
     def scalar(self, code: str) -> Any:
+        """Read one number; `code` is that of the struct module."""
         width = struct.calcsize("<" + code)
         if self.at + width > self.size:
             raise _InvalidFile(f"its header runs past the end of the file at byte {self.size}")
@@ -116,10 +118,29 @@ class _Parser:
         return value
 
     def fits(self, count: int, width: int, what: str) -> None:
+        """Check that announced items fit into the rest of the file.
+
+        Args:
+            count: number of items.
+            width: least bytes of an item.
+            what: the items, for the message.
+
+        Raises:
+            _InvalidFile: They do not fit.
+        """
         if count * width > self.size - self.at:
             raise _InvalidFile(f"it announces {count} {what}, more than its {self.size} bytes can hold")
 
     def string(self, what: str, limit: int | None = None) -> str:
+        """Read a string with its length.
+
+        Args:
+            what: the string, for the message.
+            limit: most bytes.
+
+        Raises:
+            _InvalidFile: It is too long or no UTF-8.
+        """
         length = self.scalar("Q")
         self.fits(length, 1, f"bytes for {what}")
         if limit is not None and length > limit:
@@ -132,6 +153,18 @@ class _Parser:
             raise _InvalidFile(f"{what} is not valid UTF-8") from None
 
     def value(self, kind: int, key: str) -> Any:
+        """Read the value of a key.
+
+        Args:
+            kind: type of the value.
+            key: the key, for the message.
+
+        Returns:
+            A number, a bool, a string, a list of numbers, or the length of an array of strings.
+
+        Raises:
+            _InvalidFile: The type is unknown.
+        """
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
@@ -155,6 +188,7 @@ class _Parser:
         return count
 
     def tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Read name, shape, type and offset of one tensor."""
         name = self.string("a tensor name", MAX_NAME_BYTES)
         n_dims = self.scalar("I")
         if not 1 <= n_dims <= MAX_DIMS:
@@ -163,6 +197,15 @@ class _Parser:
         return name, tuple(reversed(dims)), self.scalar("I"), self.scalar("Q")
 
     def place(self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int) -> dict[str, GgufTensor]:
+        """Return the tensors by name, with checked types, shapes and offsets.
+
+        Args:
+            entries: name, shape, type and offset of every tensor.
+            start: first byte of the data.
+
+        Raises:
+            _InvalidFile: A tensor has an impossible shape, overlaps another one, or leaves the file.
+        """
         tensors: dict[str, GgufTensor] = {}
         for name, shape, number, offset in entries:
             if name in tensors:

@@ -1,1 +1,1 @@
-"""What kinds of models read, return and are measured by, one module per task."""
+"""Tasks: the kinds of models, by how they read text and are measured."""

@@ -22,7 +22,12 @@ class CausalLM(Task):
     batch_size = 2
 
     def windows(self, text: str | Path, tokenizer: Any) -> TextWindows:
-        """Return windows of one stream of tokens."""
+        """Return windows of one stream of tokens.
+
+        Args:
+            text: see `Task.windows`.
+            tokenizer: the model's tokenizer.
+        """
         return StreamWindows(text, tokenizer)
 
     def metric(self) -> Metric:

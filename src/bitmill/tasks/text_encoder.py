@@ -33,7 +33,12 @@ class TextEncoder(Task):
         return cls(read_pooling)
 
     def windows(self, text: str | Path, tokenizer: Any) -> TextWindows:
-        """Return windows between the special tokens of the tokenizer, and sentences to evaluate on."""
+        """Return windows between special tokens to calibrate on, and sentences to evaluate on.
+
+        Args:
+            text: see `Task.windows`.
+            tokenizer: the model's tokenizer.
+        """
         return SentenceWindows(text, tokenizer)
 
     def metric(self) -> Metric:
