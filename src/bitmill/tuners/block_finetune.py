@@ -17,7 +17,7 @@ import torch
 
 from bitmill.errors import RecipeError
 from bitmill.tuners.base import TUNERS, BlockTask, Tuner, relative_error
-from bitmill.tuners.training import Adam, TrainableParameters, minibatches
+from bitmill.tuners.training import TrainableParameters, adam, adam_step, minibatches
 
 
 @TUNERS.register("block_finetune")
@@ -53,13 +53,13 @@ class BlockFinetune(Tuner):
         generator = torch.Generator().manual_seed(self.seed)
         kept, rate = free.state(), self.rate
         for epoch in range(self.epochs):
-            optimizer = Adam([leaf.steps for leaf in free.leaves()])
+            optimizer = adam(([leaf.steps for leaf in free.leaves()], rate))
             batches = list(minibatches(task, self.tokens, generator))
             for step, batch in enumerate(batches):
                 with torch.enable_grad():
                     output = batch.call.run_with(free.tensors(), task.block, batch.hidden)
                     (relative_error(output, batch.target).mean() / start).backward()
-                optimizer.step(rate * (1 - (epoch + step / len(batches)) / self.epochs))
+                adam_step(optimizer, 1 - (epoch + step / len(batches)) / self.epochs)
             free.store()
             error = task.error()
             if error < best:

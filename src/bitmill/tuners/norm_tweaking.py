@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.tuners.base import TUNERS, BlockTask, Tuner, mean_square, relative_error
-from bitmill.tuners.training import Adam, TrainableParameters, minibatches
+from bitmill.tuners.training import TrainableParameters, adam, adam_step, minibatches
 
 
 @TUNERS.register("norm_tweaking")
@@ -50,14 +50,14 @@ class NormTweaking(Tuner):
         if not free.leaves():
             return
         rate = self.rate * (1 + self.growth * task.index / task.depth)
-        optimizer = Adam([leaf.steps for leaf in free.leaves()])
+        optimizer = adam(([leaf.steps for leaf in free.leaves()], rate))
         start, before = free.state(), self.losses(task)
         generator = torch.Generator().manual_seed(self.seed)
         for batch in minibatches(task, self.tokens, generator):
             with torch.enable_grad():
                 output = batch.call.run_with(free.tensors(), task.block, batch.hidden)
                 distance(moments([output], [batch.target]), moments([batch.target])).backward()
-            optimizer.step(rate)
+            adam_step(optimizer)
         free.store()
         if not all(now < then for now, then in zip(self.losses(task), before)):
             free.restore(start)

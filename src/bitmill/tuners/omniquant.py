@@ -35,7 +35,7 @@ from bitmill.solvers.clip import Clip
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.base import expand_channels, fold
 from bitmill.tuners.base import TARGETS, TUNERS, BlockTask, Tuner, relative_error
-from bitmill.tuners.training import Adam, minibatches
+from bitmill.tuners.training import adam, adam_step, minibatches
 
 _WIDE = 4.0  # gamma and beta at the start: sigmoid .982
 
@@ -94,10 +94,10 @@ class OmniQuant(Tuner):
             return  # scales must not be folded into quantized layers
         learned = _Learned(task, self)
         start = best = task.error(learned.plain())
-        if start == 0:
+        if start == 0 or not learned.leaves:
             return
         kept: list[Tensor] = []
-        clips, scales = Adam(learned.clips), Adam(learned.scales)
+        optimizer = adam((learned.clips, self.lr_lwc), (learned.scales, self.lr_let))
         generator = torch.Generator().manual_seed(self.seed)
         idle = done = 0
         for epoch in range(self.epochs + 1):
@@ -106,9 +106,7 @@ class OmniQuant(Tuner):
                 with torch.enable_grad():
                     output = batch.call.run_with(learned.rounded(), task.block, batch.hidden)
                     (relative_error(output, batch.target).mean() / start).backward()
-                left = 1 - done / (self.epochs * len(batches))
-                clips.step(self.lr_lwc * left)
-                scales.step(self.lr_let * left)
+                adam_step(optimizer, 1 - done / (self.epochs * len(batches)))
                 done += 1
             error = task.error(learned.stored())
             idle = 0 if error < best or not epoch else idle + 1

@@ -111,25 +111,26 @@ class TrainableParameters:
         self.store()
 
 
-class Adam:
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980), algorithm 1; torch's own takes seconds to import."""
+def adam(*groups: tuple[list[Tensor], float]) -> torch.optim.Adam:
+    """Return Adam (Kingma and Ba 2015, arXiv 1412.6980) for groups of leaves with a learning rate each.
 
-    def __init__(self, leaves: list[Tensor], first: float = 0.9, second: float = 0.95) -> None:
-        self.leaves, self.first, self.second, self.count = leaves, first, second, 0
-        self.mean = [torch.zeros_like(leaf) for leaf in leaves]
-        self.power = [torch.zeros_like(leaf) for leaf in leaves]
+    Args:
+        groups: leaves and their initial learning rate; empty groups are left out.
+    """
+    filled = [{"params": leaves, "lr": rate, "initial_lr": rate} for leaves, rate in groups if leaves]
+    return torch.optim.Adam(filled, betas=(0.9, 0.95), eps=1e-12, foreach=False)
 
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Move every leaf by about `rate`, and forget its gradient."""
-        self.count += 1
-        first, second = 1 - self.first**self.count, 1 - self.second**self.count
-        for leaf, mean, power in zip(self.leaves, self.mean, self.power):
-            if leaf.grad is not None:
-                mean.lerp_(leaf.grad, 1 - self.first)
-                power.mul_(self.second).addcmul_(leaf.grad, leaf.grad, value=1 - self.second)
-                leaf.addcdiv_(mean / first, (power / second).sqrt_().add_(1e-12), value=-rate)
-                leaf.grad = None
+
+def adam_step(optimizer: torch.optim.Adam, share: float = 1.0) -> None:
+    """Move every leaf by about its learning rate, and clear its gradient.
+
+    Args:
+        share: of the initial learning rates.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * share
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def continuous_parts(quantized: Quantized) -> list[Part]:
