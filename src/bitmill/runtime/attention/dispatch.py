@@ -50,7 +50,7 @@ class NativeTokenViews:
         self._tokens: Any = None
 
     def update(self, slabs: Sequence[Tensor], keys: Tensor, values: Tensor) -> Any:
-        """Return the extension's view, made anew if a tensor was replaced; appended slabs are added to it.
+        """Return the extension's view, rebuilt if a tensor was replaced; appended slabs are added to it.
 
         Args:
             slabs: Pages, as in PackedPast.
@@ -60,9 +60,9 @@ class NativeTokenViews:
         Returns:
             The KvTokens.
         """
-        mine, fp16 = self._slabs, self._fp16
+        previous, fp16 = self._slabs, self._fp16
         same = fp16 is not None and fp16[0] is keys and fp16[1] is values
-        if not same or len(mine) > len(slabs) or any(a is not b for a, b in zip(mine, slabs)):
+        if not same or len(previous) > len(slabs) or any(a is not b for a, b in zip(previous, slabs)):
             self._fp16, self._slabs = (keys, values), []
             self._tokens = native().KvTokens(keys.view(torch.int16), values.view(torch.int16))
         for slab in slabs[len(self._slabs) :]:

@@ -71,7 +71,7 @@ class StepForward:
         return code
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the plan, which copies and pickles of the model make anew."""
+        """Return the state without the plan, which copies and pickles of the model rebuild."""
         return {
             "model": self.model,
             "unsupported_reason": None,
@@ -173,7 +173,7 @@ class StepForward:
 
 
 def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:
-    """Return True if the call requests the logits of one token and nothing else."""
+    """Return True if the call requests only the logits of one token."""
     if torch.is_grad_enabled() or ids.device.type != "cpu":
         return False
     for name, value in kwargs.items():

@@ -1,6 +1,6 @@
 """Lookup kernels: codes stay packed, and every code selects an entry of a small table of bytes.
 
-One compiled kernel serves every scalar format at 1 to 8 bits (csrc/lut). Up to 16 tokens at a time it reads the
+One compiled kernel supports every scalar format of 1 to 8 bits (csrc/lut). Up to 16 tokens at a time it reads the
 codes once, rounds the inputs to integers with a step for every 16 to 64 columns, and sums exactly:
 
     int8   |error of y_r| <= sum over steps s of max|x_s| / 254 * sum of |W^_rs|, and where the format's levels

@@ -7,7 +7,7 @@ once, when a layer is first used, which costs memory or padding and makes the pr
              eight coordinates. The bytes of 16 rows by 4 blocks are stored together, so that a vector's lookups
              serve 512 weights. No bit is added; rows are padded to 16 and columns to 32. Levels are exact.
     points   pyramids (csrc/vector/points-inl.h): the index of a point takes some hundred cycles to decode. A
-             coordinate becomes a code of bits + 1 bits, a point keeps its gain, and its length is summed beside
+             coordinate becomes a code of bits + 1 bits, a point keeps its gain, and its length is summed with
              the product. Points with a coordinate beyond +-(2**bits - 1), one in a hundred, are stored separately.
              Takes 1.3 to 1.6 times the packed size, most at 2 bits. Sums of points are fp32, with relative error
              1e-6.

@@ -1,4 +1,4 @@
-"""Replace the packed layers of a model by float ones: the same function, in the memory of a float model."""
+"""Replace the packed layers of a model by float ones with the decoded weights."""
 
 from __future__ import annotations
 

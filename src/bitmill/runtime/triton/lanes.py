@@ -12,7 +12,7 @@ are contiguous:
              neighbouring lanes then multiply their code i with neighbouring inputs. The largest power of two up to
              32 that divides the lanes of a group
 
-Apart from that padding no bits are added. Planes are the analogue for binary codings: word i of a lane holds bit i
+Only that padding adds bits. Planes are the analogue for binary codings: word i of a lane holds bit i
 of its 32 codes.
 """
 
@@ -28,7 +28,7 @@ from bitmill.numerics.packing import pack, unpack
 Codes = Callable[[Tensor, int, int], Tensor]
 
 LANE = 32
-_SLICE = 1 << 24  # codes laid out at a time, some 0.3 GB of temporaries
+_SLICE = 1 << 24  # codes repacked at a time, some 0.3 GB of temporaries
 
 
 def lanes_per_group(width: int) -> int:

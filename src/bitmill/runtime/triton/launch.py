@@ -14,7 +14,7 @@ from bitmill.runtime.triton.available import MAX_TOKENS, needs_fp32_tiles
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: rows of a program, compile-time sizes, and warps."""
+    """Parameters of a launch: the kernel, rows of a program, compile-time sizes, and warps."""
 
     kernel: Any
     rows: int
