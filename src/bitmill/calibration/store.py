@@ -1,4 +1,4 @@
-"""Statistics of the float model on disk, one file a block, shared by all recipes of a comparison."""
+"""Statistics of the float model on disk, one file per block, shared by all recipes of a comparison."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ _PARTS = ("gram", "mean_abs", "max_abs")  # tensors of a file, by fields of Stat
 
 
 class StatisticsStore:
-    """A folder of statistics for one model and one set of calibration windows.
-
-    identity: plain data that must be the same for everyone who uses the folder.
-    Raises CalibrationError when the folder was made for something else.
-    """
+    """A folder of statistics for one model and one set of calibration windows."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        """Open or create the folder.
+
+        Args:
+            folder: where the statistics are kept.
+            identity: plain data that all jobs which share the folder have in common.
+
+        Raises:
+            CalibrationError: If the folder was made with another identity.
+        """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "identity.json"
@@ -39,30 +44,36 @@ class StatisticsStore:
             )
 
     def has(self, index: int) -> bool:
-        """Whether block `index` has been seen."""
+        """Return True if the folder holds the statistics of block `index`."""
         return self._file(index).exists()
 
-    def save(self, index: int, seen: dict[str, Statistics], stages: list[list[str]]) -> None:
-        """Keep what `collect_statistics` saw in a block, and which of its linears read the same tensor."""
+    def save(self, index: int, stats: dict[str, Statistics], stages: list[list[str]]) -> None:
+        """Write the statistics of a block.
+
+        Args:
+            index: the block.
+            stats: result of `collect_statistics`, by the first linear of each stage.
+            stages: the linears of the block, those that read one tensor in one list.
+        """
         tensors: dict[str, Tensor] = {}
-        for lead, stats in seen.items():
+        for lead, of_stage in stats.items():
             for part in _PARTS:
-                tensors[f"{lead}/{part}"] = getattr(stats, part).cpu()
-            tensors[f"{lead}/tokens"] = torch.tensor(stats.tokens)
+                tensors[f"{lead}/{part}"] = getattr(of_stage, part).cpu()
+            tensors[f"{lead}/tokens"] = torch.tensor(of_stage.tokens)
         described = {"stages": json.dumps(stages)}
         replace_file(self._file(index), lambda path: save_file(tensors, path, described))
 
     def stages(self, index: int) -> list[list[str]]:
-        """The linears of a block in the order in which they run, those that read the same tensor together.
+        """Return the linears of a block in the order in which they run; those that read one tensor share a list.
 
-        Empty where an earlier version wrote the file.
+        Empty if an earlier version wrote the file.
         """
         with safe_open(self._file(index), "pt") as file:
             stages: list[list[str]] = json.loads((file.metadata() or {}).get("stages", "[]"))
             return stages
 
     def load(self, index: int, device: torch.device | str = "cpu") -> dict[str, Statistics]:
-        """What `save` kept."""
+        """Return the statistics of a block, by the first linear of each stage."""
         with safe_open(self._file(index), "pt", str(device)) as file:
             leads = sorted({key.rpartition("/")[0] for key in file.keys()})  # noqa: SIM118
             return {
@@ -78,7 +89,12 @@ class StatisticsStore:
 
 
 def replace_file(file: Path, write: Any) -> None:
-    """Write beside the file and rename: whoever sees it sees all of it."""
+    """Write a file under a temporary name and rename it, so that no reader sees half of it.
+
+    Args:
+        file: the final path.
+        write: function that writes to the path it is called with.
+    """
     half = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     write(half)
     os.replace(half, file)

@@ -1,7 +1,7 @@
-"""Quantize where tokens enter a model and where they leave it: the table of embeddings and the head.
+"""Quantize the token embeddings and the head of a model.
 
-No calibration text says anything about a table that is looked up, so both are rounded to nearest, within the
-range of least squared error. Blocks are calibrated on what the stored table gives them.
+Calibration text gives no statistics for a table that is only looked up, so both are rounded to nearest, with
+ranges of least squared error. Blocks are calibrated on the output of the stored table.
 """
 
 from __future__ import annotations
@@ -24,28 +24,35 @@ _SLICE = 1 << 20  # weights that are decoded at a time: these are the largest ma
 
 
 class QuantizedEmbeddings:
-    """The quantized ends of a model, to be put into its skeleton."""
+    """The quantized embedding and head of a model, to compute with in place of the float ones."""
 
-    def __init__(self, streamed: StreamedModel, ends: EmbeddingAndHead, layers: dict[str, LayerResult]) -> None:
-        self._streamed, self._ends, self._layers = streamed, ends, layers
+    def __init__(self, streamed: StreamedModel, paths: EmbeddingAndHead, layers: dict[str, LayerResult]) -> None:
+        """Keep the quantized layers.
+
+        Args:
+            streamed: the model.
+            paths: where embedding and head are in it.
+            layers: the quantized layers, by path.
+        """
+        self._streamed, self._paths, self._layers = streamed, paths, layers
 
     def put_embedding(self) -> None:
         """Put the decoded table in place of the float one; needs the side "embedding"."""
-        decoded = self._layers[self._ends.embedding].quantized.dequantize()
-        self._streamed.set_parameter(f"{self._ends.embedding}.weight", decoded.to(self._streamed.device))
+        decoded = self._layers[self._paths.embedding].quantized.dequantize()
+        self._streamed.set_parameter(f"{self._paths.embedding}.weight", decoded.to(self._streamed.device))
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Let the quantized head answer in place of the float one for a while; needs the side "head".
+        """Compute with the quantized head in place of the float one; needs the side "head".
 
-        It is decoded by slices of rows, so that no second matrix of its size is in memory.
+        It is decoded in slices of rows, so that no second matrix of its size is in memory.
         """
-        if not self._ends.head:
+        if not self._paths.head:
             yield
             return
-        module = self._streamed.model.get_submodule(self._ends.head)
+        module = self._streamed.model.get_submodule(self._paths.head)
         assert isinstance(module, nn.Linear)
-        quantized = self._layers[self._ends.embedding if self._ends.tied else self._ends.head].quantized
+        quantized = self._layers[self._paths.embedding if self._paths.tied else self._paths.head].quantized
         sizes = _slices(quantized.shape)
         pieces = quantized.split(sizes)
 
@@ -63,21 +70,30 @@ class QuantizedEmbeddings:
 
 
 def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEmbeddings | None:
-    """Quantize embedding and head, or take over what an earlier run did; None where they stay in float."""
+    """Quantize embedding and head, unless an earlier run did.
+
+    Args:
+        job: the model and the recipe.
+        sink: receives the result, or supplies that of an earlier run.
+        progress: where progress is reported.
+
+    Returns:
+        None where they stay in float.
+    """
     if job.recipe.head is None:
         return None
-    streamed, ends = job.streamed, embedding_and_head(job.streamed)
+    streamed, paths = job.streamed, embedding_and_head(job.streamed)
     result = sink.finished(NON_BLOCK)
     if result is None:
-        progress.start("embedding and head", len(ends.layers))
+        progress.start("embedding and head", len(paths.layers))
         result = BlockResult(NON_BLOCK)
-        for layer in ends.layers:
-            result.layers[layer] = _quantize(job, streamed.finite_tensor(ends.stored_name(layer, streamed)))
+        for layer in paths.layers:
+            result.layers[layer] = _quantize(job, streamed.finite_tensor(paths.stored_name(layer, streamed)))
             trim_malloc()
             progress.advance()
         sink.write(result, streamed)
         progress.finish()
-    return QuantizedEmbeddings(streamed, ends, result.layers)
+    return QuantizedEmbeddings(streamed, paths, result.layers)
 
 
 @torch.no_grad()
@@ -95,6 +111,6 @@ def _quantize(job: Job, W: Tensor) -> LayerResult:
 
 
 def _slices(shape: tuple[int, int]) -> list[int]:
-    """Rows of the slices in which a matrix is decoded."""
+    """Return the number of rows of each slice in which a matrix is decoded."""
     rows, step = shape[0], max(1, _SLICE // shape[1])
     return [min(step, rows - start) for start in range(0, rows, step)]

@@ -1,4 +1,4 @@
-"""Quantize a live module in place."""
+"""Quantize a module in memory in place."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from bitmill.runtime.modules.replace import replace_layers
 
 
 class ModuleSink:
-    """Collects packed layers, and puts them into a live module once all of them are there.
+    """Collects packed layers, and puts them into a module once all of them are finished.
 
-    Until `finish` the module is untouched, so that a run that fails leaves the caller's model as it was.
+    Until `finish` the module is unchanged, so a run that fails leaves the caller's model as it was.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,51 +30,56 @@ class ModuleSink:
         self.work: Path | None = None
         self.layers: list[dict[str, Any]] = []
         self._packed: dict[str, tuple[Format, dict[str, Tensor]]] = {}
-        self._places: dict[str, str] = {}
-        self._ends: EmbeddingAndHead | None = None
+        self._shared_paths: dict[str, str] = {}
+        self._embeddings: EmbeddingAndHead | None = None
         self._changed: dict[str, Tensor] = {}
         self._shared: Shared = {}
 
     def finished(self, index: int) -> BlockResult | None:
-        """Nothing is kept between runs."""
+        """Return None: nothing is kept between runs."""
         return None
 
     def write(self, result: BlockResult, streamed: StreamedModel) -> None:
-        """Keep the block's packed layers, and what a transform changed."""
+        """Keep a block's packed layers and changed float tensors on the devices of the module.
+
+        Args:
+            result: the finished block.
+            streamed: the float model.
+        """
         for name, layer in result.layers.items():
             device = device_of(self.model.get_submodule(name))
             parts = {part: tensor.to(device) for part, tensor in layer.own().items()}
             self._packed[name] = layer.quantized.format, parts
             if layer.shared:
-                self._places[name] = layer.shared
+                self._shared_paths[name] = layer.shared
             self.layers.append({"name": name, **layer.summary()})
         if result.index == NON_BLOCK:
-            self._ends = embedding_and_head(streamed)
+            self._embeddings = embedding_and_head(streamed)
         for name, tensor in result.changed.items():
             parameter = self.model.get_parameter(name)
             self._changed[name] = tensor.to(parameter.device, parameter.dtype)
 
     def shared(self) -> Shared | None:
-        """Nothing is kept between runs."""
+        """Return None: nothing is kept between runs."""
         return None
 
     def share(self, parts: Shared) -> None:
-        """Keep what layers share."""
+        """Keep the parts that layers share."""
         self._shared = parts
 
     def finish(self) -> None:
-        """Replace the linears, and what a transform changed; everything is where it belongs already."""
+        """Replace the linears and the changed tensors; all of them are on their devices already."""
         formats = {name: format for name, (format, _) in self._packed.items()}
-        ends = self._ends.to_dict() if self._ends else None
+        embeddings = self._embeddings.to_dict() if self._embeddings else None
         biases = {name: getattr(module, "bias", None) for name, module in self.model.named_modules()}
         # on the meta device: the memory is the packed tensors' own
-        for name, new in replace_layers(self.model, formats, ends, self._places, "meta").items():
+        for name, new in replace_layers(self.model, formats, embeddings, self._shared_paths, "meta").items():
             parts = self._packed[name][1] if name in self._packed else {}  # a tied head has none
             new.set_packed(parts)
             if isinstance(new, QuantLinear):
                 new.bias = biases[name]
                 if new.shared is not None:
-                    shared, device = self._shared[self._places[name]], parts["codes"].device
+                    shared, device = self._shared[self._shared_paths[name]], parts["codes"].device
                     new.shared.set_packed({part: tensor.to(device) for part, tensor in shared.items()})
         for name, tensor in self._changed.items():
             self.model.get_parameter(name).data = tensor
@@ -83,7 +88,7 @@ class ModuleSink:
 
 @contextmanager
 def eval_mode(module: nn.Module | None) -> Iterator[None]:
-    """Keep dropout and the like out of what is measured; a module that was training goes on with it."""
+    """Put a module into evaluation mode (no dropout), and back into its mode in the end."""
     training = [m for m in module.modules() if m.training] if module is not None else []
     for part in training:
         part.training = False
@@ -95,5 +100,5 @@ def eval_mode(module: nn.Module | None) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters lie."""
+    """Return the device of a module's parameters."""
     return next(module.parameters()).device

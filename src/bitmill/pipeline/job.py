@@ -1,4 +1,4 @@
-"""What goes into the loop and what comes out of it, as plain data."""
+"""Input and output of the loop over blocks, as plain data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.recipes.scheme import LayerScheme
 
 Propagate = Literal["quantized", "float"]
-NON_BLOCK = -1  # what stands for the index of a block where the layers outside of all blocks are meant
-Shared = dict[
-    str, dict[str, Tensor]
-]  # path of a module, see `shared_module_path` -> packed tensors that layers share
+NON_BLOCK = -1  # in place of a block's index: embedding and head
+# path of a module, see `shared_module_path` -> packed tensors that layers share
+Shared = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -72,18 +71,22 @@ class Job:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One quantized layer and what is known about it.
+    """One quantized layer and its errors.
 
-    shared: where the parts are that it shares, as the path of a module; "" where it shares none.
+    Attributes:
+        quantized: the layer.
+        weight_error: relative squared error of the weights.
+        output_error: relative squared error of the outputs on the calibration windows; None without them.
+        shared: path of the module that holds the parts it shares; "" where it shares none.
     """
 
     quantized: Quantized
-    weight_error: float  # relative squared error of the weights
-    output_error: float | None  # relative squared error of the outputs on the calibration text
+    weight_error: float
+    output_error: float | None
     shared: str = ""
 
     def summary(self) -> dict[str, Any]:
-        """The layer as plain data, for the report; what it shares is not counted."""
+        """Return the layer as plain data, for the report; shared parts are not counted."""
         quantized, shape = self.quantized, self.quantized.shape
         bits = quantized.format.own_bits(shape)
         described = {
@@ -97,16 +100,19 @@ class LayerResult:
         return {**described, "shared": self.shared} if self.shared else described
 
     def own(self) -> dict[str, Tensor]:
-        """The packed tensors that belong to this layer alone."""
+        """Return the packed tensors that belong to this layer alone."""
         shared = self.quantized.format.shared
         return {name: tensor for name, tensor in self.quantized.pack().items() if name not in shared}
 
 
 @dataclass
 class BlockResult:
-    """One finished block: quantized layers by full name, and float tensors that a transform or tuner changed.
+    """One finished block.
 
-    The index NON_BLOCK stands for embedding and head.
+    Attributes:
+        index: the block, or NON_BLOCK for embedding and head.
+        layers: quantized layers by full name.
+        changed: float tensors that a transform or tuner changed, by full name, in their stored type.
     """
 
     index: int
@@ -115,20 +121,20 @@ class BlockResult:
 
 
 class Sink(Protocol):
-    """Where finished blocks go; it also says which ones it already holds."""
+    """Receives finished blocks, and supplies those that an earlier run finished."""
 
     @property
     def work(self) -> Path | None:
-        """A folder for what is needed until the result is there; None where the sink has no such place."""
+        """A folder for temporary files of the run; None where the sink has none."""
 
     def finished(self, index: int) -> BlockResult | None:
-        """A block finished earlier, so that the loop can go on from it; None to quantize it now."""
+        """Return a block that an earlier run finished, or None."""
 
     def write(self, result: BlockResult, streamed: StreamedModel) -> None:
         """Keep a finished block."""
 
     def shared(self) -> Shared | None:
-        """What an earlier run kept by `share`. Asked, as `share` is called, only where layers share parts."""
+        """Return the parts that an earlier run kept by `share`, or None; called only where layers share parts."""
 
     def share(self, parts: Shared) -> None:
-        """Keep what layers share, before the first block comes."""
+        """Keep the parts that layers share; called before the first block is written."""
