@@ -353,11 +353,10 @@ def judge_all(
                 mutant.status = mutant.by = ""
 
 
-def table(mutants: list[Mutant], seed: int, options: argparse.Namespace) -> str:
+def table(mutants: list[Mutant], commit: str, options: argparse.Namespace) -> str:
     """Return the page of results."""
     done = [m for m in mutants if m.status]
     noticed = sum(m.status == "noticed" for m in done)
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     rows = []
     for index, m in enumerate(done, 1):
         place = f"`{m.file.removeprefix('src/bitmill/')}:{m.line}`"
@@ -366,8 +365,8 @@ def table(mutants: list[Mutant], seed: int, options: argparse.Namespace) -> str:
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     head = f"""# Mutants
 
-`make mutants SEED={seed}` broke {len(done)} of {len(mutants)} lines at commit
-`{commit.stdout.strip()}`, one by one; the tests of `make test` noticed {noticed}.
+`make mutants SEED={options.seed}` broke {len(done)} of {len(mutants)} lines at commit
+`{commit}`, one by one; the tests of `make test` noticed {noticed}.
 At most {options.tests} of the tests that cover a line ran, of at most {options.seconds:.0f} CPU seconds; the first
 failure ends a run. A mutant that computes the same numbers as the original counts as survived.
 
@@ -400,6 +399,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         tree = Path(temporary).resolve() / "tree"
         copy_tree(tree)
+        command = ["git", "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         tests = [file.relative_to(ROOT) for file in sorted((ROOT / "tests").rglob("test_*.py"))]
         if options.measure is not None:
             tests = [Path(name) for name in options.measure]
@@ -415,7 +416,7 @@ def main() -> None:
             results.write_text(json.dumps([asdict(m) for m in mutants], indent=1))
             m = mutants[number]
             print(f"{number + 1:2} {m.status:9} {m.file}:{m.line} {m.change} {m.by}", flush=True)
-    options.output.write_text(table(mutants, options.seed, options), encoding="utf-8")
+    options.output.write_text(table(mutants, commit, options), encoding="utf-8")
 
 
 if __name__ == "__main__":
