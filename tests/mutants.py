@@ -202,7 +202,7 @@ class CoverageMap:
         return [file for file in part["files"].values() if mutant.function in file["functions"]]
 
     def cpu_seconds(self, tests: list[str]) -> float:
-        return sum(self.seconds.get(name, 0.0) for name in tests)
+        return sum(self.seconds.get(name, 120.0) for name in tests)
 
     def within(self, tests: list[str], cpu_s: float) -> list[str]:
         """Return as many of the first tests as take at most `cpu_s` together, but one at least."""

@@ -9,6 +9,7 @@ from bitmill.errors import CalibrationError
 from bitmill.kv.calibrate import KVRecording, KVSample, calibrate, fit_calibration, record_keys_values
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.scheme import kv_method
+from bitmill.progress import Progress
 from helpers.packed_cache import prompt
 from helpers.tiny_models import tiny_model
 
@@ -62,3 +63,21 @@ def test_windows_within_sinks_refused():
     with pytest.raises(CalibrationError, match=r"40 tokens .* first 100"):
         calibrate(model, kv_method("kvquant", sink=100), prompt(3, 40))
     assert calibrate(model, kv_method("kvquant", sink=4), prompt(tokens=36)).layers[0][0].levels is not None
+
+
+def test_progress():
+    class Steps(Progress):
+        def __init__(self):
+            self.started, self.done = [], 0
+
+        def start(self, task, total):
+            self.started.append((task, total))
+
+        def advance(self, steps=1):
+            self.done += steps
+
+    model, steps = tiny_model("llama"), Steps()
+    method = kv_method("kvquant", fisher=False)
+    fit_calibration(model, method, record_keys_values(model, prompt(tokens=64), False), steps)
+    assert steps.started == [("learning levels of keys and values", 2)]
+    assert steps.done == 2
