@@ -143,7 +143,9 @@ def test_folder_size_matches_plan(name, tied, tmp_path):
         assert plan["size_bytes"] == stored_bytes(tmp_path / str(bits))
 
 
-@pytest.mark.parametrize("format", [f for f in few_formats() if f.group_size in (40, "tensor")], ids=repr)
+@pytest.mark.parametrize(
+    "format", one_of_each([f for f in few_formats() if f.group_size in (40, "tensor")], type), ids=repr
+)
 @torch.no_grad()
 def test_any_row_format_for_head(format, tmp_path):
     model = model_of("llama", True)
