@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # on Linux this torch brings CUDA along, which works as well and is only larger.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-all checks mutants lint style types imports browser sanitize docs clean
+.PHONY: setup demo test test-all pytest pytest-all mutants lint style types imports browser sanitize docs clean
 
 setup: $(VENV)/.installed
 
@@ -40,14 +40,16 @@ imports: setup
 # One process per core, up to four, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-test: checks
+# Types take a minute of one core, so they are checked while the tests run.
+test test-all: setup
+	@$(MAKE) --no-print-directory --jobs=2 style imports browser
+	@$(MAKE) --no-print-directory --jobs=2 types py$@
+
+pytest: setup
 	$(PYTEST)
 
-test-all: checks
+pytest-all: setup
 	BITMILL_FULL_TESTS=1 $(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
-
-checks: setup
-	@$(MAKE) --no-print-directory --jobs=2 lint browser
 
 SEED ?= 0
 mutants: setup
