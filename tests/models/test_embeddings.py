@@ -202,3 +202,26 @@ def test_tied_matrix_stored_once(names, tmp_path):
     assert packed.lm_head.tied is packed.model.embed_tokens
     bitmill.quantize(model, "rtn", head_bits=8, calibration=WINDOWS, measure=0)
     assert torch.equal(packed(WINDOWS).logits, model(WINDOWS).logits)
+
+
+def test_replaced_table_keeps_hooks_and_children():
+    class Normed(nn.Embedding):
+        def __init__(self, *shape: int) -> None:
+            super().__init__(*shape)
+            self.norm = nn.LayerNorm(shape[1])
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.norm(super().forward(ids))
+
+    model = nn.Sequential()
+    model.table = Normed(6, 16)
+    calls: list[int] = []
+    model.table.register_forward_hook(lambda *seen: calls.append(1))
+    ids, before = torch.arange(6), model.table.weight.data.clone()
+    format = Uniform(8, "row")
+    table = replace_embedding(model, "table", format)
+    table._buffers.update(nearest_matrix(format, before, fitted(format, before, search=False)).pack())
+    assert torch.allclose(model.table(ids), model.table.norm(before), atol=0.1)
+    restore_embedding(model, table, before)
+    assert torch.equal(model.table(ids), model.table.norm(before))
+    assert len(calls) == 2

@@ -102,7 +102,7 @@ def test_wrong_rule_text(text, reason):
     ("rule", "reason"),
     [
         ({"sites": ""}, "rules.0.sites"),
-        ({"sites": "*", "weight": "int8"}, "rules.0.weight"),
+        ({"sites": "*", "weight": "int8"}, "weight 'int8'; use float"),
         ({"sites": "*", "format": {}}, "rules.0.format"),
         ({"sites": "*"}, "changes nothing"),
         ({"sites": "*", "weight": "float", "solver": {"solver": "nearest"}}, "keeps its layers in float"),
@@ -129,9 +129,10 @@ def test_rules_precede_base():
             RecipeError,
             "'*.o_proj' of the recipe 'rtn' decides",
         ),
-        ([Rule("*.v_proj", Uniform(8))], RecipeError, "'model.layers.0.self_attn.v_proj' Uniform(bits=8"),
+        ([Rule("*.v_proj", Uniform(8))], RecipeError, "'model.layers.0.self_attn.v_proj' uniform (bits 8"),
         ([Rule("*.v_proj", FLOAT)], RecipeError, "'model.layers.0.self_attn.v_proj' float"),
         ([Rule("*", FLOAT)], UsageError, "ignores every linear layer"),
+        ([Rule("model.layers.*", Uniform(8)), Rule("*e*", Uniform(2))], RecipeError, "'*e*' of the recipe 'rtn'"),
     ],
 )
 def test_rules_for_other_model(rules, kind, reason):
@@ -153,3 +154,14 @@ def test_conflicting_rules_shared():
     recipe = with_rules(Rule("model.layers.0.self_attn.o_proj", Uniform(8), Nearest()), base=aqlm)
     with pytest.raises(RecipeError, match="share codebooks"):
         resolve_recipe(recipe, streamed())
+
+
+def test_rule_replaces_an_equal_pattern_of_the_base():
+    recipe = compose(with_rules(Rule("*.o_proj", FLOAT)), rules=["*.o_proj=uniform:bits=8,group_size=16"])
+    assert resolve_recipe(recipe, streamed()).formats["model.layers.0.self_attn.o_proj"] == Uniform(8, 16)
+
+
+def test_needs_of_schemes_without_layers_do_not_count():
+    recipe = with_rules(Rule("model.layers.*", Uniform(8, 16), Nearest()), base=build_recipe("gptq", {"bits": 3}))
+    assert recipe.needs == {"gram"}
+    assert resolve_recipe(recipe, streamed()).needs == frozenset()

@@ -46,7 +46,8 @@ class StagedForward:
         self._threads = torch.get_num_threads()
         team = min(self._threads, max(1, _MAX_COMPUTE_THREADS // max(1, len(calls))))
         self._passes = [_BatchForward(block, call, batches, number, team) for number, call in enumerate(calls)]
-        self._hooks = [block.get_submodule(lead).register_forward_pre_hook(_pause_hook(lead)) for lead in leads]
+        modules = [(lead, block.get_submodule(lead)) for lead in leads]  # before a hook is left on any of them
+        self._hooks = [module.register_forward_pre_hook(_pause_hook(lead)) for lead, module in modules]
 
     def __enter__(self) -> StagedForward:
         return self

@@ -46,6 +46,18 @@ class Statistics:
     mean_abs: Tensor | None = None
     max_abs: Tensor | None = None
 
+    def restrict(self, needs: frozenset[str]) -> Statistics:
+        """Return the statistics named in `needs` alone; "activations" stands for gram, mean_abs and max_abs."""
+        seen = "activations" in needs
+        return replace(
+            self,
+            gram=self.gram if seen or needs & {"gram", "cross"} else None,
+            cross=self.cross if "cross" in needs else None,
+            fisher=self.fisher if "fisher" in needs else None,
+            mean_abs=self.mean_abs if seen else None,
+            max_abs=self.max_abs if seen else None,
+        )
+
     # -- required parts -----------------------------------------------------------------------------------
 
     def required_gram(self, user: str) -> Tensor:

@@ -74,7 +74,7 @@ def _input_statistics(
 
     Empty where stages collect them one after another, or the recipe needs none.
     """
-    streams, store, needs = inputs.streams, inputs.store, job.recipe.needs
+    streams, store, needs = inputs.streams, inputs.store, job.needs
     all_stages = job.propagate == "float" and bool(needs - FISHER)
     if not all_stages and "activations" not in needs:
         return {}
@@ -152,8 +152,9 @@ class _Block:
         task, index = self.task, self.task.index
         if inputs.fisher is None:
             return fold_transforms(self.job, index, task.input_stats)
-        scaled = [name for name in task.names if self.job.scheme(self.layer(name)).transforms]
-        before = {name: task.matrix(name).clone() for name in scaled}
+        # a transform for the targets of a seam scales the rows of its source too, whatever the source's own scheme
+        transformed = any(self.job.scheme(self.layer(name)).transforms for name in task.names)
+        before = {name: task.matrix(name).clone() for name in task.names} if transformed else {}
         changed = fold_transforms(self.job, index, task.input_stats)
         self.fisher = inputs.fisher.block(index, self.job.streamed.device)
         for name, W in before.items():
@@ -171,7 +172,7 @@ class _Block:
             The outputs of the block, batch by batch, where the pass that collects statistics yields them.
         """
         job, task = self.job, self.task
-        if job.propagate == "float" or not job.recipe.needs & {"gram", "cross"}:
+        if job.propagate == "float" or not job.needs & {"gram", "cross"}:
             for stage in task.stages:
                 self._solve_stage(stage, self._float_statistics(stage[0]))
             return None
@@ -195,32 +196,44 @@ class _Block:
     def _float_statistics(self, lead: str) -> Statistics:
         """Return the statistics of a stage whose inputs are the float model's."""
         stats = self.task.input_stats.get(lead, Statistics())
-        if stats.gram is not None and "cross" in self.job.recipe.needs:
+        if stats.gram is not None and "cross" in self.job.needs:
             return replace(stats, cross=torch.zeros_like(stats.gram))
         return stats
 
     def _solve_stage(self, stage: list[str], stats: Statistics) -> None:
         """Quantize the linears that read one input, except those that a tuner has quantized."""
         task = self.task
-        groups: dict[tuple[Format, Solver], list[str]] = {}
+        groups: dict[tuple[Format, Solver, frozenset[str]], list[str]] = {}
         for name in stage:
             if self.tuned:
                 task.stats[name] = Statistics(stats.gram)
             if name in task.names and name not in task.quantized:
                 scheme = self.job.scheme(self.layer(name))
-                groups.setdefault((scheme.format, scheme.solver), []).append(name)
-        for (format, solver), names in groups.items():
-            self._solve_group(names, stats, format, solver)
+                groups.setdefault((scheme.format, scheme.solver, scheme.needs), []).append(name)
+        for (format, solver, needs), names in groups.items():
+            self._solve_group(names, stats, format, solver, needs)
         trim_malloc()  # fragments of one stage must not add to the next one's peak
 
-    def _solve_group(self, names: list[str], stats: Statistics, format: Format, solver: Solver) -> None:
-        """Quantize linears of one scheme that read one input."""
-        task = self.task
+    def _visible(self, stats: Statistics, names: list[str], needs: frozenset[str]) -> Statistics:
+        """Return the statistics that linears of one scheme are solved with.
+
+        With several schemes these are the ones that this scheme and the tuners need: statistics for other
+        schemes must not change the codes.
+        """
         if self.fisher:
             stats = replace(stats, fisher=torch.cat([self.fisher[name] for name in names]))
+        if len(self.job.resolved.used_schemes) == 1:
+            return stats
+        return stats.restrict(needs.union(*(tuner.needs for tuner in self.job.recipe.tuners)))
+
+    def _solve_group(
+        self, names: list[str], stats: Statistics, format: Format, solver: Solver, needs: frozenset[str]
+    ) -> None:
+        """Quantize linears of one scheme that read one input."""
+        task, visible = self.task, self._visible(stats, names, needs)
         matrices = [task.matrix(name) for name in names]
         shared = [self.shared.get(name) for name in names]
-        for name, W, quantized in zip(names, matrices, solve_stacked(solver, matrices, stats, format, shared)):
+        for name, W, quantized in zip(names, matrices, solve_stacked(solver, matrices, visible, format, shared)):
             if self.tuned:
                 task.set_quantized(name, quantized)
             else:

@@ -46,7 +46,7 @@ def open_store(job: Job) -> StatisticsStore | None:
     Raises RecipeError unless the float model's hidden states are propagated: statistics of others cannot be
     shared.
     """
-    if job.statistics is None or not job.recipe.needs:
+    if job.statistics is None or not job.needs:
         return None
     if job.propagate != "float":
         raise RecipeError(
@@ -68,7 +68,7 @@ def fisher_for_job(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher 
 
     It is kept with the shared statistics, or in the sink's work folder, or else in a temporary folder.
     """
-    if "fisher" not in job.recipe.needs:
+    if "fisher" not in job.needs:
         yield None
         return
     assert job.calibration is not None
@@ -81,7 +81,7 @@ def fisher_for_job(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher 
 
 def needs_streams(job: Job, store: StatisticsStore | None) -> bool:
     """Return True if calibration windows must pass the blocks."""
-    needs = job.recipe.needs - FISHER  # which has a pass of its own
+    needs = job.needs - FISHER  # which has a pass of its own
     if not needs:
         return False
     stored = store is not None and all(store.has(i) for i in range(len(job.streamed.blocks)))
@@ -90,9 +90,9 @@ def needs_streams(job: Job, store: StatisticsStore | None) -> bool:
 
 def compares_with_float(job: Job) -> bool:
     """Return True if the float model's hidden states are needed in addition to the quantized model's."""
-    return bool(job.recipe.needs & TARGETS) or compares_inputs(job)
+    return bool(job.needs & TARGETS) or compares_inputs(job)
 
 
 def compares_inputs(job: Job) -> bool:
     """Return True if inputs of linears in the float and in the quantized model are compared."""
-    return "cross" in job.recipe.needs and job.propagate == "quantized"
+    return "cross" in job.needs and job.propagate == "quantized"

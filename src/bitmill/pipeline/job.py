@@ -49,6 +49,11 @@ class Job:
         return self.resolved.recipe
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that calibration must collect."""
+        return self.resolved.needs
+
+    @property
     def calibration(self) -> Tensor | None:
         """The token windows (samples, length) that calibrate."""
         return self.data.windows

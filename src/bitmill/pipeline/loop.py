@@ -40,7 +40,7 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any
         RecipeError: If the recipe needs calibration windows and the job has none.
     """
     progress = progress or Progress()
-    if job.recipe.needs and job.calibration is None:
+    if job.needs and job.calibration is None:
         raise RecipeError(f"The recipe {job.recipe.name!r} needs calibration text; give it some with --calib.")
     store = open_store(job)
     shared = learn_shared_parts(job, sink, progress)

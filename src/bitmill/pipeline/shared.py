@@ -75,7 +75,7 @@ def _learn(job: Job, schemes: dict[str, LayerScheme], progress: Progress) -> dic
         learners[kind] = learner
     progress.start("shared codebooks", len(streamed.blocks) + len(learners))
     streams = None
-    if job.calibration is not None and job.recipe.needs & _FLOAT_STATISTICS:
+    if job.calibration is not None and job.needs & _FLOAT_STATISTICS:
         with streamed.non_block_weights("embedding"):
             streams = Streams(streamed, job.calibration, compare=False)
     for index, block in walk_blocks(streamed, progress):

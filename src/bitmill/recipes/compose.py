@@ -46,7 +46,8 @@ def compose(
         transforms: added after its own.
         tuners: added after its own.
         sparse: share of the weights that are stored apart from the dense format, in fp16.
-        rules: exceptions for some layers, `PATTERN=FORMAT:key=value,...` or `PATTERN=float`; they come first.
+        rules: exceptions for some layers, `PATTERN=FORMAT:key=value,...` or `PATTERN=float`; they come first,
+            in place of rules of `base` with an equal pattern.
 
     Raises:
         RecipeError: an unknown part or option, or parts that cannot work together.
@@ -74,7 +75,8 @@ def compose(
     if rules:
         parsed = [rule if isinstance(rule, Rule) else parse_rule(rule, weight) for rule in rules]
         names.append("rules")
-        chosen["rules"] = (*parsed, *base.rules)
+        given = {rule.sites for rule in parsed}
+        chosen["rules"] = (*parsed, *(rule for rule in base.rules if rule.sites not in given))
     return replace(base, name="+".join(names), weight=weight, **chosen)
 
 

@@ -19,7 +19,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -39,7 +39,7 @@ class _RuleDocument(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     sites: str = Field(min_length=1)
-    weight: dict[str, Any] | Literal["float"] | None = None
+    weight: dict[str, Any] | str | None = None
     solver: dict[str, Any] | None = None
     transforms: list[dict[str, Any]] | None = None
 
@@ -54,7 +54,7 @@ class _RecipeDocument(BaseModel):
     solver: dict[str, Any]
     transforms: list[dict[str, Any]] = []
     tuners: list[dict[str, Any]] = []
-    rules: list[_RuleDocument] = []
+    rules: list[_RuleDocument] = []  # or text, as on the command line, see `Recipe.from_dict`
     ignore: list[str] = []
     head: dict[str, Any] | None = None
 

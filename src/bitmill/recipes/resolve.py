@@ -21,6 +21,8 @@ from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.scheme import LayerScheme
+from bitmill.report.describe import describe_format
+from bitmill.transforms import Transform
 
 Schemes = dict[str, LayerScheme | None]  # full layer name -> its scheme, or None where it stays in float
 
@@ -47,10 +49,21 @@ class ResolvedRecipe:
             formats |= dict.fromkeys(self.head_layers, self.recipe.head)
         return formats
 
+    @cached_property
+    def used_schemes(self) -> tuple[LayerScheme, ...]:
+        """All distinct schemes of layers, in the order of the layers."""
+        return tuple(dict.fromkeys(scheme for scheme in self.schemes.values() if scheme is not None))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that calibration must collect; empty for a data-free recipe."""
+        needs = [scheme.needs for scheme in self.used_schemes] + [tuner.needs for tuner in self.recipe.tuners]
+        return frozenset[str]().union(*needs)
+
     @property
     def shares_parts(self) -> bool:
         """True where layers share parts across blocks, such as codebooks."""
-        return any(scheme.format.shared for scheme in self.schemes.values() if scheme is not None)
+        return any(scheme.format.shared for scheme in self.used_schemes)
 
 
 def resolve_recipe(recipe: Recipe, streamed: StreamedModel) -> ResolvedRecipe:
@@ -112,11 +125,12 @@ def _check_rules(recipe: Recipe, streamed: StreamedModel, schemes: Schemes) -> N
                 f"The rule {rule.sites!r} of the recipe {recipe.name!r} matches {_list(matched)}, no linear layer "
                 "of a block; set the format of embedding and head with --head-bits (head_bits)."
             )
-        if all(recipe.rule_for(name) is not rule for name in matched):
-            earlier = dict.fromkeys(repr(r.sites) for name in matched if (r := recipe.rule_for(name)))
+        decidable = matched if rule.is_float else [name for name in matched if name in schemes]
+        if all(recipe.rule_for(name) is not rule for name in decidable):
+            earlier = dict.fromkeys(repr(r.sites) for name in decidable if (r := recipe.rule_for(name)))
             raise RecipeError(
                 f"The rule {rule.sites!r} of the recipe {recipe.name!r} decides no layer, because rules before it "
-                f"({_list(earlier)}) match all of its layers ({_list(matched)}); put it first, or remove it."
+                f"({_list(earlier)}) match all of its layers ({_list(decidable)}); put it first, or remove it."
             )
 
 
@@ -161,7 +175,18 @@ def _examples(chosen: Mapping[str, object]) -> str:
     examples: dict[object, str] = {}
     for layer, choice in chosen.items():
         examples.setdefault(choice, layer)
-    return ", ".join(f"{layer!r} {'float' if choice is None else choice}" for choice, layer in examples.items())
+    return ", ".join(f"{layer!r} {_words(choice)}" for choice, layer in examples.items())
+
+
+def _words(choice: object) -> str:
+    """Return a choice of formats and transforms in words."""
+    if choice is None:
+        return "float"
+    if isinstance(choice, Format):
+        return describe_format(choice.to_dict())
+    if isinstance(choice, tuple):
+        return " ".join(_words(part) for part in choice) or "without transforms for"
+    return f"{choice.name} for" if isinstance(choice, Transform) else str(choice)
 
 
 def _list(names: Iterable[str], most: int = 3) -> str:

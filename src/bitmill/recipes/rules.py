@@ -94,6 +94,11 @@ class Rule:
             RecipeError: a part is unknown or has a wrong option.
         """
         weight, solver, transforms = data.get("weight"), data.get("solver"), data.get("transforms")
+        if isinstance(weight, str) and weight != FLOAT:
+            raise RecipeError(
+                f"The rule {data['sites']!r} has the weight {weight!r}; use float, or a format such as "
+                "{format: uniform, bits: 8}."
+            )
         return cls(
             data["sites"],
             weight if weight is None or weight == FLOAT else FORMATS.from_dict(weight),

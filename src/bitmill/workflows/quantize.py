@@ -227,7 +227,7 @@ def _read_data(prepared: _Prepared) -> tuple[JobData, dict[str, Any]]:
     """Load the tokens that calibrate and measure; returns them and the identity of the job."""
     request, recipe, source = prepared.request, prepared.recipe, prepared.streamed.source
     request.progress.start("reading text and model", 0)
-    calibrates = recipe is not None and bool(recipe.needs)
+    calibrates = prepared.resolved is not None and bool(prepared.resolved.needs)
     measure = request.measure if recipe is not None else 0
     data = token_windows(source, request.calibration, calibrates, measure, request.device, request.progress)
     if prepared.kv:

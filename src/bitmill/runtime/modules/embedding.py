@@ -99,7 +99,7 @@ def restore_embedding(model: nn.Module, table: QuantEmbedding, weight: Tensor) -
     new = table.float_class.__new__(table.float_class)
     kernel_tensors = table.kernel.tensors if table.kernel is not None else {}
     quantized = {"format", "shape", "outside_blocks", "_packed_names", "kernel", "_format_json"}
-    _copy_state(table, new, skipped={"weight", *table.packed(), *kernel_tensors, *quantized})
+    _copy_state(table, new, skipped={"weight", *table._packed_names, *kernel_tensors, *quantized})
     new.weight = nn.Parameter(weight, requires_grad=False)
     _replace_everywhere(model, table, new)
     return new
@@ -108,6 +108,9 @@ def restore_embedding(model: nn.Module, table: QuantEmbedding, weight: Tensor) -
 def _copy_state(old: nn.Module, new: nn.Module, skipped: set[str]) -> None:
     """Initialize `new` as a module with the attributes, parameters and buffers of `old`, except for some."""
     nn.Module.__init__(new)
+    for name in vars(new).keys() & vars(old).keys():
+        if name == "_modules" or name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            vars(new)[name] = vars(old)[name]  # handles of hooks refer to these dictionaries
     for name, value in vars(old).items():
         if name not in vars(new) and name not in skipped:
             setattr(new, name, value)

@@ -136,9 +136,10 @@ class PackedMatrix(PackedModule):
         self.kernel = None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        skipped = {*self._non_persistent_buffers_set, *(self.kernel.tensors if self.kernel else ())}
-        buffers = {name: tensor for name, tensor in self._buffers.items() if name not in skipped}
-        packed = self.packed()
+        found, kernel = dict(self._buffers), self.kernel  # in this order, as in `packed`
+        skipped = {*self._non_persistent_buffers_set, *(kernel.tensors if kernel else ())}
+        buffers = {name: tensor for name, tensor in found.items() if name not in skipped}
+        packed = self.packed() if self._packed_names else {}  # a tied head has none of its own
         tensors = {**self._parameters, **buffers, **{name: packed[name] for name in self._packed_names}}
         for name, tensor in tensors.items():
             if tensor is not None:
