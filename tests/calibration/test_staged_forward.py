@@ -217,11 +217,13 @@ def test_an_interrupt_while_a_pass_runs_ends_every_thread():
             time.sleep(0.1)
             return super().forward(x)
 
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
     with (
         pytest.raises(KeyboardInterrupt),
         StagedForward(Interrupting(), batches(), [CALL, CALL], ["a"]) as forward,
     ):
         list(forward.inputs("a"))
+    signal.signal(signal.SIGINT, previous)
     assert not forward_threads()
 
 

@@ -104,7 +104,7 @@ def test_windows(setting, chunks, window):
         slow.append(*states)
         same(layer, slow, [0])
         assert layer.elements == 2 * HEADS * DIM * min(layer.length, window - 1)
-    assert layer.length - layer.buffer.pages.first <= window + max(256, layer.buffer.num_unpacked)
+    assert layer.length - layer.buffer.pages.first <= window + 256 + layer.buffer.num_unpacked  # whole slabs
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)

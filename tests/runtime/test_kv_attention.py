@@ -167,8 +167,8 @@ def test_invalid_outliers_skipped(heads, side):
     of, layout = made(Case(keys, values, heads=heads, group=2)), PageLayout(Scheme(keys, values), heads, 64)
     pages = torch.cat(of.past.slabs, 1)
     without, beyond = pages.clone(), pages.clone()
-    layout.parts[f"{side}.outlier_value"].of(without)[..., :2, :] = 0
-    indices = layout.parts[f"{side}.outlier_index"].of(beyond)
+    layout.parts[f"{side}.outlier_value"].view(without)[..., :2, :] = 0
+    indices = layout.parts[f"{side}.outlier_index"].view(beyond)
     indices[..., 0, :], indices[..., 1, :] = heads * 64, torch.iinfo(indices.dtype).max
     outs = [attend(of.q, of.layer, replace(of.past, slabs=[slab]), 0.1) for slab in (without, beyond)]
     assert outs[0].isfinite().all()

@@ -43,14 +43,14 @@ def weights_header_bit_flipped(workspace, patch):
     at = raw.index(b'"F32"') + 1
     raw[at] ^= 0x04
     weights(workspace).write_bytes(raw)
-    return workspace.quantize(), ["'B32'", weights(workspace)]
+    return workspace.quantize(), ["B32", weights(workspace)]
 
 
 @fault
 def weights_header_absurd(workspace, patch):
     raw = weights(workspace).read_bytes()
     weights(workspace).write_bytes((1 << 62).to_bytes(8, "little") + raw[8:])
-    return workspace.quantize(), [1 << 62, weights(workspace)]
+    return workspace.quantize(), [weights(workspace)]
 
 
 @fault
