@@ -182,8 +182,6 @@ class CoverageMap:
 
     def covering(self, mutant: Mutant) -> list[str]:
         """Return the tests of the line, or of its function if the file has changed, in the order of `_in_turn`."""
-        if mutant.file in IN_PROCESSES:
-            return [IN_PROCESSES[mutant.file]]
         source, chosen = (self.tree / mutant.file).read_bytes(), set()
         digest, statement = hashlib.sha256(source).hexdigest(), first_line(source, mutant.line)
         for file in (file for part in self.measured for file in self._files(part, mutant)):
@@ -192,7 +190,7 @@ class CoverageMap:
                 first, last = file["functions"].get(mutant.function, (0, -1))
             chosen |= {t for line, tests in file["lines"].items() if first <= int(line) <= last for t in tests}
         here = {name for name in chosen if name in self.seconds and (self.tree / name.partition("::")[0]).exists()}
-        return self._in_turn(here)
+        return self._in_turn(here) + [IN_PROCESSES[mutant.file]] * (mutant.file in IN_PROCESSES)
 
     @staticmethod
     def _files(part: dict, mutant: Mutant) -> list[dict]:

@@ -104,6 +104,13 @@ def test_damaged_entries_are_refused(work, blocks):
         loaded(work)
 
 
+@pytest.mark.parametrize("shared", [3, "no", [], {}, {"file": 3, "sha256": "0"}, {"file": "shard0.safetensors"}])
+def test_damaged_shared_entry_refused(work, shared):
+    (work / "journal.json").write_text(json.dumps({"identity": IDENTITY, "blocks": [], "shared": shared}))
+    with pytest.raises(CheckpointError):
+        loaded(work)
+
+
 def test_missing_journal_refused(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read"):
         loaded(tmp_path)
