@@ -190,7 +190,7 @@ class CoverageMap:
                 first, last = file["functions"].get(mutant.function, (0, -1))
             chosen |= {t for line, tests in file["lines"].items() if first <= int(line) <= last for t in tests}
         here = {name for name in chosen if name in self.seconds and (self.tree / name.partition("::")[0]).exists()}
-        return self._in_turn(here) + [IN_PROCESSES[mutant.file]] * (mutant.file in IN_PROCESSES)
+        return self._in_turn(here)
 
     @staticmethod
     def _files(part: dict, mutant: Mutant) -> list[dict]:
@@ -310,6 +310,7 @@ def _in_child(tree: Path, tests: list[str], noted: Path) -> int:
 def judge(mutant: Mutant, tree: Path, coverage: CoverageMap, options: argparse.Namespace) -> None:
     """Break the line in the tree, run the tests that cover it, restore it, and note the outcome in the mutant."""
     tests = coverage.within(coverage.covering(mutant)[: options.tests], options.seconds)
+    tests += [IN_PROCESSES[mutant.file]] if mutant.file in IN_PROCESSES else []
     mutant.tests = len(tests)
     if not tests:
         mutant.status = "uncovered"
