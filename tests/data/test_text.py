@@ -22,7 +22,7 @@ from bitmill.data.text import (
 from bitmill.errors import CalibrationError
 
 
-def letters(text: str) -> dict[str, list[int]]:
+def letters(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
     """A tokenizer of sorts."""
     logging.getLogger("transformers.tokenization_utils_base").warning("Token indices sequence length is longer")
     return {"input_ids": [ord(c) for c in text]}

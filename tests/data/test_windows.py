@@ -39,10 +39,11 @@ def file(tmp_path):
     return path
 
 
-def test_decoder_windows(file):
-    def letters(text):
-        return {"input_ids": [ord(c) for c in text]}
+def letters(text, add_special_tokens=True):
+    return {"input_ids": [ord(c) for c in text]}
 
+
+def test_decoder_windows(file):
     ids = text.token_stream(file, letters)
     reading = StreamWindows(file, letters)
     calib = text.calibration_windows(text.split_stream(ids, "calib"), 3, 16, 5)
@@ -50,6 +51,22 @@ def test_decoder_windows(file):
     held_out = reading.held_out("eval", 16, 4)
     assert torch.equal(held_out, text.evaluation_windows(text.split_stream(ids, "eval"), 16, 4))
     assert count_windows(held_out, 16) == 4
+
+
+def test_every_window_of_a_decoder_starts_with_the_prefix_of_its_tokenizer(file):
+    def tokenizer(text, add_special_tokens=True):
+        return {"input_ids": [7, 8] * add_special_tokens + letters(text)["input_ids"]}
+
+    windows, plain = StreamWindows(file, tokenizer), StreamWindows(file, letters)
+    assert (windows.prefix, plain.prefix) == ((7, 8), ())
+    for found, expected in [
+        (windows.calibration(3, 16, 5), plain.calibration(3, 14, 5)),
+        (windows.held_out("eval", 16, 4), plain.held_out("eval", 14, 4)),
+    ]:
+        assert found[:, :2].tolist() == [[7, 8]] * len(expected)
+        assert torch.equal(found[:, 2:], expected)
+    with pytest.raises(CalibrationError, match="seqlen is 3, of which 2 are special tokens; use at least 4"):
+        windows.held_out("eval", 3, 1)
 
 
 def test_encoder_windows(file):

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from bitmill.data.self_generated import generate_windows
 from bitmill.data.text import Windows, check_windows, windows_hash
-from bitmill.data.windows import SELF, CalibrationData, check_context_length, count_windows
+from bitmill.data.windows import (
+    SELF,
+    CalibrationData,
+    check_context_length,
+    check_special_tokens,
+    count_windows,
+    special_tokens,
+)
 from bitmill.errors import CalibrationError, SourceError, UsageError
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
@@ -77,9 +84,11 @@ def token_windows(
     if calibrates:
         if self_generated:
             calib = _self_generated_windows(source, calibration, device, progress)
+            prefix = _own_prefix(source)
         else:
             calib = windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
-        described["calibration"] = {**vars(calibration), "sha256": windows_hash(calib)}
+            prefix = windows.prefix
+        described["calibration"] = {**vars(calibration), "prefix": list(prefix), "sha256": windows_hash(calib)}
     if measure:
         held_out = windows.held_out("eval", calibration.seqlen, measure)
         described["held_out"] = {
@@ -87,6 +96,7 @@ def token_windows(
             "split": "eval",
             "seqlen": calibration.seqlen,
             "windows": count_windows(held_out, calibration.seqlen),
+            "prefix": list(windows.prefix),
         }
     return JobData(calib, held_out, described)
 
@@ -124,6 +134,8 @@ def _self_generated_windows(
             f"{source.name} is {task.description}, which writes no text; calibrate it on another text."
         )
     check_windows(calibration.samples, calibration.seqlen)
+    prefix = _own_prefix(source)
+    check_special_tokens(calibration.seqlen, len(prefix))
     streamed = StreamedModel(source, device)
     streamed.load(streamed.names())
     special = {getattr(source.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
@@ -136,7 +148,17 @@ def _self_generated_windows(
         calibration.seed,
         {token for token in special if isinstance(token, int)},
         progress,
+        prefix,
     )
+
+
+def _own_prefix(source: Source) -> tuple[int, ...]:
+    """Return the tokens that the model's tokenizer puts before a text; none where there is no tokenizer."""
+    try:
+        tokenizer = source.tokenizer()
+    except SourceError:
+        return ()
+    return special_tokens(tokenizer)[0]
 
 
 def _given_windows(windows: Tensor, source: Source, calibrates: bool) -> JobData:

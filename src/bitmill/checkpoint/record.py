@@ -18,6 +18,7 @@ _KEPT = (
     "split",
     "seqlen",
     "windows",
+    "prefix",
     "tokens",
     "pooling",
     *(metric.key for metric in LANGUAGE_METRICS + EMBEDDING_METRICS),

@@ -109,7 +109,13 @@ def verify_quality(
         raise CheckpointError(
             f"{checkpoint.folder}/report.json records the {name} {before!r}, which no model has; quantize again."
         )
-    now = evaluate(recorded[0])[key]
+    result = evaluate(recorded[0])
+    if result.get("prefix") and "prefix" not in recorded[0]:
+        raise CheckpointError(
+            f"{checkpoint.folder} was calibrated and measured on windows without the special tokens "
+            f"{result['prefix']} that its tokenizer puts before a text; quantize again with this bitmill."
+        )
+    now = result[key]
     change = abs(now - before) / (before if key == "perplexity" else 1)
     if not change <= 1e-3:  # also when it is NaN
         raise CheckpointError(

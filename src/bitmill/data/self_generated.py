@@ -1,7 +1,7 @@
 """Calibration text that a model writes itself, so that no text has to be chosen or downloaded.
 
-A window starts with a token drawn uniformly from the vocabulary and a few greedy tokens, which fix a language and
-a subject. The rest is sampled from the distribution of the model.
+A window starts with the tokenizer's prefix (such as <bos>), a token drawn uniformly from the vocabulary, and a few
+greedy tokens, which fix a language and a subject. The rest is sampled from the distribution of the model.
 
 Source: LLM-QAT (Liu et al. 2023, arXiv 2305.17888), section 2.1; Norm Tweaking (arXiv 2309.02784), section 3.
 """
@@ -30,6 +30,7 @@ def generate_windows(
     seed: int,
     special_tokens: Iterable[int],
     progress: Progress | None = None,
+    prefix: tuple[int, ...] = (),
 ) -> Tensor:
     """Return token windows (samples, seqlen) int64 that a float model writes.
 
@@ -40,6 +41,7 @@ def generate_windows(
         seed: of all draws.
         special_tokens: tokens that no window starts with, such as padding.
         progress: where progress is reported.
+        prefix: tokens with which every window starts; the first drawn token follows.
 
     Raises:
         NumericsError: The logits of the model are not finite.
@@ -47,15 +49,16 @@ def generate_windows(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     progress = progress or Progress()
-    progress.start("writing text", -(-samples // BATCH) * (seqlen - 1))
+    progress.start("writing text", -(-samples // BATCH) * (seqlen - 1 - len(prefix)))
     windows = []
     for start in range(0, samples, BATCH):
-        tokens = _first_tokens(model, min(BATCH, samples - start), set(special_tokens), generator)
+        drawn = _first_tokens(model, min(BATCH, samples - start), set(special_tokens), generator)
+        tokens = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(drawn), -1), drawn], 1)
         cache: Any = None
         while tokens.shape[1] < seqlen:
             unread = tokens if cache is None else tokens[:, -1:]
             output, cache = forward_with_cache(model, unread.to(device), cache)
-            temperature = 0.0 if tokens.shape[1] <= GREEDY_TOKENS else 1.0
+            temperature = 0.0 if tokens.shape[1] - len(prefix) <= GREEDY_TOKENS else 1.0
             tokens = torch.cat([tokens, sample_tokens(output.logits[:, -1], temperature, generator)[:, None]], 1)
             progress.advance()
         windows.append(tokens)

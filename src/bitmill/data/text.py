@@ -58,13 +58,13 @@ def token_stream(source: str | Path, tokenizer: Any) -> torch.Tensor:
 
     Args:
         source: see `load_text`.
-        tokenizer: the tokenizer, which adds special tokens once for the whole text.
+        tokenizer: the tokenizer; the special tokens that it puts around a text are left out.
 
     Raises:
         CalibrationError: There is no text.
     """
     with no_length_warning():
-        ids = tokenizer(load_text(source))["input_ids"]
+        ids = tokenizer(load_text(source), add_special_tokens=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 

@@ -1,8 +1,10 @@
 """Windows of tokens from a text: of one stream for language models, between special tokens for encoders.
 
-Language models predict a stream, and their evaluation windows follow one another. Encoders read a text as a whole
-between special tokens ([CLS] and [SEP]), also in calibration windows. They are evaluated on the sentences in the
-last fifth of the characters of the text, because sentence embeddings are their use.
+Language models predict a stream, and their evaluation windows follow one another. Every window starts with the
+tokens that the tokenizer puts before a text (Gemma's <bos>, Llama's <s>): a model that was trained with them gives
+nonsense without. Encoders read a text as a whole between special tokens ([CLS] and [SEP]), also in calibration
+windows. They are evaluated on the sentences in the last fifth of the characters of the text, because sentence
+embeddings are their use.
 """
 
 from __future__ import annotations
@@ -46,7 +48,12 @@ class CalibrationData:
 
 
 class TextWindows(Protocol):
-    """A text in the windows that a model reads; `seqlen` includes special tokens."""
+    """A text in the windows that a model reads; `seqlen` includes special tokens.
+
+    prefix: the special tokens with which every window starts.
+    """
+
+    prefix: tuple[int, ...]
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
         """Return calibration windows.
@@ -89,10 +96,11 @@ def count_windows(held_out: Windows, seqlen: int) -> int:
 
 
 class StreamWindows:
-    """Windows of one stream of tokens."""
+    """Windows of one stream of tokens, each behind the tokenizer's prefix."""
 
     def __init__(self, source: str | Path, tokenizer: Any) -> None:
         self._ids = text.token_stream(source, tokenizer)
+        self.prefix = special_tokens(tokenizer)[0]
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
         """Return windows that start at random places of the first four fifths.
@@ -100,7 +108,8 @@ class StreamWindows:
         Returns:
             (samples, seqlen) token ids.
         """
-        return text.calibration_windows(text.split_stream(self._ids, "calib"), samples, seqlen, seed)
+        part = text.split_stream(self._ids, "calib")
+        return self._prefixed(text.calibration_windows(part, samples, self._stream_tokens(seqlen), seed))
 
     def held_out(self, split: str, seqlen: int, windows: int | None) -> Windows:
         """Return windows without overlap.
@@ -108,7 +117,17 @@ class StreamWindows:
         Returns:
             (w, seqlen) token ids.
         """
-        return text.evaluation_windows(text.split_stream(self._ids, split), seqlen, windows)
+        part = text.split_stream(self._ids, split)
+        return self._prefixed(text.evaluation_windows(part, self._stream_tokens(seqlen), windows))
+
+    def _stream_tokens(self, seqlen: int) -> int:
+        """Return the tokens of a window that come from the stream. Raises CalibrationError where too few do."""
+        check_special_tokens(seqlen, len(self.prefix))
+        return seqlen - len(self.prefix)
+
+    def _prefixed(self, windows: Tensor) -> Tensor:
+        prefix = torch.tensor(self.prefix, dtype=torch.int64)
+        return torch.cat([prefix.expand(len(windows), -1), windows], 1) if self.prefix else windows
 
 
 class SentenceWindows:
@@ -116,6 +135,7 @@ class SentenceWindows:
 
     def __init__(self, source: str | Path, tokenizer: Any) -> None:
         self._text, self._tokenizer = text.load_text(source), tokenizer
+        self.prefix, self._suffix = special_tokens(tokenizer)
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
         """Return windows that start at random places of the first four fifths, each between special tokens.
@@ -126,12 +146,9 @@ class SentenceWindows:
         Raises:
             CalibrationError: The text or `seqlen` is too short.
         """
-        before, after = self._special_tokens()
+        before, after = (torch.tensor(ids, dtype=torch.int64) for ids in (self.prefix, self._suffix))
         special = len(before) + len(after)
-        if seqlen < special + 2:
-            raise CalibrationError(
-                f"seqlen is {seqlen}, of which {special} are special tokens; use at least {special + 2}."
-            )
+        check_special_tokens(seqlen, special)
         part = text.split_stream(self._text, "calib")
         with text.no_length_warning():
             ids = torch.tensor(self._tokenizer(part, add_special_tokens=False)["input_ids"], dtype=torch.int64)
@@ -168,18 +185,30 @@ class SentenceWindows:
             )
         return sorted(chosen, key=len)
 
-    def _special_tokens(self) -> tuple[Tensor, Tensor]:
-        """Return the tokens that the tokenizer puts before and after every text."""
-        bare = list(self._tokenizer("a", add_special_tokens=False)["input_ids"])
-        framed = list(self._tokenizer("a")["input_ids"])
-        starts = range(len(framed) - len(bare) + 1)
-        at = next((start for start in starts if framed[start : start + len(bare)] == bare), None)
-        if at is None:
-            raise CalibrationError(
-                "The tokenizer splits a text in another way between special tokens; give token windows instead."
-            )
-        before, after = framed[:at], framed[at + len(bare) :]
-        return torch.tensor(before, dtype=torch.int64), torch.tensor(after, dtype=torch.int64)
+
+def special_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens that a tokenizer puts before and after every text.
+
+    Raises:
+        CalibrationError: The tokenizer splits a text in another way between special tokens.
+    """
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    framed = list(tokenizer("a")["input_ids"])
+    starts = range(len(framed) - len(bare) + 1)
+    at = next((start for start in starts if framed[start : start + len(bare)] == bare), None)
+    if at is None:
+        raise CalibrationError(
+            "The tokenizer splits a text in another way between special tokens; give token windows instead."
+        )
+    return tuple(framed[:at]), tuple(framed[at + len(bare) :])
+
+
+def check_special_tokens(seqlen: int, special: int) -> None:
+    """Raise CalibrationError for windows of `seqlen` tokens with fewer than two that are not special."""
+    if special and seqlen < special + 2:
+        raise CalibrationError(
+            f"seqlen is {seqlen}, of which {special} are special tokens; use at least {special + 2}."
+        )
 
 
 def _sentences(whole: str) -> Iterator[str]:

@@ -73,11 +73,12 @@ class Variant(_StrictModel):
 
 
 class TextWindows(_StrictModel):
-    """Token windows: their source and digest."""
+    """Token windows: their source, the special tokens with which each starts, and their digest."""
 
     source: str
     windows: int
     seqlen: int
+    prefix: list[int] = []
     seed: int | None = None
     sha256: str
 

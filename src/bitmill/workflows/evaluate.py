@@ -128,6 +128,7 @@ class _Scoring:
             "split": self.split,
             "seqlen": self.seqlen,
             "windows": count_windows(chosen, self.seqlen),
+            "prefix": list(self.windows.prefix),
         }
 
 

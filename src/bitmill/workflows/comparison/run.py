@@ -105,7 +105,11 @@ def comparison_settings(grid: Grid) -> dict[str, Any]:
     windows = task.windows(calibration.source, tokenizer)
     calib = windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
     held_out = windows.held_out("eval", calibration.seqlen, grid.windows)
-    window = {"source": calibration.source, "seqlen": calibration.seqlen}
+    window = {
+        "source": calibration.source,
+        "seqlen": calibration.seqlen,
+        "prefix": list(windows.prefix),
+    }
     of_calib = {"windows": calibration.samples, "seed": calibration.seed, "sha256": text.windows_hash(calib)}
     of_held_out = {"windows": len(held_out), "seed": None, "sha256": text.windows_hash(held_out)}
     return {

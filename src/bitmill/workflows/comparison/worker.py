@@ -96,7 +96,7 @@ class _VariantJob:
     def measure_float(self) -> dict[str, Any]:
         """Measure the float model, and record its predictions for the variants."""
         bits, size = stored_bits(self.grid.model, self.grid.trust_remote_code)
-        windows, tokenizer = self._held_out(self.grid.model)
+        windows, _, tokenizer = self._held_out(self.grid.model)
         model = load(self.grid.model, **self.load_options)
         recorder = PredictionRecorder(self.folder / FLOAT_FILE, output_fn(model), windows)
         measured = score_windows(recorder, windows, None, self.progress, batch=1)
@@ -155,7 +155,7 @@ class _VariantJob:
 
     def _measure(self, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Measure a quantized folder against the recorded predictions; return the metrics and the answers."""
-        windows, tokenizer = self._held_out(out)
+        windows, prefix, tokenizer = self._held_out(out)
         model = load(out, dense=True, **self.load_options)
         predictions = RecordedPredictions(self.folder / FLOAT_FILE, windows)
         measured = score_windows(output_fn(model), windows, predictions, self.progress, batch=1)
@@ -164,21 +164,23 @@ class _VariantJob:
         if self.keep_models:
             text = {"text": self.grid.calibration.source, "split": "eval", "seqlen": windows.shape[1]}
             reference = {"reference": self.grid.model, "reference_perplexity": reference_perplexity}
-            record_measurement(out, {**measured, **text, "windows": len(windows), **reference})
+            counts = {"windows": len(windows), "prefix": list(prefix)}
+            record_measurement(out, {**measured, **text, **counts, **reference})
         return measured, samples
 
-    def _held_out(self, model: str | Path) -> tuple[Any, Any]:
-        """Return the held-out windows and the tokenizer that made them."""
+    def _held_out(self, model: str | Path) -> tuple[Any, tuple[int, ...], Any]:
+        """Return the held-out windows, their prefix, and the tokenizer that made them."""
         self.progress.start("reading text and model", 0)
         tokenizer = load_tokenizer(model, trust_remote_code=self.grid.trust_remote_code)
         text = self.grid.calibration
-        windows = CausalLM().windows(text.source, tokenizer).held_out("eval", text.seqlen, self.grid.windows)
+        read = CausalLM().windows(text.source, tokenizer)
+        windows = read.held_out("eval", text.seqlen, self.grid.windows)
         if windows_hash(windows) != self.windows_sha256:
             raise CheckpointError(
                 f"The tokenizer of {model} or the text {text.source!r} has changed since the comparison began, so "
                 "results would not be comparable; choose another folder with -o."
             )
-        return windows, tokenizer
+        return windows, read.prefix, tokenizer
 
     def _answers(self, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         """Return greedy answers to the prompts, as a chat where the tokenizer has a template."""
