@@ -115,6 +115,7 @@ def checkpoint(cache: Path, blocks: int) -> Path:
     """
     folder = cache / f"llama-{blocks}-blocks"
     if not (folder / "config.json").is_file():
+        os.environ["PYTHONSAFEPATH"] = "1"  # spawned processes import nothing from the current directory either
         child = multiprocessing.get_context("spawn").Process(target=build, args=(folder, blocks))
         child.start()
         child.join()
@@ -135,7 +136,7 @@ def quantize(source: Path, out: Path, method: str, measure: int | None) -> dict[
     Returns:
         peak_bytes (resident) and time_s.
     """
-    command = [sys.executable, "-m", "bitmill.cli.main"]
+    command = [sys.executable, "-P", "-m", "bitmill.cli.main"]
     command += ["quantize", str(source), "--method", method, "-o", str(out), "--json", *OPTIONS[method]]
     if measure is not None:
         command += ["--measure", str(measure)]

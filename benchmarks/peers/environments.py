@@ -44,7 +44,7 @@ def python_of(peer: str, folder: Path, jobs: int) -> str:
     if done.is_file():
         return str(python)
     print(f"installing {peer} in {home}; this can take half an hour", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+    subprocess.run([sys.executable, "-P", "-m", "venv", "--clear", str(home)], check=True)
     variables = {**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), **dict(environment.variables)}
     variables.pop("PYTHONPATH", None)
     with (folder / f"{peer}.log").open("w", encoding="utf-8") as log:
@@ -57,6 +57,6 @@ def python_of(peer: str, folder: Path, jobs: int) -> str:
 
 
 def _pip(python: Path, variables: dict[str, str], log: object, *words: str) -> None:
-    command = ["nice", "-n", "5", str(python), "-m", "pip", *words]
+    command = ["nice", "-n", "5", str(python), "-P", "-m", "pip", *words]
     if subprocess.run(command, env=variables, stdout=log, stderr=log).returncode:  # type: ignore[call-overload]
         raise SystemExit(f"pip {' '.join(words)} failed; see {log.name}.")  # type: ignore[attr-defined]

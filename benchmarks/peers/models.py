@@ -81,7 +81,13 @@ class Model:
         out = folder / f"{self.name}-{bits}-bits-head-{self.head_bits}"
         if not out.is_dir():
             _say(f"quantizing {self.name} to {bits} bits")
-            command = [sys.executable, "-m", "bitmill.cli.main", *self.command(bits, self.source(folder))[1:]]
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "bitmill.cli.main",
+                *self.command(bits, self.source(folder))[1:],
+            ]
             command += ["--measure", "0", "-o", str(out)]
             command += ["--resume"] if out.with_name(out.name + ".partial").is_dir() else []
             _run(command)

@@ -45,6 +45,15 @@ class NumericsError(BitmillError):
     """A weight or a statistic is not finite, or a factorization failed."""
 
 
+def quoted(value: object) -> str:
+    """Return the repr of a value for a message, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"a value of type {type(value).__name__} that is too long to print"
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else text[:MAX_QUOTED_CHARACTERS].rstrip() + "..."
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of another library's error on one line, without a final full stop, for a quotation."""
     text = (" ".join(str(error).split()) or type(error).__name__).rstrip(".:")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import struct
 import sys
 import types
@@ -58,6 +59,7 @@ def test_text_and_json_lines(tmp_path):
     [
         ("{nope", "no valid JSON"),
         ("[1]", "no text in a field"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
         ('{"txt": "a"}', "no text"),
         ('{"text": 3}', "no text"),
     ],
@@ -71,13 +73,39 @@ def test_bad_json_line_number(tmp_path, line, fragment):
 
 
 def test_unusable_files(tmp_path):
-    assert "'nowhere.txt'" in refused(load_text, "nowhere.txt")
+    assert "nowhere.txt; give 'pydoc'" in refused(load_text, "nowhere.txt")
     path = tmp_path / "a.txt"
     path.write_bytes(b"abc\xff")
     assert "byte 3 is 0xff" in refused(load_text, path)
     path.write_text(" \n")
     assert "holds no text" in refused(load_text, path)
-    assert "no text" in refused(load_text, tmp_path)
+    assert "no regular file" in refused(load_text, tmp_path)
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "no regular file" in refused(load_text, tmp_path / "pipe.txt")
+    path.write_text("a" * 7 + "\ud800", encoding="utf-8", errors="surrogatepass")
+    assert "byte 7 is 0xed" in refused(load_text, path)
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "a\\ud800b"}')
+    assert r"half a surrogate pair, \ud800, at character 1" in refused(load_text, lines)
+
+
+def test_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_text("one two", encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}', encoding="utf-8-sig")
+    assert load_text(tmp_path / "a.txt") == load_text(tmp_path / "a.jsonl") == "one two"
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("one")
+    assert load_text("~/a.txt") == "one"
+
+
+def test_local_folder_is_not_the_hub(tmp_path, monkeypatch):
+    """`datasets` would read it, and run a script that it holds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    assert "also a local path" in refused(load_text, "hf:corpus")
 
 
 def test_hub_dataset_package(monkeypatch):

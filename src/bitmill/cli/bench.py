@@ -107,8 +107,10 @@ def prefill(
 
 
 def _parse_shape(text: str) -> tuple[int, int]:
+    from bitmill.config.options import is_count
+
     out, _, inputs = text.partition("x")
-    if not (out.isdigit() and inputs.isdigit() and int(out) and int(inputs)):
+    if not (is_count(out) and is_count(inputs) and int(out) and int(inputs)):
         raise UsageError(f"--shape is {text!r}; write it as OUTxIN, such as 4096x11008.")
     return int(out), int(inputs)
 

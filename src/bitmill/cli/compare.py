@@ -141,18 +141,21 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UsageError: the file cannot be read or has no prompt.
     """
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The prompts in {path} cannot be read: {error}.") from None
+    from bitmill.config.documents import read_document
+    from bitmill.config.paths import user_path
+
+    text = read_document(user_path(path), "file of prompts", UsageError)
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UsageError(f"{path} has no prompts; write one per line.")
     return prompts
 
 
 def _parse_bits(text: str) -> list[int]:
+    from bitmill.config.options import is_count
+
     items = split_list(text)
-    if wrong := next((item for item in items if not item.isdigit()), None):
+    if wrong := next((item for item in items if not is_count(item)), None):
         raise UsageError(f"--bits contains {wrong!r}; give whole numbers such as 2,3,4.")
     return [int(item) for item in items]
 

@@ -15,7 +15,10 @@ from typing import Any, Literal
 
 from pydantic import InstanceOf, TypeAdapter, ValidationError
 
-from bitmill.errors import RecipeError
+from bitmill.config.documents import MAX_INTEGER
+from bitmill.errors import RecipeError, quoted
+
+MAX_DIGITS = len(str(MAX_INTEGER))
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "null"}
 
@@ -41,7 +44,9 @@ def check_types(instance: Any, owner: str) -> None:
         try:
             _adapter(hint).validate_python(value, strict=True)
         except ValidationError:
-            raise RecipeError(f"{part.name} of {owner} is {value!r}; use {describe_type(hint)}.") from None
+            raise RecipeError(f"{part.name} of {owner} is {quoted(value)}; use {describe_type(hint)}.") from None
+        if isinstance(value, int) and not -MAX_INTEGER < value < MAX_INTEGER:
+            raise RecipeError(f"{part.name} of {owner} is a number of more than 64 bits; use a smaller one.")
 
 
 def parse_text(text: str, hint: Any) -> Any:
@@ -51,6 +56,11 @@ def parse_text(text: str, hint: Any) -> Any:
         ValueError: the text cannot be converted.
     """
     return _adapter(hint).validate_strings(text)  # a ValidationError is a ValueError
+
+
+def is_count(text: str) -> bool:
+    """Return True for a whole number in decimal digits that 64 bits can hold."""
+    return text.isascii() and text.isdecimal() and len(text) < MAX_DIGITS
 
 
 def type_hints(kind: type) -> dict[str, Any]:

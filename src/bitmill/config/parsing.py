@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
-
+from bitmill.config.documents import load_yaml
 from bitmill.config.registry import Registry
 from bitmill.errors import RecipeError
 
@@ -43,6 +42,6 @@ def parse_value(text: str) -> Any:
     if _EXPONENT.fullmatch(text.strip()):
         return float(text)
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        return load_yaml(text)
+    except ValueError:
         return text  # the check of the field's type will say what is wrong with it

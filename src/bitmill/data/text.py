@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from bitmill.config.documents import load_json, read_document
+from bitmill.config.paths import user_path
 from bitmill.errors import CalibrationError, one_line
 
 Windows = torch.Tensor | list[torch.Tensor]  # token ids (windows, length), or windows of several lengths
 Stream = TypeVar("Stream", torch.Tensor, str)
 
 CALIBRATION_SHARE = 0.8
+_NO_TEXT = "give 'pydoc', a .txt or .jsonl file, or 'hf:dataset'"
+MAX_BYTES = 1 << 31  # of a file, which is tokenized as a whole
 HUB_CHARACTERS = 20_000_000  # a Hub dataset is streamed up to this length; some are terabytes
 
 
@@ -32,24 +36,13 @@ def load_text(source: str | Path) -> str:
         return _pydoc()
     if isinstance(source, str) and source.startswith("hf:"):
         return _hub(source)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise CalibrationError(
-            f"There is no text at {str(source)!r}; give 'pydoc', a .txt or .jsonl file, or 'hf:dataset'."
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise CalibrationError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{byte:02x}); convert it first."
-        ) from None
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read ({error.strerror}).") from error
+    path = user_path(source)
+    text = read_document(path, "text", CalibrationError, MAX_BYTES, _NO_TEXT)
     if path.suffix == ".jsonl":
         text = "\n\n".join(_json_lines(path, text))
     if not text.strip():
         raise CalibrationError(f"{path} holds no text; give a file with at least a few thousand words.")
+    check_characters(text, str(path))
     return text
 
 
@@ -66,6 +59,22 @@ def token_stream(source: str | Path, tokenizer: Any) -> torch.Tensor:
     with no_length_warning():
         ids = tokenizer(load_text(source), add_special_tokens=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def check_characters(text: str, owner: str) -> None:
+    """Raise CalibrationError for half a surrogate pair, which is no character and which tokenizers do not read.
+
+    Args:
+        text: the text.
+        owner: what holds it, for the message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise CalibrationError(
+            f"{owner} has half a surrogate pair, {half}, at character {error.start}, which is no text; remove it."
+        ) from None
 
 
 def split_stream(ids: Stream, which: str) -> Stream:
@@ -171,7 +180,7 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = load_json(line)
         except ValueError as error:
             raise CalibrationError(f"Line {number} of {path} is no valid JSON ({one_line(error)}).") from None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
@@ -182,6 +191,11 @@ def _json_lines(path: Path, text: str) -> Iterator[str]:
 def _hub(source: str) -> str:
     """Return the text of a Hub dataset, HUB_CHARACTERS at most. Raises CalibrationError."""
     dataset, *rest = source.removeprefix("hf:").split(":")
+    if os.path.lexists(dataset):  # `datasets` would read it instead of the Hub's, and may run a script in it
+        raise CalibrationError(
+            f"{source!r} is also a local path, {dataset!r}; run the command from another directory, or give a "
+            ".txt or .jsonl file."
+        )
     if not dataset or len(rest) > 2:
         raise CalibrationError(
             f"{source!r} names no Hub dataset; write hf:dataset, hf:dataset:config or hf:dataset:config:split."

