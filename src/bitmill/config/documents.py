@@ -72,8 +72,8 @@ def load_yaml(text: str) -> Any:
     """Return the plain data of YAML text.
 
     Raises:
-        ValueError: the text is no YAML, is nested too deeply, contains itself, stands for more than MAX_NODES values
-            by its aliases, or has an integer of more than 64 bits.
+        ValueError: the text is no YAML, is nested too deeply, contains itself, stands for more than MAX_NODES
+            values by its aliases, or has an integer of more than 64 bits.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)

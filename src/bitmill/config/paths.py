@@ -27,7 +27,7 @@ def user_path(path: str | Path) -> Path:
     longest = max(len(name) for name in names.split(b"/"))
     if longest > MAX_NAME_BYTES or len(names) > MAX_PATH_BYTES:
         raise UsageError(
-            f"The path {quoted(spelled)} has a name of {longest:,} and {len(names):,} bytes in all, and file systems "
-            f"allow {MAX_NAME_BYTES} and about {MAX_PATH_BYTES:,}; give a shorter one."
+            f"The path {quoted(spelled)} has a name of {longest:,} and {len(names):,} bytes in all, and file "
+            f"systems allow {MAX_NAME_BYTES} and about {MAX_PATH_BYTES:,}; give a shorter one."
         )
     return Path(spelled)
