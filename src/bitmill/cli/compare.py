@@ -161,11 +161,9 @@ def _parse_bits(text: str) -> list[int]:
 
 
 def _status_lines(results: Results, out: Path) -> list[str]:
-    from rich.markup import escape
-
     lines = [
-        f"{escape(variant.name)}: {variant.status.replace('_', ' ')}: {escape(variant.reason or '')}"
+        f"{variant.name}: {variant.status.replace('_', ' ')}: {variant.reason or ''}"
         for variant in results.variants
         if variant.reason
     ]
-    return [*lines, f"page  {escape(str(out / 'report.html'))}", f"data  {escape(str(out / 'results.json'))}"]
+    return [*lines, f"page  {out / 'report.html'}", f"data  {out / 'results.json'}"]

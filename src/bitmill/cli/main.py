@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import sys
@@ -66,6 +67,8 @@ def main(args: list[str] | None = None) -> int:
         args: the command's words; those of the process (sys.argv) when left out.
     """
     _quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding does not have
     with warnings.catch_warnings():
         if not _debugging():
             warnings.simplefilter("ignore")

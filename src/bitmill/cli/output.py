@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from bitmill.cli.progress import TerminalProgress
+from bitmill.report.escape import printable, terminal_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,7 +44,7 @@ class Output:
         # a file or a pipe has no width: do not wrap lines for it
         console = Console(file=self.stdout, highlight=False, width=None if self.stdout.isatty() else 400)
         for part in render():
-            console.print(part, crop=False)
+            console.print(terminal_text(part) if isinstance(part, str) else part, crop=False)
 
     def write(self, text: str) -> None:
         """Write text to stdout at once."""
@@ -83,7 +84,7 @@ def to_json_types(value: Any) -> Any:
 
 def one_line(text: str, limit: int = 300) -> str:
     """Return the text without line breaks, truncated to `limit` characters."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -95,7 +96,7 @@ def property_table(rows: list[tuple[str, str]]) -> RenderableType:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(terminal_text(name), terminal_text(value))
     return table
 
 
@@ -107,14 +108,13 @@ def data_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: Sequ
         rows: one text per column.
         left: headers of left-aligned columns; the others are right-aligned.
     """
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(terminal_text, row))
     return table
 
 

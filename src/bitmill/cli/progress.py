@@ -117,7 +117,7 @@ def _bar(total: int) -> Bar:
     )
     from rich.progress import Progress as Bar
 
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn()]
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
     if total:
         columns.append(MofNCompleteColumn())
     columns.append(TimeElapsedColumn())

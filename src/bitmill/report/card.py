@@ -16,6 +16,7 @@ from bitmill.report.describe import (
     describe_sizes,
     split_layers,
 )
+from bitmill.report.escape import code_block, code_span, markdown_text
 from bitmill.report.metrics import metric_columns
 
 _WORST_LAYERS = 5  # listed
@@ -24,26 +25,20 @@ _MEASURED = """\
 | text | windows |{% for column in columns %} {{ column.title }} |{% endfor %} measured by |
 |---|---|{% for column in columns %}---|{% endfor %}---|
 {% for m in measured -%}
-| {{ m.text }}, {{ m.split }} split | {{ m.windows }} x {{ m.seqlen }} |
-{%- for column in columns %} {{ number(m[column.key]) }} |{% endfor %} bitmill {{ m.by }}{{ cache_of(m) }} |
+| {{ text(m.text) }}, {{ text(m.split) }} split | {{ m.windows }} x {{ m.seqlen }} |
+{%- for column in columns %} {{ number(m[column.key]) }} |{% endfor %} bitmill {{ text(m.by) }}{{ text(cache_of(m)) }} |
 {% endfor %}
 """
 
 _CARD = (
     """\
 ---
-base_model: {{ source }}
-base_model_relation: quantized
-library_name: transformers
-tags:
-- bitmill
-- {{ recipe.name }}
----
+{{ front_matter }}---
 
-# {{ source }}, quantized by bitmill ({{ recipe.name }}, {{ "%.3f" | format(bits_per_weight) }} bits per weight)
+# {{ text(source) }}, quantized by bitmill ({{ text(recipe.name) }}, {{ "%.3f" | format(bits_per_weight) }} bits per weight)
 
 The linear layers of the blocks are stored packed in the format
-{{ describe_format(recipe.weight) }};
+{{ text(describe_format(recipe.weight)) }};
 {{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
 {% if exceptions %}
 {{ exceptions }}
@@ -82,7 +77,7 @@ Layers with the largest relative output error on the calibration text:
 | layer | bits per weight | weight error | output error |
 |---|---|---|---|
 {% for layer in worst -%}
-| `{{ layer.name }}` | {{ number(layer.bits_per_weight) }} | {{ number(layer.weight_error) }} |
+| {{ code(layer.name, true) }} | {{ number(layer.bits_per_weight) }} | {{ number(layer.weight_error) }} |
 {{- " " ~ number(layer.output_error) }} |
 {% endfor %}
 
@@ -93,14 +88,13 @@ Every layer is listed in `report.json`.
 
 bitmill {{ bitmill }}, recipe in `recipe.yaml`:
 
-```yaml
-{{ recipe_yaml }}```
+{{ recipe_block }}
 
 {% if identity.calibration and identity.calibration.source == "tokens" %}
 Calibrated on token windows passed by the caller (sha256 `{{ identity.calibration.sha256[:16] }}`).
 {% elif identity.calibration %}
 Calibrated on {{ identity.calibration.samples }} windows of {{ identity.calibration.seqlen }} tokens of
-`{{ identity.calibration.source }}` (seed {{ identity.calibration.seed }}, sha256
+{{ code(identity.calibration.source) }} (seed {{ identity.calibration.seed }}, sha256
 `{{ identity.calibration.sha256[:16] }}`).
 {% else %}
 No calibration text was used.
@@ -122,13 +116,9 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 _FLOAT_CARD = (
     """\
 ---
-base_model: {{ source }}
-library_name: transformers
-tags:
-- bitmill
----
+{{ front_matter }}---
 
-# {{ source }}, with a packed cache of keys and values
+# {{ text(source) }}, with a packed cache of keys and values
 
 The weights are as in the source. {{ kv_line }}
 `bitmill generate FOLDER` and `bitmill chat FOLDER` use it, and so does a program that passes
@@ -160,14 +150,31 @@ def model_card(report: dict[str, Any]) -> str:
         columns=metric_columns(report["measured"]),
         auto=report.get("auto_class", "AutoModelForCausalLM"),
         number=_number,
+        text=lambda value: markdown_text(str(value)),
+        code=lambda value, in_table=False: code_span(str(value), in_table),
+        front_matter=_front_matter(report),
         describe_format=describe_format,
-        exceptions=describe_exceptions(report["recipe"] or {}),
+        exceptions=describe_exceptions(report["recipe"] or {}, code_span),
         cache_of=describe_measured_cache,
-        embedding_and_head=describe_embedding_and_head(report),
+        embedding_and_head=markdown_text(describe_embedding_and_head(report)),
         sizes=describe_sizes(report),
-        kv_line=describe_kv_cache(report["kv"]) if report.get("kv") else "",
-        recipe_yaml=yaml.safe_dump(report["recipe"], sort_keys=False),
+        kv_line=markdown_text(describe_kv_cache(report["kv"])) if report.get("kv") else "",
+        recipe_block=code_block(yaml.safe_dump(report["recipe"], sort_keys=False), "yaml"),
     )
+
+
+def _front_matter(report: dict[str, Any]) -> str:
+    """Return the lines between the two rules at the top of the card, which the Hub reads as YAML."""
+    import yaml
+
+    recipe = report["recipe"]
+    data = {
+        "base_model": str(report["source"]),
+        **({"base_model_relation": "quantized"} if recipe else {}),
+        "library_name": "transformers",
+        "tags": ["bitmill", *([str(recipe["name"])] if recipe else [])],
+    }
+    return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000))
 
 
 @cache

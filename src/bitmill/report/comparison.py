@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from bitmill.report import formatting
+from bitmill.report.escape import terminal_text
 from bitmill.report.results import FloatModel, Results, Variant
 
 CLOSE = 1.25  # ratio to the float model's perplexity up to which the headline calls a variant close
@@ -117,14 +117,19 @@ def comparison_table(rows: Sequence[dict[str, Any]], caption: str = "") -> Table
             Rows whose `best` is true are marked.
         caption: text under the table.
     """
-    table = Table(caption=caption or None, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        caption=terminal_text(caption) if caption else None,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("model", no_wrap=True)
     for key in _COLUMNS:
         table.add_column(_TITLES[key], justify="right")
     for row in rows:
         cells = [_COLUMNS[key](row[key]) if row.get(key) is not None else "-" for key in _COLUMNS]
         best = bool(row.get("best"))
-        table.add_row(escape(str(row["name"])) + " *" * best, *cells, style="bold" if best else None)
+        table.add_row(terminal_text(str(row["name"]) + " *" * best), *cells, style="bold" if best else None)
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from bitmill.report import formatting
@@ -21,11 +22,12 @@ def describe_format(format: dict[str, Any]) -> str:
     return f"{name} around {describe_format(inner)}" if isinstance(inner, dict) else name
 
 
-def describe_exceptions(recipe: dict[str, Any]) -> str:
-    """Return the rules of a recipe as one sentence of Markdown; empty without rules.
+def describe_exceptions(recipe: dict[str, Any], code: Callable[[str], str] = str) -> str:
+    """Return the rules of a recipe as one sentence; empty without rules.
 
     Args:
         recipe: the recipe as plain data.
+        code: marks up the patterns of layer names.
     """
     rules = [(pattern, "float") for pattern in recipe.get("ignore", [])]
     for rule in recipe.get("rules", []):
@@ -36,7 +38,9 @@ def describe_exceptions(recipe: dict[str, Any]) -> str:
         rules.append((rule["sites"], ", ".join(changed)))
     if not rules:
         return ""
-    return "Exceptions, first match wins: " + "; ".join(f"`{sites}` {changed}" for sites, changed in rules) + "."
+    return (
+        "Exceptions, first match wins: " + "; ".join(f"{code(sites)} {changed}" for sites, changed in rules) + "."
+    )
 
 
 def describe_options(options: dict[str, Any]) -> str:

@@ -75,7 +75,7 @@ def folder_page(report: dict[str, Any]) -> str:
         columns=metric_columns(measured),
         latest=measured[-1] if measured else None,
         layers=layers,
-        exceptions=describe_exceptions(report["recipe"]).replace("`", ""),
+        exceptions=describe_exceptions(report["recipe"]),
         embedding_and_head=describe_embedding_and_head(report),
         kv=describe_kv_cache(report["kv"]) if report.get("kv") else "",
         describe_measured_cache=describe_measured_cache,
