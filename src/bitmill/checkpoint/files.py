@@ -44,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file: to a temporary name, flushed to the disk, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
     with output_errors(path):
-        # half a surrogate pair, as names that are not UTF-8 have, becomes an escape sequence, which JSON reads back
+        # half a surrogate pair, as in names that are not UTF-8, becomes an escape sequence, which JSON reads back
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         _name(temporary, path)
 

@@ -26,7 +26,7 @@ _MEASURED = """\
 |---|---|{% for column in columns %}---|{% endfor %}---|
 {% for m in measured -%}
 | {{ text(m.text) }}, {{ text(m.split) }} split | {{ m.windows }} x {{ m.seqlen }} |
-{%- for column in columns %} {{ number(m[column.key]) }} |{% endfor %} bitmill {{ text(m.by) }}{{ text(cache_of(m)) }} |
+{%- for column in columns %} {{ number(m[column.key]) }} |{% endfor %} bitmill {{ text(m.by ~ cache_of(m)) }} |
 {% endfor %}
 """
 
@@ -35,7 +35,8 @@ _CARD = (
 ---
 {{ front_matter }}---
 
-# {{ text(source) }}, quantized by bitmill ({{ text(recipe.name) }}, {{ "%.3f" | format(bits_per_weight) }} bits per weight)
+# {{ text(source) }}, quantized by bitmill ({{ text(recipe.name) }},
+{{- " %.3f" | format(bits_per_weight) }} bits per weight)
 
 The linear layers of the blocks are stored packed in the format
 {{ text(describe_format(recipe.weight)) }};
