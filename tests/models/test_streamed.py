@@ -165,6 +165,7 @@ def test_wrong_shape_message():
 def test_base_model_prefix():
     source = ModuleSource(tiny_model("gpt2"))
     source._tensors = {n.removeprefix("transformer."): t for n, t in source._tensors.items()}
+    source.as_saved = True
     streamed = StreamedModel(source)
     assert "transformer.h.0.attn.c_attn.weight" in streamed.names()
     streamed.load_block(0)

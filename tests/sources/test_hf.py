@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitmill.errors import SourceError
+from bitmill.models.streamed import StreamedModel
 from bitmill.sources.base import Source
 from bitmill.sources.hf import INDEX, HfSource
 from bitmill.sources.open import open_source
@@ -94,7 +95,7 @@ def test_base_model_prefix(tmp_path):
     model.transformer.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     save_file({n.removeprefix("transformer."): t for n, t in stored.items()}, tmp_path / "model.safetensors")
-    names = HfSource(tmp_path).names()
+    names = StreamedModel(HfSource(tmp_path)).names()
     assert set(names) <= set(model.state_dict())
     assert "transformer.h.0.attn.c_attn.weight" in names
 

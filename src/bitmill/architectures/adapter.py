@@ -153,11 +153,18 @@ def _check_no_fused_experts(path: str, blocks: nn.ModuleList) -> None:
 
     for name, parameter in blocks.named_parameters():
         owner = blocks.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() == 3 and not isinstance(owner, nn.modules.conv._ConvNd):
+        if parameter.dim() != 3 or isinstance(owner, nn.modules.conv._ConvNd):
+            continue
+        shape = tuple(parameter.shape)
+        if "expert" in name or "expert" in type(owner).__name__.lower() or "moe" in name:
             raise SourceError(
-                f"Blocks {path!r} hold the fused expert weight {name!r} of shape {tuple(parameter.shape)}; "
+                f"Blocks {path!r} hold the fused expert weight {name!r} of shape {shape}; "
                 "mixture-of-experts weights cannot be quantized yet; choose a dense model."
             )
+        raise SourceError(
+            f"Blocks {path!r} hold the weight {name!r} of shape {shape}, which belongs to no linear layer, as in "
+            "recurrent models; such blocks cannot be quantized yet; choose a transformer."
+        )
 
 
 def _common_linears(path: str, blocks: nn.ModuleList) -> tuple[str, ...]:
@@ -177,22 +184,40 @@ def _common_linears(path: str, blocks: nn.ModuleList) -> tuple[str, ...]:
 
 def _longest_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return path and list of the blocks. Raises SourceError where no list qualifies."""
-    from torch import nn
-
-    best: tuple[str, nn.ModuleList] | None = None
-    for path, module in _outermost_lists(model):
-        one_class = len({type(member) for member in module}) == 1
-        with_linears = all(any(isinstance(m, nn.Linear) for m in member.modules()) for member in module)
-        if one_class and with_linears and (best is None or len(module) > len(best[1])):
-            best = (path, module)
+    lists = list(_outermost_lists(model))
+    decoder = _decoder_path(model)
+    qualified = [(path, module) for path, module in lists if _are_blocks(module)]
+    # of a model of images and text, the blocks of the language model, however many the image tower has
+    best = max(
+        [found for found in qualified if found[0].startswith(f"{decoder}.")] or qualified,
+        key=lambda found: len(found[1]),
+        default=None,
+    )
     if best is None:
-        lists = [f"{path or '(root)'} ({len(m)})" for path, m in _outermost_lists(model)]
-        found = f"its lists are {', '.join(lists)}" if lists else "it has no nn.ModuleList"
+        named = [f"{path or '(root)'} ({len(m)})" for path, m in lists]
+        found = f"its lists are {', '.join(named)}" if named else "it has no nn.ModuleList"
         raise SourceError(
             f"{type(model).__name__} has no list of blocks of one class that all hold nn.Linear ({found}); "
             "write an adapter for this architecture."
         )
     return best
+
+
+def _are_blocks(modules: nn.ModuleList) -> bool:
+    """Return True if all members share a class and hold linear layers."""
+    from torch import nn
+
+    one_class = len({type(member) for member in modules}) == 1
+    return one_class and all(any(isinstance(m, nn.Linear) for m in member.modules()) for member in modules)
+
+
+def _decoder_path(model: nn.Module) -> str:
+    """Return the path of the language model that transformers names; "" where it names none."""
+    try:
+        decoder = model.get_decoder()  # type: ignore[operator]
+    except (AttributeError, TypeError, ValueError, NotImplementedError):
+        return ""
+    return next((path for path, module in model.named_modules() if module is decoder), "")
 
 
 def _outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:

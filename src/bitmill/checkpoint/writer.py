@@ -204,6 +204,8 @@ class FolderSink:
         config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix(
             "torch."
         )
+        if streamed.untied:
+            config["tie_word_embeddings"] = False  # what is stored, for readers that trust the config
         if recipe is not None:
             ends = embedding_and_head(streamed).to_dict() if recipe.head else None
             config["quantization_config"] = quantization_config(self.formats, recipe.to_dict(), self._places, ends)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class ConfigOnlySource:
     """A source without weights. Tensors have the dtype of the config, float16 where it names none."""
 
+    as_saved = False
+
     def __init__(self, config: PretrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
         self.config, self.name, self.trust_remote_code = config, name, trust_remote_code
         self._dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16

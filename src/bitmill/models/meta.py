@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bitmill.errors import SourceError
+from bitmill.models.kind import ADVICE
 from bitmill.sources.base import Source
 from bitmill.sources.module import ModuleSource
 from bitmill.tasks.base import task_for
@@ -29,18 +30,19 @@ def empty_model(source: Source) -> nn.Module:
         for parameter in source.model.parameters():
             memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         return copy.deepcopy(source.model, memo)
-    import transformers
-
-    kinds = [getattr(transformers, name, None) for name in source.config.architectures or ()]
-    kind = next((k for k in kinds if k is not None), None)
+    # the class that loads the folder, whichever one its config names: see `models/kind.py`
+    auto_class = task_for(source.config).auto_class
     with _parameters_on_meta():
         try:
-            if kind is not None and hasattr(kind, "_from_config"):
-                return kind._from_config(source.config, dtype=torch.float32)
-            return task_for(source.config).auto_class.from_config(
+            return auto_class.from_config(
                 source.config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
             )
-        except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, ImportError, KeyError, AttributeError, TypeError, OSError) as error:
+            if getattr(source.config, "model_type", None) and type(source.config) not in auto_class._model_mapping:
+                raise SourceError(
+                    f"{source.name} is a model of type {source.config.model_type!r}, which transformers cannot "
+                    f"load as {auto_class.__name__}; {ADVICE}."
+                ) from None
             reason = str(error).strip().splitlines()[0][:200].rstrip(".")
             raise SourceError(f"transformers cannot build the model of {source.name}: {reason}.") from None
 

@@ -19,7 +19,9 @@ from bitmill.architectures.adapter import Adapter, Seam, adapter_for, generic_ad
 from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
 from bitmill.models.block_call import BlockCall, BlockRecorder, StopForward, output_tensor
+from bitmill.models.kind import check_kind
 from bitmill.models.meta import empty_model, trim_malloc
+from bitmill.models.stored import StoredTensors, tie_as_stored
 from bitmill.sources.base import Source
 from bitmill.tasks.base import task_of
 
@@ -32,14 +34,13 @@ class StreamedModel:
     model: the modules, with parameters on the meta device until they are loaded.
     task, adapter: descriptions of the model.
     blocks: the blocks of `model`.
+    untied: the config ties embedding and head, but the source stores two different ones.
     """
 
     def __init__(self, source: Source, device: str = "cpu") -> None:
         self.source = source
         self.device = torch.device(device)
         self.model = empty_model(source).eval()
-        if hasattr(self.model, "tie_weights"):
-            self.model.tie_weights()  # type: ignore[operator]
         self.task = task_of(source)
         self.adapter: Adapter = adapter_for(source.config) or generic_adapter(self.model, source.config)
         try:
@@ -53,40 +54,35 @@ class StreamedModel:
                 f"{self.task.auto_class_name}."
             )
         self.blocks: nn.ModuleList = blocks
-        self._stored = self._match_names()
+        check_kind(self.model, blocks, source, self.task)
+        self._stored = StoredTensors(self.model, source)
+        self.untied = tie_as_stored(self.model, self._stored)
         self._place_buffers()
         self._blocks_return_tuples: bool | None = None
         self._check_complete()
 
     # -- names --------------------------------------------------------------------------------------------
 
-    def _match_names(self) -> dict[str, str]:
-        """Return name in the model -> name in the source; old checkpoints omit the prefix of the base model."""
-        in_model = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        in_model |= {name for name, _ in self.model.named_buffers()}
-        prefix = getattr(self.model, "base_model_prefix", "")
-        stored = {}
-        for name in self.source.names():
-            prefixed = f"{prefix}.{name}"
-            full = prefixed if name not in in_model and prefixed in in_model else name
-            stored[full] = name
-        return stored
-
     def names(self) -> list[str]:
-        """Return the stored tensors by name in the model; tensors that are not in the model keep their name."""
-        return sorted(self._stored)
+        """Return the names in the model of the stored tensors."""
+        return self._stored.names()
 
     def stored_tensor(self, name: str) -> Tensor:
         """Return a tensor as the source holds it, in its stored dtype."""
-        return self.source.tensor(self._stored[name])
+        return self._stored.tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor, without reading it."""
-        return self.source.shape(self._stored[name])
+        return self._stored.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a stored tensor, without reading it."""
-        return self.source.dtype(self._stored[name])
+        return self._stored.dtype(name)
+
+    @property
+    def unused(self) -> list[str]:
+        """The stored tensors of modules that the model does not have, which are left out."""
+        return self._stored.unused
 
     def block_name(self, index: int) -> str:
         """Return the full name of a block."""
@@ -357,7 +353,8 @@ class StreamedModel:
         path, _, leaf = self.adapter.blocks.rpartition(".")
         parent = self.model.get_submodule(path)
         setattr(parent, leaf, nn.ModuleList(recorders))
-        options = {"use_cache": False} if hasattr(self.source.config, "use_cache") else {}
+        config = self.source.config.get_text_config()  # of a model of images and text, that of the language model
+        options = {"use_cache": False} if hasattr(config, "use_cache") else {}
         try:
             recorders[0].output = output_tensor(self.model(tokens.to(self.device), **options))
         except StopForward:

@@ -21,14 +21,17 @@ class Source(Protocol):
     name: name for messages and reports ("smollm2-135m", the name of a folder).
     config: transformers config of the model.
     trust_remote_code: code that comes with the model may run.
+    as_saved: names are those of a checkpoint, which transformers may rename when it loads it; False where they are
+        those of the model.
     """
 
     name: str
     config: PretrainedConfig
     trust_remote_code: bool
+    as_saved: bool
 
     def names(self) -> list[str]:
-        """Return the state-dict names of the stored tensors, as transformers spells them, without a tied head."""
+        """Return the state-dict names of the stored tensors."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ class GgufSource:
     """
 
     trust_remote_code = False
+    as_saved = False
 
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:
         self.path = Path(path)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitmill.architectures.adapter import adapter_for
 from bitmill.errors import OutputError, SourceError, one_line
 from bitmill.sources.base import config_bytes, hash_file
 from bitmill.sources.pooling import read_pooling, sentence_modules
@@ -50,6 +49,8 @@ class HfSource:
         SourceError: The folder holds no float model, or is damaged.
     """
 
+    as_saved = True
+
     def __init__(
         self,
         folder: str | Path,
@@ -76,7 +77,6 @@ class HfSource:
                     )
                 self._entries[stored] = (shard, stored, entry)
         self._check_index()
-        self._add_missing_prefix()
         self._fingerprint: str | None = None
 
     def names(self) -> list[str]:
@@ -238,21 +238,6 @@ class HfSource:
                 raise SourceError(
                     f"{self.folder} lacks the tensor {name!r}, which its index expects in {shard!r}."
                 )
-
-    def _add_missing_prefix(self) -> None:
-        """Add the prefix that early checkpoints omit: "transformer.h.0.ln_1" for "h.0.ln_1"."""
-        adapter = adapter_for(self.config)
-        if adapter is None:
-            return
-        prefix, _, blocks = adapter.blocks.partition(".")
-        full = f"{prefix}."
-        if any(n.startswith(full) for n in self._entries) or not any(
-            n.startswith(f"{blocks}.") for n in self._entries
-        ):
-            return
-        self._entries = {
-            name if name.startswith("lm_head.") else full + name: found for name, found in self._entries.items()
-        }
 
 
 def load_config(folder: Path, trust_remote_code: bool, has_code: bool = False) -> PretrainedConfig:

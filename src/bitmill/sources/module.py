@@ -29,6 +29,7 @@ class ModuleSource:
     """
 
     trust_remote_code = False
+    as_saved = False
 
     def __init__(
         self,

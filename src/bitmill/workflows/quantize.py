@@ -18,6 +18,7 @@ from bitmill.data.windows import CalibrationData
 from bitmill.errors import UsageError
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
 from bitmill.models.embedding_and_head import embedding_and_head
+from bitmill.models.kind import check_class_loads
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import Job, run
 from bitmill.pipeline.in_place import ModuleSink
@@ -217,6 +218,13 @@ def _prepare(request: _Request, recipe: Recipe | None, chosen: dict[str, str]) -
             "be loaded again; leave out=... away to quantize it in place."
         )
     streamed = StreamedModel(source, request.device)
+    if request.out is not None and isinstance(request.model, nn.Module):
+        check_class_loads(request.model, source, streamed.task)
+    if streamed.unused:
+        request.progress.note(
+            f"{len(streamed.unused)} stored tensors are left out, as {type(streamed.model).__name__} does not "
+            f"use them, such as {streamed.unused[0]}"
+        )
     kv = kv_workflow.KVCalibrationJob(request.kv, streamed) if request.kv is not None else None
     resolved = None if recipe is None else resolve_recipe(recipe, streamed)
     plan = storage_plan(streamed, resolved, kv.plan["size_bytes"] if kv else 0)
@@ -286,6 +294,7 @@ def _report(
         **{key: plan[key] for key in STORED},
         "ends": embedding_and_head(streamed).to_dict() if recipe is not None and recipe.head else None,
         "auto_class": streamed.task.auto_class_name,
+        **({"unused": streamed.unused} if streamed.unused else {}),
         **({"kv": plan["kv"]} if plan["kv"] else {}),
         "measured": [{"by": "quantize", **data.described["held_out"], **quality}] if quality else [],
     }

@@ -1,0 +1,247 @@
+"""The tensors of a source by their names in the model, matched as transformers does when it loads the model.
+
+transformers renames stored tensors, adds or removes the prefix of the base model, and splits, merges or permutes
+tensors of some architectures. Its own functions do so here, so that the float model is the one that
+`from_pretrained` gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.errors import SourceError
+
+if TYPE_CHECKING:
+    from bitmill.sources.base import Source
+
+# Buffers that models no longer store, also where their class does not list them.
+IGNORED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The stored tensors from which one tensor of the model is made.
+
+    stored: their names in the source, with the pattern of the converter that each one matched.
+    converter: the WeightConverter of transformers that makes it; None where it is stored as it is.
+    first: the name of the first tensor that the converter makes.
+    shape: shape in the model.
+    """
+
+    stored: tuple[tuple[str, str], ...]
+    converter: Any
+    first: str
+    shape: tuple[int, ...]
+
+
+class StoredTensors:
+    """Name in the model -> stored tensor.
+
+    Args:
+        model: the model; parameters may be on the meta device.
+        source: where the tensors are stored.
+
+    Raises:
+        SourceError: the source holds a tensor that the model does not use but that belongs to a part of the model,
+            or one in integers where the model has floating-point weights.
+    """
+
+    def __init__(self, model: nn.Module, source: Source) -> None:
+        self._model, self._source = model, source
+        self._entries, unused = _match(model, source)
+        self.unused = self._check_unused(unused)
+        self._check_types()
+
+    def names(self) -> list[str]:
+        """Return the sorted names in the model of all stored tensors."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, without reading it. Raises SourceError for an unknown name."""
+        return self._lookup(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor, without reading it."""
+        return self._source.dtype(self._lookup(name).stored[0][0])
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a tensor in its stored dtype."""
+        entry = self._lookup(name)
+        if entry.converter is None:
+            return self._source.tensor(entry.stored[0][0])
+        parts = [(pattern, stored, self._source.tensor(stored)) for stored, pattern in entry.stored]
+        return _convert(entry.converter, entry.first, parts, self._model)[name].contiguous()
+
+    def source_names(self, name: str) -> tuple[str, ...]:
+        """Return the names in the source from which a tensor is made."""
+        return tuple(stored for stored, _ in self._lookup(name).stored)
+
+    def forget(self, name: str) -> None:
+        """Leave out a tensor that is stored a second time under the name of a tied one."""
+        del self._entries[name]
+
+    def _lookup(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise SourceError(f"The model {self._source.name!r} has no tensor {name!r}.") from None
+
+    def _check_unused(self, names: list[str]) -> list[str]:
+        """Return the tensors of whole modules that the model lacks. Raises SourceError for other unused ones."""
+        model = self._model
+        patterns = [*IGNORED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+        ignored = re.compile("|".join(f"({pattern})" for pattern in patterns))
+        buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+        unused = [name for name in names if name not in buffers and not ignored.search(name)]
+        modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+        base = getattr(model, "base_model_prefix", "")
+        for name in unused:
+            spellings = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
+            if any(_ancestor(spelling, modules) not in ("", base) for spelling in spellings):
+                raise SourceError(
+                    f"{self._source.name} stores {name!r}, which {type(model).__name__} does not use: it is "
+                    "quantized already, or its config.json is that of another model; give the float model."
+                )
+        return unused
+
+    def _check_types(self) -> None:
+        """Raise SourceError for a weight in integers, which are codes and not the weight itself."""
+        floats = {n for n, p in self._model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+        for name in self._entries:
+            if name in floats and not (dtype := self.dtype(name)).is_floating_point:
+                raise SourceError(
+                    f"{self._source.name} stores {name!r} as {str(dtype).removeprefix('torch.')}: it is quantized "
+                    "already; give the float model."
+                )
+
+
+def _ancestor(name: str, modules: set[str]) -> str:
+    """Return the innermost module of the model that would hold a tensor."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def tie_as_stored(model: nn.Module, stored: StoredTensors) -> bool:
+    """Tie the parameters that the config ties, except those that are stored apart with different values.
+
+    Args:
+        model: the model, with parameters on the meta device.
+        stored: its stored tensors; one that equals the tensor that it is tied to is left out of them.
+
+    Returns:
+        True where parameters stay apart although the config ties them, as in transformers.
+    """
+    if not hasattr(model, "tie_weights"):
+        return False
+    model.tie_weights()  # type: ignore[operator]
+    apart = False
+    for name, origin in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name not in stored or origin not in stored:
+            continue
+        if torch.equal(stored.tensor(name).float(), stored.tensor(origin).float()):
+            stored.forget(name)
+            continue
+        path, _, leaf = name.rpartition(".")
+        parameter = model.get_parameter(name)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
+        model.all_tied_weights_keys.pop(name, None)  # type: ignore[union-attr,operator]
+        apart = True
+    return apart
+
+
+def _match(model: nn.Module, source: Source) -> tuple[dict[str, _Entry], list[str]]:
+    """Return name in the model -> stored tensors, and the stored tensors that the model does not have.
+
+    Raises:
+        SourceError: a stored tensor cannot be converted, or two are stored for one name.
+    """
+    expected = dict(model.state_dict(keep_vars=True))
+    renamings, converters = _conversions(model) if source.as_saved else ([], [])
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    entries: dict[str, _Entry] = {}
+    unused: list[str] = []
+    grouped: dict[str, list[tuple[str, str]]] = {}
+    for stored in sorted(source.names(), key=_natural_key):
+        name, pattern = stored, None
+        if source.as_saved:
+            name, pattern = _renamed(model, stored, renamings, converters, expected)
+        if name not in expected:
+            unused.append(name)
+        elif pattern is None:
+            if name in entries:
+                raise SourceError(
+                    f"{source.name} stores {name!r} twice, as {entries[name].stored[0][0]!r} and {stored!r}; "
+                    "remove one."
+                )
+            entries[name] = _Entry(((stored, ""),), None, name, source.shape(stored))
+        else:
+            grouped.setdefault(name, []).append((stored, pattern))
+    for first, members in grouped.items():
+        converter = by_pattern[members[0][1]]
+        parts = [(pattern, s, torch.empty(source.shape(s), device="meta")) for s, pattern in members]
+        try:
+            made = _convert(converter, first, parts, model)
+        except Exception as error:
+            raise SourceError(
+                f"The tensor {members[0][0]!r} of {source.name} cannot be converted as transformers does "
+                f"({type(error).__name__}: {error}); fetch the model again."
+            ) from error
+        for name, tensor in made.items():
+            entries[name] = _Entry(tuple(members), converter, first, tuple(tensor.shape))
+    return entries, unused
+
+
+def _convert(
+    converter: Any, first: str, parts: list[tuple[str, str, Tensor]], model: nn.Module
+) -> dict[str, Tensor]:
+    """Return the tensors that a converter makes of stored ones, given as (pattern, name, tensor)."""
+    one = copy.deepcopy(converter)
+    for pattern, stored, tensor in parts:
+        one.add_tensor(first, stored, pattern, tensor)
+    made = one.convert(first, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Return the renamings and the converters that transformers applies to the names of a checkpoint."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    if not isinstance(model, PreTrainedModel):
+        return [], []
+    mapping = get_model_conversion_mapping(model)
+    return (
+        [entry for entry in mapping if not isinstance(entry, WeightConverter)],
+        [entry for entry in mapping if isinstance(entry, WeightConverter)],
+    )
+
+
+def _renamed(
+    model: nn.Module, stored: str, renamings: list[Any], converters: list[Any], expected: dict[str, Tensor]
+) -> tuple[str, str | None]:
+    """Return the name in the model of a stored tensor, and the pattern of the converter that matched it."""
+    prefix = getattr(model, "base_model_prefix", None)
+    if prefix is None:
+        return stored, None
+    from transformers.core_model_loading import rename_source_key
+
+    name, pattern = rename_source_key(stored, renamings, converters, prefix, expected)
+    if name not in expected and stored in expected:
+        name, pattern = rename_source_key(stored, [], [], base_model_prefix=prefix, meta_state_dict=expected)
+    return name, pattern
+
+
+def _natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return a key by which numbers in names sort as numbers: experts are merged in this order."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
