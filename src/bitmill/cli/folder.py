@@ -60,7 +60,9 @@ def verify(
         from bitmill import api
         from bitmill.checkpoint.reader import open_checkpoint
         from bitmill.checkpoint.verify import verify, verify_quality
+        from bitmill.report.describe import describe_running
         from bitmill.report.metrics import REFERENCE_FREE
+        from bitmill.workflows.running import verify_running
 
         def measure_again(recorded: dict[str, Any]) -> dict[str, Any]:
             return api.evaluate(
@@ -77,13 +79,16 @@ def verify(
         checkpoint = open_checkpoint(folder)
         counts = verify(checkpoint, output.progress, trust_remote_code=trust_remote_code)
         change = verify_quality(checkpoint, measure_again) if quality else None
+        running = verify_running(checkpoint, device, trust_remote_code, output.progress) if quality else None
         checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"
         rows = [("sound", checked)]
         if quality:
             result = "nothing was recorded" if change is None else f"as recorded (changed by {change[1]:.2g})"
             rows.append((change[0].replace("_", " ") if change else "perplexity", result))
+        if running:
+            rows.append(("running", describe_running(running)))
         changes = {f"{key}_change": change[1] if change and change[0] == key else None for key in REFERENCE_FREE}
-        data = {"folder": str(folder), "sound": True, **counts, **changes}
+        data = {"folder": str(folder), "sound": True, **counts, **changes, "running": running}
         output.result(data, lambda: [property_table(rows)])
 
 

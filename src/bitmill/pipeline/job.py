@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitmill.calibration.token_windows import JobData
 from bitmill.data.text import Windows
+from bitmill.evaluation.reference import ReferenceRecorder
 from bitmill.formats.quantized import Quantized
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.recipe import Recipe
@@ -33,7 +34,7 @@ class Job:
         propagate: input of later blocks during calibration: the outputs of the quantized blocks before them, or of
             the float model's.
         statistics: a folder that keeps the float model's statistics for further recipes.
-        identity: plain data that decides the bytes of the result.
+        recorder: collects predictions of the float model on the held-out windows.
     """
 
     streamed: StreamedModel
@@ -41,7 +42,7 @@ class Job:
     data: JobData = JobData()
     propagate: Propagate = "quantized"
     statistics: Path | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
+    recorder: ReferenceRecorder | None = None
 
     @property
     def recipe(self) -> Recipe:

@@ -13,6 +13,7 @@ import torch
 
 from bitmill.calibration.walk import HiddenStates
 from bitmill.data.text import Windows
+from bitmill.evaluation.reference import ReferenceRecorder
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.embeddings import QuantizedEmbeddings
 
@@ -25,9 +26,17 @@ class HeldOutMetrics:
         quantized: hidden states of the quantized model.
     """
 
-    def __init__(self, streamed: StreamedModel, windows: Windows) -> None:
-        """Embed the windows; needs the weights of the side "embedding" in memory."""
-        self.streamed, self.windows = streamed, windows
+    def __init__(
+        self, streamed: StreamedModel, windows: Windows, recorder: ReferenceRecorder | None = None
+    ) -> None:
+        """Embed the windows; needs the weights of the side "embedding" in memory.
+
+        Args:
+            streamed: the float model.
+            windows: held-out windows.
+            recorder: receives the float model's predictions.
+        """
+        self.streamed, self.windows, self.recorder = streamed, windows, recorder
         self.metric = streamed.task.metric()
         self.quantized = HiddenStates(streamed, [window[None] for window in windows])
         self.float = self.quantized.fork()
@@ -47,5 +56,8 @@ class HeldOutMetrics:
             tokens = window[None]
             with embeddings.head() if embeddings else nullcontext():
                 answer = self.streamed.head(tokens, quantized)
-            self.metric.add(tokens, answer, self.streamed.head(tokens, reference))
+            expected = self.streamed.head(tokens, reference)
+            self.metric.add(tokens, answer, expected)
+            if self.recorder:
+                self.recorder.add(window, expected[0])
         return self.metric.result()

@@ -13,6 +13,7 @@ from bitmill.report.describe import (
     describe_format,
     describe_kv_cache,
     describe_measured_cache,
+    describe_running,
     describe_sizes,
     split_layers,
 )
@@ -67,6 +68,11 @@ The eval split was held out from calibration; rows of another split include cali
 The text was held out from calibration.
 {%- endif %}
 
+{% if running_line %}
+The packed model as it runs, against float: {{ running_line }}.
+`bitmill verify` repeats this without the float model.
+
+{% endif %}
 
 {% else %}
 Nothing was measured. Measure with `bitmill eval FOLDER --reference SOURCE --record`.
@@ -159,6 +165,7 @@ def model_card(report: dict[str, Any]) -> str:
         cache_of=describe_measured_cache,
         embedding_and_head=markdown_text(describe_embedding_and_head(report)),
         sizes=describe_sizes(report),
+        running_line=markdown_text(describe_running(report["running"])) if report.get("running") else "",
         kv_line=markdown_text(describe_kv_cache(report["kv"])) if report.get("kv") else "",
         recipe_block=code_block(yaml.safe_dump(report["recipe"], sort_keys=False), "yaml"),
     )

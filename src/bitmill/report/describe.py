@@ -69,6 +69,17 @@ def describe_measured_cache(measured: dict[str, Any]) -> str:
     return f" through {measured['kv_method']}, {measured['kv_bits_per_element']:.3f} bits per number of the cache"
 
 
+def describe_running(running: dict[str, Any]) -> str:
+    """Return one line about the packed model as it runs, from the `running` of a report."""
+    inputs = f"inputs in {running['activations']}, {running['isa'] or running['device']} kernels"
+    figures = [
+        f"{name}: KL {formatting.number(running[path]['kl_divergence'], 3)} nats, "
+        f"top-1 {formatting.percent(running[path]['top1_agreement'])}"
+        for path, name in (("decode", "one token at a time"), ("windows", "whole windows"))
+    ]
+    return f"{'; '.join(figures)} ({running['tokens']} tokens, {inputs})".replace(formatting.GAP, " ")
+
+
 def split_layers(report: Report) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the quantized layers of the blocks, and those outside of them: embedding and head."""
     ends = report.get("ends") or {}

@@ -27,6 +27,7 @@ from bitmill.report.describe import (
     describe_exceptions,
     describe_kv_cache,
     describe_measured_cache,
+    describe_running,
     part_sizes,
     split_layers,
 )
@@ -79,6 +80,7 @@ def folder_page(report: dict[str, Any]) -> str:
         embedding_and_head=describe_embedding_and_head(report),
         kv=describe_kv_cache(report["kv"]) if report.get("kv") else "",
         describe_measured_cache=describe_measured_cache,
+        running=describe_running(report["running"]) if report.get("running") else "",
         sizes=part_sizes(report),
         block_layer_bytes=block_layer_bytes(report),
         error=error,

@@ -80,6 +80,11 @@ def activations() -> str:
     return name
 
 
+def instruction_set() -> str | None:
+    """Return the instruction set of the kernels ("avx512", "avx2", "neon", "scalar"); None without kernels."""
+    return str(native().isa()) if is_available() else None
+
+
 def threads() -> int:
     """Return the number of threads of a kernel call: as many as torch uses."""
     return torch.get_num_threads()

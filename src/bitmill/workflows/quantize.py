@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import JobData, token_windows
-from bitmill.checkpoint.files import folder_bytes
+from bitmill.checkpoint.files import folder_bytes, write_tensors
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
 from bitmill.checkpoint.writer import FolderSink, check_new, is_finished
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import UsageError
+from bitmill.evaluation.reference import FILE as REFERENCE_FILE
+from bitmill.evaluation.reference import ReferencePredictions, ReferenceRecorder
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
 from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.kind import check_class_loads
@@ -33,6 +36,7 @@ from bitmill.sources.open import open_source
 from bitmill.version import __version__
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.checks import check_device, check_space, choose_recipe, job_identity
+from bitmill.workflows.running import measure_running
 from bitmill.workflows.sizes import report_plan, storage_plan
 
 SECONDS_DIGITS = 3
@@ -250,18 +254,21 @@ def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any]) -> Outcom
     if request.out is None:
         assert isinstance(model, nn.Module)
         in_place = ModuleSink(model)
-        report = _report(prepared, data, identity, _quantize_blocks(prepared, data, identity, in_place))
+        report = _report(prepared, data, identity, _quantize_blocks(prepared, data, in_place))
         report["layers"] = in_place.layers
         in_place.finish()
         return Outcome(_summary(prepared.plan, None, request.started, report["measured"]), report, None, model)
     check_space(request.out, prepared.plan["size_bytes"])
     sink = FolderSink(request.out, prepared.resolved, identity, len(streamed.blocks), request.resume)
+    recorder = ReferenceRecorder() if streamed.task.generates else None
     try:
-        report = _report(prepared, data, identity, _quantize_blocks(prepared, data, identity, sink))
+        report = _report(prepared, data, identity, _quantize_blocks(prepared, data, sink, recorder))
         report["layers"] = sink.layers
         written = sink.complete(streamed)
         if prepared.kv:
             prepared.kv.write(written, request.progress)
+        if reference := recorder and recorder.result():
+            report["running"] = _measure_running(prepared, written, reference)
         sink.finish(report, folder_documents(report))
     finally:
         sink.close()
@@ -269,16 +276,24 @@ def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any]) -> Outcom
 
 
 def _quantize_blocks(
-    prepared: _Prepared, data: JobData, identity: dict[str, Any], sink: FolderSink | ModuleSink
+    prepared: _Prepared, data: JobData, sink: FolderSink | ModuleSink, recorder: ReferenceRecorder | None = None
 ) -> dict[str, Any]:
     """Send every block to the sink; returns the measured quality, empty where nothing was measured."""
     request, streamed = prepared.request, prepared.streamed
     if prepared.resolved is not None:
-        job = Job(streamed, prepared.resolved, data, request.propagate, request.statistics, identity)
+        job = Job(streamed, prepared.resolved, data, request.propagate, request.statistics, recorder)
         return run(job, sink, request.progress)
     assert isinstance(sink, FolderSink)
     sink.keep(streamed, request.progress)
     return {}
+
+
+def _measure_running(prepared: _Prepared, folder: Path, reference: ReferencePredictions) -> dict[str, Any]:
+    """Write the float model's predictions into a folder and compare the folder, as it runs, with them."""
+    write_tensors(folder / REFERENCE_FILE, reference.tensors())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    device, trusted = prepared.request.device, prepared.streamed.source.trust_remote_code
+    return measure_running(folder, config, reference, device, trusted, prepared.request.progress)
 
 
 def _report(

@@ -20,7 +20,7 @@ from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.base import KERNELS
-from bitmill.runtime.native import activations, is_available, native, threads
+from bitmill.runtime.native import activations, instruction_set, threads
 from bitmill.workflows.bench.memory import ReadBandwidth, copies_of, linear_time, timed
 
 SHAPES = ((4096, 4096), (4096, 11008))  # (out, in)
@@ -74,7 +74,7 @@ def bench_kernels(
             bandwidths += reads
     return {
         "threads": threads(),
-        "isa": native().isa() if is_available() else None,
+        "isa": instruction_set(),
         "activations": activations(),
         "read_bandwidth_GBps": median(bandwidths) / 1e9 if bandwidths else None,
         "kernels": results,

@@ -1,0 +1,141 @@
+"""Quality of a folder as it runs: loaded packed, by the default kernels and inputs, also one token at a time.
+
+Quality measured while quantizing comes from decoded weights and whole windows. Generated text takes another path:
+a token at a time, products with inputs rounded to 8 bits, the packed cache of the folder's KV method. Here the
+packed model runs both ways, and is compared with the float model's predictions that the folder keeps, so that the
+measurement can be repeated without the float model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.checkpoint.reader import Checkpoint
+from bitmill.compat import forward_with_cache
+from bitmill.errors import CheckpointError
+from bitmill.evaluation.reference import ReferencePredictions, read_reference
+from bitmill.models.block_call import output_fn, output_tensor
+from bitmill.progress import Progress
+from bitmill.runtime.native import activations, instruction_set
+from bitmill.workflows import kv as kv_workflow
+from bitmill.workflows.load import read_folder
+
+PATHS = ("windows", "decode")
+# Largest change of the KL divergence, in nats plus relative to the recorded value, and of the top-1 agreement.
+# Kernels of one instruction set repeat their sums in the same order; other sets and devices round differently.
+TOLERANCE_SAME = (1e-4, 0.01, 0.01)
+TOLERANCE_OTHER = (5e-3, 0.05, 0.03)
+
+
+@torch.no_grad()
+def measure_running(
+    folder: Path,
+    config: dict[str, Any],
+    reference: ReferencePredictions,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare a folder, as it runs, with the float model.
+
+    Args:
+        folder: complete but for its report.
+        config: its config.json.
+        reference: the float model's predictions.
+        device: device to run on.
+        trust_remote_code: allow Python code in the folder to run.
+        progress: observer.
+
+    Returns:
+        The report's entry `running`: `tokens`, `device`, `isa` (instruction set of the kernels), `activations`
+        (type that inputs are rounded to), and for `windows` and `decode` (one token at a time) the
+        `kl_divergence` (nats per token, over the most likely tokens and the rest) and the `top1_agreement`.
+    """
+    progress = progress or Progress()
+    tokens = reference.tokens.long()
+    model = read_folder(folder, config, device=device, trust_remote_code=trust_remote_code)
+    paths: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
+        "windows": lambda window: iter([output_fn(model)(window)[0]]),
+        "decode": lambda window: _decode(model, window.to(device), str(folder), progress),
+    }
+    progress.start("running the packed model", tokens.numel())
+    return {
+        "tokens": tokens.numel(),
+        "device": torch.device(device).type,
+        "isa": instruction_set(),
+        "activations": activations(),
+        **{name: _score(reference, path) for name, path in paths.items()},
+    }
+
+
+def _score(reference: ReferencePredictions, path: Callable[[Tensor], Iterator[Tensor]]) -> dict[str, float]:
+    sums = [reference.compare(i, path(window[None])) for i, window in enumerate(reference.tokens.long())]
+    count = reference.tokens.numel()
+    divergence, agreed = (sum(column) for column in zip(*sums))
+    return {"kl_divergence": divergence / count, "top1_agreement": agreed / count}
+
+
+def _decode(model: nn.Module, window: Tensor, name: str, progress: Progress) -> Iterator[Tensor]:
+    """Yield the logits (1, vocabulary) of every position of a window (1, length), one token at a time."""
+    cache: Any = kv_workflow.CacheFactory(model, None, name).new()
+    for position in range(window.shape[1]):
+        output, cache = forward_with_cache(model, window[:, position : position + 1], cache)
+        if cache is None:  # a model without a cache reads the whole window again for each token
+            yield output_tensor(model(window))[0]
+            return
+        yield output.logits[0]
+        progress.advance()
+
+
+def verify_running(
+    checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: bool = False, progress: Progress | None = None
+) -> dict[str, Any] | None:
+    """Repeat the record of a folder's running quality; None where there is none.
+
+    Args:
+        checkpoint: the folder.
+        device: device to run on.
+        trust_remote_code: allow Python code in the folder to run.
+        progress: observer.
+
+    Returns:
+        The new record.
+
+    Raises:
+        CheckpointError: a figure has changed by more than the tolerance, or the record is damaged.
+    """
+    recorded, reference = checkpoint.report.get("running"), read_reference(checkpoint.folder)
+    if recorded is None and reference is None:
+        return None
+    if reference is None or not _is_sound(recorded):
+        raise CheckpointError(
+            f"{checkpoint.folder}/report.json and reference.safetensors do not describe one measurement; "
+            "quantize again."
+        )
+    now = measure_running(checkpoint.folder, checkpoint.config, reference, device, trust_remote_code, progress)
+    same = all(now[key] == recorded.get(key) for key in ("device", "isa", "activations"))
+    absolute, relative, share = TOLERANCE_SAME if same else TOLERANCE_OTHER
+    for path in PATHS:
+        limits = {"kl_divergence": absolute + relative * recorded[path]["kl_divergence"], "top1_agreement": share}
+        for key, limit in limits.items():
+            before, after = recorded[path][key], now[path][key]
+            if not abs(after - before) <= limit:  # also when it is NaN
+                raise CheckpointError(
+                    f"The packed model of {checkpoint.folder} gives {key} {after:.5f} ({path}) where {before:.5f} "
+                    "was recorded; its runtime differs, or the folder is damaged."
+                )
+    return now
+
+
+def _is_sound(recorded: Any) -> bool:
+    """Return True if the report's entry has the figures of both paths as numbers."""
+    return isinstance(recorded, dict) and all(
+        isinstance(recorded.get(path), dict)
+        and all(isinstance(recorded[path].get(key), float) for key in ("kl_divergence", "top1_agreement"))
+        for path in PATHS
+    )

@@ -1,0 +1,71 @@
+"""The record of a packed model as it runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.helpers.workspace import save_model, write_text
+
+import bitmill
+from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.errors import CheckpointError
+from bitmill.evaluation.reference import FILE
+from bitmill.workflows.running import PATHS, verify_running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("running")
+    calibration = bitmill.CalibrationData(str(write_text(root / "text.txt")), 4, 32)
+    options = {"bits": 3, "group_size": 16, "calibration": calibration, "measure": 2}
+    return bitmill.quantize(
+        save_model(root / "source"), "rtn", out=root / "out", kv="kivi", kv_options={"group": 8}, **options
+    ).out
+
+
+def test_record_agrees_with_the_measurement_of_decoded_weights(folder):
+    report = json.loads((folder / "report.json").read_text())
+    running, measured = report["running"], report["measured"][0]
+    assert running["tokens"] == 64
+    for path in PATHS:
+        assert running[path]["kl_divergence"] == pytest.approx(measured["kl_divergence"], rel=0.1)
+        assert running[path]["top1_agreement"] == pytest.approx(measured["top1_agreement"], abs=0.1)
+    assert FILE in report["files"]
+    assert verify_running(open_checkpoint(folder)) == running
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_changed_figures_are_refused(folder, path):
+    checkpoint = open_checkpoint(folder)
+    recorded = checkpoint.report["running"]
+    recorded[path]["kl_divergence"] *= 1.5
+    with pytest.raises(CheckpointError, match=rf"gives kl_divergence .*\({path}\) where"):
+        verify_running(checkpoint)
+    recorded[path]["kl_divergence"] = "0.1"
+    with pytest.raises(CheckpointError, match="do not describe one measurement"):
+        verify_running(checkpoint)
+    del checkpoint.report["running"]
+    with pytest.raises(CheckpointError, match="do not describe one measurement"):
+        verify_running(checkpoint)
+
+
+def test_changed_predictions_are_refused(folder):
+    kept = load_file(folder / FILE)
+    try:
+        save_file({**kept, "log_probabilities": kept["log_probabilities"].roll(1, 0)}, folder / FILE)
+        with pytest.raises(CheckpointError, match="gives"):
+            verify_running(open_checkpoint(folder))
+    finally:
+        save_file(kept, folder / FILE)
+
+
+def test_nothing_is_recorded_without_held_out_windows(tmp_path):
+    out = bitmill.quantize(
+        save_model(tmp_path / "source"), "rtn", bits=4, group_size=16, out=tmp_path / "out", measure=0
+    ).out
+    assert not (out / FILE).exists()
+    assert verify_running(open_checkpoint(out)) is None
+    assert torch.isfinite(bitmill.load(out)(torch.tensor([[3, 4]])).logits).all()
