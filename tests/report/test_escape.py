@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 
@@ -107,7 +108,7 @@ def test_markdown(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_card(name):
     """The name in every place a user can put one."""
-    given = report()
+    given = copy.deepcopy(report())
     given["source"] = name
     given["recipe"] = {**given["recipe"], "name": name, "ignore": [name]}
     given["identity"]["calibration"]["source"] = name
