@@ -16,6 +16,7 @@ from bitmill.data.windows import (
     CalibrationData,
     check_context_length,
     check_special_tokens,
+    check_vocabulary,
     count_windows,
     special_tokens,
 )
@@ -79,8 +80,9 @@ def token_windows(
     if measure:
         task.metric()  # a pooling that is not supported is refused now, and not after the last block
     if measure or (calibrates and not self_generated):
-        name = task.default_text if self_generated else calibration.source
-        windows = task.windows(name, source.tokenizer())
+        text = task.default_text if self_generated else calibration.source
+        name = task.default_text if self_generated else calibration.name
+        windows = task.windows(text, source.tokenizer())
     if calibrates:
         if self_generated:
             calib = _self_generated_windows(source, calibration, device, progress)
@@ -88,9 +90,16 @@ def token_windows(
         else:
             calib = windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
             prefix = windows.prefix
-        described["calibration"] = {**vars(calibration), "prefix": list(prefix), "sha256": windows_hash(calib)}
+        check_vocabulary(source.config, calib)
+        described["calibration"] = {
+            **vars(calibration),
+            "source": calibration.name,
+            "prefix": list(prefix),
+            "sha256": windows_hash(calib),
+        }
     if measure:
         held_out = windows.held_out("eval", calibration.seqlen, measure)
+        check_vocabulary(source.config, held_out)
         described["held_out"] = {
             "text": name,
             "split": "eval",
@@ -120,8 +129,10 @@ def calibration_windows(
     """
     if calibration.source == SELF:
         return _self_generated_windows(source, calibration, device, progress)
-    windows = task_of(source).windows(calibration.source, source.tokenizer())
-    return windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
+    reading = task_of(source).windows(calibration.source, source.tokenizer())
+    windows = reading.calibration(calibration.samples, calibration.seqlen, calibration.seed)
+    check_vocabulary(source.config, windows)
+    return windows
 
 
 def _self_generated_windows(
@@ -136,6 +147,7 @@ def _self_generated_windows(
     check_windows(calibration.samples, calibration.seqlen)
     prefix = _own_prefix(source)
     check_special_tokens(calibration.seqlen, len(prefix))
+    check_vocabulary(source.config, torch.tensor(prefix, dtype=torch.int64), "tokenizer")
     streamed = StreamedModel(source, device)
     streamed.load(streamed.names())
     special = {getattr(source.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
@@ -187,12 +199,5 @@ def _checked_windows(windows: Tensor, config: Any) -> Tensor:
     if windows.shape[1] < 2:
         raise CalibrationError("The calibration windows have 1 token; give windows of at least 2.")
     check_context_length(config, windows.shape[1])
-    lowest, highest = int(windows.min()), int(windows.max())
-    vocabulary = getattr(config, "vocab_size", None)
-    if lowest < 0 or (isinstance(vocabulary, int) and highest >= vocabulary):
-        known = f" below {vocabulary}" if isinstance(vocabulary, int) else ""
-        raise CalibrationError(
-            f"The calibration tensor holds the token {lowest if lowest < 0 else highest}, but the model's ids are "
-            f"0 and up{known}; give windows made with the model's own tokenizer."
-        )
+    check_vocabulary(config, windows, "calibration tensor")
     return windows

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitmill.checkpoint.schema import FORMAT_VERSION, QUANT_METHOD, head_config, layer_formats, shared_paths
+from bitmill.config.paths import user_path
 from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.formats import Format
 from bitmill.formats.base import total_stored_bits
@@ -166,7 +167,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         CheckpointError: a file is missing or damaged, a shard name leaves the folder, or a header does not fit its
             file.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}; give one that bitmill quantize wrote.")
     config, report = _document(folder, "config.json"), _document(folder, "report.json")

@@ -39,6 +39,9 @@ from bitmill.progress import Progress
 from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.sources.safetensors_header import read_header
 
+PARTIAL = ".partial"  # of the folder in which another one is made
+SUFFIX_BYTES = len(PARTIAL)
+
 
 class FolderSink:
     """A sink that writes blocks as shards of a folder.
@@ -249,7 +252,7 @@ def check_new(out: Path) -> None:
 
 def partial_folder(out: Path) -> Path:
     """Return the folder in which `out` is made."""
-    return out.with_name(out.name + ".partial")
+    return out.with_name(out.name + PARTIAL)
 
 
 def is_finished(out: Path, identity: dict[str, Any]) -> bool:

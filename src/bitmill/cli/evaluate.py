@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -61,8 +60,10 @@ def evaluate(
         from bitmill import api
         from bitmill.checkpoint.reader import is_bitmill_folder
         from bitmill.checkpoint.record import record_measurement
+        from bitmill.config.paths import user_path
 
-        if record and not is_bitmill_folder(Path(model)):
+        folder = user_path(model)
+        if record and not is_bitmill_folder(folder):
             raise UsageError(f"--record writes into a quantized folder, and {model!r} is none; leave it out.")
         result = api.evaluate(
             model,
@@ -78,7 +79,7 @@ def evaluate(
         )
         result = {"model": model, **result, "reference": reference}
         if record:
-            record_measurement(Path(model), result)
+            record_measurement(folder, result)
         output.result({**result, "recorded": record}, lambda: [_render(result, record)])
 
 

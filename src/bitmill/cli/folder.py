@@ -38,7 +38,7 @@ def inspect(folder: QuantizedFolder, as_json: AsJson = False) -> None:
             "bits_per_weight": checkpoint.bits_per_weight,
             "head_bits_per_weight": checkpoint.head_bits_per_weight,
             "size_bytes": sum(tensor["size_bytes"] for tensor in tensors),
-            "folder_bytes": folder_bytes(folder),
+            "folder_bytes": folder_bytes(checkpoint.folder),
             "recipe": report.get("recipe"),
             "kv": report.get("kv"),
             "measured": report.get("measured", []),

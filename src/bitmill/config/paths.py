@@ -11,12 +11,18 @@ MAX_NAME_BYTES = 255  # of a file's name, on all common file systems
 MAX_PATH_BYTES = 4000
 
 
-def user_path(path: str | Path) -> Path:
+def user_path(path: str | Path, room_bytes: int = 0) -> Path:
     """Return a path with a leading ~ replaced by the home directory.
+
+    Args:
+        path: the path.
+        room_bytes: of a suffix that names made from this one get.
 
     Raises:
         UsageError: no file can have this path.
     """
+    if not isinstance(path, (str, Path)):
+        raise UsageError(f"A path is {quoted(path)}; give text.")
     spelled = os.path.expanduser(path)
     try:
         names = os.fsencode(spelled)
@@ -25,9 +31,9 @@ def user_path(path: str | Path) -> Path:
     if b"\0" in names:
         raise UsageError(f"The path {quoted(spelled)} has a NUL character; give another one.")
     longest = max(len(name) for name in names.split(b"/"))
-    if longest > MAX_NAME_BYTES or len(names) > MAX_PATH_BYTES:
+    if longest > MAX_NAME_BYTES - room_bytes or len(names) > MAX_PATH_BYTES:
         raise UsageError(
             f"The path {quoted(spelled)} has a name of {longest:,} and {len(names):,} bytes in all, and file "
-            f"systems allow {MAX_NAME_BYTES} and about {MAX_PATH_BYTES:,}; give a shorter one."
+            f"systems allow {MAX_NAME_BYTES - room_bytes} and about {MAX_PATH_BYTES:,}; give a shorter one."
         )
     return Path(spelled)

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +19,10 @@ import torch
 
 from bitmill.config.documents import load_json, read_document
 from bitmill.config.paths import user_path
-from bitmill.errors import CalibrationError, one_line
+from bitmill.errors import CalibrationError, one_line, quoted
 
 Windows = torch.Tensor | list[torch.Tensor]  # token ids (windows, length), or windows of several lengths
+TextSource = str | Path | Sequence[str]  # the name of a source, a file, or texts
 Stream = TypeVar("Stream", torch.Tensor, str)
 
 CALIBRATION_SHARE = 0.8
@@ -30,8 +31,16 @@ MAX_BYTES = 1 << 31  # of a file, which is tokenized as a whole
 HUB_CHARACTERS = 20_000_000  # a Hub dataset is streamed up to this length; some are terabytes
 
 
-def load_text(source: str | Path) -> str:
-    """Return the whole text of a source. Raises CalibrationError where there is none."""
+def load_text(source: TextSource) -> str:
+    """Return the whole text of a source, or texts joined by blank lines.
+
+    Raises:
+        CalibrationError: There is no text.
+    """
+    if not isinstance(source, (str, Path)):
+        text = "\n\n".join(source)
+        check_characters(text, "The list of texts")
+        return text
     if source == "pydoc":
         return _pydoc()
     if isinstance(source, str) and source.startswith("hf:"):
@@ -46,7 +55,7 @@ def load_text(source: str | Path) -> str:
     return text
 
 
-def token_stream(source: str | Path, tokenizer: Any) -> torch.Tensor:
+def token_stream(source: TextSource, tokenizer: Any) -> torch.Tensor:
     """Return the tokens (n,) int64 of a source.
 
     Args:
@@ -144,6 +153,12 @@ def windows_hash(windows: Windows) -> str:
     if not isinstance(windows, torch.Tensor):
         windows = torch.cat([torch.tensor([len(window) for window in windows]), *windows])
     return hashlib.sha256(windows.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def check_seed(seed: int) -> None:
+    """Raise CalibrationError for a seed that the generators of torch do not have."""
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise CalibrationError(f"The seed {quoted(seed)} has more than 64 bits; use a smaller one.")
 
 
 def check_windows(samples: int, seqlen: int) -> None:

@@ -10,7 +10,7 @@ embeddings are their use.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from bitmill.data import text
-from bitmill.data.text import Windows
-from bitmill.errors import CalibrationError
+from bitmill.data.text import TextSource, Windows, check_seed
+from bitmill.errors import CalibrationError, quoted
+from bitmill.evaluation.vocabulary import outside_vocabulary
 
 MIN_WORDS = 5  # of a sentence, which excludes headings and tables
 MIN_SENTENCES = 3  # of an evaluation: of two sentences, each is the nearest of the other
@@ -29,22 +30,76 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
 SELF = "self"  # calibration source: the model writes its text itself
+TEXTS = "texts passed by the caller"  # name of a source that is a list
+MAX_TOKENS = 1 << 30  # of all calibration windows together
 
 
 @dataclass(frozen=True)
 class CalibrationData:
     """The calibration text and how much of it is read.
 
-    source: "pydoc", a .txt or .jsonl file, "hf:dataset", or "self" for text that the float model writes.
+    source: "pydoc", a .txt or .jsonl file, "hf:dataset", "self" for text that the float model writes, or texts.
     samples: number of windows.
     seqlen: tokens of a window.
     seed: of the random places at which windows start.
+
+    Raises:
+        CalibrationError: a value has another type, or is out of any range.
     """
 
-    source: str = "pydoc"
+    source: str | Sequence[str] = "pydoc"
     samples: int = 128
     seqlen: int = 512
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, (Path, list)):
+            object.__setattr__(self, "source", _plain_source(self.source))
+        if not _is_text(self.source):
+            raise CalibrationError(
+                f"The calibration text is {quoted(self.source)}; name a source such as 'pydoc' or a .txt file, or "
+                "give a list of texts."
+            )
+        for name in ("samples", "seqlen", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise CalibrationError(f"{name} is {quoted(value)}; use a whole number.")
+        check_seed(self.seed)
+        if self.samples * self.seqlen > MAX_TOKENS:
+            raise CalibrationError(
+                f"samples is {quoted(self.samples)} and seqlen is {quoted(self.seqlen)}, more than {MAX_TOKENS:,} "
+                "tokens in all; use fewer."
+            )
+
+    @property
+    def name(self) -> str:
+        """The source in reports."""
+        return source_name(self.source)
+
+
+def source_name(source: TextSource) -> str:
+    """Return the name of a text source in reports."""
+    return str(source) if isinstance(source, (str, Path)) else TEXTS
+
+
+def as_calibration(given: Any) -> CalibrationData | Tensor | None:
+    """Return the calibration of a caller: as it is, or of the text that a name, a path or a list of texts means.
+
+    Raises:
+        CalibrationError: it is none of these.
+    """
+    if given is None or isinstance(given, (CalibrationData, Tensor)):
+        return given
+    return CalibrationData(given)
+
+
+def _plain_source(source: Path | list[Any]) -> str | tuple[Any, ...]:
+    return str(source) if isinstance(source, Path) else tuple(source)
+
+
+def _is_text(source: Any) -> bool:
+    texts = source if isinstance(source, tuple) else (source,)
+    return bool(texts) and all(isinstance(text, str) for text in texts)
 
 
 class TextWindows(Protocol):
@@ -98,7 +153,7 @@ def count_windows(held_out: Windows, seqlen: int) -> int:
 class StreamWindows:
     """Windows of one stream of tokens, each behind the tokenizer's prefix."""
 
-    def __init__(self, source: str | Path, tokenizer: Any) -> None:
+    def __init__(self, source: TextSource, tokenizer: Any) -> None:
         self._ids = text.token_stream(source, tokenizer)
         self.prefix = special_tokens(tokenizer)[0]
 
@@ -133,7 +188,7 @@ class StreamWindows:
 class SentenceWindows:
     """Windows between special tokens, and sentences to measure on."""
 
-    def __init__(self, source: str | Path, tokenizer: Any) -> None:
+    def __init__(self, source: TextSource, tokenizer: Any) -> None:
         self._text, self._tokenizer = text.load_text(source), tokenizer
         self.prefix, self._suffix = special_tokens(tokenizer)
 
@@ -217,6 +272,19 @@ def _sentences(whole: str) -> Iterator[str]:
         sentence = " ".join(piece.split())
         if sentence.endswith((".", "!", "?")) and len(_WORD.findall(sentence)) >= MIN_WORDS:
             yield sentence
+
+
+def check_vocabulary(config: Any, windows: Windows, owner: str = "text") -> None:
+    """Raise CalibrationError for tokens that the model has no embedding for.
+
+    Args:
+        config: transformers config, or None.
+        windows: token ids.
+        owner: what holds them, for the message.
+    """
+    tokens = windows if isinstance(windows, Tensor) else torch.cat(windows)
+    if reason := outside_vocabulary(config, tokens):
+        raise CalibrationError(f"The {owner} holds {reason}; use the model's own tokenizer.")
 
 
 def check_context_length(config: Any, seqlen: int, flag: str = "--seqlen") -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.compat import forward_with_cache
-from bitmill.errors import NumericsError, UsageError, one_line
+from bitmill.errors import NumericsError, UsageError, one_line, quoted
+from bitmill.evaluation.vocabulary import outside_vocabulary
 
 PROMPT_CHUNK = 512  # tokens of a prompt that run at a time where the cache is packed
 
@@ -70,6 +71,8 @@ def generate(
         NumericsError: The logits are not finite.
     """
     check_can_generate(model)
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise UsageError(f"The seed {quoted(seed)} has more than 64 bits; use a smaller one.")
     limit = min(max_new_tokens, _remaining_context(model, prompt, max_new_tokens, temperature))
     eos = eos_tokens(model, tokenizer)
     device = next(model.parameters()).device
@@ -131,7 +134,8 @@ def check_can_generate(model: nn.Module, name: str = "") -> None:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of a text, with the special tokens that the tokenizer adds."""
+    """Return the token ids of a text, with the special tokens that the tokenizer adds. Raises UsageError."""
+    _check_characters(text)
     return list(tokenizer(text)["input_ids"])
 
 
@@ -145,11 +149,21 @@ def chat_prompt(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     Raises:
         UsageError: The chat template fails.
     """
+    for turn in turns:
+        _check_characters(turn["content"])
     try:
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program and can raise anything
         raise UsageError(f"The chat template cannot be applied ({one_line(error)}); use --raw.") from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template contains special tokens
+
+
+def _check_characters(text: str) -> None:
+    """Raise UsageError for half a surrogate pair, as which Python reads bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"The prompt {quoted(text)} is not valid UTF-8 text; give another one.") from None
 
 
 def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -173,6 +187,8 @@ def _remaining_context(model: nn.Module, prompt: list[int], max_new_tokens: int,
     """Return the number of tokens that fit into the context after the prompt. Raises UsageError."""
     if not prompt:
         raise UsageError("The prompt has no tokens; give some text.")
+    if reason := outside_vocabulary(getattr(model, "config", None), torch.tensor(prompt)):
+        raise UsageError(f"The prompt holds {reason}; use the model's own tokenizer.")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens}; use at least 1.")
     if not 0 <= temperature < float("inf"):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from bitmill.compat import cache_argument, forward_with_cache
+from bitmill.config.paths import user_path
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.attention import attach_attention
 from bitmill.kv.calibration_file import KVCalibration, load_calibration, matching_calibration, params_by_layer
@@ -156,8 +157,9 @@ class QuantizedCache(Cache):
         """
         if len(self.packed_layers) != len(self.layers):
             raise UsageError("The model has layers without keys and values, whose states cannot be saved.")
-        _write_cache(Path(path), self.method, self.calibration, self.packed_layers)
-        return Path(path)
+        file = user_path(path)
+        _write_cache(file, self.method, self.calibration, self.packed_layers)
+        return file
 
     @classmethod
     def load(cls, model: nn.Module, path: str | Path) -> QuantizedCache:
@@ -170,7 +172,7 @@ class QuantizedCache(Cache):
         Raises:
             CheckpointError: the file is damaged, or of another model.
         """
-        saved = _SavedCache(Path(path))
+        saved = _SavedCache(user_path(path))
         cache = cls(model, saved.method, calibration=saved.calibration)
         if len(saved.layers) != len(cache.layers):
             raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
+from bitmill.config.paths import user_path
 from bitmill.errors import SourceError
 from bitmill.sources import zoo
 from bitmill.sources.base import Source
@@ -92,7 +93,7 @@ def open_config_only(model: str | Path, *, trust_remote_code: bool = False) -> S
         from transformers import AutoConfig
 
         return ConfigOnlySource(AutoConfig.for_model(**zoo.bundled_config(model)), model)
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_dir() and _lacks_float_weights(path):
         return _from_folder(path, path.resolve().name, trust_remote_code)
     local = path.exists() or isinstance(model, Path) or model in zoo.ZOO

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.config.parsing import parse_part, parse_value
+from bitmill.config.paths import user_path
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
 from bitmill.recipes.defaults import DEFAULT_BITS
@@ -144,5 +145,5 @@ def find_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
 def user_recipes() -> dict[str, Path]:
     """Return name -> file of the recipes in the user's folder: BITMILL_RECIPES, else ~/.config/bitmill/recipes."""
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    folder = Path(os.environ.get("BITMILL_RECIPES") or config / "bitmill" / "recipes")
+    folder = user_path(os.environ.get("BITMILL_RECIPES") or config / "bitmill" / "recipes")
     return {file.stem: file for file in sorted(folder.glob("*.y*ml"))} if folder.is_dir() else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitmill.config.paths import user_path
 from bitmill.errors import SourceError, one_line
 from bitmill.sources.base import Source
 
@@ -43,7 +44,7 @@ def open_source(
     if isinstance(model, str) and model in zoo.ZOO:
         fetched = zoo.fetch(model)
         return HfSource(fetched, name=model) if fetched.is_dir() else GgufSource(fetched, name=model)
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_dir():
         return HfSource(path, trust_remote_code=trust_remote_code)
     if path.is_file():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from bitmill.architectures.adapter import adapter_for
 from bitmill.config.registry import Registry
+from bitmill.data.text import TextSource
 from bitmill.data.windows import TextWindows
 from bitmill.evaluation.metrics import Metric
 
@@ -54,7 +54,7 @@ class Task(ABC):
         return getattr(transformers, self.auto_class_name)
 
     @abstractmethod
-    def windows(self, text: str | Path, tokenizer: Any) -> TextWindows:
+    def windows(self, text: TextSource, tokenizer: Any) -> TextWindows:
         """Return the windows in which the model reads a text.
 
         Args:

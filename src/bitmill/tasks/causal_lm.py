@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from bitmill.data.text import TextSource
 from bitmill.data.windows import StreamWindows, TextWindows
 from bitmill.evaluation.metrics import LanguageModelMetrics, Metric
 from bitmill.tasks.base import TASKS, Loss, Task
@@ -21,7 +21,7 @@ class CausalLM(Task):
     generates = True
     batch_size = 2
 
-    def windows(self, text: str | Path, tokenizer: Any) -> TextWindows:
+    def windows(self, text: TextSource, tokenizer: Any) -> TextWindows:
         """Return windows of one stream of tokens.
 
         Args:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitmill.data.text import TextSource
 from bitmill.data.windows import SentenceWindows, TextWindows
 from bitmill.evaluation.embedding import DEFAULT_POOLING, EmbeddingMetrics, embed
 from bitmill.evaluation.metrics import Metric
@@ -32,7 +32,7 @@ class TextEncoder(Task):
         """Return the task of one model, whose pooling is read when it is needed."""
         return cls(read_pooling)
 
-    def windows(self, text: str | Path, tokenizer: Any) -> TextWindows:
+    def windows(self, text: TextSource, tokenizer: Any) -> TextWindows:
         """Return windows between special tokens to calibrate on, and sentences to evaluate on.
 
         Args:

@@ -10,7 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
-from bitmill.data.windows import check_context_length, count_windows
+from bitmill.config.paths import user_path
+from bitmill.data.text import TextSource
+from bitmill.data.windows import check_context_length, check_vocabulary, count_windows, source_name
 from bitmill.errors import UsageError
 from bitmill.evaluation.metrics import score_windows
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
@@ -32,7 +34,7 @@ _TOKENS = 1024  # tokens that pass a packed cache together
 def evaluate(
     model: str | Path | nn.Module,
     *,
-    text_source: str = "pydoc",
+    text_source: TextSource = "pydoc",
     split: Split = "eval",
     seqlen: int = 512,
     windows: int | None = 40,
@@ -53,7 +55,7 @@ def evaluate(
 
     Args:
         model: a live module, a folder, the name of a demo model, a hub id, or a .gguf file.
-        text_source: pydoc, a .txt or .jsonl file, or hf:dataset.
+        text_source: pydoc, a .txt or .jsonl file, hf:dataset, or a list of texts.
         split: the text's last fifth ("eval"), its first four fifths ("calib"), or all of it.
         seqlen, windows: tokens of a window and number of windows; None takes all windows.
         reference: the model to compare with, through an ordinary cache.
@@ -93,13 +95,14 @@ class _Scoring:
     def __init__(
         self,
         task: Task,
-        text: str,
+        text: TextSource,
         split: Split,
         seqlen: int,
         tokenizer: Any,
         progress: Progress,
     ) -> None:
-        self.task, self.text, self.split, self.seqlen, self.progress = task, text, split, seqlen, progress
+        self.task, self.split, self.seqlen, self.progress = task, split, seqlen, progress
+        self.text = source_name(text)
         self.metric = task.metric()  # a pooling that is not supported is refused before text is read
         self.windows = task.windows(text, tokenizer)
 
@@ -109,6 +112,8 @@ class _Scoring:
         """Score a model, through a packed cache where `kv` is given; returns the figures and the text."""
         chosen = self.windows.held_out(self.split, self.seqlen, windows)
         check_context_length(getattr(model, "config", None), self.seqlen)
+        for reader in (model, reference):
+            check_vocabulary(getattr(reader, "config", None), chosen)
         against = None if reference is None else output_fn(reference)
         with eval_mode(model), eval_mode(reference):
             if kv is None:
@@ -136,6 +141,6 @@ def _task(model: str | Path | nn.Module, trust_remote_code: bool) -> Task:
     """Return the task of a live model, a folder that bitmill wrote, or any other source."""
     if isinstance(model, nn.Module):
         return task_for(getattr(model, "config", None))
-    if is_checkpoint(Path(model)):
-        return task_for(open_checkpoint(model).config, partial(read_pooling, Path(model)))
+    if is_checkpoint(user_path(model)):
+        return task_for(open_checkpoint(model).config, partial(read_pooling, user_path(model)))
     return task_of(open_source(model, trust_remote_code=trust_remote_code))

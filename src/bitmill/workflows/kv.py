@@ -16,7 +16,7 @@ from bitmill.checkpoint.files import output_errors, publish
 from bitmill.checkpoint.record import record_calibration, write_calibration
 from bitmill.checkpoint.writer import check_new, partial_folder
 from bitmill.data.text import windows_hash
-from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length
+from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length, check_vocabulary
 from bitmill.errors import UsageError
 from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.kv.cache import PackedForward, QuantizedCache
@@ -156,7 +156,7 @@ class KVCalibrationJob:
         seqlen = window_length(self.config, source.config)
         text = replace(given, samples=self.config.samples, seqlen=seqlen)
         self.windows = calibration_windows(source, text, str(self.streamed.device), progress)
-        self.plan["calibration"] = _about(text.source, self.windows, text.seed)
+        self.plan["calibration"] = _about(text.name, self.windows, text.seed)
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Calibrate the model in a folder, with its weights as written, and write the calibration there.
@@ -197,6 +197,7 @@ class PackedCacheEvaluator:
             if found is None or found.method != self.method:
                 length = window_length(config, getattr(model, "config", None))
                 windows = reading.calibration(config.samples, length, 0)
+                check_vocabulary(getattr(model, "config", None), windows)
                 self.calibration = f"{text}, calib split, {config.samples} x {length} tokens"
                 found = calibrate_on(model, self.method, windows, _about(text, windows, 0), progress)
             self.on_own_text = split != "eval" and found.about.get("source") == text
@@ -314,7 +315,8 @@ def calibrate_folder(
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         text_windows = task_for(live.config).windows(text.source, tokenizer)
         windows = text_windows.calibration(config.samples, window_length(config, live.config), text.seed)
-        plan["calibration"] = _about(text.source, windows, text.seed)
+        check_vocabulary(live.config, windows)
+        plan["calibration"] = _about(text.name, windows, text.seed)
         calibration = calibrate_on(live, method, windows, plan["calibration"], progress)
     if out == folder:
         if earlier is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
+from bitmill.config.paths import user_path
 from bitmill.errors import BitmillError, CheckpointError, one_line
 from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.decode import attach
@@ -39,7 +40,7 @@ def load(
         BitmillError: the model cannot be loaded.
     """
     check_device(device)
-    if isinstance(model, (str, Path)) and is_checkpoint(Path(model)):
+    if isinstance(model, (str, Path)) and is_checkpoint(user_path(model)):
         config = open_checkpoint(model).config  # refuses damage before anything is read
         return read_folder(model, config, dtype, device, dense, trust_remote_code)
     streamed = StreamedModel(open_source(model, trust_remote_code=trust_remote_code), device)
@@ -49,7 +50,7 @@ def load(
 
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a quantized folder or of any float model."""
-    if is_checkpoint(Path(model)):
+    if is_checkpoint(user_path(model)):
         from transformers import AutoTokenizer
 
         return _from_folder(AutoTokenizer, model, trust_remote_code)
@@ -92,6 +93,7 @@ def read_folder(
 
 def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **options: Any) -> Any:
     """Call `from_pretrained` on a folder that bitmill wrote; every error becomes one sentence."""
+    folder = user_path(folder)
     try:
         return kind.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **options

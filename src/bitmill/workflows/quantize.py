@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from bitmill.calibration.token_windows import JobData, token_windows
 from bitmill.checkpoint.files import folder_bytes, write_tensors
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
-from bitmill.checkpoint.writer import FolderSink, check_new, is_finished
-from bitmill.data.windows import CalibrationData
+from bitmill.checkpoint.writer import SUFFIX_BYTES, FolderSink, check_new, is_finished
+from bitmill.config.paths import user_path
+from bitmill.data.windows import CalibrationData, as_calibration
 from bitmill.errors import UsageError
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.evaluation.reference import ReferencePredictions, ReferenceRecorder
@@ -58,7 +59,7 @@ def quantize(
     method: str | Path | Recipe | None = None,
     *,
     out: str | Path | None = None,
-    calibration: CalibrationData | Tensor | None = None,
+    calibration: CalibrationData | Tensor | str | Path | list[str] | None = None,
     measure: int = 4,
     device: str = "cpu",
     resume: bool = False,
@@ -85,7 +86,8 @@ def quantize(
             leaves the weights as they are, for a KV method alone, also in a folder that bitmill wrote.
         out: the folder to write. Without it, a live module is quantized in place once every layer is done, and a
             folder that bitmill wrote gets its KV calibration in place.
-        calibration: text to calibrate on, or token windows (samples, seqlen) for a live module without tokenizer.
+        calibration: text to calibrate on, its source alone (such as "pydoc"), a list of texts, or token windows
+            (samples, seqlen) for a live module without tokenizer.
         measure: number of held-out windows of the text to measure on while quantizing; 0 measures nothing.
         propagate: input of later blocks during calibration, of the quantized blocks or of the float model.
         statistics: with propagate="float", a folder that keeps the statistics for further recipes.
@@ -100,8 +102,9 @@ def quantize(
     """
     kv_config = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     request = _Request(
-        model, None if out is None else Path(out), calibration, measure, device, resume, dry_run, propagate,
-        None if statistics is None else Path(statistics), kv_config, tokenizer, trust_remote_code,
+        model, None if out is None else user_path(out, SUFFIX_BYTES),
+        as_calibration(calibration), measure, device, resume, dry_run, propagate,
+        None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code,
         progress or Progress(),
     )  # fmt: skip
     return _quantize(request, method, _RecipeChanges(options, head_bits, tuple(rules)))
@@ -186,10 +189,10 @@ def _quantize(request: _Request, method: str | Path | Recipe | None, changes: _R
         raise UsageError(
             "The method 'none' leaves weights as they are; name a KV method and no option of weights."
         )
-    elif (
-        not isinstance(request.model, nn.Module) and is_bitmill_folder(Path(request.model)) and not request.dry_run
-    ):
-        return _calibrate_folder(request, Path(request.model), request.kv)
+    elif not isinstance(request.model, nn.Module) and not request.dry_run:
+        folder = user_path(request.model)
+        if is_bitmill_folder(folder):
+            return _calibrate_folder(request, folder, request.kv)
     request.check_output()
     prepared = _prepare(request, recipe, chosen)
     if request.dry_run:

@@ -12,6 +12,7 @@ from torch import nn
 
 from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
+from bitmill.config.paths import user_path
 from bitmill.formats import Format
 from bitmill.formats.base import total_stored_bits
 from bitmill.models.embedding_and_head import embedding_and_head
@@ -136,8 +137,8 @@ def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple
             bits, weights = _stored((m.format, m.shape, id(m.shared or m)) for m in packed)
             return bits / weights, size
         return 8 * size / max(sum(t.numel() for t in tensors), 1), size
-    if is_bitmill_folder(Path(model)):
-        return open_checkpoint(model).bits_per_weight, folder_bytes(Path(model))
+    if is_bitmill_folder(user_path(model)):
+        return open_checkpoint(model).bits_per_weight, folder_bytes(user_path(model))
     source = open_source(model, trust_remote_code=trust_remote_code)
     sizes = [(torch.Size(source.shape(n)).numel(), source.dtype(n).itemsize) for n in source.names()]
     total = sum(count * width for count, width in sizes)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bitmill.calibration.walk import HiddenStates, walk_blocks
 from bitmill.data.text import Windows
-from bitmill.data.windows import check_context_length
+from bitmill.data.windows import check_context_length, check_vocabulary
 from bitmill.errors import NumericsError, UsageError
 from bitmill.evaluation.metrics import LanguageModelMetrics
 from bitmill.formats.quantized import Quantized
@@ -190,7 +190,9 @@ def _text_windows(streamed: StreamedModel, text_source: str, windows: int, seqle
             f"{source.name} is {streamed.task.description}, which has no perplexity; leave out the text."
         )
     check_context_length(source.config, seqlen)
-    return streamed.task.windows(text_source, source.tokenizer()).held_out("eval", seqlen, windows)
+    held_out = streamed.task.windows(text_source, source.tokenizer()).held_out("eval", seqlen, windows)
+    check_vocabulary(source.config, held_out)
+    return held_out
 
 
 def fill_cells(

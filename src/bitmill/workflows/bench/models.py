@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.compat import forward_with_cache
+from bitmill.config.paths import user_path
 from bitmill.errors import UsageError
 from bitmill.progress import peak_memory_bytes
 from bitmill.runtime.decode import decode_path, detach
@@ -107,7 +108,7 @@ def load_packed(model: str | Path, tokens: int, trust_remote_code: bool) -> tupl
     Raises:
         UsageError: the folder is not quantized.
     """
-    if not is_checkpoint(Path(model)):
+    if not is_checkpoint(user_path(model)):
         raise UsageError(f"{model} is no quantized folder; write one with bitmill quantize {model} -o DIR.")
     live: Any = load(model, trust_remote_code=trust_remote_code)
     generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bitmill.data.windows import CalibrationData
+from torch import Tensor
+
+from bitmill.config.paths import user_path
+from bitmill.data.windows import CalibrationData, as_calibration
+from bitmill.errors import UsageError
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
 from bitmill.report.results import Results
@@ -23,7 +27,7 @@ def compare(
     out: str | Path,
     recipes: Sequence[str | Path] = (),
     options: Options | None = None,
-    calibration: CalibrationData | None = None,
+    calibration: CalibrationData | str | Path | list[str] | None = None,
     windows: int = 40,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = NEW_TOKENS,
@@ -52,10 +56,14 @@ def compare(
     Raises:
         BitmillError: a subclass, for errors that concern all variants.
     """
+    out = user_path(out)
+    given = as_calibration(calibration)
+    if isinstance(given, Tensor):
+        raise UsageError("A comparison measures on text, so token windows cannot calibrate it; name a text.")
     grid = Grid(
         str(model),
         plan_variants(methods, bits, recipes, options, head_bits),
-        calibration or CalibrationData(),
+        given or CalibrationData(),
         windows,
         tuple(prompts),
         max_new_tokens,
@@ -69,11 +77,9 @@ def compare(
         ("--recipes", ",".join(str(path) for path in recipes), ""),
         *(("--set", f"{m}.{key}={value}", "") for m, of in (options or {}).items() for key, value in of.items()),
     ]
-    rest = [("--head-bits", head_bits, None), ("--device", device, "cpu"), ("-o", Path(out).name, None)]
+    rest = [("--head-bits", head_bits, None), ("--device", device, "cpu"), ("-o", out.name, None)]
     command = _command(grid, selection, rest) + ["--keep-models"] * keep_models
-    return run_grid(
-        replace(grid, command=shlex.join(command)), Path(out), keep_models=keep_models, progress=progress
-    )
+    return run_grid(replace(grid, command=shlex.join(command)), out, keep_models=keep_models, progress=progress)
 
 
 _Flags = Sequence[tuple[str, object, object]]  # flag, value, default
@@ -84,7 +90,7 @@ def _command(grid: Grid, selection: _Flags, rest: _Flags) -> list[str]:
     calibration = grid.calibration
     flags: list[tuple[str, object, object]] = [
         *selection,
-        ("--calib", calibration.source, "pydoc"),
+        ("--calib", calibration.name, "pydoc"),
         ("--samples", calibration.samples, None),
         ("--seqlen", calibration.seqlen, None),
         ("--seed", calibration.seed, 0),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bitmill.data.windows import CalibrationData
-from bitmill.errors import RecipeError, UsageError
+from bitmill.errors import RecipeError, UsageError, quoted
 from bitmill.pipeline.job import Propagate
 from bitmill.recipes.compose import find_recipe, with_head
 from bitmill.recipes.method import METHODS, build_recipe
@@ -26,6 +26,7 @@ PROMPTS = (
     "Write a Python function that reverses a string.",
 )
 NEW_TOKENS = 48
+MAX_NAME_BYTES = 200  # of a variant, whose name gets suffixes in the names of files
 FLOAT = "float"  # name of the float model among the variants
 
 
@@ -172,5 +173,7 @@ def _file_name(text: str) -> str:
     """Return the text without characters that a file name should not have."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-.")
     if not name:
-        raise UsageError(f"The recipe name {text!r} cannot name a file; use letters and digits.")
+        raise UsageError(f"The recipe name {quoted(text)} cannot name a file; use letters and digits.")
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise UsageError(f"The recipe name {quoted(text)} is too long to name a file; shorten it.")
     return name

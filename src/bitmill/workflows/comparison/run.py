@@ -24,7 +24,7 @@ from typing import Any
 from bitmill.checkpoint.files import make_folder, output_errors, write_json, write_text
 from bitmill.checkpoint.journal import first_difference
 from bitmill.data import text
-from bitmill.data.windows import check_context_length
+from bitmill.data.windows import check_context_length, check_vocabulary
 from bitmill.errors import BitmillError, CheckpointError, OutputError, UsageError
 from bitmill.progress import Progress
 from bitmill.report.html import comparison_page
@@ -105,8 +105,10 @@ def comparison_settings(grid: Grid) -> dict[str, Any]:
     windows = task.windows(calibration.source, tokenizer)
     calib = windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
     held_out = windows.held_out("eval", calibration.seqlen, grid.windows)
+    for tokens in (calib, held_out):
+        check_vocabulary(source.config, tokens)
     window = {
-        "source": calibration.source,
+        "source": calibration.name,
         "seqlen": calibration.seqlen,
         "prefix": list(windows.prefix),
     }

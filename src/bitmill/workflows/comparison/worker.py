@@ -162,7 +162,7 @@ class _VariantJob:
         reference_perplexity = measured.pop("reference_perplexity")
         samples = self._answers(model, tokenizer)
         if self.keep_models:
-            text = {"text": self.grid.calibration.source, "split": "eval", "seqlen": windows.shape[1]}
+            text = {"text": self.grid.calibration.name, "split": "eval", "seqlen": windows.shape[1]}
             reference = {"reference": self.grid.model, "reference_perplexity": reference_perplexity}
             counts = {"windows": len(windows), "prefix": list(prefix)}
             record_measurement(out, {**measured, **text, **counts, **reference})
@@ -177,7 +177,7 @@ class _VariantJob:
         windows = read.held_out("eval", text.seqlen, self.grid.windows)
         if windows_hash(windows) != self.windows_sha256:
             raise CheckpointError(
-                f"The tokenizer of {model} or the text {text.source!r} has changed since the comparison began, so "
+                f"The tokenizer of {model} or the text {text.name!r} has changed since the comparison began, so "
                 "results would not be comparable; choose another folder with -o."
             )
         return windows, read.prefix, tokenizer

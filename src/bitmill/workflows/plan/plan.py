@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
+from bitmill.config.paths import user_path
 from bitmill.errors import SourceError, UsageError
 from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.kv.config import parse_kv_config
@@ -135,7 +136,7 @@ def plan(
         "needed_bytes": needed,
         "fits": None if memory is None else needed <= memory,
         "longest": [] if memory is None else _longest_rows(pool, rows, caches),
-        "measured": open_checkpoint(model).report["measured"] if is_checkpoint(Path(model)) else [],
+        "measured": open_checkpoint(model).report["measured"] if is_checkpoint(user_path(model)) else [],
     }
 
 

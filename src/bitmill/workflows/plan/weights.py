@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
+from bitmill.config.paths import user_path
 from bitmill.errors import RecipeError, SourceError
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.compose import find_recipe, with_head
@@ -99,7 +100,7 @@ def stored_bytes(model: str | Path, source: Source) -> tuple[int, bool]:
     Returns:
         Bytes, and True if the model runs in this form: the tensors of a .gguf file are decoded before they run.
     """
-    if is_checkpoint(Path(model)):
+    if is_checkpoint(user_path(model)):
         return sum(int(tensor["size_bytes"]) for tensor in open_checkpoint(model).layers()), True
     if isinstance(source, GgufSource):
         return source.stored_bytes, False
