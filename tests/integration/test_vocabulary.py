@@ -28,7 +28,8 @@ def extended(workspace):
 
 
 COMMANDS = {
-    "calibration": ["quantize", "source", "--method", "gptq", "--calib", "text.txt", "--measure", "0", "-o", "out"],
+    "calibration": ["quantize", "source", "--method", "gptq", "--calib", "text.txt", "--measure", "0", "-o",
+                    "out"],
     "measurement": ["quantize", "source", "--method", "rtn", "--calib", "text.txt", "-o", "out"],
     "eval": ["eval", "source", "--text", "text.txt"],
     "eval packed cache": ["eval", "done", "--text", "text.txt", "--kv", "kvquant", "--kv-seqlen", "16"],
