@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bitmill.checkpoint.files import folder_bytes
 from peer_torch import Transformers
 from worker import serve
 
 import bitmill
-from bitmill.checkpoint.files import folder_bytes
 from bitmill.runtime.native import activations, is_available, native
 
 

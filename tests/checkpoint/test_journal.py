@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 import pytest
 
 from bitmill.checkpoint.journal import Journal, first_difference
+from bitmill.checkpoint.work_folder import WorkFolder
 from bitmill.checkpoint.writer import FolderSink
 from bitmill.errors import CheckpointError
 from bitmill.recipes.method import build_recipe
@@ -134,8 +136,12 @@ def test_first_difference(old, new, expected):
 
 def test_refused_resume_unlocks(tmp_path):
     recipe = ResolvedRecipe(build_recipe("rtn"), {})
-    FolderSink(tmp_path / "out", recipe, {"seed": 1}, 1, resume=False).close()
-    with pytest.raises(CheckpointError, match="seed was 1 and is now 2") as caught:
-        FolderSink(tmp_path / "out", recipe, {"seed": 2}, 1, resume=True)
-    FolderSink(tmp_path / "out", recipe, {"seed": 1}, 1, resume=True).close()  # while the error is still held
-    assert caught.value
+    with closing(WorkFolder(tmp_path / "out")) as work:
+        FolderSink(work, recipe, {"seed": 1}, 1, resume=False).begin()
+    with (
+        closing(WorkFolder(tmp_path / "out")) as work,
+        pytest.raises(CheckpointError, match="seed was 1 and is now 2"),
+    ):
+        FolderSink(work, recipe, {"seed": 2}, 1, resume=True)
+    with closing(WorkFolder(tmp_path / "out")) as work:
+        FolderSink(work, recipe, {"seed": 1}, 1, resume=True)

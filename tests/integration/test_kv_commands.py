@@ -13,9 +13,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import bitmill
-from bitmill.checkpoint.files import sha256
 from bitmill.cli.main import main
 from bitmill.errors import UsageError
+from bitmill.files import sha256
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibration_file import FILE, read_calibration
 from bitmill.kv.config import parse_kv_config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitmill.checkpoint import files
+from bitmill import files
 from bitmill.checkpoint.journal import Journal
+from bitmill.checkpoint.work_folder import WorkFolder
 from bitmill.cli.main import main
 from helpers.workspace import snapshot
 
@@ -89,7 +89,7 @@ def test_folder_and_parents_survive(disk):
 
 def test_run_state_survives(disk, workspace, monkeypatch):
     out = disk.root / "out"
-    add, rename, rmtree = Journal.add, os.rename, shutil.rmtree
+    add, rename, remove = Journal.add, os.rename, WorkFolder.remove
 
     def added(*args):
         disk.check()
@@ -100,14 +100,13 @@ def test_run_state_survives(disk, workspace, monkeypatch):
         disk.check()
         rename(*args)
 
-    def removed(path, **options):
-        if path == out.with_name("out.partial"):
-            disk.check()
-        rmtree(path, **options)
+    def removed(work):
+        disk.check()
+        remove(work)
 
     monkeypatch.setattr(Journal, "add", added)
     monkeypatch.setattr(os, "rename", renamed)
-    monkeypatch.setattr(shutil, "rmtree", removed)
+    monkeypatch.setattr(WorkFolder, "remove", removed)
     assert main(workspace.quantize(out=out)) == 0
     assert disk.checks == 2 * 2 + 1 + 1
 

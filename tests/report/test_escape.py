@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from bitmill.checkpoint.files import write_json
 from bitmill.cli.output import data_table, one_line, property_table
+from bitmill.files import write_json
 from bitmill.report.card import model_card
 from bitmill.report.comparison import comparison_table
 from bitmill.report.escape import code_block, code_span, markdown_text, printable, terminal_text

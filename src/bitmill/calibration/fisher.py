@@ -19,17 +19,16 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bitmill.calibration.store import replace_file
 from bitmill.calibration.walk import HiddenStates, walk_blocks
 from bitmill.errors import NumericsError, OutputError
+from bitmill.files import make_folder, output_errors, write_tensors
 from bitmill.models.block_call import BlockCall
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
@@ -66,14 +65,15 @@ class Fisher:
             OutputError: If the folder has too little space.
         """
         windows = windows[:WINDOWS]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with output_errors(self.folder):
+            make_folder(self.folder)
         progress.start("Fisher information", 2 * len(streamed.blocks))
         with streamed.non_block_weights("embedding"):
             states = HiddenStates(streamed, windows.split(1))
         self._check_space(streamed, sum(hidden.nbytes for hidden in states.batches))
         for index, block in walk_blocks(streamed, progress):
-            save_file(
-                {str(n): hidden.contiguous() for n, hidden in enumerate(states.batches)}, self._inputs(index)
+            write_tensors(
+                self._inputs(index), {str(n): hidden for n, hidden in enumerate(states.batches)}, shared=True
             )
             states.advance(block, index)
         with streamed.non_block_weights("head"):
@@ -82,7 +82,7 @@ class Fisher:
                 gradients[n] = _loss_gradient(streamed, window[None], gradients[n], loss)
         for index, block in walk_blocks(streamed, progress, reverse=True):
             squares = self._backward(streamed, block, index, gradients, states.calls(index))
-            replace_file(self._file(index), partial(save_file, squares))
+            write_tensors(self._file(index), squares, shared=True)
 
     def _check_space(self, streamed: StreamedModel, hidden_bytes: int) -> None:
         """Raise OutputError if the folder cannot hold the inputs of all blocks and the result."""
@@ -130,7 +130,7 @@ class Fisher:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._inputs(index).unlink()
+        self._inputs(index).unlink(missing_ok=True)
         return {name: square.div_(len(calls)).cpu() for name, square in squares.items()}
 
     def _file(self, index: int) -> Path:

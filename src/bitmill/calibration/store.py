@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bitmill.errors import CalibrationError
+from bitmill.files import make_folder, output_errors, write_tensors, write_text
 from bitmill.numerics.statistics import Statistics
 
 _PARTS = ("gram", "mean_abs", "max_abs")  # tensors of a file, by fields of Statistics
@@ -32,11 +31,12 @@ class StatisticsStore:
             CalibrationError: If the folder was made with another identity.
         """
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with output_errors(folder):
+            make_folder(folder)
         file = folder / "identity.json"
         text = json.dumps(identity, sort_keys=True)
         if not file.exists():
-            replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(file, text, shared=True)
         elif file.read_text(encoding="utf-8") != text:
             raise CalibrationError(
                 f"The statistics in {folder} belong to another model, text, device or version; "
@@ -61,7 +61,7 @@ class StatisticsStore:
                 tensors[f"{lead}/{part}"] = getattr(of_stage, part).cpu()
             tensors[f"{lead}/tokens"] = torch.tensor(of_stage.tokens)
         described = {"stages": json.dumps(stages)}
-        replace_file(self._file(index), lambda path: save_file(tensors, path, described))
+        write_tensors(self._file(index), tensors, described, shared=True)
 
     def stages(self, index: int) -> list[list[str]]:
         """Return the linears of a block in the order in which they run; those that read one tensor share a list.
@@ -86,15 +86,3 @@ class StatisticsStore:
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
-
-
-def replace_file(file: Path, write: Any) -> None:
-    """Write a file under a temporary name and rename it, so that no reader sees half of it.
-
-    Args:
-        file: the final path.
-        write: function that writes to the path it is called with.
-    """
-    half = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    write(half)
-    os.replace(half, file)

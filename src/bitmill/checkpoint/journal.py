@@ -11,17 +11,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bitmill.checkpoint.files import sha256, write_json
+from bitmill.checkpoint.work_folder import JOURNAL
 from bitmill.errors import CheckpointError
-
-NAME = "journal.json"
+from bitmill.files import sha256, write_json
 
 
 class Journal:
     """The record of finished blocks in a work folder."""
 
     def __init__(self, work: Path, identity: dict[str, Any]) -> None:
-        self.path = work / NAME
+        self.path = work / JOURNAL
         self.identity = identity
         self.blocks: dict[int, dict[str, Any]] = {}
         self.shared: dict[str, Any] | None = None
@@ -31,6 +30,10 @@ class Journal:
         blocks = [{"index": index, **entry} for index, entry in sorted(self.blocks.items())]
         shared = {"shared": self.shared} if self.shared else {}
         write_json(self.path, {"identity": self.identity, **shared, "blocks": blocks})
+
+    def shards(self) -> set[str]:
+        """Return the names of the files that it holds."""
+        return {entry["file"] for entry in (*self.blocks.values(), *([self.shared] if self.shared else []))}
 
     def add(self, index: int, file: Path, layers: dict[str, Any]) -> None:
         """Record a finished block.
@@ -86,15 +89,14 @@ class Journal:
         if not file.is_file() or sha256(file) != entry["sha256"]:
             raise CheckpointError(
                 f"The shard {file} of the unfinished run is missing or altered; delete {self.path.parent} "
-                "and run without --resume."
+                "and run again."
             )
         return file.name
 
     def unreadable(self, reason: str) -> CheckpointError:
         """Return the error for a damaged journal."""
         return CheckpointError(
-            f"The journal {self.path} cannot be read ({reason}); delete {self.path.parent} "
-            "and run without --resume."
+            f"The journal {self.path} cannot be read ({reason}); delete {self.path.parent} and run again."
         )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitmill.checkpoint.files import sha256, write_json, write_tensors, write_text
 from bitmill.checkpoint.reader import open_checkpoint
-from bitmill.errors import CheckpointError
+from bitmill.checkpoint.work_folder import changed_folder, check_changeable
+from bitmill.errors import CheckpointError, one_line
+from bitmill.files import sha256, write_json, write_tensors, write_text
 from bitmill.kv.calibration_file import FILE, KVCalibration
 from bitmill.report.html import folder_documents
 from bitmill.report.metrics import EMBEDDING_METRICS, LANGUAGE_METRICS
@@ -33,21 +34,42 @@ _KEPT = (
 _SAME = ("by", "text", "split", "seqlen", "windows", "reference", "kv_method", "kv_options")
 
 
-def record_measurement(folder: Path, result: dict[str, Any]) -> None:
+def check_recordable(folder: Path) -> dict[str, str]:
+    """Check that a measurement can be recorded, before it is made.
+
+    Args:
+        folder: the quantized folder.
+
+    Returns:
+        The digests of its files, for `record_measurement`.
+
+    Raises:
+        CheckpointError: the report is damaged.
+        OutputError: the folder cannot be changed.
+    """
+    check_changeable(folder)
+    return dict(open_checkpoint(folder).report.get("files", {}))
+
+
+def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, str] | None = None) -> None:
     """Append the result of `bitmill.evaluate` to the report; an equal measurement is replaced.
 
     Args:
         folder: the quantized folder.
         result: the result of `bitmill.evaluate`.
+        files: digests of the files that were measured; those of now where it is left out.
 
     Raises:
-        CheckpointError: the report is damaged.
+        CheckpointError: the report is damaged, or the files are not those that were measured.
         OutputError: the folder cannot be written.
     """
-    report = open_checkpoint(folder).report
     entry = {"by": "eval", **{key: result[key] for key in _KEPT if result.get(key) is not None}}
-    kept = [m for m in report["measured"] if any(m.get(key) != entry.get(key) for key in _SAME)]
-    _rewrite(folder, {**report, "measured": [*kept, entry]})
+    with changed_folder(folder) as new:
+        report = open_checkpoint(new).report
+        if files is not None and report.get("files", {}) != files:
+            raise CheckpointError(f"{folder} was changed while it was measured; measure it again.")
+        kept = [m for m in report["measured"] if any(m.get(key) != entry.get(key) for key in _SAME)]
+        _rewrite(new, {**report, "measured": [*kept, entry]})
 
 
 def write_calibration(folder: Path, calibration: KVCalibration) -> None:
@@ -57,6 +79,22 @@ def write_calibration(folder: Path, calibration: KVCalibration) -> None:
 
 def record_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]) -> None:
     """Add a KV calibration to a finished folder, in place of an earlier one.
+
+    Args:
+        folder: the folder; it is replaced in one step, see `changed_folder`.
+        calibration: the calibration.
+        kv: the report's entry on keys and values.
+
+    Raises:
+        CheckpointError: the report is damaged.
+        OutputError: the folder cannot be written.
+    """
+    with changed_folder(folder) as new:
+        add_calibration(new, calibration, kv)
+
+
+def add_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]) -> None:
+    """Add a KV calibration to a folder that has no name of its own yet.
 
     Measurements through a packed cache are removed from the report.
 
@@ -82,7 +120,9 @@ def _rewrite(folder: Path, report: dict[str, Any]) -> None:
     try:
         documents = folder_documents(report)
     except Exception as error:  # the templates meet whatever the report lacks
-        raise CheckpointError(f"{folder}/report.json is incomplete ({error}); quantize again.") from None
+        raise CheckpointError(
+            f"{folder.name}/report.json is incomplete ({one_line(error)}); quantize again."
+        ) from None
     write_json(folder / "report.json", report)
     for name, text in documents.items():
         write_text(folder / name, text)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bitmill.checkpoint.files import sha256
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.data.windows import TEXTS
 from bitmill.errors import CheckpointError
+from bitmill.files import sha256
 from bitmill.kv.calibration_file import FILE, read_calibration
 from bitmill.kv.size import packed_shapes
 from bitmill.models.config_only import open_config_only

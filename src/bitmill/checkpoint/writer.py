@@ -7,29 +7,30 @@ bytes, interrupted or not.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import shutil
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitmill.checkpoint.files import (
+from bitmill.checkpoint.journal import Journal, first_difference
+from bitmill.checkpoint.schema import quantization_config
+from bitmill.checkpoint.work_folder import WorkFolder, remove, remove_leftovers
+from bitmill.errors import CheckpointError, OutputError, SourceError, one_line
+from bitmill.files import (
     file_digests,
+    folder_bytes,
     make_folder,
     output_errors,
     publish,
+    sync_folder,
     write_json,
     write_tensors,
     write_text,
 )
-from bitmill.checkpoint.journal import Journal, first_difference
-from bitmill.checkpoint.schema import quantization_config
-from bitmill.errors import CheckpointError, OutputError
 from bitmill.formats import Format
 from bitmill.formats.quantized import unpack
 from bitmill.models.embedding_and_head import embedding_and_head
@@ -39,54 +40,69 @@ from bitmill.progress import Progress
 from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.sources.safetensors_header import read_header
 
-PARTIAL = ".partial"  # of the folder in which another one is made
-SUFFIX_BYTES = len(PARTIAL)
-
 
 class FolderSink:
     """A sink that writes blocks as shards of a folder.
 
     Args:
-        out: the folder.
+        work: the locked work folder of the folder to write.
         resolved: the recipe on the model; None where the weights stay as they are.
         identity: plain data that decides the output bytes, see `journal`.
         blocks: number of blocks of the model.
         resume: continue an unfinished run.
 
     Raises:
-        OutputError: `out` exists or cannot be written.
-        CheckpointError: the unfinished run has another identity.
+        CheckpointError: the unfinished run has another identity, or is damaged.
     """
 
     def __init__(
-        self, out: Path, resolved: ResolvedRecipe | None, identity: dict[str, Any], blocks: int, resume: bool
+        self,
+        work: WorkFolder,
+        resolved: ResolvedRecipe | None,
+        identity: dict[str, Any],
+        blocks: int,
+        resume: bool,
     ) -> None:
-        self.out, self.resolved = out, resolved
-        self.work = partial_folder(out)
-        self.folder = self.work / "model"
+        self.place, self.work, self.folder = work, work.path, work.model
+        self.out, self.resolved = work.out, resolved
         # the first holds what lies outside the blocks, the last what they share
         self.shards = blocks + 1 + bool(resolved and resolved.shares_parts)
         self.index: dict[str, str] = {}
         self.layers: list[dict[str, Any]] = []
         self.formats: dict[str, Format] = {}
+        self.auxiliary_bytes = 0
+        self._config: dict[str, Any] = {}
         self._shared: Shared = {}
         self._places: dict[str, str] = {}
-        if not resume:
-            check_new(out)
-        with output_errors(out):
+        self.journal = Journal(self.work, identity)
+        if resume and work.unfinished:
+            self.journal.load(self.folder)
+        else:
+            work.clear()
+
+    # -- before the first block ---------------------------------------------------------------------------
+
+    def prepare(self, streamed: StreamedModel) -> None:
+        """Write the files beside the weights, and whatever else may fail does so here, before the first block.
+
+        Raises:
+            BitmillError: a file cannot be written, or the config cannot be saved.
+        """
+        with output_errors(self.folder):
             make_folder(self.folder)
-        self._lock = _lock(self.work)
-        try:
-            for half in self.folder.glob("*.tmp"):  # what a killed run was writing
-                half.unlink()
-            self.journal = Journal(self.work, identity)
-            if resume and self.journal.path.exists():
-                self.journal.load(self.folder)
-            else:
-                self.journal.save()
-        except BaseException:
-            self.close()  # who catches the error holds this object, and would keep others out
-            raise
+            for entry in self.folder.iterdir():  # what a killed run was writing
+                if entry.name not in self.journal.shards():
+                    remove(entry)
+            before = folder_bytes(self.folder)
+            streamed.source.write_auxiliary_files(self.folder)
+            self.auxiliary_bytes = folder_bytes(self.folder) - before
+            sync_folder(self.folder)
+        self._config = _plain_config(streamed)
+
+    def begin(self) -> None:
+        """Write the journal; from then on the run can be resumed."""
+        if not self.journal.path.exists():
+            self.journal.save()
 
     # -- what layers share --------------------------------------------------------------------------------
 
@@ -193,8 +209,6 @@ class FolderSink:
             write_tensors(file, tensors)
             self.index.update(dict.fromkeys(tensors, file.name))
             del tensors
-        with output_errors(self.folder):
-            streamed.source.write_auxiliary_files(self.folder)
         shards = [self.folder / name for name in sorted(set(self.index.values()))]
         entries = [e for f in shards for e in read_header(f).values()]
         total = sum(entry.end - entry.begin for entry in entries)
@@ -202,13 +216,7 @@ class FolderSink:
             self.folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.index.items()))},
         )
-        config = json.loads(streamed.source.config.to_json_string(use_diff=True))
-        stored = [streamed.dtype(name) for name in streamed.non_block_tensors()]
-        config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix(
-            "torch."
-        )
-        if streamed.untied:
-            config["tie_word_embeddings"] = False  # what is stored, for readers that trust the config
+        config = dict(self._config)
         if recipe is not None:
             ends = embedding_and_head(streamed).to_dict() if recipe.head else None
             config["quantization_config"] = quantization_config(self.formats, recipe.to_dict(), self._places, ends)
@@ -228,31 +236,25 @@ class FolderSink:
             write_text(self.folder / name, text)
         write_json(self.folder / "report.json", {**report, "files": files})
         publish(self.folder, self.out)
-        shutil.rmtree(self.work, ignore_errors=True)  # while the lock still keeps others out
-        self.close()
-
-    def close(self) -> None:
-        """Unlock the work folder."""
-        self._lock.close()
+        self.place.remove()
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
 
 
-def check_new(out: Path) -> None:
-    """Raise OutputError when `out`, or an unfinished run of it, exists."""
-    if out.exists():
-        raise OutputError(f"{out} exists already; choose another folder with -o, or remove it first.")
-    work = partial_folder(out)
-    if work.exists():
-        raise OutputError(
-            f"{work} holds an unfinished run; continue it with --resume, or delete it to start anew."
-        )
-
-
-def partial_folder(out: Path) -> Path:
-    """Return the folder in which `out` is made."""
-    return out.with_name(out.name + PARTIAL)
+def _plain_config(streamed: StreamedModel) -> dict[str, Any]:
+    """Return config.json but for the quantization. Raises SourceError where the config cannot be saved."""
+    try:
+        config: dict[str, Any] = json.loads(streamed.source.config.to_json_string(use_diff=True))
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SourceError(
+            f"The config of {streamed.source.name} cannot be saved ({one_line(error)}); change the entry."
+        ) from None
+    stored = [streamed.dtype(name) for name in streamed.non_block_tensors()]
+    config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix("torch.")
+    if streamed.untied:
+        config["tie_word_embeddings"] = False  # what is stored, for readers that trust the config
+    return config
 
 
 def is_finished(out: Path, identity: dict[str, Any]) -> bool:
@@ -277,17 +279,5 @@ def is_finished(out: Path, identity: dict[str, Any]) -> bool:
         raise CheckpointError(
             f"{out} is finished already, but its {key} was {old!r} and is now {new!r}; choose another folder."
         )
-    shutil.rmtree(partial_folder(out), ignore_errors=True)
+    remove_leftovers(out)
     return True
-
-
-def _lock(work: Path) -> TextIO:
-    """Lock the work folder for this process; the lock ends with the process."""
-    with output_errors(work / "lock"):
-        file = (work / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise OutputError(f"Another process is writing {work}; wait for it, or choose another folder.") from None
-    return file

@@ -59,12 +59,13 @@ def evaluate(
         output.progress.start("starting", 0)
         from bitmill import api
         from bitmill.checkpoint.reader import is_bitmill_folder
-        from bitmill.checkpoint.record import record_measurement
+        from bitmill.checkpoint.record import check_recordable, record_measurement
         from bitmill.config.paths import user_path
 
         folder = user_path(model)
         if record and not is_bitmill_folder(folder):
             raise UsageError(f"--record writes into a quantized folder, and {model!r} is none; leave it out.")
+        files = check_recordable(folder) if record else None
         result = api.evaluate(
             model,
             text_source=text,
@@ -78,9 +79,13 @@ def evaluate(
             **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
         )
         result = {"model": model, **result, "reference": reference}
-        if record:
-            record_measurement(folder, result)
-        output.result({**result, "recorded": record}, lambda: [_render(result, record)])
+        recorded = False
+        try:
+            if record:
+                record_measurement(folder, result, files)
+                recorded = True
+        finally:  # printed even if it cannot be recorded, because measuring it took long
+            output.result({**result, "recorded": recorded}, lambda: [_render(result, recorded)])
 
 
 def _render(result: dict[str, Any], recorded: bool) -> Any:

@@ -25,8 +25,8 @@ Quality = Annotated[
 def inspect(folder: QuantizedFolder, as_json: AsJson = False) -> None:
     """List the tensors of a quantized folder, with formats and bits."""
     with command_output(as_json) as output:
-        from bitmill.checkpoint.files import folder_bytes
         from bitmill.checkpoint.reader import open_checkpoint
+        from bitmill.files import folder_bytes
 
         checkpoint = open_checkpoint(folder)
         tensors = list(checkpoint.layers())

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from bitmill.calibration.token_windows import JobData
-from bitmill.checkpoint.files import folder_bytes
-from bitmill.checkpoint.writer import partial_folder
+from bitmill.checkpoint.work_folder import partial_folder
 from bitmill.data import text
 from bitmill.errors import OutputError, UsageError
+from bitmill.files import folder_bytes
 from bitmill.recipes.compose import find_recipe, with_head
 from bitmill.recipes.defaults import leading_recipe
 from bitmill.recipes.recipe import Recipe

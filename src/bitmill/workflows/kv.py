@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import calibration_windows
-from bitmill.checkpoint.files import output_errors, publish
-from bitmill.checkpoint.record import record_calibration, write_calibration
-from bitmill.checkpoint.writer import check_new, partial_folder
+from bitmill.checkpoint.record import add_calibration, record_calibration, write_calibration
+from bitmill.checkpoint.work_folder import WorkFolder, check_changeable, check_new
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length, check_vocabulary
 from bitmill.errors import UsageError
 from bitmill.evaluation.generate import PROMPT_CHUNK
+from bitmill.files import output_errors, publish
 from bitmill.kv.cache import PackedForward, QuantizedCache
 from bitmill.kv.calibrate import calibrate
 from bitmill.kv.calibration_file import KVCalibration, load_calibration, matching_calibration
@@ -303,8 +303,33 @@ def calibrate_folder(
         UsageError: `given` cannot calibrate a folder, or the method cannot store the model's keys and values.
         OutputError: the folder cannot be written.
     """
-    if out != folder:
-        check_new(out)
+    if out.resolve() == folder.resolve():
+        check_changeable(folder)
+        calibration, plan = _calibrated(folder, config, given, device, trust_remote_code, progress)
+        record_calibration(folder, calibration, plan)
+        return
+    check_new(out)
+    work = WorkFolder(out)
+    try:
+        work.clear()
+        calibration, plan = _calibrated(folder, config, given, device, trust_remote_code, progress)
+        with output_errors(out):
+            shutil.copytree(folder, work.model)
+        add_calibration(work.model, calibration, plan)
+        publish(work.model, out)
+    finally:
+        work.remove()
+
+
+def _calibrated(
+    folder: Path,
+    config: KVConfig,
+    given: CalibrationData | Tensor | None,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[KVCalibration, dict[str, Any]]:
+    """Return the calibration of a folder that bitmill wrote, and the report's entry on it."""
     progress.start("reading text and model", 0)
     live = load(folder, device=device, dense=True, trust_remote_code=trust_remote_code)
     earlier = load_calibration(live)
@@ -318,15 +343,9 @@ def calibrate_folder(
         check_vocabulary(live.config, windows)
         plan["calibration"] = _about(text.name, windows, text.seed)
         calibration = calibrate_on(live, method, windows, plan["calibration"], progress)
-    if out == folder:
-        if earlier is not None:
-            progress.note(f"replaces the calibration for {earlier.method.describe()}")
-        record_calibration(folder, calibration, plan)
-        return
-    with output_errors(out):
-        work = Path(shutil.copytree(folder, partial_folder(out)))
-    record_calibration(work, calibration, plan)
-    publish(work, out)
+    if earlier is not None:
+        progress.note(f"replaces the calibration for {earlier.method.describe()}")
+    return calibration, plan
 
 
 def _folder_text(folder: Path, given: CalibrationData | Tensor | None) -> CalibrationData:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import JobData, token_windows
-from bitmill.checkpoint.files import folder_bytes, write_tensors
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
-from bitmill.checkpoint.writer import SUFFIX_BYTES, FolderSink, check_new, is_finished
+from bitmill.checkpoint.work_folder import SUFFIX_BYTES, WorkFolder, check_new
+from bitmill.checkpoint.writer import FolderSink, is_finished
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
-from bitmill.errors import UsageError
+from bitmill.errors import UsageError, one_line
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.evaluation.reference import ReferencePredictions, ReferenceRecorder
+from bitmill.files import folder_bytes, write_tensors
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
 from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.kind import check_class_loads
@@ -198,12 +201,40 @@ def _quantize(request: _Request, method: str | Path | Recipe | None, changes: _R
     if request.dry_run:
         out = str(request.out) if request.out else None
         return Outcome({**prepared.plan, "dry_run": True, "out": out}, {})
-    if request.out is not None and not request.resume:
-        check_new(request.out)  # before text is read, or written by the model itself
-    data, identity = _read_data(prepared)
-    if request.out is not None and request.resume and is_finished(request.out, identity):
-        return _finished(open_checkpoint(request.out), prepared.plan, request.started)
-    return _run(prepared, data, identity)
+    work = _work_folder(request)
+    try:
+        data, identity = _read_data(prepared)
+        if work is None and request.out is not None:
+            if is_finished(request.out, identity):
+                return _finished(open_checkpoint(request.out), prepared.plan, request.started)
+            work = WorkFolder(request.out)  # the folder was moved away meanwhile
+        return _run(prepared, data, identity, work)
+    finally:
+        if work is not None:
+            work.close()
+
+
+def _work_folder(request: _Request) -> WorkFolder | None:
+    """Lock the place of the folder, before text is read, or written by the model itself.
+
+    Returns:
+        None for a live module, and where a resumed run may be finished already.
+
+    Raises:
+        OutputError: the folder exists, or is being written, or holds an unfinished run that is not resumed.
+    """
+    out = request.out
+    if out is None or (request.resume and out.exists()):
+        return None
+    if not request.resume:
+        check_new(out)
+    work = WorkFolder(out)
+    if not os.path.lexists(out) and (request.resume or not work.unfinished):
+        return work
+    work.close()  # another process has been here since
+    if not request.resume:
+        check_new(out)
+    return None
 
 
 def _calibrate_folder(request: _Request, folder: Path, kv: KVConfig) -> Outcome:
@@ -251,31 +282,45 @@ def _read_data(prepared: _Prepared) -> tuple[JobData, dict[str, Any]]:
     return data, job_identity(source, recipe, data, request.device, request.propagate, kv_plan)
 
 
-def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any]) -> Outcome:
+def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any], work: WorkFolder | None) -> Outcome:
     """Quantize every block and write the folder, or put the packed layers into the live module."""
     request, streamed, model = prepared.request, prepared.streamed, prepared.request.model
-    if request.out is None:
+    if work is None:
         assert isinstance(model, nn.Module)
         in_place = ModuleSink(model)
         report = _report(prepared, data, identity, _quantize_blocks(prepared, data, in_place))
         report["layers"] = in_place.layers
         in_place.finish()
         return Outcome(_summary(prepared.plan, None, request.started, report["measured"]), report, None, model)
-    check_space(request.out, prepared.plan["size_bytes"])
-    sink = FolderSink(request.out, prepared.resolved, identity, len(streamed.blocks), request.resume)
+    sink = FolderSink(work, prepared.resolved, identity, len(streamed.blocks), request.resume)
+    check_space(work.out, prepared.plan["size_bytes"])
+    sink.prepare(streamed)
+    check_space(work.out, prepared.plan["size_bytes"] + sink.auxiliary_bytes)
+    _check_documents(prepared, data, identity)
+    sink.begin()
     recorder = ReferenceRecorder() if streamed.task.generates else None
+    report = _report(prepared, data, identity, _quantize_blocks(prepared, data, sink, recorder))
+    report["layers"] = sink.layers
+    written = sink.complete(streamed)
+    if prepared.kv:
+        prepared.kv.write(written, request.progress)
+    if reference := recorder and recorder.result():
+        report["running"] = _measure_running(prepared, written, reference)
+    sink.finish(report, folder_documents(report))
+    return Outcome(_summary(prepared.plan, work.out, request.started, report["measured"]), report, work.out)
+
+
+def _check_documents(prepared: _Prepared, data: JobData, identity: dict[str, Any]) -> None:
+    """Render report and documents once, so that a name that they cannot hold is found before the first block."""
+    report = {**_report(prepared, data, identity, {}), "layers": []}
     try:
-        report = _report(prepared, data, identity, _quantize_blocks(prepared, data, sink, recorder))
-        report["layers"] = sink.layers
-        written = sink.complete(streamed)
-        if prepared.kv:
-            prepared.kv.write(written, request.progress)
-        if reference := recorder and recorder.result():
-            report["running"] = _measure_running(prepared, written, reference)
-        sink.finish(report, folder_documents(report))
-    finally:
-        sink.close()
-    return Outcome(_summary(prepared.plan, request.out, request.started, report["measured"]), report, request.out)
+        json.dumps(report)
+        folder_documents(report)
+    except (TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"The report of {prepared.streamed.source.name} cannot be written ({one_line(error)}); "
+            "choose other names for model, recipe and text."
+        ) from None
 
 
 def _quantize_blocks(

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitmill.checkpoint.files import folder_bytes
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
 from bitmill.config.paths import user_path
+from bitmill.files import folder_bytes
 from bitmill.formats import Format
 from bitmill.formats.base import total_stored_bits
 from bitmill.models.embedding_and_head import embedding_and_head

@@ -6,7 +6,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +25,7 @@ def fails_with(code: int) -> Callable[..., None]:
 
 @fault
 def disk_full_at_a_shard(workspace: Workspace, patch: pytest.MonkeyPatch):
-    patch.setattr("bitmill.checkpoint.files.save_file", fails_with(errno.ENOSPC))
+    patch.setattr("bitmill.files.save_file", fails_with(errno.ENOSPC))
     return workspace.quantize(), ["disk is full", "out.partial/model"]
 
 
@@ -39,13 +38,13 @@ def full_at(kind: Callable[[int], bool], patch: pytest.MonkeyPatch) -> None:
             fails_with(errno.ENOSPC)()
         flush(descriptor)
 
-    patch.setattr("bitmill.checkpoint.files.os.fsync", fail)
+    patch.setattr("bitmill.files.os.fsync", fail)
 
 
 @fault
-def disk_full_at_the_journal(workspace, patch):
+def disk_full_at_a_flush(workspace, patch):
     full_at(stat.S_ISREG, patch)
-    return workspace.quantize(), ["disk is full", "journal.json"]
+    return workspace.quantize(), ["disk is full", "out.partial"]
 
 
 @fault
@@ -74,14 +73,14 @@ def folder_not_writable(workspace, patch):
 
 @fault
 def file_system_read_only_at_the_lock(workspace, patch):
-    opened = Path.open
+    opened = os.open
 
-    def refuse(self, mode="r", *args, **kwargs):
-        if self.name == "lock" and "w" in mode and not self.exists():
+    def refuse(path, flags, *args, **kwargs):
+        if str(path).endswith("/lock") and flags & os.O_CREAT:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return opened(self, mode, *args, **kwargs)
+        return opened(path, flags, *args, **kwargs)
 
-    patch.setattr(Path, "open", refuse)
+    patch.setattr(os, "open", refuse)
     return workspace.quantize(), ["not writable", "out.partial"]
 
 

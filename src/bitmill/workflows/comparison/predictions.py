@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill.checkpoint.files import output_errors
 from bitmill.errors import CheckpointError, OutputError
+from bitmill.files import output_errors
 
 Logits = Callable[[Tensor], Tensor]
 

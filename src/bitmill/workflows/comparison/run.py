@@ -14,18 +14,18 @@ other settings are refused.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitmill.checkpoint.files import make_folder, output_errors, write_json, write_text
 from bitmill.checkpoint.journal import first_difference
+from bitmill.checkpoint.work_folder import LOCK, FolderLock
 from bitmill.data import text
 from bitmill.data.windows import check_context_length, check_vocabulary
 from bitmill.errors import BitmillError, CheckpointError, OutputError, UsageError
+from bitmill.files import make_folder, output_errors, write_json, write_text
 from bitmill.progress import Progress
 from bitmill.report.html import comparison_page
 from bitmill.report.results import Results
@@ -69,16 +69,10 @@ def run_grid(
     progress.start("reading text and model", 0)
     settings = comparison_settings(grid)
     machine = describe_machine(grid.device)
-    with output_errors(out):
-        make_folder(out / "cells")
-        lock = (out / "lock").open("w")
+    lock = FolderLock(out)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(
-                f"Another process is writing {out}; wait for it, or choose another folder."
-            ) from None
+        with output_errors(out):
+            make_folder(out / "cells")
         records = _Records(out, grid, settings, machine)
         records.begin(keep_models)
         return _run(grid, records, progress, run)
@@ -179,7 +173,7 @@ class _Records:
                 )
             for variant in self.grid.variants:
                 self._check_recipe(variant)
-        elif other := sorted({entry.name for entry in self.out.iterdir()} - {"cells", "lock"}):
+        elif other := sorted({entry.name for entry in self.out.iterdir()} - {"cells", LOCK}):
             raise OutputError(f"{self.out} holds {other[0]!r} and no comparison; choose another folder with -o.")
         self.commands.append(self.grid.command)
         document = {"terms": self.terms, "commands": self.commands, "grid": self.grid.to_dict()}

@@ -21,13 +21,13 @@ from typing import Any, TextIO
 
 import torch
 
-from bitmill.checkpoint.files import folder_bytes, write_json
 from bitmill.checkpoint.record import record_measurement
-from bitmill.checkpoint.writer import partial_folder
+from bitmill.checkpoint.work_folder import partial_folder
 from bitmill.data.text import windows_hash
 from bitmill.errors import BitmillError, CheckpointError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
 from bitmill.evaluation.metrics import score_windows
+from bitmill.files import folder_bytes, write_json
 from bitmill.models.block_call import output_fn
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
