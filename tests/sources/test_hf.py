@@ -112,17 +112,29 @@ def test_side_files(folder, tmp_path):
     ):
         (folder / name).write_text("no")
     (folder / "README.md").write_text("# the source")
-    (folder / "subfolder").mkdir()
+    for name in (
+        "additional_chat_templates/tools.jinja",
+        "code/part/layers.py",
+        "logs/events.out",
+        "__pycache__/a.py",
+    ):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(name)
+    for name in ("checkpoint-5/trainer.json", "checkpoint-5/model.safetensors", "hf_quant_config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (folder / "linked.txt").symlink_to(secret)
     out = tmp_path / "out"
     out.mkdir()
     HfSource(folder).write_auxiliary_files(out)
-    assert sorted(p.name for p in out.iterdir()) == [
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == [
         "LICENSE",
         "SOURCE_README.md",
+        "additional_chat_templates/tools.jinja",
         "chat_template.jinja",
+        "code/part/layers.py",
         "generation_config.json",
         "modeling.py",
         "tokenizer.json",
@@ -212,6 +224,9 @@ def test_truncated_weights(folder, kept):
 
 
 def make_index(folder: Path, weight_map: object) -> None:
+    """Index the weights under another name, because one model.safetensors is read before an index."""
+    if (folder / "model.safetensors").exists():
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -224,7 +239,7 @@ def test_index_outside_folder(folder, shard):
 def test_bad_indexes(folder):
     make_index(folder, {"a": "gone.safetensors"})
     assert "lacks the shard 'gone.safetensors'" in refused(folder)
-    make_index(folder, {"absent": "model.safetensors"})
+    make_index(folder, {"absent": "a.safetensors"})
     assert "lacks the tensor 'absent'" in refused(folder)
     make_index(folder, [])
     assert "no weight_map" in refused(folder)
@@ -258,8 +273,49 @@ def test_pickles_never_opened(folder):
 def test_shards_without_index(folder):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     assert HfSource(folder).names()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert "of which transformers reads pytorch_model.bin" in refused(folder)
+    (folder / "pytorch_model.bin").unlink()
     (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
     assert "2 safetensors files and no" in refused(folder)
+
+
+def test_one_file_before_index(folder):
+    """As in transformers, also where the index names other shards."""
+    (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "other.safetensors"}}))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    source = HfSource(folder)
+    assert source.names()
+    assert [shard.name for shard in source._shards] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized by fp8"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantized by compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "quantized by gptq"),
+        ({"transformers_weights": "../model.safetensors"}, "inside it"),
+        ({"transformers_weights": "none.safetensors"}, "lacks the shard"),
+    ],
+)
+def test_other_weights_named_by_the_config(folder, changes, fragment):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    assert fragment in refused(folder)
+
+
+def test_weights_named_by_the_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "b.safetensors"}))
+    (folder / "b.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    assert [shard.name for shard in HfSource(folder)._shards] == ["b.safetensors"]
+
+
+def test_adapter_refused(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "not merged" in refused(folder)
 
 
 def test_random_damage(folder):

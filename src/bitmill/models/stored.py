@@ -145,7 +145,9 @@ def tie_as_stored(model: nn.Module, stored: StoredTensors) -> bool:
         return False
     model.tie_weights()  # type: ignore[operator]
     apart = False
-    for name, origin in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+    # not the attribute that a loaded model keeps, because that one omits what it found apart
+    ties = getattr(model, "get_expanded_tied_weights_keys", None)
+    for name, origin in (ties(all_submodels=True) if ties else {}).items():
         if name not in stored or origin not in stored:
             continue
         if torch.equal(stored.tensor(name).float(), stored.tensor(origin).float()):
@@ -154,7 +156,7 @@ def tie_as_stored(model: nn.Module, stored: StoredTensors) -> bool:
         path, _, leaf = name.rpartition(".")
         parameter = model.get_parameter(name)
         setattr(model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
-        model.all_tied_weights_keys.pop(name, None)  # type: ignore[union-attr,operator]
+        getattr(model, "all_tied_weights_keys", {}).pop(name, None)
         apart = True
     return apart
 

@@ -14,25 +14,16 @@ from bitmill.errors import OutputError, SourceError, one_line
 from bitmill.sources.base import config_bytes, hash_file
 from bitmill.sources.pooling import read_pooling, sentence_modules
 from bitmill.sources.safetensors_header import TensorEntry, read_header
+from bitmill.sources.side_files import side_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_JSON_BYTES = 100_000_000
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".index.json",
-)
 
 
 class HfSource:
@@ -65,7 +56,6 @@ class HfSource:
         # snapshots/<commit>/file -> ../../blobs/<hash>, inside models--org--name
         self._root = self.folder.resolve().parents[1] if hub else self.folder.resolve()
         self.config = self._read_config()
-        self._modules = {str(module["path"]) for module in sentence_modules(self.folder)} - {""}
         self._shards = self._find_shards()
         self._entries: dict[str, tuple[Path, str, TensorEntry]] = {}
         for shard in self._shards:
@@ -119,25 +109,21 @@ class HfSource:
         return self._fingerprint
 
     def write_auxiliary_files(self, folder: Path) -> None:
-        """Copy every regular file of the folder and of its modules, without weights and config.json.
+        """Copy the files besides weights and config.json, those of subfolders too, see `side_files`.
 
         The model card becomes SOURCE_README.md. Links that lead out of the folder are not copied.
         """
-        files = [path for path in self.folder.iterdir() if path.name != "config.json"]
-        files += [path for module in self._modules for path in (self.folder / module).glob("*")]
-        for path in sorted(files):
-            if path.name.startswith(".") or path.name.endswith(WEIGHT_SUFFIXES):
+        modules = {str(module["path"]) for module in sentence_modules(self.folder)} - {""}
+        for name in side_files(self.folder, modules):
+            if not self._inside(self.folder / name):
                 continue
-            if not path.is_file() or not self._inside(path):
-                continue
-            name = path.relative_to(self.folder)
             target = folder / ("SOURCE_README.md" if name == Path("README.md") else name)
             try:
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.folder / name, target)
             except OSError as error:
                 raise OutputError(
-                    f"{path.name} cannot be copied to {target} ({error.strerror}); "
+                    f"{name} cannot be copied to {target} ({error.strerror}); "
                     "free some space, or choose another folder."
                 ) from error
 
@@ -175,12 +161,20 @@ class HfSource:
         path = self.folder / "config.json"
         if not path.is_file():
             raise SourceError(f"{self.folder} has no config.json; give the folder of a Hugging Face model.")
-        plain = self._read_json(path)
-        if quantized := plain.get("quantization_config"):
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        if (self.folder / ADAPTER).exists():
             raise SourceError(
-                f"{self.folder} is already quantized by {method or 'another tool'}; give the float model."
+                f"{self.folder} holds an adapter that is not merged ({ADAPTER}); merge it into the weights first "
+                "(merge_and_unload of peft), or remove its files to quantize the model without it."
             )
+        plain = self._read_json(path)
+        self._explicit = plain.get("transformers_weights")  # the name of the file that transformers then reads
+        for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
+            for key in ("quantization_config", "compression_config"):
+                if quantized := part.get(key):
+                    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+                    raise SourceError(
+                        f"{self.folder} is already quantized by {method or 'another tool'}; give the float model."
+                    )
         return load_config(self.folder, self.trust_remote_code, "auto_map" in plain)
 
     def _read_json(self, path: Path) -> dict[str, Any]:
@@ -200,17 +194,23 @@ class HfSource:
         return plain
 
     def _find_shards(self) -> list[Path]:
-        """Return the files of weights, and keep the index where there is one. Raises SourceError."""
-        index = self.folder / INDEX
+        """Return the files of weights that transformers reads, and keep their index. Raises SourceError."""
         self._index: dict[str, Any] | None = None
-        if index.is_file():
+        if (chosen := self._weights_file()) is not None:
+            if not chosen.endswith(".index.json"):
+                return [self._shard(chosen)]
+            index = self.folder / chosen
             self._index = self._read_json(index).get("weight_map")
             if not isinstance(self._index, dict) or not self._index:
                 raise SourceError(f"{index} has no weight_map; fetch it again.")
             return [self._shard(name) for name in sorted({str(shard) for shard in self._index.values()})]
-        if (self.folder / SINGLE).is_file():
-            return [self._shard(SINGLE)]
         files = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        read = next((name for name in PICKLES if (self.folder / name).exists()), None)
+        if files and read:
+            raise SourceError(
+                f"{self.folder} holds {files[0]} and {read}, of which transformers reads {read}; rename "
+                f"{files[0]} to {SINGLE} if it is the model."
+            )
         if len(files) == 1:
             return [self._shard(files[0])]
         if files:
@@ -221,6 +221,17 @@ class HfSource:
                 f"{self.folder} holds only {min(pickles)}, and bitmill never unpickles; convert it to safetensors."
             )
         raise SourceError(f"{self.folder} holds no weights; {SINGLE} or {INDEX} is needed.")
+
+    def _weights_file(self) -> str | None:
+        """Return the file or the index that transformers reads: one file comes before an index."""
+        if self._explicit is not None:
+            name = str(self._explicit)
+            if not name.endswith((".safetensors", ".safetensors.index.json")) or Path(name).name != name:
+                raise SourceError(
+                    f"The config of {self.folder} names its weights {name!r}; name a safetensors file inside it."
+                )
+            return name
+        return next((name for name in (SINGLE, INDEX) if (self.folder / name).is_file()), None)
 
     def _shard(self, name: str) -> Path:
         """Return the path of a shard. Raises SourceError where it is absent or outside the folder."""
