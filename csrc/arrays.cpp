@@ -5,14 +5,44 @@
 
 namespace bitmill {
 
-void check(const Layout& l, size_t code_bytes) {
+namespace {
+
+constexpr int64_t most_columns = int64_t{1} << 31, most_codes = int64_t{1} << 40;  // sizes in bytes fit 63 bits
+
+// Rows' starts in the order of a list of `count` entries.
+template <class T>
+bool ordered(const Array<const T, 1>& starts, int64_t rows, int64_t count) {
+    if (static_cast<int64_t>(starts.size()) != rows + 1 || starts.data()[0] != 0 || starts.data()[rows] != count)
+        return false;
+    for (int64_t r = 0; r < rows; ++r)
+        if (starts.data()[r] > starts.data()[r + 1]) return false;
+    return true;
+}
+
+template <class T>
+bool all_below(const T* numbers, size_t count, int64_t limit) {
+    T most = 0;
+    for (size_t i = 0; i < count; ++i) most = std::max(most, numbers[i]);
+    return !count || static_cast<int64_t>(most) < limit;
+}
+
+}  // namespace
+
+void check(const Layout& l) {
     require(l.rows > 0 && l.columns > 0 && l.group > 0 && 1 <= l.bits && l.bits <= 8,
             "a layout is out of range");
+    require(l.rows < most_columns && l.columns < most_columns && l.rows <= most_codes / l.columns,
+            "a layout is too large");
     const int R = l.rows_per_tile;
     require(R == 64 || R == 16 || R == 4 || R == 1, "rows_per_tile is 64, 16, 4 or 1");
-    const int f = l.group_blocks;
+    const int64_t f = l.group_blocks, needed = (std::min(l.group, l.columns) + l.block_columns() - 1) / l.block_columns();
     require(f > 0 && (f % 8 == 0 || f == 2 || f == 4), "group_blocks is 2, 4 or a multiple of 8");
-    require(f * l.block_columns() >= std::min(l.group, l.columns), "group_blocks are fewer than a group needs");
+    require(f >= needed, "group_blocks are fewer than a group needs");
+    require(f <= (needed + 7) / 8 * 8, "group_blocks are more than a group needs");
+}
+
+void check(const Layout& l, size_t code_bytes) {
+    check(l);
     require(code_bytes == static_cast<size_t>(l.tiles() * l.tile_bytes()),
             "codes are not of the layout's size");
 }
@@ -30,7 +60,7 @@ Weights lookup_weights(const Layout& l, int source, bool wide, bool mirrored, in
     require(0 < bank_bits + 1 && bank_bits <= 5, "a bank has up to 32 tables");
     const bool floats = act == static_cast<int>(Act::float32), bank = kind == Source::bank;
     const bool lanes = l.rows_per_tile > 1 && kind == Source::own;
-    require(!mirrored || (lanes && (l.bits == 3 || l.bits == 4)),
+    require(!mirrored || (lanes && !floats && (l.bits == 3 || l.bits == 4)),
             "only rows' own tables of 3 or 4 bits are mirrored");
     if (bank) {
         const bool two = l.bits == 3 || (l.bits == 4 && l.rows_per_tile == 16);
@@ -38,6 +68,7 @@ Weights lookup_weights(const Layout& l, int source, bool wide, bool mirrored, in
         require(!floats || l.bits < 4 || l.rows_per_tile < 16, "sums are of bytes");
         require(ids && ids->size() == places && powers && powers->size() == 16,
                 "a bank needs ids and 16 powers");
+        require(all_below(ids->data(), places, int64_t{16} << bank_bits), "there is no such power");
         require(tables.size() >= least, "the bank is too small");
     } else {
         const int64_t whole = l.bits <= 6 ? 64 : l.bits == 7 ? 128 : 256;
@@ -85,12 +116,12 @@ Additive additive_weights(const Layout& l, const Bytes& codes, const Array<const
 Vectors vectors(int set, int64_t columns, int64_t group, int bits, const Array<const int32_t, 2>& words,
                 const Array<const float, 2>& scales, const Array<const float, 1>& table) {
     const bool e8 = set == 0;
-    require(0 <= set && set <= 1 && 1 <= bits && bits <= 4 && columns > 0 && group > 0,
+    require(0 <= set && set <= 1 && 1 <= bits && bits <= 4 && 0 < columns && columns < most_columns && group > 0,
             "a vector format is out of range");
     const int64_t width = e8 ? 8 : 16, blocks = (columns + width - 1) / width, rows = words.shape(0);
     require(static_cast<int64_t>(words.shape(1)) * 32 >= blocks * (e8 ? 16 : 16 * bits + 4),
             "words are too few");
-    require(group % width == 0 && static_cast<int64_t>(scales.shape(1)) * group >= blocks * width,
+    require(group % width == 0 && static_cast<int64_t>(scales.shape(1)) >= (blocks * width - 1) / group + 1,
             "scales are too few");
     require(scales.shape(0) == 1 || static_cast<int64_t>(scales.shape(0)) == rows, "scales are of other rows");
     require(table.size() == (e8 ? 2048u : 16u), "the table has another size");
@@ -110,10 +141,10 @@ Points points(const Layout& l, const Bytes& codes, const Bytes& gains, const Arr
     require(gains.size() == static_cast<size_t>(l.tiles() * l.chunks() * 16) && lengths.size() == 256,
             "gains have another size");
     require(scales.size() == 1 || scales.size() == static_cast<size_t>(l.rows), "scales are of other rows");
-    require(starts.size() == static_cast<size_t>(l.rows + 1) && starts.data()[0] == 0 &&
-                starts.data()[l.rows] == static_cast<int64_t>(places.size()) &&
-                odd.shape(0) == places.size() && odd.shape(1) == 16,
+    require(ordered(starts, l.rows, places.size()) && odd.shape(0) == places.size() && odd.shape(1) == 16,
             "the odd points are not the matrix's");
+    for (size_t i = 0; i < places.size(); ++i)
+        require(0 <= places.data()[i] && places.data()[i] < l.columns / 16, "an odd point is outside its row");
     return {l, codes.data(), gains.data(), lengths.data(), scales.data(), scales.size() > 1, starts.data(),
             places.data(), odd.data()};
 }
@@ -138,7 +169,8 @@ Rotation rotation(const Array<const int64_t, 2>& steps, const Array<const float,
     for (const RotationStep* s = all; s < all + steps.shape(0); ++s) {
         const bool permutes = s->turn == Turn::permute, matrix = s->turn == Turn::matrix;
         require(Turn::multiply <= s->turn && s->turn <= Turn::matrix && s->start >= 0 && s->width > 0 &&
-                    s->start + s->width <= width && s->order > 0 && s->inner > 0 && s->at >= 0,
+                    inside(s->start, s->width, width) && 0 < s->order && s->order <= width && 0 < s->inner &&
+                    s->inner <= width && s->at >= 0,
                 "a step is out of range");
         require(permutes || s->turn == Turn::multiply || s->width % (s->order * s->inner) == 0,
                 "a window has no such axis");
@@ -146,8 +178,7 @@ Rotation rotation(const Array<const int64_t, 2>& steps, const Array<const float,
                 "butterflies need powers of two, at a stride of 16");
         const int64_t most = s->turn == Turn::butterflies ? 0 : s->width;
         const int64_t used = matrix ? s->order * padded_order(s->order) : most;
-        require(s->at + used <= static_cast<int64_t>(permutes ? orders.size() : numbers.size()),
-                "a step lacks numbers");
+        require(inside(s->at, used, permutes ? orders.size() : numbers.size()), "a step lacks numbers");
         for (int64_t i = 0; permutes && i < used; ++i)
             require(0 <= orders.data()[s->at + i] && orders.data()[s->at + i] < s->width,
                     "an order is out of range");
@@ -158,10 +189,13 @@ Rotation rotation(const Array<const int64_t, 2>& steps, const Array<const float,
 Sparse sparse(const Array<const int64_t, 1>& starts, const Bytes& places,
               const Array<const uint8_t, 1>& values, int64_t rows, int64_t columns) {
     const size_t count = values.size() / 2;
-    require(static_cast<int64_t>(starts.size()) == rows + 1 && starts.data()[0] == 0 &&
-                starts.data()[rows] == static_cast<int64_t>(count) &&
-                (places.size() == 2 * count || places.size() == 4 * count), "the entries are not the matrix's");
-    return {rows, columns, starts.data(), places.data(), places.size() == 4 * count && count > 0,
+    const bool wide = places.size() == 4 * count && count > 0;
+    require(values.size() % 2 == 0 && (wide || places.size() == 2 * count) && ordered(starts, rows, count),
+            "the entries are not the matrix's");
+    require(wide ? all_below(reinterpret_cast<const uint32_t*>(places.data()), count, columns)
+                 : all_below(reinterpret_cast<const uint16_t*>(places.data()), count, columns),
+            "a place is outside the matrix");
+    return {rows, columns, starts.data(), places.data(), wide,
             reinterpret_cast<const uint16_t*>(values.data())};
 }
 

@@ -30,6 +30,12 @@ inline void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
 }
 
+// True if `count` numbers from `first` on are among `all`, without an overflow of their sum.
+inline bool inside(int64_t first, int64_t count, int64_t all) {
+    return 0 <= first && 0 <= count && count <= all && first <= all - count;
+}
+
+void check(const Layout& layout);
 void check(const Layout& layout, size_t code_bytes);
 
 Weights lookup_weights(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes,

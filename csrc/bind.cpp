@@ -15,7 +15,9 @@ namespace {
 
 void init_layout(Layout* self, int64_t rows, int64_t columns, int64_t group, int bits, int rows_per_tile,
                  int group_blocks) {
-    new (self) Layout{rows, columns, group, bits, rows_per_tile, group_blocks};
+    const Layout layout{rows, columns, group, bits, rows_per_tile, group_blocks};
+    check(layout);
+    new (self) Layout(layout);
 }
 
 void to_layout_of(const Layout& l, Array<const int32_t, 2> words, Array<uint8_t, 1> out, int threads) {
@@ -39,7 +41,7 @@ void from_layout_of(const Layout& l, Bytes stored, Array<int32_t, 2> words, int 
 void unpack_rows_of(const Layout& l, Bytes stored, int64_t first, Array<uint8_t, 2> out, int threads) {
     check(l, stored.size());
     const int64_t count = out.shape(0);
-    require(0 <= first && first + count <= l.rows && out.shape(1) == static_cast<size_t>(l.columns),
+    require(inside(first, count, l.rows) && out.shape(1) == static_cast<size_t>(l.columns),
             "the rows are not the layout's");
     nb::gil_scoped_release free;
     unpack_rows(l, stored.data(), first, count, out.data(), threads);
@@ -79,8 +81,7 @@ void decode_of(const Layout& l, Bytes codes, Array<const float, 1> tables,
     require(count > 0, "the tables are too small");
     for (size_t i = 0; ids && i < ids->size(); ++i)
         require(0 <= ids->data()[i] && ids->data()[i] < count, "there is no such table");
-    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows &&
-                out.shape(1) == static_cast<size_t>(l.columns),
+    require(inside(first, out.shape(0), l.rows) && out.shape(1) == static_cast<size_t>(l.columns),
             "the rows are not the layout's");
     const auto size = [](const auto& a, int i) { return static_cast<int64_t>(a.shape(i)); };
     const Levels levels{l, codes.data(), first, tables.data(), ids ? ids->data() : nullptr, scales.data(),
@@ -125,16 +126,16 @@ void vector_decode_of(int set, int64_t group, int bits, Array<const int32_t, 2> 
                       Array<const float, 2> scales, Array<const float, 1> table, int64_t first,
                       Array<float, 2> out, int threads) {
     const Vectors w = vectors(set, out.shape(1), group, bits, words, scales, table);
-    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= w.rows,
-            "the rows are not the matrix's");
+    require(inside(first, out.shape(0), w.rows), "the rows are not the matrix's");
     nb::gil_scoped_release free;
     vector_decode(w, first, out.shape(0), out.data(), threads);
 }
 
 void coordinates_of(int bits, int64_t columns, Array<const int32_t, 2> words, Array<int8_t, 2> y,
                     Array<uint8_t, 2> gains, int threads) {
+    require(0 < columns && columns < int64_t{1} << 31, "the columns are out of range");
     const int64_t points = (columns + 15) / 16, rows = words.shape(0);
-    require(1 <= bits && bits <= 4 && columns > 0 &&
+    require(1 <= bits && bits <= 4 &&
                 static_cast<int64_t>(words.shape(1)) * 32 >= points * (16 * bits + 4) &&
                 static_cast<int64_t>(y.shape(0)) == rows && static_cast<int64_t>(y.shape(1)) == 16 * points &&
                 static_cast<int64_t>(gains.shape(0)) == rows &&
@@ -153,6 +154,7 @@ void numbers_of(int bits, Array<const int8_t, 2> y, Array<const uint8_t, 2> gain
                 static_cast<int64_t>(gains.shape(0)) == rows && static_cast<int64_t>(words.shape(0)) == rows &&
                 static_cast<int64_t>(words.shape(1)) == (points * (16 * bits + 4) + 31) / 32,
             "the arrays are not of one matrix");
+    require(are_points(bits, rows * points, y.data(), gains.data()), "there are no such points");
     nb::gil_scoped_release free;
     numbers(bits, rows, points, y.data(), gains.data(), reinterpret_cast<uint32_t*>(words.data()),
             words.shape(1), threads);
@@ -174,8 +176,7 @@ void points_decode_of(const Layout& l, Bytes codes, Bytes gains, Array<const flo
                       Array<const int32_t, 1> places, Array<const int8_t, 2> odd, int64_t first,
                       Array<float, 2> out, int threads) {
     const Points w = points(l, codes, gains, lengths, scales, starts, places, odd, out.shape(1));
-    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows,
-            "the rows are not the matrix's");
+    require(inside(first, out.shape(0), l.rows), "the rows are not the matrix's");
     nb::gil_scoped_release free;
     points_decode(w, out.shape(1), first, out.shape(0), out.data(), threads);
 }
@@ -192,8 +193,7 @@ void lattice_linear_of(const Layout& l, Bytes codes, Bytes sizes, Array<const fl
 void lattice_decode_of(const Layout& l, Bytes codes, Bytes sizes, Array<const float, 1> scales, int64_t first,
                        Array<float, 2> out, int threads) {
     const Lattice w = lattice(l, codes, sizes, scales, out.shape(1));
-    require(0 <= first && first + static_cast<int64_t>(out.shape(0)) <= l.rows,
-            "the rows are not the matrix's");
+    require(inside(first, out.shape(0), l.rows), "the rows are not the matrix's");
     nb::gil_scoped_release free;
     lattice_decode(w, out.shape(1), first, out.shape(0), out.data(), threads);
 }
@@ -214,6 +214,7 @@ void sparse_add_of(Array<const int64_t, 1> starts, Bytes places, Array<const uin
 }
 
 void read_inputs_of(FixedInputs& self, Array<const float, 2> x, int threads) {
+    require(x.shape(1) > 0, "x has no columns");
     nb::gil_scoped_release free;
     fixed_inputs(fixed_shape(x.shape(1)), x.data(), x.shape(0), self, threads);
 }
@@ -221,8 +222,9 @@ void read_inputs_of(FixedInputs& self, Array<const float, 2> x, int threads) {
 // The outputs from column `first` on.
 void fixed_product_of(const FixedInputs& x, Array<const float, 2> W, Array<float, 2> y, int64_t first, int threads) {
     const int64_t rows = W.shape(0), stride = y.shape(1);
+    require(x.shape.columns > 0, "no inputs were read");
     require(static_cast<int64_t>(W.shape(1)) == x.shape.columns && static_cast<int64_t>(y.shape(0)) == x.tokens &&
-                0 <= first && first + rows <= stride,
+                inside(first, rows, stride),
             "W or y has another shape");
     nb::gil_scoped_release free;
     fixed_product(x, W.data(), rows, y.data() + first, stride, threads);

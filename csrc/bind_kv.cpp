@@ -17,7 +17,7 @@ void check_part(const KvPages& p, int64_t first, int64_t bytes, bool required) {
 
 void check_side(const KvPages& p, const KvSide& s, int64_t code_words) {
     require(s.bits == 2 || s.bits == 3 || s.bits == 4 || s.bits == 8, "codes have 2, 3, 4 or 8 bits");
-    require(s.groups == 1 || (s.groups > 0 && s.groups % p.heads == 0 && p.channels() % (16 * s.groups) == 0),
+    require(s.groups == 1 || (0 < s.groups && s.groups <= p.channels() && s.groups % p.heads == 0 && p.channels() % (16 * s.groups) == 0),
             "groups are of a multiple of 16 channels of one head, or one is of all");
     require(s.axis == KvAxis::token || s.groups == 1, "only tokens have groups");
     require(0 <= s.outliers && s.outliers <= p.channels(), "a token has fewer outliers");
@@ -32,7 +32,7 @@ void check_side(const KvPages& p, const KvSide& s, int64_t code_words) {
 }
 
 void new_pages(KvPages* self, int64_t heads, int64_t dim, int64_t words, const KvSide& key, const KvSide& value) {
-    require(heads > 0 && dim > 0 && dim % 16 == 0 && dim <= 1024 && heads * dim <= 65536 && words > 0,
+    require(0 < heads && heads <= 65536 && dim > 0 && dim % 16 == 0 && dim <= 1024 && heads * dim <= 65536 && words > 0,
             "heads have a multiple of 16 numbers");
     const KvPages p{heads, dim, words, key, value};
     check_side(p, key, heads * 2 * ((dim * key.bits + 31) / 32) * 16);

@@ -60,7 +60,9 @@ struct Builder {
 
     Builder(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t dim, float eps, float scaling)
         : shape{hidden, heads, kv_heads, dim, eps, scaling} {
-        require(hidden > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && dim > 0 && dim % 2 == 0,
+        const auto sound = [](int64_t size) { return 0 < size && size < int64_t{1} << 24; };
+        require(sound(hidden) && sound(heads) && sound(kv_heads) && sound(dim) && sound(heads * dim) &&
+                    heads % kv_heads == 0 && dim % 2 == 0,
                 "the shape is no model's");
     }
 

@@ -9,9 +9,11 @@
 
 namespace bitmill {
 
+constexpr int64_t most_threads = 1024;
+
 template <class Body>
 void parallel_for(int64_t count, int threads, const Body& body) {
-    threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
+    threads = static_cast<int>(std::max<int64_t>(1, std::min({int64_t{threads}, count, most_threads})));
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel num_threads(threads)

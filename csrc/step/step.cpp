@@ -40,7 +40,8 @@ Model::Model(const Shape& shape, std::vector<Block> all, const float* norm, cons
 
 void Model::advance(const float* embedding, const Position& at, float* logits, int threads) {
     const std::lock_guard<std::mutex> alone(busy);
-    threads_.resize(std::max(threads, 1));
+    threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, most_threads)));
+    threads_.resize(threads);
     for (Thread& t : threads_) {
         t.x.assign(embedding, embedding + shape.hidden);
         t.normed.resize(shape.hidden), t.gated.resize(inner), t.q.resize(shape.heads * shape.dim);

@@ -11,6 +11,8 @@
 
 namespace bitmill {
 
+constexpr int pyramid_pulses[] = {4, 12, 27, 58};  // K, whose points 16 * bits bits can number
+
 template <class V>
 struct Pyramid {
     static constexpr int width = 16, most = 64;  // pulses, in rows of whole vectors
@@ -27,8 +29,7 @@ struct Pyramid {
         for (int d = 1; d <= width; ++d)
             for (int k = 0; k < most; ++k)
                 counts[d][k] = k == 0 ? 1 : counts[d - 1][k] + counts[d][k - 1] + counts[d - 1][k - 1];
-        constexpr int largest[] = {4, 12, 27, 58};  // K, whose points 16 * bits bits can number
-        pulses = largest[bits - 1];
+        pulses = pyramid_pulses[bits - 1];
         searched = (pulses + 8) / 8 * 8;
         for (int level = 0; level < 3; ++level) {
             const uint64_t* half = counts[8 >> level];

@@ -39,6 +39,15 @@ void coordinates(const Vectors& w, int8_t* y, uint8_t* gains, int threads) {
     });
 }
 
+bool are_points(int bits, int64_t count, const int8_t* y, const uint8_t* gains) {
+    for (int64_t p = 0; p < count; ++p, y += 16) {
+        int pulses = 0;
+        for (int i = 0; i < 16; ++i) pulses += y[i] < 0 ? -y[i] : y[i];
+        if (pulses != pyramid_pulses[bits - 1] || gains[p] > 15) return false;
+    }
+    return true;
+}
+
 void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint8_t* gains, uint32_t* words,
              int64_t words_per_row, int threads) {
     parallel_for(rows, threads, [&](int64_t first, int64_t last) {

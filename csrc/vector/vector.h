@@ -82,6 +82,8 @@ void vector_decode(const Vectors& weights, int64_t first, int64_t count, float* 
 
 // Coordinates and gains of packed points, and the inverse: packed words (rows, words_per_row).
 void coordinates(const Vectors& weights, int8_t* y, uint8_t* gains, int threads);
+// True if all points have the pulses that numbers of so many bits have, and gains fit their four bits.
+bool are_points(int bits, int64_t count, const int8_t* y, const uint8_t* gains);
 void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint8_t* gains, uint32_t* words,
              int64_t words_per_row, int threads);
 // x (tokens, columns) and W^ (.., columns), whose last point may be cut.

@@ -30,6 +30,12 @@ class Lookup:
             return self.scale
         return self.scale * self.powers[self.power]
 
+    def largest(self) -> Tensor:
+        """Return a bound of the levels' magnitudes, (rows|1, groups|1): that of the table and the zero."""
+        largest = self.tables.abs().amax(-1)
+        tables = largest.view(1, -1) if self.table is None else largest[self.table]
+        return self.factor().abs() * (tables + self.zero.abs())
+
     def levels(self) -> Tensor:
         """Return the levels, (rows|1, groups|1, 2**bits) fp32."""
         tables = self.tables[None] if self.table is None else self.tables[self.table]

@@ -58,6 +58,17 @@ class Kernel(ABC):
     def apply(self, x: Tensor) -> Tensor:
         """Multiply x (..., in) to (..., out), in the type of x."""
 
+    def output_error(self, W: Tensor) -> Tensor:
+        """Return the RMS error that outputs may have for Gaussian inputs of variance 1.
+
+        Args:
+            W: The decoded matrix, fp32 (out, in).
+
+        Returns:
+            fp32 (out,).
+        """
+        return self.tolerance * W.norm(dim=1)
+
     def step_linear(self) -> Any:
         """Return the matrix for the compiled decode step (csrc/step), or None if only torch multiplies with it."""
         return None

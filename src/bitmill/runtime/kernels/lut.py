@@ -67,7 +67,7 @@ class Lut(RepackedKernel):
             made.records_per_tile,
         ]
         self.plan += [made.bank_bits, ACTIVATIONS.index(act)]
-        self.zero, self.is_exact = made.zero, made.is_exact
+        self.zero, self.is_exact, self._wide = made.zero, made.is_exact, made.wide
         self.parts = [_flat(getattr(made, name), name not in _FLOATS) for name in _PARTS]
 
     @property
@@ -76,6 +76,14 @@ class Lut(RepackedKernel):
         return self.named_tensors(
             "lut", {name: part for name, part in zip(_PARTS, self.parts) if part is not None}
         )
+
+    def output_error(self, W: Tensor) -> Tensor:
+        """Return the error of rounded inputs, of sums in fp32 and, where tables are rounded, of a step of each."""
+        format, columns = self.spec.format, self.spec.shape[1]
+        assert isinstance(format, ScalarFormat)
+        step = 2.0**-20 if self.is_exact else 1 / (32767 if self._wide else 127)
+        rms = format.lookup(self._params()).largest().square().mean(1).sqrt()
+        return torch.hypot(super().output_error(W), step * columns**0.5 * rms)
 
     def decoder(self) -> RowDecoder:
         """Return a function that decodes rows by table lookup in fp32, each weight as the format computes it."""

@@ -27,6 +27,7 @@ SHARED, OWN, BANK = 0, 1, 2  # csrc/lut/lookup.h: Source
 _BANK_TABLES, _BANK_POWERS, _BANK_MAX_ENTRY = 32, 16, 63
 _HALVED = (3, 4)  # bits of tables that can be stored by half
 _SUMMED = 4  # bits of tables that can be looked up as sums
+_CLOSE = 1.0625  # of steps in fp16 to what tables need
 _WHOLE_FROM = 5  # bits from which a table fills a vector, and a tile is one row
 
 
@@ -130,10 +131,14 @@ def group_blocks(width: int, rows: int) -> int:
 def as_integers(tables: Tensor, largest: int) -> Integers | None:
     """Return (entries, step, zero) with tables == step * (entries - zero) exactly, or None.
 
+    Tables of nothing but zeros have no step of their own; `rounded` gives them step 0.
+
     Args:
         tables: fp32 tables of any shape.
         largest: The largest entry allowed; the smallest is 0.
     """
+    if not tables.any():
+        return None
     for k in range(17):
         scaled = tables * 2.0**k
         if torch.equal(scaled, scaled.round()):
@@ -148,22 +153,30 @@ def rounded(tables: Tensor, wide: bool, half_steps: bool, odd: bool = False) -> 
     Args:
         tables: fp32 (..., entries).
         wide: Use 16-bit entries instead of 8-bit ones.
-        half_steps: Round the steps up to fp16 numbers.
+        half_steps: Round the steps up to numbers with fp16's precision, and within its range where that is close.
         odd: Make entries c and ~c sum to the largest entry of a table, as their levels sum to 0.
 
     Returns:
-        Entries, steps (..., 1), and the zero, with every table close to its step * (entries - zero).
+        Entries, steps (..., 1), and the zero, with every table close to its step * (entries - zero). Tables of
+        zeros have step 0: odd entries are never equal to the zero.
     """
     reach = (32767 if wide else 127) + odd / 2
     step = tables.abs().amax(-1, keepdim=True) / reach
     if half_steps:
-        up = (step * (1 + 2.0**-10) + 2.0**-25).to(torch.float16).to(torch.float32)
-        step = torch.where(up.isfinite(), up, step)
-    step = torch.where(step > 0, step, torch.ones_like(step))
+        step = _half_steps(step)
+    unit = torch.where(step > 0, step, torch.ones_like(step))
     if odd:
-        first = (tables[..., : tables.shape[-1] // 2] / step + reach).round().clamp(0, 2 * reach)
+        first = (tables[..., : tables.shape[-1] // 2] / unit + reach).round().clamp(0, 2 * reach)
         return torch.cat([first, 2 * reach - first.flip(-1)], -1), step, reach
-    return (tables / step).round().clamp(-reach, reach) + (reach + 1), step, reach + 1
+    return (tables / unit).round().clamp(-reach, reach) + (reach + 1), step, reach + 1
+
+
+def _half_steps(step: Tensor) -> Tensor:
+    """Round steps up to fp16, or to 11 bits where fp16 has no number that is close."""
+    up = (step * (1 + 2.0**-10) + 2.0**-25).to(torch.float16).to(torch.float32)
+    mantissa, exponent = torch.frexp(step)
+    close = torch.ldexp((mantissa * 2**11).ceil() / 2**11, exponent)
+    return torch.where((step > 0) & (up <= _CLOSE * step), up, close)
 
 
 def lookup_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int, kind: Entries) -> LookupTables:
@@ -233,7 +246,9 @@ def _entries(
         return entries, scale * step, lookup.zero / step + base
     made.mirrored = bits in _HALVED and made.source == OWN and torch.equal(lookup.tables, -lookup.tables.flip(-1))
     entries, steps, offset = rounded(_each(lookup), wide, groups > 1 and made.source != SHARED, made.mirrored)
-    return entries, scale * steps[..., 0], lookup.zero / steps[..., 0] + offset
+    unit = steps[..., 0]
+    zero = torch.where(unit > 0, lookup.zero / unit.clamp(min=torch.finfo(unit.dtype).tiny), lookup.zero)
+    return entries, scale * unit, zero + offset
 
 
 def _stored_entries(made: LookupTables, entries: Tensor, bits: int, summed: bool, tiling: _Tiling) -> Tensor:
@@ -352,8 +367,8 @@ def _set_zero(made: LookupTables, zero: Tensor, tiling: _Tiling) -> None:
 def _set_scale(made: LookupTables, scale: Tensor, tiling: _Tiling, wide: bool) -> None:
     """Store the scale (rows|1, groups|1) of rows, or of groups.
 
-    Groups' scales are fp16 where that is exact; otherwise fp32 if `wide`, or fp16 relative to a scale of the row,
-    with relative error 2^-11.
+    Groups' scales are fp16 where that is exact; otherwise fp32 if `wide`, or fp16 relative to a power of two of
+    the row, with relative error 2^-11.
     """
     rows = tiling.rows
     if scale.shape[1] == 1 or tiling.groups == 1:
@@ -365,6 +380,7 @@ def _set_scale(made: LookupTables, scale: Tensor, tiling: _Tiling, wide: bool) -
     elif wide:
         made.scales = tiling(scale)
     else:
-        top = scale.abs().amax(1, keepdim=True).clamp(min=1e-30) / 1024
+        _, exponent = torch.frexp(scale.abs().amax(1, keepdim=True))
+        top = torch.ldexp(torch.ones_like(scale[:, :1]), (exponent - 11).clamp(min=-126))  # quotients below 2048
         made.row_scales[:rows] = top[:, 0].expand(rows)
         made.scales = tiling((scale / top).to(torch.float16))

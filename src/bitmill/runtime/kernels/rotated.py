@@ -47,6 +47,12 @@ class RotatedKernel(WrapperKernel):
         y = self.inner.apply(self._V.forward(y).to(x.dtype))
         return y if self._U is None else self._U.inverse(y).to(x.dtype)
 
+    def output_error(self, W: Tensor) -> Tensor:
+        """Return the error of the inner kernel, of which a rotation of the outputs gives all rows a share."""
+        s = torch.ones(1, W.shape[1]) if self._rescale is None else self._rescale
+        error = self.inner.output_error(W * s) * s.pow(-2).mean().sqrt()
+        return error if self._U is None else error.square().mean().sqrt().expand(len(error))
+
     def _gemv(self, x: Tensor) -> Tensor:
         y = x.to(torch.float32)
         if self._rescale is not None:

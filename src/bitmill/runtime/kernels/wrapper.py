@@ -27,6 +27,10 @@ class WrapperKernel(Kernel):
         self.inner = choose_kernel(inner)(inner, rest)
         self.tolerance = self.inner.tolerance  # type: ignore[misc]
 
+    def output_error(self, W: Tensor) -> Tensor:
+        """Return the error of the inner kernel, whose rows have about the norms of W's."""
+        return self.inner.output_error(W)
+
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         """The inner kernel's tensors and the wrapper's own."""
