@@ -70,6 +70,7 @@ Weights lookup_weights(const Layout& l, int source, bool wide, bool mirrored, in
                 "a bank needs ids and 16 powers");
         require(all_below(ids->data(), places, int64_t{16} << bank_bits), "there is no such power");
         require(tables.size() >= least, "the bank is too small");
+        require(record_bytes == 0 && records_per_tile == 0, "a bank has no records");
     } else {
         const int64_t whole = l.bits <= 6 ? 64 : l.bits == 7 ? 128 : 256;
         const int64_t one = lanes ? (l.bits == 3 ? 128 : 64) / (mirrored ? 2 : 1) : whole;
@@ -116,7 +117,8 @@ Additive additive_weights(const Layout& l, const Bytes& codes, const Array<const
 Vectors vectors(int set, int64_t columns, int64_t group, int bits, const Array<const int32_t, 2>& words,
                 const Array<const float, 2>& scales, const Array<const float, 1>& table) {
     const bool e8 = set == 0;
-    require(0 <= set && set <= 1 && 1 <= bits && bits <= 4 && 0 < columns && columns < most_columns && group > 0,
+    require(0 <= set && set <= 1 && 1 <= bits && bits <= 4 && 0 < columns && columns < most_columns && 0 < group &&
+                group < most_columns,
             "a vector format is out of range");
     const int64_t width = e8 ? 8 : 16, blocks = (columns + width - 1) / width, rows = words.shape(0);
     require(static_cast<int64_t>(words.shape(1)) * 32 >= blocks * (e8 ? 16 : 16 * bits + 4),

@@ -1,4 +1,4 @@
-"""Few and many tokens equal decode and matmul for parts that no fit would give: zeros, equal levels, extreme scales."""
+"""Few and many tokens equal decode and matmul for parts that are all zero, all equal, very small or very large."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Compare the products of a kernel with decode and matmul.
 
 A few tokens and many take different paths through most kernels (`kernels.compiled`), so both are compared. Inputs
-are Gaussian and seeded. Each output must be within 6 times the error that its row may have (`Kernel.output_error`),
-and all of them together within twice.
+are Gaussian and seeded. Each output must be within 6 times the error that its row may have
+(`Kernel.output_error`), and all of them together within twice.
 """
 
 from __future__ import annotations
