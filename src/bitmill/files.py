@@ -197,10 +197,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_digests(folder: Path, but: Collection[str] = ()) -> dict[str, str]:
-    """Return name -> sha256 of every file below `folder` except `but`, in the order of their paths."""
+def file_record(path: Path) -> dict[str, Any]:
+    """Return the entry of a file under `files` of report.json."""
+    return {"sha256": sha256(path), "size_bytes": path.stat().st_size}
+
+
+def file_records(folder: Path, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return name -> record of every file below `folder` except `but`, in the order of their paths."""
     files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
-    return {name: sha256(file) for name, file in files.items() if name not in but}
+    return {name: file_record(file) for name, file in files.items() if name not in but}
 
 
 def folder_bytes(folder: Path) -> int:

@@ -71,11 +71,14 @@ def test_other_folder_is_not_finished(report, tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "report.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[]", "holds list instead of an object"), ("{", "is not valid JSON"), (None, "cannot be read")],
+    [("[]", "holds list instead of an object"), ("{", "is not valid JSON"), (None, "is missing|There is no file")],
 )
 def test_damaged_document_refused(checkpoint, name, text, message, tmp_path):
     folder = shutil.copytree(checkpoint.folder, tmp_path / "out")
     (folder / name).unlink()
+    if name == "report.json" and text is None:
+        assert not open_checkpoint(folder).record
+        return
     if text is not None:
         (folder / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
+from bitmill.checkpoint.contents import REPORT, FileRecord, check_files, check_regular, read_json, record_of
+from bitmill.checkpoint.marker import marked_shape, marker_names
 from bitmill.checkpoint.schema import FORMAT_VERSION, QUANT_METHOD, head_config, layer_formats, shared_paths
+from bitmill.checkpoint.tensors import open_tensors
 from bitmill.config.paths import user_path
-from bitmill.errors import CheckpointError, RecipeError, SourceError
+from bitmill.errors import CheckpointError, RecipeError, SourceError, quoted
+from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.formats import Format
 from bitmill.formats.base import total_stored_bits
 from bitmill.formats.quantized import Quantized, unpack
@@ -34,6 +37,8 @@ class Checkpoint:
         places: layer -> path of the module that holds its shared parts, for layers that share any.
         outside: embedding and head, where they are quantized.
         kv_bytes: size of the calibration of keys and values.
+        record: name -> record of every file that was written; empty where the folder has none.
+        foreign: names of files that are not recorded.
     """
 
     folder: Path
@@ -46,6 +51,8 @@ class Checkpoint:
     places: dict[str, str]  # of what quantized layers share, for those that do
     outside: tuple[str, ...] = ()  # embedding and head, where they are quantized
     kv_bytes: int = 0  # of what keys and values were calibrated to
+    record: Mapping[str, FileRecord] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
@@ -81,7 +88,12 @@ class Checkpoint:
             CheckpointError: a part is missing or different.
         """
         for layer, format in self.formats.items():
-            names = self._names(layer)
+            names, shape = self._names(layer), marked_shape(layer, self.entries)
+            if shape not in (None, self.shape(layer)):
+                raise CheckpointError(
+                    f"The empty weight of {layer!r} in {self.folder} tells the shape {shape}, and its report "
+                    f"{self.shape(layer)}; the folder is damaged, quantize again."
+                )
             for part, (size, dtype) in format.layout(self.shape(layer)).items():
                 name = names[part]
                 entry = self.entries.get(name)
@@ -91,10 +103,15 @@ class Checkpoint:
                         f"The tensor {name!r} of {self.folder} {found}, but {format!r} stores {dtype} {size}; "
                         "the folder is damaged, quantize again."
                     )
+        for layer in self.shapes:
+            if layer not in self.formats:
+                raise CheckpointError(
+                    f"{self.folder}/{REPORT} lists the layer {layer!r} and config.json does not; copy both again."
+                )
 
     def layers(self) -> Iterator[dict[str, Any]]:
         """Yield name, format, shape, bits_per_weight and size_bytes of every quantized layer and float tensor."""
-        packed = set()
+        packed = marker_names(self.formats)
         for name, format in self.formats.items():
             shape = self.shape(name)
             own = format.own_layout(shape) if name in self.places else format.layout(shape)
@@ -144,9 +161,8 @@ class Checkpoint:
 def is_checkpoint(folder: Path) -> bool:
     """Return True if `folder` has the config of a model quantized by bitmill."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] == "bitmill"
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_json(folder, "config.json")["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (CheckpointError, ValueError, KeyError, TypeError):  # ValueError: no path
         return False
 
 
@@ -155,53 +171,49 @@ def is_bitmill_folder(folder: Path) -> bool:
     if is_checkpoint(folder):
         return True
     try:
-        return bool(json.loads((folder / "report.json").read_text(encoding="utf-8"))["kv"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_json(folder, REPORT)["kv"])
+    except (CheckpointError, ValueError, KeyError, TypeError):
         return False
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open `folder` and check its documents and headers against each other; no tensor is read.
+def open_checkpoint(folder: str | Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> Checkpoint:
+    """Open `folder` and check its documents, headers and file sizes against each other; no tensor is read.
+
+    Every loader opens a folder by this function, `from_pretrained` too. A folder without a report, as
+    `save_pretrained` writes it, is opened as far as its tensors describe it.
+
+    Args:
+        folder: the folder.
+        shapes: layer -> (out, in) of the model, for folders in which neither report nor tensors tell them.
 
     Raises:
-        CheckpointError: a file is missing or damaged, a shard name leaves the folder, or a header does not fit its
-            file.
+        CheckpointError: a file is missing or damaged, a shard name leaves the folder, a header does not fit its
+            file, or there are weights that do not belong to the model.
     """
     folder = user_path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}; give one that bitmill quantize wrote.")
-    config, report = _document(folder, "config.json"), _document(folder, "report.json")
+    check_regular(folder)
+    config = read_json(folder, "config.json")
+    report = read_json(folder, REPORT) if (folder / REPORT).exists() else {}
     described = config.get("quantization_config")
     if described is None and report.get("kv"):  # weights were left as they are
         described = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "groups": []}
     if not isinstance(described, dict):
         raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
-    formats, shapes, places = _formats(described), _layer_shapes(folder, report), shared_paths(described)
+    formats, places = _formats(described), shared_paths(described)
     ends = layers_outside_blocks(head_config(described))
-    index = _document(folder, "model.safetensors.index.json").get("weight_map")
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{folder}/model.safetensors.index.json has no 'weight_map'; quantize again.")
-    headers: dict[str, dict[str, TensorEntry]] = {}
-    files: dict[str, Path] = {}
-    for name, shard in index.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"The index of {folder} places {name!r} at {shard!r}, outside the folder.")
-        path = folder / shard
-        if path.resolve().parent != folder.resolve():
-            raise CheckpointError(f"The shard {path} is a link that leaves the folder; copy the file into it.")
-        if shard not in headers:
-            try:
-                headers[shard] = read_header(path)
-            except SourceError as error:
-                raise CheckpointError(str(error)) from None
-        if name not in headers[shard]:
-            raise CheckpointError(f"The shard {path} holds no tensor {name!r}, which the index promises.")
-        files[name] = path
-    entries = {name: headers[path.name][name] for name, path in files.items()}
-    kv = _kv_bytes(folder)
-    checkpoint = Checkpoint(folder, config, report, formats, files, entries, shapes, places, ends, kv)
+    listed = _layer_shapes(folder, report) if report else {}
+    files, entries, opened = open_tensors(folder)
+    if not report:
+        report, listed = {"layers": [], "measured": []}, _stored_shapes(folder, formats, entries, shapes or {})
+    record, kv = record_of(folder, report), _kv_bytes(folder)
+    checkpoint = Checkpoint(
+        folder, config, report, formats, files, entries, listed, places, ends, kv, record=record
+    )
     checkpoint.check()
-    return checkpoint
+    foreign = check_files(folder, record, opened if record else {*opened, KV_FILE, REFERENCE_FILE})
+    return replace(checkpoint, foreign=foreign)
 
 
 def _kv_bytes(folder: Path) -> int:
@@ -233,22 +245,22 @@ def _layer_shapes(folder: Path, report: dict[str, Any]) -> dict[str, tuple[int, 
         sound = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
         if not isinstance(name, str) or not sound:
             raise CheckpointError(
-                f"{folder}/report.json gives the layer {name!r} the shape {shape!r}; quantize again."
+                f"{folder}/report.json gives the layer {quoted(name)} the shape {quoted(shape)}; quantize again."
             )
         shapes[name] = (shape[0], shape[1])
     return shapes
 
 
-def _document(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+def _stored_shapes(
+    folder: Path,
+    formats: Mapping[str, Format],
+    entries: Mapping[str, TensorEntry],
+    shapes: Mapping[str, tuple[int, int]],
+) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the layers of a folder without a report, by their empty weights or by `shapes`."""
+    found = {layer: marked_shape(layer, entries) or shapes.get(layer) for layer in formats}
+    if absent := next((layer for layer, shape in found.items() if shape is None), None):
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); {folder} is no bitmill folder."
-        ) from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not valid JSON; the folder is damaged, quantize again.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds {type(data).__name__} instead of an object; quantize again.")
-    return data
+            f"{folder}/{REPORT} is missing, and nothing else tells the shape of {absent!r}; copy the folder again."
+        )
+    return {layer: shape for layer, shape in found.items() if shape is not None}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.work_folder import changed_folder, check_changeable
 from bitmill.errors import CheckpointError, one_line
-from bitmill.files import sha256, write_json, write_tensors, write_text
+from bitmill.files import file_record, write_json, write_tensors, write_text
 from bitmill.kv.calibration_file import FILE, KVCalibration
 from bitmill.report.html import folder_documents
 from bitmill.report.metrics import EMBEDDING_METRICS, LANGUAGE_METRICS
@@ -51,7 +52,7 @@ def check_recordable(folder: Path) -> dict[str, str]:
     return dict(open_checkpoint(folder).report.get("files", {}))
 
 
-def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, str] | None = None) -> None:
+def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, Any] | None = None) -> None:
     """Append the result of `bitmill.evaluate` to the report; an equal measurement is replaced.
 
     Args:
@@ -107,11 +108,11 @@ def add_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]
         CheckpointError: the report is damaged.
         OutputError: the folder cannot be written.
     """
-    open_checkpoint(folder)
-    write_calibration(folder, calibration)
     checkpoint = open_checkpoint(folder)
+    write_calibration(folder, calibration)
+    checkpoint = replace(checkpoint, kv_bytes=sum(t.nbytes for t in calibration.tensors().values()))
     report = {**checkpoint.report, "bits_per_weight": checkpoint.bits_per_weight, "kv": kv}
-    report["files"] = {**report.get("files", {}), FILE: sha256(folder / FILE)}
+    report["files"] = {**report.get("files", {}), FILE: file_record(folder / FILE)}
     report["measured"] = [m for m in report["measured"] if m.get("kv_method") is None]
     _rewrite(folder, report)
 

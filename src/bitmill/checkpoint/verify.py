@@ -40,14 +40,16 @@ def verify(
         CheckpointError: the first file or tensor that is wrong.
     """
     progress = progress or Progress()
-    files = checkpoint.report.get("files", {})
-    if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{checkpoint.folder}/report.json records no file digests; quantize again.")
-    for name, digest in files.items():
+    if not checkpoint.record:
+        raise CheckpointError(
+            f"{checkpoint.folder}/report.json is missing or records no files, so nothing can be verified; "
+            "copy the folder again, or quantize again."
+        )
+    for name, entry in checkpoint.record.items():
         path = checkpoint.folder / name
-        if not path.resolve().is_relative_to(checkpoint.folder.resolve()) or not path.is_file():
+        if not path.is_file():
             raise CheckpointError(f"{path} is missing, but report.json records it; copy the folder again.")
-        if sha256(path) != digest:
+        if sha256(path) != entry.sha256:
             raise CheckpointError(f"{path} was altered since it was written (its sha256 differs); copy it again.")
     _check_calibration(checkpoint, trust_remote_code)
     progress.start("verify", len(checkpoint.formats))
@@ -57,7 +59,7 @@ def verify(
             raise CheckpointError(f"The layer {name!r} decodes to NaN or Inf; quantize again.")
         progress.advance()
     progress.finish()
-    return {"files": len(files), "layers": len(checkpoint.formats), "tensors": len(checkpoint.entries)}
+    return {"files": len(checkpoint.record), "layers": len(checkpoint.formats), "tensors": len(checkpoint.entries)}
 
 
 def _check_calibration(checkpoint: Checkpoint, trust_remote_code: bool) -> None:

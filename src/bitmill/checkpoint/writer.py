@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitmill.checkpoint.journal import Journal, first_difference
+from bitmill.checkpoint.marker import WEIGHT, weight_marker
 from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import WorkFolder, remove, remove_leftovers
 from bitmill.errors import CheckpointError, OutputError, SourceError, one_line
 from bitmill.files import (
-    file_digests,
+    file_records,
     folder_bytes,
     make_folder,
     output_errors,
@@ -144,6 +145,7 @@ class FolderSink:
                 format = formats[name]
                 prefix = name + "."
                 parts = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+                parts.pop(WEIGHT, None)
                 bias = parts.pop("bias", None)
                 if bias is not None:
                     tensors[prefix + "bias"] = bias
@@ -164,6 +166,7 @@ class FolderSink:
         for name, layer in result.layers.items():
             for part, tensor in layer.own().items():
                 tensors[f"{name}.{part}"] = tensor
+            tensors[f"{name}.{WEIGHT}"] = weight_marker(layer.quantized.shape)
         names, packed = streamed.block_tensors(result.index), {f"{name}.weight" for name in result.layers}
         if result.index == NON_BLOCK:
             names, packed = streamed.non_block_tensors(), set(embedding_and_head(streamed).weights)
@@ -231,7 +234,7 @@ class FolderSink:
             report: report.json without the digests of files.
             documents: file name -> text of documents made from the report; their digests are not recorded.
         """
-        files = file_digests(self.folder, {*documents, "report.json"})
+        files = file_records(self.folder, {*documents, "report.json"})
         for name, text in documents.items():
             write_text(self.folder / name, text)
         write_json(self.folder / "report.json", {**report, "files": files})

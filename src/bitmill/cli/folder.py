@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,8 @@ from bitmill.cli.output import (
     format_mb,
     property_table,
 )
+
+MAX_FOREIGN = 8  # names shown of files that are not part of the quantized model
 
 Quality = Annotated[
     bool, typer.Option("--quality/--no-quality", help="Repeat the recorded measurement and compare.")
@@ -42,6 +45,8 @@ def inspect(folder: QuantizedFolder, as_json: AsJson = False) -> None:
             "recipe": report.get("recipe"),
             "kv": report.get("kv"),
             "measured": report.get("measured", []),
+            "recorded": bool(checkpoint.record),
+            "foreign": list(checkpoint.foreign),
             "tensors": tensors,
         }
         output.result(data, lambda: [_tensor_table(tensors), "", _totals(data)])
@@ -81,14 +86,21 @@ def verify(
         change = verify_quality(checkpoint, measure_again) if quality else None
         running = verify_running(checkpoint, device, trust_remote_code, output.progress) if quality else None
         checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"
-        rows = [("sound", checked)]
+        rows = [("sound", checked), *_foreign(checkpoint.foreign)]
         if quality:
             result = "nothing was recorded" if change is None else f"as recorded (changed by {change[1]:.2g})"
             rows.append((change[0].replace("_", " ") if change else "perplexity", result))
         if running:
             rows.append(("running", describe_running(running)))
         changes = {f"{key}_change": change[1] if change and change[0] == key else None for key in REFERENCE_FREE}
-        data = {"folder": str(folder), "sound": True, **counts, **changes, "running": running}
+        data = {
+            "folder": str(folder),
+            "sound": True,
+            "foreign": list(checkpoint.foreign),
+            **counts,
+            **changes,
+            "running": running,
+        }
         output.result(data, lambda: [property_table(rows)])
 
 
@@ -108,6 +120,12 @@ def _tensor_table(tensors: list[dict[str, Any]]) -> Any:
     return data_table(columns, rows, left=("tensor", "format"))
 
 
+def _foreign(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return a row with the files that are not part of the quantized model, none where all are."""
+    more = f" and {len(names) - MAX_FOREIGN} more" if len(names) > MAX_FOREIGN else ""
+    return [("foreign files", ", ".join(names[:MAX_FOREIGN]) + more)] if names else []
+
+
 def _totals(data: dict[str, Any]) -> Any:
     recipe = data["recipe"] or {}
     in_blocks = " in the quantized layers of the blocks" if recipe else ""
@@ -120,5 +138,8 @@ def _totals(data: dict[str, Any]) -> Any:
     ]
     if data["kv"]:
         rows.append(("keys and values", describe_kv_plan(data["kv"])))
+    if not data["recorded"]:
+        rows.append(("record", "none: report.json is missing, so nothing can be verified"))
+    rows += _foreign(data["foreign"])
     rows += [(f"measured by {m.get('by', '-')}", describe_measurement(m)) for m in data["measured"]]
     return property_table(rows)

@@ -29,8 +29,9 @@ class ModuleSink:
         self.model = model
         self.work: Path | None = None
         self.layers: list[dict[str, Any]] = []
-        self._packed: dict[str, tuple[Format, dict[str, Tensor]]] = {}
-        self._shared_paths: dict[str, str] = {}
+        self.formats: dict[str, Format] = {}
+        self._packed: dict[str, dict[str, Tensor]] = {}
+        self.places: dict[str, str] = {}
         self._embeddings: EmbeddingAndHead | None = None
         self._changed: dict[str, Tensor] = {}
         self._shared: Shared = {}
@@ -49,9 +50,9 @@ class ModuleSink:
         for name, layer in result.layers.items():
             device = device_of(self.model.get_submodule(name))
             parts = {part: tensor.to(device) for part, tensor in layer.own().items()}
-            self._packed[name] = layer.quantized.format, parts
+            self.formats[name], self._packed[name] = layer.quantized.format, parts
             if layer.shared:
-                self._shared_paths[name] = layer.shared
+                self.places[name] = layer.shared
             self.layers.append({"name": name, **layer.summary()})
         if result.index == NON_BLOCK:
             self._embeddings = embedding_and_head(streamed)
@@ -67,19 +68,22 @@ class ModuleSink:
         """Keep the parts that layers share."""
         self._shared = parts
 
+    @property
+    def ends(self) -> dict[str, Any] | None:
+        """Embedding, head and whether they are tied, where they are quantized."""
+        return self._embeddings.to_dict() if self._embeddings else None
+
     def finish(self) -> None:
         """Replace the linears and the changed tensors; all of them are on their devices already."""
-        formats = {name: format for name, (format, _) in self._packed.items()}
-        embeddings = self._embeddings.to_dict() if self._embeddings else None
         biases = {name: getattr(module, "bias", None) for name, module in self.model.named_modules()}
         # on the meta device: the memory is the packed tensors' own
-        for name, new in replace_layers(self.model, formats, embeddings, self._shared_paths, "meta").items():
-            parts = self._packed[name][1] if name in self._packed else {}  # a tied head has none
+        for name, new in replace_layers(self.model, self.formats, self.ends, self.places, "meta").items():
+            parts = self._packed.get(name, {})  # a tied head has none
             new.set_packed(parts)
             if isinstance(new, QuantLinear):
                 new.bias = biases[name]
                 if new.shared is not None:
-                    shared, device = self._shared[self._shared_paths[name]], parts["codes"].device
+                    shared, device = self._shared[self.places[name]], parts["codes"].device
                     new.shared.set_packed({part: tensor.to(device) for part, tensor in shared.items()})
         for name, tensor in self._changed.items():
             self.model.get_parameter(name).data = tensor

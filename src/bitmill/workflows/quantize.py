@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import JobData, token_windows
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
+from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import SUFFIX_BYTES, WorkFolder, check_new
 from bitmill.checkpoint.writer import FolderSink, is_finished
 from bitmill.config.paths import user_path
@@ -291,6 +292,8 @@ def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any], work: Wor
         report = _report(prepared, data, identity, _quantize_blocks(prepared, data, in_place))
         report["layers"] = in_place.layers
         in_place.finish()
+        assert prepared.recipe is not None  # a live model keeps no calibration of keys and values
+        _mark_quantized(model, in_place, prepared.recipe)
         return Outcome(_summary(prepared.plan, None, request.started, report["measured"]), report, None, model)
     sink = FolderSink(work, prepared.resolved, identity, len(streamed.blocks), request.resume)
     check_space(work.out, prepared.plan["size_bytes"])
@@ -321,6 +324,13 @@ def _check_documents(prepared: _Prepared, data: JobData, identity: dict[str, Any
             f"The report of {prepared.streamed.source.name} cannot be written ({one_line(error)}); "
             "choose other names for model, recipe and text."
         ) from None
+
+
+def _mark_quantized(model: nn.Module, sink: ModuleSink, recipe: Recipe) -> None:
+    """Tell transformers that a model is quantized, so that its save_pretrained writes what can be loaded again."""
+    from bitmill.integrations.transformers_quantizer import mark_quantized
+
+    mark_quantized(model, quantization_config(sink.formats, recipe.to_dict(), sink.places, sink.ends))
 
 
 def _quantize_blocks(

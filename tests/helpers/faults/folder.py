@@ -166,7 +166,7 @@ fault |= {
         "verify", lambda f: change_json(f / "report.json", measured=7), "report.json"
     ),
     "verify without the text": folder_fault("verify", lambda f: (f.parent / "text.txt").unlink(), "text.txt"),
-    "eval of a folder that lacks a tensor": folder_fault("eval", lambda f: drop(f, NORM), NORM),
+    "eval of a folder that lacks a tensor": folder_fault("eval", lambda f: drop(f, NORM), "altered since"),
     "eval split unknown": lambda workspace, patch: (["eval", str(workspace.done), "--split", "test"], ["'test'"]),
     "eval windows negative": lambda workspace, patch: (
         ["eval", str(workspace.done), "--text", "text.txt", "--seqlen", "32", "--windows", "-3"],

@@ -1,0 +1,169 @@
+"""The files of a quantized folder: its record, the documents written from the record, and foreign files.
+
+Libraries choose by name which file of a folder they read, so one more file of weights can take the place of the
+recorded ones. Therefore weights that are not in the record are refused, and all other foreign files are named.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitmill.config.documents import load_json, read_document
+from bitmill.errors import CheckpointError, quoted
+from bitmill.sources.hf import WEIGHT_SUFFIXES
+
+REPORT = "report.json"
+# rewritten with every measurement, so that their digests are not recorded
+DOCUMENTS = (REPORT, "README.md", "report.html")
+MAX_DOCUMENT_BYTES = 1 << 25
+MAX_FILES = 100_000
+ADAPTER = "adapter_config.json"  # makes transformers load an adapter onto the model
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written; folders of earlier versions record no size."""
+
+    sha256: str
+    size_bytes: int | None = None
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Return a JSON object of a quantized folder.
+
+    Raises:
+        CheckpointError: the file is missing, no regular file, too large, or holds no JSON object.
+    """
+    path = folder / name
+    hint = f"{folder} is no complete bitmill folder"
+    text = read_document(path, "file", CheckpointError, MAX_DOCUMENT_BYTES, hint)
+    try:
+        data = load_json(text)
+    except ValueError:
+        raise CheckpointError(f"{path} is not valid JSON; the folder is damaged, quantize again.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds {type(data).__name__} instead of an object; quantize again.")
+    return data
+
+
+def record_of(folder: Path, report: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """Return name -> record of the files of a report, empty where it has none.
+
+    Raises:
+        CheckpointError: the report's `files` is damaged, or names a file outside the folder.
+    """
+    files = report.get("files", {})
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder}/{REPORT} has no record 'files'; the folder is damaged, quantize again.")
+    record = {}
+    for name, entry in files.items():
+        fields = {"sha256": entry} if isinstance(entry, str) else entry
+        sound = isinstance(fields, dict) and isinstance(fields.get("sha256"), str)
+        size = fields.get("size_bytes") if sound else None
+        parts = name.split("/")
+        inside = "\0" not in name and all(part not in ("", ".", "..") for part in parts)
+        if not sound or not inside or not (size is None or type(size) is int):
+            raise CheckpointError(
+                f"{folder}/{REPORT} records the file {quoted(name)} as {quoted(entry)}; the folder is damaged, "
+                "quantize again."
+            )
+        record[name] = FileRecord(fields["sha256"], size)
+    return record
+
+
+def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collection[str]) -> tuple[str, ...]:
+    """Compare the files of a folder with its record, by name and size.
+
+    Args:
+        folder: the folder.
+        record: name -> record; empty for a folder without one.
+        opened: names of the files that hold the tensors, and of their index.
+
+    Returns:
+        Names of the files that are neither recorded nor written from the record; a foreign folder ends with "/".
+
+    Raises:
+        CheckpointError: a file was altered or is missing, or weights lie there that are not recorded.
+    """
+    known = {*DOCUMENTS, *opened, *record}
+    foreign = []
+    found: dict[str, int] = {}
+    for name, size_bytes in _files(folder, {Path(name).parts[0] for name in known if "/" in name}):
+        if name in known:
+            found[name] = size_bytes
+        elif _is_weights(name):
+            raise CheckpointError(
+                f"{folder / name} holds weights and is no part of the quantized model, but loaders would read it; "
+                "move it elsewhere."
+            )
+        else:
+            foreign.append(name)
+    for name, entry in record.items():
+        path = folder / name
+        if name not in found and not _is_download(folder):
+            raise CheckpointError(f"{path} is missing, but {REPORT} records it; copy the folder again.")
+        if entry.size_bytes is not None and found.get(name, entry.size_bytes) != entry.size_bytes:
+            raise CheckpointError(
+                f"{path} was altered since it was written: it has {found[name]} bytes, and {entry.size_bytes} are "
+                "recorded; copy it again."
+            )
+    return tuple(sorted(foreign))
+
+
+def check_regular(folder: Path) -> None:
+    """Raise CheckpointError for a FIFO, a socket or a device in the folder: reading it may never end."""
+    for _ in _files(folder, set()):
+        pass
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Return True for a file whose bytes are in the folder, or in the Hub's cache that the folder belongs to."""
+    resolved = path.resolve()
+    if resolved.parent == folder.resolve():
+        return True
+    return _is_download(folder) and resolved.parent == folder.resolve().parents[1] / "blobs"
+
+
+def _is_download(folder: Path) -> bool:
+    """Return True for a snapshot in the Hub's cache: its files are links, and only those that were asked for."""
+    return folder.resolve().parent.name == "snapshots"
+
+
+def _is_weights(name: str) -> bool:
+    """Return True for a file that a loader may take for weights: they look in the folder, not below it."""
+    return "/" not in name and (name.lower().endswith(WEIGHT_SUFFIXES) or name == ADAPTER)
+
+
+def _files(folder: Path, entered: Collection[str]) -> Iterator[tuple[str, int]]:
+    """Yield name and size of every file, with links followed; of folders not in `entered` only "name/" and 0."""
+    pending, count = [(folder, "")], 0
+    while pending:
+        above, prefix = pending.pop()
+        try:
+            entries = sorted(os.scandir(above), key=lambda entry: entry.name)
+        except OSError as error:
+            raise CheckpointError(f"{above} cannot be read ({error.strerror}).") from None
+        count += len(entries)
+        if count > MAX_FILES:
+            raise CheckpointError(f"{folder} holds more than {MAX_FILES:,} files; move what is foreign elsewhere.")
+        for entry in entries:
+            name = prefix + entry.name
+            try:
+                status = entry.stat()
+            except OSError:  # a link to nothing
+                yield name, 0
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                if prefix or entry.name in entered:
+                    pending.append((Path(entry.path), f"{name}/"))
+                else:
+                    yield f"{name}/", 0
+            elif stat.S_ISREG(status.st_mode):
+                yield name, status.st_size
+            else:
+                raise CheckpointError(f"{quoted(entry.path)} is no regular file; remove it.")

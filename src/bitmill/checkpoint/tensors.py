@@ -1,0 +1,65 @@
+"""The tensors of a quantized folder: the files that transformers reads, and the headers in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bitmill.checkpoint.contents import is_inside, read_json
+from bitmill.errors import CheckpointError, SourceError, quoted
+from bitmill.sources.hf import INDEX, SINGLE
+from bitmill.sources.safetensors_header import TensorEntry, read_header
+
+
+def open_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, TensorEntry], set[str]]:
+    """Read the headers of the files that hold the model's tensors.
+
+    transformers loads a single file where there is one, otherwise every tensor of the shards that the index names,
+    listed or not. So there must be one or the other, and the index must list what the shards hold.
+
+    Returns:
+        Tensor name -> file; tensor name -> header entry; the names of the files, and of the index.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or is not in the folder.
+    """
+    single = (folder / SINGLE).exists() and not (folder / INDEX).exists()
+    if single:
+        return _open_shards(folder, None, {SINGLE})
+    index = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{folder}/{INDEX} has no 'weight_map'; quantize again.")
+    for name, shard in index.items():
+        sound = isinstance(shard, str) and "\0" not in shard and Path(shard).name == shard
+        if not sound or shard in ("", ".", ".."):
+            raise CheckpointError(
+                f"The index of {folder} places {quoted(name)} at {quoted(shard)}, outside the folder."
+            )
+    files, entries, opened = _open_shards(folder, index, set(index.values()))
+    return files, entries, {*opened, INDEX}
+
+
+def _open_shards(
+    folder: Path, index: dict[str, str] | None, shards: set[str]
+) -> tuple[dict[str, Path], dict[str, TensorEntry], set[str]]:
+    files: dict[str, Path] = {}
+    entries: dict[str, TensorEntry] = {}
+    for shard in sorted(shards):
+        path = folder / shard
+        if not is_inside(folder, path):
+            raise CheckpointError(f"The shard {path} is a link that leaves the folder; copy the file into it.")
+        try:
+            header = read_header(path)
+        except SourceError as error:
+            raise CheckpointError(str(error)) from None
+        for name, entry in header.items():
+            if index is not None and index.get(name) != shard:
+                raise CheckpointError(
+                    f"The shard {path} holds the tensor {quoted(name)}, which the index does not place there; the "
+                    "folder is damaged, copy it again."
+                )
+            files[name], entries[name] = path, entry
+    if index is not None and (absent := next((name for name in index if name not in entries), None)):
+        raise CheckpointError(
+            f"The shard {folder / index[absent]} holds no tensor {quoted(absent)}, which the index promises."
+        )
+    return files, entries, shards
