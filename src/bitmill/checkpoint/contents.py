@@ -15,7 +15,7 @@ from typing import Any
 
 from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CheckpointError, quoted
-from bitmill.sources.hf import WEIGHT_SUFFIXES
+from bitmill.sources.side_files import WEIGHT_SUFFIXES
 
 REPORT = "report.json"
 # rewritten with every measurement, so that their digests are not recorded
