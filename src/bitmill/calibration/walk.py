@@ -74,3 +74,4 @@ class HiddenStates:
         """Move past a block with its current weights."""
         for number, call in enumerate(self.calls(index)):  # one by one, so that inputs are freed as they pass
             self.batches[number] = call.run(block, self.batches[number])
+            self._streamed.note_hidden_states(self.batches[number])

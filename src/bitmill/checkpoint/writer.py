@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bitmill.checkpoint.dtype import stated_dtype
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.checkpoint.marker import WEIGHT, weight_marker
 from bitmill.checkpoint.schema import quantization_config
@@ -219,7 +219,7 @@ class FolderSink:
             self.folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(self.index.items()))},
         )
-        config = dict(self._config)
+        config = {**self._config, "dtype": str(stated_dtype(streamed)).removeprefix("torch.")}
         if recipe is not None:
             ends = embedding_and_head(streamed).to_dict() if recipe.head else None
             config["quantization_config"] = quantization_config(self.formats, recipe.to_dict(), self._places, ends)
@@ -253,8 +253,6 @@ def _plain_config(streamed: StreamedModel) -> dict[str, Any]:
         raise SourceError(
             f"The config of {streamed.source.name} cannot be saved ({one_line(error)}); change the entry."
         ) from None
-    stored = [streamed.dtype(name) for name in streamed.non_block_tensors()]
-    config["dtype"] = str(next((d for d in stored if d.is_floating_point), torch.float32)).removeprefix("torch.")
     if streamed.untied:
         config["tie_word_embeddings"] = False  # what is stored, for readers that trust the config
     return config

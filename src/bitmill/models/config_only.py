@@ -26,6 +26,7 @@ class ConfigOnlySource:
     """A source without weights. Tensors have the dtype of the config, float16 where it names none."""
 
     as_saved = False
+    states_dtype = True
 
     def __init__(self, config: PretrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
         self.config, self.name, self.trust_remote_code = config, name, trust_remote_code

@@ -59,6 +59,7 @@ class StreamedModel:
         self.untied = tie_as_stored(self.model, self._stored)
         self._place_buffers()
         self._blocks_return_tuples: bool | None = None
+        self.largest_hidden_state: float | None = None
         self._check_complete()
 
     # -- names --------------------------------------------------------------------------------------------
@@ -313,6 +314,11 @@ class StreamedModel:
             recorders = self._run(tokens, bool(self._blocks_return_tuples), stop=False, replacement=hidden)
         assert recorders[0].output is not None
         return recorders[0].output
+
+    def note_hidden_states(self, hidden: Tensor) -> None:
+        """Update `largest_hidden_state` with the output of a block, any shape."""
+        largest = float(torch.linalg.vector_norm(hidden.detach(), torch.inf))
+        self.largest_hidden_state = max(largest, self.largest_hidden_state or 0.0)
 
     @contextmanager
     def _zero_embeddings(self) -> Iterator[None]:

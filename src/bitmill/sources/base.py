@@ -23,12 +23,14 @@ class Source(Protocol):
     trust_remote_code: code that comes with the model may run.
     as_saved: names are those of a checkpoint, which transformers may rename when it loads it; False where they are
         those of the model.
+    states_dtype: the dtype of its tensors is the one in which the model was published.
     """
 
     name: str
     config: PretrainedConfig
     trust_remote_code: bool
     as_saved: bool
+    states_dtype: bool
 
     def names(self) -> list[str]:
         """Return the state-dict names of the stored tensors."""

@@ -44,6 +44,7 @@ class GgufSource:
 
     trust_remote_code = False
     as_saved = False
+    states_dtype = False  # a file of quantized tensors names none
 
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:
         self.path = Path(path)

@@ -41,6 +41,7 @@ class HfSource:
     """
 
     as_saved = True
+    states_dtype = True
 
     def __init__(
         self,

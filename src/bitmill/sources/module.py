@@ -30,6 +30,7 @@ class ModuleSource:
 
     trust_remote_code = False
     as_saved = False
+    states_dtype = True
 
     def __init__(
         self,

@@ -112,7 +112,7 @@ def verify_running(
     recorded, reference = checkpoint.report.get("running"), read_reference(checkpoint.folder)
     if recorded is None and reference is None:
         return None
-    if reference is None or not _is_sound(recorded):
+    if reference is None or recorded is None or not _is_sound(recorded):
         raise CheckpointError(
             f"{checkpoint.folder}/report.json and reference.safetensors do not describe one measurement; "
             "quantize again."
