@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
+# Where a tensor is among the arguments of a call: positions and keys, from the outside in.
+Path = tuple[Any, ...]
+# Path of a tensor -> the dimension that counts windows, and how many of its rows belong to one window.
+Rows = Mapping[Path, tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of a block's forward, without the hidden states."""
+    """The arguments of a block's forward, without the hidden states.
+
+    rows: the tensors with rows of their own for every window; any other argument serves all windows.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    rows: Rows = field(default_factory=dict)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Return the output of a block.
@@ -40,19 +49,63 @@ class BlockCall:
         """Return the call for some windows of a batch.
 
         Args:
-            windows: windows of the batch; tensors with that many rows are cut.
+            windows: windows of the batch.
             start: first window.
             stop: window after the last one.
         """
 
-        def cut_value(value: object) -> object:
-            if isinstance(value, Tensor):
-                return value[start:stop] if value.dim() > 1 and value.shape[0] == windows > 1 else value
-            if isinstance(value, tuple):
-                return tuple(cut_value(v) for v in value)
-            return value
+        def cut_tensor(path: Path, tensor: Tensor) -> Tensor:
+            dim, rows = self.rows.get(path, (0, 0))
+            if not rows or tensor.shape[dim] != rows * windows:
+                return tensor
+            return tensor.narrow(dim, start * rows, (stop - start) * rows)
 
-        return BlockCall(tuple(cut_value(a) for a in self.args), {k: cut_value(v) for k, v in self.kwargs.items()})
+        args, kwargs = _map_tensors((self.args, self.kwargs), cut_tensor)
+        return BlockCall(args, kwargs, self.rows)
+
+    def signature(self) -> frozenset[tuple[Path, int]]:
+        """Return the path and the number of dimensions of every tensor."""
+        found: set[tuple[Path, int]] = set()
+        _map_tensors((self.args, self.kwargs), lambda path, tensor: found.add((path, tensor.dim())))
+        return frozenset(found)
+
+
+def rows_of_windows(one: BlockCall, two: BlockCall) -> Rows:
+    """Return which tensors of a call have rows for every window, and how many.
+
+    A size alone does not say so: a bias for each head may have as many rows as there are windows, and one for each
+    head of each window has more.
+
+    Args:
+        one: the call for one window.
+        two: the call for two windows of the same length.
+    """
+    shapes: dict[Path, tuple[int, ...]] = {}
+    rows: dict[Path, tuple[int, int]] = {}
+
+    def note(path: Path, tensor: Tensor) -> None:
+        shapes[path] = tuple(tensor.shape)
+
+    def compare(path: Path, tensor: Tensor) -> None:
+        single, double = shapes.get(path, ()), tuple(tensor.shape)
+        different = [dim for dim, (a, b) in enumerate(zip(single, double)) if a != b]
+        if len(single) == len(double) and len(different) == 1 and double[different[0]] == 2 * single[different[0]]:
+            rows[path] = (different[0], single[different[0]])
+
+    _map_tensors((one.args, one.kwargs), note)
+    _map_tensors((two.args, two.kwargs), compare)
+    return rows
+
+
+def _map_tensors(value: Any, function: Callable[[Path, Tensor], Any], path: Path = ()) -> Any:
+    """Return a value with every tensor, also inside tuples, lists and dicts, replaced by a function of it."""
+    if isinstance(value, Tensor):
+        return function(path, value)
+    if type(value) in (tuple, list):
+        return type(value)(_map_tensors(v, function, (*path, index)) for index, v in enumerate(value))
+    if type(value) is dict:
+        return {key: _map_tensors(v, function, (*path, key)) for key, v in value.items()}
+    return value
 
 
 def block_output(output: Any) -> Tensor:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from bitmill.architectures.adapter import Adapter, Seam, adapter_for, generic_adapter
 from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
-from bitmill.models.block_call import BlockCall, BlockRecorder, StopForward, output_tensor
+from bitmill.models.block_call import (
+    BlockCall,
+    BlockRecorder,
+    Path,
+    Rows,
+    StopForward,
+    output_tensor,
+    rows_of_windows,
+)
 from bitmill.models.kind import check_kind
 from bitmill.models.meta import empty_model, trim_malloc
 from bitmill.models.stored import StoredTensors, tie_as_stored
@@ -60,6 +68,7 @@ class StreamedModel:
         self._place_buffers()
         self._blocks_return_tuples: bool | None = None
         self.largest_hidden_state: float | None = None
+        self._rows: dict[tuple[frozenset[tuple[Path, int]], ...], list[Rows]] = {}
         self._check_complete()
 
     # -- names --------------------------------------------------------------------------------------------
@@ -293,13 +302,25 @@ class StreamedModel:
         """
         if self._blocks_return_tuples is None:
             self._blocks_return_tuples = not self._passes_tensors(tokens[:1])
-        recorders = self._run(tokens, self._blocks_return_tuples, stop=True)
-        calls = [recorder.call for recorder in recorders]
-        if recorders[0].hidden_in is None or any(call is None for call in calls):
+        hidden, calls = self._calls(tokens)
+        kinds = tuple(call.signature() for call in calls)
+        if kinds not in self._rows:
+            # how the arguments grow with the number of windows is tried once, on the first window
+            _, one = self._calls(tokens[:1])
+            _, two = self._calls(tokens[:1].repeat(2, 1))
+            self._rows[kinds] = [rows_of_windows(a, b) for a, b in zip(one, two)]
+        return hidden, [replace(call, rows=rows) for call, rows in zip(calls, self._rows[kinds])]
+
+    def _calls(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        """Return the input of the first block, and the calls of all blocks. Raises SourceError."""
+        recorders = self._run(tokens, bool(self._blocks_return_tuples), stop=True)
+        hidden = recorders[0].hidden_in
+        calls = [recorder.call for recorder in recorders if recorder.call is not None]
+        if hidden is None or len(calls) < len(recorders):
             raise SourceError(
                 f"{self.source.name}: the model's forward does not call its blocks one after another."
             )
-        return recorders[0].hidden_in, [call for call in calls if call is not None]
+        return hidden, calls
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Return logits for the hidden states after the last block, or the final hidden states of an encoder.
