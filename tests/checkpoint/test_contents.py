@@ -146,3 +146,23 @@ def test_record_of_earlier_versions(folder):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, expected)
     with pytest.raises(CheckpointError, match="nothing else tells the shape"):
         open_checkpoint(folder)
+
+
+def test_one_flipped_bit_is_refused_by_every_loader_of_weights(folder):
+    shard = shard_of(folder, f"{LAYER}.codes")
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 4
+    shard.write_bytes(content)
+    open_checkpoint(folder)  # reads no weights
+    for load in (bitmill.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match="was altered since it was written"):
+            load(folder)
+
+
+def test_changed_documents_are_refused_on_load(folder):
+    path = folder / "generation_config.json"
+    path.write_text(
+        path.read_text().replace("5", "6", 1) if "5" in path.read_text() else path.read_text()[:-1] + " "
+    )
+    with pytest.raises(CheckpointError, match="generation_config.json was altered"):
+        bitmill.load(folder)

@@ -15,6 +15,7 @@ from typing import Any
 
 from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CheckpointError, quoted
+from bitmill.files import xxh3
 from bitmill.sources.side_files import WEIGHT_SUFFIXES
 
 REPORT = "report.json"
@@ -27,10 +28,16 @@ ADAPTER = "adapter_config.json"  # makes transformers load an adapter onto the m
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was written; folders of earlier versions record no size."""
+    """A file as it was written; folders of earlier versions record its sha256 alone.
+
+    sha256: hex digest, for `verify`.
+    size_bytes: its size.
+    xxh3: hex digest that is fast enough to compare whenever the file is loaded.
+    """
 
     sha256: str
     size_bytes: int | None = None
+    xxh3: str | None = None
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -64,16 +71,20 @@ def record_of(folder: Path, report: Mapping[str, Any]) -> dict[str, FileRecord]:
     for name, entry in files.items():
         fields = {"sha256": entry} if isinstance(entry, str) else entry
         sound = isinstance(fields, dict) and isinstance(fields.get("sha256"), str)
-        size = fields.get("size_bytes") if sound else None
+        size, xxh3 = (fields.get("size_bytes"), fields.get("xxh3")) if sound else (None, None)
         parts = name.split("/")
         inside = "\0" not in name and all(part not in ("", ".", "..") for part in parts)
-        if not sound or not inside or not (size is None or type(size) is int):
+        if not sound or not inside or not _is_sound(size, int) or not _is_sound(xxh3, str):
             raise CheckpointError(
                 f"{folder}/{REPORT} records the file {quoted(name)} as {quoted(entry)}; the folder is damaged, "
                 "quantize again."
             )
-        record[name] = FileRecord(fields["sha256"], size)
+        record[name] = FileRecord(fields["sha256"], size, xxh3)
     return record
+
+
+def _is_sound(value: Any, kind: type) -> bool:
+    return value is None or type(value) is kind
 
 
 def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collection[str]) -> tuple[str, ...]:
@@ -113,6 +124,29 @@ def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collecti
                 "recorded; copy it again."
             )
     return tuple(sorted(foreign))
+
+
+def check_digests(folder: Path, record: Mapping[str, FileRecord], but: Collection[str] = ()) -> None:
+    """Compare the recorded files with their fast digests; files of older folders have none.
+
+    Args:
+        folder: the folder.
+        record: name -> record.
+        but: names of files that are not compared.
+
+    Raises:
+        CheckpointError: a file was altered.
+    """
+    for name, entry in record.items():
+        path = folder / name
+        if entry.xxh3 is None or name in but or not path.is_file():
+            continue
+        try:
+            found = xxh3(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
+        if found != entry.xxh3:
+            raise CheckpointError(f"{path} was altered since it was written (its digest differs); copy it again.")
 
 
 def check_regular(folder: Path) -> None:

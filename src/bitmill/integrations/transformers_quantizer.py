@@ -16,6 +16,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bitmill.checkpoint.contents import check_digests
 from bitmill.checkpoint.marker import WEIGHT, marker_names, weight_marker
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.schema import QUANT_METHOD, head_config, layer_formats, shared_paths
@@ -87,6 +88,7 @@ class BitmillQuantizer(HfQuantizer):
         folder, config = files[0].parent, self.quantization_config.to_dict()
         shapes = {name: layer.shape for name, layer in self._replaced.items()}
         checkpoint = open_checkpoint(folder, shapes)
+        check_digests(folder, checkpoint.record)
         if others := {path.name for path in files} ^ {path.name for path in checkpoint.files.values()}:
             raise CheckpointError(
                 f"{folder} would be loaded with other files than its index names, such as {min(others)}; "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitmill.checkpoint.contents import check_digests
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.config.paths import user_path
 from bitmill.errors import BitmillError, CheckpointError, one_line
@@ -53,6 +54,8 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
     if is_checkpoint(user_path(model)):
         from transformers import AutoTokenizer
 
+        checkpoint = open_checkpoint(user_path(model))
+        check_digests(checkpoint.folder, checkpoint.record, but={path.name for path in checkpoint.files.values()})
         return _from_folder(AutoTokenizer, model, trust_remote_code)
     return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
 
