@@ -164,5 +164,5 @@ def test_changed_documents_are_refused_on_load(folder):
     path.write_text(
         path.read_text().replace("5", "6", 1) if "5" in path.read_text() else path.read_text()[:-1] + " "
     )
-    with pytest.raises(CheckpointError, match="generation_config.json was altered"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json was altered"):
         bitmill.load(folder)
