@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, GroupFormat, Params, Part, Rounder
+from bitmill.formats.base import FORMATS, GroupFormat, Params, Rounder
 from bitmill.formats.fitting import as_stored, divide_or_zero
+from bitmill.formats.part import Part
 from bitmill.numerics import additive
 from bitmill.numerics.grouping import GroupSize
 

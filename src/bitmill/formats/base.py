@@ -35,8 +35,9 @@ from torch import Tensor
 from bitmill.config.registry import Member, Registry
 from bitmill.errors import RecipeError
 from bitmill.formats.lookup import Lookup
+from bitmill.formats.part import Part, not_finite
 from bitmill.numerics.grouping import GroupSize, group_grid, group_width, grouped, ungrouped
-from bitmill.numerics.packing import pack, unpack, unpack_at, words_for
+from bitmill.numerics.packing import pack, unpack, words_for
 
 Params = dict[str, Tensor]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype) of tensors on disk
@@ -45,54 +46,6 @@ Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
 _LONG_ROW = 1 << 12  # columns of a row whose ragged end is negligible
 
 FORMATS: Registry[type[Format]] = Registry("format", "bitmill.formats")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A parameter array in its stored form: numbers of `dtype`, or unsigned integers of `bits` bits."""
-
-    name: str
-    shape: tuple[int, ...]
-    bits: int | None = None
-    stored_as: torch.dtype = torch.float16  # without `bits`
-
-    @property
-    def packed_shape(self) -> tuple[int, ...]:
-        """Shape on disk. Integers are packed along the rows, which leaves no holes in short group axes."""
-        if self.bits is None:
-            return self.shape
-        return (words_for(self.shape[0], self.bits), *self.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type on disk."""
-        return self.stored_as if self.bits is None else torch.int32
-
-    def pack(self, values: Tensor) -> Tensor:
-        """Return working values in their stored form."""
-        if self.bits is None:
-            return values.to(self.stored_as).contiguous()
-        return pack(values.movedim(0, -1), self.bits).movedim(-1, 0).contiguous()
-
-    def unpack(self, stored: Tensor) -> Tensor:
-        """Invert `pack`: fp32 values; arrays of integers without `bits` keep their type."""
-        if self.bits is not None:
-            stored = unpack(stored.movedim(0, -1), self.bits, self.shape[0]).movedim(-1, 0)
-            return stored.to(torch.float32)
-        return stored.to(torch.float32) if stored.is_floating_point() else stored
-
-    def unpack_rows(self, stored: Tensor, rows: Tensor) -> Tensor:
-        """Unpack some rows at the cost of those rows alone; a part that all rows share is unpacked whole.
-
-        Args:
-            stored: as returned by `pack`.
-            rows: int64 (n,).
-        """
-        if self.shape[0] == 1:
-            return self.unpack(stored)
-        if self.bits is not None:
-            return unpack_at(stored.movedim(0, -1), self.bits, rows).movedim(-1, 0).to(torch.float32)
-        return stored[rows].to(torch.float32) if stored.is_floating_point() else stored[rows]
 
 
 @dataclass(frozen=True)
@@ -151,6 +104,17 @@ class Format(Member, ABC):
         Returns:
             The stored matrix, fp32 of `shape`.
         """
+
+    def damage_reason(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> str | None:
+        """Return what no encoder stores in packed tensors, as part of a sentence; None where they are sound.
+
+        Codes and tables are read once at most. A format overrides it if not all of its codes have a meaning.
+
+        Args:
+            tensors: as named by `layout`.
+            shape: (rows, columns).
+        """
+        return not_finite(tensors)
 
     # -- tensors on disk ----------------------------------------------------------------------------------
 

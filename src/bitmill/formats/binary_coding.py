@@ -20,8 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, Part, ScalarFormat
+from bitmill.formats.base import FORMATS, Params, ScalarFormat
 from bitmill.formats.fitting import alternate, as_stored
+from bitmill.formats.part import Part
 
 _ROUNDS = 15
 

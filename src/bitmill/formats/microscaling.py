@@ -19,13 +19,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.base import FORMATS, Params
 from bitmill.formats.float import Elements
+from bitmill.formats.part import Part
 from bitmill.numerics.grouping import GroupSize
 from bitmill.numerics.minifloat import ELEMENTS, ElementName
+from bitmill.numerics.packing import unpack
 
 _BIAS = 127
-_LARGEST = 254
+_LARGEST, _NAN = 254, 255
 
 
 @FORMATS.register("microscaling")
@@ -60,6 +62,13 @@ class Microscaling(Elements):
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """Return the E8M0 scale."""
         return (Part("scale", self.grid(shape), 8),)
+
+    def damage_reason(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> str | None:
+        """Return that a scale is the standard's NaN."""
+        scale = unpack(tensors["scale"].movedim(0, -1), 8, self.grid(shape)[0])
+        if bool((scale == _NAN).any()):
+            return "its scale holds NaN"
+        return super().damage_reason(tensors, shape)
 
     def _stored(self, exponent: Tensor) -> Params:
         return {"scale": (exponent + _BIAS).clamp(1, _LARGEST).to(torch.float32)}

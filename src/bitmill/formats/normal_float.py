@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.base import FORMATS, Params
 from bitmill.formats.fitting import as_stored, positive
+from bitmill.formats.part import Part
 from bitmill.formats.scaled import Scaled
 from bitmill.numerics.table import Table
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.base import FORMATS, Params
+from bitmill.formats.part import Part
 from bitmill.formats.scaled import Scaled
 from bitmill.numerics.grouping import GroupSize
 from bitmill.numerics.minifloat import ELEMENTS, ElementTable

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.base import FORMATS, Params
+from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.cholesky import inverse_factor
@@ -45,6 +46,13 @@ class Permuted(Wrapper):
         if bits > 16:
             return (Part("order", (shape[1],), stored_as=torch.int32),)
         return (Part("order", (shape[1],), bits),)
+
+    def damage_reason(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> str | None:
+        """Return the inner format's, or that the order is no permutation."""
+        order = self.own_parts(shape)[0].unpack(tensors["order"]).long()
+        if not torch.equal(order.sort().values, torch.arange(shape[1], device=order.device)):
+            return "its order is no permutation of the columns"
+        return super().damage_reason(tensors, shape)
 
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
         """Permute the columns of the matrix; the inner format stores the result.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bitmill.formats.base import FORMATS
 from bitmill.formats.vector import VectorFormat
-from bitmill.numerics.pyramid import most_pulses, number, point, project
+from bitmill.numerics.pyramid import count, has_number_beyond, most_pulses, number, point, project
 
 # Lloyd-Max levels of the norm of 16 standard normal numbers.
 LENGTHS = (
@@ -71,6 +71,13 @@ class Pyramid(VectorFormat):
         """Return length * y / |y|."""
         pieces = [self._points(piece) for piece in codes.split(_SLICE)]
         return torch.cat(pieces) if pieces else torch.zeros(0, self.block, device=codes.device)
+
+    def damage_reason(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> str | None:
+        """Return that a number is of no point: `points` gives some vector there, and compiled code another."""
+        points = -(-shape[1] // self.block)
+        if has_number_beyond(tensors["codes"], points, self.bits, count(self.block, self.pulses)):
+            return "its codes hold numbers of no point"
+        return super().damage_reason(tensors, shape)
 
     def _encode(self, x: Tensor) -> Tensor:
         y = project(x, self.pulses)

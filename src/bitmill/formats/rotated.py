@@ -23,8 +23,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.base import FORMATS, Params
 from bitmill.formats.fitting import as_stored
+from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.rotations import Rotation, rotation
@@ -74,6 +75,12 @@ class Rotated(Wrapper):
             device: of its tensors.
         """
         return None if self.sides == "in" else rotation(self.kind, rows, 2 * self.seed + 1, device)
+
+    def damage_reason(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> str | None:
+        """Return the inner format's, or that a column has no positive factor."""
+        if self.rescale and not bool((tensors["rescale"] > 0).all()):
+            return "its rescale is not positive"
+        return super().damage_reason(tensors, shape)
 
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
         """Reduce to U W diag(s) V^T with the Gram matrix V diag(1/s) G diag(1/s) V^T.

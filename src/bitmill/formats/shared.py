@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.base import FORMATS, Params
+from bitmill.formats.part import Part
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.statistics import Statistics
 

@@ -23,14 +23,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part
+from bitmill.formats.base import FORMATS, Params
 from bitmill.formats.fitting import as_stored
+from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.wrapper import Reduction, Wrapper
-from bitmill.numerics.sparse import best_values, index_type, largest, places, to_index
+from bitmill.numerics.sparse import best_values, from_index, index_type, largest, places, to_index
 from bitmill.numerics.statistics import Statistics
 
 _DAMP = 0.01  # of the refit: a row has few entries, and the Gram matrix many tokens
@@ -67,6 +69,17 @@ class Sum(Wrapper):
             Part("sparse_columns", (count,), stored_as=index),
             Part("sparse_counts", (shape[0],), stored_as=index),
         )
+
+    def damage_reason(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> str | None:
+        """Return the inner format's, or that entries are outside the matrix, out of order or stored twice."""
+        counts, columns = from_index(tensors["sparse_counts"]), from_index(tensors["sparse_columns"])
+        if int(counts.sum()) != len(columns) or bool((counts > shape[1]).any()):
+            return "its sparse_counts do not add up"
+        rows = torch.repeat_interleave(torch.arange(shape[0], device=counts.device), counts)
+        at = rows * shape[1] + columns
+        if bool((columns >= shape[1]).any()) or not bool((at[1:] > at[:-1]).all()):
+            return "its sparse_columns are outside the matrix or out of order"
+        return super().damage_reason(tensors, shape)
 
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
         """Choose the entries and set them to zero in the dense matrix; fit them to its error afterwards.

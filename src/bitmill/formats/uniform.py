@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, Part, RangeFormat, Rounder
+from bitmill.formats.base import FORMATS, Params, RangeFormat, Rounder
 from bitmill.formats.fitting import as_stored, least_error, positive, refit_scale, weighted_error
 from bitmill.formats.lookup import Lookup
+from bitmill.formats.part import Part
 
 # Shares of the full range that the search tries, widest first.
 _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()

@@ -14,8 +14,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bitmill.formats.base import GroupFormat, Params, Part, Rounder
+from bitmill.formats.base import GroupFormat, Params, Rounder
 from bitmill.formats.fitting import as_stored, divide_or_zero, least_error, refit_scale, weighted_rms
+from bitmill.formats.part import Part
 from bitmill.numerics.grouping import GroupSize
 
 # Scales that the search tries besides the one from the RMS, as shares of it.

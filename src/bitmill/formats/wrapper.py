@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bitmill.formats.base import Format, GroupFormat, Params, Part
+from bitmill.formats.base import Format, GroupFormat, Params
+from bitmill.formats.part import Part, not_finite
 from bitmill.formats.quantized import Quantized
 from bitmill.numerics.statistics import Statistics
 
@@ -78,6 +79,13 @@ class Wrapper(Format):
     @abstractmethod
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """Return the parts that the wrapper adds to those of the inner format."""
+
+    def damage_reason(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> str | None:
+        """Return the inner format's; a wrapper adds what its own parts cannot hold."""
+        own = {part.name for part in self.own_parts(shape)}
+        inner = {name: tensor for name, tensor in tensors.items() if name not in own}
+        mine = {name: tensor for name, tensor in tensors.items() if name in own}
+        return self.inner.damage_reason(inner, shape) or not_finite(mine)
 
     @abstractmethod
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:

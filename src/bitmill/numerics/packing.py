@@ -113,10 +113,7 @@ def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
 def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
     """Invert `_pack_bytes`, with the padding at the end."""
     count, wide = _period(bits)
-    flat = words.reshape(-1)
-    if flat.stride(0) != 1:  # a single number may count as contiguous with any stride
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    packed = flat.view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
+    packed = as_bytes(words)
     runs = -(-packed.shape[-1] // wide)
     packed = pad(packed, (0, runs * wide - packed.shape[-1])).unflatten(-1, (runs, wide))
     codes = packed.new_empty(*packed.shape[:-1], count)
@@ -126,6 +123,14 @@ def _unpack_bytes(words: Tensor, bits: int) -> Tensor:
         if shift + bits > 8:
             codes[..., j] |= packed[..., place + 1] << (8 - shift)
     return codes.bitwise_and_((1 << bits) - 1).flatten(-2)
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """Return int32 (..., w) as uint8 (..., 4 * w), in the order of codes."""
+    flat = words.reshape(-1)
+    if flat.stride(0) != 1:  # a single number may count as contiguous with any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
 
 
 def unpack_at(words: Tensor, bits: int, index: Tensor) -> Tensor:

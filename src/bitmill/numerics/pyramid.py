@@ -18,6 +18,8 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from bitmill.numerics.packing import as_bytes
+
 _SIGN = -(1 << 63)
 _MOVES = 2  # beyond these, one vector in a hundred still improves
 
@@ -171,3 +173,40 @@ def _tables(half: int, pulses: int, device: torch.device) -> tuple[Tensor, Tenso
 def _signed(value: int) -> int:
     """Return the signed integer of equal 64 bits; values of points that do not exist wrap, and are not used."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def has_number_beyond(words: Tensor, points: int, bits: int, total: int) -> bool:
+    """Return True if a stored number of 16 * bits bits is `total` or more.
+
+    The highest byte of a number almost always decides, so that only every few hundredth is read whole.
+
+    Args:
+        words: int32 (rows, words), numbers and 4 more bits each, one after another.
+        points: numbers of a row.
+        bits: 1 to 4.
+        total: numbers that there are.
+    """
+    stored, most = as_bytes(words), total - 1
+    pair = 4 * bits + 1  # bytes of two numbers, the second of which starts within a byte
+    last = most >> (16 * bits - 8)
+    even = stored[:, 2 * bits - 1 :: pair][:, : (points + 1) // 2]
+    low, high = stored[:, pair - 2 :: pair][:, : points // 2], stored[:, pair - 1 :: pair][:, : points // 2]
+    for parity, top in enumerate((even, low >> 4 | high << 4)):
+        if bool((top > last).any()):
+            return True
+        rows, pairs = (top == last).nonzero(as_tuple=True)
+        if _any_above(stored, rows, pairs * pair + parity * 2 * bits, 4 * parity, 2 * bits, most):
+            return True
+    return False
+
+
+def _any_above(stored: Tensor, rows: Tensor, first: Tensor, shift: int, size_bytes: int, most: int) -> bool:
+    """Return True if one of the numbers that start `shift` bits after bytes `first` of rows is above `most`."""
+    numbers = torch.zeros_like(first)
+    for i in range(size_bytes):
+        byte = stored[rows, first + i].long() >> shift
+        if shift:
+            byte |= stored[rows, first + i + 1].long() << (8 - shift) & 255
+        numbers |= byte << 8 * i
+    limit = most - (1 << 64) if most >> 63 else most  # as int64, interpreted as unsigned
+    return bool(((numbers ^ _SIGN) > (limit ^ _SIGN)).any())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import Part
+from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized
 from bitmill.models.block_call import BlockCall
 from bitmill.tuners.base import BlockTask
