@@ -1,4 +1,4 @@
-"""Formats find what no encoder stores: numbers that are not finite, codes without a meaning, places that do not exist."""
+"""Formats find what no encoder stores: NaN and Inf, codes without a meaning, places outside the matrix."""
 
 from __future__ import annotations
 

@@ -71,10 +71,20 @@ class Checkpoint:
             raise CheckpointError(f"The report of {self.folder} does not list the layer {layer!r}.")
         return self.shapes[layer]
 
+    def packed(self, layer: str) -> dict[str, Tensor]:
+        """Read the packed tensors of one layer, shared ones included.
+
+        Raises:
+            CheckpointError: they hold what no encoder stores.
+        """
+        tensors = {part: self.tensor(name) for part, name in self._names(layer).items()}
+        if reason := self.formats[layer].damage_reason(tensors, self.shape(layer)):
+            raise CheckpointError(f"The layer {layer!r} of {self.folder} is damaged: {reason}; quantize again.")
+        return tensors
+
     def quantized(self, layer: str) -> Quantized:
         """Read one quantized layer."""
-        format, shape = self.formats[layer], self.shape(layer)
-        return unpack(format, {part: self.tensor(name) for part, name in self._names(layer).items()}, shape)
+        return unpack(self.formats[layer], self.packed(layer), self.shape(layer))
 
     def _names(self, layer: str) -> dict[str, str]:
         """Return part -> name of the tensor that holds it, the layer's own or a shared one."""

@@ -12,12 +12,15 @@ from bitmill.checkpoint.reader import Checkpoint
 from bitmill.data.windows import TEXTS
 from bitmill.errors import CheckpointError
 from bitmill.files import sha256
+from bitmill.formats.quantized import unpack
 from bitmill.kv.calibration_file import FILE, read_calibration
 from bitmill.kv.size import packed_shapes
 from bitmill.models.config_only import open_config_only
 from bitmill.models.meta import empty_model
 from bitmill.progress import Progress
 from bitmill.report.metrics import primary_metric
+from bitmill.runtime.kernels import KernelSpec
+from bitmill.runtime.kernels.agreement import disagreement
 
 # key -> name, and the numbers that it may be: above the first, up to the second
 _FIGURES = {"perplexity": ("perplexity", 0.0, math.inf), "pair_cosine": ("cosine of two sentences", -1.0, 1.0)}
@@ -26,7 +29,7 @@ _FIGURES = {"perplexity": ("perplexity", 0.0, math.inf), "pair_cosine": ("cosine
 def verify(
     checkpoint: Checkpoint, progress: Progress | None = None, *, trust_remote_code: bool = False
 ) -> dict[str, int]:
-    """Compare every file with its recorded digest and decode every quantized layer.
+    """Compare every file with its recorded digest, and the products of every layer with its decoded weights.
 
     Args:
         checkpoint: the folder.
@@ -54,12 +57,22 @@ def verify(
     _check_calibration(checkpoint, trust_remote_code)
     progress.start("verify", len(checkpoint.formats))
     for name in checkpoint.formats:
-        decoded = checkpoint.quantized(name).dequantize()
-        if not bool(torch.isfinite(decoded).all()):
-            raise CheckpointError(f"The layer {name!r} decodes to NaN or Inf; quantize again.")
+        _check_layer(checkpoint, name)
         progress.advance()
     progress.finish()
     return {"files": len(checkpoint.record), "layers": len(checkpoint.formats), "tensors": len(checkpoint.entries)}
+
+
+def _check_layer(checkpoint: Checkpoint, name: str) -> None:
+    """Check that a layer decodes to finite numbers, and that its kernel multiplies with these."""
+    format, shape, tensors = checkpoint.formats[name], checkpoint.shape(name), checkpoint.packed(name)
+    W = unpack(format, tensors, shape).dequantize()
+    if not bool(torch.isfinite(W).all()):
+        raise CheckpointError(f"The layer {name!r} decodes to NaN or Inf; quantize again.")
+    if reason := disagreement(KernelSpec(format, shape, W.device), tensors, W):
+        raise CheckpointError(
+            f"The layer {name!r} does not run as it decodes: {reason}; set BITMILL_KERNEL=reference, and report it."
+        )
 
 
 def _check_calibration(checkpoint: Checkpoint, trust_remote_code: bool) -> None:

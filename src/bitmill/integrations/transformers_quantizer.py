@@ -23,7 +23,7 @@ from bitmill.checkpoint.schema import QUANT_METHOD, head_config, layer_formats, 
 from bitmill.errors import CheckpointError
 from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.modules.linear import QuantLinear
-from bitmill.runtime.modules.packed import PackedMatrix, detach_files
+from bitmill.runtime.modules.packed import PackedMatrix, check_packed, detach_files
 from bitmill.runtime.modules.replace import layers_outside_blocks, replace_layers
 
 
@@ -129,6 +129,7 @@ class BitmillQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._check_loaded(model)
+        check_packed(model, model.name_or_path or "the checkpoint")
         for layer in (layer for layer in self._replaced.values() if isinstance(layer, QuantLinear)):
             del layer.weight
         model._keys_to_ignore_on_load_unexpected = self._unexpected

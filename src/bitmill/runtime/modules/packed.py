@@ -145,13 +145,39 @@ class PackedMatrix(PackedModule):
             if tensor is not None:
                 destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def damage_reason(self) -> str | None:
+        """Return what no encoder stores in the packed tensors, as part of a sentence, or None."""
+        tensors = self.packed() if self._packed_names else {}  # a tied head has none of its own
+        if not tensors or any(tensor.is_meta for tensor in tensors.values()):
+            return None
+        return self.format.damage_reason(tensors, self.shape)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.release_kernel()
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        errors: list[str] = args[-1]
+        if not errors and all(prefix + name in state_dict for name in self._packed_names):
+            reason = None if self.shared is not None else self.damage_reason()  # shared parts may come later
+            errors += [f"the layer {prefix.rstrip('.')!r} is damaged: {reason}."] if reason else []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.release_kernel()
         return super()._apply(fn, recurse)
+
+
+def check_packed(model: nn.Module, place: str) -> None:
+    """Check that the packed tensors of a model hold nothing that no encoder stores.
+
+    Args:
+        model: The model.
+        place: Where they are from, for the error.
+
+    Raises:
+        CheckpointError: A layer is damaged.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, PackedMatrix) and (reason := module.damage_reason()):
+            raise CheckpointError(f"The layer {name!r} of {place} is damaged: {reason}; quantize again.")
 
 
 def detach_files(model: nn.Module) -> None:
