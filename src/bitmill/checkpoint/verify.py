@@ -71,7 +71,8 @@ def _check_layer(checkpoint: Checkpoint, name: str) -> None:
         raise CheckpointError(f"The layer {name!r} decodes to NaN or Inf; quantize again.")
     if reason := disagreement(KernelSpec(format, shape, W.device), tensors, W):
         raise CheckpointError(
-            f"The layer {name!r} does not run as it decodes: {reason}; set BITMILL_KERNEL=reference, and report it."
+            f"The layer {name!r} does not run as it decodes: {reason}; "
+            "set BITMILL_KERNEL=reference, and report the difference."
         )
 
 
