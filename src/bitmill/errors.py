@@ -7,12 +7,20 @@ sentence and exits with `exit_code`; a traceback is a bug.
 from __future__ import annotations
 
 MAX_QUOTED_CHARACTERS = 200
+MAX_CHARACTERS = 1500  # of a message
 
 
 class BitmillError(Exception):
-    """Base of every foreseeable failure."""
+    """Base of every foreseeable failure: one line, also where a value that it names is long or has line breaks."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        text = " ".join(message.splitlines())
+        if len(text) > MAX_CHARACTERS:
+            half = MAX_CHARACTERS // 2
+            text = f"{text[:half]} ... {text[-half:]}"
+        super().__init__(text)
 
 
 class UsageError(BitmillError):

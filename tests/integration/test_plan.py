@@ -16,15 +16,17 @@ PAPER = "kvquant:channel_levels=false,equalize=false,outliers=0.01,key_outliers=
 
 @pytest.fixture
 def text(capsys):
-    def text(*arguments: object) -> str:
-        assert main(["plan", *map(str, arguments)]) == 0
-        return " ".join(capsys.readouterr().out.split())
+    def text(*arguments: object, fits: bool = True) -> str:
+        assert main(["plan", *map(str, arguments)]) == (not fits)
+        out, err = capsys.readouterr()
+        assert ("which does not fit" in err) == (not fits)
+        return " ".join(out.split())
 
     return text
 
 
 def test_llama_7b(text):
-    out = text("llama-7b", "--context", "1M", "--memory", "80GB", "--kv", PAPER, "--kv-bits", 2)
+    out = text("llama-7b", "--context", "1M", "--memory", "80GB", "--kv", PAPER, "--kv-bits", 2, fits=False)
     assert "32 layers of 32 heads of 128 numbers" in out
     assert "1,048,576 tokens the model was trained for 2,048" in out
     assert "float16 16 16.000 549.76 512.00" in out

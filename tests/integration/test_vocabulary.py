@@ -89,7 +89,7 @@ def test_calibration_without_data_class(workspace, given, monkeypatch):
 
 @pytest.mark.parametrize("given", [5, [], [1, 2], b"pydoc", {"source": "pydoc"}, [["w1"]]])
 def test_other_calibration_refused(given):
-    with pytest.raises(BitmillError, match=r"^The calibration text is .*\.$"):
+    with pytest.raises(BitmillError, match=r"^The text is .*\.$"):
         bitmill.quantize(tiny_model("llama"), "gptq", calibration=given)
 
 

@@ -91,6 +91,10 @@ def _run(args: list[str]) -> int:
         return 0
     except BitmillError as error:
         return _print_error(str(error), error.exit_code)
+    except OSError as error:
+        return _print_error(_describe_os_error(error), BitmillError.exit_code)
+    except MemoryError:
+        return _print_error("The memory of this machine does not suffice; ask for less.", BitmillError.exit_code)
     except Exception as error:
         # typer contains its own click since 0.29, so its errors are recognized by their attributes
         if hasattr(error, "format_message"):
@@ -133,6 +137,13 @@ def _given_value(error: Exception, args: list[str]) -> str:
         if name.partition("=")[0] in names:
             found = f" (found {value if name in names else name.partition('=')[2]!r})"
     return found
+
+
+def _describe_os_error(error: OSError) -> str:
+    """Return one sentence about a file or device that failed where no sentence of its own was foreseen."""
+    reason = error.strerror or one_line(str(error)) or type(error).__name__
+    named = f"{error.filename}: " if error.filename else ""
+    return f"{named}{reason}; check the path, its permissions and the disk."
 
 
 def _describe_unexpected(error: Exception) -> str:

@@ -176,10 +176,10 @@ def describe_kv_plan(kv: dict[str, Any]) -> str:
 
 def kv_cache_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (name, value) rows about the packed cache of a result that has `kv_method`."""
-    from bitmill.report.describe import describe_options
+    from bitmill.report.describe import describe_cache_bits, describe_options
 
     options = describe_options(result["kv_options"])
-    size = f"{result['kv_bits_per_element']:.3f} bits per number, {format_mb(result['kv_bytes'])}"
+    size = f"{result['kv_bytes']:,} bytes, {describe_cache_bits(result['kv_bits_per_element'])}"
     if result["kv_table_bytes"]:
         size += f", and {result['kv_table_bytes']:,} bytes of calibrated tables"
     return [("keys and values", f"{result['kv_method']} ({options})"), ("their cache", size)]

@@ -16,6 +16,7 @@ from bitmill.cli.options import (
     parse_tokens,
 )
 from bitmill.cli.output import command_output, data_table, describe_measurement, property_table
+from bitmill.errors import BitmillError
 
 GB, GIB = 10**9, 2**30
 
@@ -98,6 +99,11 @@ def plan(
             trust_remote_code=trust_remote_code,
         )
         output.result(result, lambda: _render(result))
+    if result["fits"] is False:
+        raise BitmillError(
+            f"The model needs {_gb_and_gib(result['needed_bytes'])} on each device, which does not fit "
+            f"{_memory(result)}; lower --context, --bits or --kv-bits, or give more --gpus."
+        )
 
 
 def _render(result: dict[str, Any]) -> list[Any]:

@@ -57,7 +57,7 @@ class CalibrationData:
             object.__setattr__(self, "source", _plain_source(self.source))
         if not _is_text(self.source):
             raise CalibrationError(
-                f"The calibration text is {quoted(self.source)}; name a source such as 'pydoc' or a .txt file, or "
+                f"The text is {quoted(self.source)}; name a source such as 'pydoc' or a .txt file, or "
                 "give a list of texts."
             )
         for name in ("samples", "seqlen", "seed"):

@@ -10,6 +10,8 @@ from bitmill.report import formatting
 
 Report = dict[str, Any]
 
+FP16_BITS = 16  # more than a cache without packing has
+
 
 def describe_format(format: dict[str, Any]) -> str:
     """Return a format, as `Format.to_dict` gives it, as text: `uniform (bits 3, group_size 64)`.
@@ -66,7 +68,20 @@ def describe_measured_cache(measured: dict[str, Any]) -> str:
     """Return the packed cache that a measurement used, as text; empty for an ordinary cache."""
     if measured.get("kv_method") is None:
         return ""
-    return f" through {measured['kv_method']}, {measured['kv_bits_per_element']:.3f} bits per number of the cache"
+    bits = describe_cache_bits(measured["kv_bits_per_element"], " of the cache")
+    return f" through {measured['kv_method']}, {bits}"
+
+
+def describe_cache_bits(bits: float, of: str = "") -> str:
+    """Return the bits per number of a packed cache as text, or why there is no such figure.
+
+    Args:
+        bits: allocated bits over the numbers of keys and values.
+        of: follows the figure.
+    """
+    if bits > FP16_BITS:
+        return "mostly the page in fp16 that is allocated at once"
+    return f"{bits:.3f} bits per number{of}"
 
 
 def describe_running(running: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch
 from bitmill.calibration.token_windows import JobData
 from bitmill.checkpoint.work_folder import partial_folder
 from bitmill.data import text
-from bitmill.errors import OutputError, UsageError
+from bitmill.errors import OutputError, UsageError, one_line, quoted
 from bitmill.files import folder_bytes
 from bitmill.recipes.compose import find_recipe, with_head
 from bitmill.recipes.defaults import leading_recipe
@@ -116,6 +116,6 @@ def check_device(device: str) -> None:
     """Raise UsageError for a device that torch does not have on this machine."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(f"The device {device!r} is not available here ({reason}); use --device cpu.") from None
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
+        reason = one_line(error)
+        raise UsageError(f"The device {quoted(device)} is not available ({reason}); use --device cpu.") from None

@@ -10,9 +10,16 @@ from typing import Any, Literal
 from torch import nn
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
+from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.text import TextSource
-from bitmill.data.windows import check_context_length, check_vocabulary, count_windows, source_name
+from bitmill.data.windows import (
+    CalibrationData,
+    check_context_length,
+    check_vocabulary,
+    count_windows,
+    source_name,
+)
 from bitmill.errors import UsageError
 from bitmill.evaluation.metrics import score_windows
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
@@ -31,6 +38,7 @@ Split = Literal["eval", "calib", "all"]
 _TOKENS = 1024  # tokens that pass a packed cache together
 
 
+@checked_arguments("text_source", "progress")
 def evaluate(
     model: str | Path | nn.Module,
     *,
@@ -68,6 +76,7 @@ def evaluate(
         pair_cosine. With a reference kl_divergence (nats per token), top1_agreement and reference_perplexity,
         for an encoder cosine_similarity and neighbour_agreement. With a KV method `kv_*`, see docs/kv.md.
     """
+    text_source = CalibrationData(text_source).source
     started = time.perf_counter()
     kv_config = parse_kv_config(None if kv == FLOAT else kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     if tokenizer is None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from bitmill.checkpoint.contents import check_digests
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
+from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import BitmillError, CheckpointError, one_line
 from bitmill.models.streamed import StreamedModel
@@ -20,6 +21,7 @@ from bitmill.tasks.base import task_for
 from bitmill.workflows.checks import check_device
 
 
+@checked_arguments("device")
 def load(
     model: str | Path,
     *,
@@ -49,6 +51,7 @@ def load(
     return attach(streamed.model.to(dtype))
 
 
+@checked_arguments()
 def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a quantized folder or of any float model."""
     if is_checkpoint(user_path(model)):

@@ -18,6 +18,7 @@ from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkp
 from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import SUFFIX_BYTES, WorkFolder, check_new
 from bitmill.checkpoint.writer import FolderSink, is_finished
+from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
 from bitmill.errors import UsageError, one_line
@@ -58,6 +59,7 @@ class Outcome:
     model: nn.Module | None = field(default=None, repr=False)
 
 
+@checked_arguments("calibration", "progress")
 def quantize(
     model: str | Path | nn.Module,
     method: str | Path | Recipe | None = None,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
+from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.files import folder_bytes
 from bitmill.formats import Format
@@ -118,6 +119,7 @@ def report_plan(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+@checked_arguments()
 def stored_bits(model: str | Path | nn.Module, trust_remote_code: bool) -> tuple[float, int]:
     """Return the bits per weight and the bytes of a model.
 

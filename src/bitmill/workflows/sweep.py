@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.calibration.walk import HiddenStates, walk_blocks
+from bitmill.config.arguments import checked_arguments
 from bitmill.data.text import Windows
 from bitmill.data.windows import check_context_length, check_vocabulary
 from bitmill.errors import NumericsError, UsageError
@@ -127,6 +128,7 @@ def decibels(error: float) -> float:
 
 
 @torch.no_grad()
+@checked_arguments("progress")
 def sweep(
     model: str | Path | nn.Module,
     *,

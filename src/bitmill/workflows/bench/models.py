@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitmill.checkpoint.reader import is_checkpoint
 from bitmill.compat import forward_with_cache
+from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import UsageError
 from bitmill.progress import peak_memory_bytes
@@ -25,6 +26,7 @@ _DECODE_PROMPT = 16  # tokens
 
 
 @torch.no_grad()
+@checked_arguments()
 def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = False) -> dict[str, Any]:
     """Decode `tokens` tokens, one at a time, with the packed and then with the float weights.
 
@@ -59,6 +61,7 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
 
 
 @torch.no_grad()
+@checked_arguments()
 def bench_prefill(
     model: str | Path, tokens: int = 512, turns: int = 5, trust_remote_code: bool = False
 ) -> dict[str, Any]:

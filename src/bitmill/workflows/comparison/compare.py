@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
 from bitmill.errors import UsageError
@@ -19,6 +20,7 @@ from bitmill.workflows.comparison.grid import NEW_TOKENS, PROMPTS, Grid, Options
 from bitmill.workflows.comparison.run import run_grid
 
 
+@checked_arguments("calibration", "progress")
 def compare(
     model: str | Path,
     methods: Sequence[str] = (),

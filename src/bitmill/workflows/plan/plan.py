@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
+from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import SourceError, UsageError
 from bitmill.evaluation.generate import PROMPT_CHUNK
@@ -78,6 +79,7 @@ class Devices:
         return largest(lambda n: self.needed(weight_bytes, cache.size(n).total, n) <= memory)
 
 
+@checked_arguments()
 def plan(
     model: str | Path,
     *,

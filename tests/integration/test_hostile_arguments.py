@@ -1,0 +1,71 @@
+"""No bad argument of a public function ends in anything but one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import bitmill
+from bitmill.errors import BitmillError
+from bitmill.workflows.comparison import run
+from bitmill.workflows.plan.plan import plan
+from bitmill.workflows.sweep import sweep
+from helpers.comparisons import in_this_process
+from helpers.hostile import VALUES, write_files
+
+EXAMPLES = int(os.environ.get("BITMILL_HOSTILE_EXAMPLES", "8"))  # of every function
+FUNCTIONS = [value for name in bitmill.__all__ if inspect.isfunction(value := getattr(bitmill, name))]
+DATA = bitmill.CalibrationData("text.txt", samples=2, seqlen=16)
+SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
+    "quantize": {"model": "source", "method": "rtn", "out": "out", "calibration": DATA, "measure": 1},
+    "evaluate": {"model": "done", "text_source": "text.txt", "seqlen": 16, "windows": 1},
+    "load": {"model": "done"},
+    "load_tokenizer": {"model": "done"},
+    "compare": {
+        "model": "source", "methods": ["rtn"], "bits": [4], "out": "grid", "calibration": DATA, "windows": 1,
+        "prompts": ["w1"], "max_new_tokens": 1,
+    },
+    "sweep": {"model": "source", "text_source": "text.txt", "windows": 1, "seqlen": 16},
+    "plan": {"model": "source"},
+}  # fmt: skip
+UNCHECKED = {"progress", "tokenizer", "options", "weights"}  # objects with methods, and options of methods
+
+
+@pytest.fixture(scope="module")
+def pristine(built, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile") / "pristine"
+    shutil.copytree(built.root, folder)
+    write_files(folder)
+    return folder
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, plan, sweep], ids=lambda function: function.__name__)
+def test_functions(function, pristine, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": in_this_process})
+    here = tmp_path / "here"
+    sound = SOUND[function.__name__]
+    names = [name for name in inspect.signature(function).parameters if name not in UNCHECKED]
+
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+    @given(st.dictionaries(st.sampled_from(names), st.sampled_from(VALUES), min_size=1, max_size=2))
+    def check(hostile: dict[str, Any]) -> None:
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(pristine, here, copy_function=os.link, ignore=shutil.ignore_patterns("pipe"))
+        os.mkfifo(here / "pipe")
+        monkeypatch.chdir(here)
+        try:
+            function(**{**sound, **hostile})
+        except BitmillError as error:
+            message = str(error)
+            assert message.endswith((".", "...")), message
+            assert "\n" not in message
+            assert len(message) < 2000
+
+    check()
