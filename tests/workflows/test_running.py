@@ -55,11 +55,13 @@ def test_changed_figures_are_refused(folder, path):
 def test_changed_predictions_are_refused(folder):
     kept = load_file(folder / FILE)
     try:
-        save_file({**kept, "log_probabilities": kept["log_probabilities"].roll(1, 0)}, folder / FILE)
+        save_file(
+            {**kept, "log_probabilities": kept["log_probabilities"].roll(1, 0)}, folder / FILE, {"format": "pt"}
+        )
         with pytest.raises(CheckpointError, match="gives"):
             verify_running(open_checkpoint(folder))
     finally:
-        save_file(kept, folder / FILE)
+        save_file(kept, folder / FILE, {"format": "pt"})
 
 
 def test_nothing_is_recorded_without_held_out_windows(tmp_path):
