@@ -11,7 +11,9 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, GroupFormat, ScalarFormat
+from bitmill.formats.quantized import nearest_matrix
 from bitmill.numerics.grouping import grouped, grouped_importance, ungrouped
+from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from helpers.cases import (
     all_formats,
     fitted,
@@ -21,6 +23,7 @@ from helpers.cases import (
     scalar_formats,
     weight_errors,
     weights,
+    with_other_counts,
 )
 from helpers.selection import thin
 
@@ -262,3 +265,22 @@ def test_lookup_equals_levels(format):
     levels, lookup = format.levels(params), format.lookup(params)
     assert lookup.tables.shape[1] == 1 << format.bits
     assert torch.allclose(lookup.levels().expand_as(levels), levels, rtol=1e-6, atol=0)
+
+
+COUNTED = [format for name in grouped_formats() for format in with_other_counts(FORMATS.get(name))]
+
+
+@pytest.mark.parametrize("format", [*all_formats(), *COUNTED], ids=repr)
+def test_rows_equal_those_of_the_matrix(format, monkeypatch):
+    """A head in any format and with any options can be looked up, packed and by its kernel."""
+    W = weights()
+    matrix = nearest_matrix(format, W, fitted(format, W, search=False))
+    ids, expected = torch.tensor([5, 0, 5, 3]), matrix.dequantize()
+    tensors = {name: tensor.clone() for name, tensor in matrix.pack().items()}
+    assert torch.equal(format.dequantize_rows(tensors, SHAPE, ids), expected[ids])
+    monkeypatch.delenv("BITMILL_KERNEL", raising=False)
+    spec = KernelSpec(format, SHAPE, torch.device("cpu"))
+    kernel = choose_kernel(spec)(spec, tensors)
+    assert torch.equal(kernel.rows(ids), expected[ids])
+    with torch.no_grad():
+        assert torch.allclose(kernel.apply(torch.eye(96)), expected.T, rtol=1e-3, atol=1e-3)

@@ -33,6 +33,7 @@ def test_frozen_bytes_decode(file, index, case):
     prefix = f"{index}."
     stored = load_file(file.with_suffix(".safetensors"))
     tensors = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    assert format.damage_reason(tensors, shape) is None
     quantized = unpack(format, tensors, shape)
     expected = torch.tensor(case["decoded"], dtype=torch.float32)
     # wrappers may sum, as rotations do, and the last digit of a sum belongs to the machine

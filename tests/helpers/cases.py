@@ -7,7 +7,7 @@ import itertools
 import re
 import typing
 from collections.abc import Hashable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -24,6 +24,17 @@ from helpers.selection import thin
 
 GROUP_SIZES = (64, 40, "row", "tensor")  # 40 leaves a ragged group of 16 in 96 columns
 ROWS, COLUMNS = 6, 96
+
+
+def with_other_counts(kind: type[GroupFormat]) -> list[GroupFormat]:
+    """A format of each kind with one count besides its bits at 1, 2 or 4, where it can have that."""
+    first = ragged(kind)[-1]
+    counts = [f.name for f in fields(kind) if str(f.type) == "int" and f.name not in ("bits", "group_size")]
+    made = []
+    for name, value in itertools.product(counts, (1, 2, 4)):
+        with contextlib.suppress(RecipeError):
+            made.append(replace(first, **{name: value}))
+    return made
 
 
 def switched(kind: type, given: dict[str, Any]) -> list[Any]:

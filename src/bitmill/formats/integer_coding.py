@@ -207,12 +207,11 @@ class IntegerCoding(ScalarFormat):
     def unpack_params(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Params:
         """Unpack the stored params; a single coding has index 0 everywhere."""
         params = super().unpack_params(tensors, shape)
-        if self.codings == 1:
-            params["coding"] = torch.zeros_like(params["exponent"])
-        return params
+        return params if self.codings > 1 else {**params, "coding": self._coding(params).to(torch.float32)}
 
     def _coding(self, params: Params) -> Tensor:
-        return params["coding"].long()
+        """Return the index of each group's coding, int64, which is not stored if there is one coding."""
+        return (params["exponent"] * 0 if self.codings == 1 else params["coding"]).long()
 
     def _table(self, device: torch.device) -> Tensor:
         """Return the integer levels, (codings, 2**bits) fp32."""
