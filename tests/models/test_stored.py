@@ -143,3 +143,22 @@ def test_code_of_the_folder_runs(tmp_path):
         loaded = bitmill.load(tmp_path, trust_remote_code=trusted)
         assert apart(loaded, theirs(tmp_path, trust_remote_code=trusted)) < 1e-5
         assert type(loaded).__module__.startswith("transformers.") is not trusted
+
+
+@pytest.mark.parametrize("head_bits", [None, 8])
+@torch.no_grad()
+def test_folder_of_another_release(tmp_path, head_bits):
+    """Layers are found under the names that an earlier release of transformers gave them."""
+    out = tmp_path / "q"
+    bitmill.quantize(neox(), "rtn", bits=8, head_bits=head_bits, out=out, measure=0)
+    expected = bitmill.load(out)(TOKENS).logits
+    for shard in out.glob("*.safetensors"):
+        tensors = {re.sub("^lm_head", "embed_out", n): t.clone() for n, t in load_file(shard).items()}
+        save_file(tensors, shard, {"format": "pt"})
+    for name in ("config.json", "model.safetensors.index.json"):
+        (out / name).write_text((out / name).read_text().replace('"lm_head', '"embed_out'))
+    (out / "report.json").unlink()  # it records the sizes of the files
+    for load in (bitmill.load, theirs):
+        assert torch.equal(load(out)(TOKENS).logits, expected)
+    load(out).save_pretrained(tmp_path / "again")
+    assert torch.equal(bitmill.load(tmp_path / "again")(TOKENS).logits, expected)

@@ -21,6 +21,7 @@ from bitmill.checkpoint.marker import WEIGHT, marker_names, weight_marker
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.schema import QUANT_METHOD, head_config, layer_formats, shared_paths
 from bitmill.errors import CheckpointError
+from bitmill.integrations.renaming import has_own_names, model_names, renamed_config
 from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix, check_packed, detach_files
@@ -57,6 +58,11 @@ class BitmillQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        stored = self.quantization_config.to_dict()
+        layer_formats(stored), head_config(stored)  # sound
+        renamed = model_names(model, stored)
+        self.quantization_config = BitmillConfig(**renamed_config(stored, renamed))
+        model.config.quantization_config = self.quantization_config
         config = self.quantization_config.to_dict()
         formats, ends, places = layer_formats(config), head_config(config), shared_paths(config)
         names = {name for name, _ in model.named_modules(remove_duplicate=False)}
@@ -66,8 +72,10 @@ class BitmillQuantizer(HfQuantizer):
                 "load it with the model class that config.json names."
             )
         self._replaced = replace_layers(model, formats, ends, places, device="meta")
-        if checkpoint_files:
-            self._check_folder(model, [Path(file) for file in checkpoint_files])
+        files = [Path(file) for file in checkpoint_files or ()]
+        if files:
+            self._check_folder(files, layer_formats(stored), renamed)
+        self._renames = bool(files) and not has_own_names(model, formats, files)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._unexpected = model._keys_to_ignore_on_load_unexpected
         markers = {rf"^{re.escape(name)}$" for name in marker_names(formats)}
@@ -83,10 +91,20 @@ class BitmillQuantizer(HfQuantizer):
             placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
             object.__setattr__(layer, "weight", placeholder)
 
-    def _check_folder(self, model: nn.Module, files: list[Path]) -> None:
-        """Check that `files` are those of a sound folder, and that it holds the quantized layers of `model`."""
-        folder, config = files[0].parent, self.quantization_config.to_dict()
-        shapes = {name: layer.shape for name, layer in self._replaced.items()}
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Return the conversions of names for folders of another release; those of this one keep their names."""
+        return weight_conversions if self._renames else []
+
+    def _check_folder(self, files: list[Path], formats: dict[str, Any], renamed: dict[str, str]) -> None:
+        """Check that the folder is sound, and that it holds the quantized layers of the model.
+
+        Args:
+            files: the files that transformers will read.
+            formats: the formats of layers by their names in the folder.
+            renamed: name of a layer in the folder -> in the model.
+        """
+        folder = files[0].parent
+        shapes = {name: self._replaced[renamed[name]].shape for name in formats}
         checkpoint = open_checkpoint(folder, shapes)
         check_digests(folder, checkpoint.record)
         if others := {path.name for path in files} ^ {path.name for path in checkpoint.files.values()}:
@@ -94,7 +112,7 @@ class BitmillQuantizer(HfQuantizer):
                 f"{folder} would be loaded with other files than its index names, such as {min(others)}; "
                 "leave out options of from_pretrained that choose files."
             )
-        if checkpoint.formats != layer_formats(config):
+        if checkpoint.formats != formats:
             raise CheckpointError(f"The config is not that of {folder}; leave config=... out of from_pretrained.")
         for name in checkpoint.formats:
             if checkpoint.shape(name) != shapes[name]:
@@ -135,6 +153,7 @@ class BitmillQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = self._unexpected
         model.all_tied_weights_keys = self._ties  # for a model that is dequantized later
         self._replaced, self._shapes = {}, {}
+        model._weight_conversions = []  # save_pretrained writes the names of the model
         detach_files(model)
         from bitmill.runtime.decode import attach  # transformers is only partly imported when this file is
 
@@ -183,7 +202,11 @@ def mark_quantized(model: nn.Module, config: dict[str, Any]) -> None:
     if isinstance(model, PreTrainedModel):
         described = BitmillConfig(**config)
         model.config.quantization_config, model.config._is_quantized = described, True
-        marks = {"hf_quantizer": BitmillQuantizer(described), "quantization_method": QUANT_METHOD}
+        marks = {
+            "hf_quantizer": BitmillQuantizer(described),
+            "quantization_method": QUANT_METHOD,
+            "_weight_conversions": [],  # save_pretrained writes the names of the model
+        }
         vars(model).update(marks, is_quantized=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +202,34 @@ def _match(model: nn.Module, source: Source) -> tuple[dict[str, _Entry], list[st
         for name, tensor in made.items():
             entries[name] = _Entry(tuple(members), converter, first, tuple(tensor.shape))
     return entries, unused
+
+
+def renamed_layers(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """Return layer in a checkpoint -> layer in the model, as transformers renames its weight.
+
+    Args:
+        model: the float model.
+        layers: paths of layers, by the names of this or of an earlier release of transformers.
+    """
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    renamings = [] if modules.issuperset(layers) else _conversions(model)[0]
+    names = {}
+    for layer in layers:
+        weight = f"{layer}.weight"
+        for renaming in renamings if layer not in modules else ():
+            weight, _ = renaming.rename_source_key(weight)
+        names[layer] = weight.removesuffix(".weight")
+    return names
+
+
+def moved_on_load(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Return a name that transformers would change if a checkpoint had it; None without one."""
+    expected, (renamings, converters) = dict(model.state_dict(keep_vars=True)), _conversions(model)
+    for name in names:
+        new, pattern = _renamed(model, name, renamings, converters, expected)
+        if pattern is not None or new != name:
+            return name
+    return None
 
 
 def _convert(

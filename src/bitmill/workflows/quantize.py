@@ -21,13 +21,14 @@ from bitmill.checkpoint.writer import FolderSink, is_finished
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
-from bitmill.errors import UsageError, one_line
+from bitmill.errors import SourceError, UsageError, one_line
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.evaluation.reference import ReferencePredictions, ReferenceRecorder
 from bitmill.files import folder_bytes, write_tensors
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
 from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.kind import check_class_loads
+from bitmill.models.stored import moved_on_load
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import Job, run
 from bitmill.pipeline.in_place import ModuleSink
@@ -261,6 +262,11 @@ def _prepare(request: _Request, recipe: Recipe | None, chosen: dict[str, str]) -
     streamed = StreamedModel(source, request.device)
     if request.out is not None and isinstance(request.model, nn.Module):
         check_class_loads(request.model, source, streamed.task)
+    if recipe is None and (moved := moved_on_load(streamed.model, streamed.names())):
+        raise SourceError(
+            f"transformers would rename {moved!r} of {source.name} when it loads a copy, so its weights cannot be "
+            "left as they are; quantize them too."
+        )
     if streamed.unused:
         request.progress.note(
             f"{len(streamed.unused)} stored tensors are left out, as {type(streamed.model).__name__} does not "

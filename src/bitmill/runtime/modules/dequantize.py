@@ -12,7 +12,8 @@ from bitmill.runtime.modules.embedding import QuantEmbedding, restore_embedding
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix
 
-_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")  # with these transformers refuses training
+# with these transformers refuses training, and keeps the names of packed parts when it saves
+_MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions")
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
