@@ -45,6 +45,12 @@ def output_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {reason}.") from None
 
 
+def new_file(path: Path) -> None:
+    """Make an empty file; one or a link that has the name is removed, and never written through."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+
+
 def replace_file(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it.
 
@@ -58,9 +64,8 @@ def replace_file(path: Path, write: Callable[[Path], object], *, shared: bool = 
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     with output_errors(path):
-        temporary.unlink(missing_ok=True)
         try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            new_file(temporary)
             write(temporary)
             _sync(temporary)
             os.replace(temporary, path)

@@ -9,7 +9,7 @@ from typing import Any
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.work_folder import changed_folder, check_changeable
 from bitmill.errors import CheckpointError, one_line
-from bitmill.files import file_record, write_json, write_tensors, write_text
+from bitmill.files import file_record, write_json, write_text
 from bitmill.kv.calibration_file import FILE, KVCalibration
 from bitmill.report.html import folder_documents
 from bitmill.report.metrics import EMBEDDING_METRICS, LANGUAGE_METRICS
@@ -35,7 +35,7 @@ _KEPT = (
 _SAME = ("by", "text", "split", "seqlen", "windows", "reference", "kv_method", "kv_options")
 
 
-def check_recordable(folder: Path) -> dict[str, str]:
+def check_recordable(folder: Path) -> dict[str, Any]:
     """Check that a measurement can be recorded, before it is made.
 
     Args:
@@ -66,16 +66,11 @@ def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, An
     """
     entry = {"by": "eval", **{key: result[key] for key in _KEPT if result.get(key) is not None}}
     with changed_folder(folder) as new:
-        report = open_checkpoint(new).report
+        report = open_checkpoint(folder).report  # which nobody else changes meanwhile
         if files is not None and report.get("files", {}) != files:
             raise CheckpointError(f"{folder} was changed while it was measured; measure it again.")
         kept = [m for m in report["measured"] if any(m.get(key) != entry.get(key) for key in _SAME)]
         _rewrite(new, {**report, "measured": [*kept, entry]})
-
-
-def write_calibration(folder: Path, calibration: KVCalibration) -> None:
-    """Write kv.safetensors, complete or not at all; equal calibrations give equal bytes."""
-    write_tensors(folder / FILE, calibration.tensors(), calibration.metadata())
 
 
 def record_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]) -> None:
@@ -109,7 +104,7 @@ def add_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]
         OutputError: the folder cannot be written.
     """
     checkpoint = open_checkpoint(folder)
-    write_calibration(folder, calibration)
+    calibration.save(folder)
     checkpoint = replace(checkpoint, kv_bytes=sum(t.nbytes for t in calibration.tensors().values()))
     report = {**checkpoint.report, "bits_per_weight": checkpoint.bits_per_weight, "kv": kv}
     report["files"] = {**report.get("files", {}), FILE: file_record(folder / FILE)}

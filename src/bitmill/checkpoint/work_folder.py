@@ -26,7 +26,7 @@ LOCK = "lock"
 JOURNAL = "journal.json"
 MODEL = "model"
 _POLL_S = 0.05
-_START_S = 0.3  # another process may only look whether the folder is locked
+_START_S = 2.0  # another process may only look whether the folder is locked, or be about to end
 _CHANGE_S = 60.0  # of another process that changes a finished folder, which takes a fraction of a second
 
 
@@ -170,6 +170,7 @@ def changed_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     work = WorkFolder(folder, _CHANGE_S)
     try:
+        _check_no_run(work.path)
         work.clear()
         with output_errors(folder):
             shutil.copytree(folder, work.model, symlinks=True, copy_function=_link_or_copy)
@@ -177,7 +178,7 @@ def changed_folder(folder: Path) -> Iterator[Path]:
         yield work.model
         replace_folder(work.model, folder)
     finally:
-        work.remove()
+        work.close()
 
 
 def check_changeable(folder: Path) -> None:
@@ -193,14 +194,14 @@ def check_changeable(folder: Path) -> None:
         )
     for path in (folder, folder.parent):  # the names of both change
         if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
-            raise OutputError(
-                f"{path} is not writable, so that {folder} cannot be changed; copy the folder first."
-            )
-    work = partial_folder(folder)
-    if holder := holder_of(work):
-        raise OutputError(f"Another process{holder} is writing {work}; wait for it.")
+            raise OutputError(f"{path} is not writable, and {folder} cannot be changed; copy it first.")
+    _check_no_run(partial_folder(folder))
+
+
+def _check_no_run(work: Path) -> None:
+    """Raise OutputError for a run that could be resumed if its folder were not there already."""
     if (work / JOURNAL).exists() and (work / MODEL).exists():
-        raise OutputError(f"{work} holds an unfinished run of another model; finish it elsewhere, or delete it.")
+        raise OutputError(f"{work} holds an unfinished run; finish it under another name, or delete it.")
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -234,7 +235,7 @@ def check_new(out: Path) -> None:
     if os.path.lexists(out):
         raise OutputError(f"{out} exists already; choose another folder with -o, or remove it first.")
     work = partial_folder(out)
-    if holder := holder_of(work):
+    if (holder := holder_of(work)) is not None:
         raise OutputError(f"Another process{holder} is writing {work}; wait for it, or choose another folder.")
     if (work / JOURNAL).exists():
         raise OutputError(
@@ -258,17 +259,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def holder_of(work: Path) -> str:
-    """Return the process that holds the lock of a work folder, as `_holder` does; empty where none does."""
+def holder_of(work: Path) -> str | None:
+    """Return the process that holds the lock of a work folder, as `_holder` does; None where none does."""
     try:
         descriptor = os.open(work / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return ""
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return ""
+        return None
     except OSError:
-        return _holder(work) or " "
+        return _holder(work)
     finally:
         os.close(descriptor)
 

@@ -8,6 +8,8 @@ bytes, interrupted or not.
 from __future__ import annotations
 
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from bitmill.checkpoint.marker import WEIGHT, weight_marker
 from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import WorkFolder, remove, remove_leftovers
 from bitmill.errors import CheckpointError, OutputError, SourceError, one_line
+from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.files import (
     file_records,
     folder_bytes,
@@ -34,12 +37,25 @@ from bitmill.files import (
 )
 from bitmill.formats import Format
 from bitmill.formats.quantized import unpack
+from bitmill.kv.calibration_file import FILE as KV_FILE
 from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import NON_BLOCK, BlockResult, LayerResult, Shared
 from bitmill.progress import Progress
 from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.sources.safetensors_header import read_header
+
+FROM_SOURCE = "SOURCE_"  # before the names of files of the source that would clash with these
+OWN_NAMES = {
+    "config.json",
+    "readme.md",
+    "recipe.yaml",
+    "report.html",
+    "report.json",
+    "model.safetensors.index.json",
+    KV_FILE,
+    REFERENCE_FILE,
+}
 
 
 class FolderSink:
@@ -96,8 +112,10 @@ class FolderSink:
                     remove(entry)
             before = folder_bytes(self.folder)
             streamed.source.write_auxiliary_files(self.folder)
+            _set_apart(self.folder, self.journal.shards())
             self.auxiliary_bytes = folder_bytes(self.folder) - before
             sync_folder(self.folder)
+        _check_generation_config(self.folder)
         self._config = _plain_config(streamed)
 
     def begin(self) -> None:
@@ -243,6 +261,38 @@ class FolderSink:
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
+
+
+def _set_apart(folder: Path, shards: set[str]) -> None:
+    """Rename the files of the source that have a name of ours, whatever the case: some file systems ignore it."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name not in shards)
+    taken = {name.casefold() for name in names}
+    for name in names:
+        if name.casefold() in OWN_NAMES or is_shard(name):
+            new = FROM_SOURCE + name
+            while new.casefold() in taken:
+                new = FROM_SOURCE + new
+            taken.add(new.casefold())
+            (folder / name).rename(folder / new)
+
+
+def is_shard(name: str) -> bool:
+    """Return True for the name of a shard that this module writes, in upper or lower case."""
+    return re.fullmatch(r"model-\d+-of-\d+\.safetensors", name, re.IGNORECASE) is not None
+
+
+def _check_generation_config(folder: Path) -> None:
+    """Raise SourceError for a generation config with which the folder could not be loaded."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").exists():
+        with suppress(OSError):  # is no JSON, and loaded as if it were not there
+            try:
+                GenerationConfig.from_pretrained(str(folder))
+            except (TypeError, ValueError, AttributeError) as error:
+                raise SourceError(
+                    f"The generation_config.json cannot be used ({one_line(error)}); correct or remove it."
+                ) from None
 
 
 def _plain_config(streamed: StreamedModel) -> dict[str, Any]:

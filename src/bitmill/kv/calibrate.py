@@ -117,6 +117,14 @@ class _RecordingLayer(DynamicLayer):
         return KVSample(keys, values, gradients[0], gradients[1], positions)
 
 
+def check_windows(windows: Tensor) -> None:
+    """Raise CalibrationError for windows (samples, length) on which no method can be calibrated."""
+    if windows.shape[1] <= PAGE:
+        raise CalibrationError(
+            f"Windows have {windows.shape[1]} tokens, too few to calibrate a KV cache on; give more than {PAGE}."
+        )
+
+
 def record_keys_values(
     model: Any, windows: Tensor, with_gradients: bool, progress: Progress | None = None
 ) -> KVRecording:
@@ -135,10 +143,7 @@ def record_keys_values(
     """
     progress, started = progress or Progress(), time.perf_counter()
     samples, length = windows.shape
-    if length <= PAGE:
-        raise CalibrationError(
-            f"Windows have {length} tokens, too few to calibrate a KV cache on; give more than {PAGE}."
-        )
+    check_windows(windows)
     positions = torch.linspace(0, length - 1, min(max(PAGE, _RECORDED_TOKENS // samples), length)).long()
     recorded: list[list[KVSample]] = [[] for _ in DynamicCache(config=model.config).layers]
     requires_grad = [parameter.requires_grad for parameter in model.parameters()]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bitmill.errors import CheckpointError, UsageError
+from bitmill.files import write_tensors
 from bitmill.kv.codec import CalibratedParams, calibrated_shapes
 from bitmill.kv.scheme import KV_METHODS, KVMethod
 
@@ -57,7 +57,7 @@ class KVCalibration:
 
     def save(self, folder: Path) -> Path:
         """Write kv.safetensors into a folder; return its path."""
-        save_file(self.tensors(), folder / FILE, metadata=self.metadata())
+        write_tensors(folder / FILE, self.tensors(), self.metadata())
         return folder / FILE
 
     def check(self, shapes: dict[int, tuple[int, int]]) -> None:

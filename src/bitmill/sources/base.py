@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from bitmill.errors import SourceError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +66,25 @@ class Source(Protocol):
     def pooling(self) -> str:
         """Return how hidden states of an encoder become one embedding, see `bitmill.sources.pooling`."""
         ...
+
+
+def save_auxiliary(what: str, save: Callable[[str], object], folder: Path) -> None:
+    """Save an object of transformers into a folder.
+
+    Args:
+        what: its name, for messages.
+        save: its `save_pretrained`.
+        folder: the folder.
+
+    Raises:
+        SourceError: the library refuses to save it.
+    """
+    try:
+        save(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # the classes validate, each in its own way
+        raise SourceError(f"The {what} cannot be saved ({one_line(error)}); change or remove it.") from None
 
 
 def hash_file(digest: Any, path: Path) -> None:

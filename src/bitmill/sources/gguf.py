@@ -16,7 +16,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from bitmill.errors import SourceError, one_line
-from bitmill.sources.base import config_bytes, hash_file
+from bitmill.sources.base import config_bytes, hash_file, save_auxiliary
 from bitmill.sources.gguf_architectures import build_config, layout_for, transformers_name, undo_rope_factors
 from bitmill.sources.gguf_header import GgufTensor, read_header
 from bitmill.sources.pooling import MEAN
@@ -111,8 +111,9 @@ class GgufSource:
         """Save tokenizer, chat template and generation config, which are made from the metadata."""
         from transformers import GenerationConfig
 
-        self.tokenizer().save_pretrained(str(folder))
-        GenerationConfig.from_model_config(self.config).save_pretrained(str(folder))
+        save_auxiliary("tokenizer", self.tokenizer().save_pretrained, folder)
+        generation = GenerationConfig.from_model_config(self.config)
+        save_auxiliary("generation config", generation.save_pretrained, folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer that transformers converts from the metadata. Raises SourceError."""

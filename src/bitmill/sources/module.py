@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitmill.errors import SourceError
-from bitmill.sources.base import config_bytes
+from bitmill.sources.base import config_bytes, save_auxiliary
 from bitmill.sources.pooling import MEAN
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ class ModuleSource:
     def write_auxiliary_files(self, folder: Path) -> None:
         """Save the tokenizer, where there is one, and the generation config."""
         if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(str(folder))
+            save_auxiliary("tokenizer", self._tokenizer.save_pretrained, folder)
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
-            generation.save_pretrained(str(folder))
+            save_auxiliary("generation config", generation.save_pretrained, folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer. Raises SourceError where none was passed."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import calibration_windows
-from bitmill.checkpoint.record import add_calibration, record_calibration, write_calibration
+from bitmill.checkpoint.record import add_calibration, record_calibration
 from bitmill.checkpoint.work_folder import WorkFolder, check_changeable, check_new
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length, check_vocabulary
@@ -20,7 +20,7 @@ from bitmill.errors import UsageError
 from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.files import output_errors, publish
 from bitmill.kv.cache import PackedForward, QuantizedCache
-from bitmill.kv.calibrate import calibrate
+from bitmill.kv.calibrate import calibrate, check_windows
 from bitmill.kv.calibration_file import KVCalibration, load_calibration, matching_calibration
 from bitmill.kv.config import FLOAT, KVConfig
 from bitmill.kv.scheme import KVMethod
@@ -150,12 +150,14 @@ class KVCalibrationJob:
         if not self.method.scheme().is_calibrated:
             return
         if isinstance(given, Tensor):
+            check_windows(given)
             self.windows, self.plan["calibration"] = given.long().cpu(), _about("tokens", given.long(), None)
             return
         given = given or CalibrationData()
         seqlen = window_length(self.config, source.config)
         text = replace(given, samples=self.config.samples, seqlen=seqlen)
         self.windows = calibration_windows(source, text, str(self.streamed.device), progress)
+        check_windows(self.windows)
         self.plan["calibration"] = _about(text.name, self.windows, text.seed)
 
     def write(self, folder: Path, progress: Progress) -> None:
@@ -171,7 +173,7 @@ class KVCalibrationJob:
             device, trusted = str(self.streamed.device), self.streamed.source.trust_remote_code
             live = read_folder(folder, config, device=device, dense=True, trust_remote_code=trusted)
             calibration = calibrate_on(live, self.method, self.windows, self.plan["calibration"], progress)
-        write_calibration(folder, calibration)
+        calibration.save(folder)
 
 
 class PackedCacheEvaluator:

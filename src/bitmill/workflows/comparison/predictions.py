@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import CheckpointError, OutputError
-from bitmill.files import output_errors
+from bitmill.files import new_file, output_errors
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -58,6 +58,7 @@ class PredictionRecorder:
                 f"{free / 1e9:.1f} GB free; lower --windows, or choose another folder with -o."
             )
         with output_errors(self.partial):
+            new_file(self.partial)
             return np.lib.format.open_memmap(self.partial, mode="w+", dtype=np.float16, shape=shape)
 
 

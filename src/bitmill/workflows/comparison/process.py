@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from bitmill.files import new_file, output_errors
 from bitmill.progress import Progress
 
 # -P: a file in the current directory must not be taken for a module
@@ -35,6 +36,8 @@ def run_variant(folder: Path, name: str, log: Path, progress: Progress) -> dict[
         VariantFailed: with the worker's message, or the way in which the process ended.
     """
     message: dict[str, Any] = {}
+    with output_errors(log):
+        new_file(log)
     try:
         with log.open("w") as errors, _worker([str(folder), name], errors) as process:
             assert process.stdout is not None

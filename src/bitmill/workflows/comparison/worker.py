@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import torch
 
 from bitmill.checkpoint.record import record_measurement
-from bitmill.checkpoint.work_folder import partial_folder
+from bitmill.checkpoint.work_folder import partial_folder, remove_leftovers
 from bitmill.data.text import windows_hash
 from bitmill.errors import BitmillError, CheckpointError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
@@ -134,7 +134,7 @@ class _VariantJob:
         cost = _CostRecorder(state, self.progress, spec.recipe)
         if uncounted or cost.is_other_recipe:
             shutil.rmtree(out, ignore_errors=True)
-            shutil.rmtree(partial_folder(out), ignore_errors=True)
+            remove_leftovers(out)
         try:
             outcome = quantize(
                 self.grid.model,
