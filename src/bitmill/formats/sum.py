@@ -22,13 +22,14 @@ the spread of the weights, tuned until the share is right; here they are counted
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params
-from bitmill.formats.fitting import as_stored
+from bitmill.formats.fitting import FP16_MAX, as_stored
 from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.wrapper import Reduction, Wrapper
@@ -45,6 +46,8 @@ class Sum(Wrapper):
 
     outliers: float = 0.004
     sensitive: float = 0.0005
+
+    largest: ClassVar[float] = FP16_MAX
 
     def __post_init__(self) -> None:
         super().__post_init__()

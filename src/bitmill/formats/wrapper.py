@@ -6,9 +6,11 @@ the whole decodes. Solvers never see one: `bitmill.solvers.base.solve` removes w
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -37,6 +39,8 @@ class Wrapper(Format):
     """Base of wrappers. Parts of the inner format keep their names; `own_parts` must not clash with them."""
 
     inner: Format
+
+    largest: ClassVar[float] = math.inf  # magnitude that the wrapper's own parts store
 
     @property
     def core(self) -> GroupFormat:

@@ -21,6 +21,7 @@ from bitmill.numerics.statistics import FISHER, Statistics
 from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.inputs import BlockInputs, compares_inputs
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
+from bitmill.pipeline.ranges import check_range, to_stored
 from bitmill.solvers import Solver
 from bitmill.solvers.base import output_error, solve_stacked
 from bitmill.tuners import BlockTask
@@ -41,6 +42,8 @@ def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs)
     stats = _input_statistics(job, module, index, stages, inputs)
     block = _Block(job, _block_task(job, module, index, stages, stats, streams, float_outputs), inputs.shared)
     result = BlockResult(index, changed=block.fold(inputs))
+    for name in block.task.names:
+        check_range(block.layer(name), block.task.matrix(name), block.task.formats[name])
     # a float copy in the basis of the block that is quantized
     float_module = copy.deepcopy(module) if compares_inputs(job) else None
     before = {name: parameter.detach().clone() for name, parameter in block.task.floats()} if tuners else {}
@@ -252,7 +255,7 @@ class _Block:
         for name, parameter in self.task.floats():
             if name in before and not torch.equal(before[name], parameter):
                 full = self.layer(name)
-                changed[full] = parameter.detach().to(streamed.dtype(full))
+                changed[full] = to_stored(full, parameter.detach(), streamed.dtype(full))
                 streamed.set_parameter(full, changed[full].float())
         return changed
 

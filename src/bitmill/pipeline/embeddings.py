@@ -12,13 +12,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from bitmill.formats import Format
 from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
 from bitmill.models.meta import trim_malloc
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import NON_BLOCK, BlockResult, Job, LayerResult, Sink
+from bitmill.pipeline.ranges import check_range
 from bitmill.progress import Progress
 from bitmill.solvers import SOLVERS, Statistics
-from bitmill.solvers.base import solve
+from bitmill.solvers.base import solve, squared_norm
 
 _SLICE = 1 << 20  # weights that are decoded at a time: these are the largest matrices of a model
 
@@ -88,7 +90,9 @@ def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEm
         progress.start("embedding and head", len(paths.layers))
         result = BlockResult(NON_BLOCK)
         for layer in paths.layers:
-            result.layers[layer] = _quantize(job, streamed.finite_tensor(paths.stored_name(layer, streamed)))
+            W = streamed.finite_tensor(paths.stored_name(layer, streamed))
+            check_range(layer, W, job.recipe.head, in_block=False)
+            result.layers[layer] = _quantize(job.recipe.head, W)
             trim_malloc()
             progress.advance()
         sink.write(result, streamed)
@@ -97,17 +101,16 @@ def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEm
 
 
 @torch.no_grad()
-def _quantize(job: Job, W: Tensor) -> LayerResult:
+def _quantize(format: Format, W: Tensor) -> LayerResult:
     """Round a matrix to nearest."""
-    assert job.recipe.head is not None
     nearest = SOLVERS.from_dict({"solver": "nearest", "search": True})
-    quantized = solve(nearest, W, Statistics(), job.recipe.head)
+    quantized = solve(nearest, W, Statistics(), format)
     error = total = 0.0
     sizes = _slices(quantized.shape)
     for part, piece in zip(W.split(sizes), quantized.split(sizes)):
-        error += float((part - piece.dequantize()).square_().sum())
-        total += float(part.square().sum())
-    return LayerResult(quantized, error / max(total, 1e-30), None)
+        error += squared_norm(part - piece.dequantize())
+        total += squared_norm(part)
+    return LayerResult(quantized, error / total if total else error, None)
 
 
 def _slices(shape: tuple[int, int]) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from bitmill.architectures.adapter import Seam
 from bitmill.numerics.statistics import Statistics
 from bitmill.pipeline.job import Job
+from bitmill.pipeline.ranges import to_stored
 from bitmill.recipes.scheme import LayerScheme
 from bitmill.transforms.base import SeamTransform, SeamView, fold
 
@@ -39,7 +40,7 @@ def fold_transforms(job: Job, index: int, stats: dict[str, Statistics] | None = 
     quantized = {f"{prefix}.{name}.weight" for name in schemes}
     floats = {}
     for name in sorted((changed & set(streamed.names())) - quantized):
-        floats[name] = streamed.model.get_parameter(name).data.to(streamed.dtype(name))
+        floats[name] = to_stored(name, streamed.model.get_parameter(name).data, streamed.dtype(name))
         streamed.set_parameter(name, floats[name].float())
     return floats
 

@@ -144,7 +144,15 @@ def output_error(W: Tensor, W_hat: Tensor, gram: Tensor | None) -> float:
         W, W_hat: fp32 (rows, columns).
         gram: G (columns, columns); None for the error of the weights.
     """
-    D = W - W_hat
     if gram is None:
-        return float(D.square_().sum() / W.square().sum().clamp(min=1e-30))
-    return float((D @ gram).mul_(D).sum() / (W @ gram).mul_(W).sum().clamp(min=1e-30))
+        error, total = squared_norm(W - W_hat), squared_norm(W)
+        return error / total if total else error
+    largest = W.abs().amax()
+    unit = torch.where(largest > 0, largest, 1.0)  # squares of small numbers are 0 in fp32, of large ones Inf
+    D, V = (W - W_hat).div_(unit), W / unit
+    return float((D @ gram).mul_(D).sum() / (V @ gram).mul_(V).sum().clamp(min=1e-30))
+
+
+def squared_norm(W: Tensor) -> float:
+    """Return the sum of squares in fp64, which holds the squares of all fp32 numbers."""
+    return float(torch.linalg.vector_norm(W, dtype=torch.float64)) ** 2
