@@ -56,5 +56,5 @@ def test_float_tensors_stay_finite():
     assert torch.equal(
         to_stored("norm", torch.tensor([1.0, 65504]), torch.float16), torch.tensor([1, 65504]).half()
     )
-    with pytest.raises(NumericsError, match="norm reaches 1e\\+05 after its transforms, beyond torch.float16"):
+    with pytest.raises(NumericsError, match=r"norm reaches 1e\+05 after its transforms"):
         to_stored("norm", torch.tensor([1.0, 1e5]), torch.float16)
