@@ -23,6 +23,7 @@ from bitmill.formats.base import total_stored_bits
 from bitmill.formats.quantized import Quantized, unpack
 from bitmill.kv.calibration_file import FILE as KV_FILE
 from bitmill.runtime.modules.replace import layers_outside_blocks
+from bitmill.sources.config_bounds import check_config
 from bitmill.sources.safetensors_header import TensorEntry, read_header
 
 
@@ -205,6 +206,7 @@ def open_checkpoint(folder: str | Path, shapes: Mapping[str, tuple[int, int]] | 
         raise CheckpointError(f"There is no folder {folder}; give one that bitmill quantize wrote.")
     check_regular(folder)
     config = read_json(folder, "config.json")
+    check_config(config, folder / "config.json", CheckpointError)
     report = read_json(folder, REPORT) if (folder / REPORT).exists() else {}
     described = config.get("quantization_config")
     if described is None and report.get("kv"):  # weights were left as they are

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitmill.errors import CheckpointError
+from bitmill.errors import CheckpointError, one_line, quoted
 from bitmill.formats import FORMATS, Format
 from bitmill.formats.quantized import SHARED
 from bitmill.runtime.modules.replace import EmbeddingAndHeadConfig
@@ -22,21 +22,29 @@ def layer_formats(config: dict[str, Any]) -> dict[str, Format]:
     """
     if config.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
-            f"The model is quantized by {config.get('quant_method')!r}, not by bitmill; load it with that tool."
+            f"The model is quantized by {quoted(config.get('quant_method'))} and not by bitmill; "
+            "load it with that tool."
         )
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise CheckpointError(
-            f"The checkpoint has format version {version!r}, and this bitmill ({__version__}) reads "
+            f"The checkpoint has format version {quoted(version)}, and this bitmill ({__version__}) reads "
             f"{FORMAT_VERSION}; update bitmill."
         )
     formats: dict[str, Format] = {}
     try:
         for group in config["groups"]:
-            format = FORMATS.from_dict(group["format"])
-            formats.update(dict.fromkeys(group["layers"], format))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"The quantization_config is damaged: {error!r} in 'groups'.") from None
+            format, layers = FORMATS.from_dict(group["format"]), group["layers"]
+            if not isinstance(layers, list) or not all(name and isinstance(name, str) for name in layers):
+                raise TypeError(f"layers are {quoted(layers)}")
+            if twice := next((name for name in layers if name in formats), None):
+                raise ValueError(f"{twice!r} is in two groups")
+            formats.update(dict.fromkeys(layers, format))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(
+            f"The quantization_config is damaged in 'groups' ({reason}); copy it again."
+        ) from None
     return formats
 
 
@@ -56,7 +64,8 @@ def head_config(config: dict[str, Any]) -> EmbeddingAndHeadConfig | None:
         if not (sound and isinstance(head, str) and (head or not tied)):
             raise ValueError(ends)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The quantization_config is damaged: {error!r} in 'ends'.") from None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"The quantization_config is damaged in 'ends' ({reason}); copy it again.") from None
     return dict(ends)
 
 
@@ -74,7 +83,7 @@ def shared_paths(config: dict[str, Any]) -> dict[str, str]:
         sharing = FORMATS.from_dict(group["format"]).shared
         if not sharing or not isinstance(place, str) or not place.startswith(f"{SHARED}."):
             raise CheckpointError(
-                f"The quantization_config is damaged: its layers cannot share what is in {place!r}."
+                f"The quantization_config is damaged: its layers cannot share what is in {quoted(place)}."
             )
         places.update(dict.fromkeys(group["layers"], place))
     return places

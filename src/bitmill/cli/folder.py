@@ -68,6 +68,7 @@ def verify(
         from bitmill.report.describe import describe_running
         from bitmill.report.metrics import REFERENCE_FREE
         from bitmill.workflows.running import verify_running
+        from bitmill.workflows.trial import try_folder
 
         def measure_again(recorded: dict[str, Any]) -> dict[str, Any]:
             return api.evaluate(
@@ -83,6 +84,7 @@ def verify(
 
         checkpoint = open_checkpoint(folder)
         counts = verify(checkpoint, output.progress, trust_remote_code=trust_remote_code)
+        try_folder(checkpoint, device, trust_remote_code)
         change = verify_quality(checkpoint, measure_again) if quality else None
         running = verify_running(checkpoint, device, trust_remote_code, output.progress) if quality else None
         checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -172,14 +173,21 @@ def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     Args:
         model: its generation config and config name some.
         tokenizer: names others.
+
+    Raises:
+        UsageError: a config gives no token ids.
     """
     eos: set[int] = set()
     for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         value = getattr(owner, "eos_token_id", None)
-        if isinstance(value, int):
-            eos.add(value)
-        elif isinstance(value, Iterable):
-            eos |= {int(v) for v in value}
+        several = isinstance(value, Iterable) and not isinstance(value, str)
+        try:
+            eos |= {operator.index(token) for token in (value if several else [value]) if token is not None}
+        except TypeError:
+            raise UsageError(
+                f"The {type(owner).__name__} gives eos_token_id as {quoted(value)}; it must be a token id or a "
+                "list of them."
+            ) from None
     return eos
 
 

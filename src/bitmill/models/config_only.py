@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +13,7 @@ from bitmill.config.paths import user_path
 from bitmill.errors import SourceError
 from bitmill.sources import zoo
 from bitmill.sources.base import Source
+from bitmill.sources.config_bounds import read_config
 from bitmill.sources.hf import load_config
 from bitmill.sources.open import hub_files, is_hub_id, open_source
 from bitmill.sources.pooling import MEAN
@@ -107,10 +107,10 @@ def open_config_only(model: str | Path, *, trust_remote_code: bool = False) -> S
 def _lacks_float_weights(folder: Path) -> bool:
     """Return True if a folder has no weights that a source could open, or was written by bitmill."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_config(folder / "config.json")
+    except SourceError:
         return False
-    quantized = isinstance(config, dict) and config.get("quantization_config")
+    quantized = config.get("quantization_config")
     own = isinstance(quantized, dict) and quantized.get("quant_method") == "bitmill"
     return own or not (quantized or any(folder.glob("*.safetensors")))
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bitmill.errors import SourceError, one_line
+from bitmill.sources.config_bounds import check_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -158,6 +159,7 @@ def build_config(layout: Layout, header: Header, architecture: str) -> Pretraine
     if embedding is None or len(embedding.shape) != 2:
         raise SourceError("The GGUF file has no matrix 'token_embd.weight', so it is no language model.")
     values = layout.config(Metadata(header, architecture))
+    check_config(values, "The GGUF file")
     tokenizer_ids = {
         f"{role}_token_id": header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         for role, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items()

@@ -12,6 +12,7 @@ import torch
 
 from bitmill.errors import OutputError, SourceError, one_line
 from bitmill.sources.base import config_bytes, hash_file
+from bitmill.sources.config_bounds import read_config
 from bitmill.sources.pooling import read_pooling, sentence_modules
 from bitmill.sources.safetensors_header import TensorEntry, read_header
 from bitmill.sources.side_files import side_files
@@ -265,6 +266,7 @@ def load_config(folder: Path, trust_remote_code: bool, has_code: bool = False) -
     """
     from transformers import AutoConfig
 
+    read_config(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the config classes validate, each in its own way

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
 
         checkpoint = open_checkpoint(user_path(model))
         check_digests(checkpoint.folder, checkpoint.record, but={path.name for path in checkpoint.files.values()})
-        return _from_folder(AutoTokenizer, model, trust_remote_code)
+        return _from_folder(AutoTokenizer, model, trust_remote_code, check=_try_tokenizer)
     return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
 
 
@@ -73,7 +74,7 @@ def live_model(model: str | Path | nn.Module, device: str, trust_remote_code: bo
 def read_folder(
     folder: str | Path,
     config: Any,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     device: str = "cpu",
     dense: bool = False,
     trust_remote_code: bool = False,
@@ -83,22 +84,40 @@ def read_folder(
     Args:
         folder: the folder.
         config: its config.json.
-        dtype, device, dense, trust_remote_code: as for `load`.
+        dtype, device, dense, trust_remote_code: as for `load`; "auto" is the dtype that the config names.
 
     Raises:
         CheckpointError: the folder is damaged.
     """
     loaded = _from_folder(task_for(config).auto_class, folder, trust_remote_code, dtype=dtype)
-    return (dequantize_model(loaded, dtype) if dense else loaded).eval().to(device)
+    return (
+        (dequantize_model(loaded, dtype if isinstance(dtype, torch.dtype) else loaded.dtype) if dense else loaded)
+        .eval()
+        .to(device)
+    )
 
 
-def _from_folder(kind: Any, folder: str | Path, trust_remote_code: bool, **options: Any) -> Any:
-    """Call `from_pretrained` on a folder that bitmill wrote; every error becomes one sentence."""
+def _try_tokenizer(tokenizer: Any) -> None:
+    """Encode and decode a word: tokenizers check their options only when they are used."""
+    tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)
+
+
+def _from_folder(
+    kind: Any,
+    folder: str | Path,
+    trust_remote_code: bool,
+    check: Callable[[Any], None] | None = None,
+    **options: Any,
+) -> Any:
+    """Call `from_pretrained` on a folder that bitmill wrote; every error, of `check` too, becomes one sentence."""
     folder = user_path(folder)
     try:
-        return kind.from_pretrained(
+        loaded = kind.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **options
         )
+        if check is not None:
+            check(loaded)
+        return loaded
     except BitmillError:
         raise
     except Exception as error:  # transformers raises all sorts

@@ -1,0 +1,63 @@
+"""Load a folder as its users do, and run it for a few tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitmill.checkpoint.reader import Checkpoint
+from bitmill.errors import BitmillError, CheckpointError, one_line
+from bitmill.evaluation.reference import read_reference
+from bitmill.models.block_call import output_tensor
+from bitmill.workflows.load import load_tokenizer, read_folder
+
+TOKENS = 16
+TOKENIZER = "tokenizer_config.json"
+
+
+@torch.no_grad()
+def try_folder(checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: bool = False) -> None:
+    """Run a folder by `from_pretrained` in the dtype that it states, and by `bitmill.load` in float32.
+
+    A model that was measured in float32 may overflow in the dtype of its config, which `from_pretrained` takes.
+
+    Args:
+        checkpoint: the folder.
+        device: device to run on.
+        trust_remote_code: allow Python code in the folder to run.
+
+    Raises:
+        CheckpointError: the model cannot be loaded or run, or its outputs are NaN or infinite; or its tokenizer
+            cannot be loaded.
+    """
+    folder = checkpoint.folder
+    if (folder / TOKENIZER).is_file():
+        load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    for dtype in ("auto", torch.float32):
+        model = read_folder(folder, checkpoint.config, dtype, device, trust_remote_code=trust_remote_code)
+        name = str(next(model.parameters()).dtype).removeprefix("torch.")
+        try:
+            outputs = output_tensor(model(_tokens(checkpoint, model).to(device)))
+        except BitmillError:
+            raise
+        except Exception as error:  # of the model's own code, which meets the values of the config
+            raise CheckpointError(
+                f"The model of {folder} cannot be run in {name} ({one_line(error)}); quantize again."
+            ) from error
+        # some models give tokens that are never to be chosen the logit -inf
+        if not bool(torch.isfinite(outputs).any(-1).all()) or bool((outputs.isnan() | outputs.isposinf()).any()):
+            raise CheckpointError(
+                f"The model of {folder} gives NaN or Inf in {name}; load it with dtype=torch.float32, or quantize "
+                "again."
+            )
+
+
+def _tokens(checkpoint: Checkpoint, model: Any) -> Tensor:
+    """Return the first tokens (1, length) that the folder was measured on, or any others."""
+    reference = read_reference(checkpoint.folder)
+    if reference is not None:
+        return reference.tokens[:1, :TOKENS].long()
+    count = getattr(model.config.get_text_config(), "vocab_size", None) or TOKENS
+    return torch.arange(TOKENS)[None] % count
