@@ -90,11 +90,9 @@ def read_folder(
         CheckpointError: the folder is damaged.
     """
     loaded = _from_folder(task_for(config).auto_class, folder, trust_remote_code, dtype=dtype)
-    return (
-        (dequantize_model(loaded, dtype if isinstance(dtype, torch.dtype) else loaded.dtype) if dense else loaded)
-        .eval()
-        .to(device)
-    )
+    if dense:
+        loaded = dequantize_model(loaded, loaded.dtype if dtype == "auto" else dtype)
+    return loaded.eval().to(device)
 
 
 def _try_tokenizer(tokenizer: Any) -> None:
