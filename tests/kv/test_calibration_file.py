@@ -49,3 +49,12 @@ def test_live_models(workspace):
     )
     assert result["kv_method"] == "kvquant"  # gradients were computed on a copy
     assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())
+
+
+def test_numbers_are_finite(workspace):
+    method = parse_kv_config("kvquant", 2, None).method()
+    found = calibrate(bitmill.load(workspace.source), method, torch.randint(3, 120, (2, 64)))
+    found.layers[1][0].scale[3] = float("nan")
+    found.save(workspace.root)
+    with pytest.raises(bitmill.BitmillError, match=r"tensor 'layers.1.keys.scale' of .* holds NaN or Inf"):
+        read_calibration(workspace.root)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -114,6 +115,9 @@ def read_calibration(folder: Path) -> KVCalibration | None:
         layers = params_by_layer(tensors, meta["layers"])
     except Exception as error:  # safetensors and json raise many types
         raise CheckpointError(f"{path} cannot be read ({error}); quantize the model again.") from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"The tensor {name!r} of {path} holds NaN or Inf; quantize again.")
     return KVCalibration(method, layers, meta["about"])
 
 
