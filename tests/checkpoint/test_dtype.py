@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from tests.helpers.workspace import save_model, write_text
 from transformers import AutoModelForCausalLM
 
 import bitmill
 from bitmill.checkpoint.dtype import stated_dtype
 from bitmill.models.streamed import StreamedModel
 from bitmill.sources.hf import HfSource
+from helpers.workspace import save_model, write_text
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from tests.helpers.workspace import save_model, write_text
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,6 +14,7 @@ import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.verify import verify_quality
 from bitmill.errors import CheckpointError
+from helpers.workspace import save_model, write_text
 
 BOS = 1
 

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers.workspace import save_model, write_text
 
 import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import CheckpointError
 from bitmill.evaluation.reference import FILE
 from bitmill.workflows.running import PATHS, verify_running
+from helpers.workspace import save_model, write_text
 
 
 @pytest.fixture(scope="module")
