@@ -369,10 +369,6 @@ class TensorCodec:
         assert scale is not None
         return normal.flatten(1, 2), scale.expand(pages.shape).flatten(1, 2)
 
-    def per_number_scale(self, encoded: EncodedPages) -> Tensor | None:
-        """Return the scales of pages, broadcast to (rows, pages, 32, channels); None without scales."""
-        return self._per_number(self.scale if self.scheme.is_static else encoded.scale)
-
     def _scale_and_zero(self, pages: Tensor) -> tuple[Tensor | None, Tensor | None]:
         scheme = self.scheme
         if scheme.axis == "channel":

@@ -90,10 +90,10 @@ def to_planes(packed: Tensor, bits: int, columns: int, width: int) -> Tensor:
 
 
 def codes_of_planes(words: Tensor, columns: int, width: int) -> Tensor:
-    """Unpack codes in lanes or planes.
+    """Unpack codes whose bits are in planes, each in lanes of single bits.
 
     Args:
-        words: int32 (rows, bits, lanes).
+        words: int32 (rows, bits, lanes), a plane for each bit.
         columns: Columns of a row.
         width: Columns of a group.
 
@@ -122,7 +122,7 @@ def from_words(words: Tensor, columns: int, width: int, unpack_rows: Codes) -> T
 
 
 def codes_of_lanes(words: Tensor, columns: int, width: int) -> Tensor:
-    """Unpack codes in lanes or planes.
+    """Unpack codes of whole bits in lanes.
 
     Args:
         words: int32 (rows, bits, lanes).
