@@ -116,6 +116,12 @@ class Recipe:
         rule = self.rule_for(layer)
         return self.default if rule is None else rule.scheme(self.default)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that calibration must collect; empty for a data-free recipe."""
+        needs = [scheme.needs for scheme in self.schemes] + [tuner.needs for tuner in self.tuners]
+        return frozenset[str]().union(*needs)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` is its inverse."""
         ignored = tuple(takewhile(lambda rule: rule.is_float, self.rules))
