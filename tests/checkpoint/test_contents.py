@@ -166,3 +166,13 @@ def test_changed_documents_are_refused_on_load(folder):
     )
     with pytest.raises(CheckpointError, match=r"generation_config\.json was altered"):
         bitmill.load(folder)
+
+
+def test_float_folder_with_calibration(tmp_path):
+    """A folder whose weights were left as they are has a record too."""
+    out = tmp_path / "out"
+    bitmill.quantize(tiny_model("llama"), "none", kv="per_token", out=out)
+    bitmill.load(out)
+    shutil.copy(shard_of(out, "model.norm.weight"), out / "model.safetensors")
+    with pytest.raises(CheckpointError, match="holds weights and is no part"):
+        bitmill.load(out)

@@ -71,7 +71,8 @@ def record_of(folder: Path, report: Mapping[str, Any]) -> dict[str, FileRecord]:
     for name, entry in files.items():
         fields = {"sha256": entry} if isinstance(entry, str) else entry
         sound = isinstance(fields, dict) and isinstance(fields.get("sha256"), str)
-        size, xxh3 = (fields.get("size_bytes"), fields.get("xxh3")) if sound else (None, None)
+        size: Any = fields.get("size_bytes") if sound else None
+        xxh3: Any = fields.get("xxh3") if sound else None
         parts = name.split("/")
         inside = "\0" not in name and all(part not in ("", ".", "..") for part in parts)
         if not sound or not inside or not _is_sound(size, int) or not _is_sound(xxh3, str):
@@ -155,12 +156,17 @@ def check_regular(folder: Path) -> None:
         pass
 
 
-def is_inside(folder: Path, path: Path) -> bool:
-    """Return True for a file whose bytes are in the folder, or in the Hub's cache that the folder belongs to."""
-    resolved = path.resolve()
-    if resolved.parent == folder.resolve():
+def is_inside(root: Path, path: Path) -> bool:
+    """Return True for a file whose bytes are in a folder, or in the Hub's cache that the folder belongs to.
+
+    Args:
+        root: the folder, without links in its path.
+        path: the file.
+    """
+    if not path.is_symlink():
         return True
-    return _is_download(folder) and resolved.parent == folder.resolve().parents[1] / "blobs"
+    above = path.resolve().parent
+    return above == root or (_is_download(root) and above == root.parents[1] / "blobs")
 
 
 def _is_download(folder: Path) -> bool:

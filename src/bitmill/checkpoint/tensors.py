@@ -28,14 +28,20 @@ def open_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, TensorEntry],
     index = read_json(folder, INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder}/{INDEX} has no 'weight_map'; quantize again.")
+    sound: set[str] = set()
     for name, shard in index.items():
-        sound = isinstance(shard, str) and "\0" not in shard and Path(shard).name == shard
-        if not sound or shard in ("", ".", ".."):
+        if not isinstance(shard, str) or not (shard in sound or _is_name(shard)):
             raise CheckpointError(
                 f"The index of {folder} places {quoted(name)} at {quoted(shard)}, outside the folder."
             )
+        sound.add(shard)
     files, entries, opened = _open_shards(folder, index, set(index.values()))
     return files, entries, {*opened, INDEX}
+
+
+def _is_name(shard: str) -> bool:
+    """Return True for the name of a file, without a folder."""
+    return "\0" not in shard and Path(shard).name == shard and shard not in ("", ".", "..")
 
 
 def _open_shards(
@@ -43,9 +49,10 @@ def _open_shards(
 ) -> tuple[dict[str, Path], dict[str, TensorEntry], set[str]]:
     files: dict[str, Path] = {}
     entries: dict[str, TensorEntry] = {}
+    root = folder.resolve()
     for shard in sorted(shards):
         path = folder / shard
-        if not is_inside(folder, path):
+        if not is_inside(root, path):
             raise CheckpointError(f"The shard {path} is a link that leaves the folder; copy the file into it.")
         try:
             header = read_header(path)

@@ -179,7 +179,7 @@ def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     """
     eos: set[int] = set()
     for owner in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
-        value = getattr(owner, "eos_token_id", None)
+        value: Any = getattr(owner, "eos_token_id", None)
         several = isinstance(value, Iterable) and not isinstance(value, str)
         try:
             eos |= {operator.index(token) for token in (value if several else [value]) if token is not None}

@@ -78,7 +78,8 @@ class BitmillQuantizer(HfQuantizer):
         self._renames = bool(files) and not has_own_names(model, formats, files)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._unexpected = model._keys_to_ignore_on_load_unexpected
-        markers = {rf"^{re.escape(name)}$" for name in marker_names(formats)}
+        # one pattern for all blocks, because patterns take time to compile
+        markers = {re.sub(r"\d+", r"\\d+", rf"^{re.escape(name)}$") for name in marker_names(formats)}
         model._keys_to_ignore_on_load_unexpected = {*(self._unexpected or ()), *markers}
         self._ties = dict(getattr(model, "all_tied_weights_keys", {}))
         for name in layers_outside_blocks(ends):  # their weights are no longer parameters that could be tied

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitmill.checkpoint.contents import check_digests
-from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
+from bitmill.checkpoint.reader import is_bitmill_folder, is_checkpoint, open_checkpoint
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import BitmillError, CheckpointError, one_line
@@ -47,6 +47,7 @@ def load(
     if isinstance(model, (str, Path)) and is_checkpoint(user_path(model)):
         config = open_checkpoint(model).config  # refuses damage before anything is read
         return read_folder(model, config, dtype, device, dense, trust_remote_code)
+    _check_float_folder(model)
     streamed = StreamedModel(open_source(model, trust_remote_code=trust_remote_code), device)
     streamed.load(streamed.names())
     return attach(streamed.model.to(dtype))
@@ -61,7 +62,15 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
         checkpoint = open_checkpoint(user_path(model))
         check_digests(checkpoint.folder, checkpoint.record, but={path.name for path in checkpoint.files.values()})
         return _from_folder(AutoTokenizer, model, trust_remote_code, check=_try_tokenizer)
+    _check_float_folder(model)
     return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
+
+
+def _check_float_folder(model: str | Path) -> None:
+    """Check a folder with float weights and a KV calibration; sources know nothing of its record."""
+    if is_bitmill_folder(user_path(model)):
+        checkpoint = open_checkpoint(model)
+        check_digests(checkpoint.folder, checkpoint.record)
 
 
 def live_model(model: str | Path | nn.Module, device: str, trust_remote_code: bool) -> nn.Module:
