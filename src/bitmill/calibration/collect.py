@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,9 @@ def collect_statistics(
 
 
 @torch.no_grad()
-def find_stages(adapter: Adapter, block: nn.Module, hidden: Tensor, call: BlockCall) -> list[list[str]]:
+def find_stages(
+    adapter: Adapter, block: nn.Module, hidden: Tensor, call: BlockCall, kept: Collection[str] = ()
+) -> list[list[str]]:
     """Return the linears of a block in the order in which they run; those that read one tensor share a list.
 
     Adapters that were written for an architecture list them. Otherwise one window passes the block.
@@ -48,16 +50,17 @@ def find_stages(adapter: Adapter, block: nn.Module, hidden: Tensor, call: BlockC
         block: the block.
         hidden: hidden states (1, tokens, width) before the block.
         call: arguments with which the model calls the block on them.
+        kept: linears that stay in float, which need not run.
 
     Raises:
-        SourceError: If a linear does not run, or takes its input by keyword: it cannot be calibrated.
+        SourceError: If another linear does not run, or takes its input by keyword: it cannot be calibrated.
     """
     if not adapter.inferred:
         return [list(stage) for stage in adapter.stages]
     inputs: list[tuple[str, Tensor]] = []  # tensors are kept: addresses of freed ones are used again
     with _pre_hooks(block, {name: _input_hook(name, inputs) for name in adapter.linears}):
         call.run(block, hidden)
-    idle = set(adapter.linears) - {name for name, _ in inputs}
+    idle = set(adapter.linears) - {name for name, _ in inputs} - set(kept)
     if idle:
         raise SourceError(f"The linear layers {', '.join(sorted(idle))} do not run in their block's forward.")
     stages: list[list[str]] = []

@@ -63,7 +63,7 @@ def _stages(job: Job, module: nn.Module, index: int, inputs: BlockInputs) -> lis
     """Return the linears of a block in the order in which they run; those that read one input share a list."""
     adapter, store = job.streamed.adapter, inputs.store
     if inputs.streams:
-        return find_stages(adapter, module, *inputs.streams.first_window(index))
+        return find_stages(adapter, module, *inputs.streams.first_window(index), job.kept(index))
     stages = [list(stage) for stage in adapter.stages]
     if store and store.has(index):  # statistics are named after the first linear of each stage
         return store.stages(index) or stages

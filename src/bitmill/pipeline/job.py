@@ -68,6 +68,12 @@ class Job:
         """Return True if the linear layer with this full name is quantized, and False if it stays in float."""
         return self.resolved.schemes[layer] is not None
 
+    def kept(self, index: int) -> frozenset[str]:
+        """Return the linear layers of block `index`, by path in it, that stay in float."""
+        prefix = self.streamed.block_name(index)
+        names = self.streamed.adapter.linears
+        return frozenset(name for name in names if not self.quantizes(f"{prefix}.{name}"))
+
     def scheme(self, layer: str) -> LayerScheme:
         """Return the scheme of the quantized linear layer with this full name."""
         scheme = self.resolved.schemes[layer]

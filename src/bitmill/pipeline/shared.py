@@ -95,7 +95,7 @@ def _add_layers(
     streamed = job.streamed
     stages, collected = [list(stage) for stage in streamed.adapter.stages], {}
     if streams:
-        stages = find_stages(streamed.adapter, block, *streams.first_window(index))
+        stages = find_stages(streamed.adapter, block, *streams.first_window(index), job.kept(index))
         leads = [stage[0] for stage in stages]
         collected = collect_statistics(block, streams.hidden.batches, streams.calls(index), leads)
         streams.advance(block, index, [])

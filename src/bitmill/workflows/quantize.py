@@ -30,6 +30,7 @@ from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.kind import check_class_loads
 from bitmill.models.stored import moved_on_load
 from bitmill.models.streamed import StreamedModel
+from bitmill.models.trial import try_first_block
 from bitmill.pipeline import Job, run
 from bitmill.pipeline.in_place import ModuleSink
 from bitmill.pipeline.job import Propagate
@@ -294,6 +295,9 @@ def _read_data(prepared: _Prepared) -> tuple[JobData, dict[str, Any]]:
 def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any], work: WorkFolder | None) -> Outcome:
     """Quantize every block and write the folder, or put the packed layers into the live module."""
     request, streamed, model = prepared.request, prepared.streamed, prepared.request.model
+    if prepared.resolved is not None:
+        reads_text = request.out is not None or request.measure > 0 or bool(prepared.resolved.needs)
+        try_first_block(streamed, prepared.resolved.formats, reads_text)
     if work is None:
         assert isinstance(model, nn.Module)
         in_place = ModuleSink(model)

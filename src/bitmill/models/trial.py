@@ -1,0 +1,128 @@
+"""A trial of the first block on a few tokens, which finds models that would not run packed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.errors import BitmillError, SourceError, one_line
+from bitmill.models.kind import ADVICE
+from bitmill.models.streamed import StreamedModel
+
+TOKENS = 16
+TOLERANCE = 1e-3  # relative, of hidden states that depend on the same tokens
+
+
+@torch.no_grad()
+def try_first_block(streamed: StreamedModel, layers: Collection[str], reads_text: bool = True) -> None:
+    """Run the embedding and the first block once, in float, on two windows that differ in their last token.
+
+    Args:
+        streamed: the model.
+        layers: full names of the layers that will be packed.
+        reads_text: False for a live module that is neither calibrated nor measured on text; it may need other
+            inputs than tokens, and see all of them.
+
+    Raises:
+        SourceError: the model's code reads the weight of such a layer instead of calling it, the attention of a
+            language model reads later tokens, or the block does not run on tokens alone.
+    """
+    tokens = _tokens(streamed)
+    if tokens is None:
+        return
+    prefix = streamed.block_name(0)
+    modules = dict(streamed.model.named_modules())
+    watched = {name: modules[name] for name in layers if name in modules and not _in_other_block(streamed, name)}
+    read: set[str] = set()
+    try:
+        with streamed.non_block_weights("embedding"), _watch(watched, read):
+            hidden, calls = streamed.embed(tokens)
+        block = streamed.load_block(0)
+        with _watch(watched, read):
+            output = calls[0].run(block, hidden)
+    except (BitmillError, MemoryError):
+        raise
+    except Exception as error:  # the model's own code
+        if not reads_text:
+            return
+        raise SourceError(
+            f"The first block of {streamed.source.name} does not run on tokens alone ({one_line(error)}); "
+            f"{ADVICE}."
+        ) from error
+    finally:
+        streamed.free_block(0)
+    if read:
+        layer = min(read)
+        pattern = f"*{layer.removeprefix(prefix)}"
+        raise SourceError(
+            f"The code of {streamed.source.name} reads the weight of {layer!r} instead of calling the layer, so "
+            f'it cannot be packed; leave such layers in float with --rule "{pattern}=float" '
+            f'(rules=["{pattern}=float"]).'
+        )
+    if reads_text and streamed.task.generates and _depends_on_later(output):
+        raise SourceError(
+            f"{streamed.source.name} is a {type(streamed.model).__name__}, whose attention reads the tokens to "
+            f"come too; {ADVICE}."
+        )
+
+
+def _tokens(streamed: StreamedModel) -> Tensor | None:
+    """Return two windows that differ in their last token; None where the vocabulary is unknown."""
+    config = streamed.source.config.get_text_config()
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 2:
+        return None
+    windows = ((vocabulary // 2 + torch.arange(TOKENS)) % vocabulary).repeat(2, 1)
+    windows[1, -1] = windows[0, 0]
+    return windows
+
+
+def _in_other_block(streamed: StreamedModel, name: str) -> bool:
+    """Return True for a layer of a block that is not tried."""
+    blocks = f"{streamed.adapter.blocks}."
+    return name.startswith(blocks) and not name.startswith(f"{streamed.block_name(0)}.")
+
+
+def _depends_on_later(output: Tensor) -> bool:
+    """Return True if hidden states before the last token differ between the two windows."""
+    first, second = output[0, :-1].float(), output[1, :-1].float()
+    if not bool(torch.isfinite(output).all()):
+        return False  # the weights are refused or measured elsewhere
+    return float((first - second).norm()) > TOLERANCE * float(first.norm())
+
+
+@contextmanager
+def _watch(modules: dict[str, nn.Module], read: set[str]) -> Iterator[None]:
+    """Add the names of modules to `read` whose weight is read by other code than their own forward."""
+    kinds = {name: type(module) for name, module in modules.items()}
+    for name, module in modules.items():
+        module.__class__ = _watched(kinds[name], name, read)
+    try:
+        yield
+    finally:
+        for name, module in modules.items():
+            module.__class__ = kinds[name]
+
+
+def _watched(kind: type[nn.Module], name: str, read: set[str]) -> type[nn.Module]:
+    """Return a subclass that adds `name` to `read` when its weight is read outside its forward."""
+    running = []
+
+    class Watched(kind):  # type: ignore[misc,valid-type]
+        def __getattr__(self, attribute: str) -> Any:
+            if attribute == "weight" and not running:
+                read.add(name)
+            return super().__getattr__(attribute)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            running.append(True)
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                running.pop()
+
+    return Watched

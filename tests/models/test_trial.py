@@ -1,0 +1,78 @@
+"""The trial of the first block finds models that would not run packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import bitmill
+from bitmill.errors import SourceError
+from bitmill.models.streamed import StreamedModel
+from bitmill.models.trial import try_first_block
+from bitmill.sources.module import ModuleSource
+from helpers.architectures import MODELS, TOKENS, WINDOWS, model_of
+
+
+def mamba() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sound_models_pass(name):
+    model = model_of(name)
+    streamed = StreamedModel(ModuleSource(model))
+    kinds = [type(module) for module in streamed.model.modules()]
+    ends = [streamed.adapter.embeddings[0], *filter(None, [streamed.adapter.head])]
+    try_first_block(streamed, [*(site.layer for site in streamed.all_sites()), *ends])
+    assert [type(module) for module in streamed.model.modules()] == kinds
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_layer_whose_weight_is_read(method, tmp_path):
+    model, out = mamba(), tmp_path / "out"
+    with pytest.raises(SourceError, match=r"reads the weight of .*dt_proj.*float"):
+        bitmill.quantize(model, method, bits=8, out=out, calibration=WINDOWS, measure=0)
+    assert not list(tmp_path.iterdir())
+    rules = ["*.mixer.dt_proj=float"]
+    bitmill.quantize(model, method, bits=8, out=out, calibration=WINDOWS, measure=0, rules=rules)
+    with torch.no_grad():
+        packed, right = bitmill.load(out)(TOKENS).logits, model(TOKENS).logits
+    assert (packed - right).norm() < 0.2 * right.norm()
+
+
+class Sees(nn.Module):
+    """A block whose tokens see later ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear(hidden_states + hidden_states.mean(1, keepdim=True))
+
+
+class Looks(nn.Module):
+    """A model of such blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = transformers.PretrainedConfig(vocab_size=32)
+        self.embed, self.layers = nn.Embedding(32, 8), nn.ModuleList([Sees(), Sees()])
+        self.head = nn.Linear(8, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_later_tokens_seen():
+    with pytest.raises(SourceError, match="reads the tokens to come"):
+        try_first_block(StreamedModel(ModuleSource(Looks())), [])
+    bitmill.quantize(Looks(), "rtn", bits=4, measure=0)
