@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitmill.errors import UsageError
 from bitmill.kv.rope import Rope, attention_modules, find_rope
@@ -60,6 +61,12 @@ def own_keys(model, layer_type="full_attention"):
     return x, positions, apply_rotary(x, x, cos, sin)[1]
 
 
+def interleaved(kind: str):
+    """A model that rotates pairs of neighbouring channels."""
+    sizes = {"vocab_size": 128, "n_embd": 64, "n_layer": 1, "n_head": 2, "rotary_dim": 16, "n_positions": 64}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).float().eval()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_model_rope(kind):
     model = long_model("llama", rope_parameters=KINDS[kind])
@@ -87,8 +94,10 @@ def test_gemma_local_and_global():
         lambda: long_model("phi", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         lambda: long_model("gpt2"),
         lambda: long_model("opt"),
+        lambda: interleaved("gptj"),
+        lambda: interleaved("codegen"),
     ],
-    ids=["dynamic", "partial", "gpt2", "opt"],
+    ids=["dynamic", "partial", "gpt2", "opt", "gptj", "codegen"],
 )
 def test_unsupported_rope_message(model):
     model = model()

@@ -11,6 +11,7 @@ import typer
 from bitmill.cli.options import AnyModel, AsJson, Device, Kv, KvBits, KvSet, TrustRemoteCode, parse_pairs
 from bitmill.cli.output import Output, command_output, format_number, kv_cache_rows
 from bitmill.errors import UsageError
+from bitmill.evaluation.context import context_length
 
 Prompt = Annotated[str, typer.Option(metavar="TEXT", help="Text to continue or to answer.")]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens to generate.")]
@@ -166,9 +167,9 @@ def _fit_context(session: Session, messages: list[dict[str, str]], max_new_token
     """Return the prompt of a chat, after deleting the oldest turns that exceed the model's context."""
     from bitmill.evaluation.generate import chat_prompt
 
-    context = getattr(session.model.config, "max_position_embeddings", None)
+    context = context_length(session.model.config)
     ids = chat_prompt(session.tokenizer, messages)
-    while isinstance(context, int) and len(ids) + max_new_tokens > context and len(messages) > 2:
+    while context is not None and len(ids) + max_new_tokens > context and len(messages) > 2:
         del messages[:2]  # the oldest question and its answer
         ids = chat_prompt(session.tokenizer, messages)
     return ids

@@ -21,6 +21,7 @@ from torch import Tensor
 from bitmill.data import text
 from bitmill.data.text import TextSource, Windows, check_seed
 from bitmill.errors import CalibrationError, quoted
+from bitmill.evaluation.context import context_length
 from bitmill.evaluation.vocabulary import outside_vocabulary
 
 MIN_WORDS = 5  # of a sentence, which excludes headings and tables
@@ -295,6 +296,6 @@ def check_context_length(config: Any, seqlen: int, flag: str = "--seqlen") -> No
         seqlen: tokens of a window.
         flag: option to lower, for the message.
     """
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and seqlen > limit:
+    limit = context_length(config)
+    if limit is not None and seqlen > limit:
         raise CalibrationError(f"seqlen is {seqlen}, but the model reads at most {limit} tokens; lower {flag}.")

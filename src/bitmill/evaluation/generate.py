@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bitmill.compat import forward_with_cache
 from bitmill.errors import NumericsError, UsageError, one_line, quoted
+from bitmill.evaluation.context import context_length
 from bitmill.evaluation.vocabulary import outside_vocabulary
 
 PROMPT_CHUNK = 512  # tokens of a prompt that run at a time where the cache is packed
@@ -201,8 +202,8 @@ def _remaining_context(model: nn.Module, prompt: list[int], max_new_tokens: int,
         raise UsageError(f"max_new_tokens is {max_new_tokens}; use at least 1.")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"temperature is {temperature}; use 0 (greedy) or a positive number.")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(limit, int):
+    limit = context_length(getattr(model, "config", None))
+    if limit is None:
         return max_new_tokens
     if len(prompt) >= limit:
         raise UsageError(

@@ -104,17 +104,17 @@ def find_rope(model: nn.Module, attention: Any, layer_type: str) -> Rope | None:
     rope_type = rope_type.get(layer_type) if isinstance(rope_type, dict) else rope_type
     if rope_type not in _SUPPORTED_TYPES:
         return None
-    rope = Rope(
-        getattr(rotary, f"{prefix}inv_freq").double().cpu(),
-        float(getattr(rotary, f"{prefix}attention_scaling", 1.0)),
-    )
-    dim = attention.head_dim
-    if rope.frequencies.shape[0] * 2 != dim:
-        return None
+    frequencies, dim = getattr(rotary, f"{prefix}inv_freq", None), attention.head_dim
+    if not isinstance(frequencies, Tensor) or frequencies.shape[0] * 2 != dim:
+        return None  # a part of the channels, or pairs of neighbours as in GPT-J
+    rope = Rope(frequencies.double().cpu(), float(getattr(rotary, f"{prefix}attention_scaling", 1.0)))
     positions = torch.tensor([_PROBE_POSITIONS])
     x = torch.linspace(-1, 1, 2 * positions.numel() * dim).view(1, 2, -1, dim)
-    cos, sin = rotary(x, positions, layer_type) if is_per_type else rotary(x, positions)
-    expected, _ = apply_rotary(x, x, cos, sin)
+    try:
+        cos, sin = rotary(x, positions, layer_type) if is_per_type else rotary(x, positions)
+        expected, _ = apply_rotary(x, x, cos, sin)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
+        return None  # functions of another signature
     return rope if bool((rope.apply(x, positions) - expected).abs().max() < _TOLERANCE) else None
 
 

@@ -17,6 +17,7 @@ from bitmill.checkpoint.work_folder import WorkFolder, check_changeable, check_n
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length, check_vocabulary
 from bitmill.errors import UsageError
+from bitmill.evaluation.context import context_length
 from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.files import output_errors, publish
 from bitmill.kv.cache import PackedForward, QuantizedCache
@@ -33,7 +34,6 @@ from bitmill.tasks.base import task_for
 from bitmill.workflows.load import load, load_tokenizer, read_folder
 
 SEQLEN = 2048
-_CONTEXT = "max_position_embeddings"
 
 
 def window_length(config: KVConfig, model_config: Any) -> int:
@@ -49,8 +49,8 @@ def window_length(config: KVConfig, model_config: Any) -> int:
     if config.seqlen is not None:
         check_context_length(model_config, config.seqlen, "--kv-seqlen")
         return config.seqlen
-    limit = getattr(model_config, _CONTEXT, None)
-    return min(SEQLEN, limit) if isinstance(limit, int) else SEQLEN
+    limit = context_length(model_config)
+    return SEQLEN if limit is None else min(SEQLEN, limit)
 
 
 def method_plan(model: nn.Module, method: KVMethod, name: str = "") -> dict[str, Any]:
