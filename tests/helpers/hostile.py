@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import typing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ import torch
 from hypothesis import strategies as st
 
 from bitmill.cli.main import app
+from bitmill.formats import FORMATS
+from bitmill.kv import KV_METHODS
+from bitmill.recipes.method import METHODS
+from bitmill.solvers import SOLVERS
+from bitmill.transforms import TRANSFORMS
+from bitmill.tuners import TUNERS
 
 TEXTS = [
     "",
@@ -108,6 +115,38 @@ def values_of(kind: Any) -> st.SearchStrategy[str]:
     return words
 
 
+@cache
+def sound_values() -> dict[str, st.SearchStrategy[str]]:
+    """Return values that a command can do something with, by option; others have hostile ones alone."""
+    methods = {name: tuple(kind.__dataclass_fields__) for name, kind in METHODS.items()}
+    names = {
+        "--method": [*methods, "none", "mine.yaml"],
+        "--methods": ["rtn", "rtn,gptq", "all"],
+        "--format": [*FORMATS.names(), "uniform:bits=3", "codebook:bits=2,group_size=row"],
+        "--solver": SOLVERS.names(),
+        "--transform": TRANSFORMS.names(),
+        "--tuner": TUNERS.names(),
+        "--kv": [*KV_METHODS.names(), "kvquant:bits=2"],
+        "--rule": ["*.o_proj=float", "*.down_proj=uniform:bits=8", "*=float", "*.v_proj=codebook:bits=9"],
+        "--bits": ["2", "3", "4", "8", "3,4"],
+        "--head-bits": ["8", "4"],
+        "--sparse": ["0.01", "0.5"],
+        "--out": ["out", "none/out", "folder"],
+        "--reference": ["source", "done"],
+        "--text": ["text.txt"],
+        "--calib": ["text.txt", "self"],
+        "--prompt": ["w1 w2", "w1 " * 100],
+        "--context": ["16", "1k"],
+        "--memory": ["1GB"],
+    }
+    options = sorted({option for known in methods.values() for option in known})
+    values = st.sampled_from([*FLOATS, "1", "3", "16", "row", "true", "false", "[1]", "a"])
+    pairs = st.builds("{}={}".format, st.sampled_from(options), values)
+    kv = st.builds("{}={}".format, st.sampled_from(["bits", "group", "residual", "outliers", "fisher"]), values)
+    settings = {"--set": st.one_of(pairs, pairs.map("gptq.{}".format)), "--kv-set": kv}
+    return {**{flag: st.sampled_from(words) for flag, words in names.items()}, **settings}
+
+
 @st.composite
 def calls(draw: Any, command: Command) -> list[str]:
     """Draw the words of a call: every argument, and up to four options."""
@@ -118,7 +157,8 @@ def calls(draw: Any, command: Command) -> list[str]:
     drawn = st.lists(st.sampled_from(options), max_size=4, unique_by=lambda option: option[0])
     chosen = draw(drawn) if options else []
     for flag, kind in chosen:
-        words.append(flag if kind is bool else f"{flag}={draw(values_of(kind))}")
+        values = st.one_of(sound_values().get(flag, values_of(kind)), values_of(kind))
+        words.append(flag if kind is bool else f"{flag}={draw(values)}")
     return [*words, *(draw(models) for flag, _ in command.parameters if not flag)]
 
 

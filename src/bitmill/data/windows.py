@@ -10,7 +10,7 @@ embeddings are their use.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +48,7 @@ class CalibrationData:
         CalibrationError: a value has another type, or is out of any range.
     """
 
-    source: str | Sequence[str] = "pydoc"
+    source: TextSource = "pydoc"
     samples: int = 128
     seqlen: int = 512
     seed: int = 0
