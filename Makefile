@@ -2,6 +2,7 @@
 # make test       lint, types, architecture, tests in a few minutes
 # make test-all   the same with every combination of members, and coverage
 # make mutants    break 40 lines, drawn by SEED, and count those that the tests notice
+# make fuzz   damage files for MINUTES, drawn by SEED, and read them in every way
 # make docs   the site, in site/
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # on Linux this torch brings CUDA along, which works as well and is only larger.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-all pytest pytest-all mutants lint style types imports browser sanitize docs clean
+.PHONY: setup demo test test-all pytest pytest-all mutants fuzz lint style types imports browser sanitize docs clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +55,10 @@ pytest-all: setup
 SEED ?= 0
 mutants: setup
 	$(BIN)/python tests/mutants.py --seed $(SEED)
+
+MINUTES ?= 10
+fuzz: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(MINUTES) --seed $(SEED)
 
 # Pages are tested in a Chromium. Where it is missing it is installed, if this is root on a Debian; otherwise
 # the tests that want one are skipped, and say so.

@@ -56,7 +56,7 @@ def test_invalid_json_refused(file, text):
     with pytest.raises(CheckpointError, match="not valid JSON"):
         read_results(file)
     file.unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="There is no document"):
         read_results(file)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitmill.errors import CalibrationError
+from bitmill.config.documents import load_json
+from bitmill.errors import CalibrationError, one_line
 from bitmill.files import make_folder, output_errors, write_tensors, write_text
 from bitmill.numerics.statistics import Statistics
 
@@ -68,21 +71,43 @@ class StatisticsStore:
 
         Empty if an earlier version wrote the file.
         """
-        with safe_open(self._file(index), "pt") as file:
-            stages: list[list[str]] = json.loads((file.metadata() or {}).get("stages", "[]"))
+        with self._opened(index) as file:
+            stages: list[list[str]] = load_json((file.metadata() or {}).get("stages", "[]"))
+            if not all(
+                isinstance(stage, list) and all(isinstance(name, str) for name in stage) for stage in stages
+            ):
+                raise ValueError("its stages are no names")
             return stages
 
     def load(self, index: int, device: torch.device | str = "cpu") -> dict[str, Statistics]:
         """Return the statistics of a block, by the first linear of each stage."""
-        with safe_open(self._file(index), "pt", str(device)) as file:
+        with self._opened(index, device) as file:
             leads = sorted({key.rpartition("/")[0] for key in file.keys()})  # noqa: SIM118
-            return {
-                lead: Statistics(
-                    tokens=int(file.get_tensor(f"{lead}/tokens")),
-                    **{part: file.get_tensor(f"{lead}/{part}") for part in _PARTS},
-                )
-                for lead in leads
-            }
+            return {lead: _read(file, lead) for lead in leads}
+
+    @contextlib.contextmanager
+    def _opened(self, index: int, device: torch.device | str = "cpu") -> Iterator[Any]:
+        """Open the file of a block; errors of its contents become a CalibrationError."""
+        path = self._file(index)
+        try:
+            with safe_open(path, "pt", str(device)) as file:
+                yield file
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CalibrationError(
+                f"The statistics in {path} cannot be read ({one_line(error)}); delete {self.folder}."
+            ) from None
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
+
+
+def _read(file: Any, lead: str) -> Statistics:
+    """Return the statistics of one input. Raises ValueError where they are none."""
+    parts = {part: file.get_tensor(f"{lead}/{part}") for part in _PARTS}
+    width = parts["gram"].shape[-1]
+    shapes = {"gram": (width, width), "mean_abs": (width,), "max_abs": (width,)}
+    for part, tensor in parts.items():
+        is_sound = tensor.shape == shapes[part] and tensor.dtype == torch.float32
+        if not is_sound or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{lead}/{part} is not finite, or of another shape or type")
+    return Statistics(tokens=int(file.get_tensor(f"{lead}/tokens")), **parts)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.checkpoint.work_folder import JOURNAL
+from bitmill.config.documents import load_json
 from bitmill.errors import CheckpointError
 from bitmill.files import sha256, write_json
 
@@ -58,7 +59,7 @@ class Journal:
             CheckpointError: the identity differs from this run's, or a shard was altered.
         """
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
+            data = load_json(self.path.read_text(encoding="utf-8"))
             identity, blocks = data["identity"], data["blocks"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self.unreadable(type(error).__name__) from None

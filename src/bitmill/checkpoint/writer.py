@@ -22,6 +22,7 @@ from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.checkpoint.marker import WEIGHT, weight_marker
 from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import WorkFolder, remove, remove_leftovers
+from bitmill.config.documents import load_json
 from bitmill.errors import CheckpointError, OutputError, SourceError, one_line
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.files import (
@@ -321,7 +322,7 @@ def is_finished(out: Path, identity: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     try:
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        report = load_json((out / "report.json").read_text(encoding="utf-8"))
         difference = first_difference(report["identity"], json.loads(json.dumps(identity)))
     except (OSError, ValueError, KeyError, TypeError):
         raise OutputError(f"{out} exists but is no finished bitmill folder; choose another with -o.") from None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from bitmill.compat import cache_argument, forward_with_cache
+from bitmill.config.documents import load_json
 from bitmill.config.paths import user_path
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.attention import attach_attention
@@ -307,7 +308,7 @@ class _SavedCache:
         self.path = path
         try:
             with safe_open(path, "pt") as file:
-                meta = json.loads((file.metadata() or {})[_META])
+                meta = load_json((file.metadata() or {})[_META])
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self.method: KVMethod = KV_METHODS.from_dict(meta["method"])
             self.layers = list(meta["layers"])

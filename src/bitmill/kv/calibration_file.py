@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from bitmill.config.documents import load_json
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.files import write_tensors
 from bitmill.kv.codec import CalibratedParams, calibrated_shapes
@@ -109,7 +110,7 @@ def read_calibration(folder: Path) -> KVCalibration | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {})[_META])
+            meta = load_json((file.metadata() or {})[_META])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         method = KV_METHODS.from_dict(meta["method"])
         layers = params_by_layer(tensors, meta["layers"])

@@ -6,13 +6,15 @@ failed has no perplexity.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CheckpointError
+
+MAX_RECORD_BYTES = 1 << 28
 
 
 class _StrictModel(BaseModel):
@@ -131,9 +133,8 @@ def read_results(path: Path) -> Results:
         CheckpointError: the file cannot be read or does not match the schema; the first wrong key is named.
     """
     try:
-        return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); run bitmill compare first.") from None
+        text = read_document(path, "document", CheckpointError, MAX_RECORD_BYTES, "run bitmill compare first")
+        return Results.model_validate(load_json(text))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "top level"

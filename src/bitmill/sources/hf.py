@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitmill.config.documents import load_json
 from bitmill.errors import OutputError, SourceError, one_line
 from bitmill.sources.base import config_bytes, hash_file
 from bitmill.sources.config_bounds import read_config
@@ -186,7 +186,7 @@ class HfSource:
         try:
             if path.stat().st_size > MAX_JSON_BYTES:
                 raise SourceError(f"{path} has {path.stat().st_size} bytes, too many for JSON; fetch it again.")
-            plain = json.loads(path.read_text(encoding="utf-8"))
+            plain = load_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SourceError(f"{path} cannot be read ({error.strerror}).") from error
         except (ValueError, RecursionError) as error:

@@ -8,10 +8,10 @@ The mean over tokens is the default, as in sentence-transformers.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from bitmill.config.documents import load_json
 from bitmill.errors import SourceError, one_line
 
 MEAN = "mean"
@@ -74,7 +74,7 @@ def _mode(file: Path) -> str:
 def _json(file: Path) -> Any:
     """Return the content of a JSON file. Raises SourceError."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return load_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"{file} cannot be read ({error.strerror}); fetch it again.") from error
     except (ValueError, RecursionError) as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bitmill.config.documents import load_json
 from bitmill.errors import SourceError, one_line
 
 DTYPES = {
@@ -50,7 +50,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         with safe_open(path, "pt"):
             pass
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header = load_json(file.read(int.from_bytes(file.read(8), "little")))
     except SafetensorError as error:
         raise SourceError(
             f"{path} is not a valid safetensors file ({one_line(error)}); fetch it again."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from bitmill.calibration.token_windows import calibration_windows
 from bitmill.checkpoint.record import add_calibration, record_calibration
 from bitmill.checkpoint.work_folder import WorkFolder, check_changeable, check_new
+from bitmill.config.documents import load_json
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length, check_vocabulary
 from bitmill.errors import UsageError
@@ -169,7 +169,7 @@ class KVCalibrationJob:
         """
         calibration = KVCalibration(self.method, ())
         if self.windows is not None:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = load_json((folder / "config.json").read_text(encoding="utf-8"))
             device, trusted = str(self.streamed.device), self.streamed.source.trust_remote_code
             live = read_folder(folder, config, device=device, dense=True, trust_remote_code=trusted)
             calibration = calibrate_on(live, self.method, self.windows, self.plan["calibration"], progress)

@@ -19,6 +19,7 @@ from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import SUFFIX_BYTES, WorkFolder, check_new
 from bitmill.checkpoint.writer import FolderSink, is_finished
 from bitmill.config.arguments import checked_arguments
+from bitmill.config.documents import load_json
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
 from bitmill.errors import SourceError, UsageError, one_line
@@ -361,7 +362,7 @@ def _quantize_blocks(
 def _measure_running(prepared: _Prepared, folder: Path, reference: ReferencePredictions) -> dict[str, Any]:
     """Write the float model's predictions into a folder and compare the folder, as it runs, with them."""
     write_tensors(folder / REFERENCE_FILE, reference.tensors())
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = load_json((folder / "config.json").read_text(encoding="utf-8"))
     device, trusted = prepared.request.device, prepared.streamed.source.trust_remote_code
     return measure_running(folder, config, reference, device, trusted, prepared.request.progress)
 

@@ -20,15 +20,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bitmill.checkpoint.journal import first_difference
 from bitmill.checkpoint.work_folder import LOCK, FolderLock
+from bitmill.config.documents import load_json, read_document
 from bitmill.data import text
 from bitmill.data.windows import check_context_length, check_vocabulary
 from bitmill.errors import BitmillError, CheckpointError, OutputError, UsageError
 from bitmill.files import make_folder, output_errors, write_json, write_text
 from bitmill.progress import Progress
 from bitmill.report.html import comparison_page
-from bitmill.report.results import Results
+from bitmill.report.results import MAX_RECORD_BYTES, FloatModel, Results, Variant
 from bitmill.sources.open import open_source
 from bitmill.tasks.base import task_of
 from bitmill.workflows.checks import check_device
@@ -197,7 +200,14 @@ class _Records:
     def read(self, name: str) -> dict[str, Any] | None:
         """Return the record of a variant; None if there is none."""
         file = self._file(name)
-        return _load(file) if file.exists() else None
+        if not file.exists():
+            return None
+        record = _load(file)
+        try:
+            (FloatModel if name == FLOAT else Variant).model_validate(record)
+        except ValidationError:
+            raise _damaged(file) from None
+        return record
 
     def is_final(self, variant: VariantSpec) -> bool:
         """Return True if a variant need not be run again."""
@@ -237,6 +247,10 @@ class _Records:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise CheckpointError(f"{file} cannot be read; delete it, and its contents are computed again.") from None
+        return dict(load_json(read_document(file, "record", CheckpointError, MAX_RECORD_BYTES)))
+    except (CheckpointError, ValueError, TypeError):
+        raise _damaged(file) from None
+
+
+def _damaged(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file} cannot be read; delete it, and its contents are computed again.")

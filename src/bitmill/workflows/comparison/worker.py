@@ -23,6 +23,7 @@ import torch
 
 from bitmill.checkpoint.record import record_measurement
 from bitmill.checkpoint.work_folder import partial_folder, remove_leftovers
+from bitmill.config.documents import load_json
 from bitmill.data.text import windows_hash
 from bitmill.errors import BitmillError, CheckpointError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
@@ -66,7 +67,7 @@ def main(arguments: list[str], stdin: TextIO | None = None, stdout: TextIO | Non
 
     with contextlib.redirect_stdout(sys.stderr):  # for libraries that print
         try:
-            document = json.loads((folder / GRID_FILE).read_text(encoding="utf-8"))
+            document = load_json((folder / GRID_FILE).read_text(encoding="utf-8"))
             torch.set_num_threads(document["terms"]["machine"]["threads"])
             job = _VariantJob(folder, document, _JsonProgress(send))
             send({"result": job.measure_float() if name == FLOAT else job.run(name)})
@@ -217,7 +218,7 @@ class _CostRecorder(Progress):
 
     def __init__(self, path: Path, inner: Progress, recipe: dict[str, Any]) -> None:
         self.path, self.inner, self.recipe = path, inner, json.loads(json.dumps(recipe))
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        before = load_json(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.is_other_recipe = before.get("recipe", self.recipe) != self.recipe
         if self.is_other_recipe:
             before = {}

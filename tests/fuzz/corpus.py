@@ -1,0 +1,312 @@
+"""What bitmill reads: for every kind of file, files to damage and the ways in which they are read.
+
+A reader registers itself here. `test_fuzz.py` fails where a module of bitmill reads files and no reader names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitmill.cli.main import main
+from bitmill.compat import forward_with_cache
+from bitmill.errors import BitmillError
+from helpers.workspace import Workspace
+
+TOKENS = torch.tensor([[3, 17, 99, 5, 42, 8]])
+PAIRS = [("cat", "mat"), ("dog", "log"), ("bird", "roof"), ("fish", "bank")]
+SHORT = ["--seqlen", "16", "--windows", "1"]
+
+
+class Refused(Exception):
+    """A use refused a file in one sentence."""
+
+
+Use = Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A kind of file and its uses.
+
+    Attributes:
+        modules: modules of bitmill that read it, relative to `src/bitmill`.
+        root: folder of the corpus that holds the files.
+        pattern: glob pattern of the files to damage, in `root`.
+        uses: by name; each takes the copy of `root`, returns a digest of what it computes, or raises Refused.
+        strict: a use that goes on must compute what it computes from the undamaged files.
+    """
+
+    modules: tuple[str, ...]
+    root: str
+    pattern: str
+    uses: dict[str, Use]
+    strict: bool = False
+
+
+READERS: dict[str, Reader] = {}
+
+
+def digest_of(value: Any) -> str:
+    """Return a digest of tensors or text."""
+    data = value.detach().double().numpy().tobytes() if isinstance(value, torch.Tensor) else str(value).encode()
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def command(*words: str, digest: bool = False) -> Use:
+    """Return the use of a command in the folder."""
+
+    def use(folder: Path) -> str:
+        os.chdir(folder)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(list(words))
+        errors = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
+        if status not in (0, 1, 2) or len(errors) != (status != 0) or "Traceback" in err.getvalue():
+            raise AssertionError(f"exit {status}: {err.getvalue()[-600:]}")
+        if status:
+            raise Refused(errors[0])
+        return digest_of(out.getvalue()) if digest else "done"
+
+    return use
+
+
+def refusing(function: Use) -> Use:
+    """Return a use of Python: a BitmillError is a refusal."""
+
+    def use(folder: Path) -> str:
+        os.chdir(folder)
+        try:
+            return function(folder)
+        except BitmillError as error:
+            raise Refused(str(error)) from None
+
+    return use
+
+
+@refusing
+def load(folder: Path) -> str:
+    import bitmill
+
+    with torch.no_grad():
+        logits = bitmill.load(".")(TOKENS).logits
+    tokenizer = bitmill.load_tokenizer(".")
+    return digest_of(logits) + digest_of(tokenizer("w1 w2")["input_ids"])
+
+
+def from_pretrained(folder: Path) -> str:
+    """transformers' own loader, whose own errors are refusals too."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    os.chdir(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(".").eval()
+        tokenizer = AutoTokenizer.from_pretrained(".")
+        with torch.no_grad():
+            return digest_of(model(TOKENS).logits) + digest_of(tokenizer("w1 w2")["input_ids"])
+    except Exception as error:
+        raise Refused(f"{type(error).__name__}: {error}") from None
+
+
+verify = command("verify", ".", "--no-quality")
+
+READERS["quantized folder"] = Reader(
+    ("checkpoint/contents.py", "checkpoint/reader.py", "checkpoint/tensors.py", "evaluation/reference.py",
+     "files.py", "integrations/renaming.py", "sources/safetensors_header.py",
+     "workflows/load.py", "workflows/sizes.py"),
+    "done",
+    "*",
+    {"verify": verify, "load": load, "from_pretrained": from_pretrained, "inspect": command("inspect", ".")},
+    strict=True,
+)  # fmt: skip
+READERS["float folder"] = Reader(
+    ("sources/hf.py", "sources/base.py", "models/config_only.py", "checkpoint/writer.py"),
+    "float",
+    "source/*",
+    {
+        "quantize": command("quantize", "source", "--method", "rtn", "--measure", "0", "-o", "out"),
+        "eval": command("eval", "source", "--text", "text.txt", *SHORT),
+        "plan": command("plan", "source"),
+    },
+)
+READERS["encoder folder"] = Reader(
+    ("sources/pooling.py",),
+    "encoder",
+    "source/**/*.json",
+    {"eval": command("eval", "source", "--text", "text.txt", "--seqlen", "16", "--windows", "20")},
+)
+READERS["gguf"] = Reader(
+    ("sources/gguf.py", "sources/gguf_header.py"),
+    "gguf",
+    "model.gguf",
+    {
+        "quantize": command("quantize", "model.gguf", "--method", "rtn", "--measure", "0", "-o", "out"),
+        "generate": command("generate", "model.gguf", "--prompt", "a", "--max-new-tokens", "1"),
+    },
+)
+READERS["keys and values"] = Reader(
+    ("kv/calibration_file.py", "workflows/kv.py"),
+    "kv",
+    "kept/[krc]*",
+    {
+        "verify": command("verify", "kept", "--no-quality"),
+        "generate": command(
+            "generate", "kept", "--prompt", "w1 w2", "--max-new-tokens", "2", "--raw", digest=True
+        ),
+    },
+    strict=True,
+)
+
+
+@refusing
+def _saved_cache(folder: Path) -> str:
+    import bitmill
+
+    model = bitmill.load("source")
+    cache = bitmill.QuantizedCache.load(model, "cache.safetensors")
+    with torch.no_grad():
+        forward_with_cache(model, TOKENS, cache)
+    return "done"
+
+
+READERS["saved cache"] = Reader(("kv/cache.py",), "cache", "cache.safetensors", {"continue": _saved_cache})
+RESUME = ["quantize", "source", "--calib", "text.txt", "-o", "half", "--samples", "4", "--seqlen", "32"]
+RESUME += ["--measure", "2", "--group-size", "16", "--method", "gptq", "--resume"]
+
+
+def _resume(folder: Path) -> str:
+    command(*RESUME)(folder)
+    shards = sorted((folder / "half").glob("model-*.safetensors"))
+    return digest_of([hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards])
+
+
+READERS["unfinished run"] = Reader(
+    ("checkpoint/journal.py", "checkpoint/work_folder.py", "workflows/quantize.py"),
+    "half",
+    "half.partial/**/*",
+    {"resume": _resume},
+    strict=True,
+)
+COMPARE = ["compare", "source", "--methods", "rtn", "--bits", "4", "--calib", "text.txt", "--samples", "2", *SHORT]
+COMPARE += ["--max-new-tokens", "1", "--keep-models", "-o", "grid"]
+
+
+def _compare(folder: Path) -> str:
+    from bitmill.workflows.comparison import run
+    from helpers.comparisons import in_this_process
+
+    run.run_grid.__kwdefaults__ = {**(run.run_grid.__kwdefaults__ or {}), "run": in_this_process}
+    return command(*COMPARE)(folder)
+
+
+@refusing
+def _results(folder: Path) -> str:
+    from bitmill.report.html import comparison_page
+    from bitmill.report.results import read_results
+
+    return str(len(comparison_page(read_results(folder / "grid" / "results.json"))) > 0)
+
+
+READERS["comparison"] = Reader(
+    ("report/results.py", "workflows/comparison/run.py", "workflows/comparison/worker.py",
+     "workflows/comparison/predictions.py"),
+    "comparison",
+    "grid/**/*.[jn][sp]*",
+    {"go on": _compare, "page": _results},
+)  # fmt: skip
+
+
+@refusing
+def _statistics(folder: Path) -> str:
+    import bitmill
+
+    data = bitmill.CalibrationData("text.txt", samples=2, seqlen=16)
+    options: dict[str, Any] = {"propagate": "float", "statistics": "statistics", "group_size": 16}
+    bitmill.quantize("source", "gptq", out="out", calibration=data, measure=0, **options)
+    return "done"
+
+
+READERS["statistics"] = Reader(
+    ("calibration/store.py", "calibration/fisher.py"), "statistics", "statistics/*", {"quantize": _statistics}
+)
+READERS["recipe"] = Reader(
+    ("config/documents.py", "recipes/method.py"),
+    "texts",
+    "mine.yaml",
+    {"recipes": command("recipes", "mine.yaml"), "quantize": command("quantize", "source", "--method", "mine.yaml",
+                                                                     "--dry-run")},
+)  # fmt: skip
+READERS["text"] = Reader(
+    ("data/text.py",),
+    "texts",
+    "text.*",
+    {
+        "text": command("eval", "source", "--text", "text.txt", *SHORT),
+        "lines": command("eval", "source", "--text", "text.jsonl", *SHORT),
+    },
+)
+
+
+@refusing
+def _prompts(folder: Path) -> str:
+    from bitmill.cli.compare import read_prompts
+
+    return str(len(read_prompts(Path("prompts.txt"))))
+
+
+READERS["prompts"] = Reader(("cli/compare.py",), "texts", "prompts.txt", {"read": _prompts})
+
+
+def build(root: Path) -> None:
+    """Write the files of all readers below a folder."""
+    import bitmill
+    from bitmill.kv.cache import QuantizedCache
+    from bitmill.sources.open import open_source
+    from helpers.tiny_gguf import write_gguf
+    from helpers.tiny_models import tiny_model
+    from helpers.workspace import build_workspace
+
+    (root / "half").mkdir(parents=True)
+    made: Workspace = build_workspace(root / "half")
+    os.chdir(root)
+    shutil.move(made.done, root / "done")
+    for name in ("float", "kv", "cache", "comparison", "statistics", "texts", "encoder", "gguf"):
+        (root / name).mkdir()
+        shutil.copy(made.text, root / name / "text.txt")
+        if name not in ("encoder", "gguf"):
+            shutil.copytree(made.source, root / name / "source")
+    text = (root / "texts" / "text.txt").read_text()
+    (root / "texts" / "text.jsonl").write_text(f'{{"text": "{text}"}}\n{{"text": "w1 w2"}}\n')
+    (root / "texts" / "prompts.txt").write_text("w1 w2\nw3\n")
+    shutil.copy(root / "done" / "recipe.yaml", root / "texts" / "mine.yaml")
+    tiny_model("bert").save_pretrained(root / "encoder" / "source")
+    open_source(str(made.source)).tokenizer().save_pretrained(root / "encoder" / "source")
+    pooling = root / "encoder" / "source" / "1_Pooling"
+    pooling.mkdir()
+    (pooling / "config.json").write_text('{"word_embedding_dimension": 32, "pooling_mode_mean_tokens": true}')
+    (pooling.parent / "modules.json").write_text(
+        '[{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]'
+    )
+    sentences = [f"The {animal} sat on the {place} of w{n}." for n in range(9) for animal, place in PAIRS]
+    (root / "encoder" / "text.txt").write_text(" ".join(sentences))
+    write_gguf(root / "gguf" / "model.gguf", tiny_model("llama"))
+    kept = ["quantize", "source", "--method", "none", "--kv", "kvquant", "--kv-bits", "3", "--calib", "text.txt"]
+    command(*kept, "--kv-samples", "2", "--kv-seqlen", "64", "-o", "kept")(root / "kv")
+    model = bitmill.load(root / "cache" / "source")
+    cache = QuantizedCache(model, "kivi", bits=4, group=8)
+    with torch.no_grad():
+        forward_with_cache(model, TOKENS.repeat(1, 8), cache)
+    cache.save(root / "cache" / "cache.safetensors")
+    _compare(root / "comparison")
+    _statistics(root / "statistics")
+    shutil.rmtree(root / "statistics" / "out")
+    os.chdir(root)
