@@ -21,6 +21,7 @@ from bitmill.errors import CheckpointError
 FILE = "reference.safetensors"
 TOKENS = 512  # predicted from, in all windows together
 TOP = 256  # tokens with a log-probability of their own
+_POSITIONS = 32  # whose probabilities are in memory at a time: of 262144 tokens in float64, 67 MB
 _MISSING = 1e-12  # least mass of all other tokens that counts, above the rounding of sums in float64
 
 
@@ -54,7 +55,7 @@ class ReferencePredictions:
             positions.
         """
         divergence, agreed, start = 0.0, 0, 0
-        for piece in logits:
+        for piece in (part for whole in logits for part in whole.split(_POSITIONS)):
             positions = slice(start, start + len(piece))
             start += len(piece)
             indices = self.indices[window, positions].long()
@@ -87,11 +88,10 @@ class ReferenceRecorder:
         length = len(self._tokens[0]) if self._tokens else min(len(tokens), left)
         if length > left or len(tokens) < length:
             return
-        log_q = torch.log_softmax(logits[:length].double(), -1)
-        found = log_q.topk(min(TOP, log_q.shape[-1]), -1)
         self._tokens.append(tokens[:length].to("cpu", torch.int32))
-        self._indices.append(found.indices.to("cpu", torch.int32))
-        self._log_probabilities.append(found.values.to("cpu", torch.float32))
+        likeliest = [_likeliest(part) for part in logits[:length].split(_POSITIONS)]
+        self._indices.append(torch.cat([indices for indices, _ in likeliest]))
+        self._log_probabilities.append(torch.cat([values for _, values in likeliest]))
 
     def result(self) -> ReferencePredictions | None:
         """Return the predictions; None where no window was added."""
@@ -100,6 +100,13 @@ class ReferenceRecorder:
         return ReferencePredictions(
             torch.stack(self._tokens), torch.stack(self._indices), torch.stack(self._log_probabilities)
         )
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices (n, k) int32 and log-probabilities (n, k) float32 of the most likely tokens."""
+    log_q = torch.log_softmax(logits.double(), -1)
+    found = log_q.topk(min(TOP, log_q.shape[-1]), -1)
+    return found.indices.to("cpu", torch.int32), found.values.to("cpu", torch.float32)
 
 
 def read_reference(folder: Path) -> ReferencePredictions | None:
