@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -137,3 +138,15 @@ def test_replaces_float_layer(format, kind):
 def test_missing_layer_raises():
     with pytest.raises(AttributeError):
         replace_linear(Model(nn.Linear(2, 2)), "block.outer", Uniform(3))
+
+
+@every_format
+def test_saved_after_a_product(format):
+    """Tensors of a kernel may share memory, which torch.save refuses."""
+    layer, x, file = layer_of(format), torch.randn(3, SHAPE[1]), io.BytesIO()
+    expected = layer(x)
+    torch.save(layer, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(x), expected)
+    assert same(loaded.state_dict(), layer.state_dict())

@@ -45,7 +45,7 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the float class: the derived classes are not importable."""
-        return _new_quantized, (self.float_class,), vars(self).copy()
+        return _new_quantized, (self.float_class,), self.__getstate__()
 
 
 @cache

@@ -135,6 +135,16 @@ class PackedMatrix(PackedModule):
         self._buffers.update({name: tensors[name] for name in self._packed_names})
         self.kernel = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state with packed tensors; those of a kernel may share memory, which torch.save refuses."""
+        state, kernel = dict(vars(self)), self.kernel
+        if kernel is not None:
+            tensors = kernel.restore()
+            kept = {name: tensor for name, tensor in self._buffers.items() if name not in kernel.tensors}
+            state["_buffers"] = {**kept, **{name: tensors[name] for name in self._packed_names}}
+            state["kernel"] = None
+        return state
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         found, kernel = dict(self._buffers), self.kernel  # in this order, as in `packed`
         skipped = {*self._non_persistent_buffers_set, *(kernel.tensors if kernel else ())}
