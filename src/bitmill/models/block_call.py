@@ -134,7 +134,7 @@ class StopForward(Exception):
 class BlockRecorder(nn.Module):
     """A module in place of a block, which records the call and returns `replacement` or its input.
 
-    as_tuple: return a tuple, as the blocks of some models do.
+    outputs: length of the tuple that it returns, as the blocks of some models do; 0 returns a tensor.
     stop: raise StopForward instead of returning.
     replacement: hidden states to return in place of the input.
     hidden_in: hidden states that the block received.
@@ -142,10 +142,10 @@ class BlockRecorder(nn.Module):
     call: the other arguments that the block received.
     """
 
-    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, outputs: int) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)  # no submodule, so that parameters stay with the block
-        self.as_tuple = as_tuple
+        self.outputs = outputs
         self.stop = False
         self.replacement: Tensor | None = None
         self.hidden_in: Tensor | None = None
@@ -169,4 +169,4 @@ class BlockRecorder(nn.Module):
         if self.stop:
             raise StopForward
         output = hidden if self.replacement is None else self.replacement
-        return (output,) if self.as_tuple else output
+        return (output, *[None] * (self.outputs - 1)) if self.outputs else output

@@ -33,6 +33,9 @@ from bitmill.models.stored import StoredTensors, tie_as_stored
 from bitmill.sources.base import Source
 from bitmill.tasks.base import task_of
 
+# What blocks may return, in the order in which it is tried: a tensor, or a tuple with the hidden states first.
+BLOCK_OUTPUTS = (0, 1, 2, 3)
+
 
 class StreamedModel:
     """The modules of a source, whose parameters are loaded on demand in fp32.
@@ -66,7 +69,7 @@ class StreamedModel:
         self._stored = StoredTensors(self.model, source)
         self.untied = tie_as_stored(self.model, self._stored)
         self._place_buffers()
-        self._blocks_return_tuples: bool | None = None
+        self._block_outputs: int | None = None  # length of the tuple that blocks return, 0 for a tensor
         self.largest_hidden_state: float | None = None
         self._rows: dict[tuple[frozenset[tuple[Path, int]], ...], list[Rows]] = {}
         self._check_complete()
@@ -300,8 +303,9 @@ class StreamedModel:
         Raises:
             SourceError: The model does not call its blocks one after another.
         """
-        if self._blocks_return_tuples is None:
-            self._blocks_return_tuples = not self._passes_tensors(tokens[:1])
+        if self._block_outputs is None:
+            lengths = (n for n in BLOCK_OUTPUTS if self._accepts_outputs(tokens[:1], n))
+            self._block_outputs = next(lengths, 1)
         hidden, calls = self._calls(tokens)
         kinds = tuple(call.signature() for call in calls)
         if kinds not in self._rows:
@@ -313,7 +317,7 @@ class StreamedModel:
 
     def _calls(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Return the input of the first block, and the calls of all blocks. Raises SourceError."""
-        recorders = self._run(tokens, bool(self._blocks_return_tuples), stop=True)
+        recorders = self._run(tokens, self._block_outputs or 0, stop=True)
         hidden = recorders[0].hidden_in
         calls = [recorder.call for recorder in recorders if recorder.call is not None]
         if hidden is None or len(calls) < len(recorders):
@@ -332,7 +336,7 @@ class StreamedModel:
             hidden: (windows, length, width) output of the last block.
         """
         with self._zero_embeddings():
-            recorders = self._run(tokens, bool(self._blocks_return_tuples), stop=False, replacement=hidden)
+            recorders = self._run(tokens, self._block_outputs or 0, stop=False, replacement=hidden)
         assert recorders[0].output is not None
         return recorders[0].output
 
@@ -354,28 +358,32 @@ class StreamedModel:
             for name in self._unneeded("head"):
                 vars(self._owner(name)[0]).pop("forward", None)
 
-    def _passes_tensors(self, tokens: Tensor) -> bool:
-        """Return True if blocks return tensors; a model that expects tuples would index into the tensor."""
+    def _accepts_outputs(self, tokens: Tensor, outputs: int) -> bool:
+        """Return True if the model accepts tuples of this length from its blocks, or tensors for 0.
+
+        A model that expects tuples would index into a tensor.
+        """
         try:
-            recorders = self._run(tokens, False, stop=True)
+            recorders = self._run(tokens, outputs, stop=True)
         except Exception:
             return False
         inputs = [recorder.hidden_in for recorder in recorders]
         first = inputs[0]
-        return first is not None and all(x is not None and x.shape == first.shape for x in inputs)
+        same = all(x is not None and (outputs or first is None or x.shape == first.shape) for x in inputs)
+        return first is not None and same
 
     def _run(
-        self, tokens: Tensor, as_tuple: bool, stop: bool, replacement: Tensor | None = None
+        self, tokens: Tensor, outputs: int, stop: bool, replacement: Tensor | None = None
     ) -> list[BlockRecorder]:
         """Run the model with recorders in place of its blocks.
 
         Args:
             tokens: (windows, length) token ids.
-            as_tuple: the recorders return tuples.
+            outputs: length of the tuples that the recorders return; 0 for tensors.
             stop: end the forward at the last block.
             replacement: output of the last block.
         """
-        recorders = [BlockRecorder(block, as_tuple) for block in self.blocks]
+        recorders = [BlockRecorder(block, outputs) for block in self.blocks]
         recorders[-1].stop, recorders[-1].replacement = stop, replacement
         path, _, leaf = self.adapter.blocks.rpartition(".")
         parent = self.model.get_submodule(path)

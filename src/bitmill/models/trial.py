@@ -90,8 +90,8 @@ def _in_other_block(streamed: StreamedModel, name: str) -> bool:
 def _depends_on_later(output: Tensor) -> bool:
     """Return True if hidden states before the last token differ between the two windows."""
     first, second = output[0, :-1].float(), output[1, :-1].float()
-    if not bool(torch.isfinite(output).all()):
-        return False  # the weights are refused or measured elsewhere
+    if output.shape[1] != TOKENS or not bool(torch.isfinite(output).all()):
+        return False  # several hidden states a token; or weights that are refused elsewhere
     return float((first - second).norm()) > TOLERANCE * float(first.norm())
 
 
