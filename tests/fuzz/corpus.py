@@ -129,7 +129,7 @@ READERS["quantized folder"] = Reader(
     strict=True,
 )  # fmt: skip
 READERS["float folder"] = Reader(
-    ("sources/hf.py", "sources/base.py", "models/config_only.py", "checkpoint/writer.py"),
+    ("sources/hf.py", "sources/base.py", "sources/config_bounds.py", "checkpoint/writer.py"),
     "float",
     "source/*",
     {
