@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bitmill.config.documents import load_json
+from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CalibrationError, one_line
 from bitmill.files import make_folder, output_errors, write_tensors, write_text
 from bitmill.numerics.statistics import Statistics
@@ -40,7 +40,7 @@ class StatisticsStore:
         text = json.dumps(identity, sort_keys=True)
         if not file.exists():
             write_text(file, text, shared=True)
-        elif file.read_text(encoding="utf-8") != text:
+        elif read_document(file, "identity", CalibrationError) != text:
             raise CalibrationError(
                 f"The statistics in {folder} belong to another model, text, device or version; "
                 "choose another folder, or delete it."

@@ -17,6 +17,7 @@ from bitmill.cli.output import Interrupted, one_line
 from bitmill.errors import BitmillError
 from bitmill.version import __version__
 
+_NO_MEMORY = "The memory of this machine does not suffice; use a smaller model, shorter windows or fewer bits."
 UNEXPECTED = 70  # EX_SOFTWARE
 INTERRUPTED = 130
 RENAMED_COMMANDS = {"study": "sweep"}  # old names, accepted until the next release
@@ -94,7 +95,7 @@ def _run(args: list[str]) -> int:
     except OSError as error:
         return _print_error(_describe_os_error(error), BitmillError.exit_code)
     except MemoryError:
-        return _print_error("The memory of this machine does not suffice; ask for less.", BitmillError.exit_code)
+        return _print_error(_NO_MEMORY, BitmillError.exit_code)
     except Exception as error:
         # typer contains its own click since 0.29, so its errors are recognized by their attributes
         if hasattr(error, "format_message"):
@@ -102,6 +103,8 @@ def _run(args: list[str]) -> int:
                 return 2
             message = f"{error.format_message().rstrip('.')}{_given_value(error, args)}"
             return _print_error(f"{message}; see bitmill --help.", 2)
+        if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # as torch says it
+            return _print_error(_NO_MEMORY, BitmillError.exit_code)
         if _debugging():
             traceback.print_exc()
         return _print_error(_describe_unexpected(error), UNEXPECTED)

@@ -20,6 +20,7 @@ import torch
 from bitmill.config.documents import load_json, read_document
 from bitmill.config.paths import user_path
 from bitmill.errors import CalibrationError, one_line, quoted
+from bitmill.evaluation.vocabulary import token_ids
 
 Windows = torch.Tensor | list[torch.Tensor]  # token ids (windows, length), or windows of several lengths
 TextSource = str | Path | Sequence[str]  # the name of a source, a file, or texts
@@ -66,7 +67,7 @@ def token_stream(source: TextSource, tokenizer: Any) -> torch.Tensor:
         CalibrationError: There is no text.
     """
     with no_length_warning():
-        ids = tokenizer(load_text(source), add_special_tokens=False)["input_ids"]
+        ids = token_ids(tokenizer, load_text(source), add_special_tokens=False)
     return torch.tensor(ids, dtype=torch.int64)
 
 

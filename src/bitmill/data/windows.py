@@ -22,7 +22,7 @@ from bitmill.data import text
 from bitmill.data.text import TextSource, Windows, check_seed
 from bitmill.errors import CalibrationError, quoted
 from bitmill.evaluation.context import context_length
-from bitmill.evaluation.vocabulary import outside_vocabulary
+from bitmill.evaluation.vocabulary import outside_vocabulary, token_ids
 
 MIN_WORDS = 5  # of a sentence, which excludes headings and tables
 MIN_SENTENCES = 3  # of an evaluation: of two sentences, each is the nearest of the other
@@ -207,7 +207,7 @@ class SentenceWindows:
         check_special_tokens(seqlen, special)
         part = text.split_stream(self._text, "calib")
         with text.no_length_warning():
-            ids = torch.tensor(self._tokenizer(part, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+            ids = torch.tensor(token_ids(self._tokenizer, part, add_special_tokens=False), dtype=torch.int64)
         inside = text.calibration_windows(ids, samples, seqlen - special, seed)
         return torch.cat([before.expand(samples, -1), inside, after.expand(samples, -1)], 1)
 
@@ -229,7 +229,7 @@ class SentenceWindows:
         remaining = float("inf") if windows is None else windows * seqlen
         chosen: list[Tensor] = []
         for sentence in new:
-            ids = self._tokenizer(sentence, truncation=True, max_length=seqlen)["input_ids"]
+            ids = token_ids(self._tokenizer, sentence, truncation=True, max_length=seqlen)
             remaining -= len(ids)
             if remaining < 0:
                 break
@@ -248,8 +248,8 @@ def special_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Raises:
         CalibrationError: The tokenizer splits a text in another way between special tokens.
     """
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    framed = list(tokenizer("a")["input_ids"])
+    bare = token_ids(tokenizer, "a", add_special_tokens=False)
+    framed = token_ids(tokenizer, "a")
     starts = range(len(framed) - len(bare) + 1)
     at = next((start for start in starts if framed[start : start + len(bare)] == bare), None)
     if at is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bitmill.compat import forward_with_cache
 from bitmill.errors import NumericsError, UsageError, one_line, quoted
 from bitmill.evaluation.context import context_length
-from bitmill.evaluation.vocabulary import outside_vocabulary
+from bitmill.evaluation.vocabulary import outside_vocabulary, token_ids
 
 PROMPT_CHUNK = 512  # tokens of a prompt that run at a time where the cache is packed
 
@@ -138,7 +138,7 @@ def check_can_generate(model: nn.Module, name: str = "") -> None:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text, with the special tokens that the tokenizer adds. Raises UsageError."""
     _check_characters(text)
-    return list(tokenizer(text)["input_ids"])
+    return token_ids(tokenizer, text)
 
 
 def chat_prompt(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
@@ -157,7 +157,7 @@ def chat_prompt(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program and can raise anything
         raise UsageError(f"The chat template cannot be applied ({one_line(error)}); use --raw.") from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template contains special tokens
+    return token_ids(tokenizer, text, add_special_tokens=False)  # the template contains special tokens
 
 
 def _check_characters(text: str) -> None:

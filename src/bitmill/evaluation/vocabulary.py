@@ -1,10 +1,31 @@
-"""Token ids that a model has no embedding for."""
+"""Token ids of texts, and those that a model has no embedding for."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
+
+from bitmill.errors import SourceError, one_line
+
+
+def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Return the token ids of a text.
+
+    Args:
+        tokenizer: tokenizer of transformers.
+        text: the text.
+        options: of the tokenizer's call.
+
+    Raises:
+        SourceError: The tokenizer fails, as one does whose files are damaged.
+    """
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except Exception as error:  # its files decide what it does, and it can raise anything
+        raise SourceError(
+            f"The tokenizer cannot read a text ({type(error).__name__}: {one_line(error)}); fetch it again."
+        ) from None
 
 
 def outside_vocabulary(config: Any, tokens: Tensor) -> str | None:

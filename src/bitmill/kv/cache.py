@@ -306,6 +306,8 @@ class _SavedCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():  # a FIFO would block
+            raise CheckpointError(f"There is no saved cache at {path}; save it again.")
         try:
             with safe_open(path, "pt") as file:
                 meta = load_json((file.metadata() or {})[_META])
