@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.verify import verify
 from bitmill.errors import CheckpointError
+from bitmill.files import file_record
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.pyramid import Pyramid
@@ -44,10 +44,9 @@ def damage(folder: Path, part: str, change: Callable[[Tensor], None]) -> None:
     tensors = load_file(shard)
     change(tensors[f"{LAYER}.{part}"])
     save_file(tensors, shard, {"format": "pt"})
-    text = (folder / "report.json").read_text()
-    before = json.loads(text)["files"][shard.name]
-    before = before if isinstance(before, str) else before["sha256"]
-    (folder / "report.json").write_text(text.replace(before, sha256(shard.read_bytes()).hexdigest()))
+    report = json.loads((folder / "report.json").read_text())
+    report["files"][shard.name] = file_record(shard)
+    (folder / "report.json").write_text(json.dumps(report))
 
 
 def fill(value: float) -> Callable[[Tensor], None]:
