@@ -3,6 +3,7 @@
 # make test-all   the same with every combination of members, and coverage
 # make mutants    break 40 lines, drawn by SEED, and count those that the tests notice
 # make fuzz   damage files for MINUTES, drawn by SEED, and read them in every way
+# make kill       kill commands at 200 moments, drawn by SEED, and compare what they leave
 # make docs   the site, in site/
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # on Linux this torch brings CUDA along, which works as well and is only larger.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-all pytest pytest-all mutants fuzz lint style types imports browser sanitize docs clean
+.PHONY: setup demo test test-all pytest pytest-all mutants fuzz kill lint style types imports browser sanitize docs clean
 
 setup: $(VENV)/.installed
 
@@ -59,6 +60,11 @@ mutants: setup
 MINUTES ?= 10
 fuzz: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(MINUTES) --seed $(SEED)
+
+# Commands killed at random moments leave the old bytes or, when they have gone on, those of an undisturbed run.
+MOMENTS ?= 200
+kill: setup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python tests/kill.py --seed $(SEED) --moments $(MOMENTS)
 
 # Pages are tested in a Chromium. Where it is missing it is installed, if this is root on a Debian; otherwise
 # the tests that want one are skipped, and say so.

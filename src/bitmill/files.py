@@ -24,6 +24,8 @@ from torch import Tensor
 
 from bitmill.errors import OutputError
 
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
+
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
@@ -75,14 +77,30 @@ def replace_file(path: Path, write: Callable[[Path], object], *, shared: bool = 
         _sync(path.parent)
 
 
-def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a text file, complete or not at all.
 
     Names of files that are not UTF-8 are in Python half surrogates, which are written as escapes that JSON reads.
     """
-    replace_file(
-        path, lambda new: new.write_text(text, encoding="utf-8", errors="backslashreplace"), shared=shared
-    )
+    replace_file(path, lambda new: new.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def create_text(path: Path, text: str) -> None:
+    """Write a text file, complete or not at all, unless there is one; of several processes the first one wins."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write_text(temporary, text)
+    with output_errors(path):
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
+                raise
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -311,3 +311,13 @@ def test_failed_change_leaves_folder(folder):
         raise CheckpointError("No.")
     assert snapshot(folder) == before
     assert not partial_folder(folder).exists()
+
+
+def test_first_of_several_writers_wins(tmp_path):
+    texts = [str(number) * 9999 for number in range(8)]
+    threads = [threading.Thread(target=files.create_text, args=(tmp_path / "file", text)) for text in texts]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert (tmp_path / "file").read_text() == texts[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -131,7 +131,7 @@ def test_side_files(folder, tmp_path):
     HfSource(folder).write_auxiliary_files(out)
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == [
         "LICENSE",
-        "SOURCE_README.md",
+        "README.md",
         "additional_chat_templates/tools.jinja",
         "chat_template.jinja",
         "code/part/layers.py",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CalibrationError, one_line
-from bitmill.files import make_folder, output_errors, write_tensors, write_text
+from bitmill.files import create_text, make_folder, output_errors, write_tensors
 from bitmill.numerics.statistics import Statistics
 
 _PARTS = ("gram", "mean_abs", "max_abs")  # tensors of a file, by fields of Statistics
@@ -39,8 +39,8 @@ class StatisticsStore:
         file = folder / "identity.json"
         text = json.dumps(identity, sort_keys=True)
         if not file.exists():
-            write_text(file, text, shared=True)
-        elif read_document(file, "identity", CalibrationError) != text:
+            create_text(file, text)
+        if read_document(file, "identity", CalibrationError) != text:
             raise CalibrationError(
                 f"The statistics in {folder} belong to another model, text, device or version; "
                 "choose another folder, or delete it."
@@ -48,7 +48,7 @@ class StatisticsStore:
 
     def has(self, index: int) -> bool:
         """Return True if the folder holds the statistics of block `index`."""
-        return self._file(index).exists()
+        return self._file(index).is_file()
 
     def save(self, index: int, stats: dict[str, Statistics], stages: list[list[str]]) -> None:
         """Write the statistics of a block.

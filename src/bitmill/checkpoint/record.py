@@ -49,7 +49,9 @@ def check_recordable(folder: Path) -> dict[str, Any]:
         OutputError: the folder cannot be changed.
     """
     check_changeable(folder)
-    return dict(open_checkpoint(folder).report.get("files", {}))
+    report = open_checkpoint(folder).report
+    _documents(folder, report)
+    return dict(report.get("files", {}))
 
 
 def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, Any] | None = None) -> None:
@@ -113,12 +115,15 @@ def add_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]
 
 
 def _rewrite(folder: Path, report: dict[str, Any]) -> None:
-    try:
-        documents = folder_documents(report)
-    except Exception as error:  # the templates meet whatever the report lacks
-        raise CheckpointError(
-            f"{folder.name}/report.json is incomplete ({one_line(error)}); quantize again."
-        ) from None
+    documents = _documents(folder, report)
     write_json(folder / "report.json", report)
     for name, text in documents.items():
         write_text(folder / name, text)
+
+
+def _documents(folder: Path, report: dict[str, Any]) -> dict[str, str]:
+    """Return the documents of a report. Raises CheckpointError for a report that lacks what they need."""
+    try:
+        return folder_documents(report)
+    except Exception as error:  # the templates meet whatever the report lacks
+        raise CheckpointError(f"{folder}/report.json is incomplete ({one_line(error)}); quantize again.") from None

@@ -6,7 +6,6 @@ ends, in whatever way. `model` is the folder to be: it becomes OUT, or takes its
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -17,8 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from bitmill.config.paths import user_path
 from bitmill.errors import OutputError
-from bitmill.files import make_folder, output_errors, previous_folder, replace_folder
+from bitmill.files import NO_HARD_LINKS, make_folder, output_errors, previous_folder, replace_folder
 
 PARTIAL = ".partial"
 SUFFIX_BYTES = len(PARTIAL)
@@ -208,7 +208,7 @@ def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
+        if error.errno not in NO_HARD_LINKS:
             raise
         shutil.copy2(source, target)
 
@@ -223,6 +223,11 @@ def _give_to_owner(new: Path, folder: Path) -> None:
 def partial_folder(out: Path) -> Path:
     """Return the work folder of `out`."""
     return out.with_name(out.name + PARTIAL)
+
+
+def can_resume(out: Path) -> bool:
+    """Return True if an unfinished run of `out` can be resumed."""
+    return (partial_folder(user_path(out, SUFFIX_BYTES)) / JOURNAL).exists()
 
 
 def is_work_folder(path: Path) -> bool:

@@ -23,10 +23,11 @@ class Interrupted(Exception):
 
 
 class Output:
-    """The result and the progress of one command."""
+    """The result and the progress of one command; `hint` is the message after Ctrl-C."""
 
-    def __init__(self, as_json: bool, stdout: TextIO, progress: TerminalProgress) -> None:
+    def __init__(self, as_json: bool, stdout: TextIO, progress: TerminalProgress, hint: str) -> None:
         self.as_json, self.stdout, self.progress = as_json, stdout, progress
+        self.hint = hint
 
     def result(self, data: dict[str, Any], render: Callable[[], list[RenderableType]]) -> None:
         """Print the result.
@@ -62,11 +63,12 @@ def command_output(as_json: bool, hint: str = "interrupted") -> Iterator[Output]
     """
     progress = TerminalProgress()
     stdout = sys.stdout
+    output = Output(as_json, stdout, progress, hint)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            yield Output(as_json, stdout, progress)
+            yield output
     except KeyboardInterrupt:
-        raise Interrupted(hint) from None
+        raise Interrupted(output.hint) from None
     finally:
         progress.finish()
 

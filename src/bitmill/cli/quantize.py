@@ -154,15 +154,23 @@ def quantize(
         "trust_remote_code": trust_remote_code, "propagate": propagate, "head_bits": head_bits,
         **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
     }  # fmt: skip
-    with command_output(as_json, "interrupted" if dry_run else "interrupted; continue with --resume") as output:
+    with command_output(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
+        from bitmill.checkpoint.work_folder import can_resume
 
         recipe, reason = _choose_recipe(method, options, parts, max_minutes)
         if recipe is None:
             request |= options  # which the workflow refuses
         calibration = api.CalibrationData(calib, samples, seqlen, seed)
-        outcome = api.quantize(model, recipe or NONE, calibration=calibration, progress=output.progress, **request)
+        try:
+            outcome = api.quantize(
+                model, recipe or NONE, calibration=calibration, progress=output.progress, **request
+            )
+        except KeyboardInterrupt:
+            if out is not None and can_resume(out):
+                output.hint = "interrupted; continue with --resume"
+            raise
         data = {"model": model, **({"chosen": reason} if reason else {}), **outcome.summary}
         output.result(data, lambda: [_render(model, outcome.summary, dry_run, reason)])
 

@@ -113,13 +113,13 @@ class HfSource:
     def write_auxiliary_files(self, folder: Path) -> None:
         """Copy the files besides weights and config.json, those of subfolders too, see `side_files`.
 
-        The model card becomes SOURCE_README.md. Links that lead out of the folder are not copied.
+        Links that lead out of the folder are not copied.
         """
         modules = {str(module["path"]) for module in sentence_modules(self.folder)} - {""}
         for name in side_files(self.folder, modules):
             if not self._inside(self.folder / name):
                 continue
-            target = folder / ("SOURCE_README.md" if name == Path("README.md") else name)
+            target = folder / name
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.folder / name, target)

@@ -22,6 +22,7 @@ WEIGHT_SUFFIXES = (
 SUFFIXES_IN_SUBFOLDERS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".md", ".yaml", ".yml")
 # Other tools would take these for a description of the weights that bitmill writes.
 QUANTIZERS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+WORK_FOLDERS = ".partial"  # in which bitmill makes folders, perhaps inside of the model's
 MAX_DEPTH = 3
 
 
@@ -48,6 +49,7 @@ def _subfolders(root: Path, folder: Path, modules: Collection[str]) -> Iterator[
         name = path.relative_to(root)
         if (
             path.name.startswith((".", "__"))
+            or path.name.endswith(WORK_FOLDERS)
             or path.is_symlink()
             or not path.is_dir()
             or len(name.parts) > MAX_DEPTH

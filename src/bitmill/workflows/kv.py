@@ -310,6 +310,8 @@ def calibrate_folder(
         calibration, plan = _calibrated(folder, config, given, device, trust_remote_code, progress)
         record_calibration(folder, calibration, plan)
         return
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{out} lies in {folder}, of which it would be a copy; choose another folder with -o.")
     check_new(out)
     work = WorkFolder(out)
     try:
