@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 import transformers
@@ -34,10 +36,12 @@ def test_sound_models_pass(name):
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_layer_whose_weight_is_read(method, tmp_path):
+    """dt_proj of Mamba, which some releases of transformers read and others call."""
     model, out = mamba(), tmp_path / "out"
-    with pytest.raises(SourceError, match=r"reads the weight of .*dt_proj.*float"):
-        bitmill.quantize(model, method, bits=8, out=out, calibration=WINDOWS, measure=0)
-    assert not list(tmp_path.iterdir())
+    with suppress(SourceError):
+        bitmill.quantize(model, method, bits=8, out=tmp_path / "all", calibration=WINDOWS, measure=0)
+    for folder in tmp_path.iterdir():  # quantized and not refused
+        bitmill.load(folder)(TOKENS)
     rules = ["*.mixer.dt_proj=float"]
     bitmill.quantize(model, method, bits=8, out=out, calibration=WINDOWS, measure=0, rules=rules)
     with torch.no_grad():
@@ -45,24 +49,35 @@ def test_layer_whose_weight_is_read(method, tmp_path):
     assert (packed - right).norm() < 0.2 * right.norm()
 
 
-class Sees(nn.Module):
-    """A block whose tokens see later ones."""
+class Block(nn.Module):
+    """A block with one linear."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
 
+
+class Reads(Block):
+    """A block that reads the weight of its linear."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states @ self.linear.weight.T
+
+
+class Sees(Block):
+    """A block whose tokens see later ones."""
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear(hidden_states + hidden_states.mean(1, keepdim=True))
 
 
-class Looks(nn.Module):
+class Model(nn.Module):
     """A model of such blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: type[Block]) -> None:
         super().__init__()
         self.config = transformers.PretrainedConfig(vocab_size=32)
-        self.embed, self.layers = nn.Embedding(32, 8), nn.ModuleList([Sees(), Sees()])
+        self.embed, self.layers = nn.Embedding(32, 8), nn.ModuleList([block(), block()])
         self.head = nn.Linear(8, 32)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -74,5 +89,10 @@ class Looks(nn.Module):
 
 def test_later_tokens_seen():
     with pytest.raises(SourceError, match="reads the tokens to come"):
-        try_first_block(StreamedModel(ModuleSource(Looks())), [])
-    bitmill.quantize(Looks(), "rtn", bits=4, measure=0)
+        try_first_block(StreamedModel(ModuleSource(Model(Sees))), [])
+    bitmill.quantize(Model(Sees), "rtn", bits=4, measure=0)
+
+
+def test_weight_read():
+    with pytest.raises(SourceError, match=r"reads the weight of .layers.0.linear.*\*\.linear=float"):
+        bitmill.quantize(Model(Reads), "rtn", bits=4, measure=0)
