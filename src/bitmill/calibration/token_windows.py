@@ -91,22 +91,14 @@ def token_windows(
             calib = windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
             prefix = windows.prefix
         check_vocabulary(source.config, calib)
-        described["calibration"] = {
-            **vars(calibration),
-            "source": calibration.name,
-            "prefix": list(prefix),
-            "sha256": windows_hash(calib),
-        }
+        entry = {**vars(calibration), "source": calibration.name, "prefix": list(prefix)}
+        described["calibration"] = {**entry, "sha256": windows_hash(calib)}
     if measure:
         held_out = windows.held_out("eval", calibration.seqlen, measure)
         check_vocabulary(source.config, held_out)
-        described["held_out"] = {
-            "text": name,
-            "split": "eval",
-            "seqlen": calibration.seqlen,
-            "windows": count_windows(held_out, calibration.seqlen),
-            "prefix": list(windows.prefix),
-        }
+        entry = {"text": name, "split": "eval", "seqlen": calibration.seqlen}
+        count = count_windows(held_out, calibration.seqlen)
+        described["held_out"] = {**entry, "windows": count, "prefix": list(windows.prefix)}
     return JobData(calib, held_out, described)
 
 

@@ -170,7 +170,7 @@ def is_inside(root: Path, path: Path) -> bool:
 
 
 def _is_download(folder: Path) -> bool:
-    """Return True for a snapshot in the Hub's cache: its files are links, and only those that were asked for."""
+    """Return True for a snapshot in the Hub's cache: its files are links, and only those that were requested."""
     return folder.resolve().parent.name == "snapshots"
 
 

@@ -1,8 +1,8 @@
 """Empty tensors under the names of the weights that were quantized.
 
-Without bitmill transformers does not know how a folder is quantized: it would build the float model, find no
+Without bitmill transformers ignores how a folder is quantized: it would build the float model, find no
 `L.weight`, and draw that weight at random. An empty tensor of that name, which fits no layer, makes it raise an
-error instead. Its shape (0, out, in) also tells the shape of the layer, where no report does.
+error instead. Its shape (0, out, in) also records the shape of the layer, where no report does.
 """
 
 from __future__ import annotations

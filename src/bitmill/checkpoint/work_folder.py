@@ -1,7 +1,7 @@
 """The work folder `OUT.partial`, in which one process at a time makes or changes the folder OUT.
 
 Its `lock` is locked while a process works, and holds its process id. The system unlocks it when the process
-ends, in whatever way. `model` is the folder to be: it becomes OUT, or takes its place, by one rename.
+ends, also when it is killed. `model` is the folder to be: it becomes OUT, or takes its place, by one rename.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class FolderSink:
     # -- before the first block ---------------------------------------------------------------------------
 
     def prepare(self, streamed: StreamedModel) -> None:
-        """Write the files beside the weights, and whatever else may fail does so here, before the first block.
+        """Write all files but the weights, so that other errors appear before the first block.
 
         Raises:
             BitmillError: a file cannot be written, or the config cannot be saved.
@@ -265,7 +265,7 @@ class FolderSink:
 
 
 def _set_apart(folder: Path, shards: set[str]) -> None:
-    """Rename the files of the source that have a name of ours, whatever the case: some file systems ignore it."""
+    """Rename the files of the source that have a name of ours in any case: some file systems ignore it."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.name not in shards)
     taken = {name.casefold() for name in names}
     for name in names:

@@ -27,7 +27,7 @@ def checked_arguments(*unchecked: str) -> Callable[[F], F]:
     A wrong one raises a UsageError that names it.
 
     Args:
-        unchecked: names of parameters that take more than their annotation says, or are checked by the function.
+        unchecked: names of parameters that take more than their annotation allows, or are checked by the function.
     """
 
     def decorate(function: F) -> F:

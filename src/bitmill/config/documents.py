@@ -72,7 +72,7 @@ def load_yaml(text: str) -> Any:
     """Return the plain data of YAML text.
 
     Raises:
-        ValueError: the text is no YAML, is nested too deeply, contains itself, stands for more than MAX_NODES
+        ValueError: the text is no YAML, is nested too deeply, contains itself, expands to more than MAX_NODES
             values by its aliases, or has an integer of more than 64 bits.
     """
     try:
@@ -109,7 +109,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _measure(node: Any, measured: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return the number of values that a node stands for, and the depth to which they are nested.
+    """Return the number of values that a node expands to, and the depth to which they are nested.
 
     Args:
         node: a node of a composed document; an alias is the node it names.

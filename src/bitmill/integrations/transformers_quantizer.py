@@ -41,7 +41,7 @@ class BitmillConfig(QuantizationConfigMixin):
         return {"quant_method": QUANT_METHOD, **self.rest, "groups": self.groups}
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a field as from the dict in config.json: transformers also asks a live model's config so."""
+        """Return a field as from the dict in config.json: transformers also reads a live model's config so."""
         return self.to_dict().get(key, default)
 
 

@@ -133,14 +133,14 @@ def _ancestor(name: str, modules: set[str]) -> str:
 
 
 def tie_as_stored(model: nn.Module, stored: StoredTensors) -> bool:
-    """Tie the parameters that the config ties, except those that are stored apart with different values.
+    """Tie the parameters that the config ties, except those that are stored separately with different values.
 
     Args:
         model: the model, with parameters on the meta device.
         stored: its stored tensors; one that equals the tensor that it is tied to is left out of them.
 
     Returns:
-        True where parameters stay apart although the config ties them, as in transformers.
+        True where parameters stay separate although the config ties them, as in transformers.
     """
     if not hasattr(model, "tie_weights"):
         return False

@@ -1,4 +1,4 @@
-"""Names and other text of users, as it stands in a terminal or in Markdown: nothing in it is markup.
+"""Names and other text of users, as shown in a terminal or in Markdown: nothing in it is markup.
 
 Pages of HTML are escaped by their templates.
 """

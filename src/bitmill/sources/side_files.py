@@ -27,7 +27,7 @@ MAX_DEPTH = 3
 
 
 def side_files(folder: Path, modules: Collection[str] = ()) -> Iterator[Path]:
-    """Yield the files to keep beside new weights, relative to the folder, in order.
+    """Yield the files to keep with new weights, relative to the folder, in order.
 
     Args:
         folder: the folder of the model.

@@ -67,7 +67,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
 
 
 def _check_float_folder(model: str | Path) -> None:
-    """Check a folder with float weights and a KV calibration; sources know nothing of its record."""
+    """Check a folder with float weights and a KV calibration against its record, which sources do not read."""
     if is_bitmill_folder(user_path(model)):
         checkpoint = open_checkpoint(model)
         check_digests(checkpoint.folder, checkpoint.record)
