@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bitmill.checkpoint.work_folder import JOURNAL
-from bitmill.config.documents import load_json
+from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CheckpointError
 from bitmill.files import sha256, write_json
+
+MAX_BYTES = 1 << 28
+NUMBERS = ("bits_per_weight", "size_bytes", "weight_error", "output_error")  # of a layer, that a report needs
 
 
 class Journal:
@@ -59,9 +62,9 @@ class Journal:
             CheckpointError: the identity differs from this run's, or a shard was altered.
         """
         try:
-            data = load_json(self.path.read_text(encoding="utf-8"))
+            data = load_json(read_document(self.path, "journal", CheckpointError, MAX_BYTES))
             identity, blocks = data["identity"], data["blocks"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (CheckpointError, ValueError, KeyError, TypeError) as error:
             raise self.unreadable(type(error).__name__) from None
         difference = first_difference(identity, json.loads(json.dumps(self.identity)))
         if difference:
@@ -75,8 +78,11 @@ class Journal:
             try:
                 known = {key: entry[key] for key in ("file", "sha256", "layers")}
                 index = int(entry["index"])
+                numbers = [summary.get(key) for summary in known["layers"].values() for key in NUMBERS]
+                if not all(number is None or isinstance(number, (int, float)) for number in numbers):
+                    raise TypeError
                 self.blocks[index] = {**known, "file": self._checked(shards, known)}
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise self.unreadable(f"{type(error).__name__} in its blocks") from None
         if (shared := data.get("shared")) is not None:
             try:

@@ -76,7 +76,7 @@ def load_yaml(text: str) -> Any:
             values by its aliases, or has an integer of more than 64 bits.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         if node is None:
             return None
         _measure(node, {})
@@ -95,7 +95,22 @@ def load_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader of PyYAML, without integers that no option has and that cannot be printed."""
+    """The safe loader of PyYAML, which refuses deep nesting and integers that no option has.
+
+    Its scanner takes quadratic time in the depth, so the depth is bounded there.
+    """
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        """Scan the start of a list or mapping in brackets."""
+        if self.flow_level > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        super().fetch_flow_collection_start(token_class)
+
+    def add_indent(self, column: int) -> bool:
+        """Scan the start of an indented list or mapping."""
+        if len(self.indents) > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        return bool(super().add_indent(column))
 
     def construct_yaml_int(self, node: Any) -> int:
         """Return an integer."""

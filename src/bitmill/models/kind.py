@@ -50,7 +50,9 @@ def _check_named_class(model: nn.Module, source: Source, task: Task) -> None:
     """Raise SourceError where the config names a class of transformers with another head."""
     import transformers
 
-    named = [name for name in source.config.architectures or () if hasattr(transformers, name)]
+    listed = source.config.architectures
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    named = [name for name in names if hasattr(transformers, name)]
     if not type(model).__module__.startswith("transformers.") or not named:
         return  # names of code that comes with the model, or of another library
     base = getattr(model, getattr(model, "base_model_prefix", ""), model)

@@ -13,6 +13,7 @@ from bitmill.calibration.collect import collect_statistics, find_stages
 from bitmill.calibration.fisher import rescale_fisher
 from bitmill.calibration.staged_forward import StagedForward
 from bitmill.calibration.streams import Streams
+from bitmill.errors import CalibrationError
 from bitmill.formats import Format, Params
 from bitmill.formats.quantized import shared_module_path
 from bitmill.models.meta import trim_malloc
@@ -66,7 +67,12 @@ def _stages(job: Job, module: nn.Module, index: int, inputs: BlockInputs) -> lis
         return find_stages(adapter, module, *inputs.streams.first_window(index), job.kept(index))
     stages = [list(stage) for stage in adapter.stages]
     if store and store.has(index):  # statistics are named after the first linear of each stage
-        return store.stages(index) or stages
+        stored = store.stages(index)
+        if not {name for stage in stored for name in stage} <= set(adapter.linears):
+            raise CalibrationError(
+                f"The statistics in {store.folder} name layers that the model has not; delete the folder."
+            )
+        return stored or stages
     return stages
 
 

@@ -62,7 +62,7 @@ class Outcome:
     model: nn.Module | None = field(default=None, repr=False)
 
 
-@checked_arguments("calibration", "progress")
+@checked_arguments("calibration", "progress", "head_bits")
 def quantize(
     model: str | Path | nn.Module,
     method: str | Path | Recipe | None = None,

@@ -20,7 +20,7 @@ from bitmill.workflows.comparison.grid import NEW_TOKENS, PROMPTS, Grid, Options
 from bitmill.workflows.comparison.run import run_grid
 
 
-@checked_arguments("calibration", "progress")
+@checked_arguments("calibration", "progress", "head_bits")
 def compare(
     model: str | Path,
     methods: Sequence[str] = (),
