@@ -110,7 +110,7 @@ def _watch(modules: dict[str, nn.Module], read: set[str]) -> Iterator[None]:
 
 def _watched(kind: type[nn.Module], name: str, read: set[str]) -> type[nn.Module]:
     """Return a subclass that adds `name` to `read` when its weight is read outside its forward."""
-    running = []
+    running: list[bool] = []
 
     class Watched(kind):  # type: ignore[misc,valid-type]
         def __getattr__(self, attribute: str) -> Any:
