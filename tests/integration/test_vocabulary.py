@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoTokenizer
@@ -19,10 +20,13 @@ REASON = f"token {WORDS + 3}, but the model's ids are 0 and up below {WORDS + 3}
 @pytest.fixture
 def extended(workspace):
     """A tokenizer with one token more than the model has embeddings, in the source and in a quantized folder."""
-    for folder in (workspace.source, workspace.done):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
-        tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(workspace.source)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    tokenizer.save_pretrained(workspace.source)
+    shutil.rmtree(workspace.done)
+    assert (
+        main(["quantize", "source", "--method", "rtn", "--group-size", "16", "--measure", "0", "-o", "done"]) == 0
+    )
     workspace.text.write_text("w1 w2 w3 <tool> " * 500)
     return workspace
 

@@ -165,7 +165,7 @@ def is_inside(root: Path, path: Path) -> bool:
     """
     if not path.is_symlink():
         return True
-    above = path.resolve().parent
+    above = Path(os.path.realpath(path)).parent  # a link to itself is no error here
     return above == root or (_is_download(root) and above == root.parents[1] / "blobs")
 
 

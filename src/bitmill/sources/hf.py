@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ class HfSource:
 
     def _inside(self, path: Path) -> bool:
         """Return True if a path, with links followed, is inside the folder."""
-        return path.resolve().is_relative_to(self._root)
+        return Path(os.path.realpath(path)).is_relative_to(self._root)
 
     def _read_config(self) -> PretrainedConfig:
         """Return the config. Raises SourceError where it is absent or that of a quantized model."""
