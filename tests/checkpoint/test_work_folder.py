@@ -13,6 +13,8 @@ import pytest
 
 import bitmill
 from bitmill import files
+from bitmill.checkpoint import reader
+from bitmill.checkpoint.contents import read_json
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.record import check_recordable, record_calibration, record_measurement
 from bitmill.checkpoint.work_folder import FolderLock, WorkFolder, changed_folder, check_new, partial_folder
@@ -321,3 +323,20 @@ def test_first_of_several_writers_wins(tmp_path):
         thread.join()
     assert (tmp_path / "file").read_text() == texts[0]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_reader_sees_no_mixture(folder, monkeypatch):
+    """A folder that is changed while it is opened is opened again."""
+    seen = []
+
+    def read(path: Path, name: str) -> dict:
+        document = read_json(path, name)
+        if not seen:
+            seen.append(name)
+            calibrate(folder)
+        return document
+
+    monkeypatch.setattr(reader, "read_json", read)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.report["kv"]["method"]
+    assert checkpoint.record["kv.safetensors"]

@@ -202,6 +202,29 @@ def open_checkpoint(folder: str | Path, shapes: Mapping[str, tuple[int, int]] | 
             file, or there are weights that do not belong to the model.
     """
     folder = user_path(folder)
+    while True:  # a folder that is changed is replaced, and what was read of both is read again
+        before = _identity(folder)
+        try:
+            checkpoint = _open(folder, shapes)
+        except CheckpointError:
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            return checkpoint
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Return what distinguishes a folder from another one of its name; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _open(folder: Path, shapes: Mapping[str, tuple[int, int]] | None) -> Checkpoint:
+    """Do what `open_checkpoint` does, in a folder that stays as it is."""
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}; give one that bitmill quantize wrote.")
     check_regular(folder)
