@@ -11,6 +11,13 @@ from bitmill.evaluation import reference
 from bitmill.evaluation.reference import FILE, ReferenceRecorder, read_reference
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _all_tokens():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(reference, "TOKENS", 512)
+        yield
+
+
 def recorded(logits, tokens):
     recorder = ReferenceRecorder()
     for window, predictions in zip(tokens, logits):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,9 +12,18 @@ from safetensors.torch import load_file, save_file
 import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import CheckpointError
+from bitmill.evaluation import reference
 from bitmill.evaluation.reference import FILE
+from bitmill.files import file_record
 from bitmill.workflows.running import PATHS, verify_running
 from helpers.workspace import save_model, write_text
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _all_tokens():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(reference, "TOKENS", 512)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +62,16 @@ def test_changed_figures_are_refused(folder, path):
         verify_running(checkpoint)
 
 
-def test_changed_predictions_are_refused(folder):
-    kept = load_file(folder / FILE)
-    try:
-        save_file(
-            {**kept, "log_probabilities": kept["log_probabilities"].roll(1, 0)}, folder / FILE, {"format": "pt"}
-        )
-        with pytest.raises(CheckpointError, match="gives"):
-            verify_running(open_checkpoint(folder))
-    finally:
-        save_file(kept, folder / FILE, {"format": "pt"})
+def test_changed_predictions_are_refused(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "out")
+    kept, report = load_file(copy / FILE), json.loads((copy / "report.json").read_text())
+    save_file({**kept, "log_probabilities": kept["log_probabilities"].roll(1, 0)}, copy / FILE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="was altered since it was written"):
+        verify_running(open_checkpoint(copy))
+    report["files"][FILE] = file_record(copy / FILE)
+    (copy / "report.json").write_text(json.dumps(report))
+    with pytest.raises(CheckpointError, match="gives"):
+        verify_running(open_checkpoint(copy))
 
 
 def test_nothing_is_recorded_without_held_out_windows(tmp_path):

@@ -22,12 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bitmill.calibration.walk import HiddenStates, walk_blocks
-from bitmill.errors import NumericsError, OutputError
+from bitmill.errors import CalibrationError, NumericsError, OutputError, one_line
 from bitmill.files import make_folder, output_errors, write_tensors
 from bitmill.models.block_call import BlockCall
 from bitmill.models.streamed import StreamedModel
@@ -44,8 +44,18 @@ class Fisher:
         self.folder = folder
 
     def block(self, index: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Return F, fp32 (out, in), of every linear of a block, by its path in the block."""
-        return load_file(self._file(index), str(device))
+        """Return F, fp32 (out, in), of every linear of a block, by its path in the block.
+
+        Raises:
+            CalibrationError: the file is damaged.
+        """
+        path = self._file(index)
+        try:
+            return load_file(path, str(device))
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CalibrationError(
+                f"The squared gradients in {path} cannot be read ({one_line(error)}); delete {self.folder}."
+            ) from None
 
     @property
     def complete(self) -> bool:

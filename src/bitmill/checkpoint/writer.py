@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bitmill.checkpoint.contents import read_json
 from bitmill.checkpoint.dtype import stated_dtype
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.checkpoint.marker import WEIGHT, weight_marker
 from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import WorkFolder, remove, remove_leftovers
-from bitmill.config.documents import load_json
 from bitmill.errors import CheckpointError, OutputError, SourceError, one_line
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.files import (
@@ -322,9 +322,9 @@ def is_finished(out: Path, identity: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     try:
-        report = load_json((out / "report.json").read_text(encoding="utf-8"))
+        report = read_json(out, "report.json")
         difference = first_difference(report["identity"], json.loads(json.dumps(identity)))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError, TypeError):
         raise OutputError(f"{out} exists but is no finished bitmill folder; choose another with -o.") from None
     if difference:
         key, old, new = difference

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitmill.config.documents import load_json
+from bitmill.config.documents import load_json, read_document
 from bitmill.errors import OutputError, SourceError, one_line
 from bitmill.sources.base import config_bytes, hash_file
 from bitmill.sources.config_bounds import read_config
@@ -185,11 +185,7 @@ class HfSource:
         if not self._inside(path):
             raise SourceError(f"{path} is a link out of its folder, which is not followed; copy the file there.")
         try:
-            if path.stat().st_size > MAX_JSON_BYTES:
-                raise SourceError(f"{path} has {path.stat().st_size} bytes, too many for JSON; fetch it again.")
-            plain = load_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SourceError(f"{path} cannot be read ({error.strerror}).") from error
+            plain = load_json(read_document(path, "file", SourceError, MAX_JSON_BYTES, "fetch it again"))
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{path} is no valid JSON ({one_line(error)}); fetch it again.") from error
         if not isinstance(plain, dict):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitmill.config.documents import load_json
+from bitmill.config.documents import load_json, read_document
 from bitmill.errors import SourceError, one_line
 
 MEAN = "mean"
@@ -74,8 +74,6 @@ def _mode(file: Path) -> str:
 def _json(file: Path) -> Any:
     """Return the content of a JSON file. Raises SourceError."""
     try:
-        return load_json(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{file} cannot be read ({error.strerror}); fetch it again.") from error
+        return load_json(read_document(file, "file", SourceError, hint="fetch it again"))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{file} is no valid JSON ({one_line(error)}); fetch it again.") from error
