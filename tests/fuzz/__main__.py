@@ -137,6 +137,8 @@ def _child(reader: Reader, corpus: Path, folder: Path, seed: str, send: int) -> 
     report: dict[str, Any] = {"file": str(path.relative_to(folder))}
     try:
         report["mutation"] = mutate(path, draw)
+        if reader.adapt:
+            reader.adapt(folder)
         if path.is_file() and not path.is_symlink() and os.access(path, os.R_OK):
             shutil.copy(path, BUILD / f"last-{os.getpid()}")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

@@ -83,6 +83,7 @@ def test_grid_grows(workspace, quick):
 def test_other_recipe_starts_anew(workspace, quick):
     cells = workspace.root / "grid" / "cells"
     (cells / "gptq-3bit.partial").mkdir(parents=True)
+    (cells / "gptq-3bit.partial" / "lock").touch()
     (cells / "gptq-3bit.partial" / "journal.json").write_text("{}")
     (cells / "gptq-3bit.state").write_text('{"quantize_time_s": 1e6, "recipe": {"name": "another"}}')
     assert main(command(workspace, methods="gptq", bits="3")) == 0

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from bitmill.cli.main import main
+from bitmill.workflows.bench import kernels
 from bitmill.workflows.comparison import run
 from helpers.comparisons import in_this_process
 from helpers.hostile import Command, calls, commands, write_files
@@ -56,6 +57,7 @@ def call(words: list[str]) -> tuple[int, str]:
 def test_commands(command: Command, pristine, tmp_path, monkeypatch):
     monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": in_this_process})
     monkeypatch.setattr("sys.stdin", io.StringIO("w1\n"))
+    monkeypatch.setattr(kernels, "CASES", kernels.CASES[:2])  # all take minutes
     here = tmp_path / "here"
 
     @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))

@@ -134,6 +134,7 @@ def model_quantized_by_bitmill(workspace, patch):
 
 @fault
 def model_index_escapes(workspace, patch):
+    weights(workspace).unlink()  # which would be read instead of the index
     (workspace.source / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": "../done/model-00001-of-00003.safetensors"}})
     )
@@ -142,6 +143,7 @@ def model_index_escapes(workspace, patch):
 
 @fault
 def model_shard_missing(workspace, patch):
+    weights(workspace).unlink()  # which would be read instead of the index
     (workspace.source / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})
     )
