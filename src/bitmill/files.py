@@ -53,7 +53,7 @@ def new_file(path: Path) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
 
 
-def replace_file(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
+def replace_file(path: Path, write: Callable[[Path], object], *, shared: bool = False, sync: bool = True) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it.
 
     The temporary file is always a new one: what a killed run left is removed, and a link of that name is not
@@ -63,18 +63,21 @@ def replace_file(path: Path, write: Callable[[Path], object], *, shared: bool = 
         path: the file.
         write: function that writes to the path with which it is called.
         shared: several processes may write the file at once, with equal bytes.
+        sync: flush the file to the disk; not needed for one that no later run reads.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     with output_errors(path):
         try:
             new_file(temporary)
             write(temporary)
-            _sync(temporary)
+            if sync:
+                _sync(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        if sync:
+            _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,7 +112,12 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, *, shared: bool = False
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    *,
+    shared: bool = False,
+    sync: bool = True,
 ) -> None:
     """Write a safetensors file, complete or not at all.
 
@@ -118,6 +126,7 @@ def write_tensors(
         tensors: name -> tensor; equal tensors give equal bytes.
         metadata: at most one key, because the order of several is not defined.
         shared: several processes may write the file at once, with equal bytes.
+        sync: flush the file to the disk; not needed for one that no later run reads.
     """
     packed = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
@@ -125,7 +134,7 @@ def write_tensors(
         save_file(packed, new, metadata or {"format": "pt"})
         os.chmod(new, 0o666 & ~_umask())  # the library makes files that only their owner can read
 
-    replace_file(path, write, shared=shared)
+    replace_file(path, write, shared=shared, sync=sync)
 
 
 def make_folder(path: Path) -> None:

@@ -78,6 +78,14 @@ def test_no_side_effects(tmp_path):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
 
 
+def test_scratch_files_not_flushed(tmp_path, monkeypatch):
+    """Only results are written to the disk: each is flushed, and its name."""
+    flushed: list[int] = []
+    monkeypatch.setattr("bitmill.files.os.fsync", flushed.append)
+    streamed, _ = measured(tiny_model("llama"), tmp_path)
+    assert len(flushed) == 2 * len(streamed.blocks)
+
+
 def test_window_count(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "WINDOWS", 2)
     model = tiny_model("llama")

@@ -62,6 +62,17 @@ def test_distinct_head_of_tied_config(tmp_path, head_bits):
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distinct", [False, True])
+def test_tied_tensors_compared(tmp_path, monkeypatch, dtype, distinct):
+    monkeypatch.setattr("bitmill.models.stored.COMPARED_ROWS", 50)
+    tensors = save(tiny_model("llama", tie_word_embeddings=True).bfloat16(), tmp_path)
+    head = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
+    head[-1, -1] += distinct
+    rewrite(tmp_path, tensors | {"lm_head.weight": head})
+    assert StreamedModel(open_source(tmp_path)).untied == distinct
+
+
 @pytest.mark.parametrize("head_bits", [None, 8])
 def test_renamed_head(tmp_path, head_bits):
     """GPT-NeoX stores embed_out; releases of transformers differ in what the model calls it."""

@@ -84,6 +84,20 @@ def test_damaged_head_refused_early():
         pass
 
 
+def test_sound_head_checked_once(monkeypatch):
+    streamed = StreamedModel(ModuleSource(tiny_model("llama")))
+    read: list[str] = []
+    monkeypatch.setattr(
+        streamed._stored,
+        "tensor",
+        lambda name, tensor=streamed._stored.tensor: (read.append(name), tensor(name))[1],
+    )
+    for _ in range(2):
+        with streamed.non_block_weights("embedding"):
+            pass
+    assert read.count("lm_head.weight") == 1
+
+
 def test_only_used_parts_in_memory():
     streamed = StreamedModel(ModuleSource(tiny_model("llama")))
     assert not held(streamed)
@@ -198,3 +212,35 @@ def test_module_without_config():
     with torch.no_grad():
         logits = block_by_block(StreamedModel(ModuleSource(net)))
         assert torch.allclose(logits, net(TOKENS), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rows_of_windows_of_another_length():
+    """An argument with a row for every token is cut by the tokens of its own windows."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x, bias):
+            return self.inner(x) + bias.view(*x.shape[:2], 1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(128, 8)
+            self.stack = nn.ModuleList([Block(), Block()])
+
+        def forward(self, tokens):
+            x, bias = self.embed(tokens), tokens.flatten().float()
+            for block in self.stack:
+                x = block(x, bias)
+            return x
+
+    streamed = StreamedModel(ModuleSource(Net().eval()))
+    with streamed.non_block_weights("embedding"):
+        for tokens in (TOKENS, TOKENS[:, :7]):
+            _, calls = streamed.embed(tokens)
+            for window in range(2):
+                assert torch.equal(calls[0].cut(2, window, window + 1).args[0], tokens[window].float())

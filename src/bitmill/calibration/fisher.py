@@ -83,7 +83,10 @@ class Fisher:
         self._check_space(streamed, sum(hidden.nbytes for hidden in states.batches))
         for index, block in walk_blocks(streamed, progress):
             write_tensors(
-                self._inputs(index), {str(n): hidden for n, hidden in enumerate(states.batches)}, shared=True
+                self._inputs(index),
+                {str(n): hidden for n, hidden in enumerate(states.batches)},
+                shared=True,
+                sync=False,  # removed once it has been read
             )
             states.advance(block, index)
         with streamed.non_block_weights("head"):

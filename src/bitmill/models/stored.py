@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Buffers that models no longer store, also where their class does not list them.
 IGNORED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
 
+COMPARED_ROWS = 4096  # of tensors of different types, at a time
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -151,7 +153,7 @@ def tie_as_stored(model: nn.Module, stored: StoredTensors) -> bool:
     for name, origin in (ties(all_submodels=True) if ties else {}).items():
         if name not in stored or origin not in stored:
             continue
-        if torch.equal(stored.tensor(name).float(), stored.tensor(origin).float()):
+        if _equal(stored.tensor(name), stored.tensor(origin)):
             stored.forget(name)
             continue
         path, _, leaf = name.rpartition(".")
@@ -160,6 +162,15 @@ def tie_as_stored(model: nn.Module, stored: StoredTensors) -> bool:
         getattr(model, "all_tied_weights_keys", {}).pop(name, None)
         apart = True
     return apart
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors, also of different types, hold equal values."""
+    if a.shape != b.shape:
+        return False
+    if a.dtype == b.dtype:
+        return torch.equal(a, b)
+    return all(torch.equal(x.float(), y.float()) for x, y in zip(a.split(COMPARED_ROWS), b.split(COMPARED_ROWS)))
 
 
 def _match(model: nn.Module, source: Source) -> tuple[dict[str, _Entry], list[str]]:

@@ -71,7 +71,8 @@ class StreamedModel:
         self._place_buffers()
         self._block_outputs: int | None = None  # length of the tuple that blocks return, 0 for a tensor
         self.largest_hidden_state: float | None = None
-        self._rows: dict[tuple[frozenset[tuple[Path, int]], ...], list[Rows]] = {}
+        self._rows: dict[tuple[int, tuple[frozenset[tuple[Path, int]], ...]], list[Rows]] = {}
+        self._finite: set[str] = set()  # heads that were checked before the blocks run
         self._check_complete()
 
     # -- names --------------------------------------------------------------------------------------------
@@ -271,8 +272,9 @@ class StreamedModel:
                 run.
         """
         names, unneeded = self.non_block_tensors(), self._unneeded(side)
-        for name in unneeded if side == "embedding" else []:
+        for name in set(unneeded) - self._finite if side == "embedding" else ():
             self.finite_tensor(name)  # a damaged head is refused now, and not after the last block
+            self._finite.add(name)
         self.load([name for name in names if name not in unneeded])
         try:
             yield
@@ -307,9 +309,9 @@ class StreamedModel:
             lengths = (n for n in BLOCK_OUTPUTS if self._accepts_outputs(tokens[:1], n))
             self._block_outputs = next(lengths, 1)
         hidden, calls = self._calls(tokens)
-        kinds = tuple(call.signature() for call in calls)
+        kinds = (tokens.shape[1], tuple(call.signature() for call in calls))  # a window's rows may be its tokens
         if kinds not in self._rows:
-            # how the arguments grow with the number of windows is tried once, on the first window
+            # how the arguments grow with the number of windows is tried once for each length, on the first window
             _, one = self._calls(tokens[:1])
             _, two = self._calls(tokens[:1].repeat(2, 1))
             self._rows[kinds] = [rows_of_windows(a, b) for a, b in zip(one, two)]

@@ -296,10 +296,11 @@ def _read_data(prepared: _Prepared) -> tuple[JobData, dict[str, Any]]:
 def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any], work: WorkFolder | None) -> Outcome:
     """Quantize every block and write the folder, or put the packed layers into the live module."""
     request, streamed, model = prepared.request, prepared.streamed, prepared.request.model
-    if prepared.resolved is not None:
+    sink = work and FolderSink(work, prepared.resolved, identity, len(streamed.blocks), request.resume)
+    if prepared.resolved is not None and not (sink and 0 in sink.journal.blocks):
         reads_text = request.out is not None or request.measure > 0 or bool(prepared.resolved.needs)
         try_first_block(streamed, prepared.resolved.formats, reads_text)
-    if work is None:
+    if work is None or sink is None:
         assert isinstance(model, nn.Module)
         in_place = ModuleSink(model)
         report = _report(prepared, data, identity, _quantize_blocks(prepared, data, in_place))
@@ -308,7 +309,6 @@ def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any], work: Wor
         assert prepared.recipe is not None  # a live model keeps no calibration of keys and values
         _mark_quantized(model, in_place, prepared.recipe)
         return Outcome(_summary(prepared.plan, None, request.started, report["measured"]), report, None, model)
-    sink = FolderSink(work, prepared.resolved, identity, len(streamed.blocks), request.resume)
     check_space(work.out, prepared.plan["size_bytes"])
     sink.prepare(streamed)
     check_space(work.out, prepared.plan["size_bytes"] + sink.auxiliary_bytes)
