@@ -69,10 +69,14 @@ def test_files(tmp_path):
         read_document(tmp_path, "recipe file", RecipeError)
 
 
-def test_paths(monkeypatch):
+def test_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     assert str(user_path("~/models/a")) == "/home/me/models/a"
     assert str(user_path("models/~")) == "models/~"
+    with os.scandir(tmp_path.parent) as entries:
+        assert tmp_path in [user_path(entry) for entry in entries]
+    with pytest.raises(UsageError, match="give text"):
+        user_path(b"a")
     for path in ("a" * 256, "a/" * 3000, "a\0b", "a\ud900b"):
         with pytest.raises(UsageError, match=r"^The path 'a.*\.$"):
             user_path(path)

@@ -126,6 +126,8 @@ def test_ignorable_tensors(tmp_path):
     """Buffers that models stored once are ignored; other modules, such as a reward head, are listed."""
     tensors = save(tiny_model("llama"), tmp_path)
     extra = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.weight": torch.ones(1, 32)}
+    extra["model.layers.0.self_attn.rotary_emb.cos_cached"] = torch.ones(1, 1, 8, 8)
+    extra["model.layers.0.self_attn.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
     rewrite(tmp_path, tensors | extra)
     streamed = StreamedModel(open_source(tmp_path))
     assert streamed.unused == ["v_head.weight"]
@@ -173,3 +175,23 @@ def test_folder_of_another_release(tmp_path, head_bits):
         assert torch.equal(load(out)(TOKENS).logits, expected)
     load(out).save_pretrained(tmp_path / "again")
     assert torch.equal(bitmill.load(tmp_path / "again")(TOKENS).logits, expected)
+
+
+def test_too_few_blocks(tmp_path):
+    tensors = save(tiny_model("llama"), tmp_path)
+    rewrite(tmp_path, tensors | {"model.layers.2.input_layernorm.weight": torch.ones(32)})
+    with pytest.raises(SourceError, match="has too few blocks"):
+        StreamedModel(open_source(tmp_path))
+
+
+def test_missing_package_of_code(tmp_path):
+    save(tiny_model("llama"), tmp_path)
+    (tmp_path / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (tmp_path / "modeling_own.py").write_text("import absent_package\n\n\nclass Own:\n    pass\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": auto_map}))
+    with pytest.raises(SourceError, match="absent_package"):
+        StreamedModel(open_source(tmp_path, trust_remote_code=True))

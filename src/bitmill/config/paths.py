@@ -11,7 +11,7 @@ MAX_NAME_BYTES = 255  # of a file's name, on all common file systems
 MAX_PATH_BYTES = 4000
 
 
-def user_path(path: str | Path, room_bytes: int = 0) -> Path:
+def user_path(path: str | os.PathLike[str], room_bytes: int = 0) -> Path:
     """Return a path with a leading ~ replaced by the home directory.
 
     Args:
@@ -21,7 +21,7 @@ def user_path(path: str | Path, room_bytes: int = 0) -> Path:
     Raises:
         UsageError: no file can have this path.
     """
-    if not isinstance(path, (str, Path)):
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise UsageError(f"A path is {quoted(path)}; give text.")
     spelled = os.path.expanduser(path)
     try:

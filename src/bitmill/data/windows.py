@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,8 +64,9 @@ class CalibrationData:
             )
         for name in ("samples", "seqlen", "seed"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise CalibrationError(f"{name} is {quoted(value)}; use a whole number.")
+            object.__setattr__(self, name, int(value))
         check_seed(self.seed)
         if self.samples * self.seqlen > MAX_TOKENS:
             raise CalibrationError(

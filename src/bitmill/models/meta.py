@@ -38,7 +38,10 @@ def empty_model(source: Source) -> nn.Module:
                 source.config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
             )
         except (ValueError, ImportError, KeyError, AttributeError, TypeError, OSError) as error:
-            if getattr(source.config, "model_type", None) and type(source.config) not in auto_class._model_mapping:
+            known = (
+                not getattr(source.config, "model_type", None) or type(source.config) in auto_class._model_mapping
+            )
+            if not known and not isinstance(error, ImportError):  # which code of the model raises
                 raise SourceError(
                     f"{source.name} is a model of type {source.config.model_type!r}, which transformers cannot "
                     f"load as {auto_class.__name__}; {ADVICE}."

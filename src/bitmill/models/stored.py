@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bitmill.sources.base import Source
 
 # Buffers that models no longer store, also where their class does not list them.
-IGNORED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
+IGNORED = (r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$", r"(^|\.)position_ids$", r"\.masked_bias$")
 
 COMPARED_ROWS = 4096  # of tensors of different types, at a time
 
@@ -109,10 +109,13 @@ class StoredTensors:
         base = getattr(model, "base_model_prefix", "")
         for name in unused:
             spellings = (name, f"{base}.{name}", name.removeprefix(f"{base}."))
-            if any(_ancestor(spelling, modules) not in ("", base) for spelling in spellings):
+            owners = {_ancestor(spelling, modules) for spelling in spellings} - {"", base}
+            if owners:
+                too_few = isinstance(model.get_submodule(min(owners)), nn.ModuleList)
+                reason = "its config.json has too few blocks" if too_few else "it is quantized already"
                 raise SourceError(
-                    f"{self._source.name} stores {name!r}, which {type(model).__name__} does not use: it is "
-                    "quantized already, or its config.json is that of another model; give the float model."
+                    f"{self._source.name} stores {name!r}, which {type(model).__name__} does not use: {reason}, "
+                    "or its config.json is that of another model; give the float model."
                 )
         return unused
 
@@ -190,7 +193,8 @@ def _match(model: nn.Module, source: Source) -> tuple[dict[str, _Entry], list[st
         if source.as_saved:
             name, pattern = _renamed(model, stored, renamings, converters, expected)
         if name not in expected:
-            unused.append(name)
+            if not _is_causal_mask(source, stored):
+                unused.append(name)
         elif pattern is None:
             if name in entries:
                 raise SourceError(
@@ -213,6 +217,13 @@ def _match(model: nn.Module, source: Source) -> tuple[dict[str, _Entry], list[st
         for name, tensor in made.items():
             entries[name] = _Entry(tuple(members), converter, first, tuple(tensor.shape))
     return entries, unused
+
+
+def _is_causal_mask(source: Source, name: str) -> bool:
+    """Return True for a mask (1, 1, tokens, tokens), which earlier models stored in every block."""
+    shape = tuple(source.shape(name))
+    square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return square and source.dtype(name) in (torch.bool, torch.uint8)
 
 
 def renamed_layers(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
