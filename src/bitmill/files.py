@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import mmap
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from bitmill.errors import OutputError
 
+_CHUNK_BYTES = 1 << 22
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 
 
@@ -233,10 +233,11 @@ def sha256(path: Path) -> str:
 
 def xxh3(path: Path) -> str:
     """Return the 128-bit XXH3 digest (hex) of a file, which takes as long as reading it from memory."""
-    if path.stat().st_size == 0:  # which cannot be mapped
-        return str(xxhash.xxh3_128_hexdigest(b""))
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return str(xxhash.xxh3_128_hexdigest(content))
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:  # not mapped: an error of the disk would end the process
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return str(digest.hexdigest())
 
 
 def file_record(path: Path) -> dict[str, Any]:

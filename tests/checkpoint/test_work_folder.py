@@ -10,10 +10,11 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 import bitmill
 from bitmill import files
-from bitmill.checkpoint import reader
+from bitmill.checkpoint import reader, work_folder
 from bitmill.checkpoint.contents import read_json
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.record import check_recordable, record_calibration, record_measurement
@@ -52,10 +53,10 @@ def record(folder: Path, seqlen: int = 16) -> None:
     record_measurement(folder, measurement(seqlen))
 
 
-def calibrate(folder: Path) -> None:
+def calibrate(folder: Path, files: dict | None = None) -> None:
     method = KV_METHODS.get("per_token")()
     kv = {"method": method.to_dict(), "bits_per_element": 4.5, "size_bytes": 0, "calibration": None}
-    record_calibration(folder, KVCalibration(method, ()), kv)
+    record_calibration(folder, KVCalibration(method, ()), kv, files)
 
 
 def rewrite(folder: Path) -> None:
@@ -156,6 +157,14 @@ def test_folder_changed_while_measured(folder):
     with pytest.raises(CheckpointError, match="changed while it was measured"):
         record_measurement(folder, measurement(), files_before)
     record_measurement(folder, measurement(), check_recordable(folder))
+
+
+def test_folder_changed_while_calibrated(folder):
+    files_before = check_recordable(folder)
+    calibrate(folder)
+    with pytest.raises(CheckpointError, match="changed while it was measured"):
+        calibrate(folder, files_before)
+    calibrate(folder, check_recordable(folder))
 
 
 def test_without_exchange(small, tmp_path, monkeypatch):
@@ -306,6 +315,32 @@ def test_lock_of_a_removed_folder(tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_work_folder_removed_meanwhile(tmp_path, monkeypatch):
+    """A process that removes its work folder while another one locks it is in nobody's way."""
+    opened = work_folder._open_lock
+    removed = []
+
+    def open_late(path: Path) -> int:
+        if not removed:
+            removed.append(path.parent.rmdir())
+        return opened(path)
+
+    monkeypatch.setattr(work_folder, "_open_lock", open_late)
+    with closing(WorkFolder(tmp_path / "out", 9.0)) as work:
+        assert work.path.exists()
+    assert work_folder.is_work_folder(tmp_path / "gone")
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(work_folder.fcntl, "flock", refuse)
+    with pytest.raises(OutputError, match="cannot be written"):
+        WorkFolder(tmp_path / "out", 0.0)
+    check_new(tmp_path / "out")
+
+
 def test_failed_change_leaves_folder(folder):
     before = snapshot(folder)
     with suppress(CheckpointError), changed_folder(folder) as new:
@@ -340,3 +375,35 @@ def test_reader_sees_no_mixture(folder, monkeypatch):
     checkpoint = open_checkpoint(folder)
     assert checkpoint.report["kv"]["method"]
     assert checkpoint.record["kv.safetensors"]
+
+
+def test_digests_of_a_folder_that_changes(folder, monkeypatch):
+    """Digests of one folder are not compared with the files of the next."""
+    compare, calls = reader.check_digests, []
+
+    def change_first(path: Path, record: dict, but: tuple = ()) -> None:
+        if not calls:
+            with changed_folder(folder) as new:
+                files.write_text(new / "recipe.yaml", (new / "recipe.yaml").read_text().swapcase())
+                report = read_json(new, "report.json")
+                report["files"]["recipe.yaml"] = files.file_record(new / "recipe.yaml")
+                files.write_json(new / "report.json", report)
+        calls.append(path)
+        compare(path, record, but)
+
+    monkeypatch.setattr(reader, "check_digests", change_first)
+    open_checkpoint(folder, digests="all")
+    assert len(calls) == 2
+
+
+def test_folder_that_never_rests(folder, monkeypatch):
+    numbers = iter(range(999))
+    monkeypatch.setattr(reader, "_identity", lambda path: next(numbers))
+    with pytest.raises(CheckpointError, match="was replaced 5 times"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, files._CHUNK_BYTES, files._CHUNK_BYTES + 7])
+def test_digest_of_chunks(size, tmp_path):
+    (tmp_path / "file").write_bytes(b"abcdefg" * (size // 7) + b"x" * (size % 7))
+    assert files.xxh3(tmp_path / "file") == xxh3_128_hexdigest((tmp_path / "file").read_bytes())

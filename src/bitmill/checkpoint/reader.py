@@ -6,12 +6,20 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import safe_open
 from torch import Tensor
 
-from bitmill.checkpoint.contents import REPORT, FileRecord, check_files, check_regular, read_json, record_of
+from bitmill.checkpoint.contents import (
+    REPORT,
+    FileRecord,
+    check_digests,
+    check_files,
+    check_regular,
+    read_json,
+    record_of,
+)
 from bitmill.checkpoint.marker import marked_shape, marker_names
 from bitmill.checkpoint.schema import FORMAT_VERSION, QUANT_METHOD, head_config, layer_formats, shared_paths
 from bitmill.checkpoint.tensors import open_tensors
@@ -25,6 +33,9 @@ from bitmill.kv.calibration_file import FILE as KV_FILE
 from bitmill.runtime.modules.replace import layers_outside_blocks
 from bitmill.sources.config_bounds import check_config
 from bitmill.sources.safetensors_header import TensorEntry, read_header
+
+Digests = Literal["none", "but weights", "all"]
+_MAX_OPENED = 5
 
 
 @dataclass(frozen=True)
@@ -187,8 +198,10 @@ def is_bitmill_folder(folder: Path) -> bool:
         return False
 
 
-def open_checkpoint(folder: str | Path, shapes: Mapping[str, tuple[int, int]] | None = None) -> Checkpoint:
-    """Open `folder` and check its documents, headers and file sizes against each other; no tensor is read.
+def open_checkpoint(
+    folder: str | Path, shapes: Mapping[str, tuple[int, int]] | None = None, digests: Digests = "none"
+) -> Checkpoint:
+    """Open `folder` and check its documents, headers and file sizes against each other.
 
     Every loader opens a folder by this function, `from_pretrained` too. A folder without a report, as
     `save_pretrained` writes it, is opened as far as its tensors describe it.
@@ -196,22 +209,27 @@ def open_checkpoint(folder: str | Path, shapes: Mapping[str, tuple[int, int]] | 
     Args:
         folder: the folder.
         shapes: layer -> (out, in) of the model, for folders in which neither report nor tensors tell them.
+        digests: files to compare with their recorded digests; no tensor is read unless it is "all".
 
     Raises:
         CheckpointError: a file is missing or damaged, a shard name leaves the folder, a header does not fit its
             file, or there are weights that do not belong to the model.
     """
     folder = user_path(folder)
-    while True:  # a folder that is changed is replaced, and what was read of both is read again
+    for _ in range(_MAX_OPENED):  # a folder that is changed is replaced, and what was read of both is read again
         before = _identity(folder)
         try:
             checkpoint = _open(folder, shapes)
+            if digests != "none":
+                weights = {path.name for path in checkpoint.files.values()}
+                check_digests(folder, checkpoint.record, but=() if digests == "all" else weights)
         except CheckpointError:
             if _identity(folder) == before:
                 raise
             continue
         if _identity(folder) == before:
             return checkpoint
+    raise CheckpointError(f"{folder} was replaced {_MAX_OPENED} times while it was opened; open it again later.")
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -36,13 +36,13 @@ _SAME = ("by", "text", "split", "seqlen", "windows", "reference", "kv_method", "
 
 
 def check_recordable(folder: Path) -> dict[str, Any]:
-    """Check that a measurement can be recorded, before it is made.
+    """Check that a measurement or a calibration can be recorded, before it is made.
 
     Args:
         folder: the quantized folder.
 
     Returns:
-        The digests of its files, for `record_measurement`.
+        The digests of its files, for `record_measurement` and `record_calibration`.
 
     Raises:
         CheckpointError: the report is damaged.
@@ -69,25 +69,34 @@ def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, An
     entry = {"by": "eval", **{key: result[key] for key in _KEPT if result.get(key) is not None}}
     with changed_folder(folder) as new:
         report = open_checkpoint(folder).report  # which nobody else changes meanwhile
-        if files is not None and report.get("files", {}) != files:
-            raise CheckpointError(f"{folder} was changed while it was measured; measure it again.")
+        _check_unchanged(folder, report, files)
         kept = [m for m in report["measured"] if any(m.get(key) != entry.get(key) for key in _SAME)]
         _rewrite(new, {**report, "measured": [*kept, entry]})
 
 
-def record_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]) -> None:
+def _check_unchanged(folder: Path, report: dict[str, Any], files: dict[str, Any] | None) -> None:
+    """Raise CheckpointError where a report records other files than `files`."""
+    if files is not None and report.get("files", {}) != files:
+        raise CheckpointError(f"{folder} was changed while it was measured; measure it again.")
+
+
+def record_calibration(
+    folder: Path, calibration: KVCalibration, kv: dict[str, Any], files: dict[str, Any] | None = None
+) -> None:
     """Add a KV calibration to a finished folder, in place of an earlier one.
 
     Args:
         folder: the folder; it is replaced in one step, see `changed_folder`.
         calibration: the calibration.
         kv: the report's entry on keys and values.
+        files: digests of the files it was calibrated on; those of now where it is left out.
 
     Raises:
-        CheckpointError: the report is damaged.
+        CheckpointError: the report is damaged, or the files are not those that it was calibrated on.
         OutputError: the folder cannot be written.
     """
     with changed_folder(folder) as new:
+        _check_unchanged(folder, open_checkpoint(folder).report, files)
         add_calibration(new, calibration, kv)
 
 

@@ -55,19 +55,24 @@ class FolderLock:
         """Lock the folder; False where another process holds it."""
         path = self.folder / LOCK
         with output_errors(path):
-            make_folder(self.folder)
-            descriptor = _open_lock(path)
+            try:
+                make_folder(self.folder)
+                descriptor = _open_lock(path)
+            except FileNotFoundError:  # the process before has just removed it
+                return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with output_errors(path):  # some file systems have no locks
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(descriptor)
+                    return False
             if not _is_at(descriptor, path):  # the process before has removed it
                 os.close(descriptor)
                 return False
             with output_errors(path):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
         except BaseException:
             os.close(descriptor)
             raise
@@ -232,7 +237,11 @@ def can_resume(out: Path) -> bool:
 
 def is_work_folder(path: Path) -> bool:
     """Return True if a folder is a work folder, or an empty one."""
-    return (path / LOCK).exists() or not any(path.iterdir())
+    try:
+        names = os.listdir(path)  # once: another process may make or remove the lock meanwhile
+    except FileNotFoundError:  # removed meanwhile by the process that worked in it
+        return True
+    return LOCK in names or not names
 
 
 def check_new(out: Path) -> None:
@@ -273,8 +282,10 @@ def holder_of(work: Path) -> str | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
-    except OSError:
+    except BlockingIOError:
         return _holder(work)
+    except OSError:  # a file system without locks: nobody can hold one
+        return None
     finally:
         os.close(descriptor)
 

@@ -16,7 +16,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitmill.checkpoint.contents import check_digests
 from bitmill.checkpoint.marker import WEIGHT, marker_names, weight_marker
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.schema import QUANT_METHOD, head_config, layer_formats, shared_paths
@@ -106,8 +105,7 @@ class BitmillQuantizer(HfQuantizer):
         """
         folder = files[0].parent
         shapes = {name: self._replaced[renamed[name]].shape for name in formats}
-        checkpoint = open_checkpoint(folder, shapes)
-        check_digests(folder, checkpoint.record)
+        checkpoint = open_checkpoint(folder, shapes, digests="all")
         if others := {path.name for path in files} ^ {path.name for path in checkpoint.files.values()}:
             raise CheckpointError(
                 f"{folder} would be loaded with other files than its index names, such as {min(others)}; "

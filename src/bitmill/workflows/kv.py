@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import calibration_windows
-from bitmill.checkpoint.record import add_calibration, record_calibration
-from bitmill.checkpoint.work_folder import WorkFolder, check_changeable, check_new
+from bitmill.checkpoint.record import add_calibration, check_recordable, record_calibration
+from bitmill.checkpoint.work_folder import WorkFolder, check_new
 from bitmill.config.documents import load_json
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length, check_vocabulary
@@ -306,9 +306,9 @@ def calibrate_folder(
         OutputError: the folder cannot be written.
     """
     if out.resolve() == folder.resolve():
-        check_changeable(folder)
+        files = check_recordable(folder)
         calibration, plan = _calibrated(folder, config, given, device, trust_remote_code, progress)
-        record_calibration(folder, calibration, plan)
+        record_calibration(folder, calibration, plan, files)
         return
     if out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{out} lies in {folder}, of which it would be a copy; choose another folder with -o.")

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bitmill.checkpoint.contents import check_digests
 from bitmill.checkpoint.reader import is_bitmill_folder, is_checkpoint, open_checkpoint
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
@@ -59,8 +58,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
     if is_checkpoint(user_path(model)):
         from transformers import AutoTokenizer
 
-        checkpoint = open_checkpoint(user_path(model))
-        check_digests(checkpoint.folder, checkpoint.record, but={path.name for path in checkpoint.files.values()})
+        open_checkpoint(model, digests="but weights")
         return _from_folder(AutoTokenizer, model, trust_remote_code, check=_try_tokenizer)
     _check_float_folder(model)
     return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
@@ -69,8 +67,7 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
 def _check_float_folder(model: str | Path) -> None:
     """Check a folder with float weights and a KV calibration against its record, which sources do not read."""
     if is_bitmill_folder(user_path(model)):
-        checkpoint = open_checkpoint(model)
-        check_digests(checkpoint.folder, checkpoint.record)
+        open_checkpoint(model, digests="all")
 
 
 def live_model(model: str | Path | nn.Module, device: str, trust_remote_code: bool) -> nn.Module:
