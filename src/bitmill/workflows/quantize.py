@@ -296,7 +296,9 @@ def _read_data(prepared: _Prepared) -> tuple[JobData, dict[str, Any]]:
 def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any], work: WorkFolder | None) -> Outcome:
     """Quantize every block and write the folder, or put the packed layers into the live module."""
     request, streamed, model = prepared.request, prepared.streamed, prepared.request.model
-    sink = work and FolderSink(work, prepared.resolved, identity, len(streamed.blocks), request.resume)
+    sink = None
+    if work is not None:
+        sink = FolderSink(work, prepared.resolved, identity, len(streamed.blocks), request.resume)
     if prepared.resolved is not None and not (sink and 0 in sink.journal.blocks):
         reads_text = request.out is not None or request.measure > 0 or bool(prepared.resolved.needs)
         try_first_block(streamed, prepared.resolved.formats, reads_text)
