@@ -53,6 +53,13 @@ class NumericsError(BitmillError):
     """A weight or a statistic is not finite, or a factorization failed."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True for an error of Python or torch, on any device, about memory that is not there."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 def quoted(value: object) -> str:
     """Return the repr of a value for a message, cut where it is long."""
     try:

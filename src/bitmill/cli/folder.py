@@ -84,9 +84,10 @@ def verify(
 
         checkpoint = open_checkpoint(folder)
         counts = verify(checkpoint, output.progress, trust_remote_code=trust_remote_code)
-        try_folder(checkpoint, device, trust_remote_code)
+        model = try_folder(checkpoint, device, trust_remote_code)
+        running = verify_running(checkpoint, model, output.progress) if quality else None
+        del model  # before it is read again
         change = verify_quality(checkpoint, measure_again) if quality else None
-        running = verify_running(checkpoint, device, trust_remote_code, output.progress) if quality else None
         checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"
         rows = [("sound", checked), *_foreign(checkpoint.foreign)]
         if quality:

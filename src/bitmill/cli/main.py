@@ -14,7 +14,7 @@ import typer
 
 from bitmill.cli import bench, catalog, compare, evaluate, folder, generate, plan, quantize, sweep
 from bitmill.cli.output import Interrupted, one_line
-from bitmill.errors import BitmillError
+from bitmill.errors import BitmillError, is_out_of_memory
 from bitmill.version import __version__
 
 _NO_MEMORY = "The memory of this machine does not suffice; use a smaller model, shorter windows or fewer bits."
@@ -94,8 +94,6 @@ def _run(args: list[str]) -> int:
         return _print_error(str(error), error.exit_code)
     except OSError as error:
         return _print_error(_describe_os_error(error), BitmillError.exit_code)
-    except MemoryError:
-        return _print_error(_NO_MEMORY, BitmillError.exit_code)
     except Exception as error:
         # typer contains its own click since 0.29, so its errors are recognized by their attributes
         if hasattr(error, "format_message"):
@@ -103,7 +101,7 @@ def _run(args: list[str]) -> int:
                 return 2
             message = f"{error.format_message().rstrip('.')}{_given_value(error, args)}"
             return _print_error(f"{message}; see bitmill --help.", 2)
-        if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # as torch says it
+        if is_out_of_memory(error):
             return _print_error(_NO_MEMORY, BitmillError.exit_code)
         if _debugging():
             traceback.print_exc()

@@ -14,15 +14,15 @@ import yaml
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import JobData, token_windows
+from bitmill.checkpoint.contents import read_json
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
 from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import SUFFIX_BYTES, WorkFolder, check_new
 from bitmill.checkpoint.writer import FolderSink, is_finished
 from bitmill.config.arguments import checked_arguments
-from bitmill.config.documents import load_json
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
-from bitmill.errors import SourceError, UsageError, one_line
+from bitmill.errors import SourceError, UsageError, is_out_of_memory, one_line
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.evaluation.reference import ReferencePredictions, ReferenceRecorder
 from bitmill.files import folder_bytes, write_tensors
@@ -45,7 +45,8 @@ from bitmill.sources.open import open_source
 from bitmill.version import __version__
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.checks import check_device, check_space, choose_recipe, job_identity
-from bitmill.workflows.running import measure_running
+from bitmill.workflows.load import read_folder
+from bitmill.workflows.running import check_memory, measure_running
 from bitmill.workflows.sizes import report_plan, storage_plan
 
 SECONDS_DIGITS = 3
@@ -323,7 +324,7 @@ def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any], work: Wor
     if prepared.kv:
         prepared.kv.write(written, request.progress)
     if reference := recorder and recorder.result():
-        report["running"] = _measure_running(prepared, written, reference)
+        report |= _measure_running(prepared, written, reference)
     sink.finish(report, folder_documents(report))
     return Outcome(_summary(prepared.plan, work.out, request.started, report["measured"]), report, work.out)
 
@@ -362,11 +363,24 @@ def _quantize_blocks(
 
 
 def _measure_running(prepared: _Prepared, folder: Path, reference: ReferencePredictions) -> dict[str, Any]:
-    """Write the float model's predictions into a folder and compare the folder, as it runs, with them."""
+    """Compare a folder, as it runs, with the float model, whose predictions are written into it.
+
+    Returns:
+        The report's entry `running`; empty where the packed model does not fit into memory, as its blocks do.
+    """
+    config = read_json(folder, "config.json")
+    request, trusted = prepared.request, prepared.streamed.source.trust_remote_code
+    try:
+        check_memory(folder_bytes(folder), request.device)
+        model = read_folder(folder, config, device=request.device, trust_remote_code=trusted)
+        running = measure_running(model, reference, request.progress)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        request.progress.note("the packed model does not fit into memory, so how it runs was not measured")
+        return {}
     write_tensors(folder / REFERENCE_FILE, reference.tensors())
-    config = load_json((folder / "config.json").read_text(encoding="utf-8"))
-    device, trusted = prepared.request.device, prepared.streamed.source.trust_remote_code
-    return measure_running(folder, config, reference, device, trusted, prepared.request.progress)
+    return {"running": running}
 
 
 def _report(

@@ -9,9 +9,9 @@ measurement can be repeated without the float model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +23,6 @@ from bitmill.models.block_call import output_fn, output_tensor
 from bitmill.progress import Progress
 from bitmill.runtime.native import activations, instruction_set
 from bitmill.workflows import kv as kv_workflow
-from bitmill.workflows.load import read_folder
 
 PATHS = ("windows", "decode")
 # Largest change of the KL divergence, in nats plus relative to the recorded value, and of the top-1 agreement.
@@ -34,21 +33,13 @@ TOLERANCE_OTHER = (5e-3, 0.05, 0.03)
 
 @torch.no_grad()
 def measure_running(
-    folder: Path,
-    config: dict[str, Any],
-    reference: ReferencePredictions,
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    model: nn.Module, reference: ReferencePredictions, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Compare a folder, as it runs, with the float model.
+    """Compare a packed model, as it runs, with the float model.
 
     Args:
-        folder: complete but for its report.
-        config: its config.json.
+        model: loaded from a folder.
         reference: the float model's predictions.
-        device: device to run on.
-        trust_remote_code: allow Python code in the folder to run.
         progress: observer.
 
     Returns:
@@ -57,16 +48,15 @@ def measure_running(
         `kl_divergence` (nats per token, over the most likely tokens and the rest) and the `top1_agreement`.
     """
     progress = progress or Progress()
-    tokens = reference.tokens.long()
-    model = read_folder(folder, config, device=device, trust_remote_code=trust_remote_code)
+    tokens, device = reference.tokens, next(model.parameters()).device
     paths: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
         "windows": lambda window: iter([output_fn(model)(window)[0]]),
-        "decode": lambda window: _decode(model, window.to(device), str(folder), progress),
+        "decode": lambda window: _decode(model, window.to(device), progress),
     }
     progress.start("running the packed model", tokens.numel())
     return {
         "tokens": tokens.numel(),
-        "device": torch.device(device).type,
+        "device": device.type,
         "isa": instruction_set(),
         "activations": activations(),
         **{name: _score(reference, path) for name, path in paths.items()},
@@ -80,9 +70,9 @@ def _score(reference: ReferencePredictions, path: Callable[[Tensor], Iterator[Te
     return {"kl_divergence": divergence / count, "top1_agreement": agreed / count}
 
 
-def _decode(model: nn.Module, window: Tensor, name: str, progress: Progress) -> Iterator[Tensor]:
+def _decode(model: nn.Module, window: Tensor, progress: Progress) -> Iterator[Tensor]:
     """Yield the logits (1, vocabulary) of every position of a window (1, length), one token at a time."""
-    cache: Any = kv_workflow.CacheFactory(model, None, name).new()
+    cache: Any = kv_workflow.CacheFactory(model, None, str(model.name_or_path)).new()
     for position in range(window.shape[1]):
         output, cache = forward_with_cache(model, window[:, position : position + 1], cache)
         if cache is None:  # a model without a cache reads the whole window again for each token
@@ -92,15 +82,20 @@ def _decode(model: nn.Module, window: Tensor, name: str, progress: Progress) -> 
         progress.advance()
 
 
+def check_memory(size_bytes: int, device: str) -> None:
+    """Raise MemoryError where a folder of this size does not fit into the free memory of the CPU."""
+    if torch.device(device).type == "cpu" and size_bytes > psutil.virtual_memory().available:
+        raise MemoryError
+
+
 def verify_running(
-    checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: bool = False, progress: Progress | None = None
+    checkpoint: Checkpoint, model: nn.Module, progress: Progress | None = None
 ) -> dict[str, Any] | None:
     """Repeat the record of a folder's running quality; None where there is none.
 
     Args:
         checkpoint: the folder.
-        device: device to run on.
-        trust_remote_code: allow Python code in the folder to run.
+        model: loaded from it.
         progress: observer.
 
     Returns:
@@ -117,7 +112,7 @@ def verify_running(
             f"{checkpoint.folder}/report.json and reference.safetensors do not describe one measurement; "
             "quantize again."
         )
-    now = measure_running(checkpoint.folder, checkpoint.config, reference, device, trust_remote_code, progress)
+    now = measure_running(model, reference, progress)
     same = all(now[key] == recorded.get(key) for key in ("device", "isa", "activations"))
     absolute, relative, share = TOLERANCE_SAME if same else TOLERANCE_OTHER
     for path in PATHS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.errors import BitmillError, CheckpointError, one_line
@@ -18,7 +18,7 @@ TOKENIZER = "tokenizer_config.json"
 
 
 @torch.no_grad()
-def try_folder(checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: bool = False) -> None:
+def try_folder(checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
     """Run a folder by `from_pretrained` in the dtype that it states, and by `bitmill.load` in float32.
 
     A model that was measured in float32 may overflow in the dtype of its config, which `from_pretrained` takes.
@@ -28,6 +28,9 @@ def try_folder(checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: b
         device: device to run on.
         trust_remote_code: allow Python code in the folder to run.
 
+    Returns:
+        The model in float32.
+
     Raises:
         CheckpointError: the model cannot be loaded or run, or its outputs are NaN or infinite; or its tokenizer
             cannot be loaded.
@@ -35,7 +38,9 @@ def try_folder(checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: b
     folder = checkpoint.folder
     if (folder / TOKENIZER).is_file():
         load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    model = nn.Module()
     for dtype in ("auto", torch.float32):
+        del model  # before the next one is read
         model = read_folder(folder, checkpoint.config, dtype, device, trust_remote_code=trust_remote_code)
         name = str(next(model.parameters()).dtype).removeprefix("torch.")
         try:
@@ -52,6 +57,7 @@ def try_folder(checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: b
                 f"The model of {folder} gives NaN or Inf in {name}; load it with dtype=torch.float32, or quantize "
                 "again."
             )
+    return model
 
 
 def _tokens(checkpoint: Checkpoint, model: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitmill.runtime.native import is_available, native, threads
 
+MAX_COPIES = 1024  # of matrices of a few kB, which then stay in a cache
 _DEFAULT_CACHE_BYTES = 32 << 20  # where the system does not report its caches
 
 
@@ -46,8 +47,8 @@ def cold_bytes() -> int:
 
 
 def copies_of(size_bytes: int) -> int:
-    """Return the number of copies of a tensor to use in turns, at least 2."""
-    return max(2, -(-cold_bytes() // max(1, size_bytes)))
+    """Return the number of copies of a tensor to use in turns, more than caches hold, from 2 to MAX_COPIES."""
+    return min(MAX_COPIES, max(2, -(-cold_bytes() // max(1, size_bytes))))
 
 
 def timed(run: Callable[[], object]) -> float:
