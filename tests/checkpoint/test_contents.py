@@ -159,12 +159,21 @@ def test_one_flipped_bit_is_refused_by_every_loader_of_weights(folder):
             load(folder)
 
 
-def test_changed_documents_are_refused_on_load(folder):
+def test_what_users_may_edit(folder):
+    """How to generate is their choice; `verify` still names the change."""
     path = folder / "generation_config.json"
-    path.write_text(
-        path.read_text().replace("5", "6", 1) if "5" in path.read_text() else path.read_text()[:-1] + " "
-    )
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": 9}))
+    (folder / "training_args.bin").write_bytes(b"of a trainer")
+    assert bitmill.load(folder).generation_config.max_new_tokens == 9
+    assert open_checkpoint(folder).foreign == ("training_args.bin",)
     with pytest.raises(CheckpointError, match=r"generation_config\.json was altered"):
+        verify(open_checkpoint(folder))
+
+
+def test_changed_documents_are_refused_on_load(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with pytest.raises(CheckpointError, match=r"config\.json was altered"):
         bitmill.load(folder)
 
 

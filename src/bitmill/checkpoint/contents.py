@@ -7,6 +7,7 @@ recorded ones. Therefore weights that are not in the record are refused, and all
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ from bitmill.sources.side_files import WEIGHT_SUFFIXES
 REPORT = "report.json"
 # rewritten with every measurement, so that their digests are not recorded
 DOCUMENTS = (REPORT, "README.md", "report.html")
-MAX_DOCUMENT_BYTES = 1 << 25
+MAX_DOCUMENT_BYTES = 100_000_000
 MAX_FILES = 100_000
+# a user's own choice of how to generate and to describe a model, which changes no figure of the record
+EDITABLE = re.compile(r"generation_config\.json|(.*/)?[^/]*\.(jinja|md)|chat_template\.json|(LICENSE|NOTICE)[^/]*")
+_OF_TRAINERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)", re.I)
 ADAPTER = "adapter_config.json"  # makes transformers load an adapter onto the model
 
 
@@ -89,7 +93,7 @@ def _is_sound(value: Any, kind: type) -> bool:
 
 
 def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collection[str]) -> tuple[str, ...]:
-    """Compare the files of a folder with its record, by name and size.
+    """Compare the files of a folder with its record, by name and, but for EDITABLE ones, by size.
 
     Args:
         folder: the folder.
@@ -110,8 +114,8 @@ def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collecti
             found[name] = size_bytes
         elif _is_weights(name):
             raise CheckpointError(
-                f"{folder / name} holds weights and is no part of the quantized model, but loaders would read it; "
-                "move it elsewhere."
+                f"{folder / name} holds weights and is no part of the quantized model, and a loader may read it "
+                "instead; move it elsewhere."
             )
         else:
             foreign.append(name)
@@ -119,6 +123,8 @@ def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collecti
         path = folder / name
         if name not in found and not _is_download(folder):
             raise CheckpointError(f"{path} is missing, but {REPORT} records it; copy the folder again.")
+        if EDITABLE.fullmatch(name):
+            continue
         if entry.size_bytes is not None and found.get(name, entry.size_bytes) != entry.size_bytes:
             raise CheckpointError(
                 f"{path} was altered since it was written: it has {found[name]} bytes, and {entry.size_bytes} are "
@@ -128,7 +134,7 @@ def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collecti
 
 
 def check_digests(folder: Path, record: Mapping[str, FileRecord], but: Collection[str] = ()) -> None:
-    """Compare the recorded files with their fast digests; files of older folders have none.
+    """Compare the recorded files with their fast digests, but for EDITABLE ones; files of older folders have none.
 
     Args:
         folder: the folder.
@@ -140,7 +146,7 @@ def check_digests(folder: Path, record: Mapping[str, FileRecord], but: Collectio
     """
     for name, entry in record.items():
         path = folder / name
-        if entry.xxh3 is None or name in but or not path.is_file():
+        if entry.xxh3 is None or name in but or EDITABLE.fullmatch(name) or not path.is_file():
             continue
         try:
             found = xxh3(path)
@@ -176,7 +182,9 @@ def _is_download(folder: Path) -> bool:
 
 def _is_weights(name: str) -> bool:
     """Return True for a file that a loader may take for weights: they look in the folder, not below it."""
-    return "/" not in name and (name.lower().endswith(WEIGHT_SUFFIXES) or name == ADAPTER)
+    if "/" in name or _OF_TRAINERS.fullmatch(name):
+        return False
+    return name.lower().endswith(WEIGHT_SUFFIXES) or name == ADAPTER
 
 
 def _files(folder: Path, entered: Collection[str]) -> Iterator[tuple[str, int]]:
