@@ -18,7 +18,7 @@ from bitmill.workflows.comparison import run
 from helpers.comparisons import in_this_process
 from helpers.hostile import Command, calls, commands, write_files
 
-EXAMPLES = int(os.environ.get("BITMILL_HOSTILE_EXAMPLES", "5"))  # of every command
+EXAMPLES = int(os.environ.get("BITMILL_HOSTILE_EXAMPLES", "3"))  # of every command
 HANG_S = 30
 
 
@@ -58,6 +58,7 @@ def test_commands(command: Command, pristine, tmp_path, monkeypatch):
     monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": in_this_process})
     monkeypatch.setattr("sys.stdin", io.StringIO("w1\n"))
     monkeypatch.setattr(kernels, "CASES", kernels.CASES[:2])  # all take minutes
+    monkeypatch.setattr(kernels, "copies_of", lambda size_bytes: 2)
     here = tmp_path / "here"
 
     @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))

@@ -16,7 +16,7 @@ from bitmill.errors import CheckpointError
 def folder(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitmill"}}))
     sound = SimpleNamespace(config={"model_type": "llama"}, folder=tmp_path, record={}, files={})
-    monkeypatch.setattr("bitmill.workflows.load.open_checkpoint", lambda folder: sound)
+    monkeypatch.setattr("bitmill.workflows.load.open_checkpoint", lambda folder, **options: sound)
     return tmp_path
 
 
