@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from bitmill.recipes.method import build_recipe
 from bitmill.workflows.comparison import run
 from helpers.comparisons import in_this_process
+from helpers.hostile import write_files
 from helpers.workspace import Workspace, build_workspace
 
 
@@ -48,3 +50,12 @@ def broken(workspace) -> Path:
     text = build_recipe("rtn").to_yaml()
     path.write_text(text.replace("name: rtn", "name: broken").replace("ignore: []", "ignore: ['*']"))
     return path
+
+
+@pytest.fixture(scope="module")
+def pristine(built, tmp_path_factory) -> Path:
+    """The workspace with hostile files, for tests of bad arguments."""
+    folder = tmp_path_factory.mktemp("hostile") / "pristine"
+    shutil.copytree(built.root, folder)
+    write_files(folder)
+    return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from bitmill.workflows.comparison import run
 from bitmill.workflows.plan.plan import plan
 from bitmill.workflows.sweep import sweep
 from helpers.comparisons import in_this_process
-from helpers.hostile import VALUES, write_files
+from helpers.hostile import VALUES
 
 EXAMPLES = int(os.environ.get("BITMILL_HOSTILE_EXAMPLES", "8"))  # of every function
 FUNCTIONS = [value for name in bitmill.__all__ if inspect.isfunction(value := getattr(bitmill, name))]
@@ -36,14 +35,6 @@ SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
     "plan": {"model": "source"},
 }  # fmt: skip
 UNCHECKED = {"progress", "tokenizer", "options", "weights"}  # objects with methods, and options of methods
-
-
-@pytest.fixture(scope="module")
-def pristine(built, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile") / "pristine"
-    shutil.copytree(built.root, folder)
-    write_files(folder)
-    return folder
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, plan, sweep], ids=lambda function: function.__name__)

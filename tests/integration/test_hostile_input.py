@@ -7,7 +7,6 @@ import io
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,18 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from bitmill.cli.main import main
 from bitmill.workflows.comparison import run
 from helpers.comparisons import in_this_process
-from helpers.hostile import Command, calls, commands, write_files
+from helpers.hostile import Command, calls, commands
 
 EXAMPLES = int(os.environ.get("BITMILL_HOSTILE_EXAMPLES", "3"))  # of every command
 HANG_S = 30
-
-
-@pytest.fixture(scope="module")
-def pristine(built, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile") / "pristine"
-    shutil.copytree(built.root, folder)
-    write_files(folder)
-    return folder
 
 
 def hang(*_):
