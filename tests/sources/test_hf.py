@@ -154,9 +154,9 @@ def test_missing_config(folder):
 @pytest.mark.parametrize(
     ("text", "fragment"),
     [
-        ("{nope", "no valid JSON"),
-        ("[1]", "no JSON object"),
-        ("[" * 100_000, "no valid JSON"),
+        ("{nope", "not valid JSON"),
+        ("[1]", "instead of an object"),
+        ("[" * 100_000, "not valid JSON"),
         ('{"model_type": "martian"}', "martian"),
         ("{}", "describes no model"),
         ('{"model_type": "llama", "hidden_size": "many"}', "hidden_size"),

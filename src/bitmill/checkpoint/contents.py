@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitmill.config.documents import load_json, read_document
+from bitmill.config.documents import read_json_object
 from bitmill.errors import CheckpointError, quoted
 from bitmill.files import xxh3
-from bitmill.sources.side_files import WEIGHT_SUFFIXES
+from bitmill.sources.side_files import ADAPTER, WEIGHT_SUFFIXES
 
 REPORT = "report.json"
 # rewritten with every measurement, so that their digests are not recorded
@@ -27,7 +27,6 @@ MAX_FILES = 100_000
 # a user's own choice of how to generate and to describe a model, which changes no figure of the record
 EDITABLE = re.compile(r"generation_config\.json|(.*/)?[^/]*\.(jinja|md)|chat_template\.json|(LICENSE|NOTICE)[^/]*")
 _OF_TRAINERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)", re.I)
-ADAPTER = "adapter_config.json"  # makes transformers load an adapter onto the model
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, no regular file, too large, or holds no JSON object.
     """
-    path = folder / name
-    hint = f"{folder} is no complete bitmill folder"
-    text = read_document(path, "file", CheckpointError, MAX_DOCUMENT_BYTES, hint)
-    try:
-        data = load_json(text)
-    except ValueError:
-        raise CheckpointError(f"{path} is not valid JSON; the folder is damaged, quantize again.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds {type(data).__name__} instead of an object; quantize again.")
-    return data
+    hint = f"{folder} is damaged or no complete bitmill folder, quantize again"
+    return read_json_object(folder / name, CheckpointError, MAX_DOCUMENT_BYTES, hint)
 
 
 def record_of(folder: Path, report: Mapping[str, Any]) -> dict[str, FileRecord]:

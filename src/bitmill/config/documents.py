@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from bitmill.errors import BitmillError
+from bitmill.errors import BitmillError, one_line
 
 MAX_RECIPE_BYTES = 1 << 22  # also of prompts: far above any that people write
 MAX_NODES = 100_000  # of a YAML document, with every alias counted as what it stands for
@@ -58,6 +58,32 @@ def read_document(
         ) from None
     except OSError as found:
         raise error(f"The {noun} {path} cannot be read ({found.strerror}).") from None
+
+
+def read_json(path: Path, error: type[BitmillError], limit_bytes: int, hint: str) -> Any:
+    """Return the data of a JSON file.
+
+    Args:
+        path: a regular file.
+        error: class of the errors to raise.
+        limit_bytes: a larger file is refused.
+        hint: what to do where the file is missing or damaged.
+
+    Raises:
+        BitmillError: of the class `error`: the file cannot be read, or is not JSON.
+    """
+    try:
+        return load_json(read_document(path, "file", error, limit_bytes, hint))
+    except ValueError as found:
+        raise error(f"{path} is not valid JSON ({one_line(found)}); {hint}.") from None
+
+
+def read_json_object(path: Path, error: type[BitmillError], limit_bytes: int, hint: str) -> dict[str, Any]:
+    """Return the object in a JSON file; arguments and errors as for `read_json`."""
+    data = read_json(path, error, limit_bytes, hint)
+    if not isinstance(data, dict):
+        raise error(f"{path} holds {type(data).__name__} instead of an object; {hint}.")
+    return data
 
 
 def load_json(text: str | bytes) -> Any:

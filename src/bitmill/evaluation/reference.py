@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitmill.errors import CheckpointError
+from bitmill.errors import CheckpointError, one_line
 
 FILE = "reference.safetensors"
 TOKENS = 512  # predicted from, in all windows together
@@ -122,7 +122,7 @@ def read_reference(folder: Path) -> ReferencePredictions | None:
         found = load_file(path)
         reference = ReferencePredictions(**found)
     except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); quantize the model again.") from None
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}); quantize the model again.") from None
     tokens, indices, values = reference.tokens, reference.indices, reference.log_probabilities
     sound = (
         (tokens.dtype, indices.dtype, values.dtype) == (torch.int32, torch.int32, torch.float32)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitmill.config.documents import load_json, read_document
+from bitmill.config.documents import read_json_object
 from bitmill.errors import BitmillError, SourceError, quoted
 
 MAX_CONFIG_BYTES = 1 << 25
@@ -39,12 +39,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         SourceError: the file cannot be read, is too large or no JSON object, or has numbers out of bounds.
     """
-    try:
-        config = load_json(read_document(path, "file", SourceError, MAX_CONFIG_BYTES))
-    except ValueError:
-        raise SourceError(f"{path} is no valid JSON; fetch it again.") from None
-    if not isinstance(config, dict):
-        raise SourceError(f"{path} is no JSON object; fetch it again.")
+    config = read_json_object(path, SourceError, MAX_CONFIG_BYTES, "fetch it again")
     check_config(config, path)
     return config
 

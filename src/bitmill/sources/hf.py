@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitmill.config.documents import load_json, read_document
+from bitmill.config.documents import read_json_object
 from bitmill.errors import OutputError, SourceError, one_line
 from bitmill.sources.base import config_bytes, hash_file
 from bitmill.sources.config_bounds import read_config
 from bitmill.sources.pooling import read_pooling, sentence_modules
 from bitmill.sources.safetensors_header import TensorEntry, read_header
-from bitmill.sources.side_files import side_files
+from bitmill.sources.side_files import ADAPTER, side_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ADAPTER = "adapter_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_JSON_BYTES = 100_000_000
 
@@ -184,13 +183,7 @@ class HfSource:
         """Return a JSON object from a file of the folder. Raises SourceError."""
         if not self._inside(path):
             raise SourceError(f"{path} is a link out of its folder, which is not followed; copy the file there.")
-        try:
-            plain = load_json(read_document(path, "file", SourceError, MAX_JSON_BYTES, "fetch it again"))
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{path} is no valid JSON ({one_line(error)}); fetch it again.") from error
-        if not isinstance(plain, dict):
-            raise SourceError(f"{path} is no JSON object; fetch it again.")
-        return plain
+        return read_json_object(path, SourceError, MAX_JSON_BYTES, "fetch it again")
 
     def _find_shards(self) -> list[Path]:
         """Return the files of weights that transformers reads, and keep their index. Raises SourceError."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitmill.config.documents import load_json, read_document
-from bitmill.errors import SourceError, one_line
+from bitmill.config.documents import read_json
+from bitmill.errors import SourceError
+from bitmill.sources.config_bounds import MAX_CONFIG_BYTES
 
 MEAN = "mean"
 _MODES = {
@@ -73,7 +74,4 @@ def _mode(file: Path) -> str:
 
 def _json(file: Path) -> Any:
     """Return the content of a JSON file. Raises SourceError."""
-    try:
-        return load_json(read_document(file, "file", SourceError, hint="fetch it again"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file} is no valid JSON ({one_line(error)}); fetch it again.") from error
+    return read_json(file, SourceError, MAX_CONFIG_BYTES, "fetch it again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+ADAPTER = "adapter_config.json"  # makes transformers load an adapter onto the model
 WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
