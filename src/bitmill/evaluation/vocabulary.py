@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from bitmill.errors import SourceError, one_line
+from bitmill.evaluation.context import text_config
 
 
 def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
@@ -37,8 +38,7 @@ def outside_vocabulary(config: Any, tokens: Tensor) -> str | None:
     """
     if not tokens.numel():
         return None
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(text_config, "vocab_size", None)
+    size = getattr(text_config(config), "vocab_size", None)
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest >= 0 and (not isinstance(size, int) or highest < size):
         return None
