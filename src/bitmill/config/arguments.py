@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar
 
 from bitmill.config.documents import MAX_INTEGER
-from bitmill.errors import UsageError, quoted
+from bitmill.errors import BitmillError, UsageError, quoted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,6 +45,29 @@ def checked_arguments(*unchecked: str) -> Callable[[F], F]:
         return typing.cast(F, checked)
 
     return decorate
+
+
+def check_seed(seed: int, error: type[BitmillError]) -> None:
+    """Raise an error of this class for a seed that the generators of torch do not have."""
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise error(f"The seed {quoted(seed)} has more than 64 bits; use a smaller one.")
+
+
+def check_characters(text: str, owner: str, error: type[BitmillError]) -> None:
+    """Raise an error for half a surrogate pair, as which Python reads bytes that are not UTF-8.
+
+    Args:
+        text: the text; tokenizers do not read such halves.
+        owner: what holds it, for the message.
+        error: class of the error.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as found:
+        half = f"\\u{ord(text[found.start]):04x}"
+        raise error(
+            f"{owner} has half a surrogate pair, {half}, at character {found.start}, which is no text; remove it."
+        ) from None
 
 
 def check_argument(name: str, value: Any, hint: Any) -> None:

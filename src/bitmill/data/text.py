@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from bitmill.config.arguments import check_characters
 from bitmill.config.documents import load_json, read_document
 from bitmill.config.paths import user_path
-from bitmill.errors import CalibrationError, one_line, quoted
+from bitmill.errors import CalibrationError, one_line
 from bitmill.evaluation.vocabulary import token_ids
 
 Windows = torch.Tensor | list[torch.Tensor]  # token ids (windows, length), or windows of several lengths
@@ -40,7 +41,7 @@ def load_text(source: TextSource) -> str:
     """
     if not isinstance(source, (str, Path)):
         text = "\n\n".join(source)
-        check_characters(text, "The list of texts")
+        check_characters(text, "The list of texts", CalibrationError)
         return text
     if source == "pydoc":
         return _pydoc()
@@ -52,7 +53,7 @@ def load_text(source: TextSource) -> str:
         text = "\n\n".join(_json_lines(path, text))
     if not text.strip():
         raise CalibrationError(f"{path} holds no text; give a file with at least a few thousand words.")
-    check_characters(text, str(path))
+    check_characters(text, str(path), CalibrationError)
     return text
 
 
@@ -69,22 +70,6 @@ def token_stream(source: TextSource, tokenizer: Any) -> torch.Tensor:
     with no_length_warning():
         ids = token_ids(tokenizer, load_text(source), add_special_tokens=False)
     return torch.tensor(ids, dtype=torch.int64)
-
-
-def check_characters(text: str, owner: str) -> None:
-    """Raise CalibrationError for half a surrogate pair, which is no character and which tokenizers do not read.
-
-    Args:
-        text: the text.
-        owner: what holds it, for the message.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise CalibrationError(
-            f"{owner} has half a surrogate pair, {half}, at character {error.start}, which is no text; remove it."
-        ) from None
 
 
 def split_stream(ids: Stream, which: str) -> Stream:
@@ -154,12 +139,6 @@ def windows_hash(windows: Windows) -> str:
     if not isinstance(windows, torch.Tensor):
         windows = torch.cat([torch.tensor([len(window) for window in windows]), *windows])
     return hashlib.sha256(windows.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
-
-
-def check_seed(seed: int) -> None:
-    """Raise CalibrationError for a seed that the generators of torch do not have."""
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise CalibrationError(f"The seed {quoted(seed)} has more than 64 bits; use a smaller one.")
 
 
 def check_windows(samples: int, seqlen: int) -> None:

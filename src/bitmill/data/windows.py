@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bitmill.config.arguments import check_seed
 from bitmill.data import text
-from bitmill.data.text import TextSource, Windows, check_seed
+from bitmill.data.text import TextSource, Windows
 from bitmill.errors import CalibrationError, quoted
 from bitmill.evaluation.context import context_length
 from bitmill.evaluation.vocabulary import outside_vocabulary, token_ids
@@ -67,7 +68,7 @@ class CalibrationData:
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise CalibrationError(f"{name} is {quoted(value)}; use a whole number.")
             object.__setattr__(self, name, int(value))
-        check_seed(self.seed)
+        check_seed(self.seed, CalibrationError)
         if self.samples * self.seqlen > MAX_TOKENS:
             raise CalibrationError(
                 f"samples is {quoted(self.samples)} and seqlen is {quoted(self.seqlen)}, more than {MAX_TOKENS:,} "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.compat import forward_with_cache
+from bitmill.config.arguments import check_characters, check_seed
 from bitmill.errors import NumericsError, UsageError, one_line, quoted
 from bitmill.evaluation.context import context_length
 from bitmill.evaluation.vocabulary import outside_vocabulary, token_ids
@@ -73,8 +74,7 @@ def generate(
         NumericsError: The logits are not finite.
     """
     check_can_generate(model)
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise UsageError(f"The seed {quoted(seed)} has more than 64 bits; use a smaller one.")
+    check_seed(seed, UsageError)
     limit = min(max_new_tokens, _remaining_context(model, prompt, max_new_tokens, temperature))
     eos = eos_tokens(model, tokenizer)
     device = next(model.parameters()).device
@@ -137,7 +137,7 @@ def check_can_generate(model: nn.Module, name: str = "") -> None:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text, with the special tokens that the tokenizer adds. Raises UsageError."""
-    _check_characters(text)
+    check_characters(text, "The prompt", UsageError)
     return token_ids(tokenizer, text)
 
 
@@ -152,20 +152,12 @@ def chat_prompt(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
         UsageError: The chat template fails.
     """
     for turn in turns:
-        _check_characters(turn["content"])
+        check_characters(turn["content"], "The prompt", UsageError)
     try:
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program and can raise anything
         raise UsageError(f"The chat template cannot be applied ({one_line(error)}); use --raw.") from None
     return token_ids(tokenizer, text, add_special_tokens=False)  # the template contains special tokens
-
-
-def _check_characters(text: str) -> None:
-    """Raise UsageError for half a surrogate pair, as which Python reads bytes that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UsageError(f"The prompt {quoted(text)} is not valid UTF-8 text; give another one.") from None
 
 
 def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
