@@ -26,18 +26,6 @@ LOADERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("contents") / "out"
-    bitmill.quantize(tiny_model("llama"), "rtn", out=out, bits=4, group_size=16, measure=0)
-    return out
-
-
-@pytest.fixture
-def folder(written, tmp_path) -> Path:
-    return shutil.copytree(written, tmp_path / "out")
-
-
 def shard_of(folder: Path, name: str) -> Path:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     return folder / index["weight_map"][name]

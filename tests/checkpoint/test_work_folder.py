@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_128_hexdigest
 
-import bitmill
 from bitmill import files
 from bitmill.checkpoint import reader, work_folder
 from bitmill.checkpoint.contents import read_json
@@ -23,7 +22,6 @@ from bitmill.errors import CheckpointError, OutputError
 from bitmill.kv.calibration_file import KVCalibration
 from bitmill.kv.scheme import KV_METHODS
 from helpers.moments import fill_disk, in_child, interrupt, killed_at, stopped_at
-from helpers.tiny_models import tiny_model
 from helpers.workspace import snapshot
 
 
@@ -31,18 +29,6 @@ from helpers.workspace import snapshot
 def _no_flush(monkeypatch):
     """What a killed process wrote is there without; tests/integration/test_power_cut.py is about flushes."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("folder") / "out"
-    bitmill.quantize(tiny_model("llama"), "rtn", out=out, bits=4, group_size=16, measure=0)
-    return out
-
-
-@pytest.fixture
-def folder(written, tmp_path) -> Path:
-    return shutil.copytree(written, tmp_path / "out")
 
 
 def measurement(seqlen: int = 16) -> dict:
