@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ REPORT = "report.json"
 DOCUMENTS = (REPORT, "README.md", "report.html")
 MAX_DOCUMENT_BYTES = 100_000_000
 MAX_FILES = 100_000
+DIGEST_THREADS = 4
 # a user's own choice of how to generate and to describe a model, which changes no figure of the record
 EDITABLE = re.compile(r"generation_config\.json|(.*/)?[^/]*\.(jinja|md)|chat_template\.json|(LICENSE|NOTICE)[^/]*")
 _OF_TRAINERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)", re.I)
@@ -135,16 +137,16 @@ def check_digests(folder: Path, record: Mapping[str, FileRecord], but: Collectio
     Raises:
         CheckpointError: a file was altered.
     """
-    for name, entry in record.items():
-        path = folder / name
-        if entry.xxh3 is None or name in but or EDITABLE.fullmatch(name) or not path.is_file():
-            continue
+    names = [name for name in record if name not in but and not EDITABLE.fullmatch(name)]
+    expected = {folder / name: digest for name in names if (digest := record[name].xxh3) is not None}
+    paths = [path for path in expected if path.is_file()]
+    with ThreadPoolExecutor(DIGEST_THREADS) as threads:  # reading and hashing hold no lock of Python's
         try:
-            found = xxh3(path)
+            found = dict(zip(paths, threads.map(xxh3, paths)))
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from None
-        if found != entry.xxh3:
-            raise CheckpointError(f"{path} was altered since it was written (its digest differs); copy it again.")
+            raise CheckpointError(f"{error.filename or folder} cannot be read ({error.strerror}).") from None
+    if altered := next((path for path in paths if found[path] != expected[path]), None):
+        raise CheckpointError(f"{altered} was altered since it was written (its digest differs); copy it again.")
 
 
 def check_regular(folder: Path) -> None:
