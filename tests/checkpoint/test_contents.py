@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.checkpoint.record import record_measurement
 from bitmill.checkpoint.verify import verify
 from bitmill.errors import CheckpointError
 from helpers.tiny_models import tiny_model
@@ -48,7 +49,7 @@ def shard_of(folder: Path, name: str) -> Path:
 )
 def test_foreign_weights_refused(folder, name, load):
     shutil.copy(shard_of(folder, "model.norm.weight"), folder / name)
-    with pytest.raises(CheckpointError, match="holds weights and is no part of the quantized model"):
+    with pytest.raises(CheckpointError, match=r"is no part of the (quantized )?model"):
         load(folder)
 
 
@@ -78,20 +79,25 @@ def test_recorded_files_compared_on_load(folder, damage, message, load):
         load(folder)
 
 
-def test_links_to_recorded_files_of_hub_cache(folder, tmp_path):
+@pytest.mark.parametrize("subfolder", ["", "sub"])
+def test_links_to_recorded_files_of_hub_cache(folder, subfolder, tmp_path):
     """The Hub's cache holds links to its blobs, and only the files that were asked for."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    revision, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot = revision / subfolder
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for path in sorted(folder.iterdir()):
         if path.name not in ("report.html", "recipe.yaml"):
             path.rename(blobs / path.name)
-            (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+            (snapshot / path.name).symlink_to(os.path.relpath(blobs / path.name, snapshot))
     assert open_checkpoint(snapshot).record
+    AutoModelForCausalLM.from_pretrained(revision, subfolder=subfolder)
+    record_measurement(snapshot, {"text": "t", "split": "eval", "perplexity": 9.0})
+    assert open_checkpoint(snapshot, digests="all").report["measured"]
     elsewhere = shutil.copy(shard_of(snapshot, "model.norm.weight"), tmp_path / "elsewhere")
     shard_of(snapshot, "model.norm.weight").unlink()
     shard_of(snapshot, "model.norm.weight").symlink_to(elsewhere)
-    with pytest.raises(CheckpointError, match="leaves the folder"):
+    with pytest.raises(CheckpointError, match=r"leaves the folder, to .*elsewhere; copy .*cp -rL"):
         open_checkpoint(snapshot)
 
 
@@ -171,5 +177,5 @@ def test_float_folder_with_calibration(tmp_path):
     bitmill.quantize(tiny_model("llama"), "none", kv="per_token", out=out)
     bitmill.load(out)
     shutil.copy(shard_of(out, "model.norm.weight"), out / "model.safetensors")
-    with pytest.raises(CheckpointError, match="holds weights and is no part"):
+    with pytest.raises(CheckpointError, match="holds both"):
         bitmill.load(out)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_128_hexdigest
 
+import bitmill
 from bitmill import files
 from bitmill.checkpoint import reader, work_folder
 from bitmill.checkpoint.contents import read_json
@@ -21,6 +22,7 @@ from bitmill.checkpoint.work_folder import FolderLock, WorkFolder, changed_folde
 from bitmill.errors import CheckpointError, OutputError
 from bitmill.kv.calibration_file import KVCalibration
 from bitmill.kv.scheme import KV_METHODS
+from bitmill.workflows.load import load_tokenizer
 from helpers.moments import fill_disk, in_child, interrupt, killed_at, stopped_at
 from helpers.workspace import snapshot
 
@@ -165,10 +167,34 @@ def test_without_exchange(small, tmp_path, monkeypatch):
         here = shutil.copytree(small, tmp_path / str(moment) / "out")
         if not killed_at(moment, lambda: rewrite(here)):  # noqa: B023
             break
+        if not here.exists():
+            for read in (open_checkpoint, bitmill.load, load_tokenizer):
+                with pytest.raises(CheckpointError, match=r"restore the earlier version.*mv .*partial/previous"):
+                    read(here)
         with closing(WorkFolder(here)):
             assert snapshot(here) in (before, after)
     rewrite(small)
     assert snapshot(small) == after
+
+
+def test_links_out_of_the_folder(folder, tmp_path):
+    """The copy that is changed is one level deeper than the folder, where relative links would dangle."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "notes").write_text("words")
+    (folder / "recipe.yaml").rename(tmp_path / "elsewhere" / "recipe.yaml")
+    (folder / "recipe.yaml").symlink_to("../elsewhere/recipe.yaml")
+    (folder / "more").symlink_to("../elsewhere")
+    (folder / "self").symlink_to(".")
+    (folder / "card").symlink_to("README.md")
+    (folder / "nothing").symlink_to("../nothing")
+    with changed_folder(folder) as new:
+        open_checkpoint(new, digests="all")
+        assert (new / "more" / "notes").read_text() == "words"
+    open_checkpoint(folder, digests="all")
+    assert (folder / "recipe.yaml").samefile(tmp_path / "elsewhere" / "recipe.yaml")
+    assert (folder / "more").samefile(tmp_path / "elsewhere")
+    assert os.readlink(folder / "card") == "README.md"
+    assert os.readlink(folder / "nothing") == "../nothing"
 
 
 def test_without_hard_links(folder, change, tmp_path, monkeypatch):

@@ -114,7 +114,7 @@ def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collecti
             foreign.append(name)
     for name, entry in record.items():
         path = folder / name
-        if name not in found and not _is_download(folder):
+        if name not in found and _hub_blobs(folder) is None:
             raise CheckpointError(f"{path} is missing, but {REPORT} records it; copy the folder again.")
         if EDITABLE.fullmatch(name):
             continue
@@ -165,12 +165,19 @@ def is_inside(root: Path, path: Path) -> bool:
     if not path.is_symlink():
         return True
     above = Path(os.path.realpath(path)).parent  # a link to itself is no error here
-    return above == root or (_is_download(root) and above == root.parents[1] / "blobs")
+    return above == root or above == _hub_blobs(root)
 
 
-def _is_download(folder: Path) -> bool:
-    """Return True for a snapshot in the Hub's cache: its files are links, and only those that were requested."""
-    return folder.resolve().parent.name == "snapshots"
+def _hub_blobs(folder: Path) -> Path | None:
+    """Return where the Hub's cache keeps the files of a snapshot or of its subfolders; None for other folders.
+
+    A snapshot is REPOSITORY/snapshots/REVISION. Its files are links, and only those that were requested.
+    """
+    real = folder.resolve()
+    for snapshot in (real, *real.parents):
+        if snapshot.parent.name == "snapshots" and (blobs := snapshot.parents[1] / "blobs").is_dir():
+            return blobs
+    return None
 
 
 def _is_weights(name: str) -> bool:

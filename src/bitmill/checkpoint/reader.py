@@ -23,6 +23,7 @@ from bitmill.checkpoint.contents import (
 from bitmill.checkpoint.marker import marked_shape, marker_names
 from bitmill.checkpoint.schema import FORMAT_VERSION, QUANT_METHOD, head_config, layer_formats, shared_paths
 from bitmill.checkpoint.tensors import open_tensors
+from bitmill.checkpoint.work_folder import check_not_interrupted
 from bitmill.config.paths import user_path
 from bitmill.errors import CheckpointError, RecipeError, SourceError, quoted
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
@@ -181,7 +182,12 @@ class Checkpoint:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return True if `folder` has the config of a model quantized by bitmill."""
+    """Return True if `folder` has the config of a model quantized by bitmill.
+
+    Raises:
+        CheckpointError: the folder has no name, because the process that replaced it was interrupted.
+    """
+    check_not_interrupted(folder)
     try:
         return bool(read_json(folder, "config.json")["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (CheckpointError, ValueError, KeyError, TypeError):  # ValueError: no path
@@ -189,7 +195,11 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def is_bitmill_folder(folder: Path) -> bool:
-    """Return True if bitmill wrote `folder`, quantized or with float weights and a KV calibration."""
+    """Return True if bitmill wrote `folder`, quantized or with float weights and a KV calibration.
+
+    Raises:
+        CheckpointError: the folder has no name, because the process that replaced it was interrupted.
+    """
     if is_checkpoint(folder):
         return True
     try:
@@ -243,6 +253,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def _open(folder: Path, shapes: Mapping[str, tuple[int, int]] | None) -> Checkpoint:
     """Do what `open_checkpoint` does, in a folder that stays as it is."""
+    check_not_interrupted(folder)
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}; give one that bitmill quantize wrote.")
     check_regular(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 from bitmill.checkpoint.contents import is_inside, read_json
@@ -14,16 +16,21 @@ def open_tensors(folder: Path) -> tuple[dict[str, Path], dict[str, TensorEntry],
     """Read the headers of the files that hold the model's tensors.
 
     transformers loads a single file where there is one, otherwise every tensor of the shards that the index names,
-    listed or not. So there must be one or the other, and the index must list what the shards hold.
+    listed or not. So there must be one or the other and not both, and the index must list what the shards hold.
 
     Returns:
         Tensor name -> file; tensor name -> header entry; the names of the files, and of the index.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or is not in the folder.
+        CheckpointError: a file is missing or damaged, or is not in the folder, or there are both a single file and
+            an index.
     """
-    single = (folder / SINGLE).exists() and not (folder / INDEX).exists()
-    if single:
+    if (folder / SINGLE).exists():
+        if os.path.lexists(folder / INDEX):
+            raise CheckpointError(
+                f"{folder} holds both {SINGLE}, which transformers reads, and {INDEX}, which names other files; "
+                "move the one that is no part of the model elsewhere."
+            )
         return _open_shards(folder, None, {SINGLE})
     index = read_json(folder, INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
@@ -53,7 +60,10 @@ def _open_shards(
     for shard in sorted(shards):
         path = folder / shard
         if not is_inside(root, path):
-            raise CheckpointError(f"The shard {path} is a link that leaves the folder; copy the file into it.")
+            raise CheckpointError(
+                f"The shard {path} is a link that leaves the folder, to {os.path.realpath(path)}; copy the folder "
+                f"with its links followed (cp -rL {shlex.quote(str(folder))} NEW) and use the copy."
+            )
         try:
             header = read_header(path)
         except SourceError as error:

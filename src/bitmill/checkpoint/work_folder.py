@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import socket
 import stat
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bitmill.config.paths import user_path
-from bitmill.errors import OutputError
+from bitmill.errors import CheckpointError, OutputError
 from bitmill.files import NO_HARD_LINKS, make_folder, output_errors, previous_folder, replace_folder
 
 PARTIAL = ".partial"
@@ -162,8 +163,8 @@ class WorkFolder:
 def changed_folder(folder: Path) -> Iterator[Path]:
     """Yield a copy of a finished folder to change, which takes its place when the block ends.
 
-    Unchanged files are hard links where the file system has them. Whenever the process ends, the folder is as it
-    was or as it is to become.
+    Unchanged files are hard links where the file system has them, also to files outside the folder to which it has
+    symbolic links. Whenever the process ends, the folder is as it was or as it is to become.
 
     Args:
         folder: the folder.
@@ -179,6 +180,7 @@ def changed_folder(folder: Path) -> Iterator[Path]:
         work.clear()
         with output_errors(folder):
             shutil.copytree(folder, work.model, symlinks=True, copy_function=_link_or_copy)
+            _replace_links_out(work.model, folder)
             _give_to_owner(work.model, folder)
         yield work.model
         replace_folder(work.model, folder)
@@ -218,6 +220,25 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def _replace_links_out(new: Path, folder: Path) -> None:
+    """Replace the symbolic links that lead out of a copied folder: relative ones dangle in the place of the copy.
+
+    Args:
+        new: the copy, without links in its path.
+        folder: the folder that was copied.
+    """
+    for link in [path for path in new.rglob("*") if path.is_symlink()]:
+        target = Path(os.path.realpath(folder / link.relative_to(new)))
+        inside = Path(os.path.realpath(link)).is_relative_to(new)
+        if inside or not target.exists():
+            continue
+        link.unlink()
+        if target.is_dir():  # not copied: it may hold anything, also the folder itself
+            link.symlink_to(target)
+        else:
+            _link_or_copy(str(target), str(link))
+
+
 def _give_to_owner(new: Path, folder: Path) -> None:
     """Give a folder the owner of another, where this process may."""
     owner = folder.stat()
@@ -255,6 +276,29 @@ def check_new(out: Path) -> None:
         raise OutputError(
             f"{work} holds an unfinished run; continue it with --resume, or delete it to start anew."
         )
+
+
+def check_not_interrupted(folder: Path) -> None:
+    """Check that no process ended between the two renames of `replace_folder`, where a folder has lost its name.
+
+    Readers change nothing; the next writer gives the folder its name back.
+
+    Raises:
+        CheckpointError: there is no folder, and its earlier version is in its work folder.
+    """
+    if os.path.exists(folder):
+        return
+    real = Path(os.path.realpath(folder))  # work folders are next to the folder and not to a link to it
+    work = partial_folder(real)
+    previous = previous_folder(work / MODEL)
+    if not os.path.isdir(previous):
+        return
+    if (holder := holder_of(work)) is not None:
+        raise CheckpointError(f"Another process{holder} is replacing {folder}; open it again in a moment.")
+    raise CheckpointError(
+        f"There is no folder {folder}, because a process was interrupted while it replaced it; restore the "
+        f"earlier version, which is complete (mv {shlex.quote(str(previous))} {shlex.quote(str(real))})."
+    )
 
 
 def remove_leftovers(out: Path) -> None:

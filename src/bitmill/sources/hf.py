@@ -182,7 +182,7 @@ class HfSource:
     def _read_json(self, path: Path) -> dict[str, Any]:
         """Return a JSON object from a file of the folder. Raises SourceError."""
         if not self._inside(path):
-            raise SourceError(f"{path} is a link out of its folder, which is not followed; copy the file there.")
+            raise SourceError(f"{path} is a link out of its folder, which is not followed; copy the file there (cp -L).")
         return read_json_object(path, SourceError, MAX_JSON_BYTES, "fetch it again")
 
     def _find_shards(self) -> list[Path]:
@@ -229,7 +229,10 @@ class HfSource:
         """Return the path of a shard. Raises SourceError where it is absent or outside the folder."""
         path = self.folder / name
         if Path(name).name != name or not self._inside(path):
-            raise SourceError(f"The shard {name!r} of {self.folder} is outside that folder, so it is not read.")
+            raise SourceError(
+                f"The shard {name!r} of {self.folder} is outside that folder, so it is not read; if it is a link, "
+                "copy the folder with its links followed (cp -rL)."
+            )
         if not path.is_file():
             raise SourceError(f"{self.folder} lacks the shard {name!r} that its index names; fetch it again.")
         return path

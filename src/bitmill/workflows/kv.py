@@ -318,7 +318,7 @@ def calibrate_folder(
         work.clear()
         calibration, plan = _calibrated(folder, config, given, device, trust_remote_code, progress)
         with output_errors(out):
-            shutil.copytree(folder, work.model)
+            shutil.copytree(folder, work.model, ignore_dangling_symlinks=True)
         add_calibration(work.model, calibration, plan)
         publish(work.model, out)
     finally:
