@@ -182,7 +182,7 @@ class HfSource:
     def _read_json(self, path: Path) -> dict[str, Any]:
         """Return a JSON object from a file of the folder. Raises SourceError."""
         if not self._inside(path):
-            raise SourceError(f"{path} is a link out of its folder, which is not followed; copy the file there (cp -L).")
+            raise SourceError(f"{path} is a link out of its folder, which is not followed; copy the file there.")
         return read_json_object(path, SourceError, MAX_JSON_BYTES, "fetch it again")
 
     def _find_shards(self) -> list[Path]:
