@@ -21,6 +21,7 @@ from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.schema import QUANT_METHOD, head_config, layer_formats, shared_paths
 from bitmill.errors import CheckpointError
 from bitmill.integrations.renaming import has_own_names, model_names, renamed_config
+from bitmill.integrations.saving import protect_saves
 from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix, check_packed, detach_files
@@ -154,6 +155,7 @@ class BitmillQuantizer(HfQuantizer):
         self._replaced, self._shapes = {}, {}
         model._weight_conversions = []  # save_pretrained writes the names of the model
         detach_files(model)
+        protect_saves(model)
         from bitmill.runtime.decode import attach  # transformers is only partly imported when this file is
 
         attach(model)
@@ -207,6 +209,7 @@ def mark_quantized(model: nn.Module, config: dict[str, Any]) -> None:
             "_weight_conversions": [],  # save_pretrained writes the names of the model
         }
         vars(model).update(marks, is_quantized=True)
+        protect_saves(model)
 
 
 def register() -> None:

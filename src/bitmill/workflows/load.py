@@ -13,6 +13,7 @@ from bitmill.checkpoint.reader import is_bitmill_folder, is_checkpoint, open_che
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import BitmillError, CheckpointError, one_line
+from bitmill.integrations.saving import protect_saves
 from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.decode import attach
 from bitmill.runtime.modules.dequantize import dequantize_model
@@ -46,9 +47,11 @@ def load(
     if isinstance(model, (str, Path)) and is_checkpoint(user_path(model)):
         config = open_checkpoint(model).config  # refuses damage before anything is read
         return read_folder(model, config, dtype, device, dense, trust_remote_code)
-    _check_float_folder(model)
+    recorded = _check_float_folder(model)
     streamed = StreamedModel(open_source(model, trust_remote_code=trust_remote_code), device)
     streamed.load(streamed.names())
+    if recorded:
+        protect_saves(streamed.model)
     return attach(streamed.model.to(dtype))
 
 
@@ -64,10 +67,16 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
     return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
 
 
-def _check_float_folder(model: str | Path) -> None:
-    """Check a folder with float weights and a KV calibration against its record, which sources do not read."""
-    if is_bitmill_folder(user_path(model)):
+def _check_float_folder(model: str | Path) -> bool:
+    """Check a folder with float weights and a KV calibration against its record, which sources do not read.
+
+    Returns:
+        True for such a folder, False for any other model.
+    """
+    recorded = is_bitmill_folder(user_path(model))
+    if recorded:
         open_checkpoint(model, digests="all")
+    return recorded
 
 
 def live_model(model: str | Path | nn.Module, device: str, trust_remote_code: bool) -> nn.Module:
