@@ -1,10 +1,12 @@
 """Errors are one sentence that names the cause, and no file is lost.
 
-For every fault: the exit status is not 0, stdout is empty, stderr is one line, no existing file changes, and the
-output folder is not created.
+For every fault: the exit status is not 0, stdout is empty (with --json: the error), stderr is one line, no
+existing file changes, and the output folder is not created.
 """
 
 from __future__ import annotations
+
+import json
 
 import pytest
 
@@ -15,7 +17,7 @@ from helpers.workspace import snapshot
 SUBJECTS = (disk, model, text, options, resume, folder)
 FAULTS: dict[str, Fault] = {name: spoil for subject in SUBJECTS for name, spoil in subject.fault.items()}
 
-# a tenth is enough to see that --json changes nothing
+# a tenth is enough to see that --json changes nothing but stdout
 CASES = [(name, False) for name in FAULTS] + [(name, True) for name in list(FAULTS)[::10]]
 
 
@@ -31,7 +33,11 @@ def test_fault(name, as_json, workspace, capsys, monkeypatch):
         status = main(command)
     out, err = capsys.readouterr()
     assert status in (1, 2), err
-    assert out == ""
+    if "--json" in command:
+        error = json.loads(out)["error"]
+        assert (error["exit_code"], f"error: {error['message']}\n") == (status, err)
+    else:
+        assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert err.rstrip().endswith((".", ";"))

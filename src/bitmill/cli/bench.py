@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.app import App
 from bitmill.cli.options import AsJson, TrustRemoteCode
 from bitmill.cli.output import command_output, data_table, format_mb, format_number, property_table
 from bitmill.errors import UsageError
 
-app = typer.Typer(help="Measure the speed of kernels and quantized models.", no_args_is_help=True)
+app = App(help="Measure the speed of kernels and quantized models.", no_args_is_help=True)
 
 Folder = Annotated[str, typer.Argument(help="Quantized folder.", show_default=False)]
 Shapes = Annotated[

@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitmill.cli.complete import KV_METHODS, METHODS, complete_any_method, complete_method
 from bitmill.cli.options import AsJson, parse_method_options
 from bitmill.cli.output import command_output, data_table
+from bitmill.config.listing import listings
+from bitmill.errors import RecipeError
 
 if TYPE_CHECKING:
     from bitmill.formats import Format
     from bitmill.recipes.recipe import Recipe
 
-MethodName = Annotated[str | None, typer.Argument(help="Show one method in full.", show_default=False)]
+MethodName = Annotated[
+    str | None,
+    typer.Argument(help="Show one method in full.", autocompletion=complete_any_method, show_default=False),
+]
 RecipeName = Annotated[
-    str | None, typer.Argument(help="Print one recipe as YAML, a start for your own.", show_default=False)
+    str | None,
+    typer.Argument(
+        help="Print one recipe as YAML, a start for your own.", autocompletion=complete_method, show_default=False
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -29,13 +38,10 @@ Settings = Annotated[
 def methods(name: MethodName = None, as_json: AsJson = False) -> None:
     """List the methods for weights and for keys and values, or show the card and the options of one."""
     with command_output(as_json) as output:
-        from bitmill.kv import KV_METHODS
-        from bitmill.recipes.method import METHODS
-
         if name is None:
             weights, kv = (
-                [{"name": n, "description": first_sentence(kind)} for n, kind in registry.items()]
-                for registry in (METHODS, KV_METHODS)
+                [{"name": one.name, "description": one.summary} for one in listings(package).values()]
+                for package in (METHODS, KV_METHODS)
             )
             columns = ("name", "description")
             output.result(
@@ -43,12 +49,16 @@ def methods(name: MethodName = None, as_json: AsJson = False) -> None:
                 lambda: [_table(columns, weights), "", "For keys and values (--kv)", _table(columns, kv)],
             )
             return
-        kind = KV_METHODS.get(name) if name in KV_METHODS.names() else METHODS.get(name)
-        options = [describe_option(f) for f in dataclasses.fields(kind)]
-        card = inspect.getdoc(kind) or ""
+        listed = listings(KV_METHODS).get(name) or listings(METHODS).get(name)
+        if listed is None:
+            known = ", ".join([*listings(METHODS), *listings(KV_METHODS)])
+            raise RecipeError(f"There is no method {name!r}; choose one of: {known}.")
+        options = listed.options if listed.options is not None else _imported_options(name)
         shown = [{**o, "default": str(o["default"])} for o in options]
-        data = {"name": name, "card": card, "options": options}
-        output.result(data, lambda: [_verbatim(card), "", _table(("name", "type", "default", "help"), shown)])
+        data = {"name": name, "card": listed.card, "options": options}
+        output.result(
+            data, lambda: [_verbatim(listed.card), "", _table(("name", "type", "default", "help"), shown)]
+        )
 
 
 def recipes(name: RecipeName = None, settings: Settings = None, as_json: AsJson = False) -> None:
@@ -102,6 +112,15 @@ def models(as_json: AsJson = False) -> None:
 def first_sentence(kind: type) -> str:
     """Return the first line of a method's card."""
     return (inspect.getdoc(kind) or "").partition("\n")[0]
+
+
+def _imported_options(name: str) -> list[dict[str, Any]]:
+    """Return the options of a method whose source alone does not tell them."""
+    from bitmill.kv import KV_METHODS
+    from bitmill.recipes.method import METHODS
+
+    kind: type = KV_METHODS.get(name) if name in KV_METHODS.names() else METHODS.get(name)
+    return [describe_option(f) for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
 
 
 def describe_option(field: dataclasses.Field[Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitmill.cli.complete import complete_methods
 from bitmill.cli.options import (
     AsJson,
     Device,
@@ -29,7 +30,12 @@ Out = Annotated[
     Path,
     typer.Option("-o", "--out", help="Folder of the comparison; continued if it exists.", show_default=False),
 ]
-Methods = Annotated[str, typer.Option(metavar="A,B", help="Named methods, or all.", show_default=False)]
+Methods = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B", help="Named methods, or all.", autocompletion=complete_methods, show_default=False
+    ),
+]
 Bits = Annotated[str, typer.Option(metavar="B,C", help="Bits for each of the methods.", show_default=False)]
 Recipes = Annotated[
     list[str] | None,
@@ -101,7 +107,7 @@ def compare(
         )
         data = {"out": str(out), **results.model_dump(exclude={"variants": {"__all__": {"layers"}}})}
         output.result(data, lambda: [results_table(results), *_status_lines(results, out)])
-    _raise_failures(results)
+        _raise_failures(results)
 
 
 def _raise_failures(results: Results) -> None:

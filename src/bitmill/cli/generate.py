@@ -119,8 +119,8 @@ def generate(
             output.result(_generation_data(done, prompt, chat, cache), lambda: [])
         else:
             show("\n")
-            _print_speed(done)
-            _print_cache(cache)
+            _print_speed(output, done)
+            _print_cache(output, cache)
 
 
 def chat(
@@ -151,7 +151,7 @@ def chat(
                 turn_seed = seed + len(messages)
                 done, cache = session.generate(ids, max_new_tokens, temperature, turn_seed, output.write)
                 output.write("\n")
-                _print_cache(cache)
+                _print_cache(output, cache)
                 messages.append({"role": "assistant", "content": done.text})
         except KeyboardInterrupt:
             output.write("\n")
@@ -191,16 +191,16 @@ def _generation_data(done: Any, prompt: str, chat: bool, cache: dict[str, Any]) 
     }
 
 
-def _print_speed(done: Any) -> None:
+def _print_speed(output: Output, done: Any) -> None:
     from bitmill.progress import peak_memory_bytes
 
     speed = f"{done.new_tokens} tokens, {format_number(done.tokens_per_s, 3)} tokens/s"
-    print(f"{speed}, peak memory {peak_memory_bytes() / 1e9:.2f} GB", file=sys.stderr)
+    output.note(f"{speed}, peak memory {peak_memory_bytes() / 1e9:.2f} GB")
 
 
-def _print_cache(measured: dict[str, Any]) -> None:
+def _print_cache(output: Output, measured: dict[str, Any]) -> None:
     if measured:
-        print(", ".join(f"{name} {value}" for name, value in kv_cache_rows(measured)), file=sys.stderr)
+        output.note(", ".join(f"{name} {value}" for name, value in kv_cache_rows(measured)))
 
 
 def _read_lines(output: Output) -> Iterator[str]:

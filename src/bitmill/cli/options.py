@@ -8,15 +8,26 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from bitmill.cli.complete import complete_demo_models, complete_kv
 from bitmill.errors import UsageError
 
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 # models and folders
 Model = Annotated[
-    str, typer.Argument(help="Demo model, Hugging Face folder or hub id, or .gguf file.", show_default=False)
+    str,
+    typer.Argument(
+        help="Demo model, Hugging Face folder or hub id, or .gguf file.",
+        autocompletion=complete_demo_models,
+        show_default=False,
+    ),
 ]
-AnyModel = Annotated[str, typer.Argument(help="Quantized folder, or any float model.", show_default=False)]
+AnyModel = Annotated[
+    str,
+    typer.Argument(
+        help="Quantized folder, or any float model.", autocompletion=complete_demo_models, show_default=False
+    ),
+]
 QuantizedFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder written by bitmill quantize.", show_default=False)
 ]
@@ -48,6 +59,7 @@ Kv = Annotated[
     typer.Option(
         metavar="NAME",
         help="Pack keys and values with this KV method (see bitmill methods).",
+        autocompletion=complete_kv,
         show_default=False,
     ),
 ]

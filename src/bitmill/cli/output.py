@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from bitmill.cli.progress import TerminalProgress
+from bitmill.cli.verbosity import is_quiet
+from bitmill.progress import Progress
 from bitmill.report.escape import printable, terminal_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from bitmill.report.metrics import MetricColumn
+
+
+E = TypeVar("E", bound=BaseException)
+_RESULT = "_result"  # attribute of an error: what the command had found before it
 
 
 class Interrupted(Exception):
@@ -25,20 +32,21 @@ class Interrupted(Exception):
 class Output:
     """The result and the progress of one command; `hint` is the message after Ctrl-C."""
 
-    def __init__(self, as_json: bool, stdout: TextIO, progress: TerminalProgress, hint: str) -> None:
+    def __init__(self, as_json: bool, stdout: TextIO, progress: Progress, hint: str) -> None:
         self.as_json, self.stdout, self.progress = as_json, stdout, progress
         self.hint = hint
+        self.data: dict[str, Any] | None = None
 
     def result(self, data: dict[str, Any], render: Callable[[], list[RenderableType]]) -> None:
         """Print the result.
 
         Args:
-            data: printed as one JSON object with --json.
+            data: printed as one JSON object with --json, when the command has ended.
             render: returns the parts printed without --json.
         """
         self.progress.finish()
         if self.as_json:
-            print(json.dumps(to_json_types(data), allow_nan=False), file=self.stdout, flush=True)
+            self.data = data
             return
         from rich.console import Console
 
@@ -52,6 +60,11 @@ class Output:
         self.stdout.write(text)
         self.stdout.flush()
 
+    def note(self, text: str) -> None:
+        """Print a line on stderr, unless the command is quiet."""
+        if not is_quiet():
+            print(text, file=sys.stderr, flush=True)
+
 
 @contextlib.contextmanager
 def command_output(as_json: bool, hint: str = "interrupted") -> Iterator[Output]:
@@ -61,16 +74,32 @@ def command_output(as_json: bool, hint: str = "interrupted") -> Iterator[Output]
         as_json: print the result as JSON.
         hint: message after Ctrl-C.
     """
-    progress = TerminalProgress()
+    progress = Progress() if is_quiet() else TerminalProgress()
     stdout = sys.stdout
     output = Output(as_json, stdout, progress, hint)
+    elsewhere = io.StringIO() if is_quiet() else sys.stderr
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(elsewhere):
             yield output
+        if output.data is not None:
+            print(json.dumps(to_json_types(output.data), allow_nan=False), file=stdout, flush=True)
     except KeyboardInterrupt:
-        raise Interrupted(output.hint) from None
+        raise _with_result(Interrupted(output.hint), output.data) from None
+    except Exception as error:
+        _with_result(error, output.data)
+        raise
     finally:
         progress.finish()
+
+
+def _with_result(error: E, data: dict[str, Any] | None) -> E:
+    error.__dict__[_RESULT] = data
+    return error
+
+
+def partial_result(error: BaseException) -> dict[str, Any]:
+    """Return the result of a command that failed after it had one; empty for the others."""
+    return getattr(error, _RESULT, None) or {}
 
 
 def to_json_types(value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.complete import complete_kv, complete_method, complete_plannable
 from bitmill.cli.options import (
     AsJson,
     HeadBits,
@@ -24,6 +25,7 @@ PlannedModel = Annotated[
     str,
     typer.Argument(
         help="llama-7b, or any model; a config.json is enough, and of a hub id only this file is fetched.",
+        autocompletion=complete_plannable,
         show_default=False,
     ),
 ]
@@ -47,7 +49,11 @@ Gpus = Annotated[int, typer.Option(metavar="K", help="Devices that share weights
 Batch = Annotated[int, typer.Option(metavar="B", help="Rows (sequences) of that many tokens.")]
 MethodName = Annotated[
     str | None,
-    typer.Option(help="Method of the weights; without it and --bits they are as stored.", show_default=False),
+    typer.Option(
+        help="Method of the weights; without it and --bits they are as stored.",
+        autocompletion=complete_method,
+        show_default=False,
+    ),
 ]
 Bits = Annotated[
     int | None,
@@ -60,6 +66,7 @@ KvMethod = Annotated[
     typer.Option(
         metavar="METHOD",
         help="Method of keys and values, NAME or NAME:key=value,...; fp16 when left out.",
+        autocompletion=complete_kv,
         show_default=False,
     ),
 ]
@@ -99,11 +106,11 @@ def plan(
             trust_remote_code=trust_remote_code,
         )
         output.result(result, lambda: _render(result))
-    if result["fits"] is False:
-        raise BitmillError(
-            f"The model needs {_gb_and_gib(result['needed_bytes'])} on each device, which does not fit "
-            f"{_memory(result)}; lower --context, --bits or --kv-bits, or give more --gpus."
-        )
+        if result["fits"] is False:
+            raise BitmillError(
+                f"The model needs {_gb_and_gib(result['needed_bytes'])} on each device, which does not fit "
+                f"{_memory(result)}; lower --context, --bits or --kv-bits, or give more --gpus."
+            )
 
 
 def _render(result: dict[str, Any]) -> list[Any]:

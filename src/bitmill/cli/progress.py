@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 SHOW_AFTER_S = 2.0  # shorter work shows nothing
 LINE_EVERY_S = 5.0
+_log = logging.getLogger("bitmill")
 DUMB = ("dumb", "unknown")  # values of TERM
 
 
@@ -38,6 +40,7 @@ class TerminalProgress(Progress):
         """Begin a task; nothing is drawn yet."""
         with self._lock:
             self.finish()
+            _log.debug("begins: %s (%d steps)", task, total)
             self._task, self._total, self._done = task, total, 0
             self._started, self._last_line = time.monotonic(), 0.0
             # a timer, because a task that only loads reports no steps
@@ -58,6 +61,8 @@ class TerminalProgress(Progress):
         """End the task; the bar of a task with a known length stays on the screen."""
         with self._lock:
             if self._timer is not None:
+                elapsed, memory = time.monotonic() - self._started, self._memory()
+                _log.debug("ended: %s after %.3f s, peak memory %s", self._task, elapsed, memory)
                 self._timer.cancel()
                 self._timer = None
             if self._bar is not None:

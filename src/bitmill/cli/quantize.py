@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitmill.cli.complete import (
+    complete_format,
+    complete_method,
+    complete_solver,
+    complete_transform,
+    complete_tuner,
+)
 from bitmill.cli.options import (
     AsJson,
     Device,
@@ -51,6 +58,7 @@ MethodName = Annotated[
     typer.Option(
         help="Named method or recipe (see bitmill methods, bitmill recipes), or a .yaml file; without it the best "
         "method of the leaderboard at these bits; none leaves the weights as they are, for --kv alone.",
+        autocompletion=complete_method,
         show_default=False,
     ),
 ]
@@ -68,17 +76,30 @@ FormatPart = Annotated[
     typer.Option(
         metavar="PART",
         help="Weight format in place of the method's, NAME or NAME:key=value,...",
+        autocompletion=complete_format,
         show_default=False,
     ),
 ]
 SolverPart = Annotated[
-    str | None, typer.Option(metavar="PART", help="Solver in place of the method's.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="PART", help="Solver in place of the method's.", autocompletion=complete_solver, show_default=False
+    ),
 ]
 Transforms = Annotated[
-    list[str] | None, typer.Option(metavar="PART", help="Additional transform; repeatable.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        metavar="PART",
+        help="Additional transform; repeatable.",
+        autocompletion=complete_transform,
+        show_default=False,
+    ),
 ]
 Tuners = Annotated[
-    list[str] | None, typer.Option(metavar="PART", help="Additional tuner; repeatable.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        metavar="PART", help="Additional tuner; repeatable.", autocompletion=complete_tuner, show_default=False
+    ),
 ]
 Sparse = Annotated[
     float | None,
