@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
-from bitmill.calibration.token_windows import JobData, token_windows
+from bitmill.calibration.token_windows import JobData
 from bitmill.checkpoint.contents import read_json
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
 from bitmill.checkpoint.schema import quantization_config
@@ -22,32 +22,27 @@ from bitmill.checkpoint.writer import FolderSink, is_finished
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
-from bitmill.errors import SourceError, UsageError, is_out_of_memory, one_line
+from bitmill.errors import UsageError, is_out_of_memory, one_line
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.evaluation.reference import ReferencePredictions, ReferenceRecorder
 from bitmill.files import folder_bytes, write_tensors
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
 from bitmill.models.embedding_and_head import embedding_and_head
-from bitmill.models.kind import check_class_loads
-from bitmill.models.stored import moved_on_load
-from bitmill.models.streamed import StreamedModel
 from bitmill.models.trial import try_first_block
 from bitmill.pipeline import Job, run
 from bitmill.pipeline.in_place import ModuleSink
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
-from bitmill.recipes.compose import compose
 from bitmill.recipes.recipe import Recipe
-from bitmill.recipes.resolve import ResolvedRecipe, resolve_recipe
 from bitmill.recipes.rules import Rule
 from bitmill.report.html import folder_documents
-from bitmill.sources.open import open_source
 from bitmill.version import __version__
 from bitmill.workflows import kv as kv_workflow
-from bitmill.workflows.checks import check_device, check_space, choose_recipe, job_identity
+from bitmill.workflows.checks import check_space
 from bitmill.workflows.load import read_folder
+from bitmill.workflows.prepare import PreparedJob, QuantizeRequest, RecipeChanges, prepare_job, read_data
 from bitmill.workflows.running import check_memory, measure_running
-from bitmill.workflows.sizes import report_plan, storage_plan
+from bitmill.workflows.sizes import report_plan
 
 SECONDS_DIGITS = 3
 STORED = ("bits_per_weight", "head_bits_per_weight", "head_bytes", "unquantized_bytes")  # also in report.json
@@ -111,86 +106,16 @@ def quantize(
         BitmillError: anything wrong with model, method, text or disk, in one sentence.
     """
     kv_config = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
-    request = _Request(
+    request = QuantizeRequest(
         model, None if out is None else user_path(out, SUFFIX_BYTES),
         as_calibration(calibration), measure, device, resume, dry_run, propagate,
         None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code,
         progress or Progress(),
     )  # fmt: skip
-    return _quantize(request, method, _RecipeChanges(options, head_bits, tuple(rules)))
+    return _quantize(request, method, RecipeChanges(options, head_bits, tuple(rules)))
 
 
-@dataclass(frozen=True)
-class _RecipeChanges:
-    """The arguments of `quantize` that change the recipe."""
-
-    options: dict[str, Any]
-    head_bits: int | None
-    rules: tuple[str | Rule, ...]
-
-    def choose(self, method: str | Path | Recipe | None) -> tuple[Recipe, dict[str, str]]:
-        """Return the recipe, and the summary's entry `chosen` where no method was named."""
-        recipe, chosen = choose_recipe(method, self.options, self.head_bits)
-        return (compose(recipe, rules=self.rules) if self.rules else recipe), chosen
-
-    @property
-    def given(self) -> bool:
-        """True where anything is changed."""
-        return bool(self.options or self.head_bits or self.rules)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The arguments of `quantize` but for those of the recipe."""
-
-    model: str | Path | nn.Module
-    out: Path | None
-    calibration: CalibrationData | Tensor | None
-    measure: int
-    device: str
-    resume: bool
-    dry_run: bool
-    propagate: Propagate
-    statistics: Path | None
-    kv: KVConfig | None
-    tokenizer: Any
-    trust_remote_code: bool
-    progress: Progress
-    started: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        if self.measure < 0:
-            raise UsageError(f"measure is {self.measure}; use 0 or a positive number of windows.")
-        check_device(self.device)
-
-    @property
-    def live(self) -> bool:
-        """True for a live module."""
-        return isinstance(self.model, nn.Module)
-
-    def check_output(self) -> None:
-        """Raise UsageError when the result has no place to go."""
-        if self.out is None and not self.dry_run and (self.kv is not None or not self.live):
-            raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A job with its model open: the recipe on it, the sizes it will have, and the KV calibration to add."""
-
-    request: _Request
-    streamed: StreamedModel
-    resolved: ResolvedRecipe | None
-    kv: kv_workflow.KVCalibrationJob | None
-    plan: dict[str, Any]
-
-    @property
-    def recipe(self) -> Recipe | None:
-        """The recipe; None where the weights stay as they are."""
-        return self.resolved.recipe if self.resolved else None
-
-
-def _quantize(request: _Request, method: str | Path | Recipe | None, changes: _RecipeChanges) -> Outcome:
+def _quantize(request: QuantizeRequest, method: str | Path | Recipe | None, changes: RecipeChanges) -> Outcome:
     recipe: Recipe | None = None
     chosen: dict[str, str] = {}
     if method != FLOAT:
@@ -204,13 +129,13 @@ def _quantize(request: _Request, method: str | Path | Recipe | None, changes: _R
         if is_bitmill_folder(folder):
             return _calibrate_folder(request, folder, request.kv)
     request.check_output()
-    prepared = _prepare(request, recipe, chosen)
+    prepared = prepare_job(request, recipe, chosen)
     if request.dry_run:
         out = str(request.out) if request.out else None
         return Outcome({**prepared.plan, "dry_run": True, "out": out}, {})
     work = _work_folder(request)
     try:
-        data, identity = _read_data(prepared)
+        data, identity = read_data(prepared)
         if work is None and request.out is not None:
             if is_finished(request.out, identity):
                 return _finished(open_checkpoint(request.out), prepared.plan, request.started)
@@ -221,7 +146,7 @@ def _quantize(request: _Request, method: str | Path | Recipe | None, changes: _R
             work.close()
 
 
-def _work_folder(request: _Request) -> WorkFolder | None:
+def _work_folder(request: QuantizeRequest) -> WorkFolder | None:
     """Lock the place of the folder, before text is read, or written by the model itself.
 
     Returns:
@@ -244,7 +169,7 @@ def _work_folder(request: _Request) -> WorkFolder | None:
     return None
 
 
-def _calibrate_folder(request: _Request, folder: Path, kv: KVConfig) -> Outcome:
+def _calibrate_folder(request: QuantizeRequest, folder: Path, kv: KVConfig) -> Outcome:
     """Add a KV calibration to a folder that bitmill wrote, or to a copy of it."""
     out = request.out or folder
     kv_workflow.calibrate_folder(
@@ -253,48 +178,7 @@ def _calibrate_folder(request: _Request, folder: Path, kv: KVConfig) -> Outcome:
     return _finished(open_checkpoint(out), {}, request.started)
 
 
-def _prepare(request: _Request, recipe: Recipe | None, chosen: dict[str, str]) -> _Prepared:
-    """Open the model, resolve the recipe on it and compute the sizes of the result."""
-    request.progress.start("opening the model", 0)
-    source = open_source(request.model, trust_remote_code=request.trust_remote_code, tokenizer=request.tokenizer)
-    if request.out is not None and request.live and not source.config.model_type:
-        raise UsageError(
-            f"{type(request.model).__name__} has no transformers config (no model_type), so no folder of it could "
-            "be loaded again; leave out=... away to quantize it in place."
-        )
-    streamed = StreamedModel(source, request.device)
-    if request.out is not None and isinstance(request.model, nn.Module):
-        check_class_loads(request.model, source, streamed.task)
-    if recipe is None and (moved := moved_on_load(streamed.model, streamed.names())):
-        raise SourceError(
-            f"transformers would rename {moved!r} of {source.name} when it loads a copy, so its weights cannot be "
-            "left as they are; quantize them too."
-        )
-    if streamed.unused:
-        request.progress.note(
-            f"{len(streamed.unused)} stored tensors are left out, as {type(streamed.model).__name__} does not "
-            f"use them, such as {streamed.unused[0]}"
-        )
-    kv = kv_workflow.KVCalibrationJob(request.kv, streamed) if request.kv is not None else None
-    resolved = None if recipe is None else resolve_recipe(recipe, streamed)
-    plan = storage_plan(streamed, resolved, kv.plan["size_bytes"] if kv else 0)
-    return _Prepared(request, streamed, resolved, kv, {**chosen, **plan, "kv": kv.plan if kv else None})
-
-
-def _read_data(prepared: _Prepared) -> tuple[JobData, dict[str, Any]]:
-    """Load the tokens that calibrate and measure; returns them and the identity of the job."""
-    request, recipe, source = prepared.request, prepared.recipe, prepared.streamed.source
-    request.progress.start("reading text and model", 0)
-    calibrates = prepared.resolved is not None and bool(prepared.resolved.needs)
-    measure = request.measure if recipe is not None else 0
-    data = token_windows(source, request.calibration, calibrates, measure, request.device, request.progress)
-    if prepared.kv:
-        prepared.kv.prepare(request.calibration, request.progress)
-    kv_plan = prepared.kv.plan if prepared.kv else None
-    return data, job_identity(source, recipe, data, request.device, request.propagate, kv_plan)
-
-
-def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any], work: WorkFolder | None) -> Outcome:
+def _run(prepared: PreparedJob, data: JobData, identity: dict[str, Any], work: WorkFolder | None) -> Outcome:
     """Quantize every block and write the folder, or put the packed layers into the live module."""
     request, streamed, model = prepared.request, prepared.streamed, prepared.request.model
     sink = None
@@ -329,7 +213,7 @@ def _run(prepared: _Prepared, data: JobData, identity: dict[str, Any], work: Wor
     return Outcome(_summary(prepared.plan, work.out, request.started, report["measured"]), report, work.out)
 
 
-def _check_documents(prepared: _Prepared, data: JobData, identity: dict[str, Any]) -> None:
+def _check_documents(prepared: PreparedJob, data: JobData, identity: dict[str, Any]) -> None:
     """Render report and documents once, so that a name that they cannot hold is found before the first block."""
     report = {**_report(prepared, data, identity, {}), "layers": []}
     try:
@@ -350,7 +234,7 @@ def _mark_quantized(model: nn.Module, sink: ModuleSink, recipe: Recipe) -> None:
 
 
 def _quantize_blocks(
-    prepared: _Prepared, data: JobData, sink: FolderSink | ModuleSink, recorder: ReferenceRecorder | None = None
+    prepared: PreparedJob, data: JobData, sink: FolderSink | ModuleSink, recorder: ReferenceRecorder | None = None
 ) -> dict[str, Any]:
     """Send every block to the sink; returns the measured quality, empty where nothing was measured."""
     request, streamed = prepared.request, prepared.streamed
@@ -362,7 +246,7 @@ def _quantize_blocks(
     return {}
 
 
-def _measure_running(prepared: _Prepared, folder: Path, reference: ReferencePredictions) -> dict[str, Any]:
+def _measure_running(prepared: PreparedJob, folder: Path, reference: ReferencePredictions) -> dict[str, Any]:
     """Compare a folder, as it runs, with the float model, whose predictions are written into it.
 
     Returns:
@@ -384,7 +268,7 @@ def _measure_running(prepared: _Prepared, folder: Path, reference: ReferencePred
 
 
 def _report(
-    prepared: _Prepared, data: JobData, identity: dict[str, Any], quality: dict[str, Any]
+    prepared: PreparedJob, data: JobData, identity: dict[str, Any], quality: dict[str, Any]
 ) -> dict[str, Any]:
     """Return report.json without the layers and the digests of files."""
     streamed, recipe, plan = prepared.streamed, prepared.recipe, prepared.plan

@@ -1,0 +1,139 @@
+"""A job of `quantize` before its first block: the model open, the recipe resolved on it, the text read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitmill.calibration.token_windows import JobData, token_windows
+from bitmill.data.windows import CalibrationData
+from bitmill.errors import SourceError, UsageError
+from bitmill.kv.config import KVConfig
+from bitmill.models.kind import check_class_loads
+from bitmill.models.stored import moved_on_load
+from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline.job import Propagate
+from bitmill.progress import Progress
+from bitmill.recipes.compose import compose
+from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.resolve import ResolvedRecipe, resolve_recipe
+from bitmill.recipes.rules import Rule
+from bitmill.sources.open import open_source
+from bitmill.workflows import kv as kv_workflow
+from bitmill.workflows.checks import check_device, choose_recipe, job_identity
+from bitmill.workflows.sizes import storage_plan
+
+
+@dataclass(frozen=True)
+class RecipeChanges:
+    """The arguments of `quantize` that change the recipe."""
+
+    options: dict[str, Any]
+    head_bits: int | None
+    rules: tuple[str | Rule, ...]
+
+    def choose(self, method: str | Path | Recipe | None) -> tuple[Recipe, dict[str, str]]:
+        """Return the recipe, and the summary's entry `chosen` where no method was named."""
+        recipe, chosen = choose_recipe(method, self.options, self.head_bits)
+        return (compose(recipe, rules=self.rules) if self.rules else recipe), chosen
+
+    @property
+    def given(self) -> bool:
+        """True where anything is changed."""
+        return bool(self.options or self.head_bits or self.rules)
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """The arguments of `quantize` but for those of the recipe."""
+
+    model: str | Path | nn.Module
+    out: Path | None
+    calibration: CalibrationData | Tensor | None
+    measure: int
+    device: str
+    resume: bool
+    dry_run: bool
+    propagate: Propagate
+    statistics: Path | None
+    kv: KVConfig | None
+    tokenizer: Any
+    trust_remote_code: bool
+    progress: Progress
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.measure < 0:
+            raise UsageError(f"measure is {self.measure}; use 0 or a positive number of windows.")
+        check_device(self.device)
+
+    @property
+    def live(self) -> bool:
+        """True for a live module."""
+        return isinstance(self.model, nn.Module)
+
+    def check_output(self) -> None:
+        """Raise UsageError when the result has no place to go."""
+        if self.out is None and not self.dry_run and (self.kv is not None or not self.live):
+            raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job with its model open: the recipe on it, the sizes it will have, and the KV calibration to add."""
+
+    request: QuantizeRequest
+    streamed: StreamedModel
+    resolved: ResolvedRecipe | None
+    kv: kv_workflow.KVCalibrationJob | None
+    plan: dict[str, Any]
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe; None where the weights stay as they are."""
+        return self.resolved.recipe if self.resolved else None
+
+
+def prepare_job(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[str, str]) -> PreparedJob:
+    """Open the model, resolve the recipe on it and compute the sizes of the result."""
+    request.progress.start("opening the model", 0)
+    source = open_source(request.model, trust_remote_code=request.trust_remote_code, tokenizer=request.tokenizer)
+    if request.out is not None and request.live and not source.config.model_type:
+        raise UsageError(
+            f"{type(request.model).__name__} has no transformers config (no model_type), so no folder of it could "
+            "be loaded again; leave out=... away to quantize it in place."
+        )
+    streamed = StreamedModel(source, request.device)
+    if request.out is not None and isinstance(request.model, nn.Module):
+        check_class_loads(request.model, source, streamed.task)
+    if recipe is None and (moved := moved_on_load(streamed.model, streamed.names())):
+        raise SourceError(
+            f"transformers would rename {moved!r} of {source.name} when it loads a copy, so its weights cannot be "
+            "left as they are; quantize them too."
+        )
+    if streamed.unused:
+        request.progress.note(
+            f"{len(streamed.unused)} stored tensors are left out, as {type(streamed.model).__name__} does not "
+            f"use them, such as {streamed.unused[0]}"
+        )
+    kv = kv_workflow.KVCalibrationJob(request.kv, streamed) if request.kv is not None else None
+    resolved = None if recipe is None else resolve_recipe(recipe, streamed)
+    plan = storage_plan(streamed, resolved, kv.plan["size_bytes"] if kv else 0)
+    return PreparedJob(request, streamed, resolved, kv, {**chosen, **plan, "kv": kv.plan if kv else None})
+
+
+def read_data(prepared: PreparedJob) -> tuple[JobData, dict[str, Any]]:
+    """Load the tokens that calibrate and measure; returns them and the identity of the job."""
+    request, recipe, source = prepared.request, prepared.recipe, prepared.streamed.source
+    request.progress.start("reading text and model", 0)
+    calibrates = prepared.resolved is not None and bool(prepared.resolved.needs)
+    measure = request.measure if recipe is not None else 0
+    data = token_windows(source, request.calibration, calibrates, measure, request.device, request.progress)
+    if prepared.kv:
+        prepared.kv.prepare(request.calibration, request.progress)
+    kv_plan = prepared.kv.plan if prepared.kv else None
+    return data, job_identity(source, recipe, data, request.device, request.propagate, kv_plan)
