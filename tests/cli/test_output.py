@@ -31,7 +31,7 @@ def test_failure_as_json(words, kind, status, capsys):
     found, out, err = run(capsys, *words)
     error = json.loads(out)["error"]
     assert (error["type"], error["exit_code"], found) == (kind, status, status)
-    assert err == f"error: {error['message']}\n"
+    assert err.splitlines()[-1] == f"error: {error['message']}"
 
 
 def test_failure_with_a_result_is_one_object(capsys):

@@ -88,7 +88,7 @@ def _options(kind: ast.ClassDef, module: ast.Module) -> list[dict[str, Any]] | N
 
 
 def _options_of_base(base: ast.expr, module: ast.Module) -> list[dict[str, Any]] | None:
-    """Return the options of a base class that a module imports from bitmill; of none for other bases."""
+    """Return the options of a base class that a module imports from bitmill; None for other bases."""
     for node in module.body:
         match node:
             case ast.ImportFrom(module=str(home), names=names) if home.startswith("bitmill."):
@@ -99,4 +99,4 @@ def _options_of_base(base: ast.expr, module: ast.Module) -> list[dict[str, Any]]
                     parsed = ast.parse(file.read_text(encoding="utf-8"))
                     kinds = (n for n in parsed.body if isinstance(n, ast.ClassDef) and n.name == base.id)
                     return next((_options(kind, parsed) for kind in kinds), None)
-    return []
+    return None
