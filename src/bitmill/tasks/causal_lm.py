@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitmill.data.packed import text_windows
 from bitmill.data.text import TextSource
-from bitmill.data.windows import StreamWindows, TextWindows
+from bitmill.data.windows import TextWindows
 from bitmill.evaluation.metrics import LanguageModelMetrics, Metric
 from bitmill.tasks.base import TASKS, Loss, Task
 
@@ -28,7 +29,7 @@ class CausalLM(Task):
             text: see `Task.windows`.
             tokenizer: the model's tokenizer.
         """
-        return StreamWindows(text, tokenizer)
+        return text_windows(text, tokenizer)
 
     def metric(self) -> Metric:
         """Return perplexity, KL divergence and top-1 agreement."""
