@@ -190,6 +190,12 @@ def changed_folder(folder: Path) -> Iterator[Path]:
 
 def check_changeable(folder: Path) -> None:
     """Raise OutputError unless `changed_folder` can replace a folder."""
+    check_place(folder)
+    _check_no_run(partial_folder(folder.resolve()))
+
+
+def check_place(folder: Path) -> None:
+    """Raise OutputError unless another folder can take the place of a folder."""
     folder = folder.resolve()
     if Path.cwd().is_relative_to(folder):
         raise OutputError(
@@ -202,7 +208,6 @@ def check_changeable(folder: Path) -> None:
     for path in (folder, folder.parent):  # the names of both change
         if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
             raise OutputError(f"{path} is not writable, and {folder} cannot be changed; copy it first.")
-    _check_no_run(partial_folder(folder))
 
 
 def _check_no_run(work: Path) -> None:
@@ -268,7 +273,15 @@ def is_work_folder(path: Path) -> bool:
 def check_new(out: Path) -> None:
     """Raise OutputError when `out` exists, is being made, or was made in part by a run that can be resumed."""
     if os.path.lexists(out):
-        raise OutputError(f"{out} exists already; choose another folder with -o, or remove it first.")
+        raise OutputError(
+            f"{out} exists already; choose another folder with -o, or replace this one with --overwrite "
+            "(overwrite=True)."
+        )
+    check_no_run(out)
+
+
+def check_no_run(out: Path) -> None:
+    """Raise OutputError when `out` is being made, or was made in part by a run that can be resumed."""
     work = partial_folder(out)
     if (holder := holder_of(work)) is not None:
         raise OutputError(f"Another process{holder} is writing {work}; wait for it, or choose another folder.")

@@ -21,6 +21,7 @@ from bitmill.checkpoint.contents import read_json
 from bitmill.checkpoint.dtype import stated_dtype
 from bitmill.checkpoint.journal import Journal, first_difference
 from bitmill.checkpoint.marker import WEIGHT, weight_marker
+from bitmill.checkpoint.overwrite import publish_work
 from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import WorkFolder, remove, remove_leftovers
 from bitmill.errors import CheckpointError, OutputError, SourceError, one_line
@@ -30,7 +31,6 @@ from bitmill.files import (
     folder_bytes,
     make_folder,
     output_errors,
-    publish,
     sync_folder,
     write_json,
     write_tensors,
@@ -68,6 +68,7 @@ class FolderSink:
         identity: plain data that decides the output bytes, see `journal`.
         blocks: number of blocks of the model.
         resume: continue an unfinished run.
+        overwrite: take the place of a folder that bitmill wrote.
 
     Raises:
         CheckpointError: the unfinished run has another identity, or is damaged.
@@ -80,7 +81,9 @@ class FolderSink:
         identity: dict[str, Any],
         blocks: int,
         resume: bool,
+        overwrite: bool = False,
     ) -> None:
+        self.overwrite = overwrite
         self.place, self.work, self.folder = work, work.path, work.model
         self.out, self.resolved = work.out, resolved
         # the first holds what lies outside the blocks, the last what they share
@@ -257,8 +260,7 @@ class FolderSink:
         for name, text in documents.items():
             write_text(self.folder / name, text)
         write_json(self.folder / "report.json", {**report, "files": files})
-        publish(self.folder, self.out)
-        self.place.remove()
+        publish_work(self.place, self.overwrite)
 
     def _shard(self, number: int) -> Path:
         return self.folder / f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"

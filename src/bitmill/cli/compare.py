@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from bitmill.report.results import Results
 
 Out = Annotated[
-    Path,
-    typer.Option("-o", "--out", help="Folder of the comparison; continued if it exists.", show_default=False),
+    Path | None,
+    typer.Option(
+        "-o",
+        "--out",
+        help="Folder of the comparison, continued if it exists; without it MODEL-comparison in this folder.",
+        show_default=False,
+    ),
 ]
 Methods = Annotated[
     str,
@@ -66,7 +71,7 @@ KeepModels = Annotated[bool, typer.Option("--keep-models", help="Keep the quanti
 
 def compare(
     model: Model,
-    out: Out,
+    out: Out = None,
     methods: Methods = "",
     bits: Bits = "",
     recipes: Recipes = None,
@@ -99,7 +104,10 @@ def compare(
         from bitmill.recipes.method import METHODS
         from bitmill.report.comparison import results_table
         from bitmill.workflows.comparison.compare import compare
+        from bitmill.workflows.names import model_name
 
+        if out is None:
+            out = Path(f"{model_name(model)}-comparison")
         named = METHODS.names() if methods.strip() == "all" else split_list(methods)
         calibration = CalibrationData(calib, samples, seqlen, seed)
         results = compare(

@@ -51,7 +51,14 @@ if TYPE_CHECKING:
 NONE = "none"  # the method that leaves weights as they are
 
 Out = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Folder to write; must not exist.", show_default=False)
+    Path | None,
+    typer.Option(
+        "-o", "--out", help="Folder to write; without it MODEL-METHOD-BITSbit in this folder.", show_default=False
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace a folder that bitmill wrote, once the new one is complete."),
 ]
 MethodName = Annotated[
     str | None,
@@ -161,6 +168,7 @@ def quantize(
     device: Device = "cpu",
     dry_run: DryRun = False,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -171,22 +179,31 @@ def quantize(
         "rules": rules,
     }  # fmt: skip
     request: dict[str, Any] = {
-        "out": out, "measure": measure, "device": device, "resume": resume, "dry_run": dry_run,
+        "measure": measure, "device": device, "resume": resume, "overwrite": overwrite, "dry_run": dry_run,
         "trust_remote_code": trust_remote_code, "propagate": propagate, "head_bits": head_bits,
         **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
     }  # fmt: skip
     with command_output(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
+        from bitmill.checkpoint.reader import is_bitmill_folder
         from bitmill.checkpoint.work_folder import can_resume
+        from bitmill.config.paths import user_path
+        from bitmill.kv.config import parse_kv_config
+        from bitmill.workflows.names import default_name
 
         recipe, reason = _choose_recipe(method, options, parts, max_minutes)
         if recipe is None:
             request |= options  # which the workflow refuses
+        if out is None and not dry_run and (recipe is not None or not is_bitmill_folder(user_path(model))):
+            kv_config = parse_kv_config(kv, kv_bits, request["kv_options"])
+            out = Path(
+                default_name(model, recipe, kv_config.method() if kv_config and kv_config.name != NONE else None)
+            )
         calibration = api.CalibrationData(calib, samples, seqlen, seed)
         try:
             outcome = api.quantize(
-                model, recipe or NONE, calibration=calibration, progress=output.progress, **request
+                model, recipe or NONE, out=out, calibration=calibration, progress=output.progress, **request
             )
         except KeyboardInterrupt:
             if out is not None and can_resume(out):

@@ -11,15 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import calibration_windows
+from bitmill.checkpoint.overwrite import check_output, publish_work
 from bitmill.checkpoint.record import add_calibration, check_recordable, record_calibration
-from bitmill.checkpoint.work_folder import WorkFolder, check_new
+from bitmill.checkpoint.work_folder import WorkFolder
 from bitmill.config.documents import load_json
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length, check_vocabulary
 from bitmill.errors import UsageError
 from bitmill.evaluation.context import context_length
 from bitmill.evaluation.generate import PROMPT_CHUNK
-from bitmill.files import output_errors, publish
+from bitmill.files import output_errors
 from bitmill.kv.cache import PackedForward, QuantizedCache
 from bitmill.kv.calibrate import calibrate, check_windows
 from bitmill.kv.calibration_file import KVCalibration, load_calibration, matching_calibration
@@ -289,6 +290,7 @@ def calibrate_folder(
     device: str,
     trust_remote_code: bool,
     progress: Progress,
+    overwrite: bool = False,
 ) -> None:
     """Calibrate a folder that bitmill wrote, in place or, where `out` is another folder, a copy of it.
 
@@ -300,6 +302,7 @@ def calibrate_folder(
         device: to calibrate on.
         trust_remote_code: load code in the model's folder.
         progress: observer.
+        overwrite: replace `out` if bitmill wrote it.
 
     Raises:
         UsageError: `given` cannot calibrate a folder, or the method cannot store the model's keys and values.
@@ -312,7 +315,7 @@ def calibrate_folder(
         return
     if out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{out} lies in {folder}, of which it would be a copy; choose another folder with -o.")
-    check_new(out)
+    check_output(out, overwrite)
     work = WorkFolder(out)
     try:
         work.clear()
@@ -320,7 +323,7 @@ def calibrate_folder(
         with output_errors(out):
             shutil.copytree(folder, work.model, ignore_dangling_symlinks=True)
         add_calibration(work.model, calibration, plan)
-        publish(work.model, out)
+        publish_work(work, overwrite)
     finally:
         work.remove()
 

@@ -57,6 +57,7 @@ class QuantizeRequest:
     measure: int
     device: str
     resume: bool
+    overwrite: bool
     dry_run: bool
     propagate: Propagate
     statistics: Path | None
@@ -79,7 +80,7 @@ class QuantizeRequest:
     def check_output(self) -> None:
         """Raise UsageError when the result has no place to go."""
         if self.out is None and not self.dry_run and (self.kv is not None or not self.live):
-            raise UsageError("Nowhere to write: give an output folder with -o (out=...).")
+            raise UsageError("Nowhere to write: give an output folder with out=....")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import JobData
 from bitmill.checkpoint.contents import read_json
+from bitmill.checkpoint.overwrite import check_output, check_replaceable
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
 from bitmill.checkpoint.schema import quantization_config
-from bitmill.checkpoint.work_folder import SUFFIX_BYTES, WorkFolder, check_new
+from bitmill.checkpoint.work_folder import SUFFIX_BYTES, WorkFolder, can_resume
 from bitmill.checkpoint.writer import FolderSink, is_finished
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
@@ -68,6 +69,7 @@ def quantize(
     measure: int = 4,
     device: str = "cpu",
     resume: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     propagate: Propagate = "quantized",
     statistics: str | Path | None = None,
@@ -93,6 +95,9 @@ def quantize(
             folder that bitmill wrote gets its KV calibration in place.
         calibration: text to calibrate on, its source alone (such as "pydoc"), a list of texts, or token windows
             (samples, seqlen) for a live module without tokenizer.
+        resume: continue an interrupted run.
+        overwrite: replace a folder that bitmill wrote, once the new one is complete.
+        dry_run: compute sizes and bits, and write nothing.
         measure: number of held-out windows of the text to measure on while quantizing; 0 measures nothing.
         propagate: input of later blocks during calibration, of the quantized blocks or of the float model.
         statistics: with propagate="float", a folder that keeps the statistics for further recipes.
@@ -108,7 +113,7 @@ def quantize(
     kv_config = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     request = QuantizeRequest(
         model, None if out is None else user_path(out, SUFFIX_BYTES),
-        as_calibration(calibration), measure, device, resume, dry_run, propagate,
+        as_calibration(calibration), measure, device, resume, overwrite, dry_run, propagate,
         None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code,
         progress or Progress(),
     )  # fmt: skip
@@ -155,17 +160,19 @@ def _work_folder(request: QuantizeRequest) -> WorkFolder | None:
     Raises:
         OutputError: the folder exists, or is being written, or holds an unfinished run that is not resumed.
     """
-    out = request.out
-    if out is None or (request.resume and out.exists()):
+    out, overwrite = request.out, request.overwrite
+    if out is None or (request.resume and out.exists() and not (overwrite and can_resume(out))):
         return None
-    if not request.resume:
-        check_new(out)
+    if request.resume and overwrite and out.exists():
+        check_replaceable(out)
+    elif not request.resume:
+        check_output(out, overwrite)
     work = WorkFolder(out)
-    if not os.path.lexists(out) and (request.resume or not work.unfinished):
+    if (overwrite or not os.path.lexists(out)) and (request.resume or not work.unfinished):
         return work
     work.close()  # another process has been here since
     if not request.resume:
-        check_new(out)
+        check_output(out, overwrite)
     return None
 
 
@@ -173,7 +180,14 @@ def _calibrate_folder(request: QuantizeRequest, folder: Path, kv: KVConfig) -> O
     """Add a KV calibration to a folder that bitmill wrote, or to a copy of it."""
     out = request.out or folder
     kv_workflow.calibrate_folder(
-        folder, out, kv, request.calibration, request.device, request.trust_remote_code, request.progress
+        folder,
+        out,
+        kv,
+        request.calibration,
+        request.device,
+        request.trust_remote_code,
+        request.progress,
+        request.overwrite,
     )
     return _finished(open_checkpoint(out), {}, request.started)
 
@@ -183,7 +197,9 @@ def _run(prepared: PreparedJob, data: JobData, identity: dict[str, Any], work: W
     request, streamed, model = prepared.request, prepared.streamed, prepared.request.model
     sink = None
     if work is not None:
-        sink = FolderSink(work, prepared.resolved, identity, len(streamed.blocks), request.resume)
+        sink = FolderSink(
+            work, prepared.resolved, identity, len(streamed.blocks), request.resume, request.overwrite
+        )
     if prepared.resolved is not None and not (sink and 0 in sink.journal.blocks):
         reads_text = request.out is not None or request.measure > 0 or bool(prepared.resolved.needs)
         try_first_block(streamed, prepared.resolved.formats, reads_text)

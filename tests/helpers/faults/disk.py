@@ -100,11 +100,6 @@ def output_is_another_folder(workspace, patch):
 
 
 @fault
-def no_output(workspace, patch):
-    return ["quantize", str(workspace.source), "--method", "rtn"], ["-o"]
-
-
-@fault
 def output_in_use(workspace, patch):
     import fcntl
 

@@ -140,10 +140,10 @@ def plan_variants(
             variants += row
         else:
             recipe = with_head(build_recipe(method, given), head_bits)
-            variants.append(VariantSpec(_file_name(method), method, _bits_of(recipe), recipe.to_dict()))
+            variants.append(VariantSpec(file_name(method), method, _bits_of(recipe), recipe.to_dict()))
     for path in recipes:
         recipe = with_head(find_recipe(str(path)), head_bits)
-        variants.append(VariantSpec(_file_name(recipe.name), recipe.name, _bits_of(recipe), recipe.to_dict()))
+        variants.append(VariantSpec(file_name(recipe.name), recipe.name, _bits_of(recipe), recipe.to_dict()))
     return tuple(variants)
 
 
@@ -157,7 +157,7 @@ def _check_lists(methods: Sequence[str], bits: Sequence[int], options: Options) 
 
 
 def _variant_at(method: str, bits: int, options: dict[str, Any], head_bits: int | None) -> VariantSpec:
-    name = f"{_file_name(method)}-{bits}bit"
+    name = f"{file_name(method)}-{bits}bit"
     try:
         recipe = with_head(build_recipe(method, {**options, "bits": bits}), head_bits)
         return VariantSpec(name, method, bits, recipe.to_dict())
@@ -169,7 +169,7 @@ def _bits_of(recipe: Recipe) -> int:
     return int(recipe.default.format.rate)
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
     """Return the text without characters that a file name should not have."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-.")
     if not name:
