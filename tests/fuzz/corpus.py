@@ -138,6 +138,8 @@ def record_anew(folder: Path) -> None:
     """Record the files of a quantized folder as they are, so that digests do not reveal the damage."""
     report = folder / "report.json"
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
+        if any(not path.is_file() for path in folder.iterdir()):  # reading a FIFO or a device never ends
+            return
         data = json.loads(report.read_text())
         data["files"] = {name: file_record(folder / name) for name in data["files"]}
         report.write_text(json.dumps(data))
