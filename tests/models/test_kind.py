@@ -86,3 +86,11 @@ def test_language_model_of_images_and_text(method):
 def test_live_model_without_loading_class_refused(tmp_path):
     with pytest.raises(SourceError, match="no folder of it could be loaded"):
         bitmill.quantize(llava(), "rtn", bits=4, out=tmp_path / "out", measure=0)
+
+
+def test_config_of_no_model_refused(tmp_path):
+    model = build("bert", "BertModel")
+    model.config.initializer_range = -1.0  # transformers only finds that it is negative when it draws weights
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="cannot build the model"):
+        StreamedModel(open_source(str(tmp_path)))

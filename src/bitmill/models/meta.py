@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitmill.errors import SourceError
+from bitmill.errors import SourceError, one_line
 from bitmill.models.kind import ADVICE
 from bitmill.sources.base import Source
 from bitmill.sources.module import ModuleSource
@@ -37,7 +37,7 @@ def empty_model(source: Source) -> nn.Module:
             return auto_class.from_config(
                 source.config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
             )
-        except (ValueError, ImportError, KeyError, AttributeError, TypeError, OSError) as error:
+        except Exception as error:  # transformers raises all sorts for numbers out of range
             known = (
                 not getattr(source.config, "model_type", None) or type(source.config) in auto_class._model_mapping
             )
@@ -46,8 +46,9 @@ def empty_model(source: Source) -> nn.Module:
                     f"{source.name} is a model of type {source.config.model_type!r}, which transformers cannot "
                     f"load as {auto_class.__name__}; {ADVICE}."
                 ) from None
-            reason = str(error).strip().splitlines()[0][:200].rstrip(".")
-            raise SourceError(f"transformers cannot build the model of {source.name}: {reason}.") from None
+            raise SourceError(
+                f"transformers cannot build the model of {source.name} ({one_line(error)}); check its config."
+            ) from None
 
 
 @contextmanager
