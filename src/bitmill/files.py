@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -237,6 +238,21 @@ def xxh3(path: Path) -> str:
     with path.open("rb", buffering=0) as file:  # not mapped: an error of the disk would end the process
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
+    return str(digest.hexdigest())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Return the 128-bit XXH3 digest (hex) of names, types, shapes and bytes of tensors, and of a text.
+
+    Args:
+        tensors: name -> tensor, in any order.
+        text: any text.
+    """
+    names = sorted(tensors)
+    described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
+    digest = xxhash.xxh3_128(json.dumps([described, text]).encode())
+    for name in names:
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return str(digest.hexdigest())
 
 

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from bitmill.checkpoint import verify as module
+from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.verify import verify_quality
 from bitmill.errors import CheckpointError
 
@@ -41,3 +43,16 @@ def test_encoder_metric_tolerance():
         verify_quality(folder(0.2, "pair_cosine"), lambda m: {"pair_cosine": 0.202})
     with pytest.raises(CheckpointError, match="which no model has"):
         verify_quality(folder(1.5, "pair_cosine"), lambda m: again)
+
+
+def test_kernels_of_the_device(written, monkeypatch):
+    """Kernels are compared on the device that is asked for, with the weights as the CPU decodes them."""
+    seen = []
+
+    def disagreement(spec, tensors, W):
+        seen.append({spec.device.type, *(tensor.device.type for tensor in tensors.values())})
+        assert W.device.type == "cpu"
+
+    monkeypatch.setattr(module, "disagreement", disagreement)
+    module.verify(open_checkpoint(written), device="meta")
+    assert seen == [{"meta"}] * len(seen) != []

@@ -204,11 +204,17 @@ def _saved_cache(folder: Path) -> str:
     model = bitmill.load("source")
     cache = bitmill.QuantizedCache.load(model, "cache.safetensors")
     with torch.no_grad():
-        forward_with_cache(model, TOKENS, cache)
-    return "done"
+        output, _ = forward_with_cache(model, TOKENS, cache)
+    return digest_of(output.logits)
 
 
-READERS["saved cache"] = Reader(("kv/cache.py",), "cache", "cache.safetensors", {"continue": _saved_cache})
+READERS["saved cache"] = Reader(
+    ("config/recorded_tensors.py", "kv/cache.py"),
+    "cache",
+    "cache.safetensors",
+    {"continue": _saved_cache},
+    strict=True,
+)
 RESUME = ["quantize", "source", "--calib", "text.txt", "-o", "half", "--samples", "4", "--seqlen", "32"]
 RESUME += ["--measure", "2", "--group-size", "16", "--method", "gptq", "--resume"]
 
@@ -255,18 +261,25 @@ READERS["comparison"] = Reader(
 )  # fmt: skip
 
 
-@refusing
-def _statistics(folder: Path) -> str:
-    import bitmill
+def _with_statistics(method: str) -> Use:
+    """Return the use of shared statistics by a method."""
 
-    data = bitmill.CalibrationData("text.txt", samples=2, seqlen=16)
-    options: dict[str, Any] = {"propagate": "float", "statistics": "statistics", "group_size": 16}
-    bitmill.quantize("source", "gptq", out="out", calibration=data, measure=0, **options)
-    return "done"
+    @refusing
+    def use(folder: Path) -> str:
+        import bitmill
+
+        data = bitmill.CalibrationData("text.txt", samples=2, seqlen=16)
+        options: dict[str, Any] = {"propagate": "float", "statistics": "statistics"}
+        bitmill.quantize("source", method, out=f"out-{method}", calibration=data, measure=0, **options)
+        files = [file for file in sorted((folder / f"out-{method}").iterdir()) if file.name != "report.json"]
+        return digest_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+
+    return use
 
 
+STATISTICS_USES = {method: _with_statistics(method) for method in ("gptq", "squeezellm")}
 READERS["statistics"] = Reader(
-    ("calibration/store.py", "calibration/fisher.py"), "statistics", "statistics/*", {"quantize": _statistics}
+    ("calibration/store.py", "calibration/fisher.py"), "statistics", "statistics/*", STATISTICS_USES, strict=True
 )
 READERS["recipe"] = Reader(
     ("config/documents.py", "recipes/method.py"),
@@ -337,6 +350,7 @@ def build(root: Path) -> None:
         forward_with_cache(model, TOKENS.repeat(1, 8), cache)
     cache.save(root / "cache" / "cache.safetensors")
     _compare(root / "comparison")
-    _statistics(root / "statistics")
-    shutil.rmtree(root / "statistics" / "out")
+    for method, use in STATISTICS_USES.items():
+        use(root / "statistics")
+        shutil.rmtree(root / "statistics" / f"out-{method}")
     os.chdir(root)

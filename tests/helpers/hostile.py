@@ -106,6 +106,7 @@ def values_of(kind: Any) -> st.SearchStrategy[str]:
     """Return texts for a parameter of a command: of its own type, and of others."""
     words = st.sampled_from([*PATHS, *TEXTS])
     members = {kind, *typing.get_args(kind)}
+    members |= {part for member in members for part in typing.get_args(member)}
     if int in members:
         return st.one_of(st.sampled_from([str(value) for value in INTEGERS]), words)
     if float in members:
@@ -138,6 +139,7 @@ def sound_values() -> dict[str, st.SearchStrategy[str]]:
         "--prompt": ["w1 w2", "w1 " * 100],
         "--context": ["16", "1k"],
         "--memory": ["1GB"],
+        "--shape": ["1x1", "5x3", "0x8", "8x-8", "99999999x99999999", "9" * 400 + "x1", "9" * 5000 + "x1"],
     }
     options = sorted({option for known in methods.values() for option in known})
     values = st.sampled_from([*FLOATS, "1", "3", "16", "row", "true", "false", "[1]", "a"])

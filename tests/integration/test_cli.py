@@ -12,6 +12,7 @@ import pytest
 from bitmill.cli.main import main
 from bitmill.cli.output import to_json_types
 from bitmill.version import __version__
+from bitmill.workflows.load import read_folder
 from helpers.selection import thin
 from helpers.workspace import TEMPLATE, interrupted_after, save_model, snapshot
 
@@ -227,6 +228,20 @@ def test_verify(workspace, run):
     assert data["perplexity_change"] < 1e-3
     assert run("verify", workspace.done, "--no-quality", "--json")["perplexity_change"] is None
     assert "sound" in run("verify", workspace.done)
+
+
+def test_verify_loads_once(workspace, run, monkeypatch):
+    """A folder that states float32 is read once, for the trial and for both measurements."""
+    loaded = []
+
+    def read(*arguments, **options):
+        loaded.append(arguments[2])
+        return read_folder(*arguments, **options)
+
+    for module in ("trial", "load"):
+        monkeypatch.setattr(f"bitmill.workflows.{module}.read_folder", read)
+    run("verify", workspace.done)
+    assert loaded == ["auto"]
 
 
 def test_methods(run):

@@ -18,10 +18,12 @@ from bitmill.kv.scheme import kv_method
 from helpers.packed_cache import SETTINGS, both_sides, calibration_for, long_model, method_of, packed_cache, prompt
 
 
-def altered(path, change):
-    """The file after `change` of its tensors and metadata."""
+def altered(path, change=lambda tensors, meta: None):
+    """The file as an earlier version wrote it, without a digest, after `change` of its tensors and metadata."""
     with safe_open(path, "pt") as file:
         tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    data = json.loads(meta["bitmill_kv_cache"])
+    meta["bitmill_kv_cache"] = json.dumps({k: v for k, v in data.items() if k not in ("xxh3", "version")})
     change(tensors, meta)
     save_file(tensors, path.with_name("altered.safetensors"), metadata=meta)
     return path.with_name("altered.safetensors")
@@ -32,6 +34,17 @@ def saved(model, setting, path, tokens=100):
     with torch.no_grad():
         model(prompt(1, tokens), past_key_values=cache)
     return cache.save(path / "cache.safetensors")
+
+
+def test_flipped_bit_refused(tmp_path):
+    model = long_model("llama")
+    path = saved(model, ("per_token", {"bits": 4}), tmp_path)
+    assert QuantizedCache.load(model, altered(path)).get_seq_length() == 100  # of an earlier version
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1  # of the last tensor
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its digest differs"):
+        QuantizedCache.load(model, path)
 
 
 @pytest.mark.parametrize("heads", [3, 5])  # indices of one byte, and of two

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import bitmill
 from bitmill.errors import CalibrationError, RecipeError
@@ -31,6 +34,36 @@ def test_shared_statistics(architecture, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "Streams", None)  # no text travels through the blocks any more
     assert torch.equal(shared(), alone)
     assert not torch.equal(shared("gptqt"), alone)
+
+
+def test_flipped_bit_refused(tmp_path):
+    """In statistics and squared gradients; files of earlier versions have no digest and are read as they are."""
+    for method, name in (("gptq", "block-00000"), ("squeezellm", "fisher-00001")):
+        options = {"propagate": "float", "statistics": tmp_path}
+        first = logits(method, **options)
+        file = tmp_path / f"{name}.safetensors"
+        tensors, content = load_file(file), bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(CalibrationError, match="its digest differs"):
+            logits(method, **options)
+        save_file(tensors, file, {"format": "pt"})
+        assert torch.equal(logits(method, **options), first)
+
+
+def test_stated_dtype_of_shared_statistics(tmp_path):
+    """The hidden states of the calibration windows decide it, also where they were computed by an earlier run."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 1e3
+        model.model.layers[0].mlp.up_proj.weight *= 1e3
+    model.half().save_pretrained(tmp_path / "source")
+    for out in ("one", "other"):
+        options = {"measure": 0, "propagate": "float", "statistics": tmp_path / "s", "out": tmp_path / out}
+        bitmill.quantize(tmp_path / "source", "gptq", calibration=WINDOWS, **options)
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["dtype"] == "float32"
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes(), file.name
 
 
 def test_later_blocks_differ():

@@ -122,7 +122,7 @@ def test_recorded_predictions(tmp_path):
     assert recorded["kl_divergence"] == pytest.approx(direct["kl_divergence"], rel=1e-2)
     assert recorded["kl_divergence"] < 1e-3
     assert recorded["top1_agreement"] == direct["top1_agreement"]
-    assert [f.name for f in tmp_path.iterdir()] == ["float.npy"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["float.npy", "float.npy.xxh3"]
 
 
 def test_other_windows_refused(tmp_path):
@@ -132,6 +132,13 @@ def test_other_windows_refused(tmp_path):
     recorder.finish()
     with pytest.raises(CheckpointError, match="windows"):
         RecordedPredictions(tmp_path / "float.npy", windows[:1])
+    content = bytearray((tmp_path / "float.npy").read_bytes())
+    content[-2] ^= 1
+    (tmp_path / "float.npy").write_bytes(content)
+    with pytest.raises(CheckpointError, match="its digest differs"):
+        RecordedPredictions(tmp_path / "float.npy", windows)
+    (tmp_path / "float.npy.xxh3").unlink()  # of an earlier version
+    RecordedPredictions(tmp_path / "float.npy", windows)
     (tmp_path / "float.npy").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="cannot be read"):
         RecordedPredictions(tmp_path / "float.npy", windows)

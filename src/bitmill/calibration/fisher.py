@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bitmill.calibration.walk import HiddenStates, walk_blocks
+from bitmill.config.recorded_tensors import read_recorded, write_recorded
 from bitmill.errors import CalibrationError, NumericsError, OutputError, one_line
 from bitmill.files import make_folder, output_errors, write_tensors
 from bitmill.models.block_call import BlockCall
@@ -34,6 +34,8 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.tasks.base import Loss
 
+_META = "bitmill_fisher"
+_UNRECORDED = ("format",)  # metadata of earlier versions
 WINDOWS = 100  # most windows that are read; the published figures use 100
 
 
@@ -51,7 +53,8 @@ class Fisher:
         """
         path = self._file(index)
         try:
-            return load_file(path, str(device))
+            squares, _ = read_recorded(path, _META, _UNRECORDED)
+            return {name: square.to(device) for name, square in squares.items()}
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CalibrationError(
                 f"The squared gradients in {path} cannot be read ({one_line(error)}); delete {self.folder}."
@@ -95,7 +98,7 @@ class Fisher:
                 gradients[n] = _loss_gradient(streamed, window[None], gradients[n], loss)
         for index, block in walk_blocks(streamed, progress, reverse=True):
             squares = self._backward(streamed, block, index, gradients, states.calls(index))
-            write_tensors(self._file(index), squares, shared=True)
+            write_recorded(self._file(index), _META, squares, {"windows": len(windows)}, shared=True)
 
     def _check_space(self, streamed: StreamedModel, hidden_bytes: int) -> None:
         """Raise OutputError if the folder cannot hold the inputs of all blocks and the result."""

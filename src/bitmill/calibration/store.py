@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bitmill.config.documents import load_json, read_document
+from bitmill.config.recorded_tensors import read_recorded, write_recorded
 from bitmill.errors import CalibrationError, one_line
-from bitmill.files import create_text, make_folder, output_errors, write_tensors
+from bitmill.files import create_text, make_folder, output_errors
 from bitmill.numerics.statistics import Statistics
 
 _PARTS = ("gram", "mean_abs", "max_abs")  # tensors of a file, by fields of Statistics
+_META = "bitmill_statistics"
+_LARGEST = "largest_hidden_state"
+_UNRECORDED = ("format", "stages")  # metadata of earlier versions
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """What a store holds of a block.
+
+    Attributes:
+        stats: statistics by the first linear of each stage.
+        stages: the linears in the order in which they run, those that read one tensor in one list; empty in files
+            of earlier versions.
+        largest_hidden_state: largest absolute value of the block's outputs; None in files of earlier versions.
+    """
+
+    stats: dict[str, Statistics]
+    stages: list[list[str]]
+    largest_hidden_state: float | None
 
 
 class StatisticsStore:
@@ -50,48 +69,44 @@ class StatisticsStore:
         """Return True if the folder holds the statistics of block `index`."""
         return self._file(index).is_file()
 
-    def save(self, index: int, stats: dict[str, Statistics], stages: list[list[str]]) -> None:
+    def save(
+        self, index: int, stats: dict[str, Statistics], stages: list[list[str]], largest_hidden_state: float
+    ) -> None:
         """Write the statistics of a block.
 
         Args:
             index: the block.
             stats: result of `collect_statistics`, by the first linear of each stage.
             stages: the linears of the block, those that read one tensor in one list.
+            largest_hidden_state: largest absolute value of the block's outputs.
         """
         tensors: dict[str, Tensor] = {}
         for lead, of_stage in stats.items():
             for part in _PARTS:
                 tensors[f"{lead}/{part}"] = getattr(of_stage, part).cpu()
             tensors[f"{lead}/tokens"] = torch.tensor(of_stage.tokens)
-        described = {"stages": json.dumps(stages)}
-        write_tensors(self._file(index), tensors, described, shared=True)
+        about = {"stages": stages, _LARGEST: largest_hidden_state}
+        write_recorded(self._file(index), _META, tensors, about, shared=True)
 
-    def stages(self, index: int) -> list[list[str]]:
-        """Return the linears of a block in the order in which they run; those that read one tensor share a list.
+    def load(self, index: int, device: torch.device | str = "cpu") -> StoredBlock:
+        """Return what is stored of a block.
 
-        Empty if an earlier version wrote the file.
+        Args:
+            index: the block.
+            device: where the statistics are needed.
+
+        Raises:
+            CalibrationError: the file is damaged.
         """
-        with self._opened(index) as file:
-            stages: list[list[str]] = load_json((file.metadata() or {}).get("stages", "[]"))
-            if not all(
-                isinstance(stage, list) and all(isinstance(name, str) for name in stage) for stage in stages
-            ):
-                raise ValueError("its stages are no names")
-            return stages
-
-    def load(self, index: int, device: torch.device | str = "cpu") -> dict[str, Statistics]:
-        """Return the statistics of a block, by the first linear of each stage."""
-        with self._opened(index, device) as file:
-            leads = sorted({key.rpartition("/")[0] for key in file.keys()})  # noqa: SIM118
-            return {lead: _read(file, lead) for lead in leads}
-
-    @contextlib.contextmanager
-    def _opened(self, index: int, device: torch.device | str = "cpu") -> Iterator[Any]:
-        """Open the file of a block; errors of its contents become a CalibrationError."""
         path = self._file(index)
         try:
-            with safe_open(path, "pt", str(device)) as file:
-                yield file
+            tensors, about = read_recorded(path, _META, _UNRECORDED)
+            leads = sorted({key.rpartition("/")[0] for key in tensors})
+            stats = {lead: _read(tensors, lead, device) for lead in leads}
+            largest = about.get(_LARGEST)
+            if not isinstance(largest, (float, type(None))):
+                raise ValueError(f"its {_LARGEST} is no number")
+            return StoredBlock(stats, _stages(about.get("stages", [])), largest)
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CalibrationError(
                 f"The statistics in {path} cannot be read ({one_line(error)}); delete {self.folder}."
@@ -101,13 +116,22 @@ class StatisticsStore:
         return self.folder / f"block-{index:05d}.safetensors"
 
 
-def _read(file: Any, lead: str) -> Statistics:
+def _stages(stored: Any) -> list[list[str]]:
+    """Return the stages of a block, which earlier versions stored as text. Raises ValueError for anything else."""
+    stages: list[list[str]] = load_json(stored) if isinstance(stored, str) else stored
+    if not all(isinstance(stage, list) and all(isinstance(name, str) for name in stage) for stage in stages):
+        raise ValueError("its stages are no names")
+    return stages
+
+
+def _read(tensors: dict[str, Tensor], lead: str, device: torch.device | str) -> Statistics:
     """Return the statistics of one input. Raises ValueError where they are none."""
-    parts = {part: file.get_tensor(f"{lead}/{part}") for part in _PARTS}
+    parts = {part: tensors[f"{lead}/{part}"] for part in _PARTS}
     width = parts["gram"].shape[-1]
     shapes = {"gram": (width, width), "mean_abs": (width,), "max_abs": (width,)}
     for part, tensor in parts.items():
         is_sound = tensor.shape == shapes[part] and tensor.dtype == torch.float32
         if not is_sound or not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{lead}/{part} is not finite, or of another shape or type")
-    return Statistics(tokens=int(file.get_tensor(f"{lead}/tokens")), **parts)
+    on_device = {part: tensor.to(device) for part, tensor in parts.items()}
+    return Statistics(tokens=int(tensors[f"{lead}/tokens"]), **on_device)

@@ -32,6 +32,7 @@ class Streams:
             windows: token ids (windows, length).
             compare: keep the float model's hidden states too.
         """
+        self._streamed = streamed
         batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
         self.hidden = HiddenStates(streamed, batches)
         self.float: HiddenStates | None = self.hidden.fork() if compare else None
@@ -66,11 +67,11 @@ class Streams:
             outputs: outputs of the quantized block on `hidden`, where they are available.
             follow_float: calibrate the next block on the float model's hidden states.
         """
-        if follow_float:
-            self.hidden.batches = float_outputs
-        elif outputs is None:
+        followed = float_outputs if follow_float else outputs
+        if followed is None:
             self.hidden.advance(block, index)
         else:
-            self.hidden.batches = outputs
+            self.hidden.batches = followed
+            self._streamed.note_hidden_states(*followed)
         if self.float:
             self.float.batches = float_outputs

@@ -27,13 +27,18 @@ _FIGURES = {"perplexity": ("perplexity", 0.0, math.inf), "pair_cosine": ("cosine
 
 
 def verify(
-    checkpoint: Checkpoint, progress: Progress | None = None, *, trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    progress: Progress | None = None,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> dict[str, int]:
     """Compare every file with its recorded digest, and the products of every layer with its decoded weights.
 
     Args:
         checkpoint: the folder.
         progress: receives the progress.
+        device: device whose kernels multiply.
         trust_remote_code: allow Python code in the folder to run.
 
     Returns:
@@ -57,21 +62,22 @@ def verify(
     _check_calibration(checkpoint, trust_remote_code)
     progress.start("verify", len(checkpoint.formats))
     for name in checkpoint.formats:
-        _check_layer(checkpoint, name)
+        _check_layer(checkpoint, name, torch.device(device))
         progress.advance()
     progress.finish()
     return {"files": len(checkpoint.record), "layers": len(checkpoint.formats), "tensors": len(checkpoint.entries)}
 
 
-def _check_layer(checkpoint: Checkpoint, name: str) -> None:
-    """Check that a layer decodes to finite numbers, and that its kernel multiplies with these."""
+def _check_layer(checkpoint: Checkpoint, name: str, device: torch.device) -> None:
+    """Check that a layer decodes to finite numbers, and that its kernel on a device multiplies with these."""
     format, shape, tensors = checkpoint.formats[name], checkpoint.shape(name), checkpoint.packed(name)
     W = unpack(format, tensors, shape).dequantize()
     if not bool(torch.isfinite(W).all()):
         raise CheckpointError(f"The layer {name!r} decodes to NaN or Inf; quantize again.")
-    if reason := disagreement(KernelSpec(format, shape, W.device), tensors, W):
+    on_device = {part: tensor.to(device) for part, tensor in tensors.items()}
+    if reason := disagreement(KernelSpec(format, shape, device), on_device, W):
         raise CheckpointError(
-            f"The layer {name!r} does not run as it decodes: {reason}; "
+            f"The layer {name!r} does not run on {device} as it decodes: {reason}; "
             "set BITMILL_KERNEL=reference, and report the difference."
         )
 

@@ -67,12 +67,16 @@ def verify(
         from bitmill.checkpoint.verify import verify, verify_quality
         from bitmill.report.describe import describe_running
         from bitmill.report.metrics import REFERENCE_FREE
+        from bitmill.workflows.checks import check_device
         from bitmill.workflows.running import verify_running
         from bitmill.workflows.trial import try_folder
 
+        model: Any = None
+
         def measure_again(recorded: dict[str, Any]) -> dict[str, Any]:
             return api.evaluate(
-                folder,
+                folder if model is None else model,
+                tokenizer=api.load_tokenizer(folder, trust_remote_code=trust_remote_code),
                 text_source=recorded["text"],
                 split=recorded["split"],
                 seqlen=recorded["seqlen"],
@@ -82,11 +86,13 @@ def verify(
                 trust_remote_code=trust_remote_code,
             )
 
+        check_device(device)
         checkpoint = open_checkpoint(folder)
-        counts = verify(checkpoint, output.progress, trust_remote_code=trust_remote_code)
+        counts = verify(checkpoint, output.progress, device=device, trust_remote_code=trust_remote_code)
         model = try_folder(checkpoint, device, trust_remote_code)
         running = verify_running(checkpoint, model, output.progress) if quality else None
-        del model  # before it is read again
+        if not checkpoint.formats:
+            model = None  # float weights are read again, as bitmill.load reads them
         change = verify_quality(checkpoint, measure_again) if quality else None
         checked = f"{counts['files']} files, {counts['tensors']} tensors, {counts['layers']} quantized layers"
         rows = [("sound", checked), *_foreign(checkpoint.foreign)]

@@ -1,27 +1,24 @@
 """Packed KV cache for any decoder of transformers, and the file it is saved to.
 
 The file is in safetensors format: tensors layers.N.pages (rows, pages, words), .loose and .start (the fp16
-buffer and the starts of a `TokenBuffer`), and those of the calibration; metadata with the method and, for each
-layer, its length, first slot and shape.
+buffer and the starts of a `TokenBuffer`), and those of the calibration; metadata with the method, for each layer
+its length, first slot and shape, and the digest of all of this.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from bitmill.compat import cache_argument, forward_with_cache
-from bitmill.config.documents import load_json
 from bitmill.config.paths import user_path
+from bitmill.config.recorded_tensors import read_recorded, write_recorded
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.attention import attach_attention
 from bitmill.kv.calibration_file import KVCalibration, load_calibration, matching_calibration, params_by_layer
@@ -33,6 +30,8 @@ from bitmill.kv.scheme import KV_METHODS, PAGE, KVMethod, kv_method
 from bitmill.kv.size import packed_shapes
 
 _META = "bitmill_kv_cache"
+_VERSION = 2
+_UNRECORDED = ("method", "calibrated", "about", "layers")  # metadata of version 1, which had no digest
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _UNCALIBRATED = (CalibratedParams(), CalibratedParams())
 
@@ -289,8 +288,8 @@ def _write_cache(
         )
     about = {} if calibration is None else calibration.about
     meta = {"method": method.to_dict(), "calibrated": calibration is not None, "about": about}
-    meta |= {"layers": entries}
-    save_file(tensors, path, metadata={_META: json.dumps(meta)})
+    meta |= {"layers": entries, "version": _VERSION}
+    write_recorded(path, _META, tensors, meta)
 
 
 class _SavedCache:
@@ -309,9 +308,7 @@ class _SavedCache:
         if not path.is_file():  # a FIFO would block
             raise CheckpointError(f"There is no saved cache at {path}; save it again.")
         try:
-            with safe_open(path, "pt") as file:
-                meta = load_json((file.metadata() or {})[_META])
-                self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._tensors, meta = read_recorded(path, _META, _UNRECORDED)
             self.method: KVMethod = KV_METHODS.from_dict(meta["method"])
             self.layers = list(meta["layers"])
             params = params_by_layer(self._tensors, len(self.layers))

@@ -342,10 +342,15 @@ class StreamedModel:
         assert recorders[0].output is not None
         return recorders[0].output
 
-    def note_hidden_states(self, hidden: Tensor) -> None:
-        """Update `largest_hidden_state` with the output of a block, any shape."""
-        largest = float(torch.linalg.vector_norm(hidden.detach(), torch.inf))
-        self.largest_hidden_state = max(largest, self.largest_hidden_state or 0.0)
+    def note_hidden_states(self, *hidden: Tensor) -> float:
+        """Update `largest_hidden_state` with outputs of a block, any shapes; return their own largest value."""
+        largest = max(float(torch.linalg.vector_norm(output.detach(), torch.inf)) for output in hidden)
+        self.note_largest(largest)
+        return largest
+
+    def note_largest(self, value: float) -> None:
+        """Update `largest_hidden_state` with the largest value of some hidden states."""
+        self.largest_hidden_state = max(value, self.largest_hidden_state or 0.0)
 
     @contextmanager
     def _zero_embeddings(self) -> Iterator[None]:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from bitmill.calibration.collect import collect_statistics, find_stages
 from bitmill.calibration.fisher import rescale_fisher
 from bitmill.calibration.staged_forward import StagedForward
+from bitmill.calibration.store import StoredBlock
 from bitmill.calibration.streams import Streams
-from bitmill.errors import CalibrationError
 from bitmill.formats import Format, Params
 from bitmill.formats.quantized import shared_module_path
 from bitmill.models.meta import trim_malloc
 from bitmill.numerics.gram import RunningGram
-from bitmill.numerics.statistics import FISHER, Statistics
+from bitmill.numerics.statistics import Statistics
 from bitmill.pipeline.fold import fold_transforms
-from bitmill.pipeline.inputs import BlockInputs, compares_inputs
+from bitmill.pipeline.inputs import BlockInputs, compares_inputs, read_stored, uses_statistics
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
 from bitmill.pipeline.ranges import check_range, to_stored
 from bitmill.solvers import Solver
@@ -38,9 +38,12 @@ def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs)
         inputs: data that all blocks are quantized with.
     """
     streams, tuners = inputs.streams, job.recipe.tuners
-    stages = _stages(job, module, index, inputs)
+    stored = read_stored(job, inputs.store, index)
+    stages = _stages(job, module, index, streams, stored)
     float_outputs = streams.float_outputs(module, index) if streams else []
-    stats = _input_statistics(job, module, index, stages, inputs)
+    stats = _input_statistics(job, module, index, stages, streams, stored)
+    if inputs.store and not stored and uses_statistics(job):
+        inputs.store.save(index, stats, stages, job.streamed.note_hidden_states(*float_outputs))
     block = _Block(job, _block_task(job, module, index, stages, stats, streams, float_outputs), inputs.shared)
     result = BlockResult(index, changed=block.fold(inputs))
     for name in block.task.names:
@@ -60,41 +63,38 @@ def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs)
     return result
 
 
-def _stages(job: Job, module: nn.Module, index: int, inputs: BlockInputs) -> list[list[str]]:
+def _stages(
+    job: Job, module: nn.Module, index: int, streams: Streams | None, stored: StoredBlock | None
+) -> list[list[str]]:
     """Return the linears of a block in the order in which they run; those that read one input share a list."""
-    adapter, store = job.streamed.adapter, inputs.store
-    if inputs.streams:
-        return find_stages(adapter, module, *inputs.streams.first_window(index), job.kept(index))
-    stages = [list(stage) for stage in adapter.stages]
-    if store and store.has(index):  # statistics are named after the first linear of each stage
-        stored = store.stages(index)
-        if not {name for stage in stored for name in stage} <= set(adapter.linears):
-            raise CalibrationError(
-                f"The statistics in {store.folder} name layers that the model has not; delete the folder."
-            )
-        return stored or stages
-    return stages
+    adapter = job.streamed.adapter
+    if streams:
+        return find_stages(adapter, module, *streams.first_window(index), job.kept(index))
+    if stored and stored.stages:  # statistics are named after the first linear of each stage
+        return stored.stages
+    return [list(stage) for stage in adapter.stages]
 
 
 def _input_statistics(
-    job: Job, module: nn.Module, index: int, stages: list[list[str]], inputs: BlockInputs
+    job: Job,
+    module: nn.Module,
+    index: int,
+    stages: list[list[str]],
+    streams: Streams | None,
+    stored: StoredBlock | None,
 ) -> dict[str, Statistics]:
     """Return statistics of the block's inputs before it is quantized, by the first linear of each stage.
 
     Empty where stages collect them one after another, or the recipe needs none.
     """
-    streams, store, needs = inputs.streams, inputs.store, job.needs
-    all_stages = job.propagate == "float" and bool(needs - FISHER)
-    if not all_stages and "activations" not in needs:
+    all_stages = job.propagate == "float" and uses_statistics(job)
+    if not all_stages and "activations" not in job.needs:
         return {}
-    if all_stages and store and store.has(index):
-        return store.load(index, job.streamed.device)
+    if stored:
+        return stored.stats
     assert streams is not None
     leads = [stage[0] for stage in stages]
-    stats = collect_statistics(module, streams.hidden.batches, streams.calls(index), leads)
-    if all_stages and store:
-        store.save(index, stats, stages)
-    return stats
+    return collect_statistics(module, streams.hidden.batches, streams.calls(index), leads)
 
 
 def _block_task(

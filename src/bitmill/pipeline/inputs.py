@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from bitmill.calibration.fisher import Fisher
-from bitmill.calibration.store import StatisticsStore
+from bitmill.calibration.store import StatisticsStore, StoredBlock
 from bitmill.calibration.streams import Streams
 from bitmill.data.text import windows_hash
-from bitmill.errors import RecipeError
+from bitmill.errors import CalibrationError, RecipeError
 from bitmill.formats import Params
 from bitmill.numerics.statistics import FISHER
 from bitmill.pipeline.job import Job, Sink
@@ -62,6 +62,29 @@ def open_store(job: Job) -> StatisticsStore | None:
     return StatisticsStore(job.statistics, identity)
 
 
+def read_stored(job: Job, store: StatisticsStore | None, index: int) -> StoredBlock | None:
+    """Read the shared statistics of a block, and note its largest hidden state; None where the job has none.
+
+    Raises:
+        CalibrationError: the file is damaged, or of another model.
+    """
+    if store is None or not uses_statistics(job) or not store.has(index):
+        return None
+    stored = store.load(index, job.streamed.device)
+    if not {name for stage in stored.stages for name in stage} <= set(job.streamed.adapter.linears):
+        raise CalibrationError(
+            f"The statistics in {store.folder} name layers that the model has not; delete the folder."
+        )
+    if stored.largest_hidden_state is not None:
+        job.streamed.note_largest(stored.largest_hidden_state)
+    return stored
+
+
+def uses_statistics(job: Job) -> bool:
+    """Return True if a job needs statistics besides the Fisher diagonal, which has a pass of its own."""
+    return bool(job.needs - FISHER)
+
+
 @contextmanager
 def fisher_for_job(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher | None]:
     """Measure the Fisher diagonal of a job's model, unless an earlier run left it; None where it is not needed.
@@ -81,8 +104,7 @@ def fisher_for_job(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher 
 
 def needs_streams(job: Job, store: StatisticsStore | None) -> bool:
     """Return True if calibration windows must pass the blocks."""
-    needs = job.needs - FISHER  # which has a pass of its own
-    if not needs:
+    if not uses_statistics(job):
         return False
     stored = store is not None and all(store.has(i) for i in range(len(job.streamed.blocks)))
     return not stored or compares_with_float(job)

@@ -17,7 +17,14 @@ from bitmill.errors import RecipeError
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.block import quantize_block
 from bitmill.pipeline.embeddings import QuantizedEmbeddings, quantize_embeddings
-from bitmill.pipeline.inputs import BlockInputs, compares_with_float, fisher_for_job, needs_streams, open_store
+from bitmill.pipeline.inputs import (
+    BlockInputs,
+    compares_with_float,
+    fisher_for_job,
+    needs_streams,
+    open_store,
+    read_stored,
+)
 from bitmill.pipeline.job import BlockResult, Job, Sink
 from bitmill.pipeline.measure import HeldOutMetrics
 from bitmill.pipeline.shared import learn_shared_parts
@@ -89,6 +96,8 @@ def _quantize_blocks(
             _restore(finished, job.streamed)
             if inputs.streams:
                 inputs.streams.advance(block, index, float_outputs, follow_float=job.propagate == "float")
+            else:
+                read_stored(job, inputs.store, index)  # its largest hidden state counts
         if metrics:
             metrics.quantized.advance(block, index)
     progress.finish()

@@ -148,8 +148,9 @@ class _Scoring:
 
 def _task(model: str | Path | nn.Module, trust_remote_code: bool) -> Task:
     """Return the task of a live model, a folder that bitmill wrote, or any other source."""
+    folder = (getattr(model, "name_or_path", "") or None) if isinstance(model, nn.Module) else model
+    if folder is not None and is_checkpoint(user_path(folder)):
+        return task_for(open_checkpoint(folder).config, partial(read_pooling, user_path(folder)))
     if isinstance(model, nn.Module):
         return task_for(getattr(model, "config", None))
-    if is_checkpoint(user_path(model)):
-        return task_for(open_checkpoint(model).config, partial(read_pooling, user_path(model)))
     return task_of(open_source(model, trust_remote_code=trust_remote_code))

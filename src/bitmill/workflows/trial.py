@@ -19,7 +19,7 @@ TOKENIZER = "tokenizer_config.json"
 
 @torch.no_grad()
 def try_folder(checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: bool = False) -> nn.Module:
-    """Run a folder by `from_pretrained` in the dtype that it states, and by `bitmill.load` in float32.
+    """Run a folder in the dtype that it states, and in float32 where that is another.
 
     A model that was measured in float32 may overflow in the dtype of its config, which `from_pretrained` takes.
 
@@ -38,26 +38,32 @@ def try_folder(checkpoint: Checkpoint, device: str = "cpu", trust_remote_code: b
     folder = checkpoint.folder
     if (folder / TOKENIZER).is_file():
         load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    model = nn.Module()
-    for dtype in ("auto", torch.float32):
-        del model  # before the next one is read
-        model = read_folder(folder, checkpoint.config, dtype, device, trust_remote_code=trust_remote_code)
-        name = str(next(model.parameters()).dtype).removeprefix("torch.")
-        try:
-            outputs = output_tensor(model(_tokens(checkpoint, model).to(device)))
-        except BitmillError:
-            raise
-        except Exception as error:  # of the model's own code, which meets the values of the config
-            raise CheckpointError(
-                f"The model of {folder} cannot be run in {name} ({one_line(error)}); quantize again."
-            ) from error
-        # some models give tokens that are never to be chosen the logit -inf
-        if not bool(torch.isfinite(outputs).any(-1).all()) or bool((outputs.isnan() | outputs.isposinf()).any()):
-            raise CheckpointError(
-                f"The model of {folder} gives NaN or Inf in {name}; load it with dtype=torch.float32, or quantize "
-                "again."
-            )
+    model = read_folder(folder, checkpoint.config, "auto", device, trust_remote_code=trust_remote_code)
+    _run(checkpoint, model, device)
+    if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
+        del model  # before it is read again
+        model = read_folder(folder, checkpoint.config, torch.float32, device, trust_remote_code=trust_remote_code)
+        _run(checkpoint, model, device)
     return model
+
+
+def _run(checkpoint: Checkpoint, model: nn.Module, device: str) -> None:
+    """Run a model for a few tokens. Raises CheckpointError where it cannot, or gives NaN or Inf."""
+    folder, name = checkpoint.folder, str(next(model.parameters()).dtype).removeprefix("torch.")
+    try:
+        outputs = output_tensor(model(_tokens(checkpoint, model).to(device)))
+    except BitmillError:
+        raise
+    except Exception as error:  # of the model's own code, which meets the values of the config
+        raise CheckpointError(
+            f"The model of {folder} cannot be run in {name} ({one_line(error)}); quantize again."
+        ) from error
+    # some models give tokens that are never to be chosen the logit -inf
+    if not bool(torch.isfinite(outputs).any(-1).all()) or bool((outputs.isnan() | outputs.isposinf()).any()):
+        raise CheckpointError(
+            f"The model of {folder} gives NaN or Inf in {name}; load it with dtype=torch.float32, or quantize "
+            "again."
+        )
 
 
 def _tokens(checkpoint: Checkpoint, model: Any) -> Tensor:

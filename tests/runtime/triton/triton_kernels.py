@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bitmill.formats import FORMATS, GroupFormat, ScalarFormat
 from bitmill.formats.quantized import Quantized, nearest_matrix
 from bitmill.runtime.kernels import KernelSpec
+from bitmill.runtime.kernels.agreement import disagreement
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.runtime.kernels.triton import Triton
 from bitmill.runtime.modules.linear import QuantLinear
@@ -221,3 +222,11 @@ def test_int64_table_offsets():
     start, out = 1 << 23, torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
     first_entries[(1,)](out, torch.ones(1, 1, device=DEVICE), start)
     assert out.flatten().tolist() == [(2 * start + i) << 8 for i in range(4)]
+
+
+def test_verification_compares_these_kernels(monkeypatch):
+    matrix = quantized(Uniform(3, 32), (8, 64))
+    assert disagreement(spec_of(matrix), packed(matrix), matrix.dequantize()) is None
+    apply = Triton.apply
+    monkeypatch.setattr(Triton, "apply", lambda kernel, x: apply(kernel, x) * 1.01)
+    assert "1 token" in str(disagreement(spec_of(matrix), packed(matrix), matrix.dequantize()))

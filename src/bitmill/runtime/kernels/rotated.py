@@ -49,7 +49,7 @@ class RotatedKernel(WrapperKernel):
 
     def output_error(self, W: Tensor) -> Tensor:
         """Return the error of the inner kernel, of which a rotation of the outputs gives all rows a share."""
-        s = torch.ones(1, W.shape[1]) if self._rescale is None else self._rescale
+        s = torch.ones(1, W.shape[1], device=W.device) if self._rescale is None else self._rescale
         error = self.inner.output_error(W * s) * s.pow(-2).mean().sqrt()
         return error if self._U is None else error.square().mean().sqrt().expand(len(error))
 

@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
+from bitmill.errors import UsageError, quoted
 from bitmill.formats import FORMATS, Format
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.base import KERNELS
 from bitmill.runtime.native import activations, instruction_set, threads
-from bitmill.workflows.bench.memory import ReadBandwidth, copies_of, linear_time, timed
+from bitmill.workflows.bench.memory import ReadBandwidth, check_turns, copies_of, linear_time, timed
 
 SHAPES = ((4096, 4096), (4096, 11008))  # (out, in)
 _CPU = torch.device("cpu")
@@ -62,7 +64,11 @@ def bench_kernels(
         Plain data: threads, isa, activations and read_bandwidth_GBps of the machine, and `kernels`, for every case
         kernel, format, bits, group_size, shape (out, in), tokens, bits_per_weight, time_s, GBps (of packed bytes),
         fraction_of_read_bandwidth and speedup_vs_torch_fp32.
+
+    Raises:
+        UsageError: there is no such case, a number is out of range, or a layer does not fit into the memory.
     """
+    _check_arguments(shapes, formats, bits, tokens, turns)
     memory, results, bandwidths = ReadBandwidth(), [], []
     for shape in shapes:
         x = torch.randn(tokens, shape[1])
@@ -79,6 +85,29 @@ def bench_kernels(
         "read_bandwidth_GBps": median(bandwidths) / 1e9 if bandwidths else None,
         "kernels": results,
     }
+
+
+def _check_arguments(
+    shapes: tuple[tuple[int, int], ...], formats: tuple[str, ...], bits: tuple[int, ...], tokens: int, turns: int
+) -> None:
+    """Raise UsageError for what cannot be measured."""
+    check_turns(turns)
+    if tokens < 1:
+        raise UsageError(f"--tokens is {tokens}; use at least 1.")
+    names = sorted({name for name, _, _ in CASES})
+    if unknown := [name for name in formats if name not in names]:
+        raise UsageError(f"--format is {quoted(unknown[0])}; use one of {', '.join(names)}.")
+    if not any(_cases(formats, bits)):
+        widths = sorted({width for name, width, _ in CASES if not formats or name in formats})
+        raise UsageError(f"--bits is {', '.join(map(str, bits))}; use some of {', '.join(map(str, widths))}.")
+    free = psutil.virtual_memory().available
+    for out, inputs in shapes:
+        floats = out * inputs * copies_of(4 * out * inputs) + tokens * (out + inputs)
+        if 4 * floats > free:
+            raise UsageError(
+                f"--shape {out}x{inputs} with {tokens} tokens needs more memory than the {free / 1e9:.1f} GB that "
+                "are free; use a smaller layer, or fewer tokens."
+            )
 
 
 def _cases(formats: tuple[str, ...], bits: tuple[int, ...]) -> Iterator[Format]:

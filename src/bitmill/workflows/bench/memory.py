@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bitmill.errors import UsageError
 from bitmill.runtime.native import is_available, native, threads
 
+MAX_TURNS = 1000
 MAX_COPIES = 1024  # of matrices of a few kB, which then stay in a cache
 _DEFAULT_CACHE_BYTES = 32 << 20  # where the system does not report its caches
 
@@ -49,6 +51,12 @@ def cold_bytes() -> int:
 def copies_of(size_bytes: int) -> int:
     """Return the number of copies of a tensor to use in turns, more than caches hold, from 2 to MAX_COPIES."""
     return min(MAX_COPIES, max(2, -(-cold_bytes() // max(1, size_bytes))))
+
+
+def check_turns(turns: int) -> None:
+    """Raise UsageError unless there are 1 to MAX_TURNS turns."""
+    if not 1 <= turns <= MAX_TURNS:
+        raise UsageError(f"--turns is {turns}; use 1 to {MAX_TURNS}.")
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ from bitmill.errors import UsageError
 from bitmill.progress import peak_memory_bytes
 from bitmill.runtime.decode import decode_path, detach
 from bitmill.runtime.modules.dequantize import dequantize_model
-from bitmill.workflows.bench.memory import timed
+from bitmill.workflows.bench.memory import check_turns, timed
 from bitmill.workflows.load import load
 
 _DECODE_PROMPT = 16  # tokens
@@ -76,10 +76,11 @@ def bench_prefill(
         with the packed model alone.
 
     Raises:
-        UsageError: the model is not quantized, or tokens or turns are below 1.
+        UsageError: the model is not quantized, or tokens is below 1, or turns is not from 1 to 1000.
     """
-    if tokens < 1 or turns < 1:
-        raise UsageError(f"tokens is {tokens} and turns is {turns}; use at least 1 of each.")
+    check_turns(turns)
+    if tokens < 1:
+        raise UsageError(f"--tokens is {tokens}; use at least 1.")
     live, prompt = load_packed(model, tokens, trust_remote_code)
     first = _prefill_time(live, prompt)
     _prefill_time(live, prompt)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import CheckpointError, OutputError
-from bitmill.files import new_file, output_errors
+from bitmill.files import new_file, output_errors, write_text, xxh3
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -47,6 +47,7 @@ class PredictionRecorder:
         with output_errors(self.path):
             self._file.flush()
             self._file = None
+            write_text(digest_file(self.path), xxh3(self.partial))
             os.replace(self.partial, self.path)
 
     def _create(self, vocabulary: int) -> np.memmap:
@@ -62,11 +63,27 @@ class PredictionRecorder:
             return np.lib.format.open_memmap(self.partial, mode="w+", dtype=np.float16, shape=shape)
 
 
+def digest_file(path: Path) -> Path:
+    """Return the file with the digest of recorded predictions, which earlier versions do not write."""
+    return path.with_name(path.name + ".xxh3")
+
+
 class RecordedPredictions:
     """The recorded predictions as a callable model; windows must be requested in their recorded order."""
 
     def __init__(self, path: Path, windows: Tensor) -> None:
+        """Open a recorded file.
+
+        Args:
+            path: the file.
+            windows: token ids (windows, length) that it was recorded on.
+
+        Raises:
+            CheckpointError: the file is damaged, or of other windows.
+        """
         try:
+            if (digest := digest_file(path)).is_file() and digest.read_text(encoding="utf-8") != xxh3(path):
+                raise ValueError("its digest differs")
             self._file = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); delete it and compare again.") from None

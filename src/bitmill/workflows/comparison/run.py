@@ -37,6 +37,7 @@ from bitmill.tasks.base import task_of
 from bitmill.workflows.checks import check_device
 from bitmill.workflows.comparison.grid import FLOAT, Grid, VariantSpec
 from bitmill.workflows.comparison.machine import describe_machine
+from bitmill.workflows.comparison.predictions import digest_file
 from bitmill.workflows.comparison.process import VariantFailed, run_variant
 from bitmill.workflows.comparison.worker import FLOAT_FILE, GRID_FILE, STATISTICS
 
@@ -144,7 +145,8 @@ def _run(grid: Grid, records: _Records, progress: Progress, run: RunVariant) -> 
         except VariantFailed as failure:
             records.add(variant, {"status": "failed", "reason": str(failure)})
     # gigabytes that are quickly computed again
-    (records.out / FLOAT_FILE).unlink(missing_ok=True)
+    for file in (records.out / FLOAT_FILE, digest_file(records.out / FLOAT_FILE)):
+        file.unlink(missing_ok=True)
     shutil.rmtree(records.out / STATISTICS, ignore_errors=True)
     return records.publish()
 
