@@ -54,7 +54,7 @@ def main() -> None:
             name,
             out=OUT / name,
             bits=BITS,
-            calibration=bitmill.CalibrationData(samples=SAMPLES, seqlen=SEQLEN),
+            calib=bitmill.CalibrationData(samples=SAMPLES, seqlen=SEQLEN),
             measure=0,
             progress=TerminalProgress(),
         )

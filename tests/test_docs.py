@@ -114,7 +114,12 @@ def test_commands_documented(name: str) -> None:
     commands = [COMMANDS[name], *getattr(COMMANDS[name], "commands", {}).values()]
     options = [o for c in commands for p in c.params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")]
     for option in options:
-        if option not in ("--quality", "--help"):  # documented by its opposite
+        if option not in (
+            "--quality",
+            "--help",
+            "--verbose",
+            "--quiet",
+        ):  # documented by its opposite or once for all
             assert option in section, f"{option} of bitmill {name}"
 
 

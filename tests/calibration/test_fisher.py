@@ -135,7 +135,7 @@ def test_pipeline_passes_fisher(propagate, transforms, tmp_path):
     usual = Nearest.solve
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Nearest, "solve", solve)
-        bitmill.quantize(model, recipe("fisher", transforms), calibration=WINDOWS, measure=0, propagate=propagate)
+        bitmill.quantize(model, recipe("fisher", transforms), calib=WINDOWS, measure=0, propagate=propagate)
     assert all(stats.gram is None for _, stats in seen.values())  # nobody asked
     W, stats = seen[0]  # q, k and v, stacked
     target = torch.cat([expected[f"model.layers.0.self_attn.{n}_proj"] for n in "qkv"])
@@ -146,7 +146,7 @@ def test_pipeline_passes_fisher(propagate, transforms, tmp_path):
 
 
 def test_cached_result_reused(tmp_path, monkeypatch):
-    options = {"calibration": WINDOWS, "measure": 0, "propagate": "float", "statistics": tmp_path / "shared"}
+    options = {"calib": WINDOWS, "measure": 0, "propagate": "float", "statistics": tmp_path / "shared"}
     bitmill.quantize(tiny_model("llama"), recipe("fisher"), out=tmp_path / "one", **options)
     monkeypatch.setattr(Fisher, "measure", None)
     bitmill.quantize(tiny_model("llama"), recipe("fisher"), out=tmp_path / "other", **options)

@@ -44,7 +44,7 @@ def test_what_is_stated_runs(source, tmp_path, gain, dtype):
     text = write_text(tmp_path / "text.txt")
     calibration = bitmill.CalibrationData(str(text), 4, 32)
     out = tmp_path / "out"
-    bitmill.quantize(source, "rtn", bits=4, group_size=16, out=out, calibration=calibration, measure=2)
+    bitmill.quantize(source, "rtn", bits=4, group_size=16, out=out, calib=calibration, measure=2)
     assert json.loads((out / "config.json").read_text())["dtype"] == dtype
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert bool(torch.isfinite(loaded(torch.arange(3, 30)[None]).logits).all())

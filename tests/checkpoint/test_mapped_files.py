@@ -29,7 +29,7 @@ def test_files_unmapped_after_use(method, head_bits, monkeypatch, tmp_path):
     monkeypatch.delenv("BITMILL_KERNEL", raising=False)
     out = tmp_path / "out"
     model = tiny_model("llama", tie_word_embeddings=True)
-    bitmill.quantize(model, method, calibration=TOKENS, out=out, measure=0, head_bits=head_bits)
+    bitmill.quantize(model, method, calib=TOKENS, out=out, measure=0, head_bits=head_bits)
     model = bitmill.load(out)
     expected = model.model.norm.weight.clone()
     before = mapped(out)

@@ -39,7 +39,7 @@ BRIEF = {
 
 def quantize(model: nn.Module, method: str, out=None, **options):
     options = method_options(method, group_size=20, **options)  # ragged in 32 and in 48 columns
-    return bitmill.quantize(model, method, calibration=WINDOWS, out=out, measure=0, **options)
+    return bitmill.quantize(model, method, calib=WINDOWS, out=out, measure=0, **options)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def model_of(name: str, tied: bool) -> nn.Module:
 def quantize(model: nn.Module, out=None, head_bits: int | None = 8, **options):
     options = {"method": "rtn", "bits": 4, "group_size": 20, "measure": 0, **options}
     options = {key: value for key, value in options.items() if value is not None}
-    return bitmill.quantize(model, out=out, calibration=WINDOWS, head_bits=head_bits, **options)
+    return bitmill.quantize(model, out=out, calib=WINDOWS, head_bits=head_bits, **options)
 
 
 @every_model

@@ -115,7 +115,7 @@ def untuned(format: Format, solver: Solver | None, measure) -> float:
 
 
 def quantize(recipe: Recipe, model: nn.Module, out=None, **options):
-    return bitmill.quantize(model, recipe, calibration=WINDOWS, out=out, measure=0, **options)
+    return bitmill.quantize(model, recipe, calib=WINDOWS, out=out, measure=0, **options)
 
 
 @every_tuner

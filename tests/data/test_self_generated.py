@@ -86,13 +86,13 @@ def test_broken_model_refused():
 def test_model_without_tokenizer(tmp_path):
     done = bitmill.quantize(
         tiny_model("llama"), "gptq", bits=3, group_size=16, measure=0, out=tmp_path / "out",
-        calibration=bitmill.CalibrationData("self", samples=4, seqlen=16),
+        calib=bitmill.CalibrationData("self", samples=4, seqlen=16),
     )  # fmt: skip
     described = done.report["identity"]["calibration"]
     assert described["source"] == "self"
     again = bitmill.quantize(
         tiny_model("llama"), "gptq", bits=3, group_size=16, measure=0,
-        calibration=bitmill.CalibrationData("self", samples=4, seqlen=16),
+        calib=bitmill.CalibrationData("self", samples=4, seqlen=16),
     )  # fmt: skip
     assert again.report["identity"]["calibration"] == described
 
@@ -101,4 +101,4 @@ def test_model_without_tokenizer(tmp_path):
 def test_invalid_windows_refused(samples, seqlen, fragment):
     own = bitmill.CalibrationData("self", samples, seqlen)
     with pytest.raises(CalibrationError, match=fragment):
-        bitmill.quantize(tiny_model("llama"), "gptq", calibration=own, measure=0)
+        bitmill.quantize(tiny_model("llama"), "gptq", calib=own, measure=0)

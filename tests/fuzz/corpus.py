@@ -270,7 +270,7 @@ def _with_statistics(method: str) -> Use:
 
         data = bitmill.CalibrationData("text.txt", samples=2, seqlen=16)
         options: dict[str, Any] = {"propagate": "float", "statistics": "statistics"}
-        bitmill.quantize("source", method, out=f"out-{method}", calibration=data, measure=0, **options)
+        bitmill.quantize("source", method, out=f"out-{method}", calib=data, measure=0, **options)
         files = [file for file in sorted((folder / f"out-{method}").iterdir()) if file.name != "report.json"]
         return digest_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
 

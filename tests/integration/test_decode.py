@@ -21,7 +21,7 @@ def test_from_folder_to_float(head_bits, tmp_path, monkeypatch):
     for name in ("BITMILL_KERNEL", "BITMILL_ACTIVATIONS", "BITMILL_DECODE"):
         monkeypatch.delenv(name, raising=False)
     calibration = bitmill.CalibrationData(str(write_text(tmp_path / "text.txt")), 4, 32)
-    more = {"calibration": calibration, "measure": 0, "group_size": 16, "head_bits": head_bits}
+    more = {"calib": calibration, "measure": 0, "group_size": 16, "head_bits": head_bits}
     bitmill.quantize(save_model(tmp_path / "source"), "rtn", out=tmp_path / "done", **more)
     model = bitmill.load(tmp_path / "done")
 

@@ -70,7 +70,7 @@ def test_measured_equals_packed(root, run):
     assert run("verify", root / "done", "--json")["perplexity_change"] < 1e-6
     dense = bitmill.load(root / "done", dense=True)
     again = bitmill.evaluate(
-        dense, text_source="text.txt", seqlen=32, windows=2, tokenizer=bitmill.load_tokenizer(root / "done")
+        dense, text="text.txt", seqlen=32, windows=2, tokenizer=bitmill.load_tokenizer(root / "done")
     )
     assert again["perplexity"] == pytest.approx(recorded["perplexity"], rel=1e-5)
     alone = bitmill.quantize(root / "source", "gptq", out=root / "float", group_size=16, **_terms()).summary
@@ -79,7 +79,7 @@ def test_measured_equals_packed(root, run):
 
 
 def _terms():
-    return {"calibration": bitmill.CalibrationData("text.txt", 4, 32), "measure": 2}
+    return {"calib": bitmill.CalibrationData("text.txt", 4, 32), "measure": 2}
 
 
 def test_it_generates(root, run):
@@ -170,7 +170,7 @@ def test_compare_with_head_bits(root, run, monkeypatch):
         from bitmill.workflows.comparison.compare import compare
 
         return compare(
-            root / "source", ["rtn"], [4], out=root / "grid", calibration=calibration, windows=2, **more,
+            root / "source", ["rtn"], [4], out=root / "grid", calib=calibration, windows=2, **more,
             options={"rtn": {"group_size": 16}}, prompts=["w1"], max_new_tokens=2,
         )  # fmt: skip
 

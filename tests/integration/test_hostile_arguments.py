@@ -23,15 +23,15 @@ EXAMPLES = int(os.environ.get("BITMILL_HOSTILE_EXAMPLES", "8"))  # of every func
 FUNCTIONS = [value for name in bitmill.__all__ if inspect.isfunction(value := getattr(bitmill, name))]
 DATA = bitmill.CalibrationData("text.txt", samples=2, seqlen=16)
 SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
-    "quantize": {"model": "source", "method": "rtn", "out": "out", "calibration": DATA, "measure": 1},
-    "evaluate": {"model": "done", "text_source": "text.txt", "seqlen": 16, "windows": 1},
+    "quantize": {"model": "source", "method": "rtn", "out": "out", "calib": DATA, "measure": 1},
+    "evaluate": {"model": "done", "text": "text.txt", "seqlen": 16, "windows": 1},
     "load": {"model": "done"},
     "load_tokenizer": {"model": "done"},
     "compare": {
-        "model": "source", "methods": ["rtn"], "bits": [4], "out": "grid", "calibration": DATA, "windows": 1,
+        "model": "source", "methods": ["rtn"], "bits": [4], "out": "grid", "calib": DATA, "windows": 1,
         "prompts": ["w1"], "max_new_tokens": 1,
     },
-    "sweep": {"model": "source", "text_source": "text.txt", "windows": 1, "seqlen": 16},
+    "sweep": {"model": "source", "text": "text.txt", "windows": 1, "seqlen": 16},
     "plan": {"model": "source"},
 }  # fmt: skip
 UNCHECKED = {"progress", "tokenizer", "options", "weights"}  # objects with methods, and options of methods

@@ -45,20 +45,18 @@ def test_calibrated_and_measured_behind_the_prefix(source, tmp_path, method):
     text = write_text(tmp_path / "text.txt")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     expected = perplexity(model, tokenizer, text.read_text(), 32, 3)
-    measured = bitmill.evaluate(source, text_source=str(text), seqlen=32, windows=3)
+    measured = bitmill.evaluate(source, text=str(text), seqlen=32, windows=3)
     assert measured["perplexity"] == pytest.approx(expected, rel=1e-4)
     assert measured["prefix"] == [BOS]
 
     out, calibration = tmp_path / "out", bitmill.CalibrationData(str(text), 4, 32)
-    report = bitmill.quantize(
-        source, method, bits=4, group_size=16, out=out, calibration=calibration, measure=3
-    ).report
+    report = bitmill.quantize(source, method, bits=4, group_size=16, out=out, calib=calibration, measure=3).report
     recorded = report["measured"][0]
     assert recorded["reference_perplexity"] == pytest.approx(expected, rel=1e-4)
     assert recorded["prefix"] == [BOS]
     if method == "gptq":
         assert report["identity"]["calibration"]["prefix"] == [BOS]
-    again = bitmill.evaluate(out, text_source=str(text), seqlen=32, windows=3)
+    again = bitmill.evaluate(out, text=str(text), seqlen=32, windows=3)
     assert again["perplexity"] == pytest.approx(recorded["perplexity"], rel=1e-4)
 
     document = json.loads((out / "report.json").read_text())  # as bitmill wrote it before windows had a prefix

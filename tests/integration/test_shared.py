@@ -37,7 +37,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 def quantize(model: nn.Module, out=None, **options):
     given = {**SMALL, **options}
-    return bitmill.quantize(model, given.pop("method", "aqlm"), calibration=WINDOWS, out=out, measure=0, **given)
+    return bitmill.quantize(model, given.pop("method", "aqlm"), calib=WINDOWS, out=out, measure=0, **given)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def test_one_block_in_memory(tmp_path, monkeypatch):
 def test_float_layers_not_learned_from(tmp_path):
     ignored = ["*.down_proj", "model.layers.0.*.gate_proj", "model.layers.0.*.up_proj"]
     recipe = bitmill.Recipe.from_dict({**build_recipe("aqlm", SMALL).to_dict(), "ignore": ignored})
-    bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS, out=tmp_path / "out", measure=0)
+    bitmill.quantize(tiny_model("llama"), recipe, calib=WINDOWS, out=tmp_path / "out", measure=0)
     books = [n for n in tensors_of(tmp_path / "out") if n.startswith(SHARED)]
     assert len(books) == 6
     assert answer(bitmill.load(tmp_path / "out")).isfinite().all()

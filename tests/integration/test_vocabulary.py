@@ -78,23 +78,23 @@ def test_calibration_as_everyone_gives_it(workspace, calibration, source):
     """The name of a source, or a list of texts."""
     options = {"bits": 4, "group_size": 16}
     data = bitmill.CalibrationData(calibration, samples=2, seqlen=16)
-    expected = bitmill.quantize("source", "gptq", out="a", calibration=data, measure=1, **options)
+    expected = bitmill.quantize("source", "gptq", out="a", calib=data, measure=1, **options)
     assert expected.report["identity"]["calibration"]["source"] == source
     assert expected.report["measured"][0]["text"] == source
     assert main(["verify", "a"]) == 0
-    assert bitmill.evaluate("a", text_source=calibration, seqlen=16, windows=1)["text"] == source
+    assert bitmill.evaluate("a", text=calibration, seqlen=16, windows=1)["text"] == source
 
 
 @pytest.mark.parametrize("given", ["text.txt", ["w1 w2 w3 . " * 500] * 2], ids=["name", "texts"])
 def test_calibration_without_data_class(workspace, given, monkeypatch):
     monkeypatch.setattr(bitmill.CalibrationData.__init__, "__defaults__", ("pydoc", 2, 16, 0))
-    assert bitmill.quantize("source", "gptq", out="b", calibration=given, group_size=16, measure=0).out.is_dir()
+    assert bitmill.quantize("source", "gptq", out="b", calib=given, group_size=16, measure=0).out.is_dir()
 
 
 @pytest.mark.parametrize("given", [5, [], [1, 2], b"pydoc", {"source": "pydoc"}, [["w1"]]])
 def test_other_calibration_refused(given):
     with pytest.raises(BitmillError, match=r"^The text is .*\.$"):
-        bitmill.quantize(tiny_model("llama"), "gptq", calibration=given)
+        bitmill.quantize(tiny_model("llama"), "gptq", calib=given)
 
 
 @pytest.mark.parametrize("changes", [{"seed": 10**20}, {"samples": 10**10}, {"seqlen": 1.5}, {"samples": True}])
@@ -108,7 +108,7 @@ def test_home(workspace, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(workspace.root))
     data = bitmill.CalibrationData("~/text.txt", samples=2, seqlen=16)
     (workspace.root / "mine.yaml").write_bytes((workspace.done / "recipe.yaml").read_bytes())
-    done = bitmill.quantize("~/source", "~/mine.yaml", out="~/new", calibration=data, measure=1)
+    done = bitmill.quantize("~/source", "~/mine.yaml", out="~/new", calib=data, measure=1)
     assert done.out == workspace.root / "new"
     assert main(["inspect", "~/new"]) == 0
     assert main(["eval", "~/new", "--record", "--text", "text.txt", "--seqlen", "16", "--windows", "1"]) == 0

@@ -51,7 +51,7 @@ def logits(model) -> torch.Tensor:
 def quantized(kind: str):
     family, sizes, recipe = MODELS[kind]
     windows = torch.randint(3, 120, (2, 16), generator=torch.Generator().manual_seed(1))
-    return bitmill.quantize(tiny_model(family, **sizes), calibration=windows, measure=0, **recipe).model
+    return bitmill.quantize(tiny_model(family, **sizes), calib=windows, measure=0, **recipe).model
 
 
 @pytest.fixture(scope="module")

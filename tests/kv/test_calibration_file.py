@@ -41,11 +41,11 @@ def test_live_models(workspace):
         bitmill.quantize(model, "rtn", kv="kivi", kv_options={"group": 8}, tokenizer=tokenizer, measure=0)
     windows = torch.randint(3, 120, (4, 64))
     out = workspace.root / "live"
-    bitmill.quantize(model, "rtn", kv="kvquant", calibration=windows, tokenizer=tokenizer, measure=0, out=out)
+    bitmill.quantize(model, "rtn", kv="kvquant", calib=windows, tokenizer=tokenizer, measure=0, out=out)
     assert read_calibration(out).about["source"] == "tokens"
     bitmill.quantize(model, "rtn", group_size=16, tokenizer=tokenizer, measure=0)
     result = bitmill.evaluate(
-        model, kv="kvquant", kv_samples=3, tokenizer=tokenizer, seqlen=64, windows=1, text_source=workspace.text
+        model, kv="kvquant", kv_samples=3, tokenizer=tokenizer, seqlen=64, windows=1, text=workspace.text
     )
     assert result["kv_method"] == "kvquant"  # gradients were computed on a copy
     assert not any(isinstance(m, torch.nn.Linear) for m in model.model.layers[0].mlp.children())

@@ -123,7 +123,7 @@ def test_assisted_decoding(architecture):
 
 def test_quantized_weights():
     model = long_model("llama", hidden_size=64, head_dim=16)
-    bitmill.quantize(model, "rtn", calibration=prompt(2, 32), bits=4, group_size=16, measure=0)
+    bitmill.quantize(model, "rtn", calib=prompt(2, 32), bits=4, group_size=16, measure=0)
     agrees(model, SETTINGS[1], prompt())
     assert bitmill.QuantizedCache is QuantizedCache
 

@@ -75,7 +75,7 @@ def test_custom_module(tied):
     model = Own(tied=tied)
     before = model(WINDOWS)
     assert embedding_and_head(StreamedModel(ModuleSource(model))) == EmbeddingAndHead("table", "head", tied)
-    bitmill.quantize(model, "rtn", bits=8, head_bits=8, calibration=WINDOWS, measure=0)
+    bitmill.quantize(model, "rtn", bits=8, head_bits=8, calib=WINDOWS, measure=0)
     assert isinstance(model.table, QuantEmbedding)
     assert isinstance(model.head, QuantLinear)
     assert model.head.tied is (model.table if tied else None)
@@ -86,8 +86,8 @@ def test_custom_module(tied):
 
 def test_model_without_embedding():
     with pytest.raises(SourceError, match="no token embedding"):
-        bitmill.quantize(Own(Bag()), "rtn", head_bits=8, calibration=WINDOWS, measure=0)
-    assert bitmill.quantize(Own(Bag()), "rtn", calibration=WINDOWS, measure=0).summary["head_bytes"] == 0
+        bitmill.quantize(Own(Bag()), "rtn", head_bits=8, calib=WINDOWS, measure=0)
+    assert bitmill.quantize(Own(Bag()), "rtn", calib=WINDOWS, measure=0).summary["head_bytes"] == 0
 
 
 def test_nonlinear_head_refused():
@@ -122,7 +122,7 @@ def test_head_in_recipe():
 def test_ignored_head_conflict():
     recipe = with_head(replace(build_recipe("rtn"), rules=(Rule("lm_head", FLOAT),)), 8)
     with pytest.raises(UsageError, match="ignores 'lm_head'"):
-        bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS, measure=0)
+        bitmill.quantize(tiny_model("llama"), recipe, calib=WINDOWS, measure=0)
 
 
 class Scaled(nn.Embedding):
@@ -200,7 +200,7 @@ def test_tied_matrix_stored_once(names, tmp_path):
     assert summary["unquantized_bytes"] == 4 * 32 * 5  # norms
     packed = bitmill.load(tmp_path / "out")
     assert packed.lm_head.tied is packed.model.embed_tokens
-    bitmill.quantize(model, "rtn", head_bits=8, calibration=WINDOWS, measure=0)
+    bitmill.quantize(model, "rtn", head_bits=8, calib=WINDOWS, measure=0)
     assert torch.equal(packed(WINDOWS).logits, model(WINDOWS).logits)
 
 

@@ -77,7 +77,7 @@ def test_encoder_with_head_refused(cls, tmp_path):
 def test_language_model_of_images_and_text(method):
     """Its blocks are quantized, although the image tower has more."""
     model = llava()
-    bitmill.quantize(model, method, bits=4, calibration=torch.randint(6, 64, (2, 16)), measure=0)
+    bitmill.quantize(model, method, bits=4, calib=torch.randint(6, 64, (2, 16)), measure=0)
     names = [name for name, module in model.named_modules() if type(module).__name__ == "QuantLinear"]
     assert names
     assert all("language_model" in name for name in names)

@@ -39,11 +39,11 @@ def test_layer_whose_weight_is_read(method, tmp_path):
     """dt_proj of Mamba, which some releases of transformers read and others call."""
     model, out = mamba(), tmp_path / "out"
     with suppress(SourceError):
-        bitmill.quantize(model, method, bits=8, out=tmp_path / "all", calibration=WINDOWS, measure=0)
+        bitmill.quantize(model, method, bits=8, out=tmp_path / "all", calib=WINDOWS, measure=0)
     for folder in tmp_path.iterdir():  # quantized and not refused
         bitmill.load(folder)(TOKENS)
     rules = ["*.mixer.dt_proj=float"]
-    bitmill.quantize(model, method, bits=8, out=out, calibration=WINDOWS, measure=0, rules=rules)
+    bitmill.quantize(model, method, bits=8, out=out, calib=WINDOWS, measure=0, rules=rules)
     with torch.no_grad():
         packed, right = bitmill.load(out)(TOKENS).logits, model(TOKENS).logits
     assert (packed - right).norm() < 0.2 * right.norm()

@@ -28,7 +28,7 @@ def test_failed_run_restores_module():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = dict(model.named_modules())
     with pytest.raises(BitmillError, match=r"layers\.1\.mlp\.up_proj"):
-        bitmill.quantize(model, "gptq", calibration=WINDOWS, bits=4, group_size=16)
+        bitmill.quantize(model, "gptq", calib=WINDOWS, bits=4, group_size=16)
     assert dict(model.named_modules()) == modules
     after = model.state_dict()
     assert after.keys() == before.keys()
@@ -38,7 +38,7 @@ def test_failed_run_restores_module():
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_every_linear_replaced(model_type):
     model = tiny_model(model_type)
-    outcome = bitmill.quantize(model, "gptq", calibration=WINDOWS, bits=4, group_size=16)
+    outcome = bitmill.quantize(model, "gptq", calib=WINDOWS, bits=4, group_size=16)
     packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
     assert len(packed) == len(outcome.report["layers"]) == outcome.summary["layers"]
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
@@ -48,7 +48,7 @@ def test_every_linear_replaced(model_type):
 def test_live_model_bits():
     model = tiny_model("llama")
     assert stored_bits(model, False)[0] == 32
-    outcome = bitmill.quantize(model, "rtn", calibration=WINDOWS, bits=4, group_size=16)
+    outcome = bitmill.quantize(model, "rtn", calib=WINDOWS, bits=4, group_size=16)
     bits, size = stored_bits(model, False)
     assert bits == pytest.approx(outcome.summary["bits_per_weight"])
     assert size == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -64,7 +64,7 @@ class Words:
 def test_training_mode_restored(tmp_path):
     (tmp_path / "text.txt").write_text("All that glitters is not gold. " * 20)
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
-    terms = {"text_source": str(tmp_path / "text.txt"), "seqlen": 16, "windows": 2, "tokenizer": Words()}
+    terms = {"text": str(tmp_path / "text.txt"), "seqlen": 16, "windows": 2, "tokenizer": Words()}
     expected = bitmill.evaluate(model, **terms)["perplexity"]
     model.train()
     model.transformer.h[0].eval()
@@ -77,13 +77,13 @@ def test_training_mode_restored(tmp_path):
 def test_ignored_name_must_exist(name):
     recipe = replace(build_recipe("rtn", {"group_size": 16}), rules=(Rule(name, FLOAT),))
     with pytest.raises(UsageError, match="matrix of weights is called " + re.escape(repr(name))):
-        bitmill.quantize(tiny_model("llama"), recipe, calibration=WINDOWS)
+        bitmill.quantize(tiny_model("llama"), recipe, calib=WINDOWS)
 
 
 def test_ignored_head():
     recipe = build_recipe("rtn", {"group_size": 16})
     rules = (Rule("*.o_proj", FLOAT), Rule("lm_head", FLOAT))
-    bitmill.quantize(tiny_model("llama"), replace(recipe, rules=rules), calibration=WINDOWS)
+    bitmill.quantize(tiny_model("llama"), replace(recipe, rules=rules), calib=WINDOWS)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -105,7 +105,7 @@ def test_folder_needs_known_model(tmp_path):
 def test_rules_by_keyword():
     model = tiny_model("llama")
     rules = ["*.o_proj=float", Rule("*.down_proj", Uniform(8, 16))]
-    summary = bitmill.quantize(model, "rtn", calibration=WINDOWS, bits=4, group_size=16, rules=rules).summary
+    summary = bitmill.quantize(model, "rtn", calib=WINDOWS, bits=4, group_size=16, rules=rules).summary
     assert sorted(entry["format"]["bits"] for entry in summary["formats"]) == [4, 8]
     assert isinstance(model.model.layers[0].self_attn.o_proj, torch.nn.Linear)
     assert not isinstance(model.model.layers[0].mlp.down_proj, torch.nn.Linear)

@@ -19,7 +19,7 @@ TOKENS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(
 
 def logits(method: str = "gptq", architecture: str = "llama", **options) -> torch.Tensor:
     model = tiny_model(architecture)
-    bitmill.quantize(model, method, calibration=WINDOWS, measure=0, bits=3, **options)
+    bitmill.quantize(model, method, calib=WINDOWS, measure=0, bits=3, **options)
     with torch.no_grad():
         return model(TOKENS).logits
 
@@ -60,7 +60,7 @@ def test_stated_dtype_of_shared_statistics(tmp_path):
     model.half().save_pretrained(tmp_path / "source")
     for out in ("one", "other"):
         options = {"measure": 0, "propagate": "float", "statistics": tmp_path / "s", "out": tmp_path / out}
-        bitmill.quantize(tmp_path / "source", "gptq", calibration=WINDOWS, **options)
+        bitmill.quantize(tmp_path / "source", "gptq", calib=WINDOWS, **options)
     assert json.loads((tmp_path / "one" / "config.json").read_text())["dtype"] == "float32"
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes(), file.name
@@ -70,7 +70,7 @@ def test_later_blocks_differ():
     layers = []
     for propagate in ("float", "quantized"):
         outcome = bitmill.quantize(
-            tiny_model("llama"), "gptq", calibration=WINDOWS, measure=0, bits=2, propagate=propagate
+            tiny_model("llama"), "gptq", calib=WINDOWS, measure=0, bits=2, propagate=propagate
         )
         layers.append([layer["output_error"] for layer in outcome.report["layers"]])
     first = 3  # q, k and v read what both have in common
@@ -94,7 +94,7 @@ def test_other_text_refused(tmp_path):
         bitmill.quantize(
             tiny_model("llama"),
             "gptq",
-            calibration=WINDOWS + 1 - 1 * (WINDOWS > 100),
+            calib=WINDOWS + 1 - 1 * (WINDOWS > 100),
             measure=0,
             propagate="float",
             statistics=tmp_path,

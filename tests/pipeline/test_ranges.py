@@ -49,7 +49,7 @@ def test_head_is_named(layer, tmp_path):
 @pytest.mark.parametrize("method", ["gptq", "autoround", "aqlm"])
 def test_calibrated_methods(method, tmp_path):
     with pytest.raises(NumericsError, match=f"weights of {LAYER} are up to 1e-30"):
-        bitmill.quantize(model_with(1e-30), method, out=tmp_path / "out", calibration=WINDOWS, measure=0)
+        bitmill.quantize(model_with(1e-30), method, out=tmp_path / "out", calib=WINDOWS, measure=0)
 
 
 def test_float_tensors_stay_finite():

@@ -17,7 +17,7 @@ WINDOWS = torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed
 def packed(recipe: Recipe, name: str) -> dict[str, torch.Tensor]:
     """Return the packed tensors of a layer of a tiny model quantized in place."""
     model = tiny_model("llama")
-    bitmill.quantize(model, recipe, calibration=WINDOWS)
+    bitmill.quantize(model, recipe, calib=WINDOWS)
     return model.get_submodule(name).packed()
 
 
@@ -45,5 +45,5 @@ def test_fisher_of_a_seams_source_is_rescaled(monkeypatch):
     rule = {"sites": "*.down_proj", "transforms": [{"transform": "equalize"}]}
     model = tiny_model("llama")
     source = model.model.layers[0].mlp.up_proj.weight.shape
-    bitmill.quantize(model, Recipe.from_dict({**recipe, "rules": [rule]}), calibration=WINDOWS)
+    bitmill.quantize(model, Recipe.from_dict({**recipe, "rules": [rule]}), calib=WINDOWS)
     assert tuple(source) in rescaled

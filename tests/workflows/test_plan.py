@@ -175,7 +175,7 @@ def test_config_alone(tmp_path) -> None:
 def test_packed_folder(tmp_path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "float")
     windows = torch.randint(3, 128, (4, 16))
-    bitmill.quantize(tmp_path / "float", "rtn", bits=4, out=tmp_path / "packed", calibration=windows, measure=0)
+    bitmill.quantize(tmp_path / "float", "rtn", bits=4, out=tmp_path / "packed", calib=windows, measure=0)
     report = tmp_path / "packed" / "report.json"
     data = json.loads(report.read_text())
     measured = [{"by": "eval", "text": "pydoc", "split": "eval", "seqlen": 8, "windows": 1, "perplexity": 9.0}]

@@ -31,7 +31,7 @@ def _all_tokens():
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("running")
     calibration = bitmill.CalibrationData(str(write_text(root / "text.txt")), 4, 32)
-    options = {"bits": 3, "group_size": 16, "calibration": calibration, "measure": 2}
+    options = {"bits": 3, "group_size": 16, "calib": calibration, "measure": 2}
     return bitmill.quantize(
         save_model(root / "source"), "rtn", out=root / "out", kv="kivi", kv_options={"group": 8}, **options
     ).out
@@ -83,7 +83,7 @@ def test_nothing_is_recorded_where_the_packed_model_does_not_fit_into_memory(fol
     monkeypatch.setattr(quantize, "read_folder", lambda *args, **options: torch.empty(1 << 50))
     calibration = bitmill.CalibrationData(str(folder.parent / "text.txt"), 4, 32)
     source, out = folder.parent / "source", tmp_path / "out"
-    report = bitmill.quantize(source, "rtn", bits=3, group_size=16, out=out, calibration=calibration).report
+    report = bitmill.quantize(source, "rtn", bits=3, group_size=16, out=out, calib=calibration).report
     monkeypatch.undo()
     assert "running" not in report
     assert report["measured"]

@@ -111,7 +111,7 @@ def compare(
         named = METHODS.names() if methods.strip() == "all" else split_list(methods)
         calibration = CalibrationData(calib, samples, seqlen, seed)
         results = compare(
-            model, named, _parse_bits(bits), out=out, calibration=calibration, progress=output.progress, **request
+            model, named, _parse_bits(bits), out=out, calib=calibration, progress=output.progress, **request
         )
         data = {"out": str(out), **results.model_dump(exclude={"variants": {"__all__": {"layers"}}})}
         output.result(data, lambda: [results_table(results), *_status_lines(results, out)])

@@ -68,7 +68,7 @@ def evaluate(
         files = check_recordable(folder) if record else None
         result = api.evaluate(
             model,
-            text_source=text,
+            text=text,
             split=split,  # type: ignore[arg-type]
             seqlen=seqlen,
             windows=windows or None,

@@ -77,7 +77,7 @@ def verify(
             return api.evaluate(
                 folder if model is None else model,
                 tokenizer=api.load_tokenizer(folder, trust_remote_code=trust_remote_code),
-                text_source=recorded["text"],
+                text=recorded["text"],
                 split=recorded["split"],
                 seqlen=recorded["seqlen"],
                 windows=recorded["windows"],

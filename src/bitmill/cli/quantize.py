@@ -203,7 +203,7 @@ def quantize(
         calibration = api.CalibrationData(calib, samples, seqlen, seed)
         try:
             outcome = api.quantize(
-                model, recipe or NONE, out=out, calibration=calibration, progress=output.progress, **request
+                model, recipe or NONE, out=out, calib=calibration, progress=output.progress, **request
             )
         except KeyboardInterrupt:
             if out is not None and can_resume(out):

@@ -50,7 +50,7 @@ def sweep(
 
         result = sweep(
             model,
-            text_source=text,
+            text=text,
             windows=4 if windows is None else windows,
             seqlen=512 if seqlen is None else seqlen,
             search=search,

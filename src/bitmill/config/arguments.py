@@ -7,6 +7,7 @@ import inspect
 import numbers
 import os
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
@@ -43,6 +44,34 @@ def checked_arguments(*unchecked: str) -> Callable[[F], F]:
             return function(*args, **kwargs)
 
         return typing.cast(F, checked)
+
+    return decorate
+
+
+def renamed_arguments(**names: str) -> Callable[[F], F]:
+    """Return a decorator that accepts old names of keywords, with a FutureWarning, until the next release.
+
+    Args:
+        names: old name -> new name.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            for old in kwargs.keys() & names.keys():
+                new = names[old]
+                if new in kwargs:
+                    raise UsageError(f"{new} is given twice, also by its old name {old}; leave out {old}.")
+                warnings.warn(
+                    f"{old} of {function.__name__} is now called {new}, and the old name will be removed in the "
+                    "next release.",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return typing.cast(F, renamed)
 
     return decorate
 

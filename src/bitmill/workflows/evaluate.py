@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
-from bitmill.config.arguments import checked_arguments
+from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.text import TextSource
 from bitmill.data.windows import (
@@ -38,11 +38,12 @@ Split = Literal["eval", "calib", "all"]
 _TOKENS = 1024  # tokens that pass a packed cache together
 
 
-@checked_arguments("text_source", "progress")
+@renamed_arguments(text_source="text")
+@checked_arguments("text", "progress")
 def evaluate(
     model: str | Path | nn.Module,
     *,
-    text_source: TextSource = "pydoc",
+    text: TextSource = "pydoc",
     split: Split = "eval",
     seqlen: int = 512,
     windows: int | None = 40,
@@ -63,7 +64,7 @@ def evaluate(
 
     Args:
         model: a live module, a folder, the name of a demo model, a hub id, or a .gguf file.
-        text_source: pydoc, a .txt or .jsonl file, hf:dataset, or a list of texts.
+        text: pydoc, a .txt or .jsonl file, hf:dataset, or a list of texts.
         split: the text's last fifth ("eval"), its first four fifths ("calib"), or all of it.
         seqlen, windows: tokens of a window and number of windows; None takes all windows.
         reference: the model to compare with, through an ordinary cache.
@@ -76,7 +77,7 @@ def evaluate(
         pair_cosine. With a reference kl_divergence (nats per token), top1_agreement and reference_perplexity,
         for an encoder cosine_similarity and neighbour_agreement. With a KV method `kv_*`, see docs/kv.md.
     """
-    text_source = CalibrationData(text_source).source
+    text = CalibrationData(text).source
     started = time.perf_counter()
     kv_config = parse_kv_config(None if kv == FLOAT else kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     if tokenizer is None:
@@ -86,7 +87,7 @@ def evaluate(
     progress = progress or Progress()
     progress.start("reading text and model", 0)
     bits, size = stored_bits(model, trust_remote_code)
-    scoring = _Scoring(_task(model, trust_remote_code), text_source, split, seqlen, tokenizer, progress)
+    scoring = _Scoring(_task(model, trust_remote_code), text, split, seqlen, tokenizer, progress)
     live = live_model(model, device, trust_remote_code)
     other = None if reference is None else live_model(reference, device, trust_remote_code)
     return {

@@ -20,7 +20,7 @@ from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkp
 from bitmill.checkpoint.schema import quantization_config
 from bitmill.checkpoint.work_folder import SUFFIX_BYTES, WorkFolder, can_resume
 from bitmill.checkpoint.writer import FolderSink, is_finished
-from bitmill.config.arguments import checked_arguments
+from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
 from bitmill.errors import UsageError, is_out_of_memory, one_line
@@ -59,13 +59,14 @@ class Outcome:
     model: nn.Module | None = field(default=None, repr=False)
 
 
-@checked_arguments("calibration", "progress", "head_bits")
+@renamed_arguments(calibration="calib")
+@checked_arguments("calib", "progress", "head_bits")
 def quantize(
     model: str | Path | nn.Module,
     method: str | Path | Recipe | None = None,
     *,
     out: str | Path | None = None,
-    calibration: CalibrationData | Tensor | str | Path | list[str] | None = None,
+    calib: CalibrationData | Tensor | str | Path | list[str] | None = None,
     measure: int = 4,
     device: str = "cpu",
     resume: bool = False,
@@ -93,7 +94,7 @@ def quantize(
             leaves the weights as they are, for a KV method alone, also in a folder that bitmill wrote.
         out: the folder to write. Without it, a live module is quantized in place once every layer is done, and a
             folder that bitmill wrote gets its KV calibration in place.
-        calibration: text to calibrate on, its source alone (such as "pydoc"), a list of texts, or token windows
+        calib: text to calibrate on, its source alone (such as "pydoc"), a list of texts, or token windows
             (samples, seqlen) for a live module without tokenizer.
         resume: continue an interrupted run.
         overwrite: replace a folder that bitmill wrote, once the new one is complete.
@@ -113,7 +114,7 @@ def quantize(
     kv_config = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     request = QuantizeRequest(
         model, None if out is None else user_path(out, SUFFIX_BYTES),
-        as_calibration(calibration), measure, device, resume, overwrite, dry_run, propagate,
+        as_calibration(calib), measure, device, resume, overwrite, dry_run, propagate,
         None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code,
         progress or Progress(),
     )  # fmt: skip

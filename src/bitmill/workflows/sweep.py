@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.calibration.walk import HiddenStates, walk_blocks
-from bitmill.config.arguments import checked_arguments
+from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.data.text import Windows
 from bitmill.data.windows import check_context_length, check_vocabulary
 from bitmill.errors import NumericsError, UsageError
@@ -127,12 +127,13 @@ def decibels(error: float) -> float:
     return -10 * math.log10(error) if error > 0 else math.inf
 
 
+@renamed_arguments(text_source="text")
 @torch.no_grad()
 @checked_arguments("progress")
 def sweep(
     model: str | Path | nn.Module,
     *,
-    text_source: str | None = None,
+    text: str | None = None,
     windows: int = 4,
     seqlen: int = 512,
     search: bool = False,
@@ -145,7 +146,7 @@ def sweep(
 
     Args:
         model: name or folder of a float model, or a module.
-        text_source: text to measure perplexity and KL divergence on; no text is read without it.
+        text: text to measure perplexity and KL divergence on; no text is read without it.
         windows: windows of the text's last fifth to measure on.
         seqlen: tokens in a window.
         search: shrink ranges to the least squared error instead of taking the largest magnitudes.
@@ -168,12 +169,12 @@ def sweep(
     progress.start("opening the model", 0)
     source = open_source(model, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
     streamed = StreamedModel(source, device)
-    text = None if text_source is None else _text_windows(streamed, text_source, windows, seqlen)
+    held_out = None if text is None else _text_windows(streamed, text, windows, seqlen)
     cells = sweep_cells(search)
-    shapes = fill_cells(streamed, cells, text, progress)
+    shapes = fill_cells(streamed, cells, held_out, progress)
     measured = None
-    if text is not None:
-        measured = {"text": str(text_source), "split": "eval", "seqlen": seqlen, "windows": len(text)}
+    if held_out is not None:
+        measured = {"text": str(text), "split": "eval", "seqlen": seqlen, "windows": len(held_out)}
         measured["reference_perplexity"] = cells[0].metrics.result()["reference_perplexity"]
     return {
         "model": source.name,

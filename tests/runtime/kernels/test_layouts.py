@@ -56,7 +56,7 @@ def layer_of(matrix: Quantized) -> QuantLinear:
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def folder(request, tmp_path):
     model = tiny_model("llama", tie_word_embeddings=request.param)
-    bitmill.quantize(model, "rtn", out=tmp_path / "out", head_bits=4, calibration=IDS, measure=0)
+    bitmill.quantize(model, "rtn", out=tmp_path / "out", head_bits=4, calib=IDS, measure=0)
     return tmp_path / "out"
 
 
@@ -145,7 +145,7 @@ def test_concurrent_first_use():
 def test_shared_parts():
     model = tiny_model("llama")
     small = {"shared": True, "codebook_bits": 4, "rounds": 2, "sweeps": 1, "epochs": 1}
-    bitmill.quantize(model, "aqlm", calibration=IDS, measure=0, **small)
+    bitmill.quantize(model, "aqlm", calib=IDS, measure=0, **small)
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     books = {id(layer.shared): layer.shared.codebooks for layer in layers}
     before = {name: t.clone() for name, t in model.state_dict().items()}

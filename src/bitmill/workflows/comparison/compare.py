@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bitmill.config.arguments import checked_arguments
+from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
 from bitmill.errors import UsageError
@@ -20,7 +20,8 @@ from bitmill.workflows.comparison.grid import NEW_TOKENS, PROMPTS, Grid, Options
 from bitmill.workflows.comparison.run import run_grid
 
 
-@checked_arguments("calibration", "progress", "head_bits")
+@renamed_arguments(calibration="calib")
+@checked_arguments("calib", "progress", "head_bits")
 def compare(
     model: str | Path,
     methods: Sequence[str] = (),
@@ -29,7 +30,7 @@ def compare(
     out: str | Path,
     recipes: Sequence[str | Path] = (),
     options: Options | None = None,
-    calibration: CalibrationData | str | Path | list[str] | None = None,
+    calib: CalibrationData | str | Path | list[str] | None = None,
     windows: int = 40,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = NEW_TOKENS,
@@ -59,7 +60,7 @@ def compare(
         BitmillError: a subclass, for errors that concern all variants.
     """
     out = user_path(out)
-    given = as_calibration(calibration)
+    given = as_calibration(calib)
     if isinstance(given, Tensor):
         raise UsageError("A comparison measures on text, so token windows cannot calibrate it; name a text.")
     grid = Grid(

@@ -141,7 +141,7 @@ class _VariantJob:
                 self.grid.model,
                 Recipe.from_dict(spec.recipe),
                 out=out,
-                calibration=self.grid.calibration,
+                calib=self.grid.calibration,
                 measure=0,
                 resume=True,
                 propagate=self.grid.propagate,
