@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bitmill.kv.cache import QuantizedCache
     from bitmill.recipes.recipe import Recipe
     from bitmill.workflows.comparison.compare import compare
+    from bitmill.workflows.estimate.estimate import estimate
     from bitmill.workflows.evaluate import evaluate
     from bitmill.workflows.quantize import Outcome, quantize
 
@@ -32,6 +33,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "compare",
+    "estimate",
     "evaluate",
     "load",
     "load_tokenizer",
@@ -42,6 +44,7 @@ _HOMES = {
     "CalibrationData": "bitmill.api",
     "Outcome": "bitmill.api",
     "compare": "bitmill.workflows.comparison.compare",
+    "estimate": "bitmill.api",
     "evaluate": "bitmill.api",
     "load": "bitmill.api",
     "load_tokenizer": "bitmill.api",

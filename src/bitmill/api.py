@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from bitmill.data.windows import CalibrationData
+from bitmill.workflows.estimate.estimate import Estimate, estimate
 from bitmill.workflows.evaluate import evaluate
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.quantize import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
 
-__all__ = ["CalibrationData", "Outcome", "evaluate", "load", "load_tokenizer", "quantize", "stored_bits"]
+__all__ = [
+    "CalibrationData",
+    "Estimate",
+    "Outcome",
+    "estimate",
+    "evaluate",
+    "load",
+    "load_tokenizer",
+    "quantize",
+    "stored_bits",
+]

@@ -135,6 +135,13 @@ Calib = Annotated[
 Measure = Annotated[
     int, typer.Option(metavar="W", help="Held-out windows to measure on while quantizing; 0 for none.")
 ]
+Estimate = Annotated[
+    bool,
+    typer.Option(
+        "--estimate",
+        help="Print only time, memory and size for this machine, from a trial on one block, and write nothing.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print sizes and bits, and write nothing.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 
@@ -166,6 +173,7 @@ def quantize(
     kv_samples: KvSamples = 16,
     kv_seqlen: KvSeqlen = None,
     device: Device = "cpu",
+    estimate: Estimate = False,
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -179,9 +187,8 @@ def quantize(
         "rules": rules,
     }  # fmt: skip
     request: dict[str, Any] = {
-        "measure": measure, "device": device, "resume": resume, "overwrite": overwrite, "dry_run": dry_run,
-        "trust_remote_code": trust_remote_code, "propagate": propagate, "head_bits": head_bits,
-        **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
+        "measure": measure, "device": device, "trust_remote_code": trust_remote_code, "propagate": propagate,
+        "head_bits": head_bits, **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
     }  # fmt: skip
     with command_output(as_json) as output:
         output.progress.start("starting", 0)
@@ -195,16 +202,20 @@ def quantize(
         recipe, reason = _choose_recipe(method, options, parts, max_minutes)
         if recipe is None:
             request |= options  # which the workflow refuses
+        request |= {"calib": api.CalibrationData(calib, samples, seqlen, seed), "progress": output.progress}
+        if estimate:
+            estimated = api.estimate(model, recipe or NONE, **request)
+            found = {"model": model, **({"chosen": reason} if reason else {}), **estimated.to_dict()}
+            output.result(found, lambda: [property_table([("model", model), *estimated.rows()])])
+            return
         if out is None and not dry_run and (recipe is not None or not is_bitmill_folder(user_path(model))):
             kv_config = parse_kv_config(kv, kv_bits, request["kv_options"])
             out = Path(
                 default_name(model, recipe, kv_config.method() if kv_config and kv_config.name != NONE else None)
             )
-        calibration = api.CalibrationData(calib, samples, seqlen, seed)
+        request |= {"out": out, "resume": resume, "overwrite": overwrite, "dry_run": dry_run}
         try:
-            outcome = api.quantize(
-                model, recipe or NONE, out=out, calib=calibration, progress=output.progress, **request
-            )
+            outcome = api.quantize(model, recipe or NONE, **request)
         except KeyboardInterrupt:
             if out is not None and can_resume(out):
                 output.hint = "interrupted; continue with --resume"

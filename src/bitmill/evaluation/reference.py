@@ -7,7 +7,7 @@ no float model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,6 +100,25 @@ class ReferenceRecorder:
         return ReferencePredictions(
             torch.stack(self._tokens), torch.stack(self._indices), torch.stack(self._log_probabilities)
         )
+
+
+def reference_layout(
+    windows: Sequence[Tensor] | Tensor, vocabulary: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return name -> shape and type of the tensors that a recorder keeps.
+
+    Args:
+        windows: token ids (length,) of each window.
+        vocabulary: tokens that the model predicts.
+    """
+    length = min(len(windows[0]), TOKENS)
+    count = min(TOKENS // length, sum(len(window) >= length for window in windows))
+    shape, found = (count, length), (count, length, min(TOP, vocabulary))
+    return {
+        "tokens": (shape, torch.int32),
+        "indices": (found, torch.int32),
+        "log_probabilities": (found, torch.float32),
+    }
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:

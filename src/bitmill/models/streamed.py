@@ -394,6 +394,7 @@ class StreamedModel:
         recorders[-1].stop, recorders[-1].replacement = stop, replacement
         path, _, leaf = self.adapter.blocks.rpartition(".")
         parent = self.model.get_submodule(path)
+        blocks = getattr(parent, leaf)  # of a view, more than its own
         setattr(parent, leaf, nn.ModuleList(recorders))
         config = self.source.config.get_text_config()  # of a model of images and text, that of the language model
         options = {"use_cache": False} if hasattr(config, "use_cache") else {}
@@ -402,5 +403,5 @@ class StreamedModel:
         except StopForward:
             pass
         finally:
-            setattr(parent, leaf, self.blocks)
+            setattr(parent, leaf, blocks)
         return recorders

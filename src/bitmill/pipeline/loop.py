@@ -66,7 +66,7 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any
     if metrics is None:
         return {}
     with job.streamed.non_block_weights("head"):
-        return metrics.result(embeddings)
+        return metrics.result(embeddings, progress)
 
 
 def _embed_again(

@@ -16,6 +16,9 @@ from bitmill.data.text import Windows
 from bitmill.evaluation.reference import ReferenceRecorder
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.embeddings import QuantizedEmbeddings
+from bitmill.progress import Progress
+
+MEASURING = "measuring"  # name of the task in the progress
 
 
 class HeldOutMetrics:
@@ -42,16 +45,21 @@ class HeldOutMetrics:
         self.float = self.quantized.fork()
 
     @torch.no_grad()
-    def result(self, embeddings: QuantizedEmbeddings | None = None) -> dict[str, Any]:
+    def result(
+        self, embeddings: QuantizedEmbeddings | None = None, progress: Progress | None = None
+    ) -> dict[str, Any]:
         """Compare the predictions on all windows; needs the weights of the side "head" in memory.
 
         Args:
             embeddings: holds the quantized head, which the quantized stream leaves through; None for the float
                 head.
+            progress: advanced by one for each window.
 
         Returns:
             The figures of the task's metric.
         """
+        progress = progress or Progress()
+        progress.start(MEASURING, len(self.windows))
         for window, reference, quantized in zip(self.windows, self.float.batches, self.quantized.batches):
             tokens = window[None]
             with embeddings.head() if embeddings else nullcontext():
@@ -60,4 +68,6 @@ class HeldOutMetrics:
             self.metric.add(tokens, answer, expected)
             if self.recorder:
                 self.recorder.add(window, expected[0])
+            progress.advance()
+        progress.finish()
         return self.metric.result()

@@ -66,11 +66,16 @@ class QuantizeRequest:
     trust_remote_code: bool
     progress: Progress
     started: float = field(default_factory=time.perf_counter)
+    cpu_started: float = field(default_factory=time.process_time)
 
     def __post_init__(self) -> None:
         if self.measure < 0:
             raise UsageError(f"measure is {self.measure}; use 0 or a positive number of windows.")
         check_device(self.device)
+
+    def cost(self) -> tuple[float, float]:
+        """Return the seconds since the start, on the clock and of all processors together."""
+        return time.perf_counter() - self.started, time.process_time() - self.cpu_started
 
     @property
     def live(self) -> bool:
@@ -92,6 +97,11 @@ class PreparedJob:
     resolved: ResolvedRecipe | None
     kv: kv_workflow.KVCalibrationJob | None
     plan: dict[str, Any]
+
+    @property
+    def kv_bytes(self) -> int:
+        """The bytes of the calibration of keys and values; 0 without one."""
+        return int(self.kv.plan["size_bytes"]) if self.kv else 0
 
     @property
     def recipe(self) -> Recipe | None:

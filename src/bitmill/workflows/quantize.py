@@ -28,7 +28,6 @@ from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.evaluation.reference import ReferencePredictions, ReferenceRecorder
 from bitmill.files import folder_bytes, write_tensors
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
-from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.trial import try_first_block
 from bitmill.pipeline import Job, run
 from bitmill.pipeline.in_place import ModuleSink
@@ -37,16 +36,15 @@ from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.report.html import folder_documents
-from bitmill.version import __version__
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.checks import check_space
+from bitmill.workflows.job_report import job_report
 from bitmill.workflows.load import read_folder
 from bitmill.workflows.prepare import PreparedJob, QuantizeRequest, RecipeChanges, prepare_job, read_data
 from bitmill.workflows.running import check_memory, measure_running
 from bitmill.workflows.sizes import report_plan
 
 SECONDS_DIGITS = 3
-STORED = ("bits_per_weight", "head_bits_per_weight", "head_bytes", "unquantized_bytes")  # also in report.json
 
 
 @dataclass
@@ -207,7 +205,7 @@ def _run(prepared: PreparedJob, data: JobData, identity: dict[str, Any], work: W
     if work is None or sink is None:
         assert isinstance(model, nn.Module)
         in_place = ModuleSink(model)
-        report = _report(prepared, data, identity, _quantize_blocks(prepared, data, in_place))
+        report = job_report(prepared, data, identity, _quantize_blocks(prepared, data, in_place))
         report["layers"] = in_place.layers
         in_place.finish()
         assert prepared.recipe is not None  # a live model keeps no calibration of keys and values
@@ -219,7 +217,7 @@ def _run(prepared: PreparedJob, data: JobData, identity: dict[str, Any], work: W
     _check_documents(prepared, data, identity)
     sink.begin()
     recorder = ReferenceRecorder() if streamed.task.generates else None
-    report = _report(prepared, data, identity, _quantize_blocks(prepared, data, sink, recorder))
+    report = job_report(prepared, data, identity, _quantize_blocks(prepared, data, sink, recorder))
     report["layers"] = sink.layers
     written = sink.complete(streamed)
     if prepared.kv:
@@ -232,7 +230,7 @@ def _run(prepared: PreparedJob, data: JobData, identity: dict[str, Any], work: W
 
 def _check_documents(prepared: PreparedJob, data: JobData, identity: dict[str, Any]) -> None:
     """Render report and documents once, so that a name that they cannot hold is found before the first block."""
-    report = {**_report(prepared, data, identity, {}), "layers": []}
+    report = {**job_report(prepared, data, identity, {}), "layers": []}
     try:
         json.dumps(report)
         folder_documents(report)
@@ -282,25 +280,6 @@ def _measure_running(prepared: PreparedJob, folder: Path, reference: ReferencePr
         return {}
     write_tensors(folder / REFERENCE_FILE, reference.tensors())
     return {"running": running}
-
-
-def _report(
-    prepared: PreparedJob, data: JobData, identity: dict[str, Any], quality: dict[str, Any]
-) -> dict[str, Any]:
-    """Return report.json without the layers and the digests of files."""
-    streamed, recipe, plan = prepared.streamed, prepared.recipe, prepared.plan
-    return {
-        "bitmill": __version__,
-        "source": streamed.source.name,
-        "recipe": recipe.to_dict() if recipe is not None else None,
-        "identity": identity,
-        **{key: plan[key] for key in STORED},
-        "ends": embedding_and_head(streamed).to_dict() if recipe is not None and recipe.head else None,
-        "auto_class": streamed.task.auto_class_name,
-        **({"unused": streamed.unused} if streamed.unused else {}),
-        **({"kv": plan["kv"]} if plan["kv"] else {}),
-        "measured": [{"by": "quantize", **data.described["held_out"], **quality}] if quality else [],
-    }
 
 
 def _finished(checkpoint: Checkpoint, plan: dict[str, Any], started: float) -> Outcome:

@@ -48,18 +48,32 @@ def measure_running(
         `kl_divergence` (nats per token, over the most likely tokens and the rest) and the `top1_agreement`.
     """
     progress = progress or Progress()
-    tokens, device = reference.tokens, next(model.parameters()).device
-    paths: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
-        "windows": lambda window: iter([output_fn(model)(window)[0]]),
-        "decode": lambda window: _decode(model, window.to(device), progress),
-    }
-    progress.start("running the packed model", tokens.numel())
+    progress.start("running the packed model", reference.tokens.numel())
+    scores = {name: _score(reference, path) for name, path in running_paths(model, progress).items()}
+    return running_record(model, reference.tokens.numel(), scores)
+
+
+def running_record(model: nn.Module, tokens: int, scores: dict[str, Any]) -> dict[str, Any]:
+    """Return the report's entry `running`.
+
+    Args:
+        model: the packed model.
+        tokens: number of tokens that it was measured on.
+        scores: figures of every path.
+    """
+    device = next(model.parameters()).device.type
+    about = {"tokens": tokens, "device": device, "isa": instruction_set(), "activations": activations()}
+    return {**about, **scores}
+
+
+def running_paths(
+    model: nn.Module, progress: Progress | None = None
+) -> dict[str, Callable[[Tensor], Iterator[Tensor]]]:
+    """Return the ways in which a packed model runs: functions from a window (1, length) to logits in pieces."""
+    device = next(model.parameters()).device
     return {
-        "tokens": tokens.numel(),
-        "device": device.type,
-        "isa": instruction_set(),
-        "activations": activations(),
-        **{name: _score(reference, path) for name, path in paths.items()},
+        "windows": lambda window: iter([output_fn(model)(window)[0]]),
+        "decode": lambda window: _decode(model, window.to(device), progress or Progress()),
     }
 
 

@@ -1,0 +1,267 @@
+"""A probe: the recipe itself on one block of each kind, with few windows and then with more of them.
+
+    total(w) = outside(w) + sum over blocks of inside(w)        w: calibration windows; both are straight lines
+
+`inside` is what happens between loading and freeing a block, in every walk over the blocks; `outside` is the rest.
+Both are measured with the blocks that differ in shapes or formats, each once, so that the cost of a solver, a
+tuner or a transform is its own and no formula for it is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bitmill.calibration.streams import BATCH_TOKENS
+from bitmill.calibration.token_windows import JobData
+from bitmill.checkpoint.work_folder import WorkFolder
+from bitmill.checkpoint.writer import FolderSink
+from bitmill.evaluation.reference import ReferenceRecorder
+from bitmill.models.some_blocks import SomeBlocks
+from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline import BlockResult, Job, run
+from bitmill.pipeline.job import Shared
+from bitmill.pipeline.measure import MEASURING, HeldOutMetrics
+from bitmill.recipes.resolve import ResolvedRecipe
+from bitmill.workflows.estimate.cost import Clock, Cost, PeakMemory, now
+from bitmill.workflows.prepare import PreparedJob
+
+SECONDS = 30.0  # about as long as the second probe may take
+_KINDS = 4  # most kinds of blocks that are probed; others cost as much per weight as the first
+_WARM_S = 5.0  # a first probe of this length is not repeated to leave out what happens once
+
+
+class TimedBlocks(SomeBlocks):
+    """Some blocks of a model that measure the work on each, from loading it to freeing it."""
+
+    def __init__(self, streamed: StreamedModel, indices: Sequence[int]) -> None:
+        super().__init__(streamed, indices)
+        self.costs = [Cost() for _ in indices]
+        self._began = Cost()
+
+    def load_block(self, index: int) -> nn.Module:
+        """Load one block and return it."""
+        self._began = now()
+        return super().load_block(index)
+
+    def free_block(self, index: int) -> None:
+        """Free the memory of one block."""
+        super().free_block(index)
+        self.costs[index] += now() - self._began
+
+
+class MemorySink:
+    """A sink that keeps the results in memory."""
+
+    def __init__(self) -> None:
+        self.work: Path | None = None
+        self.results: list[BlockResult] = []
+        self.parts: Shared = {}
+
+    def finished(self, index: int) -> BlockResult | None:
+        """Return None: nothing is kept between runs."""
+        return None
+
+    def write(self, result: BlockResult, streamed: StreamedModel) -> None:
+        """Keep a finished block."""
+        self.results.append(result)
+
+    def shared(self) -> Shared | None:
+        """Return None: nothing is kept between runs."""
+        return None
+
+    def share(self, parts: Shared) -> None:
+        """Keep the parts that layers share."""
+        self.parts = parts
+
+
+class ProbeSink(MemorySink):
+    """A sink that also writes the blocks, into a folder that is removed."""
+
+    def __init__(self, files: FolderSink) -> None:
+        super().__init__()
+        self.files = files
+        self.work = files.work
+
+    def write(self, result: BlockResult, streamed: StreamedModel) -> None:
+        """Write and keep a finished block."""
+        super().write(result, streamed)
+        self.files.write(result, streamed)
+
+    def share(self, parts: Shared) -> None:
+        """Write and keep the parts that layers share."""
+        super().share(parts)
+        self.files.share(parts)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The kinds of blocks of a model: those with equal shapes and formats.
+
+    Attributes:
+        probed: a block of each kind.
+        like: for every block, the probed block of its kind.
+        weights: share of the cost of its probed block that every block has.
+    """
+
+    probed: tuple[int, ...]
+    like: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    def sum(self, costs: Sequence[Cost]) -> Cost:
+        """Return the cost of all blocks from those of the probed ones."""
+        total = Cost()
+        for other, share in zip(self.like, self.shares):
+            total += costs[self.probed.index(other)] * share
+        return total
+
+
+def kinds_of(streamed: StreamedModel, resolved: ResolvedRecipe) -> Kinds:
+    """Return the kinds of blocks of a model under a recipe."""
+    found: dict[Any, int] = {}
+    keys, sizes = [], []
+    for index in range(len(streamed.blocks)):
+        prefix = f"{streamed.block_name(index)}."
+        shapes = [(name.removeprefix(prefix), streamed.shape(name)) for name in streamed.block_tensors(index)]
+        formats = [resolved.formats.get(site.layer) for site in streamed.sites(index)]
+        keys.append((tuple(shapes), tuple(formats)))
+        sizes.append(sum(math.prod(shape) for _, shape in shapes))
+        if len(found) < _KINDS:
+            found.setdefault(keys[-1], index)
+    like = tuple(found.get(key, 0) for key in keys)
+    shares = tuple(size / sizes[other] for size, other in zip(sizes, like))
+    return Kinds(tuple(found.values()), like, shares)
+
+
+@dataclass
+class Trial:
+    """One run of the recipe on the probed blocks.
+
+    Attributes:
+        windows: calibration windows.
+        outside: cost outside of blocks, without measuring.
+        inside: cost of every probed block.
+        measuring: cost of comparing predictions on one held-out window.
+        memory_bytes: peak memory.
+        quality: figures measured on that window.
+    """
+
+    windows: int
+    outside: Cost
+    inside: list[Cost]
+    measuring: Cost
+    memory_bytes: int
+    quality: dict[str, Any] = field(default_factory=dict)
+
+
+def try_recipe(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemorySink, windows: int) -> Trial:
+    """Quantize the probed blocks with some of the windows.
+
+    Args:
+        prepared: the job, with a recipe.
+        data: all tokens.
+        kinds: the blocks to quantize.
+        sink: receives them.
+        windows: calibration windows; 0 where the recipe reads none.
+    """
+    assert prepared.resolved is not None
+    view, clock = TimedBlocks(prepared.streamed, kinds.probed), Clock()
+    held_out = None if data.held_out is None else data.held_out[:1]
+    fewer = replace(data, windows=None if data.windows is None else data.windows[:windows], held_out=held_out)
+    recorder = ReferenceRecorder() if prepared.streamed.task.generates else None
+    job = Job(view, prepared.resolved, fewer, prepared.request.propagate, None, recorder)
+    with PeakMemory() as memory, clock.measure("all"):
+        quality = run(job, sink, clock)
+    measuring = clock.costs[MEASURING]
+    outside = clock.costs["all"] - sum(view.costs, Cost()) - measuring
+    return Trial(windows, outside, view.costs, measuring, memory.size_bytes, quality)
+
+
+def held_out_cost(streamed: StreamedModel, data: JobData, kinds: Kinds) -> list[Cost]:
+    """Return the cost of passing one held-out window through every probed block, in float and quantized."""
+    if data.held_out is None:
+        return [Cost() for _ in kinds.probed]
+    view, costs = SomeBlocks(streamed, kinds.probed), []
+    with view.non_block_weights("embedding"):
+        metrics = HeldOutMetrics(view, data.held_out[:1])
+    for index in range(len(view.blocks)):
+        block = view.load_block(index)
+        metrics.float.advance(block, index)  # after loading, the first pass is slower
+        began = now()
+        metrics.quantized.advance(block, index)
+        costs.append((now() - began) * 2)
+        view.free_block(index)
+    return costs
+
+
+def second_size(first: Trial, seqlen: int, total: int) -> int:
+    """Return the windows of the second probe: all, or as many as take about SECONDS.
+
+    Args:
+        first: the first probe, with one batch of windows.
+        seqlen: tokens of a window.
+        total: all windows.
+    """
+    batch = max(1, BATCH_TOKENS // seqlen)
+    seconds = sum(first.inside, Cost()).seconds
+    batches = max(2, int(SECONDS / max(seconds, 1e-3)))
+    return min(total, batches * batch)
+
+
+def first_size(seqlen: int, total: int) -> int:
+    """Return the windows of the first probe, one batch."""
+    return min(total, max(1, BATCH_TOKENS // seqlen))
+
+
+def extrapolate(first: Trial, second: Trial, windows: int) -> Trial:
+    """Return the trial with more windows: costs and memory are straight lines through two trials."""
+    if second.windows in (first.windows, windows):
+        return second
+    times = (windows - second.windows) / (second.windows - first.windows)
+    inside = [two + (two - one) * times for one, two in zip(first.inside, second.inside)]
+    memory = second.memory_bytes + max(0, second.memory_bytes - first.memory_bytes) * times
+    return replace(
+        second,
+        windows=windows,
+        outside=second.outside + (second.outside - first.outside) * times,
+        inside=inside,
+        memory_bytes=int(memory),
+    )
+
+
+def two_trials(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemorySink) -> Trial:
+    """Try the recipe with one batch of windows and with more, and return the trial with all of them.
+
+    Args:
+        prepared: the job, with a recipe.
+        data: all tokens.
+        kinds: the blocks to quantize.
+        sink: receives the blocks of the second trial.
+    """
+    if data.windows is None:
+        try_recipe(prepared, data, kinds, MemorySink(), 0)  # what happens once is left out
+        return try_recipe(prepared, data, kinds, sink, 0)
+    total, seqlen = data.windows.shape
+    size = first_size(seqlen, total)
+    first = try_recipe(prepared, data, kinds, MemorySink(), size)
+    second = try_recipe(prepared, data, kinds, sink, second_size(first, seqlen, total))
+    return extrapolate(first, second, total)
+
+
+@contextmanager
+def probe_folder(path: Path, prepared: PreparedJob, identity: dict[str, Any]) -> Iterator[FolderSink]:
+    """Open a sink that writes into a folder of its own, with all files but the weights."""
+    work = WorkFolder(path)
+    try:
+        sink = FolderSink(work, prepared.resolved, identity, len(prepared.streamed.blocks), resume=False)
+        sink.prepare(prepared.streamed)
+        sink.begin()
+        yield sink
+    finally:
+        work.close()

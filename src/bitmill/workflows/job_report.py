@@ -1,0 +1,39 @@
+"""The record of a quantization, report.json, without layers and the digests of files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitmill.calibration.token_windows import JobData
+from bitmill.models.embedding_and_head import embedding_and_head
+from bitmill.version import __version__
+from bitmill.workflows.prepare import PreparedJob
+
+# entries of the plan that are also in report.json
+STORED = ("bits_per_weight", "head_bits_per_weight", "head_bytes", "unquantized_bytes")
+
+
+def job_report(
+    prepared: PreparedJob, data: JobData, identity: dict[str, Any], quality: dict[str, Any]
+) -> dict[str, Any]:
+    """Return report.json without the layers and the digests of files.
+
+    Args:
+        prepared: the job.
+        data: the tokens that calibrate and that measure.
+        identity: everything that decides the bytes of the result.
+        quality: figures measured while quantizing; empty where nothing was measured.
+    """
+    streamed, recipe, plan = prepared.streamed, prepared.recipe, prepared.plan
+    return {
+        "bitmill": __version__,
+        "source": streamed.source.name,
+        "recipe": recipe.to_dict() if recipe is not None else None,
+        "identity": identity,
+        **{key: plan[key] for key in STORED},
+        "ends": embedding_and_head(streamed).to_dict() if recipe is not None and recipe.head else None,
+        "auto_class": streamed.task.auto_class_name,
+        **({"unused": streamed.unused} if streamed.unused else {}),
+        **({"kv": plan["kv"]} if plan["kv"] else {}),
+        "measured": [{"by": "quantize", **data.described["held_out"], **quality}] if quality else [],
+    }
