@@ -101,6 +101,19 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def files_of(path: Path) -> list[Path]:
+    """Return the files of a folder, sorted by name, or the file itself."""
+    return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+
+
+def digest_of(path: Path) -> str:
+    """Return the sha256 (hex) of a file; of a folder, that of the lines `sha256sum` prints for its files."""
+    if not path.is_dir():
+        return sha256_of(path)
+    lines = [f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in files_of(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def config_bytes(config: PretrainedConfig) -> bytes:
     """Return the config as bytes to hash, without its path and the version of transformers."""
     plain = config.to_dict()

@@ -15,10 +15,11 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from bitmill.errors import SourceError, one_line
+from bitmill.errors import SourceError
 from bitmill.sources.base import config_bytes, hash_file, save_auxiliary
 from bitmill.sources.gguf_architectures import build_config, layout_for, transformers_name, undo_rope_factors
 from bitmill.sources.gguf_header import GgufTensor, read_header
+from bitmill.sources.gguf_tokenizer import gguf_tokenizer
 from bitmill.sources.pooling import MEAN
 
 if TYPE_CHECKING:
@@ -117,18 +118,8 @@ class GgufSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer that transformers converts from the metadata. Raises SourceError."""
-        from transformers import PreTrainedTokenizerFast
-
         if self._tokenizer is None:
-            try:
-                self._tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                    str(self.path.parent), gguf_file=self.path.name, local_files_only=True
-                )
-            except Exception as error:  # the conversion trusts the metadata
-                raise SourceError(
-                    f"{self.path} describes no tokenizer that can be built ({one_line(error)}); "
-                    "give the tokenizer of the original model."
-                ) from error
+            self._tokenizer = gguf_tokenizer(self.path, self._header.metadata_bytes)
         return self._tokenizer
 
     def pooling(self) -> str:

