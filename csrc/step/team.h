@@ -2,6 +2,7 @@
 // a region for each would cost more than many of them, a wait costs a fraction of a microsecond.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <utility>
@@ -20,13 +21,15 @@ public:
             return;
         }
         for (int spins = 0; turn.load(std::memory_order_acquire) == now; ++spins) {
+            // another process may occupy the core of a thread: let it have this one too
             if (spins < patience) pause();
-            else std::this_thread::yield();  // another process may occupy the core of a thread
+            else if (spins < patience + courtesy) std::this_thread::yield();
+            else std::this_thread::sleep_for(std::chrono::microseconds(50));
         }
     }
 
 private:
-    static constexpr int patience = 2000;
+    static constexpr int patience = 2000, courtesy = 100;  // rounds that spin, and then rounds that yield
     alignas(64) std::atomic<int> arrived{0};
     alignas(64) std::atomic<uint32_t> turn{0};
 

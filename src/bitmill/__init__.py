@@ -1,6 +1,7 @@
 """bitmill: quantize neural language models with published methods, to a bit budget, measured, and run them.
 
-The import registers the checkpoint format with transformers, so that `from_pretrained` reads bitmill's folders.
+The import registers the checkpoint format with transformers, so that `from_pretrained` reads bitmill's folders,
+and lets waiting threads of OpenMP sleep soon (`bitmill.openmp`).
 torch and transformers themselves are imported on first use, which keeps the command line quick.
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitmill.errors import BitmillError
 from bitmill.integrations.transformers_hook import register_with_transformers
+from bitmill.openmp import limit_spinning
 from bitmill.version import __version__
 
 if TYPE_CHECKING:
@@ -74,4 +76,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
+limit_spinning()
 register_with_transformers()
