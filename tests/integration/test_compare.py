@@ -133,20 +133,20 @@ def test_failed_cells_are_rows(workspace, quick, broken, capsys, monkeypatch):
         return quantize(model, recipe, **options)
 
     monkeypatch.setattr(worker, "quantize", sometimes)
-    assert main(command(workspace, "--recipes", broken, bits="3,4,9")) == 1
+    assert main(command(workspace, "--recipes", broken, methods="gptq,nf4", bits="3,4,8")) == 1
     out, err = capsys.readouterr()
-    assert err.splitlines()[-1].startswith("error: 3 of 7 variants failed, the first one 'gptq-3bit'")
+    assert err.splitlines()[-1].startswith("error: 4 of 7 variants failed, the first one 'gptq-3bit'")
     rows = {v.name: (v.status, v.reason) for v in results(workspace).variants}
-    assert rows["rtn-3bit"] == rows["rtn-4bit"] == ("done", None)
-    assert rows["rtn-9bit"][0] == rows["gptq-9bit"][0] == "not_applicable"
+    assert rows["nf4-3bit"] == rows["nf4-4bit"] == ("done", None)
+    assert rows["nf4-8bit"][0] == "not_applicable"
     assert rows["gptq-3bit"] == ("failed", "A matrix is not finite; use another.")
     assert rows["gptq-4bit"] == ("failed", "Unexpected ZeroDivisionError: of our making.")
     assert rows["broken"][0] == "failed"
     assert "ignores every linear layer" in rows["broken"][1]
-    for name in ("gptq-3bit: failed: A matrix", "rtn-9bit: not applicable: "):
+    for name in ("gptq-3bit: failed: A matrix", "nf4-8bit: not applicable: "):
         assert name in out
     monkeypatch.setattr(worker, "quantize", quantize)
-    assert main(command(workspace, bits="3,4,9")) == 0  # what failed is tried again
+    assert main(command(workspace, methods="gptq,nf4", bits="3,4,8")) == 0  # what failed is tried again
     assert {v.status for v in results(workspace).variants if v.name != "broken"} == {"done", "not_applicable"}
 
 
@@ -170,6 +170,8 @@ def test_prompts_from_a_file(workspace, quick, capsys):
     ("more", "status", "fragment"),
     [
         (["--bits", "three"], 2, "'three'"),
+        (["--bits", "3,9"], 2, "not 9"),
+        (["--set", "rtn.bitz=1"], 2, "no option 'bitz'"),
         (["--methods", "nonsense"], 2, "no method 'nonsense'"),
         (["--methods", ""], 2, "nothing to compare"),
         (["--set", "damp=1"], 2, "METHOD.KEY=VALUE"),

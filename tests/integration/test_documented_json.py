@@ -56,6 +56,7 @@ def test_compare(workspace, keys, monkeypatch):
     row = sample_results.document()["float"]
     monkeypatch.setattr(run_grid, "__kwdefaults__", {**run_grid.__kwdefaults__, "run": lambda *_: row})
     terms = ["--calib", workspace.text, "--samples", 4, "--seqlen", 32, "--windows", 1, "--max-new-tokens", 1]
+    monkeypatch.setattr("bitmill.workflows.comparison.grid._check_bits", lambda *_: None)
     nothing = ["--methods", "rtn", "--bits", 9]  # cannot be had
     assert keys("compare", workspace.source, *nothing, *terms, "-o", workspace.out) == documented("compare")
 

@@ -33,13 +33,17 @@ def test_cells_of_grid():
 
 
 def test_unsupported_bits():
-    (cell,) = plan_variants(["rtn"], [9])
-    assert cell.recipe is None
-    assert "8" in cell.reason
+    cells = plan_variants(["gptqt", "rtn"], [8])
+    assert cells[0].recipe is None
+    assert "1 to 4 bits, not 8" in cells[0].reason
+    assert cells[1].recipe
+    with pytest.raises(RecipeError, match="--bits has 9, which none of the methods has"):
+        plan_variants(["gptqt", "rtn"], [3, 9])
 
 
 def test_options_for_given_bits():
-    two, three = plan_variants(["gptqt"], [2, 3], options={"gptqt": {"grid_bits": 6}})  # 3 bits are its default
+    methods = ["gptqt", "rtn"]
+    two, three, *_ = plan_variants(methods, [2, 3], options={"gptqt": {"grid_bits": 6}})  # 3 bits are its default
     assert two.recipe["weight"]["grid_bits"] == 6
     assert three.recipe is None
     assert "grid_bits is 6" in three.reason
@@ -47,8 +51,8 @@ def test_options_for_given_bits():
 
 @pytest.mark.parametrize("method", METHODS.names())
 def test_methods_can_be_compared(method):
-    cells = plan_variants([method], [2, 4, 9])
-    assert len(cells) == (3 if "bits" in METHODS.get(method).__dataclass_fields__ else 1)
+    cells = plan_variants([method], [2, 4])
+    assert len(cells) == (2 if "bits" in METHODS.get(method).__dataclass_fields__ else 1)
     assert all((cell.recipe is None) == bool(cell.reason) for cell in cells)
     assert any(cell.recipe for cell in cells)
 
@@ -81,7 +85,7 @@ def test_invalid_options_refused(arguments, options, message):
 
 
 def test_grid_round_trip():
-    grid = Grid("model", plan_variants(["rtn"], [3, 9]), windows=3, prompts=("a", "b"))
+    grid = Grid("model", plan_variants(["rtn", "nf4"], [3, 8]), windows=3, prompts=("a", "b"))
     assert Grid.from_dict(json.loads(json.dumps(grid.to_dict()))) == grid
 
 

@@ -113,7 +113,8 @@ def plan_variants(
 ) -> tuple[VariantSpec, ...]:
     """Return one variant for every method at every number of bits, and one for every recipe file.
 
-    A method without an option `bits` has one variant. Bits that a method refuses make a variant without recipe.
+    A method without an option `bits` has one variant. Bits that a method refuses make a variant without recipe,
+    where another method has them.
 
     Args:
         methods: names of methods.
@@ -141,6 +142,7 @@ def plan_variants(
         else:
             recipe = with_head(build_recipe(method, given), head_bits)
             variants.append(VariantSpec(file_name(method), method, _bits_of(recipe), recipe.to_dict()))
+    _check_bits(bits, variants)
     for path in recipes:
         recipe = with_head(find_recipe(str(path)), head_bits)
         variants.append(VariantSpec(file_name(recipe.name), recipe.name, _bits_of(recipe), recipe.to_dict()))
@@ -154,6 +156,14 @@ def _check_lists(methods: Sequence[str], bits: Sequence[int], options: Options) 
         raise UsageError("A method or a number of bits is named twice; name each once.")
     if methods and not bits:
         raise UsageError("There are methods and no bits; give some with --bits, such as --bits 3,4.")
+
+
+def _check_bits(bits: Sequence[int], variants: Sequence[VariantSpec]) -> None:
+    """Raise RecipeError for a number of bits that no method has: a slip, before anything is opened or measured."""
+    for count in bits:
+        row = [variant for variant in variants if variant.bits == count]
+        if row and not any(variant.recipe for variant in row):
+            raise RecipeError(f"--bits has {count}, which none of the methods has: {row[0].reason}")
 
 
 def _variant_at(method: str, bits: int, options: dict[str, Any], head_bits: int | None) -> VariantSpec:
