@@ -16,6 +16,9 @@ pytest.register_assert_rewrite("helpers")
 # Exact everywhere; the tests of the compiled kernels ask for them.
 os.environ.setdefault("BITMILL_KERNEL", "reference")
 
+# The default calibration text is downloaded; this one is inside Python.
+os.environ.setdefault("BITMILL_CALIB", "pydoc")
+
 # Every model that is quantized and measured runs packed, too; a few tokens suffice where that is not the subject.
 reference.TOKENS = 8
 

@@ -29,7 +29,17 @@ def keys(capsys):
     def run(*arguments: object) -> set[str]:
         assert main([*map(str, arguments), "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
-        nested = ("tensors", "options", "methods", "demo_models", "architectures", "cells", "layers", "kinds")
+        nested = (
+            "tensors",
+            "options",
+            "methods",
+            "demo_models",
+            "architectures",
+            "cells",
+            "layers",
+            "kinds",
+            "texts",
+        )
         nested = (*nested, "formats", "weights", "cache", "longest")
         return set(data) | {key for name in nested if isinstance(data.get(name), list) for key in data[name][0]}
 
@@ -87,3 +97,4 @@ def test_inspect_and_verify(workspace, keys):
 def test_catalog(keys):
     assert keys("methods") | keys("methods", "rtn") == documented("methods")
     assert keys("models") == documented("models")
+    assert keys("texts") | keys("texts", "documentation") == documented("texts")

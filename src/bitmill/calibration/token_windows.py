@@ -107,7 +107,7 @@ def token_windows(
 
 def calibration_windows(
     source: Source, calibration: CalibrationData, device: str, progress: Progress | None
-) -> Tensor:
+) -> tuple[Tensor, dict[str, Any]]:
     """Return calibration windows of a text, or of text that the model writes itself.
 
     Args:
@@ -117,17 +117,17 @@ def calibration_windows(
         progress: where progress is reported.
 
     Returns:
-        (samples, seqlen) token ids.
+        Token ids (samples, seqlen), and how they were cut from documents, empty where the text is one stream.
 
     Raises:
         CalibrationError: The text cannot be used.
     """
     if calibration.source == SELF:
-        return _self_generated_windows(source, calibration, device, progress)
+        return _self_generated_windows(source, calibration, device, progress), {}
     reading = task_of(source).windows(calibration.source, source.tokenizer())
     windows = reading.calibration(calibration.samples, calibration.seqlen, calibration.seed)
     check_vocabulary(source.config, windows)
-    return windows
+    return windows, reading.describe("calib", calibration.samples)
 
 
 def _self_generated_windows(

@@ -21,6 +21,7 @@ from bitmill.cli.options import (
     split_list,
 )
 from bitmill.cli.output import command_output
+from bitmill.config.texts import MIX, VARIABLE
 from bitmill.errors import BitmillError, UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ Settings = Annotated[
     ),
 ]
 Calib = Annotated[
-    str, typer.Option(metavar="SOURCE", help="Text: its first four fifths calibrate, the rest measures.")
+    str,
+    typer.Option(metavar="SOURCE", envvar=VARIABLE, help="Text: one part calibrates, another one measures."),
 ]
 Windows = Annotated[int, typer.Option(metavar="W", help="Held-out windows to measure on.")]
 Prompts = Annotated[
@@ -76,7 +78,7 @@ def compare(
     bits: Bits = "",
     recipes: Recipes = None,
     settings: Settings = None,
-    calib: Calib = "pydoc",
+    calib: Calib = MIX,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
     seed: Seed = 0,

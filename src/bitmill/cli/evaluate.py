@@ -22,10 +22,10 @@ from bitmill.cli.options import (
 from bitmill.cli.output import command_output, format_mb, format_number, kv_cache_rows, metric_rows, property_table
 from bitmill.errors import UsageError
 
-SPLITS = ("eval", "calib", "all")
+SPLITS = ("eval", "choose", "calib", "all")
 
 Text = Annotated[str, typer.Option(metavar="SOURCE", help="pydoc, a .txt or .jsonl file, or hf:dataset.")]
-Split = Annotated[str, typer.Option(help="eval (the last fifth of the text), calib (the rest) or all.")]
+Split = Annotated[str, typer.Option(help="Part of the text: eval, calib, all, or choose (of domains).")]
 Windows = Annotated[int, typer.Option(metavar="W", help="Number of windows; 0 for all of the text.")]
 Reference = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Float model to compare with.", show_default=False)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bitmill.cli import bench, catalog, compare, evaluate, folder, generate, plan, quantize, sweep
+from bitmill.cli import bench, catalog, compare, evaluate, folder, generate, plan, quantize, sweep, texts
 from bitmill.cli.app import App
 from bitmill.cli.failure import debugging, report_failure
 from bitmill.version import __version__
@@ -37,6 +37,7 @@ app.command("verify")(folder.verify)
 app.command("methods")(catalog.methods)
 app.command("recipes")(catalog.recipes)
 app.command("models")(catalog.models)
+app.command("texts")(texts.texts)
 app.add_typer(bench.app, name="bench")
 
 

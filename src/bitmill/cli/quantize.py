@@ -41,6 +41,7 @@ from bitmill.cli.output import (
     format_number,
     property_table,
 )
+from bitmill.config.texts import MIX, VARIABLE
 from bitmill.errors import UsageError
 from bitmill.recipes.defaults import WITHIN_MINUTES
 from bitmill.report.describe import describe_format
@@ -130,7 +131,12 @@ MaxMinutes = Annotated[
     float, typer.Option(metavar="MINUTES", help="Without --method: longest time of the method in the leaderboard.")
 ]
 Calib = Annotated[
-    str, typer.Option(metavar="SOURCE", help="Calibration text: pydoc, self, a .txt or .jsonl file, hf:dataset.")
+    str,
+    typer.Option(
+        metavar="SOURCE",
+        envvar=VARIABLE,
+        help="Calibration text: mix, another name of bitmill texts, self, a .txt or .jsonl file, hf:dataset.",
+    ),
 ]
 Measure = Annotated[
     int, typer.Option(metavar="W", help="Held-out windows to measure on while quantizing; 0 for none.")
@@ -161,7 +167,7 @@ def quantize(
     rules: Rules = None,
     propagate: Propagate = "quantized",
     max_minutes: MaxMinutes = WITHIN_MINUTES,
-    calib: Calib = "pydoc",
+    calib: Calib = MIX,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
     seed: Seed = 0,

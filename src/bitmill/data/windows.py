@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bitmill.config.arguments import check_seed
+from bitmill.config.texts import default_calibration
 from bitmill.data import text
 from bitmill.data.domain import domain_documents
 from bitmill.data.mixture import apportion, is_domain, shares
@@ -43,7 +44,8 @@ MAX_TOKENS = 1 << 30  # of all calibration windows together
 class CalibrationData:
     """The calibration text and how much of it is read.
 
-    source: "pydoc", a .txt or .jsonl file, "hf:dataset", "self" for text that the float model writes, or texts.
+    source: a name that `bitmill texts` lists, "pydoc", a .txt or .jsonl file, "hf:dataset", "self" for text that
+        the float model writes, or texts. Without it, the text of BITMILL_CALIB, or else "mix".
     samples: number of windows.
     seqlen: tokens of a window.
     seed: of the random places at which windows start.
@@ -52,7 +54,7 @@ class CalibrationData:
         CalibrationError: a value has another type, or is out of any range.
     """
 
-    source: TextSource = "pydoc"
+    source: TextSource = field(default_factory=default_calibration)
     samples: int = 128
     seqlen: int = 512
     seed: int = 0

@@ -34,7 +34,7 @@ from bitmill.workflows.load import live_model, load_tokenizer
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
 
-Split = Literal["eval", "calib", "all"]
+Split = Literal["eval", "choose", "calib", "all"]
 _TOKENS = 1024  # tokens that pass a packed cache together
 
 
@@ -64,8 +64,9 @@ def evaluate(
 
     Args:
         model: a live module, a folder, the name of a demo model, a hub id, or a .gguf file.
-        text: pydoc, a .txt or .jsonl file, hf:dataset, or a list of texts.
-        split: the text's last fifth ("eval"), its first four fifths ("calib"), or all of it.
+        text: a name that `bitmill texts` lists, pydoc, a .txt or .jsonl file, hf:dataset, or a list of texts.
+        split: the text's last fifth ("eval"), its first four fifths ("calib"), or all of it. The documents of a
+            domain are divided into "calib", "choose" and "eval".
         seqlen, windows: tokens of a window and number of windows; None takes all windows.
         reference: the model to compare with, through an ordinary cache.
         kv, kv_bits, kv_options: a KV method, to measure through the packed cache. Options default to those of the

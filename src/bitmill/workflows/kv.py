@@ -157,9 +157,9 @@ class KVCalibrationJob:
         given = given or CalibrationData()
         seqlen = window_length(self.config, source.config)
         text = replace(given, samples=self.config.samples, seqlen=seqlen)
-        self.windows = calibration_windows(source, text, str(self.streamed.device), progress)
+        self.windows, cut = calibration_windows(source, text, str(self.streamed.device), progress)
         check_windows(self.windows)
-        self.plan["calibration"] = _about(text.name, self.windows, text.seed)
+        self.plan["calibration"] = {**_about(text.name, self.windows, text.seed), **cut}
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Calibrate the model in a folder, with its weights as written, and write the calibration there.
@@ -348,7 +348,8 @@ def _calibrated(
         text_windows = task_for(live.config).windows(text.source, tokenizer)
         windows = text_windows.calibration(config.samples, window_length(config, live.config), text.seed)
         check_vocabulary(live.config, windows)
-        plan["calibration"] = _about(text.name, windows, text.seed)
+        cut = text_windows.describe("calib", config.samples)
+        plan["calibration"] = {**_about(text.name, windows, text.seed), **cut}
         calibration = calibrate_on(live, method, windows, plan["calibration"], progress)
     if earlier is not None:
         progress.note(f"replaces the calibration for {earlier.method.describe()}")

@@ -12,7 +12,7 @@ class Encyclopedia(Domain):
 
     description = "articles and passages of Wikipedia (SQuAD, DROP, BoolQ)"
     origin = ORIGIN
-    licence = "CC-BY-SA (Wikipedia); SQuAD CC-BY-SA-4.0, DROP CC-BY-4.0, BoolQ CC-BY-SA-3.0"
+    licence = "CC-BY-SA (Wikipedia); SQuAD CC-BY-SA-4.0, DROP CC-BY-SA-4.0, BoolQ CC-BY-SA-3.0"
 
     @classmethod
     def documents(cls) -> list[Document]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.config.paths import user_path
+from bitmill.config.texts import MIX
 from bitmill.data.windows import CalibrationData, as_calibration
 from bitmill.errors import UsageError
 from bitmill.pipeline.job import Propagate
@@ -93,7 +94,7 @@ def _command(grid: Grid, selection: _Flags, rest: _Flags) -> list[str]:
     calibration = grid.calibration
     flags: list[tuple[str, object, object]] = [
         *selection,
-        ("--calib", calibration.name, "pydoc"),
+        ("--calib", calibration.name, MIX),
         ("--samples", calibration.samples, None),
         ("--seqlen", calibration.seqlen, None),
         ("--seed", calibration.seed, 0),

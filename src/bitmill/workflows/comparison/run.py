@@ -115,8 +115,8 @@ def comparison_settings(grid: Grid) -> dict[str, Any]:
     return {
         "model": grid.model,
         "fingerprint": source.fingerprint(),
-        "calibration": {**window, **of_calib},
-        "evaluation": {**window, **of_held_out},
+        "calibration": {**window, **of_calib, **windows.describe("calib", calibration.samples)},
+        "evaluation": {**window, **of_held_out, **windows.describe("eval", len(held_out))},
         "prompts": list(grid.prompts),
         "chat": bool(getattr(tokenizer, "chat_template", None)),
         "max_new_tokens": grid.max_new_tokens,
