@@ -97,4 +97,7 @@ def test_inspect_and_verify(workspace, keys):
 def test_catalog(keys):
     assert keys("methods") | keys("methods", "rtn") == documented("methods")
     assert keys("models") == documented("models")
+
+
+def test_texts(keys):
     assert keys("texts") | keys("texts", "documentation") == documented("texts")
