@@ -133,5 +133,5 @@ def _read(tensors: dict[str, Tensor], lead: str, device: torch.device | str) -> 
         is_sound = tensor.shape == shapes[part] and tensor.dtype == torch.float32
         if not is_sound or not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{lead}/{part} is not finite, or of another shape or type")
-    on_device = {part: tensor.to(device) for part, tensor in parts.items()}
-    return Statistics(tokens=int(tensors[f"{lead}/tokens"]), **on_device)
+    gram, mean_abs, max_abs = (parts[part].to(device) for part in _PARTS)
+    return Statistics(gram, int(tensors[f"{lead}/tokens"]), mean_abs=mean_abs, max_abs=max_abs)
