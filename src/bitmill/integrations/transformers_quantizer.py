@@ -17,10 +17,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitmill.checkpoint.marker import WEIGHT, marker_names, weight_marker
-from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.checkpoint.reader import Checkpoint, open_checkpoint
 from bitmill.checkpoint.schema import QUANT_METHOD, head_config, layer_formats, shared_paths
 from bitmill.errors import CheckpointError
-from bitmill.integrations.renaming import has_own_names, model_names, renamed_config
+from bitmill.integrations.renaming import model_names, renamed_config
 from bitmill.integrations.saving import protect_saves
 from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.modules.linear import QuantLinear
@@ -73,10 +73,11 @@ class BitmillQuantizer(HfQuantizer):
             )
         self._replaced = replace_layers(model, formats, ends, places, device="meta")
         files = [Path(file) for file in checkpoint_files or ()]
-        if files:
-            self._check_folder(files, layer_formats(stored), renamed)
-        self._renames = bool(files) and not has_own_names(model, formats, files)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._renames = False
+        if files:
+            checkpoint = self._check_folder(files, layer_formats(stored), renamed)
+            self._renames = not checkpoint.entries.keys() <= {*self._shapes, *marker_names(formats)}
         self._unexpected = model._keys_to_ignore_on_load_unexpected
         # one pattern for all blocks, because patterns take time to compile
         markers = {re.sub(r"\d+", r"\\d+", rf"^{re.escape(name)}$") for name in marker_names(formats)}
@@ -96,8 +97,8 @@ class BitmillQuantizer(HfQuantizer):
         """Return the conversions of names for folders of another release; those of this one keep their names."""
         return weight_conversions if self._renames else []
 
-    def _check_folder(self, files: list[Path], formats: dict[str, Any], renamed: dict[str, str]) -> None:
-        """Check that the folder is sound, and that it holds the quantized layers of the model.
+    def _check_folder(self, files: list[Path], formats: dict[str, Any], renamed: dict[str, str]) -> Checkpoint:
+        """Open the folder and check that it is sound, and that it holds the quantized layers of the model.
 
         Args:
             files: the files that transformers will read.
@@ -120,6 +121,7 @@ class BitmillQuantizer(HfQuantizer):
                     f"The layer {name!r} of {folder} has the shape {checkpoint.shape(name)}, and its config makes "
                     f"it {shapes[name]}; the folder is damaged, quantize again."
                 )
+        return checkpoint
 
     def _check_loaded(self, model: Any) -> None:
         """Raise CheckpointError for a tensor of the model that was not loaded, or has another shape or type.
