@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bitmill.cli import bench, catalog, compare, evaluate, folder, generate, plan, quantize, sweep, texts
+from bitmill.cli import bench, catalog, compare, doctor, evaluate, folder, generate, plan, quantize, sweep, texts
 from bitmill.cli.app import App
 from bitmill.cli.failure import debugging, report_failure
 from bitmill.version import __version__
@@ -38,6 +38,7 @@ app.command("methods")(catalog.methods)
 app.command("recipes")(catalog.recipes)
 app.command("models")(catalog.models)
 app.command("texts")(texts.texts)
+app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 
 
