@@ -8,8 +8,9 @@ import typer
 
 from bitmill.cli.app import App
 from bitmill.cli.options import AsJson, TrustRemoteCode
-from bitmill.cli.output import command_output, data_table, format_mb, format_number, property_table
+from bitmill.cli.output import command_output, data_table, property_table
 from bitmill.errors import UsageError
+from bitmill.report.text import format_mb, format_number
 
 app = App(help="Measure the speed of kernels and quantized models.", no_args_is_help=True)
 

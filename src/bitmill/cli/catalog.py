@@ -11,9 +11,10 @@ import typer
 
 from bitmill.cli.complete import KV_METHODS, METHODS, complete_any_method, complete_method
 from bitmill.cli.options import AsJson, parse_method_options
-from bitmill.cli.output import command_output, data_table, format_mb
+from bitmill.cli.output import command_output, data_table
 from bitmill.config.listing import listings
 from bitmill.errors import RecipeError
+from bitmill.report.text import format_mb
 
 if TYPE_CHECKING:
     from bitmill.formats import Format

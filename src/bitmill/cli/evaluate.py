@@ -19,8 +19,9 @@ from bitmill.cli.options import (
     TrustRemoteCode,
     kv_arguments,
 )
-from bitmill.cli.output import command_output, format_mb, format_number, kv_cache_rows, metric_rows, property_table
+from bitmill.cli.output import command_output, kv_cache_rows, property_table
 from bitmill.errors import UsageError
+from bitmill.report.text import format_mb, format_number, metric_rows
 
 SPLITS = ("eval", "choose", "calib", "all")
 

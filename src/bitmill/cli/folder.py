@@ -9,14 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from bitmill.cli.options import AsJson, Device, QuantizedFolder, TrustRemoteCode
-from bitmill.cli.output import (
-    command_output,
-    data_table,
-    describe_kv_plan,
-    describe_measurement,
-    format_mb,
-    property_table,
-)
+from bitmill.cli.output import command_output, data_table, property_table
+from bitmill.report.text import describe_kv_plan, describe_measurement, format_mb
 
 MAX_FOREIGN = 8  # names shown of files that are not part of the quantized model
 

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from bitmill.cli.options import AnyModel, AsJson, Device, Kv, KvBits, KvSet, TrustRemoteCode, parse_pairs
-from bitmill.cli.output import Output, command_output, format_number, kv_cache_rows
+from bitmill.cli.output import Output, command_output, kv_cache_rows
 from bitmill.errors import UsageError
 from bitmill.evaluation.context import context_length
+from bitmill.report.text import format_number
 
 Prompt = Annotated[str, typer.Option(metavar="TEXT", help="Text to continue or to answer.")]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens to generate.")]

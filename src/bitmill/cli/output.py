@@ -18,8 +18,6 @@ from bitmill.report.escape import printable, terminal_text
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bitmill.report.metrics import MetricColumn
-
 
 E = TypeVar("E", bound=BaseException)
 _RESULT = "_result"  # attribute of an error: what the command had found before it
@@ -147,62 +145,6 @@ def data_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: Sequ
     for row in rows:
         table.add_row(*map(terminal_text, row))
     return table
-
-
-def format_number(value: Any, digits: int = 4) -> str:
-    """Format a number with `digits` significant digits; a dash for None, NaN and infinities."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "-"
-    return f"{value:.{digits}g}" if isinstance(value, float) else f"{value:,}"
-
-
-def format_mb(size_bytes: int) -> str:
-    """Format a size in MB (10^6 bytes)."""
-    return f"{size_bytes / 1e6:,.1f} MB"
-
-
-def format_metric(metric: MetricColumn, measured: dict[str, Any]) -> str:
-    """Format one metric of a measurement.
-
-    Args:
-        metric: key, unit and kind of the value.
-        measured: the measurement.
-
-    Returns:
-        The value with its unit; a dash where it is missing.
-    """
-    value = measured.get(metric.key)
-    if value is None:
-        return "-"
-    return f"{value:.2%}" if metric.share else f"{format_number(value, 5)} {metric.unit}".rstrip()
-
-
-def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, value) of every metric that a measurement has."""
-    from bitmill.report.metrics import metric_columns
-
-    present = [metric for metric in metric_columns([measured]) if measured.get(metric.key) is not None]
-    return [(metric.name, format_metric(metric, measured)) for metric in present]
-
-
-def describe_measurement(measured: dict[str, Any]) -> str:
-    """Return one measurement in a line."""
-    from bitmill.report.describe import describe_measured_cache
-
-    metrics = ", ".join(f"{name} {value}" for name, value in metric_rows(measured))
-    text = f"{measured.get('windows')} x {measured.get('seqlen')} tokens of {measured.get('text')}"
-    return f"{metrics}{describe_measured_cache(measured)} ({text}, {measured.get('split')} split)"
-
-
-def describe_kv_plan(kv: dict[str, Any]) -> str:
-    """Return the packing of keys and values, from the `kv` of a report, in a line."""
-    from bitmill.report.describe import describe_options
-
-    options = dict(kv["method"])
-    name = options.pop("kv method")
-    size = f", {kv['size_bytes']:,} bytes of calibration" if kv["size_bytes"] else ""
-    bits = f"{kv['bits_per_element']:.3f} bits per number in full pages"
-    return f"{name} ({describe_options(options)}): {bits}{size}"
 
 
 def kv_cache_rows(result: dict[str, Any]) -> list[tuple[str, str]]:

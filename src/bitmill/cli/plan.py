@@ -16,8 +16,9 @@ from bitmill.cli.options import (
     parse_method_options,
     parse_tokens,
 )
-from bitmill.cli.output import command_output, data_table, describe_measurement, property_table
+from bitmill.cli.output import command_output, data_table, property_table
 from bitmill.errors import BitmillError
+from bitmill.report.text import describe_measurement
 
 GB, GIB = 10**9, 2**30
 

@@ -33,18 +33,10 @@ from bitmill.cli.options import (
     kv_arguments,
     parse_method_options,
 )
-from bitmill.cli.output import (
-    command_output,
-    describe_kv_plan,
-    describe_measurement,
-    format_mb,
-    format_number,
-    property_table,
-)
+from bitmill.cli.output import command_output, property_table
 from bitmill.config.texts import MIX, VARIABLE
 from bitmill.errors import UsageError
 from bitmill.recipes.defaults import WITHIN_MINUTES
-from bitmill.report.describe import describe_format
 
 if TYPE_CHECKING:
     from bitmill.recipes.recipe import Recipe
@@ -226,8 +218,9 @@ def quantize(
             if out is not None and can_resume(out):
                 output.hint = "interrupted; continue with --resume"
             raise
-        data = {"model": model, **({"chosen": reason} if reason else {}), **outcome.summary}
-        output.result(data, lambda: [_render(model, outcome.summary, dry_run, reason)])
+        outcome.summary |= {"chosen": reason} if reason else {}
+        data = {"model": model, **outcome.summary}
+        output.result(data, lambda: [property_table(outcome.rows())])
 
 
 def _choose_recipe(
@@ -264,39 +257,3 @@ def _choose_recipe(
     else:
         base, reason = leading_recipe(options, max_minutes)
     return compose(base, **given), reason
-
-
-def _render(model: str, summary: dict[str, Any], dry_run: bool, reason: str) -> Any:
-    rows = [
-        ("model", model),
-        ("method", f"{summary['method']} ({reason})" if reason else summary["method"]),
-        *_storage_rows(summary),
-    ]
-    if dry_run:
-        return property_table([*rows, ("written", "nothing (dry run)")])
-    return property_table(
-        [
-            *rows,
-            *(("measured", describe_measurement(measured)) for measured in summary["measured"]),
-            ("time", f"{format_number(summary['time_s'])} s"),
-            ("peak memory", format_mb(summary["peak_memory_bytes"])),
-            ("written to", str(summary["out"])),
-        ]
-    )
-
-
-def _storage_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    for entry in summary["formats"]:
-        count = f" in {entry['layers']:,} layers" if len(summary["formats"]) > 1 else ""
-        rows.append(("format", describe_format(entry["format"]) + count))
-    if summary["formats"]:
-        rows.append(("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"))
-    rows.append(("bits per weight", f"{summary['bits_per_weight']:.3f}"))
-    if kv := summary["kv"]:
-        rows.append(("keys and values", describe_kv_plan(kv)))
-    size = f"{format_mb(summary['size_bytes'])}, {format_mb(summary['unquantized_bytes'])} of it in float"
-    if summary["head_bytes"]:
-        rows.append(("embedding and head", f"{summary['head_bits_per_weight']:.3f} bits per weight"))
-        size += f", {format_mb(summary['head_bytes'])} embedding and head"
-    return [*rows, ("size", size)]

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from bitmill.cli.options import AsJson, Device, Model, TrustRemoteCode
-from bitmill.cli.output import command_output, data_table, format_mb, format_number, property_table
+from bitmill.cli.output import command_output, data_table, property_table
 from bitmill.errors import UsageError
+from bitmill.report.text import format_mb, format_number
 
 _WORST_LAYERS = 5  # listed
 

@@ -145,7 +145,11 @@ def describe_sizes(report: Report) -> str:
         return ""
     listed = ", ".join(f"{formatting.size(size)} {name}" for name, size in sizes)
     total = formatting.size(sum(size for _, size in sizes))
-    return f"The tensors take {total}: {listed}.".replace(formatting.GAP, " ")
+    text = f"The tensors take {total}: {listed}."
+    if report.get("size_ratio") is not None:
+        share, original = formatting.percent(report["size_ratio"]), formatting.size(report["original_bytes"])
+        text += f" That is {share} of the {original} of the original's."
+    return text.replace(formatting.GAP, " ")
 
 
 def _embedding_and_head(report: Report) -> str:

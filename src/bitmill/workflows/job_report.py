@@ -10,7 +10,9 @@ from bitmill.version import __version__
 from bitmill.workflows.prepare import PreparedJob
 
 # entries of the plan that are also in report.json
-STORED = ("bits_per_weight", "head_bits_per_weight", "head_bytes", "unquantized_bytes")
+STORED = (
+    "bits_per_weight", "head_bits_per_weight", "head_bytes", "unquantized_bytes", "original_bytes", "size_ratio",
+)  # fmt: skip
 
 
 def job_report(

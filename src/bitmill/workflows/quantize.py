@@ -36,6 +36,7 @@ from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.report.html import folder_documents
+from bitmill.report.text import next_commands, summary_rows
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.checks import check_space
 from bitmill.workflows.job_report import job_report
@@ -49,12 +50,29 @@ SECONDS_DIGITS = 3
 
 @dataclass
 class Outcome:
-    """The result of `quantize`: `model` is set for a live module, `out` for a folder."""
+    """The result of `quantize`: `model` is set for a live module, `out` for a folder; `print` shows a summary.
+
+    name: the float model as given, or the class of a live module.
+    """
 
     summary: dict[str, Any]
     report: dict[str, Any]
     out: Path | None = None
     model: nn.Module | None = field(default=None, repr=False)
+    name: str = ""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the summary as (name, value) pairs to print, with what can be done next."""
+        commands = []
+        if self.out is not None and self.report.get("auto_class"):
+            chat = (self.out / "chat_template.jinja").is_file()
+            commands = next_commands(self.name, str(self.out), self.report["auto_class"], chat)
+        return summary_rows(self.name, self.summary, commands)
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
 @renamed_arguments(calibration="calib")
@@ -116,7 +134,9 @@ def quantize(
         None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code,
         progress or Progress(),
     )  # fmt: skip
-    return _quantize(request, method, RecipeChanges(options, head_bits, tuple(rules)))
+    outcome = _quantize(request, method, RecipeChanges(options, head_bits, tuple(rules)))
+    outcome.name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    return outcome
 
 
 def _quantize(request: QuantizeRequest, method: str | Path | Recipe | None, changes: RecipeChanges) -> Outcome:

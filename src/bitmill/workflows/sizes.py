@@ -61,7 +61,7 @@ def storage_plan(streamed: StreamedModel, resolved: ResolvedRecipe | None, kv_by
         for n in streamed.names()
         if n not in packed
     )
-    formats = _formats(inside)
+    formats, size, original = _formats(inside), (bits + head_bits) // 8 + rest + kv_bytes, float_bytes(streamed)
     return {
         "method": resolved.recipe.name,
         "format": max(formats, key=lambda entry: entry["weights"])["format"],
@@ -69,11 +69,20 @@ def storage_plan(streamed: StreamedModel, resolved: ResolvedRecipe | None, kv_by
         "layers": len(inside),
         "quantized_weights": weights,
         "bits_per_weight": (bits + 8 * kv_bytes) / weights,
-        "size_bytes": (bits + head_bits) // 8 + rest + kv_bytes,
+        "size_bytes": size,
+        "original_bytes": original,
+        "size_ratio": size / original,
         "head_bits_per_weight": head_bits / head_weights if head_weights else None,
         "head_bytes": head_bits // 8,
         "unquantized_bytes": rest,
     }
+
+
+def float_bytes(streamed: StreamedModel) -> int:
+    """Return the bytes of all tensors of a model, in the types that its source gives."""
+    return sum(
+        torch.Size(streamed.shape(name)).numel() * streamed.dtype(name).itemsize for name in streamed.names()
+    )
 
 
 def _formats(layers: Iterable[_Layer]) -> list[dict[str, Any]]:
@@ -87,16 +96,18 @@ def _formats(layers: Iterable[_Layer]) -> list[dict[str, Any]]:
 
 
 def _float_plan(streamed: StreamedModel, kv_bytes: int) -> dict[str, Any]:
-    shapes = {name: torch.Size(streamed.shape(name)).numel() for name in streamed.names()}
-    size = sum(count * streamed.dtype(name).itemsize for name, count in shapes.items())
+    count = sum(torch.Size(streamed.shape(name)).numel() for name in streamed.names())
+    size = float_bytes(streamed)
     return {
         "method": "none",
         "format": None,
         "formats": [],
         "layers": 0,
         "quantized_weights": 0,
-        "bits_per_weight": 8 * (size + kv_bytes) / max(sum(shapes.values()), 1),
+        "bits_per_weight": 8 * (size + kv_bytes) / max(count, 1),
         "size_bytes": size + kv_bytes,
+        "original_bytes": size,
+        "size_ratio": (size + kv_bytes) / max(size, 1),
         "head_bits_per_weight": None,
         "head_bytes": 0,
         "unquantized_bytes": size,
@@ -115,7 +126,7 @@ def report_plan(checkpoint: Checkpoint) -> dict[str, Any]:
         "layers": len(inside),
         "quantized_weights": sum(math.prod(checkpoint.shape(name)) for name in inside),
         **{key: report.get(key) for key in ("bits_per_weight", "head_bits_per_weight", "head_bytes")},
-        "unquantized_bytes": report.get("unquantized_bytes"),
+        **{key: report.get(key) for key in ("unquantized_bytes", "original_bytes", "size_ratio")},
     }
 
 
