@@ -6,8 +6,9 @@ from collections import defaultdict
 from typing import Any
 
 from bitmill.cli.options import AsJson
-from bitmill.cli.output import command_output, data_table, format_mb, property_table
+from bitmill.cli.output import command_output, data_table, property_table
 from bitmill.errors import BitmillError
+from bitmill.report.text import format_mb
 
 
 def doctor(as_json: AsJson = False) -> None:
