@@ -86,6 +86,8 @@ def test_as_module():
         ("bitmill compare M --methods rtn,gp", "rtn,gptq"),
         ("bitmill eval M --kv kvq", "kvquant"),
         ("bitmill plan llama-7", "llama-7b"),
+        ("bitmill quantize M --calib encyc", "encyclopedia"),
+        ("bitmill texts sui", "suite"),
     ],
 )
 def test_completion(typed, completed, capsys, monkeypatch):

@@ -7,8 +7,10 @@ import torch
 
 import bitmill
 from bitmill.data import text
+from bitmill.data.domain import SUITE, Document
 from bitmill.data.windows import CalibrationData, SentenceWindows, StreamWindows, count_windows
 from bitmill.errors import CalibrationError
+from helpers import tiny_domains
 
 CLS, SEP = 1, 2
 
@@ -132,3 +134,17 @@ def test_hash_depends_on_lengths():
 def test_old_name_of_calibration_data_warns():
     with pytest.warns(FutureWarning, match=r"bitmill\.CalibrationData"):
         assert getattr(bitmill, "Calibration") is CalibrationData  # noqa: B009
+
+
+def test_encoder_windows_of_a_mixture(monkeypatch):
+    names = (*SUITE, "languages")
+    texts = {name: [Document(f"{n}", f"{name} {sentence(n)}") for n in range(99)] for name in names}
+    tiny_domains.install(monkeypatch, texts)
+    words = Words()
+    reading = SentenceWindows("mix", words)
+    windows = reading.calibration(24, 8, seed=0)
+    assert windows.shape == (24, 8)
+    assert windows[:, 0].tolist() == [CLS] * 24
+    found = reading.held_out("eval", 16, 10)
+    assert {int(window[1]) for window in found} == {words.vocabulary[name] for name in SUITE}
+    assert reading.describe("eval", 10) == {"part": "eval", "domains": dict.fromkeys(SUITE, 2)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitmill.cli.complete import complete_methods
+from bitmill.cli.complete import complete_calib, complete_methods
 from bitmill.cli.options import (
     AsJson,
     Device,
@@ -59,7 +59,12 @@ Settings = Annotated[
 ]
 Calib = Annotated[
     str,
-    typer.Option(metavar="SOURCE", envvar=VARIABLE, help="Text: one part calibrates, another one measures."),
+    typer.Option(
+        metavar="SOURCE",
+        envvar=VARIABLE,
+        autocompletion=complete_calib,
+        help="Text: one part calibrates, another one measures.",
+    ),
 ]
 Windows = Annotated[int, typer.Option(metavar="W", help="Held-out windows to measure on.")]
 Prompts = Annotated[

@@ -8,6 +8,9 @@ from bitmill.config.listing import listings
 
 METHODS = "bitmill.recipes.methods"
 KV_METHODS = "bitmill.kv.methods"
+TEXTS = "bitmill.data.domains"
+MIXTURES = (("mix", "all domains, to calibrate on"), ("suite", "five domains, to measure on"))
+PYDOC = ("pydoc", "the language reference of Python, without a download")
 
 Completion = Callable[[str], list[tuple[str, str]]]
 
@@ -68,3 +71,5 @@ complete_format = complete_members("bitmill.formats")
 complete_solver = complete_members("bitmill.solvers")
 complete_transform = complete_members("bitmill.transforms")
 complete_tuner = complete_members("bitmill.tuners")
+complete_text = complete_members(TEXTS, also=MIXTURES)
+complete_calib = complete_members(TEXTS, also=(*MIXTURES, PYDOC, ("self", "text that the float model writes")))

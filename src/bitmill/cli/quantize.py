@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitmill.cli.complete import (
+    complete_calib,
     complete_format,
     complete_method,
     complete_solver,
@@ -127,6 +128,7 @@ Calib = Annotated[
     typer.Option(
         metavar="SOURCE",
         envvar=VARIABLE,
+        autocompletion=complete_calib,
         help="Calibration text: mix, another name of bitmill texts, self, a .txt or .jsonl file, hf:dataset.",
     ),
 ]

@@ -17,7 +17,7 @@ Text = Annotated[
     str | None,
     typer.Option(
         metavar="SOURCE",
-        help="Also measure on this text: pydoc, a .txt or .jsonl file, hf:dataset.",
+        help="Also measure on this text: pydoc, a name of bitmill texts, a .txt or .jsonl file, hf:dataset.",
         show_default=False,
     ),
 ]

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.complete import complete_text
 from bitmill.cli.options import AsJson
 from bitmill.cli.output import command_output, data_table, property_table
 from bitmill.config.texts import MIX
@@ -13,7 +14,9 @@ from bitmill.config.texts import MIX
 TextName = Annotated[
     str | None,
     typer.Argument(
-        help="Download the packages of one text, or of mix or suite, and show its parts.", show_default=False
+        help="Download the packages of one text, or of mix or suite, and show its parts.",
+        autocompletion=complete_text,
+        show_default=False,
     ),
 ]
 COLUMNS = ("name", "mix", "description", "licence", "origin")

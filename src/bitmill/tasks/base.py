@@ -58,7 +58,7 @@ class Task(ABC):
         """Return the windows in which the model reads a text.
 
         Args:
-            text: "pydoc", a .txt or .jsonl file, or "hf:dataset".
+            text: see `load_text`.
             tokenizer: the model's tokenizer.
         """
 
