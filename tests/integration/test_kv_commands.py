@@ -287,7 +287,8 @@ def test_missing_calibration_refused(workspace, run):
     none = ["quantize", workspace.source, "--method", "none", *KV]
     assert "parts of a recipe" in run(*none, "--format", "uniform", "-o", workspace.out, status=2)
     assert "no option of weights" in run(*none, "--bits", "4", "-o", workspace.out, status=2)
-    assert "Nowhere to write" in run(*none, status=2)
+    with pytest.raises(UsageError, match="Nowhere to write"):
+        bitmill.quantize(workspace.source, "none", kv="per_token")
 
 
 @pytest.mark.parametrize(("kind", "fragment"), [("bert", "a text encoder"), ("gpt2", "no rotary embedding")])

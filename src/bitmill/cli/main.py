@@ -10,7 +10,20 @@ from typing import Annotated
 
 import typer
 
-from bitmill.cli import bench, catalog, compare, doctor, evaluate, folder, generate, plan, quantize, sweep, texts
+from bitmill.cli import (
+    bench,
+    catalog,
+    chat,
+    compare,
+    doctor,
+    evaluate,
+    folder,
+    generate,
+    plan,
+    quantize,
+    sweep,
+    texts,
+)
 from bitmill.cli.app import App
 from bitmill.cli.failure import debugging, report_failure
 from bitmill.version import __version__
@@ -31,7 +44,7 @@ app.command("compare")(compare.compare)
 app.command("sweep")(sweep.sweep)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
-app.command("chat")(generate.chat)
+app.command("chat")(chat.chat)
 app.command("inspect")(folder.inspect)
 app.command("verify")(folder.verify)
 app.command("methods")(catalog.methods)

@@ -26,14 +26,14 @@ class Generation:
     """A generated text.
 
     text, tokens: without the prompt and the end-of-text token.
-    stopped: at end of text, or at the most tokens.
+    stopped: at end of text, at the most tokens, or because `should_stop` said so.
     time_s: seconds, including those for the prompt.
     tokens_per_s: of the tokens after the first one; None for fewer than two tokens.
     """
 
     text: str
     tokens: list[int]
-    stopped: Literal["eos", "length"]
+    stopped: Literal["eos", "length", "interrupt"]
     time_s: float
     tokens_per_s: float | None
 
@@ -55,6 +55,7 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     past: Any = None,
     chunk: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Generation:
     """Generate from a prompt until end of text, `max_new_tokens`, or the longest context of the model.
 
@@ -68,6 +69,7 @@ def generate(
         on_text: receives the text in pieces of whole characters.
         past: an empty cache of keys and values; the model makes its own without it.
         chunk: most tokens of the prompt that run at a time, which needs a cache; all at once without it.
+        should_stop: asked before every token; the text ends there where it returns True.
 
     Raises:
         UsageError: The model cannot generate from this prompt.
@@ -81,10 +83,13 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     text = _TextStreamer(tokenizer, on_text)
     tokens: list[int] = []
-    stopped: Literal["eos", "length"] = "length"
+    stopped: Literal["eos", "length", "interrupt"] = "length"
     cache, unread = past, prompt
     started = first_token_at = time.perf_counter()
     for step in range(limit):
+        if should_stop is not None and should_stop():
+            stopped = "interrupt"
+            break
         logits, cache = _next_logits(model, torch.tensor([unread], device=device), cache, chunk)
         token = int(sample_tokens(logits, temperature, generator))
         if step == 0:
