@@ -21,7 +21,7 @@ def _all_tokens():
 def recorded(logits, tokens):
     recorder = ReferenceRecorder()
     for window, predictions in zip(tokens, logits):
-        recorder.add(window, predictions)
+        recorder.add(window, [predictions])
     return recorder.result()
 
 

@@ -153,7 +153,7 @@ def test_predictions_disk_full(tmp_path, monkeypatch):
     windows = torch.zeros(2, 4, dtype=torch.int64)
     recorder = PredictionRecorder(tmp_path / "float.npy", lambda tokens: torch.zeros(*tokens.shape, 3), windows)
     with pytest.raises(OutputError, match="lower --windows"):
-        recorder(windows)
+        score_windows(recorder, windows)
 
 
 # -- the process of a cell ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bitmill.errors import CalibrationError, NumericsError, UsageError
+from bitmill.evaluation.logits import DeferredLogits, Output
 
 _ROWS = 1024  # sentences whose cosines to all others are in memory at a time
 
@@ -48,7 +49,7 @@ class EmbeddingMetrics:
     own: list[Tensor] = field(default_factory=list)
     reference: list[Tensor] = field(default_factory=list)
 
-    def add(self, tokens: Tensor, output: Tensor, reference: Tensor | None = None) -> None:
+    def add(self, tokens: Tensor, output: Output, reference: Output | None = None) -> None:
         """Add sentences of one length.
 
         Args:
@@ -59,6 +60,8 @@ class EmbeddingMetrics:
         Raises:
             UsageError: The widths of both models differ.
         """
+        assert isinstance(output, Tensor)  # an encoder has no head
+        assert not isinstance(reference, DeferredLogits)
         self.tokens += tokens.numel()
         self.own.append(embed(output, self.pooling).cpu())
         if reference is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,31 +17,28 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import CalibrationError, NumericsError, UsageError
+from bitmill.evaluation.logits import Output, OutputFn, slices
 from bitmill.progress import Progress
 
-OutputFn = Callable[[Tensor], Tensor]  # tokens (windows, length) -> logits or hidden states (windows, length, n)
+_ROWS = 32  # positions whose softmax is in memory at a time: over 262,144 words 34 MB in fp32, for each temporary
 
 
 class Metric(Protocol):
     """Measures of a model over windows of tokens, with or without a float reference."""
 
-    def add(self, tokens: Tensor, output: Tensor, reference: Tensor | None = None) -> None:
+    def add(self, tokens: Tensor, output: Output, reference: Output | None = None) -> None:
         """Add a batch.
 
         Args:
             tokens: (windows, length) token ids.
             output: (windows, length, n) logits or hidden states of the model for these tokens.
-            reference: the same shape, of the float model.
+            reference: those of the float model.
         """
         ...
 
     def result(self) -> dict[str, Any]:
         """Return the measures over all batches as plain data."""
         ...
-
-
-# Positions whose softmax is in memory at a time: 50 000 logits in fp32, of two models, are 100 MB.
-_POSITIONS = 256
 
 
 @dataclass
@@ -57,7 +54,7 @@ class LanguageModelMetrics:
     tokens: int = 0
     compared: bool = field(default=False)
 
-    def add(self, tokens: Tensor, output: Tensor, reference: Tensor | None = None) -> None:
+    def add(self, tokens: Tensor, output: Output, reference: Output | None = None) -> None:
         """Add a batch.
 
         Args:
@@ -68,29 +65,42 @@ class LanguageModelMetrics:
         Raises:
             UsageError: The vocabularies of both models differ.
         """
-        if reference is not None and reference.shape[-1] != output.shape[-1]:
-            raise UsageError(
-                f"The reference has a vocabulary of {reference.shape[-1]} and the model one of "
-                f"{output.shape[-1]}, so they cannot be compared; give the float model it was made from."
-            )
         self.tokens += tokens.numel()
-        for window in range(tokens.shape[0]):
-            for start in range(0, tokens.shape[1], _POSITIONS):
-                cut = slice(start, start + _POSITIONS)
-                following = tokens[window, start + 1 : start + _POSITIONS + 1].to(output.device)
-                log_p = torch.log_softmax(output[window, cut].float(), -1)
-                self.loss += _loss(log_p, following)
-                self.predicted += following.numel()
-                if reference is None:
-                    continue
-                log_q = torch.log_softmax(reference[window, cut].to(log_p.device).float(), -1)
-                self.compared = True
-                self.reference_loss += _loss(log_q, following)
-                q = log_q.exp()  # q = 0 contributes 0, and not 0 * infinity
-                divergence = (q * (log_q - log_p)).masked_fill_(q == 0, 0.0)
-                self.divergence += float(divergence.sum(dtype=torch.float64))
-                self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-                self.positions += log_p.shape[0]
+        for window, row in enumerate(tokens):
+            for positions in slices(len(row)):
+                following = row[positions.start + 1 : positions.stop + 1]
+                expected = None if reference is None else reference[window, positions]
+                self._add_positions(following, output[window, positions], expected)
+
+    def _add_positions(self, following: Tensor, logits: Tensor, expected: Tensor | None) -> None:
+        """Add consecutive positions of a window.
+
+        Args:
+            following: (n,) the tokens that follow them, or (n - 1,) at the end of the window.
+            logits: (n, vocabulary) of the model.
+            expected: (n, vocabulary) of the float model.
+        """
+        if expected is not None and expected.shape[-1] != logits.shape[-1]:
+            raise UsageError(
+                f"The reference has a vocabulary of {expected.shape[-1]} and the model one of "
+                f"{logits.shape[-1]}, so they cannot be compared; give the float model it was made from."
+            )
+        following = following.to(logits.device)
+        self.predicted += following.numel()
+        for start in range(0, len(logits), _ROWS):
+            rows = slice(start, start + _ROWS)
+            log_p = torch.log_softmax(logits[rows].float(), -1)
+            self.loss += _loss(log_p, following[rows])
+            if expected is None:
+                continue
+            log_q = torch.log_softmax(expected[rows].to(log_p.device).float(), -1)
+            self.compared = True
+            self.reference_loss += _loss(log_q, following[rows])
+            q = log_q.exp()  # q = 0 contributes 0, and not 0 * infinity
+            divergence = (q * (log_q - log_p)).masked_fill_(q == 0, 0.0)
+            self.divergence += float(divergence.sum(dtype=torch.float64))
+            self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            self.positions += log_p.shape[0]
 
     def result(self) -> dict[str, float | int]:
         """Return the measures as plain numbers.
@@ -152,14 +162,14 @@ def score_windows(
     progress = progress or Progress()
     metric = metric or LanguageModelMetrics()
     progress.start("evaluate", len(windows))
-    for tokens in _batches(windows, batch):
+    for tokens in batches(windows, batch):
         metric.add(tokens, model(tokens), reference(tokens) if reference else None)
         progress.advance(tokens.shape[0])
     progress.finish()
     return metric.result()
 
 
-def _batches(windows: Tensor | list[Tensor], batch: int) -> Iterator[Tensor]:
+def batches(windows: Tensor | list[Tensor], batch: int) -> Iterator[Tensor]:
     """Yield up to `batch` consecutive windows of one length at a time, (w, length)."""
     for _, group in itertools.groupby(windows, key=len):
         rows = list(group)

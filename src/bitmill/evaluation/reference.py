@@ -77,19 +77,24 @@ class ReferenceRecorder:
     _indices: list[Tensor] = field(default_factory=list)
     _log_probabilities: list[Tensor] = field(default_factory=list)
 
-    def add(self, tokens: Tensor, logits: Tensor) -> None:
+    def add(self, tokens: Tensor, logits: Iterable[Tensor]) -> None:
         """Add one window unless there are enough; windows of another length than the first one are left out.
 
         Args:
             tokens: (length,) token ids.
-            logits: (length, vocabulary) of the float model.
+            logits: (n, vocabulary) of consecutive positions, in pieces; read as far as they are needed.
         """
         left = TOKENS - sum(len(window) for window in self._tokens)
         length = len(self._tokens[0]) if self._tokens else min(len(tokens), left)
         if length > left or len(tokens) < length:
             return
         self._tokens.append(tokens[:length].to("cpu", torch.int32))
-        likeliest = [_likeliest(part) for part in logits[:length].split(_POSITIONS)]
+        likeliest = []
+        for piece in logits:
+            likeliest += [_likeliest(part) for part in piece[:length].split(_POSITIONS)]
+            length -= len(piece)
+            if length <= 0:
+                break
         self._indices.append(torch.cat([indices for indices, _ in likeliest]))
         self._log_probabilities.append(torch.cat([values for _, values in likeliest]))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bitmill.compat import cache_argument, forward_with_cache
 from bitmill.config.paths import user_path
 from bitmill.config.recorded_tensors import read_recorded, write_recorded
 from bitmill.errors import CheckpointError, UsageError
+from bitmill.evaluation.logits import Output
 from bitmill.kv.attention import attach_attention
 from bitmill.kv.calibration_file import KVCalibration, load_calibration, matching_calibration, params_by_layer
 from bitmill.kv.codec import CalibratedParams
@@ -28,6 +30,7 @@ from bitmill.kv.layer import QuantizedLayer
 from bitmill.kv.rope import rope_to_undo
 from bitmill.kv.scheme import KV_METHODS, PAGE, KVMethod, kv_method
 from bitmill.kv.size import packed_shapes
+from bitmill.models.split import SplitModel, split_model
 
 _META = "bitmill_kv_cache"
 _VERSION = 2
@@ -233,8 +236,7 @@ def _pad(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 
 class PackedForward:
-    """Callable from tokens (windows, length) to logits (windows, length, vocabulary), through a fresh packed
-    cache.
+    """Callable from tokens (windows, length) to their logits, through a fresh packed cache.
 
     Windows are read a page of tokens at a time: a token attends to earlier pages packed and to its own page in
     fp16, exactly as when the text is generated token by token.
@@ -251,17 +253,24 @@ class PackedForward:
     def __init__(self, model: nn.Module, method: KVMethod, calibration: KVCalibration | None) -> None:
         self.model, self.method, self.calibration = model, method, calibration
         self.bits_per_element, self.bytes, self.table_bytes = 0.0, 0, 0
+        self._split: tuple[SplitModel | None] | None = None  # None until the first call
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the logits."""
+    def __call__(self, tokens: Tensor) -> Output:
+        """Return the logits, which are computed when they are read unless the model cannot be split."""
+        if self._split is None:
+            self._split = (split_model(self.model, tokens),)
         cache = QuantizedCache(self.model, self.method, calibration=self.calibration, cache_decoded=True)
-        pieces: list[Any] = []
-        for start in range(0, tokens.shape[1], PAGE):
-            output, _ = forward_with_cache(self.model, tokens[:, start : start + PAGE], cache)
-            pieces.append(output.logits)
+        (split,), pages = self._split, tokens.split(PAGE, 1)
+        if split is None:
+            output: Output = torch.cat(
+                [forward_with_cache(self.model, page, cache)[0].logits for page in pages], 1
+            )
+        else:
+            hidden = [split.run(partial(forward_with_cache, self.model, page, cache)) for page in pages]
+            output = split.logits(torch.cat(hidden, 1))
         self.bits_per_element, self.bytes = cache.bits_per_element, cache.allocated_bytes
         self.table_bytes = cache.table_bytes
-        return torch.cat(pieces, 1)
+        return output
 
 
 def _write_cache(

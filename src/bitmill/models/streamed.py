@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bitmill.architectures.adapter import Adapter, Seam, adapter_for, generic_adapter
 from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
+from bitmill.evaluation.logits import DeferredLogits, Output
 from bitmill.models.block_call import (
     BlockCall,
     BlockRecorder,
@@ -29,6 +30,7 @@ from bitmill.models.block_call import (
 )
 from bitmill.models.kind import check_kind
 from bitmill.models.meta import empty_model, trim_malloc
+from bitmill.models.split import is_close
 from bitmill.models.stored import StoredTensors, tie_as_stored
 from bitmill.sources.base import Source
 from bitmill.tasks.base import task_of
@@ -69,6 +71,7 @@ class StreamedModel:
         self._stored = StoredTensors(self.model, source)
         self.untied = tie_as_stored(self.model, self._stored)
         self._place_buffers()
+        self._head_by_position: bool | None = None  # unknown until the first call of `deferred_head`
         self._block_outputs: int | None = None  # length of the tuple that blocks return, 0 for a tensor
         self.largest_hidden_state: float | None = None
         self._rows: dict[tuple[int, tuple[frozenset[tuple[Path, int]], ...]], list[Rows]] = {}
@@ -341,6 +344,30 @@ class StreamedModel:
             recorders = self._run(tokens, self._block_outputs or 0, stop=False, replacement=hidden)
         assert recorders[0].output is not None
         return recorders[0].output
+
+    def deferred_head(self, tokens: Tensor, hidden: Tensor) -> Output:
+        """Return the output of `head`, of a language model as logits that are computed when they are read.
+
+        Args:
+            tokens: (windows, length) token ids.
+            hidden: (windows, length, width) output of the last block.
+        """
+        if self._head_by_position is None:
+            self._head_by_position = self.task.generates and self._is_head_by_position(
+                tokens[:1, :2], hidden[:1, :2]
+            )
+        if not self._head_by_position:
+            return self.head(tokens, hidden)
+        return DeferredLogits(
+            lambda window, positions: self.head(tokens[:1, : len(part := hidden[window, positions])], part[None])[
+                0
+            ]
+        )
+
+    def _is_head_by_position(self, tokens: Tensor, hidden: Tensor) -> bool:
+        """Return True if the logits of a position depend on its hidden states alone, tried on (1, 2) tokens."""
+        last = self.head(tokens[:, :1], hidden[:, -1:])[0]
+        return is_close(last, self.head(tokens, hidden)[0, -1:])
 
     def note_hidden_states(self, *hidden: Tensor) -> float:
         """Update `largest_hidden_state` with outputs of a block, any shapes; return their own largest value."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from bitmill.evaluation.logits import DeferredLogits, Output
 from bitmill.formats import Format
 from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
 from bitmill.models.meta import trim_malloc
@@ -69,6 +70,19 @@ class QuantizedEmbeddings:
             yield
         finally:
             vars(module).pop("forward")
+
+    def deferred_head(self, tokens: Tensor, hidden: Tensor) -> Output:
+        """Return `StreamedModel.deferred_head` with the quantized head in place of the float one."""
+        with self.head():
+            output = self._streamed.deferred_head(tokens, hidden)
+        if isinstance(output, Tensor):
+            return output
+
+        def read(window: int, positions: slice) -> Tensor:
+            with self.head():
+                return output[window, positions]
+
+        return DeferredLogits(read)
 
 
 def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEmbeddings | None:

@@ -6,13 +6,13 @@ too.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from bitmill.calibration.walk import HiddenStates
 from bitmill.data.text import Windows
+from bitmill.evaluation.logits import pieces
 from bitmill.evaluation.reference import ReferenceRecorder
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.embeddings import QuantizedEmbeddings
@@ -62,12 +62,11 @@ class HeldOutMetrics:
         progress.start(MEASURING, len(self.windows))
         for window, reference, quantized in zip(self.windows, self.float.batches, self.quantized.batches):
             tokens = window[None]
-            with embeddings.head() if embeddings else nullcontext():
-                answer = self.streamed.head(tokens, quantized)
-            expected = self.streamed.head(tokens, reference)
-            self.metric.add(tokens, answer, expected)
+            expected = self.streamed.deferred_head(tokens, reference)
+            head = embeddings.deferred_head if embeddings else self.streamed.deferred_head
+            self.metric.add(tokens, head(tokens, quantized), expected)
             if self.recorder:
-                self.recorder.add(window, expected[0])
+                self.recorder.add(window, pieces(expected, 0, len(window)))
             progress.advance()
         progress.finish()
         return self.metric.result()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.config.paths import user_path
-from bitmill.data.text import TextSource
+from bitmill.data.text import TextSource, Windows
 from bitmill.data.windows import (
     CalibrationData,
     check_context_length,
@@ -21,9 +23,10 @@ from bitmill.data.windows import (
     source_name,
 )
 from bitmill.errors import UsageError
-from bitmill.evaluation.metrics import score_windows
+from bitmill.evaluation.logits import OutputFn
+from bitmill.evaluation.metrics import batches, score_windows
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
-from bitmill.models.block_call import output_fn
+from bitmill.models.split import deferred_output_fn, recorded_output_fn
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.sources.open import open_source
@@ -89,10 +92,9 @@ def evaluate(
     progress.start("reading text and model", 0)
     bits, size = stored_bits(model, trust_remote_code)
     scoring = _Scoring(_task(model, trust_remote_code), text, split, seqlen, tokenizer, progress)
-    live = live_model(model, device, trust_remote_code)
-    other = None if reference is None else live_model(reference, device, trust_remote_code)
+    load_live = partial(live_model, device=device, trust_remote_code=trust_remote_code)
     return {
-        **scoring.score(live, other, windows, kv_config),
+        **scoring.score(model, reference, load_live, windows, kv_config),
         "bits_per_weight": bits,
         "size_bytes": size,
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
@@ -117,25 +119,40 @@ class _Scoring:
         self.metric = task.metric()  # a pooling that is not supported is refused before text is read
         self.windows = task.windows(text, tokenizer)
 
+    @torch.no_grad()
     def score(
-        self, model: nn.Module, reference: nn.Module | None, windows: int | None, kv: KVConfig | None
+        self,
+        model: str | Path | nn.Module,
+        reference: str | Path | nn.Module | None,
+        load_live: Callable[[Any], nn.Module],
+        windows: int | None,
+        kv: KVConfig | None,
     ) -> dict[str, Any]:
-        """Score a model, through a packed cache where `kv` is given; returns the figures and the text."""
+        """Score a model.
+
+        Args:
+            model: the model.
+            reference: the model to compare with.
+            load_live: loads either of them.
+            windows: number of windows; None for all.
+            kv: the packed cache that the model is scored through; None for an ordinary one.
+
+        Returns:
+            The figures and the text.
+        """
         chosen = self.windows.held_out(self.split, self.seqlen, windows)
-        check_context_length(getattr(model, "config", None), self.seqlen)
-        for reader in (model, reference):
-            check_vocabulary(getattr(reader, "config", None), chosen)
-        against = None if reference is None else output_fn(reference)
-        with eval_mode(model), eval_mode(reference):
+        batch = self.task.batch_size if kv is None else max(1, _TOKENS // self.seqlen)
+        with eval_mode(_module(model)), eval_mode(_module(reference)):
+            against = None if reference is None else self._run_reference(reference, load_live, chosen, batch)
+            live = load_live(model)
+            self._check_windows(live, chosen)
             if kv is None:
-                figures = score_windows(
-                    output_fn(model), chosen, against, self.progress, self.task.batch_size, self.metric
-                )
+                run = deferred_output_fn(live)
+                figures = score_windows(run, chosen, against, self.progress, batch, self.metric)
             else:
                 packed = kv_workflow.PackedCacheEvaluator(
-                    model, kv, self.windows, self.text, self.split, self.progress
+                    live, kv, self.windows, self.text, self.split, self.progress
                 )
-                batch = max(1, _TOKENS // self.seqlen)
                 figures = score_windows(packed, chosen, against, self.progress, batch, self.metric)
                 figures |= packed.measurements()
         return {
@@ -146,6 +163,32 @@ class _Scoring:
             "windows": count_windows(chosen, self.seqlen),
             "prefix": list(self.windows.prefix),
         }
+
+    def _run_reference(
+        self,
+        reference: str | Path | nn.Module,
+        load_live: Callable[[Any], nn.Module],
+        windows: Windows,
+        batch: int,
+    ) -> OutputFn:
+        """Return the outputs of the reference, whose blocks leave the memory before the model is read."""
+        live = load_live(reference)
+        self._check_windows(live, windows)
+        self.progress.start("reference", len(windows))
+        with eval_mode(live):
+            return recorded_output_fn(
+                live, batches(windows, batch), self.progress, free_body=live is not reference
+            )
+
+    def _check_windows(self, model: nn.Module, windows: Windows) -> None:
+        config = getattr(model, "config", None)
+        check_context_length(config, self.seqlen)
+        check_vocabulary(config, windows)
+
+
+def _module(model: object) -> nn.Module | None:
+    """Return a live module, None for the name or the folder of a model."""
+    return model if isinstance(model, nn.Module) else None
 
 
 def _task(model: str | Path | nn.Module, trust_remote_code: bool) -> Task:

@@ -20,6 +20,7 @@ from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_conte
 from bitmill.errors import UsageError
 from bitmill.evaluation.context import context_length
 from bitmill.evaluation.generate import PROMPT_CHUNK
+from bitmill.evaluation.logits import Output
 from bitmill.files import output_errors
 from bitmill.kv.cache import PackedForward, QuantizedCache
 from bitmill.kv.calibrate import calibrate, check_windows
@@ -207,8 +208,8 @@ class PackedCacheEvaluator:
         self.device, self.rows = next(model.parameters()).device, 1
         self.forward = PackedForward(model, self.method, found)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Return the logits (windows, length, vocabulary) of tokens (windows, length)."""
+    def __call__(self, tokens: Tensor) -> Output:
+        """Return the logits of tokens (windows, length)."""
         self.rows = len(tokens)
         return self.forward(tokens.to(self.device))
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.compat import forward_with_cache
 from bitmill.errors import CheckpointError
+from bitmill.evaluation.logits import pieces
 from bitmill.evaluation.reference import ReferencePredictions, read_reference
-from bitmill.models.block_call import output_fn, output_tensor
+from bitmill.models.block_call import output_tensor
+from bitmill.models.split import deferred_output_fn
 from bitmill.progress import Progress
 from bitmill.runtime.native import activations, instruction_set
 from bitmill.workflows import kv as kv_workflow
@@ -70,9 +72,9 @@ def running_paths(
     model: nn.Module, progress: Progress | None = None
 ) -> dict[str, Callable[[Tensor], Iterator[Tensor]]]:
     """Return the ways in which a packed model runs: functions from a window (1, length) to logits in pieces."""
-    device = next(model.parameters()).device
+    device, outputs = next(model.parameters()).device, deferred_output_fn(model)
     return {
-        "windows": lambda window: iter([output_fn(model)(window)[0]]),
+        "windows": lambda window: pieces(outputs(window), 0, window.shape[1]),
         "decode": lambda window: _decode(model, window.to(device), progress or Progress()),
     }
 

@@ -252,9 +252,9 @@ def _compare_predictions(
     with streamed.non_block_weights("head"):
         for number, window in enumerate(windows):
             tokens = window[None]
-            expected = streamed.head(tokens, reference.batches[number])
+            expected = streamed.deferred_head(tokens, reference.batches[number])
             for cell, stream in zip(cells, streams):
-                cell.metrics.add(tokens, streamed.head(tokens, stream.batches[number]), expected)
+                cell.metrics.add(tokens, streamed.deferred_head(tokens, stream.batches[number]), expected)
             progress.advance()
     progress.finish()
 

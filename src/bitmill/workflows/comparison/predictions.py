@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,34 +15,38 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import CheckpointError, OutputError
+from bitmill.evaluation.logits import DeferredLogits, OutputFn
 from bitmill.files import new_file, output_errors, write_text, xxh3
-
-Logits = Callable[[Tensor], Tensor]
 
 
 class PredictionRecorder:
-    """Wraps the float model: returns its logits and writes its predictions, windows first to last."""
+    """Wraps the float model: returns its logits, and writes its predictions as they are read, first to last."""
 
-    def __init__(self, path: Path, model: Logits, windows: Tensor) -> None:
+    def __init__(self, path: Path, model: OutputFn, windows: Tensor) -> None:
         self.path, self.model, self.windows = path, model, windows
         self.partial = path.with_name(path.name + ".tmp")
         self._file: np.memmap | None = None
-        self._written = 0
+        self._requested, self._written = 0, 0  # windows, positions
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor) -> DeferredLogits:
         """Return the logits of the next windows (w, length)."""
-        logits = self.model(tokens)
-        if self._file is None:
-            self._file = self._create(logits.shape[-1])
-        for window in logits:
-            self._file[self._written] = torch.log_softmax(window.float(), -1).half().cpu().numpy()
-            self._written += 1
-        return logits
+        logits, first = self.model(tokens), self._requested
+        self._requested += len(tokens)
+
+        def read(window: int, positions: slice) -> Tensor:
+            piece = logits[window, positions]
+            if self._file is None:
+                self._file = self._create(piece.shape[-1])
+            self._file[first + window, positions] = torch.log_softmax(piece.float(), -1).half().cpu().numpy()
+            self._written += len(piece)
+            return piece
+
+        return DeferredLogits(read)
 
     def finish(self) -> None:
         """Rename the file to its final name, after the last window."""
         assert self._file is not None
-        assert self._written == len(self.windows)
+        assert self._written == self.windows.numel()
         with output_errors(self.path):
             self._file.flush()
             self._file = None
@@ -91,8 +94,10 @@ class RecordedPredictions:
             raise CheckpointError(f"{path} holds {self._file.shape[:2]} windows; delete it and compare again.")
         self._next = 0
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor) -> DeferredLogits:
         """Return the log-probabilities (w, length, vocabulary) of the next windows."""
-        rows = slice(self._next, self._next + len(tokens))
+        first = self._next
         self._next += len(tokens)
-        return torch.from_numpy(np.array(self._file[rows]))
+        return DeferredLogits(
+            lambda window, positions: torch.from_numpy(np.array(self._file[first + window, positions]))
+        )

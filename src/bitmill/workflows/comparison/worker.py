@@ -29,7 +29,7 @@ from bitmill.errors import BitmillError, CheckpointError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
 from bitmill.evaluation.metrics import score_windows
 from bitmill.files import folder_bytes, write_json
-from bitmill.models.block_call import output_fn
+from bitmill.models.split import deferred_output_fn
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.recipes.recipe import Recipe
 from bitmill.report.describe import split_layers
@@ -99,7 +99,7 @@ class _VariantJob:
         bits, size = stored_bits(self.grid.model, self.grid.trust_remote_code)
         windows, _, tokenizer = self._held_out(self.grid.model)
         model = load(self.grid.model, **self.load_options)
-        recorder = PredictionRecorder(self.folder / FLOAT_FILE, output_fn(model), windows)
+        recorder = PredictionRecorder(self.folder / FLOAT_FILE, deferred_output_fn(model), windows)
         measured = score_windows(recorder, windows, None, self.progress, batch=1)
         recorder.finish()
         samples = self._answers(model, tokenizer)
@@ -159,7 +159,7 @@ class _VariantJob:
         windows, prefix, tokenizer = self._held_out(out)
         model = load(out, dense=True, **self.load_options)
         predictions = RecordedPredictions(self.folder / FLOAT_FILE, windows)
-        measured = score_windows(output_fn(model), windows, predictions, self.progress, batch=1)
+        measured = score_windows(deferred_output_fn(model), windows, predictions, self.progress, batch=1)
         reference_perplexity = measured.pop("reference_perplexity")
         samples = self._answers(model, tokenizer)
         if self.keep_models:

@@ -93,7 +93,7 @@ def running_cost(model: nn.Module, window: Tensor) -> tuple[Cost, dict[str, Any]
 def _any_predictions(window: Tensor, vocabulary: int) -> ReferencePredictions:
     """Return predictions for a window that mean nothing."""
     recorder = ReferenceRecorder()
-    recorder.add(window, torch.zeros(len(window), vocabulary))
+    recorder.add(window, [torch.zeros(len(window), vocabulary)])
     result = recorder.result()
     assert result is not None
     return result
