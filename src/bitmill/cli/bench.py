@@ -12,7 +12,7 @@ from bitmill.cli.output import command_output, data_table, property_table
 from bitmill.errors import UsageError
 from bitmill.report.text import format_mb, format_number
 
-app = App(help="Measure the speed of kernels and quantized models.", no_args_is_help=True)
+app = App("bench", help="Measure the speed of kernels and quantized models.", no_args_is_help=True)
 
 Folder = Annotated[str, typer.Argument(help="Quantized folder.", show_default=False)]
 Shapes = Annotated[

@@ -26,6 +26,7 @@ from bitmill.cli import (
 )
 from bitmill.cli.app import App
 from bitmill.cli.failure import debugging, report_failure
+from bitmill.cli.help import MEASURE
 from bitmill.version import __version__
 
 RENAMED_COMMANDS = {"study": "sweep"}  # old names, accepted until the next release
@@ -52,7 +53,7 @@ app.command("recipes")(catalog.recipes)
 app.command("models")(catalog.models)
 app.command("texts")(texts.texts)
 app.command("doctor")(doctor.doctor)
-app.add_typer(bench.app, name="bench")
+app.add_typer(bench.app, name="bench", rich_help_panel=MEASURE)
 
 
 def _print_version(requested: bool) -> None:

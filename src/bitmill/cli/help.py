@@ -1,0 +1,96 @@
+"""The groups and examples that --help shows."""
+
+from __future__ import annotations
+
+import copy
+import typing
+from typing import Annotated, Any
+
+from typer.models import OptionInfo
+
+QUANTIZE, MEASURE, RUN, LOOK_UP = "Quantize", "Measure", "Run", "Look up"
+
+COMMANDS = {
+    QUANTIZE: ("quantize", "compare", "sweep", "plan"),
+    MEASURE: ("eval", "verify", "inspect", "bench"),
+    RUN: ("generate", "chat"),
+    LOOK_UP: ("methods", "recipes", "models", "texts", "doctor"),
+}
+
+PANELS = {  # by parameter; others are in typer's own panel
+    "Method": (
+        "method", "methods", "bits", "group_size", "settings", "format", "solver", "transform", "tuner", "sparse",
+        "rules", "recipes", "propagate", "max_minutes", "head_bits",
+    ),
+    "Text and measurement": (
+        "calib", "text", "split", "samples", "seqlen", "seed", "measure", "windows", "reference", "record",
+        "search", "prompts", "quality", "tasks", "limit", "draws",
+    ),
+    "Keys and values": ("kv", "kv_bits", "kv_set", "kv_samples", "kv_seqlen"),
+    "Generation": ("prompt", "system", "max_new_tokens", "temperature", "raw", "dense"),
+    "Machine": ("device", "memory", "gpus", "trust_remote_code"),
+    "Output": (
+        "out", "overwrite", "resume", "dry_run", "estimate", "keep_models", "as_json", "verbose", "quiet",
+    ),
+}  # fmt: skip
+_PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
+_PANEL_OF_COMMAND = {"generate": {"seed": "Generation"}, "chat": {"seed": "Generation"}}
+
+EXAMPLES = {
+    "quantize": (
+        "bitmill quantize smollm2-135m --bits 3",
+        "bitmill quantize org/name --method gptq --bits 4 --group-size 128 -o DIR",
+        "bitmill quantize smollm2-135m --method gptqt --bits 3 --kv kvquant --kv-bits 3",
+        "bitmill quantize smollm2-135m --bits 3 --dry-run --json",
+    ),
+    "compare": ("bitmill compare smollm2-135m --methods rtn,gptq,gptqt --bits 4,3",),
+    "sweep": ("bitmill sweep smollm2-135m", "bitmill sweep smollm2-135m --text pydoc --windows 4"),
+    "plan": (
+        "bitmill plan llama-7b --memory 24GB --context 32k",
+        "bitmill plan org/name --bits 4 --kv kvquant --kv-bits 3 --memory 16GiB",
+    ),
+    "eval": ("bitmill eval DIR --reference smollm2-135m", "bitmill eval smollm2-135m --text FILE.txt --json"),
+    "verify": ("bitmill verify DIR", "bitmill verify DIR --no-quality"),
+    "inspect": ("bitmill inspect DIR",),
+    "generate": (
+        'bitmill generate DIR --prompt "What is the capital of France?"',
+        'bitmill generate DIR --raw --prompt "Once upon a time" --max-new-tokens 100 --temperature 0.8',
+    ),
+    "chat": ("bitmill chat DIR", 'bitmill chat DIR --system "Answer in one sentence."'),
+    "methods": ("bitmill methods", "bitmill methods gptqt"),
+    "recipes": ("bitmill recipes", "bitmill recipes gptq --set bits=3"),
+    "models": ("bitmill models", "bitmill models smollm2-135m"),
+    "texts": ("bitmill texts",),
+    "doctor": ("bitmill doctor", "bitmill doctor --json"),
+    "bench kernels": ("bitmill bench kernels --shape 4096x11008 --format uniform --bits 4",),
+    "bench decode": ("bitmill bench decode DIR --tokens 64",),
+    "bench prefill": ("bitmill bench prefill DIR --tokens 512",),
+}
+
+
+def panel_of_command(name: str) -> str | None:
+    """Return the group of a command in the list of commands."""
+    return next((panel for panel, names in COMMANDS.items() if name in names), None)
+
+
+def epilog(command: str) -> str | None:
+    """Return the examples at the end of a command's help; None without any."""
+    examples = EXAMPLES.get(command)
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in examples)]) if examples else None
+
+
+def in_panel(annotation: Any, name: str, command: str) -> Any:
+    """Return the annotation of a parameter with the group of its option in the help.
+
+    Args:
+        annotation: Annotated[type, OptionInfo], or another annotation, which is returned as it is.
+        name: name of the parameter.
+        command: name of the command.
+    """
+    panel = {**_PANEL_OF, **_PANEL_OF_COMMAND.get(command, {})}.get(name)
+    parts = typing.get_args(annotation)
+    if panel is None or len(parts) != 2 or not isinstance(parts[1], OptionInfo):
+        return annotation
+    option = copy.copy(parts[1])
+    option.rich_help_panel = panel
+    return Annotated[parts[0], option]
