@@ -1,16 +1,12 @@
-"""Windows of tokens from a text: of one stream for language models, between special tokens for encoders.
+"""Windows of tokens from the stream of a text, for language models.
 
 Language models predict a stream, and their evaluation windows follow one another. Every window starts with the
 tokens that the tokenizer puts before a text (Gemma's <bos>, Llama's <s>): a model that was trained with them gives
-nonsense without. Encoders read a text as a whole between special tokens ([CLS] and [SEP]), also in calibration
-windows. They are evaluated on the sentences in the last fifth of the characters of the text, because sentence
-embeddings are their use.
+nonsense without.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -22,18 +18,10 @@ from torch import Tensor
 from bitmill.config.arguments import check_seed
 from bitmill.config.texts import default_calibration
 from bitmill.data import text
-from bitmill.data.domain import domain_documents
-from bitmill.data.mixture import apportion, is_domain, shares
 from bitmill.data.text import TextSource, Windows
 from bitmill.errors import CalibrationError, quoted
 from bitmill.evaluation.context import context_length
 from bitmill.evaluation.vocabulary import outside_vocabulary, token_ids
-
-MIN_WORDS = 5  # of a sentence, which excludes headings and tables
-MIN_SENTENCES = 3  # of an evaluation: of two sentences, each is the nearest of the other
-_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
-_WORD = re.compile(r"[^\W\d_]{2,}")
-
 
 SELF = "self"  # calibration source: the model writes its text itself
 TEXTS = "texts passed by the caller"  # name of a source that is a list
@@ -217,91 +205,6 @@ class StreamWindows(PrefixedWindows):
         return {}
 
 
-class SentenceWindows:
-    """Windows between special tokens, and sentences to measure on."""
-
-    def __init__(self, source: TextSource, tokenizer: Any) -> None:
-        self._source, self._tokenizer = source, tokenizer
-        self._whole = "" if is_domain(source) else text.load_text(source)
-        self.prefix, self._suffix = special_tokens(tokenizer)
-
-    def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
-        """Return windows that start at random places of the part "calib", each between special tokens.
-
-        Returns:
-            (samples, seqlen) token ids.
-
-        Raises:
-            CalibrationError: The text or `seqlen` is too short.
-        """
-        text.check_windows(samples, seqlen)
-        before, after = (torch.tensor(ids, dtype=torch.int64) for ids in (self.prefix, self._suffix))
-        special = len(before) + len(after)
-        check_special_tokens(seqlen, special)
-        inside = []
-        for part, count in self._parts("calib", samples):
-            with text.no_length_warning():
-                ids = torch.tensor(token_ids(self._tokenizer, part, add_special_tokens=False), dtype=torch.int64)
-            inside.append(text.calibration_windows(ids, count or samples, seqlen - special, seed))
-        return torch.cat([before.expand(samples, -1), torch.cat(inside), after.expand(samples, -1)], 1)
-
-    def held_out(self, split: str, seqlen: int, windows: int | None) -> Windows:
-        """Return distinct sentences, shortest first.
-
-        Sentences of the evaluation part that also occur in the calibration part are left out.
-
-        Returns:
-            A tensor (tokens,) per sentence, of at most `seqlen` tokens.
-
-        Raises:
-            CalibrationError: There are too few sentences.
-        """
-        text.check_windows(1 if windows is None else windows, seqlen)
-        calibration = _sentences(part for part, _ in self._parts("calib", None)) if split == "eval" else set()
-        chosen: list[Tensor] = []
-        for part, count in self._parts(split, windows):
-            chosen += self._tokens([s for s in _sentences([part]) if s not in calibration], count, seqlen)
-        if len(chosen) < MIN_SENTENCES:
-            raise CalibrationError(
-                f"The evaluation text gives {len(chosen)} of at least {MIN_SENTENCES} sentences of {MIN_WORDS} "
-                "or more words, which nearest neighbours need; give a longer text or more windows."
-            )
-        return sorted(chosen, key=len)
-
-    def _parts(self, part: str, windows: int | None) -> list[tuple[str, int | None]]:
-        """Return texts and the number of windows from each: one by domain, or one part of the whole text."""
-        if not is_domain(self._source):
-            return [(text.split_stream(self._whole, part), windows)]
-        weights = shares(str(self._source), part)
-        counts: Mapping[str, int | None] = (
-            dict.fromkeys(weights) if windows is None else apportion(windows, weights)
-        )
-        return [("\n\n".join(domain_documents(name, part)), n) for name, n in counts.items() if n != 0]
-
-    def _tokens(self, sentences: Iterable[str], windows: int | None, seqlen: int) -> list[Tensor]:
-        """Return the tokens of the first sentences, at most windows x seqlen in all."""
-        remaining = float("inf") if windows is None else windows * seqlen
-        chosen: list[Tensor] = []
-        for sentence in sentences:
-            ids = token_ids(self._tokenizer, sentence, truncation=True, max_length=seqlen)
-            remaining -= len(ids)
-            if remaining < 0:
-                break
-            chosen.append(torch.tensor(ids, dtype=torch.int64))
-        return chosen
-
-    def describe(self, part: str, windows: int) -> dict[str, Any]:
-        """Return the part and the windows by domain; nothing where the text is no domain.
-
-        Args:
-            part: part of the documents.
-            windows: number of windows.
-        """
-        if not is_domain(self._source):
-            return {}
-        return {"part": part, "domains": apportion(windows, shares(str(self._source), part))}
-
-
 def special_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the tokens that a tokenizer puts before and after every text.
 
@@ -325,12 +228,6 @@ def check_special_tokens(seqlen: int, special: int) -> None:
         raise CalibrationError(
             f"seqlen is {seqlen}, of which {special} are special tokens; use at least {special + 2}."
         )
-
-
-def _sentences(parts: Iterable[str]) -> dict[str, None]:
-    """Return the distinct sentences of texts, in order and with single spaces."""
-    pieces = (" ".join(piece.split()) for part in parts for piece in _END.split(part))
-    return {p: None for p in pieces if p.endswith((".", "!", "?")) and len(_WORD.findall(p)) >= MIN_WORDS}
 
 
 def check_vocabulary(config: Any, windows: Windows, owner: str = "text") -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmill.data.sentences import SentenceWindows
 from bitmill.data.text import TextSource
-from bitmill.data.windows import SentenceWindows, TextWindows
+from bitmill.data.windows import TextWindows
 from bitmill.evaluation.embedding import DEFAULT_POOLING, EmbeddingMetrics, embed
 from bitmill.evaluation.metrics import Metric
 from bitmill.tasks.base import TASKS, Loss, Task
