@@ -52,7 +52,7 @@ def test_interrupt_as_json(capsys, monkeypatch):
 
 
 def test_quiet_and_verbose(capsys, monkeypatch):
-    monkeypatch.setattr("bitmill.cli.progress.SHOW_AFTER_S", 0.0)
+    monkeypatch.setattr("bitmill.progress.terminal.SHOW_AFTER_S", 0.0)
     assert run(capsys, "plan", "llama-7b", "--quiet")[2] == ""
     _, out, err = run(capsys, "plan", "llama-7b", "-v", "--json")
     json.loads(out)

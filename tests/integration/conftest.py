@@ -22,7 +22,7 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _no_progress(monkeypatch):
     """On a busy machine even tiny work lasts long enough to report progress; stderr is checked here."""
-    monkeypatch.setattr("bitmill.cli.progress.SHOW_AFTER_S", 3600.0)
+    monkeypatch.setattr("bitmill.progress.terminal.SHOW_AFTER_S", 3600.0)
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from bitmill.cli.progress import TerminalProgress
 from bitmill.cli.verbosity import is_quiet
 from bitmill.progress import Progress
+from bitmill.progress.terminal import TerminalProgress
 from bitmill.report.escape import printable, terminal_text
 
 if TYPE_CHECKING:

@@ -30,6 +30,8 @@ from bitmill.pipeline.measure import HeldOutMetrics
 from bitmill.pipeline.shared import learn_shared_parts
 from bitmill.progress import Progress
 
+QUANTIZING = "quantize"  # name of the task in the progress
+
 
 @torch.no_grad()
 def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def _quantize_blocks(
     job: Job, sink: Sink, inputs: BlockInputs, metrics: HeldOutMetrics | None, progress: Progress
 ) -> None:
     """Quantize every block, or restore it where the sink holds it, and let the hidden states pass it."""
-    progress.start("quantize", len(job.streamed.blocks))
+    progress.start(QUANTIZING, len(job.streamed.blocks))
     for index, block in walk_blocks(job.streamed, progress):
         if metrics:
             metrics.float.advance(block, index)

@@ -61,6 +61,11 @@ def describe_kv_plan(kv: dict[str, Any]) -> str:
     return f"{name} ({describe_options(options)}): {bits}{size}"
 
 
+def describe_plan(plan: dict[str, Any]) -> str:
+    """Return method, bits and size of a quantization to come, in a line."""
+    return f"{plan['method']}, {plan['bits_per_weight']:.3f} bits per weight: {format_mb(plan['size_bytes'])}"
+
+
 def describe_size(summary: dict[str, Any]) -> str:
     """Return the size of a quantized model and its share of the original, in a line."""
     text = format_mb(summary["size_bytes"])

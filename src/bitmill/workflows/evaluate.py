@@ -29,6 +29,7 @@ from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
 from bitmill.models.split import deferred_output_fn, recorded_output_fn
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
+from bitmill.progress.terminal import displayed
 from bitmill.sources.open import open_source
 from bitmill.sources.pooling import read_pooling
 from bitmill.tasks.base import Task, task_for, task_of
@@ -58,7 +59,7 @@ def evaluate(
     kv_seqlen: int | None = None,
     tokenizer: Any = None,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure perplexity on non-overlapping windows, and the agreement with a reference model.
@@ -88,13 +89,14 @@ def evaluate(
         if isinstance(model, nn.Module):
             raise UsageError("A live model has no tokenizer; pass tokenizer=... with it.")
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    progress = progress or Progress()
-    progress.start("reading text and model", 0)
-    bits, size = stored_bits(model, trust_remote_code)
-    scoring = _Scoring(_task(model, trust_remote_code), text, split, seqlen, tokenizer, progress)
-    load_live = partial(live_model, device=device, trust_remote_code=trust_remote_code)
+    with displayed(progress) as shown:
+        shown.start("reading text and model", 0)
+        bits, size = stored_bits(model, trust_remote_code)
+        scoring = _Scoring(_task(model, trust_remote_code), text, split, seqlen, tokenizer, shown)
+        load_live = partial(live_model, device=device, trust_remote_code=trust_remote_code)
+        scored = scoring.score(model, reference, load_live, windows, kv_config)
     return {
-        **scoring.score(model, reference, load_live, windows, kv_config),
+        **scored,
         "bits_per_weight": bits,
         "size_bytes": size,
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),

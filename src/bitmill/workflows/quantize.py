@@ -33,12 +33,14 @@ from bitmill.pipeline import Job, run
 from bitmill.pipeline.in_place import ModuleSink
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
+from bitmill.progress.terminal import displayed
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.report.html import folder_documents
 from bitmill.report.text import next_commands, summary_rows
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.checks import check_space
+from bitmill.workflows.estimate.announce import announced
 from bitmill.workflows.job_report import job_report
 from bitmill.workflows.load import read_folder
 from bitmill.workflows.prepare import PreparedJob, QuantizeRequest, RecipeChanges, prepare_job, read_data
@@ -99,7 +101,7 @@ def quantize(
     kv_seqlen: int | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> Outcome:
     """Quantize a model with a named method, a recipe file or a `Recipe`.
@@ -122,19 +124,21 @@ def quantize(
         rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8" or "*.o_proj=float"; first match
         wins. kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
             `kv_seqlen` tokens (by default 2048, or the model's context length) of the text.
+        progress: where progress is reported; True displays it, False is silent. By default it is displayed on a
+            terminal and in a notebook.
         options: options of the method, such as bits=3 or group_size="row".
 
     Raises:
         BitmillError: anything wrong with model, method, text or disk, in one sentence.
     """
     kv_config = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
-    request = QuantizeRequest(
-        model, None if out is None else user_path(out, SUFFIX_BYTES),
-        as_calibration(calib), measure, device, resume, overwrite, dry_run, propagate,
-        None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code,
-        progress or Progress(),
-    )  # fmt: skip
-    outcome = _quantize(request, method, RecipeChanges(options, head_bits, tuple(rules)))
+    with displayed(progress) as shown:
+        request = QuantizeRequest(
+            model, None if out is None else user_path(out, SUFFIX_BYTES),
+            as_calibration(calib), measure, device, resume, overwrite, dry_run, propagate,
+            None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code, shown,
+        )  # fmt: skip
+        outcome = _quantize(request, method, RecipeChanges(options, head_bits, tuple(rules)))
     outcome.name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     return outcome
 
@@ -164,7 +168,7 @@ def _quantize(request: QuantizeRequest, method: str | Path | Recipe | None, chan
             if is_finished(request.out, identity):
                 return _finished(open_checkpoint(request.out), prepared.plan, request.started)
             work = WorkFolder(request.out)  # the folder was moved away meanwhile
-        return _run(prepared, data, identity, work)
+        return _run(announced(prepared, data, identity), data, identity, work)
     finally:
         if work is not None:
             work.close()

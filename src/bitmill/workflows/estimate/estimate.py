@@ -22,6 +22,7 @@ from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
 from bitmill.models.trial import try_first_block
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
+from bitmill.progress.terminal import displayed
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.workflows.estimate.cost import Clock, Cost, PeakMemory
@@ -52,6 +53,7 @@ class Estimate:
         peak_memory_bytes: highest resident memory of the process.
         size_bytes: of all files of the folder, or of the packed tensors of a live module.
         probe_seconds: that the estimate took beyond opening the model and reading the text.
+        block_seconds: of `seconds`, those in the loop over the blocks.
     """
 
     method: str
@@ -61,6 +63,7 @@ class Estimate:
     peak_memory_bytes: int
     size_bytes: int
     probe_seconds: float
+    block_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -109,7 +112,7 @@ def estimate(
     kv_seqlen: int | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> Estimate:
     """Estimate time, memory and size of `quantize` with these arguments; nothing is written.
@@ -120,22 +123,23 @@ def estimate(
     Args:
         model, method, calib, measure, device, propagate, head_bits, rules, kv, kv_bits, kv_options,
             kv_samples, kv_seqlen, tokenizer, trust_remote_code, options: as for `quantize`.
-        progress: observer.
+        progress: as for `quantize`.
 
     Raises:
         BitmillError: anything wrong with model, method or text, in one sentence.
     """
     kv_config = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
-    request = QuantizeRequest(
-        model, None, as_calibration(calib), measure, device, False, False, True, propagate, None, kv_config,
-        tokenizer, trust_remote_code, progress or Progress(),
-    )  # fmt: skip
-    if method == FLOAT:
-        raise UsageError("The method 'none' leaves weights as they are; there is nothing to estimate.")
-    recipe, chosen = RecipeChanges(options, head_bits, tuple(rules)).choose(method)
-    prepared = prepare_job(request, recipe, chosen)
-    data, identity = read_data(prepared)
-    return estimate_job(prepared, data, identity)
+    with displayed(progress) as shown:
+        request = QuantizeRequest(
+            model, None, as_calibration(calib), measure, device, False, False, True, propagate, None, kv_config,
+            tokenizer, trust_remote_code, shown,
+        )  # fmt: skip
+        if method == FLOAT:
+            raise UsageError("The method 'none' leaves weights as they are; there is nothing to estimate.")
+        recipe, chosen = RecipeChanges(options, head_bits, tuple(rules)).choose(method)
+        prepared = prepare_job(request, recipe, chosen)
+        data, identity = read_data(prepared)
+        return estimate_job(prepared, data, identity)
 
 
 def estimate_job(prepared: PreparedJob, data: JobData, identity: dict[str, Any]) -> Estimate:
@@ -156,7 +160,7 @@ def estimate_job(prepared: PreparedJob, data: JobData, identity: dict[str, Any])
     total += Cost(*opening)
     return Estimate(
         prepared.plan["method"], prepared.plan["bits_per_weight"], total.seconds, total.cpu_seconds,
-        max(before, memory), size, clock.costs["probe"].seconds,
+        max(before, memory), size, clock.costs["probe"].seconds, probe.block_seconds,
     )  # fmt: skip
 
 
@@ -168,6 +172,7 @@ class _Probe:
         self.prepared, self.data, self.identity, self.clock = prepared, data, identity, clock
         self.streamed, self.resolved = prepared.streamed, prepared.resolved
         self.kinds: Kinds = kinds_of(self.streamed, self.resolved)
+        self.block_seconds = 0.0
 
     def live(self) -> tuple[Cost, int, int]:
         """Return cost, peak memory and bytes of quantizing a live module in place."""
@@ -218,7 +223,9 @@ class _Probe:
         """Return the cost of all blocks and of all held-out windows."""
         more = max(0, len(self.data.held_out) - 1) if self.data.held_out is not None else 0
         passes = self.kinds.sum(held_out_cost(self.streamed, self.data, self.kinds)) if more else Cost()
-        return trial.outside + self.kinds.sum(trial.inside) + trial.measuring * (more + 1) + passes * more
+        blocks = self.kinds.sum(trial.inside) + passes * more
+        self.block_seconds = blocks.seconds
+        return trial.outside + blocks + trial.measuring * (more + 1)
 
     def _running(self, sink: MemorySink) -> tuple[Cost, int, dict[str, Any] | None]:
         """Return cost, peak memory and record of running the packed model; None where it is not run."""

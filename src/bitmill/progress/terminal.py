@@ -7,9 +7,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from bitmill.progress import Progress, peak_memory_bytes
+from bitmill.progress.base import Progress, peak_memory_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -23,15 +26,19 @@ DUMB = ("dumb", "unknown")  # values of TERM
 class TerminalProgress(Progress):
     """Draws the current task once it has lasted longer than SHOW_AFTER_S.
 
-    A task of 0 steps has an unknown length (opening a model): its bar is indeterminate.
+    A task of 0 steps has an unknown length (opening a model): its bar is indeterminate. The remaining time comes
+    from the finished steps, and before the first one from what was expected.
     """
+
+    shown = True
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._timer: threading.Timer | None = None
         self._bar: Bar | None = None
         self._task, self._total, self._done = "", 0, 0
-        self._started = self._last_line = 0.0
+        self._started = self._last_line = self._last_step = 0.0
+        self._expected: dict[str, float] = {}
         # a dumb terminal cannot move its cursor, so it gets lines, as a pipe does
         self._terminal = sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in DUMB
         self._worker_peak_bytes: int | None = None
@@ -42,7 +49,8 @@ class TerminalProgress(Progress):
             self.finish()
             _log.debug("begins: %s (%d steps)", task, total)
             self._task, self._total, self._done = task, total, 0
-            self._started, self._last_line = time.monotonic(), 0.0
+            self._started = self._last_step = time.monotonic()
+            self._last_line = 0.0
             # a timer, because a task that only loads reports no steps
             self._timer = threading.Timer(SHOW_AFTER_S, self._appear)
             self._timer.daemon = True
@@ -52,10 +60,27 @@ class TerminalProgress(Progress):
         """Move the bar, or print a line if the last one is old enough."""
         with self._lock:
             self._done += steps
+            self._last_step = time.monotonic()
             if self._bar is not None:
                 self._bar.update(self._bar.task_ids[0], completed=self._done, memory=self._memory())
             elif not self._terminal:
                 self._print_line()
+
+    def expect(self, task: str, seconds: float) -> None:
+        """Show this time for a task until its first step is finished."""
+        self._expected[task] = seconds
+
+    def seconds_left(self) -> float | None:
+        """Return the time until the task ends, None where it is unknown; steps are taken to last equally long."""
+        elapsed, left = time.monotonic() - self._started, self._total - self._done
+        if not self._total or left <= 0:
+            return None
+        if self._done:
+            each = (self._last_step - self._started) / self._done
+            return max(0.0, each * left - (time.monotonic() - self._last_step))
+        if self._task in self._expected:
+            return max(0.0, self._expected[self._task] - elapsed)
+        return None
 
     def finish(self) -> None:
         """End the task; the bar of a task with a known length stays on the screen."""
@@ -87,7 +112,7 @@ class TerminalProgress(Progress):
             if self._timer is None:  # finished while this thread started
                 return
             if self._terminal:
-                self._bar = _bar(self._total)
+                self._bar = _bar(self._total, self.seconds_left)
                 self._bar.add_task(
                     self._task, total=self._total or None, completed=self._done, memory=self._memory()
                 )
@@ -105,28 +130,61 @@ class TerminalProgress(Progress):
         self._last_line = now
         line = f"{self._task} {self._done}/{self._total}" if self._total else self._task
         line += f", {elapsed:.0f} s"
-        if self._total and 0 < self._done < self._total:
-            line += f", about {elapsed * (self._total - self._done) / self._done:.0f} s left"
+        if (left := self.seconds_left()) is not None:
+            line += f", about {left:.0f} s left"
         print(f"{line}, peak memory {self._memory()}", file=sys.stderr, flush=True)
 
 
-def _bar(total: int) -> Bar:
+@contextmanager
+def displayed(given: Progress | bool | None) -> Iterator[Progress]:
+    """Yield the progress of a call in Python, and end its display also after an error; see `progress_for`."""
+    progress = progress_for(given)
+    try:
+        yield progress
+    finally:
+        progress.finish()
+
+
+def progress_for(given: Progress | bool | None) -> Progress:
+    """Return the progress of a call in Python.
+
+    Args:
+        given: a progress; True displays one, False none; None displays one on a terminal and in a notebook.
+    """
+    if given is None:
+        given = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if isinstance(given, bool):
+        return TerminalProgress() if given else Progress()
+    return given
+
+
+def _bar(total: int, seconds_left: Callable[[], float | None]) -> Bar:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
     from rich.progress import Progress as Bar
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        """The remaining time; rich's own column forgets steps that are half a minute old."""
+
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            left = 0.0 if task.finished else seconds_left()
+            return Text("-:--:--" if left is None else str(timedelta(seconds=round(left))), "progress.remaining")
 
     columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False), BarColumn()]
     if total:
         columns.append(MofNCompleteColumn())
     columns.append(TimeElapsedColumn())
     if total:
-        columns += [TextColumn("eta"), TimeRemainingColumn()]
+        columns += [TextColumn("eta"), Left()]
     columns.append(TextColumn("peak memory {task.fields[memory]}"))
     return Bar(*columns, console=Console(stderr=True), transient=not total, redirect_stdout=False)

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from bitmill.cli import progress as module
-from bitmill.cli.progress import TerminalProgress
 from bitmill.progress import Progress, high_water_mark, peak_memory_bytes
+from bitmill.progress import terminal as module
+from bitmill.progress.terminal import TerminalProgress, progress_for
 
 
 class Stream(io.StringIO):
@@ -116,3 +116,32 @@ def test_peak_memory_of_child() -> None:
     code = "from bitmill.progress import peak_memory_bytes; print(peak_memory_bytes())"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(output) < peak_memory_bytes() - len(ballast) // 2
+
+
+def test_remaining_time(monkeypatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    progress = TerminalProgress()
+    progress.expect("quantize", 300)
+    progress.start("quantize", 10)
+    clock[0] += 60
+    assert progress.seconds_left() == 240  # as expected, before the first step
+    clock[0] += 20
+    progress.advance()
+    assert progress.seconds_left() == 9 * 80
+    clock[0] += 50  # a step that lasts falls by the second
+    assert progress.seconds_left() == 9 * 80 - 50
+    progress.finish()
+    progress.start("other", 10)
+    assert progress.seconds_left() is None
+    progress.finish()
+
+
+def test_progress_in_python(monkeypatch) -> None:
+    own = Progress()
+    assert progress_for(own) is own
+    assert isinstance(progress_for(True), TerminalProgress)
+    for terminal in (False, True):
+        capture(monkeypatch, terminal)
+        assert isinstance(progress_for(None), TerminalProgress) == terminal
+        assert not isinstance(progress_for(False), TerminalProgress)

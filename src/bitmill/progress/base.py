@@ -1,4 +1,4 @@
-"""The progress of long work, displayed by the command line and ignored by default."""
+"""The contract of a progress, and the peak memory of processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import psutil
 
 
 class Progress:
-    """Receives the progress of long work; this base class ignores it."""
+    """Receives the progress of long work; this base class ignores it.
+
+    shown: somebody sees it, so that an estimate before long work is worth its time.
+    """
+
+    shown = False
+
+    def expect(self, task: str, seconds: float) -> None:
+        """Report about how long a task that begins later will take."""
 
     def start(self, task: str, total: int) -> None:
         """Begin a task, which ends the previous one.
