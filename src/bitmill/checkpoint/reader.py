@@ -18,6 +18,7 @@ from bitmill.checkpoint.contents import (
     check_files,
     check_regular,
     read_json,
+    read_report,
     record_of,
 )
 from bitmill.checkpoint.marker import marked_shape, marker_names
@@ -259,7 +260,7 @@ def _open(folder: Path, shapes: Mapping[str, tuple[int, int]] | None) -> Checkpo
     check_regular(folder)
     config = read_json(folder, "config.json")
     check_config(config, folder / "config.json", CheckpointError)
-    report = read_json(folder, REPORT) if (folder / REPORT).exists() else {}
+    report = read_report(folder)
     described = config.get("quantization_config")
     if described is None and report.get("kv"):  # weights were left as they are
         described = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "groups": []}
