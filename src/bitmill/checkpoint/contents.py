@@ -68,8 +68,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     for key in _OBJECTS:
         if not isinstance(report.get(key), dict | None):
             raise CheckpointError(
-                f"{folder}/{REPORT} gives {key!r} as {quoted(report[key])}, which is no object; the folder is damaged, "
-                "copy it again."
+                f"{folder}/{REPORT} gives {key!r} as {quoted(report[key])}, which is no object; "
+                "the folder is damaged, copy it again."
             )
     return report
 
