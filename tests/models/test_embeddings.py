@@ -13,15 +13,18 @@ from torch import Tensor, nn
 import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.checkpoint.schema import head_config
-from bitmill.errors import CheckpointError, RecipeError, SourceError, UsageError
+from bitmill.errors import CheckpointError, RecipeError, SourceError
+from bitmill.formats import FORMATS
 from bitmill.formats.quantized import nearest_matrix
 from bitmill.formats.uniform import Uniform
 from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.compose import HEAD_BITS, with_head
+from bitmill.recipes.embedding_and_head import SMALL_VOCABULARY
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.recipe import Recipe
-from bitmill.recipes.rules import FLOAT, Rule
+from bitmill.recipes.resolve import resolve_recipe
+from bitmill.recipes.rules import FLOAT, Rule, parse_rule
 from bitmill.runtime.modules.embedding import QuantEmbedding, replace_embedding, restore_embedding
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.sources.module import ModuleSource
@@ -98,9 +101,9 @@ def test_nonlinear_head_refused():
         embedding_and_head(streamed)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 3, 5, 7, 9, 16, -8, True, "8", 4.5, [8]])
+@pytest.mark.parametrize("bits", [0, 1, 3, 5, 7, 9, 16, -8, True, "8", "none", 4.5, [8]])
 def test_invalid_bits_refused(bits):
-    with pytest.raises(RecipeError, match=r"^head_bits is .*; use 8, 6 or 4, or leave it out"):
+    with pytest.raises(RecipeError, match=r"^head_bits is .*; use 8, 6 or 4, or float to leave"):
         bitmill.quantize("smollm2-135m", "rtn", head_bits=bits, dry_run=True)
 
 
@@ -119,10 +122,84 @@ def test_head_in_recipe():
         Recipe.from_dict(data)
 
 
-def test_ignored_head_conflict():
-    recipe = with_head(replace(build_recipe("rtn"), rules=(Rule("lm_head", FLOAT),)), 8)
-    with pytest.raises(UsageError, match="ignores 'lm_head'"):
-        bitmill.quantize(tiny_model("llama"), recipe, calib=WINDOWS, measure=0)
+def large_model(**changes):
+    """A model whose vocabulary is large enough that its table is packed by default."""
+    return StreamedModel(ModuleSource(tiny_model("llama", vocab_size=SMALL_VOCABULARY, **changes)))
+
+
+def head_formats(streamed, *rules, head=None):
+    """The formats outside the blocks, and the note."""
+    parsed = tuple(rule if isinstance(rule, Rule) else parse_rule(rule, Uniform(4)) for rule in rules)
+    resolved = resolve_recipe(replace(build_recipe("rtn", {"group_size": 16}), rules=parsed, head=head), streamed)
+    ends = resolved.ends
+    assert resolved.head_layers == (ends.layers if ends else ())
+    return {name: format.bits for name, format in resolved.head_formats.items()}, resolved
+
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+WHOLE = {"format": "sum", "inner": {"format": "uniform", "bits": 4}}  # decodes whole matrices
+
+
+@pytest.mark.parametrize(
+    ("rules", "head", "bits"),
+    [
+        ([], None, {EMBEDDING: 8, HEAD: 8}),
+        ([], FLOAT, {}),
+        ([], Uniform(4), {EMBEDDING: 4, HEAD: 4}),
+        (["lm_head=float"], None, {EMBEDDING: 8}),
+        (["*embed_tokens=float"], None, {HEAD: 8}),
+        (["lm_head=float"], Uniform(4), {EMBEDDING: 4}),
+        (["lm_head=uniform:bits=6"], None, {EMBEDDING: 8, HEAD: 6}),
+        (["lm_head=uniform"], FLOAT, {HEAD: 4}),
+        (["lm_head=float", "lm_head*=uniform:bits=6"], None, None),
+        (["*=uniform:bits=3"], None, {EMBEDDING: 8, HEAD: 8}),  # the layers of the blocks are meant
+        ([Rule("lm_head", FORMATS.from_dict(WHOLE))], None, {EMBEDDING: 8}),
+    ],
+)
+def test_default_and_rules(rules, head, bits):
+    if bits is None:
+        with pytest.raises(RecipeError, match="decides no layer"):
+            head_formats(large_model(), *rules, head=head)
+        return
+    found, resolved = head_formats(large_model(), *rules, head=head)
+    assert found == bits
+    assert ("lm_head stays in float" in resolved.note) == any(isinstance(rule, Rule) for rule in rules)
+    assert resolve_recipe(resolved.recipe, large_model()).head_formats == resolved.head_formats  # it repeats
+
+
+def test_tied_matrix_has_both_names():
+    streamed = large_model(tie_word_embeddings=True)
+    assert head_formats(streamed)[0] == {EMBEDDING: 8}
+    for name in (EMBEDDING, HEAD):
+        assert head_formats(streamed, f"{name}=float")[0] == {}
+        assert head_formats(streamed, f"{name}=uniform:bits=6")[0] == {EMBEDDING: 6}
+
+
+def test_float_by_default_where_it_cannot_be_packed():
+    assert (
+        "vocabulary of 128 is too small" in head_formats(StreamedModel(ModuleSource(tiny_model("llama"))))[1].note
+    )
+    streamed = large_model()
+    streamed.model.lm_head = nn.Identity()
+    found, resolved = head_formats(streamed)
+    assert (found, resolved.ends) == ({}, None)
+    assert "is a Identity and no linear layer" in resolved.note
+
+
+@pytest.mark.parametrize("rules", [["lm_head=float"], ["*embed_tokens=float"], ["lm_head=uniform:bits=4"]])
+@torch.no_grad()
+def test_one_of_both(rules, tmp_path):
+    model = tiny_model("llama", vocab_size=SMALL_VOCABULARY)
+    outcome = bitmill.quantize(model, "rtn", bits=8, rules=rules, out=tmp_path / "out", calib=WINDOWS, measure=0)
+    packed = bitmill.load(tmp_path / "out")
+    kinds = {name: type(packed.get_submodule(name)).__name__ for name in (EMBEDDING, HEAD)}
+    assert sum("Quant" not in kind for kind in kinds.values()) == ("float" in rules[0])
+    torch.testing.assert_close(packed(WINDOWS).logits, model(WINDOWS).logits, atol=0.3, rtol=0)
+    assert outcome.report["head_formats"].keys() == set(outcome.report["ends"].values()) - {"", False}
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "stored packed too" in text
+    bitmill.quantize(model, "rtn", bits=8, rules=rules, calib=WINDOWS, measure=0)
+    assert torch.equal(packed(WINDOWS).logits, model(WINDOWS).logits)
 
 
 class Scaled(nn.Embedding):

@@ -123,7 +123,7 @@ def test_rules_precede_base():
     ("rules", "kind", "reason"),
     [
         ([Rule("*.down_porj", Uniform(8))], UsageError, "called '*.down_porj'"),
-        ([Rule("lm_head", Uniform(8))], UsageError, "--head-bits"),
+        ([Rule("model.norm", Uniform(8))], UsageError, "called 'model.norm'"),
         (
             [Rule("*_proj", Uniform(8)), Rule("*.o_proj", FLOAT)],
             RecipeError,

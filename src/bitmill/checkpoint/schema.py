@@ -60,8 +60,9 @@ def head_config(config: dict[str, Any]) -> EmbeddingAndHeadConfig | None:
     try:
         embedding, head, tied = ends["embedding"], ends["head"], ends["tied"]
         stored = {name for group in config["groups"] for name in group["layers"]}
-        sound = isinstance(tied, bool) and embedding in stored and (tied or not head or head in stored)
-        if not (sound and isinstance(head, str) and (head or not tied)):
+        own = [embedding] if tied else [path for path in (embedding, head) if path != ""]  # "": stays in float
+        sound = isinstance(tied, bool) and isinstance(head, str) and own and stored.issuperset(own)
+        if not sound or (tied and not head):
             raise ValueError(ends)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"

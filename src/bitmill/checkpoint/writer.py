@@ -39,7 +39,7 @@ from bitmill.files import (
 from bitmill.formats import Format
 from bitmill.formats.quantized import unpack
 from bitmill.kv.calibration_file import FILE as KV_FILE
-from bitmill.models.embedding_and_head import embedding_and_head
+from bitmill.models.embedding_and_head import EmbeddingAndHead
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import NON_BLOCK, BlockResult, LayerResult, Shared
 from bitmill.progress import Progress
@@ -151,6 +151,11 @@ class FolderSink:
             place, _, part = name.rpartition(".")
             self._shared.setdefault(place, {})[part] = tensor
 
+    @property
+    def ends(self) -> EmbeddingAndHead | None:
+        """The quantized ones of embedding and head; None where both stay in float."""
+        return self.resolved.ends if self.resolved else None
+
     # -- blocks -------------------------------------------------------------------------------------------
 
     def finished(self, index: int) -> BlockResult | None:
@@ -191,7 +196,7 @@ class FolderSink:
             tensors[f"{name}.{WEIGHT}"] = weight_marker(layer.quantized.shape)
         names, packed = streamed.block_tensors(result.index), {f"{name}.weight" for name in result.layers}
         if result.index == NON_BLOCK:
-            names, packed = streamed.non_block_tensors(), set(embedding_and_head(streamed).weights)
+            names, packed = streamed.non_block_tensors(), set(self.ends.weights if self.ends else ())
         for name in names:
             if name not in packed:
                 tensors[name] = result.changed[name] if name in result.changed else streamed.stored_tensor(name)
@@ -228,7 +233,7 @@ class FolderSink:
     def complete(self, streamed: StreamedModel) -> Path:
         """Write everything but the blocks; returns the folder, which can be loaded from then on."""
         recipe = self.resolved.recipe if self.resolved else None
-        if recipe is None or recipe.head is None:  # otherwise it was written first
+        if self.ends is None:  # otherwise it was written first
             file = self._shard(0)
             tensors = {name: streamed.stored_tensor(name) for name in streamed.non_block_tensors()}
             write_tensors(file, tensors)
@@ -243,7 +248,7 @@ class FolderSink:
         )
         config = {**self._config, "dtype": str(stated_dtype(streamed)).removeprefix("torch.")}
         if recipe is not None:
-            ends = embedding_and_head(streamed).to_dict() if recipe.head else None
+            ends = self.ends.to_dict() if self.ends else None
             config["quantization_config"] = quantization_config(self.formats, recipe.to_dict(), self._places, ends)
             write_text(self.folder / "recipe.yaml", recipe.to_yaml())
         write_json(self.folder / "config.json", config)

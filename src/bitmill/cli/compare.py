@@ -18,6 +18,7 @@ from bitmill.cli.options import (
     Seed,
     Seqlen,
     TrustRemoteCode,
+    parse_head_bits,
     split_list,
 )
 from bitmill.cli.output import command_output
@@ -99,7 +100,8 @@ def compare(
 ) -> None:
     """Quantize a model with several methods, measure each under equal conditions, and write a page about it."""
     request: dict[str, Any] = {
-        "windows": windows, "max_new_tokens": max_new_tokens, "propagate": propagate, "head_bits": head_bits,
+        "windows": windows, "max_new_tokens": max_new_tokens, "propagate": propagate,
+        "head_bits": parse_head_bits(head_bits),
         "device": device, "keep_models": keep_models, "trust_remote_code": trust_remote_code,
         "recipes": [path for given in recipes or [] for path in split_list(given)],
         "options": parse_options_by_method(settings or []),

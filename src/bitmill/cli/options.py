@@ -32,10 +32,10 @@ QuantizedFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder written by bitmill quantize.", show_default=False)
 ]
 HeadBits = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        metavar="8|6|4",
-        help="Bits of token embeddings and output head; they stay in float without it.",
+        metavar="8|6|4|float",
+        help="Bits of token embeddings and output head; by default 8, but for a vocabulary below 1,024.",
         show_default=False,
     ),
 ]
@@ -126,6 +126,14 @@ def parse_method_options(bits: str | None, group_size: str | None, settings: lis
             raise UsageError(f"{key!r} is given twice, as {flag} {shortcut} and --set {key}={options[key]}.")
         options[key] = shortcut
     return options
+
+
+def parse_head_bits(text: str | None) -> Any:
+    """Return the value of --head-bits as a number where it is one; `with_head` refuses all others but "float"."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
 
 
 def kv_arguments(

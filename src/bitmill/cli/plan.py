@@ -13,6 +13,7 @@ from bitmill.cli.options import (
     MethodSettings,
     TrustRemoteCode,
     parse_bytes,
+    parse_head_bits,
     parse_method_options,
     parse_tokens,
 )
@@ -101,7 +102,9 @@ def plan(
             memory=None if memory is None else parse_bytes(memory),
             devices=gpus,
             batch=batch,
-            weights=WeightStorage(method, bits, parse_method_options(None, None, settings), head_bits),
+            weights=WeightStorage(
+                method, bits, parse_method_options(None, None, settings), parse_head_bits(head_bits)
+            ),
             kv=kv,
             kv_bits=kv_bits,
             trust_remote_code=trust_remote_code,

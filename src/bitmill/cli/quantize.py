@@ -32,6 +32,7 @@ from bitmill.cli.options import (
     Seqlen,
     TrustRemoteCode,
     kv_arguments,
+    parse_head_bits,
     parse_method_options,
 )
 from bitmill.cli.output import command_output, property_table
@@ -188,7 +189,7 @@ def quantize(
     }  # fmt: skip
     request: dict[str, Any] = {
         "measure": measure, "device": device, "trust_remote_code": trust_remote_code, "propagate": propagate,
-        "head_bits": head_bits, **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
+        "head_bits": parse_head_bits(head_bits), **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
     }  # fmt: skip
     with command_output(as_json) as output:
         output.progress.start("starting", 0)

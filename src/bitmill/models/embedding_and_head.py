@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Container
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ from bitmill.models.streamed import StreamedModel
 class EmbeddingAndHead:
     """Paths of the token embedding and of the output head.
 
-    embedding: path of the embedding.
+    embedding: path of the embedding; "" where it is left out, see `only`.
     head: path of the head; "" where there is none, as in an encoder.
     tied: the head uses the matrix of the embedding.
     """
@@ -28,12 +29,19 @@ class EmbeddingAndHead:
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers with a matrix of their own, (vocabulary, width) each."""
-        return (self.embedding,) if self.tied or not self.head else (self.embedding, self.head)
+        return (self.embedding,) if self.tied else tuple(filter(None, (self.embedding, self.head)))
 
     @property
     def weights(self) -> tuple[str, ...]:
         """The names that a source may use for these matrices."""
         return tuple(f"{path}.weight" for path in (self.embedding, self.head) if path)
+
+    def only(self, layers: Container[str]) -> EmbeddingAndHead:
+        """Return the part whose matrices are among `layers`; a tied head belongs to the embedding."""
+        embedding = self.embedding if self.embedding in layers else ""
+        if self.tied:
+            return self if embedding else EmbeddingAndHead("", "", False)
+        return replace(self, embedding=embedding, head=self.head if self.head in layers else "")
 
     def stored_name(self, layer: str, streamed: StreamedModel) -> str:
         """Return the name that the source uses for the matrix of a layer.
@@ -61,10 +69,19 @@ class EmbeddingAndHead:
 def embedding_and_head(streamed: StreamedModel) -> EmbeddingAndHead:
     """Return the token embedding and the head of a model.
 
-    An inferred adapter lists other embeddings and linear layers too; those with a row for every token count.
-
     Raises:
         SourceError: The embedding is no plain nn.Embedding, or the head no plain nn.Linear.
+    """
+    found = find_embedding_and_head(streamed)
+    if isinstance(found, str):
+        raise SourceError(f"{found}; leave out --head-bits (head_bits).")
+    return found
+
+
+def find_embedding_and_head(streamed: StreamedModel) -> EmbeddingAndHead | str:
+    """Return the token embedding and the head of a model, or the reason why they cannot be packed.
+
+    An inferred adapter lists other embeddings and linear layers too; those with a row for every token count.
     """
     adapter, name = streamed.adapter, streamed.source.name
     modules = dict(streamed.model.named_modules())
@@ -76,15 +93,9 @@ def embedding_and_head(streamed: StreamedModel) -> EmbeddingAndHead:
         embeddings = {path: m for path, m in embeddings.items() if m.num_embeddings == vocabulary}
         head = head if getattr(head, "out_features", None) == vocabulary else None
     if not embeddings:
-        raise SourceError(
-            f"{name} has no token embedding that bitmill recognizes, so it stays in float; leave out --head-bits "
-            "(head_bits)."
-        )
+        return f"{name} has no token embedding that bitmill recognizes, so it stays in float"
     if not isinstance(head, nn.Linear | None):
-        raise SourceError(
-            f"The head of {name} is a {type(head).__name__} and no linear layer, so it stays in float; leave "
-            "out --head-bits (head_bits)."
-        )
+        return f"The head of {name} is a {type(head).__name__} and no linear layer, so it stays in float"
     path, embedding = next(iter(embeddings.items()))
     tied = head is not None and head.weight is embedding.weight
     return EmbeddingAndHead(path, "" if head is None else adapter.head, tied)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bitmill.evaluation.logits import DeferredLogits, Output
 from bitmill.formats import Format
-from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
+from bitmill.models.embedding_and_head import EmbeddingAndHead
 from bitmill.models.meta import trim_malloc
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import NON_BLOCK, BlockResult, Job, LayerResult, Sink
@@ -40,7 +40,9 @@ class QuantizedEmbeddings:
         self._streamed, self._paths, self._layers = streamed, paths, layers
 
     def put_embedding(self) -> None:
-        """Put the decoded table in place of the float one; needs the side "embedding"."""
+        """Put the decoded table, if it is quantized, in place of the float one; needs the side "embedding"."""
+        if not self._paths.embedding:
+            return
         decoded = self._layers[self._paths.embedding].quantized.dequantize()
         self._streamed.set_parameter(f"{self._paths.embedding}.weight", decoded.to(self._streamed.device))
 
@@ -96,17 +98,17 @@ def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEm
     Returns:
         None where they stay in float.
     """
-    if job.recipe.head is None:
+    paths, formats, streamed = job.resolved.ends, job.resolved.head_formats, job.streamed
+    if paths is None:
         return None
-    streamed, paths = job.streamed, embedding_and_head(job.streamed)
     result = sink.finished(NON_BLOCK)
     if result is None:
         progress.start("embedding and head", len(paths.layers))
         result = BlockResult(NON_BLOCK)
         for layer in paths.layers:
             W = streamed.finite_tensor(paths.stored_name(layer, streamed))
-            check_range(layer, W, job.recipe.head, in_block=False)
-            result.layers[layer] = _quantize(job.recipe.head, W)
+            check_range(layer, W, formats[layer])
+            result.layers[layer] = _quantize(formats[layer], W)
             trim_malloc()
             progress.advance()
         sink.write(result, streamed)

@@ -55,7 +55,7 @@ class ModuleSink:
                 self.places[name] = layer.shared
             self.layers.append({"name": name, **layer.summary()})
         if result.index == NON_BLOCK:
-            self._embeddings = embedding_and_head(streamed)
+            self._embeddings = embedding_and_head(streamed).only(result.layers)
         for name, tensor in result.changed.items():
             parameter = self.model.get_parameter(name)
             self._changed[name] = tensor.to(parameter.device, parameter.dtype)

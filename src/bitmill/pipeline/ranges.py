@@ -10,23 +10,21 @@ from bitmill.formats import Format
 from bitmill.formats.range import range_reason
 
 
-def check_range(layer: str, W: Tensor, format: Format, in_block: bool = True) -> None:
+def check_range(layer: str, W: Tensor, format: Format) -> None:
     """Check that a format stores the magnitudes of a layer's weights.
 
     Args:
         layer: full name of the layer.
         W: its weight (out, in), after all transforms.
         format: of the layer.
-        in_block: False for embedding and head.
 
     Raises:
         NumericsError: weights would saturate or vanish.
     """
     if reason := range_reason(format, W):
-        float_advice = f"keep it in float (--rule '{layer}=float')" if in_block else "leave out --head-bits"
         raise NumericsError(
-            f"The weights of {layer} {reason}; {float_advice}, or choose a format with wider scales, such as "
-            "microscaling or nvfp4."
+            f"The weights of {layer} {reason}; keep it in float (--rule '{layer}=float'), or choose a format with "
+            "wider scales, such as microscaling or nvfp4."
         )
 
 

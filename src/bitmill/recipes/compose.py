@@ -11,21 +11,23 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bitmill.config.parsing import parse_part, parse_value
 from bitmill.config.paths import user_path
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
 from bitmill.recipes.defaults import DEFAULT_BITS
+from bitmill.recipes.embedding_and_head import head_format
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.recipes.recipe import Recipe
-from bitmill.recipes.rules import Rule, format_of, parse_rule
+from bitmill.recipes.rules import FLOAT, Rule, format_of, parse_rule
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS
 
 HEAD_BITS = (8, 6, 4)
+HeadBits = int | Literal["float"]
 
 
 def compose(
@@ -81,25 +83,27 @@ def compose(
     return replace(base, name="+".join(names), weight=weight, **chosen)
 
 
-def with_head(recipe: Recipe, head_bits: int | None) -> Recipe:
+def with_head(recipe: Recipe, head_bits: HeadBits | None) -> Recipe:
     """Return `recipe` with embedding and head at `head_bits` bits in groups of 64 columns.
 
     Args:
         recipe: the recipe.
-        head_bits: one of HEAD_BITS; None keeps the recipe as it is.
+        head_bits: one of HEAD_BITS, or "float"; None keeps the recipe as it is.
 
     Raises:
         RecipeError: another number of bits.
     """
     if head_bits is None:
         return recipe
+    if head_bits == FLOAT:
+        return replace(recipe, head=FLOAT)
     if isinstance(head_bits, bool) or head_bits not in HEAD_BITS:
         known = ", ".join(str(bits) for bits in HEAD_BITS[:-1])
         raise RecipeError(
-            f"head_bits is {head_bits!r}; use {known} or {HEAD_BITS[-1]}, or leave it out and embedding and head "
-            "stay in float."
+            f"head_bits is {head_bits!r}; use {known} or {HEAD_BITS[-1]}, or float to leave embedding and head as "
+            "they are."
         )
-    return replace(recipe, head=FORMATS.from_dict({"format": "uniform", "bits": int(head_bits)}))
+    return replace(recipe, head=head_format(int(head_bits)))
 
 
 def from_parts(format: str, solver: str, options: dict[str, Any] | None = None) -> Recipe:

@@ -7,7 +7,7 @@
     rules: []                       exceptions for some layers, first match wins, see `bitmill.recipes.rules`
     tuners: []                      learned around the quantized layers, first to last
     ignore: []                      short for leading rules that keep layers in float: glob patterns of their names
-    head: {format: uniform, ...}    format of embedding and head, rounded to nearest; in float without it
+    head: {format: uniform, ...}    format of embedding and head, rounded to nearest, or float; 8 bits by default
 
 It round-trips through YAML and JSON, is stored with every quantized model, and refuses an illegal combination when
 it is built. Named methods (`bitmill.recipes.methods`) are functions from options to a recipe.
@@ -19,7 +19,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -57,7 +57,7 @@ class _RecipeDocument(BaseModel):
     tuners: list[dict[str, Any]] = []
     rules: list[_RuleDocument] = []  # or text, as on the command line, see `Recipe.from_dict`
     ignore: list[str] = []
-    head: dict[str, Any] | None = None
+    head: dict[str, Any] | Literal["float"] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Recipe:
         weight, solver, transforms: the scheme of every layer that no rule matches.
         rules: exceptions, in order; the first one that matches a layer decides.
         tuners: learned around the quantized layers of a block, first to last.
-        head: format of embedding and head; None leaves them in float.
+        head: format of embedding and head, or "float"; None for the default, see `choose_head_formats`.
 
     Raises:
         RecipeError: parts that cannot work together.
@@ -81,11 +81,11 @@ class Recipe:
     transforms: tuple[Transform, ...] = ()
     rules: tuple[Rule, ...] = ()
     tuners: tuple[Tuner, ...] = ()
-    head: Format | None = None
+    head: Format | Literal["float"] | None = None
 
     def __post_init__(self) -> None:
         reasons = [scheme.unsupported_reason() for scheme in self.schemes]
-        if self.head is not None and not isinstance(self.head, GroupFormat):
+        if isinstance(self.head, Format) and not isinstance(self.head, GroupFormat):
             reasons.append(
                 f"rows of a table of embeddings are decoded one by one, and {self.head.name!r} decodes whole "
                 "matrices; choose another format for the head, such as uniform."
@@ -134,7 +134,7 @@ class Recipe:
             "tuners": [t.to_dict() for t in self.tuners],
             "ignore": [rule.sites for rule in ignored],
             **({"rules": rules} if rules else {}),
-            **({} if self.head is None else {"head": self.head.to_dict()}),
+            **({} if self.head is None else {"head": self.head if self.head == FLOAT else self.head.to_dict()}),
         }
 
     @classmethod
@@ -158,7 +158,7 @@ class Recipe:
             transforms=tuple(TRANSFORMS.from_dict(t) for t in document.transforms),
             rules=(*ignored, *(Rule.from_dict(rule.model_dump()) for rule in document.rules)),
             tuners=tuple(TUNERS.from_dict(t) for t in document.tuners),
-            head=None if document.head is None else FORMATS.from_dict(document.head),
+            head=FORMATS.from_dict(document.head) if isinstance(document.head, dict) else document.head,
         )
 
     def to_yaml(self) -> str:

@@ -12,13 +12,14 @@ shared parts    layers that share codebooks across blocks need one format
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from bitmill.errors import RecipeError, UsageError
 from bitmill.formats import Format
-from bitmill.models.embedding_and_head import embedding_and_head
+from bitmill.models.embedding_and_head import EmbeddingAndHead
 from bitmill.models.streamed import StreamedModel
+from bitmill.recipes.embedding_and_head import HeadFormats, choose_head_formats
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.scheme import LayerScheme
 from bitmill.report.describe import describe_format
@@ -32,27 +33,34 @@ class ResolvedRecipe:
     """A recipe on a model: the scheme of every layer.
 
     Attributes:
-        recipe: the recipe.
+        recipe: the recipe, with the format of embedding and head that it gives this model.
         schemes: full name of every linear of every block -> its scheme, or None where it stays in float.
-        head_layers: embedding and head, where the recipe quantizes them.
+        ends: the quantized ones of embedding and head; None where both stay in float.
+        head_formats: their formats, by path.
+        note: one sentence where embedding or head stay in float though nothing asks for it; "" otherwise.
     """
 
     recipe: Recipe
     schemes: Schemes
-    head_layers: tuple[str, ...] = ()
+    ends: EmbeddingAndHead | None = None
+    head_formats: dict[str, Format] = field(default_factory=dict)
+    note: str = ""
 
     @cached_property
     def formats(self) -> dict[str, Format]:
         """The stored format of every quantized layer, embedding and head last."""
         formats = {layer: scheme.format for layer, scheme in self.schemes.items() if scheme is not None}
-        if self.recipe.head is not None:
-            formats |= dict.fromkeys(self.head_layers, self.recipe.head)
-        return formats
+        return formats | self.head_formats
 
     @cached_property
     def used_schemes(self) -> tuple[LayerScheme, ...]:
         """All distinct schemes of layers, in the order of the layers."""
         return tuple(dict.fromkeys(scheme for scheme in self.schemes.values() if scheme is not None))
+
+    @property
+    def head_layers(self) -> tuple[str, ...]:
+        """Embedding and head, where they are quantized."""
+        return tuple(self.head_formats)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -74,13 +82,13 @@ def resolve_recipe(recipe: Recipe, streamed: StreamedModel) -> ResolvedRecipe:
         streamed: the model; no weight is read.
 
     Raises:
-        UsageError: a rule matches nothing, no layer would be quantized, or a rule keeps in float what `head`
-            quantizes.
+        UsageError: a rule matches nothing, or no layer would be quantized.
         RecipeError: a rule decides no layer, or rules contradict each other.
         SourceError: embedding and head are to be quantized, and the model has none that can be.
     """
     schemes = {site.layer: recipe.scheme(site.layer) for site in streamed.all_sites()}
-    _check_rules(recipe, streamed, schemes)
+    head = choose_head_formats(recipe, streamed, schemes)
+    _check_rules(recipe, streamed, schemes, head)
     if not any(schemes.values()):
         raise UsageError(f"The recipe {recipe.name!r} ignores every linear layer, so nothing would be quantized.")
     for index in range(len(streamed.blocks)):
@@ -91,24 +99,10 @@ def resolve_recipe(recipe: Recipe, streamed: StreamedModel) -> ResolvedRecipe:
     for linear in streamed.adapter.linears:
         like = [f"{streamed.block_name(index)}.{linear}" for index in range(len(streamed.blocks))]
         _check_shared(recipe, schemes, like)
-    return ResolvedRecipe(recipe, schemes, _head_layers(recipe, streamed))
+    return ResolvedRecipe(head.recipe, schemes, head.ends, head.formats, head.note)
 
 
-def _head_layers(recipe: Recipe, streamed: StreamedModel) -> tuple[str, ...]:
-    """Return the layers of embedding and head that the recipe quantizes."""
-    if recipe.head is None:
-        return ()
-    found = embedding_and_head(streamed)
-    paths = [path for path in (found.embedding, found.head) if path]
-    if ignored := next((path for path in paths if (rule := recipe.rule_for(path)) and rule.is_float), None):
-        raise UsageError(
-            f"The recipe {recipe.name!r} ignores {ignored!r}, and embedding and head are to be quantized; "
-            "leave out one of the two."
-        )
-    return found.layers
-
-
-def _check_rules(recipe: Recipe, streamed: StreamedModel, schemes: Schemes) -> None:
+def _check_rules(recipe: Recipe, streamed: StreamedModel, schemes: Schemes, head: HeadFormats) -> None:
     """Raise for a rule that matches no layer, or decides none because earlier rules match all of its layers."""
     named = streamed.model.named_parameters(remove_duplicate=False)
     matrices = [name.removesuffix(".weight") for name, weight in named if weight.dim() == 2]
@@ -120,12 +114,13 @@ def _check_rules(recipe: Recipe, streamed: StreamedModel, schemes: Schemes) -> N
                 f"{recipe.name!r} expects; patterns match whole names such as {next(iter(schemes))!r}, and * "
                 "stands for any characters."
             )
-        if not rule.is_float and not any(name in schemes for name in matched):
+        inside, outside = ([name for name in matched if name in names] for names in (schemes, head.names))
+        decidable = matched if rule.is_float else inside or outside
+        if not decidable:
             raise UsageError(
                 f"The rule {rule.sites!r} of the recipe {recipe.name!r} matches {_list(matched)}, no linear layer "
-                "of a block; set the format of embedding and head with --head-bits (head_bits)."
+                "of a block, token embedding or head, and other tensors stay in float; leave out the rule."
             )
-        decidable = matched if rule.is_float else [name for name in matched if name in schemes]
         if all(recipe.rule_for(name) is not rule for name in decidable):
             earlier = dict.fromkeys(repr(r.sites) for name in decidable if (r := recipe.rule_for(name)))
             raise RecipeError(

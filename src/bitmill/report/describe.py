@@ -131,9 +131,11 @@ def describe_embedding_and_head(report: Report) -> str:
     parts = _embedding_and_head(report)
     bits = f"{report['head_bits_per_weight']:.3f} bits per weight"
     tied = ", one matrix for both" if ends["tied"] else ""
-    format = describe_format(report["recipe"]["head"])
+    formats = report.get("head_formats") or {"": report["recipe"]["head"]}
+    format = " and ".join(dict.fromkeys(describe_format(format) for format in formats.values()))
+    verb = "are" if ends["embedding"] else "is"
     return (
-        f"{parts.capitalize()} are stored packed too, in {format}, {bits}{tied}; "
+        f"{parts.capitalize()} {verb} stored packed too, in {format}, {bits}{tied}; "
         "all other tensors outside the blocks are as in the source."
     )
 
@@ -154,7 +156,8 @@ def describe_sizes(report: Report) -> str:
 
 def _embedding_and_head(report: Report) -> str:
     ends = report.get("ends") or {}
-    return "token embeddings and head" if ends.get("head") else "token embeddings"
+    parts = {"token embeddings": ends.get("embedding"), "head": ends.get("head")}
+    return " and ".join(name for name, path in parts.items() if path)
 
 
 def _option_value(value: Any) -> str:

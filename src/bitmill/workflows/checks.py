@@ -14,7 +14,7 @@ from bitmill.checkpoint.work_folder import partial_folder
 from bitmill.data import text
 from bitmill.errors import OutputError, UsageError, one_line, quoted
 from bitmill.files import folder_bytes
-from bitmill.recipes.compose import find_recipe, with_head
+from bitmill.recipes.compose import HeadBits, find_recipe, with_head
 from bitmill.recipes.defaults import leading_recipe
 from bitmill.recipes.recipe import Recipe
 from bitmill.sources.base import Source
@@ -22,7 +22,7 @@ from bitmill.version import __version__
 
 
 def choose_recipe(
-    method: str | Path | Recipe | None, options: dict[str, Any], head_bits: int | None = None
+    method: str | Path | Recipe | None, options: dict[str, Any], head_bits: HeadBits | None = None
 ) -> tuple[Recipe, dict[str, str]]:
     """Return the recipe of the arguments, or the leader of the leaderboard.
 

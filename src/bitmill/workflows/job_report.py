@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from bitmill.calibration.token_windows import JobData
-from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.version import __version__
 from bitmill.workflows.prepare import PreparedJob
 
@@ -27,13 +26,16 @@ def job_report(
         quality: figures measured while quantizing; empty where nothing was measured.
     """
     streamed, recipe, plan = prepared.streamed, prepared.recipe, prepared.plan
+    ends = prepared.resolved.ends if prepared.resolved else None
+    formats = prepared.resolved.head_formats if prepared.resolved else {}
     return {
         "bitmill": __version__,
         "source": streamed.source.name,
         "recipe": recipe.to_dict() if recipe is not None else None,
         "identity": identity,
         **{key: plan[key] for key in STORED},
-        "ends": embedding_and_head(streamed).to_dict() if recipe is not None and recipe.head else None,
+        "ends": ends.to_dict() if ends else None,
+        **({"head_formats": {name: format.to_dict() for name, format in formats.items()}} if ends else {}),
         "auto_class": streamed.task.auto_class_name,
         **({"unused": streamed.unused} if streamed.unused else {}),
         **({"kv": plan["kv"]} if plan["kv"] else {}),

@@ -18,7 +18,7 @@ from bitmill.models.stored import moved_on_load
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
-from bitmill.recipes.compose import compose
+from bitmill.recipes.compose import HeadBits, compose
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.resolve import ResolvedRecipe, resolve_recipe
 from bitmill.recipes.rules import Rule
@@ -33,7 +33,7 @@ class RecipeChanges:
     """The arguments of `quantize` that change the recipe."""
 
     options: dict[str, Any]
-    head_bits: int | None
+    head_bits: HeadBits | None
     rules: tuple[str | Rule, ...]
 
     def choose(self, method: str | Path | Recipe | None) -> tuple[Recipe, dict[str, str]]:

@@ -34,6 +34,7 @@ from bitmill.pipeline.in_place import ModuleSink
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
+from bitmill.recipes.compose import HeadBits
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.report.html import folder_documents
@@ -92,7 +93,7 @@ def quantize(
     dry_run: bool = False,
     propagate: Propagate = "quantized",
     statistics: str | Path | None = None,
-    head_bits: int | None = None,
+    head_bits: HeadBits | None = None,
     rules: Sequence[str | Rule] = (),
     kv: str | None = None,
     kv_bits: int | None = None,
@@ -120,7 +121,7 @@ def quantize(
         measure: number of held-out windows of the text to measure on while quantizing; 0 measures nothing.
         propagate: input of later blocks during calibration, of the quantized blocks or of the float model.
         statistics: with propagate="float", a folder that keeps the statistics for further recipes.
-        head_bits: bits of embedding and output head, 8, 6 or 4; both stay in float by default.
+        head_bits: bits of embedding and output head, 8, 6 or 4, or "float"; 8 by default, see docs/cli.md.
         rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8" or "*.o_proj=float"; first match
         wins. kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
             `kv_seqlen` tokens (by default 2048, or the model's context length) of the text.

@@ -16,7 +16,6 @@ from bitmill.config.paths import user_path
 from bitmill.files import folder_bytes
 from bitmill.formats import Format
 from bitmill.formats.base import total_stored_bits
-from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.runtime.modules.linear import QuantLinear
@@ -49,8 +48,7 @@ def storage_plan(streamed: StreamedModel, resolved: ResolvedRecipe | None, kv_by
                 packed.add(site.path)
     bits, weights = _stored(inside)
     head_bits = head_weights = 0
-    if resolved.head_layers:
-        ends = embedding_and_head(streamed)
+    if ends := resolved.ends:
         outside = [(layer, streamed.shape(ends.stored_name(layer, streamed))) for layer in resolved.head_layers]
         head_bits, head_weights = _stored(
             (resolved.formats[name], (rows, columns), name) for name, (rows, columns) in outside

@@ -16,6 +16,7 @@ from bitmill.data.windows import CalibrationData, as_calibration
 from bitmill.errors import UsageError
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
+from bitmill.recipes.compose import HeadBits
 from bitmill.report.results import Results
 from bitmill.workflows.comparison.grid import NEW_TOKENS, PROMPTS, Grid, Options, plan_variants
 from bitmill.workflows.comparison.run import run_grid
@@ -36,7 +37,7 @@ def compare(
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = NEW_TOKENS,
     propagate: Propagate = "quantized",
-    head_bits: int | None = None,
+    head_bits: HeadBits | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
     keep_models: bool = False,
@@ -54,7 +55,7 @@ def compare(
         prompts: answered by every variant, greedily, in at most `max_new_tokens` tokens.
         propagate: inputs for calibrating later blocks: the outputs of the quantized blocks, or those of the float
             blocks, whose statistics are collected once for all variants.
-        head_bits: bits of every variant's embedding and output head, 8, 6 or 4; they stay in float without it.
+        head_bits: bits of every variant's embedding and output head, 8, 6 or 4, or "float"; 8 by default.
         keep_models: keep the quantized folders in `out`/cells.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import RecipeError, UsageError, quoted
 from bitmill.pipeline.job import Propagate
-from bitmill.recipes.compose import find_recipe, with_head
+from bitmill.recipes.compose import HeadBits, find_recipe, with_head
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.recipes.recipe import Recipe
 
@@ -109,7 +109,7 @@ def plan_variants(
     bits: Sequence[int],
     recipes: Sequence[str | Path] = (),
     options: Options | None = None,
-    head_bits: int | None = None,
+    head_bits: HeadBits | None = None,
 ) -> tuple[VariantSpec, ...]:
     """Return one variant for every method at every number of bits, and one for every recipe file.
 
@@ -166,7 +166,7 @@ def _check_bits(bits: Sequence[int], variants: Sequence[VariantSpec]) -> None:
             raise RecipeError(f"--bits has {count}, which none of the methods has: {row[0].reason}")
 
 
-def _variant_at(method: str, bits: int, options: dict[str, Any], head_bits: int | None) -> VariantSpec:
+def _variant_at(method: str, bits: int, options: dict[str, Any], head_bits: HeadBits | None) -> VariantSpec:
     name = f"{file_name(method)}-{bits}bit"
     try:
         recipe = with_head(build_recipe(method, {**options, "bits": bits}), head_bits)

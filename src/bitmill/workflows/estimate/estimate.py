@@ -23,6 +23,7 @@ from bitmill.models.trial import try_first_block
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
+from bitmill.recipes.compose import HeadBits
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.workflows.estimate.cost import Clock, Cost, PeakMemory
@@ -103,7 +104,7 @@ def estimate(
     measure: int = 4,
     device: str = "cpu",
     propagate: Propagate = "quantized",
-    head_bits: int | None = None,
+    head_bits: HeadBits | None = None,
     rules: Sequence[str | Rule] = (),
     kv: str | None = None,
     kv_bits: int | None = None,

@@ -21,7 +21,6 @@ from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.evaluation.reference import reference_layout
 from bitmill.formats.base import Layout
 from bitmill.formats.quantized import shared_module_path
-from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.report.html import folder_documents
@@ -98,7 +97,7 @@ def file_size(tensors: Layout) -> int:
 
 def _shards(streamed: StreamedModel, resolved: ResolvedRecipe) -> dict[str, Layout]:
     """Return the tensors of every file of weights."""
-    ends = embedding_and_head(streamed) if resolved.head_layers else None
+    ends = resolved.ends
     outside = {name: streamed.shape(ends.stored_name(name, streamed)) for name in resolved.head_layers if ends}
     shards = [_shard(streamed, resolved, streamed.non_block_tensors(), outside, ends.weights if ends else ())]
     shared: Layout = {}

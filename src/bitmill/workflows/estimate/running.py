@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from bitmill.evaluation.reference import TOKENS, ReferencePredictions, ReferenceRecorder
 from bitmill.formats.quantized import shared_module_path
-from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import BlockResult
 from bitmill.pipeline.job import Shared
@@ -44,7 +43,7 @@ def repeated_model(
     runner = copy.copy(streamed)
     runner.model = model = copy.deepcopy(streamed.model)
     own = {name: layer.own() for result in results for name, layer in result.layers.items()}
-    ends = embedding_and_head(streamed) if resolved.head_layers else None
+    ends = resolved.ends
     codes = {name: own[name] for name in resolved.head_layers}
     places = {}
     for index, other in enumerate(like):

@@ -12,7 +12,7 @@ from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.config.paths import user_path
 from bitmill.errors import RecipeError, SourceError
 from bitmill.models.streamed import StreamedModel
-from bitmill.recipes.compose import find_recipe, with_head
+from bitmill.recipes.compose import HeadBits, find_recipe, with_head
 from bitmill.recipes.method import METHODS
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.resolve import resolve_recipe
@@ -32,7 +32,7 @@ class WeightStorage:
     method: str | None = None
     bits: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    head_bits: int | None = None
+    head_bits: HeadBits | None = None
 
     @property
     def is_quantized(self) -> bool:
