@@ -42,9 +42,7 @@ def test_layer_in_float_or_another_format(tmp_path):
 
 @pytest.mark.parametrize("layer", ["lm_head", "model.embed_tokens"])
 def test_head_is_named(layer, tmp_path):
-    with pytest.raises(
-        NumericsError, match=f"weights of {layer} are up to 1e-30, below .*--rule '{layer}=float'"
-    ):
+    with pytest.raises(NumericsError, match=f"weights of {layer} are up to 1e-30, below .*--rule '{layer}=float'"):
         bitmill.quantize(model_with(1e-30, layer), "rtn", out=tmp_path / "out", head_bits=4, measure=0)
 
 

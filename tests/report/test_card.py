@@ -152,6 +152,27 @@ def test_float_embedding_and_head():
     assert "The tensors take 65.0 MB: 9.00 MB in the blocks' linear layers, 56.0 MB in float." in card
 
 
+def test_quantized_source_is_named():
+    types = [
+        {"type": "Q4_1", "bits_per_weight": 5.0, "share": 0.75},
+        {"type": "F16", "bits_per_weight": 16.0, "share": 0.25},
+    ]
+    card = model_card(report(source_types=types))
+    assert "The source is already quantized: it has 75.0% of its weights in Q4" in card
+    assert "25.0% of its weights in F16 (16 bits)" in card
+    assert "already quantized" not in model_card(report(source_types=[]))
+
+
+def test_head_alone():
+    head = {"lm_head": HEAD | {"bits": 6}}
+    ends = {"embedding": "", "head": "lm_head", "tied": False}
+    sized = [{**SIZED, "name": "lm_head"}, {**layer(1, 0.1), "size_bytes": 1_000_000}]
+    card = model_card(
+        report(layers=sized, ends=ends, head_formats=head, head_bits_per_weight=6.375, unquantized_bytes=1_000)
+    )
+    assert "Head is stored packed too, in uniform (bits 6" in card
+
+
 def test_exceptions_listed():
     recipe = compose(build_recipe("gptq"), rules=["*.o_proj=float", "*.down_proj=uniform:bits=8"])
     card = model_card(report(recipe=recipe.to_dict()))

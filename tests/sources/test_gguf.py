@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bitmill
+import bitmill.progress
 from bitmill.errors import SourceError
 from bitmill.sources import gguf_header
 from bitmill.sources.base import Source
@@ -64,6 +66,24 @@ def test_biases_are_reordered(tmp_path):
     assert source.config.attention_bias
     name = "model.layers.1.self_attn.q_proj.bias"
     assert torch.equal(source.tensor(name), model.state_dict()[name])
+
+
+def test_quantized_types_are_pointed_out(tiny, tmp_path):
+    kinds = {f"blk.{block}.ffn_{part}.weight": "Q4_0" for block in (0, 1) for part in ("up", "gate", "down")}
+    file = write_gguf(tmp_path / "tiny.gguf", tiny, kinds=kinds)
+    first, *others = GgufSource(file).stored_types()
+    notes: list[str] = []
+
+    class Notes(bitmill.progress.Progress):
+        def note(self, sentence: str) -> None:
+            notes.append(sentence)
+
+    outcome = bitmill.quantize(file, "rtn", out=tmp_path / "out", measure=0, progress=Notes())
+    assert (first.type, first.bits_per_weight) == ("Q4_0", 4.5)
+    assert first.share + sum(other.share for other in others) == pytest.approx(1)
+    assert any(f"is already quantized: it has {first.share:.1%} of its weights in Q4_0" in note for note in notes)
+    assert outcome.report["source_types"][0] == {"type": "Q4_0", "bits_per_weight": 4.5, "share": first.share}
+    assert GgufSource(write_gguf(tmp_path / "float.gguf", tiny)).stored_types() == []
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])

@@ -12,7 +12,7 @@ from torch import nn
 from bitmill.config.paths import user_path
 from bitmill.errors import SourceError
 from bitmill.sources import zoo
-from bitmill.sources.base import Source
+from bitmill.sources.base import Source, StoredType
 from bitmill.sources.config_bounds import read_config
 from bitmill.sources.hf import load_config
 from bitmill.sources.open import hub_files, is_hub_id, open_source
@@ -59,6 +59,10 @@ class ConfigOnlySource:
     def tensor(self, name: str) -> torch.Tensor:
         """Raise SourceError, because there are no weights."""
         self._refuse()
+
+    def stored_types(self) -> list[StoredType]:
+        """Return []: all weights are floats."""
+        return []
 
     def fingerprint(self) -> str:
         """Raise SourceError, because there are no weights."""

@@ -15,6 +15,7 @@ from bitmill.report.describe import (
     describe_measured_cache,
     describe_running,
     describe_sizes,
+    describe_source_types,
     split_layers,
 )
 from bitmill.report.escape import code_block, code_span, markdown_text
@@ -46,6 +47,9 @@ The linear layers of the blocks are stored packed in the format
 {{ exceptions }}
 {% endif %}
 {{ embedding_and_head }}
+{% if source_line %}
+{{ source_line }}
+{% endif %}
 {% if kv_line %}
 {{ kv_line }}
 {% endif %}
@@ -150,6 +154,8 @@ def model_card(report: dict[str, Any]) -> str:
 
     layers = [layer for layer in split_layers(report)[0] if layer.get("output_error") is not None]
     worst = sorted(layers, key=lambda layer: -layer["output_error"])[:_WORST_LAYERS]
+    described = describe_source_types(report.get("source_types", []))
+    source_line = f"The source {described}" if described else ""
     text = _CARD if report["recipe"] else _FLOAT_CARD
     return _template(text).render(
         **report,
@@ -165,6 +171,7 @@ def model_card(report: dict[str, Any]) -> str:
         cache_of=describe_measured_cache,
         embedding_and_head=markdown_text(describe_embedding_and_head(report)),
         sizes=describe_sizes(report),
+        source_line=markdown_text(source_line),
         running_line=markdown_text(describe_running(report["running"])) if report.get("running") else "",
         kv_line=markdown_text(describe_kv_cache(report["kv"])) if report.get("kv") else "",
         recipe_block=code_block(yaml.safe_dump(report["recipe"], sort_keys=False), "yaml"),

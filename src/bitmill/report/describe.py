@@ -140,6 +140,21 @@ def describe_embedding_and_head(report: Report) -> str:
     )
 
 
+def describe_source_types(source_types: list[dict[str, Any]]) -> str:
+    """Return the rest of a sentence about a source of quantized weights; "" where all of them were floats.
+
+    Args:
+        source_types: the entry of a report, with `type`, `bits_per_weight` and `share` of the weights.
+    """
+    if not source_types:
+        return ""
+    listed = ", ".join(
+        f"{stored['share']:.1%} of its weights in {stored['type']} ({stored['bits_per_weight']:g} bits)"
+        for stored in source_types
+    )
+    return f"is already quantized: it has {listed}. Its errors come on top of those measured here."
+
+
 def describe_sizes(report: Report) -> str:
     """Return one sentence with the bytes of each part; empty where they are not recorded."""
     sizes = part_sizes(report)

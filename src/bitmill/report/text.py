@@ -90,6 +90,8 @@ def storage_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["head_bytes"]:
         bits += f", of embedding and head {summary['head_bits_per_weight']:.3f}"
     rows.append(("bits per weight", bits))
+    if note := summary.get("head_note"):
+        rows.append(("note", note))
     if kv := summary["kv"]:
         rows.append(("keys and values", describe_kv_plan(kv)))
     return [*rows, ("size", describe_size(summary))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class StoredType:
+    """A type of numbers in a file of quantized weights.
+
+    Attributes:
+        type: its name, such as "Q4_K".
+        bits_per_weight: bits of a weight, scales included.
+        share: of the model's weights that have it, 0 to 1.
+    """
+
+    type: str
+    bits_per_weight: float
+    share: float
 
 
 @runtime_checkable
@@ -49,6 +65,10 @@ class Source(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own. Raises SourceError for an unknown name."""
+        ...
+
+    def stored_types(self) -> list[StoredType]:
+        """Return the types that weights are stored in, most weights first; [] where all are floats."""
         ...
 
     def fingerprint(self) -> str:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from bitmill.errors import SourceError
-from bitmill.sources.base import config_bytes, hash_file, save_auxiliary
+from bitmill.sources.base import StoredType, config_bytes, hash_file, save_auxiliary
 from bitmill.sources.gguf_architectures import build_config, layout_for, transformers_name, undo_rope_factors
 from bitmill.sources.gguf_header import GgufTensor, read_header
 from bitmill.sources.gguf_tokenizer import gguf_tokenizer
@@ -99,6 +99,20 @@ class GgufSource:
         if module in self._layout.transposed and values.dim() == 2:
             values = values.T.contiguous()
         return values.to(self._dtype)
+
+    def stored_types(self) -> list[StoredType]:
+        """Return the types that weights are stored in, most weights first; [] where all are floats."""
+        counts: dict[GGMLQuantizationType, int] = {}
+        for tensor in self._header.tensors.values():
+            counts[tensor.kind] = counts.get(tensor.kind, 0) + prod(tensor.shape)
+        if counts.keys() <= _FLOATS:
+            return []
+        total = sum(counts.values())
+        types = []
+        for kind, count in sorted(counts.items(), key=lambda item: -item[1]):
+            block, size = GGML_QUANT_SIZES[kind]
+            types.append(StoredType(kind.name, 8 * size / block, count / total))
+        return types
 
     def fingerprint(self) -> str:
         """Return the sha256 (hex) over the config and the bytes of the file."""
@@ -203,6 +217,7 @@ def _decode(codes: np.ndarray, tensor: GgufTensor, name: str) -> np.ndarray:
         ) from None
 
 
+_FLOATS = {GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
 _PLAIN: dict[int, type] = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
 

@@ -12,7 +12,7 @@ import torch
 
 from bitmill.config.documents import read_json_object
 from bitmill.errors import OutputError, SourceError, one_line
-from bitmill.sources.base import config_bytes, hash_file
+from bitmill.sources.base import StoredType, config_bytes, hash_file
 from bitmill.sources.config_bounds import read_config
 from bitmill.sources.pooling import read_pooling, sentence_modules
 from bitmill.sources.safetensors_header import TensorEntry, read_header
@@ -100,6 +100,10 @@ class HfSource:
         if count != raw.nbytes:
             raise SourceError(f"{shard} ended inside {stored!r} while it was read; fetch it again.")
         return tensor
+
+    def stored_types(self) -> list[StoredType]:
+        """Return []: all weights are floats."""
+        return []
 
     def fingerprint(self) -> str:
         """Return the sha256 (hex) over the config and the bytes of every shard."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bitmill.errors import SourceError
-from bitmill.sources.base import config_bytes, save_auxiliary
+from bitmill.sources.base import StoredType, config_bytes, save_auxiliary
 from bitmill.sources.pooling import MEAN
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ class ModuleSource:
     def tensor(self, name: str) -> torch.Tensor:
         """Return a copy of one tensor on the CPU; the live model is not changed."""
         return self._get(name).detach().to("cpu", copy=True).contiguous()
+
+    def stored_types(self) -> list[StoredType]:
+        """Return []: all weights are floats."""
+        return []
 
     def fingerprint(self) -> str:
         """Return the sha256 (hex) over the config and the name, dtype, shape and bytes of every tensor."""

@@ -11,6 +11,7 @@ from bitmill.workflows.prepare import PreparedJob
 # entries of the plan that are also in report.json
 STORED = (
     "bits_per_weight", "head_bits_per_weight", "head_bytes", "unquantized_bytes", "original_bytes", "size_ratio",
+    "head_note", "source_types",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from bitmill.recipes.compose import HeadBits, compose
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.resolve import ResolvedRecipe, resolve_recipe
 from bitmill.recipes.rules import Rule
+from bitmill.report.describe import describe_source_types
 from bitmill.sources.open import open_source
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.checks import check_device, choose_recipe, job_identity
@@ -119,6 +120,8 @@ def prepare_job(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[st
             "be loaded again; leave out=... away to quantize it in place."
         )
     streamed = StreamedModel(source, request.device)
+    if source_types := [asdict(stored) for stored in source.stored_types()]:
+        request.progress.note(f"{source.name} {describe_source_types(source_types)}")
     if request.out is not None and isinstance(request.model, nn.Module):
         check_class_loads(request.model, source, streamed.task)
     if recipe is None and (moved := moved_on_load(streamed.model, streamed.names())):
@@ -134,7 +137,13 @@ def prepare_job(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[st
     kv = kv_workflow.KVCalibrationJob(request.kv, streamed) if request.kv is not None else None
     resolved = None if recipe is None else resolve_recipe(recipe, streamed)
     plan = storage_plan(streamed, resolved, kv.plan["size_bytes"] if kv else 0)
-    return PreparedJob(request, streamed, resolved, kv, {**chosen, **plan, "kv": kv.plan if kv else None})
+    return PreparedJob(
+        request,
+        streamed,
+        resolved,
+        kv,
+        {**chosen, **plan, "source_types": source_types, "kv": kv.plan if kv else None},
+    )
 
 
 def read_data(prepared: PreparedJob) -> tuple[JobData, dict[str, Any]]:

@@ -72,6 +72,7 @@ def storage_plan(streamed: StreamedModel, resolved: ResolvedRecipe | None, kv_by
         "size_ratio": size / original,
         "head_bits_per_weight": head_bits / head_weights if head_weights else None,
         "head_bytes": head_bits // 8,
+        "head_note": resolved.note,
         "unquantized_bytes": rest,
     }
 
@@ -108,6 +109,7 @@ def _float_plan(streamed: StreamedModel, kv_bytes: int) -> dict[str, Any]:
         "size_ratio": (size + kv_bytes) / max(size, 1),
         "head_bits_per_weight": None,
         "head_bytes": 0,
+        "head_note": "",
         "unquantized_bytes": size,
     }
 
@@ -124,6 +126,8 @@ def report_plan(checkpoint: Checkpoint) -> dict[str, Any]:
         "layers": len(inside),
         "quantized_weights": sum(math.prod(checkpoint.shape(name)) for name in inside),
         **{key: report.get(key) for key in ("bits_per_weight", "head_bits_per_weight", "head_bytes")},
+        "head_note": report.get("head_note", ""),
+        "source_types": report.get("source_types", []),
         **{key: report.get(key) for key in ("unquantized_bytes", "original_bytes", "size_ratio")},
     }
 
