@@ -103,7 +103,7 @@ def test_not_a_model(tmp_path):
 def test_hub_download_patterns(tmp_path, monkeypatch):
     asked = []
 
-    def download(model, *, allow_patterns):
+    def download(model, *, revision, allow_patterns):
         asked.append(allow_patterns)
         raise ConnectionError("Name or service not known\nsecond line")
 

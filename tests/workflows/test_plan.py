@@ -202,7 +202,7 @@ def test_hub_config_only(tmp_path, monkeypatch) -> None:
     asked = []
     folder = config_only(tmp_path / "snapshot", "qwen3")
 
-    def download(model, *, allow_patterns):
+    def download(model, *, revision, allow_patterns):
         asked.append((model, allow_patterns))
         return str(folder)
 

@@ -15,7 +15,8 @@ from bitmill.sources import zoo
 from bitmill.sources.base import Source, StoredType
 from bitmill.sources.config_bounds import read_config
 from bitmill.sources.hf import load_config
-from bitmill.sources.open import hub_files, is_hub_id, open_source
+from bitmill.sources.hub import hub_files, is_hub_id
+from bitmill.sources.open import open_source
 from bitmill.sources.pooling import MEAN
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class ConfigOnlySource:
 
     as_saved = False
     states_dtype = True
+    origin = None
 
     def __init__(self, config: PretrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
         self.config, self.name, self.trust_remote_code = config, name, trust_remote_code
@@ -104,7 +106,7 @@ def open_config_only(model: str | Path, *, trust_remote_code: bool = False) -> S
     local = path.exists() or isinstance(model, Path) or model in zoo.ZOO
     if not local and is_hub_id(str(model)):
         patterns = ["config.json"] + ["*.py"] * trust_remote_code
-        return _from_folder(hub_files(str(model), patterns), str(model), trust_remote_code)
+        return _from_folder(hub_files(str(model), patterns)[0], str(model), trust_remote_code)
     return open_source(model, trust_remote_code=trust_remote_code)
 
 

@@ -184,7 +184,7 @@ def _front_matter(report: dict[str, Any]) -> str:
 
     recipe = report["recipe"]
     data = {
-        "base_model": str(report["source"]),
+        "base_model": str((report.get("hub") or {}).get("id") or report["source"]),
         **({"base_model_relation": "quantized"} if recipe else {}),
         "library_name": "transformers",
         "tags": ["bitmill", *([str(recipe["name"])] if recipe else [])],

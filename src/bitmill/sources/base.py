@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bitmill.errors import SourceError, one_line
+from bitmill.sources.hub import HubOrigin
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ class Source(Protocol):
     as_saved: names are those of a checkpoint, which transformers may rename when it loads it; False where they are
         those of the model.
     states_dtype: the dtype of its tensors is the one in which the model was published.
+    origin: where on the Hub it comes from; None where it does not, or where that is not known.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Source(Protocol):
     trust_remote_code: bool
     as_saved: bool
     states_dtype: bool
+    origin: HubOrigin | None
 
     def names(self) -> list[str]:
         """Return the state-dict names of the stored tensors."""

@@ -45,6 +45,7 @@ class GgufSource:
 
     trust_remote_code = False
     as_saved = False
+    origin = None
     states_dtype = False  # a file of quantized tensors names none
 
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:

@@ -14,6 +14,7 @@ from bitmill.config.documents import read_json_object
 from bitmill.errors import OutputError, SourceError, one_line
 from bitmill.sources.base import StoredType, config_bytes, hash_file
 from bitmill.sources.config_bounds import read_config
+from bitmill.sources.hub import HubOrigin
 from bitmill.sources.pooling import read_pooling, sentence_modules
 from bitmill.sources.safetensors_header import TensorEntry, read_header
 from bitmill.sources.side_files import ADAPTER, side_files
@@ -35,6 +36,7 @@ class HfSource:
         name: name for messages; that of the folder without it.
         hub: the folder is a snapshot in the cache of the Hub, whose files are links into the blob store of the
             cache; any other folder may not link out of itself.
+        origin: where on the Hub the folder comes from.
         trust_remote_code: allow Python code in the folder.
 
     Raises:
@@ -50,10 +52,12 @@ class HfSource:
         *,
         name: str | None = None,
         hub: bool = False,
+        origin: HubOrigin | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.name = name or self.folder.resolve().name
+        self.origin = origin
         self.trust_remote_code = trust_remote_code
         # snapshots/<commit>/file -> ../../blobs/<hash>, inside models--org--name
         self._root = self.folder.resolve().parents[1] if hub else self.folder.resolve()

@@ -31,6 +31,7 @@ class ModuleSource:
     trust_remote_code = False
     as_saved = False
     states_dtype = True
+    origin = None
 
     def __init__(
         self,

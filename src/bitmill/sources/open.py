@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitmill.config.paths import user_path
-from bitmill.errors import SourceError, one_line
+from bitmill.errors import SourceError
 from bitmill.sources.base import Source
+from bitmill.sources.hub import hub_files, is_hub_id, origin_of_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,8 @@ def open_source(
     """Open a model.
 
     Args:
-        model: a demo model by name, a Hugging Face folder, a .gguf file, a live module, or a Hub id.
+        model: a demo model by name, a Hugging Face folder, a .gguf file, a live module, or a Hub id,
+            org/name or org/name@revision.
         trust_remote_code: allow Python code that comes with the model.
         tokenizer: tokenizer of a live module; every other source has its own.
 
@@ -46,7 +48,7 @@ def open_source(
         return HfSource(fetched, name=model) if fetched.is_dir() else GgufSource(fetched, name=model)
     path = user_path(model)
     if path.is_dir():
-        return HfSource(path, trust_remote_code=trust_remote_code)
+        return HfSource(path, origin=origin_of_folder(path), trust_remote_code=trust_remote_code)
     if path.is_file():
         if path.suffix != ".gguf":
             raise SourceError(f"{path} is a file but not a .gguf one; give the folder that holds the model.")
@@ -57,8 +59,8 @@ def open_source(
             f"or one of the demo models: {_zoo_names()}."
         )
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
-    folder = hub_files(model, patterns + ["*.py"] * trust_remote_code)
-    return HfSource(folder, name=model, hub=True, trust_remote_code=trust_remote_code)
+    folder, origin = hub_files(model, patterns + ["*.py"] * trust_remote_code)
+    return HfSource(folder, name=model, hub=True, origin=origin, trust_remote_code=trust_remote_code)
 
 
 def _zoo_names() -> str:
@@ -66,45 +68,3 @@ def _zoo_names() -> str:
     from bitmill.sources import zoo
 
     return ", ".join(sorted(zoo.ZOO))
-
-
-def is_hub_id(model: str) -> bool:
-    """Return True if this is the id of a model on the Hub and no path."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    # a path that was mistyped must not turn into a request to the network
-    if model.startswith((".", "/", "~")) or model.endswith((".gguf", ".safetensors", ".bin")):
-        return False
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return True
-
-
-def hub_files(model: str, patterns: list[str]) -> Path:
-    """Download files of a model on the Hub.
-
-    Args:
-        model: Hub id, "org/name".
-        patterns: glob patterns of the files.
-
-    Returns:
-        The folder of the snapshot in the cache of the Hub.
-
-    Raises:
-        SourceError: The Hub or the model cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except Exception as error:  # the network, a proxy or the Hub
-        # the cause is more useful than "no cached snapshot"
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
-        raise SourceError(
-            f"{model!r} is no local path and could not be fetched from the Hub ({one_line(cause or error)}); "
-            f"check the name and the network, or use a demo model: {_zoo_names()}."
-        ) from error

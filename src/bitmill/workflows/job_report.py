@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from bitmill.calibration.token_windows import JobData
@@ -32,6 +33,7 @@ def job_report(
     return {
         "bitmill": __version__,
         "source": streamed.source.name,
+        **({"hub": asdict(origin)} if (origin := streamed.source.origin) else {}),
         "recipe": recipe.to_dict() if recipe is not None else None,
         "identity": identity,
         **{key: plan[key] for key in STORED},
