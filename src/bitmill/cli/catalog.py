@@ -135,7 +135,7 @@ def _imported_options(name: str) -> list[dict[str, Any]]:
     from bitmill.recipes.method import METHODS
 
     kind: type = KV_METHODS.get(name) if name in KV_METHODS.names() else METHODS.get(name)
-    return [describe_option(f) for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return [describe_option(f) for f in dataclasses.fields(kind)]
 
 
 def describe_option(field: dataclasses.Field[Any]) -> dict[str, Any]:

@@ -56,11 +56,6 @@ def _debug_log() -> Iterator[None]:
         logger.addHandler(handler)
     try:
         yield
-    except BrokenPipeError:  # no fault
-        raise
-    except Exception:
-        logging.getLogger("bitmill").debug("the command failed", exc_info=True)
-        raise
     finally:
         for logger, level in loggers.items():
             logger.removeHandler(handler)

@@ -15,7 +15,7 @@ from bitmill.sources import zoo
 from bitmill.sources.base import Source, StoredType
 from bitmill.sources.config_bounds import read_config
 from bitmill.sources.hf import load_config
-from bitmill.sources.hub import hub_files, is_hub_id
+from bitmill.sources.hub import HubOrigin, hub_files, is_hub_id
 from bitmill.sources.open import open_source
 from bitmill.sources.pooling import MEAN
 
@@ -28,7 +28,7 @@ class ConfigOnlySource:
 
     as_saved = False
     states_dtype = True
-    origin = None
+    origin: HubOrigin | None = None
 
     def __init__(self, config: PretrainedConfig, name: str, *, trust_remote_code: bool = False) -> None:
         self.config, self.name, self.trust_remote_code = config, name, trust_remote_code

@@ -20,6 +20,7 @@ from bitmill.sources.base import StoredType, config_bytes, hash_file, save_auxil
 from bitmill.sources.gguf_architectures import build_config, layout_for, transformers_name, undo_rope_factors
 from bitmill.sources.gguf_header import GgufTensor, read_header
 from bitmill.sources.gguf_tokenizer import gguf_tokenizer
+from bitmill.sources.hub import HubOrigin
 from bitmill.sources.pooling import MEAN
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class GgufSource:
 
     trust_remote_code = False
     as_saved = False
-    origin = None
+    origin: HubOrigin | None = None
     states_dtype = False  # a file of quantized tensors names none
 
     def __init__(self, path: str | Path, *, name: str | None = None) -> None:

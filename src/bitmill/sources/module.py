@@ -10,6 +10,7 @@ import torch
 
 from bitmill.errors import SourceError
 from bitmill.sources.base import StoredType, config_bytes, save_auxiliary
+from bitmill.sources.hub import HubOrigin
 from bitmill.sources.pooling import MEAN
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class ModuleSource:
     trust_remote_code = False
     as_saved = False
     states_dtype = True
-    origin = None
+    origin: HubOrigin | None = None
 
     def __init__(
         self,
