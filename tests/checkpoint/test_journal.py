@@ -106,6 +106,16 @@ def test_damaged_entries_are_refused(work, blocks):
         loaded(work)
 
 
+@pytest.mark.parametrize("shape", [[4, 8, 8], [4], [0, 8], [4, "8"], 4, None])
+def test_damaged_shapes_are_refused(work, shape):
+    path = work / "journal.json"
+    data = json.loads(path.read_text())
+    data["blocks"][0]["layers"]["model.layers.0.q"]["shape"] = shape
+    path.write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        loaded(work)
+
+
 @pytest.mark.parametrize("shared", [3, "no", [], {}, {"file": 3, "sha256": "0"}, {"file": "shard0.safetensors"}])
 def test_damaged_shared_entry_refused(work, shared):
     (work / "journal.json").write_text(json.dumps({"identity": IDENTITY, "blocks": [], "shared": shared}))

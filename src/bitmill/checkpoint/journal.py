@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bitmill.checkpoint.schema import summary_shape
 from bitmill.checkpoint.work_folder import JOURNAL
 from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CheckpointError
@@ -81,6 +82,8 @@ class Journal:
                 numbers = [summary.get(key) for summary in known["layers"].values() for key in NUMBERS]
                 if not all(number is None or isinstance(number, (int, float)) for number in numbers):
                     raise TypeError
+                if None in map(summary_shape, known["layers"].values()):
+                    raise ValueError
                 self.blocks[index] = {**known, "file": self._checked(shards, known)}
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise self.unreadable(f"{type(error).__name__} in its blocks") from None

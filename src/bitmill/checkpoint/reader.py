@@ -22,7 +22,14 @@ from bitmill.checkpoint.contents import (
     record_of,
 )
 from bitmill.checkpoint.marker import marked_shape, marker_names
-from bitmill.checkpoint.schema import FORMAT_VERSION, QUANT_METHOD, head_config, layer_formats, shared_paths
+from bitmill.checkpoint.schema import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    head_config,
+    layer_formats,
+    shared_paths,
+    summary_shape,
+)
 from bitmill.checkpoint.tensors import open_tensors
 from bitmill.checkpoint.work_folder import check_not_interrupted
 from bitmill.config.paths import user_path
@@ -306,13 +313,13 @@ def _layer_shapes(folder: Path, report: dict[str, Any]) -> dict[str, tuple[int, 
             )
     shapes = {}
     for entry in report["layers"]:
-        name, shape = entry.get("name"), entry.get("shape")
-        sound = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
-        if not isinstance(name, str) or not sound:
+        name, shape = entry.get("name"), summary_shape(entry)
+        if not isinstance(name, str) or shape is None:
             raise CheckpointError(
-                f"{folder}/report.json gives the layer {quoted(name)} the shape {quoted(shape)}; quantize again."
+                f"{folder}/report.json gives the layer {quoted(name)} the shape {quoted(entry.get('shape'))}; "
+                "quantize again."
             )
-        shapes[name] = (shape[0], shape[1])
+        shapes[name] = shape
     return shapes
 
 
