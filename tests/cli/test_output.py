@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import logging
 import subprocess
@@ -102,3 +103,7 @@ def test_completion(typed, completed, capsys, monkeypatch):
 def test_listing_does_not_import_torch():
     code = "import sys; from bitmill.cli.main import main; main(['methods']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
+
+
+def test_types_are_shipped():
+    assert importlib.resources.files("bitmill").joinpath("py.typed").is_file()

@@ -96,7 +96,7 @@ def test_inspect_and_verify(workspace, keys):
 
 def test_catalog(keys):
     assert keys("methods") | keys("methods", "rtn") == documented("methods")
-    assert keys("models") == documented("models")
+    assert keys("models") == documented("models") - {"requirement", "member", "path"}  # of wheels; with a name
 
 
 def test_texts(keys):

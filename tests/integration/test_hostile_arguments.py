@@ -24,6 +24,7 @@ FUNCTIONS = [value for name in bitmill.__all__ if inspect.isfunction(value := ge
 DATA = bitmill.CalibrationData("text.txt", samples=2, seqlen=16)
 SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
     "quantize": {"model": "source", "method": "rtn", "out": "out", "calib": DATA, "measure": 1},
+    "estimate": {"model": "source", "method": "rtn", "calib": DATA, "measure": 1},
     "evaluate": {"model": "done", "text": "text.txt", "seqlen": 16, "windows": 1},
     "load": {"model": "done"},
     "load_tokenizer": {"model": "done"},

@@ -9,11 +9,11 @@ import torch
 
 from bitmill.calibration.token_windows import JobData, token_windows
 from bitmill.data.text import calibration_windows, evaluation_windows
-from bitmill.errors import CalibrationError, OutputError
+from bitmill.errors import CalibrationError, OutputError, UsageError
 from bitmill.evaluation.metrics import score_windows
 from bitmill.recipes.method import build_recipe
 from bitmill.report.card import model_card
-from bitmill.workflows.checks import check_space, job_identity
+from bitmill.workflows.checks import check_space, choose_recipe, job_identity
 
 CONFIG = SimpleNamespace(vocab_size=100, max_position_embeddings=32)
 SOURCE = SimpleNamespace(name="tiny", config=CONFIG, fingerprint=lambda: "0" * 64)
@@ -98,3 +98,12 @@ def test_too_short_windows_refused(seqlen):
 def test_no_predictions(shape):
     with pytest.raises(CalibrationError, match="No token was predicted"):
         score_windows(lambda tokens: torch.zeros(*tokens.shape, 5), torch.zeros(shape, dtype=torch.int64))
+
+
+def test_method_as_dataclass():
+    from bitmill.recipes.methods.gptq import GPTQMethod
+
+    recipe, chosen = choose_recipe(GPTQMethod(bits=3, damp=0.02), {})
+    assert (recipe, chosen) == choose_recipe("gptq", {"bits": 3, "damp": 0.02})
+    with pytest.raises(UsageError, match="GPTQMethod is complete"):
+        choose_recipe(GPTQMethod(), {"bits": 3})

@@ -16,28 +16,31 @@ from bitmill.errors import OutputError, UsageError, one_line, quoted
 from bitmill.files import folder_bytes
 from bitmill.recipes.compose import HeadBits, find_recipe, with_head
 from bitmill.recipes.defaults import leading_recipe
+from bitmill.recipes.method import Method
 from bitmill.recipes.recipe import Recipe
 from bitmill.sources.base import Source
 from bitmill.version import __version__
 
 
 def choose_recipe(
-    method: str | Path | Recipe | None, options: dict[str, Any], head_bits: HeadBits | None = None
+    method: str | Path | Recipe | Method | None, options: dict[str, Any], head_bits: HeadBits | None = None
 ) -> tuple[Recipe, dict[str, str]]:
     """Return the recipe of the arguments, or the leader of the leaderboard.
 
     Args:
-        method: a `Recipe`, the name of a method, a recipe file, or None for the leader.
+        method: a `Recipe`, a `Method` with its options, a method's name, a recipe file, or None for the leader.
         options: options of the method.
         head_bits: bits of embedding and head in place of those of the recipe.
 
     Returns:
         The recipe, and the summary's entry `chosen` that explains the choice, empty where a method was named.
     """
-    if isinstance(method, Recipe):
+    if isinstance(method, (Recipe, Method)):
         if options:
-            raise UsageError(f"A Recipe is complete; change it instead of passing {', '.join(options)}.")
-        return with_head(method, head_bits), {}
+            raise UsageError(
+                f"A {type(method).__name__} is complete; change it instead of passing {', '.join(options)}."
+            )
+        return with_head(method if isinstance(method, Recipe) else method.recipe(), head_bits), {}
     if method is not None:
         return with_head(find_recipe(str(method), options), head_bits), {}
     recipe, reason = leading_recipe(options)

@@ -19,6 +19,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
 from bitmill.recipes.compose import HeadBits, compose
+from bitmill.recipes.method import Method
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.resolve import ResolvedRecipe, resolve_recipe
 from bitmill.recipes.rules import Rule
@@ -37,7 +38,7 @@ class RecipeChanges:
     head_bits: HeadBits | None
     rules: tuple[str | Rule, ...]
 
-    def choose(self, method: str | Path | Recipe | None) -> tuple[Recipe, dict[str, str]]:
+    def choose(self, method: str | Path | Recipe | Method | None) -> tuple[Recipe, dict[str, str]]:
         """Return the recipe, and the summary's entry `chosen` where no method was named."""
         recipe, chosen = choose_recipe(method, self.options, self.head_bits)
         return (compose(recipe, rules=self.rules) if self.rules else recipe), chosen

@@ -35,6 +35,7 @@ from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
 from bitmill.recipes.compose import HeadBits
+from bitmill.recipes.method import Method
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.report.html import folder_documents
@@ -82,7 +83,7 @@ class Outcome:
 @checked_arguments("calib", "progress", "head_bits")
 def quantize(
     model: str | Path | nn.Module,
-    method: str | Path | Recipe | None = None,
+    method: str | Path | Recipe | Method | None = None,
     *,
     out: str | Path | None = None,
     calib: CalibrationData | Tensor | str | Path | list[str] | None = None,
@@ -105,7 +106,7 @@ def quantize(
     progress: Progress | bool | None = None,
     **options: Any,
 ) -> Outcome:
-    """Quantize a model with a named method, a recipe file or a `Recipe`.
+    """Quantize a model with a named method, a recipe file, a `Method` or a `Recipe`.
 
     Args:
         model: the name of a demo model, a Hugging Face folder or hub id, a .gguf file, or a live module.
@@ -144,7 +145,9 @@ def quantize(
     return outcome
 
 
-def _quantize(request: QuantizeRequest, method: str | Path | Recipe | None, changes: RecipeChanges) -> Outcome:
+def _quantize(
+    request: QuantizeRequest, method: str | Path | Recipe | Method | None, changes: RecipeChanges
+) -> Outcome:
     recipe: Recipe | None = None
     chosen: dict[str, str] = {}
     if method != FLOAT:

@@ -24,6 +24,7 @@ from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
 from bitmill.recipes.compose import HeadBits
+from bitmill.recipes.method import Method
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.workflows.estimate.cost import Clock, Cost, PeakMemory
@@ -98,7 +99,7 @@ def describe_duration(seconds: float) -> str:
 @checked_arguments("calib", "progress", "head_bits")
 def estimate(
     model: str | Path | nn.Module,
-    method: str | Path | Recipe | None = None,
+    method: str | Path | Recipe | Method | None = None,
     *,
     calib: CalibrationData | Tensor | str | Path | list[str] | None = None,
     measure: int = 4,
