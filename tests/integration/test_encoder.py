@@ -14,6 +14,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.cli.main import main
+from bitmill.files import folder_bytes
 from bitmill.runtime.modules.linear import QuantLinear
 from helpers.tiny_models import tiny_model
 
@@ -165,3 +166,10 @@ def test_embedding_table_quantized(source, run, tmp_path):
     assert found["cosine_similarity"] > 0.99
     assert "Token embeddings are stored packed too" in (out / "README.md").read_text()
     run("verify", out)
+
+
+def test_estimate(source, run, done):
+    terms = ["--calib", source.parent / "text.txt", "--samples", 4, "--seqlen", 32, "--measure", 8]
+    options = ["--method", "gptq", "--bits", 4, "--group-size", 16, "--estimate", "--json"]
+    size = run("quantize", source, *options, *terms)["size_bytes"]
+    assert size == pytest.approx(folder_bytes(done), rel=1e-2)

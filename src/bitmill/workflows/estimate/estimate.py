@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from bitmill.errors import UsageError, is_out_of_memory
 from bitmill.files import file_records, folder_bytes
 from bitmill.formats import Format
 from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
+from bitmill.models.meta import trim_malloc
 from bitmill.models.trial import try_first_block
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
@@ -33,11 +35,10 @@ from bitmill.workflows.estimate.probe import (
     Kinds,
     MemorySink,
     ProbeSink,
-    Trial,
-    held_out_cost,
     kinds_of,
     probe_folder,
-    two_trials,
+    try_blocks,
+    try_measuring,
 )
 from bitmill.workflows.estimate.running import repeated_model, running_cost
 from bitmill.workflows.prepare import PreparedJob, QuantizeRequest, RecipeChanges, prepare_job, read_data
@@ -158,6 +159,8 @@ def estimate_job(prepared: PreparedJob, data: JobData, identity: dict[str, Any])
     with clock.measure("probe"), tempfile.TemporaryDirectory(prefix="bitmill-") as temporary:
         probe = _Probe(prepared, data, identity, clock)
         total, memory, size = probe.live() if prepared.request.live else probe.folder(Path(temporary) / "out")
+    gc.collect()  # models that hold themselves; their memory must not add to that of the run
+    trim_malloc()
     prepared.request.progress.finish()
     total += Cost(*opening)
     return Estimate(
@@ -175,11 +178,12 @@ class _Probe:
         self.streamed, self.resolved = prepared.streamed, prepared.resolved
         self.kinds: Kinds = kinds_of(self.streamed, self.resolved)
         self.block_seconds = 0.0
+        self.quality: dict[str, Any] = {}
 
     def live(self) -> tuple[Cost, int, int]:
         """Return cost, peak memory and bytes of quantizing a live module in place."""
-        trial = self._blocks(MemorySink())
-        return self._total(trial), trial.memory_bytes, self.prepared.plan["size_bytes"]
+        cost, memory = self._blocks(MemorySink())
+        return cost, memory, self.prepared.plan["size_bytes"]
 
     def folder(self, path: Path) -> tuple[Cost, int, int]:
         """Return cost, peak memory and bytes of writing a folder; `path` is one that is removed afterwards."""
@@ -193,7 +197,7 @@ class _Probe:
 
     def _in_folder(self, files: FolderSink) -> tuple[Cost, int, int]:
         sink = ProbeSink(files)
-        trial = self._blocks(sink)
+        cost, memory = self._blocks(sink)
         with self.clock.measure("once"):
             files.formats = self._all_formats()
             files.complete(self.streamed)
@@ -201,12 +205,13 @@ class _Probe:
             records = file_records(files.folder)
         records = {name: record for name, record in records.items() if _is_final(name)}
         held = folder_bytes(files.folder)
-        running, memory, record = self._running(sink)
+        running, running_memory, record = self._running(sink)
         layers = [{"name": n, **layer.summary()} for result in sink.results for n, layer in result.layers.items()]
-        probed = ProbedFolder(records, layers, trial.quality, record)
-        size = folder_size(self.prepared, self.data, self.identity, probed)
-        total = self._total(trial) + self.clock.costs["once"] + self.clock.costs["digests"] * (size / held)
-        return total + running, max(trial.memory_bytes, memory), size
+        size = folder_size(
+            self.prepared, self.data, self.identity, ProbedFolder(records, layers, self.quality, record)
+        )
+        total = cost + self.clock.costs["once"] + self.clock.costs["digests"] * (size / held) + running
+        return total, max(memory, running_memory), size
 
     def _all_formats(self) -> dict[str, Format]:
         """Return the formats in the order in which a run notes them: embedding and head first."""
@@ -214,20 +219,17 @@ class _Probe:
         outside = {name: formats[name] for name in self.resolved.head_layers}
         return outside | {name: format for name, format in formats.items() if name not in outside}
 
-    def _blocks(self, sink: MemorySink) -> Trial:
+    def _blocks(self, sink: MemorySink) -> tuple[Cost, int]:
+        """Return the cost of all blocks and of measuring, and the peak memory."""
         request = self.prepared.request
         reads_text = not request.live or request.measure > 0 or bool(self.resolved.needs)
         with self.clock.measure("once"):
             try_first_block(self.streamed, self.resolved.formats, reads_text)
-        return two_trials(self.prepared, self.data, self.kinds, sink)
-
-    def _total(self, trial: Trial) -> Cost:
-        """Return the cost of all blocks and of all held-out windows."""
-        more = max(0, len(self.data.held_out) - 1) if self.data.held_out is not None else 0
-        passes = self.kinds.sum(held_out_cost(self.streamed, self.data, self.kinds)) if more else Cost()
-        blocks = self.kinds.sum(trial.inside) + passes * more
-        self.block_seconds = blocks.seconds
-        return trial.outside + blocks + trial.measuring * (more + 1)
+        measuring = try_measuring(self.prepared, self.data, self.kinds)
+        trial = try_blocks(self.prepared, self.data, self.kinds, sink)
+        blocks = self.kinds.sum(trial.inside) + self.kinds.sum(measuring.inside)
+        self.block_seconds, self.quality = blocks.seconds, measuring.quality
+        return trial.outside + blocks + measuring.outside, max(trial.memory_bytes, measuring.memory_bytes)
 
     def _running(self, sink: MemorySink) -> tuple[Cost, int, dict[str, Any] | None]:
         """Return cost, peak memory and record of running the packed model; None where it is not run."""

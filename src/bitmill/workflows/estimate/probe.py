@@ -22,19 +22,21 @@ from bitmill.calibration.streams import BATCH_TOKENS
 from bitmill.calibration.token_windows import JobData
 from bitmill.checkpoint.work_folder import WorkFolder
 from bitmill.checkpoint.writer import FolderSink
+from bitmill.data.sentences import MIN_SENTENCES
 from bitmill.evaluation.reference import ReferenceRecorder
 from bitmill.models.some_blocks import SomeBlocks
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import BlockResult, Job, run
-from bitmill.pipeline.job import Shared
-from bitmill.pipeline.measure import MEASURING, HeldOutMetrics
+from bitmill.pipeline.job import NON_BLOCK, Shared
+from bitmill.pipeline.measure import HeldOutMetrics
 from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.workflows.estimate.cost import Clock, Cost, PeakMemory, now
 from bitmill.workflows.prepare import PreparedJob
 
 SECONDS = 30.0  # about as long as the second probe may take
+_FLOAT_BYTES = 4
+_LONG_S = 5.0  # a trial of this length is not repeated to leave out what happens once in a process
 _KINDS = 4  # most kinds of blocks that are probed; others cost as much per weight as the first
-_WARM_S = 5.0  # a first probe of this length is not repeated to leave out what happens once
 
 
 class TimedBlocks(SomeBlocks):
@@ -141,23 +143,19 @@ def kinds_of(streamed: StreamedModel, resolved: ResolvedRecipe) -> Kinds:
 
 @dataclass
 class Trial:
-    """One run of the recipe on the probed blocks.
+    """One run of the recipe on the probed blocks, without held-out windows.
 
     Attributes:
         windows: calibration windows.
-        outside: cost outside of blocks, without measuring.
+        outside: cost outside of blocks.
         inside: cost of every probed block.
-        measuring: cost of comparing predictions on one held-out window.
         memory_bytes: peak memory.
-        quality: figures measured on that window.
     """
 
     windows: int
     outside: Cost
     inside: list[Cost]
-    measuring: Cost
     memory_bytes: int
-    quality: dict[str, Any] = field(default_factory=dict)
 
 
 def try_recipe(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemorySink, windows: int) -> Trial:
@@ -172,32 +170,56 @@ def try_recipe(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemoryS
     """
     assert prepared.resolved is not None
     view, clock = TimedBlocks(prepared.streamed, kinds.probed), Clock()
-    held_out = None if data.held_out is None else data.held_out[:1]
-    fewer = replace(data, windows=None if data.windows is None else data.windows[:windows], held_out=held_out)
-    recorder = ReferenceRecorder() if prepared.streamed.task.generates else None
-    job = Job(view, prepared.resolved, fewer, prepared.request.propagate, None, recorder)
+    fewer = JobData(None if data.windows is None else data.windows[:windows])
     with PeakMemory() as memory, clock.measure("all"):
-        quality = run(job, sink, clock)
-    measuring = clock.costs[MEASURING]
-    outside = clock.costs["all"] - sum(view.costs, Cost()) - measuring
-    return Trial(windows, outside, view.costs, measuring, memory.size_bytes, quality)
+        run(Job(view, prepared.resolved, fewer, prepared.request.propagate), sink)
+    return Trial(windows, clock.costs["all"] - sum(view.costs, Cost()), view.costs, memory.size_bytes)
 
 
-def held_out_cost(streamed: StreamedModel, data: JobData, kinds: Kinds) -> list[Cost]:
-    """Return the cost of passing one held-out window through every probed block, in float and quantized."""
+@dataclass
+class HeldOut:
+    """Cost of measuring on the held-out windows.
+
+    Attributes:
+        inside: cost of passing them through every probed block.
+        outside: cost of comparing predictions.
+        memory_bytes: peak memory.
+        quality: figures that mean nothing, with the keys of the measured ones.
+    """
+
+    inside: list[Cost]
+    outside: Cost = field(default_factory=Cost)
+    memory_bytes: int = 0
+    quality: dict[str, Any] = field(default_factory=dict)
+
+
+def try_measuring(prepared: PreparedJob, data: JobData, kinds: Kinds) -> HeldOut:
+    """Measure on one held-out window, of sentences on the fewest that can be compared; the cost is that of all."""
     if data.held_out is None:
-        return [Cost() for _ in kinds.probed]
-    view, costs = SomeBlocks(streamed, kinds.probed), []
-    with view.non_block_weights("embedding"):
-        metrics = HeldOutMetrics(view, data.held_out[:1])
-    for index in range(len(view.blocks)):
-        block = view.load_block(index)
-        metrics.float.advance(block, index)  # after loading, the first pass is slower
-        began = now()
-        metrics.quantized.advance(block, index)
-        costs.append((now() - began) * 2)
-        view.free_block(index)
-    return costs
+        return HeldOut([Cost() for _ in kinds.probed])
+    streamed = prepared.streamed
+    count = 1 if streamed.task.generates else MIN_SENTENCES
+    start = max(0, len(data.held_out) // 2 - count)  # sentences are sorted by length
+    few = data.held_out[start : start + count]
+    times = sum(map(len, data.held_out)) / sum(map(len, few))
+    view, costs, clock = SomeBlocks(streamed, kinds.probed), [], Clock()
+    with PeakMemory() as memory:
+        with view.non_block_weights("embedding"):
+            metrics = HeldOutMetrics(view, few, ReferenceRecorder() if streamed.task.generates else None)
+        for index in range(len(view.blocks)):
+            block = view.load_block(index)
+            metrics.quantized.advance(block, index)  # after loading, the first pass is slower
+            began = now()
+            metrics.float.advance(block, index)
+            metrics.quantized.advance(block, index)  # a second time, for other predictions than the float model's
+            costs.append((now() - began) * times)
+            view.free_block(index)
+        with view.non_block_weights("head"), clock.measure("head"):
+            quality = metrics.result()
+    states = (
+        0 if data.windows is None else data.windows.numel() * metrics.float.batches[0].shape[-1] * _FLOAT_BYTES
+    )
+    return HeldOut(costs, clock.costs["head"] * times, memory.size_bytes + states, quality)
 
 
 def second_size(first: Trial, seqlen: int, total: int) -> int:
@@ -235,23 +257,36 @@ def extrapolate(first: Trial, second: Trial, windows: int) -> Trial:
     )
 
 
-def two_trials(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemorySink) -> Trial:
+def try_blocks(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemorySink) -> Trial:
     """Try the recipe with one batch of windows and with more, and return the trial with all of them.
 
     Args:
         prepared: the job, with a recipe.
         data: all tokens.
         kinds: the blocks to quantize.
-        sink: receives the blocks of the second trial.
+        sink: receives the blocks.
     """
-    if data.windows is None:
-        try_recipe(prepared, data, kinds, MemorySink(), 0)  # what happens once is left out
-        return try_recipe(prepared, data, kinds, sink, 0)
-    total, seqlen = data.windows.shape
-    size = first_size(seqlen, total)
-    first = try_recipe(prepared, data, kinds, MemorySink(), size)
+    total, seqlen = (0, 1) if data.windows is None else data.windows.shape
+    kept = MemorySink()
+    first = try_recipe(prepared, data, kinds, kept, first_size(seqlen, total))
+    if first.windows == total and sum(first.inside, Cost()).seconds > _LONG_S:
+        return _written(first, kept, sink, SomeBlocks(prepared.streamed, kinds.probed))
+    # what happens once in a process is left out of the second trial
     second = try_recipe(prepared, data, kinds, sink, second_size(first, seqlen, total))
     return extrapolate(first, second, total)
+
+
+def _written(trial: Trial, kept: MemorySink, sink: MemorySink, view: SomeBlocks) -> Trial:
+    """Pass the results of a trial on to another sink, and return the trial with the cost of that."""
+    if kept.parts:
+        sink.share(kept.parts)
+    inside = list(trial.inside)
+    for result in kept.results:
+        began = now()
+        sink.write(result, view)
+        if result.index != NON_BLOCK:
+            inside[result.index] += now() - began
+    return replace(trial, inside=inside)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from bitmill.runtime.modules.replace import replace_layers
 from bitmill.workflows.estimate.cost import Cost, now
 from bitmill.workflows.running import running_paths, running_record
 
-_TRIED = {"windows": 128, "decode": 16}  # tokens of the trials of both paths
+_TRIED = {"windows": 64, "decode": 16}  # tokens of the trials of both paths
 
 
 def repeated_model(
