@@ -11,7 +11,7 @@ from bitmill.architectures.adapter import ADAPTERS
 from bitmill.evaluation import logits
 from bitmill.evaluation.logits import DeferredLogits, slices
 from bitmill.models.block_call import output_fn
-from bitmill.models.split import deferred_output_fn, recorded_output_fn, split_model
+from bitmill.models.split import deferred_output_fn, recorded_output_fn, share_equal_parameters, split_model
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.sources.module import ModuleSource
@@ -78,6 +78,20 @@ def test_recorded_outputs(tied):
     for window in range(2):
         tokens = TOKENS[window][None]
         torch.testing.assert_close(read(run(tokens), tokens), expected[window][None], rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_equal_parameters_are_shared():
+    model, other = tiny_model("llama"), tiny_model("llama")
+    other.model.layers[0].mlp.up_proj.weight.add_(1)
+    expected = output_fn(model)(TOKENS)
+    share_equal_parameters(model, other)
+    assert model.lm_head.weight is other.lm_head.weight
+    assert model.model.layers[0].mlp.up_proj.weight is not other.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(output_fn(model)(TOKENS), expected)
+    share_equal_parameters(model, tiny_model("llama", vocab_size=64))  # other shapes
+    share_equal_parameters(model, tiny_model("llama").to("meta"))
+    assert torch.equal(output_fn(model)(TOKENS), expected)
 
 
 @torch.no_grad()

@@ -184,6 +184,21 @@ def recorded_output_fn(
     return lambda _: next(following)
 
 
+def share_equal_parameters(model: nn.Module, other: nn.Module) -> None:
+    """Let a model use the parameters of another one that have its names and values, which frees its own.
+
+    Quantization leaves embeddings, head and norms as they are unless it is asked to change them.
+    """
+    theirs = dict(other.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        for key, own in module._parameters.items():
+            found = theirs.get(f"{path}.{key}" if path else key)
+            if own is None or found is None or found.is_meta or found is own:
+                continue
+            if (own.dtype, own.device) == (found.dtype, found.device) and torch.equal(own, found):
+                module._parameters[key] = found
+
+
 def _hidden(output: Any) -> Tensor:
     """Return the hidden states (windows, length, width) in the output of a decoder. Raises CannotSplit."""
     hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)

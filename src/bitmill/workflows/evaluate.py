@@ -26,7 +26,8 @@ from bitmill.errors import UsageError
 from bitmill.evaluation.logits import OutputFn
 from bitmill.evaluation.metrics import batches, score_windows
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
-from bitmill.models.split import deferred_output_fn, recorded_output_fn
+from bitmill.models.meta import trim_malloc
+from bitmill.models.split import deferred_output_fn, recorded_output_fn, share_equal_parameters
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
@@ -143,10 +144,14 @@ class _Scoring:
             The figures and the text.
         """
         chosen = self.windows.held_out(self.split, self.seqlen, windows)
+        trim_malloc()  # reading a tokenizer of 262,144 words leaves 0.3 GB of free pages
         batch = self.task.batch_size if kv is None else max(1, _TOKENS // self.seqlen)
         with eval_mode(_module(model)), eval_mode(_module(reference)):
-            against = None if reference is None else self._run_reference(reference, load_live, chosen, batch)
+            other = None if reference is None else load_live(reference)
+            against = self._run_reference(other, chosen, batch, free_body=other is not reference)
             live = load_live(model)
+            if other is not None and other is not reference and live is not model:
+                share_equal_parameters(live, other)
             self._check_windows(live, chosen)
             if kv is None:
                 run = deferred_output_fn(live)
@@ -167,20 +172,14 @@ class _Scoring:
         }
 
     def _run_reference(
-        self,
-        reference: str | Path | nn.Module,
-        load_live: Callable[[Any], nn.Module],
-        windows: Windows,
-        batch: int,
-    ) -> OutputFn:
-        """Return the outputs of the reference, whose blocks leave the memory before the model is read."""
-        live = load_live(reference)
-        self._check_windows(live, windows)
+        self, reference: nn.Module | None, windows: Windows, batch: int, free_body: bool
+    ) -> OutputFn | None:
+        """Return the outputs of the reference, whose blocks need not stay in memory; None without one."""
+        if reference is None:
+            return None
+        self._check_windows(reference, windows)
         self.progress.start("reference", len(windows))
-        with eval_mode(live):
-            return recorded_output_fn(
-                live, batches(windows, batch), self.progress, free_body=live is not reference
-            )
+        return recorded_output_fn(reference, batches(windows, batch), self.progress, free_body)
 
     def _check_windows(self, model: nn.Module, windows: Windows) -> None:
         config = getattr(model, "config", None)
