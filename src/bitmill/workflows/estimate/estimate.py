@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -187,13 +188,10 @@ class _Probe:
 
     def folder(self, path: Path) -> tuple[Cost, int, int]:
         """Return cost, peak memory and bytes of writing a folder; `path` is one that is removed afterwards."""
-        with self.clock.measure("once"):
-            folder = probe_folder(path, self.prepared, self.identity)
-            files = folder.__enter__()
-        try:
+        with ExitStack() as stack:
+            with self.clock.measure("once"):
+                files = stack.enter_context(probe_folder(path, self.prepared, self.identity))
             return self._in_folder(files)
-        finally:
-            folder.__exit__(None, None, None)
 
     def _in_folder(self, files: FolderSink) -> tuple[Cost, int, int]:
         sink = ProbeSink(files)

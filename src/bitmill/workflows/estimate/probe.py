@@ -109,7 +109,7 @@ class Kinds:
     Attributes:
         probed: a block of each kind.
         like: for every block, the probed block of its kind.
-        weights: share of the cost of its probed block that every block has.
+        shares: cost of every block, in units of that of its probed block.
     """
 
     probed: tuple[int, ...]

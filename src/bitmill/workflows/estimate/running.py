@@ -45,7 +45,7 @@ def repeated_model(
     own = {name: layer.own() for result in results for name, layer in result.layers.items()}
     ends = resolved.ends
     codes = {name: own[name] for name in resolved.head_layers}
-    places = {}
+    places: dict[str, str] = {}
     for index, other in enumerate(like):
         prefix, probed = streamed.block_name(index), streamed.block_name(other)
         for kind in streamed.adapter.linears:
