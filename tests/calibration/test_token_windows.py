@@ -23,14 +23,15 @@ def model(tmp_path, monkeypatch):
 
 def test_record_of_weights(model, tmp_path):
     calib = bitmill.CalibrationData("mix", samples=4, seqlen=16)
-    report = bitmill.quantize(model, "gptq", calib=calib, measure=5, out=tmp_path / "out").report
+    report = bitmill.quantize(model, "gptq", calib=calib, measure=2, out=tmp_path / "out").report
     counts = {"prose": 1, "encyclopedia": 1, "dialogue": 1, "code": 1, "documentation": 0, "languages": 0}
     found = report["identity"]["calibration"]
     assert (found["source"], found["part"], found["domains"]) == ("mix", "calib", counts)
     assert len(found["separator"]) == 1
     measured = report["measured"][0]
     assert (measured["text"], measured["part"]) == ("mix", "eval")
-    assert measured["domains"] == dict.fromkeys(SUITE, 1)
+    assert {name: of["windows"] for name, of in measured["domains"].items()} == dict.fromkeys(SUITE, 2)
+    assert (measured["windows"], measured["windows_per_domain"]) == (10, 2)
 
 
 def test_record_of_keys_and_values(model, tmp_path):

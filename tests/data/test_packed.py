@@ -57,8 +57,14 @@ def test_windows_of_a_mixture(domains):
     assert letters != sorted(letters)  # any first few windows are a mixture too
     assert reading.describe("calib", 48) == {"part": "calib", "domains": counts, "separator": [2]}
 
-    held_out = reading.held_out("eval", 16, 5)
-    assert [chr(int(window.max())) for window in held_out] == list("abcde")
+    held_out = reading.held_out("eval", 16, 2)
+    assert "".join(chr(int(window.max())) for window in held_out) == "aabbccddee"
+    assert reading.domains("eval", 16, 2) == dict.fromkeys(SUITE, 2)
+    assert reading.describe("eval") == {"part": "eval", "separator": [2]}
+    short = reading.domains("eval", 16, 1000)
+    assert 2 < min(short.values()) < 1000
+    assert sum(short.values()) == len(reading.held_out("eval", 16, None))
+    assert text_windows("prose", Letters()).domains("eval", 16, 2) == {}
     assert len(text_windows("suite", Letters()).held_out("eval", 16, None)) > 5
 
 

@@ -77,7 +77,7 @@ def test_incremental_windows():
     sums = LanguageModelMetrics()
     for window in windows:
         sums.add(window[None], model(window[None]), reference(window[None]))
-    assert sums.result() == pytest.approx(score_windows(model, windows, reference))
+    assert sums.result() == score_windows(model, windows, reference, batch=1)
 
 
 def test_nonfinite_perplexity_refused():

@@ -54,10 +54,13 @@ def test_quantize(workspace, keys):
 
 def test_eval(workspace, keys):
     command = ["eval", workspace.done, "--text", workspace.text, "--seqlen", 32, "--windows", 1]
-    compared = {"kl_divergence", "top1_agreement", "reference_perplexity"}
-    assert keys(*command) == documented("eval") - compared - CACHED - {"kv_calibration", "kv_on_calibration_text"}
+    compared = {"kl_divergence", "kl_interval", "kl_p99", "kl_p999", "top1_agreement"}
+    compared |= {"reference_perplexity", "perplexity_ratio"}
+    of_texts = {"part", "separator", "windows_per_domain", "domains"}
+    all_keys = documented("eval") - of_texts
+    assert keys(*command) == all_keys - compared - CACHED - {"kv_calibration", "kv_on_calibration_text"}
     packed = keys(*command, "--reference", workspace.source, "--kv", "per_token")
-    assert packed == documented("eval")
+    assert packed == all_keys
 
 
 def test_compare(workspace, keys, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 import bitmill
 from bitmill.cli.sweep import cell_table
 from bitmill.errors import UsageError
+from bitmill.evaluation.figures import WindowSums
 from bitmill.evaluation.metrics import score_windows
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
@@ -137,7 +138,7 @@ def test_verdict_words() -> None:
 
 def test_unmeasurable_cell() -> None:
     made = Cell(build_recipe("rtn"), 4, 64, errors={"a": 0.1}, stored_bits=4)
-    made.metrics.predicted, made.metrics.loss = 1, math.nan
+    made.metrics.windows.append(WindowSums(2, loss=math.nan, predicted=1))
     result = made.result(1)
     assert (result["perplexity"], result["kl_divergence"], result["top1_agreement"]) == (None, math.inf, None)
     assert cell_table([{**result, "verdict": verdict(result)}], measured=True).row_count == 1

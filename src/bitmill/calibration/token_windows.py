@@ -18,6 +18,7 @@ from bitmill.data.windows import (
     check_special_tokens,
     check_vocabulary,
     count_windows,
+    describe_held_out,
     special_tokens,
 )
 from bitmill.errors import CalibrationError, SourceError, UsageError
@@ -37,11 +38,13 @@ class JobData:
         windows: token ids (samples, length) that calibrate; None for a data-free recipe.
         held_out: windows to measure on; None measures nothing.
         described: the report's entries `calibration` and `held_out`, each None where there is none.
+        domains: domain -> number of its held-out windows, in their order; empty where there are no domains.
     """
 
     windows: Tensor | None = None
     held_out: Windows | None = None
     described: dict[str, Any] = field(default_factory=lambda: {"calibration": None, "held_out": None})
+    domains: dict[str, int] = field(default_factory=dict)
 
 
 def token_windows(
@@ -58,8 +61,8 @@ def token_windows(
         source: the float model.
         calibration: text and number of windows, or token ids (windows, length), of which none are held out.
         calibrates: the recipe reads calibration windows.
-        measure: windows to hold out and measure on; 0 for none. Where the model writes its own calibration text,
-            they come from the default text of its task.
+        measure: windows to hold out and measure on, of each domain for a mixture; 0 for none. Where the model
+            writes its own calibration text, they come from the default text of its task.
         device: where a model that writes its own text runs.
         progress: where progress is reported.
 
@@ -75,13 +78,13 @@ def token_windows(
     described: dict[str, Any] = {"calibration": None, "held_out": None}
     calib: Tensor | None = None
     held_out: Windows | None = None
+    domains: dict[str, int] = {}
     if calibrates or measure:
         check_context_length(source.config, calibration.seqlen)
     if measure:
         task.metric()  # a pooling that is not supported is refused now, and not after the last block
     if measure or (calibrates and not self_generated):
         text = task.default_text if self_generated else calibration.source
-        name = task.default_text if self_generated else calibration.name
         windows = task.windows(text, source.tokenizer())
     if calibrates:
         if self_generated:
@@ -98,11 +101,10 @@ def token_windows(
     if measure:
         held_out = windows.held_out("eval", calibration.seqlen, measure)
         check_vocabulary(source.config, held_out)
-        entry = {"text": name, "split": "eval", "seqlen": calibration.seqlen}
-        count = count_windows(held_out, calibration.seqlen)
-        entry |= {"windows": count, "prefix": list(windows.prefix)}
-        described["held_out"] = {**entry, **windows.describe("eval", measure)}
-    return JobData(calib, held_out, described)
+        entry = describe_held_out(windows, text, "eval", calibration.seqlen, measure)
+        described["held_out"] = {**entry, "windows": count_windows(held_out, calibration.seqlen)}
+        domains = windows.domains("eval", calibration.seqlen, measure)
+    return JobData(calib, held_out, described, domains)
 
 
 def calibration_windows(

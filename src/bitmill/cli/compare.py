@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitmill.cli.complete import complete_calib, complete_methods
+from bitmill.cli.complete import complete_calib, complete_methods, complete_text
 from bitmill.cli.options import (
     AsJson,
     Device,
@@ -67,7 +67,23 @@ Calib = Annotated[
         help="Text: one part calibrates, another one measures.",
     ),
 ]
-Windows = Annotated[int, typer.Option(metavar="W", help="Held-out windows to measure on.")]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        autocompletion=complete_text,
+        help="Text to measure on, such as suite; the held-out part of the calibration text without it.",
+        show_default=False,
+    ),
+]
+Windows = Annotated[
+    int | None,
+    typer.Option(
+        metavar="W",
+        help="Held-out windows to measure on, of each domain for suite and mix (40, or 8 of each domain).",
+        show_default=False,
+    ),
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Prompts to answer, one per line; three built-in ones otherwise.",
@@ -88,7 +104,8 @@ def compare(
     samples: Samples = 128,
     seqlen: Seqlen = 512,
     seed: Seed = 0,
-    windows: Windows = 40,
+    text: Text = None,
+    windows: Windows = None,
     prompts: Prompts = None,
     max_new_tokens: MaxNewTokens = 48,
     propagate: Propagate = "quantized",
@@ -100,7 +117,7 @@ def compare(
 ) -> None:
     """Quantize a model with several methods, measure each under equal conditions, and write a page about it."""
     request: dict[str, Any] = {
-        "windows": windows, "max_new_tokens": max_new_tokens, "propagate": propagate,
+        "text": text, "windows": windows, "max_new_tokens": max_new_tokens, "propagate": propagate,
         "head_bits": parse_head_bits(head_bits),
         "device": device, "keep_models": keep_models, "trust_remote_code": trust_remote_code,
         "recipes": [path for given in recipes or [] for path in split_list(given)],

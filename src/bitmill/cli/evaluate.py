@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.complete import complete_text
 from bitmill.cli.options import (
     AnyModel,
     AsJson,
@@ -25,9 +26,23 @@ from bitmill.report.text import format_mb, format_number, metric_rows
 
 SPLITS = ("eval", "choose", "calib", "all")
 
-Text = Annotated[str, typer.Option(metavar="SOURCE", help="pydoc, a .txt or .jsonl file, or hf:dataset.")]
+Text = Annotated[
+    str,
+    typer.Option(
+        metavar="SOURCE",
+        help="pydoc, suite for five domains and their mean, a .txt or .jsonl file, or hf:dataset.",
+        autocompletion=complete_text,
+    ),
+]
 Split = Annotated[str, typer.Option(help="Part of the text: eval, calib, all, or choose (of domains).")]
-Windows = Annotated[int, typer.Option(metavar="W", help="Number of windows; 0 for all of the text.")]
+Windows = Annotated[
+    int | None,
+    typer.Option(
+        metavar="W",
+        help="Number of windows, of each domain for suite (40, or 8 of each domain); 0 for all of the text.",
+        show_default=False,
+    ),
+]
 Reference = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Float model to compare with.", show_default=False)
 ]
@@ -41,7 +56,7 @@ def evaluate(
     text: Text = "pydoc",
     split: Split = "eval",
     seqlen: Seqlen = 512,
-    windows: Windows = 40,
+    windows: Windows = None,
     reference: Reference = None,
     kv: Kv = None,
     kv_bits: KvBits = None,
@@ -72,7 +87,7 @@ def evaluate(
             text=text,
             split=split,  # type: ignore[arg-type]
             seqlen=seqlen,
-            windows=windows or None,
+            windows=windows,
             reference=reference,
             device=device,
             progress=output.progress,

@@ -74,7 +74,7 @@ def verify(
                 text=recorded["text"],
                 split=recorded["split"],
                 seqlen=recorded["seqlen"],
-                windows=recorded["windows"],
+                windows=recorded.get("windows_per_domain") or recorded["windows"],
                 device=device,
                 progress=output.progress,
                 trust_remote_code=trust_remote_code,

@@ -134,7 +134,12 @@ Calib = Annotated[
     ),
 ]
 Measure = Annotated[
-    int, typer.Option(metavar="W", help="Held-out windows to measure on while quantizing; 0 for none.")
+    int | None,
+    typer.Option(
+        metavar="W",
+        help="Held-out windows to measure on while quantizing (4, or 1 of each domain); 0 for none.",
+        show_default=False,
+    ),
 ]
 Estimate = Annotated[
     bool,
@@ -166,7 +171,7 @@ def quantize(
     samples: Samples = 128,
     seqlen: Seqlen = 512,
     seed: Seed = 0,
-    measure: Measure = 4,
+    measure: Measure = None,
     head_bits: HeadBits = None,
     kv: Kv = None,
     kv_bits: KvBits = None,

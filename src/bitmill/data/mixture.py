@@ -16,6 +16,11 @@ def is_domain(source: object) -> bool:
     return isinstance(source, str) and (source in MIXTURES or source in DOMAINS.names())
 
 
+def is_mixture(source: object) -> bool:
+    """Return True for the name of a mixture, of whose domains as many windows each are measured on."""
+    return isinstance(source, str) and source in MIXTURES
+
+
 def shares(name: str, part: str) -> dict[str, int]:
     """Return the shares of the windows by domain.
 

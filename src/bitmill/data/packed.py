@@ -45,6 +45,7 @@ class DocumentWindows(PrefixedWindows):
         super().__init__(tokenizer)
         self._source, self._tokenizer = source, tokenizer
         self.separator = self.prefix or _end_of_document(tokenizer)
+        self._chosen: dict[tuple[str, int, int | None], dict[str, Tensor]] = {}  # held-out windows by domain
 
     def calibration(self, samples: int, seqlen: int, seed: int) -> Tensor:
         """Return windows that start at random places of the part "calib", in random order.
@@ -71,34 +72,46 @@ class DocumentWindows(PrefixedWindows):
     def held_out(self, split: str, seqlen: int, windows: int | None) -> Tensor:
         """Return windows without overlap, domain after domain.
 
+        Args:
+            split: part of the documents.
+            seqlen: tokens of a window.
+            windows: at most this many of each domain; all without it.
+
         Returns:
             (w, seqlen) token ids.
 
         Raises:
             CalibrationError: A domain is shorter than one window.
         """
-        text.check_windows(1 if windows is None else windows, seqlen)
-        length = self.text_tokens(seqlen)
-        weights = shares(self._source, split)
-        if windows is None:
-            streams = [self._packed(domain, split) for domain in weights]
-            return self.prefixed(torch.cat([text.evaluation_windows(ids, length) for ids in streams]))
-        counts = {domain: count for domain, count in apportion(windows, weights).items() if count}
-        chosen = [
-            text.evaluation_windows(self._packed(domain, split, count * length), length, count)
-            for domain, count in counts.items()
-        ]
-        return self.prefixed(torch.cat(chosen))
+        return self.prefixed(torch.cat(list(self._held_out(split, seqlen, windows).values())))
 
-    def describe(self, part: str, windows: int) -> dict[str, Any]:
-        """Return the part, the windows by domain and the separator of the documents.
+    def domains(self, split: str, seqlen: int, windows: int | None) -> dict[str, int]:
+        """Return the number of windows of each domain in `held_out`, in its order; nothing for a single domain."""
+        counts = {domain: len(ids) for domain, ids in self._held_out(split, seqlen, windows).items()}
+        return counts if len(counts) > 1 else {}
+
+    def _held_out(self, split: str, seqlen: int, windows: int | None) -> dict[str, Tensor]:
+        """Return the windows of every domain, without the prefix."""
+        key = (split, seqlen, windows)
+        if key not in self._chosen:
+            text.check_windows(1 if windows is None else windows, seqlen)
+            length = self.text_tokens(seqlen)
+            tokens = None if windows is None else windows * length
+            self._chosen[key] = {
+                domain: text.evaluation_windows(self._packed(domain, split, tokens), length, windows)
+                for domain in shares(self._source, split)
+            }
+        return self._chosen[key]
+
+    def describe(self, part: str, windows: int | None = None) -> dict[str, Any]:
+        """Return the part, the separator of the documents and, of calibration windows, their number by domain.
 
         Args:
             part: part of the documents.
-            windows: number of windows.
+            windows: number of calibration windows.
         """
-        counts = apportion(windows, shares(self._source, part))
-        return {"part": part, "domains": counts, "separator": list(self.separator)}
+        cut: dict[str, Any] = {"part": part, "separator": list(self.separator)}
+        return cut if windows is None else {**cut, "domains": apportion(windows, shares(self._source, part))}
 
     def _packed(self, domain: str, part: str, tokens: int | None = None) -> Tensor:
         """Return the packed documents (n,) of one part, or as many as give this number of tokens."""

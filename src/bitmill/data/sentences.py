@@ -67,10 +67,10 @@ class SentenceWindows:
             CalibrationError: There are too few sentences.
         """
         text.check_windows(1 if windows is None else windows, seqlen)
-        calibration = _sentences(part for part, _ in self._parts("calib", None)) if split == "eval" else set()
+        calibration = _sentences(part for part, _ in self._parts("calib")) if split == "eval" else set()
         chosen: list[Tensor] = []
-        for part, count in self._parts(split, windows):
-            chosen += self._tokens([s for s in _sentences([part]) if s not in calibration], count, seqlen)
+        for part, _ in self._parts(split):
+            chosen += self._tokens([s for s in _sentences([part]) if s not in calibration], windows, seqlen)
         if len(chosen) < MIN_SENTENCES:
             raise CalibrationError(
                 f"The evaluation text gives {len(chosen)} of at least {MIN_SENTENCES} sentences of {MIN_WORDS} "
@@ -78,8 +78,8 @@ class SentenceWindows:
             )
         return sorted(chosen, key=len)
 
-    def _parts(self, part: str, windows: int | None) -> list[tuple[str, int | None]]:
-        """Return texts and the number of windows from each: one by domain, or one part of the whole text."""
+    def _parts(self, part: str, windows: int | None = None) -> list[tuple[str, int | None]]:
+        """Return texts and how many of the windows are from each: one by domain, or one part of the whole text."""
         if not is_domain(self._source):
             return [(text.split_stream(self._whole, part), windows)]
         weights = shares(str(self._source), part)
@@ -100,16 +100,21 @@ class SentenceWindows:
             chosen.append(torch.tensor(ids, dtype=torch.int64))
         return chosen
 
-    def describe(self, part: str, windows: int) -> dict[str, Any]:
-        """Return the part and the windows by domain; nothing where the text is no domain.
+    def domains(self, split: str, seqlen: int, windows: int | None) -> dict[str, int]:
+        """Return nothing: sentences are sorted by length, and neighbours are of any domain."""
+        return {}
+
+    def describe(self, part: str, windows: int | None = None) -> dict[str, Any]:
+        """Return the part and the calibration windows by domain; nothing where the text is no domain.
 
         Args:
             part: part of the documents.
-            windows: number of windows.
+            windows: number of calibration windows.
         """
         if not is_domain(self._source):
             return {}
-        return {"part": part, "domains": apportion(windows, shares(str(self._source), part))}
+        counts = {} if windows is None else {"domains": apportion(windows, shares(str(self._source), part))}
+        return {"part": part, **counts}
 
 
 def _sentences(parts: Iterable[str]) -> dict[str, None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from bitmill.config.arguments import check_seed
 from bitmill.config.texts import default_calibration
 from bitmill.data import text
+from bitmill.data.mixture import is_mixture
 from bitmill.data.text import TextSource, Windows
 from bitmill.errors import CalibrationError, quoted
 from bitmill.evaluation.context import context_length
@@ -128,21 +129,45 @@ class TextWindows(Protocol):
         Args:
             split: part of the text, see `split_stream`.
             seqlen: most tokens of a window.
-            windows: at most windows x seqlen tokens in all; the whole part without it.
+            windows: at most windows x seqlen tokens in all, or of each domain of a mixture; the whole part
+                without it.
 
         Raises:
             CalibrationError: The text is too short.
         """
         ...
 
-    def describe(self, part: str, windows: int) -> dict[str, Any]:
+    def domains(self, split: str, seqlen: int, windows: int | None) -> dict[str, int]:
+        """Return the number of windows of each domain in `held_out`, in its order.
+
+        Nothing where the text is one domain, one stream, or where windows of several domains are mixed.
+        """
+        ...
+
+    def describe(self, part: str, windows: int | None = None) -> dict[str, Any]:
         """Return how windows were cut from documents, for reports; nothing where the text is one stream.
 
         Args:
             part: part of the documents.
-            windows: number of windows.
+            windows: number of calibration windows, whose numbers by domain are returned too.
         """
         ...
+
+
+def describe_held_out(
+    reading: TextWindows, source: TextSource, split: str, seqlen: int, windows: int | None
+) -> dict[str, Any]:
+    """Return how held-out windows were cut, for reports; for a mixture with `windows_per_domain`.
+
+    Args:
+        reading: the windows of the text.
+        source: the text.
+        split: part of the text.
+        seqlen: tokens of a window.
+        windows: number of windows, of each domain for a mixture; None for all.
+    """
+    entry = {"text": source_name(source), "split": split, "seqlen": seqlen, "prefix": list(reading.prefix)}
+    return entry | reading.describe(split) | ({"windows_per_domain": windows} if is_mixture(source) else {})
 
 
 def count_windows(held_out: Windows, seqlen: int) -> int:
@@ -200,7 +225,11 @@ class StreamWindows(PrefixedWindows):
         part = text.split_stream(self._ids, split)
         return self.prefixed(text.evaluation_windows(part, self.text_tokens(seqlen), windows))
 
-    def describe(self, part: str, windows: int) -> dict[str, Any]:
+    def domains(self, split: str, seqlen: int, windows: int | None) -> dict[str, int]:
+        """Return nothing: the text is one stream."""
+        return {}
+
+    def describe(self, part: str, windows: int | None = None) -> dict[str, Any]:
         """Return nothing: the text is one stream."""
         return {}
 

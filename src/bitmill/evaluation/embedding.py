@@ -10,6 +10,7 @@ all embeddings have one direction, a cosine near 1 means little.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,8 +74,11 @@ class EmbeddingMetrics:
             )
         self.reference.append(embed(reference, self.pooling).cpu())
 
-    def result(self) -> dict[str, Any]:
+    def result(self, domains: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Return the measures as plain data.
+
+        Args:
+            domains: not used: sentences of all domains are neighbours.
 
         Raises:
             NumericsError: An embedding is not finite.

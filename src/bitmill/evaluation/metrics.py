@@ -1,15 +1,21 @@
 """Perplexity, KL divergence and top-1 agreement over windows of tokens.
 
-perplexity      exp of the mean next-token loss; every window predicts its tokens 2..n from those before them
-kl_divergence   mean over all positions of KL(reference || model), in nats per token
-top1_agreement  share of positions where the most likely tokens of both models are equal
+perplexity        exp of the mean next-token loss; every window predicts its tokens 2..n from those before them
+perplexity_ratio  perplexity over that of the reference
+kl_divergence     mean over all positions of KL(reference || model), in nats per token
+kl_interval       ends of its 95 % bootstrap interval, see `bitmill.evaluation.intervals`
+kl_p99, kl_p999   99 % and 99.9 % quantiles of the divergence over the positions
+top1_agreement    share of positions where the most likely tokens of both models are equal
+
+Over several domains each figure is the mean of those of the domains, the geometric mean for perplexities and their
+ratio, whatever the number of their windows; `domains` has the figures of each.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import CalibrationError, NumericsError, UsageError
+from bitmill.evaluation.figures import WindowSums, domain_figures, text_figures
 from bitmill.evaluation.logits import Output, OutputFn, slices
 from bitmill.progress import Progress
 
@@ -36,23 +43,20 @@ class Metric(Protocol):
         """
         ...
 
-    def result(self) -> dict[str, Any]:
-        """Return the measures over all batches as plain data."""
+    def result(self, domains: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Return the measures over all batches as plain data.
+
+        Args:
+            domains: domain -> number of its windows, in the order in which they were added.
+        """
         ...
 
 
 @dataclass
 class LanguageModelMetrics:
-    """Sums over windows; call `add` for every batch, then `result`."""
+    """Sums of every window; call `add` for every batch, then `result`."""
 
-    loss: float = 0.0
-    reference_loss: float = 0.0
-    predicted: int = 0
-    divergence: float = 0.0
-    agreed: int = 0
-    positions: int = 0
-    tokens: int = 0
-    compared: bool = field(default=False)
+    windows: list[WindowSums] = field(default_factory=list)
 
     def add(self, tokens: Tensor, output: Output, reference: Output | None = None) -> None:
         """Add a batch.
@@ -65,15 +69,20 @@ class LanguageModelMetrics:
         Raises:
             UsageError: The vocabularies of both models differ.
         """
-        self.tokens += tokens.numel()
         for window, row in enumerate(tokens):
+            self.windows.append(WindowSums(len(row)))
             for positions in slices(len(row)):
                 following = row[positions.start + 1 : positions.stop + 1]
                 expected = None if reference is None else reference[window, positions]
                 self._add_positions(following, output[window, positions], expected)
 
+    @property
+    def predicted(self) -> int:
+        """The number of tokens that were predicted."""
+        return sum(window.predicted for window in self.windows)
+
     def _add_positions(self, following: Tensor, logits: Tensor, expected: Tensor | None) -> None:
-        """Add consecutive positions of a window.
+        """Add consecutive positions of the last window.
 
         Args:
             following: (n,) the tokens that follow them, or (n - 1,) at the end of the window.
@@ -86,24 +95,27 @@ class LanguageModelMetrics:
                 f"{logits.shape[-1]}, so they cannot be compared; give the float model it was made from."
             )
         following = following.to(logits.device)
-        self.predicted += following.numel()
+        window = self.windows[-1]
+        window.predicted += following.numel()
         for start in range(0, len(logits), _ROWS):
             rows = slice(start, start + _ROWS)
             log_p = torch.log_softmax(logits[rows].float(), -1)
-            self.loss += _loss(log_p, following[rows])
+            window.loss += _loss(log_p, following[rows])
             if expected is None:
                 continue
             log_q = torch.log_softmax(expected[rows].to(log_p.device).float(), -1)
-            self.compared = True
-            self.reference_loss += _loss(log_q, following[rows])
+            window.reference_loss += _loss(log_q, following[rows])
             q = log_q.exp()  # q = 0 contributes 0, and not 0 * infinity
             divergence = (q * (log_q - log_p)).masked_fill_(q == 0, 0.0)
-            self.divergence += float(divergence.sum(dtype=torch.float64))
-            self.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            self.positions += log_p.shape[0]
+            window.divergences.append(divergence.sum(-1, dtype=torch.float64).cpu())
+            window.agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
 
-    def result(self) -> dict[str, float | int]:
-        """Return the measures as plain numbers.
+    def result(self, domains: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Return the measures as plain data.
+
+        Args:
+            domains: domain -> number of its windows, in the order in which they were added. The figures of each
+                are in `domains` then, and all others are means over the domains.
 
         Raises:
             NumericsError: The loss of the model is not finite.
@@ -113,28 +125,15 @@ class LanguageModelMetrics:
             raise CalibrationError(
                 "No token was predicted, so there is no perplexity; give windows of at least 2 tokens."
             )
-        if not math.isfinite(self.loss):
+        if not all(math.isfinite(window.loss) for window in self.windows):
             raise NumericsError("The loss is NaN or infinite, so the model has no perplexity; quantize it again.")
-        result: dict[str, float | int] = {
-            "perplexity": _exp(self.loss / self.predicted),
-            "tokens": self.tokens,
-        }
-        if self.compared:
-            result["kl_divergence"] = self.divergence / self.positions
-            result["top1_agreement"] = self.agreed / self.positions
-            result["reference_perplexity"] = _exp(self.reference_loss / self.predicted)
-        return result
+        return domain_figures(self.windows, domains) if domains else text_figures(self.windows)
 
 
 def _loss(log_p: Tensor, following: Tensor) -> float:
     """Return the summed next-token loss of log-probabilities (n, vocabulary) for the tokens that follow."""
     picked = log_p[: following.numel()].gather(1, following[:, None])
     return -float(picked.sum(dtype=torch.float64))
-
-
-def _exp(mean_loss: float) -> float:
-    """Return the perplexity of a mean loss, finite also where exp overflows."""
-    return math.exp(min(mean_loss, 700.0))
 
 
 @torch.no_grad()
@@ -145,6 +144,7 @@ def score_windows(
     progress: Progress | None = None,
     batch: int = 4,
     metric: Metric | None = None,
+    domains: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on windows of tokens.
 
@@ -155,6 +155,7 @@ def score_windows(
         progress: where progress is reported.
         batch: windows that run at a time.
         metric: an empty metric; perplexity without it.
+        domains: domain -> number of its windows, in their order, to be measured apart.
 
     Returns:
         The result of the metric.
@@ -166,7 +167,7 @@ def score_windows(
         metric.add(tokens, model(tokens), reference(tokens) if reference else None)
         progress.advance(tokens.shape[0])
     progress.finish()
-    return metric.result()
+    return metric.result(domains)
 
 
 def batches(windows: Tensor | list[Tensor], batch: int) -> Iterator[Tensor]:

@@ -61,7 +61,11 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any
                 assert job.calibration is not None
                 compare = job.propagate == "float" or compares_with_float(job)
                 streams = Streams(job.streamed, job.calibration, compare)
-            metrics = None if job.held_out is None else HeldOutMetrics(job.streamed, job.held_out, job.recorder)
+            metrics = (
+                None
+                if job.held_out is None
+                else HeldOutMetrics(job.streamed, job.held_out, job.recorder, job.data.domains)
+            )
             if embeddings:
                 _embed_again(job, embeddings, streams, metrics)
         _quantize_blocks(job, sink, BlockInputs(streams, store, fisher, shared), metrics, progress)

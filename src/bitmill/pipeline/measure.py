@@ -30,7 +30,11 @@ class HeldOutMetrics:
     """
 
     def __init__(
-        self, streamed: StreamedModel, windows: Windows, recorder: ReferenceRecorder | None = None
+        self,
+        streamed: StreamedModel,
+        windows: Windows,
+        recorder: ReferenceRecorder | None = None,
+        domains: dict[str, int] | None = None,
     ) -> None:
         """Embed the windows; needs the weights of the side "embedding" in memory.
 
@@ -38,7 +42,9 @@ class HeldOutMetrics:
             streamed: the float model.
             windows: held-out windows.
             recorder: receives the float model's predictions.
+            domains: domain -> number of its windows, in their order.
         """
+        self.domains = domains
         self.streamed, self.windows, self.recorder = streamed, windows, recorder
         self.metric = streamed.task.metric()
         self.quantized = HiddenStates(streamed, [window[None] for window in windows])
@@ -69,4 +75,4 @@ class HeldOutMetrics:
                 self.recorder.add(window, pieces(expected, 0, len(window)))
             progress.advance()
         progress.finish()
-        return self.metric.result()
+        return self.metric.result(self.domains)

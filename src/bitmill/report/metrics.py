@@ -27,6 +27,8 @@ class MetricColumn:
         against: key of the float model's value.
         digits: significant digits on pages.
         share: the value is a share, displayed as a percentage.
+        interval: key of the two ends of its interval, which follow the value.
+        optional: the column is left out where no measurement has the value.
     """
 
     key: str
@@ -37,6 +39,8 @@ class MetricColumn:
     against: str = ""
     digits: int = 4
     share: bool = False
+    interval: str = ""
+    optional: bool = False
 
     @property
     def title(self) -> str:
@@ -53,11 +57,27 @@ class MetricColumn:
         value = measurement.get(self.key)
         return formatting.percent(value) if self.share else formatting.number(value, self.digits)
 
+    def display_interval(self, measurement: Measurement) -> str:
+        """Format the interval of the value for a page; empty where there is none."""
+        ends = measurement.get(self.interval) if self.interval else None
+        return " to ".join(formatting.number(end, self.digits) for end in ends) if ends else ""
+
 
 LANGUAGE_METRICS = (
     MetricColumn("perplexity", "perplexity", note="of the quantized model", against="reference_perplexity"),
     MetricColumn("reference_perplexity", "float"),
-    MetricColumn("kl_divergence", "KL divergence", "KL, nats", "nats", note="nats per token from float", digits=3),
+    MetricColumn("perplexity_ratio", "ratio to float", "ratio", optional=True),
+    MetricColumn(
+        "kl_divergence",
+        "KL divergence",
+        "KL, nats",
+        "nats",
+        "nats per token from float",
+        digits=3,
+        interval="kl_interval",
+    ),
+    MetricColumn("kl_p99", "KL of 99 % of tokens below", "KL 99 %", "nats", digits=3, optional=True),
+    MetricColumn("kl_p999", "KL of 99.9 % of tokens below", "KL 99.9 %", "nats", digits=3, optional=True),
     MetricColumn("top1_agreement", "top-1 agreement", "top-1", note="most likely token is float's", share=True),
 )
 EMBEDDING_METRICS = (
@@ -72,8 +92,22 @@ REFERENCE_FREE = ("perplexity", "pair_cosine")  # keys of metrics that need no r
 
 def metric_columns(measured: Iterable[Measurement]) -> tuple[MetricColumn, ...]:
     """Return the columns for these measurements: those of encoders if one of them has `pair_cosine`."""
+    measured = list(measured)
     is_embedding = any(m.get("pair_cosine") is not None for m in measured)
-    return EMBEDDING_METRICS if is_embedding else LANGUAGE_METRICS
+    columns = EMBEDDING_METRICS if is_embedding else LANGUAGE_METRICS
+    return tuple(c for c in columns if not c.optional or any(m.get(c.key) is not None for m in measured))
+
+
+def domains_of(measurement: Measurement) -> dict[str, Measurement]:
+    """Return the figures of each domain of a measurement; empty where it has none."""
+    found = measurement.get("domains")
+    return found if isinstance(found, dict) and all(isinstance(of, dict) for of in found.values()) else {}
+
+
+def latest_with_domains(measured: Iterable[Measurement]) -> Measurement | None:
+    """Return the last measurement that has domains, through an ordinary cache if there is one."""
+    found = sorted((m for m in measured if domains_of(m)), key=lambda m: m.get("kv_method") is None)
+    return found[-1] if found else None
 
 
 def primary_metric(measurement: Measurement) -> str | None:

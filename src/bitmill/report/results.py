@@ -43,6 +43,21 @@ class Layer(_StrictModel):
     output_error: float | None
 
 
+class DomainFigures(_StrictModel):
+    """Figures on the windows of one domain; those against the float model only of variants."""
+
+    windows: int
+    tokens: int
+    perplexity: float
+    reference_perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    kl_divergence: float | None = None
+    kl_interval: list[float] | None = None
+    kl_p99: float | None = None
+    kl_p999: float | None = None
+    top1_agreement: float | None = None
+
+
 class FloatModel(_StrictModel):
     """The float model, with which every variant is compared."""
 
@@ -51,6 +66,7 @@ class FloatModel(_StrictModel):
     perplexity: float
     tokens: int
     samples: list[Sample]
+    domains: dict[str, DomainFigures] = {}
 
 
 class Variant(_StrictModel):
@@ -65,9 +81,14 @@ class Variant(_StrictModel):
     bits_per_weight: float | None = None
     size_bytes: int | None = None
     perplexity: float | None = None
+    perplexity_ratio: float | None = None
     kl_divergence: float | None = None
+    kl_interval: list[float] | None = None
+    kl_p99: float | None = None
+    kl_p999: float | None = None
     top1_agreement: float | None = None
     tokens: int | None = None
+    domains: dict[str, DomainFigures] = {}
     quantize_time_s: float | None = None
     peak_memory_bytes: int | None = None
     layers: list[Layer] = []
@@ -75,7 +96,11 @@ class Variant(_StrictModel):
 
 
 class TextWindows(_StrictModel):
-    """Token windows: their source, the special tokens with which each starts, and their digest."""
+    """Token windows: their source, the special tokens with which each starts, and their digest.
+
+    part, separator, domains: of a text with documents: their part, the tokens between them, and the windows of
+        each domain.
+    """
 
     source: str
     windows: int
@@ -83,6 +108,9 @@ class TextWindows(_StrictModel):
     prefix: list[int] = []
     seed: int | None = None
     sha256: str
+    part: str | None = None
+    separator: list[int] = []
+    domains: dict[str, int] = {}
 
 
 class Settings(_StrictModel):

@@ -14,12 +14,14 @@ from torch import nn
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.config.paths import user_path
+from bitmill.data.mixture import is_mixture
 from bitmill.data.text import TextSource, Windows
 from bitmill.data.windows import (
     CalibrationData,
     check_context_length,
     check_vocabulary,
     count_windows,
+    describe_held_out,
     source_name,
 )
 from bitmill.errors import UsageError
@@ -40,6 +42,7 @@ from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
 
 Split = Literal["eval", "choose", "calib", "all"]
+WINDOWS, WINDOWS_PER_DOMAIN = 40, 8  # to measure on where no number is given
 _TOKENS = 1024  # tokens that pass a packed cache together
 
 
@@ -51,7 +54,7 @@ def evaluate(
     text: TextSource = "pydoc",
     split: Split = "eval",
     seqlen: int = 512,
-    windows: int | None = 40,
+    windows: int | None = None,
     reference: str | Path | nn.Module | None = None,
     kv: str | None = None,
     kv_bits: int | None = None,
@@ -69,10 +72,13 @@ def evaluate(
 
     Args:
         model: a live module, a folder, the name of a demo model, a hub id, or a .gguf file.
-        text: a name that `bitmill texts` lists, pydoc, a .txt or .jsonl file, hf:dataset, or a list of texts.
+        text: "suite" for five domains and their mean, a name that `bitmill texts` lists, pydoc, a .txt or .jsonl
+            file, hf:dataset, or a list of texts.
         split: the text's last fifth ("eval"), its first four fifths ("calib"), or all of it. The documents of a
             domain are divided into "calib", "choose" and "eval".
-        seqlen, windows: tokens of a window and number of windows; None takes all windows.
+        seqlen: tokens of a window.
+        windows: number of windows, of each domain for suite and mix; 40, or 8 of each domain, without it, and all
+            for 0.
         reference: the model to compare with, through an ordinary cache.
         kv, kv_bits, kv_options: a KV method, to measure through the packed cache. Options default to those of the
             folder's calibration. Without a calibration there, the method is calibrated on `kv_samples` windows of
@@ -80,10 +86,14 @@ def evaluate(
 
     Returns:
         perplexity, tokens, bits_per_weight, size_bytes, time_s and peak_memory_bytes, for an encoder
-        pair_cosine. With a reference kl_divergence (nats per token), top1_agreement and reference_perplexity,
-        for an encoder cosine_similarity and neighbour_agreement. With a KV method `kv_*`, see docs/kv.md.
+        pair_cosine. With a reference kl_divergence (nats per token), kl_interval, kl_p99, kl_p999, top1_agreement,
+        reference_perplexity and perplexity_ratio, for an encoder cosine_similarity and neighbour_agreement. For
+        suite and mix these are means, and `domains` has the figures of each domain. With a KV method `kv_*`, see
+        docs/kv.md.
     """
     text = CalibrationData(text).source
+    if windows is None:
+        windows = WINDOWS_PER_DOMAIN if is_mixture(text) else WINDOWS
     started = time.perf_counter()
     kv_config = parse_kv_config(None if kv == FLOAT else kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     if tokenizer is None:
@@ -95,7 +105,7 @@ def evaluate(
         bits, size = stored_bits(model, trust_remote_code)
         scoring = _Scoring(_task(model, trust_remote_code), text, split, seqlen, tokenizer, shown)
         load_live = partial(live_model, device=device, trust_remote_code=trust_remote_code)
-        scored = scoring.score(model, reference, load_live, windows, kv_config)
+        scored = scoring.score(model, reference, load_live, windows or None, kv_config)
     return {
         **scored,
         "bits_per_weight": bits,
@@ -118,7 +128,7 @@ class _Scoring:
         progress: Progress,
     ) -> None:
         self.task, self.split, self.seqlen, self.progress = task, split, seqlen, progress
-        self.text = source_name(text)
+        self.source, self.text = text, source_name(text)
         self.metric = task.metric()  # a pooling that is not supported is refused before text is read
         self.windows = task.windows(text, tokenizer)
 
@@ -137,7 +147,7 @@ class _Scoring:
             model: the model.
             reference: the model to compare with.
             load_live: loads either of them.
-            windows: number of windows; None for all.
+            windows: number of windows, of each domain for a mixture; None for all.
             kv: the packed cache that the model is scored through; None for an ordinary one.
 
         Returns:
@@ -145,6 +155,7 @@ class _Scoring:
         """
         chosen = self.windows.held_out(self.split, self.seqlen, windows)
         trim_malloc()  # reading a tokenizer of 262,144 words leaves 0.3 GB of free pages
+        domains = self.windows.domains(self.split, self.seqlen, windows)
         batch = self.task.batch_size if kv is None else max(1, _TOKENS // self.seqlen)
         with eval_mode(_module(model)), eval_mode(_module(reference)):
             other = None if reference is None else load_live(reference)
@@ -155,20 +166,17 @@ class _Scoring:
             self._check_windows(live, chosen)
             if kv is None:
                 run = deferred_output_fn(live)
-                figures = score_windows(run, chosen, against, self.progress, batch, self.metric)
+                figures = score_windows(run, chosen, against, self.progress, batch, self.metric, domains)
             else:
                 packed = kv_workflow.PackedCacheEvaluator(
                     live, kv, self.windows, self.text, self.split, self.progress
                 )
-                figures = score_windows(packed, chosen, against, self.progress, batch, self.metric)
+                figures = score_windows(packed, chosen, against, self.progress, batch, self.metric, domains)
                 figures |= packed.measurements()
         return {
             **figures,
-            "text": self.text,
-            "split": self.split,
-            "seqlen": self.seqlen,
+            **describe_held_out(self.windows, self.source, self.split, self.seqlen, windows),
             "windows": count_windows(chosen, self.seqlen),
-            "prefix": list(self.windows.prefix),
         }
 
     def _run_reference(

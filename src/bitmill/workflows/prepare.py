@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import JobData, token_windows
+from bitmill.config.texts import default_calibration
+from bitmill.data.mixture import is_mixture
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import SourceError, UsageError
 from bitmill.kv.config import KVConfig
@@ -28,6 +30,16 @@ from bitmill.sources.open import open_source
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.checks import check_device, choose_recipe, job_identity
 from bitmill.workflows.sizes import storage_plan
+
+WINDOWS, WINDOWS_PER_DOMAIN = 4, 1  # to measure on where no number is given
+
+
+def windows_to_measure(measure: int | None, calibration: CalibrationData | Tensor | None) -> int:
+    """Return the number of held-out windows, of each domain for a mixture; a default where none is given."""
+    if measure is not None:
+        return measure
+    source = default_calibration() if calibration is None else getattr(calibration, "source", None)
+    return WINDOWS_PER_DOMAIN if is_mixture(source) else WINDOWS
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,14 @@ from bitmill.workflows.checks import check_space
 from bitmill.workflows.estimate.announce import announced
 from bitmill.workflows.job_report import job_report
 from bitmill.workflows.load import read_folder
-from bitmill.workflows.prepare import PreparedJob, QuantizeRequest, RecipeChanges, prepare_job, read_data
+from bitmill.workflows.prepare import (
+    PreparedJob,
+    QuantizeRequest,
+    RecipeChanges,
+    prepare_job,
+    read_data,
+    windows_to_measure,
+)
 from bitmill.workflows.running import check_memory, measure_running
 from bitmill.workflows.sizes import report_plan
 
@@ -87,7 +94,7 @@ def quantize(
     *,
     out: str | Path | None = None,
     calib: CalibrationData | Tensor | str | Path | list[str] | None = None,
-    measure: int = 4,
+    measure: int | None = None,
     device: str = "cpu",
     resume: bool = False,
     overwrite: bool = False,
@@ -119,7 +126,8 @@ def quantize(
         resume: continue an interrupted run.
         overwrite: replace a folder that bitmill wrote, once the new one is complete.
         dry_run: compute sizes and bits, and write nothing.
-        measure: number of held-out windows of the text to measure on while quantizing; 0 measures nothing.
+        measure: number of held-out windows to measure on while quantizing, of each domain for suite and mix; 4, or
+            1 of each domain, without it; 0 measures nothing.
         propagate: input of later blocks during calibration, of the quantized blocks or of the float model.
         statistics: with propagate="float", a folder that keeps the statistics for further recipes.
         head_bits: bits of embedding and output head, 8, 6 or 4, or "float"; 8 by default, see docs/cli.md.
@@ -134,10 +142,11 @@ def quantize(
         BitmillError: anything wrong with model, method, text or disk, in one sentence.
     """
     kv_config = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    calibration = as_calibration(calib)
     with displayed(progress) as shown:
         request = QuantizeRequest(
             model, None if out is None else user_path(out, SUFFIX_BYTES),
-            as_calibration(calib), measure, device, resume, overwrite, dry_run, propagate,
+            calibration, windows_to_measure(measure, calibration), device, resume, overwrite, dry_run, propagate,
             None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code, shown,
         )  # fmt: skip
         outcome = _quantize(request, method, RecipeChanges(options, head_bits, tuple(rules)))

@@ -12,7 +12,9 @@ from torch import Tensor
 from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.config.paths import user_path
 from bitmill.config.texts import MIX
-from bitmill.data.windows import CalibrationData, as_calibration
+from bitmill.data.mixture import is_mixture
+from bitmill.data.text import TextSource
+from bitmill.data.windows import CalibrationData, as_calibration, source_name
 from bitmill.errors import UsageError
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
@@ -20,10 +22,11 @@ from bitmill.recipes.compose import HeadBits
 from bitmill.report.results import Results
 from bitmill.workflows.comparison.grid import NEW_TOKENS, PROMPTS, Grid, Options, plan_variants
 from bitmill.workflows.comparison.run import run_grid
+from bitmill.workflows.evaluate import WINDOWS, WINDOWS_PER_DOMAIN
 
 
 @renamed_arguments(calibration="calib")
-@checked_arguments("calib", "progress", "head_bits")
+@checked_arguments("calib", "text", "progress", "head_bits")
 def compare(
     model: str | Path,
     methods: Sequence[str] = (),
@@ -33,7 +36,8 @@ def compare(
     recipes: Sequence[str | Path] = (),
     options: Options | None = None,
     calib: CalibrationData | str | Path | list[str] | None = None,
-    windows: int = 40,
+    text: TextSource | None = None,
+    windows: int | None = None,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = NEW_TOKENS,
     propagate: Propagate = "quantized",
@@ -51,7 +55,9 @@ def compare(
         out: folder; a comparison that it already holds in part is continued.
         recipes: recipe files, one variant each.
         options: of each method by name, such as {"gptq": {"damp": 0.05}}.
-        windows: held-out windows to measure on.
+        text: text to measure on, such as "suite"; the held-out part of the calibration text without it.
+        windows: held-out windows to measure on, of each domain for suite and mix; 40, or 8 of each domain, without
+            it.
         prompts: answered by every variant, greedily, in at most `max_new_tokens` tokens.
         propagate: inputs for calibrating later blocks: the outputs of the quantized blocks, or those of the float
             blocks, whose statistics are collected once for all variants.
@@ -65,11 +71,17 @@ def compare(
     given = as_calibration(calib)
     if isinstance(given, Tensor):
         raise UsageError("A comparison measures on text, so token windows cannot calibrate it; name a text.")
+    calibration = given or CalibrationData()
+    measured = None if text is None else CalibrationData(text).source
+    if windows is None:
+        mixture = is_mixture(calibration.source if measured is None else measured)
+        windows = WINDOWS_PER_DOMAIN if mixture else WINDOWS
     grid = Grid(
         str(model),
         plan_variants(methods, bits, recipes, options, head_bits),
-        given or CalibrationData(),
+        calibration,
         windows,
+        measured,
         tuple(prompts),
         max_new_tokens,
         propagate,
@@ -99,6 +111,7 @@ def _command(grid: Grid, selection: _Flags, rest: _Flags) -> list[str]:
         ("--samples", calibration.samples, None),
         ("--seqlen", calibration.seqlen, None),
         ("--seed", calibration.seed, 0),
+        ("--text", None if grid.text is None else source_name(grid.text), None),
         ("--windows", grid.windows, None),
         ("--max-new-tokens", grid.max_new_tokens, NEW_TOKENS),
         ("--propagate", grid.propagate, "quantized"),

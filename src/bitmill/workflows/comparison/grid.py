@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from bitmill.data.text import TextSource
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import RecipeError, UsageError, quoted
 from bitmill.pipeline.job import Propagate
@@ -56,8 +57,9 @@ class Grid:
     Attributes:
         model: name or path of the float model.
         variants: in the order of the results.
-        calibration: calibration text; its window length and held-out part are also used to measure.
-        windows: number of held-out windows to measure on.
+        calibration: calibration text; its window length and, without `text`, its held-out part serve to measure.
+        windows: number of held-out windows to measure on, of each domain for a mixture.
+        text: another text to measure on.
         prompts: answered greedily by every variant, in at most `max_new_tokens` tokens.
         propagate: inputs for calibrating later blocks; with "float" all variants share the statistics of one pass.
         command: an equivalent command line, for the record.
@@ -67,6 +69,7 @@ class Grid:
     variants: tuple[VariantSpec, ...]
     calibration: CalibrationData = field(default_factory=CalibrationData)
     windows: int = 40
+    text: TextSource | None = None
     prompts: tuple[str, ...] = PROMPTS
     max_new_tokens: int = NEW_TOKENS
     propagate: Propagate = "quantized"
@@ -86,6 +89,11 @@ class Grid:
             raise UsageError(f"Two variants are called {twice!r}; give their recipes different names.")
         if FLOAT in names:
             raise UsageError(f"A variant cannot be called {FLOAT!r}, which is the float model; rename its recipe.")
+
+    @property
+    def measured_text(self) -> TextSource:
+        """The text whose held-out part every variant is measured on."""
+        return self.calibration.source if self.text is None else self.text
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` is its inverse."""

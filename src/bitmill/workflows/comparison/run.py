@@ -26,7 +26,7 @@ from bitmill.checkpoint.journal import first_difference
 from bitmill.checkpoint.work_folder import LOCK, FolderLock
 from bitmill.config.documents import load_json, read_document
 from bitmill.data import text
-from bitmill.data.windows import check_context_length, check_vocabulary
+from bitmill.data.windows import check_context_length, check_vocabulary, source_name
 from bitmill.errors import BitmillError, CheckpointError, OutputError, UsageError
 from bitmill.files import make_folder, output_errors, write_json, write_text
 from bitmill.progress import Progress
@@ -100,23 +100,22 @@ def comparison_settings(grid: Grid) -> dict[str, Any]:
         )
     calibration, tokenizer = grid.calibration, source.tokenizer()
     check_context_length(source.config, calibration.seqlen)
-    windows = task.windows(calibration.source, tokenizer)
+    windows, measured = (task.windows(name, tokenizer) for name in (calibration.source, grid.measured_text))
     calib = windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
-    held_out = windows.held_out("eval", calibration.seqlen, grid.windows)
+    held_out = measured.held_out("eval", calibration.seqlen, grid.windows)
     for tokens in (calib, held_out):
         check_vocabulary(source.config, tokens)
-    window = {
-        "source": calibration.name,
-        "seqlen": calibration.seqlen,
-        "prefix": list(windows.prefix),
-    }
-    of_calib = {"windows": calibration.samples, "seed": calibration.seed, "sha256": text.windows_hash(calib)}
-    of_held_out = {"windows": len(held_out), "seed": None, "sha256": text.windows_hash(held_out)}
+    window = {"seqlen": calibration.seqlen, "prefix": list(windows.prefix)}
+    of_calib = {"source": calibration.name, "windows": calibration.samples, "seed": calibration.seed}
+    of_held_out = {"source": source_name(grid.measured_text), "windows": len(held_out), "seed": None}
+    cut = {"sha256": text.windows_hash(calib), **windows.describe("calib", calibration.samples)}
+    domains = measured.domains("eval", calibration.seqlen, grid.windows)
+    cut_held_out = {"sha256": text.windows_hash(held_out), **measured.describe("eval"), "domains": domains}
     return {
         "model": grid.model,
         "fingerprint": source.fingerprint(),
-        "calibration": {**window, **of_calib, **windows.describe("calib", calibration.samples)},
-        "evaluation": {**window, **of_held_out, **windows.describe("eval", len(held_out))},
+        "calibration": {**window, **of_calib, **cut},
+        "evaluation": {**window, **of_held_out, **cut_held_out},
         "prompts": list(grid.prompts),
         "chat": bool(getattr(tokenizer, "chat_template", None)),
         "max_new_tokens": grid.max_new_tokens,

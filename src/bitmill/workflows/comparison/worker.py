@@ -25,6 +25,7 @@ from bitmill.checkpoint.record import record_measurement
 from bitmill.checkpoint.work_folder import partial_folder, remove_leftovers
 from bitmill.config.documents import load_json
 from bitmill.data.text import windows_hash
+from bitmill.data.windows import TextWindows, describe_held_out, source_name
 from bitmill.errors import BitmillError, CheckpointError
 from bitmill.evaluation.generate import chat_prompt, encode, generate
 from bitmill.evaluation.metrics import score_windows
@@ -97,10 +98,10 @@ class _VariantJob:
     def measure_float(self) -> dict[str, Any]:
         """Measure the float model, and record its predictions for the variants."""
         bits, size = stored_bits(self.grid.model, self.grid.trust_remote_code)
-        windows, _, tokenizer = self._held_out(self.grid.model)
+        windows, reading, tokenizer = self._held_out(self.grid.model)
         model = load(self.grid.model, **self.load_options)
         recorder = PredictionRecorder(self.folder / FLOAT_FILE, deferred_output_fn(model), windows)
-        measured = score_windows(recorder, windows, None, self.progress, batch=1)
+        measured = score_windows(recorder, windows, None, self.progress, batch=1, domains=self._domains(reading))
         recorder.finish()
         samples = self._answers(model, tokenizer)
         return {"bits_per_weight": bits, "size_bytes": size, **measured, "samples": samples}
@@ -156,32 +157,38 @@ class _VariantJob:
 
     def _measure(self, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Measure a quantized folder against the recorded predictions; return the metrics and the answers."""
-        windows, prefix, tokenizer = self._held_out(out)
+        windows, reading, tokenizer = self._held_out(out)
         model = load(out, dense=True, **self.load_options)
         predictions = RecordedPredictions(self.folder / FLOAT_FILE, windows)
-        measured = score_windows(deferred_output_fn(model), windows, predictions, self.progress, batch=1)
+        measured = score_windows(
+            deferred_output_fn(model), windows, predictions, self.progress, 1, domains=self._domains(reading)
+        )
         reference_perplexity = measured.pop("reference_perplexity")
         samples = self._answers(model, tokenizer)
         if self.keep_models:
-            text = {"text": self.grid.calibration.name, "split": "eval", "seqlen": windows.shape[1]}
+            seqlen, text = self.grid.calibration.seqlen, self.grid.measured_text
+            cut = describe_held_out(reading, text, "eval", seqlen, self.grid.windows)
             reference = {"reference": self.grid.model, "reference_perplexity": reference_perplexity}
-            counts = {"windows": len(windows), "prefix": list(prefix)}
-            record_measurement(out, {**measured, **text, **counts, **reference})
+            record_measurement(out, {**measured, **cut, "windows": len(windows), **reference})
         return measured, samples
 
-    def _held_out(self, model: str | Path) -> tuple[Any, tuple[int, ...], Any]:
-        """Return the held-out windows, their prefix, and the tokenizer that made them."""
+    def _domains(self, reading: TextWindows) -> dict[str, int]:
+        """Return the number of held-out windows of each domain."""
+        return reading.domains("eval", self.grid.calibration.seqlen, self.grid.windows)
+
+    def _held_out(self, model: str | Path) -> tuple[Any, TextWindows, Any]:
+        """Return the held-out windows, how their text is read, and the tokenizer that made them."""
         self.progress.start("reading text and model", 0)
         tokenizer = load_tokenizer(model, trust_remote_code=self.grid.trust_remote_code)
-        text = self.grid.calibration
-        read = CausalLM().windows(text.source, tokenizer)
-        windows = read.held_out("eval", text.seqlen, self.grid.windows)
+        text = self.grid.measured_text
+        reading = CausalLM().windows(text, tokenizer)
+        windows = reading.held_out("eval", self.grid.calibration.seqlen, self.grid.windows)
         if windows_hash(windows) != self.windows_sha256:
             raise CheckpointError(
-                f"The tokenizer of {model} or the text {text.name!r} has changed since the comparison began, so "
-                "results would not be comparable; choose another folder with -o."
+                f"The tokenizer of {model} or the text {source_name(text)!r} has changed since the comparison "
+                "began, so results would not be comparable; choose another folder with -o."
             )
-        return windows, read.prefix, tokenizer
+        return windows, reading, tokenizer
 
     def _answers(self, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         """Return greedy answers to the prompts, as a chat where the tokenizer has a template."""

@@ -42,7 +42,14 @@ from bitmill.workflows.estimate.probe import (
     try_measuring,
 )
 from bitmill.workflows.estimate.running import repeated_model, running_cost
-from bitmill.workflows.prepare import PreparedJob, QuantizeRequest, RecipeChanges, prepare_job, read_data
+from bitmill.workflows.prepare import (
+    PreparedJob,
+    QuantizeRequest,
+    RecipeChanges,
+    prepare_job,
+    read_data,
+    windows_to_measure,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def estimate(
     method: str | Path | Recipe | Method | None = None,
     *,
     calib: CalibrationData | Tensor | str | Path | list[str] | None = None,
-    measure: int = 4,
+    measure: int | None = None,
     device: str = "cpu",
     propagate: Propagate = "quantized",
     head_bits: HeadBits | None = None,
@@ -133,10 +140,11 @@ def estimate(
         BitmillError: anything wrong with model, method or text, in one sentence.
     """
     kv_config = parse_kv_config(kv, kv_bits, kv_options, kv_samples, kv_seqlen)
+    calibration = as_calibration(calib)
     with displayed(progress) as shown:
         request = QuantizeRequest(
-            model, None, as_calibration(calib), measure, device, False, False, True, propagate, None, kv_config,
-            tokenizer, trust_remote_code, shown,
+            model, None, calibration, windows_to_measure(measure, calibration), device, False, False, True,
+            propagate, None, kv_config, tokenizer, trust_remote_code, shown,
         )  # fmt: skip
         if method == FLOAT:
             raise UsageError("The method 'none' leaves weights as they are; there is nothing to estimate.")
