@@ -24,10 +24,10 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import bitmill  # noqa: E402
-from bitmill.cli.progress import TerminalProgress  # noqa: E402
 from bitmill.data import text  # noqa: E402
 from bitmill.evaluation.generate import chat_prompt, generate  # noqa: E402
 from bitmill.evaluation.metrics import LanguageModelMetrics  # noqa: E402
+from bitmill.progress.terminal import TerminalProgress  # noqa: E402
 from bitmill.report.comparison import comparison_table  # noqa: E402
 from bitmill.sources.open import open_source  # noqa: E402
 
