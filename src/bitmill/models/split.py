@@ -38,7 +38,8 @@ class SplitModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        decoder = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else None
+        find: Any = getattr(model, "get_decoder", None)
+        decoder = find() if callable(find) else None
         if not isinstance(decoder, nn.Module) or decoder is model:
             raise CannotSplit
         self.model, self._decoder = model, decoder
