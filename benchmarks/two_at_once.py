@@ -28,7 +28,7 @@ BOUND = 2.2
 
 def start(arguments: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
     """Start one run that writes the folder `out`."""
-    command = [sys.executable, "-m", "bitmill.cli.main", "quantize", arguments.model, "-o", str(out)]
+    command = [sys.executable, "-P", "-m", "bitmill.cli.main", "quantize", arguments.model, "-o", str(out)]
     options = {
         "--method": arguments.method,
         "--samples": arguments.samples,

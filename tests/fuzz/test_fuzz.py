@@ -15,11 +15,13 @@ SOURCE = Path(__file__).parents[2] / "src" / "bitmill"
 READS = {"read_text", "read_bytes", "safe_open", "load_file", "read_document", "from_pretrained"}
 OWN_FILES = {  # that come with bitmill or the machine, or are compared with a digest before they are read
     "formats/integer_coding.py",
-    "progress.py",
+    "progress/base.py",
     "recipes/defaults.py",
     "report/html.py",
     "sources/gguf_tokenizer.py",
     "sources/zoo.py",
+    "config/listing.py",
+    "workflows/doctor.py",
     "workflows/bench/memory.py",
     "workflows/comparison/machine.py",
 }

@@ -52,10 +52,10 @@ class Session:
         from bitmill.workflows.kv import CacheFactory
 
         self.tokenizer: Any = api.load_tokenizer(model, trust_remote_code=trust_remote_code)
-        if chats and not self.has_chat_template:
-            raise UsageError(f"{model} has no chat template; use bitmill generate {model} --prompt TEXT.")
         self.model: Any = api.load(model, device=device, dense=dense, trust_remote_code=trust_remote_code)
         check_can_generate(self.model, model)
+        if chats and not self.has_chat_template:
+            raise UsageError(f"{model} has no chat template; use bitmill generate {model} --prompt TEXT.")
         output.progress.finish()
         self.caches = CacheFactory(self.model, kv, model)
 
