@@ -24,7 +24,6 @@ REPORT = "report.json"
 # rewritten with every measurement, so that their digests are not recorded
 DOCUMENTS = (REPORT, "README.md", "report.html")
 MAX_DOCUMENT_BYTES = 100_000_000
-_OBJECTS = ("recipe", "identity", "kv", "running", "ends")  # fields of a report; null where there are none
 MAX_FILES = 100_000
 DIGEST_THREADS = 4
 # a user's own choice of how to generate and to describe a model, which changes no figure of the record
@@ -54,24 +53,6 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """
     hint = f"{folder} is damaged or no complete bitmill folder, quantize again"
     return read_json_object(folder / name, CheckpointError, MAX_DOCUMENT_BYTES, hint)
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """Return the report of a quantized folder; empty where it has none, as `save_pretrained` leaves it.
-
-    Raises:
-        CheckpointError: it is damaged, or an object in it is of another type.
-    """
-    if not (folder / REPORT).exists():
-        return {}
-    report = read_json(folder, REPORT)
-    for key in _OBJECTS:
-        if not isinstance(report.get(key), dict | None):
-            raise CheckpointError(
-                f"{folder}/{REPORT} gives {key!r} as {quoted(report[key])}, which is no object; "
-                "the folder is damaged, copy it again."
-            )
-    return report
 
 
 def record_of(folder: Path, report: Mapping[str, Any]) -> dict[str, FileRecord]:

@@ -11,14 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bitmill.checkpoint.schema import summary_shape
+from bitmill.checkpoint.report_schema import LayerSummary
 from bitmill.checkpoint.work_folder import JOURNAL
 from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CheckpointError
 from bitmill.files import sha256, write_json
 
 MAX_BYTES = 1 << 28
-NUMBERS = ("bits_per_weight", "size_bytes", "weight_error", "output_error")  # of a layer, that a report needs
 
 
 class Journal:
@@ -79,11 +78,8 @@ class Journal:
             try:
                 known = {key: entry[key] for key in ("file", "sha256", "layers")}
                 index = int(entry["index"])
-                numbers = [summary.get(key) for summary in known["layers"].values() for key in NUMBERS]
-                if not all(number is None or isinstance(number, (int, float)) for number in numbers):
-                    raise TypeError
-                if None in map(summary_shape, known["layers"].values()):
-                    raise ValueError
+                for name, summary in known["layers"].items():
+                    LayerSummary.model_validate({"name": name, **summary})
                 self.blocks[index] = {**known, "file": self._checked(shards, known)}
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise self.unreadable(f"{type(error).__name__} in its blocks") from None

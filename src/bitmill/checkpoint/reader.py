@@ -18,22 +18,21 @@ from bitmill.checkpoint.contents import (
     check_files,
     check_regular,
     read_json,
-    read_report,
     record_of,
 )
 from bitmill.checkpoint.marker import marked_shape, marker_names
+from bitmill.checkpoint.report_schema import read_report
 from bitmill.checkpoint.schema import (
     FORMAT_VERSION,
     QUANT_METHOD,
     head_config,
     layer_formats,
     shared_paths,
-    summary_shape,
 )
 from bitmill.checkpoint.tensors import open_tensors
 from bitmill.checkpoint.work_folder import check_not_interrupted
 from bitmill.config.paths import user_path
-from bitmill.errors import CheckpointError, RecipeError, SourceError, quoted
+from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.formats import Format
 from bitmill.formats.base import total_stored_bits
@@ -275,7 +274,7 @@ def _open(folder: Path, shapes: Mapping[str, tuple[int, int]] | None) -> Checkpo
         raise CheckpointError(f"{folder} holds a float model (no quantization_config); quantize it first.")
     formats, places = _formats(described), shared_paths(described)
     ends = layers_outside_blocks(head_config(described))
-    listed = _layer_shapes(folder, report) if report else {}
+    listed = {layer["name"]: (layer["shape"][0], layer["shape"][1]) for layer in report.get("layers", [])}
     files, entries, opened = open_tensors(folder)
     if not report:
         report, listed = {"layers": [], "measured": []}, _stored_shapes(folder, formats, entries, shapes or {})
@@ -302,25 +301,6 @@ def _formats(described: dict[str, Any]) -> dict[str, Format]:
         return layer_formats(described)
     except RecipeError as error:  # the same sentence, but it is the folder's fault and not the user's
         raise CheckpointError(str(error)) from None
-
-
-def _layer_shapes(folder: Path, report: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return the shapes of the quantized layers; check the entries of the report that other code relies on."""
-    for key in ("layers", "measured"):
-        if not isinstance(report.get(key), list) or not all(isinstance(entry, dict) for entry in report[key]):
-            raise CheckpointError(
-                f"{folder}/report.json has no list {key!r}; the folder is damaged, quantize again."
-            )
-    shapes = {}
-    for entry in report["layers"]:
-        name, shape = entry.get("name"), summary_shape(entry)
-        if not isinstance(name, str) or shape is None:
-            raise CheckpointError(
-                f"{folder}/report.json gives the layer {quoted(name)} the shape {quoted(entry.get('shape'))}; "
-                "quantize again."
-            )
-        shapes[name] = shape
-    return shapes
 
 
 def _stored_shapes(

@@ -14,13 +14,6 @@ QUANT_METHOD = "bitmill"
 FORMAT_VERSION = 1
 
 
-def summary_shape(summary: Any) -> tuple[int, int] | None:
-    """Return the shape (out, in) in a layer's summary, as reports and journals hold it; None where it has none."""
-    shape = summary.get("shape")
-    sound = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
-    return (shape[0], shape[1]) if sound else None
-
-
 def layer_formats(config: dict[str, Any]) -> dict[str, Format]:
     """Return layer -> format of a `quantization_config`.
 
