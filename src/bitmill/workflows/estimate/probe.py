@@ -266,7 +266,10 @@ def try_blocks(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemoryS
         kinds: the blocks to quantize.
         sink: receives the blocks.
     """
-    total, seqlen = (0, 1) if data.windows is None else data.windows.shape
+    if data.windows is None:
+        try_recipe(_without_head(prepared), data, kinds, MemorySink(), 0)  # what happens once in a process
+        return try_recipe(prepared, data, kinds, sink, 0)
+    total, seqlen = data.windows.shape
     kept = MemorySink()
     first = try_recipe(prepared, data, kinds, kept, first_size(seqlen, total))
     if first.windows == total and sum(first.inside, Cost()).seconds > _LONG_S:
@@ -274,6 +277,13 @@ def try_blocks(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemoryS
     # what happens once in a process is left out of the second trial
     second = try_recipe(prepared, data, kinds, sink, second_size(first, seqlen, total))
     return extrapolate(first, second, total)
+
+
+def _without_head(prepared: PreparedJob) -> PreparedJob:
+    """Return the job with embedding and head in float."""
+    assert prepared.resolved is not None
+    recipe = replace(prepared.resolved.recipe, head=None)
+    return replace(prepared, resolved=replace(prepared.resolved, recipe=recipe, head_layers=()))
 
 
 def _written(trial: Trial, kept: MemorySink, sink: MemorySink, view: SomeBlocks) -> Trial:
