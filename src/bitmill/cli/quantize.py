@@ -199,11 +199,7 @@ def quantize(
     with command_output(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
-        from bitmill.checkpoint.reader import is_bitmill_folder
         from bitmill.checkpoint.work_folder import can_resume
-        from bitmill.config.paths import user_path
-        from bitmill.kv.config import parse_kv_config
-        from bitmill.workflows.names import default_name
 
         recipe, reason = _choose_recipe(method, options, parts, max_minutes)
         if recipe is None:
@@ -214,11 +210,8 @@ def quantize(
             found = {"model": model, **({"chosen": reason} if reason else {}), **estimated.to_dict()}
             output.result(found, lambda: [property_table([("model", model), *estimated.rows()])])
             return
-        if out is None and not dry_run and (recipe is not None or not is_bitmill_folder(user_path(model))):
-            kv_config = parse_kv_config(kv, kv_bits, request["kv_options"])
-            out = Path(
-                default_name(model, recipe, kv_config.method() if kv_config and kv_config.name != NONE else None)
-            )
+        if out is None and not dry_run:
+            out = _default_folder(model, recipe, kv, kv_bits, request["kv_options"])
         request |= {"out": out, "resume": resume, "overwrite": overwrite, "dry_run": dry_run}
         try:
             outcome = api.quantize(model, recipe or NONE, **request)
@@ -229,6 +222,21 @@ def quantize(
         outcome.summary |= {"chosen": reason} if reason else {}
         data = {"model": model, **outcome.summary}
         output.result(data, lambda: [property_table(outcome.rows())])
+
+
+def _default_folder(
+    model: str, recipe: Recipe | None, kv: str | None, kv_bits: int | None, kv_options: dict[str, Any]
+) -> Path | None:
+    """Return the folder to write without -o; None to calibrate keys and values of a finished folder in place."""
+    from bitmill.checkpoint.reader import is_bitmill_folder
+    from bitmill.config.paths import user_path
+    from bitmill.kv.config import parse_kv_config
+    from bitmill.workflows.names import default_name
+
+    if recipe is None and is_bitmill_folder(user_path(model)):
+        return None
+    config = parse_kv_config(kv, kv_bits, kv_options)
+    return Path(default_name(model, recipe, config.method() if config and config.name != NONE else None))
 
 
 def _choose_recipe(
