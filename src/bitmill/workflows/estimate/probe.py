@@ -282,8 +282,7 @@ def try_blocks(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemoryS
 def _without_head(prepared: PreparedJob) -> PreparedJob:
     """Return the job with embedding and head in float."""
     assert prepared.resolved is not None
-    recipe = replace(prepared.resolved.recipe, head=None)
-    return replace(prepared, resolved=replace(prepared.resolved, recipe=recipe, head_layers=()))
+    return replace(prepared, resolved=replace(prepared.resolved, ends=None, head_formats={}))
 
 
 def _written(trial: Trial, kept: MemorySink, sink: MemorySink, view: SomeBlocks) -> Trial:
