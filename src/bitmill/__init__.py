@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bitmill.workflows.estimate.estimate import estimate
     from bitmill.workflows.evaluate import evaluate
     from bitmill.workflows.quantize import Outcome, quantize
+    from bitmill.workflows.tasks import evaluate_tasks
 
 __all__ = [
     "BitmillError",
@@ -37,6 +38,7 @@ __all__ = [
     "compare",
     "estimate",
     "evaluate",
+    "evaluate_tasks",
     "load",
     "load_tokenizer",
     "quantize",
@@ -48,6 +50,7 @@ _HOMES = {
     "compare": "bitmill.workflows.comparison.compare",
     "estimate": "bitmill.api",
     "evaluate": "bitmill.api",
+    "evaluate_tasks": "bitmill.api",
     "load": "bitmill.api",
     "load_tokenizer": "bitmill.api",
     "quantize": "bitmill.api",

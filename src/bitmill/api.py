@@ -8,6 +8,7 @@ from bitmill.workflows.evaluate import evaluate
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.quantize import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
+from bitmill.workflows.tasks import evaluate_tasks
 
 __all__ = [
     "CalibrationData",
@@ -15,6 +16,7 @@ __all__ = [
     "Outcome",
     "estimate",
     "evaluate",
+    "evaluate_tasks",
     "load",
     "load_tokenizer",
     "quantize",

@@ -79,6 +79,26 @@ def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, An
         _rewrite(new, {**report, "measured": [*kept, entry]})
 
 
+def record_tasks(folder: Path, result: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+    """Add the result of `bitmill.evaluate_tasks` to the report; earlier figures of these tasks are replaced.
+
+    Args:
+        folder: the quantized folder.
+        result: the result of `bitmill.evaluate_tasks`, with the name of the float model in `reference`.
+        files: digests of the files that were measured; those of now where it is left out.
+
+    Raises:
+        CheckpointError: the report is damaged, or the files are not those that were measured.
+        OutputError: the folder cannot be written.
+    """
+    reference = {} if result.get("reference") is None else {"reference": str(result["reference"])}
+    entries = {name: {**figures, **reference} for name, figures in result["tasks"].items()}
+    with changed_folder(folder) as new:
+        report = open_checkpoint(folder).report
+        _check_unchanged(folder, report, files)
+        _rewrite(new, {**report, "tasks": {**report.get("tasks", {}), **entries}})
+
+
 def _check_unchanged(folder: Path, report: dict[str, Any], files: dict[str, Any] | None) -> None:
     """Raise CheckpointError where a report records other files than `files`."""
     if files is not None and report.get("files", {}) != files:

