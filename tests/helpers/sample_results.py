@@ -7,6 +7,7 @@ import math
 import random
 from typing import Any
 
+from bitmill.data.domain import SUITE
 from bitmill.recipes.method import build_recipe
 from bitmill.report.results import Results
 
@@ -123,6 +124,41 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'"
 CALIBRATION = {"source": "pydoc", "samples": 128, "seqlen": 512, "seed": 3, "sha256": HASH}
 MEASURED = {"by": "quantize", "text": "pydoc", "split": "eval", "windows": 4, "seqlen": 512, "perplexity": 12.67}
 COMPARED = {**MEASURED, "reference_perplexity": 11.23, "kl_divergence": 0.15, "top1_agreement": 0.814}
+
+
+def figures(kl: float) -> dict[str, Any]:
+    """Figures of a domain, or the mean of several, from its KL divergence."""
+    return {
+        "tokens": 4096,
+        "perplexity": FLOAT * math.exp(kl),
+        "reference_perplexity": FLOAT,
+        "perplexity_ratio": math.exp(kl),
+        "kl_divergence": kl,
+        "kl_interval": [0.85 * kl, 1.2 * kl],
+        "kl_p99": 8 * kl,
+        "kl_p999": 20 * kl,
+        "top1_agreement": math.exp(-2 * kl),
+    }
+
+
+def domains_of(kl: float) -> dict[str, Any]:
+    """Figures of the five domains of the suite, whose divergences have this mean."""
+    return {name: {"windows": 8, **figures(kl * (0.6 + 0.2 * at))} for at, name in enumerate(SUITE)}
+
+
+def measured_by_domain(kl: float = 0.15) -> dict[str, Any]:
+    cut = {"by": "eval", "text": "suite", "split": "eval", "windows": 40, "windows_per_domain": 8, "seqlen": 512}
+    return {**cut, **figures(kl), "tokens": 20480, "domains": domains_of(kl)}
+
+
+def by_domain() -> dict[str, Any]:
+    """Return the content of a results.json of a comparison by domain."""
+    content = document()
+    content["settings"]["evaluation"] |= {"source": "suite", "domains": dict.fromkeys(SUITE, 8)}
+    for row in content["variants"]:
+        if row["status"] == "done":
+            row["domains"] = domains_of(row["kl_divergence"])
+    return content
 
 
 def report(**changes) -> dict:

@@ -20,9 +20,10 @@ from bitmill.cli.options import (
     TrustRemoteCode,
     kv_arguments,
 )
-from bitmill.cli.output import command_output, kv_cache_rows, property_table
+from bitmill.cli.output import command_output, data_table, kv_cache_rows, property_table
 from bitmill.cli.tasks import Limit, Tasks, measure_tasks
 from bitmill.errors import UsageError
+from bitmill.report.domains import domain_table
 from bitmill.report.text import format_mb, format_number, metric_rows
 
 SPLITS = ("eval", "choose", "calib", "all")
@@ -113,10 +114,11 @@ def evaluate(
                 record_measurement(folder, result, files)
                 recorded = True
         finally:  # printed even if it cannot be recorded, because measuring it took long
-            output.result({**result, "recorded": recorded}, lambda: [_render(result, recorded)])
+            output.result({**result, "recorded": recorded}, lambda: _render(result, recorded))
 
 
-def _render(result: dict[str, Any], recorded: bool) -> Any:
+def _render(result: dict[str, Any], recorded: bool) -> list[Any]:
+    """Return the figures and, for a text with several domains, a table of these."""
     rows = [
         ("model", str(result["model"])),
         ("text", f"{result['text']}, {result['split']} split, {result['windows']} x {result['seqlen']} tokens"),
@@ -137,4 +139,6 @@ def _render(result: dict[str, Any], recorded: bool) -> Any:
     ]
     if recorded:
         rows.append(("recorded in", f"{result['model']}/report.json"))
-    return property_table(rows)
+    table = domain_table(result)
+    by_domain = ["", data_table(table.columns, table.rows, left=table.columns[:1])] if table else []
+    return [property_table(rows), *by_domain]

@@ -16,8 +16,10 @@ from bitmill.report.describe import (
     describe_running,
     describe_sizes,
     describe_source_types,
+    describe_windows,
     split_layers,
 )
+from bitmill.report.domains import domain_table, latest_with_domains
 from bitmill.report.escape import code_block, code_span, markdown_text
 from bitmill.report.metrics import metric_columns
 from bitmill.report.tasks import NOTE, task_table
@@ -31,6 +33,19 @@ _MEASURED = """\
 | {{ text(m.text) }}, {{ text(m.split) }} split | {{ m.windows }} x {{ m.seqlen }} |
 {%- for column in columns %} {{ number(m[column.key]) }} |{% endfor %} bitmill {{ text(m.by ~ cache_of(m)) }} |
 {% endfor %}
+{% if domains %}
+
+By domain, {{ by_domain }}:
+
+|{% for column in domains.columns %} {{ text(column) }} |{% endfor %}
+
+|{% for column in domains.columns %}---|{% endfor %}
+
+{% for row in domains.rows -%}
+|{% for cell in row %} {{ text(cell) }} |{% endfor %}
+
+{% endfor %}
+{% endif %}
 """
 
 _TASKS = """\
@@ -181,10 +196,13 @@ def model_card(report: dict[str, Any]) -> str:
     described = describe_source_types(report.get("source_types", []))
     source_line = f"The source {described}" if described else ""
     text = _CARD if report["recipe"] else _FLOAT_CARD
+    by_domain = latest_with_domains(report["measured"])
     return _template(text).render(
         **report,
         worst=worst,
         columns=metric_columns(report["measured"]),
+        domains=domain_table(by_domain) if by_domain else None,
+        by_domain=markdown_text(describe_windows(by_domain)) if by_domain else "",
         auto=report.get("auto_class", "AutoModelForCausalLM"),
         number=_number,
         text=lambda value: markdown_text(str(value)),

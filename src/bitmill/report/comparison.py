@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bitmill.report import formatting
+from bitmill.report.domains import worst_domain
 from bitmill.report.escape import terminal_text
 from bitmill.report.results import FloatModel, Results, Variant
 
@@ -17,14 +18,17 @@ CLOSE = 1.25  # ratio to the float model's perplexity up to which the headline c
 _COLUMNS = {
     "perplexity": lambda v: f"{v:.3f}",
     "kl_divergence": lambda v: f"{v:.4f}",
+    "worst_domain": str,
     "top1_agreement": lambda v: f"{v:.1%}",
     "bits_per_weight": lambda v: f"{v:.3f}",
     "size_bytes": lambda v: f"{v / 1e6:.1f} MB",
     "time_s": lambda v: f"{v:.0f} s",
 }
+_OPTIONAL = ("worst_domain",)  # columns only where a row has a value
 _TITLES = {  # short: the table fits 80 columns
     "perplexity": "ppl",
     "kl_divergence": "KL to float",
+    "worst_domain": "worst domain",
     "top1_agreement": "top-1",
     "bits_per_weight": "bits/w",
     "size_bytes": "on disk",
@@ -124,13 +128,20 @@ def comparison_table(rows: Sequence[dict[str, Any]], caption: str = "") -> Table
         pad_edge=False,
     )
     table.add_column("model", no_wrap=True)
-    for key in _COLUMNS:
+    columns = [key for key in _COLUMNS if key not in _OPTIONAL or any(row.get(key) for row in rows)]
+    for key in columns:
         table.add_column(_TITLES[key], justify="right")
     for row in rows:
-        cells = [_COLUMNS[key](row[key]) if row.get(key) is not None else "-" for key in _COLUMNS]
+        cells = [_COLUMNS[key](row[key]) if row.get(key) is not None else "-" for key in columns]
         best = bool(row.get("best"))
         table.add_row(terminal_text(str(row["name"]) + " *" * best), *cells, style="bold" if best else None)
     return table
+
+
+def _worst(row: dict[str, Any]) -> str | None:
+    """Return the largest divergence by domain with the domain; None without domains."""
+    worst = worst_domain(row)
+    return None if worst is None else f"{row['domains'][worst]['kl_divergence']:.4f} {worst}"
 
 
 def results_table(results: Results) -> Table:
@@ -140,7 +151,7 @@ def results_table(results: Results) -> Table:
     for variant in in_order(results):
         if variant.status == "done":
             row = {**variant.model_dump(), "time_s": variant.quantize_time_s, "best": variant.name in best}
-            rows.append(row)
+            rows.append({**row, "worst_domain": _worst(row)})
     text = results.settings.evaluation
     caption = f"{results.settings.model}, {text.windows} held-out windows of {text.seqlen} tokens"
     return comparison_table(rows, f"{caption}; * lowest perplexity at these bits")

@@ -72,6 +72,14 @@ def describe_measured_cache(measured: dict[str, Any]) -> str:
     return f" through {measured['kv_method']}, {bits}"
 
 
+def describe_windows(measured: dict[str, Any]) -> str:
+    """Return the text of a measurement, its number of windows, and the command that made it."""
+    windows = f"{measured.get('windows')} windows of {measured.get('seqlen')} tokens"
+    by = f", measured by bitmill {measured['by']}" if measured.get("by") else ""
+    cache = describe_measured_cache(measured)
+    return f"{windows} of {measured.get('text')}, {measured.get('split')} split{by}{cache}"
+
+
 def describe_cache_bits(bits: float, of: str = "") -> str:
     """Return the bits per number of a packed cache as text, or why there is no such figure.
 

@@ -28,9 +28,12 @@ from bitmill.report.describe import (
     describe_kv_cache,
     describe_measured_cache,
     describe_running,
+    describe_windows,
     part_sizes,
     split_layers,
 )
+from bitmill.report.domain_charts import domain_bars, domain_panels
+from bitmill.report.domains import domain_table, latest_with_domains, worst_domain
 from bitmill.report.metrics import metric_columns, primary_metric
 from bitmill.report.results import Layer, Results
 from bitmill.report.tasks import NOTE, task_table
@@ -41,6 +44,7 @@ _WORST_LAYERS = 8  # listed on the page of a folder
 def comparison_page(results: Results) -> str:
     """Return the page of `bitmill compare`, from its results alone."""
     methods = comparison.methods_of(results)
+    markers = {name: charts.marker_of(index) for index, name in enumerate(methods)}
     return _render(
         "comparison.html",
         scripts=["page.js", "plotly", "charts.js"],
@@ -51,7 +55,9 @@ def comparison_page(results: Results) -> str:
         variants=comparison.in_order(results),
         best=comparison.best_of_bits(results),
         methods=methods,
-        markers={name: charts.marker_of(index) for index, name in enumerate(methods)},
+        markers=markers,
+        domain_panels=domain_panels(results, markers),
+        worst_domains={v.name: worst_domain(v.model_dump(include={"domains"})) for v in results.variants},
         bits=sorted({v.bits for v in results.variants if v.bits is not None}, reverse=True),
         label=comparison.label,
         common_prefix_length=comparison.common_prefix_length,
@@ -68,6 +74,7 @@ def folder_page(report: dict[str, Any]) -> str:
     error = "output_error" if any(layer.output_error is not None for layer in layers) else "weight_error"
     worst = sorted((v for v in layers if getattr(v, error) is not None), key=lambda v: -getattr(v, error))
     measured = [m for m in report["measured"] if primary_metric(m)]
+    by_domain = latest_with_domains(measured)
     return _render(
         "folder.html",
         scripts=["page.js"],
@@ -75,6 +82,10 @@ def folder_page(report: dict[str, Any]) -> str:
         calibration=report["identity"].get("calibration"),
         measured=measured,
         columns=metric_columns(measured),
+        by_domain=by_domain,
+        domains=domain_table(by_domain) if by_domain else None,
+        domain_bars=domain_bars(by_domain),
+        describe_windows=describe_windows,
         latest=measured[-1] if measured else None,
         tasks=task_table(report["tasks"]) if report.get("tasks") else [],
         task_note=NOTE,

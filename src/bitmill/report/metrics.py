@@ -98,18 +98,6 @@ def metric_columns(measured: Iterable[Measurement]) -> tuple[MetricColumn, ...]:
     return tuple(c for c in columns if not c.optional or any(m.get(c.key) is not None for m in measured))
 
 
-def domains_of(measurement: Measurement) -> dict[str, Measurement]:
-    """Return the figures of each domain of a measurement; empty where it has none."""
-    found = measurement.get("domains")
-    return found if isinstance(found, dict) and all(isinstance(of, dict) for of in found.values()) else {}
-
-
-def latest_with_domains(measured: Iterable[Measurement]) -> Measurement | None:
-    """Return the last measurement that has domains, through an ordinary cache if there is one."""
-    found = sorted((m for m in measured if domains_of(m)), key=lambda m: m.get("kv_method") is None)
-    return found[-1] if found else None
-
-
 def primary_metric(measurement: Measurement) -> str | None:
     """Return the key of the metric that needs no reference; None where nothing was measured."""
     return next((key for key in REFERENCE_FREE if measurement.get(key) is not None), None)

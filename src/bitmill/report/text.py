@@ -8,6 +8,7 @@ from typing import Any
 
 from bitmill.report import formatting
 from bitmill.report.describe import describe_format, describe_measured_cache, describe_options
+from bitmill.report.domains import domains_of, worst_domain
 from bitmill.report.metrics import MetricColumn, metric_columns
 
 
@@ -42,12 +43,22 @@ def format_metric(metric: MetricColumn, measured: dict[str, Any]) -> str:
 def metric_rows(measured: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (name, value) of every metric that a measurement has."""
     present = [metric for metric in metric_columns([measured]) if measured.get(metric.key) is not None]
-    return [(metric.name, format_metric(metric, measured)) for metric in present]
+    return [(metric.name, format_metric(metric, measured) + _interval(metric, measured)) for metric in present]
+
+
+def _interval(metric: MetricColumn, measured: dict[str, Any]) -> str:
+    """Return the interval of a metric behind its value; empty where there is none."""
+    ends = measured.get(metric.interval) if metric.interval else None
+    return f" (95 %: {' to '.join(format_number(end, 3) for end in ends)})" if ends else ""
 
 
 def describe_measurement(measured: dict[str, Any]) -> str:
     """Return one measurement in a line."""
-    metrics = ", ".join(f"{name} {value}" for name, value in metric_rows(measured))
+    kept = {metric.name for metric in metric_columns([measured]) if not metric.optional}
+    metrics = ", ".join(f"{name} {value}" for name, value in metric_rows(measured) if name in kept)
+    if (worst := worst_domain(measured)) is not None:
+        largest = domains_of(measured)[worst]["kl_divergence"]
+        metrics += f", largest KL divergence {format_number(largest, 3)} nats in {worst}"
     text = f"{measured.get('windows')} x {measured.get('seqlen')} tokens of {measured.get('text')}"
     return f"{metrics}{describe_measured_cache(measured)} ({text}, {measured.get('split')} split)"
 
