@@ -191,7 +191,8 @@ one at a time, and read each in every way: {bad:,} failures.
 An input ends well where it is *refused* in one sentence by every use, where every use that goes on computes what
 it computes from the undamaged file (*identical*), or, for files whose contents nothing records (a float model, a
 text), where it is *read*. An *other result* is a changed file of a quantized folder that some loader accepts and
-computes otherwise. A hang is {HANG_S} s of the processor a use, or {WAIT_S} s of a clock; memory may grow by {GROWTH_BYTES >> 20} MiB.
+computes otherwise. A hang is {HANG_S} s of the processor a use, or {WAIT_S} s of a clock; memory may grow by
+{GROWTH_BYTES >> 20} MiB.
 
 | {" | ".join(columns)} |
 |{"---|" * len(columns)}
