@@ -11,11 +11,13 @@ import bitmill
 from bitmill.errors import UsageError
 from bitmill.files import folder_bytes
 from bitmill.models.streamed import StreamedModel
+from bitmill.progress import Progress
 from bitmill.recipes.compose import compose
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.resolve import resolve_recipe
 from bitmill.sources.module import ModuleSource
 from bitmill.sources.safetensors_header import read_header
+from bitmill.workflows.estimate import announce
 from bitmill.workflows.estimate.cost import Cost
 from bitmill.workflows.estimate.estimate import describe_duration
 from bitmill.workflows.estimate.folder_size import file_size
@@ -53,6 +55,20 @@ def test_live_module_is_unchanged() -> None:
     bitmill.estimate(model, "rtn", calib=WINDOWS, bits=4, group_size=16)
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("limit", "words"), [(0.0, "of memory here"), (600.0, "blocks in about")])
+def test_announced_before_a_run(limit, words, tmp_path, monkeypatch) -> None:
+    notes: list[str] = []
+    progress = Progress()
+    progress.shown = True
+    progress.note = notes.append
+    monkeypatch.setattr(announce, "_WEIGHTS", 0)
+    monkeypatch.setattr(announce, "_BLOCKS", 0)
+    monkeypatch.setattr(announce, "_SHORT_S", limit)
+    source = save_model(tmp_path / "source", blocks=2)
+    bitmill.quantize(source, "rtn", out=tmp_path / "out", measure=0, group_size=16, progress=progress)
+    assert [note for note in notes if words in note]
 
 
 def test_method_none_is_refused() -> None:

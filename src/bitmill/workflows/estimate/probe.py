@@ -279,6 +279,16 @@ def try_blocks(prepared: PreparedJob, data: JobData, kinds: Kinds, sink: MemoryS
     return extrapolate(first, second, total)
 
 
+def short_trial(prepared: PreparedJob, data: JobData) -> Cost:
+    """Return about the cost of all blocks, from one batch of windows; windows scale all of it."""
+    kinds = kinds_of(prepared.streamed, prepared.resolved) if prepared.resolved else Kinds((), (), ())
+    total, windows = 0, 0
+    if data.windows is not None:
+        total, windows = len(data.windows), first_size(data.windows.shape[1], len(data.windows))
+    trial = try_recipe(_without_head(prepared), data, kinds, MemorySink(), windows)
+    return kinds.sum(trial.inside) * (total / windows if windows else 1)
+
+
 def _without_head(prepared: PreparedJob) -> PreparedJob:
     """Return the job with embedding and head in float."""
     assert prepared.resolved is not None
