@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitmill.evaluation.intervals import bootstrap_means, percentile_interval
 from bitmill.evaluation.metrics import LanguageModelMetrics, score_windows
 
 VOCABULARY, LENGTH = 23, 256
@@ -46,8 +47,25 @@ def test_quantiles_and_interval():
     assert measure(windows) == found  # seeded
 
 
+def test_intervals_are_of_windows():
+    """Windows whose positions agree have the interval of their means, however many positions they have."""
+    values = np.random.default_rng(0).normal(size=20)
+    for length in (1, 50):
+        windows = [torch.full((length,), float(value)) for value in values]
+        low, high = percentile_interval(bootstrap_means(windows, np.random.default_rng(0)))
+        error = values.std(ddof=1) / math.sqrt(20)
+        assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
+
+
+def test_a_single_window_has_an_interval():
+    low, high = percentile_interval(bootstrap_means([torch.rand(64)], np.random.default_rng(0)))
+    assert low < high
+    one = bootstrap_means([torch.tensor([3.0])], np.random.default_rng(0))
+    assert percentile_interval(one) == [3.0, 3.0]
+
+
 def test_intervals_shrink_with_windows():
-    widths = [np.ptp(measure(some_windows(count))["kl_interval"]) for count in (2, 8, 32)]
+    widths = [np.ptp(measure(some_windows(count))["kl_interval"]) for count in (8, 32, 128)]
     assert widths[0] > 1.4 * widths[1] > 2 * widths[2] > 0
 
 

@@ -21,7 +21,7 @@ from bitmill.report.describe import (
 )
 from bitmill.report.domains import domain_table, latest_with_domains
 from bitmill.report.escape import code_block, code_span, markdown_text
-from bitmill.report.metrics import metric_columns
+from bitmill.report.metrics import MetricColumn, metric_columns
 from bitmill.report.tasks import NOTE, task_table
 
 _WORST_LAYERS = 5  # listed
@@ -31,7 +31,8 @@ _MEASURED = """\
 |---|---|{% for column in columns %}---|{% endfor %}---|
 {% for m in measured -%}
 | {{ text(m.text) }}, {{ text(m.split) }} split | {{ m.windows }} x {{ m.seqlen }} |
-{%- for column in columns %} {{ number(m[column.key]) }} |{% endfor %} bitmill {{ text(m.by ~ cache_of(m)) }} |
+{%- for column in columns %} {{ number(m[column.key]) }}{{ interval_of(column, m) }} |{% endfor %}
+{{- " bitmill " }}{{ text(m.by ~ cache_of(m)) }} |
 {% endfor %}
 {% if domains %}
 
@@ -203,6 +204,7 @@ def model_card(report: dict[str, Any]) -> str:
         columns=metric_columns(report["measured"]),
         domains=domain_table(by_domain) if by_domain else None,
         by_domain=markdown_text(describe_windows(by_domain)) if by_domain else "",
+        interval_of=_interval,
         auto=report.get("auto_class", "AutoModelForCausalLM"),
         number=_number,
         text=lambda value: markdown_text(str(value)),
@@ -220,6 +222,12 @@ def model_card(report: dict[str, Any]) -> str:
         kv_line=markdown_text(describe_kv_cache(report["kv"])) if report.get("kv") else "",
         recipe_block=code_block(yaml.safe_dump(report["recipe"], sort_keys=False), "yaml"),
     )
+
+
+def _interval(column: MetricColumn, measured: dict[str, Any]) -> str:
+    """Return the interval of a metric, to follow its value; empty where there is none."""
+    interval = column.display_interval(measured)
+    return f" ({interval})" if interval else ""
 
 
 def _front_matter(report: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from bitmill.report.results import DomainFigures, Results, Variant
 
 _NAME, _BAR, _VALUE, _PITCH = 104, 118, 58, 24  # pixels of the bars: names, bars, values, one row
 _CHARTED = ("kl_divergence", "kl_p999", "perplexity_ratio", "top1_agreement")
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 250, 190, 44, 12, 26  # pixels of a panel, and its margins
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 215, 200, 40, 12, 26  # pixels of a panel, and its margins
 
 
 @dataclass(frozen=True)

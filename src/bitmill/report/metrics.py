@@ -76,8 +76,8 @@ LANGUAGE_METRICS = (
         digits=3,
         interval="kl_interval",
     ),
-    MetricColumn("kl_p99", "KL of 99 % of tokens below", "KL 99 %", "nats", digits=3, optional=True),
-    MetricColumn("kl_p999", "KL of 99.9 % of tokens below", "KL 99.9 %", "nats", digits=3, optional=True),
+    MetricColumn("kl_p99", "KL, 99 % quantile", "KL 99 %", "nats", digits=3, optional=True),
+    MetricColumn("kl_p999", "KL, 99.9 % quantile", "KL 99.9 %", "nats", digits=3, optional=True),
     MetricColumn("top1_agreement", "top-1 agreement", "top-1", note="most likely token is float's", share=True),
 )
 EMBEDDING_METRICS = (
