@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,22 @@ from rich.table import Table
 
 BOUND = 0.25  # largest relative error
 KEYS = ("seconds", "cpu_seconds", "peak_memory_bytes", "size_bytes")
-# both calls start with everything imported, and a clock of the processor around the call alone
-CODE = """
-import json, sys, time
-import bitmill
-from bitmill import api
 
-options = json.loads(sys.argv[1])
-calibration = api.CalibrationData(samples=options.pop("samples"), seqlen=options.pop("seqlen"))
-kind, out = options.pop("kind"), options.pop("out")
-call = api.estimate if kind == "estimate" else api.quantize
-began, cpu = time.perf_counter(), time.process_time()
-if kind == "estimate":
-    result = api.estimate(calib=calibration, **options).to_dict()
-else:
-    summary = api.quantize(calib=calibration, out=out, **options).summary
-    result = {key: summary[key] for key in ("peak_memory_bytes", "size_bytes")}
-    result |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
-print(json.dumps({**result, "took_s": time.perf_counter() - began, "took_cpu_s": time.process_time() - cpu}))
-"""
+
+def run_job(options: dict[str, Any]) -> dict[str, Any]:
+    """Estimate or quantize in this process; clocks run for the call alone, after all imports."""
+    from bitmill import api
+
+    calibration = api.CalibrationData(samples=options.pop("samples"), seqlen=options.pop("seqlen"))
+    kind, out = options.pop("kind"), options.pop("out")
+    began, cpu = time.perf_counter(), time.process_time()
+    if kind == "estimate":
+        result = api.estimate(calib=calibration, **options).to_dict()
+    else:
+        summary = api.quantize(calib=calibration, out=out, **options).summary
+        result = {key: summary[key] for key in ("peak_memory_bytes", "size_bytes")}
+        result |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+    return {**result, "took_s": time.perf_counter() - began, "took_cpu_s": time.process_time() - cpu}
 
 
 def call(kind: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def call(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         given = {**options, "kind": kind, "out": str(Path(folder) / "out")}
-        command = [sys.executable, "-c", CODE, json.dumps(given)]
+        command = [sys.executable, __file__, "--job", json.dumps(given)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -92,7 +90,11 @@ def main() -> int:
     parser.add_argument("--seqlen", type=int, default=256, help="tokens in a window")
     parser.add_argument("--runs", type=int, default=1, help="turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.job is not None:
+        print(json.dumps(run_job(arguments.job)))
+        return 0
     results = []
     for _ in range(arguments.runs):
         for model in arguments.models:

@@ -21,6 +21,8 @@ OWN_FILES = {  # that come with bitmill or the machine, or are compared with a d
     "sources/gguf_tokenizer.py",
     "sources/zoo.py",
     "config/listing.py",
+    "data/archive.py",
+    "data/domains/code.py",
     "workflows/doctor.py",
     "workflows/bench/memory.py",
     "workflows/comparison/machine.py",

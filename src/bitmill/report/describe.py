@@ -148,6 +148,9 @@ def describe_embedding_and_head(report: Report) -> str:
     )
 
 
+_SHOWN_SHARE = 0.001  # of the weights; norms have less
+
+
 def describe_source_types(source_types: list[dict[str, Any]]) -> str:
     """Return the rest of a sentence about a source of quantized weights; "" where all of them were floats.
 
@@ -159,6 +162,7 @@ def describe_source_types(source_types: list[dict[str, Any]]) -> str:
     listed = ", ".join(
         f"{stored['share']:.1%} of its weights in {stored['type']} ({stored['bits_per_weight']:g} bits)"
         for stored in source_types
+        if stored["share"] >= _SHOWN_SHARE
     )
     return f"is already quantized: it has {listed}. Its errors come on top of those measured here."
 
