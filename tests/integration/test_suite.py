@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -13,6 +14,9 @@ import bitmill
 from bitmill.cli.main import main
 from bitmill.data.domain import SUITE, Document
 from bitmill.report import formatting
+from bitmill.report.results import read_results
+from bitmill.workflows.comparison import worker
+from bitmill.workflows.comparison.run import run_grid
 from helpers import tiny_domains
 from helpers.workspace import save_model
 
@@ -91,3 +95,43 @@ def test_windows_by_default(done):
     found = bitmill.evaluate(source, text="suite", seqlen=32)
     assert {of["windows"] for of in found["domains"].values()} == {8}
     assert found["domains"]["code"].keys() == {"windows", "perplexity", "tokens"}
+
+
+def in_this_process(folder, name, log, progress):
+    """Run a variant here, where the tiny domains are."""
+    sent = io.StringIO()
+    assert worker.main([str(folder), name], stdout=sent) == 0
+    return json.loads(sent.getvalue().splitlines()[-1])["result"]
+
+
+def test_compare_on_the_suite(done, tmp_path, monkeypatch, capsys):
+    source, _ = done
+    monkeypatch.setattr(run_grid, "__kwdefaults__", {**run_grid.__kwdefaults__, "run": in_this_process})
+    command = ["compare", source, "--methods", "rtn,gptq", "--bits", "4", "--calib", "code", "--text", "suite"]
+    command += ["--samples", 4, "--seqlen", 32, "--windows", 2, "--max-new-tokens", 1, "-o", tmp_path / "grid"]
+    assert main([str(word) for word in [*command, "--keep-models"]]) == 0
+    results = read_results(tmp_path / "grid" / "results.json")
+    assert (results.settings.calibration.source, results.settings.evaluation.source) == ("code", "suite")
+    assert results.settings.evaluation.domains == dict.fromkeys(SUITE, 2)
+    for variant in results.done():
+        assert list(variant.domains) == list(SUITE)
+        mean = np.mean([of.kl_divergence for of in variant.domains.values()])
+        assert variant.kl_divergence == pytest.approx(mean)
+        folder = tmp_path / "grid" / "cells" / variant.name
+        measured = json.loads((folder / "report.json").read_text())["measured"][-1]
+        assert measured["domains"]["prose"]["kl_divergence"] == variant.domains["prose"].kl_divergence
+    assert list(results.float.domains) == list(SUITE)
+    assert "--text suite --windows 2" in results.commands[-1]
+    page = (tmp_path / "grid" / "report.html").read_text()
+    assert all(f"<figcaption>{name}</figcaption>" in page for name in SUITE)
+    capsys.readouterr()
+    other = [*command[: command.index("--text")], *command[command.index("--text") + 2 :]]
+    assert main([str(word) for word in other]) != 0  # measured on another text
+    assert "settings.evaluation" in capsys.readouterr().err
+
+
+def test_packed_cache_by_domain(done):
+    source, folder = done
+    found = bitmill.evaluate(folder, text="suite", seqlen=32, windows=1, kv="per_token", reference=source)
+    assert list(found["domains"]) == list(SUITE)
+    assert found["kv_bits_per_element"] > 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bitmill
+from bitmill.data.domain import SUITE, Document
 from bitmill.errors import UsageError
 from bitmill.files import folder_bytes
 from bitmill.models.streamed import StreamedModel
@@ -22,6 +23,7 @@ from bitmill.workflows.estimate.cost import Cost
 from bitmill.workflows.estimate.estimate import describe_duration
 from bitmill.workflows.estimate.folder_size import file_size
 from bitmill.workflows.estimate.probe import Trial, extrapolate, kinds_of
+from helpers import tiny_domains
 from helpers.tiny_models import tiny_model
 from helpers.workspace import save_model
 
@@ -46,6 +48,16 @@ def test_size_of_folder(tmp_path) -> None:
     for file in (tmp_path / "out").glob("model-*"):
         layout = {name: (entry.shape, entry.dtype) for name, entry in read_header(file).items()}
         assert file_size(layout) == file.stat().st_size
+
+
+def test_size_of_folder_measured_by_domain(tmp_path, monkeypatch) -> None:
+    documents = [Document(f"{n}", f"w{n % 50} w{n * 7 % 50} " * 30) for n in range(40)]
+    tiny_domains.install(monkeypatch, dict.fromkeys((*SUITE, "languages"), documents))
+    source = save_model(tmp_path / "source", blocks=3)
+    options = {"calib": bitmill.CalibrationData("mix", 4, 16), "group_size": 16}
+    found = bitmill.estimate(source, "gptq", **options)
+    outcome = bitmill.quantize(source, "gptq", out=tmp_path / "out", **options)
+    assert found.size_bytes == pytest.approx(folder_bytes(outcome.out), rel=2e-3)
 
 
 def test_live_module_is_unchanged() -> None:

@@ -71,7 +71,8 @@ def folder_size(prepared: PreparedJob, data: JobData, identity: dict[str, Any], 
         layout = reference_layout(data.held_out, _vocabulary(prepared.streamed))
         sizes[REFERENCE_FILE] = file_size(layout)
     sizes |= {name: record["size_bytes"] for name, record in probed.files.items()}
-    report = job_report(prepared, data, identity, probed.quality)
+    each = {name: {"windows": count, **probed.quality} for name, count in data.domains.items()}
+    report = job_report(prepared, data, identity, probed.quality | ({"domains": each} if each else {}))
     report["layers"] = _layers(prepared.streamed, prepared.resolved, probed.layers)
     report |= {"running": probed.running} if probed.running else {}
     documents = folder_documents(report)
