@@ -23,7 +23,7 @@ from bitmill.cli.options import (
 from bitmill.cli.output import command_output, data_table, kv_cache_rows, property_table
 from bitmill.cli.tasks import Limit, Tasks, measure_tasks
 from bitmill.errors import UsageError
-from bitmill.report.domains import domain_table
+from bitmill.report.domains import domain_table, domains_of
 from bitmill.report.text import format_mb, format_number, metric_rows
 
 SPLITS = ("eval", "choose", "calib", "all")
@@ -119,9 +119,14 @@ def evaluate(
 
 def _render(result: dict[str, Any], recorded: bool) -> list[Any]:
     """Return the figures and, for a text with several domains, a table of these."""
+    domains = domains_of(result)
+    means = f", means over {len(domains)} domains" if domains else ""
     rows = [
         ("model", str(result["model"])),
-        ("text", f"{result['text']}, {result['split']} split, {result['windows']} x {result['seqlen']} tokens"),
+        (
+            "text",
+            f"{result['text']}, {result['split']} split, {result['windows']} x {result['seqlen']} tokens{means}",
+        ),
         *(("reference", str(name)) for name in [result["reference"]] if name is not None),
         *metric_rows(result),
     ]
