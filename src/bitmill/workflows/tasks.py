@@ -75,11 +75,11 @@ def evaluate_tasks(
         bits, size = stored_bits(model, trust_remote_code)
         items = {task: load_items(task, limit) for task in chosen}
         found: dict[str, dict[str, Any]] = {task.name: {"documents": len(items[task])} for task in chosen}
-        for name, prefix in ((model, ""), (reference, "reference_")):
-            if name is None:
+        for source, prefix in ((model, ""), (reference, "reference_")):
+            if source is None:
                 continue
-            live = live_model(name, device=device, trust_remote_code=trust_remote_code)
-            check_can_generate(live, "" if isinstance(name, nn.Module) else str(name))
+            live = live_model(source, device=device, trust_remote_code=trust_remote_code)
+            check_can_generate(live, "" if isinstance(source, nn.Module) else str(source))
             with eval_mode(live):
                 for task in chosen:
                     shown.start(
