@@ -89,6 +89,11 @@ def test_lm_eval_is_missing(folders, monkeypatch, capsys):
     assert 'pip install "bitmill[tasks]"' in capsys.readouterr().err
 
 
+def test_other_modules_are_refused(folders):
+    with pytest.raises(UsageError, match="Tasks need a model of transformers, and this is a Linear"):
+        log_likelihoods(torch.nn.Linear(2, 2), bitmill.load_tokenizer(folders[0]), PAIRS, 1, lambda: None)
+
+
 def test_refused(folders):
     with pytest.raises(UsageError, match="limit is 0"):
         bitmill.evaluate_tasks(folders[0], ["piqa"], limit=0)

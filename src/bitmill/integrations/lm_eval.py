@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from bitmill.errors import UsageError
 
@@ -38,7 +39,12 @@ def log_likelihoods(
         pairs: (context, continuation) each.
         batch_size: pairs that run together.
         on_scored: called after every pair.
+
+    Raises:
+        UsageError: the model is none of transformers.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"Tasks need a model of transformers, and this is a {type(model).__name__}.")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

@@ -45,7 +45,7 @@ OPTIONAL = (
     OptionalPackage("datasets", "texts such as --calib hf:wikitext", "pip install datasets"),
     OptionalPackage("triton", "kernels on GPUs", "pip install 'triton>=3.6'"),
     OptionalPackage("sentencepiece", "tokenizers without a tokenizer.json", "pip install sentencepiece"),
-    OptionalPackage("lm-eval", "benchmark tasks", "pip install lm-eval"),
+    OptionalPackage("lm-eval", "benchmark tasks (bitmill eval --tasks)", "pip install 'bitmill[tasks]'"),
 )
 
 
