@@ -145,14 +145,17 @@ def test_terminal(folder):
                     seen += os.read(ours, 4096)
             seen = seen.partition(text)[2]
 
-        expect(b"> ")
-        os.write(ours, b"/help\n")
-        expect(b"Ctrl-C during an answer")
-        expect(b"> ")
-        os.write(ours, b"w1 w2\n")
-        expect(b"> ")
-        os.write(ours, b"\x03")
-        assert process.wait(60) == 0
+        try:
+            expect(b"> ")
+            os.write(ours, b"/help\n")
+            expect(b"Ctrl-C during an answer")
+            expect(b"> ")
+            os.write(ours, b"w1 w2\n")
+            expect(b"> ")
+            os.write(ours, b"\x03")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()  # leaving the block waits for it
     os.close(ours)
 
 
