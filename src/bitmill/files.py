@@ -252,7 +252,8 @@ def tensors_digest(tensors: Mapping[str, Tensor], text: str) -> str:
     described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     digest = xxhash.xxh3_128(json.dumps([described, text]).encode())
     for name in names:
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        content: Any = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(content)
     return str(digest.hexdigest())
 
 

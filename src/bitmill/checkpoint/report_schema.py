@@ -32,21 +32,19 @@ class LayerSummary(_Entry):
     output_error: float | None = None
 
 
-_METRICS: Any = {metric.key: (float | None, None) for metric in LANGUAGE_METRICS + EMBEDDING_METRICS}
-Measurement = create_model(
-    "Measurement",
-    __base__=_Entry,
+_FIELDS: Any = {
     **dict.fromkeys(("by", "text", "split", "reference", "kv_method"), (str | None, None)),
     **dict.fromkeys(("seqlen", "windows", "tokens"), (int | None, None)),
-    **_METRICS,
-)
+    **{metric.key: (float | None, None) for metric in LANGUAGE_METRICS + EMBEDDING_METRICS},
+}
+Measurement: Any = create_model("Measurement", __base__=_Entry, **_FIELDS)
 
 
 class Report(_Entry):
     """A report; fields may be missing in those of earlier versions."""
 
     layers: list[LayerSummary]
-    measured: list[Measurement]  # type: ignore[valid-type]
+    measured: list[Measurement]
     bitmill: str | None = None
     source: str | None = None
     recipe: dict[str, Any] | None = None

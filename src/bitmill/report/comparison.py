@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,7 +15,7 @@ from bitmill.report.results import FloatModel, Results, Variant
 
 CLOSE = 1.25  # ratio to the float model's perplexity up to which the headline calls a variant close
 
-_COLUMNS = {
+_COLUMNS: dict[str, Callable[[Any], str]] = {
     "perplexity": lambda v: f"{v:.3f}",
     "kl_divergence": lambda v: f"{v:.4f}",
     "worst_domain": str,
