@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bitmill
+from bitmill.data.benchmark_tasks import Item
 from bitmill.errors import BitmillError
 from bitmill.workflows.comparison import run
 from bitmill.workflows.plan.plan import plan
@@ -26,6 +27,7 @@ SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
     "quantize": {"model": "source", "method": "rtn", "out": "out", "calib": DATA, "measure": 1},
     "estimate": {"model": "source", "method": "rtn", "calib": DATA, "measure": 1},
     "evaluate": {"model": "done", "text": "text.txt", "seqlen": 16, "windows": 1},
+    "evaluate_tasks": {"model": "done", "tasks": ["arc_easy"], "limit": 1},
     "load": {"model": "done"},
     "load_tokenizer": {"model": "done"},
     "compare": {
@@ -41,6 +43,9 @@ UNCHECKED = {"progress", "tokenizer", "options", "weights"}  # objects with meth
 @pytest.mark.parametrize("function", [*FUNCTIONS, plan, sweep], ids=lambda function: function.__name__)
 def test_functions(function, pristine, tmp_path, monkeypatch):
     monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": in_this_process})
+    monkeypatch.setattr("bitmill.workflows.tasks.load_items", lambda task, limit: [Item((("w1", " w2"),), 0)])
+    monkeypatch.setattr("bitmill.workflows.tasks.require_lm_eval", lambda: None)
+    monkeypatch.setattr("bitmill.workflows.tasks.log_likelihoods", lambda *_: [(-1.0, True)])
     here = tmp_path / "here"
     sound = SOUND[function.__name__]
     names = [name for name in inspect.signature(function).parameters if name not in UNCHECKED]

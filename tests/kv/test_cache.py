@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers.cache_utils import DynamicCache
 
+from bitmill.config.recorded_tensors import read_recorded, write_recorded
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.cache import QuantizedCache
 from bitmill.runtime.decode import attach, decode_path
@@ -108,11 +107,11 @@ def test_saved_and_loaded(setting, tmp_path):
 
 
 def cut_short(path):
-    with safe_open(path, "pt") as file:
-        tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    short = path.with_name("short.safetensors")
+    tensors, about = read_recorded(path, "bitmill_kv_cache", ())
     tensors["layers.0.pages"] = tensors["layers.0.pages"][..., :-1].contiguous()
-    save_file(tensors, path.with_name("short.safetensors"), metadata=meta)
-    return path.with_name("short.safetensors")
+    write_recorded(short, "bitmill_kv_cache", tensors, about)
+    return short
 
 
 def test_select_and_repeat_rows():

@@ -113,7 +113,7 @@ for command in COMMANDS:
             command, lambda f: regroup(f, format={"format": "uniform", "bits": 3, "group_size": 16}), "codes"
         ),
         f"{command} of a report without layers": folder_fault(
-            command, lambda f: change_json(f / "report.json", layers="none"), "'layers'"
+            command, lambda f: change_json(f / "report.json", layers="none"), "layers is 'none'"
         ),
         f"{command} of a wrong shape in the report": folder_fault(
             command, lambda f: reshape(f, [48, 10**12]), "q_proj"
