@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from bitmill.workflows.bench.memory import cache_bytes
-from bitmill.workflows.comparison.machine import describe_machine
+from bitmill.workflows.machine import describe_machine
 
 SETS = (
     "avx2",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bitmill.kv.cache import QuantizedCache
     from bitmill.recipes.recipe import Recipe
     from bitmill.workflows.comparison.compare import compare
-    from bitmill.workflows.estimate.estimate import estimate
+    from bitmill.workflows.estimate import estimate
     from bitmill.workflows.evaluate import evaluate
     from bitmill.workflows.quantize import Outcome, quantize
     from bitmill.workflows.tasks import evaluate_tasks

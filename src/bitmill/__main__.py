@@ -1,10 +1,5 @@
-"""`python -m bitmill` runs the command line."""
+"""`python -m bitmill`, the command line."""
 
-from __future__ import annotations
+from runpy import run_module
 
-import sys
-
-from bitmill.cli.main import main
-
-if __name__ == "__main__":
-    sys.exit(main())
+run_module("bitmill.cli.main", run_name="__main__", alter_sys=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bitmill.data.windows import CalibrationData
-from bitmill.workflows.estimate.estimate import Estimate, estimate
+from bitmill.workflows.estimate import Estimate, estimate
 from bitmill.workflows.evaluate import evaluate
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.quantize import Outcome, quantize

@@ -209,7 +209,7 @@ def _saved_cache(folder: Path) -> str:
 
 
 READERS["saved cache"] = Reader(
-    ("config/recorded_tensors.py", "kv/cache.py"),
+    ("recorded_tensors.py", "kv/cache.py"),
     "cache",
     "cache.safetensors",
     {"continue": _saved_cache},

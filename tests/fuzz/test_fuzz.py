@@ -25,7 +25,7 @@ OWN_FILES = {  # that come with bitmill or the machine, or are compared with a d
     "data/domains/code.py",
     "workflows/doctor.py",
     "workflows/bench/memory.py",
-    "workflows/comparison/machine.py",
+    "workflows/machine.py",
 }
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
-from bitmill.config.recorded_tensors import read_recorded, write_recorded
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.kv.cache import QuantizedCache
+from bitmill.recorded_tensors import read_recorded, write_recorded
 from bitmill.runtime.decode import attach, decode_path
 from helpers.native_kernels import needs_native
 from helpers.packed_cache import (

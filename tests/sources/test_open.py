@@ -110,7 +110,7 @@ def test_hub_download_patterns(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     message = refused("org/name")
     assert "'org/name'" in message
-    assert "smollm2-135m" in message
+    assert "bitmill models" in message
     refused("org/name", trust_remote_code=True)
     assert "*.py" not in asked[0]
     assert "*.bin" not in asked[0]

@@ -18,11 +18,11 @@ from bitmill.recipes.method import build_recipe
 from bitmill.recipes.resolve import resolve_recipe
 from bitmill.sources.module import ModuleSource
 from bitmill.sources.safetensors_header import read_header
-from bitmill.workflows.estimate import announce
-from bitmill.workflows.estimate.cost import Cost
-from bitmill.workflows.estimate.estimate import describe_duration
-from bitmill.workflows.estimate.folder_size import file_size
-from bitmill.workflows.estimate.probe import Trial, extrapolate, kinds_of
+from bitmill.workflows import announce
+from bitmill.workflows.cost import Cost
+from bitmill.workflows.estimate import describe_duration
+from bitmill.workflows.folder_size import file_size
+from bitmill.workflows.probe import Trial, extrapolate, kinds_of
 from helpers import tiny_domains
 from helpers.tiny_models import tiny_model
 from helpers.workspace import save_model

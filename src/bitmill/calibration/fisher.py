@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bitmill.calibration.walk import HiddenStates, walk_blocks
-from bitmill.config.recorded_tensors import read_recorded, write_recorded
 from bitmill.errors import CalibrationError, NumericsError, OutputError, one_line
 from bitmill.files import make_folder, output_errors, write_tensors
 from bitmill.models.block_call import BlockCall
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
+from bitmill.recorded_tensors import read_recorded, write_recorded
 from bitmill.tasks.base import Loss
 
 _META = "bitmill_fisher"

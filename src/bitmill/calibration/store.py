@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bitmill.config.documents import load_json, read_document
-from bitmill.config.recorded_tensors import read_recorded, write_recorded
 from bitmill.errors import CalibrationError, one_line
 from bitmill.files import create_text, make_folder, output_errors
 from bitmill.numerics.statistics import Statistics
+from bitmill.recorded_tensors import read_recorded, write_recorded
 
 _PARTS = ("gram", "mean_abs", "max_abs")  # tensors of a file, by fields of Statistics
 _META = "bitmill_statistics"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +22,7 @@ from bitmill.cli.options import (
     TrustRemoteCode,
     kv_arguments,
 )
-from bitmill.cli.output import command_output, data_table, kv_cache_rows, property_table
+from bitmill.cli.output import Output, command_output, data_table, kv_cache_rows, property_table
 from bitmill.cli.tasks import Limit, Tasks, measure_tasks
 from bitmill.errors import UsageError
 from bitmill.report.domains import domain_table, domains_of
@@ -88,9 +90,9 @@ def evaluate(
         folder = user_path(model)
         if record and not is_bitmill_folder(folder):
             raise UsageError(f"--record writes into a quantized folder, and {model!r} is none; leave it out.")
+        if tasks is not None and kv is not None:
+            raise UsageError("--tasks are measured through an ordinary cache; leave --kv out.")
         if tasks is not None:
-            if kv is not None:
-                raise UsageError("--tasks are measured through an ordinary cache; leave --kv out.")
             options = {"reference": reference, "device": device, "trust_remote_code": trust_remote_code}
             measure_tasks(model, tasks, limit, folder if record else None, output, **options)
             return
@@ -108,13 +110,20 @@ def evaluate(
             **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
         )
         result = {"model": model, **result, "reference": reference}
-        recorded = False
-        try:
+        with _printed(output, result) as printed:
             if record:
                 record_measurement(folder, result, files)
-                recorded = True
-        finally:  # printed even if it cannot be recorded, because measuring it took long
-            output.result({**result, "recorded": recorded}, lambda: _render(result, recorded))
+                printed["recorded"] = True
+
+
+@contextmanager
+def _printed(output: Output, result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Print a result with `recorded`, also if it cannot be recorded, because measuring it took long."""
+    printed = {**result, "recorded": False}
+    try:
+        yield printed
+    finally:
+        output.result(printed, lambda: _render(result, printed["recorded"]))
 
 
 def _render(result: dict[str, Any], recorded: bool) -> list[Any]:

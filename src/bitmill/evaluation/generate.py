@@ -79,8 +79,7 @@ def generate(
     check_seed(seed, UsageError)
     limit = min(max_new_tokens, _remaining_context(model, prompt, max_new_tokens, temperature))
     eos = eos_tokens(model, tokenizer)
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     text = _TextStreamer(tokenizer, on_text)
     tokens: list[int] = []
     stopped: Literal["eos", "length", "interrupt"] = "length"

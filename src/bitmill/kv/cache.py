@@ -19,7 +19,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from bitmill.compat import cache_argument, forward_with_cache
 from bitmill.config.paths import user_path
-from bitmill.config.recorded_tensors import read_recorded, write_recorded
 from bitmill.errors import CheckpointError, UsageError
 from bitmill.evaluation.logits import Output
 from bitmill.kv.attention import attach_attention
@@ -31,6 +30,7 @@ from bitmill.kv.rope import rope_to_undo
 from bitmill.kv.scheme import KV_METHODS, PAGE, KVMethod, kv_method
 from bitmill.kv.size import packed_shapes
 from bitmill.models.split import SplitModel, split_model
+from bitmill.recorded_tensors import read_recorded, write_recorded
 
 _META = "bitmill_kv_cache"
 _VERSION = 2

@@ -76,8 +76,6 @@ def hub_files(model: str, patterns: list[str]) -> tuple[Path, HubOrigin]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from bitmill.sources.zoo import ZOO
-
     name, revision = split_revision(model)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -86,7 +84,7 @@ def hub_files(model: str, patterns: list[str]) -> tuple[Path, HubOrigin]:
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         raise SourceError(
             f"{model!r} is no local path and could not be fetched from the Hub ({one_line(cause or error)}); "
-            f"check the name and the network, or use a demo model: {', '.join(sorted(ZOO))}."
+            "check the name and the network, or use a demo model of those that `bitmill models` lists."
         ) from error
     return folder, HubOrigin(name, revision, _commit_of_snapshot(folder))
 

@@ -128,7 +128,7 @@ def _machine(problems: list[str]) -> dict[str, Any]:
     import psutil
     import torch
 
-    from bitmill.workflows.comparison.machine import describe_machine
+    from bitmill.workflows.machine import describe_machine
 
     described = describe_machine("cpu")
     gpus = []

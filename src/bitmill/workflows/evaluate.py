@@ -24,7 +24,6 @@ from bitmill.data.windows import (
     describe_held_out,
     source_name,
 )
-from bitmill.errors import UsageError
 from bitmill.evaluation.logits import OutputFn
 from bitmill.evaluation.metrics import batches, score_windows
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
@@ -37,7 +36,7 @@ from bitmill.sources.open import open_source
 from bitmill.sources.pooling import read_pooling
 from bitmill.tasks.base import Task, task_for, task_of
 from bitmill.workflows import kv as kv_workflow
-from bitmill.workflows.load import live_model, load_tokenizer
+from bitmill.workflows.load import live_model, tokenizer_of
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
 
@@ -77,29 +76,24 @@ def evaluate(
         split: the text's last fifth ("eval"), its first four fifths ("calib"), or all of it. The documents of a
             domain are divided into "calib", "choose" and "eval".
         seqlen: tokens of a window.
-        windows: number of windows, of each domain for suite and mix; 40, or 8 of each domain, without it, and all
-            for 0.
+        windows: number of windows; 40 without it, of suite and mix 8 of each domain; 0 takes all.
         reference: the model to compare with, through an ordinary cache.
         kv, kv_bits, kv_options: a KV method, to measure through the packed cache. Options default to those of the
-            folder's calibration. Without a calibration there, the method is calibrated on `kv_samples` windows of
-            `kv_seqlen` tokens (2048, or the model's context length) of the text's first four fifths.
+            folder's calibration; without one, the method is calibrated on `kv_samples` windows of `kv_seqlen`
+            tokens (2048, or the model's context length) of the text's first four fifths.
 
     Returns:
         perplexity, tokens, bits_per_weight, size_bytes, time_s and peak_memory_bytes, for an encoder
         pair_cosine. With a reference kl_divergence (nats per token), kl_interval, kl_p99, kl_p999, top1_agreement,
         reference_perplexity and perplexity_ratio, for an encoder cosine_similarity and neighbour_agreement. For
-        suite and mix these are means, and `domains` has the figures of each domain. With a KV method `kv_*`, see
-        docs/kv.md.
+        suite and mix these are means, and `domains` has those of each domain. With a KV method `kv_*`, docs/kv.md.
     """
     text = CalibrationData(text).source
     if windows is None:
         windows = WINDOWS_PER_DOMAIN if is_mixture(text) else WINDOWS
     started = time.perf_counter()
     kv_config = parse_kv_config(None if kv == FLOAT else kv, kv_bits, kv_options, kv_samples, kv_seqlen)
-    if tokenizer is None:
-        if isinstance(model, nn.Module):
-            raise UsageError("A live model has no tokenizer; pass tokenizer=... with it.")
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of(model, tokenizer, trust_remote_code)
     with displayed(progress) as shown:
         shown.start("reading text and model", 0)
         bits, size = stored_bits(model, trust_remote_code)

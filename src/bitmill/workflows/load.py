@@ -12,7 +12,7 @@ from torch import nn
 from bitmill.checkpoint.reader import is_bitmill_folder, is_checkpoint, open_checkpoint
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
-from bitmill.errors import BitmillError, CheckpointError, one_line
+from bitmill.errors import BitmillError, CheckpointError, UsageError, one_line
 from bitmill.integrations.saving import protect_saves
 from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.decode import attach
@@ -65,6 +65,15 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
         return _from_folder(AutoTokenizer, model, trust_remote_code, check=_try_tokenizer)
     _check_float_folder(model)
     return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
+
+
+def tokenizer_of(model: str | Path | nn.Module, given: Any, trust_remote_code: bool) -> Any:
+    """Return the tokenizer that a caller gave, or the one of the model; live modules have none."""
+    if given is not None:
+        return given
+    if isinstance(model, nn.Module):
+        raise UsageError("A live model has no tokenizer; pass tokenizer=... with it.")
+    return load_tokenizer(model, trust_remote_code=trust_remote_code)
 
 
 def _check_float_folder(model: str | Path) -> bool:

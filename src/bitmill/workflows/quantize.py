@@ -41,8 +41,8 @@ from bitmill.recipes.rules import Rule
 from bitmill.report.html import folder_documents
 from bitmill.report.text import next_commands, summary_rows
 from bitmill.workflows import kv as kv_workflow
+from bitmill.workflows.announce import announced
 from bitmill.workflows.checks import check_space
-from bitmill.workflows.estimate.announce import announced
 from bitmill.workflows.job_report import job_report
 from bitmill.workflows.load import read_folder
 from bitmill.workflows.prepare import (
@@ -119,23 +119,20 @@ def quantize(
         model: the name of a demo model, a Hugging Face folder or hub id, a .gguf file, or a live module.
         method: by default the leader of the leaderboard at these bits, which `summary["chosen"]` explains. "none"
             leaves the weights as they are, for a KV method alone, also in a folder that bitmill wrote.
-        out: the folder to write. Without it, a live module is quantized in place once every layer is done, and a
-            folder that bitmill wrote gets its KV calibration in place.
+        out: the folder to write. Without it a live module, or the KV calibration of a folder, changes in place.
         calib: text to calibrate on, its source alone (such as "pydoc"), a list of texts, or token windows
             (samples, seqlen) for a live module without tokenizer.
         resume: continue an interrupted run.
         overwrite: replace a folder that bitmill wrote, once the new one is complete.
         dry_run: compute sizes and bits, and write nothing.
-        measure: number of held-out windows to measure on while quantizing, of each domain for suite and mix; 4, or
-            1 of each domain, without it; 0 measures nothing.
+        measure: number of held-out windows to measure on; 4 without it, of suite and mix 1 of each domain.
         propagate: input of later blocks during calibration, of the quantized blocks or of the float model.
         statistics: with propagate="float", a folder that keeps the statistics for further recipes.
         head_bits: bits of embedding and output head, 8, 6 or 4, or "float"; 8 by default, see docs/cli.md.
-        rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8" or "*.o_proj=float"; first match
-        wins. kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
+        rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8"; the first match wins.
+        kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
             `kv_seqlen` tokens (by default 2048, or the model's context length) of the text.
-        progress: where progress is reported; True displays it, False is silent. By default it is displayed on a
-            terminal and in a notebook.
+        progress: where progress is reported; True displays it, which terminals and notebooks do; False is silent.
         options: options of the method, such as bits=3 or group_size="row".
 
     Raises:

@@ -19,7 +19,7 @@ from bitmill.integrations.lm_eval import log_likelihoods, require_lm_eval
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
-from bitmill.workflows.load import live_model, load_tokenizer
+from bitmill.workflows.load import live_model, tokenizer_of
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
 
@@ -66,27 +66,17 @@ def evaluate_tasks(
         if value < 1:
             raise UsageError(f"{name} is {value}; use at least 1.")
     require_lm_eval()
-    if tokenizer is None:
-        if isinstance(model, nn.Module):
-            raise UsageError("A live model has no tokenizer; pass tokenizer=... with it.")
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of(model, tokenizer, trust_remote_code)
     with displayed(progress) as shown:
         shown.start("reading tasks and model", 0)
         bits, size = stored_bits(model, trust_remote_code)
         items = {task: load_items(task, limit) for task in chosen}
         found: dict[str, dict[str, Any]] = {task.name: {"documents": len(items[task])} for task in chosen}
-        for source, prefix in ((model, ""), (reference, "reference_")):
-            if source is None:
-                continue
+        for source, prefix in ((model, ""), *(((reference, "reference_"),) if reference is not None else ())):
             live = live_model(source, device=device, trust_remote_code=trust_remote_code)
             check_can_generate(live, "" if isinstance(source, nn.Module) else str(source))
-            with eval_mode(live):
-                for task in chosen:
-                    shown.start(
-                        f"{prefix.rstrip('_')} {task.name}".strip(), sum(len(i.pairs) for i in items[task])
-                    )
-                    measured = _score(live, tokenizer, task, items[task], batch_size, shown)
-                    found[task.name] |= {prefix + key: value for key, value in measured.items()}
+            for name, measured in _score_tasks(live, tokenizer, items, batch_size, shown, prefix).items():
+                found[name] |= {prefix + key: value for key, value in measured.items()}
             del live
     return {
         "tasks": found,
@@ -96,6 +86,24 @@ def evaluate_tasks(
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _score_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    items: dict[BenchmarkTask, list[Item]],
+    batch_size: int,
+    progress: Progress,
+    prefix: str,
+) -> dict[str, dict[str, float | None]]:
+    """Return name of a task -> its metrics; progress names tasks behind a prefix."""
+    measured = {}
+    with eval_mode(model):
+        for task, asked in items.items():
+            title = f"{prefix.rstrip('_')} {task.name}".strip()
+            progress.start(title, sum(len(item.pairs) for item in asked))
+            measured[task.name] = _score(model, tokenizer, task, asked, batch_size, progress)
+    return measured
 
 
 @torch.no_grad()

@@ -36,10 +36,10 @@ from bitmill.sources.open import open_source
 from bitmill.tasks.base import task_of
 from bitmill.workflows.checks import check_device
 from bitmill.workflows.comparison.grid import FLOAT, Grid, VariantSpec
-from bitmill.workflows.comparison.machine import describe_machine
 from bitmill.workflows.comparison.predictions import digest_file
 from bitmill.workflows.comparison.process import VariantFailed, run_variant
 from bitmill.workflows.comparison.worker import FLOAT_FILE, GRID_FILE, STATISTICS
+from bitmill.workflows.machine import describe_machine
 
 RESULTS_FILE = "results.json"
 PAGE_FILE = "report.html"

@@ -30,7 +30,7 @@ from bitmill.pipeline import BlockResult, Job, run
 from bitmill.pipeline.job import NON_BLOCK, Shared
 from bitmill.pipeline.measure import HeldOutMetrics
 from bitmill.recipes.resolve import ResolvedRecipe
-from bitmill.workflows.estimate.cost import Clock, Cost, PeakMemory, now
+from bitmill.workflows.cost import Clock, Cost, PeakMemory, now
 from bitmill.workflows.prepare import PreparedJob
 
 SECONDS = 30.0  # about as long as the second probe may take

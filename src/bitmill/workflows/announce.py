@@ -10,9 +10,9 @@ from bitmill.calibration.token_windows import JobData
 from bitmill.errors import one_line
 from bitmill.pipeline.loop import QUANTIZING
 from bitmill.report.text import describe_plan
-from bitmill.workflows.estimate.estimate import describe_duration, estimate_job
-from bitmill.workflows.estimate.probe import short_trial
+from bitmill.workflows.estimate import describe_duration, estimate_job
 from bitmill.workflows.prepare import PreparedJob
+from bitmill.workflows.probe import short_trial
 
 _WEIGHTS = 5_000_000  # fewer take seconds, of which nothing is shown
 _SHORT_S = 60.0  # a run that is over soon is not worth a trial of its head, its memory and its measurement

@@ -30,18 +30,8 @@ from bitmill.recipes.compose import HeadBits
 from bitmill.recipes.method import Method
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
-from bitmill.workflows.estimate.cost import Clock, Cost, PeakMemory
-from bitmill.workflows.estimate.folder_size import ProbedFolder, folder_size
-from bitmill.workflows.estimate.probe import (
-    Kinds,
-    MemorySink,
-    ProbeSink,
-    kinds_of,
-    probe_folder,
-    try_blocks,
-    try_measuring,
-)
-from bitmill.workflows.estimate.running import repeated_model, running_cost
+from bitmill.workflows.cost import Clock, Cost, PeakMemory
+from bitmill.workflows.folder_size import ProbedFolder, folder_size
 from bitmill.workflows.prepare import (
     PreparedJob,
     QuantizeRequest,
@@ -50,6 +40,16 @@ from bitmill.workflows.prepare import (
     read_data,
     windows_to_measure,
 )
+from bitmill.workflows.probe import (
+    Kinds,
+    MemorySink,
+    ProbeSink,
+    kinds_of,
+    probe_folder,
+    try_blocks,
+    try_measuring,
+)
+from bitmill.workflows.running_cost import repeated_model, running_cost
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from bitmill.pipeline.job import Shared
 from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.runtime.decode import attach
 from bitmill.runtime.modules.replace import replace_layers
-from bitmill.workflows.estimate.cost import Cost, now
+from bitmill.workflows.cost import Cost, now
 from bitmill.workflows.running import running_paths, running_record
 
 _TRIED = {"windows": 64, "decode": 16}  # tokens of the trials of both paths
