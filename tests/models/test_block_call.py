@@ -31,6 +31,7 @@ MODELS = {
     "llama": lambda: tiny_model("llama"),
     "gemma3_text": lambda: tiny_model("gemma3_text"),
     "bert": lambda: tiny_model("bert"),
+    "opt": lambda: tiny_model("opt"),
 }
 
 
@@ -43,7 +44,7 @@ def test_part_of_batch(name, windows):
     hidden, calls = streamed.embed(torch.randint(3, 128, (windows, 8)))
     for block, call in zip(streamed.blocks, calls):
         whole = call.run(block, hidden)
-        for start, stop in {(0, 1), (windows // 2, windows)}:
+        for start, stop in {(0, 1), (windows // 2, windows), (0, windows + 3)}:
             part = call.cut(windows, start, stop).run(block, hidden[start:stop])
             assert torch.allclose(part, whole[start:stop], rtol=1e-5, atol=1e-6)
         hidden = whole

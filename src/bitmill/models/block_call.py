@@ -51,8 +51,9 @@ class BlockCall:
         Args:
             windows: windows of the batch.
             start: first window.
-            stop: window after the last one.
+            stop: window after the last one; the batch may end before it.
         """
+        stop = min(stop, windows)
 
         def cut_tensor(path: Path, tensor: Tensor) -> Tensor:
             dim, rows = self.rows.get(path, (0, 0))
