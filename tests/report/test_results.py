@@ -39,6 +39,7 @@ def test_round_trip(file):
         (lambda d: d["variants"][0].update(perplexity="low"), r"variants\.0\.perplexity"),
         (lambda d: d["variants"][3].update(perplexity=float("nan")), r"variants\.3\.perplexity"),
         (lambda d: d["variants"][0].update(kl=0.1), r"variants\.0\.kl"),
+        (lambda d: d["variants"][0].update(size_bytes=None), r"variants\.0: .*no size_bytes"),
         (lambda d: d["settings"].pop("prompts"), r"settings\.prompts"),
     ],
 )

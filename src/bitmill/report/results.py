@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CheckpointError
@@ -69,6 +69,17 @@ class FloatModel(_StrictModel):
     domains: dict[str, DomainFigures] = {}
 
 
+_MEASURED = (  # of a variant that is done
+    "bits_per_weight",
+    "size_bytes",
+    "perplexity",
+    "kl_divergence",
+    "top1_agreement",
+    "quantize_time_s",
+    "peak_memory_bytes",
+)
+
+
 class Variant(_StrictModel):
     """One recipe: its state, cost and quality."""
 
@@ -93,6 +104,14 @@ class Variant(_StrictModel):
     peak_memory_bytes: int | None = None
     layers: list[Layer] = []
     samples: list[Sample] = []
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Variant:
+        """Raise ValueError for a variant that is done but lacks a figure."""
+        absent = [key for key in _MEASURED if getattr(self, key) is None] if self.status == "done" else []
+        if absent:
+            raise ValueError(f"the variant {self.name!r} is done, but has no {absent[0]}")
+        return self
 
 
 class TextWindows(_StrictModel):
