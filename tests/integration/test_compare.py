@@ -101,6 +101,15 @@ def test_held_out_windows(workspace, quick, capsys):
     assert "has changed since" in json.loads(fragment.getvalue().splitlines()[-1])["failed"]
 
 
+def test_damaged_commands_refused(workspace, quick, capsys):
+    assert main(command(workspace, methods="rtn", bits="3")) == 0
+    file = workspace.root / "grid" / "grid.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "commands": [1]}))
+    capsys.readouterr()
+    assert main(command(workspace, methods="rtn", bits="3")) == 1
+    assert "grid.json cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "fragment"),
     [

@@ -168,7 +168,10 @@ class _Records:
         file = self.out / GRID_FILE
         if file.exists():
             before = _load(file)
-            self.commands = [c for c in before.get("commands", []) if c != self.grid.command]
+            commands = before.get("commands", [])
+            if not isinstance(commands, list) or not all(isinstance(command, str) for command in commands):
+                raise _damaged(file)
+            self.commands = [command for command in commands if command != self.grid.command]
             if difference := first_difference(before.get("terms"), self.terms):
                 key, old, new = difference
                 raise CheckpointError(
