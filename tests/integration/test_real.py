@@ -29,7 +29,8 @@ def all_threads():
 def folder(tmp_path_factory):
     """SmolLM2 in 3 bits by gptqt, without its slower passes."""
     out = tmp_path_factory.mktemp("real") / "smollm2-3bit"
-    options = ["--set", "group_passes=0", "--set", "column_passes=0", "--samples", "4", "--seqlen", "256"]
+    options = ["--calib", "mix", "--set", "group_passes=0", "--set", "column_passes=0"]
+    options += ["--samples", "4", "--seqlen", "256"]
     assert main(["quantize", MODEL, "--method", "gptqt", "--bits", "3", *options, "-o", str(out), "--json"]) == 0
     return out
 

@@ -11,7 +11,7 @@ from bitmill.config.documents import read_json_object
 from bitmill.errors import BitmillError, SourceError, quoted
 
 MAX_CONFIG_BYTES = 1 << 25
-MAX_PARTS = 10_000  # blocks, experts, ...: far above any model, and built in seconds
+MAX_PARTS = 4_096  # blocks, experts, ...: far above any model, and built in seconds
 MAX_SIZE = 1 << 40
 _PARTS = re.compile(r"(layers|blocks|experts|stages|depths?|^n_layer|^n_block)$")
 
