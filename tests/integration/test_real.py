@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """SmolLM2 in 3 bits by gptqt, without its slower passes."""
     out = tmp_path_factory.mktemp("real") / "smollm2-3bit"
     options = ["--calib", "mix", "--set", "group_passes=0", "--set", "column_passes=0"]
-    options += ["--samples", "4", "--seqlen", "256"]
+    options += ["--samples", "8", "--seqlen", "256"]  # of six domains
     assert main(["quantize", MODEL, "--method", "gptqt", "--bits", "3", *options, "-o", str(out), "--json"]) == 0
     return out
 
