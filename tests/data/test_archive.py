@@ -82,5 +82,5 @@ def test_failures(registry, monkeypatch):
         archive(registry, requirement="p==1.0").records("tiny")
     (registry / "cache").rename(registry / "other")
     (registry / "cache").write_text("")
-    with pytest.raises(SourceError, match=r"cannot be written .* point BITMILL_CACHE at another folder"):
+    with pytest.raises(SourceError, match=r"cannot be written .* point BITMILL_CACHE at a folder you own"):
         archive(registry).records("tiny")

