@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from bitmill.errors import NumericsError, UsageError
+from bitmill.evaluation.answers import answer_prompts
 from bitmill.evaluation.generate import chat_prompt, encode, eos_tokens, generate
+from bitmill.progress import Progress
 
 
 class Script(nn.Module):
@@ -137,3 +139,16 @@ def test_failing_chat_template():
     with pytest.raises(UsageError, match=r"\(roles must alternate\)"):
         chat_prompt(Strict(), [{"role": "user", "content": "x"}])
     assert encode(Bytes(), "A") == [65]
+
+
+def test_answers_record_tokens():
+    """The second byte of é completes a character that began with the first."""
+    script = [*"né!".encode(), 2]
+    (answer,) = answer_prompts(Script(script), Bytes(), ["a"], 8, Progress())
+    assert answer == {
+        "text": "né!",
+        "new_tokens": 4,
+        "stopped": "eos",
+        "token_ids": script[:4],
+        "token_starts": [0, 1, 1, 2],
+    }

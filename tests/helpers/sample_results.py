@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
+import zlib
 from typing import Any
 
 from bitmill.data.domain import SUITE
@@ -27,11 +29,22 @@ ANSWERS = (
     "The capital of France is Paris, which is also its largest city and lies on the Seine.",
     "The sky is blue because the air scatters the short waves of sunlight more than the long ones.",
 )
+OTHER = " one of those that people like to see, and so it is said to be"  # as a quantized model goes on
 HASH = "0123456789abcdef" * 4
 
 
+def tokens_of(text: str) -> dict[str, Any]:
+    """Return made-up tokens of a text, one for each word with the space before it."""
+    words = list(re.finditer(r"\s*\S+", text))
+    return {
+        "token_ids": [zlib.crc32(word[0].encode()) for word in words],
+        "token_starts": [word.start() for word in words],
+        "new_tokens": len(words),
+    }
+
+
 def sample(text: str, stopped: str = "length") -> dict[str, Any]:
-    return {"text": text, "new_tokens": 48, "stopped": stopped}
+    return {"text": text, "stopped": stopped, **tokens_of(text)}
 
 
 def layers(error: float, blocks: int, calibrated: bool, seed: int) -> list[dict[str, Any]]:
@@ -57,7 +70,7 @@ def variant(method: str, bits: int, perplexity: float | None, blocks: int = 30) 
         reason = f"{method} cannot be had at {bits} bits; choose others."
         return {**described, "status": "not_applicable", "reason": reason}
     loss = math.log(perplexity / FLOAT)
-    generated = [answer[: int(len(answer) * math.exp(-loss))] + " ..." for answer in ANSWERS]
+    generated = [answer[: int(len(answer) * math.exp(-loss))] + OTHER for answer in ANSWERS]
     return {
         **described,
         "status": "done",

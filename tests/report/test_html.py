@@ -43,9 +43,19 @@ def test_all_variants_shown(page):
     assert "bitmill compare smollm2-135m --methods rtn,gptq" in page
 
 
-def test_answer_differences(page):
-    assert f"<p>{sample_results.ANSWERS[0]}</p>" in page
-    assert '<span class="same">The capital of France i</span> ...' in page
+def test_answers_next_to_float(page):
+    assert "<p>The capital of France <mark>is</mark> Paris, which is also" in page
+    assert "<p>The capital of France <mark>i</mark> one of those" in page
+    assert '<span class="verdict">differs at token 5 of 20</span>' in page
+
+
+def test_answers_of_one_model_alone():
+    document = sample_results.document({"rtn": (14.67, None, None)}, blocks=1)
+    alone = comparison_page(Results.model_validate({**document, "float": None}))
+    assert '<p tabindex="0">The capital of France is Paris' in alone
+    assert "<mark" not in alone.partition("<main>")[2].partition("</main>")[0]
+    document["variants"] = []
+    assert f'<p tabindex="0">{sample_results.ANSWERS[0]}</p>' in comparison_page(Results.model_validate(document))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +89,7 @@ def test_results_are_escaped():
     for variant in document["variants"]:
         variant |= {"name": EVIL + str(variant["bits"]), "method": EVIL, "reason": EVIL}
         for sample in variant.get("samples", []):
-            sample["text"] = EVIL
+            sample |= sample_results.sample(EVIL)
         for layer in variant.get("layers", []):
             layer["name"] = EVIL + layer["name"]
     page = without_plotly(comparison_page(Results.model_validate(document)))

@@ -123,12 +123,6 @@ def test_heat_map_scale():
     )
 
 
-def test_shared_answer_prefix():
-    assert comparison.common_prefix_length("Paris is", "Paris was") == 6
-    assert comparison.common_prefix_length("Paris", "Paris was") == 5
-    assert comparison.common_prefix_length("", "Paris") == 0
-
-
 def test_terminal_table():
     stream = io.StringIO()
     Console(file=stream, width=100).print(results_table(sample_results.results()))

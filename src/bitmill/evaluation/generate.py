@@ -29,6 +29,8 @@ class Generation:
     stopped: at end of text, at the most tokens, or because `should_stop` said so.
     time_s: seconds, including those for the prompt.
     tokens_per_s: of the tokens after the first one; None for fewer than two tokens.
+    starts: the place in the text, in characters, where each token begins; a token that completes no character
+        begins where the next one does.
     """
 
     text: str
@@ -36,6 +38,7 @@ class Generation:
     stopped: Literal["eos", "length", "interrupt"]
     time_s: float
     tokens_per_s: float | None
+    starts: list[int]
 
     @property
     def new_tokens(self) -> int:
@@ -82,6 +85,7 @@ def generate(
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
     text = _TextStreamer(tokenizer, on_text)
     tokens: list[int] = []
+    starts: list[int] = []
     stopped: Literal["eos", "length", "interrupt"] = "length"
     cache, unread = past, prompt
     started = first_token_at = time.perf_counter()
@@ -97,13 +101,14 @@ def generate(
             stopped = "eos"
             break
         tokens.append(token)
+        starts.append(len(text.text))
         text.add(token)
         unread = [*prompt, *tokens] if cache is None else [token]
     text.end()
     ended = time.perf_counter()
     timed = len(tokens) - 1  # the time of the first token is that of the prompt
     speed = timed / (ended - first_token_at) if timed > 0 else None
-    return Generation(text.text, tokens, stopped, ended - started, speed)
+    return Generation(text.text, tokens, stopped, ended - started, speed, starts)
 
 
 def _next_logits(model: nn.Module, tokens: Tensor, cache: Any, chunk: int | None) -> tuple[Tensor, Any]:

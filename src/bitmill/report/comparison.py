@@ -99,20 +99,6 @@ def _against_float(variant: Variant, reference: FloatModel) -> str:
     )
 
 
-def common_prefix_length(answer: str, reference: str) -> int:
-    """Count the leading characters that two answers have in common.
-
-    Args:
-        answer: of a variant.
-        reference: of the float model.
-
-    Returns:
-        0 up to the length of the shorter answer.
-    """
-    shorter = min(len(answer), len(reference))
-    return next((i for i in range(shorter) if answer[i] != reference[i]), shorter)
-
-
 def comparison_table(rows: Sequence[dict[str, Any]], caption: str = "") -> Table:
     """Return a terminal table with one row per model.
 

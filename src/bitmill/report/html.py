@@ -36,6 +36,7 @@ from bitmill.report.domain_charts import domain_bars, domain_panels
 from bitmill.report.domains import domain_table, latest_with_domains, worst_domain
 from bitmill.report.metrics import metric_columns, primary_metric
 from bitmill.report.results import Layer, Results
+from bitmill.report.samples import AnswerPair, pair_answers
 from bitmill.report.tasks import NOTE, task_table
 
 _WORST_LAYERS = 8  # listed on the page of a folder
@@ -60,9 +61,15 @@ def comparison_page(results: Results) -> str:
         worst_domains={v.name: worst_domain(v.model_dump(include={"domains"})) for v in results.variants},
         bits=sorted({v.bits for v in results.variants if v.bits is not None}, reverse=True),
         label=comparison.label,
-        common_prefix_length=comparison.common_prefix_length,
+        answers=_answers(results),
         data=charts.chart_data(results),
     )
+
+
+def _answers(results: Results) -> dict[str, list[AnswerPair]]:
+    """Return the answers of every variant next to those of the float model, by name."""
+    reference = results.float.samples if results.float else []
+    return {variant.name: pair_answers(reference, variant.samples) for variant in results.variants}
 
 
 def folder_page(report: dict[str, Any]) -> str:

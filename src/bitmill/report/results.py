@@ -24,11 +24,28 @@ class _StrictModel(BaseModel):
 
 
 class Sample(_StrictModel):
-    """The greedy answer to one prompt."""
+    """The greedy answer to one prompt.
+
+    token_ids: those of the answer; None in files of earlier versions.
+    token_starts: the place in `text`, in characters, where each token begins.
+    """
 
     text: str
     new_tokens: int
     stopped: Literal["eos", "length"]
+    token_ids: list[int] | None = None
+    token_starts: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _has_all_tokens(self) -> Sample:
+        """Raise ValueError where the tokens are not as many as were counted, or begin outside of the text."""
+        for field in ("token_ids", "token_starts"):
+            listed = getattr(self, field)
+            if listed is not None and len(listed) != self.new_tokens:
+                raise ValueError(f"{field} has {len(listed)} entries for {self.new_tokens} tokens")
+        if self.token_starts and not 0 <= min(self.token_starts) <= max(self.token_starts) <= len(self.text):
+            raise ValueError(f"token_starts has places outside of a text of {len(self.text)} characters")
+        return self
 
 
 class Layer(_StrictModel):

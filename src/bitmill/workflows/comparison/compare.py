@@ -16,11 +16,12 @@ from bitmill.data.mixture import is_mixture
 from bitmill.data.text import TextSource
 from bitmill.data.windows import CalibrationData, as_calibration, source_name
 from bitmill.errors import UsageError
+from bitmill.evaluation.answers import NEW_TOKENS, PROMPTS
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
 from bitmill.recipes.compose import HeadBits
 from bitmill.report.results import Results
-from bitmill.workflows.comparison.grid import NEW_TOKENS, PROMPTS, Grid, Options, plan_variants
+from bitmill.workflows.comparison.grid import Grid, Options, plan_variants
 from bitmill.workflows.comparison.run import run_grid
 from bitmill.workflows.evaluate import WINDOWS, WINDOWS_PER_DOMAIN
 

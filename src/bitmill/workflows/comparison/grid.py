@@ -14,6 +14,7 @@ from typing import Any, get_args
 from bitmill.data.text import TextSource
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import RecipeError, UsageError, quoted
+from bitmill.evaluation.answers import NEW_TOKENS, PROMPTS
 from bitmill.pipeline.job import Propagate
 from bitmill.recipes.compose import HeadBits, find_recipe, with_head
 from bitmill.recipes.method import METHODS, build_recipe
@@ -21,12 +22,6 @@ from bitmill.recipes.recipe import Recipe
 
 Options = Mapping[str, Mapping[str, Any]]
 
-PROMPTS = (
-    "What is the capital of France?",
-    "Explain in one sentence why the sky is blue.",
-    "Write a Python function that reverses a string.",
-)
-NEW_TOKENS = 48
 MAX_NAME_BYTES = 200  # of a variant, whose name gets suffixes in the names of files
 FLOAT = "float"  # name of the float model among the variants
 

@@ -28,6 +28,7 @@ from bitmill.config.documents import load_json, read_document
 from bitmill.data import text
 from bitmill.data.windows import check_context_length, check_vocabulary, source_name
 from bitmill.errors import BitmillError, CheckpointError, OutputError, UsageError
+from bitmill.evaluation.answers import is_chat
 from bitmill.files import make_folder, output_errors, write_json, write_text
 from bitmill.progress import Progress
 from bitmill.report.html import comparison_page
@@ -117,7 +118,7 @@ def comparison_settings(grid: Grid) -> dict[str, Any]:
         "calibration": {**window, **of_calib, **cut},
         "evaluation": {**window, **of_held_out, **cut_held_out},
         "prompts": list(grid.prompts),
-        "chat": bool(getattr(tokenizer, "chat_template", None)),
+        "chat": is_chat(tokenizer),
         "max_new_tokens": grid.max_new_tokens,
         "propagate": grid.propagate,
         "device": grid.device,

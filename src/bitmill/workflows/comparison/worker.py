@@ -27,7 +27,7 @@ from bitmill.config.documents import load_json
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import TextWindows, describe_held_out, source_name
 from bitmill.errors import BitmillError, CheckpointError
-from bitmill.evaluation.generate import chat_prompt, encode, generate
+from bitmill.evaluation.answers import answer_prompts
 from bitmill.evaluation.metrics import score_windows
 from bitmill.files import folder_bytes, write_json
 from bitmill.models.split import deferred_output_fn
@@ -191,19 +191,8 @@ class _VariantJob:
         return windows, reading, tokenizer
 
     def _answers(self, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-        """Return greedy answers to the prompts, as a chat where the tokenizer has a template."""
-        self.progress.start("answer", len(self.grid.prompts))
-        answers = []
-        for prompt in self.grid.prompts:
-            if getattr(tokenizer, "chat_template", None):
-                ids = chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
-            else:
-                ids = encode(tokenizer, prompt)
-            done = generate(model, tokenizer, ids, max_new_tokens=self.grid.max_new_tokens)
-            answers.append({"text": done.text, "new_tokens": done.new_tokens, "stopped": done.stopped})
-            self.progress.advance()
-        self.progress.finish()
-        return answers
+        """Return the answers to the prompts of the grid."""
+        return answer_prompts(model, tokenizer, self.grid.prompts, self.grid.max_new_tokens, self.progress)
 
 
 def _state_file(out: Path) -> Path:
