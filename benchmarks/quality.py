@@ -1,0 +1,141 @@
+"""Turn the results of benchmarks/suite.py into docs/quality.md and the table of the README.
+
+    python benchmarks/quality.py
+
+Nothing is measured here: every figure is taken from results/suite-MODEL.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PAGE, README = ROOT / "docs" / "quality.md", ROOT / "README.md"
+MODELS = {  # largest last
+    "smollm2-135m": "SmolLM2-135M-Instruct, whose source has 4 bits a weight (Q4_1)",
+    "gemma3-270m": "Gemma-3-270M, a base model, whose source has 4 to 8 bits a weight (Q4_K_M)",
+    "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct, whose source was made from 4-bit weights",
+}
+DOMAINS = ("documentation", "prose", "encyclopedia", "dialogue", "code")
+BESIDE = {"brown": "Brown", "german": "German", "wikitext-2": "WikiText-2"}
+TOP = 4  # rows in the README
+
+
+def main() -> None:
+    documents = {name: read(name) for name in MODELS if (RESULTS / f"suite-{name}.json").exists()}
+    PAGE.write_text(page(documents), encoding="utf-8")
+    README.write_text(with_table(README.read_text(encoding="utf-8"), documents), encoding="utf-8")
+
+
+def read(model: str) -> dict[str, Any]:
+    """Return the results of a model."""
+    return dict(json.loads((RESULTS / f"suite-{model}.json").read_text(encoding="utf-8")))
+
+
+def page(documents: dict[str, dict[str, Any]]) -> str:
+    """Return docs/quality.md."""
+    lines = [
+        "# Quality",
+        "",
+        "KL is the divergence of the next-token distribution from the float model's, in nats a token: its mean "
+        "over the [suite](texts.md), five domains of held-out text, with the 95 % interval of that mean; then on "
+        "each domain and on texts that are in no mixture. `ratio` is the perplexity over the float model's on the "
+        "suite, top-1 how often both put the same token first. bpw counts everything that the linear layers of "
+        "the blocks store. Methods of bitmill and of other programs were calibrated on the same tokens.",
+        "",
+    ]
+    for model, document in documents.items():
+        lines += _section(model, document)
+    return "\n".join(lines)
+
+
+def _section(model: str, document: dict[str, Any]) -> list[str]:
+    """Return the section of a model."""
+    texts = document["texts"]
+    windows = texts["suite"]["windows"]
+    count = next(iter(windows.values()))
+    beside = ", ".join(f"{BESIDE[name]} {texts[name]['windows']}" for name in BESIDE if name in texts)
+    head = ["", "method", "bpw", "KL", *DOMAINS, *(BESIDE[n] for n in BESIDE if n in texts), "ratio", "top-1"]
+    lines = [
+        f"## {model}",
+        "",
+        f"{MODELS[model]}. {count} windows of {document['seqlen']} tokens of each domain; {beside}.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+    ]
+    rows = sorted(document["rows"], key=lambda row: (-bits_of(row), mean_of(row)))
+    return [*lines, *(_row(row, texts) for row in rows), ""]
+
+
+def _row(row: dict[str, Any], texts: dict[str, Any]) -> str:
+    suite = row["figures"]["suite"]
+    low, high = suite["kl_interval"]
+    cells = [
+        f"{bits_of(row)} bits",
+        method_of(row),
+        f"{row['bits_per_weight']:.3f}",
+        f"**{number(suite['kl_divergence'])}** ({number(low)} to {number(high)})",
+        *(number(suite["domains"][name]["kl_divergence"]) for name in DOMAINS),
+        *(number(row["figures"][name]["kl_divergence"]) for name in BESIDE if name in texts),
+        number(suite["perplexity_ratio"]),
+        f"{suite['top1_agreement']:.1%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def with_table(readme: str, documents: dict[str, dict[str, Any]]) -> str:
+    """Return the README with the best rows of the largest model."""
+    model, document = list(documents.items())[-1]
+    rows = sorted(document["rows"], key=mean_of)
+    lines = [f"{model} | MB | bits a weight | KL on five domains | worst domain | perplexity over float | top-1"]
+    for row in rows[:TOP]:
+        suite = row["figures"]["suite"]
+        worst = max(DOMAINS, key=lambda name: suite["domains"][name]["kl_divergence"])
+        cells = [
+            f"{method_of(row)}, {bits_of(row)} bits",
+            f"{row['size_bytes'] / 1e6:.0f}",
+            f"{row['bits_per_weight']:.2f}",
+            number(suite["kl_divergence"]),
+            f"{number(suite['domains'][worst]['kl_divergence'])} ({worst})",
+            number(suite["perplexity_ratio"]),
+            f"{suite['top1_agreement']:.1%}",
+        ]
+        lines.append(" | ".join(cells))
+    lines.insert(1, "|".join(["---"] * 7))
+    table = "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
+    begin, end = "<!-- measured:begin -->\n", "\n<!-- measured:end -->"
+    return re.sub(rf"{begin}.*?{end}", lambda _: begin + table + end, readme, flags=re.DOTALL)
+
+
+def bits_of(row: dict[str, Any]) -> int:
+    """Return the bits that a row was asked for."""
+    recipe = row.get("recipe")
+    return int(row["bits"] if recipe is None else recipe["weight"].get("bits", round(row["bits_per_weight"])))
+
+
+def method_of(row: dict[str, Any]) -> str:
+    """Return the name of the method, behind its program where that is not bitmill."""
+    return (
+        f"`{row['recipe']['name']}`"
+        if row["tool"] == "bitmill"
+        else f"{row['tool']} {row.get('method', '')}".strip()
+    )
+
+
+def mean_of(row: dict[str, Any]) -> float:
+    """Return the mean divergence on the suite."""
+    return float(row["figures"]["suite"]["kl_divergence"])
+
+
+def number(value: float) -> str:
+    """Return a figure with three decimals, or three digits where it is large."""
+    return f"{value:.3f}" if value < 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()
