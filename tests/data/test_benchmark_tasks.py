@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from bitmill.data.benchmark_tasks import BENCHMARKS, TASKS, _item, find_tasks
+from bitmill.data.benchmark_tasks import BENCHMARKS, TASKS, find_tasks
 from bitmill.errors import UsageError
 
 ANIMAL = [("Which is an animal?", " ant", 0), ("Which is an animal?", " oak", 1)]
@@ -31,8 +31,9 @@ def member(requests, label):
 )
 def test_documents(task, requests, label):
     (record,) = BENCHMARKS.extracts[f"task-{task}"].select(member(requests, label))
-    assert _item(record).pairs == tuple((context, text) for context, text, _ in requests)
-    assert _item(record).label == (label if isinstance(label, int) else 0)
+    item = TASKS[task].item(record)
+    assert item.pairs == tuple((context, text) for context, text, _ in requests)
+    assert item.label == (label if isinstance(label, int) else 0)
 
 
 def test_calibrating_benchmarks_are_no_tasks():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import bitmill
 from bitmill.data.benchmark_tasks import Item
 from bitmill.errors import BitmillError
+from bitmill.workflows import prepared_tasks
 from bitmill.workflows.comparison import run
 from bitmill.workflows.plan.plan import plan
 from bitmill.workflows.sweep import sweep
@@ -43,9 +44,9 @@ UNCHECKED = {"progress", "tokenizer", "options", "weights"}  # objects with meth
 @pytest.mark.parametrize("function", [*FUNCTIONS, plan, sweep], ids=lambda function: function.__name__)
 def test_functions(function, pristine, tmp_path, monkeypatch):
     monkeypatch.setattr(run.run_grid, "__kwdefaults__", {**run.run_grid.__kwdefaults__, "run": in_this_process})
-    monkeypatch.setattr("bitmill.workflows.tasks.load_items", lambda task, limit: [Item((("w1", " w2"),), 0)])
-    monkeypatch.setattr("bitmill.workflows.tasks.require_lm_eval", lambda: None)
-    monkeypatch.setattr("bitmill.workflows.tasks.log_likelihoods", lambda *_: [(-1.0, True)])
+    monkeypatch.setattr(prepared_tasks, "load_items", lambda task, limit: [Item((("w1", " w2"),), 0)])
+    monkeypatch.setattr(prepared_tasks, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(prepared_tasks, "log_likelihoods", lambda *_: [(-1.0, True)])
     here = tmp_path / "here"
     sound = SOUND[function.__name__]
     names = [name for name in inspect.signature(function).parameters if name not in UNCHECKED]

@@ -1,4 +1,4 @@
-"""Tasks are measured through lm-eval, recorded, and shown with standard errors."""
+"""Tasks are measured, recorded, and shown with standard errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ import bitmill
 from bitmill.checkpoint.record import record_tasks
 from bitmill.cli.main import main
 from bitmill.data.benchmark_tasks import Item
+from bitmill.data.generated_tasks import NumberQuestion, ProgramQuestion
 from bitmill.errors import UsageError
+from bitmill.evaluation.generated_answers import answer, final_number
+from bitmill.evaluation.prompt import Prompt
 from bitmill.integrations.lm_eval import log_likelihoods
+from bitmill.workflows import prepared_tasks
 from helpers.workspace import save_model
 
 PAIRS = [("w1 w2", " w3"), ("w1 w2", " w4 w5"), ("w7", " w3"), ("w8 w9 w1", " w2 w3 w4")]
@@ -36,7 +40,9 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def lm_eval(monkeypatch):
     pytest.importorskip("lm_eval.models.huggingface", reason='needs pip install "bitmill[tasks]"')
-    monkeypatch.setattr("bitmill.workflows.tasks.load_items", lambda task, limit: ITEMS[task.name][:limit])
+    monkeypatch.setattr(
+        "bitmill.workflows.prepared_tasks.load_items", lambda task, limit: ITEMS[task.name][:limit]
+    )
 
 
 def test_log_likelihoods(folders, lm_eval):
@@ -67,6 +73,57 @@ def test_measured_and_recorded(folders, lm_eval, capsys):
     assert {"acc", "perplexity", "perplexity_stderr"} < set(result["tasks"]["lambada"])
     recorded = json.loads((done / "report.json").read_text())["tasks"]
     assert recorded["arc_easy"] == {**figures, "reference": str(source)}
+
+
+@pytest.fixture(scope="module")
+def asked(folders):
+    """Two questions of each kind, of which the quantized model answers the first right."""
+    prompt = Prompt("w1 w2", reply="w3")
+    model, tokenizer = bitmill.load(folders[1]), bitmill.load_tokenizer(folders[1])
+    number = final_number(answer(model, tokenizer, prompt, (), 512))
+    return {
+        "gsm8k": [NumberQuestion(prompt, number), NumberQuestion(prompt, number + 1)],
+        "humaneval": [
+            ProgramQuestion(prompt, 'text = """', f'"""\nassert {test}') for test in ("text", "not text")
+        ],
+    }
+
+
+@pytest.fixture
+def questions(asked, monkeypatch):
+    monkeypatch.setattr(prepared_tasks, "load_items", lambda task, limit: asked[task.name][:limit])
+
+
+def test_generated_answers(folders, questions, capsys):
+    done = folders[1]
+    command = ["eval", str(done), "--tasks", "gsm8k,humaneval", "--run-code", "--record"]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for task, metric in (("gsm8k", "exact_match"), ("humaneval", "pass_at_1")):
+        figures = result["tasks"][task]
+        assert figures == {
+            "documents": 2,
+            metric: 0.5,
+            f"{metric}_stderr": 0.5,
+            f"{metric}_interval": pytest.approx([0.0126, 0.9874], abs=1e-4),
+        }
+        assert json.loads((done / "report.json").read_text())["tasks"][task] == figures
+    for document in ("README.md", "report.html"):
+        assert "0.500 ± 0.500 (0.013 to 0.987)" in (done / document).read_text()
+
+
+def test_programs_need_permission(folders, questions, capsys):
+    assert main(["eval", str(folders[1]), "--tasks", "gsm8k,humaneval,mbpp"]) == 2
+    assert "humaneval and mbpp would run programs that the model writes; allow that with --run-code" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_gaps_of_the_sandbox_are_shown(folders, questions, monkeypatch, capsys):
+    monkeypatch.setattr(prepared_tasks.Sandbox, "_run", lambda sandbox, program: ["files"])
+    assert main(["eval", str(folders[1]), "--tasks", "humaneval", "--run-code"]) == 0
+    assert "programs could reach" in (shown := capsys.readouterr().out)
+    assert "processes and network" in shown
 
 
 def test_card_and_page(folders):

@@ -23,7 +23,7 @@ from bitmill.cli.options import (
     kv_arguments,
 )
 from bitmill.cli.output import Output, command_output, data_table, kv_cache_rows, property_table
-from bitmill.cli.tasks import Limit, Tasks, measure_tasks
+from bitmill.cli.tasks import Limit, RunCode, Tasks, measure_tasks
 from bitmill.errors import UsageError
 from bitmill.report.domains import domain_table, domains_of
 from bitmill.report.text import format_mb, format_number, metric_rows
@@ -64,6 +64,7 @@ def evaluate(
     reference: Reference = None,
     tasks: Tasks = None,
     limit: Limit = 200,
+    run_code: RunCode = False,
     kv: Kv = None,
     kv_bits: KvBits = None,
     kv_set: KvSet = None,
@@ -76,7 +77,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, and with --reference the divergence from the float model; of an encoder, embeddings.
 
-    With --tasks, measure accuracy on benchmark tasks through lm-eval instead.
+    With --tasks, measure accuracy on benchmark tasks instead.
     """
     if split not in SPLITS:
         raise UsageError(f"--split is {split!r}; use one of {', '.join(SPLITS)}.")
@@ -93,7 +94,8 @@ def evaluate(
         if tasks is not None and kv is not None:
             raise UsageError("--tasks are measured through an ordinary cache; leave --kv out.")
         if tasks is not None:
-            options = {"reference": reference, "device": device, "trust_remote_code": trust_remote_code}
+            options = {"reference": reference, "run_code": run_code, "device": device}
+            options["trust_remote_code"] = trust_remote_code
             measure_tasks(model, tasks, limit, folder if record else None, output, **options)
             return
         files = check_recordable(folder) if record else None

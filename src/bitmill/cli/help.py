@@ -24,7 +24,8 @@ PANELS = {  # by parameter; others are in typer's own panel
     ),
     "Text and measurement": (
         "calib", "text", "split", "samples", "seqlen", "seed", "measure", "windows", "reference", "record",
-        "search", "prompts", "quality", "tasks", "limit", "draws",
+        "search", "prompts", "quality", "tasks", "limit", "run_code",
+        "draws",
     ),
     "Keys and values": ("kv", "kv_bits", "kv_set", "kv_samples", "kv_seqlen"),
     "Generation": ("prompt", "system", "max_new_tokens", "temperature", "raw", "dense"),
@@ -53,6 +54,7 @@ EXAMPLES = {
         "bitmill eval DIR --reference smollm2-135m",
         "bitmill eval smollm2-135m --text FILE.txt --json",
         "bitmill eval DIR --tasks arc_easy,hellaswag,piqa,lambada --limit 200 --record",
+        "bitmill eval DIR --tasks gsm8k,humaneval,mbpp --run-code --limit 100",
     ),
     "verify": ("bitmill verify DIR", "bitmill verify DIR --no-quality"),
     "inspect": ("bitmill inspect DIR",),

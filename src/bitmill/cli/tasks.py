@@ -16,11 +16,17 @@ Tasks = Annotated[
     str | None,
     typer.Option(
         metavar="T,T,...",
-        help="Benchmark tasks to measure in place of a text, such as arc_easy,hellaswag,piqa,lambada.",
+        help="Benchmark tasks to measure in place of a text, such as arc_easy,hellaswag,piqa,lambada,gsm8k.",
         show_default=False,
     ),
 ]
 Limit = Annotated[int, typer.Option(metavar="N", help="First documents of each task that are asked; 0 for all.")]
+RunCode = Annotated[
+    bool,
+    typer.Option(
+        "--run-code", help="Run, in a sandbox, the programs that the model writes for humaneval and mbpp."
+    ),
+]
 
 
 def measure_tasks(
@@ -65,6 +71,7 @@ def _render(result: dict[str, Any], recorded: bool) -> list[Any]:
         ("size", format_mb(result["size_bytes"])),
         ("time", f"{format_number(result['time_s'])} s"),
         ("peak memory", format_mb(result["peak_memory_bytes"])),
+        *([("programs could reach", " and ".join(result["unprotected"]))] if result["unprotected"] else []),
         *([("recorded in", f"{result['model']}/report.json")] if recorded else []),
     ]
     return [property_table(properties), "", data_table(header, rows, left=("task",))]

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from bitmill.evaluation.generate import chat_prompt, encode, generate
+from bitmill.evaluation.generate import generate
+from bitmill.evaluation.prompt import Prompt, prompt_tokens
 from bitmill.progress import Progress
 
 PROMPTS = (
@@ -16,11 +17,6 @@ PROMPTS = (
     "Write a Python function that reverses a string.",
 )
 NEW_TOKENS = 48
-
-
-def is_chat(tokenizer: Any) -> bool:
-    """Return True if prompts are put to a model as a conversation: its tokenizer has a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def answer_prompts(
@@ -42,10 +38,7 @@ def answer_prompts(
     progress.start("answer", len(prompts))
     answers = []
     for prompt in prompts:
-        if is_chat(tokenizer):
-            ids = chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
-        else:
-            ids = encode(tokenizer, prompt)
+        ids = prompt_tokens(tokenizer, Prompt(prompt))
         done = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens)
         answers.append(
             {

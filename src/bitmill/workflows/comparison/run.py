@@ -28,7 +28,7 @@ from bitmill.config.documents import load_json, read_document
 from bitmill.data import text
 from bitmill.data.windows import check_context_length, check_vocabulary, source_name
 from bitmill.errors import BitmillError, CheckpointError, OutputError, UsageError
-from bitmill.evaluation.answers import is_chat
+from bitmill.evaluation.prompt import is_chat
 from bitmill.files import make_folder, output_errors, write_json, write_text
 from bitmill.progress import Progress
 from bitmill.report.html import comparison_page
