@@ -18,7 +18,11 @@ class Environment:
     removed: tuple[str, ...] = ()
 
 
+TORCH = ("torch==2.13.0", "transformers==5.23.0", "numpy")
 ENVIRONMENTS = {
+    "auto-round": Environment(((*TORCH, "auto-round==0.16.1"),)),
+    "gptqmodel": Environment((TORCH, (*TORCH, "gptqmodel==7.6.0"))),  # compiled against torch
+    "hqq": Environment(((*TORCH, "hqq==0.2.8.post1"),)),
     # compiled for this machine; pictures and speech are left out
     "llama.cpp": Environment(
         (("numpy", "gguf"), ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36")),

@@ -81,12 +81,13 @@ def _from_folder(model: Path, out: Path) -> None:
                         tensor = _interleaved(tensor, heads)
                     if name.endswith("k_proj.weight"):
                         tensor = _interleaved(tensor, kv_heads)
-                    yield _renamed(name), tensor
+                    yield gguf_name(name), tensor
 
     _write(writer, tensors())
 
 
-def _renamed(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """Return the name in GGUF of a tensor of a Llama; the linear layers of Gemma have these too."""
     stem = name.removesuffix(".weight")
     if stem.startswith("model.layers."):
         _, _, index, part = stem.split(".", 3)

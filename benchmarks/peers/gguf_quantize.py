@@ -8,20 +8,25 @@ from pathlib import Path
 
 import llama_cpp as ll
 
-TYPES = {
-    "Q4_0": ll.LLAMA_FTYPE_MOSTLY_Q4_0,
-    "Q4_1": ll.LLAMA_FTYPE_MOSTLY_Q4_1,
-    "Q3_K": ll.LLAMA_FTYPE_MOSTLY_Q3_K_M,  # what llama-quantize calls Q3_K
-    "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0,
-}
-
 
 def main() -> None:
     source, out, name = sys.argv[1:]
-    partial = Path(out).with_suffix(".partial")
-    params = ll.llama_model_quantize_default_params()
-    params.ftype, params.nthread = TYPES[name], 0
-    if ll.llama_model_quantize(source.encode(), str(partial).encode(), ctypes.byref(params)):
+    quantize(Path(source), Path(out), name, ll.llama_model_quantize_default_params())
+
+
+def quantize(source: Path, out: Path, name: str, params: ll.llama_model_quantize_params) -> None:
+    """Write `out`; whole or not at all.
+
+    Args:
+        source: GGUF file of floats.
+        out: GGUF file.
+        name: Type of the weights, as llama-quantize calls it.
+        params: Of llama.cpp, without the type.
+    """
+    partial = out.with_suffix(".partial")
+    name = {"Q3_K": "Q3_K_M"}.get(name, name)  # what llama-quantize calls Q3_K
+    params.ftype, params.nthread = getattr(ll, f"LLAMA_FTYPE_MOSTLY_{name}"), 0
+    if ll.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(params)):
         raise SystemExit(f"{source} could not be quantized to {name}.")
     partial.rename(out)
 
