@@ -8,7 +8,12 @@ import json
 import pytest
 
 from bitmill.cli.main import main
+from bitmill.data.benchmark_tasks import Item
+from bitmill.data.generated_tasks import ProgramQuestion
 from bitmill.errors import NumericsError
+from bitmill.evaluation.prompt import Prompt
+from bitmill.report.formatting import GAP
+from bitmill.workflows import prepared_tasks
 from bitmill.workflows.comparison import run, worker
 from bitmill.workflows.comparison.process import VariantFailed
 from helpers.comparisons import command, names, results
@@ -39,6 +44,42 @@ def test_a_grid(workspace, quick, capsys):
     assert names(workspace.root / "grid") == kept | {f"cells/{v.name}.json" for v in found.variants}
     page = (workspace.root / "grid" / "report.html").read_text()
     assert all(f"{v.method} {v.bits}-bit" in page for v in found.variants)
+
+
+@pytest.fixture
+def questions(monkeypatch):
+    """Two choices that are scored alike, and a program that passes whatever is written into its text."""
+    program = ProgramQuestion(Prompt("w1 w2"), 'text = """', '"""')
+    items = {
+        "arc_easy": [Item((("w1", " w2"), ("w1", " w3")), label) for label in (0, 1)],
+        "humaneval": [program] * 2,
+    }
+    monkeypatch.setattr(prepared_tasks, "load_items", lambda task, limit: items[task.name][:limit])
+    monkeypatch.setattr(prepared_tasks, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(prepared_tasks, "log_likelihoods", lambda m, t, pairs, *_: [(-1.0, True)] * len(pairs))
+
+
+def test_tasks(workspace, quick, questions, capsys):
+    named = ["--tasks", "arc_easy,humaneval", "--limit", "2"]
+    assert main(command(workspace, *named)) == 2
+    assert "allow that with --run-code" in capsys.readouterr().err
+    named.append("--run-code")
+    assert main(command(workspace, *named, "--keep-models", methods="rtn", bits="4")) == 0
+    shown, found = capsys.readouterr().out, results(workspace)
+    assert "humaneval pass_at_1" in " ".join(shown.split())
+    assert (found.settings.tasks.names, found.settings.tasks.limit) == (["arc_easy", "humaneval"], 2)
+    assert "--tasks arc_easy,humaneval --limit 2" in found.commands[0]
+    (variant,) = found.variants
+    for model in (found.float, variant):
+        assert model.tasks["arc_easy"]["acc"] == 0.5
+        assert model.tasks["humaneval"]["pass_at_1"] == 1.0
+    page = (workspace.root / "grid" / "report.html").read_text()
+    assert "1.000 ± 0.000 (0.158 to 1.000)" in page
+    assert f"The first 2{GAP}documents of each task" in page
+    kept = json.loads((workspace.root / "grid" / "cells" / "rtn-4bit" / "report.json").read_text())
+    assert kept["tasks"] == variant.tasks
+    assert main(command(workspace, methods="rtn", bits="4")) == 1
+    assert "settings.tasks was" in capsys.readouterr().err
 
 
 def test_equals_eval(workspace, quick, capsys):

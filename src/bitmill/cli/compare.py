@@ -21,7 +21,8 @@ from bitmill.cli.options import (
     parse_head_bits,
     split_list,
 )
-from bitmill.cli.output import command_output
+from bitmill.cli.output import command_output, data_table
+from bitmill.cli.tasks import Limit, RunCode
 from bitmill.config.texts import MIX, VARIABLE
 from bitmill.errors import BitmillError, UsageError
 
@@ -89,6 +90,14 @@ Prompts = Annotated[
     typer.Option(metavar="FILE", help="Prompts to answer, one per line; three built-in ones otherwise.",
                  show_default=False),
 ]  # fmt: skip
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="T,T,...",
+        help="Benchmark tasks to measure every variant on as well, such as arc_easy,lambada.",
+        show_default=False,
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens of an answer.")]
 KeepModels = Annotated[bool, typer.Option("--keep-models", help="Keep the quantized folders.")]
 
@@ -108,6 +117,9 @@ def compare(
     windows: Windows = None,
     prompts: Prompts = None,
     max_new_tokens: MaxNewTokens = 48,
+    tasks: Tasks = None,
+    limit: Limit = 200,
+    run_code: RunCode = False,
     propagate: Propagate = "quantized",
     head_bits: HeadBits = None,
     device: Device = "cpu",
@@ -119,6 +131,7 @@ def compare(
     request: dict[str, Any] = {
         "text": text, "windows": windows, "max_new_tokens": max_new_tokens, "propagate": propagate,
         "head_bits": parse_head_bits(head_bits),
+        "tasks": split_list(tasks or ""), "limit": limit or None, "run_code": run_code,
         "device": device, "keep_models": keep_models, "trust_remote_code": trust_remote_code,
         "recipes": [path for given in recipes or [] for path in split_list(given)],
         "options": parse_options_by_method(settings or []),
@@ -140,8 +153,22 @@ def compare(
             model, named, _parse_bits(bits), out=out, calib=calibration, progress=output.progress, **request
         )
         data = {"out": str(out), **results.model_dump(exclude={"variants": {"__all__": {"layers"}}})}
-        output.result(data, lambda: [results_table(results), *_status_lines(results, out)])
+        output.result(data, lambda: [results_table(results), *_task_table(results), *_status_lines(results, out)])
         _raise_failures(results)
+
+
+def _task_table(results: Results) -> list[Any]:
+    """Return the figures of tasks as a table, and what the sandbox of their programs did not protect."""
+    from bitmill.report.comparison import label, results_by_task
+
+    titles, rows = results_by_task(results)
+    if not titles:
+        return []
+    named = [[label(variant) if variant else "float", *cells] for variant, cells in rows]
+    settings = results.settings.tasks
+    unprotected = settings.unprotected if settings else []
+    gaps = [f"programs could reach {' and '.join(unprotected)}"] if unprotected else []
+    return [data_table(["model", *titles], named, left=("model",)), *gaps]
 
 
 def _raise_failures(results: Results) -> None:

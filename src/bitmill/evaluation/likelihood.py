@@ -39,7 +39,7 @@ def mean(values: Sequence[float]) -> tuple[float, float | None]:
 def exponential_mean(values: Sequence[float]) -> tuple[float, float | None]:
     """Return exp(-mean) and its standard error, to first order in that of the mean."""
     average, error = mean(values)
-    perplexity = math.exp(-average)
+    perplexity = math.exp(min(-average, 700.0))  # finite also where exp overflows
     return perplexity, None if error is None else perplexity * error
 
 

@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import platform
+import signal
 import struct
 import sys
 import types
@@ -61,7 +62,7 @@ _FORBIDDEN_CALLS: dict[str, tuple[int | None, int | None]] = {
 }
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, number in a filter
 _FOREIGN_ABI = 0x40000000  # numbers of x86-64 from here on are those of another calling convention
-_NO_NEW_PRIVILEGES, _SET_SECCOMP, _SECCOMP_FILTER = 38, 22, 2
+_SIGNAL_WITH_PARENT, _NO_NEW_PRIVILEGES, _SET_SECCOMP, _SECCOMP_FILTER = 1, 38, 22, 2
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # equal on both architectures
 _READ = 1 << 2 | 1 << 3  # files and folders
@@ -107,6 +108,7 @@ def _confine(readable: Sequence[str]) -> list[str]:
     if not sys.platform.startswith("linux") or platform.machine() not in _ARCHITECTURES:
         return []
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_SIGNAL_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
     if libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0):
         return []
     files = _restrict_files(libc, readable)

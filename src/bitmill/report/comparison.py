@@ -12,6 +12,7 @@ from bitmill.report import formatting
 from bitmill.report.domains import worst_domain
 from bitmill.report.escape import terminal_text
 from bitmill.report.results import FloatModel, Results, Variant
+from bitmill.report.tasks import tasks_of_models
 
 CLOSE = 1.25  # ratio to the float model's perplexity up to which the headline calls a variant close
 
@@ -141,3 +142,15 @@ def results_table(results: Results) -> Table:
     text = results.settings.evaluation
     caption = f"{results.settings.model}, {text.windows} held-out windows of {text.seqlen} tokens"
     return comparison_table(rows, f"{caption}; * lowest perplexity at these bits")
+
+
+def results_by_task(results: Results) -> tuple[list[str], list[tuple[Variant | None, list[str]]]]:
+    """Return titles of the metrics of every task, and a row of them for the float model (None) and every variant.
+
+    Both are empty where no task was measured.
+    """
+    measured = [(None, results.float.tasks)] if results.float else []
+    rows = [*measured, *((variant, variant.tasks) for variant in in_order(results))]
+    rows = [(variant, tasks) for variant, tasks in rows if tasks]
+    titles, cells = tasks_of_models([tasks for _, tasks in rows])
+    return titles, [(variant, row) for (variant, _), row in zip(rows, cells, strict=True)]

@@ -61,6 +61,8 @@ def comparison_page(results: Results) -> str:
         worst_domains={v.name: worst_domain(v.model_dump(include={"domains"})) for v in results.variants},
         bits=sorted({v.bits for v in results.variants if v.bits is not None}, reverse=True),
         label=comparison.label,
+        by_task=comparison.results_by_task(results),
+        task_note=NOTE,
         answers=_answers(results),
         data=charts.chart_data(results),
     )

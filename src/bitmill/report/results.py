@@ -15,6 +15,7 @@ from bitmill.config.documents import load_json, read_document
 from bitmill.errors import CheckpointError
 
 MAX_RECORD_BYTES = 1 << 28
+TaskFigures = dict[str, int | float | list[float] | None]  # `documents`, and the figures of the task
 
 
 class _StrictModel(BaseModel):
@@ -89,6 +90,7 @@ class FloatModel(_StrictModel):
     tokens: int
     samples: list[Sample]
     domains: dict[str, DomainFigures] = {}
+    tasks: dict[str, TaskFigures] = {}
 
 
 _MEASURED = (  # of a variant that is done
@@ -120,6 +122,7 @@ class Variant(_Divergence):
     peak_memory_bytes: int | None = None
     layers: list[Layer] = []
     samples: list[Sample] = []
+    tasks: dict[str, TaskFigures] = {}
 
     @model_validator(mode="after")
     def _is_complete(self) -> Variant:
@@ -148,6 +151,18 @@ class TextWindows(_StrictModel):
     domains: dict[str, int] = {}
 
 
+class TaskSettings(_StrictModel):
+    """Benchmark tasks that all models are measured on.
+
+    limit: first documents of each; None for all.
+    unprotected: what the sandbox did not keep programs from.
+    """
+
+    names: list[str]
+    limit: int | None
+    unprotected: list[str] = []
+
+
 class Settings(_StrictModel):
     """Settings shared by all variants."""
 
@@ -160,6 +175,7 @@ class Settings(_StrictModel):
     max_new_tokens: int
     propagate: Literal["quantized", "float"]
     device: str
+    tasks: TaskSettings | None = None
 
 
 class Machine(_StrictModel):

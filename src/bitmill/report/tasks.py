@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 METRICS = ("acc", "acc_norm", "perplexity", "exact_match", "pass_at_1")
@@ -24,6 +24,23 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> list[list[str]]:
     columns = task_columns(tasks)
     header = ["task", "documents", *(title for _, title in columns)]
     return [header, *([name, *_cells(figures, columns)] for name, figures in tasks.items())]
+
+
+def tasks_of_models(models: Sequence[dict[str, dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles of the metrics of every task, and a row of them for every model.
+
+    Args:
+        models: name of a task -> its figures, of each model.
+    """
+    tasks = dict.fromkeys(name for model in models for name in model)
+    columns = [
+        (name, metric)
+        for name in tasks
+        for metric in METRICS
+        if any(model.get(name, {}).get(metric) is not None for model in models)
+    ]
+    titles = [f"{name} {metric}" for name, metric in columns]
+    return titles, [[_with_error(model.get(name, {}), metric) for name, metric in columns] for model in models]
 
 
 def _cells(figures: dict[str, Any], columns: Iterable[tuple[str, str]]) -> list[str]:

@@ -19,6 +19,7 @@ from bitmill.integrations.lm_eval import log_likelihoods, require_lm_eval
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress
 
+LIMIT = 200  # documents of a task
 BATCH_SIZE = 8  # continuations that run together
 
 

@@ -15,11 +15,9 @@ from bitmill.evaluation.generate import check_can_generate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
 from bitmill.workflows.load import live_model, tokenizer_of
-from bitmill.workflows.prepared_tasks import BATCH_SIZE, check_tasks, prepare_tasks
+from bitmill.workflows.prepared_tasks import BATCH_SIZE, LIMIT, check_tasks, prepare_tasks
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
-
-LIMIT = 200  # documents of a task
 
 
 @checked_arguments("progress")

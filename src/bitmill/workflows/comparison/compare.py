@@ -24,6 +24,7 @@ from bitmill.report.results import Results
 from bitmill.workflows.comparison.grid import Grid, Options, plan_variants
 from bitmill.workflows.comparison.run import run_grid
 from bitmill.workflows.evaluate import WINDOWS, WINDOWS_PER_DOMAIN
+from bitmill.workflows.prepared_tasks import LIMIT
 
 
 @renamed_arguments(calibration="calib")
@@ -41,6 +42,9 @@ def compare(
     windows: int | None = None,
     prompts: Sequence[str] = PROMPTS,
     max_new_tokens: int = NEW_TOKENS,
+    tasks: Sequence[str] = (),
+    limit: int | None = LIMIT,
+    run_code: bool = False,
     propagate: Propagate = "quantized",
     head_bits: HeadBits | None = None,
     device: str = "cpu",
@@ -60,6 +64,9 @@ def compare(
         windows: held-out windows to measure on, of each domain for suite and mix; 40, or 8 of each domain, without
             it.
         prompts: answered by every variant, greedily, in at most `max_new_tokens` tokens.
+        tasks: benchmark tasks that every variant and the float model are measured on, see docs/tasks.md.
+        limit: first documents of each task; None for all.
+        run_code: run the programs that variants write for humaneval and mbpp, in a sandbox.
         propagate: inputs for calibrating later blocks: the outputs of the quantized blocks, or those of the float
             blocks, whose statistics are collected once for all variants.
         head_bits: bits of every variant's embedding and output head, 8, 6 or 4, or "float"; 8 by default.
@@ -85,6 +92,9 @@ def compare(
         measured,
         tuple(prompts),
         max_new_tokens,
+        tuple(tasks),
+        limit,
+        run_code,
         propagate,
         device,
         trust_remote_code,
@@ -115,8 +125,11 @@ def _command(grid: Grid, selection: _Flags, rest: _Flags) -> list[str]:
         ("--text", None if grid.text is None else source_name(grid.text), None),
         ("--windows", grid.windows, None),
         ("--max-new-tokens", grid.max_new_tokens, NEW_TOKENS),
+        ("--tasks", ",".join(grid.tasks), ""),
+        ("--limit", grid.limit or 0, LIMIT),
         ("--propagate", grid.propagate, "quantized"),
         *rest,
     ]
     words = [word for flag, value, default in flags if value != default for word in (flag, str(value))]
-    return ["bitmill", "compare", grid.model, *words, *["--trust-remote-code"] * grid.trust_remote_code]
+    words += ["--run-code"] * grid.run_code + ["--trust-remote-code"] * grid.trust_remote_code
+    return ["bitmill", "compare", grid.model, *words]

@@ -19,6 +19,7 @@ from bitmill.pipeline.job import Propagate
 from bitmill.recipes.compose import HeadBits, find_recipe, with_head
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.recipes.recipe import Recipe
+from bitmill.workflows.prepared_tasks import LIMIT
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -56,6 +57,9 @@ class Grid:
         windows: number of held-out windows to measure on, of each domain for a mixture.
         text: another text to measure on.
         prompts: answered greedily by every variant, in at most `max_new_tokens` tokens.
+        tasks: names of benchmark tasks that every variant is measured on.
+        limit: first documents of each task; None for all.
+        run_code: run the programs that variants write for tasks.
         propagate: inputs for calibrating later blocks; with "float" all variants share the statistics of one pass.
         command: an equivalent command line, for the record.
     """
@@ -67,6 +71,9 @@ class Grid:
     text: TextSource | None = None
     prompts: tuple[str, ...] = PROMPTS
     max_new_tokens: int = NEW_TOKENS
+    tasks: tuple[str, ...] = ()
+    limit: int | None = LIMIT
+    run_code: bool = False
     propagate: Propagate = "quantized"
     device: str = "cpu"
     trust_remote_code: bool = False
@@ -77,6 +84,8 @@ class Grid:
             raise UsageError(f"propagate is {self.propagate!r}; use one of {', '.join(get_args(Propagate))}.")
         if self.windows < 1:
             raise UsageError(f"windows is {self.windows}; use at least 1.")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"limit is {self.limit}; use at least 1.")
         names = [variant.name for variant in self.variants]
         if not names:
             raise UsageError("There is nothing to compare; name methods with --methods or recipes with --recipes.")
@@ -103,6 +112,7 @@ class Grid:
             variants=tuple(VariantSpec(**variant) for variant in data.pop("cells")),
             calibration=CalibrationData(**data.pop("calibration")),
             prompts=tuple(data.pop("prompts")),
+            tasks=tuple(data.pop("tasks", ())),
             **data,
         )
 

@@ -41,6 +41,7 @@ from bitmill.workflows.comparison.predictions import digest_file
 from bitmill.workflows.comparison.process import VariantFailed, run_variant
 from bitmill.workflows.comparison.worker import FLOAT_FILE, GRID_FILE, STATISTICS
 from bitmill.workflows.machine import describe_machine
+from bitmill.workflows.prepared_tasks import prepare_tasks
 
 RESULTS_FILE = "results.json"
 PAGE_FILE = "report.html"
@@ -122,7 +123,21 @@ def comparison_settings(grid: Grid) -> dict[str, Any]:
         "max_new_tokens": grid.max_new_tokens,
         "propagate": grid.propagate,
         "device": grid.device,
+        **_task_settings(grid),
     }
+
+
+def _task_settings(grid: Grid) -> dict[str, Any]:
+    """Return the setting `tasks`; nothing without tasks, as in the folders of earlier versions.
+
+    Raises:
+        BitmillError: a task cannot be measured.
+    """
+    if not grid.tasks:
+        return {}
+    prepared = prepare_tasks(grid.tasks, grid.limit, grid.run_code)
+    names = [task.name for task in prepared.documents]
+    return {"tasks": {"names": names, "limit": grid.limit, "unprotected": list(prepared.unprotected)}}
 
 
 def _run(grid: Grid, records: _Records, progress: Progress, run: RunVariant) -> Results:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import torch
 
-from bitmill.checkpoint.record import record_measurement
+from bitmill.checkpoint.record import record_measurement, record_tasks
 from bitmill.checkpoint.work_folder import partial_folder, remove_leftovers
 from bitmill.config.documents import load_json
 from bitmill.data.text import windows_hash
@@ -39,6 +39,7 @@ from bitmill.workflows.comparison.grid import FLOAT, Grid, VariantSpec
 from bitmill.workflows.comparison.predictions import PredictionRecorder, RecordedPredictions
 from bitmill.workflows.comparison.process import exit_with_parent
 from bitmill.workflows.load import load, load_tokenizer
+from bitmill.workflows.prepared_tasks import prepare_tasks
 from bitmill.workflows.quantize import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
 
@@ -103,8 +104,7 @@ class _VariantJob:
         recorder = PredictionRecorder(self.folder / FLOAT_FILE, deferred_output_fn(model), windows)
         measured = score_windows(recorder, windows, None, self.progress, batch=1, domains=self._domains(reading))
         recorder.finish()
-        samples = self._answers(model, tokenizer)
-        return {"bits_per_weight": bits, "size_bytes": size, **measured, "samples": samples}
+        return {"bits_per_weight": bits, "size_bytes": size, **measured, **self._answers(model, tokenizer)}
 
     def run(self, name: str) -> dict[str, Any]:
         """Quantize a variant into `cells/NAME`, measure it against the float model, and answer the prompts."""
@@ -112,7 +112,7 @@ class _VariantJob:
         out = self.folder / "cells" / name
         outcome, cost = self._quantize(spec, out)
         size = folder_bytes(out)
-        measured, samples = self._measure(out)
+        measured = self._measure(out)
         if not self.keep_models:
             shutil.rmtree(out)
         _state_file(out).unlink(missing_ok=True)
@@ -123,7 +123,6 @@ class _VariantJob:
             **measured,
             **cost,
             "layers": [{key: layer[key] for key in _LAYER_KEYS} for layer in block_layers],
-            "samples": samples,
         }
 
     def _quantize(self, spec: VariantSpec, out: Path) -> tuple[Outcome, dict[str, Any]]:
@@ -155,8 +154,8 @@ class _VariantJob:
                 state.unlink(missing_ok=True)  # failed before there was any work
         return outcome, cost.save(finished=True)
 
-    def _measure(self, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Measure a quantized folder against the recorded predictions; return the metrics and the answers."""
+    def _measure(self, out: Path) -> dict[str, Any]:
+        """Measure a quantized folder against the recorded predictions; return the metrics, answers and tasks."""
         windows, reading, tokenizer = self._held_out(out)
         model = load(out, dense=True, **self.load_options)
         predictions = RecordedPredictions(self.folder / FLOAT_FILE, windows)
@@ -164,13 +163,15 @@ class _VariantJob:
             deferred_output_fn(model), windows, predictions, self.progress, 1, domains=self._domains(reading)
         )
         reference_perplexity = measured.pop("reference_perplexity")
-        samples = self._answers(model, tokenizer)
+        answers = self._answers(model, tokenizer)
         if self.keep_models:
             seqlen, text = self.grid.calibration.seqlen, self.grid.measured_text
             cut = describe_held_out(reading, text, "eval", seqlen, self.grid.windows)
             reference = {"reference": self.grid.model, "reference_perplexity": reference_perplexity}
             record_measurement(out, {**measured, **cut, "windows": len(windows), **reference})
-        return measured, samples
+            if answers["tasks"]:
+                record_tasks(out, answers)
+        return {**measured, **answers}
 
     def _domains(self, reading: TextWindows) -> dict[str, int]:
         """Return the number of held-out windows of each domain."""
@@ -190,9 +191,15 @@ class _VariantJob:
             )
         return windows, reading, tokenizer
 
-    def _answers(self, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-        """Return the answers to the prompts of the grid."""
-        return answer_prompts(model, tokenizer, self.grid.prompts, self.grid.max_new_tokens, self.progress)
+    def _answers(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """Return the answers to the prompts in `samples`, and the figures of tasks in `tasks`."""
+        grid, tasks = self.grid, {}
+        samples = answer_prompts(model, tokenizer, grid.prompts, grid.max_new_tokens, self.progress)
+        if grid.tasks:
+            prepared = prepare_tasks(grid.tasks, grid.limit, grid.run_code)
+            tasks = prepared.measure(model, tokenizer, self.progress)
+            self.progress.finish()
+        return {"samples": samples, "tasks": tasks}
 
 
 def _state_file(out: Path) -> Path:
