@@ -164,6 +164,13 @@ def measured_by_domain(kl: float = 0.15) -> dict[str, Any]:
     return {**cut, **figures(kl), "tokens": 20480, "domains": domains_of(kl)}
 
 
+def recorded_answers() -> list[dict[str, Any]]:
+    """The `samples` of a report."""
+    about = {"prompt": PROMPTS[0], "chat": True, "max_new_tokens": 48}
+    answers = (sample("The capital of France was found\nat *night*."), sample(ANSWERS[0], "eos"))
+    return [{**about, "answer": answers[0], "reference_answer": answers[1]}]
+
+
 def by_domain() -> dict[str, Any]:
     """Return the content of a results.json of a comparison by domain."""
     content = document()

@@ -9,8 +9,12 @@ import sys
 
 import pytest
 
+import bitmill
 from bitmill.cli.main import main
 from bitmill.cli.output import to_json_types
+from bitmill.errors import UsageError
+from bitmill.evaluation import answers
+from bitmill.evaluation.generate import generate
 from bitmill.version import __version__
 from bitmill.workflows.load import read_folder
 from helpers.selection import thin
@@ -139,7 +143,8 @@ def test_eval(workspace, run):
     assert "perplexity" in run("eval", workspace.done, "--text", workspace.text, "--seqlen", 32, "--windows", 2)
 
 
-def test_eval_records(workspace, run):
+def test_eval_records(workspace, run, monkeypatch):
+    monkeypatch.setattr(answers, "generate", lambda *ids, **_: generate(*ids, max_new_tokens=4))  # 48 take seconds
     command = ["eval", workspace.done, "--text", workspace.text, "--seqlen", 32, "--windows", 3]
     command += ["--reference", workspace.source, "--record", "--json"]
     data = run(*command)
@@ -150,8 +155,26 @@ def test_eval_records(workspace, run):
     assert [m["by"] for m in report["measured"]] == ["quantize", "eval"]  # the repetition replaced itself
     assert report["measured"][1]["kl_divergence"] == data["kl_divergence"]
     assert "time_s" not in report["measured"][1]
+    assert report["samples"] == data["samples"]
+    assert [sample["prompt"] for sample in report["samples"]] == list(answers.PROMPTS)
+    first = report["samples"][0]
+    assert first["answer"]["new_tokens"] == len(first["answer"]["token_ids"]) > 0
+    generated = run("generate", workspace.done, "--prompt", answers.PROMPTS[0], "--max-new-tokens", 4, "--json")
+    assert first["answer"]["text"] == generated["text"]
+    assert "## Answers" in (workspace.done / "README.md").read_text()
+    assert answers.PROMPTS[0] in (workspace.done / "report.html").read_text()
     assert "bitmill eval" in (workspace.done / "README.md").read_text()
     run("verify", workspace.done)
+
+
+def test_prompts_that_cannot_be_answered(workspace):
+    """Figures are returned where a prompt is longer than the context of the model."""
+    terms = {"text": str(workspace.text), "seqlen": 32, "windows": 1}
+    found = bitmill.evaluate(workspace.done, prompts=["w1 " * 200], **terms)
+    assert found["perplexity"] > 0
+    assert "samples" not in found
+    with pytest.raises(UsageError, match="leave kv out"):
+        bitmill.evaluate(workspace.done, prompts=["w1"], kv="per_token", **terms)
 
 
 def test_generate(workspace, run):

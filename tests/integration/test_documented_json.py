@@ -57,7 +57,9 @@ def test_eval(workspace, keys):
     compared = {"kl_divergence", "kl_interval", "kl_p99", "kl_p999", "top1_agreement"}
     compared |= {"reference_perplexity", "perplexity_ratio"}
     of_texts = {"part", "separator", "windows_per_domain", "domains"}
-    all_keys = documented("eval") - of_texts
+    answers = {"samples", "prompt", "chat", "max_new_tokens", "answer", "reference_answer"}
+    assert answers <= documented("eval")
+    all_keys = documented("eval") - of_texts - answers
     assert keys(*command) == all_keys - compared - CACHED - {"kv_calibration", "kv_on_calibration_text"}
     packed = keys(*command, "--reference", workspace.source, "--kv", "per_token")
     assert packed == all_keys

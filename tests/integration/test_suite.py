@@ -58,7 +58,8 @@ def test_measured_by_quantize(done, capsys):
     assert json.loads(capsys.readouterr().out)["perplexity_change"] < 1e-3
 
 
-def test_measured_on_the_suite(done, capsys):
+def test_measured_on_the_suite(done, capsys, monkeypatch):
+    monkeypatch.setattr("bitmill.evaluation.answers.PROMPTS", ())  # which take seconds
     source, folder = done
     found = json.loads(evaluate(capsys, folder, source, "--record", "--json"))
     each = found["domains"]

@@ -8,6 +8,7 @@ import yaml
 from bitmill.recipes.compose import compose
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.report.card import model_card
+from helpers import sample_results
 
 MEASURED = {
     "by": "quantize",
@@ -178,3 +179,11 @@ def test_exceptions_listed():
     card = model_card(report(recipe=recipe.to_dict()))
     assert "first match wins: `*.o_proj` float; `*.down_proj` uniform (bits 8, " in card
     assert "first match wins" not in model_card(report())
+
+
+def test_answers_with_the_first_difference_in_bold():
+    card = model_card(report(samples=sample_results.recorded_answers()))
+    rows = table_rows(card, "| What")
+    assert rows[0][1].startswith("The capital of France <b>is</b> Paris")
+    assert rows[0][2:] == ["The capital of France <b>was</b> found<br>at \\*night\\*.…", "differs at token 5 of 8"]
+    assert "## Answers" not in model_card(report())

@@ -160,6 +160,14 @@ def test_folder_page_without_figures():
     assert "token windows passed by the caller" in folder_page(report(identity={"calibration": tokens}))
 
 
+def test_recorded_answers():
+    page = folder_page(report(samples=sample_results.recorded_answers()))
+    assert "differs at token 5 of 8" in page
+    assert "<mark>is</mark> Paris" in page
+    assert "at most 48" in page
+    assert "h-answers" not in folder_page(report())
+
+
 def test_folder_card_and_page():
     documents = folder_documents(report())
     assert set(documents) == {"README.md", "report.html"}

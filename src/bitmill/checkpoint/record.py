@@ -62,6 +62,8 @@ def check_recordable(folder: Path) -> dict[str, Any]:
 def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, Any] | None = None) -> None:
     """Append the result of `bitmill.evaluate` to the report; an equal measurement is replaced.
 
+    Answers to prompts, next to those of the reference, replace earlier ones.
+
     Args:
         folder: the quantized folder.
         result: the result of `bitmill.evaluate`.
@@ -76,7 +78,13 @@ def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, An
         report = open_checkpoint(folder).report  # which nobody else changes meanwhile
         _check_unchanged(folder, report, files)
         kept = [m for m in report["measured"] if any(m.get(key) != entry.get(key) for key in _SAME)]
-        _rewrite(new, {**report, "measured": [*kept, entry]})
+        _rewrite(new, {**report, "measured": [*kept, entry], **_answers(result)})
+
+
+def _answers(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the report's entry `samples`; nothing where no prompt was answered by both models."""
+    samples = [sample for sample in result.get("samples", []) if "reference_answer" in sample]
+    return {"samples": samples} if samples else {}
 
 
 def record_tasks(folder: Path, result: dict[str, Any], files: dict[str, Any] | None = None) -> None:

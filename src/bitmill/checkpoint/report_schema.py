@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from bitmill.checkpoint.contents import REPORT, read_json
 from bitmill.errors import CheckpointError, quoted
 from bitmill.report.metrics import EMBEDDING_METRICS, LANGUAGE_METRICS
+from bitmill.report.results import Sample
 
 Side = Annotated[int, Field(gt=0)]
 
@@ -32,6 +33,22 @@ class LayerSummary(_Entry):
     output_error: float | None = None
 
 
+class Answer(Sample):
+    """The answer of one model to a prompt."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class Answers(_Entry):
+    """A prompt, answered by the quantized and by the float model."""
+
+    prompt: str
+    answer: Answer
+    reference_answer: Answer
+    chat: bool | None = None
+    max_new_tokens: int | None = None
+
+
 _FIELDS: Any = {
     **dict.fromkeys(("by", "text", "split", "reference", "kv_method"), (str | None, None)),
     **dict.fromkeys(("seqlen", "windows", "tokens"), (int | None, None)),
@@ -50,6 +67,7 @@ class Report(_Entry):
     recipe: dict[str, Any] | None = None
     identity: dict[str, Any] | None = None
     kv: dict[str, Any] | None = None
+    samples: list[Answers] = []
     running: dict[str, Any] | None = None
     ends: dict[str, Any] | None = None
     bits_per_weight: float | None = None

@@ -87,6 +87,7 @@ def evaluate(
         from bitmill.checkpoint.reader import is_bitmill_folder
         from bitmill.checkpoint.record import check_recordable, record_measurement
         from bitmill.config.paths import user_path
+        from bitmill.evaluation.answers import PROMPTS
 
         folder = user_path(model)
         if record and not is_bitmill_folder(folder):
@@ -99,6 +100,7 @@ def evaluate(
             measure_tasks(model, tasks, limit, folder if record else None, output, **options)
             return
         files = check_recordable(folder) if record else None
+        answers = record and reference is not None and kv is None  # for the folder's page
         result = api.evaluate(
             model,
             text=text,
@@ -106,6 +108,7 @@ def evaluate(
             seqlen=seqlen,
             windows=windows,
             reference=reference,
+            prompts=PROMPTS if answers else (),
             device=device,
             progress=output.progress,
             trust_remote_code=trust_remote_code,

@@ -22,6 +22,7 @@ from bitmill.report.describe import (
 from bitmill.report.domains import domain_table, latest_with_domains
 from bitmill.report.escape import code_block, code_span, markdown_text
 from bitmill.report.metrics import MetricColumn, metric_columns
+from bitmill.report.samples import MarkedText, recorded_pairs
 from bitmill.report.tasks import NOTE, task_table
 
 _WORST_LAYERS = 5  # listed
@@ -61,6 +62,22 @@ _TASKS = """\
 {% endfor %}
 
 {{ task_note }}
+
+{% endif %}
+"""
+
+_ANSWERS = """\
+{% if answers %}
+## Answers
+
+| prompt | float | quantized | first difference |
+|---|---|---|---|
+{% for entry, pair in answers -%}
+| {{ text(entry.prompt) }} | {{ marked(pair.reference) }} | {{ marked(pair.answer) }} | {{ text(pair.verdict) }} |
+{% endfor %}
+
+Greedy decoding. The first token that differs from the float model's answer is bold; after it both go on
+on their own.
 
 {% endif %}
 """
@@ -117,6 +134,7 @@ Nothing was measured. Measure with `bitmill eval FOLDER --reference SOURCE --rec
 {% endif %}
 """
     + _TASKS
+    + _ANSWERS
     + """\
 {% if worst %}
 Layers with the largest relative output error on the calibration text:
@@ -213,6 +231,8 @@ def model_card(report: dict[str, Any]) -> str:
         describe_format=describe_format,
         task_table=task_table,
         task_note=NOTE,
+        answers=recorded_pairs(report),
+        marked=_marked,
         exceptions=describe_exceptions(report["recipe"] or {}, code_span),
         cache_of=describe_measured_cache,
         embedding_and_head=markdown_text(describe_embedding_and_head(report)),
@@ -222,6 +242,18 @@ def model_card(report: dict[str, Any]) -> str:
         kv_line=markdown_text(describe_kv_cache(report["kv"])) if report.get("kv") else "",
         recipe_block=code_block(yaml.safe_dump(report["recipe"], sort_keys=False), "yaml"),
     )
+
+
+def _marked(answer: MarkedText) -> str:
+    """Return an answer in a cell of a table, with the first differing token in bold."""
+    bold = f"<b>{markdown_text(answer.marked)}</b>" if answer.marked else ""
+    after = " <i>end of text</i>" if answer.ended else "…" if answer.cut else ""
+    return _breaks(answer.common) + bold + _breaks(answer.rest) + after
+
+
+def _breaks(text: str) -> str:
+    """Return Markdown of a text in a cell of a table, whose lines need tags."""
+    return "<br>".join(markdown_text(line) for line in text.split("\n"))
 
 
 def _interval(column: MetricColumn, measured: dict[str, Any]) -> str:

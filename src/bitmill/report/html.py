@@ -36,7 +36,7 @@ from bitmill.report.domain_charts import domain_bars, domain_panels
 from bitmill.report.domains import domain_table, latest_with_domains, worst_domain
 from bitmill.report.metrics import metric_columns, primary_metric
 from bitmill.report.results import Layer, Results
-from bitmill.report.samples import AnswerPair, pair_answers
+from bitmill.report.samples import AnswerPair, pair_answers, recorded_pairs
 from bitmill.report.tasks import NOTE, task_table
 
 _WORST_LAYERS = 8  # listed on the page of a folder
@@ -98,6 +98,7 @@ def folder_page(report: dict[str, Any]) -> str:
         latest=measured[-1] if measured else None,
         tasks=task_table(report["tasks"]) if report.get("tasks") else [],
         task_note=NOTE,
+        answers=recorded_pairs(report),
         layers=layers,
         exceptions=describe_exceptions(report["recipe"]),
         embedding_and_head=describe_embedding_and_head(report),

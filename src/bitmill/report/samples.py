@@ -59,6 +59,17 @@ def pair_answers(reference: Sequence[Sample], answers: Sequence[Sample]) -> list
     return [compare_answers(*both) for both in zip(reference, answers)]
 
 
+def recorded_pairs(report: dict[str, Any]) -> list[tuple[dict[str, Any], AnswerPair]]:
+    """Return the `samples` of a report, each with its two answers compared."""
+
+    def pair(entry: dict[str, Any]) -> AnswerPair:
+        both = (entry["reference_answer"], entry["answer"])
+        reference, answer = (Sample(**{key: of.get(key) for key in Sample.model_fields}) for of in both)
+        return compare_answers(reference, answer)
+
+    return [(entry, pair(entry)) for entry in report.get("samples", [])]
+
+
 def compare_answers(reference: Sample, answer: Sample) -> AnswerPair:
     """Compare two answers by their tokens, or by words where these are not recorded.
 

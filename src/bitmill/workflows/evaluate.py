@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from bitmill.data.windows import (
     describe_held_out,
     source_name,
 )
+from bitmill.errors import BitmillError, UsageError, one_line
+from bitmill.evaluation.answers import NEW_TOKENS, answer_prompts, is_chat
 from bitmill.evaluation.logits import OutputFn
 from bitmill.evaluation.metrics import batches, score_windows
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
@@ -32,6 +35,7 @@ from bitmill.models.split import deferred_output_fn, recorded_output_fn, share_e
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
+from bitmill.runtime.decode import detach
 from bitmill.sources.open import open_source
 from bitmill.sources.pooling import read_pooling
 from bitmill.tasks.base import Task, task_for, task_of
@@ -55,6 +59,8 @@ def evaluate(
     seqlen: int = 512,
     windows: int | None = None,
     reference: str | Path | nn.Module | None = None,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int = NEW_TOKENS,
     kv: str | None = None,
     kv_bits: int | None = None,
     kv_options: dict[str, Any] | None = None,
@@ -78,6 +84,8 @@ def evaluate(
         seqlen: tokens of a window.
         windows: number of windows; 40 without it, of suite and mix 8 of each domain; 0 takes all.
         reference: the model to compare with, through an ordinary cache.
+        prompts: answered greedily by both models, through an ordinary cache, in at most `max_new_tokens` tokens;
+            an encoder answers none.
         kv, kv_bits, kv_options: a KV method, to measure through the packed cache. Options default to those of the
             folder's calibration; without one, the method is calibrated on `kv_samples` windows of `kv_seqlen`
             tokens (2048, or the model's context length) of the text's first four fifths.
@@ -87,7 +95,14 @@ def evaluate(
         pair_cosine. With a reference kl_divergence (nats per token), kl_interval, kl_p99, kl_p999, top1_agreement,
         reference_perplexity and perplexity_ratio, for an encoder cosine_similarity and neighbour_agreement. For
         suite and mix these are means, and `domains` has those of each domain. With a KV method `kv_*`, docs/kv.md.
+        With prompts `samples`: for each the `prompt`, `chat` (true if it went through a chat template),
+        `max_new_tokens`, and the `answer` and `reference_answer` as in results.json, docs/compare.md.
+
+    Raises:
+        UsageError: prompts are given as one text, or with a KV method.
     """
+    if isinstance(prompts, str) or (prompts and kv not in (None, FLOAT)):
+        raise UsageError("prompts is a list of texts, answered through an ordinary cache; leave kv out with them.")
     text = CalibrationData(text).source
     if windows is None:
         windows = WINDOWS_PER_DOMAIN if is_mixture(text) else WINDOWS
@@ -97,7 +112,8 @@ def evaluate(
     with displayed(progress) as shown:
         shown.start("reading text and model", 0)
         bits, size = stored_bits(model, trust_remote_code)
-        scoring = _Scoring(_task(model, trust_remote_code), text, split, seqlen, tokenizer, shown)
+        asking = _Prompts(tuple(prompts), max_new_tokens, tokenizer, shown)
+        scoring = _Scoring(_task(model, trust_remote_code), text, split, seqlen, tokenizer, asking, shown)
         load_live = partial(live_model, device=device, trust_remote_code=trust_remote_code)
         scored = scoring.score(model, reference, load_live, windows or None, kv_config)
     return {
@@ -107,6 +123,34 @@ def evaluate(
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts that the models of a measurement answer."""
+
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    tokenizer: Any
+    progress: Progress
+
+    def answers(self, model: nn.Module | None) -> list[dict[str, Any]]:
+        """Return the answers of a model; none without a model, or where it cannot answer."""
+        if model is None or not self.prompts:
+            return []
+        try:
+            return answer_prompts(model, self.tokenizer, self.prompts, self.max_new_tokens, self.progress)
+        except BitmillError as error:  # which does not spoil the figures
+            self.progress.note(f"the prompts were not answered: {one_line(error)}")
+            return []
+
+    def samples(self, answers: list[dict[str, Any]], of_reference: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the entry `samples` of a result; nothing without answers."""
+        about = {"chat": is_chat(self.tokenizer), "max_new_tokens": self.max_new_tokens}
+        samples = [{"prompt": prompt, **about, "answer": answer} for prompt, answer in zip(self.prompts, answers)]
+        for sample, answer in zip(samples, of_reference):
+            sample["reference_answer"] = answer
+        return {"samples": samples} if samples else {}
 
 
 class _Scoring:
@@ -119,12 +163,14 @@ class _Scoring:
         split: Split,
         seqlen: int,
         tokenizer: Any,
+        asking: _Prompts,
         progress: Progress,
     ) -> None:
         self.task, self.split, self.seqlen, self.progress = task, split, seqlen, progress
         self.source, self.text = text, source_name(text)
         self.metric = task.metric()  # a pooling that is not supported is refused before text is read
         self.windows = task.windows(text, tokenizer)
+        self.asking = asking if task.generates else replace(asking, prompts=())
 
     @torch.no_grad()
     def score(
@@ -153,6 +199,9 @@ class _Scoring:
         batch = self.task.batch_size if kv is None else max(1, _TOKENS // self.seqlen)
         with eval_mode(_module(model)), eval_mode(_module(reference)):
             other = None if reference is None else load_live(reference)
+            of_reference = self.asking.answers(other)
+            if other is not None and other is not reference:
+                detach(other)  # its compiled step would hold the blocks that are freed
             against = self._run_reference(other, chosen, batch, free_body=other is not reference)
             live = load_live(model)
             if other is not None and other is not reference and live is not model:
@@ -167,6 +216,7 @@ class _Scoring:
                 )
                 figures = score_windows(packed, chosen, against, self.progress, batch, self.metric, domains)
                 figures |= packed.measurements()
+            figures |= self.asking.samples(self.asking.answers(live), of_reference)
         return {
             **figures,
             **describe_held_out(self.windows, self.source, self.split, self.seqlen, windows),
