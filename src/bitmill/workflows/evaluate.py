@@ -26,9 +26,10 @@ from bitmill.data.windows import (
     source_name,
 )
 from bitmill.errors import BitmillError, UsageError, one_line
-from bitmill.evaluation.answers import NEW_TOKENS, answer_prompts, is_chat
+from bitmill.evaluation.answers import NEW_TOKENS, answer_prompts
 from bitmill.evaluation.logits import OutputFn
 from bitmill.evaluation.metrics import batches, score_windows
+from bitmill.evaluation.prompt import is_chat
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
 from bitmill.models.meta import trim_malloc
 from bitmill.models.split import deferred_output_fn, recorded_output_fn, share_equal_parameters
