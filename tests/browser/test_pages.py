@@ -195,6 +195,31 @@ def test_layer_chart(page):
     assert note.text_content() != first
 
 
+def test_error_maps(page):
+    shown = page.locator("[data-variant]:visible")
+    assert shown.count() == 12  # rtn and hqq have no errors of outputs
+    first = shown.nth(1)
+    idle = first.locator("output").text_content()
+    cell = first.locator(".heat i").first
+    cell.hover()
+    assert first.locator("output").text_content() == cell.get_attribute("title") != idle
+    page.mouse.move(0, 0)
+    assert first.locator("output").text_content() == idle
+    first.get_by_role("button").click()
+    assert page.locator("#layer-variant").input_value() == first.get_attribute("data-variant")
+    page.get_by_role("radio", name="Weights").check()
+    assert page.locator("[data-variant]:visible").count() == 17
+    assert page.locator(".chosen:visible").count() == 1
+
+
+def test_error_maps_on_a_phone(visit, comparison):
+    """A tap shows the figure, also after the finger is lifted."""
+    page = visit(comparison, "phone").page
+    cell = page.locator("[data-variant]:visible .heat i").nth(40)
+    cell.tap()
+    assert page.locator("[data-variant] output").first.text_content() == cell.get_attribute("title")
+
+
 def test_prompt_tabs(page):
     assert page.locator(".answers:visible").count() == 1
     assert "Paris" in page.locator(".answers:visible .card").first.text_content()
@@ -239,7 +264,9 @@ def test_many_methods(visit):
 
 def test_folder_table_sorting(visit):
     page = visit(folder_page(report())).page
-    page.get_by_role("columnheader", name="weight error").get_by_role("button").click()
+    worst = page.get_by_role("region", name="The worst layers")
+    worst.get_by_role("columnheader", name="weight error").get_by_role("button").click()
     cells = "rows => rows.map(r => Number(r.cells[2].dataset.value))"
-    values = page.eval_on_selector_all("table.sortable tbody tr", cells)
+    values = worst.locator("tbody tr").evaluate_all(cells)
+    assert len(values) == 8
     assert values == sorted(values)

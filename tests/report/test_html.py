@@ -144,7 +144,7 @@ def test_folder_page():
         "128 × 512 tokens of pydoc",
     ):
         assert words in page
-    assert page.count("<rect class=") == 30 * 7 + 21
+    assert page.count('title="block ') == 2 * 30 * 7  # outputs and weights
     assert len(page) < 80_000  # each folder holds one
 
 
@@ -153,9 +153,10 @@ def test_folder_page_without_figures():
     assert "Nothing was measured" in page
     assert "nothing</dd>" in page
     bare = folder_page(report(measured=[MEASURED], layers=sample_results.layers(0.05, 2, False, 0)))
-    assert "of the weights, on a logarithmic scale" in bare
+    assert "Errors of the weights in figures" in bare
+    assert "Errors of the outputs" not in bare
     assert "KL divergence" not in bare
-    assert "heat" not in folder_page(report(layers=[])).partition("<main>")[2]
+    assert 'class="heat"' not in folder_page(report(layers=[])).partition("<main>")[2]
     tokens = {"source": "tokens", "sha256": sample_results.HASH}
     assert "token windows passed by the caller" in folder_page(report(identity={"calibration": tokens}))
 

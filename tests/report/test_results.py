@@ -12,7 +12,6 @@ from rich.console import Console
 
 from bitmill.errors import CheckpointError
 from bitmill.report import charts, comparison
-from bitmill.report.charts import COLOUR_STEPS, heat_map
 from bitmill.report.comparison import results_table
 from bitmill.report.results import Layer, Results, read_results
 from helpers import sample_results
@@ -99,7 +98,7 @@ def test_headline_without_float_model():
     assert "the float model not" in comparison.headline(sample_results.results(float=None))
 
 
-def test_heat_map_layout():
+def test_layers_by_block():
     layer = {"format": "uniform", "shape": [2, 2], "bits_per_weight": 3, "size_bytes": 1, "output_error": None}
     names = ["model.layers.0.a.q", "model.layers.0.b.q", "model.layers.10.a.q", "lm_head"]
     layers = [Layer(name=name, weight_error=n / 10, **layer) for n, name in enumerate(names)]
@@ -109,18 +108,6 @@ def test_heat_map_layout():
     assert grid.values(layers, "weight_error") == [[0.0, 0.2], [0.1, None], [0.3, None]]
     assert charts.short_names(grid.rows) == ["a.q", "b.q", "lm_head"]
     assert charts.short_names(["a.x", "b.y"]) == ["x", "y"]
-
-
-def test_heat_map_scale():
-    layers = [Layer.model_validate(entry) for entry in sample_results.layers(0.1, 12, True, 0)]
-    heat = heat_map(layers, "output_error")
-    assert len(heat.cells) == 12 * 7
-    assert {0, COLOUR_STEPS} <= {step for *_, step, _ in heat.cells} <= set(range(COLOUR_STEPS + 1))
-    assert max(x + heat.side for x, *_ in heat.cells) < heat.width
-    assert (
-        heat_map([Layer.model_validate(e) for e in sample_results.layers(0.1, 2, False, 0)], "output_error")
-        is None
-    )
 
 
 def test_terminal_table():

@@ -1,4 +1,4 @@
-"""The data of the charts on the pages: colours and markers of methods, layers by block, the heat map."""
+"""The data of the charts on the pages: colours and markers of methods, layers by block."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ SHAPES = (
     ("hexagon", "M8 1l6.1 3.5v7L8 15l-6.1-3.5v-7z"),
     ("star", "M8 .8l2.1 4.9 5.3.5-4 3.5 1.2 5.2L8 12.1l-4.6 2.8 1.2-5.2-4-3.5 5.3-.5z"),
 )
-COLOUR_STEPS = 20  # of the heat map's scale, which interpolates 5 colours
-_PITCH, _SIDE, _LETTER = 30, 28, 7.5  # pixels of the heat map
 _CHARTED = ("name", "bits", "bits_per_weight", "size_bytes", "perplexity", "kl_divergence", "top1_agreement")
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -156,77 +154,11 @@ def _rounded_values(grid: LayerGrid, variant: Variant, key: str) -> list[list[fl
     return table if any(value is not None for row in table for value in row) else None
 
 
-@dataclass(frozen=True)
-class HeatMap:
-    """The errors of all layers as coloured squares, in pixels of an SVG.
-
-    Attributes:
-        rows, columns, ends: texts as (x, y, text); `ends` label the two ends of the colour scale.
-        cells: squares as (x, y, step of the colour scale, hover text).
-        scale: the colour scale as (x, y, step).
-        side: side of a square.
-    """
-
-    width: int
-    height: int
-    rows: list[tuple[int, int, str]]
-    columns: list[tuple[int, int, str]]
-    cells: list[tuple[int, int, int, str]]
-    scale: list[tuple[int, int, int]]
-    ends: list[tuple[int, int, str]]
-    side: int = _SIDE
-
-
-def heat_map(layers: Sequence[Layer], key: str) -> HeatMap | None:
-    """Draw one error of all layers, linears by blocks, on a logarithmic colour scale.
-
-    Args:
-        layers: quantized layers.
-        key: attribute of the layers, `output_error` or `weight_error`.
-
-    Returns:
-        The heat map; None where no layer has a positive error.
-    """
-    errors = sorted(v for layer in layers if (v := getattr(layer, key)) is not None and v > 0)
-    if not errors:
-        return None
-    low, high = errors[len(errors) // 50], errors[-1]  # the lowest 2 % would leave all other layers pale
-    grid = layer_grid(layers)
-    names = short_names(grid.rows)
-    left = round(12 + _LETTER * max(len(name) for name in names))
-    bottom = _PITCH * len(names)
-    every = 1 if len(grid.blocks) < 12 else 2 if len(grid.blocks) < 45 else 5
-    return HeatMap(
-        width=left + _PITCH * max(len(grid.blocks), 8) + 2,
-        height=bottom + 60,
-        rows=[(left - 8, _PITCH * row + 19, name) for row, name in enumerate(names)],
-        columns=[
-            (left + _PITCH * column + 15, bottom + 17, str(block))
-            for column, block in enumerate(grid.blocks)
-            if column % every == 0
-        ],
-        cells=_heat_cells(grid, grid.values(layers, key), left, (low, high)),
-        scale=[(left + 6 * step, bottom + 30, step) for step in range(COLOUR_STEPS + 1)],
-        ends=[
-            (left, bottom + 56, ("≤" if errors[0] < low else "") + formatting.number(low, 2)),
-            (left + 6 * COLOUR_STEPS - 14, bottom + 56, formatting.number(high, 2)),
-        ],
-    )
-
-
-def _heat_cells(
-    grid: LayerGrid,
-    table: list[list[float | None]],
-    left: int,
-    limits: tuple[float, float],
-) -> list[tuple[int, int, int, str]]:
-    low, high = limits
-    span = math.log(high / low) or 1.0
-    cells = []
-    for row, (name, values) in enumerate(zip(grid.rows, table, strict=True)):
-        for column, (block, value) in enumerate(zip(grid.blocks, values, strict=True)):
-            if value is not None:
-                step = round(COLOUR_STEPS * max(0.0, math.log(value / low) / span)) if value > 0 else 0
-                text = f"block {block}, {name}: {formatting.number(value, 3)}"
-                cells.append((left + _PITCH * column + 1, _PITCH * row + 1, step, text))
-    return cells
+def log_ticks(low: float, high: float) -> Sequence[float]:
+    """Return round numbers in a range: powers of ten, with 2 and 5 times these where they are few."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        found = [step * 10.0**e for e in exponents for step in steps if low <= step * 10.0**e <= high]
+        if len(found) >= 3:
+            break
+    return found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bitmill.report import formatting
-from bitmill.report.charts import Marker
+from bitmill.report.charts import Marker, log_ticks
 from bitmill.report.comparison import in_order
 from bitmill.report.domains import compared_columns, domains_of
 from bitmill.report.metrics import Measurement, MetricColumn
@@ -127,7 +127,7 @@ def domain_panels(results: Results, markers: Mapping[str, Marker]) -> list[Scatt
     across = _Axis(min(bits) - 0.4, max(bits) + 0.4, _LEFT, _WIDTH - 6)
     up = _Axis(math.log(min(ends) / 1.25), math.log(max(ends) * 1.25), _HEIGHT - _BOTTOM, _TOP)
     x_ticks = [(across.at(n), str(n)) for n in range(math.ceil(across.low), math.floor(across.high) + 1)]
-    round_values = _log_ticks(math.exp(up.low), math.exp(up.high))
+    round_values = log_ticks(math.exp(up.low), math.exp(up.high))
     y_ticks = [(up.at(math.log(value)), formatting.number(value, 1)) for value in round_values]
     return [
         ScatterPanel(
@@ -169,13 +169,3 @@ def _ends(of: DomainFigures) -> tuple[float, float]:
     value = of.kl_divergence or 0.0
     low, high = of.kl_interval or (value, value)
     return (low, high) if low > 0 and math.isfinite(high) else (value, value)
-
-
-def _log_ticks(low: float, high: float) -> Sequence[float]:
-    """Return round numbers in a range: powers of ten, with 2 and 5 times these where they are few."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 3), (1, 2, 5)):
-        found = [step * 10.0**e for e in exponents for step in steps if low <= step * 10.0**e <= high]
-        if len(found) >= 3:
-            break
-    return found

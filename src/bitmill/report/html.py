@@ -34,6 +34,7 @@ from bitmill.report.describe import (
 )
 from bitmill.report.domain_charts import domain_bars, domain_panels
 from bitmill.report.domains import domain_table, latest_with_domains, worst_domain
+from bitmill.report.heat import COLOUR_STEPS, error_maps
 from bitmill.report.metrics import metric_columns, primary_metric
 from bitmill.report.results import Layer, Results
 from bitmill.report.samples import AnswerPair, pair_answers, recorded_pairs
@@ -64,6 +65,7 @@ def comparison_page(results: Results) -> str:
         by_task=comparison.results_by_task(results),
         task_note=NOTE,
         answers=_answers(results),
+        error_maps=error_maps({v.name: v.layers for v in comparison.in_order(results)}),
         data=charts.chart_data(results),
     )
 
@@ -80,7 +82,8 @@ def folder_page(report: dict[str, Any]) -> str:
 
     block_layers, _ = split_layers(report)
     layers = [Layer.model_validate({key: layer.get(key) for key in Layer.model_fields}) for layer in block_layers]
-    error = "output_error" if any(layer.output_error is not None for layer in layers) else "weight_error"
+    maps = error_maps({"": layers})
+    error = maps[0].error if maps else "weight_error"
     worst = sorted((v for v in layers if getattr(v, error) is not None), key=lambda v: -getattr(v, error))
     measured = [m for m in report["measured"] if primary_metric(m)]
     by_domain = latest_with_domains(measured)
@@ -107,10 +110,8 @@ def folder_page(report: dict[str, Any]) -> str:
         running=describe_running(report["running"]) if report.get("running") else "",
         sizes=part_sizes(report),
         block_layer_bytes=block_layer_bytes(report),
-        error=error,
         worst=worst[:_WORST_LAYERS],
-        steps=charts.COLOUR_STEPS,
-        heat=charts.heat_map(layers, error),
+        error_maps=maps,
         recipe=yaml.safe_dump(report["recipe"], sort_keys=False),
     )
 
@@ -134,6 +135,7 @@ def _render(template: str, *, scripts: list[str], **values: Any) -> str:
             icon=base64.b64encode(_file("icon.svg").encode()).decode(),
             palette=list(zip(charts.LIGHT, charts.DARK, strict=True)),
             shapes=charts.SHAPES,
+            steps=COLOUR_STEPS,
         )
     )
 

@@ -204,6 +204,8 @@
     (errors[preferred] ? [outputs, weights].find((input) => input.value === preferred) : weights).checked = true;
     const key = chosen("error"), missing = errors[preferred] ? "" : `${variant.label} read no calibration text, so its output errors were not measured. `;
     const table = errors[key];
+    document.querySelectorAll("[data-error]").forEach((set) => { set.hidden = set.dataset.error !== key; });
+    document.querySelectorAll("[data-variant]").forEach((map) => { map.classList.toggle("chosen", map.dataset.variant === variant.name); });
     if (!table) { Plotly.purge(element); element.textContent = ""; note.textContent = "No errors of its layers were recorded."; return; }
     const all = Object.values(grid.values).flatMap((v) => v[key] ?? []).flat().filter((v) => v > 0).map(Math.log10).sort((a, b) => a - b);
     const low = all[Math.floor(all.length / 50)], high = all.at(-1), small = narrow(element);
@@ -238,10 +240,26 @@
     if (select.selectedOptions[0]?.disabled) select.value = [...select.options].find((option) => !option.disabled)?.value ?? select.value;
   }
 
+  // a map of the overview is drawn large when its name is pressed
+  function pick(map) {
+    const button = document.createElement("button"), name = map.querySelector("figcaption > span");
+    button.type = "button";
+    button.className = "pick";
+    button.title = "draw large";
+    button.append(...name.childNodes);
+    name.append(button);
+    button.addEventListener("click", () => {
+      document.getElementById("layer-variant").value = map.dataset.variant;
+      draw();
+      document.getElementById("layers").closest(".panel").scrollIntoView({ block: "nearest" });
+    });
+  }
+
   const draw = () => { quality(); layers(); };
   let waiting = 0;
   const soon = () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(draw); };
   document.addEventListener("DOMContentLoaded", () => {
+    document.querySelectorAll("[data-variant]").forEach(pick);
     document.querySelectorAll(".drawn").forEach((panel) => { panel.hidden = false; });
     document.querySelectorAll('[name="error"]').forEach((input) => input.addEventListener("change", () => { preferred = input.value; }));
     document.querySelectorAll(".controls").forEach((form) => form.addEventListener("change", draw));

@@ -90,6 +90,13 @@
     show();
   }
 
+  // The figure of the cell that is pointed at; a tap keeps it.
+  function figures(map) {
+    const output = map.closest("figure").querySelector("output"), idle = output.textContent;
+    map.addEventListener("pointerover", (event) => { output.textContent = event.target.title || idle; });
+    map.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") output.textContent = idle; });
+  }
+
   document.addEventListener("DOMContentLoaded", () => {
     theme();
     document.querySelectorAll("form.controls").forEach((form) => {
@@ -99,6 +106,7 @@
     });
     document.querySelectorAll("table.sortable").forEach(sortable);
     document.querySelectorAll("form.filters").forEach(filters);
+    document.querySelectorAll(".heat").forEach(figures);
     tabs();
   });
 })();
