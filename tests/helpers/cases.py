@@ -103,8 +103,14 @@ def all_formats() -> list[GroupFormat]:
 def all_wrappers() -> list[Format]:
     """Every wrapper at its defaults and with each switch, around a scalar format, or one it can work with."""
     kinds = [kind for _, kind in FORMATS.items() if issubclass(kind, Wrapper)]
-    inner = FORMATS.get("uniform")(3, 40)
-    made = [format for kind in kinds for format in (*switched(kind, {"inner": inner}), *varied(kind, inner=inner))]
+    uniform = FORMATS.get("uniform")
+    inner = uniform(3, 40)
+    made = []
+    for kind in kinds:
+        given = {"inner": inner, "inputs": uniform(8, "row")}
+        given = {f.name: given[f.name] for f in fields(kind) if f.name in given}
+        made += [*switched(kind, given), *varied(kind, **given)]
+    made.append(FORMATS.get("quantized_inputs")(inner, uniform(8, "tensor"), static=True))
     shares = [FORMATS.get("sum")(inner, outliers=0.05, sensitive=s) for s in (0.0, 0.02)]  # defaults leave few
     shared = FORMATS.get("shared")(FORMATS.get("additive")(3))  # a scalar format has nothing to share
     return [*made, *shares, shared]

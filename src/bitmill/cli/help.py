@@ -20,7 +20,7 @@ COMMANDS = {
 PANELS = {  # by parameter; others are in typer's own panel
     "Method": (
         "method", "methods", "bits", "group_size", "settings", "format", "solver", "transform", "tuner", "sparse",
-        "rules", "recipes", "propagate", "max_minutes", "head_bits",
+        "inputs", "rules", "recipes", "propagate", "max_minutes", "head_bits",
     ),
     "Text and measurement": (
         "calib", "text", "split", "samples", "seqlen", "seed", "measure", "windows", "reference", "record",

@@ -111,13 +111,22 @@ Sparse = Annotated[
         show_default=False,
     ),
 ]
+InputsPart = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PART",
+        help="Format of the inputs of linear layers, NAME or NAME:key=value,..., such as uniform:bits=8; float.",
+        autocompletion=complete_format,
+        show_default=False,
+    ),
+]
 Rules = Annotated[
     list[str] | None,
     typer.Option(
         "--rule",
         metavar="PATTERN=FORMAT",
-        help="Other format for the layers that match, NAME, NAME:key=value,... or float; first match wins; "
-        "repeatable.",
+        help="Other format for the layers that match, NAME, NAME:key=value,... or float, and @INPUTS; first match "
+        "wins; repeatable.",
         show_default=False,
     ),
 ]
@@ -164,6 +173,7 @@ def quantize(
     transform: Transforms = None,
     tuner: Tuners = None,
     sparse: Sparse = None,
+    inputs: InputsPart = None,
     rules: Rules = None,
     propagate: Propagate = "quantized",
     max_minutes: MaxMinutes = WITHIN_MINUTES,
@@ -190,7 +200,7 @@ def quantize(
     options = parse_method_options(bits, group_size, settings)
     parts: dict[str, Any] = {
         "format": format, "solver": solver, "transforms": transform, "tuners": tuner, "sparse": sparse,
-        "rules": rules,
+        "inputs": inputs, "rules": rules,
     }  # fmt: skip
     request: dict[str, Any] = {
         "measure": measure, "device": device, "trust_remote_code": trust_remote_code, "propagate": propagate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from typing import Any
 
 from bitmill.config.documents import load_yaml
@@ -12,12 +13,13 @@ from bitmill.errors import RecipeError
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
-def parse_part(registry: Registry[Any], spelled: str) -> dict[str, Any]:
+def parse_part(registry: Registry[Any], spelled: str, extra: Container[str] = ()) -> dict[str, Any]:
     """Parse `NAME:key=value,...` to plain data.
 
     Args:
         registry: the registry that has the named member.
         spelled: the text.
+        extra: keys that are allowed in addition to the member's options.
 
     Raises:
         RecipeError: an unknown name or option, or an option without value.
@@ -27,7 +29,7 @@ def parse_part(registry: Registry[Any], spelled: str) -> dict[str, Any]:
     known = registry.options(name.strip())
     for option in filter(None, (o.strip() for o in options.split(","))):
         key, equals, value = option.partition("=")
-        if key not in known:
+        if key not in known and key not in extra:
             raise registry.unknown_option(name.strip(), key)
         if not equals:
             raise RecipeError(

@@ -70,6 +70,20 @@ class Format(Member, ABC):
         return frozenset()
 
     @property
+    def quantizes_inputs(self) -> bool:
+        """True where the matrix multiplies rounded inputs, see `effective_inputs`."""
+        return False
+
+    def effective_inputs(self, x: Tensor, params: Params) -> Tensor:
+        """Return the inputs (..., columns) that the decoded matrix multiplies in place of x (..., columns).
+
+        Args:
+            x: inputs of the layer.
+            params: fp32 working values of the matrix by name.
+        """
+        return x
+
+    @property
     @abstractmethod
     def core(self) -> GroupFormat:
         """The format that a solver works with: this one, or the one inside all wrappers."""

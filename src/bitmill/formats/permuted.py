@@ -54,6 +54,13 @@ class Permuted(Wrapper):
             return "its order is no permutation of the columns"
         return super().damage_reason(tensors, shape)
 
+    def effective_inputs(self, x: Tensor, params: Params) -> Tensor:
+        """Return the inputs that are rounded in the order in which columns are stored, in their own order."""
+        if not self.quantizes_inputs:
+            return x
+        order = params["order"].long()
+        return self.inner.effective_inputs(x[..., order], params)[..., order.argsort()]
+
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
         """Permute the columns of the matrix; the inner format stores the result.
 

@@ -35,6 +35,10 @@ class Quantized:
         """Return the stored numbers, fp32 (rows, columns)."""
         return self.format.dequantize(self.codes, self.params, self.shape)
 
+    def effective_inputs(self, x: Tensor) -> Tensor:
+        """Return the inputs (..., columns) that the matrix multiplies in place of x, see `Format`."""
+        return self.format.effective_inputs(x, self.params)
+
     def pack(self) -> dict[str, Tensor]:
         """Return the tensors to write, as named by `format.layout(shape)`."""
         return self.format.pack(self.codes, self.params, self.shape)

@@ -82,6 +82,15 @@ class Rotated(Wrapper):
             return "its rescale is not positive"
         return super().damage_reason(tensors, shape)
 
+    def effective_inputs(self, x: Tensor, params: Params) -> Tensor:
+        """Return the inputs that are rounded in the rotated basis, rotated back."""
+        if not self.quantizes_inputs:
+            return x
+        V, s = self.on_inputs(x.shape[-1], x.device), params["rescale"] if self.rescale else None
+        turned = V.forward(x.to(torch.float32) if s is None else x.to(torch.float32) / s)
+        back = V.inverse(self.inner.effective_inputs(turned, params))
+        return (back if s is None else back * s).to(x.dtype)
+
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
         """Reduce to U W diag(s) V^T with the Gram matrix V diag(1/s) G diag(1/s) V^T.
 

@@ -58,6 +58,15 @@ class Wrapper(Format):
         return self.inner.shared
 
     @property
+    def quantizes_inputs(self) -> bool:
+        """True where the inner format does."""
+        return self.inner.quantizes_inputs
+
+    def effective_inputs(self, x: Tensor, params: Params) -> Tensor:
+        """Return the inner format's; a wrapper that changes the basis of the inputs overrides it."""
+        return self.inner.effective_inputs(x, params)
+
+    @property
     def bits(self) -> int:
         """Bits of the core's code for one weight."""
         return self.core.bits

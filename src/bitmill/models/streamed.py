@@ -19,6 +19,7 @@ from bitmill.architectures.adapter import Adapter, Seam, adapter_for, generic_ad
 from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
 from bitmill.evaluation.logits import DeferredLogits, Output
+from bitmill.formats.quantized import Quantized
 from bitmill.models.block_call import (
     BlockCall,
     BlockRecorder,
@@ -32,6 +33,7 @@ from bitmill.models.kind import check_kind
 from bitmill.models.meta import empty_model, trim_malloc
 from bitmill.models.split import is_close
 from bitmill.models.stored import StoredTensors, tie_as_stored
+from bitmill.runtime.modules.input_hooks import hook_inputs, unhook_inputs
 from bitmill.sources.base import Source
 from bitmill.tasks.base import task_of
 
@@ -228,6 +230,16 @@ class StreamedModel:
         """
         self.set_parameter(name, (W.T if self.adapter.transposed else W).to(self.device).contiguous())
 
+    def set_quantized(self, layer: str, quantized: Quantized) -> None:
+        """Let a linear layer compute with the stored form of its weight.
+
+        Args:
+            layer: full name of the layer.
+            quantized: its weight (out, in).
+        """
+        self.set_matrix(f"{layer}.weight", quantized.dequantize())
+        hook_inputs(self.model.get_submodule(layer), quantized)
+
     def free(self, names: list[str]) -> None:
         """Free the memory of these parameters."""
         for name in names:
@@ -235,7 +247,8 @@ class StreamedModel:
                 self.set_parameter(name, torch.empty(self.shape(name), device="meta"))
 
     def load_block(self, index: int) -> nn.Module:
-        """Load one block and return it."""
+        """Load one block in float and return it."""
+        unhook_inputs(self.blocks[index])
         self.load(self.block_tensors(index))
         return self.blocks[index]
 

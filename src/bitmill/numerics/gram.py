@@ -16,10 +16,15 @@ _PANEL = 384
 
 
 class RunningGram:
-    """Accumulator of gram = X^T X / tokens, (width, width) fp32."""
+    """Accumulator of gram = X^T X / tokens, (width, width) fp32.
+
+    Attributes:
+        max_abs: maximum of |X| in every column, fp32 (width,).
+    """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.sum = torch.zeros(width, width, device=device)
+        self.max_abs = torch.zeros(width, device=device)
         self.tokens = 0
 
     def add(self, X: Tensor) -> None:
@@ -28,6 +33,8 @@ class RunningGram:
         for start, stop in self._panels():
             self.sum[start:stop, start:].addmm_(X[:, start:stop].T, X[:, start:])
         self.tokens += X.shape[0]
+        if len(X):
+            self.max_abs = torch.maximum(self.max_abs, X.abs().amax(0))
 
     def mean(self) -> Tensor:
         """Return the full symmetric matrix, divided by the number of tokens."""

@@ -23,6 +23,7 @@ from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.inputs import BlockInputs, compares_inputs, read_stored, uses_statistics
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
 from bitmill.pipeline.ranges import check_range, to_stored
+from bitmill.runtime.modules.input_hooks import hook_inputs
 from bitmill.solvers import Solver
 from bitmill.solvers.base import output_error, solve_stacked
 from bitmill.tuners import BlockTask
@@ -250,6 +251,7 @@ class _Block:
                 self.errors[name] = _errors(W, decoded, stats.gram)
                 task.quantized[name] = quantized
                 task.set_matrix(name, decoded)
+                hook_inputs(task.block.get_submodule(name), quantized)
 
     def round_changed_floats(self, before: dict[str, Tensor]) -> dict[str, Tensor]:
         """Round the float parameters that tuners changed to their stored type, and return them by full name.
@@ -294,12 +296,12 @@ def _stage_statistics(
     if float_forward is None:
         for X in forward.inputs(lead):
             gram.add(X)
-        return Statistics(gram.mean(), gram.tokens)
+        return Statistics(gram.mean(), gram.tokens, max_abs=gram.max_abs)
     cross = torch.zeros(width, width, device=device)
     for X, X_float in zip(forward.inputs(lead), float_forward.inputs(lead)):
         gram.add(X)
         cross.addmm_((X_float - X).T, X)
-    return Statistics(gram.mean(), gram.tokens, cross.div_(max(gram.tokens, 1)))
+    return Statistics(gram.mean(), gram.tokens, cross.div_(max(gram.tokens, 1)), max_abs=gram.max_abs)
 
 
 def _errors(W: Tensor, decoded: Tensor, gram: Tensor | None) -> tuple[float, float | None]:

@@ -115,4 +115,4 @@ def _restore(finished: BlockResult, streamed: StreamedModel) -> None:
         if streamed.is_parameter(name):
             streamed.set_parameter(name, tensor.to(streamed.device, torch.float32))
     for name, layer in finished.layers.items():
-        streamed.set_matrix(f"{name}.weight", layer.quantized.dequantize())
+        streamed.set_quantized(name, layer.quantized)

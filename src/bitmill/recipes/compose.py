@@ -19,9 +19,10 @@ from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
 from bitmill.recipes.defaults import DEFAULT_BITS
 from bitmill.recipes.embedding_and_head import head_format
+from bitmill.recipes.inputs import FLOAT, parse_inputs
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.recipes.recipe import Recipe
-from bitmill.recipes.rules import FLOAT, Rule, format_of, parse_rule
+from bitmill.recipes.rules import Rule, format_of, parse_rule
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS
@@ -38,6 +39,7 @@ def compose(
     transforms: Sequence[str] = (),
     tuners: Sequence[str] = (),
     sparse: float | None = None,
+    inputs: str | None = None,
     rules: Sequence[str | Rule] = (),
 ) -> Recipe:
     """Return `base` with other parts.
@@ -49,6 +51,7 @@ def compose(
         transforms: added after its own.
         tuners: added after its own.
         sparse: share of the weights that are stored apart from the dense format, in fp16.
+        inputs: format of the inputs of layers, or "float", in place of its own.
         rules: exceptions for some layers, `PATTERN=FORMAT:key=value,...` or `PATTERN=float`; they come first,
             in place of rules of `base` with an equal pattern.
 
@@ -65,6 +68,9 @@ def compose(
             {"format": "sum", "inner": weight.to_dict(), "outliers": sparse, "sensitive": 0.0}
         )
         names.append("sparse")
+    if inputs is not None:
+        chosen["inputs"] = parse_inputs(inputs)
+        names.append("inputs")
     if solver is not None:
         chosen["solver"] = SOLVERS.from_dict(parse_part(SOLVERS, solver))
         names.append(chosen["solver"].name)

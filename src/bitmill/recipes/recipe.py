@@ -5,6 +5,7 @@
     solver: {solver: gptq, damp: 0.01, act_order: true, ...}
     transforms: []                  exact changes of the float model, first to last
     rules: []                       exceptions for some layers, first match wins, see `bitmill.recipes.rules`
+    inputs: {format: uniform, ...}  how the inputs of layers are rounded, see `bitmill.recipes.inputs`
     tuners: []                      learned around the quantized layers, first to last
     ignore: []                      short for leading rules that keep layers in float: glob patterns of their names
     head: {format: uniform, ...}    format of embedding and head, rounded to nearest, or float; 8 bits by default
@@ -27,7 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bitmill.config.documents import load_yaml
 from bitmill.errors import RecipeError, one_line
 from bitmill.formats import FORMATS, Format, GroupFormat
-from bitmill.recipes.rules import FLOAT, Rule
+from bitmill.recipes.inputs import FLOAT, Inputs
+from bitmill.recipes.rules import Rule
 from bitmill.recipes.scheme import LayerScheme
 from bitmill.solvers import SOLVERS, Solver
 from bitmill.transforms import TRANSFORMS, Transform
@@ -43,6 +45,7 @@ class _RuleDocument(BaseModel):
     weight: dict[str, Any] | str | None = None
     solver: dict[str, Any] | None = None
     transforms: list[dict[str, Any]] | None = None
+    inputs: dict[str, Any] | str | None = None
 
 
 class _RecipeDocument(BaseModel):
@@ -54,6 +57,7 @@ class _RecipeDocument(BaseModel):
     weight: dict[str, Any]
     solver: dict[str, Any]
     transforms: list[dict[str, Any]] = []
+    inputs: dict[str, Any] | None = None
     tuners: list[dict[str, Any]] = []
     rules: list[_RuleDocument] = []  # or text, as on the command line, see `Recipe.from_dict`
     ignore: list[str] = []
@@ -66,7 +70,7 @@ class Recipe:
 
     Attributes:
         name: the name in reports.
-        weight, solver, transforms: the scheme of every layer that no rule matches.
+        weight, solver, transforms, inputs: the scheme of every layer that no rule matches.
         rules: exceptions, in order; the first one that matches a layer decides.
         tuners: learned around the quantized layers of a block, first to last.
         head: format of embedding and head, or "float"; None for the default, see `choose_head_formats`.
@@ -82,6 +86,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     tuners: tuple[Tuner, ...] = ()
     head: Format | Literal["float"] | None = None
+    inputs: Inputs | None = None
 
     def __post_init__(self) -> None:
         reasons = [scheme.unsupported_reason() for scheme in self.schemes]
@@ -99,7 +104,7 @@ class Recipe:
     @cached_property
     def default(self) -> LayerScheme:
         """The scheme of every layer that no rule matches."""
-        return LayerScheme(self.weight, self.solver, self.transforms)
+        return LayerScheme(self.weight, self.solver, self.transforms, self.inputs)
 
     @cached_property
     def schemes(self) -> tuple[LayerScheme, ...]:
@@ -131,6 +136,7 @@ class Recipe:
             "weight": self.weight.to_dict(),
             "solver": self.solver.to_dict(),
             "transforms": [t.to_dict() for t in self.transforms],
+            **({} if self.inputs is None else {"inputs": self.inputs.to_dict()}),
             "tuners": [t.to_dict() for t in self.tuners],
             "ignore": [rule.sites for rule in ignored],
             **({"rules": rules} if rules else {}),
@@ -159,6 +165,7 @@ class Recipe:
             rules=(*ignored, *(Rule.from_dict(rule.model_dump()) for rule in document.rules)),
             tuners=tuple(TUNERS.from_dict(t) for t in document.tuners),
             head=FORMATS.from_dict(document.head) if isinstance(document.head, dict) else document.head,
+            inputs=None if document.inputs is None else Inputs.from_dict(document.inputs),
         )
 
     def to_yaml(self) -> str:

@@ -1,7 +1,8 @@
 """Rules: which layers get which scheme.
 
 A recipe is an ordered list of rules and defaults; the first rule whose pattern matches a layer's name decides. A
-rule overrides the weight format, the solver or the transforms of the recipe, or keeps its layers in float:
+rule overrides the weight format, the inputs, the solver or the transforms of the recipe, or keeps its layers in
+float:
 
     rules:
     - {sites: "*.o_proj", weight: float}
@@ -17,11 +18,10 @@ from typing import Any, Literal
 from bitmill.config.parsing import parse_part
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format
+from bitmill.recipes.inputs import FLOAT, Inputs, parse_inputs
 from bitmill.recipes.scheme import LayerScheme
 from bitmill.solvers import SOLVERS, Solver
 from bitmill.transforms import TRANSFORMS, Transform
-
-FLOAT: Literal["float"] = "float"  # in place of a format: the layer is not quantized
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,28 @@ class Rule:
         weight: the weight format, "float" to leave the layers as they are, or None for the recipe's.
         solver: the solver, or None for the recipe's.
         transforms: the transforms, or None for the recipe's.
+        inputs: how inputs are rounded, "float" to leave them as they are, or None for the recipe's.
     """
 
     sites: str
     weight: Format | Literal["float"] | None = None
     solver: Solver | None = None
     transforms: tuple[Transform, ...] | None = None
+    inputs: Inputs | Literal["float"] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sites, str) or not self.sites:
             raise RecipeError(
                 f"A rule has the sites {self.sites!r}; give a pattern of layer names, such as '*.o_proj'."
             )
-        if self.is_float and (self.solver is not None or self.transforms is not None):
-            raise RecipeError(f"The rule {self.sites!r} keeps its layers in float and has a solver or transforms.")
-        if self.weight is None and self.solver is None and self.transforms is None:
+        others = (self.solver, self.transforms, self.inputs)
+        if self.is_float and any(part is not None for part in others):
             raise RecipeError(
-                f"The rule {self.sites!r} changes nothing; give it a format, a solver, transforms, or float."
+                f"The rule {self.sites!r} keeps its layers in float and has a solver, transforms or inputs."
+            )
+        if self.weight is None and all(part is None for part in others):
+            raise RecipeError(
+                f"The rule {self.sites!r} changes nothing; give it a format, inputs, solver, transforms or float."
             )
 
     @property
@@ -73,6 +78,7 @@ class Rule:
             self.weight or default.weight,
             self.solver or default.solver,
             default.transforms if self.transforms is None else self.transforms,
+            default.inputs if self.inputs is None else (None if self.inputs == FLOAT else self.inputs),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,31 +90,38 @@ class Rule:
             data["solver"] = self.solver.to_dict()
         if self.transforms is not None:
             data["transforms"] = [t.to_dict() for t in self.transforms]
+        if self.inputs is not None:
+            data["inputs"] = self.inputs if isinstance(self.inputs, str) else self.inputs.to_dict()
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Rule:
-        """Build a rule from plain data with the keys sites, weight, solver and transforms.
+        """Build a rule from plain data with the keys sites, weight, solver, transforms and inputs.
 
         Raises:
             RecipeError: a part is unknown or has a wrong option.
         """
         weight, solver, transforms = data.get("weight"), data.get("solver"), data.get("transforms")
-        if isinstance(weight, str) and weight != FLOAT:
-            raise RecipeError(
-                f"The rule {data['sites']!r} has the weight {weight!r}; use float, or a format such as "
-                "{format: uniform, bits: 8}."
-            )
+        inputs = data.get("inputs")
+        for key, value in (("weight", weight), ("inputs", inputs)):
+            if isinstance(value, str) and value != FLOAT:
+                raise RecipeError(
+                    f"The rule {data['sites']!r} has the {key} {value!r}; use float, or a format such as "
+                    "{format: uniform, bits: 8}."
+                )
         return cls(
             data["sites"],
             weight if weight is None or weight == FLOAT else FORMATS.from_dict(weight),
             None if solver is None else SOLVERS.from_dict(solver),
             None if transforms is None else tuple(TRANSFORMS.from_dict(t) for t in transforms),
+            inputs if inputs is None or inputs == FLOAT else Inputs.from_dict(inputs),
         )
 
 
 def parse_rule(text: str, default: Format) -> Rule:
     """Parse `PATTERN=FORMAT`, `PATTERN=FORMAT:key=value,...` or `PATTERN=float`, as on the command line.
+
+    `@INPUTS` behind the format, or in its place, names the format of the inputs, or float.
 
     Args:
         text: the rule, such as "*.down_proj=uniform:bits=8".
@@ -123,7 +136,9 @@ def parse_rule(text: str, default: Format) -> Rule:
             f"The rule {text!r} is incomplete; write PATTERN=FORMAT, such as '*.down_proj=uniform:bits=8', or "
             "PATTERN=float."
         )
-    return Rule(sites, FLOAT if spelled == FLOAT else format_of(spelled, default))
+    weight, at, inputs = (part.strip() for part in spelled.partition("@"))
+    chosen = FLOAT if weight == FLOAT else (format_of(weight, default) if weight else None)
+    return Rule(sites, chosen, inputs=(parse_inputs(inputs) or FLOAT) if at else None)
 
 
 def format_of(spelled: str, default: Format) -> Format:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bitmill.formats import Format
+from bitmill.recipes.inputs import Inputs
 from bitmill.solvers import Solver
 from bitmill.transforms import FormatTransform, SeamTransform, Transform
 
@@ -18,16 +19,18 @@ class LayerScheme:
         weight: the weight format as the recipe names it.
         solver: the solver that chooses the codes.
         transforms: exact changes of the float model, first to last.
+        inputs: how the layer's inputs are rounded; None leaves them as they are.
     """
 
     weight: Format
     solver: Solver
     transforms: tuple[Transform, ...] = ()
+    inputs: Inputs | None = None
 
     @cached_property
     def format(self) -> Format:
-        """The format as stored: `weight` inside the wrappers of its transforms, the first one outermost."""
-        format = self.weight
+        """The format as stored: weight and inputs inside the wrappers of transforms, the first one outermost."""
+        format = self.weight if self.inputs is None else self.inputs.around(self.weight)
         for transform in reversed(self.transforms):
             if isinstance(transform, FormatTransform):
                 format = transform.wrap(format)
@@ -46,6 +49,8 @@ class LayerScheme:
     def unsupported_reason(self) -> str | None:
         """Return one sentence that explains why the parts cannot work together, or None."""
         if reason := self.solver.unsupported_reason(self.weight.core):
+            return reason
+        if self.inputs is not None and (reason := self.inputs.unsupported_reason(self.weight)):
             return reason
         if self.format.shared and self.solver.learner(self.weight.core, 1) is None:
             parts = ", ".join(sorted(self.format.shared))

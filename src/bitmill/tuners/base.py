@@ -23,6 +23,7 @@ from bitmill.formats.base import Format, RangeFormat
 from bitmill.formats.quantized import Quantized
 from bitmill.models.block_call import BlockCall
 from bitmill.numerics.statistics import Statistics
+from bitmill.runtime.modules.input_hooks import hook_inputs
 from bitmill.solvers import Solver
 
 TUNERS: Registry[type[Tuner]] = Registry("tuner", "bitmill.tuners")
@@ -102,6 +103,7 @@ class BlockTask:
         self.originals.setdefault(name, self.matrix(name))
         self.quantized[name] = quantized
         self.set_matrix(name, quantized.dequantize())
+        hook_inputs(self.block.get_submodule(name), quantized)
 
     def as_stored(self, name: str, values: Tensor) -> Tensor:
         """Round values to the stored type of a parameter that stays in float.

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.formats.quantized import SHARED, unpack
+from bitmill.formats.quantized import SHARED, Quantized, unpack
 from bitmill.runtime.modules.embedding import QuantEmbedding, restore_embedding
+from bitmill.runtime.modules.input_hooks import hook_inputs
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix
 
@@ -19,7 +20,8 @@ _MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conver
 def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replace every packed layer by a float layer of its former class with the decoded weight.
 
-    Tied layers stay tied.
+    Tied layers stay tied. Inputs that are quantized are rounded before the float layers multiply them; files that
+    such a model saves do not say so.
 
     Args:
         model: The model, changed in place.
@@ -40,6 +42,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
         linear = _float_linear(layer)
         linear.register_parameter("weight", weight)
         linear.register_parameter("bias", bias)
+        if layer.format.quantizes_inputs:
+            hook_inputs(linear, _unpacked(layer))
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
     model._modules.pop(SHARED, None)
@@ -53,7 +57,11 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
 
 
 def _decoded(layer: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    return unpack(layer.format, layer.packed(), layer.shape).dequantize().to(dtype).contiguous()
+    return _unpacked(layer).dequantize().to(dtype).contiguous()
+
+
+def _unpacked(layer: PackedMatrix) -> Quantized:
+    return unpack(layer.format, layer.packed(), layer.shape)
 
 
 def _weight(layer: QuantLinear, dtype: torch.dtype) -> nn.Parameter:

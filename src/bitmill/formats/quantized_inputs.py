@@ -1,0 +1,137 @@
+"""Quantized inputs: another format for the matrix, and one for the numbers that it multiplies.
+
+    y = Q(x) W^^T      W^ the matrix in the inner format, Q(x) the inputs (tokens, columns) in the format `inputs`
+
+Inputs are coded as a matrix of one row a token: group_size "row" is a scale a token, a number of columns a scale
+for that many columns of a token. The scales of each call come from its inputs (dynamic), except with `static`: one
+scale for all inputs, "tensor", from the largest input that calibration met.
+
+    input_NAME   with static alone: the parts of `inputs` for one group
+
+A matrix in another basis, or without some columns, gives the inner formats those inputs: they are rounded where
+they are multiplied. `simulated` allows pairs of formats that no kernel multiplies as stored: inputs are then
+rounded and multiplied in floats.
+
+A token with NaN or Inf has NaN as outputs. Bits a weight: the inner format's; with static 16 or more a matrix.
+
+Source: Dettmers et al. 2022 (arXiv 2208.07339), section 2; Xiao et al. 2022 (arXiv 2211.10438), section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitmill.errors import RecipeError
+from bitmill.formats.base import FORMATS, Format, GroupFormat, Params
+from bitmill.formats.part import Part
+from bitmill.formats.quantized import Quantized, fit_matrix, nearest_matrix
+from bitmill.formats.uniform import Uniform
+from bitmill.formats.wrapper import Reduction, Wrapper
+from bitmill.numerics.statistics import Statistics
+
+_PREFIX = "input_"
+
+
+@FORMATS.register("quantized_inputs")
+@dataclass(frozen=True)
+class QuantizedInputs(Wrapper):
+    """The inner format for a matrix whose inputs are rounded to the format `inputs`."""
+
+    inputs: Format
+    static: bool = False
+    simulated: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.inputs, GroupFormat):
+            raise RecipeError(f"Inputs cannot be stored as {self.inputs.name!r}; use a format of groups.")
+        if self.inner.quantizes_inputs:
+            raise RecipeError("The inputs of a layer are quantized twice; name one format for them.")
+        if self.static and self.inputs.group_size != "tensor":
+            raise RecipeError(
+                f"The inputs have group_size {self.inputs.group_size!r}, and a static scale is that of all tokens "
+                "and columns; use group_size=tensor, or leave static out."
+            )
+
+    @property
+    def input_format(self) -> GroupFormat:
+        """The format of the inputs."""
+        assert isinstance(self.inputs, GroupFormat)
+        return self.inputs
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """True where the integers of inputs and matrix are multiplied: levels of both that are evenly spaced."""
+        return (
+            isinstance(self.inputs, Uniform) and self.inputs.zero == "integer" and isinstance(self.inner, Uniform)
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The largest inputs, with static."""
+        return self.inner.needs | (frozenset({"activations"}) if self.static else frozenset())
+
+    @property
+    def stackable(self) -> bool:
+        """True where the inner format is: layers that read one input have equal scales of it."""
+        return self.inner.stackable
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """True."""
+        return True
+
+    def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """Return the scale of all inputs, with static."""
+        parts = self.input_format.parts((1, shape[1])) if self.static else ()
+        return tuple(replace(part, name=_PREFIX + part.name) for part in parts)
+
+    def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
+        """Leave the matrix as it is; fit static scales to the largest inputs.
+
+        Raises:
+            NumericsError: with static, when calibration collected no magnitudes.
+        """
+        own = self._static_params(stats.required_max_abs(self.name)) if self.static else {}
+
+        def finish(solved: Quantized) -> Quantized:
+            return replace(solved, format=self, params={**solved.params, **own})
+
+        return Reduction(W, stats, finish)
+
+    def _static_params(self, largest: Tensor) -> Params:
+        """Return parameters that cover inputs of either sign up to the largest of each column (columns,)."""
+        params = fit_matrix(self.input_format, torch.stack([largest, -largest]), None, search=False)
+        return {_PREFIX + name: value for name, value in params.items()}
+
+    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """Decode the inner matrix, fp32 of `shape`."""
+        return self.inner.dequantize(codes, self.inner_params(params, shape), shape)
+
+    def quantize_inputs(self, x: Tensor, params: Params) -> tuple[Quantized, Tensor]:
+        """Return inputs as they are multiplied.
+
+        Args:
+            x: fp32 (tokens, columns).
+            params: of the matrix; those with static are read.
+
+        Returns:
+            The inputs, zeros for tokens with NaN or Inf; and bool (tokens, 1), True for those.
+        """
+        broken = ~torch.isfinite(x).all(1, keepdim=True)
+        x = x.masked_fill(broken, 0.0)
+        fitted = {name.removeprefix(_PREFIX): v for name, v in params.items() if name.startswith(_PREFIX)}
+        return nearest_matrix(
+            self.input_format, x, fitted or fit_matrix(self.input_format, x, None, search=False)
+        ), broken
+
+    def effective_inputs(self, x: Tensor, params: Params) -> Tensor:
+        """Return the rounded inputs (..., columns), in the type of x."""
+        flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        if not len(flat):
+            return x
+        rounded, broken = self.quantize_inputs(flat, params)
+        return rounded.dequantize().masked_fill(broken, torch.nan).to(x.dtype).view(x.shape)

@@ -1,0 +1,77 @@
+"""How the inputs of linear layers are rounded: a format, and where its scales come from.
+
+inputs: {format: uniform, bits: 8}                                       a scale a token, symmetric
+inputs: {format: uniform, bits: 8, group_size: 64}                       a scale for 64 columns of a token
+inputs: {format: uniform, bits: 8, group_size: tensor, static: true}     one scale, from calibration
+inputs: {format: float, element: e4m3}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bitmill.config.parsing import parse_part
+from bitmill.errors import RecipeError
+from bitmill.formats import FORMATS, Format
+from bitmill.formats.quantized_inputs import QuantizedInputs
+
+FLOAT: Literal["float"] = "float"  # in place of a format: nothing is rounded
+_FLAGS = {"static": False, "simulated": False}
+_DEFAULTS = {"bits": 8, "group_size": "row", "symmetric": True}  # of the options that a format has
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The format of a layer's inputs.
+
+    Attributes:
+        format: of the inputs as a matrix (tokens, columns); group_size "row" is a scale a token.
+        static: one scale from calibration in place of those of each call.
+        simulated: also where no kernel multiplies such inputs as they are stored.
+    """
+
+    format: Format
+    static: bool = False
+    simulated: bool = False
+
+    def around(self, weight: Format) -> Format:
+        """Return the weight format for a matrix with such inputs."""
+        return QuantizedInputs(weight, self.format, self.static, self.simulated)
+
+    def unsupported_reason(self, weight: Format) -> str | None:
+        """Return why no kernel multiplies such inputs with a matrix as both are stored; None where one does."""
+        if self.simulated or QuantizedInputs(weight, self.format, self.static).multiplies_integers:
+            return None
+        return (
+            f"no kernel multiplies inputs in {self.format.name!r} with weights in {weight.name!r} as they are "
+            "stored; add simulated=true to the inputs to round them and multiply in floats."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `from_dict` is its inverse."""
+        return {**self.format.to_dict(), **{flag: True for flag in _FLAGS if getattr(self, flag)}}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Inputs:
+        """Build from the data of a format and the flags static and simulated.
+
+        Raises:
+            RecipeError: an unknown format or option, or a flag that is not true or false.
+        """
+        flags = {flag: data.get(flag, default) for flag, default in _FLAGS.items()}
+        for flag, value in flags.items():
+            if not isinstance(value, bool):
+                raise RecipeError(f"{flag} of the inputs is {value!r}; use true or false.")
+        own = {key: value for key, value in data.items() if key not in _FLAGS}
+        known = FORMATS.options(own["format"]) if isinstance(own.get("format"), str) else {}
+        return cls(FORMATS.from_dict({**{k: v for k, v in _DEFAULTS.items() if k in known}, **own}), **flags)
+
+
+def parse_inputs(spelled: str) -> Inputs | None:
+    """Parse NAME, NAME:key=value,... or float as on the command line; None for float.
+
+    Raises:
+        RecipeError: an unknown format or option.
+    """
+    return None if spelled == FLOAT else Inputs.from_dict(parse_part(FORMATS, spelled, extra=_FLAGS))
