@@ -110,7 +110,7 @@ def test_group_size_values(name):
         return
     by_text = build_recipe(name, {"group_size": "32"})
     assert by_text == build_recipe(name, {"group_size": 32})
-    assert by_text.weight.group_size == 32
+    assert by_text.weight.core.group_size == 32
     for wrong in ("0.5", "all", "-7", ""):
         with pytest.raises(RecipeError, match="group_size"):
             build_recipe(name, {"group_size": wrong})

@@ -15,6 +15,7 @@ from bitmill.recipes.recipe import Recipe
 from helpers.workspace import save_model, write_text
 
 INPUTS = {
+    "threshold": "uniform:bits=8,threshold=2.0",
     "token": "uniform:bits=8",
     "columns": "uniform:bits=4,group_size=16,symmetric=false",
     "static": "uniform:bits=8,group_size=tensor,static=true",

@@ -12,6 +12,9 @@ A matrix in another basis, or without some columns, gives the inner formats thos
 they are multiplied. `simulated` allows pairs of formats that no kernel multiplies as stored: inputs are then
 rounded and multiplied in floats.
 
+With a `threshold`, columns in which any input of the call reaches it are multiplied in float and do not count for
+the scales (LLM.int8).
+
 A token with NaN or Inf has NaN as outputs. Bits a weight: the inner format's; with static 16 or more a matrix.
 
 Source: Dettmers et al. 2022 (arXiv 2208.07339), section 2; Xiao et al. 2022 (arXiv 2211.10438), section 3.
@@ -26,6 +29,7 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Format, GroupFormat, Params
+from bitmill.formats.float import Float
 from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized, fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
@@ -43,6 +47,7 @@ class QuantizedInputs(Wrapper):
     inputs: Format
     static: bool = False
     simulated: bool = False
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +55,8 @@ class QuantizedInputs(Wrapper):
             raise RecipeError(f"Inputs cannot be stored as {self.inputs.name!r}; use a format of groups.")
         if self.inner.quantizes_inputs:
             raise RecipeError("The inputs of a layer are quantized twice; name one format for them.")
+        if not self.threshold >= 0:
+            raise RecipeError(f"threshold of the inputs is {self.threshold!r}; use a magnitude, or 0 for none.")
         if self.static and self.inputs.group_size != "tensor":
             raise RecipeError(
                 f"The inputs have group_size {self.inputs.group_size!r}, and a static scale is that of all tokens "
@@ -65,9 +72,12 @@ class QuantizedInputs(Wrapper):
     @property
     def multiplies_integers(self) -> bool:
         """True where the integers of inputs and matrix are multiplied: levels of both that are evenly spaced."""
-        return (
-            isinstance(self.inputs, Uniform) and self.inputs.zero == "integer" and isinstance(self.inner, Uniform)
-        )
+        return all(isinstance(part, Uniform) and part.zero == "integer" for part in (self.inputs, self.inner))
+
+    @property
+    def multiplies_as_stored(self) -> bool:
+        """True for integers, and for floats of 8 bits, whose products are exact in fp32."""
+        return self.multiplies_integers or all(isinstance(part, Float) for part in (self.inputs, self.inner))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -133,5 +143,13 @@ class QuantizedInputs(Wrapper):
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
         if not len(flat):
             return x
-        rounded, broken = self.quantize_inputs(flat, params)
-        return rounded.dequantize().masked_fill(broken, torch.nan).to(x.dtype).view(x.shape)
+        kept = self.float_columns(flat)
+        rounded, broken = self.quantize_inputs(flat if kept is None else flat.masked_fill(kept, 0.0), params)
+        values = rounded.dequantize()
+        if kept is not None:
+            values = torch.where(kept, flat, values)
+        return values.masked_fill(broken, torch.nan).to(x.dtype).view(x.shape)
+
+    def float_columns(self, x: Tensor) -> Tensor | None:
+        """Return bool (columns,), True where an input reaches the threshold; None without one."""
+        return (x.abs() >= self.threshold).any(0) if self.threshold else None

@@ -112,7 +112,7 @@ class Statistics:
         """Return the statistics of W[:, order], whose inputs are X[:, order].
 
         Args:
-            order: int64 (columns,), a permutation of the columns.
+            order: int64, a permutation of the columns, or some of them.
         """
         return self._map(lambda v: v[order], lambda G: G[order][:, order], lambda F: F[:, order])
 

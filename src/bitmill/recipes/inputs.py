@@ -8,16 +8,16 @@ inputs: {format: float, element: e4m3}
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from bitmill.config.options import check_types
 from bitmill.config.parsing import parse_part
-from bitmill.errors import RecipeError
-from bitmill.formats import FORMATS, Format
+from bitmill.formats import FORMATS, Format, Wrapper
 from bitmill.formats.quantized_inputs import QuantizedInputs
 
 FLOAT: Literal["float"] = "float"  # in place of a format: nothing is rounded
-_FLAGS = {"static": False, "simulated": False}
+_OPTIONS = {"static": False, "simulated": False, "threshold": 0.0}  # beside those of the format
 _DEFAULTS = {"bits": 8, "group_size": "row", "symmetric": True}  # of the options that a format has
 
 
@@ -29,43 +29,50 @@ class Inputs:
         format: of the inputs as a matrix (tokens, columns); group_size "row" is a scale a token.
         static: one scale from calibration in place of those of each call.
         simulated: also where no kernel multiplies such inputs as they are stored.
+        threshold: columns with an input of this magnitude stay in float; 0 for none.
     """
 
     format: Format
     static: bool = False
     simulated: bool = False
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "inputs")
 
     def around(self, weight: Format) -> Format:
-        """Return the weight format for a matrix with such inputs."""
-        return QuantizedInputs(weight, self.format, self.static, self.simulated)
+        """Return the weight format for a matrix whose core multiplies such inputs."""
+        if isinstance(weight, Wrapper):
+            return replace(weight, inner=self.around(weight.inner))
+        return QuantizedInputs(weight, self.format, self.static, self.simulated, self.threshold)
 
     def unsupported_reason(self, weight: Format) -> str | None:
         """Return why no kernel multiplies such inputs with a matrix as both are stored; None where one does."""
-        if self.simulated or QuantizedInputs(weight, self.format, self.static).multiplies_integers:
+        if self.simulated or QuantizedInputs(weight.core, self.format, self.static).multiplies_as_stored:
             return None
         return (
-            f"no kernel multiplies inputs in {self.format.name!r} with weights in {weight.name!r} as they are "
-            "stored; add simulated=true to the inputs to round them and multiply in floats."
+            f"no kernel multiplies inputs in {self.format.name!r} with weights in {weight.core.name!r} as they "
+            "are stored; add simulated=true to the inputs to round them and multiply in floats."
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` is its inverse."""
-        return {**self.format.to_dict(), **{flag: True for flag in _FLAGS if getattr(self, flag)}}
+        chosen = {
+            name: getattr(self, name) for name, default in _OPTIONS.items() if getattr(self, name) != default
+        }
+        return {**self.format.to_dict(), **chosen}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Inputs:
-        """Build from the data of a format and the flags static and simulated.
+        """Build from the data of a format, and static, simulated and threshold.
 
         Raises:
-            RecipeError: an unknown format or option, or a flag that is not true or false.
+            RecipeError: an unknown format or option, or a value of another type.
         """
-        flags = {flag: data.get(flag, default) for flag, default in _FLAGS.items()}
-        for flag, value in flags.items():
-            if not isinstance(value, bool):
-                raise RecipeError(f"{flag} of the inputs is {value!r}; use true or false.")
-        own = {key: value for key, value in data.items() if key not in _FLAGS}
+        chosen = {name: data.get(name, default) for name, default in _OPTIONS.items()}
+        own = {key: value for key, value in data.items() if key not in _OPTIONS}
         known = FORMATS.options(own["format"]) if isinstance(own.get("format"), str) else {}
-        return cls(FORMATS.from_dict({**{k: v for k, v in _DEFAULTS.items() if k in known}, **own}), **flags)
+        return cls(FORMATS.from_dict({**{k: v for k, v in _DEFAULTS.items() if k in known}, **own}), **chosen)
 
 
 def parse_inputs(spelled: str) -> Inputs | None:
@@ -74,4 +81,4 @@ def parse_inputs(spelled: str) -> Inputs | None:
     Raises:
         RecipeError: an unknown format or option.
     """
-    return None if spelled == FLOAT else Inputs.from_dict(parse_part(FORMATS, spelled, extra=_FLAGS))
+    return None if spelled == FLOAT else Inputs.from_dict(parse_part(FORMATS, spelled, extra=_OPTIONS))

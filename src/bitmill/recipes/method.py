@@ -61,15 +61,19 @@ def build_recipe(method: str, options: dict[str, Any] | None = None) -> Recipe:
 def _parse_option(method: str, key: str, text: str, hint: Any) -> Any:
     """Convert text from the command line to the type of an option."""
     if hint == GroupSize:
-        return parse_group_size(text)
+        return parse_group_size(text, key)
     try:
         return parse_text(text, hint)
     except ValueError:
         raise RecipeError(f"The option {key} of {method!r} is {text!r}; use {describe_type(hint)}.") from None
 
 
-def parse_group_size(text: str | int) -> int | Literal["row", "tensor"]:
+def parse_group_size(text: str | int, option: str = "group_size") -> int | Literal["row", "tensor"]:
     """Parse a group size: '64', 'row' (also -1) or 'tensor' (also 0).
+
+    Args:
+        text: the value.
+        option: its name, for the error.
 
     Raises:
         RecipeError: the text is none of these.
@@ -81,4 +85,4 @@ def parse_group_size(text: str | int) -> int | Literal["row", "tensor"]:
         return "tensor"
     if is_count(word):
         return int(word)
-    raise RecipeError(f"group_size is {text!r}; use a positive number of input columns, 'row' or 'tensor'.")
+    raise RecipeError(f"{option} is {text!r}; use a positive number of input columns, 'row' or 'tensor'.")

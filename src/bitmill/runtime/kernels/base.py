@@ -58,6 +58,10 @@ class Kernel(ABC):
     def apply(self, x: Tensor) -> Tensor:
         """Multiply x (..., in) to (..., out), in the type of x."""
 
+    def effective_inputs(self, x: Tensor) -> Tensor:
+        """Return the inputs that the matrix multiplies in place of x, see `Format.effective_inputs`."""
+        return x
+
     def output_error(self, W: Tensor) -> Tensor:
         """Return the RMS error that outputs may have for Gaussian inputs of variance 1.
 

@@ -30,4 +30,8 @@ class QuantizedInputsKernel(WrapperKernel):
 
     def apply(self, x: Tensor) -> Tensor:
         """Multiply x (..., in) to (..., out)."""
-        return self.inner.apply(self._format.effective_inputs(x, self._params))
+        return self.inner.apply(self.effective_inputs(x))
+
+    def effective_inputs(self, x: Tensor) -> Tensor:
+        """Return the rounded inputs."""
+        return self._format.effective_inputs(x, self._params)

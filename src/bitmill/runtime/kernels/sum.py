@@ -57,9 +57,9 @@ class SumKernel(WrapperKernel):
         """Multiply x (..., in) to (..., out). The entries are added in fp32."""
         if self._entries is not None and uses_gemv(x):
             wide = x.reshape(-1, self.spec.shape[1]).to(torch.float32)
-            y = ops.sparse_add(wide, self.inner.apply(wide), *self._entries)
+            y = ops.sparse_add(self.effective_inputs(wide), self.inner.apply(wide), *self._entries)
             return y.to(x.dtype).view(*x.shape[:-1], self.spec.shape[0])
-        return self._by_torch(x, self.inner.apply(x))
+        return self._by_torch(self.effective_inputs(x), self.inner.apply(x))
 
     def step_linear(self) -> Any:
         """Return the inner kernel's matrix plus the entries, for the decode step."""

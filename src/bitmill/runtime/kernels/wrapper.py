@@ -31,6 +31,10 @@ class WrapperKernel(Kernel):
         """Return the error of the inner kernel, whose rows have about the norms of W's."""
         return self.inner.output_error(W)
 
+    def effective_inputs(self, x: Tensor) -> Tensor:
+        """Return the inputs that the inner matrix multiplies in place of x, for other products with them."""
+        return self.inner.effective_inputs(x)
+
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         """The inner kernel's tensors and the wrapper's own."""

@@ -1,0 +1,46 @@
+"""Outlier columns: the inner format's kernel on most inputs, and a thin float product with the rest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bitmill.formats.outlier_columns import OutlierColumns, base_columns
+from bitmill.numerics.sparse import from_index
+from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.kernels.wrapper import WrapperKernel
+
+
+@KERNELS.register("outlier_columns")
+class OutlierColumnsKernel(WrapperKernel):
+    """x W^^T = x[base] inner^T + x[outliers] V^T."""
+
+    @staticmethod
+    def unsupported_reason(spec: KernelSpec) -> str | None:
+        """Return None for formats with outlier columns, or the reason."""
+        return None if isinstance(spec.format, OutlierColumns) else f"{spec.format.name} has no outlier columns."
+
+    def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
+        assert isinstance(spec.format, OutlierColumns)
+        inner = replace(spec, format=spec.format.inner, shape=spec.format.base(spec.shape))
+        super().__init__(spec, tensors, inner)
+        self._outliers = from_index(self.own["outlier_columns"])
+        self._base = base_columns(self._outliers, spec.shape[1])
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Multiply x (..., in) to (..., out). The outliers multiply in fp32."""
+        few = x[..., self._outliers].to(torch.float32)
+        added = torch.nn.functional.linear(few, self.own["outlier_values"].to(torch.float32))
+        return (self.inner.apply(x[..., self._base]).to(torch.float32) + added).to(x.dtype)
+
+    def effective_inputs(self, x: Tensor) -> Tensor:
+        """Return the rounded inputs of the base, and the outliers' as they are."""
+        rounded = x.clone()
+        rounded[..., self._base] = self.inner.effective_inputs(x[..., self._base])
+        return rounded
+
+    def output_error(self, W: Tensor) -> Tensor:
+        """Return the error of the inner kernel, whose matrix has the other columns."""
+        return self.inner.output_error(W[:, self._base])
