@@ -29,7 +29,8 @@ def packed(format: Format) -> dict[str, torch.Tensor]:
     if isinstance(format, GroupFormat):
         return nearest_matrix(format, W, fitted(format, W, search=False)).pack()
     X = inputs(columns=SHAPE[1])
-    return solve(Nearest(), W, Statistics(gram_of(X), X.shape[0], fisher=W.square()), format).pack()
+    stats = Statistics(gram_of(X), X.shape[0], fisher=W.square(), max_abs=X.abs().amax(0))
+    return solve(Nearest(), W, stats, format).pack()
 
 
 @pytest.mark.parametrize("format", [*few_formats(), *all_wrappers()], ids=repr)

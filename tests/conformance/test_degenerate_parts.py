@@ -24,7 +24,8 @@ def matrix_of(format: Format) -> Quantized:
     if isinstance(format, GroupFormat):
         return nearest_matrix(format, W, fitted(format, W, search=False))
     X = inputs(columns=SHAPE[1])
-    return solve(Nearest(), W, Statistics(gram_of(X), X.shape[0], fisher=W.square()), format)
+    stats = Statistics(gram_of(X), X.shape[0], fisher=W.square(), max_abs=X.abs().amax(0))
+    return solve(Nearest(), W, stats, format)
 
 
 def changed(matrix: Quantized, change) -> Quantized:

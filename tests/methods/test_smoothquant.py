@@ -60,3 +60,15 @@ def test_alpha_trades_ranges():
     assert ratios[-1] == pytest.approx(1, abs=1e-5)
     with pytest.raises(RecipeError, match="alpha"):
         SmoothQuant(1.5)
+
+
+def test_search_is_no_worse_than_a_fixed_alpha():
+    X, targets = case()
+    exact = X @ torch.cat(targets).T
+
+    def error(s: torch.Tensor) -> float:
+        return float((round_8_bits(X / s) @ round_8_bits(torch.cat(targets) * s).T - exact).norm())
+
+    searched = error(SmoothQuant(search=True).choose(view(X, targets)))
+    fixed = [error(SmoothQuant(alpha).choose(view(X, targets))) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert searched < 1.1 * min(fixed)

@@ -58,7 +58,8 @@ def relative_error(kernel: Kernel, W: Tensor, tokens: int) -> float:
     """
     x = torch.randn(tokens, W.shape[1], generator=torch.Generator().manual_seed(tokens))
     device = kernel.spec.device
-    error = (kernel.apply(x.to(device)).cpu() - x @ W.T).double().abs()
+    expected = kernel.effective_inputs(x.to(device)).cpu() @ W.T
+    error = (kernel.apply(x.to(device)).cpu() - expected).double().abs()
     may = kernel.output_error(W.to(device)).cpu().double()
     if tokens > MAX_TOKENS:
         may = may.maximum(_MANY * W.norm(dim=1).double())

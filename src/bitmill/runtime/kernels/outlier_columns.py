@@ -42,5 +42,5 @@ class OutlierColumnsKernel(WrapperKernel):
         return rounded
 
     def output_error(self, W: Tensor) -> Tensor:
-        """Return the error of the inner kernel, whose matrix has the other columns."""
-        return self.inner.output_error(W[:, self._base])
+        """Return the error of the inner kernel, whose matrix has the other columns, and that of fp32."""
+        return self.inner.output_error(W[:, self._base]) + 1e-6 * W[:, self._outliers].norm(dim=1)
