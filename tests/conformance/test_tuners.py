@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import bitmill
 from bitmill.errors import RecipeError
 from bitmill.formats import Format
+from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.formats.uniform import Uniform
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline import BlockResult, run
@@ -121,6 +122,15 @@ def quantize(recipe: Recipe, model: nn.Module, out=None, **options):
 @every_tuner
 def test_error_falls(tuner):
     assert errors(enough(tuner))[0] < untuned(Uniform(2, 16), None, BlockTask.error)
+
+
+@every_tuner
+def test_error_falls_with_rounded_inputs(tuner):
+    format = QuantizedInputs(Uniform(3, 16), Uniform(4, "row"))
+    if reason := tuner.unsupported_reason(format):
+        assert reason.endswith(".")
+        return
+    assert errors(enough(tuner), format=format)[0] < untuned(format, None, BlockTask.error)
 
 
 @every_tuner

@@ -39,6 +39,11 @@ from bitmill.numerics.statistics import Statistics
 _PREFIX = "input_"
 
 
+def without_inputs(format: Format) -> Format:
+    """Return the format of the matrix alone, where inputs are rounded outside of all other wrappers."""
+    return format.inner if isinstance(format, QuantizedInputs) else format
+
+
 @FORMATS.register("quantized_inputs")
 @dataclass(frozen=True)
 class QuantizedInputs(Wrapper):

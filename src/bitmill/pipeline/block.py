@@ -52,6 +52,8 @@ def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs)
     # a float copy in the basis of the block that is quantized
     float_module = copy.deepcopy(module) if compares_inputs(job) else None
     before = {name: parameter.detach().clone() for name, parameter in block.task.floats()} if tuners else {}
+    if tuners:
+        block.task.round_inputs()
     for tuner in tuners:
         tuner.before(block.task)
     outputs = block.solve(streams, float_module)

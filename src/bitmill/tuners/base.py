@@ -21,6 +21,7 @@ from bitmill.architectures.adapter import Seam
 from bitmill.config.registry import Member, Registry
 from bitmill.formats.base import Format, RangeFormat
 from bitmill.formats.quantized import Quantized
+from bitmill.formats.quantized_inputs import QuantizedInputs, without_inputs
 from bitmill.models.block_call import BlockCall
 from bitmill.numerics.statistics import Statistics
 from bitmill.runtime.modules.input_hooks import hook_inputs
@@ -66,8 +67,8 @@ class BlockTask:
     input_stats: dict[str, Statistics] = field(default_factory=dict)
 
     def range_format(self, name: str) -> RangeFormat:
-        """Return the format of a linear, one whose grid is fixed by the range of each group."""
-        format = self.formats[name]
+        """Return the format of a linear's matrix, one whose grid is fixed by the range of each group."""
+        format = without_inputs(self.formats[name])
         assert isinstance(format, RangeFormat)
         return format
 
@@ -104,6 +105,15 @@ class BlockTask:
         self.quantized[name] = quantized
         self.set_matrix(name, quantized.dequantize())
         hook_inputs(self.block.get_submodule(name), quantized)
+
+    def round_inputs(self) -> None:
+        """Let linears round their inputs before they are quantized, where scales come from the inputs alone."""
+        for name, format in self.formats.items():
+            if isinstance(format, QuantizedInputs) and not format.static:
+                W = self.matrix(name)
+                hook_inputs(
+                    self.block.get_submodule(name), Quantized(format, W.new_empty(0), {}, (W.shape[0], W.shape[1]))
+                )
 
     def as_stored(self, name: str, values: Tensor) -> Tensor:
         """Round values to the stored type of a parameter that stays in float.

@@ -16,6 +16,8 @@ _HOOK = "_bitmill_inputs"
 def hook_inputs(linear: nn.Module, quantized: Quantized) -> None:
     """Round the inputs of a layer as a quantized matrix does, in place of an earlier one.
 
+    Gradients pass the rounding as if it were the identity.
+
     Args:
         linear: the layer, with the decoded weight.
         quantized: the matrix; nothing is done unless its format quantizes inputs.
@@ -25,7 +27,11 @@ def hook_inputs(linear: nn.Module, quantized: Quantized) -> None:
         kept = replace(quantized, codes=torch.empty(0))
 
         def round_inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (kept.effective_inputs(arguments[0]), *arguments[1:])
+            x = arguments[0]
+            rounded = kept.effective_inputs(x.detach())
+            if torch.is_grad_enabled() and x.requires_grad:  # straight through
+                rounded = x + (rounded - x).detach()
+            return (rounded, *arguments[1:])
 
         setattr(linear, _HOOK, linear.register_forward_pre_hook(round_inputs))
 
