@@ -187,3 +187,31 @@ def test_answers_with_the_first_difference_in_bold():
     assert rows[0][1].startswith("The capital of France <b>is</b> Paris")
     assert rows[0][2:] == ["The capital of France <b>was</b> found<br>at \\*night\\*.…", "differs at token 5 of 8"]
     assert "## Answers" not in model_card(report())
+
+
+def test_front_matter_of_the_hub():
+    data = front_matter(model_card(report()))
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert "license" not in data
+    published = {
+        "id": "org/demo",
+        "license": "other",
+        "license_name": "own",
+        "language": ["en"],
+        "pipeline_tag": "x",
+    }
+    data = front_matter(model_card(report(published=published)))
+    assert data["base_model"] == "org/demo"
+    assert (data["license"], data["license_name"], data["language"]) == ("other", "own", ["en"])
+    assert data["pipeline_tag"] == "text-generation"
+    encoder = report(published=published, auto_class="AutoModel")
+    assert front_matter(model_card(encoder))["pipeline_tag"] == "x"
+    hub = {"id": "org/name", "revision": None, "commit": None}
+    assert front_matter(model_card(report(hub=hub, published=published)))["base_model"] == "org/name"
+
+
+def test_commands():
+    card = model_card(report())
+    assert "bitmill generate FOLDER" in card
+    assert "bitmill generate" not in model_card(report(auto_class="AutoModel"))
+    assert "](" not in card  # a link could be dead on a hub

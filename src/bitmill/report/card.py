@@ -25,7 +25,10 @@ from bitmill.report.metrics import MetricColumn, metric_columns
 from bitmill.report.samples import MarkedText, recorded_pairs
 from bitmill.report.tasks import NOTE, task_table
 
+CAUSAL_LM = "AutoModelForCausalLM"
 _WORST_LAYERS = 5  # listed
+_STATED = ("license", "license_name", "license_link", "language")  # repeated from the float model's card
+_PIPELINES = {CAUSAL_LM: "text-generation", "AutoModel": "feature-extraction"}  # by class of transformers
 
 _MEASURED = """\
 | text | windows |{% for column in columns %} {{ column.title }} |{% endfor %} measured by |
@@ -146,12 +149,10 @@ Layers with the largest relative output error on the calibration text:
 {{- " " ~ number(layer.output_error) }} |
 {% endfor %}
 
-Every layer is listed in `report.json`.
-
 {% endif %}
 ## Made by
 
-bitmill {{ bitmill }}, recipe in `recipe.yaml`:
+bitmill {{ bitmill }}, recipe in `recipe.yaml`; `report.html` shows the errors of all layers:
 
 {{ recipe_block }}
 
@@ -167,6 +168,13 @@ No calibration text was used.
 
 ## Use
 
+{% if auto == causal_lm %}
+```sh
+bitmill generate FOLDER "Once upon a time"
+bitmill verify FOLDER
+```
+
+{% endif %}
 ```python
 import bitmill  # registers the format with transformers
 from transformers import {{ auto }}, AutoTokenizer
@@ -223,7 +231,8 @@ def model_card(report: dict[str, Any]) -> str:
         domains=domain_table(by_domain) if by_domain else None,
         by_domain=markdown_text(describe_windows(by_domain)) if by_domain else "",
         interval_of=_interval,
-        auto=report.get("auto_class", "AutoModelForCausalLM"),
+        auto=report.get("auto_class", CAUSAL_LM),
+        causal_lm=CAUSAL_LM,
         number=_number,
         text=lambda value: markdown_text(str(value)),
         code=lambda value, in_table=False: code_span(str(value), in_table),
@@ -266,11 +275,18 @@ def _front_matter(report: dict[str, Any]) -> str:
     """Return the lines between the two rules at the top of the card, which the Hub reads as YAML."""
     import yaml
 
-    recipe = report["recipe"]
+    recipe, published = report["recipe"], report.get("published") or {}
+    hub_id = (report.get("hub") or {}).get("id") or published.get("id")
+    stated = {key: published[key] for key in _STATED if key in published}
+    task = _PIPELINES.get(report.get("auto_class", CAUSAL_LM))
+    if task != _PIPELINES[CAUSAL_LM]:  # of a model of images and text the language model alone is quantized
+        task = published.get("pipeline_tag", task)
     data = {
-        "base_model": str((report.get("hub") or {}).get("id") or report["source"]),
+        "base_model": str(hub_id or report["source"]),
         **({"base_model_relation": "quantized"} if recipe else {}),
+        **stated,
         "library_name": "transformers",
+        **({"pipeline_tag": task} if task else {}),
         "tags": ["bitmill", *([str(recipe["name"])] if recipe else [])],
     }
     return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -67,6 +67,13 @@ class GgufSource:
         self._check_shapes()
         self._fingerprint: str | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def licence(self) -> dict[str, Any]:
+        """The licence as the file states it: `license`, `license_name`, `license_link`, where they are there."""
+        keys = ("license", "license.name", "license.link")
+        stated = {key.replace(".", "_"): self._header.metadata.get(f"general.{key}") for key in keys}
+        return {key: value for key, value in stated.items() if value is not None}
 
     @property
     def stored_bytes(self) -> int:

@@ -34,6 +34,8 @@ class DemoModel:
     parameters: number of parameters of the model.
     origin: who uploaded the wheels, where that is not the maker of the model.
     terms: address of terms that a user must accept before the download; "" for an open licence.
+    hub_id: the model as its maker published it on the Hub.
+    hub_licence: the licence as cards on the Hub name it.
     """
 
     name: str
@@ -45,6 +47,8 @@ class DemoModel:
     parameters: int
     origin: str = ""
     terms: str = ""
+    hub_id: str = ""
+    hub_licence: str = "apache-2.0"
 
     @property
     def cached(self) -> Path:
@@ -67,6 +71,7 @@ SMOLLM2_135M = DemoModel(
     download_bytes=92_871_040,
     licence="Apache-2.0",
     parameters=134_515_008,
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 
 MINILM = DemoModel(
@@ -83,6 +88,7 @@ MINILM = DemoModel(
     download_bytes=83_506_384,
     licence="Apache-2.0",
     parameters=22_713_216,
+    hub_id="sentence-transformers/all-MiniLM-L6-v2",
 )
 
 GEMMA3_270M = DemoModel(
@@ -109,6 +115,8 @@ GEMMA3_270M = DemoModel(
     parameters=268_098_176,
     origin="a third party, not by Google",
     terms="https://ai.google.dev/gemma/terms",
+    hub_id="google/gemma-3-270m",
+    hub_licence="gemma",
 )
 
 QWEN25_CODER_05B = DemoModel(
@@ -133,6 +141,7 @@ QWEN25_CODER_05B = DemoModel(
     licence="Apache-2.0",
     parameters=630_167_424,
     origin="a third party under an unrelated name, not by Alibaba",
+    hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
 )
 
 ZOO: dict[str, DemoModel] = {model.name: model for model in (SMOLLM2_135M, MINILM, GEMMA3_270M, QWEN25_CODER_05B)}

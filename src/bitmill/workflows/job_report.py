@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bitmill.calibration.token_windows import JobData
+from bitmill.sources.published import published_metadata
 from bitmill.version import __version__
 from bitmill.workflows.prepare import PreparedJob
 
@@ -34,6 +35,7 @@ def job_report(
         "bitmill": __version__,
         "source": streamed.source.name,
         **({"hub": asdict(origin)} if (origin := streamed.source.origin) else {}),
+        **({"published": published} if (published := published_metadata(streamed.source)) else {}),
         "recipe": recipe.to_dict() if recipe is not None else None,
         "identity": identity,
         **{key: plan[key] for key in STORED},
