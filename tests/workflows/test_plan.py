@@ -220,8 +220,12 @@ def test_experts_in_float(tmp_path) -> None:
 
 
 def test_config_source_has_no_weights() -> None:
-    assert bundled_configs() == ["llama-65b", "llama-7b"]
-    for name, weights in (("llama-65b", 65_285_660_672), ("llama-7b", LLAMA_7B_WEIGHTS)):
+    assert bundled_configs() == ["llama-65b", "llama-7b", "mistral-7b"]
+    for name, weights in (
+        ("llama-65b", 65_285_660_672),
+        ("llama-7b", LLAMA_7B_WEIGHTS),
+        ("mistral-7b", 7_241_732_096),
+    ):
         source = open_config_only(name)
         assert sum(torch.Size(source.shape(n)).numel() for n in source.names()) == weights
     for ask in (source.fingerprint, source.tokenizer, lambda: source.tensor("lm_head.weight")):
