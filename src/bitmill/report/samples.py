@@ -113,8 +113,8 @@ def _by_word(reference: Sample, answer: Sample) -> AnswerPair:
         if before < words
         else f"ends after {formatting.plural(words, 'word')}"
     )
-    marked = (_mark(sample, at, _word_end(sample.text, at), differs) for sample in (reference, answer))
-    return AnswerPair(*marked, verdict if differs else "equal")
+    both = [_mark(sample, at, _word_end(sample.text, at), differs) for sample in (reference, answer)]
+    return AnswerPair(both[0], both[1], verdict if differs else "equal")
 
 
 def _word_end(text: str, start: int) -> int:
