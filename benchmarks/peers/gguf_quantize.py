@@ -25,7 +25,7 @@ def quantize(source: Path, out: Path, name: str, params: ll.llama_model_quantize
     """
     partial = out.with_suffix(".partial")
     name = {"Q3_K": "Q3_K_M"}.get(name, name)  # what llama-quantize calls Q3_K
-    params.ftype, params.nthread = getattr(ll, f"LLAMA_FTYPE_MOSTLY_{name}"), 0
+    params.ftype = getattr(ll, f"LLAMA_FTYPE_MOSTLY_{name}")
     if ll.llama_model_quantize(str(source).encode(), str(partial).encode(), ctypes.byref(params)):
         raise SystemExit(f"{source} could not be quantized to {name}.")
     partial.rename(out)

@@ -17,16 +17,16 @@ import bitmill
 
 
 def importance_matrix(model: str, windows: Path, out: Path) -> Path:
-    """Return a .npz file, name of a tensor in GGUF -> (in_features,) fp32, and `seconds`; made on first use.
+    """Return a .npz file, name of a tensor in GGUF -> (in_features,) fp32, and its cost; made on first use.
 
     Args:
         model: Name of a demo model.
         windows: .npy file of token ids (windows, tokens).
-        out: The .npz file.
+        out: The .npz file, in which `cost` is the wall and the processor time in seconds.
     """
     if out.is_file():
         return out
-    started = time.monotonic()
+    started = np.array(_clocks())
     live = bitmill.load(model)
     sums: dict[str, torch.Tensor] = {}
     for name, module in live.named_modules():
@@ -39,8 +39,12 @@ def importance_matrix(model: str, windows: Path, out: Path) -> Path:
         for window in tokens:
             live(window[None], use_cache=False, logits_to_keep=1)
     means = {name: (total / tokens.numel()).float().numpy() for name, total in sums.items()}
-    np.savez(out, seconds=np.float64(time.monotonic() - started), **means)
+    np.savez(out, cost=np.array(_clocks()) - started, **means)
     return out
+
+
+def _clocks() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
 
 
 def _adding(total: torch.Tensor) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:

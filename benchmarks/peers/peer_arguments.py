@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 STARTED = time.monotonic()
 
@@ -38,9 +37,9 @@ class Request(argparse.Namespace):
         """Bits of a weight."""
         return int(self.setting)
 
-    def windows(self) -> torch.Tensor:
+    def windows(self) -> np.ndarray:
         """Return token ids (windows, tokens)."""
-        return torch.from_numpy(np.load(self.tokens)).long()
+        return np.load(self.tokens).astype(np.int64)
 
 
 def request() -> Request:

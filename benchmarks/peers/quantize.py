@@ -112,7 +112,8 @@ def write_folder(peer: str, setting: str, files: Path, made: Path, out: Path) ->
     """
     about: dict[str, Any] = json.loads((made / "about.json").read_text(encoding="utf-8"))
     if peer == "llama.cpp":
-        about["seconds"] += float(np.load(files / "importance.npz")["seconds"])
+        for name, cost in zip(("seconds", "cpu_seconds"), np.load(files / "importance.npz")["cost"], strict=True):
+            about[name] += float(cost)
         about["settings"] += f": {types_of(made / 'model.gguf')}"
     dense, bits = READERS[peer](made)
     tensors = load_file(files / "float" / WEIGHTS)

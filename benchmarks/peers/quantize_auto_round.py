@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main() -> None:
     asked = request()
     model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.bfloat16)
-    windows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in asked.windows()]
+    tokens = torch.from_numpy(asked.windows())
+    windows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens]
     symmetric = asked.bits > 2  # its two bits are useful with a zero point only
     rounding = AutoRound(
         model,
@@ -24,7 +25,7 @@ def main() -> None:
         iters=asked.iters,
         dataset=torch.utils.data.DataLoader(windows, batch_size=8),
         nsamples=len(windows),
-        seqlen=len(windows[0]["input_ids"]),
+        seqlen=tokens.shape[1],
         device_map="cpu",
     )
     rounding.quantize_and_save(str(asked.out), format="auto_gptq")
