@@ -19,6 +19,7 @@ from bitmill.architectures.adapter import Adapter, Seam, adapter_for, generic_ad
 from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
 from bitmill.evaluation.logits import DeferredLogits, Output
+from bitmill.formats.input_hooks import hook_inputs, unhook_inputs
 from bitmill.formats.quantized import Quantized
 from bitmill.models.block_call import (
     BlockCall,
@@ -33,7 +34,6 @@ from bitmill.models.kind import check_kind
 from bitmill.models.meta import empty_model, trim_malloc
 from bitmill.models.split import is_close
 from bitmill.models.stored import StoredTensors, tie_as_stored
-from bitmill.runtime.modules.input_hooks import hook_inputs, unhook_inputs
 from bitmill.sources.base import Source
 from bitmill.tasks.base import task_of
 

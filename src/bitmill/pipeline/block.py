@@ -15,6 +15,7 @@ from bitmill.calibration.staged_forward import StagedForward
 from bitmill.calibration.store import StoredBlock
 from bitmill.calibration.streams import Streams
 from bitmill.formats import Format, Params
+from bitmill.formats.input_hooks import hook_inputs
 from bitmill.formats.quantized import shared_module_path
 from bitmill.models.meta import trim_malloc
 from bitmill.numerics.gram import RunningGram
@@ -23,7 +24,6 @@ from bitmill.pipeline.fold import fold_transforms
 from bitmill.pipeline.inputs import BlockInputs, compares_inputs, read_stored, uses_statistics
 from bitmill.pipeline.job import BlockResult, Job, LayerResult
 from bitmill.pipeline.ranges import check_range, to_stored
-from bitmill.runtime.modules.input_hooks import hook_inputs
 from bitmill.solvers import Solver
 from bitmill.solvers.base import output_error, solve_stacked
 from bitmill.tuners import BlockTask

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from bitmill.architectures.adapter import Seam
 from bitmill.config.registry import Member, Registry
 from bitmill.formats.base import Format, RangeFormat
+from bitmill.formats.input_hooks import hook_inputs
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.quantized_inputs import QuantizedInputs, without_inputs
 from bitmill.models.block_call import BlockCall
 from bitmill.numerics.statistics import Statistics
-from bitmill.runtime.modules.input_hooks import hook_inputs
 from bitmill.solvers import Solver
 
 TUNERS: Registry[type[Tuner]] = Registry("tuner", "bitmill.tuners")

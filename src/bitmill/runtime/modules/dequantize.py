@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.formats.input_hooks import hook_inputs
 from bitmill.formats.quantized import SHARED, Quantized, unpack
 from bitmill.runtime.modules.embedding import QuantEmbedding, restore_embedding
-from bitmill.runtime.modules.input_hooks import hook_inputs
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix
 
