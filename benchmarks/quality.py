@@ -44,9 +44,9 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
         "KL is the divergence of the next-token distribution from the float model's, in nats a token: its mean "
         "over the [suite](texts.md), five domains of held-out text, with the 95 % interval of that mean; then on "
         "each domain and on texts that are in no mixture: Brown, German, a language that calibration has none of, "
-        "and WikiText-2 (tokenized, with its <unk>, as pytorch/examples has it). `ratio` is the perplexity over the "
-        "float model's on the suite, top-1 how often both put the same token first. bpw counts everything that the "
-        "linear layers of the blocks store. Methods of bitmill and of other programs were calibrated on the same "
+        "and WikiText-2 (tokenized, with its <unk>, as pytorch/examples has it). `ratio` is the perplexity over "
+        "the float model's on the suite, top-1 how often both put the same token first. bpw counts everything "
+        "that the linear layers of the blocks store. Methods of bitmill and of other programs were calibrated on the same "
         "tokens: 128 windows of 512 of `mix`, unless the table says otherwise.",
         "",
     ]
