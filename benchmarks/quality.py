@@ -46,8 +46,8 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
         "each domain and on texts that are in no mixture: Brown, German, a language that calibration has none of, "
         "and WikiText-2 (tokenized, with its <unk>, as pytorch/examples has it). `ratio` is the perplexity over "
         "the float model's on the suite, top-1 how often both put the same token first. bpw counts everything "
-        "that the linear layers of the blocks store. Methods of bitmill and of other programs were calibrated on the same "
-        "tokens: 128 windows of 512 of `mix`, unless the table says otherwise.",
+        "that the linear layers of the blocks store. Methods of bitmill and of other programs were calibrated on "
+        "the same tokens: 128 windows of 512 of `mix`, unless the table says otherwise.",
         "",
     ]
     for model, document in documents.items():
