@@ -6,7 +6,9 @@ Every program runs in an environment of its own, installed on first use, with it
 number of bits or, for llama.cpp, a type. GPTQModel and auto-round calibrate on the 128 x 512 tokens of bitmill's
 default (`mix`, seed 0), llama.cpp gets an importance matrix of them, and HQQ needs none. FOLDER/PROGRAM-SETTING is
 then the float model with the linear layers of its blocks as the program unpacks them, in fp32, and a peer.json:
-bits per weight of these layers with scales and zero points, seconds and peak memory of the program's process.
+bits per weight of these layers with scales and zero points, seconds of the wall and of the processor, and peak
+memory of the program's process. torch collects the importance matrix, whose time counts and whose memory does not.
+llama.cpp stores rows that are no multiple of 256 weights, most of these models', in types of 4 bits and more.
 benchmarks/suite.py measures such folders. gemma3-270m needs BITMILL_ACCEPT_LICENCE=gemma3-270m.
 """
 
