@@ -216,7 +216,7 @@ void sparse_add_of(Array<const int64_t, 1> starts, Bytes places, Array<const uin
 void read_inputs_of(FixedInputs& self, Array<const float, 2> x, int threads) {
     require(x.shape(1) > 0, "x has no columns");
     nb::gil_scoped_release free;
-    fixed_inputs(fixed_shape(x.shape(1)), x.data(), x.shape(0), self, threads);
+    fixed_inputs(fixed_shape(x.shape(1)), {x.data(), nullptr, nullptr, 0}, x.shape(0), self, threads);
 }
 
 // The outputs from column `first` on.
@@ -280,6 +280,10 @@ NB_MODULE(_native, m) {
     m.def("read_all", [](Bytes bytes, int threads) {
         nb::gil_scoped_release free;
         return read_all(bytes.data(), bytes.size(), threads);
+    });
+    m.def("int8_peak", [](int64_t rounds, int threads) {
+        nb::gil_scoped_release free;
+        return fixed_peak(rounds, threads);
     });
     m.def("isas", available_isas);
     m.def("isa", [] { return std::string(isa().name); });

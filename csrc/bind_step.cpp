@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "bind_kv.h"
+#include "lut/linear.h"
 
 namespace bitmill {
 
@@ -35,22 +36,59 @@ const float* numbers(const MaybeFloats& values, int64_t count, const char* what)
     return values ? values->data() : nullptr;
 }
 
-void check_product(const LookupLinear& linear, const Array<const float, 2>& x, const Array<float, 2>& y) {
-    require(static_cast<int64_t>(x.shape(1)) == linear.columns &&
-                static_cast<int64_t>(y.shape(1)) == linear.rows && x.shape(0) == y.shape(0),
+template <class Number>
+void check_product(int64_t rows, int64_t columns, const Array<const Number, 2>& x, const Array<float, 2>& y) {
+    require(static_cast<int64_t>(x.shape(1)) == columns && static_cast<int64_t>(y.shape(1)) == rows && x.shape(0) == y.shape(0),
             "x or y has another shape");
 }
 
 void product(const LookupLinear& linear, Array<const float, 2> x, Array<float, 2> y, int threads) {
-    check_product(linear, x, y);
+    check_product(linear.rows, linear.columns, x, y);
     nb::gil_scoped_release free;
     linear.product(x.data(), x.shape(0), y.data(), threads);
 }
 
-void many(const LookupLinear& linear, Array<const float, 2> x, Array<float, 2> y, int threads) {
-    check_product(linear, x, y);
-    nb::gil_scoped_release free;
-    linear.many(x.data(), x.shape(0), y.data(), threads);
+// Weights that multiply with many tokens (lut/linear.h: linear_gemm).
+struct PanelLinear {
+    Weights weights;
+
+    void product(Array<const float, 2> x, Array<float, 2> y, int act, int64_t step, int threads) const {
+        check_product(weights.layout.rows, weights.layout.columns, x, y);
+        require((act == 0 || act == 1) && 0 <= step, "inputs are rounded to int8 or int16, in steps of some columns");
+        nb::gil_scoped_release free;
+        linear_gemm(weights, {x.data(), nullptr, nullptr, 0}, x.shape(0), static_cast<Act>(act), step, y.data(), threads);
+    }
+
+    // Of inputs that are integers: x (tokens, columns), with the steps (tokens, n) of `step` columns each.
+    void product_of_codes(Array<const int8_t, 2> x, Array<const float, 2> steps, Array<float, 2> y, int64_t step, int threads) const {
+        const int64_t columns = weights.layout.columns;
+        check_product(weights.layout.rows, columns, x, y);
+        require(0 < step && steps.shape(0) == x.shape(0) && static_cast<int64_t>(steps.shape(1)) == (columns - 1) / step + 1,
+                "steps have another shape");
+        nb::gil_scoped_release free;
+        const FixedSource codes{nullptr, x.data(), steps.data(), static_cast<int64_t>(steps.shape(1))};
+        linear_gemm(weights, codes, x.shape(0), Act::int8, step, y.data(), threads);
+    }
+};
+
+std::unique_ptr<PanelLinear> panels(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes,
+                                    int64_t records_per_tile, int bank_bits, float zero, Bytes codes, Bytes tables,
+                                    Some ids, MaybeFloats powers, Some scales, Some zeros, Floats row_scales, int act) {
+    const Weights weights = lookup_weights(l, source, wide, mirrored, record_bytes, records_per_tile,
+                                           bank_bits, zero, codes, tables, ids, powers, scales, zeros,
+                                           row_scales, act);
+    require(act != static_cast<int>(Act::float32) && has_gemm(weights), "many tokens need tables of bytes");
+    return std::make_unique<PanelLinear>(PanelLinear{weights});
+}
+
+// A function of the arguments of lookup_weights.
+template <class Function>
+void def_of_weights(nb::module_& m, const char* name, const Function& function) {
+    m.def(name, function, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a,
+          "records_per_tile"_a, "bank_bits"_a, "zero"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(),
+          "powers"_as_is.none(), "scales"_as_is.none(), "zeros"_as_is.none(), "row_scales"_as_is, "act"_a,
+          nb::keep_alive<0, 9>(), nb::keep_alive<0, 10>(), nb::keep_alive<0, 11>(), nb::keep_alive<0, 12>(),
+          nb::keep_alive<0, 13>(), nb::keep_alive<0, 14>(), nb::keep_alive<0, 15>());
 }
 
 // A model while it is put together.
@@ -143,14 +181,12 @@ void advance_packed(Model& model, MaybeFloats embedding, const Linear* table, in
 void bind_step(nb::module_& m) {
     nb::class_<Linear>(m, "Linear").def("row", row_of, "row"_a);
     nb::class_<LookupLinear, Linear>(m, "LookupLinear")
-        .def("product", product, "x"_as_is, "y"_as_is, "threads"_a)
-        .def("many", many, "x"_as_is, "y"_as_is, "threads"_a)
-        .def_prop_ro("takes_many", &LookupLinear::takes_many);
-    m.def("lookup_linear", lookup, "layout"_a, "source"_a, "wide"_a, "mirrored"_a, "record_bytes"_a,
-          "records_per_tile"_a, "bank_bits"_a, "zero"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(),
-          "powers"_as_is.none(), "scales"_as_is.none(), "zeros"_as_is.none(), "row_scales"_as_is, "act"_a,
-          nb::keep_alive<0, 9>(), nb::keep_alive<0, 10>(), nb::keep_alive<0, 11>(), nb::keep_alive<0, 12>(),
-          nb::keep_alive<0, 13>(), nb::keep_alive<0, 14>(), nb::keep_alive<0, 15>());
+        .def("product", product, "x"_as_is, "y"_as_is, "threads"_a);
+    nb::class_<PanelLinear>(m, "PanelLinear")
+        .def("product", &PanelLinear::product, "x"_as_is, "y"_as_is, "act"_a, "step"_a, "threads"_a)
+        .def("product_of_codes", &PanelLinear::product_of_codes, "x"_as_is, "steps"_as_is, "y"_as_is, "step"_a, "threads"_a);
+    def_of_weights(m, "lookup_linear", lookup);
+    def_of_weights(m, "panel_linear", panels);
     m.def(
         "dense_linear",
         [](Array<const float, 2> weights) {

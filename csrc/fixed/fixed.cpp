@@ -1,44 +1,48 @@
 #include "fixed.h"
 
 #include <algorithm>
+#include <atomic>
+#include <stdexcept>
 
-#include "../isa.h"
-#include "../threads.h"
+#include "panels.h"
 
 namespace bitmill {
 
 FixedShape fixed_shape(int64_t columns) {
     const int64_t padded = (columns + 63) / 64 * 64;
-    return {columns, 64, 64, padded, 64, fixed_reach};
+    return {columns, 64, 64, padded, 64, 64, fixed_reach, 2};
 }
 
-FixedShape fixed_shape(int64_t columns, int64_t group, int64_t stored, int64_t padded) {
+FixedShape fixed_shape(int64_t columns, int64_t group, int64_t stored, int64_t padded, int64_t step, float reach, int bytes) {
     int64_t span = 64;
-    while (stored % span || padded % span) span /= 2;
-    return {columns, group, stored, padded, span, fixed_reach_of_bytes};
+    while (stored % span || padded % span || (step > 0 && step < group && step % span)) span /= 2;
+    if (step == 0) step = std::min(span, group);
+    else if (step >= columns) step = (columns + group - 1) / group * group;
+    else if (step % group && ((group < columns && group % step) || span < 16))
+        throw std::invalid_argument("a step of the inputs has other columns than groups or parts of one, of 16 columns at least");
+    return {columns, group, stored, padded, span, step, reach, bytes};
 }
 
-void fixed_inputs(const FixedShape& shape, const float* x, int64_t tokens, FixedInputs& out, int threads) {
-    out.shape = shape, out.tokens = tokens;
-    out.integers.resize(tokens * shape.padded), out.steps.resize(tokens * shape.spans()), out.sums.resize(tokens * shape.groups());
-    parallel_for(tokens, threads, [&](int64_t first, int64_t last) {
-        thread_local std::vector<float> spare;
-        spare.resize(shape.padded);
-        for (int64_t t = first; t < last; ++t)
-            isa().fixed->inputs(shape, x + t * shape.columns, spare.data(), out.integers.data() + t * shape.padded,
-                                out.steps.data() + t * shape.spans(), out.sums.data() + t * shape.groups());
+void fixed_inputs(const FixedShape& shape, const FixedSource& x, int64_t tokens, FixedInputs& out, int threads) {
+    const FixedKernels& best = *isa().fixed;
+    out.shape = shape, out.tokens = tokens, out.tiles = (tokens + best.tokens - 1) / best.tokens;
+    out.integers.resize(tokens * shape.row_bytes()), out.sums.resize(tokens * shape.groups());
+    out.steps.resize(tokens * shape.spans()), out.wholes.resize(tokens * shape.spans());
+    parallel_for(out.tiles, threads, [&](int64_t first, int64_t last) {
+        for (; first < last; ++first) best.inputs(x, first, out);
     });
 }
 
+int64_t fixed_peak(int64_t rounds, int threads) {
+    std::atomic<int64_t> total{0};
+    parallel_for(threads, threads, [&](int64_t, int64_t) { total += isa().fixed->peak(rounds); });
+    return total;
+}
+
 void fixed_product(const FixedInputs& x, const float* W, int64_t rows, float* y, int64_t stride, int threads) {
-    const FixedKernels& best = *isa().fixed;
-    parallel_for((rows + fixed_rows - 1) / fixed_rows, threads, [&](int64_t first, int64_t last) {
-        thread_local FixedPanel panel;
-        for (int64_t i = first; i < last; ++i) {
-            const int64_t row = i * fixed_rows, count = std::min(fixed_rows, rows - row);
-            best.panel(x.shape, W + row * x.shape.columns, count, panel);
-            best.product(x, panel, count, y + row, stride);
-        }
+    fixed_panels(x, rows, y, stride, threads, [&](int64_t i, FixedPanel& panel) {
+        const int64_t row = i * fixed_rows;
+        isa().fixed->panel(x.shape, W + row * x.shape.columns, std::min(fixed_rows, rows - row), panel);
     });
 }
 

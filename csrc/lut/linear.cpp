@@ -4,15 +4,16 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "../fixed/fixed.h"
-#include "../isa.h"
-#include "../threads.h"
+#include "../fixed/panels.h"
 
 namespace bitmill {
 namespace {
 
-// Codes that all tokens visit before the next ones are read: they stay in a core's second-level cache.
-constexpr int64_t cached_bytes = 256 << 10;
+// A bound of the entries of the tables.
+int largest_entry(const Weights& w) {
+    if (w.source == Source::own) return 255;
+    return w.source == Source::bank ? 63 : *std::max_element(w.tables, w.tables + (int64_t{1} << w.layout.bits));
+}
 
 }  // namespace
 
@@ -46,6 +47,7 @@ void linear(const Weights& weights, const float* x, int64_t tokens, Act act, flo
         rest.steps += t * inputs.step_count, rest.sums += t * inputs.groups, rest.floats += t * inputs.columns;
         return rest;
     };
+    // Codes that all tokens visit before the next ones are read stay in a core's second-level cache.
     const int64_t share = tokens > 1 ? std::max<int64_t>(1, cached_bytes / layout.tile_bytes()) : layout.tiles();
     parallel_for(layout.tiles(), threads, [&](int64_t first, int64_t last) {
         for (int64_t next; first < last; first = next) {
@@ -61,21 +63,17 @@ void linear(const Weights& weights, const float* x, int64_t tokens, Act act, flo
 
 bool has_gemm(const Weights& weights) { return isa().lookup->panel(weights) != nullptr; }
 
-void linear_gemm(const Weights& weights, const float* x, int64_t tokens, float* y, int threads) {
+void linear_gemm(const Weights& weights, const FixedSource& x, int64_t tokens, Act act, int64_t step, float* y, int threads) {
     const PanelKernel read = isa().lookup->panel(weights);
     if (!read) throw std::invalid_argument("no kernel for many tokens of these weights");
     const Layout& l = weights.layout;
+    const bool small = act == Act::int8;
+    const int bytes = small && largest_entry(weights) <= isa().fixed->largest ? 1 : 2;
+    const FixedShape shape = fixed_shape(l.columns, l.group, l.group_blocks * l.block_columns(), l.padded_columns(), step,
+                                         small ? fixed_reach_of_int8 : fixed_reach_of_bytes, bytes);
     thread_local FixedInputs inputs;  // kept: memory that is new is slow
-    fixed_inputs(fixed_shape(l.columns, l.group, l.group_blocks * l.block_columns(), l.padded_columns()), x, tokens, inputs, threads);
-    const FixedInputs& in = inputs;
-    parallel_for(l.tiles(), threads, [&](int64_t first, int64_t last) {
-        thread_local FixedPanel panel;
-        for (int64_t tile = first; tile < last; ++tile) {
-            read(weights, tile, panel);
-            const int64_t row = tile * fixed_rows;
-            isa().fixed->product(in, panel, std::min(fixed_rows, l.rows - row), y + row, l.rows);
-        }
-    });
+    fixed_inputs(shape, x, tokens, inputs, threads);
+    fixed_panels(inputs, l.rows, y, l.rows, threads, [&](int64_t i, FixedPanel& panel) { read(weights, i, bytes, panel); });
 }
 
 void decode_levels(const Levels& levels, int64_t count, float* out, int threads) {

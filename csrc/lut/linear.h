@@ -1,5 +1,6 @@
 // y = x W^T for a few tokens, on all threads, with the best instruction set or the selected one.
 #pragma once
+#include "../fixed/fixed.h"
 #include "lookup.h"
 
 namespace bitmill {
@@ -7,8 +8,9 @@ namespace bitmill {
 // x (tokens, columns), y (tokens, rows). Throws std::invalid_argument if no kernel supports the weights.
 void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads);
 
-// As `linear`, for many tokens, by integers of 16 bits; has_gemm: true if a kernel supports the weights.
-void linear_gemm(const Weights& weights, const float* x, int64_t tokens, float* y, int threads);
+// As `linear`, for many tokens, by integers of 8 or 16 bits (fixed/fixed.h) with a step for every `step` columns of a token
+// (see fixed_shape), which x may already be. has_gemm: true if a kernel supports the weights.
+void linear_gemm(const Weights& weights, const FixedSource& x, int64_t tokens, Act act, int64_t step, float* y, int threads);
 bool has_gemm(const Weights& weights);
 
 // One row of W^, as its tables are rounded.

@@ -72,10 +72,10 @@ struct Buffers {
 using Kernel = void (*)(const Weights&, const Inputs&, float* y, int64_t stride, int64_t first, int64_t last);
 
 struct FixedPanel;  // fixed/fixed.h
-using PanelKernel = void (*)(const Weights&, int64_t tile, FixedPanel& out);
+using PanelKernel = void (*)(const Weights&, int64_t panel, int bytes, FixedPanel& out);  // 1 or 2 bytes an integer
 
 // Kernels of an instruction set: `choose` returns the kernel for some weights and 1 or 4 tokens at once, `floats` that for
-// float32 inputs and one token, `panel` the function that unpacks a tile for many tokens; null if there is none (see
+// float32 inputs and one token, `panel` the function that unpacks 16 rows for many tokens; null if there is none (see
 // lut/choose-inl.h).
 struct LookupKernels {
     Kernel (*choose)(const Weights& w, Act act, int tokens);

@@ -1,5 +1,6 @@
 // The kernels in plain C++ for every width: the reference of the vector kernels' tests, and the fallback. Loops go over the 64 bytes of a block, so that compilers can vectorize them for any machine.
 #include "../simd/scalar.h"
+#include "../fixed/fixed.h"
 #include "linear.h"
 
 namespace bitmill {
@@ -117,6 +118,33 @@ Kernel choose_scalar(const Weights&, Act act, int tokens) {
 
 Kernel choose_floats(const Weights&) { return tiles<Act::float32>; }
 
+// 16 rows for many tokens, as lut/panel-inl.h.
+void panel_of(const Weights& w, int64_t panel, int bytes, FixedPanel& out) {
+    const Layout& l = w.layout;
+    const Tables tables{w};
+    const int64_t R = l.rows_per_tile, width = l.block_columns(), groups = l.padded_groups(), each = 4 / bytes;
+    out.resize(l.padded_columns() * bytes, groups);
+    uint8_t codes[64];
+    int32_t entries[64];
+    for (int64_t row = 0; row < fixed_rows && panel * fixed_rows + row < l.tiles() * R; row += R) {
+        const int64_t tile = (panel * fixed_rows + row) / R;
+        for (int64_t i = 0; i < groups * R; ++i) {
+            const int64_t at = tile * groups * R + i, to = i / R * fixed_rows + row + i % R;
+            out.steps[to] = w.row_scales[tile * R + i % R] * group_scale(w, at), out.offsets[to] = out.steps[to] * zero_of(w, at);
+        }
+        for (int64_t b = 0; b < l.chunks() * 8; ++b) {
+            unpack_block(w.codes + tile * l.tile_bytes() + b / 8 * 64 * l.bits, l.bits, static_cast<int>(b % 8), codes);
+            tables.look(tile, b / l.group_blocks, codes, entries);
+            for (int64_t i = 0; i < 64; ++i) {
+                const int64_t c = b * width + i % width;
+                uint8_t* to = out.integers.data() + (c / each * fixed_rows + row + i / width) * 4 + c % each * bytes;
+                to[0] = static_cast<uint8_t>(entries[i]);
+                if (bytes == 2) to[1] = 0;  // entries are bytes
+            }
+        }
+    }
+}
+
 }  // namespace
 
 void lookup_row(const Weights& w, Act act, int64_t row, float* out) {
@@ -137,6 +165,6 @@ void lookup_row(const Weights& w, Act act, int64_t row, float* out) {
     }
 }
 
-const LookupKernels scalar_lookup = {choose_scalar, choose_floats, [](const Weights&) -> PanelKernel { return nullptr; }};
+const LookupKernels scalar_lookup = {choose_scalar, choose_floats, [](const Weights& w) { return w.wide ? nullptr : panel_of; }};
 
 }  // namespace bitmill

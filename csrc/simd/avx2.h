@@ -69,6 +69,11 @@ struct Avx2 {
     }
 
     static constexpr int fixed_tokens = 4;
+    template <int less>
+    static BITMILL_INLINE void store_bytes(uint8_t* to, Bytes v) {  // that were less `less`
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_xor_si256(v.a, same(less)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_xor_si256(v.b, same(less)));
+    }
     // Entries less `less` of 16 rows and 4 columns as 16 bits each: two columns of all rows, then the other two.
     template <int less>
     static BITMILL_INLINE void store_pairs(uint8_t* to, Bytes v) {
@@ -83,15 +88,25 @@ struct Avx2 {
     }
     struct Pairs {  // of signed 16 bits, eight rows: compilers keep structures of two registers in memory
         using Part = __m256i;
-        static constexpr int rows = 8;
+        static constexpr int rows = 8, words = 1;  // words of four bytes of a row that `dot` takes
+        static constexpr bool biased = false;      // entries are stored less `bias`
         static BITMILL_INLINE Part none() { return _mm256_setzero_si256(); }
         static BITMILL_INLINE Part load(const uint8_t* p) { return half(p); }
-        static BITMILL_INLINE Part spread(const int8_t* x) { return Avx2::spread<16>(x).a; }
-        static BITMILL_INLINE Part dot(Part sum, Part w, Part x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x)); }
-        static BITMILL_INLINE void add(float* total, Part sum, const float* size, float step) {  // total += size * step * sum
-            const __m256 both = _mm256_mul_ps(_mm256_loadu_ps(size), _mm256_set1_ps(step));
-            _mm256_storeu_ps(total, _mm256_fmadd_ps(both, _mm256_cvtepi32_ps(sum), _mm256_loadu_ps(total)));
+        static BITMILL_INLINE Part spread(const uint8_t* x) { return Avx2::spread<16>(reinterpret_cast<const int8_t*>(x)).a; }
+        static BITMILL_INLINE Part dot(Part sum, const Part* w, const Part* x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(*w, *x)); }
+        using Reals = __m256;
+        static BITMILL_INLINE Reals reals(const float* p) { return _mm256_loadu_ps(p); }
+        static BITMILL_INLINE void store(float* p, Reals v) { _mm256_storeu_ps(p, v); }
+        static BITMILL_INLINE Reals add(Reals total, Part sum, Reals size, float step) {  // total + size * step * sum
+            return _mm256_fmadd_ps(_mm256_mul_ps(size, _mm256_set1_ps(step)), _mm256_cvtepi32_ps(sum), total);
         }
+        static BITMILL_INLINE Reals subtract(Reals total, Reals offset, float sum) {  // total - offset * sum
+            return _mm256_fnmadd_ps(offset, _mm256_set1_ps(sum), total);
+        }
+    };
+    struct Quads : Pairs {  // of unsigned times signed bytes: 4 * 63 * 128 fits 16 bits; larger entries are no faster than Pairs
+        static constexpr int words = 2, largest = 63;
+        static BITMILL_INLINE Part dot(Part sum, const Part* w, const Part* x) { return dot_small(sum, w[0], x[0], w[1], x[1]); }
     };
 
     // 64 sums of 16 bits, of which every table gives the low and the high bytes separately.

@@ -52,6 +52,8 @@ struct Avx512 {
     }
 
     template <int>
+    static BITMILL_INLINE void store_bytes(uint8_t* to, Bytes v) { _mm512_storeu_si512(to, v); }
+    template <int>
     static BITMILL_INLINE void store_pairs(uint8_t* to, Bytes v) {  // as 16 bits: two columns of all rows, then the other two
         const __m128i two = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);  // -1: zero
         const __m512i first = _mm512_broadcast_i32x4(two), second = _mm512_add_epi8(first, _mm512_set1_epi16(2));
@@ -61,15 +63,25 @@ struct Avx512 {
     static constexpr int fixed_tokens = 14;  // as many integer and float sums fit into the registers
     struct Pairs {  // of signed 16 bits, sixteen rows
         using Part = __m512i;
-        static constexpr int rows = 16;
+        static constexpr int rows = 16, words = 1;  // words of four bytes of a row that `dot` takes
+        static constexpr bool biased = false;       // entries are stored less `bias`
         static BITMILL_INLINE Part none() { return _mm512_setzero_si512(); }
         static BITMILL_INLINE Part load(const uint8_t* p) { return Avx512::load(p); }
-        static BITMILL_INLINE Part spread(const int8_t* x) { return Avx512::spread<16>(x); }
-        static BITMILL_INLINE Part dot(Part sum, Part w, Part x) { return _mm512_dpwssd_epi32(sum, w, x); }
-        static BITMILL_INLINE void add(float* total, Part sum, const float* size, float step) {  // total += size * step * sum
-            const __m512 both = _mm512_mul_ps(_mm512_loadu_ps(size), _mm512_set1_ps(step));
-            _mm512_storeu_ps(total, _mm512_fmadd_ps(both, _mm512_cvtepi32_ps(sum), _mm512_loadu_ps(total)));
+        static BITMILL_INLINE Part spread(const uint8_t* x) { return Avx512::spread<16>(reinterpret_cast<const int8_t*>(x)); }
+        static BITMILL_INLINE Part dot(Part sum, const Part* w, const Part* x) { return _mm512_dpwssd_epi32(sum, *w, *x); }
+        using Reals = __m512;
+        static BITMILL_INLINE Reals reals(const float* p) { return _mm512_loadu_ps(p); }
+        static BITMILL_INLINE void store(float* p, Reals v) { _mm512_storeu_ps(p, v); }
+        static BITMILL_INLINE Reals add(Reals total, Part sum, Reals size, float step) {  // total + size * step * sum
+            return _mm512_fmadd_ps(_mm512_mul_ps(size, _mm512_set1_ps(step)), _mm512_cvtepi32_ps(sum), total);
         }
+        static BITMILL_INLINE Reals subtract(Reals total, Reals offset, float sum) {  // total - offset * sum
+            return _mm512_fnmadd_ps(offset, _mm512_set1_ps(sum), total);
+        }
+    };
+    struct Quads : Pairs {  // of unsigned times signed bytes
+        static constexpr int largest = 255;
+        static BITMILL_INLINE Part dot(Part sum, const Part* w, const Part* x) { return _mm512_dpbusd_epi32(sum, *w, *x); }
     };
 
     // 64 sums of 16 bits, of which every table gives the low and the high bytes separately.

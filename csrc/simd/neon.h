@@ -74,6 +74,10 @@ struct Neon {
 
     static constexpr int fixed_tokens = 4;
     template <int less>  // what entries are less by
+    static BITMILL_INLINE void store_bytes(uint8_t* to, Bytes v) {
+        for (int i = 0; i < 4; ++i) vst1q_u8(to + 16 * i, veorq_u8(v.v[i], same(less)));
+    }
+    template <int less>
     static BITMILL_INLINE void store_pairs(uint8_t* to, Bytes v) {  // as 16 bits: two columns of all rows, then the other two
         const uint8x16_t first = {0, 255, 1, 255, 4, 255, 5, 255, 8, 255, 9, 255, 12, 255, 13, 255};  // 255: zero
         const uint8x16_t second = {2, 255, 3, 255, 6, 255, 7, 255, 10, 255, 11, 255, 14, 255, 15, 255};
@@ -83,7 +87,8 @@ struct Neon {
             vst1q_u8(to + 64 + 16 * i, vqtbl1q_u8(u, second));
         }
     }
-    struct Pairs;  // of signed 16 bits (neon_pairs.h)
+    struct Pairs;  // of signed 16 bits, and of bytes (neon_pairs.h)
+    struct Quads;
 
     // 64 sums of 16 bits, of which every table gives the low and the high bytes separately.
     static BITMILL_INLINE Shorts no_shorts() {

@@ -73,26 +73,49 @@ struct Scalar {
     static constexpr int fixed_tokens = 4;
     struct Pairs {  // of signed 16 bits, sixteen rows
         struct Part { int32_t v[16]; };
-        static constexpr int rows = 16;
+        static constexpr int rows = 16, words = 1;  // words of four bytes of a row that `dot` takes
+        static constexpr bool biased = false;       // entries are stored less `bias`
         static BITMILL_INLINE Part none() { return {}; }
         static BITMILL_INLINE Part load(const uint8_t* p) {
             Part out;
             std::memcpy(out.v, p, 64);
             return out;
         }
-        static BITMILL_INLINE Part spread(const int8_t* x) {
+        static BITMILL_INLINE Part spread(const uint8_t* x) {
             Part out;
             for (auto& both : out.v) std::memcpy(&both, x, 4);
             return out;
         }
-        static BITMILL_INLINE Part dot(Part sum, const Part& w, const Part& x) {
+        static BITMILL_INLINE Part dot(Part sum, const Part* w, const Part* x) {
             int16_t a[32], b[32];
-            std::memcpy(a, w.v, 64), std::memcpy(b, x.v, 64);
+            std::memcpy(a, w->v, 64), std::memcpy(b, x->v, 64);
             for (int i = 0; i < 16; ++i) sum.v[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
             return sum;
         }
-        static BITMILL_INLINE void add(float* total, const Part& sum, const float* size, float step) {  // total += size * step * sum
-            for (int i = 0; i < 16; ++i) total[i] += size[i] * step * static_cast<float>(sum.v[i]);
+        using Reals = Floats;
+        static BITMILL_INLINE Reals reals(const float* p) {
+            Reals out;
+            std::memcpy(out.v, p, 64);
+            return out;
+        }
+        static BITMILL_INLINE void store(float* p, const Reals& v) { std::memcpy(p, v.v, 64); }
+        static BITMILL_INLINE Reals add(Reals total, const Part& sum, const Reals& size, float step) {  // total + size * step * sum
+            for (int i = 0; i < 16; ++i) total.v[i] += size.v[i] * step * static_cast<float>(sum.v[i]);
+            return total;
+        }
+        static BITMILL_INLINE Reals subtract(Reals total, const Reals& offset, float sum) {  // total - offset * sum
+            for (int i = 0; i < 16; ++i) total.v[i] -= offset.v[i] * sum;
+            return total;
+        }
+    };
+    struct Quads : Pairs {  // of unsigned times signed bytes
+        static constexpr int largest = 255;
+        static BITMILL_INLINE Part dot(Part sum, const Part* w, const Part* x) {
+            uint8_t a[64];
+            int8_t b[64];
+            std::memcpy(a, w->v, 64), std::memcpy(b, x->v, 64);
+            for (int i = 0; i < 64; ++i) sum.v[i / 4] += a[i] * b[i];
+            return sum;
         }
     };
 

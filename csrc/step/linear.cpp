@@ -47,12 +47,6 @@ void LookupLinear::product(const float* x, int64_t tokens, float* y, int threads
     linear(weights, x, tokens, act, y, threads);
 }
 
-void LookupLinear::many(const float* x, int64_t tokens, float* y, int threads) const {
-    linear_gemm(weights, x, tokens, y, threads);
-}
-
-bool LookupLinear::takes_many() const { return act != Act::float32 && has_gemm(weights); }
-
 bool LookupLinear::row(int64_t row, float* out) const {
     lookup_row(weights, act, row, out);
     return true;

@@ -53,9 +53,6 @@ public:
     LookupLinear(const Weights& weights, Act act);  // throws std::invalid_argument where there is no kernel
     // y = x W^T outside of a step: x (tokens, columns), y (tokens, rows), threads of its own.
     void product(const float* x, int64_t tokens, float* y, int threads) const;
-    // As `product`, for many tokens, by integers of 16 bits; throws if no kernel supports the weights.
-    void many(const float* x, int64_t tokens, float* y, int threads) const;
-    bool takes_many() const;
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
 

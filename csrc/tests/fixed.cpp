@@ -23,7 +23,7 @@ void run(int64_t tokens, int64_t rows, int64_t columns) {
         use_isa(name);
         FixedInputs inputs;
         std::vector<float> y(tokens * stride, NAN), found(tokens * rows);
-        fixed_inputs(fixed_shape(columns), x.data(), tokens, inputs, 2);
+        fixed_inputs(fixed_shape(columns), {x.data(), nullptr, nullptr, 0}, tokens, inputs, 2);
         fixed_product(inputs, W.data(), rows, y.data() + first, stride, 2);
         int touched = 0;
         for (int64_t t = 0; t < tokens; ++t)

@@ -119,12 +119,49 @@ void run_many(const Case& c) {
             use_isa(name);
             if (!has_gemm(a.w)) continue;
             std::vector<float> y(tokens * l.rows, NAN);
-            linear_gemm(a.w, x.data(), tokens, y.data(), 2);
+            linear_gemm(a.w, {x.data(), nullptr, nullptr, 0}, tokens, Act::int16, 0, y.data(), 2);
             report(difference(y, expected), 3e-4, "%s, many: %ld x %ld, group %ld, %d bits, F %d, source %d, %d tokens",
                    name.c_str(), static_cast<long>(l.rows), static_cast<long>(l.columns), static_cast<long>(l.group),
                    l.bits, l.group_blocks, static_cast<int>(c.source), tokens);
         }
     }
+}
+
+// Integers of 8 bits: alike in every instruction set but plain C++, which rounds products and sums separately; so steps are
+// powers of two, and what is left are exact sums. Inputs reach to -128; steps are of a token, a group and a part of one.
+void run_codes(const Case& c) {
+    Arrays a = make(c);
+    const Layout& l = c.layout;
+    if (c.wide || c.floats) return;
+    a.w.zero_kind = Zero::constant, a.w.zero = 2, a.w.scales = nullptr, a.w.wide_scales = false;
+    for (auto& p : a.powers) p = 0.5f;
+    for (const int64_t step : {l.columns, l.group, int64_t{32}})
+        for (const int tokens : {1, 3, 9, 33}) {
+            if (step % l.group && l.group % step && step < l.columns) continue;
+            const int64_t steps = (l.columns - 1) / step + 1;
+            const auto bytes = random_bytes(tokens * l.columns);
+            std::vector<int8_t> x(bytes.begin(), bytes.end());
+            x[below(static_cast<int>(x.size()))] = -128;
+            std::vector<float> sizes(tokens * steps), expected(tokens * l.rows);
+            for (auto& size : sizes) size = std::ldexp(1.0f, below(3) - 1);
+            std::vector<float> row(l.columns);
+            for (int64_t r = 0; r < l.rows; ++r) {
+                lookup_row(a.w, Act::int8, r, row.data());
+                for (int64_t t = 0; t < tokens; ++t) {
+                    double sum = 0;
+                    for (int64_t k = 0; k < l.columns; ++k) sum += static_cast<double>(row[k]) * x[t * l.columns + k] * sizes[t * steps + k / step];
+                    expected[t * l.rows + r] = static_cast<float>(sum);
+                }
+            }
+            for (const auto& name : available_isas()) {
+                use_isa(name);
+                std::vector<float> y(tokens * l.rows, NAN);
+                linear_gemm(a.w, {nullptr, x.data(), sizes.data(), steps}, tokens, Act::int8, step, y.data(), 2);
+                report(difference(y, expected), 0, "%s, codes: %ld x %ld, group %ld, %d bits, F %d, source %d, step %ld, %d tokens",
+                       name.c_str(), static_cast<long>(l.rows), static_cast<long>(l.columns), static_cast<long>(l.group),
+                       l.bits, l.group_blocks, static_cast<int>(c.source), static_cast<long>(step), tokens);
+            }
+        }
 }
 
 Layout layout_of(const int64_t (&shape)[3], int bits, int R) {
@@ -151,11 +188,13 @@ void test_lookup() {
                     ++turn;
                     const Layout layout = layout_of(s, bits, R);
                     if (source == Source::bank && bits == 4)
-                        for (const auto& each : {run, run_many})
+                        for (const auto& each : {run, run_many, run_codes})
                             each({layout_of(s, bits, 16), source, false, false, false, turn % 3, 0});
                     const bool halved = source == Source::own && (bits == 3 || bits == 4);
-                    for (const auto& each : {run, run_many})
+                    for (const auto& each : {run, run_many, run_codes})
                         each({layout, source, wide, turn % 2 == 0, halved && turn % 4 < 2, turn % 3, turn / 3 % 3});
+                    if (R == 1)  // which few tokens multiply with two bytes an entry
+                        run_codes({layout, source, false, turn % 2 == 0, false, turn % 3, turn / 3 % 3});
                     if (!wide || R == 1)
                         run({layout, source, false, turn % 2 == 0, false, turn % 3, turn / 3 % 3, true});
                 }

@@ -57,6 +57,7 @@ ANY_SIZE = {
     "lattice_decode": ("out",),
     "lattice_linear": ("x",),
     "lookup_linear": ("tables",),
+    "panel_linear": ("tables",),
     "points_decode": ("out",),
     "points_linear": ("x",),
     "rotate": ("numbers", "orders", "steps", "x"),
@@ -193,11 +194,12 @@ def changed_calls(call: Call) -> Iterator[tuple[str, int, Any]]:
 def test_every_function_is_recorded(calls):
     found = {name for name, _ in calls}
     bound = {name for name in dir(native._native) if not name.startswith("_")}
-    unchecked = {"isa", "isas", "use_isa", "read_all"}
+    unchecked = {"isa", "isas", "use_isa", "read_all", "int8_peak"}
     methods = {
         "linear",
         "Linear",
         "LookupLinear",
+        "PanelLinear",
         "dense_linear",
         "bf16_linear",
         "Model",

@@ -2,7 +2,7 @@
 
 BITMILL_ISA          avx512, avx2, neon or scalar: the instruction set, instead of the best one of this machine
 BITMILL_KERNEL       the name of a kernel ("reference", "lut", "triton") to use wherever it supports a layer
-BITMILL_ACTIVATIONS  int8 or int16: the type lookup kernels round their inputs to; float32: no rounding
+BITMILL_ACTIVATIONS  int8, int16 or float32: the type that inputs are rounded to (`runtime.activations`)
 BITMILL_DECODE       off: single tokens use the forward of transformers instead of the compiled decode step
 """
 
@@ -24,9 +24,6 @@ try:
 except ImportError as error:
     _native = None
     import_error = str(error)
-
-ACTIVATIONS = ("int8", "int16", "float32")  # csrc/lut/lookup.h: Act
-DEFAULT_ACTIVATIONS = "int8"
 
 
 def native() -> Any:
@@ -70,14 +67,6 @@ def unsupported_reason(function: str) -> str | None:
 @cache
 def _warn_once(sentence: str) -> None:
     logging.getLogger("bitmill").warning(sentence)
-
-
-def activations() -> str:
-    """Return the type that inputs are rounded to. Raises UsageError for an unknown BITMILL_ACTIVATIONS."""
-    name = os.environ.get("BITMILL_ACTIVATIONS") or DEFAULT_ACTIVATIONS
-    if name not in ACTIVATIONS:
-        raise UsageError(f"BITMILL_ACTIVATIONS is {name!r}; use one of: {', '.join(ACTIVATIONS)}.")
-    return name
 
 
 def instruction_set() -> str | None:

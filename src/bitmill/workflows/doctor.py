@@ -158,6 +158,7 @@ def _kernels(problems: list[str]) -> dict[str, Any]:
 
     from bitmill.recipes.method import METHODS
     from bitmill.runtime import native
+    from bitmill.runtime.activations import activations
     from bitmill.runtime.triton import available
 
     isa = native.instruction_set()
@@ -172,7 +173,7 @@ def _kernels(problems: list[str]) -> dict[str, Any]:
     return {
         "compiled": isa,
         "triton": None if available.install_problem() else _version_of("triton"),
-        "activations": native.activations(),
+        "activations": activations().name,
         "of_methods": {
             device: {name: _kernel_of(name, torch.device(device)) for name in METHODS.names()}
             for device in devices

@@ -23,7 +23,8 @@ from bitmill.evaluation.reference import ReferencePredictions, read_reference
 from bitmill.models.block_call import output_tensor
 from bitmill.models.split import deferred_output_fn
 from bitmill.progress import Progress
-from bitmill.runtime.native import activations, instruction_set
+from bitmill.runtime.activations import activations
+from bitmill.runtime.native import instruction_set
 from bitmill.workflows import kv as kv_workflow
 
 PATHS = ("windows", "decode")
@@ -64,7 +65,7 @@ def running_record(model: nn.Module, tokens: int, scores: dict[str, Any]) -> dic
         scores: figures of every path.
     """
     device = next(model.parameters()).device.type
-    about = {"tokens": tokens, "device": device, "isa": instruction_set(), "activations": activations()}
+    about = {"tokens": tokens, "device": device, "isa": instruction_set(), "activations": activations().name}
     return {**about, **scores}
 
 

@@ -18,6 +18,7 @@ from bitmill.formats.codebook import Codebook
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
 from bitmill.runtime import native, ops
+from bitmill.runtime.activations import ACTIVATIONS, activations
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.compiled import MAX_TOKENS
 from bitmill.runtime.kernels.lut import Lut
@@ -77,7 +78,7 @@ def check(matrix: Quantized, x: Tensor, act: str) -> None:
     assert bool(((y - X @ W.T).abs() <= bound * 1.001 + slack + 1e-6).all())
 
 
-@pytest.mark.parametrize("act", native.ACTIVATIONS)
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("format", SCALAR, ids=repr)
 @pytest.mark.parametrize("shape", thin([(1, 1), (3, 7), (35, 130), (18, 577)], [(3, 7), (18, 577)]), ids=str)
 def test_format_error_bound(format, shape, act, monkeypatch):
@@ -93,7 +94,7 @@ def test_random_shapes(data):
     size = data.draw(st.sampled_from([16, 24, 32, 64, 100, 128, 256, "row", "tensor"]))
     shape = (data.draw(st.integers(1, 40)), data.draw(st.integers(1, 300)))
     tokens = data.draw(st.integers(1, 6))
-    act = data.draw(st.sampled_from(native.ACTIVATIONS))
+    act = data.draw(st.sampled_from(ACTIVATIONS))
     matrix = quantized(FORMATS.get(name)(bits=bits, group_size=size), shape)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITMILL_ACTIVATIONS", act)
@@ -237,7 +238,7 @@ def test_unknown_values_refused(monkeypatch):
         native.native().use_isa("avx1024")
     monkeypatch.setenv("BITMILL_ACTIVATIONS", "int3")
     with pytest.raises(UsageError, match="BITMILL_ACTIVATIONS is 'int3'"):
-        native.activations()
+        activations()
 
 
 # -- tables -------------------------------------------------------------------------------------------------

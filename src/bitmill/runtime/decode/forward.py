@@ -23,11 +23,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bitmill.compat import CACHE_NAMES, cache_argument
 from bitmill.errors import UsageError
+from bitmill.runtime.activations import activations
 from bitmill.runtime.decode.guard import ModelGuard
 from bitmill.runtime.decode.parts import NotEligibleError, model_parts
 from bitmill.runtime.decode.plan import Plan
 from bitmill.runtime.decode.step_cache import FloatStepCache, StepCache, packed_step_cache, step_cache_of
-from bitmill.runtime.native import activations
 
 # Allowed difference of the logits of both ways, relative to their spread. Sums in another order round a few inputs
 # to another integer, which changes everything that follows: after some blocks both differ by the error of
@@ -156,7 +156,7 @@ class StepForward:
         output = self._own(**kwargs)
         expected = output.logits.view(-1).to(torch.float32)
         difference = (logits - expected).norm() / (expected - expected.mean()).norm()
-        limit = TOLERANCE[activations()]
+        limit = TOLERANCE[activations().few]
         if bool(difference <= (limit if output.logits.dtype == torch.float32 else max(limit, TOLERANCE_BF16))):
             self._kind_reasons[past.kind] = None
         elif past.kind == FloatStepCache.kind:

@@ -23,9 +23,10 @@ from bitmill.compat import is_traced
 from bitmill.formats import GroupFormat
 from bitmill.formats.base import Params
 from bitmill.runtime import ops
+from bitmill.runtime.activations import activations
 from bitmill.runtime.kernels.base import Kernel, KernelSpec
 from bitmill.runtime.kernels.reference import RowDecoder, matmul_by_tiles, row_decoder, row_tiles
-from bitmill.runtime.native import activations, is_available, native, threads
+from bitmill.runtime.native import is_available, native, threads
 
 MAX_TOKENS = 16
 _memory = threading.local()
@@ -39,7 +40,10 @@ def uses_gemv(x: Tensor) -> bool:
 def uses_gemm(x: Tensor) -> bool:
     """Return True if x (..., in) multiplies in fixed point: more tokens, no gradients, no trace."""
     return (
-        x.numel() // x.shape[-1] > MAX_TOKENS and _may_round(x) and not is_traced(x) and activations() != "float32"
+        x.numel() // x.shape[-1] > MAX_TOKENS
+        and _may_round(x)
+        and not is_traced(x)
+        and activations().many != "float32"
     )
 
 

@@ -8,6 +8,10 @@ codes once, rounds the inputs to integers with a step for every 16 to 64 columns
     int16  as int8 with 65024 in place of 254, and 65534 at every width
     float32  no rounding: fp32 tables, inputs and sums
 
+More tokens multiply integers (csrc/fixed): of 16 bits, with tables that are exact or else with decoded tiles. Or,
+where `runtime.activations` says int8, of 8 bits with tables of bytes at every width: the error is that of int8,
+with a step for every 64 columns or as many as the setting says.
+
 Rounding tables to bytes matters for free-form levels (codebooks, binary coding) of up to 4 bits. With m a table's
 largest magnitude it adds an error of RMS m / 440 to each weight, 0.7 % of their RMS where m is three times that
 RMS; rounding Gaussian inputs to int8 changes an output by about 0.5 %.
@@ -21,15 +25,18 @@ import torch
 from torch import Tensor
 
 from bitmill.compat import is_traced
+from bitmill.errors import UsageError
 from bitmill.formats import ScalarFormat
 from bitmill.runtime import ops
+from bitmill.runtime.activations import ACTIVATIONS, activations
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import RepackedKernel, cpu_unsupported_reason, tile_buffer
-from bitmill.runtime.kernels.lut_tables import Entries, lookup_tables
+from bitmill.runtime.kernels.lut_tables import Entries, LookupTables, lookup_tables
 from bitmill.runtime.kernels.reference import RowDecoder
-from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
+from bitmill.runtime.native import native, threads, unsupported_reason
 
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
+_Tables = tuple[list[int], float, list[Tensor | None]]
 _FLOATS = ("powers", "row_scales")  # passed as fp32; the others as bytes, whose type follows from their number
 
 
@@ -39,6 +46,8 @@ class Lut(RepackedKernel):
 
     tolerance = 2e-2
     _native: tuple[int, Any] | None = None
+    _native_panels: tuple[int, Any] | None = None
+    _bytes: _Tables | None = None  # for many tokens in int8, where those of a few tokens are no bytes
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
@@ -53,29 +62,26 @@ class Lut(RepackedKernel):
         format = spec.format
         assert isinstance(format, ScalarFormat)
         params = format.unpack_params(tensors, spec.shape)
-        act, columns = activations(), spec.shape[1]
+        self.activations, columns = activations(), spec.shape[1]
+        act = self.activations.few
         width = min(format.width(spec.shape), columns)
         kind: Entries = "floats" if act == "float32" else "words" if act == "int16" or format.bits > 4 else "bytes"
         made = lookup_tables(format.lookup(params), spec.shape, width, format.bits, kind)
+        self._width = width
         super().__init__(spec, tensors, [*spec.shape, width, format.bits, made.rows_per_tile, made.group_blocks])
-        self.plan = [
-            *self.layout,
-            made.source,
-            int(made.wide),
-            int(made.mirrored),
-            made.record_bytes,
-            made.records_per_tile,
-        ]
-        self.plan += [made.bank_bits, ACTIVATIONS.index(act)]
-        self.zero, self.is_exact, self._wide = made.zero, made.is_exact, made.wide
-        self.parts = [_flat(getattr(made, name), name not in _FLOATS) for name in _PARTS]
+        self.plan, self.zero, self.parts = _plan(self.layout, made, act)
+        self.is_exact, self._wide = made.is_exact, made.wide
+        self._are_bytes = kind != "floats" and not made.wide
+        if self.activations.many == "int8":
+            self._byte_tables()
 
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Codes and tables as the kernel reads them, and the packed parameters."""
-        return self.named_tensors(
-            "lut", {name: part for name, part in zip(_PARTS, self.parts) if part is not None}
-        )
+        parts = {name: part for name, part in zip(_PARTS, self.parts) if part is not None}
+        if self._bytes is not None:
+            parts |= {f"int8_{name}": part for name, part in zip(_PARTS, self._bytes[2]) if part is not None}
+        return self.named_tensors("lut", parts)
 
     def output_error(self, W: Tensor) -> Tensor:
         """Return the error of rounded inputs, of sums in fp32 and, where tables are rounded, of a step of each."""
@@ -111,10 +117,30 @@ class Lut(RepackedKernel):
 
     def gemm(self, x: Tensor) -> Tensor:
         """Multiply many tokens (tokens, in), by table lookup where the tables are exact."""
-        if not (self.is_exact and self._bound().takes_many):
+        setting = self.activations
+        panels = self._panels() if setting.many == "int8" or (self.is_exact and self._are_bytes) else None
+        if panels is None:
             return super().gemm(x)
         y = torch.empty(x.shape[0], self.spec.shape[0])
-        self._bound().many(x.contiguous(), y, threads())
+        act, step = ("int8", setting.step_columns) if setting.many == "int8" else ("int16", 0)
+        panels.product(x.contiguous(), y, ACTIVATIONS.index(act), step, threads())
+        return y
+
+    def multiply_codes(self, codes: Tensor, scales: Tensor, step_columns: int) -> Tensor:
+        """Multiply tokens that are integers already (see `kernels.int8_linear`).
+
+        Args:
+            codes: int8 (tokens, in).
+            scales: fp32 (tokens, steps), the size of a token's codes in every `step_columns` columns.
+            step_columns: Columns that share a scale, as in `Activations`, but not 0.
+
+        Returns:
+            fp32 (tokens, out).
+        """
+        panels, y = self._panels(), torch.empty(codes.shape[0], self.spec.shape[0])
+        if panels is None:
+            raise UsageError(f"{unsupported_reason('panel_linear')}")
+        panels.product_of_codes(codes.contiguous(), scales.contiguous(), y, step_columns, threads())
         return y
 
     def _bound(self) -> Any:
@@ -123,15 +149,46 @@ class Lut(RepackedKernel):
             self._native = self.codes.data_ptr(), self.step_linear()
         return self._native[1]
 
+    def _panels(self) -> Any:
+        """Return the extension's view for many tokens, with tables of bytes; None if the extension is too old."""
+        if unsupported_reason("panel_linear") is not None:
+            return None
+        if self._native_panels is None or self._native_panels[0] != self.codes.data_ptr():
+            tables = self._byte_tables() or (self.plan, self.zero, self.parts)
+            self._native_panels = self.codes.data_ptr(), self._made(native().panel_linear, *tables)
+        return self._native_panels[1]
+
+    def _byte_tables(self) -> _Tables | None:
+        """Return the tables as bytes, or None where those of a few tokens are bytes. Made once."""
+        if self._bytes is None and not self._are_bytes:
+            format, params = self.spec.format, self._params()
+            assert isinstance(format, ScalarFormat)
+            made = lookup_tables(format.lookup(params), self.spec.shape, self._width, format.bits, "bytes")
+            if [made.rows_per_tile, made.group_blocks] != self.layout[-2:]:
+                raise UsageError(
+                    "The layer was loaded for inputs in float32; set BITMILL_ACTIVATIONS to int8 or int16."
+                )
+            self._bytes = _plan(self.layout, made, "int8")
+        return self._bytes
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None}
+        return {**self.__dict__, "_native": None, "_native_panels": None}
 
     def step_linear(self) -> Any:
         """Return the matrix for the decode step."""
-        source, wide, mirrored, record_bytes, records, bank_bits, act = self.plan[6:]
-        tables = (source, bool(wide), bool(mirrored), record_bytes, records, bank_bits, self.zero)
-        layout = native().Layout(*self.layout)
-        return native().lookup_linear(layout, *tables, self.codes, *self.parts, act)
+        return self._made(native().lookup_linear, self.plan, self.zero, self.parts)
+
+    def _made(self, make: Any, plan: list[int], zero: float, parts: list[Tensor | None]) -> Any:
+        source, wide, mirrored, record_bytes, records, bank_bits, act = plan[6:]
+        tables = (source, bool(wide), bool(mirrored), record_bytes, records, bank_bits, zero)
+        return make(native().Layout(*self.layout), *tables, self.codes, *parts, act)
+
+
+def _plan(layout: list[int], made: LookupTables, act: str) -> _Tables:
+    """Return the numbers, the constant zero and the tensors that the extension takes with the codes."""
+    numbers = [made.source, int(made.wide), int(made.mirrored), made.record_bytes, made.records_per_tile]
+    plan = [*layout, *numbers, made.bank_bits, ACTIVATIONS.index(act)]
+    return plan, made.zero, [_flat(getattr(made, name), name not in _FLOATS) for name in _PARTS]
 
 
 def _flat(part: Tensor | None, as_bytes: bool) -> Tensor | None:

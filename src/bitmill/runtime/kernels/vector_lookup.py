@@ -29,10 +29,11 @@ from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import LENGTHS, Pyramid
 from bitmill.numerics import e8
 from bitmill.runtime import ops
+from bitmill.runtime.activations import ACTIVATIONS, activations
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import CompiledKernel, cpu_unsupported_reason, tile_buffer
 from bitmill.runtime.kernels.vector import VectorKernel
-from bitmill.runtime.native import ACTIVATIONS, activations, native, threads
+from bitmill.runtime.native import native, threads
 
 TILE_ROWS = 16  # csrc/vector/vector.h
 _SQUARE_BLOCKS = 4  # csrc/vector/lattice-inl.h: blocks of 8 columns that are stored together
@@ -74,7 +75,7 @@ def _unsupported_reason(spec: KernelSpec) -> str | None:
     format = spec.format
     if isinstance(format, GroupFormat) and format.grid(spec.shape)[1] > 1:
         return f"{format!r} has scales of groups."
-    return "inputs are to be float32." if activations() == "float32" else cpu_unsupported_reason(spec)
+    return "inputs are to be float32." if activations().few == "float32" else cpu_unsupported_reason(spec)
 
 
 @KERNELS.register("lattice")
@@ -94,7 +95,7 @@ class Lattice(VectorLookupKernel):
         self._scale, self._words = tensors["scale"], tensors["codes"].shape[1]
         width = -(-columns // _SQUARE_COLUMNS) * _SQUARE_COLUMNS
         layout = [rows, width, width, format.bits, TILE_ROWS, width // _SQUARE_BLOCKS]
-        self._plan = [*layout, ACTIVATIONS.index(activations())]
+        self._plan = [*layout, ACTIVATIONS.index(activations().few)]
         scale = format.unpack_params(tensors, spec.shape)["scale"].flatten().contiguous()
         self._parts = [_to_squares(tensors["codes"].contiguous(), width // _SQUARE_COLUMNS), _sizes(), scale]
 
@@ -161,7 +162,7 @@ class Points(VectorLookupKernel):
             self._fallback = VectorKernel(spec, tensors)
             return
         layout = [rows, points * _POINT_COLUMNS, _POINT_COLUMNS, format.bits + 1, TILE_ROWS, _POINT_BLOCKS]
-        self._plan = [*layout, ACTIVATIONS.index(activations())]
+        self._plan = [*layout, ACTIVATIONS.index(activations().few)]
         scales = format.unpack_params(tensors, spec.shape)["scale"].flatten().contiguous()
         self._parts = self._repack(native().Layout(*layout), y, gains, scales)
 

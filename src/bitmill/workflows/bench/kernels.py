@@ -20,9 +20,10 @@ from bitmill.errors import UsageError, quoted
 from bitmill.formats import FORMATS, Format
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
+from bitmill.runtime.activations import activations
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.base import KERNELS
-from bitmill.runtime.native import activations, instruction_set, threads
+from bitmill.runtime.native import instruction_set, threads
 from bitmill.workflows.bench.memory import ReadBandwidth, check_turns, copies_of, linear_time, timed
 
 SHAPES = ((4096, 4096), (4096, 11008))  # (out, in)
@@ -81,7 +82,7 @@ def bench_kernels(
     return {
         "threads": threads(),
         "isa": instruction_set(),
-        "activations": activations(),
+        "activations": activations().name,
         "read_bandwidth_GBps": median(bandwidths) / 1e9 if bandwidths else None,
         "kernels": results,
     }
