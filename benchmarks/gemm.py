@@ -2,9 +2,9 @@
 
     python benchmarks/gemm.py [--threads 2] [--tokens 512] [--turns 7] > gemm.json
 
-Every ratio comes from one run, in which its parts take turns. Products are checked first: one that is off by
-more than the rounding of inputs and tables ends the program. The peak is the rate of the instruction alone, on registers
-of all threads. A prompt is the linear layers of one block of a model with 1.1B parameters, times their number.
+Every ratio comes from one run, in which its parts take turns. A product that is off by more than the rounding of
+inputs and tables ends the program. The peak is the rate of the instruction alone, on registers of all threads. A
+prompt is the linear layers of one block of a model with 1.1B parameters, times their number.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from peer_torch import Transformers
 from worker import serve
 
 import bitmill
-from bitmill.runtime.native import activations, is_available, native
+from bitmill.runtime.activations import activations
+from bitmill.runtime.native import is_available, native
 
 
 class Packed(Transformers):
@@ -25,7 +26,7 @@ class Packed(Transformers):
         return {
             "version": bitmill.__version__,
             "kernels": native().isa() if is_available() else None,
-            "activations": activations(),
+            "activations": activations().name,
             "decode": _decode_path(self.model),
             "size_bytes": folder_bytes(self.folder),
         }
