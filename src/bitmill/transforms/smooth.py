@@ -11,6 +11,7 @@ The paper scales behind norms only. Here every seam is scaled; a linear source a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.transforms.base import TRANSFORMS, SeamTransform, SeamView
 
+_PEAK = 3.0  # times its mean magnitude: the largest input of a usual token
 _STEPS = 20  # between an alpha of 0 and 1
 _FLOOR = 1e-5  # of a maximum: channels that are silent, or that nobody reads
 
@@ -51,26 +53,30 @@ class SmoothQuant(SeamTransform):
 
     def choose(self, seam: SeamView) -> Tensor:
         """Return s (channels,)."""
+        largest = seam.stats.required_max_abs(self.name)
         if not self.search:
-            return self._scale(seam, self.alpha)
-        scales = [self._scale(seam, step / _STEPS) for step in range(_STEPS + 1)]
-        return min(scales, key=lambda scale: self._expected_error(seam, seam.columns(scale)))
+            return self._scale(seam, largest, self.alpha)
+        usual = seam.stats.required_mean_abs(self.name)
+        scales = [self._scale(seam, size, k / _STEPS) for size in (largest, usual) for k in range(_STEPS + 1)]
+        return min(scales, key=lambda scale: self._expected_error(seam, usual, seam.columns(scale)))
 
-    def _scale(self, seam: SeamView, alpha: float) -> Tensor:
-        inputs = seam.readers(seam.stats.required_max_abs(self.name)).amax(0).clamp(min=_FLOOR)
+    def _scale(self, seam: SeamView, size: Tensor, alpha: float) -> Tensor:
+        """Return s (channels,) for the sizes of the inputs (columns,)."""
+        inputs = seam.readers(size).amax(0).clamp(min=_FLOOR)
         weights = torch.stack([W.abs().amax(0) for W in seam.targets]).amax(0)
         weights = seam.readers(weights).amax(0).clamp(min=_FLOOR)
         return (inputs**alpha / weights ** (1 - alpha)).clamp(min=_FLOOR)
 
-    def _expected_error(self, seam: SeamView, scale: Tensor) -> float:
+    def _expected_error(self, seam: SeamView, usual: Tensor, scale: Tensor) -> float:
         """Return the error of the outputs, up to a factor, after scaling the columns (columns,).
 
-        A step Delta rounds with the variance Delta^2 / 12. The inputs' step follows from the largest one, and
-        their errors meet the squares of the weights; the weights' steps from the largest of a row, and theirs
-        the mean squares of the inputs.
+        A step Delta rounds with the variance Delta^2 / 12. A token's step follows from its largest input, taken as
+        some times the largest mean magnitude, which one token with very large inputs moves little; its errors meet
+        the squares of the weights. The weights' steps follow from the largest of a row, and their errors meet the
+        mean squares of normal inputs of these magnitudes.
         """
-        inputs = (seam.stats.required_max_abs(self.name) / scale).amax() / (1 << self.input_bits)
-        power = (seam.stats.required_gram(self.name).diagonal() / scale.square()).sum()
+        inputs = _PEAK * (usual / scale).amax() / (1 << self.input_bits)
+        power = math.pi / 2 * (usual / scale).square().sum()
         error = 0.0
         for W in seam.targets:
             scaled = W * scale

@@ -18,7 +18,7 @@ class W4A8(Method):
     """GPTQ's 4-bit weights, multiplied with activations as 8-bit integers.
 
     Problem    small weights for decoding and integer products for prompts, in one folder
-    Equation   y = s_x s_w (q_x (q_w - z_w)^T), a scale a token and one a group of weights
+    Equation   y = s_x s_w (q_x (q_w - z_w)^T), a scale for 64 columns of a token and one a group of weights
     Needs      the Gram matrix of every layer's inputs (calibration text)
     Cost       gptq's
     Expect     what gptq has at these bits, and the little that 8-bit inputs cost
@@ -27,7 +27,7 @@ class W4A8(Method):
 
     bits: int = option(4, "bits of a weight's code, 1 to 8")
     group_size: GroupSize = option(64, "input columns that share a scale, or 'row' or 'tensor'")
-    input_group: GroupSize = option("row", "inputs that share a scale: columns of a token, 'row' for a token")
+    input_group: GroupSize = option(64, "inputs that share a scale: columns of a token, 'row' for a token")
     damp: float = option(0.01, "share of the Gram's mean diagonal added to its diagonal")
 
     def recipe(self) -> Recipe:
