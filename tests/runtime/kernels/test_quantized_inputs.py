@@ -25,6 +25,12 @@ INPUTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    monkeypatch.delenv("BITMILL_KERNEL", raising=False)
+    monkeypatch.delenv("BITMILL_ACTIVATIONS", raising=False)
+
+
 def made(format, columns: int = 200):
     solved = solve(Nearest(), weights(24, columns), Statistics(), format)
     spec = KernelSpec(format, solved.shape, torch.device("cpu"))
