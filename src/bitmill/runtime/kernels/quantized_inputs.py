@@ -1,4 +1,4 @@
-"""Quantized inputs: integers of inputs and weights multiply; other formats are rounded and multiplied in floats."""
+"""Quantized inputs: integers of inputs and weights multiply; other formats are rounded, and multiply in floats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bitmill.runtime.kernels.wrapper import WrapperKernel
 
 @KERNELS.register("quantized_inputs")
 class QuantizedInputsKernel(WrapperKernel):
-    """Q(x) W^^T: by an int8 product where levels of both are evenly spaced and the compiled kernel has the matrix."""
+    """Q(x) W^^T: an int8 product where levels of both are evenly spaced and the compiled kernel has the matrix."""
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
