@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.activations import Activations
 from bitmill.cli.app import App
 from bitmill.cli.options import AsJson, TrustRemoteCode
 from bitmill.cli.output import command_output, data_table, property_table
@@ -63,6 +64,7 @@ def kernels(
 def decode(
     model: Folder,
     tokens: NewTokens = 64,
+    activations: Activations = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -85,6 +87,7 @@ def prefill(
     model: Folder,
     tokens: PromptTokens = 512,
     turns: Turns = 5,
+    activations: Activations = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -114,6 +117,7 @@ def _parse_shape(text: str) -> tuple[int, int]:
 
 def _speed_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     return [
+        ("activations", result["activations"]),
         ("packed", f"{format_number(result['tokens_per_s'])} tokens/s"),
         ("float", f"{format_number(result['float_tokens_per_s'])} tokens/s"),
         ("ratio", format_number(result["ratio"])),

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.activations import Activations
 from bitmill.cli.options import AnyModel, Device, Kv, KvBits, KvSet, TrustRemoteCode
 from bitmill.cli.output import Output, command_output
 from bitmill.cli.session import Dense, MaxNewTokens, Seed, Session, Temperature, note_cache, parse_kv
@@ -68,6 +69,7 @@ def chat(
     kv_bits: KvBits = None,
     kv_set: KvSet = None,
     device: Device = "cpu",
+    activations: Activations = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a model; Ctrl-C stops an answer, /help lists commands."""

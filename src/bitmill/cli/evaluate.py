@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.activations import Activations
 from bitmill.cli.complete import complete_text
 from bitmill.cli.options import (
     AnyModel,
@@ -72,6 +73,7 @@ def evaluate(
     kv_seqlen: KvSeqlen = None,
     record: Record = False,
     device: Device = "cpu",
+    activations: Activations = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -151,6 +153,7 @@ def _render(result: dict[str, Any], recorded: bool) -> list[Any]:
         if result["kv_on_calibration_text"]:
             rows.append(("warning", "measured on text that keys and values were calibrated on"))
     rows += [
+        ("activations", result["activations"]),
         ("bits per weight", f"{result['bits_per_weight']:.3f}"),
         ("size", format_mb(result["size_bytes"])),
         ("time", f"{format_number(result['time_s'])} s"),

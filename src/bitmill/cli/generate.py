@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bitmill.cli.activations import Activations
 from bitmill.cli.options import AnyModel, AsJson, Device, Kv, KvBits, KvSet, TrustRemoteCode
 from bitmill.cli.output import Output, command_output
 from bitmill.cli.session import Dense, MaxNewTokens, Seed, Session, Temperature, note_cache, parse_kv
@@ -27,6 +28,7 @@ def generate(
     kv_bits: KvBits = None,
     kv_set: KvSet = None,
     device: Device = "cpu",
+    activations: Activations = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,12 +60,14 @@ def generate(
 
 def _generation_data(done: Any, prompt: str, chat: bool, cache: dict[str, Any]) -> dict[str, Any]:
     from bitmill.progress import peak_memory_bytes
+    from bitmill.runtime.activations import activations
 
     return {
         "text": done.text,
         "prompt": prompt,
         "chat": chat,
         "new_tokens": done.new_tokens,
+        "activations": activations().name,
         "stopped": done.stopped,
         "tokens_per_s": done.tokens_per_s,
         "time_s": done.time_s,
@@ -74,6 +78,7 @@ def _generation_data(done: Any, prompt: str, chat: bool, cache: dict[str, Any]) 
 
 def _print_speed(output: Output, done: Any) -> None:
     from bitmill.progress import peak_memory_bytes
+    from bitmill.runtime.activations import activations
 
     speed = f"{done.new_tokens} tokens, {format_number(done.tokens_per_s, 3)} tokens/s"
-    output.note(f"{speed}, peak memory {peak_memory_bytes() / 1e9:.2f} GB")
+    output.note(f"{speed}, activations {activations().name}, peak memory {peak_memory_bytes() / 1e9:.2f} GB")

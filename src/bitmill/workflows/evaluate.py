@@ -36,6 +36,7 @@ from bitmill.models.split import deferred_output_fn, recorded_output_fn, share_e
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
+from bitmill.runtime.activations import activations
 from bitmill.runtime.decode import detach
 from bitmill.sources.open import open_source
 from bitmill.sources.pooling import read_pooling
@@ -119,6 +120,7 @@ def evaluate(
         scored = scoring.score(model, reference, load_live, windows or None, kv_config)
     return {
         **scored,
+        "activations": activations().name,
         "bits_per_weight": bits,
         "size_bytes": size,
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),

@@ -17,6 +17,7 @@ from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import UsageError
 from bitmill.progress import peak_memory_bytes
+from bitmill.runtime.activations import activations
 from bitmill.runtime.decode import decode_path, detach
 from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.workflows.bench.memory import check_turns, timed
@@ -52,6 +53,7 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
         "model": str(model),
         "path": path,
         "threads": torch.get_num_threads(),
+        "activations": activations().name,
         "tokens": tokens,
         "tokens_per_s": packed,
         "float_tokens_per_s": dense,
@@ -92,6 +94,7 @@ def bench_prefill(
     return {
         "model": str(model),
         "threads": torch.get_num_threads(),
+        "activations": activations().name,
         "tokens": tokens,
         "tokens_per_s": tokens / packed,
         "float_tokens_per_s": tokens / floats,
