@@ -170,7 +170,7 @@ No calibration text was used.
 
 {% if auto == causal_lm %}
 ```sh
-bitmill generate FOLDER "Once upon a time"
+bitmill generate FOLDER --prompt "Once upon a time"
 bitmill verify FOLDER
 ```
 

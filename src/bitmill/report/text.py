@@ -139,7 +139,7 @@ def next_commands(model: str, out: str, auto_class: str, chat: bool) -> list[str
     folder, source = shlex.quote(out), shlex.quote(model)
     generates = auto_class == "AutoModelForCausalLM"
     return [
-        *([f'bitmill generate {folder} "Once upon a time"'] if generates else []),
+        *([f'bitmill generate {folder} --prompt "Once upon a time"'] if generates else []),
         *([f"bitmill chat {folder}"] if generates and chat else []),
         f"bitmill eval {folder} --reference {source}",
         f"{auto_class}.from_pretrained({out!r})  # after import bitmill",

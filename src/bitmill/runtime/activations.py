@@ -36,9 +36,8 @@ class Activations:
 
     @property
     def name(self) -> str:
-        """The type for few tokens, and that for many where it is not the usual one."""
-        usual = self.many == ("int16" if self.few == "int8" else self.few)
-        return self.few if usual else f"{self.few}, {self.many} for many tokens"
+        """The type for few tokens, and that for many where it is another one."""
+        return self.few if self.few == self.many else f"{self.few}, {self.many} for many tokens"
 
 
 def activations() -> Activations:
