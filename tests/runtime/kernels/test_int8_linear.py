@@ -177,7 +177,11 @@ def test_error_of_rounding():
 
 def test_default_and_variable(monkeypatch):
     monkeypatch.delenv("BITMILL_ACTIVATIONS", raising=False)
-    assert (activations().few, activations().many, activations().name) == ("int8", "int16", "int8, int16 for many tokens")
+    assert (activations().few, activations().many, activations().name) == (
+        "int8",
+        "int16",
+        "int8, int16 for many tokens",
+    )
     for name, words in (("int8", "int8"), ("int16", "int16"), ("float32", "float32")):
         monkeypatch.setenv("BITMILL_ACTIVATIONS", name)
         assert activations() == Activations(name, name)
