@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -84,11 +85,11 @@ def seconds(runs: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
     return {name: median(each) for name, each in times.items()}
 
 
-def peak(threads: int) -> float:
-    """Return products of bytes a second of a thread, on registers."""
+def add_peak(peaks: list[float], threads: int) -> None:
+    """Measure products of bytes a second of a thread, on registers."""
     start = time.process_time()
     count: int = native.native().int8_peak(PEAK_ROUNDS, threads)
-    return count / (time.process_time() - start)
+    peaks.append(count / (time.process_time() - start))
 
 
 def shares(tokens: int, turns: int, threads: int) -> list[dict[str, Any]]:
@@ -100,7 +101,7 @@ def shares(tokens: int, turns: int, threads: int) -> list[dict[str, Any]]:
         for setting in (INT8, INT16):
             check(runs[setting.many], W, x, setting, f"{name} of {bits} bits")
         peaks: list[float] = []
-        times = seconds({**runs, "peak": lambda peaks=peaks: peaks.append(peak(threads))}, turns)
+        times = seconds({**runs, "peak": partial(add_peak, peaks, threads)}, turns)
         rate = SHAPE[0] * SHAPE[1] * tokens / times["int8"]
         results.append(
             {
@@ -125,7 +126,7 @@ def prompts(tokens: int, turns: int) -> list[dict[str, Any]]:
             (kernel, W), x = made(name, bits, group_size, shape), torch.randn(tokens, shape[1])
             runs = {setting.many: product(kernel, setting, x) for setting in (INT8, INT16)}
             check(runs["int8"], W, x, INT8, f"{name} of {bits} bits")
-            runs["torch"] = lambda W=W, x=x: torch.nn.functional.linear(x, W)
+            runs["torch"] = partial(torch.nn.functional.linear, x, W)
             times = seconds(runs, turns)
             for key in total:
                 total[key] += BLOCKS * BLOCK.count(shape) * times[key]
