@@ -27,7 +27,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -73,6 +73,16 @@ class Format(Member, ABC):
     def quantizes_inputs(self) -> bool:
         """True where the matrix multiplies rounded inputs, see `effective_inputs`."""
         return False
+
+    @property
+    def fits_inputs(self) -> bool:
+        """True where rounded inputs follow from the inputs alone, so that `effective_inputs` needs no params."""
+        return False
+
+    @property
+    def of_matrix(self) -> Format:
+        """The format of the matrix alone, without that of its inputs."""
+        return self
 
     def effective_inputs(self, x: Tensor, params: Params) -> Tensor:
         """Return the inputs (..., columns) that the decoded matrix multiplies in place of x (..., columns).
@@ -256,6 +266,11 @@ class GroupFormat(Format):
     def stackable(self) -> bool:
         """True unless the whole tensor is one group: rows do not depend on each other."""
         return self.group_size != "tensor"
+
+    @property
+    def arithmetic(self) -> Literal["integer", "float"] | None:
+        """How processors multiply numbers of the format without decoding them; None where they do not."""
+        return None
 
     # -- meaning ------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ number; OCP Microscaling Formats Specification 1.0 (e3m2, e2m3, e2m1).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ class Float(Elements):
     """Small floating-point numbers with one fp16 scale per tensor, row or group."""
 
     shares: ClassVar[tuple[float, ...]] = tuple(1 + k / 20 for k in (*range(-8, 0), 1, 2, 4, 6, 8, 10))
+
+    @property
+    def arithmetic(self) -> Literal["float"]:
+        """Floats: products of 8 bits are exact in fp32."""
+        return "float"
 
     def factor(self, params: Params) -> Tensor:
         """Return the scale."""

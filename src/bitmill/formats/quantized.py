@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +35,13 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """Return the stored numbers, fp32 (rows, columns)."""
         return self.format.dequantize(self.codes, self.params, self.shape)
+
+    @property
+    def rounding(self) -> Callable[[Tensor], Tensor] | None:
+        """A function that rounds inputs as the matrix multiplies them; None where it takes them as they are."""
+        if not self.format.quantizes_inputs:
+            return None
+        return replace(self, codes=self.codes.new_empty(0)).effective_inputs  # which keeps no codes
 
     def effective_inputs(self, x: Tensor) -> Tensor:
         """Return the inputs (..., columns) that the matrix multiplies in place of x, see `Format`."""

@@ -29,19 +29,12 @@ from torch import Tensor
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Format, GroupFormat, Params
-from bitmill.formats.float import Float
 from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized, fit_matrix, nearest_matrix
-from bitmill.formats.uniform import Uniform
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.statistics import Statistics
 
 _PREFIX = "input_"
-
-
-def without_inputs(format: Format) -> Format:
-    """Return the format of the matrix alone, where inputs are rounded outside of all other wrappers."""
-    return format.inner if isinstance(format, QuantizedInputs) else format
 
 
 @FORMATS.register("quantized_inputs")
@@ -77,12 +70,16 @@ class QuantizedInputs(Wrapper):
     @property
     def multiplies_integers(self) -> bool:
         """True where the integers of inputs and matrix are multiplied: levels of both that are evenly spaced."""
-        return all(isinstance(part, Uniform) and part.zero == "integer" for part in (self.inputs, self.inner))
+        return self._arithmetics == {"integer"}
 
     @property
     def multiplies_as_stored(self) -> bool:
         """True for integers, and for floats of 8 bits, whose products are exact in fp32."""
-        return self.multiplies_integers or all(isinstance(part, Float) for part in (self.inputs, self.inner))
+        return len(self._arithmetics) == 1 and None not in self._arithmetics
+
+    @property
+    def _arithmetics(self) -> set[str | None]:
+        return {part.arithmetic if isinstance(part, GroupFormat) else None for part in (self.inputs, self.inner)}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -98,6 +95,16 @@ class QuantizedInputs(Wrapper):
     def quantizes_inputs(self) -> bool:
         """True."""
         return True
+
+    @property
+    def fits_inputs(self) -> bool:
+        """True unless scales come from calibration."""
+        return not self.static
+
+    @property
+    def of_matrix(self) -> Format:
+        """The inner format."""
+        return self.inner
 
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """Return the scale of all inputs, with static."""

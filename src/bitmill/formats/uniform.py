@@ -48,6 +48,11 @@ class Uniform(RangeFormat):
             raise RecipeError("symmetric fixes the zero, which cannot be a float then; set symmetric=false.")
 
     @property
+    def arithmetic(self) -> Literal["integer"] | None:
+        """Integers, unless the zero is a float."""
+        return "integer" if self.zero == "integer" else None
+
+    @property
     def can_shift(self) -> bool:
         """True with a float zero: all levels of a group can move together."""
         return self.zero == "float"

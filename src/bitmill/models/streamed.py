@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.architectures.adapter import Adapter, Seam, adapter_for, generic_adapter
+from bitmill.architectures.inputs import unhook_inputs
 from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
 from bitmill.evaluation.logits import DeferredLogits, Output
-from bitmill.formats.input_hooks import hook_inputs, unhook_inputs
-from bitmill.formats.quantized import Quantized
 from bitmill.models.block_call import (
     BlockCall,
     BlockRecorder,
@@ -229,16 +228,6 @@ class StreamedModel:
             W: (out, in) new weight.
         """
         self.set_parameter(name, (W.T if self.adapter.transposed else W).to(self.device).contiguous())
-
-    def set_quantized(self, layer: str, quantized: Quantized) -> None:
-        """Let a linear layer compute with the stored form of its weight.
-
-        Args:
-            layer: full name of the layer.
-            quantized: its weight (out, in).
-        """
-        self.set_matrix(f"{layer}.weight", quantized.dequantize())
-        hook_inputs(self.model.get_submodule(layer), quantized)
 
     def free(self, names: list[str]) -> None:
         """Free the memory of these parameters."""

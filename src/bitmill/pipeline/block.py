@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from bitmill.architectures.inputs import hook_inputs
 from bitmill.calibration.collect import collect_statistics, find_stages
 from bitmill.calibration.fisher import rescale_fisher
 from bitmill.calibration.staged_forward import StagedForward
 from bitmill.calibration.store import StoredBlock
 from bitmill.calibration.streams import Streams
 from bitmill.formats import Format, Params
-from bitmill.formats.input_hooks import hook_inputs
 from bitmill.formats.quantized import shared_module_path
 from bitmill.models.meta import trim_malloc
 from bitmill.numerics.gram import RunningGram
@@ -253,7 +253,7 @@ class _Block:
                 self.errors[name] = _errors(W, decoded, stats.gram)
                 task.quantized[name] = quantized
                 task.set_matrix(name, decoded)
-                hook_inputs(task.block.get_submodule(name), quantized)
+                hook_inputs(task.block.get_submodule(name), quantized.rounding)
 
     def round_changed_floats(self, before: dict[str, Tensor]) -> dict[str, Tensor]:
         """Round the float parameters that tuners changed to their stored type, and return them by full name.

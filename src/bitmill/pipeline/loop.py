@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bitmill.architectures.inputs import hook_inputs
 from bitmill.calibration.streams import Streams
 from bitmill.calibration.walk import walk_blocks
 from bitmill.errors import RecipeError
@@ -115,4 +116,5 @@ def _restore(finished: BlockResult, streamed: StreamedModel) -> None:
         if streamed.is_parameter(name):
             streamed.set_parameter(name, tensor.to(streamed.device, torch.float32))
     for name, layer in finished.layers.items():
-        streamed.set_quantized(name, layer.quantized)
+        streamed.set_matrix(f"{name}.weight", layer.quantized.dequantize())
+        hook_inputs(streamed.model.get_submodule(name), layer.quantized.rounding)

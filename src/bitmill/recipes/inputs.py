@@ -14,7 +14,6 @@ from typing import Any, Literal
 from bitmill.config.options import check_types
 from bitmill.config.parsing import parse_part
 from bitmill.formats import FORMATS, Format, Wrapper
-from bitmill.formats.quantized_inputs import QuantizedInputs
 
 FLOAT: Literal["float"] = "float"  # in place of a format: nothing is rounded
 _OPTIONS = {"static": False, "simulated": False, "threshold": 0.0}  # beside those of the format
@@ -44,11 +43,16 @@ class Inputs:
         """Return the weight format for a matrix whose core multiplies such inputs."""
         if isinstance(weight, Wrapper):
             return replace(weight, inner=self.around(weight.inner))
-        return QuantizedInputs(weight, self.format, self.static, self.simulated, self.threshold)
+        quantized: Format = self._quantized(weight)
+        return quantized
+
+    def _quantized(self, weight: Format) -> Any:
+        chosen = {name: getattr(self, name) for name in _OPTIONS}
+        return FORMATS.get("quantized_inputs")(weight, self.format, **chosen)  # type: ignore[call-arg]
 
     def unsupported_reason(self, weight: Format) -> str | None:
         """Return why no kernel multiplies such inputs with a matrix as both are stored; None where one does."""
-        if self.simulated or QuantizedInputs(weight.core, self.format, self.static).multiplies_as_stored:
+        if self.simulated or self._quantized(weight.core).multiplies_as_stored:
             return None
         return (
             f"no kernel multiplies inputs in {self.format.name!r} with weights in {weight.core.name!r} as they "

@@ -12,17 +12,17 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bitmill.architectures.adapter import Seam
+from bitmill.architectures.inputs import hook_inputs
 from bitmill.config.registry import Member, Registry
 from bitmill.formats.base import Format, RangeFormat
-from bitmill.formats.input_hooks import hook_inputs
 from bitmill.formats.quantized import Quantized
-from bitmill.formats.quantized_inputs import QuantizedInputs, without_inputs
 from bitmill.models.block_call import BlockCall
 from bitmill.numerics.statistics import Statistics
 from bitmill.solvers import Solver
@@ -68,7 +68,7 @@ class BlockTask:
 
     def range_format(self, name: str) -> RangeFormat:
         """Return the format of a linear's matrix, one whose grid is fixed by the range of each group."""
-        format = without_inputs(self.formats[name])
+        format = self.formats[name].of_matrix
         assert isinstance(format, RangeFormat)
         return format
 
@@ -104,16 +104,13 @@ class BlockTask:
         self.originals.setdefault(name, self.matrix(name))
         self.quantized[name] = quantized
         self.set_matrix(name, quantized.dequantize())
-        hook_inputs(self.block.get_submodule(name), quantized)
+        hook_inputs(self.block.get_submodule(name), quantized.rounding)
 
     def round_inputs(self) -> None:
         """Let linears round their inputs before they are quantized, where scales come from the inputs alone."""
         for name, format in self.formats.items():
-            if isinstance(format, QuantizedInputs) and not format.static:
-                W = self.matrix(name)
-                hook_inputs(
-                    self.block.get_submodule(name), Quantized(format, W.new_empty(0), {}, (W.shape[0], W.shape[1]))
-                )
+            if format.fits_inputs:
+                hook_inputs(self.block.get_submodule(name), partial(format.effective_inputs, params={}))
 
     def as_stored(self, name: str, values: Tensor) -> Tensor:
         """Round values to the stored type of a parameter that stays in float.

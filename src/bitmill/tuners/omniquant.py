@@ -28,7 +28,6 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats.base import Format, RangeFormat
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
-from bitmill.formats.quantized_inputs import without_inputs
 from bitmill.formats.straight_through import round_in_range
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.solvers import Solver
@@ -79,7 +78,7 @@ class OmniQuant(Tuner):
 
     def unsupported_reason(self, format: Format) -> str | None:
         """Return a reason for formats whose parameters are not a range."""
-        if isinstance(without_inputs(format), RangeFormat):
+        if isinstance(format.of_matrix, RangeFormat):
             return None
         return f"omniquant learns ranges of the uniform format, and {format.name} has none."
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitmill.formats.input_hooks import hook_inputs
+from bitmill.architectures.inputs import hook_inputs
 from bitmill.formats.quantized import SHARED, Quantized, unpack
 from bitmill.runtime.modules.embedding import QuantEmbedding, restore_embedding
 from bitmill.runtime.modules.linear import QuantLinear
@@ -43,7 +43,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
         linear.register_parameter("weight", weight)
         linear.register_parameter("bias", bias)
         if layer.format.quantizes_inputs:
-            hook_inputs(linear, _unpacked(layer))
+            hook_inputs(linear, _unpacked(layer).rounding)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
     model._modules.pop(SHARED, None)
