@@ -159,7 +159,13 @@ READERS["quantized folder, recorded anew"] = Reader(
     adapt=record_anew,
 )
 READERS["float folder"] = Reader(
-    ("sources/hf.py", "sources/base.py", "sources/config_bounds.py", "checkpoint/writer.py"),
+    (
+        "sources/hf.py",
+        "sources/base.py",
+        "sources/config_bounds.py",
+        "sources/published.py",
+        "checkpoint/writer.py",
+    ),
     "float",
     "source/*",
     {
@@ -327,6 +333,7 @@ def build(root: Path) -> None:
         shutil.copy(made.text, root / name / "text.txt")
         if name not in ("encoder", "gguf"):
             shutil.copytree(made.source, root / name / "source")
+    (root / "float" / "source" / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n# A model\n")
     text = (root / "texts" / "text.txt").read_text()
     (root / "texts" / "text.jsonl").write_text(f'{{"text": "{text}"}}\n{{"text": "w1 w2"}}\n')
     (root / "texts" / "prompts.txt").write_text("w1 w2\nw3\n")

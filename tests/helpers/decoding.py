@@ -38,7 +38,8 @@ def quantize(model: nn.Module, format: Format) -> nn.Module:
         W = linear.weight.detach()
         if isinstance(format, Wrapper):
             gram, fisher = torch.eye(W.shape[1]), torch.rand(W.shape, generator=torch.Generator().manual_seed(2))
-            matrix = solve(Nearest(), W, Statistics(gram, 1, fisher=fisher.pow(4)), format)
+            stats = Statistics(gram, 1, fisher=fisher.pow(4), max_abs=gram.diagonal())
+            matrix = solve(Nearest(), W, stats, format)
         else:
             matrix = nearest_matrix(format, W, fitted(format, W, search=False))
         layer = QuantLinear(format, tuple(W.shape), linear.bias is not None)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitmill.cli.activations import Activations
+from bitmill.cli.activations import Activations, rounded_to
 from bitmill.cli.app import App
 from bitmill.cli.options import AsJson, TrustRemoteCode
 from bitmill.cli.output import command_output, data_table, property_table
@@ -69,7 +69,7 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second of a quantized model, and of this model with its weights unpacked to fp32."""
-    with command_output(as_json) as output:
+    with command_output(as_json) as output, rounded_to(activations):
         output.progress.start(f"decoding with {model}", 0)
         from bitmill.workflows.bench.models import bench_decode
 
@@ -92,7 +92,7 @@ def prefill(
     as_json: AsJson = False,
 ) -> None:
     """Measure the time to read a prompt, of a quantized model and of this model in fp32."""
-    with command_output(as_json) as output:
+    with command_output(as_json) as output, rounded_to(activations):
         output.progress.start(f"reading a prompt with {model}", 0)
         from bitmill.workflows.bench.models import bench_prefill
 

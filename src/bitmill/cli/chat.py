@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitmill.cli.activations import Activations
+from bitmill.cli.activations import Activations, rounded_to
 from bitmill.cli.options import AnyModel, Device, Kv, KvBits, KvSet, TrustRemoteCode
 from bitmill.cli.output import Output, command_output
 from bitmill.cli.session import Dense, MaxNewTokens, Seed, Session, Temperature, note_cache, parse_kv
@@ -73,7 +73,7 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a model; Ctrl-C stops an answer, /help lists commands."""
-    with command_output(False) as output:
+    with command_output(False) as output, rounded_to(activations):
         session = Session(
             output,
             model,

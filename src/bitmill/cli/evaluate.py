@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitmill.cli.activations import Activations
+from bitmill.cli.activations import Activations, rounded_to
 from bitmill.cli.complete import complete_text
 from bitmill.cli.options import (
     AnyModel,
@@ -83,7 +83,7 @@ def evaluate(
     """
     if split not in SPLITS:
         raise UsageError(f"--split is {split!r}; use one of {', '.join(SPLITS)}.")
-    with command_output(as_json) as output:
+    with command_output(as_json) as output, rounded_to(activations):
         output.progress.start("starting", 0)
         from bitmill import api
         from bitmill.checkpoint.reader import is_bitmill_folder

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitmill.cli.activations import Activations
+from bitmill.cli.activations import Activations, rounded_to
 from bitmill.cli.options import AnyModel, AsJson, Device, Kv, KvBits, KvSet, TrustRemoteCode
 from bitmill.cli.output import Output, command_output
 from bitmill.cli.session import Dense, MaxNewTokens, Seed, Session, Temperature, note_cache, parse_kv
@@ -33,7 +33,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Generate text; the prompt is answered as a chat if the tokenizer has a chat template."""
-    with command_output(as_json) as output:
+    with command_output(as_json) as output, rounded_to(activations):
         config = parse_kv(kv, kv_bits, kv_set)
         session = Session(
             output, model, kv=config, dense=dense, device=device, trust_remote_code=trust_remote_code

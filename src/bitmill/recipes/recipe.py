@@ -46,6 +46,7 @@ class _RuleDocument(BaseModel):
     solver: dict[str, Any] | None = None
     transforms: list[dict[str, Any]] | None = None
     inputs: dict[str, Any] | str | None = None
+    optional: bool = False
 
 
 class _RecipeDocument(BaseModel):

@@ -108,6 +108,8 @@ def _check_rules(recipe: Recipe, streamed: StreamedModel, schemes: Schemes, head
     matrices = [name.removesuffix(".weight") for name, weight in named if weight.dim() == 2]
     for rule in recipe.rules:
         matched = [name for name in matrices if rule.matches(name)]
+        if not matched and rule.optional:
+            continue
         if not matched:
             raise UsageError(
                 f"No layer with a matrix of weights is called {rule.sites!r}, as a rule of the recipe "

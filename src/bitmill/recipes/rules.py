@@ -34,6 +34,8 @@ class Rule:
         solver: the solver, or None for the recipe's.
         transforms: the transforms, or None for the recipe's.
         inputs: how inputs are rounded, "float" to leave them as they are, or None for the recipe's.
+        optional: the rule may match no layer, which is refused otherwise: methods name layers of several
+            architectures.
     """
 
     sites: str
@@ -41,6 +43,7 @@ class Rule:
     solver: Solver | None = None
     transforms: tuple[Transform, ...] | None = None
     inputs: Inputs | Literal["float"] | None = None
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.sites, str) or not self.sites:
@@ -92,11 +95,13 @@ class Rule:
             data["transforms"] = [t.to_dict() for t in self.transforms]
         if self.inputs is not None:
             data["inputs"] = self.inputs if isinstance(self.inputs, str) else self.inputs.to_dict()
+        if self.optional:
+            data["optional"] = True
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Rule:
-        """Build a rule from plain data with the keys sites, weight, solver, transforms and inputs.
+        """Build a rule from plain data with the keys sites, weight, solver, transforms, inputs and optional.
 
         Raises:
             RecipeError: a part is unknown or has a wrong option.
@@ -115,6 +120,7 @@ class Rule:
             None if solver is None else SOLVERS.from_dict(solver),
             None if transforms is None else tuple(TRANSFORMS.from_dict(t) for t in transforms),
             inputs if inputs is None or inputs == FLOAT else Inputs.from_dict(inputs),
+            bool(data.get("optional")),
         )
 
 

@@ -15,6 +15,8 @@ from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.solvers.gptq import GPTQ
 
+_DOWN = ("*.down_proj", "*.fc2", "*.mlp.c_proj", "*.dense_4h_to_h")
+
 
 @METHODS.register("quik")
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class QUIK(Method):
     Needs      the Gram matrix and the magnitudes of every layer's inputs (calibration text)
     Cost       gptq's
     Expect     usable 4-bit products; the input of the second MLP layer, a product of two others, takes 8 bits
-    Limits     that layer is *.down_proj, as in Llama; where it has another name set down_bits to bits, and add a
-               rule for it
+    Limits     that layer is found by its name: *.down_proj, *.fc2, *.mlp.c_proj, *.dense_4h_to_h; where it has
+               another one, add a rule for it
     Paper      Ashkboos et al. 2023 (arXiv 2310.09259)
     """
 
@@ -37,13 +39,14 @@ class QUIK(Method):
     columns: int = option(64, "columns of a layer that stay in float; 0 for none")
     group_size: GroupSize = option("row", "input columns that share a scale of weights, or 'row'")
     input_group: GroupSize = option("row", "inputs that share a scale: columns of a token, 'row' for a token")
-    down_bits: int = option(8, "bits of weights and inputs of *.down_proj, 2 to 8")
+    down_bits: int = option(8, "bits of weights and inputs of the second MLP layer, 2 to 8")
     rotate: bool = option(False, "turn the inputs between the outliers by a Hadamard matrix (not in the paper)")
 
     def recipe(self) -> Recipe:
         """Return a recipe: uniform formats around outlier columns, GPTQ solver, a rule for the wide layers."""
-        down = Rule("*.down_proj", self._weight(self.down_bits), inputs=self._inputs(self.down_bits))
-        rules = () if self.down_bits == self.bits else (down,)
+        wide, inputs = self._weight(self.down_bits), self._inputs(self.down_bits)
+        down = tuple(Rule(sites, wide, inputs=inputs, optional=True) for sites in _DOWN)
+        rules = () if self.down_bits == self.bits else down
         weight, inputs = self._weight(self.bits), self._inputs(self.bits)
         return Recipe("quik", weight, GPTQ(), rules=rules, inputs=inputs)
 
