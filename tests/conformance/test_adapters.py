@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import bitmill
+from bitmill.architectures.inputs import hook_inputs
 from bitmill.calibration.collect import find_stages
 from bitmill.calibration.staged_forward import StagedForward
 from bitmill.checkpoint.reader import open_checkpoint
@@ -64,8 +65,10 @@ def live_dequantized(model: nn.Module, folder) -> nn.Module:
         if name in checkpoint.files:
             parameter.data = checkpoint.tensor(name).to(parameter.dtype)
     for name in checkpoint.formats:
-        linear, W = live.get_submodule(name), checkpoint.quantized(name).dequantize()
+        linear, quantized = live.get_submodule(name), checkpoint.quantized(name)
+        W = quantized.dequantize()
         linear.weight.data = W if isinstance(linear, nn.Linear) else W.T.contiguous()
+        hook_inputs(linear, quantized.rounding)
     return live
 
 
@@ -79,7 +82,10 @@ def test_loaded_equals_dequantized(name, method, outcome_of):
     logits = answer(ours)
     assert torch.equal(logits, answer(theirs))
     expected = answer(live_dequantized(model, out))
-    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    # an input at the border of two levels may be rounded to either
+    rounds = any(format.quantizes_inputs for format in open_checkpoint(out).formats.values())
+    tolerance = 2e-2 if rounds else 1e-4
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=tolerance * float(expected.abs().max()))
 
     layers = [n for n, m in ours.named_modules() if isinstance(m, QuantLinear)]
     assert sorted(layers) == sorted(open_checkpoint(out).formats)
