@@ -107,7 +107,7 @@ def evaluate(
         raise UsageError("prompts is a list of texts, answered through an ordinary cache; leave kv out with them.")
     text = CalibrationData(text).source
     if windows is None:
-        windows = WINDOWS_PER_DOMAIN if is_mixture(text) else WINDOWS
+        windows = usual_windows(text)
     started = time.perf_counter()
     kv_config = parse_kv_config(None if kv == FLOAT else kv, kv_bits, kv_options, kv_samples, kv_seqlen)
     tokenizer = tokenizer_of(model, tokenizer, trust_remote_code)
@@ -154,6 +154,11 @@ class _Prompts:
         for sample, answer in zip(samples, of_reference):
             sample["reference_answer"] = answer
         return {"samples": samples} if samples else {}
+
+
+def usual_windows(text: TextSource) -> int:
+    """Return the number of windows to measure on where none is given, of each domain for a mixture."""
+    return WINDOWS_PER_DOMAIN if is_mixture(text) else WINDOWS
 
 
 class _Scoring:

@@ -12,7 +12,6 @@ from torch import Tensor
 from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.config.paths import user_path
 from bitmill.config.texts import MIX
-from bitmill.data.mixture import is_mixture
 from bitmill.data.text import TextSource
 from bitmill.data.windows import CalibrationData, as_calibration, source_name
 from bitmill.errors import UsageError
@@ -23,7 +22,7 @@ from bitmill.recipes.compose import HeadBits
 from bitmill.report.results import Results
 from bitmill.workflows.comparison.grid import Grid, Options, plan_variants
 from bitmill.workflows.comparison.run import run_grid
-from bitmill.workflows.evaluate import WINDOWS, WINDOWS_PER_DOMAIN
+from bitmill.workflows.evaluate import usual_windows
 from bitmill.workflows.prepared_tasks import LIMIT
 
 
@@ -76,14 +75,10 @@ def compare(
         BitmillError: a subclass, for errors that concern all variants.
     """
     out = user_path(out)
-    given = as_calibration(calib)
-    if isinstance(given, Tensor):
-        raise UsageError("A comparison measures on text, so token windows cannot calibrate it; name a text.")
-    calibration = given or CalibrationData()
+    calibration = _text_calibration(calib)
     measured = None if text is None else CalibrationData(text).source
     if windows is None:
-        mixture = is_mixture(calibration.source if measured is None else measured)
-        windows = WINDOWS_PER_DOMAIN if mixture else WINDOWS
+        windows = usual_windows(calibration.source if measured is None else measured)
     grid = Grid(
         str(model),
         plan_variants(methods, bits, recipes, options, head_bits),
@@ -108,6 +103,14 @@ def compare(
     rest = [("--head-bits", head_bits, None), ("--device", device, "cpu"), ("-o", out.name, None)]
     command = _command(grid, selection, rest) + ["--keep-models"] * keep_models
     return run_grid(replace(grid, command=shlex.join(command)), out, keep_models=keep_models, progress=progress)
+
+
+def _text_calibration(calib: CalibrationData | str | Path | list[str] | None) -> CalibrationData:
+    """Return the calibration text. Raises UsageError for token windows."""
+    given = as_calibration(calib)
+    if isinstance(given, Tensor):
+        raise UsageError("A comparison measures on text, so token windows cannot calibrate it; name a text.")
+    return given or CalibrationData()
 
 
 _Flags = Sequence[tuple[str, object, object]]  # flag, value, default
