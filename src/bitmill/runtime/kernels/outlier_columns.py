@@ -35,12 +35,6 @@ class OutlierColumnsKernel(WrapperKernel):
         added = torch.nn.functional.linear(few, self.own["outlier_values"].to(torch.float32))
         return (self.inner.apply(x[..., self._base]).to(torch.float32) + added).to(x.dtype)
 
-    def effective_inputs(self, x: Tensor) -> Tensor:
-        """Return the rounded inputs of the base, and the outliers' as they are."""
-        rounded = x.clone()
-        rounded[..., self._base] = self.inner.effective_inputs(x[..., self._base])
-        return rounded
-
     def output_error(self, W: Tensor) -> Tensor:
         """Return the error of the inner kernel, whose matrix has the other columns, and that of fp32."""
         return self.inner.output_error(W[:, self._base]) + 1e-6 * W[:, self._outliers].norm(dim=1)

@@ -31,10 +31,6 @@ class PermutedKernel(WrapperKernel):
         """Multiply x (..., in) to (..., out)."""
         return self.inner.apply(x[..., self._order])
 
-    def effective_inputs(self, x: Tensor) -> Tensor:
-        """Return the inputs as they are rounded in the order of the columns, in their own order."""
-        return self.inner.effective_inputs(x[..., self._order])[..., self._order.argsort()]
-
     def step_linear(self) -> Any:
         """Return the inner kernel's matrix behind the gather, for the decode step."""
         inner = self.inner.step_linear()

@@ -47,14 +47,6 @@ class RotatedKernel(WrapperKernel):
         y = self.inner.apply(self._V.forward(y).to(x.dtype))
         return y if self._U is None else self._U.inverse(y).to(x.dtype)
 
-    def effective_inputs(self, x: Tensor) -> Tensor:
-        """Return the inputs as they are rounded in the rotated basis, rotated back."""
-        if not self.spec.format.quantizes_inputs:
-            return x
-        y = x.to(torch.float32) if self._rescale is None else x.to(torch.float32) / self._rescale
-        back = self._V.inverse(self.inner.effective_inputs(self._V.forward(y)))
-        return (back if self._rescale is None else back * self._rescale).to(x.dtype)
-
     def output_error(self, W: Tensor) -> Tensor:
         """Return the error of the inner kernel, of which a rotation of the outputs gives all rows a share."""
         s = torch.ones(1, W.shape[1], device=W.device) if self._rescale is None else self._rescale

@@ -32,8 +32,16 @@ class WrapperKernel(Kernel):
         return self.inner.output_error(W)
 
     def effective_inputs(self, x: Tensor) -> Tensor:
-        """Return the inputs that the inner matrix multiplies in place of x, for other products with them."""
-        return self.inner.effective_inputs(x)
+        """Return the inputs that the matrix multiplies in place of x, as its format says."""
+        format = self.spec.format
+        return format.effective_inputs(x, self.own_params()) if format.quantizes_inputs else x
+
+    def own_params(self) -> dict[str, Tensor]:
+        """Return the parts of this wrapper and of those inside it, unpacked."""
+        assert isinstance(self.spec.format, Wrapper)
+        parts = self.spec.format.own_parts(self.spec.shape)
+        inner = self.inner.own_params() if isinstance(self.inner, WrapperKernel) else {}
+        return {**inner, **{part.name: part.unpack(self.own[part.name]) for part in parts}}
 
     @property
     def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
