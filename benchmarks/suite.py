@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import bitmill
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.data.packed import text_windows
 from bitmill.data.text import windows_hash
-from bitmill.evaluation.logits import Output, OutputFn
-from bitmill.evaluation.metrics import batches, score_windows
+from bitmill.evaluation.logits import pieces
+from bitmill.evaluation.metrics import LanguageModelMetrics, batches
 from bitmill.files import folder_bytes, write_json
-from bitmill.models.split import deferred_output_fn, recorded_output_fn, share_equal_parameters
+from bitmill.models.split import recorded_output_fn, share_equal_parameters
 from bitmill.progress import Progress
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.machine import describe_machine
 from bitmill.workflows.sizes import stored_bits
 
 RESULTS = Path(__file__).parent / "results"
+TOGETHER = 4  # folders that are in memory together
 
 
 def main() -> None:
@@ -70,23 +70,36 @@ def measure(model: str, folders: Sequence[Path], texts: list[str], windows: int,
     document = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {**terms, "rows": []}
     if {name: document[name] for name in terms} != terms:
         raise SystemExit(f"{out} holds measurements on other windows; choose another file with -o.")
-    reference = _Reference(load(model), cut)
+    reference = _Recorded(load(model), cut)
+    measured = {row["name"] for row in document["rows"]}
+    folders = [folder for folder in folders if folder.name not in measured]
+    for start in range(0, len(folders), TOGETHER):
+        group = folders[start : start + TOGETHER]
+        for folder, figures in zip(group, _score(group, reference, cut)):
+            row = {"name": folder.name, **_origin(folder), "figures": figures, "machine": describe_machine("cpu")}
+            document["rows"].append(row)
+            mean = ", ".join(f"{name} {found['kl_divergence']:.4f}" for name, found in figures.items())
+            print(f"{folder.name}: {row['bits_per_weight']:.3f} bits, KL {mean}", file=sys.stderr, flush=True)
+        write_json(out, document)
+
+
+def _score(folders: list[Path], reference: _Recorded, texts: dict[str, _Windows]) -> list[dict[str, Any]]:
+    """Return the figures of folders by text; the float model's head runs once a window for all of them."""
+    recorded = []
     for folder in folders:
-        if folder.name in {row["name"] for row in document["rows"]}:
-            continue
         live = load(folder)
         share_equal_parameters(live, reference.model)
-        figures = {
-            name: score_windows(
-                deferred_output_fn(live), text.tokens, reference.of(name), None, 1, None, text.domains
-            )
-            for name, text in cut.items()
-        }
-        row = {"name": folder.name, **_origin(folder), "figures": figures, "machine": describe_machine("cpu")}
-        document["rows"].append(row)
-        write_json(out, document)
-        mean = ", ".join(f"{name} {found['kl_divergence']:.4f}" for name, found in figures.items())
-        print(f"{folder.name}: {row['bits_per_weight']:.3f} bits, KL {mean}", file=sys.stderr, flush=True)
+        recorded.append(_Recorded(live, texts))
+    figures: list[dict[str, Any]] = [{} for _ in folders]
+    for name, text in texts.items():
+        metrics = [LanguageModelMetrics() for _ in folders]
+        for index, tokens in enumerate(batches(text.tokens, 1)):
+            expected = torch.cat(list(pieces(reference.outputs[name][index], 0, tokens.shape[1])))[None]
+            for metric, quantized in zip(metrics, recorded):
+                metric.add(tokens, quantized.outputs[name][index], expected)
+        for found, metric in zip(figures, metrics):
+            found[name] = metric.result(text.domains or None)
+    return figures
 
 
 class _Windows:
@@ -105,25 +118,20 @@ class _Windows:
         self.terms = {"windows": self.domains or len(self.tokens), "sha256": windows_hash(self.tokens)}
 
 
-class _Reference:
-    """The float model's hidden states on all windows, which its head turns into logits when they are read."""
+class _Recorded:
+    """A model's hidden states on all windows, which its head turns into logits when they are read.
+
+    Attributes:
+        model: the model, whose body is freed.
+        outputs: text -> output of each window.
+    """
 
     def __init__(self, model: torch.nn.Module, texts: dict[str, _Windows]) -> None:
         self.model = model
         tokens = [batch for text in texts.values() for batch in batches(text.tokens, 1)]
         recorded = recorded_output_fn(model, tokens, Progress(), free_body=True)
         outputs = iter([recorded(batch) for batch in tokens])
-        self._outputs = {name: [next(outputs) for _ in text.tokens] for name, text in texts.items()}
-
-    def of(self, text: str) -> OutputFn:
-        """Return the outputs for the windows of a text, one at a time and in their order."""
-        following = iter(self._outputs[text])
-
-        def output(tokens: Tensor) -> Output:
-            assert len(tokens) == 1
-            return next(following)
-
-        return output
+        self.outputs = {name: [next(outputs) for _ in text.tokens] for name, text in texts.items()}
 
 
 def _origin(folder: Path) -> dict[str, Any]:
