@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import psutil
 import pytest
 import torch
 
@@ -11,8 +12,10 @@ import bitmill
 from bitmill.cli.main import main
 from bitmill.formats import FORMATS
 from bitmill.formats.quantized import unpack
-from bitmill.workflows.bench import memory
+from bitmill.runtime.modules.dequantize import dequantized_bytes
+from bitmill.workflows.bench import memory, models
 from bitmill.workflows.bench.kernels import CASES, bench_kernels, random_packed
+from bitmill.workflows.load import load
 from helpers.tiny_models import tiny_model
 
 KEYS = {"kernel", "format", "bits", "group_size", "shape", "tokens", "bits_per_weight", "time_s", "GBps"}
@@ -73,6 +76,24 @@ def test_models(tmp_path, capsys):
         assert "tokens/s" in capsys.readouterr().out
     assert result["first_call_s"] > 0
     assert result["time_to_first_token_s"] == pytest.approx(7 / result["tokens_per_s"])
+
+
+@pytest.mark.parametrize("command", ["decode", "prefill"])
+def test_float_weights_without_memory(command, tmp_path, capsys, monkeypatch):
+    model = tiny_model("llama")
+    count = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    bitmill.quantize(model, "rtn", bits=4, out=tmp_path / "out", measure=0)
+    assert dequantized_bytes(load(tmp_path / "out")) == 4 * count
+    free = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(models.psutil, "virtual_memory", lambda: free)
+    arguments = ["bench", command, str(tmp_path / "out"), "--tokens", "4"]
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens_per_s"] > 0
+    assert result["float_tokens_per_s"] is None
+    assert result["ratio"] is None
+    assert main(arguments) == 0
+    assert "not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

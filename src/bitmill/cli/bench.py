@@ -116,12 +116,14 @@ def _parse_shape(text: str) -> tuple[int, int]:
 
 
 def _speed_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
+    rows = [
         ("activations", result["activations"]),
         ("packed", f"{format_number(result['tokens_per_s'])} tokens/s"),
-        ("float", f"{format_number(result['float_tokens_per_s'])} tokens/s"),
-        ("ratio", format_number(result["ratio"])),
     ]
+    if result["float_left_out"]:
+        return [*rows, ("float", f"not measured. {result['float_left_out']}")]
+    floats = f"{format_number(result['float_tokens_per_s'])} tokens/s"
+    return [*rows, ("float", floats), ("ratio", format_number(result["ratio"]))]
 
 
 def _machine_table(result: dict[str, Any]) -> Any:

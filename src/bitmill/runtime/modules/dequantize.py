@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,6 +55,13 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
         if hasattr(model, mark):
             delattr(model, mark)
     return model
+
+
+def dequantized_bytes(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
+    """Return the bytes that the weights of `dequantize_model` take; tied layers have one."""
+    packed = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+    own = [module for module in packed if getattr(module, "tied", None) is None]
+    return sum(math.prod(module.shape) for module in own) * dtype.itemsize
 
 
 def _decoded(layer: PackedMatrix, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,7 @@
-"""Tokens per second of a quantized model, decoding and reading a prompt, and of this model unpacked to fp32."""
+"""Tokens per second of a quantized model, decoding and reading a prompt, and of this model unpacked to fp32.
+
+The packed model is measured first. The float one is left out, with a sentence, where it does not fit into memory.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +21,10 @@ from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import UsageError
 from bitmill.progress import peak_memory_bytes
+from bitmill.report.text import format_mb
 from bitmill.runtime.activations import activations
 from bitmill.runtime.decode import decode_path, detach
-from bitmill.runtime.modules.dequantize import dequantize_model
+from bitmill.runtime.modules.dequantize import dequantize_model, dequantized_bytes
 from bitmill.workflows.bench.memory import check_turns, timed
 from bitmill.workflows.load import load
 
@@ -34,8 +39,9 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
     Times are medians over the tokens. The float model runs by transformers' own forward.
 
     Returns:
-        tokens_per_s, float_tokens_per_s and their ratio; peak_memory_bytes of the process until the packed run
-        ends; path, "step" where the packed model decodes by the compiled step, otherwise the reason.
+        tokens_per_s, float_tokens_per_s and their ratio, None and None with `float_left_out` saying why where the
+        float weights do not fit into memory; peak_memory_bytes of the process until the packed run ends; path,
+        "step" where the packed model decodes by the compiled step, otherwise the reason.
 
     Raises:
         UsageError: the model is not quantized, or there are fewer than 2 tokens.
@@ -46,9 +52,12 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
     packed = _decode_speed(live, prompt, tokens)
     peak = peak_memory_bytes()
     path = decode_path(live)
-    live = dequantize_model(detach(live))
-    gc.collect()
-    dense = _decode_speed(live, prompt, tokens)
+    left_out = _float_left_out(live)
+    dense = None
+    if left_out is None:
+        live = dequantize_model(detach(live))
+        gc.collect()
+        dense = _decode_speed(live, prompt, tokens)
     return {
         "model": str(model),
         "path": path,
@@ -57,7 +66,8 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
         "tokens": tokens,
         "tokens_per_s": packed,
         "float_tokens_per_s": dense,
-        "ratio": packed / dense,
+        "ratio": dense and packed / dense,
+        "float_left_out": left_out,
         "peak_memory_bytes": peak,
     }
 
@@ -75,7 +85,8 @@ def bench_prefill(
     Returns:
         tokens_per_s and time_to_first_token_s, and float_ of both; ratio of the two speeds; first_call_s, the
         packed model's first prompt, during which kernels repack their weights; peak_memory_bytes of the process
-        with the packed model alone.
+        with the packed model alone. The figures of the float model are None, and `float_left_out` says why, where
+        it does not fit into memory.
 
     Raises:
         UsageError: the model is not quantized, or tokens is below 1, or turns is not from 1 to 1000.
@@ -87,18 +98,23 @@ def bench_prefill(
     first = _prefill_time(live, prompt)
     _prefill_time(live, prompt)
     peak = peak_memory_bytes()
-    dense = dequantize_model(load_packed(model, tokens, trust_remote_code)[0])
-    _prefill_time(dense, prompt)
-    times = [(_prefill_time(live, prompt), _prefill_time(dense, prompt)) for _ in range(turns)]
-    packed, floats = (median(each) for each in zip(*times))
+    models = [live]
+    left_out = _float_left_out(live)
+    if left_out is None:
+        models.append(dequantize_model(load_packed(model, tokens, trust_remote_code)[0]))
+        _prefill_time(models[-1], prompt)
+    times = [[_prefill_time(each, prompt) for each in models] for _ in range(turns)]
+    packed, *dense = (median(each) for each in zip(*times))
+    floats = dense[0] if dense else None
     return {
         "model": str(model),
         "threads": torch.get_num_threads(),
         "activations": activations().name,
         "tokens": tokens,
         "tokens_per_s": tokens / packed,
-        "float_tokens_per_s": tokens / floats,
-        "ratio": floats / packed,
+        "float_tokens_per_s": floats and tokens / floats,
+        "ratio": floats and floats / packed,
+        "float_left_out": left_out,
         "time_to_first_token_s": packed,
         "float_time_to_first_token_s": floats,
         "first_call_s": first,
@@ -120,6 +136,14 @@ def load_packed(model: str | Path, tokens: int, trust_remote_code: bool) -> tupl
     live: Any = load(model, trust_remote_code=trust_remote_code)
     generator = torch.Generator().manual_seed(0)
     return live, torch.randint(0, int(live.config.vocab_size), (1, tokens), generator=generator)
+
+
+def _float_left_out(live: nn.Module) -> str | None:
+    """Return one sentence on why the float weights are not measured; None where they fit into memory."""
+    needed, free = dequantized_bytes(live), psutil.virtual_memory().available
+    if needed <= free:
+        return None
+    return f"Its float32 weights need {format_mb(needed)} and {format_mb(free)} of memory are free."
 
 
 def _decode_speed(live: nn.Module, prompt: Tensor, tokens: int) -> float:
