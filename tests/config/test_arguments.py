@@ -9,7 +9,7 @@ import pytest
 import bitmill
 from bitmill.config.arguments import renamed_arguments
 from bitmill.errors import UsageError
-from bitmill.workflows.sweep import sweep
+from bitmill.workflows.sweep.run import sweep
 
 
 @renamed_arguments(text_source="text")

@@ -17,7 +17,7 @@ from bitmill.errors import BitmillError
 from bitmill.workflows import prepared_tasks
 from bitmill.workflows.comparison import run
 from bitmill.workflows.plan.plan import plan
-from bitmill.workflows.sweep import sweep
+from bitmill.workflows.sweep.run import sweep
 from helpers.comparisons import in_this_process
 from helpers.hostile import VALUES
 

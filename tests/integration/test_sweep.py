@@ -23,6 +23,23 @@ def test_for_people(workspace, capsys):
         assert word in out
 
 
+def test_activations(workspace, capsys):
+    calib = ["--activations", "--calib", str(workspace.text), "--windows", "2", "--seqlen", "16"]
+    assert main(["sweep", str(workspace.source), *calib]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "2 x 16 tokens",
+        "errors of outputs",
+        "smallest safe",
+        "4 bits asymmetric: ",
+        "per token",
+        "bits/i",
+    ):
+        assert word in out
+    assert main(["sweep", str(workspace.source), "--calib", str(workspace.text)]) == 2
+    assert "--activations" in capsys.readouterr().err
+
+
 def test_windows_require_text(workspace, capsys):
     assert main(["sweep", str(workspace.source), "--windows", "3"]) == 2
     assert "--text" in capsys.readouterr().err

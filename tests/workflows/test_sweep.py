@@ -18,7 +18,10 @@ from bitmill.progress import Progress
 from bitmill.recipes.method import build_recipe
 from bitmill.report.verdicts import BROKEN, LIMITS, VERDICTS, summarize, verdict
 from bitmill.sources.open import open_source
-from bitmill.workflows.sweep import BITS, FLOATS, SIZES, Cell, decibels, fill_cells, sweep, sweep_cells
+from bitmill.workflows.sweep.cell import decibels
+from bitmill.workflows.sweep.layers import Layers
+from bitmill.workflows.sweep.run import fill_cells, sweep
+from bitmill.workflows.sweep.weights import BITS, FLOATS, SIZES, WeightCell, weight_cells
 from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -51,15 +54,16 @@ def test_equals_quantization(architecture: str) -> None:
 @architectures
 def test_measures_quantized_model(architecture: str) -> None:
     model = tiny_model(architecture)
-    table = [cell for cell in sweep_cells(search=False) if cell.group_size == 32 and cell.bits in (3, 4)]
-    fill_cells(StreamedModel(open_source(model)), table, WINDOWS, Progress())
+    table = [cell for cell in weight_cells(search=False) if cell.group_size == 32 and cell.bits in (3, 4)]
+    streamed = StreamedModel(open_source(model))
+    fill_cells(streamed, table, Layers(streamed), WINDOWS, Progress())
     for cell in table:
         core = cell.recipe.default.format.core
         options = {"bits": core.bits, "group_size": 32} if cell.recipe.name == "rtn" else {}
         with_codes, _ = quantized(model, cell.recipe.name, **options)
         logits = (lambda tokens, m=m: m(tokens).logits for m in (with_codes, model))
         expected = score_windows(next(logits), WINDOWS, next(logits))
-        found = cell.result(1)
+        found = cell.result()
         for key in ("perplexity", "kl_divergence", "top1_agreement"):
             assert found[key] == pytest.approx(expected[key], rel=1e-3)
 
@@ -94,6 +98,7 @@ def test_layer_ranking() -> None:
 
 def cell(sqnr_db: float = 40.0, worst: float = 40.0, kl: float | None = None, **changes: object) -> dict:
     base = {"method": "rtn", "bits": 4, "group_size": 64, "bits_per_weight": 4.3}
+    base["name"] = changes.get("method") or f"{changes.get('bits', 4)} bits"
     made = {**base, "sqnr_db": sqnr_db, "worst_sqnr_db": worst, "kl_divergence": kl, **changes}
     return {**made, "verdict": verdict(made)}
 
@@ -137,9 +142,9 @@ def test_verdict_words() -> None:
 
 
 def test_unmeasurable_cell() -> None:
-    made = Cell(build_recipe("rtn"), 4, 64, errors={"a": 0.1}, stored_bits=4)
+    made = WeightCell("4 bits", 4, 64, build_recipe("rtn"), errors={"a": 0.1}, stored_bits=4, numbers=1)
     made.metrics.windows.append(WindowSums(2, loss=math.nan, predicted=1))
-    result = made.result(1)
+    result = made.result()
     assert (result["perplexity"], result["kl_divergence"], result["top1_agreement"]) == (None, math.inf, None)
     assert cell_table([{**result, "verdict": verdict(result)}], measured=True).row_count == 1
 

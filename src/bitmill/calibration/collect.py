@@ -75,6 +75,25 @@ def find_stages(
     return stages
 
 
+@contextmanager
+def recorded_inputs(block: nn.Module, linears: Collection[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the inputs of linears while a block runs inside a with-statement.
+
+    Args:
+        block: the block.
+        linears: paths in the block.
+
+    Yields:
+        Path -> inputs (..., columns), a tensor for each call. Layers that read one tensor have one object.
+    """
+    calls: list[tuple[str, Tensor]] = []
+    recorded: dict[str, list[Tensor]] = {name: [] for name in linears}
+    with _pre_hooks(block, {name: _input_hook(name, calls) for name in linears}):
+        yield recorded
+    for name, X in calls:
+        recorded[name].append(X)
+
+
 class _RunningStatistics:
     """Running statistics of the input X (tokens, channels) of one linear."""
 

@@ -45,7 +45,11 @@ EXAMPLES = {
         "bitmill quantize smollm2-135m --bits 3 --dry-run --json",
     ),
     "compare": ("bitmill compare smollm2-135m --methods rtn,gptq,gptqt --bits 4,3",),
-    "sweep": ("bitmill sweep smollm2-135m", "bitmill sweep smollm2-135m --text pydoc --windows 4"),
+    "sweep": (
+        "bitmill sweep smollm2-135m",
+        "bitmill sweep smollm2-135m --text pydoc --windows 4",
+        "bitmill sweep smollm2-135m --activations --calib pydoc",
+    ),
     "plan": (
         "bitmill plan llama-7b --memory 24GB --context 32k",
         "bitmill plan org/name --bits 4 --kv kvquant --kv-bits 3 --memory 16GiB",

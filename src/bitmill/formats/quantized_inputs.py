@@ -117,15 +117,25 @@ class QuantizedInputs(Wrapper):
         Raises:
             NumericsError: with static, when calibration collected no magnitudes.
         """
-        own = self._static_params(stats.required_max_abs(self.name)) if self.static else {}
+        own = self.fit_inputs(stats)
 
         def finish(solved: Quantized) -> Quantized:
             return replace(solved, format=self, params={**solved.params, **own})
 
         return Reduction(W, stats, finish)
 
-    def _static_params(self, largest: Tensor) -> Params:
-        """Return parameters that cover inputs of either sign up to the largest of each column (columns,)."""
+    def fit_inputs(self, stats: Statistics) -> Params:
+        """Return the static parameters, which cover inputs of either sign up to the largest; none without static.
+
+        Args:
+            stats: of the layer.
+
+        Raises:
+            NumericsError: with static, when calibration collected no magnitudes.
+        """
+        if not self.static:
+            return {}
+        largest = stats.required_max_abs(self.name)
         params = fit_matrix(self.input_format, torch.stack([largest, -largest]), None, search=False)
         return {_PREFIX + name: value for name, value in params.items()}
 

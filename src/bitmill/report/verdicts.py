@@ -5,8 +5,8 @@ fair    up to 0.3
 poor    up to 1.2; calibration repairs much of it
 broken  above
 
-Without text the weight errors replace the divergence, which on the demo model is about 45 times the mean relative
-squared error where that is small. A layer far worse than the mean lowers the verdict by its own error.
+Without text the errors of layers replace the divergence, which on the demo model is about 45 times the mean
+relative squared error where that is small. A layer far worse than the mean lowers the verdict by its own error.
 docs/sweep.md has the measurements, and the perplexity that each verdict corresponds to.
 """
 
@@ -22,7 +22,7 @@ MARGIN_DB = 10.0  # by which the worst layer may be below the limit of the mean 
 
 
 def verdict(cell: dict[str, Any]) -> str:
-    """Return one of VERDICTS, by the KL divergence where it was measured, by the weight errors otherwise.
+    """Return one of VERDICTS, by the KL divergence where it was measured, by the errors otherwise.
 
     Args:
         cell: kl_divergence (nats per token, or None), sqnr_db and worst_sqnr_db.
@@ -36,44 +36,59 @@ def verdict(cell: dict[str, Any]) -> str:
     return BROKEN
 
 
-def summarize(cells: list[dict[str, Any]]) -> list[str]:
-    """Return one line per number of bits or named format, then the smallest cells that are safe, and fair."""
+def summarize(cells: list[dict[str, Any]], of: str = "weight") -> list[str]:
+    """Return one line per row of the table, then the smallest cells that are safe, and fair.
+
+    Args:
+        cells: by rows, each with a `verdict`, its `name` and `group_size`.
+        of: "weight" or "input", the numbers that are rounded.
+    """
     lines = []
-    for bits in sorted({cell["bits"] for cell in cells if _is_grid(cell)}, reverse=True):
-        row = [cell for cell in cells if _is_grid(cell) and cell["bits"] == bits]
-        groups = ((name, [c["group_size"] for c in row if c["verdict"] == name]) for name in VERDICTS)
-        lines.append(
-            f"{bits} bits: {'; '.join(f'{name} {_join_sizes(sizes)}' for name, sizes in groups if sizes)}"
-        )
-    lines += [f"{_cell_name(cell)}: {cell['verdict']}" for cell in cells if not _is_grid(cell)]
-    for count, name in enumerate(VERDICTS[:2], start=1):
+    for name, row in _rows(cells).items():
+        if len(row) == 1:
+            lines.append(f"{_cell_name(row[0], of)}: {row[0]['verdict']}")
+            continue
+        groups = ((word, [c["group_size"] for c in row if c["verdict"] == word]) for word in VERDICTS)
+        lines.append(f"{name}: {'; '.join(f'{word} {_join_sizes(sizes, of)}' for word, sizes in groups if sizes)}")
+    key = f"bits_per_{of}"
+    for count, word in enumerate(VERDICTS[:2], start=1):
         good = [cell for cell in cells if cell["verdict"] in VERDICTS[:count]]
-        best = min(good, key=lambda cell: (cell["bits_per_weight"], -cell["sqnr_db"]), default=None)
-        smallest = (
-            f"{_cell_name(best)}, {best['bits_per_weight']:.2f} bits per weight" if best else "none of these"
-        )
-        lines.append(f"smallest {name}: {smallest}")
+        best = min(good, key=lambda cell: (cell[key], -cell["sqnr_db"]), default=None)
+        smallest = f"{_cell_name(best, of)}, {best[key]:.2f} bits per {of}" if best else "none of these"
+        lines.append(f"smallest {word}: {smallest}")
     return lines
 
 
-def _is_grid(cell: dict[str, Any]) -> bool:
-    """Return True if the cell is a uniform grid, which the sweep rounds at several bits and group sizes."""
-    return bool(cell["method"] == "rtn")
+def _rows(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return name of a row -> its cells, in the order of the cells."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        rows.setdefault(cell["name"], []).append(cell)
+    return rows
 
 
-def _cell_name(cell: dict[str, Any]) -> str:
+def _cell_name(cell: dict[str, Any], of: str) -> str:
     """Return `4 bits in groups of 64` or `nf4 per row`."""
-    name = f"{cell['bits']} bits" if _is_grid(cell) else cell["method"]
-    return f"{name} {_join_sizes([cell['group_size']])}"
+    return f"{cell['name']} {_join_sizes([cell['group_size']], of)}"
 
 
-def _join_sizes(sizes: list[int | str]) -> str:
-    """Return `per row and in groups of 128, 64 and 32`."""
-    parts = [f"per {size}" for size in sizes if isinstance(size, str)]
+def _join_sizes(sizes: list[int | str], of: str) -> str:
+    """Return `per row and in groups of 128, 64 and 32`; a row of inputs is a token."""
+    parts = [f"per {size_name(size, of)}" for size in sizes if isinstance(size, str)]
     numbers = [str(size) for size in sizes if not isinstance(size, str)]
     if numbers:
         parts.append(f"in groups of {_join(numbers)}")
     return _join(parts)
+
+
+def size_name(size: int | str, of: str) -> str:
+    """Return a group size in words.
+
+    Args:
+        size: columns in a group, "row" or "tensor".
+        of: "weight" or "input", the numbers in groups.
+    """
+    return "token" if size == "row" and of == "input" else str(size)
 
 
 def _join(words: list[str]) -> str:

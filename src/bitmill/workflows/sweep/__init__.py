@@ -1,0 +1,1 @@
+"""Sweeps: every layer of a model rounded in every format of a table, weights or inputs."""
