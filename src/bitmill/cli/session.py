@@ -49,6 +49,7 @@ class Session:
         output.progress.start(f"loading {model}", 0)
         from bitmill import api
         from bitmill.evaluation.generate import check_can_generate
+        from bitmill.evaluation.prompt_cache import PromptCache
         from bitmill.workflows.kv import CacheFactory
 
         self.tokenizer: Any = api.load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -58,6 +59,7 @@ class Session:
             raise UsageError(f"{model} has no chat template; use bitmill generate {model} --prompt TEXT.")
         output.progress.finish()
         self.caches = CacheFactory(self.model, kv, model)
+        self._prompts = PromptCache(self.caches.new, self.caches.continues)
 
     @property
     def has_chat_template(self) -> bool:
@@ -73,7 +75,7 @@ class Session:
         on_text: Callable[[str], None] | None,
         should_stop: Callable[[], bool] | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """Continue token ids with an empty cache.
+        """Continue token ids, of which those that the last call began with too are not read again.
 
         Args:
             ids: the prompt.
@@ -88,7 +90,7 @@ class Session:
         """
         from bitmill.evaluation.generate import generate
 
-        past = self.caches.new()
+        past, read = self._prompts.begin(ids)
         generation = generate(
             self.model,
             self.tokenizer,
@@ -98,9 +100,11 @@ class Session:
             seed=seed,
             on_text=on_text,
             past=past,
+            read=read,
             chunk=self.caches.chunk,
             should_stop=should_stop,
         )
+        self._prompts.end(generation.past, generation.held)
         return generation, self.caches.measurements(past)
 
 

@@ -6,7 +6,7 @@ import inspect
 import operator
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,8 @@ class Generation:
     tokens_per_s: of the tokens after the first one; None for fewer than two tokens.
     starts: the place in the text, in characters, where each token begins; a token that completes no character
         begins where the next one does.
+    past, held: the cache afterwards, and the tokens whose keys and values it holds; None and none for models
+        without one.
     """
 
     text: str
@@ -39,6 +41,8 @@ class Generation:
     time_s: float
     tokens_per_s: float | None
     starts: list[int]
+    past: Any = field(default=None, repr=False)
+    held: list[int] = field(default_factory=list, repr=False)
 
     @property
     def new_tokens(self) -> int:
@@ -57,6 +61,7 @@ def generate(
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
     past: Any = None,
+    read: int = 0,
     chunk: int | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Generation:
@@ -70,7 +75,8 @@ def generate(
         temperature: 0 for greedy decoding; otherwise tokens are drawn from softmax(logits / temperature).
         seed: of the generator for these draws.
         on_text: receives the text in pieces of whole characters.
-        past: an empty cache of keys and values; the model makes its own without it.
+        past: a cache of keys and values; the model makes its own without it.
+        read: tokens of the prompt that `past` holds already.
         chunk: most tokens of the prompt that run at a time, which needs a cache; all at once without it.
         should_stop: asked before every token; the text ends there where it returns True.
 
@@ -87,13 +93,14 @@ def generate(
     tokens: list[int] = []
     starts: list[int] = []
     stopped: Literal["eos", "length", "interrupt"] = "length"
-    cache, unread = past, prompt
+    cache, unread = past, prompt[read:]
     started = first_token_at = time.perf_counter()
     for step in range(limit):
         if should_stop is not None and should_stop():
             stopped = "interrupt"
             break
         logits, cache = _next_logits(model, torch.tensor([unread], device=device), cache, chunk)
+        unread = []
         token = int(sample_tokens(logits, temperature, generator))
         if step == 0:
             first_token_at = time.perf_counter()
@@ -108,7 +115,9 @@ def generate(
     ended = time.perf_counter()
     timed = len(tokens) - 1  # the time of the first token is that of the prompt
     speed = timed / (ended - first_token_at) if timed > 0 else None
-    return Generation(text.text, tokens, stopped, ended - started, speed, starts)
+    seen = [*prompt, *tokens]
+    held = [] if cache is None else seen[: len(seen) - len(unread)]
+    return Generation(text.text, tokens, stopped, ended - started, speed, starts, cache, held)
 
 
 def _next_logits(model: nn.Module, tokens: Tensor, cache: Any, chunk: int | None) -> tuple[Tensor, Any]:

@@ -236,19 +236,19 @@ class CacheFactory:
     Attributes:
         method: None for the model's own caches.
         chunk: tokens of a prompt to read at a time, None for all at once.
+        continues: True where a filled cache can be continued by several tokens exactly.
 
     Raises:
         UsageError: the method lacks its calibration, or cannot store the model's keys and values.
     """
 
     def __init__(self, model: nn.Module, config: KVConfig | None, name: str) -> None:
-        self.model, self.chunk = model, None
+        self.model: nn.Module = model
+        self.chunk: int | None = None
         self.method, self.calibration = _method_to_generate_with(model, config, name)
-        if self.method is not None:
-            model_config: Any = model.config
-            layers = model_config.get_text_config().num_hidden_layers
-            # not all hybrids of transformers continue their other states by several tokens exactly: Bamba does not
-            self.chunk = PROMPT_CHUNK if len(packed_shapes(model)) == layers else None
+        self.continues = _continues(model)
+        if self.method is not None and self.continues:
+            self.chunk = PROMPT_CHUNK
 
     def new(self) -> QuantizedCache | None:
         """Return an empty cache; None for the model's own."""
@@ -266,6 +266,18 @@ class CacheFactory:
             "kv_bytes": cache.allocated_bytes,
             "kv_table_bytes": cache.table_bytes,
         }
+
+
+def _continues(model: nn.Module) -> bool:
+    """Return True if every layer keeps keys and values.
+
+    Not all hybrids of transformers continue their other states by several tokens exactly: Bamba does not.
+    """
+    try:
+        config: Any = model.config
+        return len(packed_shapes(model)) == config.get_text_config().num_hidden_layers
+    except (AttributeError, UsageError):
+        return False
 
 
 def _method_to_generate_with(
