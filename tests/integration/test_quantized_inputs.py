@@ -12,6 +12,8 @@ from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.recipes.compose import compose
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.recipe import Recipe
+from bitmill.report.text import storage_rows
+from helpers.tiny_models import tiny_model
 from helpers.workspace import save_model, write_text
 
 INPUTS = {
@@ -77,3 +79,34 @@ def test_tokens_with_nan_or_inf_have_nan(source):
     assert rounded[1].isnan().all()
     assert rounded[2].isnan().all()
     assert (rounded[[0, 3]] - x[[0, 3]]).norm() < 0.1 * x[[0, 3]].norm()
+
+
+def test_pyramid_weights_and_inputs():
+    recipe = compose(build_recipe("pvq", {"bits": 4}), inputs="pyramid:bits=4,simulated=true")
+    model = tiny_model("llama")
+    tokens = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens).logits.detach()
+    outcome = bitmill.quantize(model, recipe, calib=tokens, measure=0)
+    logits = outcome.model(tokens).logits
+    assert 0 < (logits - expected).norm() < 0.2 * expected.norm()
+    assert "simulated" in dict(storage_rows(outcome.summary))["inputs"]
+    format = recipe.scheme("a.q_proj").format
+    assert isinstance(format.inner, QuantizedInputs)
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    rounded = format.inner.effective_inputs(x, {})
+    assert (rounded - x).norm() < 0.12 * x.norm()
+    torch.testing.assert_close(format.inner.effective_inputs(x[2:3], {}), rounded[2:3])  # tokens are independent
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ("pyramid:bits=4", "simulated=true"),
+        ("additive:bits=8,simulated=true", "share a table"),
+        ("pyramid:bits=4,group_size=tensor,static=true,simulated=true", "leave static out"),
+        ("pyramid", "1 to 4 bits"),
+    ],
+)
+def test_refused_inputs(inputs, reason):
+    with pytest.raises(RecipeError, match=reason):
+        compose(build_recipe("pvq"), inputs=inputs)

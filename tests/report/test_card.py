@@ -66,6 +66,14 @@ def table_rows(card: str, first: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
+def test_inputs_are_named():
+    recipe = compose(build_recipe("pvq"), inputs="pyramid:bits=4,simulated=true", rules=["*.o_proj=@float"])
+    card = model_card(report(recipe=recipe.to_dict()))
+    assert "rounded to pyramid (bits 4, group_size row), simulated: rounded, and multiplied in floats" in card
+    assert "inputs float" in card
+    assert "inputs are rounded" not in model_card(report())
+
+
 def test_measurement_table():
     rows = table_rows(model_card(report(measured=[MEASURED, {**MEASURED, "by": "eval"}])), "| pydoc")
     assert rows[0] == ["pydoc, eval split", "4 x 512", "12.35", "11", "0.01235", "0.9", "bitmill quantize"]

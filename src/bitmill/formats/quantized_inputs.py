@@ -23,18 +23,20 @@ Source: Dettmers et al. 2022 (arXiv 2208.07339), section 2; Xiao et al. 2022 (ar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Format, GroupFormat, Params
+from bitmill.formats.base import FORMATS, Format, GroupFormat, Params, ScalarFormat
 from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized, fit_matrix, nearest_matrix
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.statistics import Statistics
 
 _PREFIX = "input_"
+_TOKENS = 7  # of a call, as an example
 
 
 @FORMATS.register("quantized_inputs")
@@ -51,6 +53,7 @@ class QuantizedInputs(Wrapper):
         super().__post_init__()
         if not isinstance(self.inputs, GroupFormat):
             raise RecipeError(f"Inputs cannot be stored as {self.inputs.name!r}; use a format of groups.")
+        self._check_parameters(self.inputs)
         if self.inner.quantizes_inputs:
             raise RecipeError("The inputs of a layer are quantized twice; name one format for them.")
         if not self.threshold >= 0:
@@ -59,6 +62,20 @@ class QuantizedInputs(Wrapper):
             raise RecipeError(
                 f"The inputs have group_size {self.inputs.group_size!r}, and a static scale is that of all tokens "
                 "and columns; use group_size=tensor, or leave static out."
+            )
+
+    def _check_parameters(self, inputs: GroupFormat) -> None:
+        """Raise RecipeError for tables that the tokens of a call share, and for static scales of other sizes."""
+        parts = inputs.parts((_TOKENS, inputs.block))
+        if not self.static and any(part.shape[0] == 1 < prod(part.shape) for part in parts):
+            raise RecipeError(
+                f"Tokens stored as {inputs.name!r} share a table that would be fitted to each call; use a format "
+                "with parameters of every token, such as uniform."
+            )
+        if self.static and not isinstance(inputs, ScalarFormat):
+            raise RecipeError(
+                f"A static scale comes from the largest inputs, and that of {inputs.name!r} from the mean square; "
+                "leave static out."
             )
 
     @property

@@ -11,6 +11,7 @@ from bitmill.report.describe import (
     describe_embedding_and_head,
     describe_exceptions,
     describe_format,
+    describe_inputs,
     describe_kv_cache,
     describe_measured_cache,
     describe_running,
@@ -96,6 +97,9 @@ _CARD = (
 The linear layers of the blocks are stored packed in the format
 {{ text(describe_format(recipe.weight)) }};
 {{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
+{%- if recipe.inputs %}
+Their inputs are rounded to {{ text(describe_inputs(recipe.inputs)) }}.
+{%- endif %}
 {% if exceptions %}
 {{ exceptions }}
 {% endif %}
@@ -238,6 +242,7 @@ def model_card(report: dict[str, Any]) -> str:
         code=lambda value, in_table=False: code_span(str(value), in_table),
         front_matter=_front_matter(report),
         describe_format=describe_format,
+        describe_inputs=describe_inputs,
         task_table=task_table,
         task_note=NOTE,
         answers=recorded_pairs(report),

@@ -19,9 +19,31 @@ def describe_format(format: dict[str, Any]) -> str:
     Wrappers come before the format they wrap: `rotated (seed 0) around uniform (bits 3)`.
     """
     inner = format.get("inner")
-    options = ", ".join(f"{key} {value}" for key, value in format.items() if key not in ("format", "inner"))
+    options = ", ".join(
+        f"{key} {describe_format(value) if isinstance(value, dict) else value}"
+        for key, value in format.items()
+        if key not in ("format", "inner")
+    )
     name = f"{format['format']} ({options})" if options else str(format["format"])
     return f"{name} around {describe_format(inner)}" if isinstance(inner, dict) else name
+
+
+def describe_simulation(format: dict[str, Any] | None) -> str:
+    """Return how simulated inputs are computed, from a format or the `inputs` of a recipe; empty for others."""
+    while format:
+        if format.get("simulated"):
+            return (
+                "simulated: rounded, and multiplied in floats where no kernel multiplies them as they are stored"
+            )
+        format = format.get("inner")
+    return ""
+
+
+def describe_inputs(inputs: dict[str, Any]) -> str:
+    """Return the format of a recipe's inputs: `uniform (bits 8, group_size row)`."""
+    simulation = describe_simulation(inputs)
+    plain = describe_format({key: value for key, value in inputs.items() if key != "simulated"})
+    return f"{plain}, {simulation}" if simulation else plain
 
 
 def describe_exceptions(recipe: dict[str, Any], code: Callable[[str], str] = str) -> str:
@@ -36,6 +58,8 @@ def describe_exceptions(recipe: dict[str, Any], code: Callable[[str], str] = str
         weight = rule.get("weight")
         changed = [weight if isinstance(weight, str) else describe_format(weight)] if weight is not None else []
         changed += [f"solver {rule['solver']['solver']}"] if rule.get("solver") else []
+        inputs = rule.get("inputs")
+        changed += [f"inputs {inputs if isinstance(inputs, str) else describe_inputs(inputs)}"] if inputs else []
         changed += ["other transforms"] if rule.get("transforms") is not None else []
         rules.append((rule["sites"], ", ".join(changed)))
     if not rules:

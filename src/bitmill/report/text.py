@@ -7,7 +7,12 @@ import shlex
 from typing import Any
 
 from bitmill.report import formatting
-from bitmill.report.describe import describe_format, describe_measured_cache, describe_options
+from bitmill.report.describe import (
+    describe_format,
+    describe_measured_cache,
+    describe_options,
+    describe_simulation,
+)
 from bitmill.report.domains import domains_of, worst_domain
 from bitmill.report.metrics import MetricColumn, metric_columns
 
@@ -95,6 +100,8 @@ def storage_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     for entry in summary["formats"]:
         count = f" in {entry['layers']:,} layers" if len(summary["formats"]) > 1 else ""
         rows.append(("format", describe_format(entry["format"]) + count))
+        if simulation := describe_simulation(entry["format"]):
+            rows.append(("inputs", simulation))
     if summary["formats"]:
         rows.append(("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"))
     bits = f"{summary['bits_per_weight']:.3f}"
