@@ -9,6 +9,7 @@ import pytest
 import bitmill
 from bitmill.evaluation.generated_answers import answer, final_number, share_figures
 from bitmill.evaluation.prompt import Prompt, prompt_tokens
+from bitmill.evaluation.prompt_cache import PromptCache
 from helpers.workspace import save_model
 
 PROMPT = Prompt("w1 w2", (("user", "w3"), ("assistant", "w4"), ("user", "w5")), reply="w6")
@@ -39,6 +40,20 @@ def test_answers_end_at_the_first_stop_sequence(folder):
     later, earlier = sorted(set(words), key=whole.index)[2:0:-1]
     assert answer(model, tokenizer, PROMPT, (later, "absent", earlier), 12) == whole[: whole.index(earlier)]
     assert answer(model, tokenizer, PROMPT, (), 5) == " ".join(words[:5])
+
+
+def test_examples_are_read_once(folder):
+    model, tokenizer = bitmill.load(folder), bitmill.load_tokenizer(folder)
+    lengths: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    questions = [Prompt("w1 w2", (*PROMPT.turns[:2], ("user", word))) for word in ("w7 w8", "w9")]
+    expected = [answer(model, tokenizer, question, (), 3) for question in questions]
+    lengths.clear()
+    cache = PromptCache(lambda: None)
+    assert [answer(model, tokenizer, question, (), 3, cache) for question in questions] == expected
+    assert lengths == [8, 1, 1, 2, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -13,28 +13,48 @@ from bitmill.evaluation.generate import generate
 from bitmill.evaluation.intervals import exact_interval
 from bitmill.evaluation.likelihood import mean
 from bitmill.evaluation.prompt import Prompt, prompt_tokens
+from bitmill.evaluation.prompt_cache import PromptCache
 
 _NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?")
 
 
 def answer(
-    model: nn.Module, tokenizer: Any, prompt: Prompt, stop_sequences: Sequence[str], max_new_tokens: int
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    stop_sequences: Sequence[str],
+    max_new_tokens: int,
+    prompt_cache: PromptCache | None = None,
 ) -> str:
     """Return the greedy answer, up to the first stop sequence, end of text, or the most tokens.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        prompt: the question.
+        stop_sequences: texts that end an answer.
+        max_new_tokens: most tokens of an answer.
+        prompt_cache: of the questions before, whose examples are then not read again.
 
     Raises:
         UsageError: the model cannot generate from this prompt.
         NumericsError: the logits are not finite.
     """
     written: list[str] = []
+    prompt_cache = prompt_cache or PromptCache(lambda: None)
+    ids = prompt_tokens(tokenizer, prompt)
+    past, read = prompt_cache.begin(ids)
     done = generate(
         model,
         tokenizer,
-        prompt_tokens(tokenizer, prompt),
+        ids,
         max_new_tokens=max_new_tokens,
+        past=past,
+        read=read,
         on_text=written.append,
         should_stop=lambda: _end("".join(written), stop_sequences) is not None,
     )
+    prompt_cache.end(done.past, done.held)
     return done.text[: _end(done.text, stop_sequences)]
 
 

@@ -236,7 +236,7 @@ class CacheFactory:
     Attributes:
         method: None for the model's own caches.
         chunk: tokens of a prompt to read at a time, None for all at once.
-        continues: True where a filled cache can be continued by several tokens exactly.
+        continues: True where several tokens continue a filled cache exactly.
 
     Raises:
         UsageError: the method lacks its calibration, or cannot store the model's keys and values.
@@ -246,7 +246,7 @@ class CacheFactory:
         self.model: nn.Module = model
         self.chunk: int | None = None
         self.method, self.calibration = _method_to_generate_with(model, config, name)
-        self.continues = _continues(model)
+        self.continues = can_continue_cache(model)
         if self.method is not None and self.continues:
             self.chunk = PROMPT_CHUNK
 
@@ -268,8 +268,8 @@ class CacheFactory:
         }
 
 
-def _continues(model: nn.Module) -> bool:
-    """Return True if every layer keeps keys and values.
+def can_continue_cache(model: nn.Module) -> bool:
+    """Return True if several tokens continue a filled cache exactly: every layer keeps keys and values.
 
     Not all hybrids of transformers continue their other states by several tokens exactly: Bamba does not.
     """

@@ -14,10 +14,12 @@ from bitmill.data.generated_tasks import GeneratedTask, Question
 from bitmill.errors import UsageError
 from bitmill.evaluation.generated_answers import answer, share_figures
 from bitmill.evaluation.likelihood import figures
+from bitmill.evaluation.prompt_cache import PromptCache
 from bitmill.evaluation.sandbox import Sandbox
 from bitmill.integrations.lm_eval import log_likelihoods, require_lm_eval
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress
+from bitmill.workflows.kv import can_continue_cache
 
 LIMIT = 200  # documents of a task
 BATCH_SIZE = 8  # continuations that run together
@@ -102,9 +104,12 @@ class PreparedTasks:
     ) -> dict[str, Any]:
         """Return the share of right answers of a task that the model writes."""
         passes = self.sandbox.passes if self.sandbox else None
+        prompt_cache = PromptCache(lambda: None, can_continue_cache(model))
         right = []
         for question in questions:
-            text = answer(model, tokenizer, question.prompt, task.stop_sequences, task.max_new_tokens)
+            text = answer(
+                model, tokenizer, question.prompt, task.stop_sequences, task.max_new_tokens, prompt_cache
+            )
             right.append(question.is_right(text, passes))
             progress.advance()
         return share_figures(task.metric, right)
