@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bitmill.workflows.evaluate import evaluate
     from bitmill.workflows.quantize import Outcome, quantize
     from bitmill.workflows.tasks import evaluate_tasks
+    from bitmill.workflows.train import train
 
 __all__ = [
     "BitmillError",
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "quantize",
+    "train",
 ]
 
 _HOMES = {
@@ -57,6 +59,7 @@ _HOMES = {
     "Quantized": "bitmill.formats.quantized",
     "QuantizedCache": "bitmill.kv.cache",
     "Recipe": "bitmill.recipes.recipe",
+    "train": "bitmill.api",
 }
 
 

@@ -9,11 +9,13 @@ from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.quantize import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
 from bitmill.workflows.tasks import evaluate_tasks
+from bitmill.workflows.train import TrainingOutcome, train
 
 __all__ = [
     "CalibrationData",
     "Estimate",
     "Outcome",
+    "TrainingOutcome",
     "estimate",
     "evaluate",
     "evaluate_tasks",
@@ -21,4 +23,5 @@ __all__ = [
     "load_tokenizer",
     "quantize",
     "stored_bits",
+    "train",
 ]

@@ -52,6 +52,14 @@ def test_quantize(workspace, keys):
     assert keys(*workspace.quantize("--dry-run", out=workspace.root / "dry")) == dry
 
 
+def test_train(workspace, keys):
+    options = ["--teacher", workspace.source, "--calib", workspace.text, "--samples", 8, "--seqlen", 32]
+    options += ["--held-apart", 2, "--max-minutes", 5, "-o", workspace.root / "trained"]
+    nested = {"samples", "seed", "seqlen", "sha256", "source", "trained_on", "step", "epoch", "training_loss"}
+    nested |= {"perplexity", "kl_divergence", "top1_agreement"}  # of `windows`, `curve`, `before` and `after`
+    assert keys("train", workspace.done, *options) == documented("train") - nested - {"stopped"}
+
+
 def test_eval(workspace, keys):
     command = ["eval", workspace.done, "--text", workspace.text, "--seqlen", 32, "--windows", 1]
     compared = {"kl_divergence", "kl_interval", "kl_p99", "kl_p999", "top1_agreement"}

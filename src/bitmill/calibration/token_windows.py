@@ -172,14 +172,14 @@ def _own_prefix(source: Source) -> tuple[int, ...]:
 
 def _given_windows(windows: Tensor, source: Source, calibrates: bool) -> JobData:
     """Return a caller's windows, checked, as `token_windows` does."""
-    windows = _checked_windows(windows, source.config)
+    windows = checked_windows(windows, source.config)
     if not calibrates:
         return JobData()
     calibration = {"source": "tokens", "sha256": windows_hash(windows)}
     return JobData(windows, None, {"calibration": calibration, "held_out": None})
 
 
-def _checked_windows(windows: Tensor, config: Any) -> Tensor:
+def checked_windows(windows: Tensor, config: Any) -> Tensor:
     """Return a caller's windows (windows, length) as int64 on the CPU.
 
     Raises:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bitmill.checkpoint.reader import is_bitmill_folder, open_checkpoint
@@ -47,6 +49,27 @@ def check_replaceable(out: Path) -> None:
             f"{out} holds {foreign[0]}, which bitmill did not write, so --overwrite does not delete it; {choice}."
         )
     check_place(out)
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield the place in which to make a folder, which becomes `out` when the block ends without an error.
+
+    Args:
+        out: the folder.
+        overwrite: replace a folder that bitmill wrote.
+
+    Raises:
+        OutputError: the folder cannot be written, or another process is writing it.
+    """
+    check_output(out, overwrite)
+    work = WorkFolder(out)
+    try:
+        work.clear()
+        yield work.model
+        publish_work(work, overwrite)
+    finally:
+        work.remove()
 
 
 def publish_work(work: WorkFolder, overwrite: bool) -> None:

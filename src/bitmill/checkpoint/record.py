@@ -55,7 +55,7 @@ def check_recordable(folder: Path) -> dict[str, Any]:
     """
     check_changeable(folder)
     report = open_checkpoint(folder).report
-    _documents(folder, report)
+    report_documents(folder, report)
     return dict(report.get("files", {}))
 
 
@@ -78,7 +78,7 @@ def record_measurement(folder: Path, result: dict[str, Any], files: dict[str, An
         report = open_checkpoint(folder).report  # which nobody else changes meanwhile
         _check_unchanged(folder, report, files)
         kept = [m for m in report["measured"] if any(m.get(key) != entry.get(key) for key in _SAME)]
-        _rewrite(new, {**report, "measured": [*kept, entry], **_answers(result)})
+        rewrite_report(new, {**report, "measured": [*kept, entry], **_answers(result)})
 
 
 def _answers(result: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def record_tasks(folder: Path, result: dict[str, Any], files: dict[str, Any] | N
     with changed_folder(folder) as new:
         report = open_checkpoint(folder).report
         _check_unchanged(folder, report, files)
-        _rewrite(new, {**report, "tasks": {**report.get("tasks", {}), **entries}})
+        rewrite_report(new, {**report, "tasks": {**report.get("tasks", {}), **entries}})
 
 
 def _check_unchanged(folder: Path, report: dict[str, Any], files: dict[str, Any] | None) -> None:
@@ -153,17 +153,18 @@ def add_calibration(folder: Path, calibration: KVCalibration, kv: dict[str, Any]
     report = {**checkpoint.report, "bits_per_weight": checkpoint.bits_per_weight, "kv": kv}
     report["files"] = {**report.get("files", {}), FILE: file_record(folder / FILE)}
     report["measured"] = [m for m in report["measured"] if m.get("kv_method") is None]
-    _rewrite(folder, report)
+    rewrite_report(folder, report)
 
 
-def _rewrite(folder: Path, report: dict[str, Any]) -> None:
-    documents = _documents(folder, report)
+def rewrite_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write a report, and the documents made from it, into a folder that has no name of its own yet."""
+    documents = report_documents(folder, report)
     write_json(folder / "report.json", report)
     for name, text in documents.items():
         write_text(folder / name, text)
 
 
-def _documents(folder: Path, report: dict[str, Any]) -> dict[str, str]:
+def report_documents(folder: Path, report: dict[str, Any]) -> dict[str, str]:
     """Return the documents of a report. Raises CheckpointError for a report that lacks what they need."""
     try:
         return folder_documents(report)

@@ -67,6 +67,7 @@ class Report(_Entry):
     recipe: dict[str, Any] | None = None
     identity: dict[str, Any] | None = None
     kv: dict[str, Any] | None = None
+    trained: dict[str, Any] | None = None
     samples: list[Answers] = []
     running: dict[str, Any] | None = None
     ends: dict[str, Any] | None = None

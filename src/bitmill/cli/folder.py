@@ -10,6 +10,7 @@ import typer
 
 from bitmill.cli.options import AsJson, Device, QuantizedFolder, TrustRemoteCode
 from bitmill.cli.output import command_output, data_table, property_table
+from bitmill.report.describe import describe_training
 from bitmill.report.text import describe_kv_plan, describe_measurement, format_mb
 
 MAX_FOREIGN = 8  # names shown of files that are not part of the quantized model
@@ -38,6 +39,7 @@ def inspect(folder: QuantizedFolder, as_json: AsJson = False) -> None:
             "folder_bytes": folder_bytes(checkpoint.folder),
             "recipe": report.get("recipe"),
             "kv": report.get("kv"),
+            "trained": report.get("trained"),
             "measured": report.get("measured", []),
             "recorded": bool(checkpoint.record),
             "foreign": list(checkpoint.foreign),
@@ -141,6 +143,8 @@ def _totals(data: dict[str, Any]) -> Any:
     ]
     if data["kv"]:
         rows.append(("keys and values", describe_kv_plan(data["kv"])))
+    if data["trained"]:
+        rows.append(("trained", describe_training(data["trained"])))
     if not data["recorded"]:
         rows.append(("record", "none: report.json is missing, so nothing can be verified"))
     rows += _foreign(data["foreign"])

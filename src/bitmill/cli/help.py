@@ -11,7 +11,7 @@ from typer.models import OptionInfo
 QUANTIZE, MEASURE, RUN, LOOK_UP = "Quantize", "Measure", "Run", "Look up"
 
 COMMANDS = {
-    QUANTIZE: ("quantize", "compare", "sweep", "plan"),
+    QUANTIZE: ("quantize", "train", "compare", "sweep", "plan"),
     MEASURE: ("eval", "verify", "inspect", "bench"),
     RUN: ("generate", "chat"),
     LOOK_UP: ("methods", "recipes", "models", "texts", "doctor"),
@@ -22,6 +22,7 @@ PANELS = {  # by parameter; others are in typer's own panel
         "method", "methods", "bits", "group_size", "settings", "format", "solver", "transform", "tuner", "sparse",
         "inputs", "rules", "recipes", "propagate", "max_minutes", "head_bits",
     ),
+    "Training": ("teacher", "loss", "learn", "epochs", "rate", "held_apart"),
     "Text and measurement": (
         "calib", "text", "split", "samples", "seqlen", "seed", "measure", "windows", "reference", "record",
         "search", "prompts", "quality", "tasks", "limit", "run_code",
@@ -35,7 +36,11 @@ PANELS = {  # by parameter; others are in typer's own panel
     ),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
-_PANEL_OF_COMMAND = {"generate": {"seed": "Generation"}, "chat": {"seed": "Generation"}}
+_PANEL_OF_COMMAND = {
+    "generate": {"seed": "Generation"},
+    "chat": {"seed": "Generation"},
+    "train": {"tokens": "Training", "max_minutes": "Training"},
+}
 
 EXAMPLES = {
     "quantize": (
@@ -43,6 +48,10 @@ EXAMPLES = {
         "bitmill quantize org/name --method gptq --bits 4 --group-size 128 -o DIR",
         "bitmill quantize smollm2-135m --method gptqt --bits 3 --kv kvquant --kv-bits 3",
         "bitmill quantize smollm2-135m --bits 3 --dry-run --json",
+    ),
+    "train": (
+        "bitmill train DIR -o TRAINED",
+        "bitmill train DIR --teacher org/name --epochs 2 --max-minutes 60 -o TRAINED",
     ),
     "compare": ("bitmill compare smollm2-135m --methods rtn,gptq,gptqt --bits 4,3",),
     "sweep": (

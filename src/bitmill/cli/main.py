@@ -23,6 +23,7 @@ from bitmill.cli import (
     quantize,
     sweep,
     texts,
+    train,
 )
 from bitmill.cli.app import App
 from bitmill.cli.failure import debugging, report_failure
@@ -40,6 +41,7 @@ app = App(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("quantize")(quantize.quantize)
+app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("sweep")(sweep.sweep)

@@ -6,7 +6,7 @@ place of its decoder, a function that returns the chosen hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ class SplitModel:
         decoder = find() if callable(find) else None
         if not isinstance(decoder, nn.Module) or decoder is model:
             raise CannotSplit
-        self.model, self._decoder = model, decoder
+        self.model, self.decoder = model, decoder
         self._device = next(model.parameters()).device
         config: Any = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -51,7 +51,11 @@ class SplitModel:
 
     def __call__(self, tokens: Tensor) -> DeferredLogits:
         """Return the logits of tokens (windows, length). Raises CannotSplit."""
-        return self.logits(self.run(lambda: self.model(tokens.to(self._device), **self._options)))
+        return self.logits(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Return what the decoder computes for tokens, (windows, length, width). Raises CannotSplit."""
+        return self.run(lambda: self.model(tokens.to(self._device), **self._options))
 
     def logits(self, hidden: Tensor) -> DeferredLogits:
         """Return the logits of hidden states (windows, length, width) that `run` returned."""
@@ -69,7 +73,7 @@ class SplitModel:
         Raises:
             CannotSplit: The decoder was not called once, or returns something else than hidden states.
         """
-        own, outputs = self._decoder.forward, []
+        own, outputs = self.decoder.forward, []
 
         def body(*args: Any, **kwargs: Any) -> Any:
             output = own(*args, **kwargs)
@@ -81,7 +85,7 @@ class SplitModel:
         if len(outputs) != 1:
             raise CannotSplit
         hidden = _hidden(outputs[0])
-        self._output = _with_hidden(outputs[0], hidden[:, :0].clone())
+        self._output = _with_hidden(outputs[0], hidden[:, :0].detach().clone())
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ class SplitModel:
 
     def free_body(self) -> None:
         """Free the parameters of the decoder, but for those that the head shares."""
-        inside = set(self._decoder.modules())
+        inside = set(self.decoder.modules())
         others = (module for module in self.model.modules() if module not in inside)
         kept = {id(parameter) for module in others for parameter in module._parameters.values()}
         for module in inside:
@@ -104,7 +108,7 @@ class SplitModel:
     @contextmanager
     def _decoder_forward(self, forward: Callable[..., Any]) -> Iterator[None]:
         """Run another function in place of the decoder's forward."""
-        attributes = vars(self._decoder)
+        attributes = vars(self.decoder)
         before = attributes.get("forward")
         attributes["forward"] = forward
         try:
@@ -171,18 +175,34 @@ def recorded_output_fn(
     Returns:
         A function that returns the output for each batch, in order.
     """
-    batches = list(batches)
+    outputs = recorded_outputs(model, list(batches), progress, free_body)
+    if outputs is None:
+        return output_fn(model)
+    following = iter(outputs)
+    return lambda _: next(following)
+
+
+def recorded_outputs(
+    model: nn.Module, batches: Sequence[Tensor], progress: Progress, free_body: bool
+) -> list[DeferredLogits] | None:
+    """Run a model on all its tokens now; returns the output for each batch, None where it cannot be split.
+
+    Args:
+        model: the model.
+        batches: tokens (windows, length), batch by batch.
+        progress: advanced by one for each window.
+        free_body: free the parameters that the head does not need; the model is not used afterwards.
+    """
     split = split_model(model, batches[0])
     if split is None:
-        return output_fn(model)
-    outputs: list[Output] = []
+        return None
+    outputs = []
     for tokens in batches:
         outputs.append(split(tokens))
         progress.advance(len(tokens))
     if free_body:
         split.free_body()
-    following = iter(outputs)
-    return lambda _: next(following)
+    return outputs
 
 
 def share_equal_parameters(model: nn.Module, other: nn.Module) -> None:

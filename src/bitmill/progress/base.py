@@ -30,6 +30,9 @@ class Progress:
     def advance(self, steps: int = 1) -> None:
         """Report finished steps of the current task."""
 
+    def describe(self, text: str) -> None:
+        """Report figures of the current task, such as a loss."""
+
     def finish(self) -> None:
         """End the current task."""
 

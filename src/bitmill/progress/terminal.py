@@ -36,7 +36,7 @@ class TerminalProgress(Progress):
         self._lock = threading.RLock()
         self._timer: threading.Timer | None = None
         self._bar: Bar | None = None
-        self._task, self._total, self._done = "", 0, 0
+        self._task, self._total, self._done, self._figures = "", 0, 0, ""
         self._started = self._last_line = self._last_step = 0.0
         self._expected: dict[str, float] = {}
         # a dumb terminal cannot move its cursor, so it gets lines, as a pipe does
@@ -48,7 +48,7 @@ class TerminalProgress(Progress):
         with self._lock:
             self.finish()
             _log.debug("begins: %s (%d steps)", task, total)
-            self._task, self._total, self._done = task, total, 0
+            self._task, self._total, self._done, self._figures = task, total, 0, ""
             self._started = self._last_step = time.monotonic()
             self._last_line = 0.0
             # a timer, because a task that only loads reports no steps
@@ -65,6 +65,13 @@ class TerminalProgress(Progress):
                 self._bar.update(self._bar.task_ids[0], completed=self._done, memory=self._memory())
             elif not self._terminal:
                 self._print_line()
+
+    def describe(self, text: str) -> None:
+        """Show figures behind the name of the task, from the next step on."""
+        with self._lock:
+            self._figures = f", {text}"
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], description=self._task + self._figures)
 
     def expect(self, task: str, seconds: float) -> None:
         """Show this time for a task until its first step is finished."""
@@ -114,7 +121,10 @@ class TerminalProgress(Progress):
             if self._terminal:
                 self._bar = _bar(self._total, self.seconds_left)
                 self._bar.add_task(
-                    self._task, total=self._total or None, completed=self._done, memory=self._memory()
+                    self._task + self._figures,
+                    total=self._total or None,
+                    completed=self._done,
+                    memory=self._memory(),
                 )
                 self._bar.tasks[0].start_time = self._started  # includes the time before the bar was drawn
                 self._bar.start()
@@ -129,7 +139,7 @@ class TerminalProgress(Progress):
             return
         self._last_line = now
         line = f"{self._task} {self._done}/{self._total}" if self._total else self._task
-        line += f", {elapsed:.0f} s"
+        line += f"{self._figures}, {elapsed:.0f} s"
         if (left := self.seconds_left()) is not None:
             line += f", about {left:.0f} s left"
         print(f"{line}, peak memory {self._memory()}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from bitmill.report.describe import (
     describe_running,
     describe_sizes,
     describe_source_types,
+    describe_training,
     describe_windows,
     split_layers,
 )
@@ -106,6 +107,9 @@ Their inputs are rounded to {{ text(describe_inputs(recipe.inputs)) }}.
 {{ embedding_and_head }}
 {% if source_line %}
 {{ source_line }}
+{% endif %}
+{% if training_line %}
+{{ training_line }}
 {% endif %}
 {% if kv_line %}
 {{ kv_line }}
@@ -254,6 +258,7 @@ def model_card(report: dict[str, Any]) -> str:
         source_line=markdown_text(source_line),
         running_line=markdown_text(describe_running(report["running"])) if report.get("running") else "",
         kv_line=markdown_text(describe_kv_cache(report["kv"])) if report.get("kv") else "",
+        training_line=markdown_text(describe_training(report["trained"])) if report.get("trained") else "",
         recipe_block=code_block(yaml.safe_dump(report["recipe"], sort_keys=False), "yaml"),
     )
 

@@ -88,6 +88,21 @@ def describe_kv_cache(kv: dict[str, Any]) -> str:
     )
 
 
+def describe_training(trained: dict[str, Any]) -> str:
+    """Return one sentence about an end-to-end training, from the `trained` of a report."""
+    learned = {"all": "scales, codebooks, norms and biases", "scales": "scales and codebooks"}
+    kl = trained["loss"] == "kl"
+    to = f"the predictions of {trained['teacher']}" if kl else "the text"
+    windows = f"{trained['windows']['trained_on']} windows of {trained['windows']['source']}"
+    key, name = ("kl_divergence", "KL divergence") if kl else ("perplexity", "perplexity")
+    before, after = (formatting.number(trained[when][key]) for when in ("before", "after"))
+    return (
+        f"{learned.get(trained['learn'], 'norms and biases').capitalize()} were trained end to end to {to} on "
+        f"{windows}, {formatting.plural(trained['epochs'], 'epoch')}: {name} {before} before and {after} after, "
+        f"on {formatting.plural(trained['held_apart'], 'window')} that were not trained on."
+    )
+
+
 def describe_measured_cache(measured: dict[str, Any]) -> str:
     """Return the packed cache that a measurement used, as text; empty for an ordinary cache."""
     if measured.get("kv_method") is None:

@@ -134,6 +134,33 @@ def summary_rows(model: str, summary: dict[str, Any], commands: list[str]) -> li
     return [*rows, *(("next" if number == 0 else "", command) for number, command in enumerate(commands))]
 
 
+def training_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, value) rows of a finished training, from its summary."""
+    before, after = summary["before"], summary["after"]
+    present = [metric for metric in metric_columns([before]) if before.get(metric.key) is not None]
+    changes = [(m.name, f"{format_metric(m, before)} before, {format_metric(m, after)} after") for m in present]
+    windows = summary["windows"]
+    time = formatting.duration(summary["time_s"]).replace(formatting.GAP, " ")
+    return [
+        ("folder", summary["folder"]),
+        *(("teacher", name) for name in [summary["teacher"]] if name),
+        (
+            "trained",
+            f"{summary['parameters']:,} parameters on {windows['trained_on']} windows of {windows['source']}",
+        ),
+        ("steps", f"{summary['steps']:,} at rate {summary['rate']:g}; best after step {summary['best_step']:,}"),
+        *(("stopped", sentence) for sentence in [summary.get("stopped")] if sentence),
+        ("measured on", f"{summary['held_apart']} windows that were not trained on"),
+        *changes,
+        ("time, peak memory", f"{time}, {format_mb(summary['peak_memory_bytes'])}"),
+        ("written to", summary["out"]),
+        (
+            "next",
+            f"bitmill eval {shlex.quote(summary['out'])} --reference {shlex.quote(summary['teacher'] or 'MODEL')}",
+        ),
+    ]
+
+
 def next_commands(model: str, out: str, auto_class: str, chat: bool) -> list[str]:
     """Return commands to go on with a quantized folder.
 

@@ -133,11 +133,13 @@ def adam_step(optimizer: torch.optim.Adam, share: float = 1.0) -> None:
     optimizer.zero_grad()
 
 
-def continuous_parts(quantized: Quantized) -> list[Part]:
+def continuous_parts(quantized: Quantized, shared: bool = False) -> list[Part]:
     """Return the stored parameters that are numbers, not indices, which a gradient can move.
 
-    Parts shared with other layers are left out: their effect on other blocks is unknown here.
+    Args:
+        quantized: the matrix.
+        shared: also those shared with other layers, whose effect on other blocks is unknown to a block alone.
     """
     format = quantized.format
-    parts = (part for part in format.parts(quantized.shape) if part.name not in format.shared)
+    parts = (part for part in format.parts(quantized.shape) if shared or part.name not in format.shared)
     return [part for part in parts if part.bits is None and part.stored_as.is_floating_point]

@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import calibration_windows
-from bitmill.checkpoint.overwrite import check_output, publish_work
+from bitmill.checkpoint.overwrite import new_folder
 from bitmill.checkpoint.record import add_calibration, check_recordable, record_calibration
-from bitmill.checkpoint.work_folder import WorkFolder
 from bitmill.config.documents import load_json
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length, check_vocabulary
@@ -328,17 +327,11 @@ def calibrate_folder(
         return
     if out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{out} lies in {folder}, of which it would be a copy; choose another folder with -o.")
-    check_output(out, overwrite)
-    work = WorkFolder(out)
-    try:
-        work.clear()
+    with new_folder(out, overwrite) as new:
         calibration, plan = _calibrated(folder, config, given, device, trust_remote_code, progress)
         with output_errors(out):
-            shutil.copytree(folder, work.model, ignore_dangling_symlinks=True)
-        add_calibration(work.model, calibration, plan)
-        publish_work(work, overwrite)
-    finally:
-        work.remove()
+            shutil.copytree(folder, new, ignore_dangling_symlinks=True)
+        add_calibration(new, calibration, plan)
 
 
 def _calibrated(

@@ -14,7 +14,6 @@ import yaml
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import JobData
-from bitmill.checkpoint.contents import read_json
 from bitmill.checkpoint.overwrite import check_output, check_replaceable
 from bitmill.checkpoint.reader import Checkpoint, is_bitmill_folder, open_checkpoint
 from bitmill.checkpoint.schema import quantization_config
@@ -23,7 +22,7 @@ from bitmill.checkpoint.writer import FolderSink, is_finished
 from bitmill.config.arguments import checked_arguments, renamed_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.windows import CalibrationData, as_calibration
-from bitmill.errors import UsageError, is_out_of_memory, one_line
+from bitmill.errors import UsageError, one_line
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.evaluation.reference import ReferencePredictions, ReferenceRecorder
 from bitmill.files import folder_bytes, write_tensors
@@ -44,7 +43,6 @@ from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.announce import announced
 from bitmill.workflows.checks import check_space
 from bitmill.workflows.job_report import job_report
-from bitmill.workflows.load import read_folder
 from bitmill.workflows.prepare import (
     PreparedJob,
     QuantizeRequest,
@@ -53,7 +51,7 @@ from bitmill.workflows.prepare import (
     read_data,
     windows_to_measure,
 )
-from bitmill.workflows.running import check_memory, measure_running
+from bitmill.workflows.running import measure_folder
 from bitmill.workflows.sizes import report_plan
 
 SECONDS_DIGITS = 3
@@ -301,16 +299,9 @@ def _measure_running(prepared: PreparedJob, folder: Path, reference: ReferencePr
     Returns:
         The report's entry `running`; empty where the packed model does not fit into memory, as its blocks do.
     """
-    config = read_json(folder, "config.json")
     request, trusted = prepared.request, prepared.streamed.source.trust_remote_code
-    try:
-        check_memory(folder_bytes(folder), request.device)
-        model = read_folder(folder, config, device=request.device, trust_remote_code=trusted)
-        running = measure_running(model, reference, request.progress)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        request.progress.note("the packed model does not fit into memory, so how it runs was not measured")
+    running = measure_folder(folder, reference, request.device, trusted, request.progress)
+    if running is None:
         return {}
     write_tensors(folder / REFERENCE_FILE, reference.tensors())
     return {"running": running}

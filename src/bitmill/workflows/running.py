@@ -9,23 +9,27 @@ measurement can be repeated without the float model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from bitmill.checkpoint.contents import read_json
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.compat import forward_with_cache
-from bitmill.errors import CheckpointError
+from bitmill.errors import CheckpointError, is_out_of_memory
 from bitmill.evaluation.logits import pieces
 from bitmill.evaluation.reference import ReferencePredictions, read_reference
+from bitmill.files import folder_bytes
 from bitmill.models.block_call import output_tensor
 from bitmill.models.split import deferred_output_fn
 from bitmill.progress import Progress
 from bitmill.runtime.activations import activations
 from bitmill.runtime.native import instruction_set
 from bitmill.workflows import kv as kv_workflow
+from bitmill.workflows.load import read_folder
 
 PATHS = ("windows", "decode")
 # Largest change of the KL divergence, in nats plus relative to the recorded value, and of the top-1 agreement.
@@ -54,6 +58,30 @@ def measure_running(
     progress.start("running the packed model", reference.tokens.numel())
     scores = {name: _score(reference, path) for name, path in running_paths(model, progress).items()}
     return running_record(model, reference.tokens.numel(), scores)
+
+
+def measure_folder(
+    folder: Path, reference: ReferencePredictions, device: str, trust_remote_code: bool, progress: Progress
+) -> dict[str, Any] | None:
+    """Return `measure_running` of the model in a folder; None where it does not fit into memory, as its blocks do.
+
+    Args:
+        folder: the quantized folder.
+        reference: the float model's predictions.
+        device: to run on.
+        trust_remote_code: load code in the folder.
+        progress: observer.
+    """
+    try:
+        check_memory(folder_bytes(folder), device)
+        config = read_json(folder, "config.json")
+        model = read_folder(folder, config, device=device, trust_remote_code=trust_remote_code)
+        return measure_running(model, reference, progress)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        progress.note("the packed model does not fit into memory, so how it runs was not measured")
+        return None
 
 
 def running_record(model: nn.Module, tokens: int, scores: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,311 @@
+"""Train the continuous parameters of a quantized folder from end to end, into a new folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitmill.calibration.token_windows import checked_windows
+from bitmill.checkpoint.overwrite import new_folder
+from bitmill.checkpoint.reader import Checkpoint, open_checkpoint
+from bitmill.checkpoint.trained import add_running, check_report, copy_trained
+from bitmill.checkpoint.work_folder import SUFFIX_BYTES
+from bitmill.config.arguments import checked_arguments
+from bitmill.config.paths import user_path
+from bitmill.data.held_apart import hold_apart
+from bitmill.data.text import windows_hash
+from bitmill.data.windows import (
+    SELF,
+    CalibrationData,
+    as_calibration,
+    check_context_length,
+    check_vocabulary,
+)
+from bitmill.errors import SourceError, UsageError, one_line
+from bitmill.evaluation.context import text_config
+from bitmill.evaluation.logits import DeferredLogits
+from bitmill.evaluation.reference import read_reference
+from bitmill.models.config_only import open_config_only
+from bitmill.models.meta import trim_malloc
+from bitmill.models.split import recorded_outputs
+from bitmill.pipeline.in_place import eval_mode
+from bitmill.progress import Progress, peak_memory_bytes
+from bitmill.progress.terminal import displayed
+from bitmill.report.text import training_rows
+from bitmill.runtime.decode import detach
+from bitmill.sources.zoo import ZOO
+from bitmill.tasks.base import task_for
+from bitmill.training.distil import Training, TrainingResult, WindowSet
+from bitmill.training.loss import LossName
+from bitmill.training.options import TrainingOptions
+from bitmill.training.student import Learn, Student
+from bitmill.workflows.checks import check_device, check_space
+from bitmill.workflows.load import load, load_tokenizer
+from bitmill.workflows.quantize import SECONDS_DIGITS
+from bitmill.workflows.running import measure_folder
+
+
+@dataclass
+class TrainingOutcome:
+    """The result of `train`; `print` shows a summary."""
+
+    summary: dict[str, Any]
+    report: dict[str, Any] = field(repr=False)
+    out: Path
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the summary as (name, value) pairs to print."""
+        return training_rows(self.summary)
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+@checked_arguments("teacher", "calib", "progress")
+def train(
+    folder: str | Path,
+    *,
+    out: str | Path,
+    teacher: str | Path | nn.Module | None = None,
+    calib: CalibrationData | Tensor | str | Path | list[str] | None = None,
+    loss: LossName = "kl",
+    learn: Learn = "all",
+    epochs: int = 1,
+    rate: float = TrainingOptions.rate,
+    tokens: int = 512,
+    held_apart: int = 8,
+    max_minutes: float | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | bool | None = None,
+) -> TrainingOutcome:
+    """Train scales, codebooks and norms of a quantized folder to the float model's predictions; codes stay.
+
+    The state with the lowest loss on windows that were kept out of training is written, the start included.
+
+    Args:
+        folder: a folder that bitmill quantize wrote, in any format.
+        out: the folder to write.
+        teacher: the float model; by default the one that the folder was made from.
+        calib: text to train on, as for `quantize`, of which `held_apart` windows are kept out of training, or
+            token windows (samples, length).
+        loss: "kl" is the divergence from the teacher's next-token distributions; "next-token" the cross entropy
+            of the text itself, without a teacher.
+        learn: "scales" are the numbers that formats store, "norms" the norms and biases of the blocks.
+        epochs: passes over the windows.
+        rate: of Adam, in units of the root mean square of each parameter's row.
+        tokens: in a step, in whole windows.
+        held_apart: windows that choose the state which is written.
+        max_minutes: training ends after this time, as if its epochs were over.
+        overwrite: replace a folder that bitmill wrote, once the new one is complete.
+        device: device to train on.
+        trust_remote_code: allow Python code in the folder to run.
+        progress: where progress is reported; True displays it, which terminals and notebooks do; False is silent.
+
+    Raises:
+        BitmillError: anything wrong with folder, teacher, text or disk, in one sentence.
+        NumericsError: the loss is NaN or infinite before anything is better than the start.
+    """
+    started = time.perf_counter()
+    options = TrainingOptions(loss, learn, epochs, rate, tokens, held_apart, max_minutes)
+    check_device(device)
+    with displayed(progress) as shown:
+        run = _Run(open_checkpoint(folder), teacher, options, device, trust_remote_code, shown)
+        place = user_path(out, SUFFIX_BYTES)
+        if place.resolve().is_relative_to(run.folder.resolve()):
+            raise UsageError(f"{place} lies in {run.folder}, of which it is made; choose another folder with -o.")
+        with new_folder(place, overwrite) as new:
+            described = run.write(new, as_calibration(calib))
+    report = open_checkpoint(place).report
+    summary = {
+        "folder": str(run.folder),
+        "out": str(place),
+        **described,
+        "bits_per_weight": report.get("bits_per_weight"),
+        "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    return TrainingOutcome(summary, report, place)
+
+
+class _Run:
+    """One training of a folder."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        teacher: str | Path | nn.Module | None,
+        options: TrainingOptions,
+        device: str,
+        trust_remote_code: bool,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint, self.folder, self.options = checkpoint, checkpoint.folder, options
+        self.device, self.trusted, self.progress = device, trust_remote_code, progress
+        if not checkpoint.formats:
+            raise UsageError(f"{self.folder} holds a float model, which has nothing to train; quantize it first.")
+        check_report(self.folder, checkpoint.report)
+        task = task_for(checkpoint.config)
+        if not task.generates:
+            raise UsageError(f"{self.folder} is {task.description}; only language models can be trained.")
+        self.task, self.config = task, open_config_only(self.folder, trust_remote_code=trust_remote_code).config
+        self.teacher = None if options.loss == "next-token" else self._teacher(teacher)
+
+    def _teacher(self, given: str | Path | nn.Module | None) -> str | Path | nn.Module:
+        """Return the float model to learn from. Raises UsageError where the folder does not tell where it is."""
+        if given is not None:
+            return given
+        report = self.checkpoint.report
+        hub, source = report.get("hub") or {}, str(report["source"])
+        if source in ZOO:
+            return source
+        if hub.get("id"):
+            return f"{hub['id']}@{hub['commit']}" if hub.get("commit") else str(hub["id"])
+        raise UsageError(
+            f"{self.folder} was made from {source!r}, and does not tell where that is; name it with --teacher "
+            "(teacher)."
+        )
+
+    def write(self, new: Path, calibration: CalibrationData | Tensor | None) -> dict[str, Any]:
+        """Train and write the folder; returns the summary."""
+        check_space(new, sum(path.stat().st_size for path in set(self.checkpoint.files.values())))
+        self.progress.start("reading text and model", 0)
+        windows, about = self._windows(calibration)
+        kept, apart = hold_apart(windows, self.options.held_apart)
+        expected = self._expected([*kept, *apart])
+        data = WindowSet(kept, expected[: len(kept)])
+        held = WindowSet(apart, expected[len(kept) :])
+        student = self._student(apart, expected)
+        seed = 0 if isinstance(calibration, Tensor) or calibration is None else calibration.seed
+        result = Training(student, data, held, self.options, seed, self.progress).run()
+        described = self._describe(student, result, {**about, "trained_on": len(kept)})
+        del student, data, held, expected
+        trim_malloc()
+        copy_trained(self.checkpoint, new, result.state, described)
+        self._measure(new)
+        return described
+
+    def _windows(self, calibration: CalibrationData | Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+        """Return token windows (samples, length), and the report's entry on them."""
+        config = self.config
+        if isinstance(calibration, Tensor):
+            windows = checked_windows(calibration, config)
+            return windows, {"source": "tokens", "sha256": windows_hash(windows)}
+        text = calibration or CalibrationData()
+        if text.source == SELF:
+            raise UsageError(f"{self.folder} cannot write its own training text; give another one with --calib.")
+        check_context_length(config, text.seqlen)
+        reading = self.task.windows(text.source, load_tokenizer(self.folder, trust_remote_code=self.trusted))
+        windows = reading.calibration(text.samples, text.seqlen, text.seed)
+        check_vocabulary(config, windows)
+        entry = {**vars(text), "source": text.name, **reading.describe("calib", text.samples)}
+        return windows, {**entry, "sha256": windows_hash(windows)}
+
+    @torch.no_grad()
+    def _expected(self, windows: list[Tensor]) -> list[DeferredLogits]:
+        """Return the teacher's outputs for windows, each (1, length, vocabulary); none without a teacher."""
+        if self.teacher is None:
+            return []
+        live = isinstance(self.teacher, nn.Module)
+        with _opened_teacher(self.teacher, self.device, self.trusted) as model:
+            self._check_words(getattr(text_config(getattr(model, "config", None)), "vocab_size", None))
+            self.progress.start("teacher", len(windows))
+            found = recorded_outputs(model, [w[None] for w in windows], self.progress, free_body=not live)
+        if found is None:
+            raise SourceError(
+                "The teacher does not pass hidden states of a decoder to its head; give another one."
+            )
+        return found
+
+    def _check_words(self, words: Any) -> None:
+        """Raise UsageError for a teacher of another vocabulary."""
+        own = getattr(text_config(self.config), "vocab_size", None)
+        if isinstance(words, int) and isinstance(own, int) and words != own:
+            raise UsageError(
+                f"The teacher has a vocabulary of {words} and {self.folder} one of {own}; give the float model it "
+                "was made from."
+            )
+
+    def _student(self, tokens: Tensor, expected: list[DeferredLogits]) -> Student:
+        self.progress.start("reading the folder", 0)
+        model = load(self.folder, device=self.device, trust_remote_code=self.trusted)
+        dtypes = {name: entry.dtype for name, entry in self.checkpoint.entries.items()}
+        student = Student(model, dtypes, self.options.learn, tokens)
+        if not student.learned:
+            raise UsageError(
+                f"{self.folder} stores nothing that training with learn={self.options.learn!r} could change; use "
+                "--learn all."
+            )
+        for format, layers in student.fixed.items():
+            self.progress.note(
+                f"{layers} layers in the format {format} store no scales in float and stay as they are"
+            )
+        if expected:
+            with torch.no_grad():
+                self._check_same_logits(expected[0][0, slice(0, 1)].shape[-1], student.vocabulary)
+        return student
+
+    def _check_same_logits(self, found: int, own: int) -> None:
+        if found != own:
+            raise UsageError(
+                f"The teacher has {found} logits and {self.folder} has {own}; give the float model it was made "
+                "from."
+            )
+
+    def _describe(self, student: Student, result: TrainingResult, about: dict[str, Any]) -> dict[str, Any]:
+        """Return the report's entry on the training, which holds nothing that depends on the machine's speed."""
+        options = asdict(self.options)
+        limit = options.pop("max_minutes")
+        return {
+            **options,
+            **({"max_minutes": limit} if limit is not None else {}),
+            "teacher": _name(self.teacher),
+            "windows": about,
+            "parameters": sum(leaf.numel() for leaf in student.leaves()),
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "before": result.start,
+            "after": result.best,
+            "curve": result.curve,
+            **({"stopped": result.stopped} if result.stopped else {}),
+        }
+
+    def _measure(self, new: Path) -> None:
+        """Measure how the new folder runs, where it keeps the float model's predictions."""
+        reference = read_reference(new)
+        if reference is not None:
+            add_running(new, measure_folder(new, reference, self.device, self.trusted, self.progress))
+
+
+@contextmanager
+def _opened_teacher(teacher: str | Path | nn.Module, device: str, trust_remote_code: bool) -> Iterator[nn.Module]:
+    """Yield the float model, ready to run."""
+    if isinstance(teacher, nn.Module):
+        with eval_mode(teacher):
+            yield teacher
+        return
+    try:
+        model = load(teacher, device=device, trust_remote_code=trust_remote_code)
+    except SourceError as error:
+        raise SourceError(
+            f"The teacher cannot be opened ({one_line(error)}); name the float model with --teacher (teacher)."
+        ) from None
+    yield detach(model)
+
+
+def _name(teacher: str | Path | nn.Module | None) -> str | None:
+    """Return the name of a teacher in the report: of a folder without those above it."""
+    if teacher is None or isinstance(teacher, nn.Module):
+        return None if teacher is None else type(teacher).__name__
+    path = user_path(teacher)
+    return path.resolve().name if path.exists() and str(teacher) not in ZOO else str(teacher)

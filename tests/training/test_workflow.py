@@ -1,0 +1,106 @@
+"""Training of a folder into a new one: the loss falls, the folder repeats it, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bitmill
+from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.checkpoint.verify import verify
+from bitmill.cli.main import main
+from bitmill.errors import BitmillError, NumericsError, UsageError
+from bitmill.evaluation.metrics import score_windows
+from bitmill.files import sha256
+from bitmill.models.split import deferred_output_fn
+from helpers.tiny_models import tiny_model
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("uniform", 3), ("gptqt", 3), ("codebook", 2)])
+def test_a_trained_folder_repeats_the_lower_loss(folders, teacher, windows, tmp_path, name, epochs):
+    out = tmp_path / "out"
+    outcome = bitmill.train(
+        folders(name), teacher=teacher, calib=windows, out=out, epochs=epochs, rate=1e-2, tokens=64
+    )
+    before, after = outcome.summary["before"]["kl_divergence"], outcome.summary["after"]["kl_divergence"]
+    assert after < 0.9 * before
+    assert len(outcome.report["trained"]["curve"]) == 1 + 4 * epochs
+    scored = score_windows(
+        deferred_output_fn(bitmill.load(out)), windows[-8:], deferred_output_fn(teacher), batch=1
+    )
+    assert scored["kl_divergence"] == pytest.approx(after, rel=1e-4)
+    old, new = open_checkpoint(folders(name)), open_checkpoint(out, digests="all")
+    assert verify(new)["layers"] == len(old.formats)
+    assert new.bits_per_weight == old.bits_per_weight
+    codes = [tensor for tensor in old.entries if tensor.endswith(".codes")]
+    assert codes
+    assert all(torch.equal(old.tensor(tensor), new.tensor(tensor)) for tensor in codes)
+    assert "trained end to end" in (out / "README.md").read_text()
+    assert "trained end to end" in (out / "report.html").read_text()
+
+
+def test_equal_trainings_give_equal_bytes(folders, teacher, windows, tmp_path):
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for out in outs:
+        bitmill.train(folders("uniform"), teacher=teacher, calib=windows, out=out, rate=3e-3)
+    digests = [{path.name: sha256(path) for path in out.iterdir()} for out in outs]
+    assert digests[0] == digests[1]
+
+
+def test_the_next_token_needs_no_teacher(folders, windows, tmp_path):
+    outcome = bitmill.train(
+        folders("uniform"), calib=windows, loss="next-token", learn="norms", out=tmp_path / "o"
+    )
+    assert outcome.report["trained"]["teacher"] is None
+    assert outcome.summary["after"]["perplexity"] <= outcome.summary["before"]["perplexity"]
+    assert "KL divergence" not in str(outcome)
+
+
+def test_nan_ends_training_with_a_sentence(folders, teacher, windows, tmp_path):
+    with pytest.raises(NumericsError, match=r"became nan in step \d+ of \d+ at rate 1e\+09; use a lower --rate"):
+        bitmill.train(folders("gptqt"), teacher=teacher, calib=windows, out=tmp_path / "out", rate=1e9)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_time_keeps_the_start(folders, teacher, windows, tmp_path):
+    outcome = bitmill.train(
+        folders("uniform"), teacher=teacher, calib=windows, out=tmp_path / "out", max_minutes=1e-9
+    )
+    assert (outcome.summary["steps"], outcome.summary["best_step"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"teacher": None}, "does not tell where that is; name it with --teacher"),
+        ({"rate": 0.0}, "rate is 0.0; use a number above 0"),
+        ({"loss": "mse"}, "loss is 'mse'; use 'kl' or 'next-token'"),
+        ({"teacher": "no/such/model"}, "teacher cannot be opened"),
+    ],
+)
+def test_refusals_of_train(folders, teacher, windows, tmp_path, changes, sentence):
+    arguments = {"teacher": teacher, "calib": windows, "out": tmp_path / "out", **changes}
+    with pytest.raises(BitmillError, match=sentence):
+        bitmill.train(folders("uniform"), **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(folders, windows, tmp_path):
+    other = tiny_model("llama", vocab_size=130)
+    with pytest.raises(UsageError, match=r"vocabulary of 130 and .* one of 128"):
+        bitmill.train(folders("uniform"), teacher=other, calib=windows, out=tmp_path / "out")
+
+
+def test_refusals_of_the_command(tmp_path, capsys):
+    from helpers.workspace import save_model, write_text
+
+    source, text = save_model(tmp_path / "source"), write_text(tmp_path / "text.txt")
+    folder = tmp_path / "q"
+    bitmill.quantize(source, "rtn", bits=3, group_size=32, out=folder, measure=0)
+    capsys.readouterr()
+    assert main(["train", str(source), "--teacher", str(source), "-o", str(tmp_path / "x")]) == 1
+    assert "holds a float model" in capsys.readouterr().err
+    short = ["train", folder, "--teacher", source, "--calib", text, "--seqlen", 64, "--samples", 4]
+    text.write_text("w1 w2 w3")
+    assert main([*map(str, short), "--held-apart", "1", "-o", str(tmp_path / "x")]) == 1
+    assert "a window needs more than" in capsys.readouterr().err
