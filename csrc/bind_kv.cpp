@@ -138,7 +138,7 @@ Packed KvBlock::packed(const Shape& shape, int64_t packed, int64_t sinks, int64_
     static constexpr int32_t none = 0;
     require(layer.pages.heads == shape.kv_heads && layer.pages.dim == shape.dim, "a layer has other heads");
     require(0 <= waiting && waiting < static_cast<int64_t>(tokens.fp16_keys.shape(2)), "there is no room for a token");
-    const KvAttention call = call_of(layer, tokens, 1, shape.heads, 0, packed, sinks, waiting + 1, &none, &none, shape.scaling);
+    const KvAttention call = call_of(layer, tokens, 1, shape.heads, 0, packed, sinks, waiting + 1, &none, &none, 1.0f);
     return {call, tokens.keys(), tokens.values(), {or_null(keys)},
             {or_null(values), or_null(values_back), or_null(mean), or_null(deviation)}};
 }

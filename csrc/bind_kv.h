@@ -46,7 +46,7 @@ struct KvBlock {
 
     KvBlock(const KvLayer& layer, const KvTokens& tokens, KvLayer::MaybeFloats key_turn, KvLayer::MaybeFloats value_turn,
             KvLayer::MaybeFloats value_mean, KvLayer::MaybeFloats value_deviation);
-    // With one more token after `packed` ones in pages and `waiting` fp16 ones.
+    // With one more token after `packed` ones in pages and `waiting` fp16 ones; the step sets the scale of scores.
     Packed packed(const Shape& shape, int64_t packed, int64_t sinks, int64_t waiting) const;
 };
 

@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "bind_kv.h"
+#include "bind_decoder.h"
 #include "lut/linear.h"
 
 namespace bitmill {
@@ -18,9 +18,6 @@ std::unique_ptr<Linear> made(Arguments&&... arguments) {
     return std::make_unique<T>(std::forward<Arguments>(arguments)...);
 }
 
-using Floats = Array<const float, 1>;
-using MaybeFloats = std::optional<Floats>;
-
 std::unique_ptr<LookupLinear> lookup(const Layout& l, int source, bool wide, bool mirrored,
                                      int64_t record_bytes, int64_t records_per_tile, int bank_bits,
                                      float zero, Bytes codes, Bytes tables, Some ids, MaybeFloats powers,
@@ -29,11 +26,6 @@ std::unique_ptr<LookupLinear> lookup(const Layout& l, int source, bool wide, boo
                                            bank_bits, zero, codes, tables, ids, powers, scales, zeros,
                                            row_scales, act);
     return std::make_unique<LookupLinear>(weights, static_cast<Act>(act));
-}
-
-const float* numbers(const MaybeFloats& values, int64_t count, const char* what) {
-    require(!values || static_cast<int64_t>(values->size()) == count, what);
-    return values ? values->data() : nullptr;
 }
 
 template <class Number>
@@ -91,89 +83,11 @@ void def_of_weights(nb::module_& m, const char* name, const Function& function) 
           nb::keep_alive<0, 13>(), nb::keep_alive<0, 14>(), nb::keep_alive<0, 15>());
 }
 
-// A model while it is put together.
-struct Builder {
-    Shape shape;
-    std::vector<Block> blocks;
-
-    Builder(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t dim, float eps, float scaling)
-        : shape{hidden, heads, kv_heads, dim, eps, scaling} {
-        const auto sound = [](int64_t size) { return 0 < size && size < int64_t{1} << 24; };
-        require(sound(hidden) && sound(heads) && sound(kv_heads) && sound(dim) && sound(heads * dim) &&
-                    heads % kv_heads == 0 && dim % 2 == 0,
-                "the shape is no model's");
-    }
-
-    void block(Floats norm_in, Floats norm_out, const std::vector<const Linear*>& linears,
-               const std::vector<MaybeFloats>& biases, MaybeFloats q_norm, MaybeFloats k_norm) {
-        require(linears.size() == 7 && biases.size() == 7, "a block has seven layers");
-        require(static_cast<int64_t>(norm_in.size()) == shape.hidden && norm_out.size() == norm_in.size(),
-                "a norm has another size");
-        Projection all[7];
-        for (int i = 0; i < 7; ++i) {
-            require(linears[i], "a layer is missing");
-            all[i] = {linears[i], numbers(biases[i], linears[i]->rows, "a bias has another size")};
-        }
-        blocks.push_back({norm_in.data(), norm_out.data(), all[0], all[1], all[2], all[3], all[4], all[5],
-                          all[6], numbers(q_norm, shape.dim, "a norm has another size"),
-                          numbers(k_norm, shape.dim, "a norm has another size")});
-    }
-
-    std::unique_ptr<Model> build(Floats norm, const Linear& head, MaybeFloats bias) {
-        require(static_cast<int64_t>(norm.size()) == shape.hidden, "a norm has another size");
-        const Projection last{&head, numbers(bias, head.rows, "a bias has another size")};
-        return std::make_unique<Model>(shape, blocks, norm.data(), last);
-    }
-};
-
 std::vector<float> row_of(const Linear& table, int64_t row) {
     require(0 <= row && row < table.rows, "a row is out of range");
     std::vector<float> out(table.columns);
     if (!table.row(row, out.data())) out.clear();
     return out;
-}
-
-// The token's embedding is given, or a row of a table.
-void advance(Model& model, const MaybeFloats& embedding, const Linear* table, int64_t token, const Floats& cos, const Floats& sin,
-             Past past, const Packed* packed, Array<float, 1>& logits, int threads) {
-    const Shape& s = model.shape;
-    const auto is = [&](size_t found, int64_t expected) { return static_cast<int64_t>(found) == expected; };
-    std::vector<float> row;
-    if (table) {
-        require(table->columns == s.hidden, "the table has another width");
-        row = row_of(*table, token);
-    }
-    const float* first = embedding ? embedding->data() : row.data();
-    require(is(embedding ? embedding->size() : row.size(), s.hidden) && is(cos.size(), s.dim) &&
-                is(sin.size(), s.dim) && is(logits.size(), model.tokens()),
-            "an array has another size");
-    const Position at{cos.data(), sin.data(), past, packed};
-    nb::gil_scoped_release free;
-    model.advance(first, at, logits.data(), threads);
-}
-
-void advance_floats(Model& model, MaybeFloats embedding, const Linear* table, int64_t token, Floats cos, Floats sin,
-                    Array<float, 5> past, int64_t length, Array<float, 1> logits, int threads) {
-    const Shape& s = model.shape;
-    const auto is = [&](size_t found, int64_t expected) { return static_cast<int64_t>(found) == expected; };
-    require(is(past.shape(0), model.depth()) && past.shape(1) == 2 && is(past.shape(2), s.kv_heads) &&
-                is(past.shape(4), s.dim) && 0 <= length && length < static_cast<int64_t>(past.shape(3)),
-            "the past has another shape, or no room");
-    const Past floats{past.data(), static_cast<int64_t>(past.shape(3)), length};
-    advance(model, embedding, table, token, cos, sin, floats, nullptr, logits, threads);
-}
-
-void advance_packed(Model& model, MaybeFloats embedding, const Linear* table, int64_t token, Floats cos, Floats sin,
-                    const std::vector<const KvBlock*>& past, int64_t packed, int64_t sinks, int64_t waiting,
-                    Array<float, 1> logits, int threads) {
-    require(static_cast<int64_t>(past.size()) == model.depth(), "there is a past of each block");
-    std::vector<Packed> blocks;
-    blocks.reserve(past.size());
-    for (const KvBlock* block : past) {
-        require(block, "a block is missing");
-        blocks.push_back(block->packed(model.shape, packed, sinks, waiting));
-    }
-    advance(model, embedding, table, token, cos, sin, {nullptr, 0, 0}, blocks.data(), logits, threads);
 }
 
 }  // namespace
@@ -197,6 +111,12 @@ void bind_step(nb::module_& m) {
         "bf16_linear",
         [](Array<const int16_t, 2> weights) {
             return made<DenseLinear>(weights.data(), false, weights.shape(0), weights.shape(1));
+        },
+        "weights"_as_is, nb::keep_alive<0, 1>());
+    m.def(
+        "transposed_linear",
+        [](Array<const float, 2> weights) {
+            return made<TransposedLinear>(weights.data(), weights.shape(1), weights.shape(0));
         },
         "weights"_as_is, nb::keep_alive<0, 1>());
     m.def(
@@ -267,19 +187,7 @@ void bind_step(nb::module_& m) {
             return made<PermutedLinear>(inner, order.data());
         },
         "inner"_a, "order"_as_is, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>());
-    nb::class_<Builder>(m, "ModelBuilder")
-        .def(nb::init<int64_t, int64_t, int64_t, int64_t, float, float>(), "hidden"_a, "heads"_a,
-             "kv_heads"_a, "dim"_a, "eps"_a, "scaling"_a)
-        .def("block", &Builder::block, "norm_in"_as_is, "norm_out"_as_is, "linears"_a, "biases"_as_is,
-             "q_norm"_as_is.none(), "k_norm"_as_is.none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
-             nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>())
-        .def("build", &Builder::build, "norm"_as_is, "head"_a, "bias"_as_is.none(), nb::keep_alive<0, 1>(),
-             nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>());
-    nb::class_<Model>(m, "Model")
-        .def("advance", advance_floats, "embedding"_as_is.none(), "table"_a.none(), "token"_a, "cos"_as_is,
-             "sin"_as_is, "past"_as_is, "length"_a, "logits"_as_is, "threads"_a)
-        .def("advance", advance_packed, "embedding"_as_is.none(), "table"_a.none(), "token"_a, "cos"_as_is,
-             "sin"_as_is, "past"_a, "packed"_a, "sinks"_a, "waiting"_a, "logits"_as_is, "threads"_a);
+    bind_decoder(m);
 }
 
 }  // namespace bitmill

@@ -68,6 +68,11 @@ bool DenseLinear::row(int64_t row, float* out) const {
     return true;
 }
 
+void TransposedLinear::apply(const Team& team, Workspace, const float* x, float* y) const {
+    const auto [first, last] = team.share(rows);
+    isa().step->transposed(weights, rows, columns, x, y, first, last);
+}
+
 VectorLinear::VectorLinear(const Vectors& weights) : Linear(weights.rows, weights.columns), weights(weights) {
     own = weights.padded_columns();
 }

@@ -74,6 +74,16 @@ private:
     const bool wide;
 };
 
+// Unquantized, fp32, stored columns x rows as GPT-2 stores its matrices.
+class TransposedLinear : public Linear {
+public:
+    TransposedLinear(const float* weights, int64_t rows, int64_t columns) : Linear(rows, columns), weights(weights) {}
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+
+private:
+    const float* weights;
+};
+
 class VectorLinear : public Linear {
 public:
     explicit VectorLinear(const Vectors& weights);

@@ -9,33 +9,73 @@
 #include "../threads.h"
 
 namespace bitmill {
+namespace {
+
+void fit(bool does) {
+    if (!does) throw std::invalid_argument("a layer does not fit the model's shape");
+}
+
+void normalize(const Norm& norm, const float* weight, const float* bias, const float* x, int64_t count, float* out) {
+    if (norm.centred) isa().step->layer_norm(x, weight, bias, norm.eps, count, out);
+    else isa().step->norm(x, weight, norm.eps, count, out);
+}
+
+}  // namespace
 
 struct Model::Thread {
     RoundedInputs inputs;
-    std::vector<float> x, normed, gated, q, scores, own, head;
+    std::vector<float> x, normed, active, scores, own, head;
 };
 
 Model::~Model() = default;
 
-Model::Model(const Shape& shape, std::vector<Block> all, const float* norm, const Projection& head)
-    : shape(shape), blocks(std::move(all)), norm(norm), head(head) {
-    const int64_t queries = shape.heads * shape.dim, keys = shape.kv_heads * shape.dim;
-    int64_t together = 0;
-    const auto check = [&](const Projection& p, int64_t rows, int64_t columns) {
-        if (!p.linear || p.linear->rows != rows || p.linear->columns != columns)
-            throw std::invalid_argument("a layer does not fit the model's shape");
-        own = std::max(own, p.linear->own), together = std::max(together, p.linear->shared);
+int64_t Model::windows() const {
+    return std::count_if(blocks.begin(), blocks.end(), [](const Block& b) { return b.attention.window > 0; });
+}
+
+bool Model::reads_packed() const {
+    return std::all_of(blocks.begin(), blocks.end(),
+                       [](const Block& b) { return !b.attention.window && !(b.attention.cap > 0); });
+}
+
+void Model::check(const Projection& p, int64_t rows, int64_t columns) {
+    fit(p.linear && p.linear->rows == rows && p.linear->columns == columns);
+    own = std::max(own, p.linear->own);
+    shared.resize(std::max<int64_t>(shared.size(), p.linear->shared));
+}
+
+void Model::check(const Norm& norm, int64_t size) const { fit(!norm.weight || norm.size == size); }
+
+void Model::check(Block& b) {
+    Attention& a = b.attention;
+    for (const Layers* layers : {&a.inputs, &b.mlp.inputs})
+        for (const Projection& p : layers->all) check(p, p.linear ? p.linear->rows : 0, shape.hidden);
+    const auto check_heads = [&](Heads& heads, int64_t count) {
+        fit(0 <= heads.at && shape.dim <= heads.stride && heads.at + (count - 1) * heads.stride + shape.dim <= a.inputs.rows());
+        check(heads.norm, heads.norm.size == shape.dim ? shape.dim : count * shape.dim);
+        heads.bias = a.inputs.bias(heads.at);
     };
-    for (const Block& b : blocks) {
-        inner = std::max(inner, b.gate.linear ? b.gate.linear->rows : 0);
-        check(b.q, queries, shape.hidden), check(b.k, keys, shape.hidden), check(b.v, keys, shape.hidden);
-        check(b.o, shape.hidden, queries), check(b.gate, inner, shape.hidden), check(b.up, inner, shape.hidden);
-        check(b.down, shape.hidden, inner);
+    check_heads(a.q, shape.heads), check_heads(a.k, shape.kv_heads), check_heads(a.v, shape.kv_heads);
+    fit(b.mlp.inputs.rows() == b.mlp.inner() * (b.mlp.gated ? 2 : 1) && a.window >= 0);
+    check(a.output, shape.hidden, shape.heads * shape.dim), check(b.mlp.output, shape.hidden, b.mlp.inner());
+    for (const Norm* n : {&b.before_attention, &b.after_attention, &b.before_mlp, &b.after_mlp}) check(*n, shape.hidden);
+    inner = std::max(inner, b.mlp.inner());
+    rotary_kinds = std::max<int64_t>(rotary_kinds, a.rotary + 1);
+    qkv.resize(std::max<int64_t>(qkv.size(), a.inputs.rows()));
+    wide.resize(std::max<int64_t>(wide.size(), b.mlp.inputs.rows()));
+}
+
+Model::Model(const Shape& shape, std::vector<Block> all, const Norm& norm, const Projection& head)
+    : shape(shape), blocks(std::move(all)), norm(norm), head(head) {
+    int64_t counts[2] = {0, 0};
+    for (Block& b : blocks) {
+        check(b);
+        place_in_past.push_back(counts[b.attention.window > 0]++);
     }
+    check(norm, shape.hidden);
     if (!head.linear) throw std::invalid_argument("a model has a head");
     check(head, head.linear->rows, shape.hidden);
-    q.resize(queries), attended.resize(queries), k.resize(keys), v.resize(keys), o.resize(shape.hidden);
-    gate.resize(inner), up.resize(inner), down.resize(shape.hidden), shared.resize(together);
+    q.resize(shape.heads * shape.dim), attended.resize(q.size()), o.resize(shape.hidden), down.resize(shape.hidden);
 }
 
 void Model::advance(const float* embedding, const Position& at, float* logits, int threads) {
@@ -44,8 +84,8 @@ void Model::advance(const float* embedding, const Position& at, float* logits, i
     threads_.resize(threads);
     for (Thread& t : threads_) {
         t.x.assign(embedding, embedding + shape.hidden);
-        t.normed.resize(shape.hidden), t.gated.resize(inner), t.q.resize(shape.heads * shape.dim);
-        t.scores.resize(shape.heads / shape.kv_heads * at.past.capacity), t.own.resize(own), t.head.resize(shape.dim);
+        t.normed.resize(shape.hidden), t.active.resize(inner), t.own.resize(own), t.head.resize(3 * shape.dim);
+        t.scores.resize(shape.heads / shape.kv_heads * std::max(at.all.capacity, at.recent.capacity));
     }
     for (int64_t i = 0; at.packed && i < depth(); ++i) pieces.make_room(at.packed[i].call, threads_.size(), threads_.size());
     Barrier barrier;
@@ -62,79 +102,119 @@ void Model::advance(const float* embedding, const Position& at, float* logits, i
     run({0, 1, &barrier}, threads_[0], at, logits);
 }
 
-void Model::run(const Team& team, Thread& self, const Position& at, float* logits) {
-    const StepKernels& best = *isa().step;
-    const Workspace room{self.inputs, self.own.data(), shared.data()};
-    const auto apply = [&](const Projection& p, const float* x, float* y) { p.linear->apply(team, room, x, y); };
-    const auto normed = [&](const float* weight) {
-        best.norm(self.x.data(), weight, shape.eps, shape.hidden, self.normed.data());
-        self.inputs.changed();
-        return self.normed.data();
-    };
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        const Block& b = blocks[i];
-        const float* n = normed(b.norm_in);
-        apply(b.q, n, q.data()), apply(b.k, n, k.data()), apply(b.v, n, v.data());
-        team.wait();
-        at.packed ? attention(team, self, b, at.packed[i], at) : attention(team, self, b, static_cast<int64_t>(i), at);
-        team.wait();
-        self.inputs.changed();
-        apply(b.o, attended.data(), o.data());
-        team.wait();
-        best.add(self.x.data(), o.data(), b.o.bias, shape.hidden);
-        n = normed(b.norm_out);
-        apply(b.gate, n, gate.data()), apply(b.up, n, up.data());
-        team.wait();
-        best.gated(gate.data(), b.gate.bias, up.data(), b.up.bias, inner, self.gated.data());
-        self.inputs.changed();
-        apply(b.down, self.gated.data(), down.data());
-        team.wait();
-        best.add(self.x.data(), down.data(), b.down.bias, shape.hidden);
+void Model::multiply(const Team& team, Thread& self, const Projection& p, const float* x, float* y) {
+    p.linear->apply(team, {self.inputs, self.own.data(), shared.data()}, x, y);
+}
+
+void Model::multiply(const Team& team, Thread& self, const Layers& layers, const float* x, float* y) {
+    for (const Projection& p : layers.all) {
+        multiply(team, self, p, x, y);
+        y += p.linear->rows;
     }
-    apply(head, normed(norm), logits);
-    if (!head.bias) return;
+}
+
+const float* Model::normed(Thread& self, const Norm& n) const {
+    self.inputs.changed();
+    if (!n.weight) return self.x.data();
+    normalize(n, n.weight, n.bias, self.x.data(), shape.hidden, self.normed.data());
+    return self.normed.data();
+}
+
+void Model::join(Thread& self, const Projection& p, const float* y, const Norm& after, float factor) const {
+    const StepKernels& best = *isa().step;
+    if (!after.weight) return best.add(self.x.data(), y, p.bias, factor, shape.hidden);
+    float* result = self.normed.data();
+    std::memcpy(result, y, shape.hidden * sizeof(float));
+    if (p.bias) best.add(result, p.bias, nullptr, 1.0f, shape.hidden);
+    normalize(after, after.weight, after.bias, result, shape.hidden, result);
+    best.add(self.x.data(), result, nullptr, factor, shape.hidden);
+}
+
+void Model::run(const Team& team, Thread& self, const Position& at, float* logits) {
+    for (int64_t i = 0; i < depth(); ++i) block(team, self, i, at);
+    multiply(team, self, head, normed(self, norm), logits);
+    finish(team, logits);
+}
+
+void Model::block(const Team& team, Thread& self, int64_t index, const Position& at) {
+    const Block& b = blocks[index];
+    const Mlp& mlp = b.mlp;
+    const float* n = normed(self, b.before_attention);
+    multiply(team, self, b.attention.inputs, n, qkv.data());
+    if (b.parallel) multiply(team, self, mlp.inputs, b.before_mlp.weight ? normed(self, b.before_mlp) : n, wide.data());
     team.wait();
-    if (team.self == 0) best.add(logits, head.bias, nullptr, head.linear->rows);
+    at.packed ? attention(team, self, b.attention, at.packed[index], at) : attention(team, self, index, at);
+    team.wait();
+    self.inputs.changed();
+    multiply(team, self, b.attention.output, attended.data(), o.data());
+    if (!b.parallel) {
+        team.wait();
+        join(self, b.attention.output, o.data(), b.after_attention, b.factor);
+        multiply(team, self, mlp.inputs, normed(self, b.before_mlp), wide.data());
+        team.wait();
+    }
+    const int64_t count = mlp.inner();
+    const float* up = mlp.gated ? wide.data() + count : nullptr;
+    isa().step->activate[static_cast<int>(mlp.activation)](wide.data(), mlp.inputs.bias(0), up,
+                                                           up ? mlp.inputs.bias(count) : nullptr, count, self.active.data());
+    self.inputs.changed();
+    multiply(team, self, mlp.output, self.active.data(), down.data());
+    team.wait();
+    if (b.parallel) join(self, b.attention.output, o.data(), b.after_attention, b.factor);
+    join(self, mlp.output, down.data(), b.after_mlp, b.factor);
 }
 
-void Model::place(const Projection& p, const float* weight, int64_t head, const Position* at, float* x) const {
+void Model::finish(const Team& team, float* logits) const {
     const StepKernels& best = *isa().step;
-    if (p.bias) best.add(x, p.bias + head * shape.dim, nullptr, shape.dim);
-    if (weight) best.norm(x, weight, shape.eps, shape.dim, x);
-    if (at) best.rope(x, at->cos, at->sin, shape.dim);
+    if (!head.bias && shape.logit_factor == 1.0f && !(shape.logit_cap > 0)) return;
+    team.wait();
+    const auto [first, last] = team.share(head.linear->rows);
+    if (head.bias) best.add(logits + first, head.bias + first, nullptr, 1.0f, last - first);
+    for (int64_t i = first; shape.logit_factor != 1.0f && i < last; ++i) logits[i] *= shape.logit_factor;
+    if (shape.logit_cap > 0) best.cap(logits + first, shape.logit_cap, last - first);
 }
 
-void Model::attention(const Team& team, Thread& self, const Block& b, int64_t index, const Position& at) {
+void Model::place(const Heads& heads, int64_t head, const float* cos, const float* sin, float* x) const {
     const StepKernels& best = *isa().step;
-    const Past& past = at.past;
+    const Norm& norm = heads.norm;
+    std::memcpy(x, qkv.data() + heads.at + head * heads.stride, shape.dim * sizeof(float));
+    if (heads.bias) best.add(x, heads.bias + head * heads.stride, nullptr, 1.0f, shape.dim);
+    const int64_t skipped = norm.size == shape.dim ? 0 : head * shape.dim;
+    if (norm.weight) normalize(norm, norm.weight + skipped, norm.bias ? norm.bias + skipped : nullptr, x, shape.dim, x);
+    if (cos) best.rope(x, cos, sin, shape.rotated, shape.interleaved);
+}
+
+void Model::attention(const Team& team, Thread& self, int64_t index, const Position& at) {
+    const Attention& a = blocks[index].attention;
+    const Past& past = a.window ? at.recent : at.all;
     const int64_t dim = shape.dim, group = shape.heads / shape.kv_heads, one = past.capacity * dim;
-    float* keys = past.numbers + 2 * index * shape.kv_heads * one;
+    float* keys = past.numbers + 2 * place_in_past[index] * shape.kv_heads * one;
     float* values = keys + shape.kv_heads * one;
+    const float* cos = a.rotary < 0 ? nullptr : at.cos + a.rotary * shape.rotated;
+    const float* sin = a.rotary < 0 ? nullptr : at.sin + a.rotary * shape.rotated;
     const auto [from, to] = team.share(shape.kv_heads);
     for (int64_t h = from; h < to; ++h) {
         const int64_t place_of = h * one + past.length * dim;
-        std::memcpy(keys + place_of, k.data() + h * dim, dim * sizeof(float));
-        std::memcpy(values + place_of, v.data() + h * dim, dim * sizeof(float));
-        place(b.k, b.k_norm, h, &at, keys + place_of), place(b.v, nullptr, h, nullptr, values + place_of);
+        place(a.k, h, cos, sin, keys + place_of), place(a.v, h, nullptr, nullptr, values + place_of);
     }
     const auto [first, last] = team.share(shape.heads);
-    for (int64_t h = first; h < last; ++h) {
-        std::memcpy(self.q.data() + h * dim, q.data() + h * dim, dim * sizeof(float));
-        place(b.q, b.q_norm, h, &at, self.q.data() + h * dim);
-    }
+    for (int64_t h = first; h < last; ++h) place(a.q, h, cos, sin, q.data() + h * dim);
     team.wait();
+    const int64_t seen = a.window ? std::min(a.window, past.length + 1) : past.length + 1;
+    keys += (past.length + 1 - seen) * dim, values += (past.length + 1 - seen) * dim;
     for (int64_t h = first; h < last;) {
         const int64_t of = h / group, next = std::min(last, (of + 1) * group);
-        best.attend(self.q.data() + h * dim, keys + of * one, values + of * one, next - h, past.length + 1, dim,
-                    shape.scaling, self.scores.data(), attended.data() + h * dim);
+        isa().step->attend(q.data() + h * dim, keys + of * one, values + of * one, next - h, seen, dim, a.scaling, a.cap,
+                           self.scores.data(), attended.data() + h * dim);
         h = next;
     }
 }
 
 // Pages serve all heads at once: threads share out pages, and then the heads of what they summed.
-void Model::attention(const Team& team, Thread& self, const Block& b, const Packed& packed, const Position& at) {
+void Model::attention(const Team& team, Thread& self, const Attention& a, const Packed& packed, const Position& at) {
     const StepKernels& best = *isa().step;
     const int64_t dim = shape.dim, group = shape.heads / shape.kv_heads;
+    float *key = self.head.data() + dim, *value = key + dim;
     const auto moved = [&](const Basis& basis, const float* matrix, int64_t head, bool back, float* x) {
         const float* mean = basis.mean ? basis.mean + head * dim : nullptr;
         const float* deviation = basis.mean ? basis.deviation + head * dim : nullptr;
@@ -143,19 +223,20 @@ void Model::attention(const Team& team, Thread& self, const Block& b, const Pack
         best.dense(matrix, dim, x, self.head.data(), 0, dim);
         std::memcpy(x, self.head.data(), dim * sizeof(float));
     };
+    const float* cos = a.rotary < 0 ? nullptr : at.cos + a.rotary * shape.rotated;
+    const float* sin = a.rotary < 0 ? nullptr : at.sin + a.rotary * shape.rotated;
     KvAttention call = packed.call;
-    call.q = q.data(), call.out = attended.data();
+    call.q = q.data(), call.out = attended.data(), call.scale = a.scaling;
     const auto [from, to] = team.share(shape.kv_heads);
     for (int64_t h = from; h < to; ++h) {
-        float *key = k.data() + h * dim, *value = v.data() + h * dim;
         const int64_t place_of = (h * call.fp16_room + call.sinks + call.tail - 1) * dim;
-        place(b.k, b.k_norm, h, &at, key), place(b.v, nullptr, h, nullptr, value);
+        place(a.k, h, cos, sin, key), place(a.v, h, nullptr, nullptr, value);
         moved(packed.keys, packed.keys.turn, h, false, key), moved(packed.values, packed.values.turn, h, false, value);
         best.to_fp16(key, dim, packed.fp16_keys + place_of), best.to_fp16(value, dim, packed.fp16_values + place_of);
     }
     const auto [first, last] = team.share(shape.heads);
     for (int64_t h = first; h < last; ++h) {
-        place(b.q, b.q_norm, h, &at, q.data() + h * dim);
+        place(a.q, h, cos, sin, q.data() + h * dim);
         moved(packed.keys, packed.keys.turn, h / group, false, q.data() + h * dim);
     }
     team.wait();

@@ -1,42 +1,26 @@
-// One token through a whole model of Llama's kind, in one parallel region:
+// One token through a whole decoder (decoder.h), in one parallel region. For every block:
 //
-//     x += o(attention(rope(q(n)), rope(k(n)), v(n)))     n = norm(x)
-//     x += down(silu(gate(n)) * up(n))                     n = norm(x)     for every block; logits = head(norm(x))
+//     x += factor * norm(o(attention(rope(norm(q(n))), rope(norm(k(n))), v(n))))     n = norm(x)
+//     x += factor * norm(down(activation(gate(n)) * up(n)))                          n = norm(x)
 //
-// Threads divide the rows of products; the operations in between are small, and every thread computes them on its own copy
-// of x. So threads wait for each other only before reading another's results: six times a block, seven with packed keys
-// and values, for which they divide tokens instead of heads.
+// and then logits = cap(factor * head(norm(x))). Threads divide the rows of products; the operations in between are small,
+// and every thread computes them on its own copy of x. So threads wait for each other only before reading another's
+// results: six times a block, five where attention and MLP are parallel, and once more with packed keys and values, for
+// which they divide tokens instead of heads.
 #pragma once
 #include <cstdint>
 #include <mutex>
 #include <vector>
 
 #include "../kv/kv.h"
-#include "linear.h"
+#include "decoder.h"
 
 namespace bitmill {
 
-struct Shape {
-    int64_t hidden, heads, kv_heads, dim;  // heads share keys and values in groups of heads / kv_heads
-    float eps, scaling;
-};
-
-// A layer and its bias, if it has one.
-struct Projection {
-    const Linear* linear = nullptr;
-    const float* bias = nullptr;
-};
-
-struct Block {
-    const float *norm_in, *norm_out;
-    Projection q, k, v, o, gate, up, down;
-    const float *q_norm = nullptr, *k_norm = nullptr;  // (dim,): Qwen3
-};
-
-// Keys, after rotation, and values of all blocks: (blocks, 2, kv_heads, capacity, dim), of which `length` are valid.
+// Keys, after rotation, and values of some blocks: (blocks, 2, kv_heads, capacity, dim), of which `length` are valid.
 struct Past {
-    float* numbers;
-    int64_t capacity, length;
+    float* numbers = nullptr;
+    int64_t capacity = 0, length = 0;
 };
 
 // The basis that heads are stored in: turned by an orthogonal matrix, or channels less their mean, over their deviation.
@@ -45,7 +29,7 @@ struct Basis {
     const float *mean = nullptr, *deviation = nullptr;  // (channels,)
 };
 
-// Packed keys and values of a block, of one row. q and out of the call are the step's own; its tail ends with the token,
+// Packed keys and values of a block, of one row. q, out and scale of the call are the step's own; its tail ends with the token,
 // whose key and value join the fp16 ones.
 struct Packed {
     KvAttention call;
@@ -54,24 +38,30 @@ struct Packed {
 };
 
 struct Position {
-    const float *cos, *sin;  // (dim,)
-    Past past;
-    const Packed* packed = nullptr;  // of every block, in the place of the past
+    const float *cos, *sin;  // (kinds of angles, rotated)
+    Past all{}, recent{};    // of the blocks that read all tokens, and of those with a window
+    const Packed* packed = nullptr;  // of every block, in the place of both
 };
 
 // Kernels of an instruction set.
 struct StepKernels {
     void (*norm)(const float* x, const float* weight, float eps, int64_t count, float* out);
-    void (*add)(float* x, const float* y, const float* bias, int64_t count);  // bias may be null
-    void (*rope)(float* x, const float* cos, const float* sin, int64_t dim);
-    // silu(gate) * up; biases may be null
-    void (*gated)(const float* gate, const float* gate_bias, const float* up, const float* up_bias, int64_t count, float* out);
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t count, float* out);
+    // x += factor * (y + bias); bias may be null
+    void (*add)(float* x, const float* y, const float* bias, float factor, int64_t count);
+    void (*rope)(float* x, const float* cos, const float* sin, int64_t dim, bool interleaved);
+    // activation(gate + its bias) * (up + its bias), of every Activation; without up it is left out, biases may be null
+    void (*activate[4])(const float* gate, const float* gate_bias, const float* up, const float* up_bias, int64_t count,
+                        float* out);
+    void (*cap)(float* x, float most, int64_t count);  // most * tanh(x / most)
     // Some heads that share keys and values: q and out (heads, dim), scratch memory scores (heads, length).
     void (*attend)(const float* q, const float* keys, const float* values, int64_t heads, int64_t length, int64_t dim,
-                   float scaling, float* scores, float* out);
+                   float scaling, float cap, float* scores, float* out);
     void (*to_fp16)(const float* x, int64_t count, uint16_t* out);  // to fp16, the largest of which is never exceeded
     void (*dense)(const float* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
     void (*dense_bf16)(const uint16_t* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
+    // of weights (columns, rows)
+    void (*transposed)(const float* weights, int64_t rows, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
 };
 
 class Model {
@@ -79,11 +69,14 @@ public:
     const Shape shape;
 
     // Throws std::invalid_argument where layers do not fit the shape.
-    Model(const Shape& shape, std::vector<Block> blocks, const float* norm, const Projection& head);
+    Model(const Shape& shape, std::vector<Block> blocks, const Norm& norm, const Projection& head);
     ~Model();
     Model(const Model&) = delete;
 
     int64_t depth() const { return static_cast<int64_t>(blocks.size()); }
+    int64_t windows() const;    // blocks with a window
+    bool reads_packed() const;  // no block has a window or caps scores
+    int64_t rotaries() const { return rotary_kinds; }
     int64_t tokens() const { return head.linear->rows; }
 
     // From the embedding of a token to the logits of the next. Appends its keys and values to the past, which must have
@@ -93,20 +86,30 @@ public:
 private:
     struct Thread;  // what a thread has to itself
 
-    const std::vector<Block> blocks;
-    const float* norm;
+    std::vector<Block> blocks;
+    std::vector<int64_t> place_in_past;  // of each block, among those that share a past
+    const Norm norm;
     const Projection head;
-    int64_t inner = 0, own = 0;
-    std::vector<float> q, k, v, attended, o, gate, up, down, shared;
+    int64_t inner = 0, own = 0, rotary_kinds = 0;
+    std::vector<float> qkv, q, attended, o, wide, down, shared;
     std::vector<Thread> threads_;
     PartialSoftmax pieces;
     std::mutex busy;
 
+    void check(Block& block);
+    void check(const Projection& p, int64_t rows, int64_t columns);
+    void check(const Norm& norm, int64_t size) const;
     void run(const Team& team, Thread& self, const Position& at, float* logits);
-    // The token's head as a projection has it, with bias, normed and turned where it is a key's or a query's.
-    void place(const Projection& p, const float* weight, int64_t head, const Position* at, float* x) const;
-    void attention(const Team& team, Thread& self, const Block& block, int64_t index, const Position& at);
-    void attention(const Team& team, Thread& self, const Block& block, const Packed& packed, const Position& at);
+    void block(const Team& team, Thread& self, int64_t index, const Position& at);
+    void multiply(const Team& team, Thread& self, const Projection& p, const float* x, float* y);
+    void multiply(const Team& team, Thread& self, const Layers& layers, const float* x, float* y);
+    const float* normed(Thread& self, const Norm& norm) const;
+    void join(Thread& self, const Projection& p, const float* y, const Norm& after, float factor) const;
+    // The token's head as the layers have it, with bias, normed and turned where there are angles.
+    void place(const Heads& heads, int64_t head, const float* cos, const float* sin, float* x) const;
+    void attention(const Team& team, Thread& self, int64_t index, const Position& at);
+    void attention(const Team& team, Thread& self, const Attention& a, const Packed& packed, const Position& at);
+    void finish(const Team& team, float* logits) const;
 };
 
 }  // namespace bitmill

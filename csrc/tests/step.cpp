@@ -29,21 +29,41 @@ struct Dense {  // a layer and its plain product
     }
 };
 
-Exact normed(const Exact& x, const float* weight, double eps) {
-    double squares = 0;
-    for (const double v : x) squares += v * v;
+Exact normed(const Norm& norm, const Exact& x, int64_t skipped = 0) {
+    if (!norm.weight) return x;
+    const auto count = static_cast<double>(x.size());
+    double mean = 0, squares = 0;
+    for (const double v : x) mean += norm.centred ? v / count : 0;
+    for (const double v : x) squares += (v - mean) * (v - mean);
     Exact out(x);
-    for (size_t i = 0; i < x.size(); ++i) out[i] *= weight[i] / std::sqrt(squares / static_cast<double>(x.size()) + eps);
+    for (size_t i = 0; i < x.size(); ++i) {
+        out[i] = norm.weight[skipped + i] * (x[i] - mean) / std::sqrt(squares / count + norm.eps);
+        if (norm.bias) out[i] += norm.bias[skipped + i];
+    }
     return out;
 }
 
-void turn(double* x, const Floats& cos, const Floats& sin) {
-    const size_t half = cos.size() / 2;
-    for (size_t i = 0; i < half; ++i) {
-        const double a = x[i], b = x[i + half];
-        x[i] = a * cos[i] - b * sin[i], x[i + half] = b * cos[i + half] + a * sin[i + half];
+void turn(double* x, int64_t rotated, bool interleaved, const float* cos, const float* sin) {
+    const int64_t apart = interleaved ? 1 : rotated / 2;
+    for (int64_t i = 0; i < rotated / 2; ++i) {
+        const int64_t one = interleaved ? 2 * i : i, other = one + apart;
+        const double a = x[one], b = x[other];
+        x[one] = a * cos[one] - b * sin[one], x[other] = b * cos[other] + a * sin[other];
     }
 }
+
+double activated(Activation kind, double x) {
+    switch (kind) {
+    case Activation::silu: return x / (1 + std::exp(-x));
+    case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+    case Activation::gelu_erf: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+    default: return x < 0 ? 0 : x;
+    }
+}
+
+double capped(double x, double most) { return most > 0 ? most * std::tanh(x / most) : x; }
+
+Exact slice(const Exact& x, int64_t first, int64_t count) { return {x.begin() + first, x.begin() + first + count}; }
 
 enum class Kept { floats, turned, equalized };  // of the past: packed ones in a basis of their own
 
@@ -79,7 +99,7 @@ struct PackedPast {
         Packed out{};
         out.call = {pages, 1, shape.heads, nullptr, &slab, 1, 0, kv_tokens, fp16_keys.data(), fp16_values.data(), room, 0,
                     waiting + 1, &none, &none, levels.data(), levels.data(), nullptr, nullptr, nullptr, turns.data(), 1.0f,
-                    shape.scaling, nullptr};
+                    1.0f, nullptr};
         out.fp16_keys = fp16_keys.data(), out.fp16_values = fp16_values.data();
         out.keys = {turn.data()};
         if (kept == Kept::turned) out.values = {turn.data(), turn.data()};  // which is symmetric
@@ -115,65 +135,159 @@ struct PackedPast {
     }
 };
 
-// One block with biases on the queries and the gate, so many tokens.
-void run(int64_t hidden, int64_t inner, int64_t heads, int64_t kv, int64_t dim, int64_t tokens, int threads,
-         Kept kept = Kept::floats) {
-    const Shape shape{hidden, heads, kv, dim, 1e-5f, 0.3f};
-    const Dense q(heads * dim, hidden), k(kv * dim, hidden), v(kv * dim, hidden), o(hidden, heads * dim), gate(inner, hidden),
-        up(inner, hidden), down(hidden, inner), head(19, hidden);
-    const Floats norms = random_floats(3 * hidden), q_bias = random_floats(heads * dim), gate_bias = random_floats(inner);
-    std::vector<int64_t> order(hidden);
-    for (int64_t i = 0; i < hidden; ++i) order[i] = i;
-    const PermutedLinear same(*q.linear, order.data());  // a layer that needs room of its own
-    const Block block{norms.data(), norms.data() + hidden, {&same, q_bias.data()}, {k.linear.get()}, {v.linear.get()},
-                      {o.linear.get()}, {gate.linear.get(), gate_bias.data()}, {up.linear.get()}, {down.linear.get()}};
-    Model model(shape, {block}, norms.data() + 2 * hidden, {head.linear.get()});
-    const int64_t capacity = tokens + 1;
-    Floats past(2 * kv * capacity * dim, NAN), logits(19);
+// How a block differs from Llama's.
+struct Variant {
+    bool parallel = false, own_norm = true, after = false, centred = false, by_head = false, gated = true, interleaved = false,
+         head_norms = false;
+    int64_t rotated = 0, window = 0;  // no rotation left out of a head
+    float cap = 0, logit_cap = 0, factor = 1, logit_factor = 1;
+    Activation activation = Activation::silu;
+    int rotary = 0;
+};
+
+// A block of random weights, and the plain loops that it is compared with.
+struct Sample {
+    const Variant v;
+    const int64_t hidden, inner, heads, kv, dim, rotated, stride;
+    const Shape shape;
+    const Dense qkv, o, wide, down, head;
+    const Floats norms, biases, wide_bias, head_weights;
+    std::vector<int64_t> order;
+    std::unique_ptr<Linear> same;
+    Block block{};
     std::vector<Exact> keys, values;
-    const bool is_packed = kept != Kept::floats;
-    PackedPast packed(kv, dim, tokens, kept);
-    for (int64_t t = 0; is_packed && t < kv_tokens; ++t)
-        keys.push_back(packed.token(t, true)), values.push_back(packed.token(t, false));
-    for (int64_t t = 0; t < tokens; ++t) {
-        const Floats x = random_floats(hidden), cos = random_floats(dim), sin = random_floats(dim);
-        const Packed block = packed.at(shape, t);
-        Position at{cos.data(), sin.data(), {past.data(), capacity, t}};
-        if (is_packed) at.past = {}, at.packed = &block;
-        model.advance(x.data(), at, logits.data(), threads);
-        Exact stream(x.begin(), x.end());
-        const Exact n = normed(stream, norms.data(), shape.eps);
-        Exact queries = q.times(n), attended(heads * dim, 0.0);
-        keys.push_back(k.times(n)), values.push_back(v.times(n));
-        for (size_t i = 0; i < queries.size(); ++i) queries[i] += q_bias[i];
-        for (int64_t h = 0; h < heads; ++h) turn(queries.data() + h * dim, cos, sin);
-        for (int64_t h = 0; h < kv; ++h) turn(keys.back().data() + h * dim, cos, sin);
-        if (is_packed) keys.back() = packed.rounded(keys.back(), true), values.back() = packed.rounded(values.back(), false);
+
+    Sample(int64_t hidden, int64_t inner, int64_t heads, int64_t kv, int64_t dim, const Variant& v)
+        : v(v), hidden(hidden), inner(inner), heads(heads), kv(kv), dim(dim), rotated(v.rotated ? v.rotated : dim),
+          stride(v.by_head ? 3 * dim : dim),
+          shape{hidden, heads, kv, dim, rotated, v.interleaved, v.logit_factor, v.logit_cap},
+          qkv((heads + 2 * kv) * dim, hidden), o(hidden, heads * dim), wide((v.gated ? 2 : 1) * inner, hidden),
+          down(hidden, inner), head(19, hidden), norms(random_floats(6 * hidden)), biases(random_floats(qkv.rows)),
+          wide_bias(random_floats(wide.rows)), head_weights(random_floats(heads * dim + dim)) {
+        for (int64_t i = 0; i < hidden; ++i) order.push_back(i);
+        same = std::make_unique<PermutedLinear>(*qkv.linear, order.data());  // a layer that needs room of its own
+        const auto norm = [&](int64_t at, bool is_there) {
+            if (!is_there) return Norm{};
+            return Norm{norms.data() + at * hidden, v.centred ? norms.data() + 5 * hidden : nullptr, hidden, 1e-5f, v.centred};
+        };
+        Attention& a = block.attention;
+        a.inputs.all = {{same.get(), biases.data()}}, a.output = {o.linear.get()};
+        a.q = {0, stride}, a.k = {v.by_head ? dim : heads * dim, stride}, a.v = {v.by_head ? 2 * dim : (heads + kv) * dim, stride};
+        if (v.head_norms) {  // one norm for all keys, and weights for each query's
+            a.q.norm = {head_weights.data(), nullptr, heads * dim, 1e-5f, v.centred};
+            a.k.norm = {head_weights.data() + heads * dim, nullptr, dim, 1e-5f, v.centred};
+        }
+        a.scaling = 0.3f, a.cap = v.cap, a.window = v.window, a.rotary = v.rotary;
+        block.mlp.inputs.all = {{wide.linear.get(), wide_bias.data()}}, block.mlp.output = {down.linear.get(), norms.data()};
+        block.mlp.gated = v.gated, block.mlp.activation = v.activation;
+        block.before_attention = norm(0, true), block.before_mlp = norm(1, v.own_norm);
+        block.after_attention = norm(2, v.after), block.after_mlp = norm(3, v.after);
+        block.parallel = v.parallel, block.factor = v.factor;
+    }
+    Norm last() const { return {norms.data() + 4 * hidden, nullptr, hidden, 1e-5f, false}; }
+
+    Exact head_of(const Exact& all, const Heads& of, int64_t h, const float* cos, const float* sin) const {
+        Exact one(dim);
+        for (int64_t i = 0; i < dim; ++i) one[i] = all[of.at + h * of.stride + i] + biases[of.at + h * of.stride + i];
+        if (&of == &block.attention.v) return one;
+        one = normed(of.norm, one, of.norm.size == dim ? 0 : h * dim);
+        if (v.rotary >= 0) turn(one.data(), rotated, v.interleaved, cos, sin);
+        return one;
+    }
+    template <class Rounded>
+    Exact attention(const Exact& n, const float* cos, const float* sin, const Rounded& rounded) {
+        const Attention& a = block.attention;
+        const Exact all = qkv.times(n);
+        Exact key, value, attended(heads * dim, 0.0);
+        for (int64_t h = 0; h < kv; ++h) {
+            for (const double x : head_of(all, a.k, h, cos, sin)) key.push_back(x);
+            for (const double x : head_of(all, a.v, h, cos, sin)) value.push_back(x);
+        }
+        keys.push_back(rounded(key, true)), values.push_back(rounded(value, false));
+        const size_t first = v.window && keys.size() > static_cast<size_t>(v.window) ? keys.size() - v.window : 0;
         for (int64_t h = 0; h < heads; ++h) {
+            const Exact query = head_of(all, a.q, h, cos, sin);
             const int64_t of = h / (heads / kv) * dim;
             Exact scores;
             double most = -1e30, sum = 0;
-            for (const Exact& key : keys) {
+            for (size_t p = first; p < keys.size(); ++p) {
                 double score = 0;
-                for (int64_t i = 0; i < dim; ++i) score += queries[h * dim + i] * key[of + i];
-                scores.push_back(score * shape.scaling), most = std::max(most, scores.back());
+                for (int64_t i = 0; i < dim; ++i) score += query[i] * keys[p][of + i];
+                scores.push_back(capped(score * a.scaling, v.cap)), most = std::max(most, scores.back());
             }
             for (double& s : scores) sum += s = std::exp(s - most);
             for (size_t p = 0; p < scores.size(); ++p)
-                for (int64_t i = 0; i < dim; ++i) attended[h * dim + i] += scores[p] / sum * values[p][of + i];
+                for (int64_t i = 0; i < dim; ++i) attended[h * dim + i] += scores[p] / sum * values[first + p][of + i];
         }
-        const Exact first = o.times(attended);
-        for (int64_t i = 0; i < hidden; ++i) stream[i] += first[i];
-        const Exact m = normed(stream, norms.data() + hidden, shape.eps), ups = up.times(m);
-        Exact gates = gate.times(m);
-        for (int64_t i = 0; i < inner; ++i) gates[i] += gate_bias[i], gates[i] *= ups[i] / (1 + std::exp(-gates[i]));
-        const Exact second = down.times(gates);
-        for (int64_t i = 0; i < hidden; ++i) stream[i] += second[i];
-        report(difference(logits, head.times(normed(stream, norms.data() + 2 * hidden, shape.eps))),
-               is_packed ? 1e-3 : 2e-5,  // a number may be rounded to another half
+        return normed(block.after_attention, o.times(attended));
+    }
+    Exact mlp(const Exact& n) const {
+        Exact all = wide.times(n);
+        for (size_t i = 0; i < all.size(); ++i) all[i] += wide_bias[i];
+        Exact active = slice(all, 0, inner);
+        for (int64_t i = 0; i < inner; ++i) active[i] = activated(v.activation, active[i]) * (v.gated ? all[inner + i] : 1);
+        Exact out = down.times(active);
+        for (int64_t i = 0; i < hidden; ++i) out[i] += norms[i];
+        return normed(block.after_mlp, out);
+    }
+    template <class Rounded>
+    Exact logits(const Floats& x, const float* cos, const float* sin, const Rounded& rounded) {
+        Exact stream(x.begin(), x.end());
+        const Exact n = normed(block.before_attention, stream), first = attention(n, cos, sin, rounded);
+        const Exact early = v.own_norm ? normed(block.before_mlp, stream) : n;
+        for (int64_t i = 0; i < hidden; ++i) stream[i] += v.factor * first[i];
+        const Exact second = mlp(v.parallel ? early : normed(block.before_mlp, stream));
+        for (int64_t i = 0; i < hidden; ++i) stream[i] += v.factor * second[i];
+        Exact out = head.times(normed(last(), stream));
+        for (double& y : out) y = capped(y * v.logit_factor, v.logit_cap);
+        return out;
+    }
+};
+
+// So many tokens.
+void run(int64_t hidden, int64_t inner, int64_t heads, int64_t kv, int64_t dim, int64_t tokens, int threads,
+         Kept kept = Kept::floats, const Variant& variant = {}) {
+    Sample sample(hidden, inner, heads, kv, dim, variant);
+    Model model(sample.shape, {sample.block}, sample.last(), {sample.head.linear.get()});
+    const int64_t capacity = tokens + 1;
+    Floats past(2 * kv * capacity * dim, NAN), logits(19);
+    const bool is_packed = kept != Kept::floats;
+    PackedPast packed(kv, dim, tokens, kept);
+    for (int64_t t = 0; is_packed && t < kv_tokens; ++t)
+        sample.keys.push_back(packed.token(t, true)), sample.values.push_back(packed.token(t, false));
+    for (int64_t t = 0; t < tokens; ++t) {
+        const Floats x = random_floats(hidden), cos = random_floats(2 * sample.rotated), sin = random_floats(2 * sample.rotated);
+        const Packed block = packed.at(sample.shape, t);
+        Position at{cos.data(), sin.data()};
+        if (is_packed) at.packed = &block;
+        else (variant.window ? at.recent : at.all) = {past.data(), capacity, t};
+        model.advance(x.data(), at, logits.data(), threads);
+        const auto rounded = [&](const Exact& all, bool keys) { return is_packed ? packed.rounded(all, keys) : all; };
+        const int64_t angles = std::max(0, variant.rotary) * sample.rotated;
+        report(difference(logits, sample.logits(x, cos.data() + angles, sin.data() + angles, rounded)),
+               is_packed ? 1e-3 : 5e-5,  // a number may be rounded to another half
                "step %s: hidden %ld, token %ld, %d threads, kept %d", isa().name, static_cast<long>(hidden),
                static_cast<long>(t), threads, static_cast<int>(kept));
     }
+}
+
+// Parts of Gemma 2 and 3, GPT-2, GPT-NeoX, Phi, Cohere and StableLM.
+void run_variants(int threads) {
+    Variant gemma;
+    gemma.after = true, gemma.window = 3, gemma.cap = 2, gemma.logit_cap = 5;
+    gemma.activation = Activation::gelu_tanh, gemma.rotary = 1;
+    run(42, 56, 6, 2, 12, 6, threads, Kept::floats, gemma);
+    Variant gpt2;
+    gpt2.centred = true, gpt2.gated = false, gpt2.activation = Activation::gelu_erf, gpt2.rotary = -1;
+    run(42, 56, 6, 6, 16, 6, threads, Kept::floats, gpt2);
+    run(42, 56, 6, 6, 16, 6, threads, Kept::turned, gpt2);
+    Variant neox;
+    neox.centred = neox.parallel = neox.by_head = true, neox.gated = false, neox.rotated = 6, neox.activation = Activation::relu;
+    run(33, 20, 3, 3, 10, 4, threads, Kept::floats, neox);
+    Variant cohere;
+    cohere.centred = cohere.parallel = cohere.interleaved = cohere.head_norms = true, cohere.own_norm = false;
+    cohere.factor = 0.5f, cohere.logit_factor = 0.25f;
+    run(42, 56, 6, 2, 12, 4, threads, Kept::floats, cohere);
 }
 
 // Numbers to fp16: the nearest, of two the even one, none beyond the largest.
@@ -207,6 +321,19 @@ void run_bf16(int64_t rows, int64_t columns) {
     report(difference(y, expected), 1e-5, "bf16 %s: %ld x %ld", isa().name, static_cast<long>(rows), static_cast<long>(columns));
 }
 
+// Weights that are stored columns by rows.
+void run_transposed(int64_t rows, int64_t columns) {
+    const Dense plain(rows, columns);
+    Floats turned(rows * columns), x = random_floats(columns), y(rows, NAN);
+    for (int64_t i = 0; i < rows * columns; ++i) turned[i % columns * rows + i / columns] = plain.weights[i];
+    const TransposedLinear linear(turned.data(), rows, columns);
+    RoundedInputs inputs;
+    Barrier barrier;
+    for (int t = 0; t < 3; ++t) linear.apply({t, 3, &barrier}, {inputs, nullptr, nullptr}, x.data(), y.data());
+    report(difference(y, plain.times(Exact(x.begin(), x.end()))), 1e-5, "transposed %s: %ld x %ld", isa().name,
+           static_cast<long>(rows), static_cast<long>(columns));
+}
+
 }  // namespace
 
 void test_step() {
@@ -219,8 +346,9 @@ void test_step() {
             run(42, 56, 6, 2, 16, 40, threads, Kept::turned);
             run(33, 20, 3, 3, 48, 3, threads, Kept::equalized);
             run(7, 5, 1, 1, 32, 1, threads, Kept::turned);
+            run_variants(threads);
         }
-        run_bf16(5, 77), run_bf16(3, 32), run_halve();
+        run_bf16(5, 77), run_bf16(3, 32), run_transposed(7, 33), run_halve();
     }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bitmill.formats import Format, Wrapper
 from bitmill.formats.quantized import nearest_matrix
@@ -34,8 +35,10 @@ def odd_model(kind: str = "llama", **changes):
 
 def quantize(model: nn.Module, format: Format) -> nn.Module:
     """Every linear of the blocks rounded to `format`, data-free."""
-    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n]:
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and "head" not in n]
+    for name, linear in found:
         W = linear.weight.detach()
+        W = W.T.contiguous() if isinstance(linear, Conv1D) else W
         if isinstance(format, Wrapper):
             gram, fisher = torch.eye(W.shape[1]), torch.rand(W.shape, generator=torch.Generator().manual_seed(2))
             stats = Statistics(gram, 1, fisher=fisher.pow(4), max_abs=gram.diagonal())

@@ -202,6 +202,11 @@ def test_every_function_is_recorded(calls):
         "PanelLinear",
         "dense_linear",
         "bf16_linear",
+        "transposed_linear",
+        "StepNorm",
+        "StepLayers",
+        "StepAttention",
+        "StepMlp",
         "Model",
         "ModelBuilder",
         "FixedInputs",
@@ -233,24 +238,56 @@ def test_sound_sizes_hold(calls):
                     is_refused(function, arguments, at, number)
 
 
+def step_layers(*layers):
+    made = native.native().StepLayers()
+    for layer in layers:
+        made.add(layer, None)
+    return made
+
+
 def test_model_of_other_shapes():
     library, norm = native.native(), torch.ones(8)
-    square = library.dense_linear(torch.eye(8))
-    for shape in [(8, 2**40, 1, 4), (8, 2, 0, 4), (2**62, 2, 2, 4), (8, 3, 2, 4), (8, 2, 2, 3)]:
+    square, long = library.dense_linear(torch.eye(8)), library.dense_linear(torch.ones(8, 9))
+    for shape in [
+        (8, 2**40, 1, 4, 4),
+        (8, 2, 0, 4, 4),
+        (2**62, 2, 2, 4, 4),
+        (8, 3, 2, 4, 4),
+        (8, 2, 2, 3, 3),
+        (8, 2, 2, 4, 6),
+    ]:
         with pytest.raises(ValueError, match="no model's"):
-            library.ModelBuilder(*shape, 1e-5, 1.0)
-    builder = library.ModelBuilder(8, 2, 2, 4, 1e-5, 1.0)
-    with pytest.raises(ValueError, match="norm has another size"):
-        builder.block(norm[:7], norm, [square] * 7, [None] * 7, None, None)
-    with pytest.raises(ValueError, match="seven layers"):
-        builder.block(norm, norm, [square] * 6, [None] * 7, None, None)
+            library.ModelBuilder(*shape, False, 1.0, 0.0)
     with pytest.raises(ValueError, match="bias has another size"):
-        builder.block(norm, norm, [square] * 7, [None] * 6 + [norm[:3].clone()], None, None)
-    builder.block(norm, norm, [square] * 6 + [library.dense_linear(torch.ones(8, 9))], [None] * 7, None, None)
-    with pytest.raises(ValueError, match="does not fit"):
-        builder.build(norm, square, None)
+        library.StepLayers().add(square, norm[:3].clone())
+    with pytest.raises(ValueError, match="has no bias"):
+        library.StepNorm(norm, norm, 1e-5, False)
+    with pytest.raises(ValueError, match="bias has another size"):
+        library.StepNorm(norm, norm[:3].clone(), 1e-5, True)
+    one, two, three = step_layers(square), step_layers(square, square), step_layers(square, square, square)
+    with pytest.raises(ValueError, match="have starts"):
+        library.StepAttention(three, one, [0, 8], 4, None, None, 1.0, 0.0, 0, 0)
+    with pytest.raises(ValueError, match="come from one layer"):
+        library.StepAttention(three, two, [0, 8, 16], 4, None, None, 1.0, 0.0, 0, 0)
+    with pytest.raises(ValueError, match="an activation is"):
+        library.StepMlp(two, one, True, 4)
     with pytest.raises(ValueError, match="out of range"):
         square.row(8)
+    attention = library.StepAttention(three, one, [0, 8, 16], 4, None, None, 1.0, 0.0, 0, 0)
+    mlp, short = library.StepMlp(two, one, True, 0), library.StepNorm(norm[:7], None, 1e-5, False)
+    wrong = [
+        (attention, mlp, short),
+        (attention, library.StepMlp(two, step_layers(long), True, 0), None),
+        (attention, library.StepMlp(three, one, False, 0), None),
+        (library.StepAttention(two, one, [0, 8, 16], 4, None, None, 1.0, 0.0, 0, 0), mlp, None),
+        (library.StepAttention(three, one, [0, 8, -1], 4, None, None, 1.0, 0.0, 0, 0), mlp, None),
+        (library.StepAttention(three, one, [0, 8, 16], 4, short, None, 1.0, 0.0, 0, 0), mlp, None),
+    ]
+    for parts in wrong:
+        builder = library.ModelBuilder(8, 2, 2, 4, 4, False, 1.0, 0.0)
+        builder.block(*parts, None, None, None, False, 1.0)
+        with pytest.raises(ValueError, match="does not fit"):
+            builder.build(None, one)
 
 
 def test_fixed_inputs_of_other_shapes():

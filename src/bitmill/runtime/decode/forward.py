@@ -93,8 +93,10 @@ class StepForward:
         if plan is None or self._guard is None or self._guard.blocking_reason() is not None:
             return self._own(**kwargs)
         cache = cache_argument(kwargs)
-        found = step_cache_of(cache, plan.blocks, plan.kv_heads, plan.dim)
+        found = step_cache_of(cache, plan.windows, plan.kv_heads, plan.dim)
         if found is None or self._kind_reasons.get(found.kind) is not None or not _continues(kwargs, found.length):
+            return self._own(**kwargs)
+        if found.kind != FloatStepCache.kind and plan.packed_unsupported_reason() is not None:
             return self._own(**kwargs)
         found.make_room()
         try:
@@ -123,7 +125,8 @@ class StepForward:
         reason, plan, packed = self.prepare(), self._plan, packed_step_cache(cache)
         if reason is not None or plan is None or packed is None:
             return reason
-        why = packed.unsupported_reason(plan.blocks, plan.kv_heads, plan.dim)
+        why = plan.packed_unsupported_reason()
+        why = packed.unsupported_reason(len(plan.windows), plan.kv_heads, plan.dim) if why is None else why
         return self._kind_reasons.get(packed.kind) if why is None else _sentence(why)
 
     def _current_plan(self) -> Plan | None:
@@ -134,9 +137,7 @@ class StepForward:
         self._plan, self._guard, self._kind_reasons, self.unsupported_reason = None, None, {}, None
         try:
             self._guard = ModelGuard(self.model)
-            plan = Plan(self.model)
-            plan.angles(0)
-            self._plan = plan
+            self._plan = Plan(self.model)
         except NotEligibleError as error:
             self._refuse(str(error))
         except _FALLBACK_ERRORS as error:

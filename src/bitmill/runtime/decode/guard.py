@@ -9,8 +9,9 @@ from itertools import chain, repeat
 from operator import contains, itemgetter
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
 
 
 class ModelGuard:
@@ -31,7 +32,9 @@ class ModelGuard:
         self._hooks: list[Any] = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         self._hooks += [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._vars = [vars(m) for m in inner]
-        self._modes = [vars(m) for m in modules if len(m._modules) > 1]  # blocks and attention
+        self._modes = [vars(m) for m in modules if len(m._modules) > 1 or isinstance(m, nn.Dropout)]
+        self._models = [m for m in modules if isinstance(m, PreTrainedModel)]  # with a config each, or one of all
+        self._depth = model.config.num_hidden_layers
 
     def is_current(self) -> bool:
         """Return True if all modules and parameters are unchanged, in identity and address."""
@@ -49,11 +52,10 @@ class ModelGuard:
             return "hooks or patches are attached to its modules"
         if any(map(itemgetter("training"), self._modes)):
             return "it is in training mode"
-        config = self.model.config
-        for one in {id(c): c for c in (config, self.model.model.config)}.values():
+        for one in {id(m.config): m.config for m in self._models}.values():
             if one.output_hidden_states or one.output_attentions or not one.return_dict:
                 return "its config requests more than logits"
-            if one.num_hidden_layers != len(self.model.model.layers):
+            if one.num_hidden_layers != self._depth:
                 return "its config names another number of blocks"
         return None
 

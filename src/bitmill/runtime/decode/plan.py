@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from bitmill.runtime.decode.parts import GATED, HEAD_NORMS, PROJECTIONS, NotEligibleError, model_parts
+from bitmill.runtime.decode.angles import Angles
+from bitmill.runtime.decode.families import Family
+from bitmill.runtime.decode.parts import ACTIVATIONS, NotEligibleError, model_parts
 from bitmill.runtime.decode.step_cache import StepCache
+from bitmill.runtime.modules.embedding import QuantEmbedding
 from bitmill.runtime.modules.linear import QuantLinear
-from bitmill.runtime.native import is_available, native, threads
+from bitmill.runtime.native import native, threads, unsupported_reason
 
 _CPU = torch.device("cpu")
 _kernel_of = attrgetter("kernel")
-_SILU = ("SiLU", "SiLUActivation")
-# Kinds of rotary embedding whose angles depend on the position only.
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 class Plan:
@@ -25,40 +26,36 @@ class Plan:
 
     def __init__(self, model: Any) -> None:
         """Build the compiled model. Raises NotEligibleError if the step does not support it."""
-        if not is_available():
-            raise NotEligibleError("the compiled kernels are not installed")
-        base, head, layers = model_parts(model)
-        attention, mlp = layers[0].self_attn, layers[0].mlp
-        self.blocks, self.dim = len(layers), int(attention.head_dim)
-        self.heads = int(attention.q_proj.out_features) // self.dim
-        self.kv_heads = int(attention.k_proj.out_features) // self.dim
-        if type(mlp.act_fn).__name__ not in _SILU:
-            raise NotEligibleError(f"its activation is {type(mlp.act_fn).__name__}, not SiLU")
-        self.embedding: Any = model.get_input_embeddings()
-        self.rotary: Any = base.rotary_emb
-        self.dtype: torch.dtype = base.norm.weight.dtype
-        self.tokens = int(head.out_features)
+        missing = unsupported_reason("StepAttention")
+        if missing is not None:
+            raise NotEligibleError(missing[:1].lower() + missing[1:].rstrip("."))
+        parts = model_parts(model)
+        self.family: Family = parts.family
+        self.windows = parts.windows
         self._kernel_owners: list[Any] = []
         self._kernels: list[Any] = []
         self._copied: list[Tensor] = []
-        hidden = int(attention.q_proj.in_features)
-        builder = native().ModelBuilder(
-            hidden, self.heads, self.kv_heads, self.dim, _epsilon(base.norm), float(attention.scaling)
-        )
+        config, first = model.config, parts.layers[0]
+        self.heads = int(config.num_attention_heads)
+        self.dim = _columns(first.get_submodule(self.family.attention_output)) // self.heads
+        rows = sum(_rows(first.get_submodule(path)) for path in self.family.qkv)
+        self.kv_heads = (rows // self.dim - self.heads) // 2
+        self.embedding: Any = parts.base.get_submodule(self.family.embedding)
+        norm = getattr(parts.base, self.family.norm, None)
+        self.dtype: torch.dtype = (self.embedding if norm is None else norm).weight.dtype
+        self.tokens = int(parts.head.out_features)
+        self.caps_scores = any(self._score_cap(layer) for layer in parts.layers)
+        self.angles = Angles(self.family, parts.base, config)
+        self._copied += self.angles.frequencies
+        self._positions = parts.base.get_submodule(self.family.positions) if self.family.positions else None
+        if isinstance(self._positions, QuantEmbedding):
+            raise NotEligibleError("its embedding of positions is quantized")
         try:
-            for layer in layers:
-                self._block(builder, layer)
-            self.model = builder.build(
-                self._vector(base.norm.weight), self._linear(head, "lm_head"), self._bias(head)
-            )
+            self.model = self._build(parts, config)
         except (TypeError, ValueError) as error:
             raise NotEligibleError(f"its layers do not fit together ({error})") from None
-        self._angles: tuple[Tensor, Tensor] | None = None
-        self._table = self._rows(head)
-        self._fixed = getattr(self.rotary, "rope_type", "default") in _FIXED_ROPE
-        self._frequencies = self.rotary.inv_freq
-        if self._fixed and not self._frequencies.is_inference():
-            self._copied.append(self._frequencies)
+        self._multiplier = float(getattr(config, self.family.embedding_multiplier, 1.0))
+        self._table, self._factor = self._token_rows(parts.head)
         if any(tensor.is_inference() for tensor in self._copied):
             raise NotEligibleError("it was made in inference mode, where changes of parameters are not counted")
         self._versions = _versions(self._copied)
@@ -69,25 +66,19 @@ class Plan:
         """
         logits = torch.empty(self.tokens)
         row = None if self._table is not None else self.embedding(ids).to(torch.float32).view(-1)
-        angles = self.angles(past.length)
-        self.model.advance(row, self._table, int(ids), *angles, *past.arguments(), logits, threads())
+        position = None
+        if self._positions is not None:
+            position = self._positions.weight[past.length + self.family.position_offset].detach().float()
+        angles = self.angles.at(past.length)
+        start = (row, self._table, int(ids), self._factor, position, *angles)
+        self.model.advance(*start, *past.arguments(), logits, threads())
         return logits
 
-    def _rows(self, head: Any) -> Any:
-        """Return the compiled lookup of embeddings if it reproduces the model's table on some rows, or None."""
-        tied: Any = getattr(head, "tied", None)
-        table = None
-        if type(self.embedding) is nn.Embedding:
-            if _dense_unsupported_reason(self.embedding.weight) is None:
-                table = _dense_linear(self.embedding.weight)
-        elif tied is self.embedding:
-            table = self._linear(head, "lm_head")
-        if table is None:
-            return None
-        ids = torch.linspace(0, self.tokens - 1, 8).long()
-        own = self.embedding(ids).to(torch.float32)
-        rows = torch.tensor([table.row(int(i)) for i in ids])
-        return table if rows.shape == own.shape and torch.allclose(rows, own, rtol=1e-5, atol=1e-7) else None
+    def packed_unsupported_reason(self) -> str | None:
+        """Return a phrase if the step reads no packed cache of the model, or None."""
+        if any(self.windows):
+            return "packed caches of layers with a sliding window are left to transformers"
+        return "its scores are capped, which packed caches do not support" if self.caps_scores else None
 
     def is_current(self) -> bool:
         """Return True if the kernels are unchanged and no copied parameter was edited.
@@ -97,38 +88,118 @@ class Plan:
         return (
             list(map(_kernel_of, self._kernel_owners)) == self._kernels
             and _versions(self._copied) == self._versions
-            and (not self._fixed or self.rotary.inv_freq is self._frequencies)
+            and self.angles.is_current()
         )
 
-    def angles(self, position: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines (dim,) of a position, from the model's rotary embedding."""
-        if not self._fixed:
-            cos, sin = self._rotate(torch.tensor([[position]]))
-            return cos[0], sin[0]
-        if self._angles is None or position >= len(self._angles[0]):
-            count = max(256, 1 << position.bit_length())
-            self._angles = self._rotate(torch.arange(count)[None])
-        cos, sin = self._angles
-        return cos[position], sin[position]
+    def _token_rows(self, head: Any) -> tuple[Any, float]:
+        """Return the compiled lookup of embeddings, or None, and the factor of its rows or the embedding's own.
 
-    def _rotate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.rotary(torch.empty(0), position_ids=positions)
-        if cos.shape[-1] != self.dim:
-            raise NotEligibleError(f"it rotates {cos.shape[-1]} of {self.dim} numbers of a head")
-        return cos[0].contiguous(), sin[0].contiguous()
+        The lookup is used if it reproduces the model's own embedding of some tokens.
+        """
+        tied: Any = getattr(head, "tied", None)
+        table = None
+        if not isinstance(self.embedding, QuantEmbedding):
+            if _dense_unsupported_reason(self.embedding.weight) is None:
+                table = _dense_linear(self.embedding.weight)
+        elif tied is self.embedding:
+            table = self._linear(head, "lm_head")
+        if table is None:
+            return None, self._multiplier
+        ids = torch.linspace(0, self.tokens - 1, 8).long()
+        own = self.embedding(ids)
+        scale = getattr(self.embedding, "embed_scale", None)
+        factor = 1.0 if scale is None else float(scale.to(own.dtype))
+        rows = torch.tensor([table.row(int(i)) for i in ids]) * factor
+        limit = 1e-5 if factor == 1.0 else 2 * torch.finfo(own.dtype).eps  # the product is rounded to the type
+        alike = rows.shape == own.shape and torch.allclose(rows, own.to(torch.float32), rtol=limit, atol=1e-7)
+        return (table, factor * self._multiplier) if alike else (None, self._multiplier)
 
-    def _block(self, builder: Any, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        modules = [(f"self_attn.{n}", getattr(attention, n)) for n in PROJECTIONS]
-        modules += [(f"mlp.{n}", getattr(mlp, n)) for n in GATED]
-        norms = [getattr(attention, n, None) for n in HEAD_NORMS]
-        builder.block(
-            self._vector(layer.input_layernorm.weight),
-            self._vector(layer.post_attention_layernorm.weight),
-            [self._linear(module, name) for name, module in modules],
-            [self._bias(module) for _, module in modules],
-            *(None if norm is None else self._vector(norm.weight) for norm in norms),
+    def _build(self, parts: Any, config: Any) -> Any:
+        family, hidden = self.family, _columns(parts.head)
+        builder = native().ModelBuilder(
+            hidden,
+            self.heads,
+            self.kv_heads,
+            self.dim,
+            self.angles.rotated,
+            family.interleaved,
+            float(getattr(config, family.logit_multiplier, 1.0))
+            / float(getattr(config, family.logit_divisor, 1.0)),
+            float(getattr(config, family.logit_cap, None) or 0.0),
         )
+        for index, layer in enumerate(parts.layers):
+            parallel = family.parallel
+            builder.block(
+                self._attention(layer, index),
+                self._mlp(layer),
+                self._norm(layer, "before_attention"),
+                self._norm(layer, "after_attention"),
+                self._norm(layer, "before_mlp"),
+                self._norm(layer, "after_mlp"),
+                parallel if isinstance(parallel, bool) else bool(getattr(layer, parallel)),
+                float(getattr(layer, family.residual_multiplier, 1.0)),
+            )
+        return builder.build(self._norm(parts.base, "norm"), self._layers(parts.head, ("",)))
+
+    def _attention(self, layer: Any, index: int) -> Any:
+        family, dim = self.family, self.dim
+        attention = layer.get_submodule(family.attention)
+        starts = [0, dim, 2 * dim] if family.by_head else [0, self.heads * dim, (self.heads + self.kv_heads) * dim]
+        return native().StepAttention(
+            self._layers(layer, family.qkv),
+            self._layers(layer, (family.attention_output,)),
+            starts,
+            3 * dim if family.by_head else dim,
+            self._norm(layer, "q_norm"),
+            self._norm(layer, "k_norm"),
+            float(attention.scaling),
+            self._score_cap(layer),
+            self.windows[index],
+            self.angles.kind_of(attention, index),
+        )
+
+    def _score_cap(self, layer: Any) -> float:
+        attention = layer.get_submodule(self.family.attention)
+        return float(getattr(attention, self.family.score_cap, None) or 0.0)
+
+    def _mlp(self, layer: Any) -> Any:
+        family = self.family
+        activation = layer.get_submodule(family.activation)
+        if type(activation) not in ACTIVATIONS:
+            raise NotEligibleError(f"its activation is {type(activation).__name__}, not SiLU, GELU or ReLU")
+        inputs = self._layers(layer, family.mlp_inputs)
+        output = self._layers(layer, (family.mlp_output,))
+        return native().StepMlp(inputs, output, family.gated, ACTIVATIONS[type(activation)])
+
+    def _norm(self, holder: Any, part: str) -> Any:
+        path = getattr(self.family, part)
+        module = (
+            getattr(holder.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], None) if path else None
+        )
+        if module is None:
+            if path and part not in self.family.optional:
+                raise NotEligibleError(f"{path} is missing")
+            return None
+        every = list(module.norms) if hasattr(module, "norms") else [module]
+        centred = type(module).__name__.startswith("Layer") or "LayerNorm" in type(module).__name__
+        if any(norm.weight is None for norm in every):
+            raise NotEligibleError(f"{path} has no weight")
+        offset = 1.0 if self.family.norm_plus_one and not centred else 0.0
+        biases = [norm.bias for norm in every if getattr(norm, "bias", None) is not None]
+        return native().StepNorm(
+            self._vector([norm.weight for norm in every], offset),
+            self._vector(biases) if biases else None,
+            _epsilon(every[0]),
+            centred,
+        )
+
+    def _layers(self, holder: Any, paths: tuple[str, ...]) -> Any:
+        layers = native().StepLayers()
+        for path in paths:
+            module = holder.get_submodule(path)
+            bias = None if module.bias is None else self._vector([module.bias])
+            layers.add(self._linear(module, path or "lm_head"), bias)
+        return layers
 
     def _linear(self, module: Any, name: str) -> Any:
         if type(module) is QuantLinear:
@@ -139,21 +210,34 @@ class Plan:
             self._kernel_owners.append(module.tied or module)
             self._kernels.append(kernel)
             return made
-        if type(module) is not nn.Linear:
+        if type(module) not in (nn.Linear, Conv1D):
             raise NotEligibleError(f"{name} is a {type(module).__name__}")
         reason = _dense_unsupported_reason(module.weight)
+        if reason is None and type(module) is Conv1D and module.weight.dtype != torch.float32:
+            reason = f"holds {module.weight.dtype}"
         if reason is not None:
             raise NotEligibleError(f"{name} {reason}")
+        if type(module) is Conv1D:
+            return native().transposed_linear(module.weight.detach())
         return _dense_linear(module.weight)
 
-    def _bias(self, module: Any) -> Tensor | None:
-        return None if module.bias is None else self._vector(module.bias)
-
-    def _vector(self, parameter: Tensor) -> Tensor:
-        vector = parameter.detach().to(torch.float32).contiguous()
-        if vector.data_ptr() != parameter.data_ptr():
-            self._copied.append(parameter)
+    def _vector(self, parameters: list[Tensor], offset: float = 0.0) -> Tensor:
+        """Return the numbers of parameters one after another in fp32, in place if they can be read there."""
+        first = parameters[0]
+        vector = first.detach().to(torch.float32).contiguous().view(-1)
+        if len(parameters) > 1 or offset:
+            vector = torch.cat([p.detach().to(torch.float32).reshape(-1) for p in parameters]) + offset
+        if vector.data_ptr() != first.data_ptr():
+            self._copied += parameters
         return vector
+
+
+def _columns(module: Any) -> int:
+    return int(module.weight.shape[0]) if type(module) is Conv1D else int(module.in_features)
+
+
+def _rows(module: Any) -> int:
+    return int(module.weight.shape[1]) if type(module) is Conv1D else int(module.out_features)
 
 
 def _dense_unsupported_reason(weight: Tensor) -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 MIN_CAPACITY = 256  # tokens
 
@@ -46,33 +47,61 @@ class PackedStepCache(StepCache, Protocol):
 
 
 class KVBuffer:
-    """Memory for the keys and values of all blocks: `numbers`, fp32 (blocks, 2, heads, capacity, dim)."""
+    """Memory for the keys and values of some blocks: `numbers`, fp32 (blocks, 2, heads, capacity, dim).
 
-    def __init__(self, blocks: int, heads: int, dim: int, tokens: int) -> None:
-        self.numbers = _memory(blocks, heads, tokens, dim)
+    Attributes:
+        window: Tokens that the blocks read, the present one included; 0 for all.
+        first: Position of the first token in it; earlier ones have left the window.
+    """
+
+    def __init__(self, blocks: int, heads: int, dim: int, tokens: int, window: int = 0, first: int = 0) -> None:
+        self.numbers = _memory(blocks, heads, tokens - first, dim)
+        self.window, self.first = window, first
+        self._emptied: KVBuffer | None = None
 
     @property
     def capacity(self) -> int:
         """The number of tokens that fit."""
         return self.numbers.shape[3]
 
+    def visible_from(self, length: int) -> int:
+        """Return the position of the first token that the token at position `length` reads."""
+        return max(0, length - self.window + 1) if self.window else 0
+
     def make_room(self, tokens: int, length: int) -> None:
-        """Make room for tokens; memory at least doubles when it grows.
+        """Make room for tokens; memory at least doubles when it grows, and tokens outside the window are dropped.
 
         Args:
-            tokens: Number of tokens to make room for.
-            length: Number of tokens in the buffer.
+            tokens: Number of tokens to make room for, from position 0 on.
+            length: Number of tokens so far.
         """
-        if tokens <= self.capacity:
+        if tokens - self.first <= self.capacity or not len(self.numbers):
             return
+        first = max(self.first, self.visible_from(length))
         blocks, _, heads, _, dim = self.numbers.shape
-        grown = _memory(blocks, heads, tokens, dim)
-        grown[..., :length, :] = self.numbers[..., :length, :]
-        self.numbers = grown
+        # with a window, room for as many tokens again before the next move
+        needed = (2 if self.window else 1) * (tokens - first)
+        grown, kept = _memory(blocks, heads, needed, dim), self.numbers[..., first - self.first :, :]
+        count = min(kept.shape[3], grown.shape[3])  # of a block that is ahead, tokens after `length`
+        grown[..., :count, :] = kept[..., :count, :]
+        self.numbers, self.first = grown, first
+
+    def emptied(self) -> KVBuffer:
+        """Return the empty buffer that takes this one's place, one for all of its layers."""
+        if self._emptied is None:
+            blocks, _, heads, _, dim = self.numbers.shape
+            self._emptied = KVBuffer(blocks, heads, dim, 0, self.window)
+        return self._emptied
+
+
+@cache
+def _empty_buffer(heads: int, dim: int) -> KVBuffer:
+    """Return a buffer of no blocks."""
+    return KVBuffer(0, heads, dim, 0)
 
 
 def _memory(blocks: int, heads: int, tokens: int, dim: int) -> Tensor:
-    capacity = max(MIN_CAPACITY, 1 << (tokens - 1).bit_length())
+    capacity = max(MIN_CAPACITY, 1 << max(0, tokens - 1).bit_length())
     with torch.inference_mode(False):  # a tensor made in that mode can be written to in no other
         return torch.empty(blocks, 2, heads, capacity, dim)
 
@@ -99,7 +128,11 @@ class KVBufferLayer(DynamicLayer):
         replaced = self._replaced[which]
         if replaced is not None:
             return replaced
-        return self.past.numbers[self.index, which][None, :, : self.length].to(self.dtype)
+        return self._from(self.past.visible_from(self.length), which)
+
+    def _from(self, position: int, which: int) -> Tensor:
+        tokens = slice(position - self.past.first, self.length - self.past.first)
+        return self.past.numbers[self.index, which][None, :, tokens].to(self.dtype)
 
     @property
     def keys(self) -> Tensor:
@@ -134,14 +167,17 @@ class KVBufferLayer(DynamicLayer):
         if not self.is_attached or key_states.shape[0] != 1 or key_states.requires_grad:
             if self.is_attached and not self.length:  # no earlier tokens of another shape
                 self.lazy_initialization(key_states, value_states)
+            elif self.is_attached:
+                self.keys, self.values = self.keys, self.values
             return super().update(key_states, value_states, *args, **kwargs)
-        end = self.length + key_states.shape[-2]
+        seen, end = self.past.visible_from(self.length), self.length + key_states.shape[-2]
         # blocks are updated one after the other: all of them have at least as much as this one
-        self.past.make_room(end, self.past.capacity)
+        self.past.make_room(end, self.length)
+        tokens = slice(self.length - self.past.first, end - self.past.first)
         for which, states in enumerate((key_states, value_states)):
-            self.past.numbers[self.index, which, :, self.length : end] = states[0]
+            self.past.numbers[self.index, which, :, tokens] = states[0]
         self.length = end
-        return self.keys, self.values
+        return self._from(seen, 0), self._from(seen, 1)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens."""
@@ -159,21 +195,69 @@ class KVBufferLayer(DynamicLayer):
             self.length = max(0, self.length + tokens_to_remove)
 
 
+class WindowBufferLayer(KVBufferLayer, DynamicSlidingWindowLayer):
+    """A KVBufferLayer of a block with a sliding window; `keys` and `values` are the tokens still visible."""
+
+    def __init__(self, past: KVBuffer, index: int, length: int, dtype: torch.dtype) -> None:
+        super().__init__(past, index, length, dtype)
+        self.sliding_window, self.record_past = past.window, False
+        self._sliding_window_tensor = torch.tensor(past.window, dtype=torch.long)
+
+    @property
+    def cumulative_length(self) -> int:
+        """The number of tokens, visible or not."""
+        return self.length
+
+    @cumulative_length.setter
+    def cumulative_length(self, length: int) -> None:
+        self.length = length
+
+    def activate_past_recording(self) -> None:
+        """Detach from the buffer, which keeps no tokens outside of the window."""
+        if self.is_attached:
+            self.keys, self.values = self.keys, self.values
+        self.record_past = True
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens, visible or not."""
+        return self.length
+
+    def reset(self) -> None:
+        """Remove all tokens."""
+        super().reset()
+        self.past = self.past.emptied()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; raises RuntimeError once tokens have left the window, as in transformers."""
+        if self.length >= self.sliding_window or not self.is_attached:
+            DynamicSlidingWindowLayer.crop(self, tokens_to_remove)
+        else:
+            super().crop(tokens_to_remove)
+
+
 class FloatStepCache:
-    """A KVBuffer and its layers, each with `length` tokens."""
+    """The buffers of a cache and its layers, each with `length` tokens.
+
+    Args:
+        every: Buffer of the blocks that read all tokens.
+        recent: Buffer of the blocks with a window.
+        layers: Of the cache.
+        length: Number of tokens.
+    """
 
     kind = "floats"
 
-    def __init__(self, past: KVBuffer, layers: list[Any], length: int) -> None:
-        self.past, self.layers, self.length = past, layers, length
+    def __init__(self, every: KVBuffer, recent: KVBuffer, layers: list[Any], length: int) -> None:
+        self.every, self.recent, self.layers, self.length = every, recent, layers, length
 
     def make_room(self) -> None:
         """Make room for one token."""
-        self.past.make_room(self.length + 1, self.length)
+        for buffer in (self.every, self.recent):
+            buffer.make_room(self.length + 1, self.length)
 
-    def arguments(self) -> tuple[Tensor, int]:
-        """Return keys and values, and their number."""
-        return self.past.numbers, self.length
+    def arguments(self) -> tuple[Tensor, int, Tensor, int]:
+        """Return keys and values, and their number, without and with a window."""
+        return self.every.numbers, self.length, self.recent.numbers, self.length - self.recent.first
 
     def advance(self) -> None:
         """Increase the length by the token that the step has appended."""
@@ -188,12 +272,12 @@ def packed_step_cache(cache: Any) -> PackedStepCache | None:
     return packed
 
 
-def step_cache_of(cache: Any, blocks: int, heads: int, dim: int) -> StepCache | None:
-    """Return the step's interface to a cache; the layers of an ordinary one are first moved into a KVBuffer.
+def step_cache_of(cache: Any, windows: tuple[int, ...], heads: int, dim: int) -> StepCache | None:
+    """Return the step's interface to a cache; the layers of an ordinary one are first moved into buffers.
 
     Args:
         cache: The cache, of one sequence.
-        blocks: Blocks of the model.
+        windows: Tokens that each block reads; 0 for all.
         heads: Heads of keys and values.
         dim: Numbers of a head.
 
@@ -201,37 +285,66 @@ def step_cache_of(cache: Any, blocks: int, heads: int, dim: int) -> StepCache | 
         None if the cache is of another kind, or empty.
     """
     layers = getattr(cache, "layers", None)
-    if not isinstance(cache, Cache) or layers is None or len(layers) != blocks or cache.offloading:
+    if not isinstance(cache, Cache) or layers is None or len(layers) != len(windows) or cache.offloading:
         return None
     packed = packed_step_cache(cache)
     if packed is not None:
-        return packed if packed.unsupported_reason(blocks, heads, dim) is None else None
-    first = layers[0]
-    if type(first) is KVBufferLayer:
-        past, length = first.past, first.length
-        for layer in layers:
-            if (
-                type(layer) is not KVBufferLayer
-                or layer.past is not past
-                or layer.length != length
-                or not layer.is_attached
-            ):
-                return None
-        return FloatStepCache(past, layers, length) if length else None
-    if not all(_is_plain(layer, heads, dim) for layer in layers):
+        return packed if packed.unsupported_reason(len(windows), heads, dim) is None else None
+    if type(layers[0]) in (KVBufferLayer, WindowBufferLayer):
+        return _buffered(layers, windows)
+    if not all(_is_plain(layer, window, heads, dim) for layer, window in zip(layers, windows)):
         return None
-    length = first.get_seq_length()
+    length = layers[0].get_seq_length()
     if not length or any(layer.get_seq_length() != length for layer in layers):
         return None
-    past = KVBuffer(blocks, heads, dim, length + 1)
-    for index, layer in enumerate(layers):
-        past.numbers[index, 0, :, :length], past.numbers[index, 1, :, :length] = layer.keys[0], layer.values[0]
-        layers[index] = KVBufferLayer(past, index, length, layer.keys.dtype)
-    return FloatStepCache(past, layers, length)
+    return _moved(layers, windows, heads, dim)
 
 
-def _is_plain(layer: Any, heads: int, dim: int) -> bool:
-    if type(layer) is not DynamicLayer or not layer.is_initialized:
+def _buffered(layers: list[Any], windows: tuple[int, ...]) -> FloatStepCache | None:
+    """Return the interface to layers that are in buffers, None where one has left them."""
+    buffers: list[KVBuffer | None] = [None, None]
+    length = layers[0].length
+    for layer, window in zip(layers, windows):
+        side = 1 if window else 0
+        if buffers[side] is None and type(layer) is _KINDS[side]:
+            buffers[side] = layer.past
+        if (
+            type(layer) is not _KINDS[side]
+            or layer.past is not buffers[side]
+            or layer.length != length
+            or not layer.is_attached
+        ):
+            return None
+    every, recent = (buffer or _empty_buffer(*layers[0].past.numbers.shape[2::2]) for buffer in buffers)
+    return FloatStepCache(every, recent, layers, length) if length else None
+
+
+def _moved(layers: list[Any], windows: tuple[int, ...], heads: int, dim: int) -> FloatStepCache:
+    """Move the layers of a cache into buffers."""
+    length, window = layers[0].get_seq_length(), max(windows)
+    count = sum(map(bool, windows))
+    every = KVBuffer(len(windows) - count, heads, dim, length + 1)
+    recent = KVBuffer(count, heads, dim, length + 1, window, max(0, length - window + 1) if window else 0)
+    buffers = (every, recent)
+    used = [0, 0]
+    for place, (layer, window) in enumerate(zip(layers, windows)):
+        side = 1 if window else 0
+        buffer, index, tokens = buffers[side], used[side], layer.keys.shape[2]
+        used[side] += 1
+        buffer.numbers[index, 0, :, :tokens], buffer.numbers[index, 1, :, :tokens] = layer.keys[0], layer.values[0]
+        layers[place] = _KINDS[side](buffer, index, length, layer.keys.dtype)
+    return FloatStepCache(every, recent, layers, length)
+
+
+_KINDS = (KVBufferLayer, WindowBufferLayer)  # without and with a window
+
+
+def _is_plain(layer: Any, window: int, heads: int, dim: int) -> bool:
+    if type(layer) is not (DynamicSlidingWindowLayer if window else DynamicLayer) or not layer.is_initialized:
+        return False
+    if window and (layer.sliding_window != window or layer.record_past):
         return False
     keys: Any = layer.keys
+    if window and keys.dim() == 4 and keys.shape[2] != min(layer.cumulative_length, window - 1):
+        return False
     return keys.dim() == 4 and keys.shape[:2] == (1, heads) and keys.shape[3] == dim and keys.device.type == "cpu"

@@ -19,9 +19,9 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
     If a head is tied to the table, the head's kernel holds the tensors from its first call on and decodes the
     rows.
 
-    For a subclass of nn.Embedding a class is derived from both (`_quantized`), so that the subclass's own forward
-    still applies around the lookup, such as Gemma's factor. `weight` is an empty buffer with the type and device
-    of the former weight.
+    For a subclass of nn.Embedding a class is derived from both (`quantized_class`), so that the subclass's own
+    forward still applies around the lookup, such as Gemma's factor. `weight` is an empty buffer with the type and
+    device of the former weight.
     """
 
     float_class: ClassVar[type[nn.Embedding]] = nn.Embedding
@@ -49,7 +49,7 @@ class QuantEmbedding(PackedMatrix, nn.Embedding):
 
 
 @cache
-def _quantized(kind: type[nn.Embedding]) -> type[QuantEmbedding]:
+def quantized_class(kind: type[nn.Embedding]) -> type[QuantEmbedding]:
     """Return the class whose forward is that of `kind`, with super().forward looking up decoded rows."""
     if kind is nn.Embedding:
         return QuantEmbedding
@@ -57,7 +57,7 @@ def _quantized(kind: type[nn.Embedding]) -> type[QuantEmbedding]:
 
 
 def _new_quantized(kind: type[nn.Embedding]) -> QuantEmbedding:
-    made = _quantized(kind)  # type: ignore[arg-type]
+    made = quantized_class(kind)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
