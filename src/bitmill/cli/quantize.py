@@ -120,6 +120,16 @@ InputsPart = Annotated[
         show_default=False,
     ),
 ]
+AttentionParts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attention",
+        metavar="SITE=PART",
+        help="Format of what attention multiplies, simulated: queries, keys, values or probabilities, such as "
+        "keys=uniform:bits=8; repeatable.",
+        show_default=False,
+    ),
+]
 Rules = Annotated[
     list[str] | None,
     typer.Option(
@@ -174,6 +184,7 @@ def quantize(
     tuner: Tuners = None,
     sparse: Sparse = None,
     inputs: InputsPart = None,
+    attention: AttentionParts = None,
     rules: Rules = None,
     propagate: Propagate = "quantized",
     max_minutes: MaxMinutes = WITHIN_MINUTES,
@@ -200,7 +211,7 @@ def quantize(
     options = parse_method_options(bits, group_size, settings)
     parts: dict[str, Any] = {
         "format": format, "solver": solver, "transforms": transform, "tuners": tuner, "sparse": sparse,
-        "inputs": inputs, "rules": rules,
+        "inputs": inputs, "attention": attention, "rules": rules,
     }  # fmt: skip
     request: dict[str, Any] = {
         "measure": measure, "device": device, "trust_remote_code": trust_remote_code, "propagate": propagate,

@@ -22,6 +22,7 @@ from bitmill.checkpoint.schema import QUANT_METHOD, head_config, layer_formats, 
 from bitmill.errors import CheckpointError
 from bitmill.integrations.renaming import model_names, renamed_config
 from bitmill.integrations.saving import protect_saves
+from bitmill.recipes.attention import attach_attention
 from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix, check_packed, detach_files
@@ -158,6 +159,7 @@ class BitmillQuantizer(HfQuantizer):
         model._weight_conversions = []  # save_pretrained writes the names of the model
         detach_files(model)
         protect_saves(model)
+        attach_attention(model, self.quantization_config.get("recipe"))
         from bitmill.runtime.decode import attach  # transformers is only partly imported when this file is
 
         attach(model)

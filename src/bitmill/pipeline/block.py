@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from bitmill.architectures.attention import round_attention
 from bitmill.architectures.inputs import hook_inputs
 from bitmill.calibration.collect import collect_statistics, find_stages
 from bitmill.calibration.fisher import rescale_fisher
@@ -51,6 +52,8 @@ def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs)
         check_range(block.layer(name), block.task.matrix(name), block.task.formats[name])
     # a float copy in the basis of the block that is quantized
     float_module = copy.deepcopy(module) if compares_inputs(job) else None
+    if job.recipe.attention:
+        round_attention(module, job.recipe.attention.roundings())
     before = {name: parameter.detach().clone() for name, parameter in block.task.floats()} if tuners else {}
     if tuners:
         block.task.round_inputs()

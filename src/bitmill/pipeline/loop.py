@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bitmill.architectures.attention import enable_rounded_attention, round_attention
 from bitmill.architectures.inputs import hook_inputs
 from bitmill.calibration.streams import Streams
 from bitmill.calibration.walk import walk_blocks
@@ -52,6 +53,8 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any
     progress = progress or Progress()
     if job.needs and job.calibration is None:
         raise RecipeError(f"The recipe {job.recipe.name!r} needs calibration text; give it some with --calib.")
+    if job.recipe.attention:
+        enable_rounded_attention(job.streamed.model)
     store = open_store(job)
     shared = learn_shared_parts(job, sink, progress)
     with fisher_for_job(job, sink, progress) as fisher:
@@ -101,6 +104,8 @@ def _quantize_blocks(
         else:
             float_outputs = inputs.streams.float_outputs(block, index) if inputs.streams else []
             _restore(finished, job.streamed)
+            if job.recipe.attention:
+                round_attention(block, job.recipe.attention.roundings())
             if inputs.streams:
                 inputs.streams.advance(block, index, float_outputs, follow_float=job.propagate == "float")
             else:

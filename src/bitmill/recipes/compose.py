@@ -17,6 +17,7 @@ from bitmill.config.parsing import parse_part, parse_value
 from bitmill.config.paths import user_path
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS
+from bitmill.recipes.attention import parse_attention
 from bitmill.recipes.defaults import DEFAULT_BITS
 from bitmill.recipes.embedding_and_head import head_format
 from bitmill.recipes.inputs import FLOAT, parse_inputs
@@ -40,6 +41,7 @@ def compose(
     tuners: Sequence[str] = (),
     sparse: float | None = None,
     inputs: str | None = None,
+    attention: Sequence[str] = (),
     rules: Sequence[str | Rule] = (),
 ) -> Recipe:
     """Return `base` with other parts.
@@ -52,6 +54,7 @@ def compose(
         tuners: added after its own.
         sparse: share of the weights that are stored apart from the dense format, in fp16.
         inputs: format of the inputs of layers, or "float", in place of its own.
+        attention: `SITE=FORMAT:key=value,...` for queries, keys, values and probabilities, in place of its own.
         rules: exceptions for some layers, `PATTERN=FORMAT:key=value,...` or `PATTERN=float`; they come first,
             in place of rules of `base` with an equal pattern.
 
@@ -71,6 +74,9 @@ def compose(
     if inputs is not None:
         chosen["inputs"] = parse_inputs(inputs)
         names.append("inputs")
+    if attention:
+        chosen["attention"] = parse_attention(attention)
+        names.append("attention")
     if solver is not None:
         chosen["solver"] = SOLVERS.from_dict(parse_part(SOLVERS, solver))
         names.append(chosen["solver"].name)

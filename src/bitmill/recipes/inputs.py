@@ -17,7 +17,7 @@ from bitmill.formats import FORMATS, Format, Wrapper
 
 FLOAT: Literal["float"] = "float"  # in place of a format: nothing is rounded
 _OPTIONS = {"static": False, "simulated": False, "threshold": 0.0}  # beside those of the format
-_DEFAULTS = {"bits": 8, "group_size": "row", "symmetric": True}  # of the options that a format has
+DEFAULTS = {"bits": 8, "group_size": "row", "symmetric": True}  # of the options that a format has
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Inputs:
         chosen = {name: data.get(name, default) for name, default in _OPTIONS.items()}
         own = {key: value for key, value in data.items() if key not in _OPTIONS}
         known = FORMATS.options(own["format"]) if isinstance(own.get("format"), str) else {}
-        return cls(FORMATS.from_dict({**{k: v for k, v in _DEFAULTS.items() if k in known}, **own}), **chosen)
+        return cls(FORMATS.from_dict({**{k: v for k, v in DEFAULTS.items() if k in known}, **own}), **chosen)
 
 
 def parse_inputs(spelled: str) -> Inputs | None:

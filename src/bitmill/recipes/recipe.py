@@ -6,6 +6,7 @@
     transforms: []                  exact changes of the float model, first to last
     rules: []                       exceptions for some layers, first match wins, see `bitmill.recipes.rules`
     inputs: {format: uniform, ...}  how the inputs of layers are rounded, see `bitmill.recipes.inputs`
+    attention: {keys: {...}, ...}   how attention rounds what it multiplies, see `bitmill.recipes.attention`
     tuners: []                      learned around the quantized layers, first to last
     ignore: []                      short for leading rules that keep layers in float: glob patterns of their names
     head: {format: uniform, ...}    format of embedding and head, rounded to nearest, or float; 8 bits by default
@@ -28,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bitmill.config.documents import load_yaml
 from bitmill.errors import RecipeError, one_line
 from bitmill.formats import FORMATS, Format, GroupFormat
+from bitmill.recipes.attention import Attention
 from bitmill.recipes.inputs import FLOAT, Inputs
 from bitmill.recipes.rules import Rule
 from bitmill.recipes.scheme import LayerScheme
@@ -59,6 +61,7 @@ class _RecipeDocument(BaseModel):
     solver: dict[str, Any]
     transforms: list[dict[str, Any]] = []
     inputs: dict[str, Any] | None = None
+    attention: dict[str, Any] | None = None
     tuners: list[dict[str, Any]] = []
     rules: list[_RuleDocument] = []  # or text, as on the command line, see `Recipe.from_dict`
     ignore: list[str] = []
@@ -75,6 +78,7 @@ class Recipe:
         rules: exceptions, in order; the first one that matches a layer decides.
         tuners: learned around the quantized layers of a block, first to last.
         head: format of embedding and head, or "float"; None for the default, see `choose_head_formats`.
+        attention: formats of what attention multiplies, in every block; None for floats.
 
     Raises:
         RecipeError: parts that cannot work together.
@@ -88,6 +92,7 @@ class Recipe:
     tuners: tuple[Tuner, ...] = ()
     head: Format | Literal["float"] | None = None
     inputs: Inputs | None = None
+    attention: Attention | None = None
 
     def __post_init__(self) -> None:
         reasons = [scheme.unsupported_reason() for scheme in self.schemes]
@@ -138,6 +143,7 @@ class Recipe:
             "solver": self.solver.to_dict(),
             "transforms": [t.to_dict() for t in self.transforms],
             **({} if self.inputs is None else {"inputs": self.inputs.to_dict()}),
+            **({} if self.attention is None else {"attention": self.attention.to_dict()}),
             "tuners": [t.to_dict() for t in self.tuners],
             "ignore": [rule.sites for rule in ignored],
             **({"rules": rules} if rules else {}),
@@ -167,6 +173,7 @@ class Recipe:
             tuners=tuple(TUNERS.from_dict(t) for t in document.tuners),
             head=FORMATS.from_dict(document.head) if isinstance(document.head, dict) else document.head,
             inputs=None if document.inputs is None else Inputs.from_dict(document.inputs),
+            attention=None if document.attention is None else Attention.from_dict(document.attention),
         )
 
     def to_yaml(self) -> str:

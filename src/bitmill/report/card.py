@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, Template, Undefined
 
 from bitmill.report.describe import (
+    describe_attention,
     describe_embedding_and_head,
     describe_exceptions,
     describe_format,
@@ -100,6 +101,9 @@ The linear layers of the blocks are stored packed in the format
 {{ "%.3f" | format(bits_per_weight) }} bits per weight count every scale, zero, index and table on disk.
 {%- if recipe.inputs %}
 Their inputs are rounded to {{ text(describe_inputs(recipe.inputs)) }}.
+{%- endif %}
+{%- if recipe.attention %}
+Attention multiplies {{ text(describe_attention(recipe.attention)) }}.
 {%- endif %}
 {% if exceptions %}
 {{ exceptions }}
@@ -246,6 +250,7 @@ def model_card(report: dict[str, Any]) -> str:
         code=lambda value, in_table=False: code_span(str(value), in_table),
         front_matter=_front_matter(report),
         describe_format=describe_format,
+        describe_attention=describe_attention,
         describe_inputs=describe_inputs,
         task_table=task_table,
         task_note=NOTE,

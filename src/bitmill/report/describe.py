@@ -46,6 +46,12 @@ def describe_inputs(inputs: dict[str, Any]) -> str:
     return f"{plain}, {simulation}" if simulation else plain
 
 
+def describe_attention(attention: dict[str, Any]) -> str:
+    """Return the formats of what attention multiplies: `keys in uniform (bits 8, group_size row), simulated`."""
+    sites = [f"{site} in {describe_format(format)}" for site, format in attention.items()]
+    return f"{', '.join(sites)}, simulated: rounded, and multiplied in floats"
+
+
 def describe_exceptions(recipe: dict[str, Any], code: Callable[[str], str] = str) -> str:
     """Return the rules of a recipe as one sentence; empty without rules.
 

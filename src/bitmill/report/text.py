@@ -8,6 +8,7 @@ from typing import Any
 
 from bitmill.report import formatting
 from bitmill.report.describe import (
+    describe_attention,
     describe_format,
     describe_measured_cache,
     describe_options,
@@ -102,6 +103,8 @@ def storage_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("format", describe_format(entry["format"]) + count))
         if simulation := describe_simulation(entry["format"]):
             rows.append(("inputs", simulation))
+    if attention := summary.get("attention"):
+        rows.append(("attention", describe_attention(attention)))
     if summary["formats"]:
         rows.append(("layers", f"{summary['layers']:,} ({summary['quantized_weights']:,} weights)"))
     bits = f"{summary['bits_per_weight']:.3f}"

@@ -33,6 +33,7 @@ from bitmill.pipeline.in_place import ModuleSink
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
+from bitmill.recipes.attention import attach_attention
 from bitmill.recipes.compose import HeadBits
 from bitmill.recipes.method import Method
 from bitmill.recipes.recipe import Recipe
@@ -241,6 +242,7 @@ def _run(prepared: PreparedJob, data: JobData, identity: dict[str, Any], work: W
         report["layers"] = in_place.layers
         in_place.finish()
         assert prepared.recipe is not None  # a live model keeps no calibration of keys and values
+        attach_attention(model, prepared.recipe.to_dict())
         _mark_quantized(model, in_place, prepared.recipe)
         return Outcome(_summary(prepared.plan, None, request.started, report["measured"]), report, None, model)
     check_space(work.out, prepared.plan["size_bytes"])
