@@ -7,13 +7,14 @@ import torch
 
 import bitmill
 from bitmill.checkpoint.reader import open_checkpoint
+from bitmill.checkpoint.training_journal import TrainingJournal
 from bitmill.checkpoint.verify import verify
 from bitmill.cli.main import main
-from bitmill.errors import BitmillError, NumericsError, UsageError
+from bitmill.errors import BitmillError, CheckpointError, NumericsError, OutputError, UsageError
 from bitmill.evaluation.metrics import score_windows
-from bitmill.files import sha256
 from bitmill.models.split import deferred_output_fn
 from helpers.tiny_models import tiny_model
+from helpers.workspace import save_model, snapshot, write_text
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("uniform", 3), ("gptqt", 3), ("codebook", 2)])
@@ -37,14 +38,6 @@ def test_a_trained_folder_repeats_the_lower_loss(folders, teacher, windows, tmp_
     assert all(torch.equal(old.tensor(tensor), new.tensor(tensor)) for tensor in codes)
     assert "trained end to end" in (out / "README.md").read_text()
     assert "trained end to end" in (out / "report.html").read_text()
-
-
-def test_equal_trainings_give_equal_bytes(folders, teacher, windows, tmp_path):
-    outs = [tmp_path / "a", tmp_path / "b"]
-    for out in outs:
-        bitmill.train(folders("uniform"), teacher=teacher, calib=windows, out=out, rate=3e-3)
-    digests = [{path.name: sha256(path) for path in out.iterdir()} for out in outs]
-    assert digests[0] == digests[1]
 
 
 def test_the_next_token_needs_no_teacher(folders, windows, tmp_path):
@@ -92,8 +85,6 @@ def test_a_teacher_of_another_vocabulary_is_refused(folders, windows, tmp_path):
 
 
 def test_refusals_of_the_command(tmp_path, capsys):
-    from helpers.workspace import save_model, write_text
-
     source, text = save_model(tmp_path / "source"), write_text(tmp_path / "text.txt")
     folder = tmp_path / "q"
     bitmill.quantize(source, "rtn", bits=3, group_size=32, out=folder, measure=0)
@@ -104,3 +95,26 @@ def test_refusals_of_the_command(tmp_path, capsys):
     text.write_text("w1 w2 w3")
     assert main([*map(str, short), "--held-apart", "1", "-o", str(tmp_path / "x")]) == 1
     assert "a window needs more than" in capsys.readouterr().err
+
+
+def test_a_resumed_training_gives_equal_bytes(folders, teacher, windows, tmp_path, monkeypatch):
+    options = {"teacher": teacher, "calib": windows, "rate": 3e-3, "tokens": 64, "epochs": 2}
+    bitmill.train(folders("uniform"), out=tmp_path / "whole", **options)
+    out, save, saves = tmp_path / "resumed", TrainingJournal.save, []
+
+    def interrupted(self, tensors, data):
+        save(self, tensors, data)
+        saves.append(data["steps"])
+        if len(saves) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingJournal, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bitmill.train(folders("uniform"), out=out, **options)
+    with pytest.raises(OutputError, match="continue it with --resume"):
+        bitmill.train(folders("uniform"), out=out, **options)
+    with pytest.raises(CheckpointError, match=r"its options.rate was 0.003 and is now 0.001"):
+        bitmill.train(folders("uniform"), out=out, resume=True, **{**options, "rate": 1e-3})
+    bitmill.train(folders("uniform"), out=out, resume=True, **options)
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("whole", "resumed")] == []
+    assert snapshot(out) == snapshot(tmp_path / "whole")

@@ -66,13 +66,7 @@ class Journal:
             identity, blocks = data["identity"], data["blocks"]
         except (CheckpointError, ValueError, KeyError, TypeError) as error:
             raise self.unreadable(type(error).__name__) from None
-        difference = first_difference(identity, json.loads(json.dumps(self.identity)))
-        if difference:
-            key, old, new = difference
-            raise CheckpointError(
-                f"The unfinished run in {self.path.parent} cannot be resumed: its {key} was {old!r} and is now "
-                f"{new!r}; restore that, or delete the folder and start anew."
-            )
+        check_identity(self.path.parent, identity, self.identity)
         entries: list[Any] = blocks if isinstance(blocks, list) else [None]
         for entry in entries:
             try:
@@ -103,6 +97,23 @@ class Journal:
         """Return the error for a damaged journal."""
         return CheckpointError(
             f"The journal {self.path} cannot be read ({reason}); delete {self.path.parent} and run again."
+        )
+
+
+def check_identity(work: Path, old: Any, new: dict[str, Any]) -> None:
+    """Raise CheckpointError for an unfinished run with another identity than this one's.
+
+    Args:
+        work: the work folder.
+        old: the identity of the unfinished run.
+        new: that of this one, as plain data.
+    """
+    difference = first_difference(old, json.loads(json.dumps(new)))
+    if difference:
+        key, before, now = difference
+        raise CheckpointError(
+            f"The unfinished run in {work} cannot be resumed: its {key} was {before!r} and is now {now!r}; "
+            "restore that, or delete the folder and start anew."
         )
 
 

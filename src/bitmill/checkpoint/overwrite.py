@@ -52,24 +52,31 @@ def check_replaceable(out: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield the place in which to make a folder, which becomes `out` when the block ends without an error.
+def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[WorkFolder]:
+    """Yield a work folder, whose `model` becomes `out` when the block ends without an error.
+
+    After an error the work folder is kept if it has a journal, with which the run can be resumed.
 
     Args:
         out: the folder.
         overwrite: replace a folder that bitmill wrote.
+        resume: keep what an earlier run left in the work folder.
 
     Raises:
         OutputError: the folder cannot be written, or another process is writing it.
     """
-    check_output(out, overwrite)
+    if resume and overwrite and os.path.lexists(out):
+        check_replaceable(out)
+    elif not resume or os.path.lexists(out):
+        check_output(out, overwrite)
     work = WorkFolder(out)
     try:
-        work.clear()
-        yield work.model
+        if not resume:
+            work.clear()
+        yield work
         publish_work(work, overwrite)
     finally:
-        work.remove()
+        work.close()
 
 
 def publish_work(work: WorkFolder, overwrite: bool) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bitmill.cli.complete import complete_calib, complete_demo_models
 from bitmill.cli.options import AsJson, Device, QuantizedFolder, Seed, Seqlen, TrustRemoteCode
 from bitmill.cli.output import command_output, property_table
-from bitmill.cli.quantize import Overwrite
+from bitmill.cli.quantize import Overwrite, Resume
 from bitmill.config.texts import MIX, VARIABLE
 
 Out = Annotated[
@@ -79,6 +79,7 @@ def train(
     seqlen: Seqlen = 512,
     seed: Seed = 0,
     device: Device = "cpu",
+    resume: Resume = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -87,24 +88,22 @@ def train(
     with command_output(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
+        from bitmill.checkpoint.work_folder import can_resume
 
-        outcome = api.train(
-            folder,
-            out=_default_folder(folder) if out is None else out,
-            teacher=teacher,
-            calib=api.CalibrationData(calib, samples, seqlen, seed),
-            loss=loss,  # type: ignore[arg-type]
-            learn=learn,  # type: ignore[arg-type]
-            epochs=epochs,
-            rate=rate,
-            tokens=tokens,
-            held_apart=held_apart,
-            max_minutes=max_minutes,
-            overwrite=overwrite,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=output.progress,
-        )
+        place = _default_folder(folder) if out is None else out
+        request: dict[str, Any] = {
+            "teacher": teacher, "loss": loss, "learn": learn, "epochs": epochs, "rate": rate, "tokens": tokens,
+            "held_apart": held_apart, "max_minutes": max_minutes, "resume": resume, "overwrite": overwrite,
+            "device": device, "trust_remote_code": trust_remote_code, "progress": output.progress,
+        }  # fmt: skip
+        try:
+            outcome = api.train(
+                folder, out=place, calib=api.CalibrationData(calib, samples, seqlen, seed), **request
+            )
+        except KeyboardInterrupt:
+            if can_resume(place):
+                output.hint = "interrupted; continue with --resume"
+            raise
         output.result(outcome.summary, lambda: [property_table(outcome.rows())])
 
 

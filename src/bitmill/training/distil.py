@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from bitmill.evaluation.metrics import LanguageModelMetrics
 from bitmill.progress import Progress
 from bitmill.training.loss import cross_entropy, kl_divergence, positions_at_a_time
 from bitmill.training.options import TrainingOptions
+from bitmill.training.snapshot import Snapshots, TrainingResult, restore_snapshot, take_snapshot
 from bitmill.training.student import Student
 from bitmill.tuners.training import adam, adam_step
 
@@ -47,26 +49,6 @@ class WindowSet:
     expected: Sequence[DeferredLogits] = ()
 
 
-@dataclass
-class TrainingResult:
-    """The best state of a training, and how it was reached.
-
-    state: tensor of the folder -> its stored form.
-    start, best: figures on the held-apart windows, of the start and of the best state.
-    best_step: the step after which the best state was reached; 0 for the start.
-    curve: for every check step, epoch, rate, training loss since the last one, and loss on the held-apart windows.
-    stopped: why training ended early, as a sentence; "" where it did not.
-    """
-
-    state: dict[str, Tensor]
-    start: dict[str, Any]
-    best: dict[str, Any]
-    best_step: int = 0
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    steps: int = 0
-    stopped: str = ""
-
-
 class Training:
     """Training of a student.
 
@@ -77,6 +59,7 @@ class Training:
         options: how.
         seed: of the order of the windows.
         progress: where progress is reported.
+        snapshots: keeps the state at every check, and may hold that of an earlier run, which is continued.
     """
 
     def __init__(
@@ -87,10 +70,13 @@ class Training:
         options: TrainingOptions,
         seed: int = 0,
         progress: Progress | None = None,
+        snapshots: Snapshots | None = None,
     ) -> None:
         self.student, self.data, self.held_apart, self.options = student, data, held_apart, options
-        self.progress = progress or Progress()
-        self._generator = torch.Generator().manual_seed(seed)
+        self.progress, self.snapshots = progress or Progress(), snapshots
+        generator = torch.Generator().manual_seed(seed)
+        count = len(data.windows)
+        self._orders = [torch.randperm(count, generator=generator).tolist() for _ in range(options.epochs)]
         self._windows_a_step = max(1, options.tokens // data.windows.shape[1])
         self._steps_an_epoch = -(-len(data.windows) // self._windows_a_step)
         self._total = self._steps_an_epoch * options.epochs
@@ -103,21 +89,15 @@ class Training:
         Raises:
             NumericsError: the loss is NaN or infinite before anything is better than the start.
         """
-        start = self.measure()
-        if not math.isfinite(self._loss(start)):
-            raise NumericsError("The loss of the folder is NaN or infinite before training; quantize it again.")
-        result = TrainingResult(self.student.state(), start, start)
-        result.curve.append({"step": 0, "epoch": 0.0, "loss": self._loss(start)})
         optimizer = adam((self.student.leaves(), self.options.rate))
+        result = self._begin(optimizer)
         self.progress.start(TRAINING, self._total)
-        order: list[int] = []
-        for step in range(self._total):
+        self.progress.advance(result.steps)
+        for step in range(result.steps, self._total):
             share = self._share(step)
             if share <= 0:
                 break
-            order = order or torch.randperm(len(self.data.windows), generator=self._generator).tolist()
-            batch, order = order[: self._windows_a_step], order[self._windows_a_step :]
-            loss = self._backward(batch)
+            loss = self._backward(self._batch(step))
             if not math.isfinite(loss):
                 return self._diverged(result, step, loss)
             adam_step(optimizer, share)
@@ -125,19 +105,44 @@ class Training:
             result.steps = step + 1
             self.progress.describe(f"loss {loss:.4g}, rate {self.options.rate * share:.2g}")
             self.progress.advance()
-            if self._is_check(step + 1) and not self._check(result, share):
-                return self._diverged(result, step, math.nan)
+            if self._is_check(step + 1):
+                if not self._check(result, share):
+                    return self._diverged(result, step, math.nan)
+                self._save(result, optimizer)
         if result.steps != result.curve[-1]["step"]:
             self._check(result, 0.0)
         self.progress.finish()
         return result
 
+    def _begin(self, optimizer: torch.optim.Adam) -> TrainingResult:
+        """Return the result so far: that of an earlier run, or the start."""
+        earlier = self.snapshots.load() if self.snapshots else None
+        if earlier is not None:
+            tensors, data = earlier
+            self._began -= data["elapsed_s"]
+            return restore_snapshot(tensors, data, self.student.learned, optimizer)
+        start = self.measure()
+        if not math.isfinite(self._loss(start)):
+            raise NumericsError("The loss of the folder is NaN or infinite before training; quantize it again.")
+        result = TrainingResult(self.student.state(), start, start)
+        result.curve.append({"step": 0, "epoch": 0.0, "loss": self._loss(start)})
+        return result
+
+    def _save(self, result: TrainingResult, optimizer: torch.optim.Adam) -> None:
+        if self.snapshots is not None:
+            tensors, data = take_snapshot(result, self.student.learned, optimizer)
+            self.snapshots.save(tensors, {**data, "elapsed_s": time.monotonic() - self._began})
+
+    def _batch(self, step: int) -> list[int]:
+        """Return the windows of a step."""
+        epoch, within = divmod(step, self._steps_an_epoch)
+        return self._orders[epoch][within * self._windows_a_step :][: self._windows_a_step]
+
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
         """Return perplexity and, with a teacher, KL divergence and agreement on the held-apart windows."""
         metrics = LanguageModelMetrics()
-        expected = self.held_apart.expected or [None] * len(self.held_apart.windows)
-        for window, reference in zip(self.held_apart.windows, expected):
+        for window, reference in zip_longest(self.held_apart.windows, self.held_apart.expected):
             metrics.add(window[None], self.student.split(window[None]), reference)
         try:
             figures = metrics.result()

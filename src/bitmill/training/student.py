@@ -66,6 +66,7 @@ class TrainedLinear(nn.Module):
         super().__init__()
         self.quantized, self.learned = quantized, learned
         self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias: Tensor | None
         self.register_parameter("bias", layer.bias)
         if layer.format.quantizes_inputs:
             hook_inputs(self, self._round_inputs)

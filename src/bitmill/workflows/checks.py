@@ -65,10 +65,6 @@ def job_identity(
         propagate: input of later blocks during calibration.
         kv: method and calibration text of keys and values.
     """
-    import numpy
-    import safetensors
-    import transformers
-
     return {
         "source": source.name,  # named in the report and the card
         "model": source.fingerprint(),
@@ -77,6 +73,17 @@ def job_identity(
         "calibration": data.described["calibration"],
         "propagate": propagate if data.windows is not None else None,
         "held_out": None if data.held_out is None else text.windows_hash(data.held_out),
+        **machine_identity(device),
+    }
+
+
+def machine_identity(device: str) -> dict[str, Any]:
+    """Return the versions and the parts of the machine that decide how floats are rounded, as plain data."""
+    import numpy
+    import safetensors
+    import transformers
+
+    return {
         "versions": {
             "bitmill": __version__,
             "python": platform.python_version(),

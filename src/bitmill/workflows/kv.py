@@ -327,11 +327,11 @@ def calibrate_folder(
         return
     if out.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{out} lies in {folder}, of which it would be a copy; choose another folder with -o.")
-    with new_folder(out, overwrite) as new:
+    with new_folder(out, overwrite) as work:
         calibration, plan = _calibrated(folder, config, given, device, trust_remote_code, progress)
         with output_errors(out):
-            shutil.copytree(folder, new, ignore_dangling_symlinks=True)
-        add_calibration(new, calibration, plan)
+            shutil.copytree(folder, work.model, ignore_dangling_symlinks=True)
+        add_calibration(work.model, calibration, plan)
 
 
 def _calibrated(

@@ -16,7 +16,8 @@ from bitmill.calibration.token_windows import checked_windows
 from bitmill.checkpoint.overwrite import new_folder
 from bitmill.checkpoint.reader import Checkpoint, open_checkpoint
 from bitmill.checkpoint.trained import add_running, check_report, copy_trained
-from bitmill.checkpoint.work_folder import SUFFIX_BYTES
+from bitmill.checkpoint.training_journal import TrainingJournal
+from bitmill.checkpoint.work_folder import SUFFIX_BYTES, WorkFolder, remove
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.data.held_apart import hold_apart
@@ -28,7 +29,7 @@ from bitmill.data.windows import (
     check_context_length,
     check_vocabulary,
 )
-from bitmill.errors import SourceError, UsageError, one_line
+from bitmill.errors import NumericsError, SourceError, UsageError, one_line
 from bitmill.evaluation.context import text_config
 from bitmill.evaluation.logits import DeferredLogits
 from bitmill.evaluation.reference import read_reference
@@ -42,11 +43,12 @@ from bitmill.report.text import training_rows
 from bitmill.runtime.decode import detach
 from bitmill.sources.zoo import ZOO
 from bitmill.tasks.base import task_for
-from bitmill.training.distil import Training, TrainingResult, WindowSet
+from bitmill.training.distil import Training, WindowSet
 from bitmill.training.loss import LossName
 from bitmill.training.options import TrainingOptions
+from bitmill.training.snapshot import TrainingResult
 from bitmill.training.student import Learn, Student
-from bitmill.workflows.checks import check_device, check_space
+from bitmill.workflows.checks import check_device, check_space, machine_identity
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.running import measure_folder
@@ -84,6 +86,7 @@ def train(
     tokens: int = 512,
     held_apart: int = 8,
     max_minutes: float | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -107,6 +110,7 @@ def train(
         tokens: in a step, in whole windows.
         held_apart: windows that choose the state which is written.
         max_minutes: training ends after this time, as if its epochs were over.
+        resume: continue an interrupted training.
         overwrite: replace a folder that bitmill wrote, once the new one is complete.
         device: device to train on.
         trust_remote_code: allow Python code in the folder to run.
@@ -124,8 +128,8 @@ def train(
         place = user_path(out, SUFFIX_BYTES)
         if place.resolve().is_relative_to(run.folder.resolve()):
             raise UsageError(f"{place} lies in {run.folder}, of which it is made; choose another folder with -o.")
-        with new_folder(place, overwrite) as new:
-            described = run.write(new, as_calibration(calib))
+        with new_folder(place, overwrite, resume) as work:
+            described = run.write(work, as_calibration(calib))
     report = open_checkpoint(place).report
     summary = {
         "folder": str(run.folder),
@@ -176,9 +180,9 @@ class _Run:
             "(teacher)."
         )
 
-    def write(self, new: Path, calibration: CalibrationData | Tensor | None) -> dict[str, Any]:
+    def write(self, work: WorkFolder, calibration: CalibrationData | Tensor | None) -> dict[str, Any]:
         """Train and write the folder; returns the summary."""
-        check_space(new, sum(path.stat().st_size for path in set(self.checkpoint.files.values())))
+        check_space(work.out, sum(path.stat().st_size for path in set(self.checkpoint.files.values())))
         self.progress.start("reading text and model", 0)
         windows, about = self._windows(calibration)
         kept, apart = hold_apart(windows, self.options.held_apart)
@@ -187,13 +191,31 @@ class _Run:
         held = WindowSet(apart, expected[len(kept) :])
         student = self._student(apart, expected)
         seed = 0 if isinstance(calibration, Tensor) or calibration is None else calibration.seed
-        result = Training(student, data, held, self.options, seed, self.progress).run()
+        journal = TrainingJournal(work.path, self._identity(about))
+        try:
+            result = Training(student, data, held, self.options, seed, self.progress, journal).run()
+        except NumericsError:  # which it would meet again
+            work.clear()
+            raise
         described = self._describe(student, result, {**about, "trained_on": len(kept)})
         del student, data, held, expected
         trim_malloc()
-        copy_trained(self.checkpoint, new, result.state, described)
-        self._measure(new)
+        remove(work.model)  # what a killed run was writing
+        copy_trained(self.checkpoint, work.model, result.state, described)
+        self._measure(work.model)
         return described
+
+    def _identity(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Return everything that decides the result, as plain data."""
+        report = self.checkpoint.report
+        return {
+            "folder": report["source"],
+            "files": {name: record.sha256 for name, record in self.checkpoint.record.items()},
+            "teacher": _name(self.teacher),
+            "options": asdict(self.options),
+            "windows": about,
+            **machine_identity(self.device),
+        }
 
     def _windows(self, calibration: CalibrationData | Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """Return token windows (samples, length), and the report's entry on them."""
