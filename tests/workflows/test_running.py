@@ -15,7 +15,7 @@ from bitmill.errors import CheckpointError
 from bitmill.evaluation import reference
 from bitmill.evaluation.reference import FILE
 from bitmill.files import file_record
-from bitmill.workflows import quantize
+from bitmill.workflows import running
 from bitmill.workflows.running import PATHS, verify_running
 from helpers.workspace import save_model, write_text
 
@@ -80,7 +80,7 @@ def test_changed_predictions_are_refused(folder, tmp_path):
 
 
 def test_nothing_is_recorded_where_the_packed_model_does_not_fit_into_memory(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize, "read_folder", lambda *args, **options: torch.empty(1 << 50))
+    monkeypatch.setattr(running, "read_folder", lambda *args, **options: torch.empty(1 << 50))
     calibration = bitmill.CalibrationData(str(folder.parent / "text.txt"), 4, 32)
     source, out = folder.parent / "source", tmp_path / "out"
     report = bitmill.quantize(source, "rtn", bits=3, group_size=16, out=out, calib=calibration).report
