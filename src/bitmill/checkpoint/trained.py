@@ -27,7 +27,11 @@ def check_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def copy_trained(
-    checkpoint: Checkpoint, new: Path, tensors: Mapping[str, Tensor], training: dict[str, Any]
+    checkpoint: Checkpoint,
+    new: Path,
+    tensors: Mapping[str, Tensor],
+    training: dict[str, Any],
+    identity: dict[str, Any],
 ) -> None:
     """Write a copy of a folder with other values of some tensors, to a place that has no name of its own yet.
 
@@ -38,6 +42,7 @@ def copy_trained(
         new: the copy.
         tensors: name -> tensor of the shape and type that the folder stores.
         training: the report's entry on the training.
+        identity: everything that decided its result.
 
     Raises:
         OutputError: the copy cannot be written.
@@ -59,7 +64,7 @@ def copy_trained(
     changed = {name.rpartition(".")[0] for name in tensors}
     of_float = {"weight_error": None, "output_error": None}
     report["layers"] = [{**layer, **(of_float if layer["name"] in changed else {})} for layer in report["layers"]]
-    report |= {"measured": [], "trained": training, "identity": {**report["identity"], "trained": training}}
+    report |= {"measured": [], "trained": training, "identity": {**report["identity"], "trained": identity}}
     for stale in _OF_EARLIER_WEIGHTS:
         report.pop(stale, None)
     rewrite_report(new, report)

@@ -151,7 +151,7 @@ def training_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             "trained",
             f"{summary['parameters']:,} parameters on {windows['trained_on']} windows of {windows['source']}",
         ),
-        ("steps", f"{summary['steps']:,} at rate {summary['rate']:g}; best after step {summary['best_step']:,}"),
+        ("steps", f"{summary['steps']:,} at rate {summary['rate']:g}; " + _best(summary["best_step"])),
         *(("stopped", sentence) for sentence in [summary.get("stopped")] if sentence),
         ("measured on", f"{summary['held_apart']} windows that were not trained on"),
         *changes,
@@ -162,6 +162,10 @@ def training_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             f"bitmill eval {shlex.quote(summary['out'])} --reference {shlex.quote(summary['teacher'] or 'MODEL')}",
         ),
     ]
+
+
+def _best(step: int) -> str:
+    return f"best after step {step:,}" if step else "no state was better than the start, which is written"
 
 
 def next_commands(model: str, out: str, auto_class: str, chat: bool) -> list[str]:

@@ -191,7 +191,8 @@ class _Run:
         held = WindowSet(apart, expected[len(kept) :])
         student = self._student(apart, expected)
         seed = 0 if isinstance(calibration, Tensor) or calibration is None else calibration.seed
-        journal = TrainingJournal(work.path, self._identity(about))
+        identity = self._identity(about)
+        journal = TrainingJournal(work.path, identity)
         try:
             result = Training(student, data, held, self.options, seed, self.progress, journal).run()
         except NumericsError:  # which it would meet again
@@ -201,7 +202,7 @@ class _Run:
         del student, data, held, expected
         trim_malloc()
         remove(work.model)  # what a killed run was writing
-        copy_trained(self.checkpoint, work.model, result.state, described)
+        copy_trained(self.checkpoint, work.model, result.state, described, identity)
         self._measure(work.model)
         return described
 
