@@ -57,6 +57,19 @@ def test_few_lines_in_pipe(monkeypatch):
     assert "s left" in lines[0]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_figures_of_the_task(terminal, monkeypatch):
+    stderr = capture(monkeypatch, terminal)
+    monkeypatch.setattr(module, "SHOW_AFTER_S", 0.01)
+    progress = TerminalProgress()
+    progress.start("train", 3)
+    progress.describe("loss 0.5")
+    time.sleep(0.05)
+    progress.advance()
+    progress.finish()
+    assert ", loss 0.5" in stderr.getvalue()
+
+
 def test_unknown_length_reports(monkeypatch):
     stderr = capture(monkeypatch, False)
     monkeypatch.setattr(module, "SHOW_AFTER_S", 0.05)
