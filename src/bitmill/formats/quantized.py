@@ -12,6 +12,7 @@ from torch import Tensor
 from bitmill.formats.base import Format, GroupFormat, Params
 from bitmill.numerics.grouping import grouped, grouped_importance
 
+_SLICE = 1 << 20  # weights
 SHARED = "shared_parts"  # the module of a quantized model that holds what layers share
 
 
@@ -64,6 +65,16 @@ class Quantized:
             params = {k: v if v.shape[0] == 1 else v[start:stop] for k, v in self.params.items()}
             pieces.append(Quantized(self.format, self.codes[start:stop], params, (stop - start, self.shape[1])))
         return pieces
+
+
+def row_slices(shape: tuple[int, int]) -> list[int]:
+    """Return the number of rows of each slice in which the largest matrices of a model are decoded.
+
+    Args:
+        shape: (rows, columns).
+    """
+    rows, step = shape[0], max(1, _SLICE // shape[1])
+    return [min(step, rows - start) for start in range(0, rows, step)]
 
 
 def unpack(format: Format, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Quantized:

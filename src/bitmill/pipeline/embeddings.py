@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bitmill.evaluation.logits import DeferredLogits, Output
 from bitmill.formats import Format
+from bitmill.formats.quantized import row_slices
 from bitmill.models.embedding_and_head import EmbeddingAndHead
 from bitmill.models.meta import trim_malloc
 from bitmill.models.streamed import StreamedModel
@@ -22,8 +23,6 @@ from bitmill.pipeline.ranges import check_range
 from bitmill.progress import Progress
 from bitmill.solvers import SOLVERS, Statistics
 from bitmill.solvers.base import solve, squared_norm
-
-_SLICE = 1 << 20  # weights that are decoded at a time: these are the largest matrices of a model
 
 
 class QuantizedEmbeddings:
@@ -58,7 +57,7 @@ class QuantizedEmbeddings:
         module = self._streamed.model.get_submodule(self._paths.head)
         assert isinstance(module, nn.Linear)
         quantized = self._layers[self._paths.embedding if self._paths.tied else self._paths.head].quantized
-        sizes = _slices(quantized.shape)
+        sizes = row_slices(quantized.shape)
         pieces = quantized.split(sizes)
 
         def forward(x: Tensor) -> Tensor:
@@ -122,14 +121,8 @@ def _quantize(format: Format, W: Tensor) -> LayerResult:
     nearest = SOLVERS.from_dict({"solver": "nearest", "search": True})
     quantized = solve(nearest, W, Statistics(), format)
     error = total = 0.0
-    sizes = _slices(quantized.shape)
+    sizes = row_slices(quantized.shape)
     for part, piece in zip(W.split(sizes), quantized.split(sizes)):
         error += squared_norm(part - piece.dequantize())
         total += squared_norm(part)
     return LayerResult(quantized, error / total if total else error, None)
-
-
-def _slices(shape: tuple[int, int]) -> list[int]:
-    """Return the number of rows of each slice in which a matrix is decoded."""
-    rows, step = shape[0], max(1, _SLICE // shape[1])
-    return [min(step, rows - start) for start in range(0, rows, step)]

@@ -264,6 +264,7 @@ class _Run:
         model = load(self.folder, device=self.device, trust_remote_code=self.trusted)
         dtypes = {name: entry.dtype for name, entry in self.checkpoint.entries.items()}
         student = Student(model, dtypes, self.options.learn, tokens)
+        trim_malloc()
         if not student.learned:
             raise UsageError(
                 f"{self.folder} stores nothing that training with learn={self.options.learn!r} could change; use "

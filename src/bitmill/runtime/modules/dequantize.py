@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.architectures.inputs import hook_inputs
-from bitmill.formats.quantized import SHARED, Quantized, unpack
+from bitmill.formats.quantized import SHARED, Quantized, row_slices, unpack
 from bitmill.runtime.modules.embedding import QuantEmbedding, restore_embedding
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix
@@ -65,7 +65,14 @@ def dequantized_bytes(model: nn.Module, dtype: torch.dtype = torch.float32) -> i
 
 
 def _decoded(layer: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    return _unpacked(layer).dequantize().to(dtype).contiguous()
+    quantized = _unpacked(layer)
+    if not layer.outside_blocks:
+        return quantized.dequantize().to(dtype).contiguous()
+    W = torch.empty(layer.shape, dtype=dtype, device=quantized.codes.device)  # a large one, filled in slices
+    sizes = row_slices(layer.shape)
+    for piece, rows in zip(quantized.split(sizes), W.split(sizes)):
+        rows.copy_(piece.dequantize())
+    return W
 
 
 def _unpacked(layer: PackedMatrix) -> Quantized:
