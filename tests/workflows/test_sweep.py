@@ -104,14 +104,14 @@ def cell(sqnr_db: float = 40.0, worst: float = 40.0, kl: float | None = None, **
 
 
 def test_verdict_from_divergence() -> None:
-    for word, most, _ in LIMITS:
+    for word, most, _ in LIMITS["weight"]:
         assert cell(0, 0, most)["verdict"] == word
         assert VERDICTS.index(cell(99, 99, most * 1.01)["verdict"]) == VERDICTS.index(word) + 1
     assert cell(99, 99, math.inf)["verdict"] == BROKEN
 
 
 def test_verdict_from_errors() -> None:
-    for word, _, least in LIMITS:
+    for word, _, least in LIMITS["weight"]:
         assert cell(least, least)["verdict"] == word
         assert VERDICTS.index(cell(least - 0.1, least)["verdict"]) == VERDICTS.index(word) + 1
         assert (

@@ -6,28 +6,34 @@ poor    up to 1.2; calibration repairs much of it
 broken  above
 
 Without text the errors of layers replace the divergence, which on the demo model is about 45 times the mean
-relative squared error where that is small. A layer far worse than the mean lowers the verdict by its own error.
-docs/sweep.md has the measurements, and the perplexity that each verdict corresponds to.
+relative squared error where that is small, and 24 times where inputs are rounded. A layer far worse than the mean
+lowers the verdict by its own error. docs/sweep.md has the measurements, and the perplexity that each
+verdict corresponds to.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# verdict, largest KL divergence (nats per token), least SQNR of the mean layer (dB)
-LIMITS = (("safe", 0.05, 29.0), ("fair", 0.3, 22.0), ("poor", 1.2, 14.0))
+# verdict, largest KL divergence (nats per token), least SQNR of the mean layer (dB): of its weights, or of its
+# outputs where inputs are rounded
+LIMITS = {
+    "weight": (("safe", 0.05, 29.0), ("fair", 0.3, 22.0), ("poor", 1.2, 14.0)),
+    "input": (("safe", 0.05, 26.0), ("fair", 0.3, 19.0), ("poor", 1.2, 14.0)),
+}
 BROKEN = "broken"
-VERDICTS = (*(verdict for verdict, *_ in LIMITS), BROKEN)
+VERDICTS = (*(verdict for verdict, *_ in LIMITS["weight"]), BROKEN)
 MARGIN_DB = 10.0  # by which the worst layer may be below the limit of the mean layer
 
 
-def verdict(cell: dict[str, Any]) -> str:
+def verdict(cell: dict[str, Any], of: str = "weight") -> str:
     """Return one of VERDICTS, by the KL divergence where it was measured, by the errors otherwise.
 
     Args:
         cell: kl_divergence (nats per token, or None), sqnr_db and worst_sqnr_db.
+        of: "weight" or "input", the numbers that are rounded.
     """
-    for name, max_kl, min_sqnr in LIMITS:
+    for name, max_kl, min_sqnr in LIMITS[of]:
         if cell["kl_divergence"] is not None:
             if cell["kl_divergence"] <= max_kl:
                 return name

@@ -208,7 +208,7 @@ def _describe(
     """Return the filled table as plain data, with verdicts and the layers and kinds of layers by their errors."""
     results = [cell.result() for cell in cells]
     for result in results:
-        result["verdict"] = verdict(result) if are_real else None
+        result["verdict"] = verdict(result, cells[0].of) if are_real else None
     layers = _layer_errors(cells, shapes)
     return {
         "quantized_weights": sum(rows * columns for rows, columns in shapes.values()),
