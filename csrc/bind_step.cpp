@@ -40,6 +40,12 @@ void product(const LookupLinear& linear, Array<const float, 2> x, Array<float, 2
     linear.product(x.data(), x.shape(0), y.data(), threads);
 }
 
+void grid_product(const GridLinear& linear, Array<const float, 2> x, Array<float, 2> y, int threads) {
+    check_product(linear.rows, linear.columns, x, y);
+    nb::gil_scoped_release free;
+    linear.product(x.data(), x.shape(0), y.data(), threads);
+}
+
 // Weights that multiply with many tokens (lut/linear.h: linear_gemm).
 struct PanelLinear {
     Weights weights;
@@ -101,6 +107,15 @@ void bind_step(nb::module_& m) {
         .def("product_of_codes", &PanelLinear::product_of_codes, "x"_as_is, "steps"_as_is, "y"_as_is, "step"_a, "threads"_a);
     def_of_weights(m, "lookup_linear", lookup);
     def_of_weights(m, "panel_linear", panels);
+    nb::class_<GridLinear, Linear>(m, "GridLinear")
+        .def("product", grid_product, "x"_as_is, "y"_as_is, "threads"_a);
+    m.def(
+        "grid_linear",
+        [](const LookupLinear& matrix, int bits, int64_t width, bool symmetric, float scale, float zero) {
+            require(0 <= scale && scale < 1e30f && 0 <= zero && zero < 256, "there is no such grid");
+            return std::make_unique<GridLinear>(matrix.matrix(), Grid{bits, width, symmetric, scale, zero});
+        },
+        "matrix"_a, "bits"_a, "width"_a, "symmetric"_a, "scale"_a, "zero"_a, nb::keep_alive<0, 1>());
     m.def(
         "dense_linear",
         [](Array<const float, 2> weights) {

@@ -15,32 +15,16 @@ int largest_entry(const Weights& w) {
     return w.source == Source::bank ? 63 : *std::max_element(w.tables, w.tables + (int64_t{1} << w.layout.bits));
 }
 
-}  // namespace
-
-uint64_t read_all(const uint8_t* bytes, int64_t count, int threads) {
-    std::atomic<uint64_t> total{0};
-    parallel_for(count / 64, threads, [&](int64_t first, int64_t last) {
-        uint64_t sums[8] = {};
-        for (int64_t line = first; line < last; ++line) {
-            uint64_t words[8];
-            std::memcpy(words, bytes + 64 * line, 64);
-            for (int i = 0; i < 8; ++i) sums[i] += words[i];
-        }
-        for (const uint64_t sum : sums) total += sum;
-    });
-    return total;
+Kernel kernel_of(const Weights& weights, Act act) {
+    const LookupKernels& best = *isa().lookup;
+    return act == Act::float32 ? best.floats(weights) : best.choose(weights, act, 1);
 }
 
-void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads) {
-    const LookupKernels& best = *isa().lookup;
+// y (tokens, rows) of inputs that are read.
+void product(const Weights& weights, const Inputs& inputs, int64_t tokens, Act act, float* y, int threads) {
     const Layout& layout = weights.layout;
-    const bool floats = act == Act::float32;
-    const Kernel one = floats ? best.floats(weights) : best.choose(weights, act, 1);
-    const Kernel four = floats ? nullptr : best.choose(weights, act, 4);
-    if (!one) throw std::invalid_argument("no kernel for these weights");
-    thread_local Buffers buffers;
-    isa().read_inputs(layout, x, tokens, act, buffers);
-    const Inputs inputs = buffers.inputs;
+    const Kernel one = kernel_of(weights, act);
+    const Kernel four = act == Act::float32 ? nullptr : isa().lookup->choose(weights, act, 4);
     const auto from = [&](int64_t t) {
         Inputs rest = inputs;
         rest.bytes += t * inputs.columns, rest.lows += t * inputs.columns;
@@ -59,6 +43,41 @@ void linear(const Weights& weights, const float* x, int64_t tokens, Act act, flo
             }
         }
     });
+}
+
+}  // namespace
+
+uint64_t read_all(const uint8_t* bytes, int64_t count, int threads) {
+    std::atomic<uint64_t> total{0};
+    parallel_for(count / 64, threads, [&](int64_t first, int64_t last) {
+        uint64_t sums[8] = {};
+        for (int64_t line = first; line < last; ++line) {
+            uint64_t words[8];
+            std::memcpy(words, bytes + 64 * line, 64);
+            for (int i = 0; i < 8; ++i) sums[i] += words[i];
+        }
+        for (const uint64_t sum : sums) total += sum;
+    });
+    return total;
+}
+
+void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads) {
+    if (!kernel_of(weights, act)) throw std::invalid_argument("no kernel for these weights");
+    thread_local Buffers buffers;
+    isa().read_inputs(weights.layout, x, tokens, act, buffers);
+    product(weights, buffers.inputs, tokens, act, y, threads);
+}
+
+bool needs_wide_grid(const Weights& weights) { return !kernel_of(weights, Act::int8); }
+
+bool has_grid_linear(const Weights& weights, const Grid& grid) {
+    return has_grid(weights.layout, grid) && kernel_of(weights, Act::int16);
+}
+
+void grid_linear(const Weights& weights, const Grid& grid, const float* x, int64_t tokens, float* y, int threads) {
+    thread_local Buffers buffers;
+    const Act act = read_grid(weights.layout, grid, x, tokens, needs_wide_grid(weights), buffers);
+    product(weights, buffers.inputs, tokens, act, y, threads);
 }
 
 bool has_gemm(const Weights& weights) { return isa().lookup->panel(weights) != nullptr; }

@@ -1,12 +1,19 @@
 // y = x W^T for a few tokens, on all threads, with the best instruction set or the selected one.
 #pragma once
 #include "../fixed/fixed.h"
+#include "grid.h"
 #include "lookup.h"
 
 namespace bitmill {
 
 // x (tokens, columns), y (tokens, rows). Throws std::invalid_argument if no kernel supports the weights.
 void linear(const Weights& weights, const float* x, int64_t tokens, Act act, float* y, int threads);
+
+// As `linear`, of inputs that are rounded to a grid first (lut/grid.h), and multiplied as they are rounded.
+bool has_grid_linear(const Weights& weights, const Grid& grid);
+void grid_linear(const Weights& weights, const Grid& grid, const float* x, int64_t tokens, float* y, int threads);
+// Type of the inputs of that kernel: int16 alone where entries have two bytes and there is no other kernel.
+bool needs_wide_grid(const Weights& weights);
 
 // As `linear`, for many tokens, by integers of 8 or 16 bits (fixed/fixed.h) with a step for every `step` columns of a token
 // (see fixed_shape), which x may already be. has_gemm: true if a kernel supports the weights.

@@ -26,10 +26,19 @@ bool alike(const Layout& a, const Layout& b) {
 }  // namespace
 
 const Inputs& RoundedInputs::of(const Layout& needed, const float* x, Act as) {
-    if (from != x || act != as || !alike(layout, needed)) {
+    if (from != x || act != as || grid.width || !alike(layout, needed)) {
         isa().read_inputs(needed, x, 1, as, buffers);
-        from = x, layout = needed, act = as;
+        from = x, layout = needed, act = as, grid.width = 0;
     }
+    return buffers.inputs;
+}
+
+const Inputs& RoundedInputs::of(const Layout& needed, const Grid& levels, bool two_bytes, const float* x, Act& as) {
+    if (from != x || !(grid == levels) || wide != two_bytes || !alike(layout, needed)) {
+        act = read_grid(needed, levels, x, 1, two_bytes, buffers);
+        from = x, layout = needed, grid = levels, wide = two_bytes;
+    }
+    as = act;
     return buffers.inputs;
 }
 
@@ -50,6 +59,23 @@ void LookupLinear::product(const float* x, int64_t tokens, float* y, int threads
 bool LookupLinear::row(int64_t row, float* out) const {
     lookup_row(weights, act, row, out);
     return true;
+}
+
+GridLinear::GridLinear(const Weights& weights, const Grid& grid)
+    : Linear(weights.layout.rows, weights.layout.columns), weights(weights), grid(grid), wide(needs_wide_grid(weights)) {
+    if (!has_grid_linear(weights, grid)) throw std::invalid_argument("no kernel for these inputs");
+}
+
+void GridLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
+    const auto [first, last] = team.share(weights.layout.tiles());
+    if (first >= last) return;
+    Act act;
+    const Inputs& in = room.inputs.of(weights.layout, grid, wide, x, act);
+    lookup_kernel(weights, act)(weights, in, y, rows, first, last);
+}
+
+void GridLinear::product(const float* x, int64_t tokens, float* y, int threads) const {
+    grid_linear(weights, grid, x, tokens, y, threads);
 }
 
 void DenseLinear::apply(const Team& team, Workspace, const float* x, float* y) const {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../additive/additive.h"
-#include "../lut/lookup.h"
+#include "../lut/grid.h"
 #include "../rotation/rotation.h"
 #include "../sparse/sparse.h"
 #include "../vector/vector.h"
@@ -18,12 +18,16 @@ class RoundedInputs {
 public:
     void changed() { from = nullptr; }
     const Inputs& of(const Layout& layout, const float* x, Act act);
+    // As integers of a grid; `act` becomes their type.
+    const Inputs& of(const Layout& layout, const Grid& grid, bool wide, const float* x, Act& act);
 
 private:
     Buffers buffers;
     const float* from = nullptr;
     Layout layout{};
     Act act{};
+    Grid grid{};  // of width 0 for none
+    bool wide = false;
 };
 
 // Memory during a product: `own` of each thread, `shared` by all.
@@ -55,10 +59,24 @@ public:
     void product(const float* x, int64_t tokens, float* y, int threads) const;
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
+    const Weights& matrix() const { return weights; }
 
 private:
     const Weights weights;
     const Act act;
+};
+
+// The integers of inputs on a grid times a lookup matrix.
+class GridLinear : public Linear {
+public:
+    GridLinear(const Weights& weights, const Grid& grid);  // throws std::invalid_argument where there is no kernel
+    void product(const float* x, int64_t tokens, float* y, int threads) const;
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+
+private:
+    const Weights weights;
+    const Grid grid;
+    const bool wide;
 };
 
 // Unquantized, fp32 or bf16: rows x columns numbers.

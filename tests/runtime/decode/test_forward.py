@@ -7,6 +7,9 @@ import torch
 
 from bitmill.formats import FORMATS
 from bitmill.formats.quantized import nearest_matrix
+from bitmill.formats.quantized_inputs import QuantizedInputs
+from bitmill.formats.rotated import Rotated
+from bitmill.formats.uniform import Uniform
 from bitmill.runtime import native
 from bitmill.runtime.decode import attach, decode_path
 from bitmill.runtime.kernels.additive import AdditiveKernel
@@ -75,6 +78,16 @@ def test_every_format(format):
     expected, found = both(model, TOKENS)
     assert is_stepping(model)
     assert relative_error(found, expected) < limit_of(model)
+
+
+@pytest.mark.parametrize("inputs", [Uniform(8, "row", symmetric=True), Uniform(4, 16)], ids=repr)
+@pytest.mark.parametrize("around", [lambda f: f, lambda f: Rotated(f, sides="in")], ids=["plain", "rotated"])
+def test_rounded_inputs(inputs, around, monkeypatch):
+    monkeypatch.delenv("BITMILL_ACTIVATIONS")
+    model = quantize(odd_model(), around(QuantizedInputs(UNIFORM, inputs)))
+    expected, found = both(model, TOKENS)
+    assert is_stepping(model)
+    assert relative_error(found, expected) < 0.05  # a few inputs are rounded to another integer
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -19,6 +19,7 @@ RMS; rounding Gaussian inputs to int8 changes an output by about 0.5 %.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,25 @@ from bitmill.runtime.native import native, threads, unsupported_reason
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
 _Tables = tuple[list[int], float, list[Tensor | None]]
 _FLOATS = ("powers", "row_scales")  # passed as fp32; the others as bytes, whose type follows from their number
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Evenly spaced levels of inputs (csrc/lut/grid.h).
+
+    Attributes:
+        bits: Bits of a code.
+        width: Columns of a token that share a scale.
+        symmetric: The number 0 has the middle code.
+        scale: Scale of all inputs; 0 for those of each token.
+        zero: Code of the number 0 where scale is given.
+    """
+
+    bits: int
+    width: int
+    symmetric: bool
+    scale: float = 0.0
+    zero: float = 0.0
 
 
 @KERNELS.register("lut")
@@ -177,6 +197,17 @@ class Lut(RepackedKernel):
     def step_linear(self) -> Any:
         """Return the matrix for the decode step."""
         return self._made(native().lookup_linear, self.plan, self.zero, self.parts)
+
+    def grid_linear(self, inputs: Grid) -> Any:
+        """Return the extension's view for a few tokens whose inputs are rounded to a grid; None if it has none."""
+        if self.activations.few == "float32" or unsupported_reason("grid_linear") is not None:
+            return None
+        try:
+            return native().grid_linear(
+                self._bound(), inputs.bits, inputs.width, inputs.symmetric, inputs.scale, inputs.zero
+            )
+        except ValueError:  # groups of both that do not fit, or 8 bits without symmetry
+            return None
 
     def _made(self, make: Any, plan: list[int], zero: float, parts: list[Tensor | None]) -> Any:
         source, wide, mirrored, record_bytes, records, bank_bits, act = plan[6:]

@@ -1,19 +1,27 @@
-"""Quantized inputs: integers of inputs and weights multiply; other formats are rounded, and multiply in floats."""
+"""Quantized inputs: integers of inputs and weights multiply; other formats are rounded, and multiply in floats.
+
+A few tokens are rounded and multiplied by the compiled lookup kernel, also in the decode step. More tokens,
+inputs with a threshold, and 8 bits without symmetry become codes here and multiply in `int8_linear`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitmill.compat import is_traced
+from bitmill.formats.base import RangeFormat
 from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.runtime.activations import activations
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
+from bitmill.runtime.kernels.compiled import uses_gemv
 from bitmill.runtime.kernels.int8_linear import int8_linear
-from bitmill.runtime.kernels.lut import Lut
+from bitmill.runtime.kernels.lut import Grid, Lut
 from bitmill.runtime.kernels.wrapper import WrapperKernel
+from bitmill.runtime.native import threads
 
 
 @KERNELS.register("quantized_inputs")
@@ -31,6 +39,7 @@ class QuantizedInputsKernel(WrapperKernel):
         assert isinstance(spec.format, QuantizedInputs)
         self._format = spec.format
         super().__init__(spec, tensors, replace(spec, format=spec.format.inner))
+        self._grid_linear: tuple[int, Any] | None = None
         self._params = {part.name: part.unpack(self.own[part.name]) for part in spec.format.own_parts(spec.shape)}
 
     def apply(self, x: Tensor) -> Tensor:
@@ -39,7 +48,39 @@ class QuantizedInputsKernel(WrapperKernel):
         lut = self._lut(x)
         if lut is None or not len(flat):
             return self.inner.apply(self.effective_inputs(x))
-        return self._multiply_integers(flat.to(torch.float32), lut).to(x.dtype).view(*x.shape[:-1], -1)
+        flat = flat.to(torch.float32)
+        few = self._few_tokens(lut) if uses_gemv(x) else None
+        if few is None:
+            y = self._multiply_integers(flat, lut)
+        else:
+            y = torch.empty(len(flat), self.spec.shape[0])
+            few.product(flat.contiguous(), y, threads())
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def step_linear(self) -> Any:
+        """Return the matrix that rounds its inputs, for the decode step."""
+        lut = self.inner if self._format.multiplies_integers else None
+        return self._few_tokens(lut) if isinstance(lut, Lut) else None
+
+    def _few_tokens(self, lut: Lut) -> Any:
+        """Return the extension's view for a few tokens, made once; None where it has none."""
+        place = lut.codes.data_ptr()
+        if self._grid_linear is None or self._grid_linear[0] != place:  # moved, for example to shared memory
+            grid = self._grid()
+            self._grid_linear = place, None if grid is None else lut.grid_linear(grid)
+        return self._grid_linear[1]
+
+    def _grid(self) -> Grid | None:
+        """Return the levels of the inputs; None with a threshold, or where all tokens of a call share a scale."""
+        format, columns = self._format.input_format, self.spec.shape[1]
+        per_call = format.group_size == "tensor" and not self._format.static
+        if self._format.threshold or per_call or not isinstance(format, RangeFormat):
+            return None
+        static = {name.removeprefix("input_"): float(value) for name, value in self._params.items()}
+        return Grid(format.bits, min(format.width((1, columns)), columns), format.symmetric, **static)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_grid_linear": None}
 
     def effective_inputs(self, x: Tensor) -> Tensor:
         """Return the rounded inputs."""
