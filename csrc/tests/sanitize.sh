@@ -34,7 +34,7 @@ if [ -n "${EMULATE_AVX512-}" ]; then
   shared="$shared -DBITMILL_EMULATED_AVX512"
 fi
 compile "$shared -DBITMILL_FOR_SCALAR" isa/kernels.cpp
-compile "$shared" isa.cpp lut/layout.cpp lut/linear.cpp lut/scalar.cpp \
+compile "$shared" isa.cpp lut/layout.cpp lut/grid.cpp lut/linear.cpp lut/scalar.cpp \
   additive/additive.cpp vector/vector.cpp rotation/rotation.cpp sparse/sparse.cpp fixed/fixed.cpp step/*.cpp kv/*.cpp tests/*.cpp
 $cxx $objects -o "$out/driver"
 OMP_NUM_THREADS=2 ${RUN-} "$out/driver"
