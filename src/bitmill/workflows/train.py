@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import checked_windows
@@ -29,19 +26,14 @@ from bitmill.data.windows import (
     check_context_length,
     check_vocabulary,
 )
-from bitmill.errors import NumericsError, SourceError, UsageError, one_line
-from bitmill.evaluation.context import text_config
+from bitmill.errors import NumericsError, UsageError
 from bitmill.evaluation.logits import DeferredLogits
 from bitmill.evaluation.reference import read_reference
 from bitmill.models.config_only import open_config_only
 from bitmill.models.meta import trim_malloc
-from bitmill.models.split import recorded_outputs
-from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
 from bitmill.report.text import training_rows
-from bitmill.runtime.decode import detach
-from bitmill.sources.zoo import ZOO
 from bitmill.tasks.base import task_for
 from bitmill.training.distil import Training, WindowSet
 from bitmill.training.loss import LossName
@@ -52,6 +44,7 @@ from bitmill.workflows.checks import check_device, check_space, machine_identity
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.running import measure_folder
+from bitmill.workflows.teacher import Teacher
 
 
 @dataclass
@@ -163,22 +156,7 @@ class _Run:
         if not task.generates:
             raise UsageError(f"{self.folder} is {task.description}; only language models can be trained.")
         self.task, self.config = task, open_config_only(self.folder, trust_remote_code=trust_remote_code).config
-        self.teacher = None if options.loss == "next-token" else self._teacher(teacher)
-
-    def _teacher(self, given: str | Path | nn.Module | None) -> str | Path | nn.Module:
-        """Return the float model to learn from. Raises UsageError where the folder does not tell where it is."""
-        if given is not None:
-            return given
-        report = self.checkpoint.report
-        hub, source = report.get("hub") or {}, str(report["source"])
-        if source in ZOO:
-            return source
-        if hub.get("id"):
-            return f"{hub['id']}@{hub['commit']}" if hub.get("commit") else str(hub["id"])
-        raise UsageError(
-            f"{self.folder} was made from {source!r}, and does not tell where that is; name it with --teacher "
-            "(teacher)."
-        )
+        self.teacher = None if options.loss == "next-token" else Teacher(teacher, checkpoint, self.config)
 
     def write(self, work: WorkFolder, calibration: CalibrationData | Tensor | None) -> dict[str, Any]:
         """Train and write the folder; returns the summary."""
@@ -212,7 +190,7 @@ class _Run:
         return {
             "folder": report["source"],
             "files": {name: record.sha256 for name, record in self.checkpoint.record.items()},
-            "teacher": _name(self.teacher),
+            "teacher": self.teacher.name if self.teacher else None,
             "options": asdict(self.options),
             "windows": about,
             **machine_identity(self.device),
@@ -234,30 +212,11 @@ class _Run:
         entry = {**vars(text), "source": text.name, **reading.describe("calib", text.samples)}
         return windows, {**entry, "sha256": windows_hash(windows)}
 
-    @torch.no_grad()
     def _expected(self, windows: list[Tensor]) -> list[DeferredLogits]:
-        """Return the teacher's outputs for windows, each (1, length, vocabulary); none without a teacher."""
+        """Return the teacher's outputs for windows; none without a teacher."""
         if self.teacher is None:
             return []
-        live = isinstance(self.teacher, nn.Module)
-        with _opened_teacher(self.teacher, self.device, self.trusted) as model:
-            self._check_words(getattr(text_config(getattr(model, "config", None)), "vocab_size", None))
-            self.progress.start("teacher", len(windows))
-            found = recorded_outputs(model, [w[None] for w in windows], self.progress, free_body=not live)
-        if found is None:
-            raise SourceError(
-                "The teacher does not pass hidden states of a decoder to its head; give another one."
-            )
-        return found
-
-    def _check_words(self, words: Any) -> None:
-        """Raise UsageError for a teacher of another vocabulary."""
-        own = getattr(text_config(self.config), "vocab_size", None)
-        if isinstance(words, int) and isinstance(own, int) and words != own:
-            raise UsageError(
-                f"The teacher has a vocabulary of {words} and {self.folder} one of {own}; give the float model it "
-                "was made from."
-            )
+        return self.teacher.outputs(windows, self.device, self.trusted, self.progress)
 
     def _student(self, tokens: Tensor, expected: list[DeferredLogits]) -> Student:
         self.progress.start("reading the folder", 0)
@@ -274,17 +233,9 @@ class _Run:
             self.progress.note(
                 f"{layers} layers in the format {format} store no scales in float and stay as they are"
             )
-        if expected:
-            with torch.no_grad():
-                self._check_same_logits(expected[0][0, slice(0, 1)].shape[-1], student.vocabulary)
+        if self.teacher is not None:
+            self.teacher.check_vocabulary(expected[0], student.vocabulary)
         return student
-
-    def _check_same_logits(self, found: int, own: int) -> None:
-        if found != own:
-            raise UsageError(
-                f"The teacher has {found} logits and {self.folder} has {own}; give the float model it was made "
-                "from."
-            )
 
     def _describe(self, student: Student, result: TrainingResult, about: dict[str, Any]) -> dict[str, Any]:
         """Return the report's entry on the training, which holds nothing that depends on the machine's speed."""
@@ -293,7 +244,7 @@ class _Run:
         return {
             **options,
             **({"max_minutes": limit} if limit is not None else {}),
-            "teacher": _name(self.teacher),
+            "teacher": self.teacher.name if self.teacher else None,
             "windows": about,
             "parameters": sum(leaf.numel() for leaf in student.leaves()),
             "steps": result.steps,
@@ -309,27 +260,3 @@ class _Run:
         reference = read_reference(new)
         if reference is not None:
             add_running(new, measure_folder(new, reference, self.device, self.trusted, self.progress))
-
-
-@contextmanager
-def _opened_teacher(teacher: str | Path | nn.Module, device: str, trust_remote_code: bool) -> Iterator[nn.Module]:
-    """Yield the float model, ready to run."""
-    if isinstance(teacher, nn.Module):
-        with eval_mode(teacher):
-            yield teacher
-        return
-    try:
-        model = load(teacher, device=device, trust_remote_code=trust_remote_code)
-    except SourceError as error:
-        raise SourceError(
-            f"The teacher cannot be opened ({one_line(error)}); name the float model with --teacher (teacher)."
-        ) from None
-    yield detach(model)
-
-
-def _name(teacher: str | Path | nn.Module | None) -> str | None:
-    """Return the name of a teacher in the report: of a folder without those above it."""
-    if teacher is None or isinstance(teacher, nn.Module):
-        return None if teacher is None else type(teacher).__name__
-    path = user_path(teacher)
-    return path.resolve().name if path.exists() and str(teacher) not in ZOO else str(teacher)
