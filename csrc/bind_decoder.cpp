@@ -32,9 +32,10 @@ Projection only(const Layers& layers) {
 Norm or_none(const Norm* norm) { return norm ? *norm : Norm{}; }
 
 void new_attention(Attention* self, const Layers& inputs, const Layers& output, const std::vector<int64_t>& starts, int64_t stride,
-                   const Norm* q_norm, const Norm* k_norm, float scaling, float cap, int64_t window, int rotary) {
+                   const Norm* q_norm, const Norm* k_norm, bool whole_norms, float scaling, float cap, int64_t window, int rotary) {
     require(starts.size() == 3 && 0 <= window && -1 <= rotary, "queries, keys and values have starts");
-    new (self) Attention{inputs, {starts[0], stride, or_none(q_norm)}, {starts[1], stride, or_none(k_norm)},
+    require(!whole_norms || (q_norm && k_norm), "norms over all heads are missing");
+    new (self) Attention{inputs, {starts[0], stride, or_none(q_norm), whole_norms}, {starts[1], stride, or_none(k_norm), whole_norms},
                          {starts[2], stride}, only(output), scaling, cap, window, rotary};
 }
 
@@ -152,7 +153,7 @@ void bind_decoder(nb::module_& m) {
         .def("add", add_layer, "linear"_a, "bias"_as_is.none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>());
     nb::class_<Attention>(m, "StepAttention")
         .def("__init__", new_attention, "inputs"_a, "output"_a, "starts"_a, "stride"_a, "q_norm"_a.none(), "k_norm"_a.none(),
-             "scaling"_a, "cap"_a, "window"_a, "rotary"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+             "whole_norms"_a, "scaling"_a, "cap"_a, "window"_a, "rotary"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
              nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>());
     nb::class_<Mlp>(m, "StepMlp")
         .def("__init__", new_mlp, "inputs"_a, "output"_a, "gated"_a, "activation"_a, nb::keep_alive<1, 2>(),

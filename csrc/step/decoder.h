@@ -52,6 +52,7 @@ struct Layers {
 struct Heads {
     int64_t at = 0, stride = 0;
     Norm norm{};                  // of each head, before rotation: one for all, or heads x dim weights
+    bool whole = false;           // the norm is that of all heads together
     const float* bias = nullptr;  // of the first head, at the stride
 };
 

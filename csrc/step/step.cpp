@@ -1,6 +1,7 @@
 #include "step.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -53,6 +54,7 @@ void Model::check(Block& b) {
     const auto check_heads = [&](Heads& heads, int64_t count) {
         fit(0 <= heads.at && shape.dim <= heads.stride && heads.at + (count - 1) * heads.stride + shape.dim <= a.inputs.rows());
         check(heads.norm, heads.norm.size == shape.dim ? shape.dim : count * shape.dim);
+        fit(!heads.whole || (heads.norm.size == count * shape.dim && !heads.norm.centred));
         heads.bias = a.inputs.bias(heads.at);
     };
     check_heads(a.q, shape.heads), check_heads(a.k, shape.kv_heads), check_heads(a.v, shape.kv_heads);
@@ -174,13 +176,29 @@ void Model::finish(const Team& team, float* logits) const {
     if (shape.logit_cap > 0) best.cap(logits + first, shape.logit_cap, last - first);
 }
 
-void Model::place(const Heads& heads, int64_t head, const float* cos, const float* sin, float* x) const {
+float Model::whole_factor(const Heads& heads, int64_t count) const {
+    if (!heads.whole) return 0;
+    float squares = 0;
+    for (int64_t h = 0; h < count; ++h) {
+        const float* x = qkv.data() + heads.at + h * heads.stride;
+        for (int64_t i = 0; i < shape.dim; ++i) {
+            const float value = x[i] + (heads.bias ? heads.bias[h * heads.stride + i] : 0.0f);
+            squares += value * value;
+        }
+    }
+    return 1.0f / std::sqrt(squares / static_cast<float>(count * shape.dim) + heads.norm.eps);
+}
+
+void Model::place(const Heads& heads, int64_t head, float factor, const float* cos, const float* sin, float* x) const {
     const StepKernels& best = *isa().step;
     const Norm& norm = heads.norm;
     std::memcpy(x, qkv.data() + heads.at + head * heads.stride, shape.dim * sizeof(float));
     if (heads.bias) best.add(x, heads.bias + head * heads.stride, nullptr, 1.0f, shape.dim);
     const int64_t skipped = norm.size == shape.dim ? 0 : head * shape.dim;
-    if (norm.weight) normalize(norm, norm.weight + skipped, norm.bias ? norm.bias + skipped : nullptr, x, shape.dim, x);
+    if (heads.whole)
+        for (int64_t i = 0; i < shape.dim; ++i) x[i] = norm.weight[skipped + i] * (x[i] * factor);
+    else if (norm.weight)
+        normalize(norm, norm.weight + skipped, norm.bias ? norm.bias + skipped : nullptr, x, shape.dim, x);
     if (cos) best.rope(x, cos, sin, shape.rotated, shape.interleaved);
 }
 
@@ -192,13 +210,14 @@ void Model::attention(const Team& team, Thread& self, int64_t index, const Posit
     float* values = keys + shape.kv_heads * one;
     const float* cos = a.rotary < 0 ? nullptr : at.cos + a.rotary * shape.rotated;
     const float* sin = a.rotary < 0 ? nullptr : at.sin + a.rotary * shape.rotated;
+    const float q_factor = whole_factor(a.q, shape.heads), k_factor = whole_factor(a.k, shape.kv_heads);
     const auto [from, to] = team.share(shape.kv_heads);
     for (int64_t h = from; h < to; ++h) {
         const int64_t place_of = h * one + past.length * dim;
-        place(a.k, h, cos, sin, keys + place_of), place(a.v, h, nullptr, nullptr, values + place_of);
+        place(a.k, h, k_factor, cos, sin, keys + place_of), place(a.v, h, 0, nullptr, nullptr, values + place_of);
     }
     const auto [first, last] = team.share(shape.heads);
-    for (int64_t h = first; h < last; ++h) place(a.q, h, cos, sin, q.data() + h * dim);
+    for (int64_t h = first; h < last; ++h) place(a.q, h, q_factor, cos, sin, q.data() + h * dim);
     team.wait();
     const int64_t seen = a.window ? std::min(a.window, past.length + 1) : past.length + 1;
     keys += (past.length + 1 - seen) * dim, values += (past.length + 1 - seen) * dim;
@@ -227,16 +246,17 @@ void Model::attention(const Team& team, Thread& self, const Attention& a, const 
     const float* sin = a.rotary < 0 ? nullptr : at.sin + a.rotary * shape.rotated;
     KvAttention call = packed.call;
     call.q = q.data(), call.out = attended.data(), call.scale = a.scaling;
+    const float q_factor = whole_factor(a.q, shape.heads), k_factor = whole_factor(a.k, shape.kv_heads);
     const auto [from, to] = team.share(shape.kv_heads);
     for (int64_t h = from; h < to; ++h) {
         const int64_t place_of = (h * call.fp16_room + call.sinks + call.tail - 1) * dim;
-        place(a.k, h, cos, sin, key), place(a.v, h, nullptr, nullptr, value);
+        place(a.k, h, k_factor, cos, sin, key), place(a.v, h, 0, nullptr, nullptr, value);
         moved(packed.keys, packed.keys.turn, h, false, key), moved(packed.values, packed.values.turn, h, false, value);
         best.to_fp16(key, dim, packed.fp16_keys + place_of), best.to_fp16(value, dim, packed.fp16_values + place_of);
     }
     const auto [first, last] = team.share(shape.heads);
     for (int64_t h = first; h < last; ++h) {
-        place(a.q, h, cos, sin, q.data() + h * dim);
+        place(a.q, h, q_factor, cos, sin, q.data() + h * dim);
         moved(packed.keys, packed.keys.turn, h / group, false, q.data() + h * dim);
     }
     team.wait();

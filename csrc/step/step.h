@@ -105,8 +105,10 @@ private:
     void multiply(const Team& team, Thread& self, const Layers& layers, const float* x, float* y);
     const float* normed(Thread& self, const Norm& norm) const;
     void join(Thread& self, const Projection& p, const float* y, const Norm& after, float factor) const;
+    // The factor of a norm over so many heads together; 0 where heads have norms of their own, or none.
+    float whole_factor(const Heads& heads, int64_t count) const;
     // The token's head as the layers have it, with bias, normed and turned where there are angles.
-    void place(const Heads& heads, int64_t head, const float* cos, const float* sin, float* x) const;
+    void place(const Heads& heads, int64_t head, float factor, const float* cos, const float* sin, float* x) const;
     void attention(const Team& team, Thread& self, int64_t index, const Position& at);
     void attention(const Team& team, Thread& self, const Attention& a, const Packed& packed, const Position& at);
     void finish(const Team& team, float* logits) const;

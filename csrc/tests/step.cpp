@@ -138,7 +138,7 @@ struct PackedPast {
 // How a block differs from Llama's.
 struct Variant {
     bool parallel = false, own_norm = true, after = false, centred = false, by_head = false, gated = true, interleaved = false,
-         head_norms = false;
+         head_norms = false, whole = false;
     int64_t rotated = 0, window = 0;  // no rotation left out of a head
     float cap = 0, logit_cap = 0, factor = 1, logit_factor = 1;
     Activation activation = Activation::silu;
@@ -177,6 +177,10 @@ struct Sample {
             a.q.norm = {head_weights.data(), nullptr, heads * dim, 1e-5f, v.centred};
             a.k.norm = {head_weights.data() + heads * dim, nullptr, dim, 1e-5f, v.centred};
         }
+        if (v.whole) {
+            a.q.norm = a.k.norm = {head_weights.data(), nullptr, heads * dim, 1e-5f, false};
+            a.k.norm.size = kv * dim, a.q.whole = a.k.whole = true;
+        }
         a.scaling = 0.3f, a.cap = v.cap, a.window = v.window, a.rotary = v.rotary;
         block.mlp.inputs.all = {{wide.linear.get(), wide_bias.data()}}, block.mlp.output = {down.linear.get(), norms.data()};
         block.mlp.gated = v.gated, block.mlp.activation = v.activation;
@@ -190,7 +194,17 @@ struct Sample {
         Exact one(dim);
         for (int64_t i = 0; i < dim; ++i) one[i] = all[of.at + h * of.stride + i] + biases[of.at + h * of.stride + i];
         if (&of == &block.attention.v) return one;
-        one = normed(of.norm, one, of.norm.size == dim ? 0 : h * dim);
+        if (of.whole) {
+            const int64_t count = of.norm.size / dim;
+            Exact every;
+            for (int64_t i = 0; i < count * dim; ++i) {
+                const int64_t at = of.at + i / dim * of.stride + i % dim;
+                every.push_back(all[at] + biases[at]);
+            }
+            one = slice(normed(of.norm, every), h * dim, dim);
+        } else {
+            one = normed(of.norm, one, of.norm.size == dim ? 0 : h * dim);
+        }
         if (v.rotary >= 0) turn(one.data(), rotated, v.interleaved, cos, sin);
         return one;
     }
@@ -271,7 +285,7 @@ void run(int64_t hidden, int64_t inner, int64_t heads, int64_t kv, int64_t dim, 
     }
 }
 
-// Parts of Gemma 2 and 3, GPT-2, GPT-NeoX, Phi, Cohere and StableLM.
+// Parts of Gemma 2 and 3, GPT-2, GPT-NeoX, Phi, Cohere, StableLM and OLMo 2.
 void run_variants(int threads) {
     Variant gemma;
     gemma.after = true, gemma.window = 3, gemma.cap = 2, gemma.logit_cap = 5;
@@ -288,6 +302,10 @@ void run_variants(int threads) {
     cohere.centred = cohere.parallel = cohere.interleaved = cohere.head_norms = true, cohere.own_norm = false;
     cohere.factor = 0.5f, cohere.logit_factor = 0.25f;
     run(42, 56, 6, 2, 12, 4, threads, Kept::floats, cohere);
+    Variant olmo;
+    olmo.whole = olmo.after = true;
+    run(42, 56, 6, 2, 12, 4, threads, Kept::floats, olmo);
+    run(33, 20, 3, 3, 48, 3, threads, Kept::equalized, olmo);
 }
 
 // Numbers to fp16: the nearest, of two the even one, none beyond the largest.

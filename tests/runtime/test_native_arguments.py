@@ -266,22 +266,24 @@ def test_model_of_other_shapes():
         library.StepNorm(norm, norm[:3].clone(), 1e-5, True)
     one, two, three = step_layers(square), step_layers(square, square), step_layers(square, square, square)
     with pytest.raises(ValueError, match="have starts"):
-        library.StepAttention(three, one, [0, 8], 4, None, None, 1.0, 0.0, 0, 0)
+        library.StepAttention(three, one, [0, 8], 4, None, None, False, 1.0, 0.0, 0, 0)
+    with pytest.raises(ValueError, match="are missing"):
+        library.StepAttention(three, one, [0, 8, 16], 4, None, None, True, 1.0, 0.0, 0, 0)
     with pytest.raises(ValueError, match="come from one layer"):
-        library.StepAttention(three, two, [0, 8, 16], 4, None, None, 1.0, 0.0, 0, 0)
+        library.StepAttention(three, two, [0, 8, 16], 4, None, None, False, 1.0, 0.0, 0, 0)
     with pytest.raises(ValueError, match="an activation is"):
         library.StepMlp(two, one, True, 4)
     with pytest.raises(ValueError, match="out of range"):
         square.row(8)
-    attention = library.StepAttention(three, one, [0, 8, 16], 4, None, None, 1.0, 0.0, 0, 0)
+    attention = library.StepAttention(three, one, [0, 8, 16], 4, None, None, False, 1.0, 0.0, 0, 0)
     mlp, short = library.StepMlp(two, one, True, 0), library.StepNorm(norm[:7], None, 1e-5, False)
     wrong = [
         (attention, mlp, short),
         (attention, library.StepMlp(two, step_layers(long), True, 0), None),
         (attention, library.StepMlp(three, one, False, 0), None),
-        (library.StepAttention(two, one, [0, 8, 16], 4, None, None, 1.0, 0.0, 0, 0), mlp, None),
-        (library.StepAttention(three, one, [0, 8, -1], 4, None, None, 1.0, 0.0, 0, 0), mlp, None),
-        (library.StepAttention(three, one, [0, 8, 16], 4, short, None, 1.0, 0.0, 0, 0), mlp, None),
+        (library.StepAttention(two, one, [0, 8, 16], 4, None, None, False, 1.0, 0.0, 0, 0), mlp, None),
+        (library.StepAttention(three, one, [0, 8, -1], 4, None, None, False, 1.0, 0.0, 0, 0), mlp, None),
+        (library.StepAttention(three, one, [0, 8, 16], 4, short, None, False, 1.0, 0.0, 0, 0), mlp, None),
     ]
     for parts in wrong:
         builder = library.ModelBuilder(8, 2, 2, 4, 4, False, 1.0, 0.0)

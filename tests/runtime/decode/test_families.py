@@ -47,6 +47,12 @@ FAMILIES = [
     ("stablelm", {"use_parallel_residual": True, "hidden_act": "gelu_pytorch_tanh", **HALF}),
     ("cohere", {}),
     ("cohere", {"use_qk_norm": True, "attention_bias": True}),
+    ("cohere2", {"sliding_window": 10, **MIXED}),
+    ("olmo2", {}),
+    ("olmo2", {"attention_bias": True}),
+    ("olmo3", {"sliding_window": 10, **MIXED}),
+    ("glm", {"attention_bias": True, **HALF}),
+    ("glm4", HALF),
     ("starcoder2", {"sliding_window": 10}),
 ]
 TOKENS = [7, 3, 100, 0, 55, 9, 8, 77]

@@ -72,6 +72,8 @@ class Angles:
         given = [{"layer_type": kind} for kind in self.kinds] or [{}]
         both = [self.rotary(torch.empty(0), position_ids=positions, **one) for one in given]
         cos, sin = (torch.stack([pair[side][0].float() for pair in both], 1).contiguous() for side in (0, 1))
+        if self.family.repeated_angles:
+            cos, sin = (x[..., : x.shape[-1] // 2].repeat_interleave(2, -1) for x in (cos, sin))
         return cos, sin
 
 

@@ -8,6 +8,7 @@ of one model type and for no others.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,12 @@ class Family:
     positions, position_offset: learned embedding of positions, and the row of position 0.
     rotary: rotary embedding; `rotary_by_type`: each type of layer has angles of its own.
     rotary_switch: attribute of attention that is false in blocks without rotary embedding.
-    interleaved: neighbouring numbers of a head form the pairs that rotate, otherwise those a half apart.
+    interleaved: neighbouring numbers of a head form the pairs that rotate, otherwise those a half apart. With
+        `repeated_angles` attention repeats the first half of the rotary embedding's angles for such pairs.
 
     qkv: layers of queries, keys and values, or the one layer with all of them. With `by_head` the three of a head
         follow one another, otherwise all queries, keys and values do.
-    q_norm, k_norm: norms of each head before it rotates.
+    q_norm, k_norm: norms of each head before it rotates, or with `whole_norms` of all heads together.
     before_attention, after_attention, before_mlp, after_mlp: norms of the stream and of what joins it.
     parallel: True, or the attribute of a block that is true where attention and MLP read one stream. Without
         `before_mlp` the MLP then reads the norm before attention.
@@ -64,8 +66,10 @@ class Family:
     attention_output: str = "self_attn.o_proj"
     q_norm: str = ""
     k_norm: str = ""
+    whole_norms: bool = False
     rotary_switch: str = ""
     interleaved: bool = False
+    repeated_angles: bool = False
     before_attention: str = "input_layernorm"
     after_attention: str = ""
     before_mlp: str = "post_attention_layernorm"
@@ -108,7 +112,7 @@ class Family:
 
 
 LLAMA = Family("llama", "Llama")
-_HEAD_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_HEAD_NORMS: dict[str, Any] = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _WITHOUT_RMS = ("Model", "DecoderLayer", "Attention", "MLP", "RotaryEmbedding")
 _GEMMA = replace(
     LLAMA,
@@ -255,6 +259,26 @@ _COHERE = replace(
     logit_multiplier="logit_scale",
     **_HEAD_NORMS,
 )
+_OLMO2 = replace(
+    LLAMA,
+    kind="olmo2",
+    prefix="Olmo2",
+    before_attention="",
+    after_attention="post_attention_layernorm",
+    before_mlp="",
+    after_mlp="post_feedforward_layernorm",
+    whole_norms=True,
+    **_HEAD_NORMS,
+)
+_GLM = replace(
+    LLAMA,
+    kind="glm",
+    prefix="Glm",
+    mlp_inputs=("mlp.gate_up_proj",),
+    activation="mlp.activation_fn",
+    interleaved=True,
+    repeated_angles=True,
+)
 _STARCODER2 = replace(
     LLAMA,
     kind="starcoder2",
@@ -284,5 +308,24 @@ FAMILIES = (
     _GRANITE,
     _STABLELM,
     _COHERE,
+    replace(
+        _COHERE,
+        kind="cohere2",
+        prefix="Cohere2",
+        q_norm="",
+        k_norm="",
+        windows=True,
+        rotary_switch="sliding_window",
+    ),
+    _OLMO2,
+    replace(_OLMO2, kind="olmo3", prefix="Olmo3", windows=True, rotary_by_type=True),
+    _GLM,
+    replace(
+        _GLM,
+        kind="glm4",
+        prefix="Glm4",
+        after_attention="post_self_attn_layernorm",
+        after_mlp="post_mlp_layernorm",
+    ),
     _STARCODER2,
 )

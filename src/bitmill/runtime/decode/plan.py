@@ -152,6 +152,7 @@ class Plan:
             3 * dim if family.by_head else dim,
             self._norm(layer, "q_norm"),
             self._norm(layer, "k_norm"),
+            family.whole_norms,
             float(attention.scaling),
             self._score_cap(layer),
             self.windows[index],

@@ -342,9 +342,10 @@ _KINDS = (KVBufferLayer, WindowBufferLayer)  # without and with a window
 def _is_plain(layer: Any, window: int, heads: int, dim: int) -> bool:
     if type(layer) is not (DynamicSlidingWindowLayer if window else DynamicLayer) or not layer.is_initialized:
         return False
-    if window and (layer.sliding_window != window or layer.record_past):
+    sliding: Any = layer
+    if window and (sliding.sliding_window != window or sliding.record_past):
         return False
     keys: Any = layer.keys
-    if window and keys.dim() == 4 and keys.shape[2] != min(layer.cumulative_length, window - 1):
+    if window and keys.dim() == 4 and keys.shape[2] != min(sliding.cumulative_length, window - 1):
         return False
     return keys.dim() == 4 and keys.shape[:2] == (1, heads) and keys.shape[3] == dim and keys.device.type == "cpu"
