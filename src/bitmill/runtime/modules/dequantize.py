@@ -35,16 +35,21 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
     linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     weights: dict[PackedMatrix, nn.Parameter] = {}  # of tables, to which heads may be tied
     for table in tables:
-        restored: Any = restore_embedding(model, table, _decoded(table, dtype))
+        restored: Any = restore_embedding(model, table, _decoded(table, _unpacked(table), dtype))
         weights[table] = restored.weight
     for name, layer in linears.items():
-        weight = _weight(layer, dtype) if layer.tied is None else weights[layer.tied]
+        matrix = _unpacked(layer) if layer.format.quantizes_inputs or layer.tied is None else None
+        if layer.tied is not None:
+            weight = weights[layer.tied]
+        else:
+            assert matrix is not None
+            weight = _weight(layer, matrix, dtype)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         linear = _float_linear(layer)
         linear.register_parameter("weight", weight)
         linear.register_parameter("bias", bias)
-        if layer.format.quantizes_inputs:
-            hook_inputs(linear, _unpacked(layer).rounding)
+        if matrix is not None:
+            hook_inputs(linear, matrix.rounding)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
     model._modules.pop(SHARED, None)
@@ -64,8 +69,7 @@ def dequantized_bytes(model: nn.Module, dtype: torch.dtype = torch.float32) -> i
     return sum(math.prod(module.shape) for module in own) * dtype.itemsize
 
 
-def _decoded(layer: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    quantized = _unpacked(layer)
+def _decoded(layer: PackedMatrix, quantized: Quantized, dtype: torch.dtype) -> Tensor:
     if not layer.outside_blocks:
         return quantized.dequantize().to(dtype).contiguous()
     W = torch.empty(layer.shape, dtype=dtype, device=quantized.codes.device)  # a large one, filled in slices
@@ -79,9 +83,9 @@ def _unpacked(layer: PackedMatrix) -> Quantized:
     return unpack(layer.format, layer.packed(), layer.shape)
 
 
-def _weight(layer: QuantLinear, dtype: torch.dtype) -> nn.Parameter:
+def _weight(layer: QuantLinear, matrix: Quantized, dtype: torch.dtype) -> nn.Parameter:
     """Return the decoded weight in the orientation of the float layer."""
-    decoded = _decoded(layer, dtype)
+    decoded = _decoded(layer, matrix, dtype)
     return nn.Parameter(decoded.T.contiguous() if layer.was_conv1d else decoded, requires_grad=False)
 
 
