@@ -237,11 +237,12 @@ def test_wrong_shapes_refused():
     continued(model, packed_cache(model, KIVI), prompt(), 2)
     plan = vars(model)["forward"]._plan
     good = [block()[0] for _ in range(2)]
-    cos, sin = plan.angles(3)
+    cos, sin = plan.angles.at(3)
 
     def advance(blocks, packed=32, sinks=0, waiting=3, cos=cos):
         logits = torch.empty(plan.tokens)
-        plan.model.advance(torch.zeros(32), None, 1, cos, sin, blocks, packed, sinks, waiting, logits, 1)
+        start = (torch.zeros(32), None, 1, 1.0, None, cos, sin)
+        plan.model.advance(*start, blocks, packed, sinks, waiting, logits, 1)
         return logits
 
     assert advance(good).isfinite().all()
@@ -252,7 +253,7 @@ def test_wrong_shapes_refused():
         "fewer pages": (good, 64),
         "fewer fp16": (good, 32, 31, 3),
         "other heads": ([block(1)[0]] * 2,),
-        "another size": (good, 32, 0, 3, torch.zeros(15)),
+        "another size": (good, 32, 0, 3, torch.zeros(1, 15)),
     }.items():
         with pytest.raises(ValueError, match=message):
             advance(*arguments)
