@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitmill.errors import SourceError
 from bitmill.evaluation.generate import generate
 from bitmill.evaluation.prompt_cache import PromptCache
 from bitmill.kv.config import parse_kv_config
@@ -72,6 +73,13 @@ def test_sliding_window_that_forgot():
     found, read = conversation(model, prompts, PromptCache(lambda: None))
     assert found == expected
     assert read == [30, 12]
+
+
+def test_heads_that_differ_between_layers():
+    model = tiny_model("gemma4_text").eval()
+    assert CacheFactory(model, parse_kv_config(None, None, None), "tiny").new() is None
+    with pytest.raises(SourceError, match="differ between layers"):
+        CacheFactory(model, parse_kv_config("per_token", 8, None), "tiny")
 
 
 def test_hybrids_read_everything():

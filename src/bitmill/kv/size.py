@@ -173,13 +173,18 @@ def packed_shapes(model: nn.Module, name: str = "") -> dict[int, tuple[int, int]
     if config is None or not task.generates:
         raise UsageError(f"{name} is {task.description}, which keeps no keys and values; leave out --kv.")
     modules, shapes = attention_modules(model), {}
-    for number, layer in enumerate(_cache_layers(config)):
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            heads, dim = kv_heads_and_dim(config.get_text_config(decoder=True), name)
-            shapes[number] = heads, int(getattr(modules.get(number), "head_dim", None) or dim)
+    for number in packed_layers(config):
+        heads, dim = kv_heads_and_dim(config.get_text_config(decoder=True), name)
+        shapes[number] = heads, int(getattr(modules.get(number), "head_dim", None) or dim)
     if not shapes:
         raise UsageError(f"{name} has no layer with keys and values that could be packed; leave out --kv.")
     return shapes
+
+
+def packed_layers(config: Any) -> list[int]:
+    """Return the indices of the layers whose cache is one of keys and values, which can be packed."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return [number for number, layer in enumerate(_cache_layers(config)) if type(layer) in kinds]
 
 
 def _cache_layers(config: Any) -> list[Any]:

@@ -108,14 +108,20 @@ def kv_heads_and_dim(config: Any, name: str) -> tuple[int, int]:
         name: name of the model for messages.
 
     Raises:
-        SourceError: The config lacks them.
+        SourceError: The config lacks them, or they differ between layers.
     """
     queries = getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or queries
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         heads = 1
     hidden = getattr(config, "hidden_size", None)
-    dim = getattr(config, "head_dim", None) or (hidden // queries if hidden and queries else None)
+    try:
+        dim = getattr(config, "head_dim", None) or (hidden // queries if hidden and queries else None)
+    except RuntimeError:  # of transformers, for a config with values of every layer, such as Gemma 4's
+        raise SourceError(
+            f"The heads of {name} differ between layers (head_dim), so its keys and values can be neither packed nor "
+            "planned yet; leave out --kv."
+        ) from None
     if not isinstance(heads, int) or not isinstance(dim, int):
         raise SourceError(f"The config of {name} names no attention heads (num_attention_heads); give a decoder.")
     return heads, dim

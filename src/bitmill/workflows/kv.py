@@ -17,7 +17,7 @@ from bitmill.config.documents import load_json
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import SELF, CalibrationData, TextWindows, check_context_length, check_vocabulary
 from bitmill.errors import UsageError
-from bitmill.evaluation.context import context_length
+from bitmill.evaluation.context import context_length, text_config
 from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.evaluation.logits import Output
 from bitmill.files import output_errors
@@ -26,7 +26,7 @@ from bitmill.kv.calibrate import calibrate, check_windows
 from bitmill.kv.calibration_file import KVCalibration, load_calibration, matching_calibration
 from bitmill.kv.config import FLOAT, KVConfig
 from bitmill.kv.scheme import KVMethod
-from bitmill.kv.size import calibration_bytes, check_method, packed_shapes, page_bits
+from bitmill.kv.size import calibration_bytes, check_method, packed_layers, page_bits
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.runtime.modules.dequantize import dequantize_model
@@ -272,11 +272,9 @@ def can_continue_cache(model: nn.Module) -> bool:
 
     Not all hybrids of transformers continue their other states by several tokens exactly: Bamba does not.
     """
-    try:
-        config: Any = model.config
-        return len(packed_shapes(model)) == config.get_text_config().num_hidden_layers
-    except (AttributeError, UsageError):
-        return False
+    config: Any = getattr(model, "config", None)
+    layers = packed_layers(config)
+    return bool(layers) and len(layers) == getattr(text_config(config), "num_hidden_layers", None)
 
 
 def _method_to_generate_with(
