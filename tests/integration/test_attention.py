@@ -123,11 +123,17 @@ def test_command_line(tmp_path, capsys):
         ("keys=nonsense", "There is no format 'nonsense'"),
         ("keys=uniform:bits=99", "bits"),
         ("values=float16", "There is no format 'float16'"),
+        ("keys=codebook:bits=3,group_size=tensor", "share a table"),
     ],
 )
 def test_refused(spelled, sentence):
     with pytest.raises(RecipeError, match=sentence):
         recipe(spelled)
+
+
+def test_a_site_of_two_formats():
+    with pytest.raises(RecipeError, match="two formats for keys"):
+        recipe("keys=uniform:bits=8", "keys=uniform:bits=4")
 
 
 def test_broken_rows_stay_visible():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from bitmill.checkpoint.verify import verify
 from bitmill.cli.main import main
 from bitmill.errors import BitmillError, CheckpointError, NumericsError, OutputError, UsageError
 from bitmill.evaluation.metrics import score_windows
+from bitmill.files import write_json
 from bitmill.models.split import deferred_output_fn
 from helpers.tiny_models import tiny_model
 from helpers.workspace import save_model, snapshot, write_text
@@ -113,6 +116,12 @@ def test_a_resumed_training_gives_equal_bytes(folders, teacher, windows, tmp_pat
         bitmill.train(folders("uniform"), out=out, **options)
     with pytest.raises(OutputError, match="continue it with --resume"):
         bitmill.train(folders("uniform"), out=out, **options)
+    journal = tmp_path / "resumed.partial" / "journal.json"
+    written = journal.read_text()
+    write_json(journal, {**json.loads(written), "data": {"steps": 0}})
+    with pytest.raises(CheckpointError, match=r"cannot be read \(journal.json was altered\)"):
+        bitmill.train(folders("uniform"), out=out, resume=True, **options)
+    journal.write_text(written)
     with pytest.raises(CheckpointError, match=r"its options.rate was 0.003 and is now 0.001"):
         bitmill.train(folders("uniform"), out=out, resume=True, **{**options, "rate": 1e-3})
     bitmill.train(folders("uniform"), out=out, resume=True, **options)

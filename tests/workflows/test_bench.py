@@ -10,6 +10,7 @@ import torch
 
 import bitmill
 from bitmill.cli.main import main
+from bitmill.errors import UsageError
 from bitmill.formats import FORMATS
 from bitmill.formats.quantized import unpack
 from bitmill.runtime.modules.dequantize import dequantized_bytes
@@ -34,6 +35,13 @@ def test_all_cases_measured():
     assert all(case.keys() == KEYS for case in result["kernels"])
     assert all(case["GBps"] > 0 and case["speedup_vs_torch_fp32"] > 0 for case in result["kernels"])
     assert result["read_bandwidth_GBps"] > 0
+
+
+def test_a_prompt_beyond_the_context(tmp_path):
+    bitmill.quantize(tiny_model("llama"), "rtn", out=tmp_path / "q", measure=0)
+    for measure in (models.bench_prefill, models.bench_decode):
+        with pytest.raises(UsageError, match=r"reads at most 64 tokens, and this needs \d+; lower --tokens"):
+            measure(tmp_path / "q", tokens=65)
 
 
 @pytest.mark.parametrize(("name", "bits", "size"), CASES)

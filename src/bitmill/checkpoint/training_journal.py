@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ class TrainingJournal:
         """
         file = self.work / f"training-{data['steps']}.safetensors"
         write_tensors(file, tensors)
-        record = {"file": file.name, "sha256": sha256(file)}
+        record = {"file": file.name, "sha256": sha256(file), "data_sha256": _digest(data)}
         write_json(self.work / JOURNAL, {"identity": self.identity, "state": record, "data": data})
         for other in self.work.glob("training-*.safetensors"):
             if other != file:
@@ -55,10 +57,12 @@ class TrainingJournal:
             found = load_json(read_document(path, "journal", CheckpointError, MAX_BYTES))
             identity, state, data = found["identity"], found["state"], found["data"]
             file = self.work / Path(state["file"]).name
-            digest = state["sha256"]
+            digest, data_digest = state["sha256"], state["data_sha256"]
         except (CheckpointError, ValueError, KeyError, TypeError) as error:
             raise self._unreadable(type(error).__name__) from None
         check_identity(self.work, identity, self.identity)
+        if _digest(data) != data_digest:
+            raise self._unreadable(f"{JOURNAL} was altered")
         try:
             if sha256(file) != digest:
                 raise self._unreadable(f"{file.name} was altered")
@@ -70,3 +74,7 @@ class TrainingJournal:
         return CheckpointError(
             f"The unfinished training in {self.work} cannot be read ({reason}); delete the folder and start anew."
         )
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -66,12 +66,8 @@ class QuantizedInputs(Wrapper):
 
     def _check_parameters(self, inputs: GroupFormat) -> None:
         """Raise RecipeError for tables that the tokens of a call share, and for static scales of other sizes."""
-        parts = inputs.parts((_TOKENS, inputs.block))
-        if not self.static and any(part.shape[0] == 1 < prod(part.shape) for part in parts):
-            raise RecipeError(
-                f"Tokens stored as {inputs.name!r} share a table that would be fitted to each call; use a format "
-                "with parameters of every token, such as uniform."
-            )
+        if not self.static:
+            check_no_table(inputs)
         if self.static and not isinstance(inputs, ScalarFormat):
             raise RecipeError(
                 f"A static scale comes from the largest inputs, and that of {inputs.name!r} from the mean square; "
@@ -192,3 +188,13 @@ class QuantizedInputs(Wrapper):
     def float_columns(self, x: Tensor) -> Tensor | None:
         """Return bool (columns,), True where an input reaches the threshold; None without one."""
         return (x.abs() >= self.threshold).any(0) if self.threshold else None
+
+
+def check_no_table(format: GroupFormat) -> None:
+    """Raise RecipeError for a format whose tokens share a table, which would be fitted to each call."""
+    parts = format.parts((_TOKENS, format.block))
+    if any(part.shape[0] == 1 < prod(part.shape) for part in parts):
+        raise RecipeError(
+            f"Tokens stored as {format.name!r} share a table that would be fitted to each call; use a format "
+            "with parameters of every token, such as uniform."
+        )

@@ -119,8 +119,8 @@ def kv_heads_and_dim(config: Any, name: str) -> tuple[int, int]:
         dim = getattr(config, "head_dim", None) or (hidden // queries if hidden and queries else None)
     except RuntimeError:  # of transformers, for a config with values of every layer, such as Gemma 4's
         raise SourceError(
-            f"The heads of {name} differ between layers (head_dim), so its keys and values can be neither packed nor "
-            "planned yet; leave out --kv."
+            f"The heads of {name} differ between layers (head_dim), so its keys and values can be neither "
+            "packed nor planned yet; leave out --kv."
         ) from None
     if not isinstance(heads, int) or not isinstance(dim, int):
         raise SourceError(f"The config of {name} names no attention heads (num_attention_heads); give a decoder.")

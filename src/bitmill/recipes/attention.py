@@ -20,6 +20,7 @@ from bitmill.config.parsing import parse_part
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format, GroupFormat
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
+from bitmill.formats.quantized_inputs import check_no_table
 from bitmill.recipes.inputs import DEFAULTS
 
 
@@ -45,6 +46,7 @@ class Attention:
                 raise RecipeError(
                     f"The {site} of attention cannot be stored as {format!r}; use a format of groups."
                 )
+            check_no_table(format)
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -97,7 +99,7 @@ def parse_attention(spelled: Sequence[str]) -> Attention:
     """Parse SITE=FORMAT:key=value,... as on the command line.
 
     Raises:
-        RecipeError: an unknown site, format or option, or a text without both.
+        RecipeError: an unknown site, format or option, a text without both, or a site with two formats.
     """
     parts: dict[str, Any] = {}
     for text in spelled:
@@ -107,6 +109,8 @@ def parse_attention(spelled: Sequence[str]) -> Attention:
                 f"attention is {text!r}; write SITE=FORMAT, such as keys=uniform:bits=8, with a site of "
                 f"{', '.join(SITES)}."
             )
+        if site in parts:
+            raise RecipeError(f"attention names two formats for {site}; leave out one.")
         parts[site] = parse_part(FORMATS, format)
     return Attention.from_dict(parts)
 

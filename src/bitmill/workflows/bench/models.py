@@ -20,6 +20,7 @@ from bitmill.compat import forward_with_cache
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import UsageError
+from bitmill.evaluation.context import context_length
 from bitmill.progress import peak_memory_bytes
 from bitmill.report.text import format_mb
 from bitmill.runtime.activations import activations
@@ -48,7 +49,7 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
     """
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; use at least 2.")
-    live, prompt = load_packed(model, _DECODE_PROMPT, trust_remote_code)
+    live, prompt = load_packed(model, _DECODE_PROMPT, trust_remote_code, further=tokens)
     packed = _decode_speed(live, prompt, tokens)
     peak = peak_memory_bytes()
     path = decode_path(live)
@@ -122,18 +123,29 @@ def bench_prefill(
     }
 
 
-def load_packed(model: str | Path, tokens: int, trust_remote_code: bool) -> tuple[Any, Tensor]:
+def load_packed(model: str | Path, tokens: int, trust_remote_code: bool, further: int = 0) -> tuple[Any, Tensor]:
     """Load a quantized folder.
+
+    Args:
+        model: the folder.
+        tokens: of the prompt.
+        trust_remote_code: allow Python code in the folder to run.
+        further: tokens that are decoded after the prompt.
 
     Returns:
         The model, and a random prompt (1, tokens).
 
     Raises:
-        UsageError: the folder is not quantized.
+        UsageError: the folder is not quantized, or its context is shorter.
     """
     if not is_checkpoint(user_path(model)):
         raise UsageError(f"{model} is no quantized folder; write one with bitmill quantize {model} -o DIR.")
     live: Any = load(model, trust_remote_code=trust_remote_code)
+    limit = context_length(live.config)
+    if limit is not None and tokens + further > limit:
+        raise UsageError(
+            f"{model} reads at most {limit} tokens, and this needs {tokens + further}; lower --tokens (tokens)."
+        )
     generator = torch.Generator().manual_seed(0)
     return live, torch.randint(0, int(live.config.vocab_size), (1, tokens), generator=generator)
 
