@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
+from bitmill.errors import RecipeError
 from bitmill.formats.base import Format, GroupFormat, Params
 from bitmill.numerics.grouping import grouped, grouped_importance
 
 _SLICE = 1 << 20  # weights
+_TOKENS = 7  # of a call, as an example
 SHARED = "shared_parts"  # the module of a quantized model that holds what layers share
 
 
@@ -124,3 +127,13 @@ def nearest_matrix(format: GroupFormat, W: Tensor, params: Params) -> Quantized:
     codes = format.nearest(grouped(W, format.group_size, format.block), params)
     flat = codes.reshape(W.shape[0], -1)[:, : format.codes_in(W.shape[1])].contiguous()
     return Quantized(format, flat, params, (W.shape[0], W.shape[1]))
+
+
+def check_no_table(format: GroupFormat) -> None:
+    """Raise RecipeError for a format whose tokens share a table, which would be fitted to each call."""
+    parts = format.parts((_TOKENS, format.block))
+    if any(part.shape[0] == 1 < prod(part.shape) for part in parts):
+        raise RecipeError(
+            f"Tokens stored as {format.name!r} share a table that would be fitted to each call; use a format "
+            "with parameters of every token, such as uniform."
+        )

@@ -23,7 +23,6 @@ Source: Dettmers et al. 2022 (arXiv 2208.07339), section 2; Xiao et al. 2022 (ar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 from torch import Tensor
@@ -31,12 +30,11 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Format, GroupFormat, Params, ScalarFormat
 from bitmill.formats.part import Part
-from bitmill.formats.quantized import Quantized, fit_matrix, nearest_matrix
+from bitmill.formats.quantized import Quantized, check_no_table, fit_matrix, nearest_matrix
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.statistics import Statistics
 
 _PREFIX = "input_"
-_TOKENS = 7  # of a call, as an example
 
 
 @FORMATS.register("quantized_inputs")
@@ -188,13 +186,3 @@ class QuantizedInputs(Wrapper):
     def float_columns(self, x: Tensor) -> Tensor | None:
         """Return bool (columns,), True where an input reaches the threshold; None without one."""
         return (x.abs() >= self.threshold).any(0) if self.threshold else None
-
-
-def check_no_table(format: GroupFormat) -> None:
-    """Raise RecipeError for a format whose tokens share a table, which would be fitted to each call."""
-    parts = format.parts((_TOKENS, format.block))
-    if any(part.shape[0] == 1 < prod(part.shape) for part in parts):
-        raise RecipeError(
-            f"Tokens stored as {format.name!r} share a table that would be fitted to each call; use a format "
-            "with parameters of every token, such as uniform."
-        )

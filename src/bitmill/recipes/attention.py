@@ -19,8 +19,7 @@ from bitmill.architectures.attention import SITES, Rounding, enable_rounded_atte
 from bitmill.config.parsing import parse_part
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format, GroupFormat
-from bitmill.formats.quantized import fit_matrix, nearest_matrix
-from bitmill.formats.quantized_inputs import check_no_table
+from bitmill.formats.quantized import check_no_table, fit_matrix, nearest_matrix
 from bitmill.recipes.inputs import DEFAULTS
 
 
