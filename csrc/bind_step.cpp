@@ -113,6 +113,7 @@ void bind_step(nb::module_& m) {
         "grid_linear",
         [](const LookupLinear& matrix, int bits, int64_t width, bool symmetric, float scale, float zero) {
             require(0 <= scale && scale < 1e30f && 0 <= zero && zero < 256, "there is no such grid");
+            require(0 < width && width <= matrix.columns, "a scale covers 1 to all columns");
             return std::make_unique<GridLinear>(matrix.matrix(), Grid{bits, width, symmetric, scale, zero});
         },
         "matrix"_a, "bits"_a, "width"_a, "symmetric"_a, "scale"_a, "zero"_a, nb::keep_alive<0, 1>());

@@ -99,6 +99,11 @@ def run_everything() -> None:
     stats = Statistics(gram_of(X), X.shape[0], fisher=torch.rand(SHAPE))
     wrapped = [FORMATS.get(name)(inner=FORMATS_RUN[0]) for name in WRAPPERS]
     wrapped.append(FORMATS.get("rotated")(inner=FORMATS_RUN[0], kind="orthogonal"))
+    wrapped.append(
+        FORMATS.get("quantized_inputs")(
+            inner=FORMATS_RUN[0], inputs=FORMATS.get("uniform")(bits=4, group_size="row")
+        )
+    )
     for format in (*FORMATS_RUN, *wrapped):
         matrix = solve(Nearest(), weights(*SHAPE), stats, format)
         spec = KernelSpec(format, SHAPE, CPU)
@@ -199,6 +204,7 @@ def test_every_function_is_recorded(calls):
         "linear",
         "Linear",
         "LookupLinear",
+        "GridLinear",
         "PanelLinear",
         "dense_linear",
         "bf16_linear",

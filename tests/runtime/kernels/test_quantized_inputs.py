@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitmill.errors import RecipeError
 from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.formats.uniform import Uniform
+from bitmill.recipes.compose import compose
+from bitmill.recipes.method import build_recipe
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.lut import Lut
 from bitmill.runtime.native import is_available
@@ -117,3 +120,25 @@ def test_tokens_with_nan_or_inf():
     assert y.isnan().all(1).nonzero()[:, 0].tolist() == [3, 4]
     whole = [i for i in range(20) if i not in (3, 4)]
     assert torch.equal(y[whole], kernel.apply(x[whole]))
+
+
+@pytest.mark.parametrize(
+    ("group", "step", "columns"), [(40, 64, 200), (64, 40, 200), (48, 32, 144), ("row", 24, 200)]
+)
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_scales_that_are_no_groups_multiply_in_floats(group, step, columns, tokens):
+    format = QuantizedInputs(Uniform(3, group), Uniform(8, step, symmetric=True), simulated=True)
+    solved, kernel = made(format, columns)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
+    expected = solved.effective_inputs(x).double() @ solved.dequantize().double().T
+    assert (kernel.apply(x) - expected).norm() <= 0.02 * expected.norm()
+    assert kernel.step_linear() is None
+
+
+def test_scales_that_are_no_groups_are_refused_in_a_recipe():
+    recipe = build_recipe("rtn", {"bits": 4, "group_size": 40})
+    with pytest.raises(RecipeError, match="no kernel multiplies"):
+        compose(recipe, inputs="uniform:bits=8,group_size=64")
+    for size in (80, "row", 40):
+        compose(recipe, inputs=f"uniform:bits=8,group_size={size}")
+    compose(recipe, inputs="uniform:bits=8,group_size=64,simulated=true")

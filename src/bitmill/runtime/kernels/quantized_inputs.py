@@ -59,8 +59,8 @@ class QuantizedInputsKernel(WrapperKernel):
 
     def step_linear(self) -> Any:
         """Return the matrix that rounds its inputs, for the decode step."""
-        lut = self.inner if self._format.multiplies_integers else None
-        return self._few_tokens(lut) if isinstance(lut, Lut) else None
+        lut = self._integer_matrix()
+        return None if lut is None else self._few_tokens(lut)
 
     def _few_tokens(self, lut: Lut) -> Any:
         """Return the extension's view for a few tokens, made once; None where it has none."""
@@ -89,9 +89,12 @@ class QuantizedInputsKernel(WrapperKernel):
     def _lut(self, x: Tensor) -> Lut | None:
         """Return the inner kernel where it multiplies the integers of x; None for floats."""
         floats = is_traced(x) or (torch.is_grad_enabled() and x.requires_grad) or activations().few == "float32"
-        if floats or not self._format.multiplies_integers or not isinstance(self.inner, Lut):
-            return None
-        return self.inner
+        return None if floats else self._integer_matrix()
+
+    def _integer_matrix(self) -> Lut | None:
+        """Return the inner kernel where it multiplies integers; None where inputs are rounded for its floats."""
+        integers = self._format.multiplies_integers and self._format.steps_fit(self.spec.shape[1])
+        return self.inner if integers and isinstance(self.inner, Lut) else None
 
     def _multiply_integers(self, x: Tensor, lut: Lut) -> Tensor:
         """Multiply inputs, fp32 (tokens, in), as int8 codes around the middle of their levels."""
