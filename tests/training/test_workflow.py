@@ -52,6 +52,17 @@ def test_the_next_token_needs_no_teacher(folders, windows, tmp_path):
     assert "KL divergence" not in str(outcome)
 
 
+def test_a_folder_trained_twice_tells_both(folders, windows, tmp_path):
+    options = {"calib": windows[-12:], "loss": "next-token", "tokens": 64}
+    first = bitmill.train(folders("uniform"), out=tmp_path / "a", learn="norms", **options)
+    second = bitmill.train(tmp_path / "a", out=tmp_path / "b", learn="scales", **options)
+    assert second.report["trained"]["earlier"] == first.report["trained"]
+    assert second.report["identity"]["trained"]["earlier"] == first.report["identity"]["trained"]
+    assert (tmp_path / "b" / "README.md").read_text().count("trained end to end") == 2
+    assert "--reference MODEL" in str(second)
+    assert verify(open_checkpoint(tmp_path / "b", digests="all"))["layers"]
+
+
 def test_nan_ends_training_with_a_sentence(folders, teacher, windows, tmp_path):
     with pytest.raises(NumericsError, match=r"became nan in step \d+ of \d+ at rate 1e\+09; use a lower --rate"):
         bitmill.train(folders("gptqt"), teacher=teacher, calib=windows, out=tmp_path / "out", rate=1e9)

@@ -64,6 +64,9 @@ def copy_trained(
     changed = {name.rpartition(".")[0] for name in tensors}
     of_float = {"weight_error": None, "output_error": None}
     report["layers"] = [{**layer, **(of_float if layer["name"] in changed else {})} for layer in report["layers"]]
+    if "trained" in report:  # the folder was trained before
+        training = {**training, "earlier": report["trained"]}
+        identity = {**identity, "earlier": report["identity"].get("trained")}
     report |= {"measured": [], "trained": training, "identity": {**report["identity"], "trained": identity}}
     for stale in _OF_EARLIER_WEIGHTS:
         report.pop(stale, None)

@@ -102,8 +102,10 @@ def describe_training(trained: dict[str, Any]) -> str:
     windows = f"{trained['windows']['trained_on']} windows of {trained['windows']['source']}"
     key, name = ("kl_divergence", "KL divergence") if kl else ("perplexity", "perplexity")
     before, after = (formatting.number(trained[when][key]) for when in ("before", "after"))
-    return (
-        f"{learned.get(trained['learn'], 'norms and biases').capitalize()} were trained end to end to {to} on "
+    earlier = f"{describe_training(trained['earlier'])} Then " if "earlier" in trained else ""
+    what = learned.get(trained["learn"], "norms and biases")
+    return earlier + (
+        f"{what if earlier else what.capitalize()} were trained end to end to {to} on "
         f"{windows}, {formatting.plural(trained['epochs'], 'epoch')}: {name} {before} before and {after} after, "
         f"on {formatting.plural(trained['held_apart'], 'window')} that were not trained on."
     )

@@ -137,8 +137,13 @@ def summary_rows(model: str, summary: dict[str, Any], commands: list[str]) -> li
     return [*rows, *(("next" if number == 0 else "", command) for number, command in enumerate(commands))]
 
 
-def training_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, value) rows of a finished training, from its summary."""
+def training_rows(summary: dict[str, Any], teacher: str) -> list[tuple[str, str]]:
+    """Return (name, value) rows of a finished training.
+
+    Args:
+        summary: of the training.
+        teacher: the float model as given.
+    """
     before, after = summary["before"], summary["after"]
     present = [metric for metric in metric_columns([before]) if before.get(metric.key) is not None]
     changes = [(m.name, f"{format_metric(m, before)} before, {format_metric(m, after)} after") for m in present]
@@ -159,7 +164,7 @@ def training_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("written to", summary["out"]),
         (
             "next",
-            f"bitmill eval {shlex.quote(summary['out'])} --reference {shlex.quote(summary['teacher'] or 'MODEL')}",
+            f"bitmill eval {shlex.quote(summary['out'])} --reference {shlex.quote(teacher)}",
         ),
     ]
 

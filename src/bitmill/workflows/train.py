@@ -49,15 +49,19 @@ from bitmill.workflows.teacher import Teacher
 
 @dataclass
 class TrainingOutcome:
-    """The result of `train`; `print` shows a summary."""
+    """The result of `train`; `print` shows a summary.
+
+    teacher: the float model as given.
+    """
 
     summary: dict[str, Any]
     report: dict[str, Any] = field(repr=False)
     out: Path
+    teacher: str = "MODEL"
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the summary as (name, value) pairs to print."""
-        return training_rows(self.summary)
+        return training_rows(self.summary, self.teacher)
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -132,7 +136,8 @@ def train(
         "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    return TrainingOutcome(summary, report, place)
+    named = str(teacher) if isinstance(teacher, str | Path) else described["teacher"]
+    return TrainingOutcome(summary, report, place, named or "MODEL")
 
 
 class _Run:
