@@ -37,6 +37,7 @@ SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
     },
     "sweep": {"model": "source", "text": "text.txt", "windows": 1, "seqlen": 16},
     "plan": {"model": "source"},
+    "train": {"folder": "done", "teacher": "source", "out": "out", "calib": DATA, "held_apart": 1},
 }  # fmt: skip
 UNCHECKED = {"progress", "tokenizer", "options", "weights"}  # objects with methods, and options of methods
 

@@ -22,7 +22,6 @@ Source: Dettmers et al. 2022 (arXiv 2208.07339), section 2; Xiao et al. 2022 (ar
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,16 +86,13 @@ class QuantizedInputs(Wrapper):
     @property
     def multiplies_as_stored(self) -> bool:
         """True for integers, and for floats of 8 bits, whose products are exact in fp32."""
-        if len(self._arithmetics) != 1 or None in self._arithmetics:
-            return False
-        sizes = [part.group_size for part in (self.inputs, self.inner) if isinstance(part, GroupFormat)]
-        several = math.prod(size for size in sizes if isinstance(size, int)) * 2  # columns of several groups
-        return not self.multiplies_integers or self.steps_fit(several)
+        return len(self._arithmetics) == 1 and None not in self._arithmetics
 
     def steps_fit(self, columns: int) -> bool:
-        """Return True if inputs of one scale are whole groups of the matrix, or parts of one of 16 columns.
+        """Return True if inputs of one scale are whole groups of a matrix of so many columns, or parts of one.
 
-        Sums of integers end where a scale does.
+        Sums of integers end where a scale does, at multiples of 16 columns. Elsewhere rounded inputs multiply in
+        floats.
         """
         inner = self.inner.core
         assert isinstance(inner, GroupFormat)

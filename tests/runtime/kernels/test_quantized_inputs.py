@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitmill.errors import RecipeError
 from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.formats.uniform import Uniform
-from bitmill.recipes.compose import compose
-from bitmill.recipes.method import build_recipe
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.lut import Lut
 from bitmill.runtime.native import is_available
@@ -135,10 +132,12 @@ def test_scales_that_are_no_groups_multiply_in_floats(group, step, columns, toke
     assert kernel.step_linear() is None
 
 
-def test_scales_that_are_no_groups_are_refused_in_a_recipe():
-    recipe = build_recipe("rtn", {"bits": 4, "group_size": 40})
-    with pytest.raises(RecipeError, match="no kernel multiplies"):
-        compose(recipe, inputs="uniform:bits=8,group_size=64")
-    for size in (80, "row", 40):
-        compose(recipe, inputs=f"uniform:bits=8,group_size={size}")
-    compose(recipe, inputs="uniform:bits=8,group_size=64,simulated=true")
+def test_scales_that_fit_groups():
+    def fits(group, step, columns):
+        return QuantizedInputs(Uniform(4, group), Uniform(8, step)).steps_fit(columns)
+
+    assert all(fits(40, step, 200) for step in ("row", 40, 80, 200))
+    assert all(fits("row", step, 200) for step in (16, 64))
+    assert fits(40, 64, 50)  # narrower than a step
+    assert not fits(40, 64, 200)
+    assert not fits(40, 20, 200)

@@ -25,14 +25,9 @@ class LowRankKernel(WrapperKernel):
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         assert isinstance(spec.format, LowRank)
         super().__init__(spec, tensors, replace(spec, format=spec.format.inner))
-        self._left, self._right = (self.own[f"low_rank_{side}"].to(torch.float32) for side in ("left", "right"))
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """The tensors of the wrapper and the inner kernel, and both factors in fp32."""
-        return {**super().tensors, "low_rank_left_fp32": self._left, "low_rank_right_fp32": self._right}
 
     def apply(self, x: Tensor) -> Tensor:
         """Multiply x (..., in) to (..., out). The thin products are fp32."""
-        added = linear(linear(self.effective_inputs(x).to(torch.float32), self._right), self._left)
+        left, right = (self.own[name].to(torch.float32) for name in ("low_rank_left", "low_rank_right"))
+        added = linear(linear(self.effective_inputs(x).to(torch.float32), right), left)
         return (self.inner.apply(x).to(torch.float32) + added).to(x.dtype)

@@ -28,17 +28,11 @@ class OutlierColumnsKernel(WrapperKernel):
         super().__init__(spec, tensors, inner)
         self._outliers = from_index(self.own["outlier_columns"])
         self._base = base_columns(self._outliers, spec.shape[1])
-        self._values = self.own["outlier_values"].to(torch.float32)  # not at each call, which takes longer
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """The tensors of the wrapper and the inner kernel, and the outliers' weights in fp32."""
-        return {**super().tensors, "outlier_values_fp32": self._values}
 
     def apply(self, x: Tensor) -> Tensor:
         """Multiply x (..., in) to (..., out). The outliers multiply in fp32."""
         few = x[..., self._outliers].to(torch.float32)
-        added = torch.nn.functional.linear(few, self._values)
+        added = torch.nn.functional.linear(few, self.own["outlier_values"].to(torch.float32))
         return (self.inner.apply(x[..., self._base]).to(torch.float32) + added).to(x.dtype)
 
     def output_error(self, W: Tensor) -> Tensor:
