@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,36 @@ from rich.table import Table
 BOUND_BYTES = {"rtn": 1_500_000_000, "gptq": 3_000_000_000}
 GROWTH_SHARE, GROWTH_BYTES = 0.05, 50_000_000  # what the deepest model may take beyond the shallowest
 OPTIONS = {"rtn": [], "gptq": ["--samples", "16", "--seqlen", "256"]}
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 2048, 5632, 32, 4, 32000
+VOCABULARY = 32000
 SHARDS = 4
 SEED = 0
 
 
-def build(folder: Path, blocks: int) -> None:
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a block of Llama."""
+
+    hidden: int = 2048
+    intermediate: int = 5632
+    heads: int = 32
+    kv_heads: int = 4
+
+    @property
+    def kv(self) -> int:
+        """Width of keys and of values."""
+        return self.hidden // self.heads * self.kv_heads
+
+
+TINYLLAMA, LLAMA_7B = Shape(), Shape(4096, 11008, 32, 32)
+
+
+def build(folder: Path, blocks: int, shape: Shape = TINYLLAMA) -> None:
     """Write the checkpoint shard by shard, config.json last: a folder with a config.json is complete.
 
     Args:
         folder: Folder of the checkpoint.
         blocks: Number of blocks.
+        shape: Sizes of a block.
     """
     import torch
     from safetensors.torch import save_file
@@ -47,10 +67,10 @@ def build(folder: Path, blocks: int) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         num_hidden_layers=blocks,
         vocab_size=VOCABULARY,
         max_position_embeddings=2048,
@@ -58,32 +78,32 @@ def build(folder: Path, blocks: int) -> None:
         dtype=torch.float16,
     )
     config.architectures = ["LlamaForCausalLM"]
-    kv = HIDDEN // HEADS * KV_HEADS
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    hidden, intermediate, kv = shape.hidden, shape.intermediate, shape.kv
+    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
     for i in range(blocks):
-        for name, shape in {
-            "self_attn.q_proj": (HIDDEN, HIDDEN),
-            "self_attn.k_proj": (kv, HIDDEN),
-            "self_attn.v_proj": (kv, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HIDDEN),
-            "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-            "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-            "input_layernorm": (HIDDEN,),
-            "post_attention_layernorm": (HIDDEN,),
+        for name, size in {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (intermediate, hidden),
+            "mlp.up_proj": (intermediate, hidden),
+            "mlp.down_proj": (hidden, intermediate),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
         }.items():
-            shapes[f"model.layers.{i}.{name}.weight"] = shape
-    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+            sizes[f"model.layers.{i}.{name}.weight"] = size
+    sizes |= {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
 
     generator = torch.Generator().manual_seed(SEED)
-    names = list(shapes)
+    names = list(sizes)
     where: dict[str, str] = {}
     for shard in range(SHARDS):
         file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
         part = names[len(names) * shard // SHARDS : len(names) * (shard + 1) // SHARDS]
         tensors = {}
         for name in part:
-            tensor = torch.ones(shapes[name], dtype=torch.float16)
+            tensor = torch.ones(sizes[name], dtype=torch.float16)
             if tensor.dim() == 2:
                 tensor.normal_(0, 0.02, generator=generator)
             tensors[name] = tensor
@@ -106,17 +126,18 @@ def _byte_tokenizer() -> Any:
     return tokenizer
 
 
-def checkpoint(cache: Path, blocks: int) -> Path:
+def checkpoint(cache: Path, blocks: int, shape: Shape = TINYLLAMA) -> Path:
     """Return the checkpoint with so many blocks, building it if needed.
 
     Args:
         cache: Folder of checkpoints.
         blocks: Number of blocks.
+        shape: Sizes of a block.
     """
-    folder = cache / f"llama-{blocks}-blocks"
+    folder = cache / (f"llama-{blocks}-blocks" if shape == TINYLLAMA else f"llama-{shape.hidden}-{blocks}-blocks")
     if not (folder / "config.json").is_file():
         os.environ["PYTHONSAFEPATH"] = "1"  # spawned processes import nothing from the current directory either
-        child = multiprocessing.get_context("spawn").Process(target=build, args=(folder, blocks))
+        child = multiprocessing.get_context("spawn").Process(target=build, args=(folder, blocks, shape))
         child.start()
         child.join()
         if child.exitcode != 0:

@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGE, README = ROOT / "docs" / "quality.md", ROOT / "README.md"
+PEER_WINDOWS = 128  # of benchmarks/peers/float_files.py
 MODELS = {  # largest last
     "smollm2-135m": "SmolLM2-135M-Instruct, whose source has 4 bits a weight (Q4_1)",
     "gemma3-270m": "Gemma-3-270M, a base model, whose source has 4 to 8 bits a weight (Q4_K_M)",
@@ -22,22 +23,34 @@ MODELS = {  # largest last
 }
 DOMAINS = ("documentation", "prose", "encyclopedia", "dialogue", "code")
 BESIDE = {"brown": "Brown", "german": "German", "wikitext-2": "WikiText-2"}
-TOP = 4  # rows in the README
+BITS, TOP = 3, 4  # rows in the README
+INPUTS = (
+    "Layers multiply inputs that are rounded, which bpw does not count. Behind the name: -gN a scale for N "
+    "columns of a token; -tN the threshold of `llm_int8`; for `quik` the columns in float, -downN "
+    "the bits of the second MLP layer (8 without it), -rotated by a Hadamard matrix. rtn-8bit, gptq-4bit and fp8 "
+    "are weights of the others, with float inputs. "
+)
 
 
 def main() -> None:
-    documents = {name: read(name) for name in MODELS if (RESULTS / f"suite-{name}.json").exists()}
-    PAGE.write_text(page(documents), encoding="utf-8")
+    documents = read_all("suite")
+    PAGE.write_text(page(documents, read_all("activations")), encoding="utf-8")
     README.write_text(with_table(README.read_text(encoding="utf-8"), documents), encoding="utf-8")
 
 
-def read(model: str) -> dict[str, Any]:
-    """Return the results of a model."""
-    return dict(json.loads((RESULTS / f"suite-{model}.json").read_text(encoding="utf-8")))
+def read_all(kind: str) -> dict[str, dict[str, Any]]:
+    """Return the results of a kind by model."""
+    files = {name: RESULTS / f"{kind}-{name}.json" for name in MODELS}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
-def page(documents: dict[str, dict[str, Any]]) -> str:
-    """Return docs/quality.md."""
+def page(documents: dict[str, dict[str, Any]], activations: dict[str, dict[str, Any]]) -> str:
+    """Return docs/quality.md.
+
+    Args:
+        documents: weights of few bits, by model.
+        activations: rounded inputs of layers, by model.
+    """
     lines = [
         "# Quality",
         "",
@@ -46,40 +59,56 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
         "each domain and on texts that are in no mixture: Brown, German, a language that calibration has none of, "
         "and WikiText-2 (tokenized, with its <unk>, as pytorch/examples has it). `ratio` is the perplexity over "
         "the float model's on the suite, top-1 how often both put the same token first. bpw counts everything "
-        "that the linear layers of the blocks store. Methods of bitmill and of other programs were calibrated on "
-        "the same tokens: 128 windows of 512 of `mix`, unless the table says otherwise.",
+        "that the linear layers of the blocks store. `windows` is the number of calibration windows, 512 tokens "
+        "of `mix` each, the same tokens for bitmill and for other programs; - where a method reads no text. Rows "
+        "that are trained went through `bitmill train` on these windows.",
         "",
     ]
     for model, document in documents.items():
-        lines += _section(model, document)
+        rows = sorted(document["rows"], key=lambda row: (-bits_of(row), mean_of(row)))
+        lines += _section(model, document, [(f"{method_of(row)}, {bits_of(row)} bits", row) for row in rows])
+    for model, document in activations.items():
+        rows = sorted(document["rows"], key=mean_of)
+        lines += _section(f"{model}, rounded inputs", document, [(row["name"], row) for row in rows], INPUTS)
     return "\n".join(lines)
 
 
-def _section(model: str, document: dict[str, Any]) -> list[str]:
-    """Return the section of a model."""
+def _section(
+    title: str, document: dict[str, Any], rows: list[tuple[str, dict[str, Any]]], about: str = ""
+) -> list[str]:
+    """Return a section with a table of (label, row), best first."""
     texts = document["texts"]
     windows = texts["suite"]["windows"]
     count = next(iter(windows.values()))
+    model = MODELS[document["model"]]
     beside = ", ".join(f"{BESIDE[name]} {texts[name]['windows']}" for name in BESIDE if name in texts)
-    head = ["", "method", "bpw", "KL", *DOMAINS, *(BESIDE[n] for n in BESIDE if n in texts), "ratio", "top-1"]
+    head = [
+        "method",
+        "windows",
+        "bpw",
+        "KL",
+        *DOMAINS,
+        *(BESIDE[n] for n in BESIDE if n in texts),
+        "ratio",
+        "top-1",
+    ]
     lines = [
-        f"## {model}",
+        f"## {title}",
         "",
-        f"{MODELS[model]}. {count} windows of {document['seqlen']} tokens of each domain; {beside}.",
+        f"{about}{model}. {count} windows of {document['seqlen']} tokens of each domain; {beside}.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
     ]
-    rows = sorted(document["rows"], key=lambda row: (-bits_of(row), mean_of(row)))
-    return [*lines, *(_row(row, texts) for row in rows), ""]
+    return [*lines, *(_row(label, row, texts) for label, row in rows), ""]
 
 
-def _row(row: dict[str, Any], texts: dict[str, Any]) -> str:
+def _row(label: str, row: dict[str, Any], texts: dict[str, Any]) -> str:
     suite = row["figures"]["suite"]
     low, high = suite["kl_interval"]
     cells = [
-        f"{bits_of(row)} bits",
-        method_of(row),
+        label,
+        windows_of(row),
         f"{row['bits_per_weight']:.3f}",
         f"**{number(suite['kl_divergence'])}** ({number(low)} to {number(high)})",
         *(number(suite["domains"][name]["kl_divergence"]) for name in DOMAINS),
@@ -91,9 +120,9 @@ def _row(row: dict[str, Any], texts: dict[str, Any]) -> str:
 
 
 def with_table(readme: str, documents: dict[str, dict[str, Any]]) -> str:
-    """Return the README with the best rows of the largest model."""
+    """Return the README with the best rows of the largest model at BITS bits."""
     model, document = list(documents.items())[-1]
-    rows = sorted(document["rows"], key=mean_of)
+    rows = sorted((row for row in document["rows"] if bits_of(row) == BITS), key=mean_of)
     lines = [f"{model} | MB | bits a weight | KL on five domains | worst domain | perplexity over float | top-1"]
     for row in rows[:TOP]:
         suite = row["figures"]["suite"]
@@ -109,7 +138,10 @@ def with_table(readme: str, documents: dict[str, dict[str, Any]]) -> str:
         ]
         lines.append(" | ".join(cells))
     lines.insert(1, "|".join(["---"] * 7))
-    table = "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
+    count = next(iter(document["texts"]["suite"]["windows"].values()))
+    calibrated = sorted({windows_of(row) for row in rows[:TOP]} - {"-"}, key=int)
+    title = f"{' or '.join(calibrated)} windows of text calibrated, {count} of each of five domains measured:\n\n"
+    table = title + "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
     begin, end = "<!-- measured:begin -->\n", "\n<!-- measured:end -->"
     return re.sub(rf"{begin}.*?{end}", lambda _: begin + table + end, readme, flags=re.DOTALL)
 
@@ -122,11 +154,17 @@ def bits_of(row: dict[str, Any]) -> int:
 
 def method_of(row: dict[str, Any]) -> str:
     """Return the name of the method, behind its program where that is not bitmill."""
-    return (
-        f"`{row['recipe']['name']}`"
-        if row["tool"] == "bitmill"
-        else f"{row['tool']} {row.get('method', '')}".strip()
-    )
+    if row["tool"] != "bitmill":
+        setting = row["name"].removeprefix(f"{row['tool']}-")  # a number repeats the bits
+        return row["tool"] if setting.isdigit() else f"{row['tool']} {setting}"
+    return f"`{row['recipe']['name']}`{', trained' if row.get('trained') else ''}"
+
+
+def windows_of(row: dict[str, Any]) -> str:
+    """Return the number of calibration windows, "-" for a row that was made without text."""
+    if row["tool"] == "bitmill":
+        return str(row["calibration"]["samples"]) if row["calibration"] else "-"
+    return "-" if "without calibration" in row["settings"] else str(PEER_WINDOWS)
 
 
 def mean_of(row: dict[str, Any]) -> float:

@@ -145,6 +145,7 @@ def _origin(folder: Path) -> dict[str, Any]:
     if is_checkpoint(folder):
         report = open_checkpoint(folder).report
         made |= {"recipe": report["recipe"], "calibration": report["identity"]["calibration"]}
+        made |= {"trained": report["trained"]} if "trained" in report else {}
     return made
 
 

@@ -50,7 +50,7 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
     if tokens < 2:
         raise UsageError(f"tokens is {tokens}; use at least 2.")
     live, prompt = load_packed(model, _DECODE_PROMPT, trust_remote_code, further=tokens)
-    packed = _decode_speed(live, prompt, tokens)
+    packed = decode_speed(live, prompt, tokens)
     peak = peak_memory_bytes()
     path = decode_path(live)
     left_out = _float_left_out(live)
@@ -58,7 +58,7 @@ def bench_decode(model: str | Path, tokens: int = 64, trust_remote_code: bool = 
     if left_out is None:
         live = dequantize_model(detach(live))
         gc.collect()
-        dense = _decode_speed(live, prompt, tokens)
+        dense = decode_speed(live, prompt, tokens)
     return {
         "model": str(model),
         "path": path,
@@ -96,15 +96,15 @@ def bench_prefill(
     if tokens < 1:
         raise UsageError(f"--tokens is {tokens}; use at least 1.")
     live, prompt = load_packed(model, tokens, trust_remote_code)
-    first = _prefill_time(live, prompt)
-    _prefill_time(live, prompt)
+    first = prefill_time(live, prompt)
+    prefill_time(live, prompt)
     peak = peak_memory_bytes()
     models = [live]
     left_out = _float_left_out(live)
     if left_out is None:
         models.append(dequantize_model(load_packed(model, tokens, trust_remote_code)[0]))
-        _prefill_time(models[-1], prompt)
-    times = [[_prefill_time(each, prompt) for each in models] for _ in range(turns)]
+        prefill_time(models[-1], prompt)
+    times = [[prefill_time(each, prompt) for each in models] for _ in range(turns)]
     packed, *dense = (median(each) for each in zip(*times))
     floats = dense[0] if dense else None
     return {
@@ -158,7 +158,7 @@ def _float_left_out(live: nn.Module) -> str | None:
     return f"Its float32 weights need {format_mb(needed)} and {format_mb(free)} of memory are free."
 
 
-def _decode_speed(live: nn.Module, prompt: Tensor, tokens: int) -> float:
+def decode_speed(live: nn.Module, prompt: Tensor, tokens: int) -> float:
     """Return tokens per second of decoding, the median over `tokens` steps."""
     cache, step, times = None, prompt, []
     for _ in range(tokens + 2):
@@ -169,7 +169,7 @@ def _decode_speed(live: nn.Module, prompt: Tensor, tokens: int) -> float:
     return 1 / median(times[2:])  # the first reads the prompt, the second prepares the compiled step
 
 
-def _prefill_time(live: nn.Module, prompt: Tensor) -> float:
+def prefill_time(live: nn.Module, prompt: Tensor) -> float:
     """Return the seconds until the first token is chosen."""
     generate: Any = live.generate  # computes logits of the last token only
     mask = torch.ones_like(prompt)
