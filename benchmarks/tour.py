@@ -27,7 +27,7 @@ COMMANDS = (
     f"bitmill eval {FOLDER} --reference smollm2-135m --text suite --record",
     f'bitmill generate {FOLDER} --prompt "What is the capital of France?"',
 )
-EXCERPT = re.compile(r"(method|bits per weight|size|domain|mean) {2,}|The capital")
+EXCERPT = re.compile(r"(method|bits per weight|size) {2,}.*[(,]|(domain|mean) {2,}|The capital")
 COLUMNS = 110
 
 

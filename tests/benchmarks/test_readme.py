@@ -24,14 +24,14 @@ def test_blocks_are_there():
 def test_excerpt_of_the_screen():
     from tour import COMMANDS, Shown, page, with_excerpt
 
-    output = "model   m\nmethod  pvq\n\ndomain  windows\ncode    8  7.20\nmean    8  7.20"
+    output = "model   m\nmethod  pvq (chosen)\nsize  8 MB\n\ndomain  windows\ncode    8  7.20\nmean    8  7.20"
     shown = [Shown(command, output, 0.5, 60.0) for command in COMMANDS]
     text = with_excerpt("before\n<!-- tour:begin -->\nold\n<!-- tour:end -->\nafter", shown)
     assert text.startswith("before\n")
     assert text.endswith("\nafter")
     assert "old" not in text
     assert "They take 3.0 minutes" in text
-    assert "method  pvq\ndomain  windows\nmean    8  7.20" in text
+    assert "method  pvq (chosen)\ndomain  windows\nmean    8  7.20" in text
     assert "model   m" not in text
     assert page(shown).count("$ bitmill") == 3
 
