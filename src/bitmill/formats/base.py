@@ -25,9 +25,9 @@ A scalar format codes one column at a time from a small table. A vector format c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -243,6 +243,12 @@ class GroupFormat(Format):
     groups_independent: ClassVar[bool] = True  # one group can be fitted without the rest of its row
     shareable: ClassVar[frozenset[str]] = frozenset()  # parts of one size for all matrices, which layers may share
     learned_codebooks: ClassVar[bool] = False  # a block is `scale` times a sum of vectors from `codebooks`
+    standard_group: ClassVar[int | None] = None  # columns of a group where a standard fixes them
+
+    @classmethod
+    def default_bits(cls, given: Mapping[str, Any]) -> int:
+        """Return the bits of inputs whose other options are `given`: 8, or the most that the format has."""
+        return min(8, cls.max_bits)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,8 +12,9 @@ number; OCP Microscaling Formats Specification 1.0 (e3m2, e2m3, e2m1).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ class Elements(Scaled):
     """Base of the formats whose table is an element type; `bits` must be the element's."""
 
     element: ElementName = "e4m3"
+
+    @classmethod
+    def default_bits(cls, given: Mapping[str, Any]) -> int:
+        """Return the bits of the element."""
+        element = ELEMENTS.get(str(given.get("element", cls.element)))
+        return super().default_bits(given) if element is None else element.bits
 
     def __post_init__(self) -> None:
         super().__post_init__()

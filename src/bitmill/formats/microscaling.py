@@ -39,6 +39,7 @@ class Microscaling(Elements):
     element: ElementName = "e2m1"
 
     shares: ClassVar[tuple[float, ...]] = (0.5, 2.0)
+    standard_group: ClassVar[int | None] = 32
 
     def factor(self, params: Params) -> Tensor:
         """Return 2^(scale - 127)."""

@@ -16,9 +16,10 @@ group's largest magnitude may better become 4 is "Four Over Six" (arXiv 2512.020
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,12 @@ class NVFP4(Scaled):
 
     groups_independent: ClassVar[bool] = False  # the tensor's scale is shared
     shares: ClassVar[tuple[float, ...]] = (0.7, 0.76, 0.82, 0.88, 0.94, 1.06, 1.12, 1.2, 1.28, 1.36, 1.43, 1.5)
+    standard_group: ClassVar[int | None] = 16
+
+    @classmethod
+    def default_bits(cls, given: Mapping[str, Any]) -> int:
+        """Return the bits of E2M1."""
+        return _ELEMENT.bits
 
     @property
     def stackable(self) -> bool:

@@ -20,7 +20,7 @@ from bitmill.config.parsing import parse_part
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format, GroupFormat
 from bitmill.formats.quantized import check_no_table, fit_matrix, nearest_matrix
-from bitmill.recipes.inputs import DEFAULTS
+from bitmill.recipes.inputs import input_format
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Attention:
                 raise RecipeError(
                     f"The {site} of attention are {format!r}; use a format such as {{format: uniform, bits: 8}}."
                 )
-        return cls(**{site: _format(format) for site, format in data.items()})
+        return cls(**{site: input_format(format) for site, format in data.items()})
 
 
 def attach_attention(model: Any, recipe: Mapping[str, Any] | None) -> None:
@@ -112,12 +112,6 @@ def parse_attention(spelled: Sequence[str]) -> Attention:
             raise RecipeError(f"attention names two formats for {site}; leave out one.")
         parts[site] = parse_part(FORMATS, format)
     return Attention.from_dict(parts)
-
-
-def _format(data: dict[str, Any]) -> Format:
-    known = FORMATS.options(data["format"]) if isinstance(data.get("format"), str) else {}
-    format: Format = FORMATS.from_dict({**{k: v for k, v in DEFAULTS.items() if k in known}, **data})
-    return format
 
 
 def _rounding(format: Format) -> Rounding:

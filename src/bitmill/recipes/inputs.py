@@ -4,6 +4,7 @@ inputs: {format: uniform, bits: 8}                                       a scale
 inputs: {format: uniform, bits: 8, group_size: 64}                       a scale for 64 columns of a token
 inputs: {format: uniform, bits: 8, group_size: tensor, static: true}     one scale, from calibration
 inputs: {format: float, element: e4m3}
+inputs: {format: nvfp4, simulated: true}                                 a scale for 16 columns, as NVFP4 has them
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import Any, Literal
 
 from bitmill.config.options import check_types
 from bitmill.config.parsing import parse_part
-from bitmill.formats import FORMATS, Format, Wrapper
+from bitmill.errors import RecipeError
+from bitmill.formats import FORMATS, Format, GroupFormat, Wrapper
 
 FLOAT: Literal["float"] = "float"  # in place of a format: nothing is rounded
 _OPTIONS = {"static": False, "simulated": False, "threshold": 0.0}  # beside those of the format
-DEFAULTS = {"bits": 8, "group_size": "row", "symmetric": True}  # of the options that a format has
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,34 @@ class Inputs:
         """
         chosen = {name: data.get(name, default) for name, default in _OPTIONS.items()}
         own = {key: value for key, value in data.items() if key not in _OPTIONS}
-        known = FORMATS.options(own["format"]) if isinstance(own.get("format"), str) else {}
-        return cls(FORMATS.from_dict({**{k: v for k, v in DEFAULTS.items() if k in known}, **own}), **chosen)
+        return cls(input_format(own), **chosen)
+
+
+def input_format(data: dict[str, Any]) -> Format:
+    """Build a format of numbers that layers or attention multiply.
+
+    Args:
+        data: of the format. `bits` defaults to 8 or what the format has, `group_size` to "row" or to the columns
+            that the format's standard fixes, `symmetric` to true.
+
+    Raises:
+        RecipeError: an unknown format or option, a value of another type, or a group_size other than the
+            standard's.
+    """
+    name = data.get("format")
+    kind = FORMATS.get(name) if isinstance(name, str) else Format
+    if not issubclass(kind, GroupFormat):
+        return FORMATS.from_dict(data)  # type: ignore[no-any-return]
+    fixed = kind.standard_group
+    defaults = {"bits": kind.default_bits(data), "group_size": fixed or "row", "symmetric": True}
+    known = FORMATS.options(str(name))
+    format: Format = FORMATS.from_dict({**{k: v for k, v in defaults.items() if k in known}, **data})
+    if fixed is not None and format.core.group_size != fixed:
+        raise RecipeError(
+            f"group_size is {format.core.group_size!r}, and {name} has a scale for {fixed} columns of a token; "
+            "leave group_size out."
+        )
+    return format
 
 
 def parse_inputs(spelled: str) -> Inputs | None:

@@ -24,7 +24,7 @@ from bitmill.workflows.sweep.cell import Cell, Change, Layer, LayerInputs
 
 BITS = (8, 6, 4)
 SIZES: tuple[GroupSize, ...] = ("tensor", "row", 128, 64)
-FLOATS = {"fp8": "float:element=e4m3", "mxfp4": "microscaling:bits=4,group_size=32"}
+FLOATS = {"fp8": "float:element=e4m3", "mxfp4": "microscaling:element=e2m1"}
 
 _WEIGHT = Uniform(8, "row")  # any format: weights are not rounded
 
