@@ -85,4 +85,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) build dist site demo-output src/bitmill/runtime/_native*.so
+	rm -rf $(VENV) build dist site demo-output src/bitmill/_native*.so

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmill import native
 from bitmill.formats import FORMATS, Format
-from bitmill.runtime import native
 from bitmill.runtime.activations import Activations
 from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.lut import Lut

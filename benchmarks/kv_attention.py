@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from bitmill.kv.scheme import kv_method
+from bitmill.native import native
 from bitmill.runtime.attention.dispatch import NativeTokenViews, attend
-from bitmill.runtime.native import native
 from bitmill.workflows.bench.memory import ReadBandwidth, copies_of, timed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -25,8 +25,8 @@ from bitmill.data import text
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.calibrate import calibrate
 from bitmill.kv.scheme import PAGE, kv_method
+from bitmill.native import native
 from bitmill.runtime.decode import decode_path
-from bitmill.runtime.native import native
 
 RESULTS = Path(__file__).parent / "results" / "kv_decode.json"
 FLOAT = "float"

@@ -147,6 +147,16 @@ void coordinates_of(int bits, int64_t columns, Array<const int32_t, 2> words, Ar
     coordinates(w, y.data(), gains.data(), threads);
 }
 
+void nearest_points_of(int bits, Array<const float, 1> lengths, Array<const float, 2> x, Array<uint8_t, 2> codes,
+                       Array<float, 2> vectors, int threads) {
+    require(1 <= bits && bits <= 4 && lengths.shape(0) == 16 && x.shape(1) == 16 && vectors.shape(1) == 16 &&
+                vectors.shape(0) == x.shape(0) && codes.shape(0) == x.shape(0) &&
+                static_cast<int>(codes.shape(1)) == 4 * bits + 1,
+            "the arrays are not of the same points");
+    nb::gil_scoped_release free;
+    nearest_points(bits, lengths.data(), x.shape(0), x.data(), codes.data(), vectors.data(), threads);
+}
+
 void numbers_of(int bits, Array<const int8_t, 2> y, Array<const uint8_t, 2> gains, Array<int32_t, 2> words,
                 int threads) {
     const int64_t rows = y.shape(0), points = gains.shape(1);
@@ -258,6 +268,8 @@ NB_MODULE(_native, m) {
           "table"_as_is, "first"_a, "out"_as_is, "threads"_a);
     m.def("coordinates", coordinates_of, "bits"_a, "columns"_a, "words"_as_is, "y"_as_is, "gains"_as_is,
           "threads"_a);
+    m.def("nearest_points", nearest_points_of, "bits"_a, "lengths"_as_is, "x"_as_is, "codes"_as_is,
+          "vectors"_as_is, "threads"_a);
     m.def("numbers", numbers_of, "bits"_a, "y"_as_is, "gains"_as_is, "words"_as_is, "threads"_a);
     m.def("points_linear", points_linear_of, "layout"_a, "codes"_as_is, "gains"_as_is, "lengths"_as_is,
           "scales"_as_is, "starts"_as_is, "places"_as_is, "odd"_as_is, "act"_a, "x"_as_is, "y"_as_is,

@@ -86,7 +86,7 @@ def copy_tree(folder: Path) -> None:
     """Copy the files that git has, and the compiled kernels, to `folder`."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     names = [name for name in listed.decode().split("\0") if name]
-    names += [str(f.relative_to(ROOT)) for f in (ROOT / "src/bitmill/runtime").glob("_native*.so")]
+    names += [str(f.relative_to(ROOT)) for f in (ROOT / "src/bitmill").glob("_native*.so")]
     for name in names:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

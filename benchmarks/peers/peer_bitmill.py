@@ -11,8 +11,8 @@ from peer_torch import Transformers
 from worker import serve
 
 import bitmill
+from bitmill.native import is_available, native
 from bitmill.runtime.activations import activations
-from bitmill.runtime.native import is_available, native
 
 
 class Packed(Transformers):

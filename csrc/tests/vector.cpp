@@ -51,6 +51,26 @@ void run(VectorSet set, int bits, int64_t rows, int64_t columns, int64_t group, 
     }
 }
 
+// Codes and points alike on every instruction set, of vectors of all sizes; codes as stored give the points again.
+void run_nearest(int bits, int64_t count) {
+    const int digits = 4 * bits + 1;
+    auto x = random_floats(count * 16);
+    for (int64_t i = 0; i < count * 16; ++i) x[i] *= i / 16 % 7 == 0 ? 0.0f : static_cast<float>(1 + i % 5);
+    std::vector<float> lengths(16), expected(x.size());
+    for (int i = 0; i < 16; ++i) lengths[i] = 2 + 0.25f * static_cast<float>(i);
+    std::vector<uint8_t> codes(count * digits);
+    use_isa("scalar");
+    nearest_points(bits, lengths.data(), count, x.data(), codes.data(), expected.data(), 1);
+    for (const auto& name : available_isas()) {
+        use_isa(name);
+        std::vector<float> found(x.size(), NAN);
+        std::vector<uint8_t> again(codes.size());
+        nearest_points(bits, lengths.data(), count, x.data(), again.data(), found.data(), 2);
+        report(difference(found, expected) + static_cast<double>(again != codes), 0, "nearest %s: %d bits", name.c_str(),
+               bits);
+    }
+}
+
 // Repacked points against decoded rows, the packed words again, and every instruction set alike.
 void run_points(int bits, int64_t rows, int64_t columns) {
     const int64_t points = (columns + 15) / 16, words = (points * (16 * bits + 4) + 31) / 32,
@@ -172,6 +192,7 @@ void test_vector() {
         run_lattice(3, 7, own);
         run_lattice(37, 1100, own);
     }
+    for (int bits = 1; bits <= 4; ++bits) run_nearest(bits, 301);
     for (int bits = 2; bits <= 4; ++bits) {
         run_points(bits, 3, 7);
         run_points(bits, 37, 1100);

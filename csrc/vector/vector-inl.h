@@ -3,6 +3,7 @@
 #include "../simd/inline.h"
 #include "e8-inl.h"
 #include "lattice-inl.h"
+#include "nearest-inl.h"
 #include "pyramid-inl.h"
 #include "points-inl.h"
 
@@ -85,6 +86,7 @@ void coordinates_with(const Vectors& w, int8_t* y, uint8_t* gains, int64_t first
 
 template <class V>
 constexpr VectorKernels vector_kernels = {vector_linear_with<V>, vector_decode_with<V>, coordinates_with<V>,
+                                          nearest_points_with<V>,
                                           points_linear_with<V>, points_decode_with<V>,
                                           lattice_linear_with<V>, lattice_decode_with<V>};
 

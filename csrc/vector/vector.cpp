@@ -39,6 +39,16 @@ void coordinates(const Vectors& w, int8_t* y, uint8_t* gains, int threads) {
     });
 }
 
+void nearest_points(int bits, const float* lengths, int64_t count, const float* x, uint8_t* codes, float* vectors,
+                    int threads) {
+    const auto& best = *isa().vector;
+    const int useful = static_cast<int>(std::min<int64_t>(threads, count / 128 + 1));  // waking a thread costs as much
+    parallel_for(count, useful, [&](int64_t first, int64_t last) {
+        best.nearest_points(bits, lengths, last - first, x + first * 16, codes + first * (4 * bits + 1),
+                            vectors + first * 16);
+    });
+}
+
 bool are_points(int bits, int64_t count, const int8_t* y, const uint8_t* gains) {
     for (int64_t p = 0; p < count; ++p, y += 16) {
         int pulses = 0;

@@ -66,6 +66,9 @@ struct VectorKernels {
     void (*decode)(const Vectors&, float* out, int64_t first, int64_t last);  // out is (last - first, columns)
     // Coordinates (last - first, whole blocks * 16) and gains (last - first, blocks) of a pyramid's points.
     void (*coordinates)(const Vectors&, int8_t* y, uint8_t* gains, int64_t first, int64_t last);
+    // Of x (count, 16): vector/nearest-inl.h.
+    void (*nearest_points)(int bits, const float* lengths, int64_t count, const float* x, uint8_t* codes,
+                           float* vectors);
     // Repacked points: tiles [first, last), and rows [first, last) of W^.
     void (*points_linear)(const Points&, const Inputs&, Act, int64_t tokens, float* y, int64_t first,
                           int64_t last);
@@ -82,6 +85,9 @@ void vector_decode(const Vectors& weights, int64_t first, int64_t count, float* 
 
 // Coordinates and gains of packed points, and the inverse: packed words (rows, words_per_row).
 void coordinates(const Vectors& weights, int8_t* y, uint8_t* gains, int threads);
+// Codes (count, 4 * bits + 1) and points (count, 16), with their lengths, nearest to x (count, 16).
+void nearest_points(int bits, const float* lengths, int64_t count, const float* x, uint8_t* codes, float* vectors,
+                    int threads);
 // True if all points have the pulses that numbers of so many bits have, and gains fit their four bits.
 bool are_points(int bits, int64_t count, const int8_t* y, const uint8_t* gains);
 void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint8_t* gains, uint32_t* words,

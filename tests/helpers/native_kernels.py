@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitmill import native
 from bitmill.formats import Format
 from bitmill.formats.quantized import Quantized, nearest_matrix
-from bitmill.runtime import native
 from bitmill.runtime.kernels import Kernel, KernelSpec
 from helpers.cases import fitted, weights
 from helpers.selection import thin

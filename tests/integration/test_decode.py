@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import bitmill
+from bitmill.native import is_available
 from bitmill.runtime.decode import decode_path, detach
 from bitmill.runtime.modules.dequantize import dequantize_model
-from bitmill.runtime.native import is_available
 from helpers.workspace import save_model, write_text
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the compiled kernels are not installed")

@@ -17,8 +17,8 @@ from bitmill.checkpoint.writer import FolderSink
 from bitmill.cli.main import main
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.uniform import Uniform
+from bitmill.native import is_available
 from bitmill.runtime.decode import decode_path
-from bitmill.runtime.native import is_available
 from helpers.comparisons import command
 from helpers.workspace import arguments, save_model, snapshot, write_text
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import bitmill
+from bitmill import native
 from bitmill.errors import UsageError
 from bitmill.kv import buffer as buffer_module
 from bitmill.kv import layer as layer_module
 from bitmill.kv.cache import QuantizedCache
-from bitmill.runtime import native
 from helpers.native_kernels import needs_native
 from helpers.packed_cache import (
     ARCHITECTURES,

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bitmill import native
 from bitmill.kv.page import PageLayout
 from bitmill.kv.scheme import Scheme, TensorScheme
-from bitmill.runtime import native
 from bitmill.runtime.attention.dispatch import NativeTokenViews, attend, unsupported_reason
 from helpers.native_kernels import ISAS, needs_native
 from helpers.packed_past import Case, made, off

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitmill import native
 from bitmill.formats import FORMATS, Format
 from bitmill.kv.scheme import TensorScheme
-from bitmill.runtime import native
 from bitmill.runtime.attention.dispatch import NativeTokenViews, attend
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.reference import Reference

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from bitmill import native
 from bitmill.cli.main import main
 from bitmill.recipes.method import METHODS
-from bitmill.runtime import native
 from bitmill.workflows import doctor
 from bitmill.workflows.doctor import diagnose
 

@@ -25,9 +25,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bitmill import native
 from bitmill.formats.base import FORMATS
 from bitmill.formats.vector import VectorFormat
-from bitmill.numerics.pyramid import count, has_number_beyond, most_pulses, number, point, project
+from bitmill.numerics.packing import pack
+from bitmill.numerics.pyramid import count, halved_sum, has_number_beyond, most_pulses, number, point, project
 
 # Lloyd-Max levels of the norm of 16 standard normal numbers.
 LENGTHS = (
@@ -35,6 +37,7 @@ LENGTHS = (
     4.090, 4.275, 4.469, 4.677, 4.910, 5.183, 5.527, 6.044,
 )  # fmt: skip
 _DIGIT = 4
+_SET = 1  # of the compiled vector sets
 _SLICE = 1 << 14  # vectors at a time, so that temporaries stay in the cache
 
 
@@ -64,11 +67,37 @@ class Pyramid(VectorFormat):
 
     def encode(self, x: Tensor) -> Tensor:
         """Find the direction of (nearly) largest cosine, then the length nearest to the projection on it."""
-        pieces = [self._encode(piece) for piece in x.split(_SLICE)]
-        return torch.cat(pieces) if pieces else x.new_zeros(0, self.codes_per_block, dtype=torch.uint8)
+        return self.snap(x)[0]
+
+    def snap(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes and vectors: numbering a point and finding it again costs as much as the search."""
+        if _is_compiled(x):
+            codes = x.new_empty(len(x), self.codes_per_block, dtype=torch.uint8)
+            vectors = torch.empty_like(x, memory_format=torch.contiguous_format)
+            lengths = _lengths(x.device)
+            native.native().nearest_points(self.bits, lengths, x.contiguous(), codes, vectors, native.threads())
+            return codes, vectors
+        return self._snap_in_torch(x)
+
+    def _snap_in_torch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not len(x):
+            return x.new_zeros(0, self.codes_per_block, dtype=torch.uint8), x
+        pieces = [self._snap_slice(piece) for piece in x.split(_SLICE)]
+        return torch.cat([codes for codes, _ in pieces]), torch.cat([vectors for _, vectors in pieces])
 
     def points(self, codes: Tensor) -> Tensor:
         """Return length * y / |y|."""
+        if _is_compiled(codes):
+            out = torch.empty(len(codes), self.block)
+            words, ones = pack(codes, _DIGIT), torch.ones(1, 1)
+            lengths = _lengths(codes.device)
+            native.native().vector_decode(
+                _SET, self.block, self.bits, words, ones, lengths, 0, out, native.threads()
+            )
+            return out
+        return self._points_in_torch(codes)
+
+    def _points_in_torch(self, codes: Tensor) -> Tensor:
         pieces = [self._points(piece) for piece in codes.split(_SLICE)]
         return torch.cat(pieces) if pieces else torch.zeros(0, self.block, device=codes.device)
 
@@ -79,13 +108,12 @@ class Pyramid(VectorFormat):
             return "its codes hold numbers of no point"
         return super().damage_reason(tensors, shape)
 
-    def _encode(self, x: Tensor) -> Tensor:
+    def _snap_slice(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = project(x, self.pulses)
         digits = number(y, self.pulses)[:, None] >> self._shifts(x.device) & ((1 << _DIGIT) - 1)
-        projection = (x * _unit(y)).sum(1)
-        lengths = _lengths(x.device)
-        gain = torch.bucketize(projection, (lengths[1:] + lengths[:-1]) / 2)
-        return torch.cat([digits, gain[:, None]], 1).to(torch.uint8)
+        unit, lengths = _unit(y), _lengths(x.device)
+        gain = torch.bucketize(halved_sum(x * unit)[:, 0], (lengths[1:] + lengths[:-1]) / 2)
+        return torch.cat([digits, gain[:, None]], 1).to(torch.uint8), unit * lengths[gain][:, None]
 
     def _points(self, codes: Tensor) -> Tensor:
         numbers = (codes[:, :-1].long() << self._shifts(codes.device)).sum(1)
@@ -94,6 +122,10 @@ class Pyramid(VectorFormat):
 
     def _shifts(self, device: torch.device) -> Tensor:
         return torch.arange(0, self.block * self.bits, _DIGIT, device=device)
+
+
+def _is_compiled(x: Tensor) -> bool:
+    return len(x) > 0 and x.device.type == "cpu" and native.unsupported_reason("nearest_points") is None
 
 
 def _unit(y: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ class VectorFormat(GroupFormat):
     def points(self, codes: Tensor) -> Tensor:
         """Return the vectors (n, block) fp32 of codes (n, codes_per_block)."""
 
+    def snap(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes of the closest vectors, and these vectors."""
+        codes = self.encode(x)
+        return codes, self.points(codes)
+
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
         """Bring the (weighted) RMS to the set's; `search` tries other scales on a sample of blocks.
 
@@ -83,8 +88,8 @@ class VectorFormat(GroupFormat):
         scale = params["scale"][:, 0, None]
 
         def block(w: Tensor) -> tuple[Tensor, Tensor]:
-            codes = self.encode(divide_or_zero(w, scale))
-            return codes, self.points(codes) * scale
+            codes, vectors = self.snap(divide_or_zero(w, scale))
+            return codes, vectors * scale
 
         return block
 
@@ -93,4 +98,5 @@ class VectorFormat(GroupFormat):
         return (Part("scale", self.grid(shape)),)
 
     def _snap(self, x: Tensor, params: Params) -> Tensor:
-        return self.decode(self.nearest(x, params), params)
+        scale = params["scale"][..., None]
+        return self.snap(divide_or_zero(x, scale).reshape(-1, self.block))[1].reshape(x.shape) * scale

@@ -7,7 +7,7 @@ from typing import Any
 
 from bitmill.kv.batched import BatchPacker
 from bitmill.kv.layer import QuantizedLayer
-from bitmill.runtime.native import unsupported_reason
+from bitmill.native import unsupported_reason
 
 _length = attrgetter("buffer.length")
 _memory_state = attrgetter("buffer.version", "buffer.store.num_pages")

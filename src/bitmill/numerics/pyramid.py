@@ -56,7 +56,8 @@ def project(x: Tensor, pulses: int) -> Tensor:
 
     |x| is scaled to the L1 norm and rounded down; each pulse still missing is added where the cosine gains most.
     Then single pulses move: for t = |y|^2 / <|x|, y> a move that brings y closer to t |x| raises the cosine.
-    A point of the pyramid is its own projection; a zero vector gets all pulses in its first coordinate.
+    A point of the pyramid is its own projection; a vector without direction (zero, or not finite) gets all pulses
+    in its first coordinate. Every operation is one of IEEE 754 in a fixed order, as in csrc/vector/nearest-inl.h.
 
     Args:
         x: fp32 (n, d).
@@ -66,10 +67,12 @@ def project(x: Tensor, pulses: int) -> Tensor:
         y int64 (n, d).
     """
     size = x.abs()
-    size[:, 0] = torch.where(size.amax(1) > 0, size[:, 0], 1.0)
-    size *= pulses / size.sum(1, keepdim=True)
+    total = halved_sum(size)
+    usable = total.isfinite() & total.reciprocal().isfinite()
+    first = torch.eye(1, x.shape[1], device=x.device)
+    size = torch.where(usable, size, first) * (torch.where(usable, total, 1.0).reciprocal() * pulses)
     y = (size + 1e-4).floor_()  # a share that is whole but for rounding; the sum still cannot pass `pulses`
-    cross, power = (size * y).sum(1, keepdim=True), y.square().sum(1, keepdim=True)
+    cross, power = halved_sum(size * y), y.square().sum(1, keepdim=True)
     missing = pulses - y.sum(1, keepdim=True)
     for _ in range(int(missing.max()) if len(x) else 0):
         gain = (cross + size).square_().div_(power + 2 * y + 1)
@@ -83,6 +86,21 @@ def project(x: Tensor, pulses: int) -> Tensor:
         _move(y, size, cross, power, source, -better)
         _move(y, size, cross, power, place, better)
     return torch.where(x < 0, -y, y).to(torch.int64)
+
+
+def halved_sum(x: Tensor) -> Tensor:
+    """Return the sum of rows, half added to half until one number is left: in one order on every machine.
+
+    Args:
+        x: (n, d), d a power of two.
+
+    Returns:
+        (n, 1).
+    """
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return x
 
 
 def _move(y: Tensor, size: Tensor, cross: Tensor, power: Tensor, place: Tensor, pulse: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitmill.compat import is_traced
 from bitmill.formats import FORMATS, Format, GroupFormat
-from bitmill.runtime.native import native, threads
+from bitmill.native import native, threads
 
 
 class Operator:

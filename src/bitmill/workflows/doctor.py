@@ -156,8 +156,8 @@ def _kernels(problems: list[str]) -> dict[str, Any]:
     """Return which kernels are there, and which one a layer of every method gets on each kind of device."""
     import torch
 
+    from bitmill import native
     from bitmill.recipes.method import METHODS
-    from bitmill.runtime import native
     from bitmill.runtime.activations import activations
     from bitmill.runtime.triton import available
 

@@ -25,9 +25,9 @@ from bitmill.evaluation.reference import ReferencePredictions, read_reference
 from bitmill.files import folder_bytes
 from bitmill.models.block_call import output_tensor
 from bitmill.models.split import deferred_output_fn
+from bitmill.native import instruction_set
 from bitmill.progress import Progress
 from bitmill.runtime.activations import activations
-from bitmill.runtime.native import instruction_set
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.load import read_folder
 

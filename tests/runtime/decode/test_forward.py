@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitmill import native
 from bitmill.formats import FORMATS
 from bitmill.formats.quantized import nearest_matrix
 from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.formats.rotated import Rotated
 from bitmill.formats.uniform import Uniform
-from bitmill.runtime import native
 from bitmill.runtime.decode import attach, decode_path
 from bitmill.runtime.kernels.additive import AdditiveKernel
 from bitmill.runtime.modules.embedding import replace_embedding

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bitmill import native
 from bitmill.errors import UsageError
 from bitmill.kv.cache import QuantizedCache
-from bitmill.runtime import native
 from bitmill.runtime.decode import attach, decode_path, detach
 from helpers.decoding import relative_error
 from helpers.native_kernels import needs_native

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitmill import native
 from bitmill.formats import Wrapper
 from bitmill.formats.additive import Additive
 from bitmill.formats.e8 import E8
@@ -17,7 +18,7 @@ from bitmill.formats.sum import Sum
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.hadamard import hadamard
 from bitmill.numerics.rotations import rotation
-from bitmill.runtime import native, ops
+from bitmill.runtime import ops
 from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.additive import AdditiveKernel
 from bitmill.runtime.kernels.reference import Reference

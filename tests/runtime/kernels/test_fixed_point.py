@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitmill import native
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.integer_coding import IntegerCoding
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
-from bitmill.runtime import native
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.compiled import MAX_TOKENS
 from bitmill.runtime.kernels.lut import Lut

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitmill import native
 from bitmill.errors import UsageError
 from bitmill.formats import ScalarFormat
 from bitmill.formats.binary_coding import BinaryCoding
@@ -15,7 +16,6 @@ from bitmill.formats.codebook import Codebook
 from bitmill.formats.integer_coding import IntegerCoding
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
-from bitmill.runtime import native
 from bitmill.runtime.activations import Activations, activations
 from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.int8_linear import int8_linear

@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bitmill import native
 from bitmill.errors import RecipeError, UsageError
 from bitmill.formats import FORMATS, Lookup, ScalarFormat
 from bitmill.formats.binary_coding import BinaryCoding
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
-from bitmill.runtime import native, ops
+from bitmill.runtime import ops
 from bitmill.runtime.activations import ACTIVATIONS, activations
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.compiled import MAX_TOKENS

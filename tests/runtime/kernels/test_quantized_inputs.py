@@ -7,9 +7,9 @@ import torch
 
 from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.formats.uniform import Uniform
+from bitmill.native import is_available
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.lut import Lut
-from bitmill.runtime.native import is_available
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import solve
 from bitmill.solvers.nearest import Nearest

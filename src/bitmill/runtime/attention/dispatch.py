@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmill.native import native, threads
+from bitmill.native import unsupported_reason as native_unsupported_reason
 from bitmill.runtime.attention.plan import BITS, LayerPlan, PackedPast, PagePlan
-from bitmill.runtime.native import native, threads
-from bitmill.runtime.native import unsupported_reason as native_unsupported_reason
 from bitmill.runtime.triton.available import unsupported_reason as triton_unsupported_reason
 
 

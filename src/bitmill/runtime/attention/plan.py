@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bitmill.runtime.native import native
+from bitmill.native import native
 
 AXES = ("static", "page", "token", "channel")  # csrc/kv/kv.h: KvAxis
 BITS = (2, 3, 4, 8)

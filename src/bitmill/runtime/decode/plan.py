@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from bitmill.native import native, threads, unsupported_reason
 from bitmill.runtime.decode.angles import Angles
 from bitmill.runtime.decode.families import Family
 from bitmill.runtime.decode.parts import ACTIVATIONS, NotEligibleError, model_parts
 from bitmill.runtime.decode.step_cache import StepCache
 from bitmill.runtime.modules.embedding import QuantEmbedding
 from bitmill.runtime.modules.linear import QuantLinear
-from bitmill.runtime.native import native, threads, unsupported_reason
 
 _CPU = torch.device("cpu")
 _kernel_of = attrgetter("kernel")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.additive import Additive
+from bitmill.native import native
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import RepackedKernel, cpu_unsupported_reason
-from bitmill.runtime.native import native
 
 _ROWS, _CHUNK = 64, 8  # of a tile, codes: csrc/additive/additive.h
 

@@ -22,11 +22,11 @@ from torch import Tensor
 from bitmill.compat import is_traced
 from bitmill.formats import GroupFormat
 from bitmill.formats.base import Params
+from bitmill.native import is_available, native, threads
 from bitmill.runtime import ops
 from bitmill.runtime.activations import activations
 from bitmill.runtime.kernels.base import Kernel, KernelSpec
 from bitmill.runtime.kernels.reference import RowDecoder, matmul_by_tiles, row_decoder, row_tiles
-from bitmill.runtime.native import is_available, native, threads
 
 MAX_TOKENS = 16
 _memory = threading.local()

@@ -28,13 +28,13 @@ from torch import Tensor
 from bitmill.compat import is_traced
 from bitmill.errors import UsageError
 from bitmill.formats import ScalarFormat
+from bitmill.native import native, threads, unsupported_reason
 from bitmill.runtime import ops
 from bitmill.runtime.activations import ACTIVATIONS, activations
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import RepackedKernel, cpu_unsupported_reason, tile_buffer
 from bitmill.runtime.kernels.lut_tables import Entries, LookupTables, lookup_tables
 from bitmill.runtime.kernels.reference import RowDecoder
-from bitmill.runtime.native import native, threads, unsupported_reason
 
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
 _Tables = tuple[list[int], float, list[Tensor | None]]

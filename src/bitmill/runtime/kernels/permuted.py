@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from bitmill.formats.permuted import Permuted
+from bitmill.native import native
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.wrapper import WrapperKernel
-from bitmill.runtime.native import native
 
 
 @KERNELS.register("permuted")

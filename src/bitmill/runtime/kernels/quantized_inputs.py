@@ -15,13 +15,13 @@ from torch import Tensor
 from bitmill.compat import is_traced
 from bitmill.formats.base import RangeFormat
 from bitmill.formats.quantized_inputs import QuantizedInputs
+from bitmill.native import threads
 from bitmill.runtime.activations import activations
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import uses_gemv
 from bitmill.runtime.kernels.int8_linear import int8_linear
 from bitmill.runtime.kernels.lut import Grid, Lut
 from bitmill.runtime.kernels.wrapper import WrapperKernel
-from bitmill.runtime.native import threads
 
 
 @KERNELS.register("quantized_inputs")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.rotated import Rotated
+from bitmill.native import native
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import may_compile, uses_gemv
 from bitmill.runtime.kernels.rotation_plan import NOTHING, rotation_plan
 from bitmill.runtime.kernels.wrapper import WrapperKernel
-from bitmill.runtime.native import native
 
 
 @KERNELS.register("rotated")

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import Wrapper
+from bitmill.native import native
 from bitmill.numerics.sparse import from_index, places
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import may_compile, uses_gemv
 from bitmill.runtime.kernels.wrapper import WrapperKernel
-from bitmill.runtime.native import native
 
 _PARTS = ("sparse_values", "sparse_columns", "sparse_counts")
 

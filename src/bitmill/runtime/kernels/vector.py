@@ -16,12 +16,12 @@ from bitmill.formats import Format
 from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import LENGTHS, Pyramid
 from bitmill.formats.vector import VectorFormat
+from bitmill.native import native, threads
 from bitmill.numerics import e8
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import CompiledKernel, cpu_unsupported_reason, tile_buffer
 from bitmill.runtime.kernels.reference import RowDecoder, decode_rows
-from bitmill.runtime.native import native, threads
 
 _SETS = (E8, Pyramid)  # csrc/vector/vector.h: VectorSet
 

@@ -27,13 +27,13 @@ from torch import Tensor
 from bitmill.formats import GroupFormat
 from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import LENGTHS, Pyramid
+from bitmill.native import native, threads
 from bitmill.numerics import e8
 from bitmill.runtime import ops
 from bitmill.runtime.activations import ACTIVATIONS, activations
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import CompiledKernel, cpu_unsupported_reason, tile_buffer
 from bitmill.runtime.kernels.vector import VectorKernel
-from bitmill.runtime.native import native, threads
 
 TILE_ROWS = 16  # csrc/vector/vector.h
 _SQUARE_BLOCKS = 4  # csrc/vector/lattice-inl.h: blocks of 8 columns that are stored together

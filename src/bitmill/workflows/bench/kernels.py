@@ -20,10 +20,10 @@ from bitmill.errors import UsageError, quoted
 from bitmill.formats import FORMATS, Format
 from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
+from bitmill.native import instruction_set, threads
 from bitmill.runtime.activations import activations
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.base import KERNELS
-from bitmill.runtime.native import instruction_set, threads
 from bitmill.workflows.bench.memory import ReadBandwidth, check_turns, copies_of, linear_time, timed
 
 SHAPES = ((4096, 4096), (4096, 11008))  # (out, in)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import UsageError
-from bitmill.runtime.native import is_available, native, threads
+from bitmill.native import is_available, native, threads
 
 MAX_TURNS = 1000
 MAX_COPIES = 1024  # of matrices of a few kB, which then stay in a cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch  # before the extension: both then share torch's OpenMP threads
@@ -18,8 +19,7 @@ import torch  # before the extension: both then share torch's OpenMP threads
 from bitmill.errors import UsageError
 
 try:
-    from bitmill.runtime import _native  # type: ignore[attr-defined]
-
+    _native: Any = import_module("bitmill._native")
     import_error = ""
 except ImportError as error:
     _native = None
