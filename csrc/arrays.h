@@ -59,6 +59,7 @@ Sparse sparse(const Array<const int64_t, 1>& starts, const Bytes& places,
               const Array<const uint8_t, 1>& values, int64_t rows, int64_t columns);
 
 void bind_step(nb::module_& m);
+void bind_solve(nb::module_& m);
 void bind_kv(nb::module_& m);
 
 }  // namespace bitmill

@@ -289,6 +289,7 @@ NB_MODULE(_native, m) {
         .def("product", fixed_product_of, "W"_as_is, "y"_as_is, "first"_a, "threads"_a);
     bind_step(m);
     bind_kv(m);
+    bind_solve(m);
     m.def("read_all", [](Bytes bytes, int threads) {
         nb::gil_scoped_release free;
         return read_all(bytes.data(), bytes.size(), threads);

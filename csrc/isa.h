@@ -17,6 +17,7 @@ struct SparseKernels;    // sparse/sparse.h
 struct FixedKernels;     // fixed/fixed.h
 struct StepKernels;      // step/step.h
 struct KvKernels;        // kv/kv.h
+struct SolveKernels;     // solve/solve.h
 
 struct Isa {
     const char* name;
@@ -30,6 +31,7 @@ struct Isa {
     const FixedKernels* fixed;
     const StepKernels* step;
     const KvKernels* kv;
+    const SolveKernels* solve;
 };
 extern const Isa avx512_isa, avx2_isa, neon_isa, scalar_isa;
 

@@ -9,6 +9,7 @@
 #include "../lut/inputs-inl.h"
 #include "../lut/lookup-inl.h"
 #include "../rotation/rotation-inl.h"
+#include "../solve/solve-inl.h"
 #include "../sparse/sparse-inl.h"
 #include "../step/step-inl.h"
 #include "../vector/vector-inl.h"
@@ -19,7 +20,7 @@ namespace {
 template <class V>
 constexpr Isa isa_of(const char* name, const LookupKernels* lookup) {
     return {name, lookup, decode_rows_with<V>, read_inputs<V>, &additive_kernels<V>, &vector_kernels<V>, &rotation_kernels<V>,
-            &sparse_kernels<V>, &fixed_kernels<V>, &step_kernels<V>, &kv_kernels<V>};
+            &sparse_kernels<V>, &fixed_kernels<V>, &step_kernels<V>, &kv_kernels<V>, &solve_kernels<V>};
 }
 
 }  // namespace

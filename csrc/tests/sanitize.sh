@@ -35,6 +35,6 @@ if [ -n "${EMULATE_AVX512-}" ]; then
 fi
 compile "$shared -DBITMILL_FOR_SCALAR" isa/kernels.cpp
 compile "$shared" isa.cpp lut/layout.cpp lut/grid.cpp lut/linear.cpp lut/scalar.cpp \
-  additive/additive.cpp vector/vector.cpp rotation/rotation.cpp sparse/sparse.cpp fixed/fixed.cpp step/*.cpp kv/*.cpp tests/*.cpp
+  additive/additive.cpp vector/vector.cpp rotation/rotation.cpp sparse/sparse.cpp fixed/fixed.cpp step/*.cpp kv/*.cpp solve/*.cpp tests/*.cpp
 $cxx $objects -o "$out/driver"
 OMP_NUM_THREADS=2 ${RUN-} "$out/driver"

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from bitmill import native
 from bitmill.formats import FORMATS, Format
+from bitmill.formats.integer_coding import IntegerCoding
 from bitmill.kv.scheme import TensorScheme
 from bitmill.runtime.attention.dispatch import NativeTokenViews, attend
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import solve
+from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
 from helpers.cases import gram_of, inputs, weights
 from helpers.native_kernels import CPU, needs_native
@@ -47,9 +49,10 @@ SCHEMES = (
 )
 # Other values that are sound: the last block of a row may be cut, a list of rows or steps may be shorter, ...
 ANY_NUMBER = {"threads", "zero", "rope_scaling", "scale", "first_slot"}
-ANY_VALUE = {"words", "y", "odd", "start", "first", "loose_keys", "loose_values"}
+ANY_VALUE = {"coding", "words", "y", "odd", "start", "first", "loose_keys", "loose_values"}
 ANY_SIZE = {
     "additive": ("x",),
+    "cheapest_codings": ("costs", "weight"),
     "codes_of": ("out",),
     "coordinates": ("words",),
     "decode": ("tables",),
@@ -115,6 +118,7 @@ def run_everything() -> None:
             kernel.rows(torch.tensor([0, 35]))
         kernel.step_linear()
         kernel.restore()
+    solve(GPTQ(column_passes=1, group_passes=1), weights(*SHAPE), stats, IntegerCoding(3, 48))
     for keys in SCHEMES:
         q, layer, past, *_ = made(Case(keys, TensorScheme(4, "token", outliers=0.02), pre_rope=True))
         attend(q, layer, past, 0.1)

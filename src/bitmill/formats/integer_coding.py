@@ -28,6 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bitmill import native
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params, ScalarFormat
 from bitmill.formats.fitting import as_stored
@@ -147,8 +148,15 @@ class IntegerCoding(ScalarFormat):
 
     def _cheapest(self, x: Tensor, importance: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted error of the best coding of each group at the given scale, and its index."""
-        snapped = snap_table(self._table(torch.device("cpu")), self.grid_bits).to(x.device)
-        cost_matrix = torch.cat([snapped.square(), -2 * snapped], 1).T.contiguous()  # (2 * bins, codings)
+        cost_matrix = _costs(self.grid_bits, self.bits, self.codings, x.device)
+        if x.device.type == "cpu" and native.unsupported_reason("cheapest_codings") is None:
+            width, factor = x.shape[-1], factor.expand(x.shape[:-1])
+            least, index = torch.empty(factor.shape), torch.empty(factor.shape, dtype=torch.int64)
+            weight = importance.expand(-1, *x.shape[1:])
+            given = [v.reshape(-1, width).contiguous() for v in (x, weight)]
+            given += [factor.reshape(-1).contiguous(), cost_matrix]
+            native.native().cheapest_codings(*given, least.view(-1), index.view(-1), native.threads())
+            return least, index
         mass, moment = bin_moments(x / _divisor(factor), importance.expand(x.shape), self.grid_bits)
         least, index = (torch.cat([mass, moment], -1) @ cost_matrix).min(-1)
         return least * factor.square(), index
@@ -222,6 +230,13 @@ class IntegerCoding(ScalarFormat):
 
     def _all_powers(self, device: torch.device) -> Tensor:
         return torch.tensor([_power(self.scale_step, k) for k in range(1 << self.scale_bits)], device=device)
+
+
+@cache
+def _costs(grid_bits: int, bits: int, codings: int, device: torch.device) -> Tensor:
+    """Return what a unit of mass and of moment in each bin costs with each coding, (2 * bins, codings)."""
+    snapped = snap_table(levels_of(_entries(grid_bits, bits)[:codings]), grid_bits)
+    return torch.cat([snapped.square(), -2 * snapped], 1).T.contiguous().to(device)
 
 
 def _power(step: float, exponent: int) -> float:

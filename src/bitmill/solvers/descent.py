@@ -23,6 +23,7 @@ from bitmill.formats import GroupFormat, Params
 from bitmill.formats.base import Rounder
 from bitmill.formats.fitting import group_params
 from bitmill.numerics.cholesky import inverse_factor
+from bitmill.solvers.compiled import sorted_levels
 from bitmill.solvers.feedback import StaticGrids, block_codes, round_block, run_error_feedback
 
 _BLOCK = 32
@@ -45,6 +46,16 @@ class Descent:
 
     def columns_pass(self, order: Tensor) -> None:
         """Re-round every column, or block of columns, once, in `order`."""
+        levels = sorted_levels(self.format, self.params, self.Q.shape[1])
+        if levels is not None:
+            groups = (order // self.width).clamp(max=self._groups() - 1).to(torch.int32)
+            for block, group in zip(order.split(_BLOCK), groups.split(_BLOCK)):
+                H = self.H[block]
+                moved = levels.descend(
+                    group, H[:, block].contiguous(), block, self.gradient[block], self.Q, self.codes
+                )
+                self.gradient.addmm_(H.T, moved, alpha=-1)
+            return
         rounders = [self.format.rounder(group_params(self.params, g)) for g in range(self._groups())]
         if self.format.block > 1:
             for first in order[:: self.format.block].tolist():

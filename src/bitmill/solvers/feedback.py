@@ -19,6 +19,7 @@ from bitmill.formats import GroupFormat, Params
 from bitmill.formats.base import Rounder
 from bitmill.formats.fitting import group_params
 from bitmill.formats.quantized import fit_matrix
+from bitmill.solvers.compiled import SortedLevels, sorted_levels
 
 # Columns updated one by one before the rest of the matrix receives their sum in one product. Small enough
 # that a chunk of a 3000-row matrix stays in the cache.
@@ -94,6 +95,10 @@ def _column(
 ) -> None:
     """Round the columns of a chunk one by one."""
     stop = start + errors.shape[0]
+    levels, groups = grids.levels(start, stop, Wt)
+    if levels is not None:
+        levels.feedback(groups, U[start:stop, start:stop], Wt[start:stop], codes[start:stop], errors)
+        return
     diagonal = U.diagonal()[start:stop].tolist()
     for j in range(start, stop):
         codes[j], value = grids.rounder(j, Wt)(Wt[j])
@@ -171,6 +176,14 @@ class Grids(Protocol):
             Wt: the present weights (columns, rows).
         """
 
+    def levels(self, start: int, stop: int, Wt: Tensor) -> tuple[SortedLevels | None, Tensor]:
+        """Return the levels of a chunk of columns, None where no compiled step reads them, and the groups (int32).
+
+        Args:
+            start, stop: the chunk, in visiting order.
+            Wt: the present weights (columns, rows).
+        """
+
 
 class StaticGrids:
     """Grids fitted before the loop; columns may come in any order.
@@ -181,8 +194,10 @@ class StaticGrids:
     def __init__(self, format: GroupFormat, params: Params, groups: Tensor) -> None:
         self.params = params
         count = max(value.shape[1] for value in params.values())
-        self._rounders = [format.rounder(group_params(params, g)) for g in range(count)]
-        self._groups = groups.clamp(max=count - 1).tolist()
+        self._format, self._count = format, count
+        self._groups = groups.clamp(max=count - 1).to(torch.int32)
+        self._levels: SortedLevels | None = None
+        self._rounders: list[Rounder] = []
 
     def stop(self, start: int, stop: int) -> int:
         """Return `stop`: a chunk may end anywhere."""
@@ -190,7 +205,15 @@ class StaticGrids:
 
     def rounder(self, column: int, Wt: Tensor) -> Rounder:
         """Return the rounder of the column's group."""
-        return self._rounders[self._groups[column]]
+        if not self._rounders:
+            self._rounders = [self._format.rounder(group_params(self.params, g)) for g in range(self._count)]
+        return self._rounders[int(self._groups[column])]
+
+    def levels(self, start: int, stop: int, Wt: Tensor) -> tuple[SortedLevels | None, Tensor]:
+        """Return the levels of all groups, and the groups of the columns."""
+        if self._levels is None:
+            self._levels = sorted_levels(self._format, self.params, Wt.shape[1])
+        return self._levels, self._groups[start:stop]
 
 
 class LocalGrids:
@@ -199,6 +222,8 @@ class LocalGrids:
     def __init__(self, format: GroupFormat, importance: Tensor, search: bool, width: int) -> None:
         self._format, self._importance, self._search, self._width = format, importance, search, width
         self._fitted: list[Params] = []
+        self._rounder: Rounder | None = None
+        self._levels: SortedLevels | None = None
 
     def stop(self, start: int, stop: int) -> int:
         """Return the end of the group: inside a chunk, later columns still lack the chunk's updates."""
@@ -206,11 +231,25 @@ class LocalGrids:
 
     def rounder(self, column: int, Wt: Tensor) -> Rounder:
         """Return the rounder of the column's group, fitted at its first column."""
-        if column % self._width == 0:
-            cut = slice(column, column + self._width)
-            self._fitted.append(fit_matrix(self._format, Wt[cut].T, self._importance[cut], self._search))
-            self._current = self._format.rounder(self._fitted[-1])
-        return self._current
+        self._fit(column, Wt)
+        if self._rounder is None:
+            self._rounder = self._format.rounder(self._fitted[-1])
+        return self._rounder
+
+    def levels(self, start: int, stop: int, Wt: Tensor) -> tuple[SortedLevels | None, Tensor]:
+        """Return the levels of the group, fitted at its first column."""
+        if self._fit(start, Wt):
+            self._levels = sorted_levels(self._format, self._fitted[-1], Wt.shape[1])
+        return self._levels, torch.zeros(stop - start, dtype=torch.int32)
+
+    def _fit(self, column: int, Wt: Tensor) -> bool:
+        """Fit the group that starts at a column; False for one inside, or one that is fitted."""
+        if column // self._width < len(self._fitted):
+            return False
+        self._rounder = None
+        cut = slice(column, column + self._width)
+        self._fitted.append(fit_matrix(self._format, Wt[cut].T, self._importance[cut], self._search))
+        return True
 
     @property
     def params(self) -> Params:
