@@ -121,8 +121,10 @@ def methods_index(members: Any) -> str:
 
 
 def parts_page() -> str:
-    """Return the page of formats, solvers, transforms and tuners, from the docstrings of their modules."""
+    """Return the page of parts: those of recipes from the docstrings of their modules, others from their own."""
+    from bitmill.allocators import ALLOCATORS
     from bitmill.formats import FORMATS
+    from bitmill.sensitivities import SENSITIVITIES
     from bitmill.solvers import SOLVERS
     from bitmill.transforms import TRANSFORMS
     from bitmill.tuners import TUNERS
@@ -138,6 +140,21 @@ def parts_page() -> str:
             options = ", ".join(f"`{field.name}`" for field in dataclasses.fields(kind)) or "none"
             described = inspect.getdoc(inspect.getmodule(kind)) or ""
             lines += [f"### `{name}`", "", "```text", described, "```", "", f"Options: {options}", ""]
+    lines += ["The parts for `--sensitivity` and `--allocator` of a [budget](budget.md):", ""]
+    for title, registry in (("Sensitivities", SENSITIVITIES), ("Allocators", ALLOCATORS)):
+        lines += [f"## {title}", ""]
+        for name, kind in registry.items():
+            options = ", ".join(f"`{field.name}`" for field in dataclasses.fields(kind)) or "none"
+            lines += [
+                f"### `{name}`",
+                "",
+                "```text",
+                inspect.getdoc(kind) or "",
+                "```",
+                "",
+                f"Options: {options}",
+                "",
+            ]
     return "\n".join(lines)
 
 

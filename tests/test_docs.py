@@ -16,12 +16,14 @@ import pytest
 import typer.main
 
 import bitmill
+from bitmill.allocators import ALLOCATORS
 from bitmill.cli.main import app
 from bitmill.formats import FORMATS
 from bitmill.kv import KV_METHODS
 from bitmill.kv.config import parse_kv_config
 from bitmill.recipes.method import METHODS
 from bitmill.recipes.recipe import Recipe
+from bitmill.sensitivities import SENSITIVITIES
 from bitmill.solvers import SOLVERS
 from bitmill.transforms import TRANSFORMS
 from bitmill.tuners import TUNERS
@@ -124,7 +126,7 @@ def test_commands_documented(name: str) -> None:
 
 
 def test_members_documented() -> None:
-    for registry in (FORMATS, SOLVERS, TRANSFORMS, TUNERS):
+    for registry in (ALLOCATORS, FORMATS, SENSITIVITIES, SOLVERS, TRANSFORMS, TUNERS):
         for name in registry.names():
             assert f"\n### `{name}`\n" in GENERATED["parts.md"], name
     for name in METHODS.names():

@@ -155,6 +155,6 @@ def test_cached_result_reused(tmp_path, monkeypatch):
 
 
 def test_disk_full_message(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OutputError, match="free some space"):
         measured(tiny_model("llama"), tmp_path)

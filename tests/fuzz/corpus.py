@@ -285,7 +285,11 @@ def _with_statistics(method: str) -> Use:
 
 STATISTICS_USES = {method: _with_statistics(method) for method in ("gptq", "squeezellm")}
 READERS["statistics"] = Reader(
-    ("calibration/store.py", "calibration/fisher.py"), "statistics", "statistics/*", STATISTICS_USES, strict=True
+    ("calibration/store.py", "calibration/fisher.py", "calibration/gradients.py"),
+    "statistics",
+    "statistics/*",
+    STATISTICS_USES,
+    strict=True,
 )
 READERS["recipe"] = Reader(
     ("config/documents.py", "recipes/method.py"),

@@ -18,6 +18,8 @@ OWN_FILES = {  # that come with bitmill or the machine, or are compared with a d
     "progress/base.py",
     "recipes/defaults.py",
     "report/html.py",
+    "sensitivities/taylor.py",
+    "workflows/budget/correct.py",
     "checkpoint/trained.py",
     "checkpoint/training_journal.py",
     "sources/gguf_tokenizer.py",

@@ -47,8 +47,8 @@ def keys(capsys):
 
 
 def test_quantize(workspace, keys):
-    assert keys(*workspace.quantize()) | {"dry_run", "chosen"} == documented("quantize")
-    dry = documented("quantize") - {"chosen", "measured", "time_s", "peak_memory_bytes"}
+    assert keys(*workspace.quantize()) | {"dry_run", "chosen", "budget"} == documented("quantize")
+    dry = documented("quantize") - {"chosen", "budget", "measured", "time_s", "peak_memory_bytes"}
     assert keys(*workspace.quantize("--dry-run", out=workspace.root / "dry")) == dry
 
 

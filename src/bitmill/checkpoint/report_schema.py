@@ -68,6 +68,7 @@ class Report(_Entry):
     identity: dict[str, Any] | None = None
     kv: dict[str, Any] | None = None
     trained: dict[str, Any] | None = None
+    budget: dict[str, Any] | None = None
     samples: list[Answers] = []
     running: dict[str, Any] | None = None
     ends: dict[str, Any] | None = None

@@ -20,7 +20,8 @@ COMMANDS = {
 PANELS = {  # by parameter; others are in typer's own panel
     "Method": (
         "method", "methods", "bits", "group_size", "settings", "format", "solver", "transform", "tuner", "sparse",
-        "inputs", "attention", "rules", "recipes", "propagate", "max_minutes", "head_bits",
+        "inputs", "attention", "rules", "recipes", "propagate", "max_minutes", "head_bits", "budget",
+        "sensitivity", "allocator", "rounds", "save_recipe",
     ),
     "Training": ("teacher", "loss", "learn", "epochs", "rate", "held_apart"),
     "Text and measurement": (
@@ -48,6 +49,7 @@ EXAMPLES = {
         "bitmill quantize org/name --method gptq --bits 4 --group-size 128 -o DIR",
         "bitmill quantize smollm2-135m --method gptqt --bits 3 --kv kvquant --kv-bits 3",
         "bitmill quantize smollm2-135m --bits 3 --dry-run --json",
+        "bitmill quantize smollm2-135m --budget 3.0bpw --dry-run --save-recipe plan.yaml",
     ),
     "train": (
         "bitmill train DIR -o TRAINED",

@@ -34,6 +34,7 @@ from bitmill.cli.options import (
     kv_arguments,
     parse_head_bits,
     parse_method_options,
+    split_list,
 )
 from bitmill.cli.output import command_output, property_table
 from bitmill.config.texts import MIX, VARIABLE
@@ -141,7 +142,60 @@ Rules = Annotated[
     ),
 ]
 MaxMinutes = Annotated[
-    float, typer.Option(metavar="MINUTES", help="Without --method: longest time of the method in the leaderboard.")
+    float | None,
+    typer.Option(
+        metavar="MINUTES",
+        help="Without --method: longest time of the method in the leaderboard (15); with --budget: of measuring "
+        "sensitivities (twice that of quantizing).",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Choose a format for every layer within this size, bits per weight of the blocks, such as 3.0bpw, or "
+        "of the files of weights, such as 70MB; verified on held-apart calibration windows.",
+        show_default=False,
+    ),
+]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="With --budget: methods to choose from, separated by commas (gptq,pvq,quip_sharp).",
+        show_default=False,
+    ),
+]
+Sensitivity = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PART",
+        help="With --budget: how the effect of a format is measured: kl, noise, higgs, output_error, hutchinson, "
+        "fisher or taylor (noise).",
+        show_default=False,
+    ),
+]
+Allocator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PART",
+        help="With --budget: how formats are chosen: integer_programme, dynamic_programming, greedy or "
+        "gumbel_softmax (integer_programme).",
+        show_default=False,
+    ),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="With --budget: measured corrections of the choice (1).", show_default=False),
+]
+SaveRecipe = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="With --budget: write the recipe to this .yaml file too, which --method reads; also with --dry-run.",
+        show_default=False,
+    ),
 ]
 Calib = Annotated[
     str,
@@ -186,8 +240,14 @@ def quantize(
     inputs: InputsPart = None,
     attention: AttentionParts = None,
     rules: Rules = None,
+    budget: Budget = None,
+    methods: Methods = None,
+    sensitivity: Sensitivity = None,
+    allocator: Allocator = None,
+    rounds: Rounds = None,
+    save_recipe: SaveRecipe = None,
     propagate: Propagate = "quantized",
-    max_minutes: MaxMinutes = WITHIN_MINUTES,
+    max_minutes: MaxMinutes = None,
     calib: Calib = MIX,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
@@ -217,12 +277,23 @@ def quantize(
         "measure": measure, "device": device, "trust_remote_code": trust_remote_code, "propagate": propagate,
         "head_bits": parse_head_bits(head_bits), **kv_arguments(kv, kv_bits, kv_set, kv_samples, kv_seqlen),
     }  # fmt: skip
+    planned: dict[str, Any] = {
+        "budget": budget, "methods": None if methods is None else split_list(methods), "sensitivity": sensitivity,
+        "allocator": allocator, "rounds": rounds, "save_recipe": save_recipe,
+    }  # fmt: skip
     with command_output(as_json) as output:
         output.progress.start("starting", 0)
         from bitmill import api
         from bitmill.checkpoint.work_folder import can_resume
 
-        recipe, reason = _choose_recipe(method, options, parts, max_minutes)
+        if budget is not None:
+            _check_budget(method, parts, estimate)
+            recipe, reason = None, ""
+            request |= {"rules": parts["rules"] or [], "max_minutes": max_minutes}
+        else:
+            minutes = WITHIN_MINUTES if max_minutes is None else max_minutes
+            recipe, reason = _choose_recipe(method, options, parts, minutes)
+        request |= {name: value for name, value in planned.items() if value is not None}
         if recipe is None:
             request |= options  # which the workflow refuses
         request |= {"calib": api.CalibrationData(calib, samples, seqlen, seed), "progress": output.progress}
@@ -232,10 +303,14 @@ def quantize(
             output.result(found, lambda: [property_table([("model", model), *estimated.rows()])])
             return
         if out is None and not dry_run:
-            out = _default_folder(model, recipe, kv, kv_bits, request["kv_options"])
+            out = (
+                _default_folder(model, recipe, kv, kv_bits, request["kv_options"])
+                if budget is None
+                else _budget_folder(model, budget)
+            )
         request |= {"out": out, "resume": resume, "overwrite": overwrite, "dry_run": dry_run}
         try:
-            outcome = api.quantize(model, recipe or NONE, **request)
+            outcome = api.quantize(model, recipe or (NONE if budget is None else None), **request)
         except KeyboardInterrupt:
             if out is not None and can_resume(out):
                 output.hint = "interrupted; continue with --resume"
@@ -243,6 +318,28 @@ def quantize(
         outcome.summary |= {"chosen": reason} if reason else {}
         data = {"model": model, **outcome.summary}
         output.result(data, lambda: [property_table(outcome.rows())])
+
+
+def _check_budget(method: str | None, parts: dict[str, Any], estimate: bool) -> None:
+    """Raise UsageError for options that --budget chooses itself, or cannot serve."""
+    if method is not None:
+        raise UsageError("--budget chooses among methods; name them with --methods instead of --method.")
+    if estimate:
+        raise UsageError("--estimate tries one recipe; with --budget use --dry-run, which prints the plan.")
+    given = [name for name, part in parts.items() if part not in (None, []) and name != "rules"]
+    if given:
+        flag = "--" + given[0].removesuffix("s" if given[0] in ("transforms", "tuners") else "")
+        raise UsageError(
+            f"--budget chooses formats and solvers itself; leave out {flag}, or give layers a format with --rule."
+        )
+
+
+def _budget_folder(model: str, budget: str) -> Path:
+    """Return the folder to write without -o, such as `smollm2-135m-budget-3.0bpw`."""
+    from bitmill.workflows.budget.size import parse_budget
+    from bitmill.workflows.names import model_name
+
+    return Path(f"{model_name(model)}-budget-{parse_budget(budget).text}")
 
 
 def _default_folder(

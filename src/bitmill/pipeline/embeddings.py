@@ -107,7 +107,7 @@ def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEm
         for layer in paths.layers:
             W = streamed.finite_tensor(paths.stored_name(layer, streamed))
             check_range(layer, W, formats[layer])
-            result.layers[layer] = _quantize(formats[layer], W)
+            result.layers[layer] = round_to_nearest(formats[layer], W)
             trim_malloc()
             progress.advance()
         sink.write(result, streamed)
@@ -116,8 +116,8 @@ def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEm
 
 
 @torch.no_grad()
-def _quantize(format: Format, W: Tensor) -> LayerResult:
-    """Round a matrix to nearest."""
+def round_to_nearest(format: Format, W: Tensor) -> LayerResult:
+    """Round a matrix (rows, columns), with ranges of least squared error."""
     nearest = SOLVERS.from_dict({"solver": "nearest", "search": True})
     quantized = solve(nearest, W, Statistics(), format)
     error = total = 0.0

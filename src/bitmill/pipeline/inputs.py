@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bitmill.calibration.fisher import Fisher
 from bitmill.calibration.store import StatisticsStore, StoredBlock
@@ -16,6 +17,7 @@ from bitmill.calibration.streams import Streams
 from bitmill.data.text import windows_hash
 from bitmill.errors import CalibrationError, RecipeError
 from bitmill.formats import Params
+from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.statistics import FISHER
 from bitmill.pipeline.job import Job, Sink
 from bitmill.progress import Progress
@@ -53,13 +55,22 @@ def open_store(job: Job) -> StatisticsStore | None:
             "Statistics can be shared only when the float model's are propagated; use propagate=float."
         )
     assert job.calibration is not None
+    return statistics_store(job.statistics, job.streamed, job.calibration)
+
+
+def statistics_store(folder: Path, streamed: StreamedModel, windows: Tensor) -> StatisticsStore:
+    """Open the folder of the float model's statistics on calibration windows (windows, length).
+
+    Raises:
+        CalibrationError: the folder belongs to another model or text.
+    """
     identity = {
-        "model": job.streamed.source.fingerprint(),
-        "windows": windows_hash(job.calibration),
-        "device": str(job.streamed.device),
+        "model": streamed.source.fingerprint(),
+        "windows": windows_hash(windows),
+        "device": str(streamed.device),
         "versions": [__version__, torch.__version__],
     }
-    return StatisticsStore(job.statistics, identity)
+    return StatisticsStore(folder, identity)
 
 
 def read_stored(job: Job, store: StatisticsStore | None, index: int) -> StoredBlock | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, Template, Undefined
 
+from bitmill.report.budget import budget_sentence
 from bitmill.report.describe import (
     describe_attention,
     describe_embedding_and_head,
@@ -114,6 +115,9 @@ Attention multiplies {{ text(describe_attention(recipe.attention)) }}.
 {% endif %}
 {% if training_line %}
 {{ training_line }}
+{% endif %}
+{% if budget_line %}
+{{ budget_line }}
 {% endif %}
 {% if kv_line %}
 {{ kv_line }}
@@ -263,6 +267,7 @@ def model_card(report: dict[str, Any]) -> str:
         source_line=markdown_text(source_line),
         running_line=markdown_text(describe_running(report["running"])) if report.get("running") else "",
         kv_line=markdown_text(describe_kv_cache(report["kv"])) if report.get("kv") else "",
+        budget_line=markdown_text(budget_sentence(report["budget"])) if report.get("budget") else "",
         training_line=markdown_text(describe_training(report["trained"])) if report.get("trained") else "",
         recipe_block=code_block(yaml.safe_dump(report["recipe"], sort_keys=False), "yaml"),
     )

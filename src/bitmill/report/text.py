@@ -7,6 +7,7 @@ import shlex
 from typing import Any
 
 from bitmill.report import formatting
+from bitmill.report.budget import describe_budget
 from bitmill.report.describe import (
     describe_attention,
     describe_format,
@@ -128,6 +129,8 @@ def summary_rows(model: str, summary: dict[str, Any], commands: list[str]) -> li
     """
     reason = f" ({summary['chosen']})" if summary.get("chosen") else ""
     rows = [("model", model), ("method", summary["method"] + reason), *storage_rows(summary)]
+    if budget := summary.get("budget"):
+        rows += describe_budget(budget)
     if summary.get("dry_run"):
         return [*rows, ("written", "nothing (dry run)")]
     rows += [("measured", describe_measurement(measured)) for measured in summary["measured"]]

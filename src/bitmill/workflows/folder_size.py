@@ -61,12 +61,7 @@ def folder_size(prepared: PreparedJob, data: JobData, identity: dict[str, Any], 
         probed: the parts that a probe has found.
     """
     assert prepared.resolved is not None
-    shards = _shards(prepared.streamed, prepared.resolved)
-    sizes = {name: file_size(tensors) for name, tensors in shards.items()}
-    total = sum(_tensor_bytes(tensors) for tensors in shards.values())
-    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    sizes[INDEX] = len(_json(index))
+    sizes = _weight_files(prepared.streamed, prepared.resolved)
     if probed.running and data.held_out is not None:
         layout = reference_layout(data.held_out, _vocabulary(prepared.streamed))
         sizes[REFERENCE_FILE] = file_size(layout)
@@ -80,6 +75,21 @@ def folder_size(prepared: PreparedJob, data: JobData, identity: dict[str, Any], 
     report["files"] = {name: {**record, "size_bytes": sizes[name]} for name in sorted(sizes)}
     written = [_json(report), *(text.encode(errors="backslashreplace") for text in documents.values())]
     return sum(sizes.values()) + sum(map(len, written)) + prepared.kv_bytes
+
+
+def weight_files_bytes(streamed: StreamedModel, resolved: ResolvedRecipe) -> int:
+    """Return the bytes of all files of weights together: tensors, headers and the index."""
+    return sum(_weight_files(streamed, resolved).values())
+
+
+def _weight_files(streamed: StreamedModel, resolved: ResolvedRecipe) -> dict[str, int]:
+    """Return name -> bytes of the files of weights and of their index."""
+    shards = _shards(streamed, resolved)
+    sizes = {name: file_size(tensors) for name, tensors in shards.items()}
+    total = sum(_tensor_bytes(tensors) for tensors in shards.values())
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return {**sizes, INDEX: len(_json(index))}
 
 
 def file_size(tensors: Layout) -> int:

@@ -44,5 +44,6 @@ def job_report(
         "auto_class": streamed.task.auto_class_name,
         **({"unused": streamed.unused} if streamed.unused else {}),
         **({"kv": plan["kv"]} if plan["kv"] else {}),
+        **({"budget": plan["budget"]} if plan.get("budget") else {}),
         "measured": [{"by": "quantize", **data.described["held_out"], **quality}] if quality else [],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from bitmill.calibration.token_windows import JobData, token_windows
 from bitmill.config.texts import default_calibration
+from bitmill.data.held_apart import hold_apart
 from bitmill.data.mixture import is_mixture
+from bitmill.data.text import windows_hash
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import SourceError, UsageError
 from bitmill.kv.config import KVConfig
@@ -79,6 +81,7 @@ class QuantizeRequest:
     tokenizer: Any
     trust_remote_code: bool
     progress: Progress
+    held_apart: int = 0  # last calibration windows that must not calibrate
     started: float = field(default_factory=time.perf_counter)
     cpu_started: float = field(default_factory=time.process_time)
 
@@ -123,7 +126,7 @@ class PreparedJob:
         return self.resolved.recipe if self.resolved else None
 
 
-def prepare_job(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[str, str]) -> PreparedJob:
+def prepare_job(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[str, Any]) -> PreparedJob:
     """Open the model, resolve the recipe on it and compute the sizes of the result."""
     request.progress.start("opening the model", 0)
     source = open_source(request.model, trust_remote_code=request.trust_remote_code, tokenizer=request.tokenizer)
@@ -159,6 +162,14 @@ def prepare_job(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[st
     )
 
 
+def _apart(data: JobData, count: int) -> JobData:
+    """Return the data without the last `count` calibration windows, and without those that overlap them."""
+    assert data.windows is not None
+    kept, _ = hold_apart(data.windows, count)
+    entry = {**data.described["calibration"], "held_apart": count, "sha256": windows_hash(kept)}
+    return replace(data, windows=kept, described={**data.described, "calibration": entry})
+
+
 def read_data(prepared: PreparedJob) -> tuple[JobData, dict[str, Any]]:
     """Load the tokens that calibrate and measure; returns them and the identity of the job."""
     request, recipe, source = prepared.request, prepared.recipe, prepared.streamed.source
@@ -166,6 +177,8 @@ def read_data(prepared: PreparedJob) -> tuple[JobData, dict[str, Any]]:
     calibrates = prepared.resolved is not None and bool(prepared.resolved.needs)
     measure = request.measure if recipe is not None else 0
     data = token_windows(source, request.calibration, calibrates, measure, request.device, request.progress)
+    if request.held_apart and data.windows is not None:
+        data = _apart(data, request.held_apart)
     if prepared.kv:
         prepared.kv.prepare(request.calibration, request.progress)
     kv_plan = prepared.kv.plan if prepared.kv else None

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from bitmill.report.html import folder_documents
 from bitmill.report.text import next_commands, summary_rows
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.announce import announced
+from bitmill.workflows.budget.run import BudgetRequest, recipe_for_budget
 from bitmill.workflows.checks import check_space
 from bitmill.workflows.job_report import job_report
 from bitmill.workflows.prepare import (
@@ -102,6 +103,13 @@ def quantize(
     statistics: str | Path | None = None,
     head_bits: HeadBits | None = None,
     rules: Sequence[str | Rule] = (),
+    budget: str | None = None,
+    methods: Sequence[str | Recipe] | None = None,
+    sensitivity: str | None = None,
+    allocator: str | None = None,
+    max_minutes: float | None = None,
+    rounds: int | None = None,
+    save_recipe: str | Path | None = None,
     kv: str | None = None,
     kv_bits: int | None = None,
     kv_options: dict[str, Any] | None = None,
@@ -129,6 +137,16 @@ def quantize(
         statistics: with propagate="float", a folder that keeps the statistics for further recipes.
         head_bits: bits of embedding and output head, 8, 6 or 4, or "float"; 8 by default, see docs/cli.md.
         rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8"; the first match wins.
+        budget: choose a format for every layer so that the model takes no more: "3.0bpw" are bits per weight of
+            the blocks, "70MB" the files of weights. The last eighth of the calibration windows, 16 at most,
+            verifies the choice.
+        methods: with a budget, names of methods, recipe files or recipes to choose from.
+        sensitivity, allocator: with a budget, how the effect of a format on the model is measured, and how formats
+            are chosen, see docs/budget.md.
+        max_minutes: with a budget, about the longest time of the sensitivities; twice that of quantizing by
+            default.
+        rounds: with a budget, corrections of the choice, 0 to 2; 1 by default.
+        save_recipe: with a budget, a file for the recipe, also with dry_run.
         kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
             `kv_seqlen` tokens (by default 2048, or the model's context length) of the text.
         progress: where progress is reported; True displays it, which terminals and notebooks do; False is silent.
@@ -145,9 +163,58 @@ def quantize(
             calibration, windows_to_measure(measure, calibration), device, resume, overwrite, dry_run, propagate,
             None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code, shown,
         )  # fmt: skip
-        outcome = _quantize(request, method, RecipeChanges(options, head_bits, tuple(rules)))
+        changes = RecipeChanges(options, head_bits, tuple(rules))
+        asked = _budget_request(budget, methods, sensitivity, allocator, max_minutes, rounds, save_recipe)
+        outcome = (
+            _quantize(request, method, changes) if asked is None else _to_budget(request, method, changes, asked)
+        )
     outcome.name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     return outcome
+
+
+def _budget_request(budget: str | None, *given: Any) -> BudgetRequest | None:
+    """Return the arguments about a budget; None without one.
+
+    Args:
+        budget: the budget.
+        given: the other fields of BudgetRequest in order, None where they were not given.
+
+    Raises:
+        UsageError: arguments about a budget without one, or wrong ones.
+    """
+    names = [field.name for field in fields(BudgetRequest)][1:]
+    known = {name: value for name, value in zip(names, given, strict=True) if value is not None}
+    if budget is None:
+        if known:
+            raise UsageError(f"{next(iter(known))} belongs to a budget; give one, such as budget='3.0bpw'.")
+        return None
+    if "save_recipe" in known:
+        known["save_recipe"] = user_path(known["save_recipe"])
+    return BudgetRequest(budget, **known)
+
+
+def _to_budget(
+    request: QuantizeRequest,
+    method: str | Path | Recipe | Method | None,
+    changes: RecipeChanges,
+    asked: BudgetRequest,
+) -> Outcome:
+    """Quantize to a budget: by the recipe that is chosen for it, without the windows that verified it."""
+    if method is not None or changes.options:
+        given = "method" if method is not None else next(iter(changes.options))
+        raise UsageError(
+            f"A budget chooses methods and their options itself; leave out {given}, or name the methods to choose "
+            "from with --methods (methods)."
+        )
+    if request.kv is not None:
+        raise UsageError(
+            "A budget counts weights alone; quantize without a KV method, and calibrate keys and values of the "
+            "folder afterwards (--method none --kv NAME)."
+        )
+    request.check_output()
+    found = recipe_for_budget(request, asked, changes.rules, changes.head_bits)
+    request = replace(request, held_apart=found.held_apart)
+    return _write(request, found.recipe, {"budget": found.summary})
 
 
 def _quantize(
@@ -166,6 +233,17 @@ def _quantize(
         if is_bitmill_folder(folder):
             return _calibrate_folder(request, folder, request.kv)
     request.check_output()
+    return _write(request, recipe, chosen)
+
+
+def _write(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[str, Any]) -> Outcome:
+    """Quantize by a recipe.
+
+    Args:
+        request: the arguments of `quantize`.
+        recipe: the recipe; None leaves the weights as they are.
+        chosen: entries of the summary on how the recipe was chosen.
+    """
     prepared = prepare_job(request, recipe, chosen)
     if request.dry_run:
         out = str(request.out) if request.out else None

@@ -1,0 +1,212 @@
+"""The problem of a plan on a model: the units, their candidates and sizes, and the bits that are left for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from bitmill.errors import RecipeError, UsageError
+from bitmill.formats import Format
+from bitmill.models.embedding_and_head import EmbeddingAndHead, find_embedding_and_head
+from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline.job import NON_BLOCK
+from bitmill.recipes.compose import HeadBits, compose, with_head
+from bitmill.recipes.inputs import FLOAT
+from bitmill.recipes.recipe import Recipe
+from bitmill.recipes.resolve import resolve_recipe
+from bitmill.recipes.rules import Rule
+from bitmill.recipes.scheme import LayerScheme
+from bitmill.sensitivities.candidate import FLOAT_LABEL, Candidate, Unit, block_units
+from bitmill.solvers import SOLVERS
+from bitmill.workflows.budget.candidates import block_candidates, head_candidates
+from bitmill.workflows.budget.size import Budget
+from bitmill.workflows.folder_size import weight_files_bytes
+from bitmill.workflows.sizes import float_bytes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that a plan is chosen from.
+
+    Attributes:
+        streamed: the float model; no weight is read.
+        budget: the budget.
+        base: a recipe with the rules of the user, whose head is that of the result where files do not count.
+        units: of the blocks; with a budget of files those outside the blocks too, which come last.
+        candidates: name of a unit -> its candidates, by rising size.
+        sizes: name of a unit -> bits of each candidate.
+        pinned: names of the units that a rule, or head_bits, decides.
+        ends: embedding and head, where they are units.
+    """
+
+    streamed: StreamedModel
+    budget: Budget
+    base: Recipe
+    units: tuple[Unit, ...]
+    candidates: dict[str, tuple[Candidate, ...]]
+    sizes: dict[str, tuple[int, ...]]
+    pinned: frozenset[str]
+    ends: EmbeddingAndHead | None
+
+    @cached_property
+    def weights(self) -> int:
+        """The number of weights in the linears of the blocks."""
+        return sum(math.prod(site.shape) for site in self.streamed.all_sites())
+
+    @cached_property
+    def block_units(self) -> tuple[Unit, ...]:
+        """The units of the blocks."""
+        return tuple(unit for unit in self.units if unit.block != NON_BLOCK)
+
+    @cached_property
+    def end_units(self) -> tuple[Unit, ...]:
+        """The units outside the blocks."""
+        return tuple(unit for unit in self.units if unit.block == NON_BLOCK)
+
+    def block_bits(self, chosen: dict[str, Candidate]) -> int:
+        """Return the bits of the linears of the blocks.
+
+        Args:
+            chosen: name of a unit -> its candidate.
+        """
+        return sum(self.sizes[u.name][self.candidates[u.name].index(chosen[u.name])] for u in self.block_units)
+
+
+def build_problem(
+    streamed: StreamedModel,
+    budget: Budget,
+    methods: Sequence[str | Recipe],
+    rules: Sequence[str | Rule],
+    head_bits: HeadBits | None,
+) -> Problem:
+    """Build the problem of a budget on a model.
+
+    Raises:
+        UsageError: a method that cannot be a candidate; nothing is needed; or a rule contradicts the budget.
+        RecipeError: a rule is wrong.
+    """
+    if not streamed.task.generates:
+        raise UsageError(
+            f"{streamed.source.name} is {streamed.task.description}; a budget needs a language model, whose "
+            "divergence is measured."
+        )
+    options = block_candidates(methods)
+    first = next(candidate.scheme for candidate in options if candidate.scheme)
+    base = Recipe("budget", first.weight, first.solver, first.transforms)
+    base = with_head(compose(base, rules=rules) if rules else base, head_bits)
+    base = replace(base, name=f"budget-{budget.text}")
+    resolve_recipe(base, streamed)  # refuses rules that do not fit the model
+    shapes = {site.layer: (site.shape[0], site.shape[1]) for site in streamed.all_sites()}
+    types = {site.layer: streamed.dtype(site.path) for site in streamed.all_sites()}
+    candidates, pinned, units = dict[str, tuple[Candidate, ...]](), set[str](), list(block_units(streamed))
+    for unit in units:
+        ruled = _ruled(base, unit)
+        candidates[unit.name] = tuple(options) if ruled is None else (ruled,)
+        pinned |= {unit.name} if ruled is not None else set()
+    ends = None
+    if budget.counts_files and not isinstance(found := find_embedding_and_head(streamed), str):
+        ends = found
+        for site in ends.sites(streamed):
+            unit = Unit((site.layer,), NON_BLOCK)
+            units.append(unit)
+            shapes[site.layer] = (site.shape[0], site.shape[1])
+            types[site.layer] = streamed.dtype(ends.stored_name(site.layer, streamed))
+            fixed = _fixed_end(base, ends, site.layer, frozenset(shapes))
+            candidates[unit.name] = tuple(head_candidates()) if fixed is None else (fixed,)
+            pinned |= {unit.name} if fixed is not None else set()
+    sizes: dict[str, tuple[int, ...]] = {}
+    for unit in units:
+        bits = {c: _bits(c.format, unit, shapes, types) for c in candidates[unit.name]}
+        by_size = sorted(bits, key=lambda c: bits[c])
+        candidates[unit.name], sizes[unit.name] = tuple(by_size), tuple(bits[c] for c in by_size)
+    return Problem(streamed, budget, base, tuple(units), candidates, sizes, frozenset(pinned), ends)
+
+
+def check_feasible(problem: Problem, least: dict[str, Candidate], least_size: float, unpinned_size: float) -> None:
+    """Raise UsageError where the budget is above the float model, or below the smallest plan.
+
+    Args:
+        problem: the problem.
+        least: the smallest plan.
+        least_size: its bits per weight, or bytes.
+        unpinned_size: the size without the rules of the user.
+    """
+    budget = problem.budget
+    limit = float(budget.bits_per_weight or budget.size_bytes or 0)
+    unit = "bytes" if budget.counts_files else "bits per weight"
+    shown = (lambda size: f"{size:,.0f}") if budget.counts_files else (lambda size: f"{size:.3f}")
+    types = {site.path: problem.streamed.dtype(site.path) for site in problem.streamed.all_sites()}
+    block_bits = sum(8 * types[s.path].itemsize * math.prod(s.shape) for s in problem.streamed.all_sites())
+    most = float_bytes(problem.streamed) if budget.counts_files else block_bits / problem.weights
+    if limit >= most:
+        raise UsageError(
+            f"The budget of {budget.text} holds the float model, which has {shown(most)} {unit}; nothing needs to "
+            "be quantized."
+        )
+    if least_size <= limit:
+        return
+    if unpinned_size <= limit:
+        raise UsageError(
+            f"The rules and head bits need at least {shown(least_size)} {unit}, above the budget of "
+            f"{budget.text}; without them it can be met, so change them or raise the budget."
+        )
+    labels = sorted({least[unit.name].label for unit in problem.block_units})
+    raise UsageError(
+        f"The budget of {budget.text} is below the {shown(least_size)} {unit} that the smallest candidates need "
+        f"({', '.join(labels)}); raise it, or add methods of fewer bits with --methods (methods)."
+    )
+
+
+def files_bytes(problem: Problem, recipe: Recipe) -> int:
+    """Return the bytes of all files of weights that a recipe gives."""
+    return weight_files_bytes(problem.streamed, resolve_recipe(recipe, problem.streamed))
+
+
+def _ruled(base: Recipe, unit: Unit) -> Candidate | None:
+    """Return the candidate that the rules of the user give a unit, None where no rule matches it.
+
+    Raises:
+        RecipeError: the rules match some layers of the unit alone.
+    """
+    rules = [base.rule_for(layer) for layer in unit.layers]
+    if not any(rules):
+        return None
+    if not all(rules):
+        raise RecipeError(
+            f"The rules match some of {', '.join(unit.layers)} alone, which engines fuse into one matrix; give "
+            "all of them one format."
+        )
+    scheme = base.scheme(unit.layers[0])
+    rule = rules[0]
+    assert rule is not None
+    return Candidate(FLOAT_LABEL if scheme is None else f"rule {rule.sites}", scheme)
+
+
+def _fixed_end(base: Recipe, ends: EmbeddingAndHead, layer: str, linears: frozenset[str]) -> Candidate | None:
+    """Return the candidate of embedding or head that a rule or head_bits decides; None where it is free."""
+    names = (ends.embedding, ends.head) if ends.tied else (layer,)
+    inside = linears - set(ends.layers)
+    rules = (
+        r for r in base.rules if any(map(r.matches, names)) and (r.is_float or not any(map(r.matches, inside)))
+    )
+    rule = next(rules, None)
+    format = base.head if rule is None else rule.weight
+    if format is None:
+        return None
+    if not isinstance(format, Format):
+        return Candidate(FLOAT_LABEL)
+    nearest = SOLVERS.from_dict({"solver": "nearest", "search": True})
+    return Candidate("head_bits" if rule is None else f"rule {rule.sites}", LayerScheme(format, nearest))
+
+
+def _bits(
+    format: Format | None, unit: Unit, shapes: dict[str, tuple[int, int]], types: dict[str, torch.dtype]
+) -> int:
+    """Return the bits of the layers of a unit."""
+    if format is None or format == FLOAT:
+        return sum(8 * types[layer].itemsize * math.prod(shapes[layer]) for layer in unit.layers)
+    return sum(format.own_bits(shapes[layer]) for layer in unit.layers)

@@ -1,0 +1,57 @@
+"""The budget as a user writes it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from bitmill.errors import UsageError, quoted
+
+_FORM = re.compile(r"(\d+(?:\.\d+)?)\s*(bpw|[kmg]i?b)", re.ASCII | re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "g": 3}
+MAX_BITS_PER_WEIGHT = 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a quantized model may take.
+
+    Attributes:
+        text: as the user wrote it.
+        bits_per_weight: of the linears of the blocks, all metadata included; None for a budget of files.
+        size_bytes: of all files of weights, embedding and head included; None for a budget of the blocks.
+    """
+
+    text: str
+    bits_per_weight: Fraction | None = None
+    size_bytes: int | None = None
+
+    @property
+    def counts_files(self) -> bool:
+        """True where embedding, head and all that stays in float count too."""
+        return self.size_bytes is not None
+
+
+def parse_budget(text: str) -> Budget:
+    """Parse a budget: `3.0bpw`, `70MB` (70 * 10^6 bytes) or `70MiB` (70 * 2^20 bytes).
+
+    Raises:
+        UsageError: the text has another form.
+    """
+    found = _FORM.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise UsageError(
+            f"The budget is {quoted(text)}; write bits per weight of the blocks, such as 3.0bpw, or the size of "
+            "the files of weights, such as 70MB or 1.5GB."
+        )
+    number, unit = Fraction(found[1]), found[2].lower()
+    if unit == "bpw":
+        if number > MAX_BITS_PER_WEIGHT:
+            raise UsageError(f"The budget is {quoted(text)}; no format has more than 64 bits per weight.")
+        return Budget(f"{found[1]}bpw", bits_per_weight=number)
+    base = 1024 if unit[1] == "i" else 1000
+    size = int(number * base ** _POWERS[unit[0]])
+    if size >= 1 << 60:
+        raise UsageError(f"The budget is {quoted(text)}; give a size below 2^60 bytes.")
+    return Budget(f"{found[1]}{found[2]}", size_bytes=size)
