@@ -14,6 +14,7 @@ from bitmill.errors import NumericsError
 from bitmill.evaluation.prompt import Prompt
 from bitmill.report.formatting import GAP
 from bitmill.workflows import prepared_tasks
+from bitmill.workflows.budget import candidates
 from bitmill.workflows.comparison import run, worker
 from bitmill.workflows.comparison.process import VariantFailed
 from helpers.comparisons import command, names, results
@@ -204,6 +205,16 @@ def test_shared_statistics(workspace, quick):
     assert main(command(workspace, "--propagate", "float", methods="gptq")) == 0
     assert {v.status for v in results(workspace).variants} == {"done"}
     assert not (workspace.root / "grid" / "statistics").exists()
+
+
+def test_budgets(workspace, quick, monkeypatch, tmp_path):
+    monkeypatch.setenv("BITMILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(candidates, "BITS", (2, 4))
+    monkeypatch.setattr(candidates, "HEAD_BITS", (8,))
+    assert main([*command(workspace, methods="rtn", bits="2"), "--budgets", "4bpw"]) == 0
+    one, budget = results(workspace).variants
+    assert (one.name, budget.name) == ("rtn-2bit", "budget-4bpw")
+    assert one.bits_per_weight < budget.bits_per_weight <= 4
 
 
 def test_prompts_from_a_file(workspace, quick, capsys):

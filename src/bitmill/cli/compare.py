@@ -53,6 +53,14 @@ Recipes = Annotated[
         show_default=False,
     ),
 ]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        metavar="A,B",
+        help="Budgets, such as 2.5bpw,3bpw or 70MB, one variant each, see quantize --budget.",
+        show_default=False,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -108,6 +116,7 @@ def compare(
     methods: Methods = "",
     bits: Bits = "",
     recipes: Recipes = None,
+    budgets: Budgets = "",
     settings: Settings = None,
     calib: Calib = MIX,
     samples: Samples = 128,
@@ -133,6 +142,7 @@ def compare(
         "head_bits": parse_head_bits(head_bits),
         "tasks": split_list(tasks or ""), "limit": limit or None, "run_code": run_code,
         "device": device, "keep_models": keep_models, "trust_remote_code": trust_remote_code,
+        "budgets": split_list(budgets),
         "recipes": [path for given in recipes or [] for path in split_list(given)],
         "options": parse_options_by_method(settings or []),
         **({} if prompts is None else {"prompts": read_prompts(prompts)}),

@@ -20,7 +20,7 @@ COMMANDS = {
 PANELS = {  # by parameter; others are in typer's own panel
     "Method": (
         "method", "methods", "bits", "group_size", "settings", "format", "solver", "transform", "tuner", "sparse",
-        "inputs", "attention", "rules", "recipes", "propagate", "max_minutes", "head_bits", "budget",
+        "inputs", "attention", "rules", "recipes", "propagate", "max_minutes", "head_bits", "budget", "budgets",
         "sensitivity", "allocator", "rounds", "save_recipe",
     ),
     "Training": ("teacher", "loss", "learn", "epochs", "rate", "held_apart"),

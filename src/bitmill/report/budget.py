@@ -34,6 +34,11 @@ def describe_budget(budget: dict[str, Any]) -> list[tuple[str, str]]:
     return [*rows, *_verified(budget), *(("note", f"{note}.") for note in budget.get("notes", []))]
 
 
+def budget_text(budget: dict[str, Any]) -> str:
+    """Return the rows of a plan as lines of text."""
+    return "\n".join(f"{name:15} {value}".rstrip() for name, value in describe_budget(budget))
+
+
 def budget_sentence(budget: dict[str, Any]) -> str:
     """Return in one or two sentences how a recipe was found, for a model card."""
     plans = [plan for plan in budget.get("plans", []) if plan.get("measured_kl") is not None]

@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bitmill.report import charts, comparison, formatting
+from bitmill.report.budget import budget_sentence, budget_text
 from bitmill.report.card import model_card
 from bitmill.report.describe import (
     block_layer_bytes,
@@ -108,6 +109,8 @@ def folder_page(report: dict[str, Any]) -> str:
         embedding_and_head=describe_embedding_and_head(report),
         kv=describe_kv_cache(report["kv"]) if report.get("kv") else "",
         describe_measured_cache=describe_measured_cache,
+        budget=budget_sentence(report["budget"]) if report.get("budget") else "",
+        budget_text=budget_text(report["budget"]) if report.get("budget") else "",
         training=describe_training(report["trained"]) if report.get("trained") else "",
         running=describe_running(report["running"]) if report.get("running") else "",
         sizes=part_sizes(report),

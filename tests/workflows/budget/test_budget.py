@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import bitmill
+from bitmill.cli.main import main
 from bitmill.errors import BitmillError, UsageError
 from bitmill.recipes.compose import find_recipe
 from bitmill.recipes.method import build_recipe
@@ -15,6 +18,7 @@ from bitmill.recipes.recipe import Recipe
 from bitmill.sensitivities import candidate, measure, noise
 from bitmill.workflows.budget import verify
 from helpers.tiny_models import tiny_model
+from helpers.workspace import save_model, write_text
 
 WINDOWS = torch.randint(3, 128, (10, 16), generator=torch.Generator().manual_seed(7))
 
@@ -49,6 +53,7 @@ def test_bits_per_weight(tmp_path):
     assert "chosen for a budget of 4.0bpw" in card
     assert f"{least['measured_kl']:.4f} measured" in card
     assert "█" in str(outcome)
+    assert "█" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])  # with a head of its own, and a tied one
@@ -144,3 +149,32 @@ def test_encoders_are_refused():
 
 def test_plain_data():
     json.dumps(to_budget("4bpw", dry_run=True).summary)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "gptq"], "--methods instead of --method"),
+        (["--solver", "gptq"], "leave out --solver"),
+        (["--estimate"], "use --dry-run"),
+        (["--bits", "3"], "leave out bits"),
+    ],
+)
+def test_command_line_refuses(capsys, options, message):
+    assert main(["quantize", "smollm2-135m", "--budget", "3bpw", *options]) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    save_model(tmp_path / "source")
+    write_text(tmp_path / "text.txt")
+    monkeypatch.chdir(tmp_path)
+    given = ["--calib", "text.txt", "--samples", "8", "--seqlen", "32", "--methods", "rtn"]
+    given += ["--dry-run", "--json"]
+    assert main(["quantize", "source", "--budget", "6bpw", *given, "--save-recipe", "p.yaml"]) == 0
+    budget = json.loads(capsys.readouterr().out)["budget"]
+    assert 5.5 < budget["bits_per_weight"] <= 6
+    documented = Path(__file__).parents[3].joinpath("docs", "budget.md").read_text().partition("## In JSON")[2]
+    keys = {*budget, *budget["kinds"][0], *budget["plans"][0]}
+    assert keys <= set(re.findall(r"`(\w+)`", documented))
+    assert find_recipe("p.yaml").name == "budget-6bpw"

@@ -19,15 +19,18 @@ from bitmill.checkpoint.overwrite import check_output
 from bitmill.config.parsing import parse_part
 from bitmill.data.held_apart import hold_apart
 from bitmill.data.text import windows_hash
+from bitmill.data.windows import CalibrationData
 from bitmill.errors import UsageError
 from bitmill.files import write_text
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.inputs import statistics_store
+from bitmill.pipeline.job import Propagate
+from bitmill.progress import Progress
 from bitmill.recipes.compose import HeadBits
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.resolve import resolve_recipe
 from bitmill.recipes.rules import Rule
-from bitmill.report.budget import describe_budget
+from bitmill.report.budget import budget_text
 from bitmill.sensitivities import SENSITIVITIES, Sensitivity
 from bitmill.sensitivities.base import Run
 from bitmill.sensitivities.ends import measure_ends
@@ -137,6 +140,29 @@ def recipe_for_budget(
     return planning.result()
 
 
+def budget_recipes(
+    model: str | Path,
+    budgets: Sequence[str],
+    calibration: CalibrationData,
+    propagate: Propagate,
+    head_bits: HeadBits | None,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> list[Recipe]:
+    """Return the recipe of every budget, solved and not verified; they share the measured sensitivities.
+
+    Args:
+        budgets: as the user wrote them.
+        model, calibration, propagate, head_bits, device, trust_remote_code, progress: as for `quantize`.
+    """
+    request = QuantizeRequest(
+        model, None, calibration, 0, device, False, False, True, propagate, None, None, None, trust_remote_code,
+        progress,
+    )  # fmt: skip
+    return [recipe_for_budget(request, BudgetRequest(budget), (), head_bits).recipe for budget in budgets]
+
+
 def _check(problem: Problem, unpinned: Problem) -> None:
     """Raise UsageError for a budget that cannot be met, or is met already."""
     least, free = smallest_plan(problem), smallest_plan(unpinned)
@@ -172,7 +198,7 @@ class _Planning:
         verified = JobData(kept, list(apart))
         verifier = Verifier(streamed, verified, request.propagate, run.folder, request.progress)
         summary = self._describe(plan, costs, len(kept), apart)
-        request.progress.note(_comment(summary))
+        request.progress.note(budget_text(summary))
         best = plan
         if not request.dry_run:
             best = self._verified(run, plan, costs, verifier)
@@ -181,7 +207,7 @@ class _Planning:
             summary |= {"plans": [{**plan.describe(), "measured_kl": None}], "written": best.name}
         summary |= {"seconds": self.seconds, "notes": self.notes}
         if self.asked.save_recipe is not None:
-            write_text(self.asked.save_recipe, readable_yaml(best.recipe, _comment(summary)))
+            write_text(self.asked.save_recipe, readable_yaml(best.recipe, budget_text(summary)))
         return BudgetResult(best.recipe, summary, count)
 
     def _verified(self, run: Run, plan: Plan, costs: Costs, verifier: Verifier) -> Plan:
@@ -288,8 +314,3 @@ class _Planning:
             "bits_per_weight": plan.bits_per_weight,
             "size_bytes": plan.size_bytes,
         }
-
-
-def _comment(summary: dict[str, Any]) -> str:
-    """Return the rows of a plan as lines of text."""
-    return "\n".join(f"{name:15} {value}".rstrip() for name, value in describe_budget(summary))

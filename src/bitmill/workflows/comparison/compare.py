@@ -20,7 +20,8 @@ from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
 from bitmill.recipes.compose import HeadBits
 from bitmill.report.results import Results
-from bitmill.workflows.comparison.grid import Grid, Options, plan_variants
+from bitmill.workflows.budget.run import budget_recipes
+from bitmill.workflows.comparison.grid import Grid, Options, plan_variants, recipe_variant
 from bitmill.workflows.comparison.run import run_grid
 from bitmill.workflows.evaluate import usual_windows
 from bitmill.workflows.prepared_tasks import LIMIT
@@ -35,6 +36,7 @@ def compare(
     *,
     out: str | Path,
     recipes: Sequence[str | Path] = (),
+    budgets: Sequence[str] = (),
     options: Options | None = None,
     calib: CalibrationData | str | Path | list[str] | None = None,
     text: TextSource | None = None,
@@ -58,6 +60,8 @@ def compare(
     Args:
         out: folder; a comparison that it already holds in part is continued.
         recipes: recipe files, one variant each.
+        budgets: such as "3.0bpw" or "70MB", one variant each, of a format for every layer; not verified before, as
+            the comparison measures them.
         options: of each method by name, such as {"gptq": {"damp": 0.05}}.
         text: text to measure on, such as "suite"; the held-out part of the calibration text without it.
         windows: held-out windows to measure on, of each domain for suite and mix; 40, or 8 of each domain, without
@@ -79,9 +83,15 @@ def compare(
     measured = None if text is None else CalibrationData(text).source
     if windows is None:
         windows = usual_windows(calibration.source if measured is None else measured)
+    variants = plan_variants(methods, bits, recipes, options, head_bits)
+    if budgets:
+        planned = budget_recipes(
+            model, budgets, calibration, propagate, head_bits, device, trust_remote_code, progress or Progress()
+        )
+        variants += tuple(recipe_variant(recipe) for recipe in planned)
     grid = Grid(
         str(model),
-        plan_variants(methods, bits, recipes, options, head_bits),
+        variants,
         calibration,
         windows,
         measured,
@@ -98,6 +108,7 @@ def compare(
         ("--methods", ",".join(methods), ""),
         ("--bits", ",".join(str(count) for count in bits), ""),
         ("--recipes", ",".join(str(path) for path in recipes), ""),
+        ("--budgets", ",".join(budgets), ""),
         *(("--set", f"{m}.{key}={value}", "") for m, of in (options or {}).items() for key, value in of.items()),
     ]
     rest = [("--head-bits", head_bits, None), ("--device", device, "cpu"), ("-o", out.name, None)]

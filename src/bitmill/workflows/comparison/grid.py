@@ -157,9 +157,13 @@ def plan_variants(
             variants.append(VariantSpec(file_name(method), method, _bits_of(recipe), recipe.to_dict()))
     _check_bits(bits, variants)
     for path in recipes:
-        recipe = with_head(find_recipe(str(path)), head_bits)
-        variants.append(VariantSpec(file_name(recipe.name), recipe.name, _bits_of(recipe), recipe.to_dict()))
+        variants.append(recipe_variant(with_head(find_recipe(str(path)), head_bits)))
     return tuple(variants)
+
+
+def recipe_variant(recipe: Recipe) -> VariantSpec:
+    """Return the variant of a recipe, which has its name."""
+    return VariantSpec(file_name(recipe.name), recipe.name, _bits_of(recipe), recipe.to_dict())
 
 
 def _check_lists(methods: Sequence[str], bits: Sequence[int], options: Options) -> None:
