@@ -157,7 +157,8 @@ def method_of(row: dict[str, Any]) -> str:
     if row["tool"] != "bitmill":
         setting = row["name"].removeprefix(f"{row['tool']}-")  # a number repeats the bits
         return row["tool"] if setting.isdigit() else f"{row['tool']} {setting}"
-    return f"`{row['recipe']['name']}`{', trained' if row.get('trained') else ''}"
+    epochs = row["trained"]["epochs"] if row.get("trained") else 0
+    return f"`{row['recipe']['name']}`{f', trained {epochs} epoch' + 's' * (epochs > 1) if epochs else ''}"
 
 
 def windows_of(row: dict[str, Any]) -> str:
