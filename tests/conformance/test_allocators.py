@@ -12,6 +12,7 @@ from bitmill.allocators import ALLOCATORS, Choices
 from bitmill.allocators.base import total_bits, total_cost
 from bitmill.allocators.greedy import Greedy
 from bitmill.errors import UsageError
+from helpers.selection import thin
 
 every_allocator = pytest.mark.parametrize("name", ALLOCATORS.names())
 
@@ -35,17 +36,16 @@ def optimum(units: list[Choices], budget: int) -> float:
 
 def budgets(units: list[Choices]) -> list[int]:
     least, most = (total_bits(units, [end] * len(units)) for end in (0, -1))
-    return [int(least + (most - least) * share) for share in (0, 0.05, 0.2, 0.45, 0.8, 1)]
+    return [int(least + (most - least) * share) for share in (0, 0.1, 0.45, 1)]
 
 
 @every_allocator
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", thin([0, 1, 2], [0]))
 def test_budget_and_optimum(name, seed):
     allocator, units = ALLOCATORS.get(name)(), units_of(seed)
     before = float("inf")
     for budget in budgets(units):
         chosen = allocator.allocate(units, budget)
-        assert chosen == allocator.allocate(units, budget)
         assert total_bits(units, chosen) <= budget
         cost, best = total_cost(units, chosen), optimum(units, budget)
         largest_step = max(max(unit.costs) - min(unit.costs) for unit in units)
@@ -59,6 +59,13 @@ def test_too_small_a_budget_is_refused(name):
     units = units_of(0)
     with pytest.raises(UsageError, match="smallest choices"):
         ALLOCATORS.get(name)().allocate(units, budgets(units)[0] - 1)
+
+
+@every_allocator
+def test_deterministic(name):
+    units = units_of(1, 20)
+    budget = budgets(units)[2]
+    assert ALLOCATORS.get(name)().allocate(units, budget) == ALLOCATORS.get(name)().allocate(units, budget)
 
 
 @every_allocator

@@ -8,15 +8,19 @@ import math
 import pytest
 import torch
 
+from bitmill.models.embedding_and_head import embedding_and_head
 from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline.embeddings import round_to_nearest
 from bitmill.progress import Progress
 from bitmill.recipes.method import build_recipe
 from bitmill.sensitivities import SENSITIVITIES
 from bitmill.sensitivities import measure as module
 from bitmill.sensitivities.base import Change, LoadedBlock, Run
-from bitmill.sensitivities.candidate import Candidate, block_units
+from bitmill.sensitivities.candidate import Candidate, Unit, block_units
+from bitmill.sensitivities.ends import measure_ends
 from bitmill.sensitivities.measure import complete_costs, measure_blocks
 from bitmill.sources.module import ModuleSource
+from bitmill.workflows.budget.candidates import head_candidates
 from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(7))
@@ -124,3 +128,20 @@ def test_little_time_is_a_sample(tmp_path):
     by_unit = {unit.name: candidates for unit in block_units(run.streamed)}
     for unit, costs in complete_costs(found.costs["output_error"], by_unit).items():
         assert [costs[c.key] for c in candidates] == sorted((costs[c.key] for c in candidates), reverse=True), unit
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])  # with a head of its own, and a tied one
+def test_embedding_and_head(model, tmp_path):
+    run = run_of(tmp_path, model)
+    ends = embedding_and_head(run.streamed)
+    units = [Unit((layer,), -1) for layer in ends.layers]
+    rounded = head_candidates()[0]
+    found, _ = measure_ends(run, ends, units, {unit.name: [rounded] for unit in units})
+    for unit in units:
+        other = tiny_model(model)
+        layer = other.get_submodule(unit.name)
+        layer.weight.data = round_to_nearest(rounded.format, layer.weight.data).quantized.dequantize()
+        with torch.no_grad():
+            p, q = (m(WINDOWS).logits.log_softmax(-1) for m in (tiny_model(model), other))
+        assert found[unit.name][rounded.key] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5)
+    assert measure_ends(run, ends, units, {unit.name: [rounded] for unit in units})[0] == found

@@ -29,8 +29,8 @@ class GumbelSoftmax(Allocator):
         seed: of the noise.
     """
 
-    steps: int = 400
-    rate: float = 0.1
+    steps: int = 200
+    rate: float = 0.2
     seed: int = 0
 
     def _allocate(self, units: Sequence[Choices], budget: int) -> list[int]:

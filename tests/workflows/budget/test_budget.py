@@ -16,7 +16,8 @@ from bitmill.recipes.compose import find_recipe
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.recipe import Recipe
 from bitmill.sensitivities import candidate, measure, noise
-from bitmill.workflows.budget import verify
+from bitmill.workflows.budget import run, verify
+from bitmill.workflows.probe import short_trial as trial
 from helpers.tiny_models import tiny_model
 from helpers.workspace import save_model, write_text
 
@@ -112,6 +113,15 @@ def test_second_budget_measures_nothing_again(tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "run", None)
     to_budget("4.0bpw", tmp_path / "two")
     assert (tmp_path / "one" / "config.json").read_bytes() == (tmp_path / "two" / "config.json").read_bytes()
+
+
+def test_time_limit_is_said(monkeypatch):
+    monkeypatch.setattr(run, "_TRIAL_BLOCKS", 1)
+    monkeypatch.setattr(run, "short_trial", lambda *given: trial(*given) * 0)
+    monkeypatch.setattr(run, "_LEAST_SECONDS", 0.0)
+    outcome = to_budget("4bpw", dry_run=True)
+    assert "candidates were not measured" in outcome.summary["budget"]["notes"][0]
+    assert "not measured" in str(outcome)
 
 
 REFUSED = {
