@@ -8,14 +8,14 @@ from torch import nn
 from transformers import BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
-from bitmill.architectures.adapter import ADAPTERS, adapter_for, generic_adapter
+from bitmill.architectures.adapter import adapter_for, generic_adapter
 from bitmill.errors import SourceError
 from bitmill.models.block_call import output_fn
 from bitmill.models.streamed import StreamedModel
 from bitmill.sources.module import ModuleSource
-from helpers.tiny_models import tiny_config, tiny_model
+from helpers.tiny_models import TEXT_ADAPTERS, tiny_config, tiny_model
 
-NAMES = ADAPTERS.names()
+NAMES = TEXT_ADAPTERS
 TOKENS = torch.arange(24).view(2, 12) + 3
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from bitmill.architectures.adapter import ADAPTERS
 from bitmill.models.embedding_and_head import embedding_and_head_sites
 from bitmill.models.streamed import StreamedModel
 from bitmill.sources.module import ModuleSource
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import TEXT_ADAPTERS, tiny_model
 
 
-@pytest.mark.parametrize("name", ADAPTERS.names())
+@pytest.mark.parametrize("name", TEXT_ADAPTERS)
 def test_sites_cover_linears(name):
     streamed = StreamedModel(ModuleSource(tiny_model(name)))
     sites = streamed.all_sites()

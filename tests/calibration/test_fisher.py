@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import bitmill
-from bitmill.architectures.adapter import ADAPTERS
 from bitmill.calibration import fisher as module
 from bitmill.calibration.fisher import Fisher, rescale_fisher
 from bitmill.errors import NumericsError, OutputError
@@ -22,7 +21,7 @@ from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
 from bitmill.tasks.base import task_for
 from bitmill.transforms.equalize import Equalize
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import TEXT_ADAPTERS, tiny_model
 
 WINDOWS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(7))
 
@@ -52,7 +51,7 @@ def measured(model: nn.Module, folder, windows: torch.Tensor = WINDOWS) -> tuple
     return streamed, fisher
 
 
-@pytest.mark.parametrize("name", ADAPTERS.names())
+@pytest.mark.parametrize("name", TEXT_ADAPTERS)
 def test_equals_autograd(name, tmp_path):
     model = tiny_model(name)
     streamed, fisher = measured(model, tmp_path)

@@ -30,7 +30,7 @@ every_option = pytest.mark.parametrize(("name", "option"), OPTIONS, ids=lambda o
 def test_builds_with_defaults(name):
     recipe = build_recipe(name)
     assert recipe.name == name
-    assert recipe.needs <= {"gram", "cross", "fisher", "activations", "targets"}
+    assert recipe.needs <= {"gram", "cross", "fisher", "activations", "targets", "samples"}
 
 
 @every_method

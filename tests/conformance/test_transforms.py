@@ -8,7 +8,6 @@ import json
 import pytest
 import torch
 
-from bitmill.architectures.adapter import ADAPTERS
 from bitmill.calibration.collect import collect_statistics
 from bitmill.errors import NumericsError, RecipeError
 from bitmill.formats.uniform import Uniform
@@ -23,10 +22,10 @@ from bitmill.recipes.rules import FLOAT, Rule
 from bitmill.solvers.nearest import Nearest
 from bitmill.sources.module import ModuleSource
 from bitmill.transforms import TRANSFORMS, SeamTransform, SeamView, Transform
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import TEXT_ADAPTERS, tiny_model
 
 TOKENS = torch.arange(24).view(2, 12) + 3
-ARCHITECTURES = [pytest.param(name, {}, id=name) for name in ADAPTERS.names()] + [
+ARCHITECTURES = [pytest.param(name, {}, id=name) for name in TEXT_ADAPTERS] + [
     pytest.param("llama", {"num_key_value_heads": 4}, id="llama without grouped queries"),
     pytest.param("llama", {"num_key_value_heads": 1}, id="llama with one key"),
     pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, id="llama with biases"),
@@ -99,7 +98,7 @@ def test_logits_unchanged(name, changes, transform):
         assert any(not torch.equal(p, weights[n]) for n, p in streamed.model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ADAPTERS.names())
+@pytest.mark.parametrize("name", TEXT_ADAPTERS)
 @torch.no_grad()
 def test_every_seam_folded(name):
     streamed = loaded(name, {})

@@ -9,11 +9,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
-from bitmill.architectures.adapter import ADAPTERS
 from bitmill.models.block_call import output_fn
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import TEXT_ADAPTERS, tiny_model
 
-MODELS = [*ADAPTERS.names(), "gpt_neox"]
+MODELS = [*TEXT_ADAPTERS, "gpt_neox"]
 WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(7))
 TOKENS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(8))
 

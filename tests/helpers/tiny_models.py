@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig
 
-from bitmill.tasks.base import task_for
+from bitmill.architectures.adapter import ADAPTERS
+from bitmill.tasks.base import TASKS, task_for
 
 SIZES = {
     "hidden_size": 32,
@@ -40,6 +41,37 @@ BERT_SIZES = {
     "pad_token_id": 0,
 }
 GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
+
+VISION_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "mlp_ratio": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_labels": 3,
+}
+TEXT_ADAPTERS = [name for name, adapter in ADAPTERS.items() if TASKS.get(adapter.task).reads == "text"]
+VISION_ADAPTERS = [name for name in ADAPTERS.names() if name not in TEXT_ADAPTERS]
+
+
+def tiny_vision_model(adapter: str):
+    """A float32 vision model that an adapter describes, with seeded weights."""
+    import transformers
+
+    found = ADAPTERS.get(adapter)
+    model_type = found.model_types[0]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **VISION_SIZES)
+    auto_class = getattr(transformers, TASKS.get(found.task).auto_class_name)
+    loaded = auto_class._model_mapping[type(config)]
+    config.architectures = [(loaded[0] if isinstance(loaded, tuple) else loaded).__name__]
+    model = auto_class.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 def tiny_config(model_type: str, **changes):

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitmill.architectures.adapter import ADAPTERS
 from bitmill.evaluation import logits
 from bitmill.evaluation.logits import DeferredLogits, slices
 from bitmill.models.block_call import output_fn
@@ -17,9 +16,9 @@ from bitmill.progress import Progress
 from bitmill.sources.module import ModuleSource
 from helpers.architectures import TOKENS, model_of
 from helpers.logits import read
-from helpers.tiny_models import SIZES, tiny_model
+from helpers.tiny_models import SIZES, TEXT_ADAPTERS, tiny_model
 
-DECODERS = [name for name in [*ADAPTERS.names(), "gpt_neox"] if name != "bert"]
+DECODERS = [name for name in [*TEXT_ADAPTERS, "gpt_neox"] if name != "bert"]
 SCALED = {  # of the logits, after the head
     "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 5.0},

@@ -14,7 +14,7 @@ from bitmill.models.block_call import output_fn
 from bitmill.models.streamed import StreamedModel
 from bitmill.sources.module import ModuleSource
 from bitmill.sources.open import open_source
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import TEXT_ADAPTERS, tiny_model
 
 TOKENS = torch.arange(24).view(2, 12) + 3
 
@@ -34,7 +34,7 @@ def block_by_block(streamed: StreamedModel) -> torch.Tensor:
         return streamed.head(TOKENS, hidden)
 
 
-@pytest.mark.parametrize("name", ADAPTERS.names())
+@pytest.mark.parametrize("name", TEXT_ADAPTERS)
 @torch.no_grad()
 def test_blocks_equal_whole_model(name):
     model = tiny_model(name)

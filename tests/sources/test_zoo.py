@@ -250,7 +250,9 @@ def test_full_disk(tiny, pip, monkeypatch):
 
 
 def test_unknown_name_message():
-    assert "'nope'; choose one of gemma3-270m, minilm, qwen2.5-coder-0.5b, smollm2-135m" in refused("nope")
+    assert "'nope'; choose one of dinov2-small, gemma3-270m, minilm, qwen2.5-coder-0.5b, smollm2-135m" in refused(
+        "nope"
+    )
 
 
 def test_cache_folder_environment(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from bitmill.sources.module import ModuleSource
 from bitmill.tasks.base import TASKS, task_for, task_of
 from bitmill.tasks.causal_lm import CausalLM
 from bitmill.tasks.text_encoder import TextEncoder
-from helpers.tiny_models import tiny_config, tiny_model
+from helpers.tiny_models import TEXT_ADAPTERS, tiny_config, tiny_model
 
 
 def test_config_decides_on_task():
@@ -22,7 +22,7 @@ def test_config_decides_on_task():
         assert isinstance(task_for(config), CausalLM)
 
 
-@pytest.mark.parametrize("name", ADAPTERS.names())
+@pytest.mark.parametrize("name", TEXT_ADAPTERS)
 def test_every_adapter_names_a_task(name):
     task = TASKS.get(ADAPTERS.get(name).task).for_model()
     assert task.auto_class.__name__ == task.auto_class_name

@@ -57,6 +57,8 @@ class Adapter:
     head: path of the module that turns hidden states into logits; "" where there is none.
     transposed: weights are stored (in, out), as in the Conv1D of GPT-2.
     task: name in `bitmill.tasks` of how the model reads text and is measured.
+    head_class: end of the name of the model's class, in `config.architectures`, that the adapter describes; "" for
+        any class that no other adapter describes.
     inferred: made by `generic_adapter` from the module tree, so the order of the linear layers and the use of
         embeddings and head are unknown.
     """
@@ -72,6 +74,19 @@ class Adapter:
     transposed: bool = False
     task: str = "causal_lm"
     inferred: bool = False
+    head_class: str = ""
+
+    def describes(self, model_type: Any, classes: Any) -> bool:
+        """Return True for a model of one of these types and classes.
+
+        Args:
+            model_type: of a config.
+            classes: `architectures` of the config; None where it names none.
+        """
+        named = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+        return model_type in self.model_types and (
+            not self.head_class or any(name.endswith(self.head_class) for name in named)
+        )
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -98,8 +113,9 @@ def adapter_for(config: Any) -> Adapter | None:
     """
     get = config.get if isinstance(config, dict) else partial(_attribute, config)
     model_type = get("model_type")
-    for _, adapter in ADAPTERS.items():
-        if model_type in adapter.model_types:
+    classes = get("architectures")
+    for _, adapter in sorted(ADAPTERS.items(), key=lambda item: not item[1].head_class):  # the special ones first
+        if adapter.describes(model_type, classes):
             exact = tuple(s for s in adapter.seams if all(get(k) == v for k, v in s.when))
             heads = get("num_key_value_heads") or 1
             return replace(adapter, seams=tuple(replace(seam, heads=heads) for seam in exact))

@@ -9,7 +9,7 @@ they are stored: they are rounded, and multiplied in floats.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,27 @@ def round_attention(block: nn.Module, roundings: Mapping[str, Rounding]) -> None
         module.__dict__.pop(_MARK, None)
         if roundings:
             module.__dict__[_MARK] = dict(roundings)
+
+
+def round_attention_blocks(model: nn.Module, roundings: Sequence[Mapping[str, Rounding]]) -> None:
+    """Let the attention modules of each block round in their own way.
+
+    Args:
+        model: a model that `enable_rounded_attention` has prepared.
+        roundings: of every block in order, see `round_attention`.
+
+    Raises:
+        RecipeError: the model has another number of blocks.
+    """
+    modules = list(_attention_modules(model))
+    if not roundings or len(modules) % len(roundings):
+        raise RecipeError(
+            f"{type(model).__name__} has {len(modules)} attention modules, and the recipe rounds those of "
+            f"{len(roundings)} blocks; quantize the model again."
+        )
+    each = len(modules) // len(roundings)
+    for index, module in enumerate(modules):
+        module.__dict__[_MARK] = dict(roundings[index // each])
 
 
 def enable_rounded_attention(model: Any) -> None:

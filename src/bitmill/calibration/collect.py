@@ -20,7 +20,7 @@ _PreHook = Callable[[nn.Module, tuple[Any, ...]], None]
 
 @torch.no_grad()
 def collect_statistics(
-    block: nn.Module, batches: list[Tensor], calls: list[BlockCall], leads: list[str]
+    block: nn.Module, batches: list[Tensor], calls: list[BlockCall], leads: list[str], keeps: int = 0
 ) -> dict[str, Statistics]:
     """Return statistics of the inputs of some linears: the Gram matrix, and the magnitudes of channels.
 
@@ -29,8 +29,9 @@ def collect_statistics(
         batches: hidden states (windows, tokens, width) before the block, batch by batch.
         calls: arguments with which the model calls the block, one per batch.
         leads: the linears, by path in the block.
+        keeps: tokens of every input that are kept as they are, about.
     """
-    running = {lead: _RunningStatistics() for lead in leads}
+    running = {lead: _RunningStatistics(keeps) for lead in leads}
     with _pre_hooks(block, {lead: stats.hook for lead, stats in running.items()}):
         for call, hidden in zip(calls, batches):
             call.run(block, hidden)
@@ -97,14 +98,15 @@ def recorded_inputs(block: nn.Module, linears: Collection[str]) -> Iterator[dict
 class _RunningStatistics:
     """Running statistics of the input X (tokens, channels) of one linear."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: int) -> None:
+        self._keeps = keeps
         self.gram: RunningGram | None = None
 
     def hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Add a batch; a forward pre-hook."""
         X = args[0].reshape(-1, args[0].shape[-1]).to(torch.float32)
         if self.gram is None:
-            self.gram = RunningGram(X.shape[1], X.device)
+            self.gram = RunningGram(X.shape[1], X.device, self._keeps)
             self.sum_abs, self.max_abs = torch.zeros_like(X[0]), torch.zeros_like(X[0])
         self.gram.add(X)
         size = X.abs()
@@ -115,7 +117,13 @@ class _RunningStatistics:
         """Return the statistics of all batches."""
         assert self.gram is not None
         tokens = self.gram.tokens
-        return Statistics(self.gram.mean(), tokens, mean_abs=self.sum_abs / max(tokens, 1), max_abs=self.max_abs)
+        return Statistics(
+            self.gram.mean(),
+            tokens,
+            mean_abs=self.sum_abs / max(tokens, 1),
+            max_abs=self.max_abs,
+            samples=self.gram.samples,
+        )
 
 
 def _input_hook(name: str, inputs: list[tuple[str, Tensor]]) -> _PreHook:

@@ -14,6 +14,7 @@ from bitmill.models.streamed import StreamedModel
 
 # Windows are batched up to this many tokens: enough for large products, little enough for small memory.
 BATCH_TOKENS = 2048
+_PATCH_VALUES = 3 * 14 * 14  # of a picture that make a token; a guess, since patches of models differ
 
 
 class Streams:
@@ -29,11 +30,12 @@ class Streams:
 
         Args:
             streamed: the float model.
-            windows: token ids (windows, length).
+            windows: token ids (windows, length), or pictures (pictures, channels, height, width).
             compare: keep the float model's hidden states too.
         """
         self._streamed = streamed
-        batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+        tokens = windows.shape[1] if windows.dim() == 2 else max(1, windows[0].numel() // _PATCH_VALUES)
+        batches = windows.split(max(1, BATCH_TOKENS // tokens))
         self.hidden = HiddenStates(streamed, batches)
         self.float: HiddenStates | None = self.hidden.fork() if compare else None
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmill.data.pictures import checked_pictures
 from bitmill.data.self_generated import generate_windows
 from bitmill.data.text import Windows, check_windows, windows_hash
 from bitmill.data.windows import (
@@ -85,7 +86,7 @@ def token_windows(
         task.metric()  # a pooling that is not supported is refused now, and not after the last block
     if measure or (calibrates and not self_generated):
         text = task.default_text if self_generated else calibration.source
-        windows = task.windows(text, source.tokenizer())
+        windows = task.windows(text, task.reader(source))
     if calibrates:
         if self_generated:
             calib = _self_generated_windows(source, calibration, device, progress)
@@ -126,7 +127,8 @@ def calibration_windows(
     """
     if calibration.source == SELF:
         return _self_generated_windows(source, calibration, device, progress), {}
-    reading = task_of(source).windows(calibration.source, source.tokenizer())
+    task = task_of(source)
+    reading = task.windows(calibration.source, task.reader(source))
     windows = reading.calibration(calibration.samples, calibration.seqlen, calibration.seed)
     check_vocabulary(source.config, windows)
     return windows, reading.describe("calib", calibration.samples)
@@ -172,10 +174,11 @@ def _own_prefix(source: Source) -> tuple[int, ...]:
 
 def _given_windows(windows: Tensor, source: Source, calibrates: bool) -> JobData:
     """Return a caller's windows, checked, as `token_windows` does."""
-    windows = checked_windows(windows, source.config)
+    reads = task_of(source).reads
+    windows = checked_windows(windows, source.config) if reads == "text" else checked_pictures(windows)
     if not calibrates:
         return JobData()
-    calibration = {"source": "tokens", "sha256": windows_hash(windows)}
+    calibration = {"source": "tokens" if reads == "text" else reads, "sha256": windows_hash(windows)}
     return JobData(windows, None, {"calibration": calibration, "held_out": None})
 
 

@@ -26,6 +26,7 @@ from bitmill.cli.options import (
 from bitmill.cli.output import Output, command_output, data_table, kv_cache_rows, property_table
 from bitmill.cli.tasks import Limit, RunCode, Tasks, measure_tasks
 from bitmill.errors import UsageError
+from bitmill.report.describe import describe_amount
 from bitmill.report.domains import domain_table, domains_of
 from bitmill.report.text import format_mb, format_number, metric_rows
 
@@ -141,7 +142,7 @@ def _render(result: dict[str, Any], recorded: bool) -> list[Any]:
         ("model", str(result["model"])),
         (
             "text",
-            f"{result['text']}, {result['split']} split, {result['windows']} x {result['seqlen']} tokens{means}",
+            f"{result['text']}, {result['split']} split, {describe_amount(result)}{means}",
         ),
         *(("reference", str(name)) for name in [result["reference"]] if name is not None),
         *metric_rows(result),

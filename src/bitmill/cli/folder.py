@@ -63,7 +63,9 @@ def verify(
         from bitmill.checkpoint.verify import verify, verify_quality
         from bitmill.report.describe import describe_running
         from bitmill.report.metrics import REFERENCE_FREE
+        from bitmill.tasks.base import task_for
         from bitmill.workflows.checks import check_device
+        from bitmill.workflows.load import reader_of
         from bitmill.workflows.running import verify_running
         from bitmill.workflows.trial import try_folder
 
@@ -72,7 +74,7 @@ def verify(
         def measure_again(recorded: dict[str, Any]) -> dict[str, Any]:
             return api.evaluate(
                 folder if model is None else model,
-                tokenizer=api.load_tokenizer(folder, trust_remote_code=trust_remote_code),
+                tokenizer=reader_of(folder, None, task_for(checkpoint.config), trust_remote_code),
                 text=recorded["text"],
                 split=recorded["split"],
                 seqlen=recorded["seqlen"],

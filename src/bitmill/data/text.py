@@ -155,10 +155,12 @@ def evaluation_windows(ids: torch.Tensor, seqlen: int, windows: int | None = Non
 def windows_hash(windows: Windows) -> str:
     """Return the sha256 (hex) of the int64 token ids, little endian, which identifies the text of a run.
 
-    The lengths of windows of several lengths are hashed first.
+    The lengths of windows of several lengths are hashed first. Of pictures the fp32 values are hashed.
     """
     if not isinstance(windows, torch.Tensor):
         windows = torch.cat([torch.tensor([len(window) for window in windows]), *windows])
+    if windows.is_floating_point():
+        return hashlib.sha256(windows.float().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
     return hashlib.sha256(windows.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 

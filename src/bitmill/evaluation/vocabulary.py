@@ -36,7 +36,7 @@ def outside_vocabulary(config: Any, tokens: Tensor) -> str | None:
         config: transformers config, or None; without a vocabulary only negative ids are outside.
         tokens: token ids of any shape.
     """
-    if not tokens.numel():
+    if not tokens.numel() or tokens.is_floating_point():  # pictures
         return None
     size = getattr(text_config(config), "vocab_size", None)
     lowest, highest = int(tokens.min()), int(tokens.max())

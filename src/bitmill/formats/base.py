@@ -425,8 +425,10 @@ class GroupFormat(Format):
 class ScalarFormat(GroupFormat):
     """A format whose every code is an entry of a small table: `levels(params)[code]`.
 
-    One lookup kernel therefore runs all of them.
+    One lookup kernel therefore runs all of them, but for those of one sign.
     """
+
+    one_sided: ClassVar[bool] = False  # levels crowd at one end: tables in bytes would add up the rounding there
 
     @abstractmethod
     def levels(self, params: Params) -> Tensor:

@@ -4,7 +4,8 @@
 
 Inputs are coded as a matrix of one row a token: group_size "row" is a scale a token, a number of columns a scale
 for that many columns of a token. The scales of each call come from its inputs (dynamic), except with `static`: one
-scale for all inputs, "tensor", from the largest input that calibration met.
+scale for all inputs, "tensor", from the largest input that calibration met or, with `search`, that of least error
+of the outputs on inputs of the calibration.
 
     input_NAME   with static alone: the parts of `inputs` for one group
 
@@ -31,6 +32,7 @@ from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Format, GroupFormat, Params, ScalarFormat
 from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized, check_no_table, fit_matrix, nearest_matrix
+from bitmill.formats.static_search import StaticFormat, search_static
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.statistics import Statistics
 
@@ -46,12 +48,18 @@ class QuantizedInputs(Wrapper):
     static: bool = False
     simulated: bool = False
     threshold: float = 0.0
+    search: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.inputs, GroupFormat):
             raise RecipeError(f"Inputs cannot be stored as {self.inputs.name!r}; use a format of groups.")
         self._check_parameters(self.inputs)
+        if self.search and not (self.static and isinstance(self.inputs, StaticFormat)):
+            raise RecipeError(
+                f"search looks for the one scale of inputs in some formats, such as uniform, and the inputs are "
+                f"{self.inputs!r} with static={self.static}; set static=true, or leave search out."
+            )
         if self.inner.quantizes_inputs:
             raise RecipeError("The inputs of a layer are quantized twice; name one format for them.")
         if not self.threshold >= 0:
@@ -106,8 +114,9 @@ class QuantizedInputs(Wrapper):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The largest inputs, with static."""
-        return self.inner.needs | (frozenset({"activations"}) if self.static else frozenset())
+        """The largest inputs with static, and some of the inputs with search."""
+        own = {"activations": self.static, "samples": self.search}
+        return self.inner.needs | frozenset(name for name, needed in own.items() if needed)
 
     @property
     def stackable(self) -> bool:
@@ -140,24 +149,31 @@ class QuantizedInputs(Wrapper):
         Raises:
             NumericsError: with static, when calibration collected no magnitudes.
         """
-        own = self.fit_inputs(stats)
+        own = self.fit_inputs(stats, W)
 
         def finish(solved: Quantized) -> Quantized:
             return replace(solved, format=self, params={**solved.params, **own})
 
         return Reduction(W, stats, finish)
 
-    def fit_inputs(self, stats: Statistics) -> Params:
-        """Return the static parameters, which cover inputs of either sign up to the largest; none without static.
+    def fit_inputs(self, stats: Statistics, W: Tensor | None = None) -> Params:
+        """Return the static parameters; none without static.
+
+        They cover inputs of either sign up to the largest or, with `search`, leave least error in the outputs.
 
         Args:
             stats: of the layer.
+            W: the matrix (out, columns); without it errors are those of the inputs.
 
         Raises:
-            NumericsError: with static, when calibration collected no magnitudes.
+            NumericsError: with static, when calibration collected no magnitudes or, with search, no inputs.
         """
         if not self.static:
             return {}
+        if self.search:
+            assert isinstance(self.inputs, StaticFormat)
+            found = search_static(self.inputs, stats.required_samples(self.name), W)
+            return {_PREFIX + name: value for name, value in found.items()}
         largest = stats.required_max_abs(self.name)
         params = fit_matrix(self.input_format, torch.stack([largest, -largest]), None, search=False)
         return {_PREFIX + name: value for name, value in params.items()}

@@ -29,6 +29,7 @@ from bitmill.formats.part import Part
 
 # Shares of the full range that the search tries, widest first.
 _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()
+_STATIC_SHARES = tuple(0.8**k for k in range(20))  # inputs have longer tails than weights
 
 
 @FORMATS.register("uniform")
@@ -46,6 +47,21 @@ class Uniform(RangeFormat):
         super().__post_init__()
         if self.symmetric and self.zero == "float":
             raise RecipeError("symmetric fixes the zero, which cannot be a float then; set symmetric=false.")
+
+    def static_candidates(self, x: Tensor) -> Params:
+        """Return the parameters of shares of the range, of both ends unless symmetric."""
+        shares = torch.tensor(_STATIC_SHARES, device=x.device)
+        low, high = x.amin().clamp(max=0) * shares, x.amax().clamp(min=0) * shares
+        if self.symmetric:
+            return self.from_range(low[:, None], high[:, None])
+        pairs = torch.cartesian_prod(low, high)
+        return self.from_range(pairs[:, :1], pairs[:, 1:])
+
+    def static_neighbours(self, params: Params, step: float) -> Params:
+        """Return the parameters with other scales."""
+        factors = 1 + step * torch.linspace(-1, 1, 8, device=params["scale"].device)[:, None]
+        scales = positive(as_stored(params["scale"] * factors))
+        return {name: scales if name == "scale" else v.expand_as(scales) for name, v in params.items()}
 
     @property
     def arithmetic(self) -> Literal["integer"] | None:

@@ -77,6 +77,10 @@ class ConfigOnlySource:
         """Raise SourceError, because there is no tokenizer."""
         self._refuse()
 
+    def image_processor(self) -> Any:
+        """Raise SourceError: a config alone reads no pictures."""
+        raise SourceError(f"{self.name} is a config without an image processor; give the model.")
+
     def pooling(self) -> str:
         """Return the mean over tokens, which a config does not specify otherwise."""
         return MEAN

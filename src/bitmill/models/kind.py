@@ -8,7 +8,9 @@ from bitmill.errors import SourceError
 from bitmill.sources.base import Source
 from bitmill.tasks.base import Task
 
-ADVICE = "bitmill quantizes decoders with the head of a language model, and BERT encoders without a head"
+ADVICE = (
+    "bitmill quantizes decoders with the head of a language model, encoders without one (BERT, ViT and DINOv2)"
+)
 
 
 def check_kind(model: nn.Module, blocks: nn.ModuleList, source: Source, task: Task) -> None:

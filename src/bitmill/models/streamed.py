@@ -75,7 +75,7 @@ class StreamedModel:
         self._head_by_position: bool | None = None  # unknown until the first call of `deferred_head`
         self._block_outputs: int | None = None  # length of the tuple that blocks return, 0 for a tensor
         self.largest_hidden_state: float | None = None
-        self._rows: dict[tuple[int, tuple[frozenset[tuple[Path, int]], ...]], list[Rows]] = {}
+        self._rows: dict[tuple[tuple[int, ...], tuple[frozenset[tuple[Path, int]], ...]], list[Rows]] = {}
         self._finite: set[str] = set()  # heads that were checked before the blocks run
         self._check_complete()
 
@@ -314,11 +314,12 @@ class StreamedModel:
             lengths = (n for n in BLOCK_OUTPUTS if self._accepts_outputs(tokens[:1], n))
             self._block_outputs = next(lengths, 1)
         hidden, calls = self._calls(tokens)
-        kinds = (tokens.shape[1], tuple(call.signature() for call in calls))  # a window's rows may be its tokens
+        # a window's rows may be its tokens
+        kinds = (tuple(tokens.shape[1:]), tuple(call.signature() for call in calls))
         if kinds not in self._rows:
             # how the arguments grow with the number of windows is tried once for each length, on the first window
             _, one = self._calls(tokens[:1])
-            _, two = self._calls(tokens[:1].repeat(2, 1))
+            _, two = self._calls(torch.cat([tokens[:1]] * 2))
             self._rows[kinds] = [rows_of_windows(a, b) for a, b in zip(one, two)]
         return hidden, [replace(call, rows=rows) for call, rows in zip(calls, self._rows[kinds])]
 

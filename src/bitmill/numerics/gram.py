@@ -20,9 +20,16 @@ class RunningGram:
 
     Attributes:
         max_abs: maximum of |X| in every column, fp32 (width,).
+        samples: tokens of X that are kept, evenly from each batch; None without.
+
+    Args:
+        width: columns of X.
+        device: where sums are kept.
+        keeps: tokens that are kept of X, about.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu", keeps: int = 0) -> None:
+        self._keeps, self._kept = keeps, list[Tensor]()
         self.sum = torch.zeros(width, width, device=device)
         self.max_abs = torch.zeros(width, device=device)
         self.tokens = 0
@@ -35,6 +42,16 @@ class RunningGram:
         self.tokens += X.shape[0]
         if len(X):
             self.max_abs = torch.maximum(self.max_abs, X.abs().amax(0))
+        if self._keeps and len(X):
+            self._kept.append(X[:: max(1, len(X) // self._keeps)].clone())
+
+    @property
+    def samples(self) -> Tensor | None:
+        """The tokens that were kept, fp32 (about `keeps`, width); None where none were to be kept."""
+        if not self._kept:
+            return None
+        kept = torch.cat(self._kept)
+        return kept[:: max(1, len(kept) // self._keeps)]
 
     def mean(self) -> Tensor:
         """Return the full symmetric matrix, divided by the number of tokens."""

@@ -36,6 +36,7 @@ class Statistics:
     shared    parts that all layers of a kind share, learned before the first block; a solver leaves them unchanged
     mean_abs  mean of |X| in every column, fp32 (columns,)
     max_abs   maximum of |X| in every column, fp32 (columns,)
+    samples   some tokens of X, fp32 (some, columns)
     """
 
     gram: Tensor | None = None
@@ -45,6 +46,7 @@ class Statistics:
     shared: dict[str, Tensor] | None = None
     mean_abs: Tensor | None = None
     max_abs: Tensor | None = None
+    samples: Tensor | None = None
 
     def restrict(self, needs: frozenset[str]) -> Statistics:
         """Return the statistics named in `needs` alone; "activations" stands for gram, mean_abs and max_abs."""
@@ -56,6 +58,7 @@ class Statistics:
             fisher=self.fisher if "fisher" in needs else None,
             mean_abs=self.mean_abs if seen else None,
             max_abs=self.max_abs if seen else None,
+            samples=self.samples if "samples" in needs else None,
         )
 
     # -- required parts -----------------------------------------------------------------------------------
@@ -79,6 +82,10 @@ class Statistics:
     def required_max_abs(self, user: str) -> Tensor:
         """Return the maximum |X| of every column. Raises NumericsError, naming the user, when there is none."""
         return _required(self.max_abs, user, "the magnitudes of the layer's inputs")
+
+    def required_samples(self, user: str) -> Tensor:
+        """Return some of the inputs. Raises NumericsError, naming the user, when there are none."""
+        return _required(self.samples, user, "some of the layer's inputs")
 
     def importance(self, weighted: str, user: str) -> Tensor | None:
         """Return the weights of squared errors.
@@ -114,7 +121,7 @@ class Statistics:
         Args:
             order: int64, a permutation of the columns, or some of them.
         """
-        return self._map(lambda v: v[order], lambda G: G[order][:, order], lambda F: F[:, order])
+        return self._map(lambda v: v[..., order], lambda G: G[order][:, order], lambda F: F[:, order])
 
     def scale(self, columns: Tensor) -> Statistics:
         """Return the statistics of W * columns, whose inputs are X / columns.
@@ -144,7 +151,7 @@ class Statistics:
         if cross is not None:
             cross = V.congruent(cross)
         fisher = None if self.fisher is None else self.fisher.mean().expand(self.fisher.shape)
-        return replace(self, gram=gram, cross=cross, fisher=fisher, mean_abs=None, max_abs=None)
+        return replace(self, gram=gram, cross=cross, fisher=fisher, mean_abs=None, max_abs=None, samples=None)
 
     def exclude(self, mask: Tensor) -> Statistics:
         """Return the statistics with zero Fisher information at masked weights: their errors do not count.
@@ -155,7 +162,7 @@ class Statistics:
         return self if self.fisher is None else replace(self, fisher=self.fisher.masked_fill(mask, 0))
 
     def _map(self, vector: _Change, square: _Change, weights: _Change) -> Statistics:
-        """Change the statistics of shape (columns,), (columns, columns) and (rows, columns), where collected."""
+        """Change the statistics of shapes (..., columns), (columns, columns) and (rows, columns)."""
 
         def changed(change: _Change, value: Tensor | None) -> Tensor | None:
             return None if value is None else change(value)
@@ -167,6 +174,7 @@ class Statistics:
             fisher=changed(weights, self.fisher),
             mean_abs=changed(vector, self.mean_abs),
             max_abs=changed(vector, self.max_abs),
+            samples=changed(vector, self.samples),
         )
 
 

@@ -29,6 +29,8 @@ from bitmill.solvers import Solver
 from bitmill.solvers.base import output_error, solve_stacked
 from bitmill.tuners import BlockTask
 
+SAMPLES = 1024  # tokens of every input that are kept where a format searches its scale of inputs
+
 
 def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs) -> BlockResult:
     """Quantize the linears of one block in place, and move the calibration windows past it.
@@ -53,7 +55,7 @@ def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs)
     # a float copy in the basis of the block that is quantized
     float_module = copy.deepcopy(module) if compares_inputs(job) else None
     if job.recipe.attention:
-        round_attention(module, job.recipe.attention.roundings())
+        round_attention(module, job.recipe.attention.roundings(index))
     before = {name: parameter.detach().clone() for name, parameter in block.task.floats()} if tuners else {}
     if tuners:
         block.task.round_inputs()
@@ -100,7 +102,8 @@ def _input_statistics(
         return stored.stats
     assert streams is not None
     leads = [stage[0] for stage in stages]
-    return collect_statistics(module, streams.hidden.batches, streams.calls(index), leads)
+    keeps = SAMPLES if "samples" in job.needs else 0
+    return collect_statistics(module, streams.hidden.batches, streams.calls(index), leads, keeps)
 
 
 def _block_task(
@@ -204,7 +207,8 @@ class _Block:
                 stack.enter_context(float_forward)
             for stage in task.stages:
                 width = task.matrix(stage[0]).shape[1]
-                stats = _stage_statistics(forward, float_forward, stage[0], width, job.streamed.device)
+                gram = RunningGram(width, job.streamed.device, SAMPLES if "samples" in job.needs else 0)
+                stats = _stage_statistics(forward, float_forward, stage[0], gram)
                 self._solve_stage(stage, stats)
             return forward.outputs()
 
@@ -286,7 +290,7 @@ class _Block:
 
 
 def _stage_statistics(
-    forward: StagedForward, float_forward: StagedForward | None, lead: str, width: int, device: torch.device
+    forward: StagedForward, float_forward: StagedForward | None, lead: str, gram: RunningGram
 ) -> Statistics:
     """Advance a block to a stage and return the statistics of its input.
 
@@ -294,19 +298,18 @@ def _stage_statistics(
         forward: passes through the block that is quantized.
         float_forward: passes through its float copy, to compare inputs with.
         lead: the first linear of the stage.
-        width: columns of its weight.
-        device: where sums are kept.
+        gram: empty sums.
     """
-    gram = RunningGram(width, device)
     if float_forward is None:
         for X in forward.inputs(lead):
             gram.add(X)
-        return Statistics(gram.mean(), gram.tokens, max_abs=gram.max_abs)
-    cross = torch.zeros(width, width, device=device)
+        return Statistics(gram.mean(), gram.tokens, max_abs=gram.max_abs, samples=gram.samples)
+    cross = torch.zeros_like(gram.sum)
     for X, X_float in zip(forward.inputs(lead), float_forward.inputs(lead)):
         gram.add(X)
         cross.addmm_((X_float - X).T, X)
-    return Statistics(gram.mean(), gram.tokens, cross.div_(max(gram.tokens, 1)), max_abs=gram.max_abs)
+    cross.div_(max(gram.tokens, 1))
+    return Statistics(gram.mean(), gram.tokens, cross, max_abs=gram.max_abs, samples=gram.samples)
 
 
 def _errors(W: Tensor, decoded: Tensor, gram: Tensor | None) -> tuple[float, float | None]:

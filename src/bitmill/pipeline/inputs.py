@@ -48,7 +48,7 @@ def open_store(job: Job) -> StatisticsStore | None:
     Raises RecipeError unless the float model's hidden states are propagated: statistics of others cannot be
     shared.
     """
-    if job.statistics is None or not job.needs:
+    if job.statistics is None or not job.needs or "samples" in job.needs:  # samples of inputs are not stored
         return None
     if job.propagate != "float":
         raise RecipeError(

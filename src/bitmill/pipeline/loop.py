@@ -105,7 +105,7 @@ def _quantize_blocks(
             float_outputs = inputs.streams.float_outputs(block, index) if inputs.streams else []
             _restore(finished, job.streamed)
             if job.recipe.attention:
-                round_attention(block, job.recipe.attention.roundings())
+                round_attention(block, job.recipe.attention.roundings(index))
             if inputs.streams:
                 inputs.streams.advance(block, index, float_outputs, follow_float=job.propagate == "float")
             else:

@@ -18,7 +18,7 @@ from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format, GroupFormat, Wrapper
 
 FLOAT: Literal["float"] = "float"  # in place of a format: nothing is rounded
-_OPTIONS = {"static": False, "simulated": False, "threshold": 0.0}  # beside those of the format
+_OPTIONS = {"static": False, "simulated": False, "threshold": 0.0, "search": False}  # beside those of the format
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Inputs:
         static: one scale from calibration in place of those of each call.
         simulated: also where no kernel multiplies such inputs as they are stored.
         threshold: columns with an input of this magnitude stay in float; 0 for none.
+        search: with static, the scale of least error of the outputs in place of one for the largest input.
     """
 
     format: Format
     static: bool = False
     simulated: bool = False
     threshold: float = 0.0
+    search: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "inputs")

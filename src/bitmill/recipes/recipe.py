@@ -131,7 +131,7 @@ class Recipe:
     def needs(self) -> frozenset[str]:
         """The statistics that calibration must collect; empty for a data-free recipe."""
         needs = [scheme.needs for scheme in self.schemes] + [tuner.needs for tuner in self.tuners]
-        return frozenset[str]().union(*needs)
+        return (self.attention.needs if self.attention else frozenset[str]()).union(*needs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` is its inverse."""

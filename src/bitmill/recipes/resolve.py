@@ -66,7 +66,8 @@ class ResolvedRecipe:
     def needs(self) -> frozenset[str]:
         """The statistics that calibration must collect; empty for a data-free recipe."""
         needs = [scheme.needs for scheme in self.used_schemes] + [tuner.needs for tuner in self.recipe.tuners]
-        return frozenset[str]().union(*needs)
+        attention = self.recipe.attention
+        return (attention.needs if attention else frozenset[str]()).union(*needs)
 
     @property
     def shares_parts(self) -> bool:

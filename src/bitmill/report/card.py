@@ -21,6 +21,7 @@ from bitmill.report.describe import (
     describe_source_types,
     describe_training,
     describe_windows,
+    reads_pictures,
     split_layers,
 )
 from bitmill.report.domains import domain_table, latest_with_domains
@@ -38,7 +39,7 @@ _MEASURED = """\
 | text | windows |{% for column in columns %} {{ column.title }} |{% endfor %} measured by |
 |---|---|{% for column in columns %}---|{% endfor %}---|
 {% for m in measured -%}
-| {{ text(m.text) }}, {{ text(m.split) }} split | {{ m.windows }} x {{ m.seqlen }} |
+| {{ text(m.text) }}, {{ text(m.split) }} split | {{ amount(m) }} |
 {%- for column in columns %} {{ number(m[column.key]) }}{{ interval_of(column, m) }} |{% endfor %}
 {{- " bitmill " }}{{ text(m.by ~ cache_of(m)) }} |
 {% endfor %}
@@ -172,10 +173,13 @@ bitmill {{ bitmill }}, recipe in `recipe.yaml`; `report.html` shows the errors o
 
 {{ recipe_block }}
 
-{% if identity.calibration and identity.calibration.source == "tokens" %}
-Calibrated on token windows passed by the caller (sha256 `{{ identity.calibration.sha256[:16] }}`).
+{% if identity.calibration and identity.calibration.source in ("tokens", "pictures") %}
+Calibrated on {{ {"tokens": "token windows"}.get(identity.calibration.source, "pictures") }} passed by the caller
+(sha256 `{{ identity.calibration.sha256[:16] }}`).
 {% elif identity.calibration %}
-Calibrated on {{ identity.calibration.samples }} windows of {{ identity.calibration.seqlen }} tokens of
+Calibrated on {{ identity.calibration.samples }}
+{{ "pictures" if identity.calibration.unit == "pictures"
+   else "windows of " ~ identity.calibration.seqlen ~ " tokens" }} of
 {{ code(identity.calibration.source) }} (seed {{ identity.calibration.seed }}, sha256
 `{{ identity.calibration.sha256[:16] }}`).
 {% else %}
@@ -247,6 +251,7 @@ def model_card(report: dict[str, Any]) -> str:
         domains=domain_table(by_domain) if by_domain else None,
         by_domain=markdown_text(describe_windows(by_domain)) if by_domain else "",
         interval_of=_interval,
+        amount=_amount,
         auto=report.get("auto_class", CAUSAL_LM),
         causal_lm=CAUSAL_LM,
         number=_number,
@@ -283,6 +288,12 @@ def _marked(answer: MarkedText) -> str:
 def _breaks(text: str) -> str:
     """Return Markdown of a text in a cell of a table, whose lines need tags."""
     return "<br>".join(markdown_text(line) for line in text.split("\n"))
+
+
+def _amount(measured: dict[str, Any]) -> str:
+    """Return the windows of a measurement, with their length where they are rows of tokens."""
+    windows = str(measured["windows"])
+    return windows if reads_pictures(measured) else f"{windows} x {measured['seqlen']}"
 
 
 def _interval(column: MetricColumn, measured: dict[str, Any]) -> str:

@@ -48,7 +48,8 @@ def describe_inputs(inputs: dict[str, Any]) -> str:
 
 def describe_attention(attention: dict[str, Any]) -> str:
     """Return the formats of what attention multiplies: `keys in uniform (bits 8, group_size row), simulated`."""
-    sites = [f"{site} in {describe_format(format)}" for site, format in attention.items()]
+    plain = {site: {k: v for k, v in format.items() if k != "parameters"} for site, format in attention.items()}
+    sites = [f"{site} in {describe_format(format)}" for site, format in plain.items()]
     return f"{', '.join(sites)}, simulated: rounded, and multiplied in floats"
 
 
@@ -119,9 +120,22 @@ def describe_measured_cache(measured: dict[str, Any]) -> str:
     return f" through {measured['kv_method']}, {bits}"
 
 
+def reads_pictures(entry: dict[str, Any]) -> bool:
+    """Return True if the windows of a measurement, or of a calibration, are pictures."""
+    return entry.get("unit") == "pictures"
+
+
+def describe_amount(measured: dict[str, Any]) -> str:
+    """Return how much a measurement read, in pictures or in windows of tokens."""
+    if reads_pictures(measured):
+        return f"{measured.get('windows')} pictures"
+    return f"{measured.get('windows')} x {measured.get('seqlen')} tokens"
+
+
 def describe_windows(measured: dict[str, Any]) -> str:
     """Return the text of a measurement, its number of windows, and the command that made it."""
     windows = f"{measured.get('windows')} windows of {measured.get('seqlen')} tokens"
+    windows = describe_amount(measured) if reads_pictures(measured) else windows
     by = f", measured by bitmill {measured['by']}" if measured.get("by") else ""
     cache = describe_measured_cache(measured)
     return f"{windows} of {measured.get('text')}, {measured.get('split')} split{by}{cache}"

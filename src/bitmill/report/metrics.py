@@ -85,7 +85,20 @@ EMBEDDING_METRICS = (
     MetricColumn("neighbour_agreement", "same neighbour", note="nearest sentence is float's", share=True),
     MetricColumn("pair_cosine", "cosine of two sentences", "two sentences"),
     MetricColumn("reference_pair_cosine", "float's", "float"),
-    MetricColumn("sentences", "sentences"),
+    MetricColumn("sentences", "sentences", optional=True),
+    MetricColumn(
+        "knn_accuracy",
+        "nearest neighbours' label",
+        "k-NN",
+        note="10 nearest others by vote",
+        against="reference_knn_accuracy",
+        share=True,
+        optional=True,
+    ),
+    MetricColumn("reference_knn_accuracy", "float's", "float k-NN", share=True, optional=True),
+    MetricColumn("knn_change", "k-NN less float's", interval="knn_change_interval", digits=3, optional=True),
+    MetricColumn("top1_accuracy", "top-1 accuracy", "top-1", share=True, optional=True),
+    MetricColumn("pictures", "pictures", optional=True),
 )
 REFERENCE_FREE = ("perplexity", "pair_cosine")  # keys of metrics that need no reference model
 

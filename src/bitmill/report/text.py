@@ -9,6 +9,7 @@ from typing import Any
 from bitmill.report import formatting
 from bitmill.report.budget import describe_budget
 from bitmill.report.describe import (
+    describe_amount,
     describe_attention,
     describe_format,
     describe_measured_cache,
@@ -66,7 +67,7 @@ def describe_measurement(measured: dict[str, Any]) -> str:
     if (worst := worst_domain(measured)) is not None:
         largest = domains_of(measured)[worst]["kl_divergence"]
         metrics += f", largest KL divergence {format_number(largest, 3)} nats in {worst}"
-    text = f"{measured.get('windows')} x {measured.get('seqlen')} tokens of {measured.get('text')}"
+    text = f"{describe_amount(measured)} of {measured.get('text')}"
     return f"{metrics}{describe_measured_cache(measured)} ({text}, {measured.get('split')} split)"
 
 

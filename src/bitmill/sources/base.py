@@ -86,6 +86,10 @@ class Source(Protocol):
         """Return the tokenizer. Raises SourceError where there is none."""
         ...
 
+    def image_processor(self) -> Any:
+        """Return the image processor. Raises SourceError where there is none."""
+        ...
+
     def pooling(self) -> str:
         """Return how hidden states of an encoder become one embedding, see `bitmill.sources.pooling`."""
         ...

@@ -145,6 +145,10 @@ class GgufSource:
             self._tokenizer = gguf_tokenizer(self.path, self._header.metadata_bytes)
         return self._tokenizer
 
+    def image_processor(self) -> Any:
+        """Raise SourceError: GGUF files of language models hold none."""
+        raise SourceError(f"{self.path} holds no image processor; give a language model.")
+
     def pooling(self) -> str:
         """Return the mean over tokens; no supported GGUF architecture is an encoder."""
         return MEAN

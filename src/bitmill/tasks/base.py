@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from bitmill.architectures.adapter import adapter_for
@@ -17,6 +18,7 @@ from bitmill.evaluation.metrics import Metric
 if TYPE_CHECKING:
     from bitmill.sources.base import Source
 
+_EXAMPLE_TOKENS = 16
 Loss = Callable[[Tensor, Tensor], Tensor]  # tokens (1, n), model output (1, n, k) -> scalar
 
 
@@ -28,6 +30,8 @@ class Task(ABC):
     generates: the model predicts next tokens, so it writes text, has a perplexity and caches keys and values.
     batch_size: windows that run at a time in an evaluation.
     default_text: text to evaluate on where the user names none.
+    reads: a window is a row of tokens of a text, or a picture.
+    reader_class_name: class of transformers that loads the tokenizer, or the image processor.
     """
 
     description: ClassVar[str]
@@ -35,6 +39,8 @@ class Task(ABC):
     generates: ClassVar[bool]
     batch_size: ClassVar[int]
     default_text: ClassVar[str] = "pydoc"
+    reads: ClassVar[Literal["text", "pictures"]] = "text"
+    reader_class_name: ClassVar[str] = "AutoTokenizer"
 
     @classmethod
     def for_model(cls, read_pooling: Callable[[], str] | None = None) -> Task:
@@ -52,6 +58,22 @@ class Task(ABC):
         import transformers
 
         return getattr(transformers, self.auto_class_name)
+
+    def reader(self, source: Source) -> Any:
+        """Return the tokenizer of a source, or its image processor. Raises SourceError where it has none."""
+        return source.tokenizer() if self.reads == "text" else source.image_processor()
+
+    def example(self, config: Any) -> Tensor:
+        """Return one window that any model of this config can read.
+
+        Args:
+            config: transformers config.
+
+        Returns:
+            Token ids (1, tokens), or a picture (1, channels, height, width).
+        """
+        count = getattr(config.get_text_config(), "vocab_size", None) or _EXAMPLE_TOKENS
+        return torch.arange(_EXAMPLE_TOKENS)[None] % count
 
     @abstractmethod
     def windows(self, text: TextSource, tokenizer: Any) -> TextWindows:

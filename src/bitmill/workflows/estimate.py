@@ -39,6 +39,7 @@ from bitmill.workflows.prepare import (
     prepare_job,
     read_data,
     windows_to_measure,
+    with_calibrated_attention,
 )
 from bitmill.workflows.probe import (
     Kinds,
@@ -151,6 +152,7 @@ def estimate(
         recipe, chosen = RecipeChanges(options, head_bits, tuple(rules)).choose(method)
         prepared = prepare_job(request, recipe, chosen)
         data, identity = read_data(prepared)
+        prepared = with_calibrated_attention(prepared, data)
         return estimate_job(prepared, data, identity)
 
 

@@ -42,7 +42,7 @@ from bitmill.sources.open import open_source
 from bitmill.sources.pooling import read_pooling
 from bitmill.tasks.base import Task, task_for, task_of
 from bitmill.workflows import kv as kv_workflow
-from bitmill.workflows.load import live_model, tokenizer_of
+from bitmill.workflows.load import live_model, reader_of
 from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
 
@@ -110,12 +110,13 @@ def evaluate(
         windows = usual_windows(text)
     started = time.perf_counter()
     kv_config = parse_kv_config(None if kv == FLOAT else kv, kv_bits, kv_options, kv_samples, kv_seqlen)
-    tokenizer = tokenizer_of(model, tokenizer, trust_remote_code)
+    task = _task(model, trust_remote_code)
+    tokenizer = reader_of(model, tokenizer, task, trust_remote_code)
     with displayed(progress) as shown:
         shown.start("reading text and model", 0)
         bits, size = stored_bits(model, trust_remote_code)
         asking = _Prompts(tuple(prompts), max_new_tokens, tokenizer, shown)
-        scoring = _Scoring(_task(model, trust_remote_code), text, split, seqlen, tokenizer, asking, shown)
+        scoring = _Scoring(task, text, split, seqlen, tokenizer, asking, shown)
         load_live = partial(live_model, device=device, trust_remote_code=trust_remote_code)
         scored = scoring.score(model, reference, load_live, windows or None, kv_config)
     return {

@@ -18,7 +18,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.runtime.decode import attach
 from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.sources.open import open_source
-from bitmill.tasks.base import task_for
+from bitmill.tasks.base import Task, task_for
 from bitmill.workflows.checks import check_device
 
 
@@ -65,6 +65,27 @@ def load_tokenizer(model: str | Path, *, trust_remote_code: bool = False) -> Any
         return _from_folder(AutoTokenizer, model, trust_remote_code, check=_try_tokenizer)
     _check_float_folder(model)
     return open_source(model, trust_remote_code=trust_remote_code).tokenizer()
+
+
+def reader_of(model: str | Path | nn.Module, given: Any, task: Task, trust_remote_code: bool) -> Any:
+    """Return what turns text or pictures into the windows of a model: its tokenizer or its image processor.
+
+    Args:
+        model: the model.
+        given: by the caller; live modules have none of their own.
+        task: of the model.
+        trust_remote_code: allow Python code in the folder to run.
+    """
+    if given is not None or task.reads == "text":
+        return tokenizer_of(model, given, trust_remote_code)
+    if isinstance(model, nn.Module):
+        raise UsageError("A live model has no image processor; pass it as tokenizer=... with it.")
+    if is_checkpoint(user_path(model)):
+        import transformers
+
+        open_checkpoint(model, digests="but weights")
+        return _from_folder(getattr(transformers, task.reader_class_name), model, trust_remote_code)
+    return task.reader(open_source(model, trust_remote_code=trust_remote_code))
 
 
 def tokenizer_of(model: str | Path | nn.Module, given: Any, trust_remote_code: bool) -> Any:
@@ -143,7 +164,8 @@ def _from_folder(
     except BitmillError:
         raise
     except Exception as error:  # transformers raises all sorts
-        what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
+        readers = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
+        what = readers.get(kind.__name__, "model")
         advice = "copy the folder again, or quantize the model again"
         if "trust_remote_code" in str(error):
             advice = "if you trust the Python code in it, pass --trust-remote-code (trust_remote_code=True)"

@@ -20,6 +20,7 @@ from bitmill.kv.config import KVConfig
 from bitmill.models.kind import check_class_loads
 from bitmill.models.stored import moved_on_load
 from bitmill.models.streamed import StreamedModel
+from bitmill.pipeline.attention import calibrate_attention
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
 from bitmill.recipes.compose import HeadBits, compose
@@ -168,6 +169,17 @@ def _apart(data: JobData, count: int) -> JobData:
     kept, _ = hold_apart(data.windows, count)
     entry = {**data.described["calibration"], "held_apart": count, "sha256": windows_hash(kept)}
     return replace(data, windows=kept, described={**data.described, "calibration": entry})
+
+
+def with_calibrated_attention(prepared: PreparedJob, data: JobData) -> PreparedJob:
+    """Return the job with the static parameters of attention in its recipe, where it has such."""
+    recipe = prepared.recipe
+    if recipe is None or recipe.attention is None or not recipe.attention.static or data.windows is None:
+        return prepared
+    assert prepared.resolved is not None
+    attention = calibrate_attention(prepared.streamed, recipe.attention, data.windows, prepared.request.progress)
+    resolved = replace(prepared.resolved, recipe=replace(recipe, attention=attention))
+    return replace(prepared, resolved=resolved)
 
 
 def read_data(prepared: PreparedJob) -> tuple[JobData, dict[str, Any]]:

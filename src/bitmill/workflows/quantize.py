@@ -52,6 +52,7 @@ from bitmill.workflows.prepare import (
     prepare_job,
     read_data,
     windows_to_measure,
+    with_calibrated_attention,
 )
 from bitmill.workflows.running import measure_folder
 from bitmill.workflows.sizes import report_plan
@@ -255,6 +256,7 @@ def _write(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[str, An
             if is_finished(request.out, identity):
                 return _finished(open_checkpoint(request.out), prepared.plan, request.started)
             work = WorkFolder(request.out)  # the folder was moved away meanwhile
+        prepared = with_calibrated_attention(prepared, data)
         return _run(announced(prepared, data, identity), data, identity, work)
     finally:
         if work is not None:

@@ -11,6 +11,7 @@ from bitmill.checkpoint.reader import Checkpoint
 from bitmill.errors import BitmillError, CheckpointError, one_line
 from bitmill.evaluation.reference import read_reference
 from bitmill.models.block_call import output_tensor
+from bitmill.tasks.base import task_for
 from bitmill.workflows.load import load_tokenizer, read_folder
 
 TOKENS = 16
@@ -67,9 +68,8 @@ def _run(checkpoint: Checkpoint, model: nn.Module, device: str) -> None:
 
 
 def _tokens(checkpoint: Checkpoint, model: Any) -> Tensor:
-    """Return the first tokens (1, length) that the folder was measured on, or any others."""
+    """Return the first tokens (1, length) that the folder was measured on, or another window."""
     reference = read_reference(checkpoint.folder)
     if reference is not None:
         return reference.tokens[:1, :TOKENS].long()
-    count = getattr(model.config.get_text_config(), "vocab_size", None) or TOKENS
-    return torch.arange(TOKENS)[None] % count
+    return task_for(checkpoint.config).example(model.config)

@@ -76,6 +76,8 @@ class Lut(RepackedKernel):
             return f"{spec.format.name} is no table of single numbers."
         if spec.format.bits > 8:
             return f"{spec.format.name} has {spec.format.bits} bits, more than 8."
+        if spec.format.one_sided:
+            return f"{spec.format.name} has most levels at one end, where tables in bytes are too coarse."
         return cpu_unsupported_reason(spec)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:

@@ -49,7 +49,7 @@ class InputCell(Cell):
         """Round the inputs of a layer; a static scale covers the largest of the fitted ones."""
         assert layer.inputs is not None
         if self._rounded is None or self._rounded[0] is not layer.inputs:  # layers that read one input follow
-            self._rounded = (layer.inputs, *self._round(layer.inputs))
+            self._rounded = (layer.inputs, *self._round(layer.inputs, layer.W))
         x, (_, params, rounded) = layer.inputs.measured, self._rounded
         error = squared_norm((rounded - x) @ layer.W.T)
         self.errors[layer.name] = error / layer.output_power if layer.output_power else error
@@ -73,8 +73,9 @@ class InputCell(Cell):
         assert isinstance(format, QuantizedInputs)
         return format
 
-    def _round(self, inputs: LayerInputs) -> tuple[Params, Tensor]:
-        params = self._format.fit_inputs(Statistics(max_abs=inputs.fitted.abs().amax(0)))
+    def _round(self, inputs: LayerInputs, W: Tensor) -> tuple[Params, Tensor]:
+        fitted = inputs.fitted
+        params = self._format.fit_inputs(Statistics(max_abs=fitted.abs().amax(0), samples=fitted), W)
         return params, self._format.effective_inputs(inputs.measured, params)
 
     def _stored_bits(self, shape: tuple[int, int]) -> int:

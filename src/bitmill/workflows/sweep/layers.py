@@ -100,7 +100,7 @@ class TextInputs(Layers):
         """
         super().__init__(streamed)
         self._text = text
-        tokens = streamed.task.windows(text, streamed.source.tokenizer()).calibration(windows, seqlen, 0)
+        tokens = streamed.task.windows(text, streamed.task.reader(streamed.source)).calibration(windows, seqlen, 0)
         self._shape = windows, seqlen
         with streamed.non_block_weights("embedding"):
             self._stream = HiddenStates(streamed, tokens.split(max(1, BATCH_TOKENS // seqlen)))

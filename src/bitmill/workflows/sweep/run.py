@@ -131,7 +131,7 @@ def _text_windows(streamed: StreamedModel, text_source: str, windows: int, seqle
             f"{source.name} is {streamed.task.description}, which has no perplexity; leave out the text."
         )
     check_context_length(source.config, seqlen)
-    held_out = streamed.task.windows(text_source, source.tokenizer()).held_out("eval", seqlen, windows)
+    held_out = streamed.task.windows(text_source, streamed.task.reader(source)).held_out("eval", seqlen, windows)
     check_vocabulary(source.config, held_out)
     return held_out
 

@@ -1,0 +1,71 @@
+"""Vision transformers: they read pictures, and return hidden states of patches or logits of classes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bitmill.data.pictures import PictureWindows
+from bitmill.data.text import TextSource
+from bitmill.evaluation.metrics import Metric
+from bitmill.evaluation.pictures import PictureMetrics
+from bitmill.tasks.base import TASKS, Loss, Task
+
+
+class _Image(Task):
+    """A model of pictures, measured by how far its features move from those of the float model."""
+
+    generates = False
+    batch_size = 16
+    reads: ClassVar[Literal["text", "pictures"]] = "pictures"
+    reader_class_name = "AutoImageProcessor"
+
+    def windows(self, text: TextSource, tokenizer: Any) -> PictureWindows:
+        """Return the pictures of a folder.
+
+        Args:
+            text: the folder.
+            tokenizer: the model's image processor.
+        """
+        return PictureWindows(text, tokenizer)
+
+    def example(self, config: Any) -> Tensor:
+        """Return a grey picture of the size that the config names."""
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(1, config.num_channels, height, width)
+
+    def metric(self) -> Metric:
+        """Return similarities of features, and the accuracy of nearest neighbours."""
+        return PictureMetrics()
+
+    def loss(self) -> Loss:
+        """Return the projection of the features onto a direction from N(0, I), drawn anew for every picture.
+
+        See `bitmill.tasks.text_encoder.TextEncoder.loss`.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def projection(tokens: Tensor, output: Tensor) -> Tensor:
+            features = output[0] if output.dim() == 2 else output[0, 0]
+            return features.float() @ torch.randn(features.shape, generator=generator).to(features.device)
+
+        return projection
+
+
+@TASKS.register("image_encoder")
+class ImageEncoder(_Image):
+    """A vision transformer without a head."""
+
+    description = "a vision model"
+    auto_class_name = "AutoModel"
+
+
+@TASKS.register("image_classifier")
+class ImageClassifier(_Image):
+    """A vision transformer with the head of a classifier."""
+
+    description = "a classifier of pictures"
+    auto_class_name = "AutoModelForImageClassification"
