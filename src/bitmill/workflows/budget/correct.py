@@ -2,15 +2,16 @@
 
 Costs of single layers do not add up below 3 bits. Each unit moves to its next smaller and its next larger
 candidate while all others stay as planned; the measured changes of the divergence replace the costs, and the
-allocator chooses among these neighbours.
+allocator chooses among these neighbours. Embedding and head stay as planned.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors.torch import load_file
@@ -43,7 +44,7 @@ def corrected_plan(
         run: the model and the text; its folder holds the statistics of all blocks.
         problem: the problem.
         plan: the plan to correct.
-        costs: costs around the float model, which stay those of units outside the blocks.
+        costs: costs around the float model.
         allocator: the allocator.
         windows: calibration windows to measure on.
     """
@@ -54,18 +55,32 @@ def corrected_plan(
         around.quantize(run.progress)
         changed = around.measure(neighbours, run.progress)
         run.progress.finish()
-    for unit in problem.end_units:
-        changed[unit.name] = costs[unit.name]
+    price = _price_of_a_move(plan, costs, changed)
+    priced: Costs = {
+        name: {key: change + price * (key != plan.chosen[name].key) for key, change in own.items()}
+        for name, own in changed.items()
+    }
     limits = {name: set(known) for name, known in changed.items()}
     for unit in problem.end_units:
-        limits[unit.name] = {candidate.key for candidate in problem.candidates[unit.name]}
-    found = solve_plan("corrected plan", problem, changed, allocator, limits=limits)
-    predicted = (
-        plan.predicted
-        + found.predicted
-        - sum(costs[unit.name].get(plan.chosen[unit.name].key, 0.0) for unit in problem.end_units)
-    )
-    return Plan(found.name, problem, found.chosen, max(predicted, 0.0))
+        limits[unit.name] = {plan.chosen[unit.name].key}
+        priced[unit.name] = {}
+    found = solve_plan("corrected plan", problem, priced, allocator, limits=limits)
+    around_float = sum(costs[name].get(candidate.key, 0.0) for name, candidate in found.chosen.items())
+    return replace(found, predicted=around_float)
+
+
+def _price_of_a_move(plan: Plan, costs: Costs, changed: Costs) -> float:
+    """Return the change of the divergence that a move must gain: the median of what both measurements differ by.
+
+    A few windows measure each change with an error, and the allocator picks those that seem best by chance.
+    """
+    differences = [
+        abs(change - costs[name].get(key, 0.0) + costs[name].get(plan.chosen[name].key, 0.0))
+        for name, own in changed.items()
+        for key, change in own.items()
+        if key != plan.chosen[name].key
+    ]
+    return median(differences) if differences else 0.0
 
 
 def _neighbours(problem: Problem, costs: Costs, plan: Plan, unit: Unit) -> list[Candidate]:
