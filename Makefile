@@ -76,9 +76,10 @@ browser:
 	{ apt-get update && apt-get install -y --no-install-recommends chromium; } > /dev/null 2>&1 \
 	  || echo "chromium could not be installed; tests/browser will be skipped"
 
-# The compiled kernels against plain loops, under the address and undefined behaviour sanitizers.
+# The compiled kernels against plain loops, under the address and undefined behaviour sanitizers; KERNELS="step kv": those.
+KERNELS ?=
 sanitize:
-	csrc/tests/sanitize.sh
+	csrc/tests/sanitize.sh $(KERNELS)
 
 docs: setup
 	$(BIN)/python -m pip install --quiet -e ".[docs]"

@@ -89,6 +89,13 @@ void def_of_weights(nb::module_& m, const char* name, const Function& function) 
           nb::keep_alive<0, 13>(), nb::keep_alive<0, 14>(), nb::keep_alive<0, 15>());
 }
 
+void check_places(const Array<const int64_t, 1>& places, int64_t count) {
+    for (size_t i = 0; i < places.size(); ++i)
+        require(0 <= places.data()[i] && places.data()[i] < count, "a column is out of range");
+}
+
+const uint16_t* fp16(const Array<const int16_t, 2>& numbers) { return reinterpret_cast<const uint16_t*>(numbers.data()); }
+
 std::vector<float> row_of(const Linear& table, int64_t row) {
     require(0 <= row && row < table.rows, "a row is out of range");
     std::vector<float> out(table.columns);
@@ -111,12 +118,24 @@ void bind_step(nb::module_& m) {
         .def("product", grid_product, "x"_as_is, "y"_as_is, "threads"_a);
     m.def(
         "grid_linear",
-        [](const LookupLinear& matrix, int bits, int64_t width, bool symmetric, float scale, float zero) {
+        [](const LookupLinear& matrix, int bits, int64_t width, bool symmetric, float scale, float zero, float threshold) {
             require(0 <= scale && scale < 1e30f && 0 <= zero && zero < 256, "there is no such grid");
             require(0 < width && width <= matrix.columns, "a scale covers 1 to all columns");
-            return std::make_unique<GridLinear>(matrix.matrix(), Grid{bits, width, symmetric, scale, zero});
+            require(0 <= threshold, "a threshold is a magnitude");
+            return std::make_unique<GridLinear>(matrix.matrix(), Grid{bits, width, symmetric, scale, zero, threshold});
         },
-        "matrix"_a, "bits"_a, "width"_a, "symmetric"_a, "scale"_a, "zero"_a, nb::keep_alive<0, 1>());
+        "matrix"_a, "bits"_a, "width"_a, "symmetric"_a, "scale"_a, "zero"_a, "threshold"_a = 0.0f, nb::keep_alive<0, 1>());
+    m.def(
+        "lookup_columns",
+        [](const LookupLinear& matrix, Array<const int64_t, 1> columns, Array<float, 2> out, int threads) {
+            const int64_t count = columns.size();
+            check_places(columns, matrix.columns);
+            require(static_cast<int64_t>(out.shape(0)) == matrix.rows && static_cast<int64_t>(out.shape(1)) == count,
+                    "out has another shape");
+            nb::gil_scoped_release free;
+            matrix.column_numbers(columns.data(), count, out.data(), threads);
+        },
+        "matrix"_a, "columns"_as_is, "out"_as_is, "threads"_a);
     m.def(
         "dense_linear",
         [](Array<const float, 2> weights) {
@@ -198,11 +217,33 @@ void bind_step(nb::module_& m) {
         "permuted_linear",
         [](const Linear& inner, Array<const int64_t, 1> order) {
             require(static_cast<int64_t>(order.size()) == inner.columns, "an order has another size");
-            for (int64_t i = 0; i < inner.columns; ++i)
-                require(0 <= order.data()[i] && order.data()[i] < inner.columns, "an order is out of range");
+            check_places(order, inner.columns);
             return made<PermutedLinear>(inner, order.data());
         },
         "inner"_a, "order"_as_is, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>());
+    using Halves = Array<const int16_t, 2>;  // fp16
+    m.def(
+        "outlier_linear",
+        [](const Linear& inner, Array<const int64_t, 1> base, Array<const int64_t, 1> outliers, Halves values) {
+            const int64_t count = outliers.size();
+            require(static_cast<int64_t>(base.size()) == inner.columns, "the base has another size");
+            check_places(base, inner.columns + count);
+            check_places(outliers, inner.columns + count);
+            require(static_cast<int64_t>(values.shape(0)) == inner.rows && static_cast<int64_t>(values.shape(1)) == count,
+                    "values have another shape");
+            return made<OutlierLinear>(inner, base.data(), outliers.data(), fp16(values), count);
+        },
+        "inner"_a, "base"_as_is, "outliers"_as_is, "values"_as_is, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
+        nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>());
+    m.def(
+        "low_rank_linear",
+        [](const Linear& inner, Halves left, Halves right) {
+            require(static_cast<int64_t>(left.shape(0)) == inner.rows && left.shape(1) == right.shape(0) &&
+                        static_cast<int64_t>(right.shape(1)) == inner.columns,
+                    "factors have another shape");
+            return made<LowRankLinear>(inner, fp16(left), fp16(right), static_cast<int64_t>(right.shape(0)));
+        },
+        "inner"_a, "left"_as_is, "right"_as_is, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>());
     bind_decoder(m);
 }
 

@@ -14,10 +14,12 @@ std::vector<const Isa*> machine_isas() {
 #ifdef BITMILL_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#ifndef BITMILL_WITHOUT_AVX512  // tests/sanitize.sh, where it is not compiled
     if (known.empty() && avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
         __builtin_cpu_supports("avx512vnni"))
         known.push_back(&avx512_isa);
+#endif
     if (avx2) known.push_back(&avx2_isa);
 #endif
 #ifdef BITMILL_ARM

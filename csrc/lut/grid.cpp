@@ -45,15 +45,21 @@ Scale scale_of(const Grid& grid, const float* x, int64_t count) {
     return {size, std::min(nearest(-low / size), top)};
 }
 
-// Returns the sum of the integers.
-int32_t round_all(const Grid& grid, const Scale& scale, const float* x, int64_t count, int8_t* to) {
+// Bytes of 255 * high + low; returns the sum of the integers.
+template <bool two_bytes>
+int32_t round_all(const Grid& grid, const Scale& scale, const float* x, int64_t count, int8_t* to, int8_t* lows) {
     const float least = -scale.zero, most = static_cast<float>((1 << grid.bits) - 1) - scale.zero;
     int32_t sum = 0;
     for (int64_t i = 0; i < count; ++i) {
         const float part = x[i] / scale.size;  // beyond the range of a static scale, up to Inf
-        const float whole = nearest(part < least ? least : part > most ? most : part);
-        to[i] = static_cast<int8_t>(static_cast<int32_t>(whole));
-        sum += to[i];
+        const int32_t whole = static_cast<int32_t>(nearest(part < least ? least : part > most ? most : part));
+        sum += whole;
+        if (two_bytes) {
+            const int32_t high = (whole > 127) - (whole < -127);
+            to[i] = static_cast<int8_t>(high), lows[i] = static_cast<int8_t>(whole - 255 * high);
+        } else {
+            to[i] = static_cast<int8_t>(whole);
+        }
     }
     return sum;
 }
@@ -76,6 +82,21 @@ struct Spans {
     }
 };
 
+// Columns in which an input reaches the threshold, into out.kept; returns x without them, or x where there are none.
+const float* keep_columns(float threshold, const float* x, int64_t tokens, int64_t columns, Buffers& out) {
+    out.kept.clear();
+    if (!(threshold > 0)) return x;
+    out.rounded.assign(x, x + tokens * columns);
+    for (int64_t c = 0; c < columns; ++c) {
+        bool kept = false;
+        for (int64_t t = 0; t < tokens; ++t) kept |= std::fabs(x[t * columns + c]) >= threshold;
+        if (!kept) continue;
+        out.kept.push_back(c);
+        for (int64_t t = 0; t < tokens; ++t) out.rounded[t * columns + c] = 0.0f;
+    }
+    return out.kept.empty() ? x : out.rounded.data();
+}
+
 // Bytes as 255 * high + low of two bytes from -127 to 127.
 void widen(Buffers& out) {
     out.lows = out.bytes;
@@ -89,7 +110,7 @@ void widen(Buffers& out) {
 }  // namespace
 
 bool has_grid(const Layout& l, const Grid& grid) {
-    if (grid.bits < 1 || grid.bits > (grid.symmetric ? 8 : 7) || grid.width < 1) return false;
+    if (grid.bits < 1 || grid.bits > 8 || grid.width < 1) return false;
     const Spans spans(l);
     for (int64_t s = 0; s < spans.count; ++s) {
         int64_t first, last;
@@ -102,14 +123,17 @@ bool has_grid(const Layout& l, const Grid& grid) {
 Act read_grid(const Layout& l, const Grid& grid, const float* x, int64_t tokens, bool wide, Buffers& out) {
     const Spans spans(l);
     const int64_t padded = l.padded_columns(), groups = l.padded_groups();
+    const bool two_bytes = grid.is_two_bytes();
+    const float* rounded = keep_columns(grid.threshold, x, tokens, l.columns, out);
     out.bytes.assign(tokens * padded, 0);
+    if (two_bytes) out.lows.assign(tokens * padded, 0);
     out.steps.assign(tokens * spans.count, 0.0f);
     out.sums.assign(tokens * groups, 0.0f);
     bool least = false;
     for (int64_t t = 0; t < tokens; ++t) {
-        const float* token = x + t * l.columns;
+        const float* token = rounded + t * l.columns;
         float *steps = out.steps.data() + t * spans.count, *sums = out.sums.data() + t * groups;
-        if (!all_finite(token, l.columns)) {
+        if (!all_finite(x + t * l.columns, l.columns)) {
             std::fill(steps, steps + spans.count, std::numeric_limits<float>::quiet_NaN());
             std::fill(sums, sums + groups, std::numeric_limits<float>::quiet_NaN());
             continue;
@@ -125,14 +149,18 @@ Act read_grid(const Layout& l, const Grid& grid, const float* x, int64_t tokens,
                 scaled = std::min(start + std::min(grid.width, l.columns), l.columns);
                 scale = scale_of(grid, token + start, scaled - start);
             }
-            int8_t* to = out.bytes.data() + t * padded + s * spans.span;
+            const int64_t at = t * padded + s * spans.span, count = last - first;
+            int8_t* to = out.bytes.data() + at;
+            const int32_t sum = two_bytes ? round_all<true>(grid, scale, token + first, count, to, out.lows.data() + at)
+                                          : round_all<false>(grid, scale, token + first, count, to, nullptr);
             steps[s] = scale.size;
-            sums[s * spans.span / spans.stored] += scale.size * static_cast<float>(round_all(grid, scale, token + first, last - first, to));
-            for (int64_t i = 0; grid.bits == 8 && i < last - first; ++i) least |= to[i] == -128;
+            sums[s * spans.span / spans.stored] += scale.size * static_cast<float>(sum);
+            for (int64_t i = 0; grid.bits == 8 && !two_bytes && i < count; ++i) least |= to[i] == -128;
         }
     }
     wide |= least;
-    if (wide) widen(out);
+    if (wide && !two_bytes) widen(out);
+    wide |= two_bytes;
     out.inputs = {out.bytes.data(), out.lows.data(), out.steps.data(), out.sums.data(), nullptr, padded, spans.count, groups};
     return wide ? Act::int16 : Act::int8;
 }

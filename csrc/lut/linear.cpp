@@ -78,6 +78,11 @@ void grid_linear(const Weights& weights, const Grid& grid, const float* x, int64
     thread_local Buffers buffers;
     const Act act = read_grid(weights.layout, grid, x, tokens, needs_wide_grid(weights), buffers);
     product(weights, buffers.inputs, tokens, act, y, threads);
+    const auto& kept = buffers.kept;  // of this thread, for all
+    if (kept.empty()) return;
+    parallel_for(weights.layout.tiles(), threads, [&](int64_t first, int64_t last) {
+        add_columns(weights, act, kept, x, tokens, y, first, last);
+    });
 }
 
 bool has_gemm(const Weights& weights) { return isa().lookup->panel(weights) != nullptr; }
@@ -92,7 +97,11 @@ void linear_gemm(const Weights& weights, const FixedSource& x, int64_t tokens, A
                                          small ? fixed_reach_of_int8 : fixed_reach_of_bytes, bytes);
     thread_local FixedInputs inputs;  // kept: memory that is new is slow
     fixed_inputs(shape, x, tokens, inputs, threads);
-    fixed_panels(inputs, l.rows, y, l.rows, threads, [&](int64_t i, FixedPanel& panel) { read(weights, i, bytes, panel); });
+    fixed_panels(inputs, l.rows, y, l.rows, threads, [&](int64_t i, FixedPanel& panel) {
+        // Rows that the last panel lacks are multiplied too: not by what another matrix left, whose sums may overflow.
+        if ((i + 1) * fixed_rows > l.rows) std::fill(panel.integers.begin(), panel.integers.end(), uint8_t{0});
+        read(weights, i, bytes, panel);
+    });
 }
 
 void decode_levels(const Levels& levels, int64_t count, float* out, int threads) {

@@ -22,6 +22,11 @@ bool has_gemm(const Weights& weights);
 
 // One row of W^, as its tables are rounded.
 void lookup_row(const Weights& weights, Act act, int64_t row, float* out);
+// Columns of the rows of tiles [first, last), as lookup_row: out (rows, count).
+void lookup_columns(const Weights& weights, Act act, const int64_t* columns, int64_t count, int64_t first, int64_t last, float* out);
+// Adds the product with columns that are not rounded, for the rows of those tiles: x (tokens, columns), y (tokens, rows).
+void add_columns(const Weights& weights, Act act, const std::vector<int64_t>& columns, const float* x, int64_t tokens, float* y,
+                 int64_t first, int64_t last);
 
 // The sum of all 64-bit words: as fast as memory can be read.
 uint64_t read_all(const uint8_t* bytes, int64_t count, int threads);

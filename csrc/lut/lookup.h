@@ -66,6 +66,8 @@ struct Buffers {
     std::vector<float> padded, steps, sums;
     std::vector<int8_t> bytes, lows;
     Inputs inputs{};
+    std::vector<int64_t> kept;    // columns that are not rounded, see lut/grid.h
+    std::vector<float> rounded;   // inputs without those, (tokens, columns)
 };
 
 // Tiles [first, last) of T tokens; y is (tokens, stride).

@@ -165,6 +165,51 @@ void lookup_row(const Weights& w, Act act, int64_t row, float* out) {
     }
 }
 
+void lookup_columns(const Weights& w, Act act, const int64_t* columns, int64_t count, int64_t first, int64_t last, float* out) {
+    const Layout& l = w.layout;
+    const Tables tables{w};
+    const int64_t R = l.rows_per_tile, width = l.block_columns();
+    uint8_t codes[64];
+    for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t rows = std::min(R, l.rows - tile * R);
+        float* to = out + (tile - first) * R * count;
+        int64_t unpacked = -1;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t group = columns[i] / l.group, place = group * l.group_blocks * width + columns[i] % l.group;
+            const int64_t block = place / width;
+            if (block != unpacked) {  // columns that follow each other are often of one block
+                const uint8_t* stored = w.codes + tile * l.tile_bytes() + block / 8 * 64 * l.bits;
+                unpack_block(stored, l.bits, static_cast<int>(block % 8), codes);
+                unpacked = block;
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t at = (tile * l.padded_groups() + group) * R + r;
+                const int lane = static_cast<int>(r * width + place % width);
+                const float level = act == Act::float32 ? tables.entry(tile, group, lane, codes[lane], 0.0f)
+                                                        : static_cast<float>(tables.entry(tile, group, lane, codes[lane], 0));
+                to[r * count + i] = w.row_scales[tile * R + r] * group_scale(w, at) * (level - zero_of(w, at));
+            }
+        }
+    }
+}
+
+void add_columns(const Weights& w, Act act, const std::vector<int64_t>& columns, const float* x, int64_t tokens, float* y,
+                 int64_t first, int64_t last) {
+    const int64_t R = w.layout.rows_per_tile, count = static_cast<int64_t>(columns.size());
+    if (!count) return;
+    thread_local std::vector<float> weights;
+    weights.resize(R * count);
+    for (int64_t tile = first; tile < last; ++tile) {
+        lookup_columns(w, act, columns.data(), count, tile, tile + 1, weights.data());
+        for (int64_t r = 0; r < R && tile * R + r < w.layout.rows; ++r)
+            for (int64_t t = 0; t < tokens; ++t) {
+                float sum = 0;
+                for (int64_t i = 0; i < count; ++i) sum += weights[r * count + i] * x[t * w.layout.columns + columns[i]];
+                y[t * w.layout.rows + tile * R + r] += sum;
+            }
+    }
+}
+
 const LookupKernels scalar_lookup = {choose_scalar, choose_floats, [](const Weights& w) { return w.wide ? nullptr : panel_of; }};
 
 }  // namespace bitmill

@@ -6,6 +6,7 @@
 
 #include "../isa.h"
 #include "../lut/linear.h"
+#include "../threads.h"
 #include "step.h"
 
 namespace bitmill {
@@ -61,6 +62,13 @@ bool LookupLinear::row(int64_t row, float* out) const {
     return true;
 }
 
+void LookupLinear::column_numbers(const int64_t* places, int64_t count, float* out, int threads) const {
+    const int64_t R = weights.layout.rows_per_tile;
+    parallel_for(weights.layout.tiles(), threads, [&](int64_t first, int64_t last) {
+        lookup_columns(weights, act, places, count, first, last, out + first * R * count);
+    });
+}
+
 GridLinear::GridLinear(const Weights& weights, const Grid& grid)
     : Linear(weights.layout.rows, weights.layout.columns), weights(weights), grid(grid), wide(needs_wide_grid(weights)) {
     if (!has_grid_linear(weights, grid)) throw std::invalid_argument("no kernel for these inputs");
@@ -72,10 +80,43 @@ void GridLinear::apply(const Team& team, Workspace room, const float* x, float* 
     Act act;
     const Inputs& in = room.inputs.of(weights.layout, grid, wide, x, act);
     lookup_kernel(weights, act)(weights, in, y, rows, first, last);
+    add_columns(weights, act, room.inputs.kept(), x, 1, y, first, last);
 }
 
 void GridLinear::product(const float* x, int64_t tokens, float* y, int threads) const {
     grid_linear(weights, grid, x, tokens, y, threads);
+}
+
+OutlierLinear::OutlierLinear(const Linear& inner, const int64_t* base, const int64_t* outliers, const uint16_t* values, int64_t count)
+    : Linear(inner.rows, inner.columns + count), inner(inner), base(base), outliers(outliers), values(values), count(count) {
+    own = columns + inner.own;
+    shared = inner.shared;
+}
+
+void OutlierLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
+    float *few = room.own, *rest = room.own + count;
+    for (int64_t i = 0; i < count; ++i) few[i] = x[outliers[i]];
+    for (int64_t i = 0; i < inner.columns; ++i) rest[i] = x[base[i]];
+    room.inputs.changed();
+    inner.apply(team, {room.inputs, room.own + columns, room.shared}, rest, y);
+    room.inputs.changed();
+    team.wait();
+    const auto [first, last] = team.share(rows);
+    isa().step->add_fp16(values, count, few, y, first, last);
+}
+
+LowRankLinear::LowRankLinear(const Linear& inner, const uint16_t* left, const uint16_t* right, int64_t rank)
+    : Linear(inner.rows, inner.columns), inner(inner), left(left), right(right), rank(rank) {
+    own = rank + inner.own, shared = inner.shared;
+}
+
+void LowRankLinear::apply(const Team& team, Workspace room, const float* x, float* y) const {
+    inner.apply(team, {room.inputs, room.own + rank, room.shared}, x, y);
+    std::fill(room.own, room.own + rank, 0.0f);
+    isa().step->add_fp16(right, columns, x, room.own, 0, rank);  // by every thread: it is thin
+    team.wait();
+    const auto [first, last] = team.share(rows);
+    isa().step->add_fp16(left, rank, room.own, y, first, last);
 }
 
 void DenseLinear::apply(const Team& team, Workspace, const float* x, float* y) const {

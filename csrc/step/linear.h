@@ -20,6 +20,7 @@ public:
     const Inputs& of(const Layout& layout, const float* x, Act act);
     // As integers of a grid; `act` becomes their type.
     const Inputs& of(const Layout& layout, const Grid& grid, bool wide, const float* x, Act& act);
+    const std::vector<int64_t>& kept() const { return buffers.kept; }  // columns that were not rounded
 
 private:
     Buffers buffers;
@@ -59,6 +60,8 @@ public:
     void product(const float* x, int64_t tokens, float* y, int threads) const;
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
+    // Columns of W, (rows, count).
+    void column_numbers(const int64_t* columns, int64_t count, float* out, int threads) const;
     const Weights& matrix() const { return weights; }
 
 private:
@@ -77,6 +80,31 @@ private:
     const Weights weights;
     const Grid grid;
     const bool wide;
+};
+
+// W' x[base] + V x[outliers]: V (rows, count) in fp16.
+class OutlierLinear : public Linear {
+public:
+    OutlierLinear(const Linear& inner, const int64_t* base, const int64_t* outliers, const uint16_t* values, int64_t count);
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+
+private:
+    const Linear& inner;
+    const int64_t *base, *outliers;
+    const uint16_t* values;
+    const int64_t count;
+};
+
+// W' x + U (V x): U (rows, rank) and V (rank, columns) in fp16.
+class LowRankLinear : public Linear {
+public:
+    LowRankLinear(const Linear& inner, const uint16_t* left, const uint16_t* right, int64_t rank);
+    void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+
+private:
+    const Linear& inner;
+    const uint16_t *left, *right;
+    const int64_t rank;
 };
 
 // Unquantized, fp32 or bf16: rows x columns numbers.

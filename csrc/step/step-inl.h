@@ -229,6 +229,22 @@ void dense_bf16_rows(const uint16_t* weights, int64_t columns, const float* x, f
 }
 
 template <class V>
+void add_fp16_rows(const uint16_t* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last) {
+    const int64_t whole = columns / 16 * 16;
+    float end[16] = {};
+    uint16_t row_end[16] = {};
+    std::memcpy(end, x + whole, (columns - whole) * sizeof(float));
+    for (int64_t r = first; r < last; ++r) {
+        const uint16_t* row = weights + r * columns;
+        std::memcpy(row_end, row + whole, (columns - whole) * sizeof(uint16_t));
+        typename V::Floats sums = V::mul(V::template rows<16>(row_end), V::template rows<16>(end));
+        for (int64_t i = 0; i < whole; i += 16)
+            sums = V::fma(V::template rows<16>(row + i), V::template rows<16>(x + i), sums);
+        y[r] += V::sum(sums);
+    }
+}
+
+template <class V>
 void transposed_rows(const float* weights, int64_t rows, int64_t columns, const float* x, float* y, int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) y[r] = 0;
     for (int64_t c = 0; c < columns; ++c) {
@@ -242,6 +258,6 @@ template <class V>
 constexpr StepKernels step_kernels = {
     rms_norm<V>, layer_norm<V>, add_to<V>, rope<V>,
     {activate<V, Silu>, activate<V, GeluTanh>, activate<V, GeluErf>, activate<V, Relu>},  // in the order of Activation
-    cap_at<V>, attend<V>, to_fp16<V>, dense_rows<V>, dense_bf16_rows<V>, transposed_rows<V>};
+    cap_at<V>, attend<V>, to_fp16<V>, dense_rows<V>, dense_bf16_rows<V>, add_fp16_rows<V>, transposed_rows<V>};
 
 }  // namespace bitmill

@@ -60,6 +60,8 @@ struct StepKernels {
     void (*to_fp16)(const float* x, int64_t count, uint16_t* out);  // to fp16, the largest of which is never exceeded
     void (*dense)(const float* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
     void (*dense_bf16)(const uint16_t* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
+    // y += W x of fp16 weights
+    void (*add_fp16)(const uint16_t* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
     // of weights (columns, rows)
     void (*transposed)(const float* weights, int64_t rows, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
 };

@@ -50,6 +50,7 @@ inline void report(double off, double limit, const char* format, ...) {
 }
 
 void test_lookup();
+void test_grid();
 void test_additive();
 void test_vector();
 void test_rotation();

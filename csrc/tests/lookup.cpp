@@ -1,6 +1,8 @@
 // The lookup kernels of every instruction set against those in plain C++, on random weights of odd shapes.
 #include "../isa.h"
 #include "../lut/linear.h"
+#include "../step/linear.h"
+#include "../step/step.h"
 #include "driver.h"
 
 namespace bitmill {
@@ -164,6 +166,75 @@ void run_codes(const Case& c) {
         }
 }
 
+float to_half(float x) {
+    uint16_t half;
+    isa().step->to_fp16(&x, 1, &half);
+    const int exponent = half >> 10 & 31, mantissa = half & 1023;
+    return exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(1.0f * mantissa, -24);
+}
+
+// A token as lut/grid.h says that it is rounded, in the order of its columns; `kept` are not.
+std::vector<float> rounded(const Grid& grid, std::vector<float> x, const std::vector<bool>& kept) {
+    const auto columns = static_cast<int64_t>(x.size());
+    const float top = static_cast<float>((1 << grid.bits) - 1);
+    for (int64_t first = 0; first < columns; first += grid.width) {
+        const int64_t last = std::min(first + grid.width, columns);
+        float low = 0, high = 0;
+        for (int64_t i = first; i < last; ++i)
+            if (!kept[i]) low = std::min(low, x[i]), high = std::max(high, x[i]);
+        float scale = to_half((grid.symmetric ? 2 * std::max(high, -low) : high - low) / top);
+        if (scale == 0) scale = 1;
+        float zero = grid.symmetric ? static_cast<float>(1 << (grid.bits - 1)) : std::min(std::nearbyint(-low / scale), top);
+        if (grid.scale > 0) scale = grid.scale, zero = grid.symmetric ? zero : grid.zero;
+        for (int64_t i = first; i < last; ++i)
+            if (!kept[i]) x[i] = scale * std::max(-zero, std::min(std::nearbyint(x[i] / scale), top - zero));
+    }
+    return x;
+}
+
+// Inputs on a grid, a few tokens at once and one in a team, against their plain sums.
+void run_grid(const Case& c) {
+    const Arrays a = make(c);
+    const Layout& l = c.layout;
+    const Grid grids[] = {{8, l.columns, true}, {8, l.columns, false}, {4, l.group, false}, {6, 2 * l.group, true},
+                          {8, l.columns, true, 0.02f}, {8, l.columns, false, 0.02f, 100}, {8, l.columns, true, 0, 0, 3.2f},
+                          {8, l.columns, false, 0, 0, 3.0f}};
+    for (const Grid& grid : grids)
+        for (const int tokens : {1, 5}) {
+            const auto x = random_floats(tokens * l.columns);
+            std::vector<bool> kept(l.columns);
+            for (size_t i = 0; grid.threshold > 0 && i < x.size(); ++i)
+                if (std::fabs(x[i]) >= grid.threshold) kept[i % l.columns] = true;
+            std::vector<float> row(l.columns), expected(tokens * l.rows);
+            for (int64_t t = 0; t < tokens; ++t) {
+                const auto values = rounded(grid, {x.begin() + t * l.columns, x.begin() + (t + 1) * l.columns}, kept);
+                for (int64_t r = 0; r < l.rows; ++r) {
+                    lookup_row(a.w, Act::int8, r, row.data());
+                    double sum = 0;
+                    for (int64_t k = 0; k < l.columns; ++k) sum += static_cast<double>(row[k]) * values[k];
+                    expected[t * l.rows + r] = static_cast<float>(sum);
+                }
+            }
+            for (const auto& name : available_isas()) {
+                use_isa(name);
+                if (!has_grid_linear(a.w, grid)) continue;
+                std::vector<float> y(tokens * l.rows, NAN), one(l.rows, NAN);
+                grid_linear(a.w, grid, x.data(), tokens, y.data(), 2);
+                report(difference(y, expected), 1e-4, "%s, grid: %ld x %ld, group %ld, %d bits, source %d, wide %d; inputs %d bits, threshold %g",
+                       name.c_str(), static_cast<long>(l.rows), static_cast<long>(l.columns), static_cast<long>(l.group), l.bits,
+                       static_cast<int>(c.source), c.wide, grid.bits, grid.threshold);
+                if (tokens > 1) continue;
+                const GridLinear linear(a.w, grid);
+                Barrier barrier;
+                for (int t = 0; t < 3; ++t) {
+                    RoundedInputs inputs;
+                    linear.apply({t, 3, &barrier}, {inputs, nullptr, nullptr}, x.data(), one.data());
+                }
+                report(difference(one, y), 0, "%s, grid: a team of three", name.c_str());
+            }
+        }
+}
+
 Layout layout_of(const int64_t (&shape)[3], int bits, int R) {
     const int64_t blocks = (shape[2] * R + 63) / 64;
     int F = static_cast<int>((blocks + 7) / 8 * 8);
@@ -172,9 +243,9 @@ Layout layout_of(const int64_t (&shape)[3], int bits, int R) {
     return {shape[0], shape[1], shape[2], bits, R, F};
 }
 
-}  // namespace
-
-void test_lookup() {
+// Every kind of weights.
+template <class Each>
+void for_cases(const Each& each) {
     const int64_t shapes[][3] = {{1, 1, 1},     {3, 7, 7},     {17, 130, 16},
                                  {33, 300, 64}, {20, 577, 40}, {5, 96, 32}};
     int turn = 0;
@@ -186,18 +257,29 @@ void test_lookup() {
                     const int R = source == Source::shared || bits < 4 ? 16 : bits == 4 ? 4 : 1;
                     if (R == 1 && !wide) continue;
                     ++turn;
-                    const Layout layout = layout_of(s, bits, R);
-                    if (source == Source::bank && bits == 4)
-                        for (const auto& each : {run, run_many, run_codes})
-                            each({layout_of(s, bits, 16), source, false, false, false, turn % 3, 0});
-                    const bool halved = source == Source::own && (bits == 3 || bits == 4);
-                    for (const auto& each : {run, run_many, run_codes})
-                        each({layout, source, wide, turn % 2 == 0, halved && turn % 4 < 2, turn % 3, turn / 3 % 3});
-                    if (R == 1)  // which few tokens multiply with two bytes an entry
-                        run_codes({layout, source, false, turn % 2 == 0, false, turn % 3, turn / 3 % 3});
-                    if (!wide || R == 1)
-                        run({layout, source, false, turn % 2 == 0, false, turn % 3, turn / 3 % 3, true});
+                    const bool halved = source == Source::own && (bits == 3 || bits == 4) && turn % 4 < 2;
+                    each(s, Case{layout_of(s, bits, R), source, wide, turn % 2 == 0, halved, turn % 3, turn / 3 % 3});
                 }
+}
+
+}  // namespace
+
+void test_lookup() {
+    for_cases([](const auto& s, const Case& c) {
+        const Layout& l = c.layout;
+        if (c.source == Source::bank && l.bits == 4)
+            for (const auto& each : {run, run_many, run_codes}) each({layout_of(s, 4, 16), c.source, false, false, false, c.zero_kind, 0});
+        for (const auto& each : {run, run_many, run_codes}) each(c);
+        Case other = c;
+        other.wide = other.mirrored = false;
+        if (l.rows_per_tile == 1) run_codes(other);  // which few tokens multiply with two bytes an entry
+        other.floats = true;
+        if (!c.wide || l.rows_per_tile == 1) run(other);
+    });
+}
+
+void test_grid() {
+    for_cases([](const auto&, const Case& c) { run_grid(c); });
 }
 
 }  // namespace bitmill

@@ -1,40 +1,64 @@
 #!/bin/sh
-# Builds the tests of the kernels with the address and undefined behaviour sanitizers and runs them. CXX, OPT, FLAGS
-# (of the compiler) and RUN (an emulator) may be set. With EMULATE_AVX512=1 the AVX-512 sources are compiled to plain C
-# by SIMDe (package libsimde-dev) and run on any machine.
+# Builds the tests of the kernels with the address and undefined behaviour sanitizers and runs them, or those named:
+# `tests/sanitize.sh step lookup`. What was compiled before, from unchanged sources, is used again. CXX, OPT, FLAGS (of the
+# compiler), RUN (an emulator) and ISAS (the
+# instruction sets beside plain C++; avx512 needs avx2) may be set. With EMULATE_AVX512=1 the AVX-512 sources are compiled
+# to plain C by SIMDe (package libsimde-dev) and run on any machine.
 set -eu
 cd "$(dirname "$0")/.."
-out=${TMPDIR:-/tmp}/bitmill-sanitize
+cxx=${CXX:-g++}
+# Checks are calls, and those of null pointers, which the address sanitizer finds too, are left out: inlined into the
+# many kernels of an instruction set they took five times as long to compile.
+case $($cxx --version) in
+*clang*) calls="-mllvm -asan-instrumentation-with-call-threshold=0" ;;
+*) calls="--param asan-instrumentation-with-call-threshold=0" ;;
+esac
+sanitizers="-fsanitize=address,undefined -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=all $calls"
+cxx="$cxx -std=c++17 ${OPT--O1} -g1 -ffp-contract=off -fopenmp -fno-omit-frame-pointer ${FLAGS-$sanitizers}"
+case $(${CXX:-g++} -dumpmachine) in
+x86_64*) isas=${ISAS-avx2 avx512} ;;
+aarch64*) isas=${ISAS-neon} ;;
+*) isas= ;;
+esac
+out=${TMPDIR:-/tmp}/bitmill-sanitize/$(echo "$cxx" | cksum | cut -d ' ' -f 1)
 mkdir -p "$out"
-cxx="${CXX:-g++} -std=c++17 ${OPT--O1} -g -ffp-contract=off -fopenmp -fno-omit-frame-pointer"
-cxx="$cxx ${FLAGS--fsanitize=address,undefined -fno-sanitize-recover=all}"
-avx2="-mavx2 -mfma -mf16c"
-avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni"
 objects=
+is_current() {  # object
+  [ -f "$1" ] && [ -f "$1.d" ] || return 1
+  for used in $(sed 's/^[^:]*://; s/\\$//' "$1.d"); do
+    [ -f "$used" ] && [ ! "$used" -nt "$1" ] || return 1
+  done
+}
 compile() {  # flags, sources
   flags=$1; shift
   for source in "$@"; do
     object="$out/$(echo "$flags $source" | tr -c 'A-Za-z0-9\n' _ | cut -c1-200).o"
-    $cxx $flags -c "$source" -o "$object"
+    if ! is_current "$object"; then
+      $cxx $flags -MMD -MF "$object.d" -c "$source" -o "$object.new"
+      mv "$object.new" "$object"
+    fi
     objects="$objects $object"
   done
 }
-case $(${CXX:-g++} -dumpmachine) in
-x86_64*)
-  compile "-w -DBITMILL_FOR_AVX2 $avx2" isa/lookup.cpp isa/kernels.cpp
-  [ -n "${EMULATE_AVX512-}" ] || compile "-w -DBITMILL_FOR_AVX512 $avx512" isa/lookup.cpp isa/kernels.cpp
-  shared=-DBITMILL_X86 ;;
-aarch64*)
-  compile "-w -DBITMILL_FOR_NEON" isa/lookup.cpp isa/kernels.cpp
-  shared=-DBITMILL_ARM ;;
-*) shared= ;;
+avx2="-mavx2 -mfma -mf16c"
+avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni"
+shared=
+add() {  # definition of isa.cpp, flags of a set
+  shared="$shared $1"; shift
+  compile "-w $*" isa/lookup.cpp isa/kernels.cpp
+}
+case " $isas " in
+*" avx512 "*)
+  if [ -n "${EMULATE_AVX512-}" ]; then add -DBITMILL_EMULATED_AVX512 -DBITMILL_FOR_AVX512 -Itests/emulated
+  else add "" -DBITMILL_FOR_AVX512 "$avx512 -fno-sanitize=alignment"; fi ;;
+*) shared=-DBITMILL_WITHOUT_AVX512 ;;
 esac
-if [ -n "${EMULATE_AVX512-}" ]; then
-  compile "-w -Itests/emulated -DBITMILL_FOR_AVX512" isa/lookup.cpp isa/kernels.cpp
-  shared="$shared -DBITMILL_EMULATED_AVX512"
-fi
-compile "$shared -DBITMILL_FOR_SCALAR" isa/kernels.cpp
-compile "$shared" isa.cpp lut/layout.cpp lut/grid.cpp lut/linear.cpp lut/scalar.cpp \
-  additive/additive.cpp vector/vector.cpp rotation/rotation.cpp sparse/sparse.cpp fixed/fixed.cpp step/*.cpp kv/*.cpp solve/*.cpp tests/*.cpp
+case " $isas " in *" avx2 "*) add -DBITMILL_X86 -DBITMILL_FOR_AVX2 "$avx2 -fno-sanitize=alignment" ;; esac
+case " $isas " in *" neon "*) add -DBITMILL_ARM -DBITMILL_FOR_NEON ;; esac
+compile -DBITMILL_FOR_SCALAR isa/kernels.cpp
+compile "$shared" isa.cpp
+compile "" lut/layout.cpp lut/grid.cpp lut/linear.cpp lut/scalar.cpp additive/additive.cpp vector/vector.cpp \
+  rotation/rotation.cpp sparse/sparse.cpp fixed/fixed.cpp step/*.cpp kv/*.cpp \
+  solve/*.cpp tests/*.cpp
 $cxx $objects -o "$out/driver"
-OMP_NUM_THREADS=2 ${RUN-} "$out/driver"
+OMP_NUM_THREADS=2 ${RUN-} "$out/driver" "$@"

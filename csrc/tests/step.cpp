@@ -2,6 +2,7 @@
 #include "../step/step.h"
 
 #include <memory>
+#include <thread>
 
 #include "../isa.h"
 #include "driver.h"
@@ -339,6 +340,55 @@ void run_bf16(int64_t rows, int64_t columns) {
     report(difference(y, expected), 1e-5, "bf16 %s: %ld x %ld", isa().name, static_cast<long>(rows), static_cast<long>(columns));
 }
 
+// fp16 numbers of a small range, and what they are.
+std::vector<uint16_t> halves(int64_t count, Floats& values) {
+    std::vector<uint16_t> out(count);
+    values.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+        out[i] = static_cast<uint16_t>(0x3800 | below(1024) | below(2) << 15);
+        values[i] = std::ldexp(1024.0f + (out[i] & 1023), -11) * (out[i] >> 15 ? -1.0f : 1.0f);
+    }
+    return out;
+}
+
+// Columns apart from the others, and a product of low rank, in fp16, by teams of three.
+void run_fp16(int64_t rows, int64_t columns, int64_t count) {
+    const Dense inner(rows, columns);
+    const Floats x = random_floats(columns + count);
+    std::vector<int64_t> base, outliers;
+    for (int64_t i = 0; i < columns + count; ++i)
+        (static_cast<int64_t>(outliers.size()) < count && i % 2 ? outliers : base).push_back(i);
+    while (static_cast<int64_t>(base.size()) > columns) outliers.push_back(base.back()), base.pop_back();
+    Floats values, left, right, y(rows, NAN);
+    const auto stored = halves(rows * count, values), stored_left = halves(rows * count, left), stored_right = halves(columns * count, right);
+    Exact of_base, of_inner, thin(count, 0.0);
+    for (const int64_t i : base) of_base.push_back(x[i]);
+    Exact expected = inner.times(of_base);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < count; ++i) expected[r] += static_cast<double>(values[r * count + i]) * x[outliers[i]];
+    const auto check = [&](const Linear& linear, const char* kind) {
+        Barrier barrier;
+        std::vector<std::thread> threads;
+        for (int t = 0; t < 3; ++t)
+            threads.emplace_back([&, t] {
+                RoundedInputs inputs;
+                Floats own(linear.own), shared(linear.shared);
+                linear.apply({t, 3, &barrier}, {inputs, own.data(), shared.data()}, x.data(), y.data());
+            });
+        for (auto& thread : threads) thread.join();
+        report(difference(y, expected), 1e-5, "%s %s: %ld x %ld, %ld", kind, isa().name, static_cast<long>(rows),
+               static_cast<long>(columns), static_cast<long>(count));
+    };
+    check(OutlierLinear(*inner.linear, base.data(), outliers.data(), stored.data(), count), "outlier columns");
+    for (int64_t i = 0; i < columns; ++i) of_inner.push_back(x[i]);
+    expected = inner.times(of_inner);
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < columns; ++c) thin[i] += static_cast<double>(right[i * columns + c]) * x[c];
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < count; ++i) expected[r] += left[r * count + i] * thin[i];
+    check(LowRankLinear(*inner.linear, stored_left.data(), stored_right.data(), count), "low rank");
+}
+
 // Weights that are stored columns by rows.
 void run_transposed(int64_t rows, int64_t columns) {
     const Dense plain(rows, columns);
@@ -367,6 +417,7 @@ void test_step() {
             run_variants(threads);
         }
         run_bf16(5, 77), run_bf16(3, 32), run_transposed(7, 33), run_halve();
+        run_fp16(7, 33, 5), run_fp16(20, 64, 16), run_fp16(2, 70, 37);
     }
 }
 

@@ -49,7 +49,19 @@ SCHEMES = (
 )
 # Other values that are sound: the last block of a row may be cut, a list of rows or steps may be shorter, ...
 ANY_NUMBER = {"threads", "zero", "rope_scaling", "scale", "first_slot"}
-ANY_VALUE = {"coding", "words", "y", "odd", "start", "first", "loose_keys", "loose_values"}
+ANY_VALUE = {
+    "coding",
+    "words",
+    "y",
+    "odd",
+    "start",
+    "first",
+    "loose_keys",
+    "loose_values",
+    "values",
+    "left",
+    "right",
+}
 ANY_SIZE = {
     "additive": ("x",),
     "cheapest_codings": ("costs", "weight"),
@@ -102,11 +114,10 @@ def run_everything() -> None:
     stats = Statistics(gram_of(X), X.shape[0], fisher=torch.rand(SHAPE))
     wrapped = [FORMATS.get(name)(inner=FORMATS_RUN[0]) for name in WRAPPERS]
     wrapped.append(FORMATS.get("rotated")(inner=FORMATS_RUN[0], kind="orthogonal"))
-    wrapped.append(
-        FORMATS.get("quantized_inputs")(
-            inner=FORMATS_RUN[0], inputs=FORMATS.get("uniform")(bits=4, group_size="row")
-        )
-    )
+    rounded = FORMATS.get("quantized_inputs")
+    row = FORMATS.get("uniform")(bits=4, group_size="row")
+    wrapped += [rounded(inner=FORMATS_RUN[0], inputs=row, threshold=threshold) for threshold in (0.0, 1.0)]
+    wrapped += [FORMATS.get(name)(inner=FORMATS_RUN[0]) for name in ("outlier_columns", "low_rank")]
     for format in (*FORMATS_RUN, *wrapped):
         matrix = solve(Nearest(), weights(*SHAPE), stats, format)
         spec = KernelSpec(format, SHAPE, CPU)

@@ -164,6 +164,11 @@ class Checkpoint:
                     "size_bytes": entry.end - entry.begin,
                 }
 
+    def uncompiled_layers(self) -> dict[str, str]:
+        """Return layer -> why torch rounds the inputs of a few tokens, of layers where compiled code does not."""
+        reasons = {name: format.uncompiled_reason(self.shape(name)[1]) for name, format in self.formats.items()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
     @property
     def bits_per_weight(self) -> float:
         """Bits on disk of the quantized layers of all blocks, all metadata included, per weight.

@@ -43,6 +43,7 @@ def inspect(folder: QuantizedFolder, as_json: AsJson = False) -> None:
             "measured": report.get("measured", []),
             "recorded": bool(checkpoint.record),
             "foreign": list(checkpoint.foreign),
+            "uncompiled": checkpoint.uncompiled_layers(),
             "tensors": tensors,
         }
         output.result(data, lambda: [_tensor_table(tensors), "", _totals(data)])
@@ -150,5 +151,8 @@ def _totals(data: dict[str, Any]) -> Any:
     if not data["recorded"]:
         rows.append(("record", "none: report.json is missing, so nothing can be verified"))
     rows += _foreign(data["foreign"])
+    for reason in dict.fromkeys(data["uncompiled"].values()):
+        count = list(data["uncompiled"].values()).count(reason)
+        rows.append(("rounded by torch", f"the inputs of {count} layers: {reason}"))
     rows += [(f"measured by {m.get('by', '-')}", describe_measurement(m)) for m in data["measured"]]
     return property_table(rows)

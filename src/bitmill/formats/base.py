@@ -93,6 +93,14 @@ class Format(Member, ABC):
         """
         return x
 
+    def uncompiled_reason(self, columns: int) -> str | None:
+        """Return why torch rounds the inputs of a few tokens, as a phrase; None where compiled code does.
+
+        Args:
+            columns: of the matrix.
+        """
+        return None
+
     @property
     @abstractmethod
     def core(self) -> GroupFormat:

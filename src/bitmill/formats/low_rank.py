@@ -52,6 +52,12 @@ class LowRank(Wrapper):
         """The Gram matrix of the inputs, with weighted."""
         return self.inner.needs | (frozenset({"gram"}) if self.weighted else frozenset())
 
+    def uncompiled_reason(self, columns: int) -> str | None:
+        """Return a reason where inputs are rounded."""
+        if self.quantizes_inputs:
+            return "the product of low rank multiplies rounded inputs"
+        return self.inner.uncompiled_reason(columns)
+
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """Return both factors."""
         rank = min(self.rank, *shape)

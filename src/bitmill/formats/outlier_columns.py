@@ -67,6 +67,10 @@ class OutlierColumns(Wrapper):
         """Return the shape of the inner matrix."""
         return shape[0], shape[1] - self.count(shape[1])
 
+    def uncompiled_reason(self, columns: int) -> str | None:
+        """Return the inner format's for the base."""
+        return self.inner.uncompiled_reason(columns - self.count(columns))
+
     def codes_in(self, columns: int) -> int:
         """Return the inner format's codes for the base."""
         return self.inner.codes_in(columns - self.count(columns))

@@ -108,6 +108,17 @@ class QuantizedInputs(Wrapper):
         parts = step % 16 == 0 and (group >= columns or group % step == 0)
         return step >= columns or step % group == 0 or parts
 
+    def uncompiled_reason(self, columns: int) -> str | None:
+        """Return why no compiled kernel rounds and multiplies a few tokens of inputs."""
+        if not self.multiplies_integers:
+            names = self.input_format.name, self.inner.core.name
+            return f"inputs in {names[0]} and weights in {names[1]} have no integers that multiply"
+        if not self.steps_fit(columns):
+            return "columns that share a scale of the inputs are no groups of the weights"
+        if self.input_format.group_size == "tensor" and not self.static:
+            return "all tokens of a call share a scale of the inputs"
+        return None
+
     @property
     def _arithmetics(self) -> set[str | None]:
         return {part.arithmetic if isinstance(part, GroupFormat) else None for part in (self.inputs, self.inner)}

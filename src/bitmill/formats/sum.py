@@ -59,6 +59,12 @@ class Sum(Wrapper):
         if {part.name for part in self.own_parts((1, 1))} & {part.name for part in self.inner.parts((1, 1))}:
             raise RecipeError("A sum is inside a sum; add their shares up in one.")
 
+    def uncompiled_reason(self, columns: int) -> str | None:
+        """Return a reason where inputs are rounded."""
+        if self.quantizes_inputs:
+            return "sparse entries multiply rounded inputs"
+        return self.inner.uncompiled_reason(columns)
+
     def entries(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return the number of entries kept for being sensitive, and of those kept for being large."""
         size = shape[0] * shape[1]

@@ -66,6 +66,10 @@ class Wrapper(Format):
         """Return the inner format's; a wrapper that changes the basis of the inputs overrides it."""
         return self.inner.effective_inputs(x, params)
 
+    def uncompiled_reason(self, columns: int) -> str | None:
+        """Return the inner format's; a wrapper whose own parts multiply rounded inputs overrides it."""
+        return self.inner.uncompiled_reason(columns)
+
     @property
     def bits(self) -> int:
         """Bits of the core's code for one weight."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bitmill import native
 from bitmill.formats import FORMATS
+from bitmill.formats.outlier_columns import OutlierColumns
 from bitmill.formats.quantized import nearest_matrix
 from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.formats.rotated import Rotated
@@ -80,8 +83,20 @@ def test_every_format(format):
     assert relative_error(found, expected) < limit_of(model)
 
 
-@pytest.mark.parametrize("inputs", [Uniform(8, "row", symmetric=True), Uniform(4, 16)], ids=repr)
-@pytest.mark.parametrize("around", [lambda f: f, lambda f: Rotated(f, sides="in")], ids=["plain", "rotated"])
+@pytest.mark.parametrize(
+    "inputs", [Uniform(8, "row", symmetric=True), Uniform(8, "row"), Uniform(4, 16)], ids=repr
+)
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda f: f,
+        lambda f: replace(f, threshold=1.5),
+        lambda f: Rotated(f, sides="in"),
+        lambda f: OutlierColumns(f, 3),
+        lambda f: OutlierColumns(Rotated(f, sides="in"), 16),
+    ],
+    ids=["plain", "threshold", "rotated", "outliers", "rotated between outliers"],
+)
 def test_rounded_inputs(inputs, around, monkeypatch):
     monkeypatch.delenv("BITMILL_ACTIVATIONS")
     model = quantize(odd_model(), around(QuantizedInputs(UNIFORM, inputs)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from bitmill.formats.outlier_columns import OutlierColumns
 from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.formats.uniform import Uniform
 from bitmill.native import is_available
@@ -93,11 +95,46 @@ def test_static_scale_of_few_tokens():
 
 
 @pytest.mark.parametrize(
-    "inputs", [Uniform(8, "row"), Uniform(8, "tensor"), Uniform(8, 24, symmetric=True)], ids=repr
+    ("inputs", "reason"),
+    [(Uniform(8, "tensor"), "all tokens of a call"), (Uniform(8, 24, symmetric=True), "no groups")],
+    ids=repr,
 )
-def test_other_inputs_become_codes_in_torch(inputs):
-    kernel = made(QuantizedInputs(Uniform(4, "row"), inputs))[1]
-    assert kernel.step_linear() is None
+def test_other_inputs_become_codes_in_torch(inputs, reason):
+    format = QuantizedInputs(Uniform(4, "row"), inputs, simulated=True)
+    assert made(format)[1].step_linear() is None
+    assert reason in format.uncompiled_reason(200)
+
+
+def exact_numbers(columns: int, tokens: int, rows: int = 24):
+    """Integers of inputs (tokens, in) and weights (out, in) that span the whole range in every row."""
+    rng = np.random.default_rng(columns)
+    W, x = rng.integers(-8, 8, (rows, columns)), rng.integers(-90, 165, (tokens, columns))
+    W[:, :2], x[:, :2] = (-8, 7), (-90, 165)
+    return x, W
+
+
+@pytest.mark.parametrize("wrap", ["none", "outliers"])
+@pytest.mark.parametrize("threshold", [0.0, 400.0])
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 200), (5, 577), (16, 64), (33, 200)])
+def test_equals_integer_arithmetic(wrap, threshold, tokens, columns):
+    x, W = exact_numbers(columns, tokens)
+    format = QuantizedInputs(Uniform(4, "row"), Uniform(8, "row"), threshold=threshold)
+    if threshold:  # beyond it, in every token or in one
+        x[:, 7], x[-1, columns - 1] = 4096, -2048
+    stats = Statistics()
+    if wrap == "outliers":
+        largest = torch.ones(columns)
+        largest[[5, 20, 21]] = 10
+        stats = Statistics(gram=torch.eye(columns), tokens=tokens, max_abs=largest)
+        format = OutlierColumns(format, 3)
+        x[:, 20] = 30000
+    solved = solve(Nearest(), torch.from_numpy(W).float() / 8, stats, format)
+    assert torch.equal(solved.dequantize(), torch.from_numpy(W).float() / 8)
+    spec = KernelSpec(format, solved.shape, torch.device("cpu"))
+    kernel = choose_kernel(spec)(spec, solved.pack())
+    assert kernel.step_linear() is not None
+    expected = torch.from_numpy(x @ W.T).double() / 32
+    assert torch.equal(kernel.apply(torch.from_numpy(x).float() / 4).double(), expected)
 
 
 def test_columns_above_a_threshold_are_not_rounded():

@@ -14,14 +14,20 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from bitmill.formats import FORMATS, GroupFormat, ScalarFormat
+from bitmill.formats.float import Float
 from bitmill.formats.quantized import Quantized, nearest_matrix
-from bitmill.runtime.kernels import KernelSpec
+from bitmill.formats.quantized_inputs import QuantizedInputs
+from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.runtime.kernels.agreement import disagreement
 from bitmill.runtime.kernels.reference import Reference
 from bitmill.runtime.kernels.triton import Triton
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.triton import available
+from bitmill.runtime.triton.codes import multiply_codes
 from bitmill.runtime.triton.lut import _factors
+from bitmill.solvers import Statistics
+from bitmill.solvers.base import solve
+from bitmill.solvers.nearest import Nearest
 from helpers.cases import few_formats, fitted, weights
 from helpers.selection import one_of_each, thin
 
@@ -230,3 +236,37 @@ def test_verification_compares_these_kernels(monkeypatch):
     apply = Triton.apply
     monkeypatch.setattr(Triton, "apply", lambda kernel, x: apply(kernel, x) * 1.01)
     assert "1 token" in str(disagreement(spec_of(matrix), packed(matrix), matrix.dequantize()))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "weights_format"),
+    [
+        (Uniform(8, "row", symmetric=True), Uniform(8, "row", symmetric=True)),
+        (Uniform(8, "row"), Uniform(4, 40)),
+        (Uniform(4, 32), Uniform(4, 64)),
+        (Float(8, "row"), Float(8, "row")),
+    ],
+    ids=repr,
+)
+def test_codes_of_many_tokens(inputs, weights_format):
+    format = QuantizedInputs(weights_format, inputs)
+    matrix = solve(Nearest(), weights(5, 200), Statistics(), format)
+    spec = KernelSpec(format, matrix.shape, DEVICE)
+    kernel = choose_kernel(spec)(spec, packed(matrix))
+    assert isinstance(kernel.inner, Triton)
+    x = torch.randn(70, 200, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x[3, 5] = torch.nan
+    found = kernel._multiply_on_gpu(x)
+    assert torch.equal(found.nan_to_num(), kernel.apply(x).nan_to_num())
+    assert found.isnan().all(1).nonzero()[:, 0].tolist() == [3]
+    x[3] = 1
+    expected = matrix.effective_inputs(x.cpu()).double() @ matrix.dequantize().double().T
+    assert (kernel.apply(x).cpu() - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_integers_of_many_tokens_are_exact():
+    x = torch.randint(-128, 128, (65, 130), dtype=torch.int8, device=DEVICE)
+    w = torch.randint(-128, 128, (3, 130), dtype=torch.int8, device=DEVICE)
+    ones, zeros = torch.ones(65, 1, device=DEVICE), torch.full((65, 1), 3.0, device=DEVICE)
+    found = multiply_codes(x, ones, w, ones[:3] / 4, 130, zeros)
+    assert torch.equal(found.double(), (x.double() - 3) @ w.double().T / 4)

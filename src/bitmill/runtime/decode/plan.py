@@ -207,7 +207,8 @@ class Plan:
             kernel = module.kernel_on(_CPU)
             made = kernel.step_linear()
             if made is None:
-                raise NotEligibleError(f"{name} is {module.format.name}, whose kernel is not compiled")
+                reason = module.format.uncompiled_reason(module.in_features) or "whose kernel is not compiled"
+                raise NotEligibleError(f"{name} is {module.format.name}, {reason}")
             self._kernel_owners.append(module.tied or module)
             self._kernels.append(kernel)
             return made

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from bitmill.formats.low_rank import LowRank
+from bitmill.native import native, unsupported_reason
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.wrapper import WrapperKernel
 
@@ -31,3 +33,13 @@ class LowRankKernel(WrapperKernel):
         left, right = (self.own[name].to(torch.float32) for name in ("low_rank_left", "low_rank_right"))
         added = linear(linear(self.effective_inputs(x).to(torch.float32), right), left)
         return (self.inner.apply(x).to(torch.float32) + added).to(x.dtype)
+
+    def step_linear(self) -> Any:
+        """Return the inner kernel's matrix and the factors, for the decode step."""
+        if self.spec.format.uncompiled_reason(self.spec.shape[1]) is not None:
+            return None
+        inner = self.inner.step_linear()
+        if inner is None or unsupported_reason("low_rank_linear") is not None:
+            return None
+        left, right = (self.own[name].view(torch.int16) for name in ("low_rank_left", "low_rank_right"))
+        return native().low_rank_linear(inner, left, right)

@@ -51,6 +51,7 @@ class Grid:
         symmetric: The number 0 has the middle code.
         scale: Scale of all inputs; 0 for those of each token.
         zero: Code of the number 0 where scale is given.
+        threshold: Columns in which an input reaches it are not rounded; 0 for none.
     """
 
     bits: int
@@ -58,6 +59,7 @@ class Grid:
     symmetric: bool
     scale: float = 0.0
     zero: float = 0.0
+    threshold: float = 0.0
 
 
 @KERNELS.register("lut")
@@ -202,14 +204,21 @@ class Lut(RepackedKernel):
 
     def grid_linear(self, inputs: Grid) -> Any:
         """Return the extension's view for a few tokens whose inputs are rounded to a grid; None if it has none."""
-        if self.activations.few == "float32" or unsupported_reason("grid_linear") is not None:
+        if self.activations.few == "float32" or unsupported_reason("lookup_columns") is not None:
             return None
         try:
-            return native().grid_linear(
-                self._bound(), inputs.bits, inputs.width, inputs.symmetric, inputs.scale, inputs.zero
-            )
-        except ValueError:  # groups of both that do not fit, or 8 bits without symmetry
+            levels = (inputs.bits, inputs.width, inputs.symmetric, inputs.scale, inputs.zero, inputs.threshold)
+            return native().grid_linear(self._bound(), *levels)
+        except ValueError:  # groups of both that do not fit
             return None
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return columns of W^, int64 (n,): fp32 (out, n)."""
+        if unsupported_reason("lookup_columns") is not None:
+            return self.weights(slice(0, self.spec.shape[0]))[:, ids]
+        out = torch.empty(self.spec.shape[0], len(ids))
+        native().lookup_columns(self._bound(), ids.contiguous(), out, threads())
+        return out
 
     def _made(self, make: Any, plan: list[int], zero: float, parts: list[Tensor | None]) -> Any:
         source, wide, mirrored, record_bytes, records, bank_bits, act = plan[6:]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitmill.formats.outlier_columns import OutlierColumns, base_columns
+from bitmill.native import native, unsupported_reason
 from bitmill.numerics.sparse import from_index
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.wrapper import WrapperKernel
@@ -34,6 +36,14 @@ class OutlierColumnsKernel(WrapperKernel):
         few = x[..., self._outliers].to(torch.float32)
         added = torch.nn.functional.linear(few, self.own["outlier_values"].to(torch.float32))
         return (self.inner.apply(x[..., self._base]).to(torch.float32) + added).to(x.dtype)
+
+    def step_linear(self) -> Any:
+        """Return the inner kernel's matrix and the columns apart, for the decode step."""
+        inner = self.inner.step_linear()
+        if inner is None or unsupported_reason("outlier_linear") is not None:
+            return None
+        values = self.own["outlier_values"].view(torch.int16)
+        return native().outlier_linear(inner, self._base, self._outliers, values)
 
     def output_error(self, W: Tensor) -> Tensor:
         """Return the error of the inner kernel, whose matrix has the other columns, and that of fp32."""

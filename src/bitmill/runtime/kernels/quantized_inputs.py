@@ -1,7 +1,7 @@
 """Quantized inputs: integers of inputs and weights multiply; other formats are rounded, and multiply in floats.
 
-A few tokens are rounded and multiplied by the compiled lookup kernel, also in the decode step. More tokens,
-inputs with a threshold, and 8 bits without symmetry become codes here and multiply in `int8_linear`.
+A few tokens are rounded and multiplied by the compiled lookup kernel, also in the decode step. More tokens become
+codes here and multiply in `int8_linear`, on a GPU in `triton_codes`, which also has floats of 8 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import uses_gemv
 from bitmill.runtime.kernels.int8_linear import int8_linear
 from bitmill.runtime.kernels.lut import Grid, Lut
+from bitmill.runtime.kernels.triton import Triton
+from bitmill.runtime.kernels.triton_codes import multiply_on_gpu
 from bitmill.runtime.kernels.wrapper import WrapperKernel
+from bitmill.runtime.triton.available import MAX_TOKENS
 
 
 @KERNELS.register("quantized_inputs")
@@ -47,7 +50,8 @@ class QuantizedInputsKernel(WrapperKernel):
         flat = x.reshape(-1, self.spec.shape[1])
         lut = self._lut(x)
         if lut is None or not len(flat):
-            return self.inner.apply(self.effective_inputs(x))
+            y = self._multiply_on_gpu(flat) if len(flat) > MAX_TOKENS else None
+            return self.inner.apply(self.effective_inputs(x)) if y is None else y.view(*x.shape[:-1], -1)
         flat = flat.to(torch.float32)
         few = self._few_tokens(lut) if uses_gemv(x) else None
         if few is None:
@@ -56,6 +60,15 @@ class QuantizedInputsKernel(WrapperKernel):
             y = torch.empty(len(flat), self.spec.shape[0])
             few.product(flat.contiguous(), y, threads())
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def _multiply_on_gpu(self, x: Tensor) -> Tensor | None:
+        """Multiply many tokens (tokens, in) by their codes; None where Triton multiplies decoded weights."""
+        may = isinstance(self.inner, Triton) and self._format.multiplies_as_stored and not self._format.threshold
+        if not may or is_traced(x) or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        inputs, broken = self._format.quantize_inputs(x.to(torch.float32), self._params)
+        y = multiply_on_gpu(inputs, self.inner)
+        return None if y is None else y.masked_fill(broken, torch.nan).to(x.dtype)
 
     def step_linear(self) -> Any:
         """Return the matrix that rounds its inputs, for the decode step."""
@@ -71,13 +84,13 @@ class QuantizedInputsKernel(WrapperKernel):
         return self._grid_linear[1]
 
     def _grid(self) -> Grid | None:
-        """Return the levels of the inputs; None with a threshold, or where all tokens of a call share a scale."""
+        """Return the levels of the inputs; None where torch rounds them."""
         format, columns = self._format.input_format, self.spec.shape[1]
-        per_call = format.group_size == "tensor" and not self._format.static
-        if self._format.threshold or per_call or not isinstance(format, RangeFormat):
+        if self._format.uncompiled_reason(columns) is not None or not isinstance(format, RangeFormat):
             return None
         static = {name.removeprefix("input_"): float(value) for name, value in self._params.items()}
-        return Grid(format.bits, min(format.width((1, columns)), columns), format.symmetric, **static)
+        width = min(format.width((1, columns)), columns)
+        return Grid(format.bits, width, format.symmetric, threshold=self._format.threshold, **static)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_grid_linear": None}
@@ -108,5 +121,6 @@ class QuantizedInputsKernel(WrapperKernel):
         width = min(self._format.input_format.width(inputs.shape), x.shape[1])
         y = int8_linear(codes, inputs.params["scale"], lut, None if zeros is None else zeros - middle, width)
         if kept is not None and bool(kept.any()):
-            y = y + lut.apply(x.masked_fill(~kept, 0.0))
+            columns = kept.nonzero()[:, 0]
+            y = y + x[:, columns] @ lut.columns(columns).T
         return y.masked_fill(broken, torch.nan)

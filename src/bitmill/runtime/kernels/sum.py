@@ -63,8 +63,10 @@ class SumKernel(WrapperKernel):
 
     def step_linear(self) -> Any:
         """Return the inner kernel's matrix plus the entries, for the decode step."""
-        inner = None if self._entries is None else self.inner.step_linear()
-        return None if inner is None else native().sum_linear(inner, *self._entries)  # type: ignore[misc]
+        if self._entries is None or self.spec.format.uncompiled_reason(self.spec.shape[1]) is not None:
+            return None
+        inner = self.inner.step_linear()
+        return None if inner is None else native().sum_linear(inner, *self._entries)
 
     def _by_torch(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the entries' product to y, as many tokens at a time as memory allows."""

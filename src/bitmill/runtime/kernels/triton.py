@@ -64,6 +64,10 @@ class Triton(Kernel):
         assert isinstance(self.spec.format, GroupFormat)
         return self.spec.format.rows_of(self._family.codes(ids), self._family.packed, self.spec.shape, ids)
 
+    def codes_and_params(self) -> tuple[Tensor, Params]:
+        """Return all codes (out, in) and the format's parameters."""
+        return self._family.codes(slice(0, self.spec.shape[0])), self._family.params()
+
     def apply(self, x: Tensor) -> Tensor:
         """Multiply x (..., in) to (..., out)."""
         rows, columns = self.spec.shape
