@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bitmill.workflows.comparison.compare import compare
     from bitmill.workflows.estimate import estimate
     from bitmill.workflows.evaluate import evaluate
-    from bitmill.workflows.quantize import Outcome, quantize
+    from bitmill.workflows.quantize.run import Outcome, quantize
     from bitmill.workflows.tasks import evaluate_tasks
     from bitmill.workflows.train import train
 

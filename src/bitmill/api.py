@@ -6,7 +6,7 @@ from bitmill.data.windows import CalibrationData
 from bitmill.workflows.estimate import Estimate, estimate
 from bitmill.workflows.evaluate import evaluate
 from bitmill.workflows.load import load, load_tokenizer
-from bitmill.workflows.quantize import Outcome, quantize
+from bitmill.workflows.quantize.run import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
 from bitmill.workflows.tasks import evaluate_tasks
 from bitmill.workflows.train import TrainingOutcome, train

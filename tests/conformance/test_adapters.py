@@ -22,7 +22,7 @@ from bitmill.recipes.method import METHODS
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.sources.module import ModuleSource
 from bitmill.tasks.base import task_for
-from bitmill.workflows.quantize import Outcome
+from bitmill.workflows.quantize.run import Outcome
 from helpers.architectures import MODELS, TOKENS, WINDOWS, answer, model_of, stored_bytes
 from helpers.cases import method_options
 from helpers.selection import FULL, thin

@@ -232,7 +232,7 @@ def _resume(folder: Path) -> str:
 
 
 READERS["unfinished run"] = Reader(
-    ("checkpoint/journal.py", "checkpoint/work_folder.py", "workflows/quantize.py"),
+    ("checkpoint/journal.py", "checkpoint/work_folder.py", "workflows/quantize/run.py"),
     "half",
     "half.partial/**/*",
     {"resume": _resume},

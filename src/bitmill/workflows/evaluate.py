@@ -43,7 +43,7 @@ from bitmill.sources.pooling import read_pooling
 from bitmill.tasks.base import Task, task_for, task_of
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.load import live_model, reader_of
-from bitmill.workflows.quantize import SECONDS_DIGITS
+from bitmill.workflows.machine import seconds_since
 from bitmill.workflows.sizes import stored_bits
 
 Split = Literal["eval", "choose", "calib", "all"]
@@ -124,7 +124,7 @@ def evaluate(
         "activations": activations().name,
         "bits_per_weight": bits,
         "size_bytes": size,
-        "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
+        "time_s": seconds_since(started),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 

@@ -1,9 +1,10 @@
-"""The machine on which a comparison is measured."""
+"""The machine on which something is measured, and its clock."""
 
 from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,8 @@ def _cpu() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine() or "unknown"
+
+
+def seconds_since(started: float) -> float:
+    """Return the seconds since `started`, a value of time.perf_counter(), to the millisecond."""
+    return round(time.perf_counter() - started, 3)

@@ -15,8 +15,8 @@ from bitmill.evaluation.generate import check_can_generate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
 from bitmill.workflows.load import live_model, tokenizer_of
+from bitmill.workflows.machine import seconds_since
 from bitmill.workflows.prepared_tasks import BATCH_SIZE, LIMIT, check_tasks, prepare_tasks
-from bitmill.workflows.quantize import SECONDS_DIGITS
 from bitmill.workflows.sizes import stored_bits
 
 
@@ -86,6 +86,6 @@ def evaluate_tasks(
         "unprotected": list(prepared.unprotected),
         "bits_per_weight": bits,
         "size_bytes": size,
-        "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
+        "time_s": seconds_since(started),
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -42,7 +42,7 @@ from bitmill.training.snapshot import TrainingResult
 from bitmill.training.student import Learn, Student
 from bitmill.workflows.checks import check_device, check_space, machine_identity
 from bitmill.workflows.load import load, load_tokenizer
-from bitmill.workflows.quantize import SECONDS_DIGITS
+from bitmill.workflows.machine import seconds_since
 from bitmill.workflows.running import measure_folder
 from bitmill.workflows.teacher import Teacher
 
@@ -133,7 +133,7 @@ def train(
         "out": str(place),
         **described,
         "bits_per_weight": report.get("bits_per_weight"),
-        "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
+        "time_s": seconds_since(started),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     named = str(teacher) if isinstance(teacher, str | Path) else described["teacher"]

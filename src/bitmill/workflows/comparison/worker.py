@@ -40,7 +40,7 @@ from bitmill.workflows.comparison.predictions import PredictionRecorder, Recorde
 from bitmill.workflows.comparison.process import exit_with_parent
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.prepared_tasks import prepare_tasks
-from bitmill.workflows.quantize import Outcome, quantize
+from bitmill.workflows.quantize.run import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
 
 GRID_FILE = "grid.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from bitmill.workflows.announce import announced
 from bitmill.workflows.budget.run import BudgetRequest, recipe_for_budget
 from bitmill.workflows.checks import check_space
 from bitmill.workflows.job_report import job_report
+from bitmill.workflows.machine import seconds_since
 from bitmill.workflows.prepare import (
     PreparedJob,
     QuantizeRequest,
@@ -56,8 +56,6 @@ from bitmill.workflows.prepare import (
 )
 from bitmill.workflows.running import measure_folder
 from bitmill.workflows.sizes import report_plan
-
-SECONDS_DIGITS = 3
 
 
 @dataclass
@@ -402,6 +400,6 @@ def _summary(plan: dict[str, Any], out: Path | None, started: float, measured: l
         "size_bytes": folder_bytes(out) if out else plan["size_bytes"],
         "measured": measured,
         "out": str(out) if out else None,
-        "time_s": round(time.perf_counter() - started, SECONDS_DIGITS),
+        "time_s": seconds_since(started),
         "peak_memory_bytes": peak_memory_bytes(),
     }

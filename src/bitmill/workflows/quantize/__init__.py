@@ -1,0 +1,1 @@
+"""Quantize a model: to a recipe, or to a budget."""
