@@ -13,6 +13,7 @@ from bitmill.formats.logarithm import LONGEST, AdaLog, Log2, LogSqrt2
 from bitmill.formats.static_search import search_static
 from bitmill.formats.uniform import Uniform
 from bitmill.recipes.inputs import Inputs
+from bitmill.recipes.method import build_recipe
 
 ONE = {"scale": torch.ones(1, 1), "zero": torch.zeros(1, 1)}
 
@@ -85,6 +86,12 @@ def test_eight_bits_are_finer_than_four():
         return float((format.decode(format.nearest(flat, params), params) - flat).square().sum())
 
     assert error(8) < error(4) / 50
+
+
+def test_sites_can_have_bits_of_their_own():
+    recipe = build_recipe("adalog", {"bits": 8, "act_bits": 8, "log_bits": 3})
+    assert recipe.attention.probabilities.bits == recipe.rules[0].inputs.format.bits == 3
+    assert recipe.inputs.format.bits == recipe.weight.bits == 8
 
 
 def test_search_needs_static_inputs():

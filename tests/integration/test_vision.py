@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import bitmill
 from bitmill.architectures.adapter import ADAPTERS
 from bitmill.errors import CalibrationError
+from bitmill.recipes.method import build_recipe
+from bitmill.tuners import TUNERS
 from helpers.tiny_models import VISION_ADAPTERS, tiny_vision_model
 
 PICTURES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -85,6 +89,20 @@ def test_adalog_is_stored_and_loaded(log, folder):
         assert torch.equal(loaded(PICTURES)[0], live(PICTURES)[0])
     report = (out / "README.md").read_text(encoding="utf-8")
     assert "simulated" in report
+
+
+def test_a_block_of_rounded_activations_is_reconstructed():
+    recipe = build_recipe("adalog", {"bits": 3, "act_bits": 3})
+    tuned = replace(recipe, tuners=(TUNERS.get("block_finetune")(epochs=2),))
+
+    def error(recipe) -> float:
+        model = tiny_vision_model("dinov2")
+        with torch.no_grad():
+            expected = model(PICTURES)[0].clone()
+            bitmill.quantize(model, recipe, calib=PICTURES, measure=0)
+            return float((model(PICTURES)[0] - expected).norm())
+
+    assert error(tuned) < error(recipe)
 
 
 def calib_tensor(model: str, folder) -> torch.Tensor:

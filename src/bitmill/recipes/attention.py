@@ -193,7 +193,7 @@ def parse_attention(spelled: Sequence[str]) -> Attention:
 
 def _parameters(stored: Any) -> tuple[tuple[tuple[str, float], ...], ...]:
     """Return stored static parameters. Raises RecipeError where they are no numbers by name."""
-    blocks = stored if isinstance(stored, list) else [None]
+    blocks: list[Any] = stored if isinstance(stored, list) else [None]
     for one in blocks:
         if not isinstance(one, dict) or not all(
             isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

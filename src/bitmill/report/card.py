@@ -177,9 +177,7 @@ bitmill {{ bitmill }}, recipe in `recipe.yaml`; `report.html` shows the errors o
 Calibrated on {{ {"tokens": "token windows"}.get(identity.calibration.source, "pictures") }} passed by the caller
 (sha256 `{{ identity.calibration.sha256[:16] }}`).
 {% elif identity.calibration %}
-Calibrated on {{ identity.calibration.samples }}
-{{ "pictures" if identity.calibration.unit == "pictures"
-   else "windows of " ~ identity.calibration.seqlen ~ " tokens" }} of
+Calibrated on {{ calibrated_on(identity.calibration) }} of
 {{ code(identity.calibration.source) }} (seed {{ identity.calibration.seed }}, sha256
 `{{ identity.calibration.sha256[:16] }}`).
 {% else %}
@@ -252,6 +250,7 @@ def model_card(report: dict[str, Any]) -> str:
         by_domain=markdown_text(describe_windows(by_domain)) if by_domain else "",
         interval_of=_interval,
         amount=_amount,
+        calibrated_on=_calibrated_on,
         auto=report.get("auto_class", CAUSAL_LM),
         causal_lm=CAUSAL_LM,
         number=_number,
@@ -290,10 +289,17 @@ def _breaks(text: str) -> str:
     return "<br>".join(markdown_text(line) for line in text.split("\n"))
 
 
+def _calibrated_on(calibration: dict[str, Any]) -> str:
+    """Return how much a calibration read, in pictures or in windows of tokens."""
+    if reads_pictures(calibration):
+        return f"{calibration['samples']} pictures"
+    return f"{calibration.get('samples')} windows of {calibration.get('seqlen')} tokens"
+
+
 def _amount(measured: dict[str, Any]) -> str:
     """Return the windows of a measurement, with their length where they are rows of tokens."""
-    windows = str(measured["windows"])
-    return windows if reads_pictures(measured) else f"{windows} x {measured['seqlen']}"
+    windows = str(measured.get("windows", ""))
+    return windows if reads_pictures(measured) else f"{windows} x {measured.get('seqlen', '')}"
 
 
 def _interval(column: MetricColumn, measured: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ class AdaLogMethod(Method):
     log: Literal["adalog", "log2", "log_sqrt2", "uniform"] = option(
         "adalog", "format of probabilities and of inputs behind GELU; the others for comparison"
     )
+    log_bits: int = option(0, "bits of probabilities and of inputs behind GELU, 1 to 8; 0 for act_bits")
     group_size: GroupSize = option("row", "input columns that share a scale of weights, or 'row' or 'tensor'")
     solver: Literal["gptq", "nearest"] = option("nearest", "how weights are rounded")
     fold: bool = option(True, "scale channels behind norms to equal ranges (RepQ-ViT)")
@@ -65,6 +66,6 @@ class AdaLogMethod(Method):
 
     def _behind(self) -> Format:
         """Return the format behind softmax and GELU, with one set of parameters."""
-        data = {"format": self.log, "bits": self.act_bits, "group_size": "tensor"}
+        data = {"format": self.log, "bits": self.log_bits or self.act_bits, "group_size": "tensor"}
         format: Format = FORMATS.from_dict(data)
         return format
