@@ -151,12 +151,12 @@ def main() -> None:
     parser.add_argument("--sensitivities", default="noise")
     parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if arguments.what == "sensitivities":
         found: Any = sensitivities(arguments.folder)
     else:
         budgets, names = arguments.budgets.split(","), arguments.sensitivities.split(",")
         found = plans(arguments.folder, budgets, names, arguments.rounds)
+        known = recorded()
         new = {(row["budget"], row["of"]) for row in found}
         found = [row for row in known.get("plans", []) if (row["budget"], row["of"]) not in new] + found
     about = {
@@ -166,7 +166,12 @@ def main() -> None:
         "seqlen": SEQLEN,
         "threads": torch.get_num_threads(),
     }
-    write_json(RESULTS, finite({**known, **about, arguments.what: found}))
+    write_json(RESULTS, finite({**recorded(), **about, arguments.what: found}))
+
+
+def recorded() -> dict[str, Any]:
+    """Return what the file of results holds now."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def finite(value: Any) -> Any:
