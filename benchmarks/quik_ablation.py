@@ -108,7 +108,7 @@ def measure(name: str, options: dict[str, Any], given: argparse.Namespace) -> di
 
 def quantized(given: argparse.Namespace, method: str, name: str, options: dict[str, Any]) -> Path:
     """Return the folder of a variant, which is made where it does not exist."""
-    folder = given.cache / f"{given.model}-{given.samples}-{name.replace(', ', '-').replace(' ', '-')}"
+    folder = given.cache / f"{Path(given.model).name}-{given.samples}-{name.replace(', ', '-').replace(' ', '-')}"
     if not folder.exists():
         calib = CalibrationData("mix", samples=given.samples)
         bitmill.quantize(given.model, method, out=folder, calib=calib, measure=0, progress=False, **options)

@@ -94,11 +94,7 @@ class Format(Member, ABC):
         return x
 
     def uncompiled_reason(self, columns: int) -> str | None:
-        """Return why torch rounds the inputs of a few tokens, as a phrase; None where compiled code does.
-
-        Args:
-            columns: of the matrix.
-        """
+        """Return why torch rounds a few tokens (tokens, columns), as a phrase; None where compiled code does."""
         return None
 
     @property
