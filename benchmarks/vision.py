@@ -140,11 +140,13 @@ def tabulate(found: dict[str, Any]) -> str:
     """Return settings and cells as Markdown."""
     about, cells = found["about"], found["cells"]
     pictures, accuracy = cells[0]["pictures"], cells[0]["reference_knn_accuracy"]
+    seconds = [cell["cpu_s"] for cell in cells]
     lines = [
         f"`dinov2-small` at {about['size']} x {about['size']} pixels on {pictures} of the 10,000 test pictures of "
         f"Fashion-MNIST (part `eval`), calibrated on {about['samples']} others, weights rounded by "
         f"`{about['solver']}`, without reconstruction. The float model finds the label of {accuracy:.1%} of the "
-        "pictures from their nearest neighbours. Written by `benchmarks/vision.py`.",
+        f"pictures from their nearest neighbours. It took {min(seconds):.0f} to {max(seconds):.0f} s of one "
+        "processor to quantize. Written by `benchmarks/vision.py`.",
         "",
         "| bits | behind softmax and GELU | cosine | k-NN | less float, points | 95 % interval | same neighbour |",
         "|---|---|---|---|---|---|---|",
