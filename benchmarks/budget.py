@@ -1,7 +1,8 @@
 """Sensitivities and plans for budgets on SmolLM2: rank correlations, seconds, predicted and measured divergence.
 
     OMP_NUM_THREADS=1 python benchmarks/budget.py sensitivities
-    OMP_NUM_THREADS=1 python benchmarks/budget.py plans --budgets 2.5,3.0 --sensitivities noise,kl
+    OMP_NUM_THREADS=1 python benchmarks/budget.py plans --budgets 2.5,3.0 --sensitivities noise --rounds 0
+    OMP_NUM_THREADS=1 python benchmarks/budget.py singles --labels "quip 3-bit"
 
 Text is the calibration part of pydoc alone, in windows of SEQLEN tokens, of which the last eighth is held apart.
 Everything measured is kept in --folder, so that an interrupted run goes on. Results go to benchmarks/results/.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from scipy.stats import spearmanr
 
-from bitmill.calibration.token_windows import token_windows
+from bitmill.calibration.token_windows import JobData, token_windows
 from bitmill.config.parsing import parse_part
 from bitmill.data.held_apart import hold_apart
 from bitmill.data.windows import CalibrationData
@@ -36,7 +37,11 @@ from bitmill.sensitivities.measure import measure_blocks
 from bitmill.sensitivities.store import Costs
 from bitmill.sources.open import open_source
 from bitmill.workflows.budget.candidates import block_candidates
+from bitmill.workflows.budget.plan import Plan
+from bitmill.workflows.budget.problem import build_problem
 from bitmill.workflows.budget.run import BudgetRequest, held_apart_windows, recipe_for_budget
+from bitmill.workflows.budget.size import parse_budget
+from bitmill.workflows.budget.verify import Verifier
 from bitmill.workflows.prepare import QuantizeRequest
 
 MODEL, TEXT, SAMPLES, SEQLEN = "smollm2-135m", "pydoc", 16, 256
@@ -142,17 +147,34 @@ def plans(folder: Path, budgets: list[str], names: list[str], rounds: int) -> li
     return rows
 
 
+def singles(folder: Path, labels: list[str]) -> list[dict[str, Any]]:
+    """Measure single recipes, by the labels of their candidates, on the windows that verify plans."""
+    streamed = StreamedModel(open_source(MODEL))
+    data = token_windows(streamed.source, CALIBRATION, True, 0)
+    assert data.windows is not None
+    kept, apart = hold_apart(data.windows, held_apart_windows(len(data.windows)))
+    problem = build_problem(streamed, parse_budget("15bpw"), recipes(), (), None)
+    verifier = Verifier(streamed, JobData(kept, list(apart)), "float", folder, PrintedProgress())
+    for candidate in block_candidates(recipes()):
+        if candidate.label in labels:
+            verifier.measure(Plan(candidate.label, problem, {u.name: candidate for u in problem.units}, 0.0))
+    return [{key: value for key, value in row.items() if key != "predicted_kl"} for row in verifier.measured]
+
+
 def main() -> None:
     """Measure, and add the result to the file of results."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["sensitivities", "plans"])
+    parser.add_argument("what", choices=["sensitivities", "plans", "singles"])
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "bitmill" / "benchmark-budget")
     parser.add_argument("--budgets", default="2.5,3.0")
     parser.add_argument("--sensitivities", default="noise")
+    parser.add_argument("--labels", default="quip 3-bit")
     parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.what == "sensitivities":
         found: Any = sensitivities(arguments.folder)
+    elif arguments.what == "singles":
+        found = singles(arguments.folder, arguments.labels.split(","))
     else:
         budgets, names = arguments.budgets.split(","), arguments.sensitivities.split(",")
         found = plans(arguments.folder, budgets, names, arguments.rounds)
