@@ -95,11 +95,12 @@ def input_format(data: dict[str, Any]) -> Format:
     name = data.get("format")
     kind = FORMATS.get(name) if isinstance(name, str) else Format
     if not issubclass(kind, GroupFormat):
-        return FORMATS.from_dict(data)  # type: ignore[no-any-return]
+        format: Format = FORMATS.from_dict(data)
+        return format
     fixed = kind.standard_group
     defaults = {"bits": kind.default_bits(data), "group_size": fixed or "row", "symmetric": True}
     known = FORMATS.options(str(name))
-    format: Format = FORMATS.from_dict({**{k: v for k, v in defaults.items() if k in known}, **data})
+    format = FORMATS.from_dict({**{k: v for k, v in defaults.items() if k in known}, **data})
     if fixed is not None and format.core.group_size != fixed:
         raise RecipeError(
             f"group_size is {format.core.group_size!r}, and {name} has a scale for {fixed} columns of a token; "

@@ -63,8 +63,10 @@ class QuantizedInputsKernel(WrapperKernel):
 
     def _multiply_on_gpu(self, x: Tensor) -> Tensor | None:
         """Multiply many tokens (tokens, in) by their codes; None where Triton multiplies decoded weights."""
-        may = isinstance(self.inner, Triton) and self._format.multiplies_as_stored and not self._format.threshold
+        may = self._format.multiplies_as_stored and not self._format.threshold
         if not may or is_traced(x) or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        if not isinstance(self.inner, Triton):
             return None
         inputs, broken = self._format.quantize_inputs(x.to(torch.float32), self._params)
         y = multiply_on_gpu(inputs, self.inner)

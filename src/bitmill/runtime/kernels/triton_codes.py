@@ -24,7 +24,10 @@ def multiply_on_gpu(inputs: Quantized, matrix: Triton) -> Tensor | None:
     format, columns = matrix.spec.format, matrix.spec.shape[1]
     assert isinstance(format, GroupFormat)
     codes, params = matrix.codes_and_params()
-    widths = [min(f.width(s), columns) for f, s in ((inputs.format.core, inputs.shape), (format, codes.shape))]
+    widths = (
+        min(inputs.format.core.width(inputs.shape), columns),
+        min(format.width(matrix.spec.shape), columns),
+    )
     step = min(widths)
     if max(widths) % step and max(widths) < columns:
         return None
