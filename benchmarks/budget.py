@@ -1,7 +1,7 @@
 """Sensitivities and plans for budgets on SmolLM2: rank correlations, seconds, predicted and measured divergence.
 
     OMP_NUM_THREADS=1 python benchmarks/budget.py sensitivities
-    OMP_NUM_THREADS=1 python benchmarks/budget.py plans --budgets 2.5,3.0 --sensitivities noise --rounds 0
+    OMP_NUM_THREADS=1 python benchmarks/budget.py plans --budgets 2.5,3.0 --sensitivities noise --corrections 0
     OMP_NUM_THREADS=1 python benchmarks/budget.py singles --labels "quip 3-bit"
 
 Text is the calibration part of pydoc alone, in windows of SEQLEN tokens, of which the last eighth is held apart.
@@ -128,7 +128,7 @@ def rank_correlation(costs: Costs, others: Costs, candidates: list[Candidate]) -
     return float(spearmanr(*zip(*pairs)).statistic)
 
 
-def plans(folder: Path, budgets: list[str], names: list[str], rounds: int) -> list[dict[str, Any]]:
+def plans(folder: Path, budgets: list[str], names: list[str], corrections: int) -> list[dict[str, Any]]:
     """Solve and verify a plan for every budget and sensitivity; the best uniform recipes are measured with it."""
     rows = []
     for budget in budgets:
@@ -138,7 +138,7 @@ def plans(folder: Path, budgets: list[str], names: list[str], rounds: int) -> li
                 False, PrintedProgress(),
             )  # fmt: skip
             asked = BudgetRequest(
-                f"{budget}bpw", recipes(), SENSITIVITY_PARTS[name], max_minutes=1e6, rounds=rounds
+                f"{budget}bpw", recipes(), SENSITIVITY_PARTS[name], max_minutes=1e6, corrections=corrections
             )
             summary = recipe_for_budget(request, asked, (), None).summary
             rows.append({"budget": float(budget), "of": name, **summary})
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="2.5,3.0")
     parser.add_argument("--sensitivities", default="noise")
     parser.add_argument("--labels", default="quip 3-bit")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--corrections", type=int, default=1)
     arguments = parser.parse_args()
     if arguments.what == "sensitivities":
         found: Any = sensitivities(arguments.folder)
@@ -177,7 +177,7 @@ def main() -> None:
         found = singles(arguments.folder, arguments.labels.split(","))
     else:
         budgets, names = arguments.budgets.split(","), arguments.sensitivities.split(",")
-        found = plans(arguments.folder, budgets, names, arguments.rounds)
+        found = plans(arguments.folder, budgets, names, arguments.corrections)
         known = recorded()
         new = {(row["budget"], row["of"]) for row in found}
         found = [row for row in known.get("plans", []) if (row["budget"], row["of"]) not in new] + found

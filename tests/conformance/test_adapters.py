@@ -18,6 +18,7 @@ from bitmill.calibration.staged_forward import StagedForward
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import SourceError
 from bitmill.models.streamed import StreamedModel
+from bitmill.recipes.attention import attach_attention
 from bitmill.recipes.method import METHODS
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.sources.module import ModuleSource
@@ -69,6 +70,7 @@ def live_dequantized(model: nn.Module, folder) -> nn.Module:
         W = quantized.dequantize()
         linear.weight.data = W if isinstance(linear, nn.Linear) else W.T.contiguous()
         hook_inputs(linear, quantized.rounding)
+    attach_attention(live, checkpoint.config["quantization_config"].get("recipe"))
     return live
 
 

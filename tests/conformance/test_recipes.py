@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import re
 
 import pytest
 import yaml
 
+import bitmill
 from bitmill.errors import RecipeError
 from bitmill.formats.uniform import Uniform
 from bitmill.recipes.method import METHODS, build_recipe, parse_group_size
@@ -195,3 +197,9 @@ def test_group_size_words():
     assert [parse_group_size(w) for w in ("64", 64, "row", "-1", -1, "tensor", "0", " ROW ")] == [
         *(64, 64, "row", "row", "row", "tensor", "tensor", "row")
     ]
+
+
+@every_method
+def test_options_are_no_arguments_of_quantize(name):
+    options = {field.name for field in dataclasses.fields(METHODS.get(name))}
+    assert not options & inspect.signature(bitmill.quantize).parameters.keys()

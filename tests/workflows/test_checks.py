@@ -15,8 +15,10 @@ from bitmill.recipes.method import build_recipe
 from bitmill.report.card import model_card
 from bitmill.workflows.checks import check_space, choose_recipe, job_identity
 
-CONFIG = SimpleNamespace(vocab_size=100, max_position_embeddings=32)
-SOURCE = SimpleNamespace(name="tiny", config=CONFIG, fingerprint=lambda: "0" * 64)
+CONFIG = SimpleNamespace(
+    model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=100, max_position_embeddings=32
+)
+SOURCE = SimpleNamespace(name="tiny", config=CONFIG, pooling=lambda: "cls", fingerprint=lambda: "0" * 64)
 WINDOWS = torch.arange(40).view(4, 10)
 
 

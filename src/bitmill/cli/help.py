@@ -21,7 +21,7 @@ PANELS = {  # by parameter; others are in typer's own panel
     "Method": (
         "method", "methods", "bits", "group_size", "settings", "format", "solver", "transform", "tuner", "sparse",
         "inputs", "attention", "rules", "recipes", "propagate", "max_minutes", "head_bits", "budget", "budgets",
-        "sensitivity", "allocator", "rounds", "save_recipe",
+        "sensitivity", "allocator", "corrections", "save_recipe",
     ),
     "Training": ("teacher", "loss", "learn", "epochs", "rate", "held_apart"),
     "Text and measurement": (

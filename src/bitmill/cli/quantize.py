@@ -185,7 +185,7 @@ Allocator = Annotated[
         show_default=False,
     ),
 ]
-Rounds = Annotated[
+Corrections = Annotated[
     int | None,
     typer.Option(metavar="N", help="With --budget: measured corrections of the choice (1).", show_default=False),
 ]
@@ -244,7 +244,7 @@ def quantize(
     methods: Methods = None,
     sensitivity: Sensitivity = None,
     allocator: Allocator = None,
-    rounds: Rounds = None,
+    corrections: Corrections = None,
     save_recipe: SaveRecipe = None,
     propagate: Propagate = "quantized",
     max_minutes: MaxMinutes = None,
@@ -279,7 +279,7 @@ def quantize(
     }  # fmt: skip
     planned: dict[str, Any] = {
         "budget": budget, "methods": None if methods is None else split_list(methods), "sensitivity": sensitivity,
-        "allocator": allocator, "rounds": rounds, "save_recipe": save_recipe,
+        "allocator": allocator, "corrections": corrections, "save_recipe": save_recipe,
     }  # fmt: skip
     with command_output(as_json) as output:
         output.progress.start("starting", 0)

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from bitmill.formats.base import FORMATS, Params, Rounder, ScalarFormat
 from bitmill.formats.fitting import as_stored, positive
-from bitmill.formats.lookup import Lookup
 from bitmill.formats.part import Part
 
 LONGEST = 40  # shift of an integer decoder, with which products of 9-bit multipliers stay in 64 bits
@@ -71,12 +70,6 @@ class Logarithm(ScalarFormat):
     def levels(self, params: Params) -> Tensor:
         """Return scale * (m / M * 2^-e - zero)."""
         return params["scale"][..., None] * (self.powers(params) - params["zero"][..., None])
-
-    def lookup(self, params: Params) -> Lookup:
-        """Return the powers of every group as tables."""
-        powers = self.powers(params)
-        which = torch.arange(powers.shape[0] * powers.shape[1], device=powers.device).view(powers.shape[:2])
-        return Lookup(powers.flatten(0, 1), params["scale"], params["zero"], which)
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """Search the sorted table.

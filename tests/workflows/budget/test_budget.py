@@ -34,7 +34,7 @@ def rtn(bits: int, method: str = "rtn") -> Recipe:
 
 
 def to_budget(budget: str, out=None, model: str = "llama", **options):
-    given = {"methods": [rtn(bits) for bits in (2, 4, 8)], "rounds": 0, "calib": WINDOWS, "progress": False}
+    given = {"methods": [rtn(bits) for bits in (2, 4, 8)], "corrections": 0, "calib": WINDOWS, "progress": False}
     return bitmill.quantize(tiny_model(model), budget=budget, out=out, **{**given, **options})
 
 
@@ -102,7 +102,7 @@ def test_rules_decide_their_layers():
 
 
 def test_correction_keeps_the_budget(tmp_path):
-    outcome = to_budget("4.0bpw", tmp_path / "out", rounds=1, sensitivity="kl")
+    outcome = to_budget("4.0bpw", tmp_path / "out", corrections=1, sensitivity="kl")
     assert all(plan["bits_per_weight"] <= 4.0 for plan in outcome.report["budget"]["plans"])
 
 
@@ -139,7 +139,7 @@ REFUSED = {
     "keys and values": ({"budget": "4bpw", "kv": "kivi"}, "counts weights alone"),
     "half of a fused group": ({"budget": "4bpw", "rules": ["*.q_proj=float"]}, "fuse"),
     "no budget": ({"methods": ["gptq"], "method": "rtn"}, "methods belongs to a budget"),
-    "rounds": ({"budget": "4bpw", "rounds": 9}, "use 0, 1 or 2"),
+    "corrections": ({"budget": "4bpw", "corrections": 9}, "use 0, 1 or 2"),
 }
 
 

@@ -73,7 +73,7 @@ class BudgetRequest:
         methods: names of methods, recipe files or recipes to choose from.
         sensitivity, allocator: names, or parts `NAME:key=value,...`.
         max_minutes: about the longest time of the sensitivities; None for twice that of quantizing.
-        rounds: corrections of the plan.
+        corrections: corrections of the plan.
         save_recipe: a file for the recipe.
     """
 
@@ -82,14 +82,14 @@ class BudgetRequest:
     sensitivity: str = SENSITIVITY
     allocator: str = ALLOCATOR
     max_minutes: float | None = None
-    rounds: int = 1
+    corrections: int = 1
     save_recipe: Path | None = None
 
     def __post_init__(self) -> None:
         if self.max_minutes is not None and not (self.max_minutes >= 0 and math.isfinite(self.max_minutes)):
             raise UsageError(f"max_minutes is {self.max_minutes!r}; use 0 or a positive number of minutes.")
-        if not 0 <= self.rounds <= 2:
-            raise UsageError(f"rounds is {self.rounds}; use 0, 1 or 2.")
+        if not 0 <= self.corrections <= 2:
+            raise UsageError(f"corrections is {self.corrections}; use 0, 1 or 2.")
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class _Planning:
         """Return the plan of least measured divergence: the solved one, a corrected one, or a uniform one."""
         began = time.perf_counter()
         best, least = plan, verifier.measure(plan)
-        for number in range(self.asked.rounds):
+        for number in range(self.asked.corrections):
             clock = time.perf_counter()
             better = corrected_plan(run, self.problem, best, costs, self.allocator)
             self.seconds["corrections"] = self.seconds.get("corrections", 0.0) + time.perf_counter() - clock

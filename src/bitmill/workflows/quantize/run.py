@@ -107,7 +107,7 @@ def quantize(
     sensitivity: str | None = None,
     allocator: str | None = None,
     max_minutes: float | None = None,
-    rounds: int | None = None,
+    corrections: int | None = None,
     save_recipe: str | Path | None = None,
     kv: str | None = None,
     kv_bits: int | None = None,
@@ -144,7 +144,7 @@ def quantize(
             are chosen, see docs/budget.md.
         max_minutes: with a budget, about the longest time of the sensitivities; twice that of quantizing by
             default.
-        rounds: with a budget, corrections of the choice, 0 to 2; 1 by default.
+        corrections: with a budget, corrections of the choice, 0 to 2; 1 by default.
         save_recipe: with a budget, a file for the recipe, also with dry_run.
         kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
             `kv_seqlen` tokens (by default 2048, or the model's context length) of the text.
@@ -163,7 +163,7 @@ def quantize(
             None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code, shown,
         )  # fmt: skip
         changes = RecipeChanges(options, head_bits, tuple(rules))
-        asked = _budget_request(budget, methods, sensitivity, allocator, max_minutes, rounds, save_recipe)
+        asked = _budget_request(budget, methods, sensitivity, allocator, max_minutes, corrections, save_recipe)
         outcome = (
             _quantize(request, method, changes) if asked is None else _to_budget(request, method, changes, asked)
         )
