@@ -164,6 +164,10 @@ class _State:
         """A chunk of `run_error_feedback` may end anywhere."""
         return stop
 
+    def levels(self, start: int, stop: int, Wt: Tensor) -> tuple[None, Tensor]:
+        """Return None: sums of codebooks are no tables of levels."""
+        return None, torch.zeros(stop - start, dtype=torch.int32)
+
     def rounder(self, column: int, Wt: Tensor) -> Rounder:
         """Return a search in (U_BB^T U_BB)^-1, the metric of errors that later blocks cannot absorb.
 

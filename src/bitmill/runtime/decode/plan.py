@@ -214,11 +214,11 @@ class Plan:
             return made
         if type(module) not in (nn.Linear, Conv1D):
             raise NotEligibleError(f"{name} is a {type(module).__name__}")
-        reason = _dense_unsupported_reason(module.weight)
-        if reason is None and type(module) is Conv1D and module.weight.dtype != torch.float32:
-            reason = f"holds {module.weight.dtype}"
-        if reason is not None:
-            raise NotEligibleError(f"{name} {reason}")
+        unsupported = _dense_unsupported_reason(module.weight)
+        if unsupported is None and type(module) is Conv1D and module.weight.dtype != torch.float32:
+            unsupported = f"holds {module.weight.dtype}"
+        if unsupported is not None:
+            raise NotEligibleError(f"{name} {unsupported}")
         if type(module) is Conv1D:
             return native().transposed_linear(module.weight.detach())
         return _dense_linear(module.weight)
