@@ -319,6 +319,17 @@ def _prompts(folder: Path) -> str:
 READERS["prompts"] = Reader(("cli/compare.py",), "texts", "prompts.txt", {"read": _prompts})
 
 
+@refusing
+def _onnx(folder: Path) -> str:
+    from bitmill.sources.onnx import read_onnx
+
+    weights = read_onnx(Path("model.onnx"))
+    return digest_of({name: tensor.tolist() for name, tensor in sorted(weights.tensors.items())})
+
+
+READERS["onnx"] = Reader(("sources/onnx.py",), "onnx", "model.onnx", {"read": _onnx})
+
+
 def build(root: Path) -> None:
     """Write the files of all readers below a folder."""
     import bitmill
@@ -326,6 +337,7 @@ def build(root: Path) -> None:
     from bitmill.sources.open import open_source
     from helpers.tiny_gguf import write_gguf
     from helpers.tiny_models import tiny_model
+    from helpers.tiny_onnx import tiny_onnx
     from helpers.workspace import build_workspace
 
     (root / "half").mkdir(parents=True)
@@ -353,6 +365,8 @@ def build(root: Path) -> None:
     sentences = [f"The {animal} sat on the {place} of w{n}." for n in range(9) for animal, place in PAIRS]
     (root / "encoder" / "text.txt").write_text(" ".join(sentences))
     write_gguf(root / "gguf" / "model.gguf", tiny_model("llama"))
+    (root / "onnx").mkdir()
+    (root / "onnx" / "model.onnx").write_bytes(tiny_onnx(torch.arange(6.0).view(2, 3)))
     kept = ["quantize", "source", "--method", "none", "--kv", "kvquant", "--kv-bits", "3", "--calib", "text.txt"]
     command(*kept, "--kv-samples", "2", "--kv-seqlen", "64", "-o", "kept")(root / "kv")
     model = bitmill.load(root / "cache" / "source")

