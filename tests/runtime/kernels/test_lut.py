@@ -306,3 +306,10 @@ def test_table_bank_limit(most, source):
     tables = torch.tensor([[0.0, 1, 2, 3], [0, 5, 6, most]])
     lookup = Lookup(tables, torch.ones(2, 1), torch.zeros(1, 1), torch.tensor([[0, 1], [1, 0]]))
     assert lookup_tables(lookup, (2, 64), 32, 2, "bytes").source == source
+
+
+def test_zeros_between_entries_are_in_the_tables():
+    powers = (2.0 ** (-torch.arange(8) / 2)).expand(5, -1)
+    lookup = Lookup(powers, torch.ones(5, 1), torch.rand(5, 1), torch.arange(5)[:, None])
+    made = lookup_tables(lookup, (5, 40), 40, 3, "words")
+    assert made.zeros is None  # as fp16, in units of an entry, they were off by up to 32 entries

@@ -195,6 +195,8 @@ def lookup_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int,
     if floats and not torch.equal(lookup.zero.to(torch.float16).to(torch.float32), lookup.zero):
         lookup = _without_zero(lookup)
     integers = as_integers(lookup.tables, 255) or (as_integers(lookup.tables, 65535) if wide else None)
+    if wide and integers is None and not _is_constant(lookup.zero):
+        lookup = _without_zero(lookup)  # in units of 16-bit entries fp16 is too coarse for it
     source = _source_of(lookup, bits, integers, floats)
     summed = source == BANK and not floats and bits == _SUMMED and are_sums(lookup.tables)
     tile_rows = 16 if summed else rows_per_tile(bits, source)
@@ -355,9 +357,13 @@ def _halves(entries: Tensor) -> Tensor:
     return torch.cat([first + least, second - least], 1)
 
 
+def _is_constant(zero: Tensor) -> bool:
+    return bool((zero == zero.flatten()[0]).all())
+
+
 def _set_zero(made: LookupTables, zero: Tensor, tiling: _Tiling) -> None:
     """Store the zero (rows|1, groups|1) as a constant, bytes or fp16."""
-    if bool((zero == zero.flatten()[0]).all()):
+    if _is_constant(zero):
         made.zero = float(zero.flatten()[0])
         return
     whole = torch.equal(zero, zero.round()) and float(zero.min()) >= 0 and float(zero.max()) <= 255
