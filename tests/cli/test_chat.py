@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -152,8 +153,12 @@ def test_terminal(folder):
             expect(b"> ")
             os.write(ours, b"w1 w2\n")
             expect(b"> ")
-            os.write(ours, b"\x03")
-            assert process.wait(60) == 0
+            for _ in range(6):  # Python loses a signal that arrives between its last look and the read
+                os.write(ours, b"\x03")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                    break
+            assert process.returncode == 0, seen
         finally:
             process.kill()  # leaving the block waits for it
     os.close(ours)
