@@ -196,6 +196,7 @@ class StaticGrids:
         count = max(value.shape[1] for value in params.values())
         self._format, self._count = format, count
         self._groups = groups.clamp(max=count - 1).to(torch.int32)
+        self._group_of = self._groups.tolist()
         self._levels: SortedLevels | None = None
         self._rounders: list[Rounder] = []
 
@@ -207,7 +208,7 @@ class StaticGrids:
         """Return the rounder of the column's group."""
         if not self._rounders:
             self._rounders = [self._format.rounder(group_params(self.params, g)) for g in range(self._count)]
-        return self._rounders[int(self._groups[column])]
+        return self._rounders[self._group_of[column]]
 
     def levels(self, start: int, stop: int, Wt: Tensor) -> tuple[SortedLevels | None, Tensor]:
         """Return the levels of all groups, and the groups of the columns."""
