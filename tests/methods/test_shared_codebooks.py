@@ -11,9 +11,8 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats import Format, Params
 from bitmill.formats.additive import Additive
-from bitmill.formats.base import total_stored_bits
 from bitmill.formats.permuted import Permuted
-from bitmill.formats.quantized import Quantized
+from bitmill.formats.quantized import Quantized, total_stored_bits
 from bitmill.formats.shared import Shared
 from bitmill.formats.uniform import Uniform
 from bitmill.formats.wrapper import reduce_to_core

@@ -35,8 +35,7 @@ from bitmill.config.paths import user_path
 from bitmill.errors import CheckpointError, RecipeError, SourceError
 from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.formats import Format
-from bitmill.formats.base import total_stored_bits
-from bitmill.formats.quantized import Quantized, unpack
+from bitmill.formats.quantized import Quantized, total_stored_bits, unpack
 from bitmill.kv.calibration_file import FILE as KV_FILE
 from bitmill.runtime.modules.replace import layers_outside_blocks
 from bitmill.sources.config_bounds import check_config

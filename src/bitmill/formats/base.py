@@ -18,6 +18,7 @@ A scalar format codes one column at a time from a small table. A vector format c
     packed bytes * 8 == stored_bits(shape)
     decode(nearest(decode(codes))) == decode(codes)            quantizing twice changes nothing
     nearest is the best code of brute force
+    fake_quantize(W, params) == dequantize(nearest_codes(W, params))            with gradients
     refit never raises the weighted error
     repr and dict round-trip
 """
@@ -25,7 +26,7 @@ A scalar format codes one column at a time from a small table. A vector format c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -34,10 +35,10 @@ from torch import Tensor
 
 from bitmill.config.registry import Member, Registry
 from bitmill.errors import RecipeError
-from bitmill.formats.lookup import Lookup
 from bitmill.formats.part import Part, not_finite
 from bitmill.numerics.grouping import GroupSize, group_grid, group_width, grouped, ungrouped
 from bitmill.numerics.packing import pack, unpack, words_for
+from bitmill.numerics.straight_through import straight_through
 
 Params = dict[str, Tensor]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype) of tensors on disk
@@ -133,6 +134,31 @@ class Format(Member, ABC):
             The stored matrix, fp32 of `shape`.
         """
 
+    @property
+    def learned_integers(self) -> frozenset[str]:
+        """Names of the parts stored as integers that a gradient moves, as it moves those stored as floats."""
+        return frozenset()
+
+    @abstractmethod
+    def nearest_codes(self, W: Tensor, params: Params) -> Tensor:
+        """Return the codes (rows, codes_in(columns)) of the storable matrix closest to W under fixed params.
+
+        Args:
+            W: fp32 (rows, columns).
+            params: fp32 working values by name, those that a wrapper adds included.
+        """
+
+    @abstractmethod
+    def fake_quantize(self, W: Tensor, params: Params) -> Tensor:
+        """Return `dequantize(nearest_codes(W, params), params)` with gradients of W and of numbers in params.
+
+        Gradients pass the rounding straight through, see `numerics.straight_through`.
+
+        Args:
+            W: fp32 (rows, columns).
+            params: fp32 working values by name, as stored.
+        """
+
     def damage_reason(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> str | None:
         """Return what no encoder stores in packed tensors, as part of a sentence; None where they are sound.
 
@@ -216,19 +242,6 @@ class Format(Member, ABC):
         """Invert `pack_shared`."""
         parts = (part for part in self.parts((1, 1)) if part.name in self.shared)
         return {part.name: part.unpack(tensors[part.name]) for part in parts}
-
-
-def total_stored_bits(layers: Iterable[tuple[Format, tuple[int, int], Hashable]]) -> int:
-    """Return the bits on disk of several layers, with shared parts counted once.
-
-    Args:
-        layers: format, shape (rows, columns), and a key that is equal for layers that share parts.
-    """
-    total, shared = 0, dict[Hashable, int]()
-    for format, shape, key in layers:
-        total += format.own_bits(shape)
-        shared[key] = _bits(format.shared_layout()) if format.shared else 0
-    return total + sum(shared.values())
 
 
 def _bits(layout: Layout) -> int:
@@ -317,6 +330,27 @@ class GroupFormat(Format):
         Returns:
             fp32 (rows, groups, width).
         """
+
+    def nearest_codes(self, W: Tensor, params: Params) -> Tensor:
+        """Return the codes of `nearest`."""
+        codes = self.nearest(grouped(W, self.group_size, self.block), params)
+        return codes.reshape(W.shape[0], -1)[:, : self.codes_in(W.shape[1])].contiguous()
+
+    def fake_quantize(self, W: Tensor, params: Params) -> Tensor:
+        """Return the nearest storable matrix, with gradients."""
+        x = grouped(W, self.group_size, self.block)
+        codes = self.nearest(x.detach(), {name: value.detach() for name, value in params.items()})
+        y = straight_through(self.decode(codes, params), x, self.unrounded(x, params))
+        return ungrouped(y, (W.shape[0], W.shape[1]))
+
+    def unrounded(self, x: Tensor, params: Params) -> Tensor:
+        """Return x as a function of params, here of none, see `numerics.straight_through`.
+
+        Args:
+            x: (rows, groups, width).
+            params: of its groups, with gradients.
+        """
+        return x.detach()
 
     @abstractmethod
     def rounder(self, params: Params) -> Rounder:
@@ -424,76 +458,3 @@ class GroupFormat(Format):
             return torch.empty(0, shape[1], device=rows.device)
         params = {part.name: part.unpack_rows(tensors[part.name], rows) for part in self.parts(shape)}
         return self.dequantize(codes, params, (rows.shape[0], shape[1]))
-
-
-class ScalarFormat(GroupFormat):
-    """A format whose every code is an entry of a small table: `levels(params)[code]`.
-
-    One lookup kernel therefore runs all of them, but for those of one sign.
-    """
-
-    one_sided: ClassVar[bool] = False  # levels crowd at one end: tables in bytes would add up the rounding there
-
-    @abstractmethod
-    def levels(self, params: Params) -> Tensor:
-        """Return the table (rows|1, groups|1, 2**bits) fp32; entry c is the value of code c."""
-
-    def lookup(self, params: Params) -> Lookup:
-        """Return the levels as tables and factors; formats with fewer tables than groups override it."""
-        levels = self.levels(params)
-        which = torch.arange(levels.shape[0] * levels.shape[1], device=levels.device).view(levels.shape[:2])
-        one = torch.ones(1, 1, device=levels.device)
-        return Lookup(levels.flatten(0, 1), one, 0 * one, which)
-
-    def nearest(self, x: Tensor, params: Params) -> Tensor:
-        """Count how many midpoints of the sorted table are below x, then translate rank to code.
-
-        Returns:
-            uint8 (rows, groups, width).
-        """
-        table, order = self.levels(params).sort(-1)
-        middles = (table[..., 1:] + table[..., :-1]) / 2
-        rank = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
-        for k in range(middles.shape[-1]):
-            rank += x > middles[..., k : k + 1]
-        shape = (*x.shape[:-1], order.shape[-1])
-        return order.expand(shape).gather(-1, rank).to(torch.uint8)
-
-    def decode(self, codes: Tensor, params: Params) -> Tensor:
-        """Look every code up in its group's table.
-
-        Returns:
-            fp32 (rows, groups, width).
-        """
-        table = self.levels(params)
-        return table.expand(*codes.shape[:-1], table.shape[-1]).gather(-1, codes.long())
-
-    def rounder(self, params: Params) -> Rounder:
-        """Sort the table once; then a column costs one binary search and two lookups."""
-        table, order = self.levels(params)[:, 0].sort(-1)
-        middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
-
-        def column(w: Tensor) -> tuple[Tensor, Tensor]:
-            rank = torch.searchsorted(middles.expand(w.shape[0], -1).contiguous(), w[:, None].contiguous())
-            rows = w.shape[0]
-            codes = order.expand(rows, -1).gather(1, rank)[:, 0].to(torch.uint8)
-            return codes, table.expand(rows, -1).gather(1, rank)[:, 0]
-
-        return column
-
-
-class RangeFormat(ScalarFormat):
-    """A format of evenly spaced levels, scale * (code - zero), whose parameters follow from a range of numbers.
-
-    With `symmetric` the zero is the middle code 2**(bits-1) and is not stored.
-    """
-
-    symmetric: bool
-
-    @abstractmethod
-    def from_range(self, low: Tensor, high: Tensor) -> Params:
-        """Return the parameters that cover a range: "scale", never 0, and "zero" unless symmetric.
-
-        Args:
-            low, high: (rows, groups) each, low <= 0 <= high.
-        """

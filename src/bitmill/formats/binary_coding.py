@@ -20,9 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, ScalarFormat
+from bitmill.formats.base import FORMATS, Params
 from bitmill.formats.fitting import alternate, as_stored
 from bitmill.formats.part import Part
+from bitmill.formats.scalar import ScalarFormat
 
 _ROUNDS = 15
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, ScalarFormat
+from bitmill.formats.base import FORMATS, Params
 from bitmill.formats.fitting import as_stored
 from bitmill.formats.part import Part
+from bitmill.formats.scalar import ScalarFormat
 from bitmill.numerics.grouping import GroupSize
 from bitmill.numerics.kmeans import kmeans, kmeans_start
 

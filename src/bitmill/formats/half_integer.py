@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, Rounder, ScalarFormat
+from bitmill.formats.base import FORMATS, Params, Rounder
 from bitmill.formats.fitting import as_stored, divide_or_zero, least_error, refit_scale, weighted_rms
 from bitmill.formats.lookup import Lookup
 from bitmill.formats.part import Part
+from bitmill.formats.scalar import ScalarFormat
 from bitmill.numerics.grouping import GroupSize
 
 _REACH = 2.4  # of the outermost levels, in RMS

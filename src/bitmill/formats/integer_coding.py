@@ -30,10 +30,11 @@ from torch import Tensor
 
 from bitmill import native
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, ScalarFormat
+from bitmill.formats.base import FORMATS, Params
 from bitmill.formats.fitting import as_stored
 from bitmill.formats.lookup import Lookup
 from bitmill.formats.part import Part
+from bitmill.formats.scalar import ScalarFormat
 from bitmill.numerics.codings import KEEP, bin_moments, levels_of, snap_table
 
 # Ratio of the starting scale to a group's weighted root mean square, on a grid of one unit: where the best

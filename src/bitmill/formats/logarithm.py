@@ -25,9 +25,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import FORMATS, Params, Rounder, ScalarFormat
+from bitmill.formats.base import FORMATS, Params, Rounder
 from bitmill.formats.fitting import as_stored, positive
 from bitmill.formats.part import Part
+from bitmill.formats.scalar import ScalarFormat
 
 LONGEST = 40  # shift of an integer decoder, with which products of 9-bit multipliers stay in 64 bits
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the range that a search tries

@@ -78,10 +78,9 @@ class LowRank(Wrapper):
 
         return Reduction(W, stats, finish)
 
-    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Decode the inner matrix and add the product, fp32 of `shape`."""
-        W = self.inner.dequantize(codes, self.inner_params(params, shape), shape)
-        return W + params["low_rank_left"] @ params["low_rank_right"]
+    def assemble(self, inner: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """Add the product."""
+        return inner + params["low_rank_left"] @ params["low_rank_right"]
 
 
 def _factor(gram: Tensor) -> Tensor:

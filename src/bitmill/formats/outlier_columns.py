@@ -31,7 +31,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params
 from bitmill.formats.fitting import FP16_MAX, as_stored
-from bitmill.formats.part import Part, not_finite
+from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.sparse import from_index, index_type, to_index
@@ -63,8 +63,8 @@ class OutlierColumns(Wrapper):
         """Return the number of outliers among a row of `columns`: at most half."""
         return min(self.columns, columns // 2)
 
-    def base(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Return the shape of the inner matrix."""
+    def inner_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the shape of the base."""
         return shape[0], shape[1] - self.count(shape[1])
 
     def uncompiled_reason(self, columns: int) -> str | None:
@@ -74,10 +74,6 @@ class OutlierColumns(Wrapper):
     def codes_in(self, columns: int) -> int:
         """Return the inner format's codes for the base."""
         return self.inner.codes_in(columns - self.count(columns))
-
-    def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """Return the inner format's parts for the base, and the wrapper's own."""
-        return (*self.inner.parts(self.base(shape)), *self.own_parts(shape))
 
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """Return which columns are outliers, and their fp16 weights."""
@@ -90,10 +86,7 @@ class OutlierColumns(Wrapper):
         found = from_index(tensors["outlier_columns"])
         if bool((found >= shape[1]).any()) or not bool((found[1:] > found[:-1]).all()):
             return "its outlier_columns are outside the matrix or out of order"
-        own = {part.name for part in self.own_parts(shape)}
-        inner = {name: tensor for name, tensor in tensors.items() if name not in own}
-        mine = {"outlier_values": tensors["outlier_values"]}
-        return self.inner.damage_reason(inner, self.base(shape)) or not_finite(mine)
+        return super().damage_reason(tensors, shape)
 
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
         """Reduce to the base, whose errors the outliers compensate for.
@@ -123,10 +116,13 @@ class OutlierColumns(Wrapper):
 
         return Reduction(W[:, base].contiguous(), reduced, finish)
 
-    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Decode the base and put the outliers into their places, fp32 of `shape`."""
+    def inner_matrix(self, W: Tensor, params: Params) -> Tensor:
+        """Return the base."""
+        return W[:, base_columns(from_index(params["outlier_columns"]), W.shape[1])]
+
+    def assemble(self, inner: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """Put base and outliers into their places."""
         outliers = from_index(params["outlier_columns"])
-        inner = self.inner.dequantize(codes, self.inner_params(params, shape), self.base(shape))
         W = torch.empty(shape, device=inner.device)
         W[:, base_columns(outliers, shape[1])] = inner
         W[:, outliers] = params["outlier_values"]

@@ -76,14 +76,13 @@ class Permuted(Wrapper):
 
         return Reduction(W[:, order], stats.permute(order), finish)
 
-    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Decode the inner matrix and restore the order of its columns.
+    def inner_matrix(self, W: Tensor, params: Params) -> Tensor:
+        """Return the columns in the order in which they are stored."""
+        return W[:, params["order"].long()]
 
-        Returns:
-            fp32 of `shape`.
-        """
-        W = self.inner.dequantize(codes, self.inner_params(params, shape), shape)
-        return W[:, params["order"].long().argsort()]
+    def assemble(self, inner: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """Restore the order of the columns."""
+        return inner[:, params["order"].long().argsort()]
 
 
 def deal_columns(cost: Tensor, block: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -70,6 +70,20 @@ class Quantized:
         return pieces
 
 
+def total_stored_bits(layers: Iterable[tuple[Format, tuple[int, int], Hashable]]) -> int:
+    """Return the bits on disk of several layers, with shared parts counted once.
+
+    Args:
+        layers: format, shape (rows, columns), and a key that is equal for layers that share parts.
+    """
+    total, shared = 0, dict[Hashable, int]()
+    for format, shape, key in layers:
+        own = format.own_bits(shape)
+        total += own
+        shared[key] = format.stored_bits(shape) - own
+    return total + sum(shared.values())
+
+
 def row_slices(shape: tuple[int, int]) -> list[int]:
     """Return the number of rows of each slice in which the largest matrices of a model are decoded.
 
@@ -117,16 +131,14 @@ def fit_with_shared(format: GroupFormat, W: Tensor, importance: Tensor | None, p
     return format.fit_group(grouped(W, format.group_size, format.block), weight, params)
 
 
-def nearest_matrix(format: GroupFormat, W: Tensor, params: Params) -> Quantized:
+def nearest_matrix(format: Format, W: Tensor, params: Params) -> Quantized:
     """Return the storable matrix closest to W under fixed params.
 
     Args:
         W: (rows, columns).
         params: of its groups.
     """
-    codes = format.nearest(grouped(W, format.group_size, format.block), params)
-    flat = codes.reshape(W.shape[0], -1)[:, : format.codes_in(W.shape[1])].contiguous()
-    return Quantized(format, flat, params, (W.shape[0], W.shape[1]))
+    return Quantized(format, format.nearest_codes(W, params), params, (W.shape[0], W.shape[1]))
 
 
 def check_no_table(format: GroupFormat) -> None:

@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Format, GroupFormat, Params, ScalarFormat
+from bitmill.formats.base import FORMATS, Format, GroupFormat, Params
 from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized, check_no_table, fit_matrix, nearest_matrix
+from bitmill.formats.scalar import ScalarFormat
 from bitmill.formats.static_search import StaticFormat, search_static
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.statistics import Statistics
@@ -188,10 +189,6 @@ class QuantizedInputs(Wrapper):
         largest = stats.required_max_abs(self.name)
         params = fit_matrix(self.input_format, torch.stack([largest, -largest]), None, search=False)
         return {_PREFIX + name: value for name, value in params.items()}
-
-    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Decode the inner matrix, fp32 of `shape`."""
-        return self.inner.dequantize(codes, self.inner_params(params, shape), shape)
 
     def quantize_inputs(self, x: Tensor, params: Params) -> tuple[Quantized, Tensor]:
         """Return inputs as they are multiplied.

@@ -97,7 +97,7 @@ class Rotated(Wrapper):
         Raises:
             NumericsError: with `rescale`, when there is no Gram matrix.
         """
-        V, U = self.on_inputs(W.shape[1], W.device), self.on_outputs(W.shape[0], W.device)
+        V = self.on_inputs(W.shape[1], W.device)
         if stats.gram is not None:
             W = torch.where(
                 stats.gram.diagonal() > 0, W, 0.0
@@ -105,26 +105,23 @@ class Rotated(Wrapper):
         own, s = {}, None
         if self.rescale:
             s = _balance(W, stats.required_gram(self.name))
-            W, own = W * s, {"rescale": s[None]}
-        rotated = V.forward(W)
-        if U is not None:
-            rotated = U.forward(rotated.T).T.contiguous()
+            own = {"rescale": s[None]}
 
         def finish(solved: Quantized) -> Quantized:
             return replace(solved, format=self, params={**solved.params, **own})
 
-        return Reduction(rotated, stats.rotate(V, s), finish)
+        return Reduction(self.inner_matrix(W, own), stats.rotate(V, s), finish)
 
-    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Decode the inner matrix and rotate it back to the basis of the layer.
+    def inner_matrix(self, W: Tensor, params: Params) -> Tensor:
+        """Return U W diag(s) V^T."""
+        V, U = self.on_inputs(W.shape[1], W.device), self.on_outputs(W.shape[0], W.device)
+        turned = V.forward(W * params["rescale"] if self.rescale else W)
+        return turned if U is None else U.forward(turned.T).T.contiguous()
 
-        Returns:
-            fp32 of `shape`.
-        """
-        W = self.inner.dequantize(codes, self.inner_params(params, shape), shape)
-        V, U = self.on_inputs(shape[1], W.device), self.on_outputs(shape[0], W.device)
-        if U is not None:
-            W = U.inverse(W.T).T
+    def assemble(self, inner: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """Rotate the inner matrix back to the basis of the layer."""
+        V, U = self.on_inputs(shape[1], inner.device), self.on_outputs(shape[0], inner.device)
+        W = inner if U is None else U.inverse(inner.T).T
         W = V.inverse(W.contiguous())
         return W / params["rescale"] if self.rescale else W
 

@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import Params, Rounder, ScalarFormat
+from bitmill.formats.base import Params, Rounder
 from bitmill.formats.fitting import least_error, weighted_error
 from bitmill.formats.lookup import Lookup
+from bitmill.formats.scalar import ScalarFormat
 from bitmill.numerics.table import Table
 
 
@@ -102,6 +103,13 @@ class Scaled(ScalarFormat):
             uint8 (rows, groups, width).
         """
         return self._table(x.device).codes(x / self.factor(params)[..., None])
+
+    def unrounded(self, x: Tensor, params: Params) -> Tensor:
+        """Return factor * place, where x is no more than half a gap beyond the outermost levels."""
+        factor = self.factor(params)[..., None]
+        place = x.detach() / factor.detach()
+        low, high = self._table(x.device).rounded_range
+        return torch.where((place >= low) & (place <= high), place * factor, x)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Return factor * table[code].

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params
+from bitmill.formats.base import FORMATS
 from bitmill.formats.part import Part
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.statistics import Statistics
@@ -43,7 +43,3 @@ class Shared(Wrapper):
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
         """Return the problem unchanged; the solver takes the shared parts from `stats.shared`."""
         return Reduction(W, stats, lambda solved: replace(solved, format=self))
-
-    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Return the inner matrix."""
-        return self.inner.dequantize(codes, params, shape)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitmill.formats.base import RangeFormat
+from bitmill.formats.scalar import RangeFormat
 
 
 def round_in_range(x: Tensor, low: Tensor, high: Tensor, format: RangeFormat) -> Tensor:

@@ -112,15 +112,16 @@ class Sum(Wrapper):
         }
         return replace(dense, format=self, params={**dense.params, **own})
 
-    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
-        """Decode the inner matrix and add the entries.
+    def inner_matrix(self, W: Tensor, params: Params) -> Tensor:
+        """Set the entries to zero."""
+        mask = torch.zeros_like(W, dtype=torch.bool)
+        mask[places(params["sparse_counts"], params["sparse_columns"])] = True
+        return W.masked_fill(mask, 0)
 
-        Returns:
-            fp32 of `shape`.
-        """
-        W = self.inner.dequantize(codes, self.inner_params(params, shape), shape).clone()
-        rows, columns = places(params["sparse_counts"], params["sparse_columns"])
-        W[rows, columns] += params["sparse_values"]
+    def assemble(self, inner: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """Add the entries."""
+        W = inner.clone()
+        W[places(params["sparse_counts"], params["sparse_columns"])] += params["sparse_values"]
         return W
 
     def _choose(self, W: Tensor, stats: Statistics) -> Tensor:

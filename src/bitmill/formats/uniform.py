@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params, RangeFormat, Rounder
+from bitmill.formats.base import FORMATS, Params, Rounder
 from bitmill.formats.fitting import as_stored, least_error, positive, refit_scale, weighted_error
 from bitmill.formats.lookup import Lookup
 from bitmill.formats.part import Part
+from bitmill.formats.scalar import RangeFormat
+from bitmill.numerics.straight_through import BEYOND
 
 # Shares of the full range that the search tries, widest first.
 _SHRINK = torch.linspace(1.0, 0.35, 27).tolist()
@@ -127,6 +129,18 @@ class Uniform(RangeFormat):
             uint8 (rows, groups, width).
         """
         return self._round(x, params["scale"][..., None], self._zero(params)[..., None]).to(torch.uint8)
+
+    @property
+    def learned_integers(self) -> frozenset[str]:
+        """The integer zero."""
+        return frozenset({"zero"} if self.zero == "integer" and not self.symmetric else ())
+
+    def unrounded(self, x: Tensor, params: Params) -> Tensor:
+        """Return scale * (place - zero), where x is no more than half a step beyond the outermost levels."""
+        scale, zero = params["scale"][..., None], self._zero(params)[..., None]
+        place = (x.detach() / scale.detach()).add_(zero.detach())
+        rounded = (place >= -BEYOND) & (place <= (1 << self.bits) - 1 + BEYOND)
+        return torch.where(rounded, place.sub(zero) * scale, x)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Return scale * (code - zero).

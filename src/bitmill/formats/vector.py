@@ -74,6 +74,11 @@ class VectorFormat(GroupFormat):
         unit = divide_or_zero(x, params["scale"][..., None])
         return self.encode(unit.reshape(-1, self.block)).reshape(*x.shape[:-1], -1)
 
+    def unrounded(self, x: Tensor, params: Params) -> Tensor:
+        """Return scale * (x / scale)."""
+        scale = params["scale"][..., None]
+        return divide_or_zero(x.detach(), scale.detach()) * scale
+
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Return scale * vector.
 

@@ -89,9 +89,13 @@ class Wrapper(Format):
         """Return the inner format's."""
         return self.inner.codes_in(columns)
 
+    def inner_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the shape of the inner matrix of a matrix of `shape`."""
+        return shape
+
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """Return the inner format's parts and the wrapper's own."""
-        return (*self.inner.parts(shape), *self.own_parts(shape))
+        return (*self.inner.parts(self.inner_shape(shape)), *self.own_parts(shape))
 
     @abstractmethod
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
@@ -102,7 +106,47 @@ class Wrapper(Format):
         own = {part.name for part in self.own_parts(shape)}
         inner = {name: tensor for name, tensor in tensors.items() if name not in own}
         mine = {name: tensor for name, tensor in tensors.items() if name in own}
-        return self.inner.damage_reason(inner, shape) or not_finite(mine)
+        return self.inner.damage_reason(inner, self.inner_shape(shape)) or not_finite(mine)
+
+    @property
+    def learned_integers(self) -> frozenset[str]:
+        """The inner format's."""
+        return self.inner.learned_integers
+
+    def inner_matrix(self, W: Tensor, params: Params) -> Tensor:
+        """Return the exact inner matrix of W under fixed parts of the wrapper, with gradients.
+
+        Args:
+            W: fp32 (rows, columns).
+            params: of the wrapper.
+        """
+        return W
+
+    def assemble(self, inner: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """Return the matrix fp32 of `shape` from the decoded inner matrix; with gradients.
+
+        Args:
+            inner: fp32, of `inner_shape`.
+            params: of the wrapper.
+            shape: (rows, columns).
+        """
+        return inner
+
+    def nearest_codes(self, W: Tensor, params: Params) -> Tensor:
+        """Return the inner format's codes of the inner matrix."""
+        shape = (W.shape[0], W.shape[1])
+        return self.inner.nearest_codes(self.inner_matrix(W, params), self.inner_params(params, shape))
+
+    def fake_quantize(self, W: Tensor, params: Params) -> Tensor:
+        """Return the matrix assembled from the rounded inner matrix, with gradients."""
+        shape = (W.shape[0], W.shape[1])
+        inner = self.inner.fake_quantize(self.inner_matrix(W, params), self.inner_params(params, shape))
+        return self.assemble(inner, params, shape)
+
+    def dequantize(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> Tensor:
+        """Decode the inner matrix, and assemble the matrix from it."""
+        known = self.inner_params(params, shape)
+        return self.assemble(self.inner.dequantize(codes, known, self.inner_shape(shape)), params, shape)
 
     @abstractmethod
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:

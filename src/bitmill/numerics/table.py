@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitmill.numerics.straight_through import BEYOND
+
 _FEW = 16
 
 
@@ -14,6 +16,7 @@ class Table:
     Ties round to the even code; of codes with equal values the lowest is chosen.
 
     values: (n,) fp32, the value of every code, n up to 256.
+    rounded_range: the numbers that are rounded and not clipped, up to half a gap beyond the outermost values.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -28,6 +31,8 @@ class Table:
         below = torch.nextafter(middles, torch.full_like(middles, -torch.inf))
         # x goes up when it is above the edge, so an edge just below the middle sends ties up
         self._edges = torch.where(self._order[:-1] % 2 == 0, middles, below)
+        gaps = BEYOND * (rising[1:] - rising[:-1])
+        self.rounded_range = float(rising[0] - gaps[0]), float(rising[-1] + gaps[-1])
         self._in_order = self._order.tolist() == list(range(len(ordered)))
 
     def lookup(self, codes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitmill import native
 from bitmill.formats import GroupFormat, Params
-from bitmill.formats.base import ScalarFormat
+from bitmill.formats.scalar import ScalarFormat
 
 _MOST_BITS = 5  # each value is compared with all levels; beyond, a binary search is faster
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import Format, Params, RangeFormat
+from bitmill.formats.base import Format, Params
 from bitmill.formats.quantized import Quantized
+from bitmill.formats.scalar import RangeFormat
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.solvers import Solver
 from bitmill.solvers.nearest import Nearest

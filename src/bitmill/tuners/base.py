@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from bitmill.architectures.adapter import Seam
 from bitmill.architectures.inputs import hook_inputs
 from bitmill.config.registry import Member, Registry
-from bitmill.formats.base import Format, RangeFormat
+from bitmill.formats.base import Format
 from bitmill.formats.quantized import Quantized
+from bitmill.formats.scalar import RangeFormat
 from bitmill.models.block_call import BlockCall
 from bitmill.numerics.statistics import Statistics
 from bitmill.solvers import Solver

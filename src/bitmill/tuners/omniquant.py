@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import Format, RangeFormat
+from bitmill.formats.base import Format
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
+from bitmill.formats.scalar import RangeFormat
 from bitmill.formats.straight_through import round_in_range
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.solvers import Solver

@@ -15,7 +15,7 @@ from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.files import folder_bytes
 from bitmill.formats import Format
-from bitmill.formats.base import total_stored_bits
+from bitmill.formats.quantized import total_stored_bits
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.runtime.modules.linear import QuantLinear

@@ -26,7 +26,7 @@ class OutlierColumnsKernel(WrapperKernel):
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         assert isinstance(spec.format, OutlierColumns)
-        inner = replace(spec, format=spec.format.inner, shape=spec.format.base(spec.shape))
+        inner = replace(spec, format=spec.format.inner, shape=spec.format.inner_shape(spec.shape))
         super().__init__(spec, tensors, inner)
         self._outliers = from_index(self.own["outlier_columns"])
         self._base = base_columns(self._outliers, spec.shape[1])

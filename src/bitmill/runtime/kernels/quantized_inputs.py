@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bitmill.compat import is_traced
-from bitmill.formats.base import RangeFormat
 from bitmill.formats.quantized_inputs import QuantizedInputs
+from bitmill.formats.scalar import RangeFormat
 from bitmill.native import threads
 from bitmill.runtime.activations import activations
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from bitmill.formats import GroupFormat
-from bitmill.formats.base import Params, RangeFormat
+from bitmill.formats.base import Params
 from bitmill.formats.quantized import Quantized
+from bitmill.formats.scalar import RangeFormat
 from bitmill.runtime.kernels.triton import Triton
 
 
