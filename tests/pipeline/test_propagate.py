@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bitmill
+from bitmill.calibration.streams import Streams
 from bitmill.errors import CalibrationError, RecipeError
-from bitmill.pipeline import loop
+from bitmill.pipeline import block, loop
 from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(7))
@@ -81,6 +82,17 @@ def test_later_blocks_differ():
 def test_no_earlier_errors(tmp_path):
     plain = logits("gptq", propagate="float", statistics=tmp_path)
     assert torch.allclose(logits("gptaq", propagate="float", statistics=tmp_path), plain, atol=1e-4)
+
+
+def test_float_block_runs_once(monkeypatch):
+    """The pass that compares inputs yields the float block's outputs: bytes are those of a pass of its own."""
+    ran = []
+    forward = Streams.float_outputs
+    monkeypatch.setattr(Streams, "float_outputs", lambda *given: ran.append(given) or forward(*given))
+    once = logits("gptaq", propagate="quantized")
+    assert not ran
+    monkeypatch.setattr(block, "_compares_once", lambda job: False)
+    assert torch.equal(logits("gptaq", propagate="quantized"), once) and ran
 
 
 def test_gptaq_equals_gptq():

@@ -44,7 +44,7 @@ def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs)
     streams, tuners = inputs.streams, job.recipe.tuners
     stored = read_stored(job, inputs.store, index)
     stages = _stages(job, module, index, streams, stored)
-    float_outputs = streams.float_outputs(module, index) if streams else []
+    float_outputs = streams.float_outputs(module, index) if streams and not _compares_once(job) else []
     stats = _input_statistics(job, module, index, stages, streams, stored)
     if inputs.store and not stored and uses_statistics(job):
         inputs.store.save(index, stats, stages, job.streamed.note_hidden_states(*float_outputs))
@@ -67,8 +67,19 @@ def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs)
     result.changed |= block.round_changed_floats(before)
     result.layers = block.layer_results()
     if streams:  # tuners change the outputs
+        float_outputs = float_outputs or block.float_outputs
         streams.advance(module, index, float_outputs, None if tuners else outputs, job.propagate == "float")
     return result
+
+
+def _compares_once(job: Job) -> bool:
+    """Return True if the pass that compares inputs yields the float block's outputs too, which saves a pass.
+
+    It runs a float copy with folded transforms, whose outputs differ by rounding; tuners need the outputs before.
+    """
+    return compares_inputs(job) and not (
+        job.recipe.tuners or any(scheme.transforms for scheme in job.resolved.used_schemes)
+    )
 
 
 def _stages(
@@ -148,6 +159,7 @@ class _Block:
         shared: path of a linear -> parts that its layers in all blocks share.
         fisher: path of a linear -> Fisher diagonal of its folded weight, where the recipe needs it.
         errors: path of a linear -> errors of its weights and outputs; with tuners they are computed in the end.
+        float_outputs: outputs of the float copy where inputs were compared with it, batch by batch.
     """
 
     job: Job
@@ -155,6 +167,7 @@ class _Block:
     shared: dict[str, Params]
     fisher: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    float_outputs: list[Tensor] = field(default_factory=list)
 
     @property
     def tuned(self) -> bool:
@@ -210,6 +223,8 @@ class _Block:
                 gram = RunningGram(width, job.streamed.device, SAMPLES if "samples" in job.needs else 0)
                 stats = _stage_statistics(forward, float_forward, stage[0], gram)
                 self._solve_stage(stage, stats)
+            if float_forward is not None and _compares_once(job):
+                self.float_outputs = float_forward.outputs()
             return forward.outputs()
 
     def _float_statistics(self, lead: str) -> Statistics:
