@@ -92,7 +92,8 @@ def test_float_block_runs_once(monkeypatch):
     once = logits("gptaq", propagate="quantized")
     assert not ran
     monkeypatch.setattr(block, "_compares_once", lambda job: False)
-    assert torch.equal(logits("gptaq", propagate="quantized"), once) and ran
+    assert torch.equal(logits("gptaq", propagate="quantized"), once)
+    assert ran
 
 
 def test_gptaq_equals_gptq():
