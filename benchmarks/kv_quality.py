@@ -1,12 +1,14 @@
 """Measure perplexity through packed caches: methods at equal bits, and an ablation of KVQuant.
 
     python benchmarks/kv_quality.py [--seqlen 2048] [--windows 0] [--samples 16] [--steps] [--only TEXT]
-        [--out FILE] [--develop]
+        [--out FILE] [--develop] [--text suite]
 
-Every row is calibrated on the first four fifths of the text and measured on the last fifth. Finished rows are
-written to benchmarks/results/kv_quality.json (--out), or with --steps, which measures the parts of KVQuant, to
-kv_steps.json; rows in the file are not measured again. --develop measures on windows between those of the
-calibration instead, and writes nothing: settings were chosen there.
+Every row is calibrated on the first four fifths of Python's documentation and measured on the last fifth, or with
+--text suite calibrated on the mixture and measured on five domains (--windows of each). Finished rows are written
+to benchmarks/results/kv_quality.json (--out), with --text suite to kv_suite.json, or with --steps, which measures
+the parts of KVQuant, to kv_steps.json; rows in the file are not measured again. --develop measures on windows
+between those of the calibration, or on the suite's part that chooses, and writes nothing: settings were chosen
+there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 
 from bitmill import api
+from bitmill.data.packed import DocumentWindows, text_windows
 from bitmill.evaluation.metrics import score_windows
 from bitmill.kv.cache import PackedForward
 from bitmill.kv.calibrate import KVRecording, fit_calibration, record_keys_values
@@ -73,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--text", choices=("pydoc", "suite"), default="pydoc")
     parser.add_argument("--windows", type=int, default=0, help="0: all there are")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--only", default="", help="rows whose name and method contain this")
@@ -82,15 +86,13 @@ def main() -> None:
     parser.add_argument("--develop", action="store_true")
     args = parser.parse_args()
     model, tokenizer = api.load(args.model), api.load_tokenizer(args.model)
-    text = CausalLM().windows("pydoc", tokenizer)
-    held_out = _stacked(text.held_out("eval", args.seqlen, args.windows or None))
-    calib = _stacked(text.held_out("calib", args.seqlen, None))
-    chosen = torch.linspace(0, len(calib) - 1, args.samples).long()
-    if args.develop:
-        rest = calib[[i for i in range(len(calib)) if i not in chosen]]
-        held_out = rest[torch.linspace(0, len(rest) - 1, args.windows or 4).long()]
-    calib = calib[chosen]
-    path = args.out or RESULTS / ("kv_steps.json" if args.steps else "kv_quality.json")
+    if args.text == "suite":
+        calib, held_out, domains = suite_windows(tokenizer, args)
+    else:
+        calib, held_out = pydoc_windows(tokenizer, args)
+        domains = None
+    name = "kv_steps" if args.steps else {"pydoc": "kv_quality", "suite": "kv_suite"}[args.text]
+    path = args.out or RESULTS / f"{name}.json"
     keep = path.is_file() and not args.develop
     results: dict[str, Any] = json.loads(path.read_text()) if keep else {"rows": {}}
     about = {"model": args.model, "seqlen": args.seqlen, "windows": len(held_out), "samples": args.samples}
@@ -106,7 +108,7 @@ def main() -> None:
         return torch.cat([known[window.numpy().tobytes()] for window in tokens])
 
     if "float" not in results["rows"]:
-        results["rows"]["float"] = score_windows(reference, held_out, batch=1)
+        results["rows"]["float"] = score_windows(reference, held_out, batch=1, domains=domains)
     print(f"float {results['rows']['float']['perplexity']:.3f}", flush=True)
     recording: KVRecording | None = None  # for all rows
     for name, method in grid(args.steps):
@@ -119,7 +121,7 @@ def main() -> None:
             recording = recording or record_keys_values(model, calib, fisher=True)
             calibration = fit_calibration(model, method, recording)
         answers = PackedForward(model, method, calibration)
-        measured = score_windows(answers, held_out, reference, batch=args.batch)
+        measured = score_windows(answers, held_out, reference, batch=args.batch, domains=domains)
         results["rows"][key] = {
             "name": name,
             "method": method.to_dict(),
@@ -136,6 +138,30 @@ def main() -> None:
         )
         if not args.develop:
             path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def pydoc_windows(tokenizer: Any, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return windows of Python's documentation that calibrate, and windows that are measured."""
+    text = CausalLM().windows("pydoc", tokenizer)
+    held_out = _stacked(text.held_out("eval", args.seqlen, args.windows or None))
+    calib = _stacked(text.held_out("calib", args.seqlen, None))
+    chosen = torch.linspace(0, len(calib) - 1, args.samples).long()
+    if args.develop:
+        rest = calib[[i for i in range(len(calib)) if i not in chosen]]
+        held_out = rest[torch.linspace(0, len(rest) - 1, args.windows or 4).long()]
+    return calib[chosen], held_out
+
+
+def suite_windows(tokenizer: Any, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
+    """Return windows of the mixture that calibrate, windows of the suite, and their number by domain."""
+    suite, split, most = (
+        text_windows("suite", tokenizer),
+        "choose" if args.develop else "eval",
+        args.windows or None,
+    )
+    assert isinstance(suite, DocumentWindows)
+    calib = text_windows("mix", tokenizer).calibration(args.samples, args.seqlen, 0)
+    return calib, suite.held_out(split, args.seqlen, most), suite.domains(split, args.seqlen, most)
 
 
 def _bits_at(model: Any, method: KVMethod, tokens: int) -> float:
