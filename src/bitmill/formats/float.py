@@ -17,13 +17,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params
-from bitmill.formats.fitting import as_stored, positive
-from bitmill.formats.part import Part
-from bitmill.formats.scaled import Scaled
+from bitmill.formats.base import FORMATS
+from bitmill.formats.scaled import FloatScaled, Scaled
 from bitmill.numerics.minifloat import ELEMENTS, ElementName, ElementTable
 from bitmill.numerics.table import Table
 
@@ -54,7 +51,7 @@ class Elements(Scaled):
 
 @FORMATS.register("float")
 @dataclass(frozen=True)
-class Float(Elements):
+class Float(FloatScaled, Elements):
     """Small floating-point numbers with one fp16 scale per tensor, row or group."""
 
     shares: ClassVar[tuple[float, ...]] = tuple(1 + k / 20 for k in (*range(-8, 0), 1, 2, 4, 6, 8, 10))
@@ -64,22 +61,7 @@ class Float(Elements):
         """Floats: products of 8 bits are exact in fp32."""
         return "float"
 
-    def factor(self, params: Params) -> Tensor:
-        """Return the scale."""
-        return params["scale"]
-
-    def start(self, x: Tensor) -> Params:
-        """Map the largest magnitude to the largest number."""
-        return self.with_factor(x.abs().amax(-1) / ELEMENTS[self.element].largest, {})
-
-    def with_factor(self, factor: Tensor, params: Params) -> Params:
-        """Store the scale in fp16.
-
-        Returns:
-            "scale" (rows, groups), positive.
-        """
-        return {"scale": positive(as_stored(factor))}
-
-    def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """Return the fp16 scale."""
-        return (Part("scale", self.grid(shape)),)
+    @property
+    def largest(self) -> float:
+        """Largest number of the element."""
+        return ELEMENTS[self.element].largest

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.base import Params, Rounder
-from bitmill.formats.fitting import least_error, weighted_error
+from bitmill.formats.fitting import as_stored, least_error, positive, weighted_error
 from bitmill.formats.lookup import Lookup
+from bitmill.formats.part import Part
 from bitmill.formats.scalar import ScalarFormat
 from bitmill.numerics.table import Table
 
@@ -135,6 +136,36 @@ class Scaled(ScalarFormat):
 
     def _table(self, device: torch.device) -> Table:
         return _table(self, device)
+
+
+@dataclass(frozen=True)
+class FloatScaled(Scaled):
+    """Base of the tables with one fp16 scale a group; fits start with the largest number at the largest value."""
+
+    @property
+    @abstractmethod
+    def largest(self) -> float:
+        """Largest value of the table."""
+
+    def factor(self, params: Params) -> Tensor:
+        """Return the scale."""
+        return params["scale"]
+
+    def start(self, x: Tensor) -> Params:
+        """Map the largest magnitude to the largest value."""
+        return self.with_factor(x.abs().amax(-1) / self.largest, {})
+
+    def with_factor(self, factor: Tensor, params: Params) -> Params:
+        """Store the scale in fp16.
+
+        Returns:
+            "scale" (rows, groups), positive.
+        """
+        return {"scale": positive(as_stored(factor))}
+
+    def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """Return the fp16 scale."""
+        return (Part("scale", self.grid(shape)),)
 
 
 @cache
