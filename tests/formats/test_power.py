@@ -50,6 +50,22 @@ def test_finer_exponents_are_not_worse():
     assert row < layer <= 1.01 * network
 
 
+@pytest.mark.parametrize("per", ["layer", "row"])
+def test_gradient_of_the_exponent(per):
+    """NUPES: dW^/da = -W^ ln(|q| / 2^(bits - 1)) / a^2, 0 where q is 0."""
+    format, W = Power(3, 40, per=per), weights()
+    params = fit_matrix(format, W, None, True)
+    codes = nearest_matrix(format, W, params).codes
+    exponent = params["exponent"].clone().requires_grad_()
+    direction = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    decoded = format.dequantize(codes, {**params, "exponent": exponent}, (6, 96))
+    (decoded * direction).sum().backward()
+    a, t = params["exponent"] / UNITS, (codes.float() - 4).abs() / 4
+    each = -decoded.detach() * t.clamp(min=1e-6).log() / a.square() * direction / UNITS
+    expected = each.sum(1, keepdim=True) if per == "row" else each.sum().view(1, 1)
+    torch.testing.assert_close(exponent.grad, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("stored", [LEAST, 64, MOST])
 @pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e4])
 def test_extreme_exponents_and_numbers_are_finite(stored, size):

@@ -7,11 +7,13 @@ import itertools
 import pytest
 import torch
 
+import bitmill
 from bitmill.formats import Format
 from bitmill.formats.power import Power
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
 from bitmill.recipes.method import build_recipe
+from helpers.tiny_models import tiny_model
 
 
 def bell(degrees: int) -> torch.Tensor:
@@ -47,6 +49,22 @@ def test_the_error_has_one_minimum():
 def test_heavier_tails_have_smaller_exponents():
     found = [float(fit_matrix(Power(4, "row", per="layer"), bell(d), None, True)["exponent"]) for d in (3, 60)]
     assert found[0] < found[1] <= 128
+
+
+def test_exponent_of_a_network():
+    """Section 3.2: that of least error of all weights together, between those of two kinds of layers."""
+    layers = [bell(3), bell(60)]
+    kinds = [Power(4, "row", 0.0).of_network(lambda W=W: [W]).exponent for W in layers]
+    assert kinds[0] < kinds[1]
+    assert kinds[0] <= Power(4, "row", 0.0).of_network(lambda: layers).exponent <= kinds[1]
+    assert Power(4, "row", 0.5).of_network(lambda: layers).exponent == 0.5
+
+
+def test_network_exponent_is_stored_in_the_recipe():
+    model = tiny_model("llama")
+    outcome = bitmill.quantize(model, "powerquant", per="network", measure=0, progress=False)
+    exponent = outcome.report["recipe"]["weight"]["exponent"]
+    assert 0.5 < exponent < 1.3
 
 
 def test_network_exponent_is_the_option():

@@ -26,7 +26,7 @@ A scalar format codes one column at a time from a small table. A vector format c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -133,6 +133,14 @@ class Format(Member, ABC):
         Returns:
             The stored matrix, fp32 of `shape`.
         """
+
+    def of_network(self, matrices: Callable[[], Iterable[Tensor]]) -> Format:
+        """Return the format with the fields that follow from all its matrices; by default there are none such.
+
+        Args:
+            matrices: reads the float matrices (rows, columns), one after another.
+        """
+        return self
 
     @property
     def learned_integers(self) -> frozenset[str]:
@@ -294,6 +302,18 @@ class GroupFormat(Format):
     def arithmetic(self) -> Literal["integer", "float"] | None:
         """How processors multiply numbers of the format without decoding them; None where they do not."""
         return None
+
+    def integers(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the numbers as integers of 8 bits, where `arithmetic` is "integer": scale * (integers - zero).
+
+        Args:
+            codes: unsigned integers, any shape.
+            params: fp32 working values by name.
+
+        Returns:
+            int8 of the shape of codes; scale (rows|1, groups|1); zero of that shape, None where it is 0.
+        """
+        raise NotImplementedError
 
     # -- meaning ------------------------------------------------------------------------------------------
 

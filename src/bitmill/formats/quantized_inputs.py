@@ -2,23 +2,30 @@
 
     y = Q(x) W^^T      W^ the matrix in the inner format, Q(x) the inputs (tokens, columns) in the format `inputs`
 
-Inputs are coded as a matrix of one row a token: group_size "row" is a scale a token, a number of columns a scale
-for that many columns of a token. The scales of each call come from its inputs (dynamic), except with `static`: one
-scale for all inputs, "tensor", from the largest input that calibration met or, with `search`, that of least error
-of the outputs on inputs of the calibration.
+Inputs are coded as a matrix of one row a token: group_size "row" is a scale a token, a number of columns a
+scale for that many columns of a token. The scales of each call come from its inputs (dynamic), except with
+`static`: one scale for all inputs, "tensor", from the largest input that calibration met or, with `search`,
+that of least error of the outputs on inputs of the calibration.
+
+With `adaptive` too, each token has a scale of its own that follows from the mean magnitude of its inputs: the
+static one times gain * mean |x| / static scale + offset, neither of which is negative, so that the factor
+cannot vanish (ASQ).
 
     input_NAME   with static alone: the parts of `inputs` for one group
+    input_gain, input_offset   with adaptive alone, fp16 each
 
 A matrix in another basis, or without some columns, gives the inner formats those inputs: they are rounded where
 they are multiplied. `simulated` allows pairs of formats that no kernel multiplies as stored: inputs are then
 rounded and multiplied in floats.
 
-With a `threshold`, columns in which any input of the call reaches it are multiplied in float and do not count for
-the scales (LLM.int8).
+With a `threshold`, columns in which any input of the call reaches it are multiplied in float and do not count
+for the scales (LLM.int8).
 
 A token with NaN or Inf has NaN as outputs. Bits a weight: the inner format's; with static 16 or more a matrix.
 
-Source: Dettmers et al. 2022 (arXiv 2208.07339), section 2; Xiao et al. 2022 (arXiv 2211.10438), section 3.
+Sources: Dettmers et al. 2022 (arXiv 2208.07339), section 2; Xiao et al. 2022 (arXiv 2211.10438), section 3; for
+adaptive scales "ASQ + POST" 2025 (arXiv 2504.17263), where a net of two layers computes the factor of a picture
+from its channels' means, and is trained with the network.
 """
 
 from __future__ import annotations
@@ -29,10 +36,11 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
+from bitmill.formats.adaptive import fit_factor, of_tokens
 from bitmill.formats.base import FORMATS, Format, GroupFormat, Params
 from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized, check_no_table, fit_matrix, nearest_matrix
-from bitmill.formats.scalar import ScalarFormat
+from bitmill.formats.scalar import RangeFormat, ScalarFormat
 from bitmill.formats.static_search import StaticFormat, search_static
 from bitmill.formats.wrapper import Reduction, Wrapper
 from bitmill.numerics.statistics import Statistics
@@ -50,6 +58,7 @@ class QuantizedInputs(Wrapper):
     simulated: bool = False
     threshold: float = 0.0
     search: bool = False
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +69,11 @@ class QuantizedInputs(Wrapper):
             raise RecipeError(
                 f"search looks for the one scale of inputs in some formats, such as uniform, and the inputs are "
                 f"{self.inputs!r} with static={self.static}; set static=true, or leave search out."
+            )
+        if self.adaptive and not (self.static and isinstance(self.inputs, RangeFormat)):
+            raise RecipeError(
+                f"adaptive changes the static scale of evenly spaced levels, and the inputs are {self.inputs!r} "
+                f"with static={self.static}; set static=true with uniform inputs, or leave adaptive out."
             )
         if self.inner.quantizes_inputs:
             raise RecipeError("The inputs of a layer are quantized twice; name one format for them.")
@@ -114,6 +128,10 @@ class QuantizedInputs(Wrapper):
         if not self.multiplies_integers:
             names = self.input_format.name, self.inner.core.name
             return f"inputs in {names[0]} and weights in {names[1]} have no integers that multiply"
+        if not isinstance(self.inputs, RangeFormat):
+            return f"the levels of inputs in {self.input_format.name} are not evenly spaced"
+        if self.adaptive:
+            return "scales of tokens are computed from their inputs' mean magnitude"
         if not self.steps_fit(columns):
             return "columns that share a scale of the inputs are no groups of the weights"
         if self.input_format.group_size == "tensor" and not self.static:
@@ -127,7 +145,7 @@ class QuantizedInputs(Wrapper):
     @property
     def needs(self) -> frozenset[str]:
         """The largest inputs with static, and some of the inputs with search."""
-        own = {"activations": self.static, "samples": self.search}
+        own = {"activations": self.static, "samples": self.search or self.adaptive}
         return self.inner.needs | frozenset(name for name, needed in own.items() if needed)
 
     @property
@@ -153,7 +171,8 @@ class QuantizedInputs(Wrapper):
     def own_parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         """Return the scale of all inputs, with static."""
         parts = self.input_format.parts((1, shape[1])) if self.static else ()
-        return tuple(replace(part, name=_PREFIX + part.name) for part in parts)
+        factor = (Part("gain", (1, 1)), Part("offset", (1, 1))) if self.adaptive else ()
+        return tuple(replace(part, name=_PREFIX + part.name) for part in (*parts, *factor))
 
     def reduce(self, W: Tensor, stats: Statistics) -> Reduction:
         """Leave the matrix as it is; fit static scales to the largest inputs.
@@ -184,10 +203,12 @@ class QuantizedInputs(Wrapper):
             return {}
         if self.search:
             assert isinstance(self.inputs, StaticFormat)
-            found = search_static(self.inputs, stats.required_samples(self.name), W)
-            return {_PREFIX + name: value for name, value in found.items()}
-        largest = stats.required_max_abs(self.name)
-        params = fit_matrix(self.input_format, torch.stack([largest, -largest]), None, search=False)
+            params = search_static(self.inputs, stats.required_samples(self.name), W)
+        else:
+            largest = stats.required_max_abs(self.name)
+            params = fit_matrix(self.input_format, torch.stack([largest, -largest]), None, search=False)
+        if self.adaptive:
+            params |= fit_factor(self.input_format, stats.required_samples(self.name), params)
         return {_PREFIX + name: value for name, value in params.items()}
 
     def quantize_inputs(self, x: Tensor, params: Params) -> tuple[Quantized, Tensor]:
@@ -203,6 +224,8 @@ class QuantizedInputs(Wrapper):
         broken = ~torch.isfinite(x).all(1, keepdim=True)
         x = x.masked_fill(broken, 0.0)
         fitted = {name.removeprefix(_PREFIX): v for name, v in params.items() if name.startswith(_PREFIX)}
+        if self.adaptive:
+            return of_tokens(self.input_format, x, fitted), broken
         return nearest_matrix(
             self.input_format, x, fitted or fit_matrix(self.input_format, x, None, search=False)
         ), broken

@@ -81,6 +81,13 @@ class RangeFormat(ScalarFormat):
 
     symmetric: bool
 
+    def integers(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return codes around the middle one."""
+        middle = 1 << (self.bits - 1)
+        zero = params.get("zero")
+        centred = (codes.to(torch.int16) - middle).to(torch.int8)
+        return centred, params["scale"], None if zero is None else zero - middle
+
     @abstractmethod
     def from_range(self, low: Tensor, high: Tensor) -> Params:
         """Return the parameters that cover a range: "scale", never 0, and "zero" unless symmetric.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -61,6 +61,11 @@ class Wrapper(Format):
     def quantizes_inputs(self) -> bool:
         """True where the inner format does."""
         return self.inner.quantizes_inputs
+
+    def of_network(self, matrices: Callable[[], Iterable[Tensor]]) -> Format:
+        """Return the wrapper around the inner format's."""
+        inner = self.inner.of_network(matrices)
+        return self if inner is self.inner else replace(self, inner=inner)
 
     def effective_inputs(self, x: Tensor, params: Params) -> Tensor:
         """Return the inner format's; a wrapper that changes the basis of the inputs overrides it."""

@@ -18,7 +18,8 @@ from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format, GroupFormat, Wrapper
 
 FLOAT: Literal["float"] = "float"  # in place of a format: nothing is rounded
-_OPTIONS = {"static": False, "simulated": False, "threshold": 0.0, "search": False}  # beside those of the format
+# in addition to those of the format
+_OPTIONS = {"static": False, "simulated": False, "threshold": 0.0, "search": False, "adaptive": False}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Inputs:
         simulated: also where no kernel multiplies such inputs as they are stored.
         threshold: columns with an input of this magnitude stay in float; 0 for none.
         search: with static, the scale of least error of the outputs in place of one for the largest input.
+        adaptive: with static, a factor of the scale for each token, from its mean magnitude.
     """
 
     format: Format
@@ -38,6 +40,7 @@ class Inputs:
     simulated: bool = False
     threshold: float = 0.0
     search: bool = False
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "inputs")

@@ -22,6 +22,7 @@ from bitmill.models.stored import moved_on_load
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.attention import calibrate_attention
 from bitmill.pipeline.job import Propagate
+from bitmill.pipeline.network import recipe_of_network
 from bitmill.progress import Progress
 from bitmill.recipes.compose import HeadBits, compose
 from bitmill.recipes.method import Method
@@ -152,7 +153,10 @@ def prepare_job(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[st
             f"use them, such as {streamed.unused[0]}"
         )
     kv = kv_workflow.KVCalibrationJob(request.kv, streamed) if request.kv is not None else None
-    resolved = None if recipe is None else resolve_recipe(recipe, streamed)
+    resolved = None
+    if recipe is not None:
+        resolve_recipe(recipe, streamed)  # refuses what does not fit before weights are read
+        resolved = resolve_recipe(recipe_of_network(recipe, streamed, request.progress), streamed)
     plan = storage_plan(streamed, resolved, kv.plan["size_bytes"] if kv else 0)
     return PreparedJob(
         request,

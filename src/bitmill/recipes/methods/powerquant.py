@@ -22,7 +22,8 @@ class PowerQuant(Method):
     Problem    weights are bell-shaped, evenly spaced levels are not; the powers are the maps that keep products
     Equation   W^ = scale sign(q) (|q| / 2^(bits - 1))^(1 / a),  q from -2^(bits - 1) to 2^(bits - 1) - 1
     Symbols    a exponent, near 0.5 for bell shapes; 1 is the uniform grid
-    Search     of per=layer and per=row a in steps of 1/16, each with a few scales, for the least squared error
+    Search     a in steps of 1/16 (of the network 1/32), each with a few scales, for the least squared error of a
+               row, a sample of the layer or of all layers
     Stored     codes, fp16 a group; 8 bits a layer or row for a that is not the network's
     Needs      nothing: no text, no forward pass; solver=gptq calibration text
     Cost       seconds to minutes
@@ -35,7 +36,7 @@ class PowerQuant(Method):
     bits: int = option(4, "bits of a code, 2 to 8")
     group_size: GroupSize = option(64, "input columns that share a scale, or 'row' or 'tensor'")
     per: Literal["network", "layer", "row"] = option("layer", "what has an exponent of its own")
-    exponent: float = option(0.5, "exponent of the network, with per=network")
+    exponent: float = option(0.0, "exponent of the network, with per=network; 0 for that of least error")
     solver: Literal["nearest", "gptq"] = option("nearest", "how weights are rounded")
 
     def recipe(self) -> Recipe:

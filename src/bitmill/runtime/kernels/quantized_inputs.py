@@ -112,16 +112,14 @@ class QuantizedInputsKernel(WrapperKernel):
         return self.inner if integers and isinstance(self.inner, Lut) else None
 
     def _multiply_integers(self, x: Tensor, lut: Lut) -> Tensor:
-        """Multiply inputs, fp32 (tokens, in), as int8 codes around the middle of their levels."""
+        """Multiply inputs, fp32 (tokens, in), as integers of 8 bits."""
         kept = self._format.float_columns(x)
         inputs, broken = self._format.quantize_inputs(
             x if kept is None else x.masked_fill(kept, 0.0), self._params
         )
-        middle = 1 << (inputs.format.core.bits - 1)
-        codes = (inputs.codes.to(torch.int16) - middle).to(torch.int8)
-        zeros = inputs.params.get("zero")
+        codes, scales, zeros = self._format.input_format.integers(inputs.codes, inputs.params)
         width = min(self._format.input_format.width(inputs.shape), x.shape[1])
-        y = int8_linear(codes, inputs.params["scale"], lut, None if zeros is None else zeros - middle, width)
+        y = int8_linear(codes, scales, lut, zeros, width)
         if kept is not None and bool(kept.any()):
             columns = kept.nonzero()[:, 0]
             y = y + x[:, columns] @ lut.columns(columns).T

@@ -61,9 +61,8 @@ def _numbers(format: GroupFormat, codes: Tensor, params: Params) -> tuple[Tensor
         return codes.to(torch.uint8).view(torch.float8_e4m3fn), None
     if format.arithmetic != "integer" or not isinstance(format, RangeFormat):
         return None, None
-    middle = 1 << (format.bits - 1)
-    zero = params.get("zero")
-    return (codes.to(torch.int16) - middle).to(torch.int8), None if zero is None else zero - middle
+    numbers, _, zero = format.integers(codes, params)
+    return numbers, zero
 
 
 def _without(codes: Tensor, zeros: Tensor, width: int) -> Tensor | None:
