@@ -9,6 +9,7 @@ from transformers import BertForMaskedLM
 from transformers.pytorch_utils import Conv1D
 
 from bitmill.architectures.adapter import adapter_for, generic_adapter
+from bitmill.architectures.experts import split_experts
 from bitmill.errors import SourceError
 from bitmill.models.block_call import output_fn
 from bitmill.models.streamed import StreamedModel
@@ -177,20 +178,37 @@ def test_generic_adapter_no_blocks():
             super().__init__()
             self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3))
 
-    with pytest.raises(SourceError, match=r"Model has no list of blocks of one class.*norms \(3\)"):
+    with pytest.raises(SourceError, match=r"Model has no list of blocks.*norms \(3\)"):
         generic_adapter(Model())
     with pytest.raises(SourceError, match=r"Linear has no list.*no nn.ModuleList"):
         generic_adapter(nn.Linear(2, 2))
 
 
-def test_generic_adapter_fused_experts():
-    model = tiny_model("mixtral", num_local_experts=4)
-    with pytest.raises(SourceError, match=r"fused expert weight '.*experts.*' of shape \(4, "):
-        generic_adapter(model, model.config)
+def test_generic_adapter_experts():
+    model = split_experts(tiny_model("mixtral", num_local_experts=4))
+    experts = [f"mlp.experts.{name}.expert{n}" for name in ("gate_up_proj", "down_proj") for n in range(4)]
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+    assert generic_adapter(model, model.config).linears == (*attention, *experts)
+
+
+def test_generic_adapter_leaves_routers_in_float():
+    model = split_experts(tiny_model("qwen2_moe", num_experts=4, decoder_sparse_step=1))
+    linears = generic_adapter(model, model.config).linears
+    assert "mlp.shared_expert.up_proj" in linears
+    assert "mlp.shared_expert_gate" not in linears
 
 
 def test_generic_adapter_unequal_blocks():
     model = tiny_model("llama")
     model.model.layers[1].extra = nn.Linear(4, 4)
-    with pytest.raises(SourceError, match=r"Block 1 of 'model.layers' differs from block 0 in extra"):
-        generic_adapter(model, model.config)
+    assert generic_adapter(model, model.config).linears[-1] == "extra"
+
+
+def test_generic_adapter_leaves_other_products_in_float():
+    class Grouped(nn.Linear):
+        def forward(self, x):
+            return x
+
+    model = tiny_model("llama")
+    model.model.layers[1].extra = Grouped(4, 4)
+    assert "extra" not in generic_adapter(model, model.config).linears

@@ -57,8 +57,6 @@ def test_sliding_windows(tmp_path, text):
 
     tiny_config("gemma2", sliding_window=16).save_pretrained(tmp_path / "w")
     assert "1 of them keep the last 16 tokens" in text(tmp_path / "w")
-    tiny_config("mixtral", num_local_experts=2, num_experts_per_tok=1).save_pretrained(tmp_path / "m")
-    assert "mixture-of-experts weights cannot be quantized yet" in text(tmp_path / "m")
 
 
 def test_measured_cache():

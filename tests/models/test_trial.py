@@ -12,7 +12,7 @@ from torch import nn
 import bitmill
 from bitmill.errors import SourceError
 from bitmill.models.streamed import StreamedModel
-from bitmill.models.trial import try_first_block
+from bitmill.models.trial import try_block_kinds
 from bitmill.sources.module import ModuleSource
 from helpers.architectures import MODELS, TOKENS, WINDOWS, model_of
 
@@ -29,7 +29,7 @@ def test_sound_models_pass(name):
     streamed = StreamedModel(ModuleSource(model))
     kinds = [type(module) for module in streamed.model.modules()]
     ends = [streamed.adapter.embeddings[0], *filter(None, [streamed.adapter.head])]
-    try_first_block(streamed, [*(site.layer for site in streamed.all_sites()), *ends])
+    try_block_kinds(streamed, [*(site.layer for site in streamed.all_sites()), *ends])
     assert [type(module) for module in streamed.model.modules()] == kinds
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
 
@@ -89,7 +89,7 @@ class Model(nn.Module):
 
 def test_later_tokens_seen():
     with pytest.raises(SourceError, match="reads the tokens to come"):
-        try_first_block(StreamedModel(ModuleSource(Model(Sees))), [])
+        try_block_kinds(StreamedModel(ModuleSource(Model(Sees))), [])
     bitmill.quantize(Model(Sees), "rtn", bits=4, measure=0)
 
 

@@ -211,12 +211,11 @@ def test_hub_config_only(tmp_path, monkeypatch) -> None:
     assert asked == [("org/name", ["config.json"])]
 
 
-def test_experts_in_float(tmp_path) -> None:
+def test_experts(tmp_path) -> None:
     folder = config_only(tmp_path / "m", "mixtral", num_local_experts=2, num_experts_per_tok=1)
-    result = plan(folder)
-    assert [row["name"] for row in result["weights"]] in (["as stored"], ["as stored", "16 bits"])
-    assert "expert" in result["note"]
-    assert "expert" in refused(folder, weights=WeightStorage(bits=4))
+    stored, *packed = plan(folder)["weights"]
+    assert packed
+    assert all(row["size_bytes"] < stored["size_bytes"] for row in packed)
 
 
 def test_config_source_has_no_weights() -> None:

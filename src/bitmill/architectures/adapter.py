@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bitmill.architectures.experts import ExpertLinears
 from bitmill.config.registry import Registry
 from bitmill.errors import SourceError
 
@@ -130,23 +131,22 @@ def _attribute(config: Any, name: str) -> Any:
 def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
     """Infer the adapter of an architecture without one from its modules.
 
-    The blocks are the longest outermost nn.ModuleList whose members share a class and all hold nn.Linear. Every
+    The blocks are the longest outermost nn.ModuleList whose members all hold nn.Linear. Every
     linear layer is a stage of its own, in module order, and there are no seams, so nothing is assumed about the
-    data flow.
+    data flow. Blocks may have different layers, as where the first blocks of a mixture of experts are dense. The
+    routers of experts stay in float, as do parameters that belong to no linear layer.
 
     Args:
-        model: the model; parameters may be on the meta device.
+        model: the model, with experts as linear layers; parameters may be on the meta device.
         config: its transformers config, which names the model type.
 
     Raises:
-        SourceError: There are no such blocks, blocks differ in their linear layers, or they hold weights fused
-            over experts, which are not nn.Linear.
+        SourceError: There are no such blocks.
     """
     from torch import nn
 
     path, blocks = _longest_blocks(model)
-    _check_no_fused_experts(path, blocks)
-    linears = _common_linears(path, blocks)
+    linears = tuple(dict.fromkeys(name for block in blocks for name in _linears(block)))
     non_block = [(n, m) for n, m in model.named_modules() if n and not n.startswith(f"{path}.")]
     heads = [n for n, m in non_block if isinstance(m, nn.Linear)]
     model_type = getattr(config, "model_type", None) or type(model).__name__
@@ -163,39 +163,21 @@ def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
     )
 
 
-def _check_no_fused_experts(path: str, blocks: nn.ModuleList) -> None:
-    """Raise SourceError for a 3-D weight that no convolution owns."""
+def _linears(block: nn.Module) -> Iterator[str]:
+    """Yield the paths of the linear layers of a block, without routers and classes with a product of their own."""
     from torch import nn
 
-    for name, parameter in blocks.named_parameters():
-        owner = blocks.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() != 3 or isinstance(owner, nn.modules.conv._ConvNd):
+    experts = {  # path of the module around the experts -> their number
+        name.rpartition(".")[0].rpartition(".")[0]: len(module)
+        for name, module in block.named_modules()
+        if isinstance(module, ExpertLinears)
+    }
+    for name, module in block.named_modules():
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
             continue
-        shape = tuple(parameter.shape)
-        if "expert" in name or "expert" in type(owner).__name__.lower() or "moe" in name:
-            raise SourceError(
-                f"Blocks {path!r} hold the fused expert weight {name!r} of shape {shape}; "
-                "mixture-of-experts weights cannot be quantized yet; choose a dense model."
-            )
-        raise SourceError(
-            f"Blocks {path!r} hold the weight {name!r} of shape {shape}, which belongs to no linear layer, as in "
-            "recurrent models; such blocks cannot be quantized yet; choose a transformer."
-        )
-
-
-def _common_linears(path: str, blocks: nn.ModuleList) -> tuple[str, ...]:
-    """Return the linear layers of every block. Raises SourceError where blocks differ in them."""
-    from torch import nn
-
-    per_block = [tuple(n for n, m in block.named_modules() if isinstance(m, nn.Linear)) for block in blocks]
-    for index, names in enumerate(per_block):
-        if names != per_block[0]:
-            different = sorted(set(names) ^ set(per_block[0]))
-            raise SourceError(
-                f"Block {index} of {path!r} differs from block 0 in {', '.join(different)}, "
-                "so a generic adapter cannot describe them; write an adapter for this architecture."
-            )
-    return per_block[0]
+        around = name.rpartition(".")[0]
+        if around not in experts and experts.get(around.rpartition(".")[0]) != module.out_features:
+            yield name
 
 
 def _longest_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -213,18 +195,17 @@ def _longest_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         named = [f"{path or '(root)'} ({len(m)})" for path, m in lists]
         found = f"its lists are {', '.join(named)}" if named else "it has no nn.ModuleList"
         raise SourceError(
-            f"{type(model).__name__} has no list of blocks of one class that all hold nn.Linear ({found}); "
+            f"{type(model).__name__} has no list of blocks that all hold nn.Linear ({found}); "
             "write an adapter for this architecture."
         )
     return best
 
 
 def _are_blocks(modules: nn.ModuleList) -> bool:
-    """Return True if all members share a class and hold linear layers."""
+    """Return True if all members hold linear layers."""
     from torch import nn
 
-    one_class = len({type(member) for member in modules}) == 1
-    return one_class and all(any(isinstance(m, nn.Linear) for m in member.modules()) for member in modules)
+    return all(any(isinstance(m, nn.Linear) for m in member.modules()) for member in modules)
 
 
 def _decoder_path(model: nn.Module) -> str:

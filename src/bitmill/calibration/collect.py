@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.architectures.adapter import Adapter
+from bitmill.architectures.experts import expert_of
+from bitmill.calibration.experts import with_all_experts
 from bitmill.errors import SourceError
 from bitmill.models.block_call import BlockCall
 from bitmill.numerics.gram import RunningGram
@@ -31,11 +33,30 @@ def collect_statistics(
         leads: the linears, by path in the block.
         keeps: tokens of every input that are kept as they are, about.
     """
-    running = {lead: _RunningStatistics(keeps) for lead in leads}
+    running = {lead: RunningStatistics(keeps) for lead in leads}
     with _pre_hooks(block, {lead: stats.hook for lead, stats in running.items()}):
         for call, hidden in zip(calls, batches):
             call.run(block, hidden)
     return {lead: stats.result() for lead, stats in running.items()}
+
+
+@torch.no_grad()
+def collect_expert_averages(
+    block: nn.Module, batches: list[Tensor], calls: list[BlockCall], leads: list[str]
+) -> dict[str, Statistics]:
+    """Return statistics of the inputs of all experts of each fused tensor together; empty without experts.
+
+    Args:
+        block, batches, calls: as for `collect_statistics`.
+        leads: linears, by path in the block.
+    """
+    experts = {lead: found[0] for lead in leads if (found := expert_of(lead))}
+    running = {fused: RunningStatistics(0) for fused in experts.values()}
+    if running:
+        with _pre_hooks(block, {lead: running[fused].hook for lead, fused in experts.items()}):
+            for call, hidden in zip(calls, batches):
+                call.run(block, hidden)
+    return {fused: stats.result() for fused, stats in running.items()}
 
 
 @torch.no_grad()
@@ -59,9 +80,11 @@ def find_stages(
     if not adapter.inferred:
         return [list(stage) for stage in adapter.stages]
     inputs: list[tuple[str, Tensor]] = []  # tensors are kept: addresses of freed ones are used again
-    with _pre_hooks(block, {name: _input_hook(name, inputs) for name in adapter.linears}):
+    paths = {path for path, _ in block.named_modules()}
+    linears = [name for name in adapter.linears if name in paths]  # blocks may have different ones
+    with _pre_hooks(block, {name: _input_hook(name, inputs) for name in linears}):
         call.run(block, hidden)
-    idle = set(adapter.linears) - {name for name, _ in inputs} - set(kept)
+    idle = {name for name in linears if expert_of(name) is None} - {name for name, _ in inputs} - set(kept)
     if idle:
         raise SourceError(f"The linear layers {', '.join(sorted(idle))} do not run in their block's forward.")
     stages: list[list[str]] = []
@@ -73,7 +96,7 @@ def find_stages(
         else:
             stages.append([name])
         previous = view
-    return stages
+    return with_all_experts(stages, linears)
 
 
 @contextmanager
@@ -95,7 +118,7 @@ def recorded_inputs(block: nn.Module, linears: Collection[str]) -> Iterator[dict
         recorded[name].append(X)
 
 
-class _RunningStatistics:
+class RunningStatistics:
     """Running statistics of the input X (tokens, channels) of one linear."""
 
     def __init__(self, keeps: int) -> None:
@@ -115,7 +138,8 @@ class _RunningStatistics:
 
     def result(self) -> Statistics:
         """Return the statistics of all batches."""
-        assert self.gram is not None
+        if self.gram is None:  # an expert that no token was sent to
+            return Statistics()
         tokens = self.gram.tokens
         return Statistics(
             self.gram.mean(),

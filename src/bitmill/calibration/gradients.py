@@ -72,7 +72,7 @@ def walk_gradients(
     for index, block in walk_blocks(streamed, progress, reverse=True):
         if change:
             change(index)
-        linears = {name: block.get_submodule(name) for name in streamed.adapter.linears}
+        linears = {name: block.get_submodule(name) for name in streamed.linears(index)}
         path = _inputs(folder, index)
         yield index, _backward(block, linears, path, gradients, states.calls(index), reduce)
         path.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def _check_space(streamed: StreamedModel, folder: Path, hidden_bytes: int) -> No
     names = [
         f"{streamed.block_name(index)}.{linear}.weight"
         for index in range(len(streamed.blocks))
-        for linear in streamed.adapter.linears
+        for linear in streamed.linears(index)
     ]
     needed = len(streamed.blocks) * hidden_bytes + sum(4 * math.prod(streamed.shape(name)) for name in names)
     free = shutil.disk_usage(folder).free

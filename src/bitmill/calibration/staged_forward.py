@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.architectures.experts import expert_of
 from bitmill.errors import SourceError
 from bitmill.models.block_call import BlockCall
 from bitmill.models.meta import trim_malloc
@@ -65,11 +66,16 @@ class StagedForward:
             X (tokens, in), batch by batch.
 
         Raises:
-            SourceError: If another linear runs before this one, or the block ends without it.
+            SourceError: If another linear runs before this one, or the block ends without it, unless it belongs to
+                an expert that no token of the batch was sent to.
         """
         for batch in self._passes:
-            reached, X = (None, None) if batch.ended else batch.advance()
-            if reached != lead or X is None:
+            reached, X = batch.reach()
+            if reached == lead:
+                batch.leave()
+            elif expert_of(lead) is not None:
+                continue  # none of its tokens were sent to this expert
+            else:
                 raise SourceError(
                     f"The linear layer {lead!r} was expected to run next in its block, but the block "
                     f"{'ended' if reached is None else f'reached {reached!r}'}; its adapter does not describe it."
@@ -84,7 +90,7 @@ class StagedForward:
         """
         results = []
         for batch in self._passes:
-            reached, hidden = batch.advance()
+            reached, hidden = batch.reach()
             if reached is not None:
                 raise SourceError(f"The linear layer {reached!r} runs twice in its block, which is not supported.")
             results.append(hidden)
@@ -113,6 +119,7 @@ class _BatchForward(threading.Thread):
     def __init__(self, block: nn.Module, call: BlockCall, batches: list[Tensor], number: int, team: int) -> None:
         super().__init__(name=f"bitmill-forward-{number}", daemon=True)
         self.ended, self.team = False, team
+        self._reached: tuple[str | None, Any] | None = None
         self._block, self._call, self._batches, self._number = block, call, batches, number
         self._continue: SimpleQueue[bool] = SimpleQueue()  # to the thread; False ends it
         self._events: SimpleQueue[tuple[str | None, Any]] = SimpleQueue()  # from the thread
@@ -120,6 +127,19 @@ class _BatchForward(threading.Thread):
         self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         device = batches[number].device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def reach(self) -> tuple[str | None, Any]:
+        """Return the path of the lead linear that is reached next and its input, None and the output at the end.
+
+        The pass stays there until `leave`.
+        """
+        if self._reached is None:
+            self._reached = self.advance()
+        return self._reached
+
+    def leave(self) -> None:
+        """Go on from the lead linear that was reached, at the next `reach`."""
+        self._reached = None
 
     def advance(self) -> tuple[str | None, Tensor]:
         """Run up to the next lead linear: its path and input, or None and the output of the block at the end.

@@ -179,7 +179,9 @@ class FolderSink:
                 place = known.get("shared", "")
                 parts |= self._shared[place] if place else {}
                 quantized = unpack(format, parts, tuple(known["shape"]))
-                result.layers[name] = LayerResult(quantized, known["weight_error"], known["output_error"], place)
+                result.layers[name] = LayerResult(
+                    quantized, known["weight_error"], known["output_error"], place, known.get("tokens")
+                )
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError):
             # the shard is sound, its digest said so: it is the journal that does not describe it
             raise self.journal.unreadable(f"its block {index} does not fit the shard") from None

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bitmill.architectures.experts import split_experts
 from bitmill.checkpoint.marker import WEIGHT, marker_names, weight_marker
 from bitmill.checkpoint.reader import Checkpoint, open_checkpoint
 from bitmill.checkpoint.schema import QUANT_METHOD, head_config, layer_formats, shared_paths
@@ -61,6 +62,7 @@ class BitmillQuantizer(HfQuantizer):
     ) -> None:
         stored = self.quantization_config.to_dict()
         layer_formats(stored), head_config(stored)  # sound
+        split_experts(model)
         renamed = model_names(model, stored)
         self.quantization_config = BitmillConfig(**renamed_config(stored, renamed))
         model.config.quantization_config = self.quantization_config

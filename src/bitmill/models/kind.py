@@ -82,6 +82,6 @@ def _check_generates(model: nn.Module, blocks: nn.ModuleList, source: Source) ->
     else:
         causal = [module.is_causal for module in blocks[0].modules() if hasattr(module, "is_causal")]
         if not causal or any(causal) or getattr(config, "is_decoder", None) is not False:
-            return  # `try_first_block` finds others
+            return  # `try_block_kinds` finds others
         reason = "whose attention reads the tokens to come too"
     raise SourceError(f"{source.name} is a {kind.__name__}, {reason}; {ADVICE}.")

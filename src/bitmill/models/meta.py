@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitmill.architectures.experts import split_experts
 from bitmill.errors import SourceError, one_line
 from bitmill.models.kind import ADVICE
 from bitmill.sources.base import Source
@@ -20,7 +21,7 @@ from bitmill.tasks.base import task_for
 
 
 def empty_model(source: Source) -> nn.Module:
-    """Return the model with parameters on the meta device and buffers in memory.
+    """Return the model with parameters on the meta device, buffers in memory, and experts as linear layers.
 
     Raises:
         SourceError: transformers cannot build the model.
@@ -29,12 +30,12 @@ def empty_model(source: Source) -> nn.Module:
         memo: dict[int, Any] = {}
         for parameter in source.model.parameters():
             memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        return copy.deepcopy(source.model, memo)
+        return split_experts(copy.deepcopy(source.model, memo))
     # the class that loads the folder, whichever one its config names: see `models/kind.py`
     auto_class = task_for(source.config).auto_class
     with _parameters_on_meta():
         try:
-            return auto_class.from_config(
+            model = auto_class.from_config(
                 source.config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
             )
         except Exception as error:  # transformers raises all sorts for numbers out of range
@@ -49,6 +50,7 @@ def empty_model(source: Source) -> nn.Module:
             raise SourceError(
                 f"transformers cannot build the model of {source.name} ({one_line(error)}); check its config."
             ) from None
+    return split_experts(model)
 
 
 @contextmanager

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from bitmill.architectures.experts import ExpertLinears
 from bitmill.errors import SourceError
 
 if TYPE_CHECKING:
@@ -35,12 +36,17 @@ class _Entry:
     converter: the WeightConverter of transformers that makes it; None where it is stored as it is.
     first: the name of the first tensor that the converter makes.
     shape: shape in the model.
+    expert: number of the expert whose matrix it is of the fused tensor `fused`; None for any other tensor.
+    transposed: the fused tensor is (experts, in, out).
     """
 
     stored: tuple[tuple[str, str], ...]
     converter: Any
     first: str
     shape: tuple[int, ...]
+    fused: str = ""
+    expert: int | None = None
+    transposed: bool = False
 
 
 class StoredTensors:
@@ -57,6 +63,10 @@ class StoredTensors:
 
     def __init__(self, model: nn.Module, source: Source) -> None:
         self._model, self._source = model, source
+        self._experts = {
+            path: len(module) for path, module in model.named_modules() if isinstance(module, ExpertLinears)
+        }
+        self._fused: tuple[str, Tensor] = "", torch.empty(0)  # the fused tensor that was read last
         self._entries, unused = _match(model, source)
         self.unused = self._check_unused(unused)
         self._check_types()
@@ -79,6 +89,19 @@ class StoredTensors:
     def tensor(self, name: str) -> Tensor:
         """Read a tensor in its stored dtype."""
         entry = self._lookup(name)
+        if entry.expert is None:
+            return self._read(name, entry)
+        if entry.fused == self._fused[0]:
+            fused, expert = self._fused[1], entry.expert
+        elif (own := _of_expert(entry.stored, entry.expert, self._experts[entry.fused])) is not None:
+            fused, expert = self._read(entry.fused, replace(entry, stored=own)), 0
+        else:
+            fused, expert = self._read(entry.fused, entry), entry.expert
+            self._fused = entry.fused, fused  # its other experts are read next
+        return (fused[expert].T if entry.transposed else fused[expert]).contiguous()
+
+    def _read(self, name: str, entry: _Entry) -> Tensor:
+        """Read a tensor of the model as transformers loads it."""
         if entry.converter is None:
             return self._source.tensor(entry.stored[0][0])
         parts = [(pattern, stored, self._source.tensor(stored)) for stored, pattern in entry.stored]
@@ -182,7 +205,9 @@ def _match(model: nn.Module, source: Source) -> tuple[dict[str, _Entry], list[st
     Raises:
         SourceError: a stored tensor cannot be converted, or two are stored for one name.
     """
+    split = {path: module for path, module in model.named_modules() if isinstance(module, ExpertLinears)}
     expected = dict(model.state_dict(keep_vars=True))
+    expected |= {path: torch.empty(module.shape, device="meta") for path, module in split.items()}
     renamings, converters = _conversions(model) if source.as_saved else ([], [])
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     entries: dict[str, _Entry] = {}
@@ -216,7 +241,38 @@ def _match(model: nn.Module, source: Source) -> tuple[dict[str, _Entry], list[st
             ) from error
         for name, tensor in made.items():
             entries[name] = _Entry(tuple(members), converter, first, tuple(tensor.shape))
+    for path, experts in split.items():
+        if path in entries:
+            entries |= _expert_entries(path, entries.pop(path), experts)
     return entries, unused
+
+
+def _expert_entries(path: str, entry: _Entry, experts: ExpertLinears) -> dict[str, _Entry]:
+    """Return the matrix of every expert of a fused tensor. Raises SourceError for the shape of another model."""
+    if entry.shape != tuple(experts.shape):
+        raise SourceError(
+            f"The tensor {path!r} has shape {entry.shape}, but the config of the model requires "
+            f"{tuple(experts.shape)}."
+        )
+    shape = entry.shape[:0:-1] if experts.transposed else entry.shape[1:]
+    return {
+        f"{path}.expert{number}.weight": replace(
+            entry, shape=shape, fused=path, expert=number, transposed=experts.transposed
+        )
+        for number in range(len(experts))
+    }
+
+
+def _of_expert(
+    stored: tuple[tuple[str, str], ...], expert: int, experts: int
+) -> tuple[tuple[str, str], ...] | None:
+    """Return the stored tensors of one expert, where each has its own; None where they are fused."""
+    by_pattern: dict[str, list[tuple[str, str]]] = {}
+    for member in stored:
+        by_pattern.setdefault(member[1], []).append(member)
+    if experts == 1 or any(len(members) != experts for members in by_pattern.values()):
+        return None
+    return tuple(members[expert] for members in by_pattern.values())
 
 
 def _is_causal_mask(source: Source, name: str) -> bool:

@@ -7,9 +7,10 @@ of transformers, so no architecture is implemented here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -120,12 +121,39 @@ class StreamedModel:
 
     def sites(self, index: int) -> tuple[Site, ...]:
         """Return the weights of block `index` that can be quantized, in stage order."""
-        paths = [f"{self.block_name(index)}.{linear}.weight" for linear in self.adapter.linears]
+        paths = [f"{self.block_name(index)}.{linear}.weight" for linear in self.linears(index)]
         shapes = [self.shape(path) for path in paths]
         return tuple(
             Site(path, shape=shape[::-1] if self.adapter.transposed else shape)
             for path, shape in zip(paths, shapes)
         )
+
+    def linears(self, index: int) -> tuple[str, ...]:
+        """Return the paths in block `index` of its linear layers; blocks may have different ones."""
+        if not self.adapter.inferred:
+            return self.adapter.linears
+        paths = {path for path, _ in self.blocks[index].named_modules()}
+        return tuple(linear for linear in self.adapter.linears if linear in paths)
+
+    def leave_out(self, linears: Collection[str]) -> None:
+        """Leave linear layers of an inferred adapter in float, by their paths in the blocks."""
+        stages = (tuple(name for name in stage if name not in linears) for stage in self.adapter.stages)
+        self.adapter = replace(self.adapter, stages=tuple(stage for stage in stages if stage))
+
+    def float_matrices(self) -> tuple[float, list[str]]:
+        """Return the share of the numbers in the blocks' matrices that no site covers, and those by pattern."""
+        sites, covered, patterns, outside = {site.path for site in self.all_sites()}, 0, dict[str, None](), 0
+        for index in range(len(self.blocks)):
+            for name in self.block_tensors(index):
+                shape = self.shape(name)
+                if sum(side > 1 for side in shape) < 2 or not self.is_parameter(name):
+                    continue
+                if name in sites:
+                    covered += prod(shape)
+                else:
+                    outside += prod(shape)
+                    patterns[f"*{name.removeprefix(self.block_name(index))}"] = None
+        return outside / max(covered + outside, 1), list(patterns)
 
     def all_sites(self) -> tuple[Site, ...]:
         """Return the sites of all blocks in order; `embedding_and_head_sites` has those outside the blocks."""
@@ -159,9 +187,12 @@ class StreamedModel:
                     f"The tensor {owner!r} has shape {self.shape(owner)}, but the config of "
                     f"{self.source.name} requires {tuple(parameter.shape)}."
                 )
-        blocks = [self.block_name(index) for index in range(len(self.blocks))]
-        for name in (f"{block}.{linear}.weight" for block in blocks for linear in self.adapter.linears):
-            if name not in self._stored:
+        for site in (
+            f"{self.block_name(index)}.{linear}"
+            for index in range(len(self.blocks))
+            for linear in self.linears(index)
+        ):
+            if (name := f"{site}.weight") not in self._stored:
                 raise SourceError(
                     f"{self.source.name} holds no tensor {name!r}: it is quantized already, or its adapter does "
                     "not describe it; give the float model."

@@ -1,4 +1,4 @@
-"""A trial of the first block on a few tokens, which finds models that would not run packed."""
+"""A trial of one block of each kind on a few tokens, which finds models that would not run packed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TOLERANCE = 1e-3  # relative, of hidden states that depend on the same tokens
 
 
 @torch.no_grad()
-def try_first_block(streamed: StreamedModel, layers: Collection[str], reads_text: bool = True) -> None:
-    """Run the embedding and the first block once, in float, on two windows that differ in their last token.
+def try_block_kinds(streamed: StreamedModel, layers: Collection[str], reads_text: bool = True) -> None:
+    """Run the embedding and a block of each kind once, in float, on two windows that differ in their last token.
 
     Args:
         streamed: the model.
@@ -29,45 +29,94 @@ def try_first_block(streamed: StreamedModel, layers: Collection[str], reads_text
 
     Raises:
         SourceError: the model's code reads the weight of such a layer instead of calling it, the attention of a
-            language model reads later tokens, or the block does not run on tokens alone.
+            language model reads later tokens, or a block does not run on tokens alone.
     """
-    tokens = _tokens(streamed)
-    if tokens is None:
-        return
-    prefix = streamed.block_name(0)
-    modules = dict(streamed.model.named_modules())
-    watched = {name: modules[name] for name in layers if name in modules and not _in_other_block(streamed, name)}
-    read: set[str] = set()
     try:
-        with streamed.non_block_weights("embedding"), _watch(watched, read):
-            hidden, calls = streamed.embed(tokens)
-        block = streamed.load_block(0)
-        with _watch(watched, read):
-            output = calls[0].run(block, hidden)
-    except (BitmillError, MemoryError):
-        raise
-    except Exception as error:  # the model's own code
-        if not reads_text:
-            return
-        raise SourceError(
-            f"The first block of {streamed.source.name} does not run on tokens alone ({one_line(error)}); "
-            f"{ADVICE}."
-        ) from error
-    finally:
-        streamed.free_block(0)
+        read, outputs = _run_kinds(streamed, layers)
+    except SourceError:
+        if reads_text:
+            raise
+        return
     if read:
         layer = min(read)
-        pattern = f"*{layer.removeprefix(prefix)}"
+        pattern = f"*.{_path_in_block(streamed, layer)}"
         raise SourceError(
             f"The code of {streamed.source.name} reads the weight of {layer!r} instead of calling the layer, so "
             f'it cannot be packed; leave such layers in float with --rule "{pattern}=float" '
             f'(rules=["{pattern}=float"]).'
         )
-    if reads_text and streamed.task.generates and _depends_on_later(output):
+    if reads_text and streamed.task.generates and any(map(_depends_on_later, outputs)):
         raise SourceError(
             f"{streamed.source.name} is a {type(streamed.model).__name__}, whose attention reads the tokens to "
             f"come too; {ADVICE}."
         )
+
+
+def leave_read_weights(streamed: StreamedModel) -> None:
+    """Leave layers of a generic adapter in float whose weight the model's code reads instead of calling them.
+
+    Where these are all layers, they are kept, and refused once the recipe is known.
+    """
+    if not streamed.adapter.inferred:
+        return
+    try:
+        read, _ = _run_kinds(streamed, [site.layer for site in streamed.all_sites()])
+    except SourceError:
+        return  # raised again when the recipe is known, unless it calibrates and measures nothing
+    paths = {_path_in_block(streamed, layer) for layer in read}
+    if not paths.issuperset(streamed.adapter.linears):
+        streamed.leave_out(paths)
+
+
+@torch.no_grad()
+def _run_kinds(streamed: StreamedModel, layers: Collection[str]) -> tuple[set[str], list[Tensor]]:
+    """Run a block of each kind; blocks of a kind have linear layers at equal paths.
+
+    Returns:
+        The layers whose weight was read by other code than their own forward, and the output of each block on the
+        embedded tokens; nothing for a model whose vocabulary is unknown.
+
+    Raises:
+        SourceError: a block does not run on tokens alone.
+    """
+    tokens = _tokens(streamed)
+    if tokens is None:
+        return set(), []
+    kinds: dict[tuple[str, ...], int] = {}
+    for index in range(len(streamed.blocks)):
+        kinds.setdefault(streamed.linears(index), index)
+    tried = tuple(f"{streamed.block_name(index)}." for index in kinds.values())
+    inside = f"{streamed.adapter.blocks}."
+    modules = dict(streamed.model.named_modules())
+    watched = {
+        name: modules[name]
+        for name in layers
+        if name in modules and (name.startswith(tried) or not name.startswith(inside))
+    }
+    read, outputs, index = set[str](), list[Tensor](), 0
+    try:
+        with streamed.non_block_weights("embedding"), _watch(watched, read):
+            hidden, calls = streamed.embed(tokens)
+        for index in kinds.values():
+            block = streamed.load_block(index)
+            with _watch(watched, read):
+                outputs.append(calls[index].run(block, hidden))
+            streamed.free_block(index)
+    except (BitmillError, MemoryError):
+        raise
+    except Exception as error:  # the model's own code
+        raise SourceError(
+            f"Block {index} of {streamed.source.name} does not run on tokens alone ({one_line(error)}); {ADVICE}."
+        ) from error
+    finally:
+        streamed.free_block(index)
+    return read, outputs
+
+
+def _path_in_block(streamed: StreamedModel, layer: str) -> str:
+    """Return the path in its block of a layer; the whole name of a layer outside the blocks."""
+    inside = f"{streamed.adapter.blocks}."
+    return layer.removeprefix(inside).partition(".")[2] if layer.startswith(inside) else layer
 
 
 def _tokens(streamed: StreamedModel) -> Tensor | None:
@@ -79,12 +128,6 @@ def _tokens(streamed: StreamedModel) -> Tensor | None:
     windows = ((vocabulary // 2 + torch.arange(TOKENS)) % vocabulary).repeat(2, 1)
     windows[1, -1] = windows[0, 0]
     return windows
-
-
-def _in_other_block(streamed: StreamedModel, name: str) -> bool:
-    """Return True for a layer of a block that is not tried."""
-    blocks = f"{streamed.adapter.blocks}."
-    return name.startswith(blocks) and not name.startswith(f"{streamed.block_name(0)}.")
 
 
 def _depends_on_later(output: Tensor) -> bool:

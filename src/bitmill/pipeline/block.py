@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.architectures.attention import round_attention
+from bitmill.architectures.experts import expert_of
 from bitmill.architectures.inputs import hook_inputs
-from bitmill.calibration.collect import collect_statistics, find_stages
+from bitmill.calibration.collect import collect_expert_averages, collect_statistics, find_stages
+from bitmill.calibration.experts import shrink, shrink_all
 from bitmill.calibration.fisher import rescale_fisher
 from bitmill.calibration.staged_forward import StagedForward
 from bitmill.calibration.store import StoredBlock
@@ -114,7 +116,7 @@ def _input_statistics(
     assert streams is not None
     leads = [stage[0] for stage in stages]
     keeps = SAMPLES if "samples" in job.needs else 0
-    return collect_statistics(module, streams.hidden.batches, streams.calls(index), leads, keeps)
+    return shrink_all(collect_statistics(module, streams.hidden.batches, streams.calls(index), leads, keeps))
 
 
 def _block_task(
@@ -160,6 +162,7 @@ class _Block:
         fisher: path of a linear -> Fisher diagonal of its folded weight, where the recipe needs it.
         errors: path of a linear -> errors of its weights and outputs; with tuners they are computed in the end.
         float_outputs: outputs of the float copy where inputs were compared with it, batch by batch.
+        expert_tokens: path of an expert -> number of calibration tokens that were sent to it.
     """
 
     job: Job
@@ -168,6 +171,7 @@ class _Block:
     fisher: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
     float_outputs: list[Tensor] = field(default_factory=list)
+    expert_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def tuned(self) -> bool:
@@ -210,6 +214,7 @@ class _Block:
         assert streams is not None
         leads = [stage[0] for stage in task.stages]
         batches = list(streams.hidden.batches) if self.tuned else streams.hidden.batches
+        averages = collect_expert_averages(task.block, batches, task.calls, leads)
         with ExitStack() as stack:
             forward = stack.enter_context(StagedForward(task.block, batches, task.calls, leads))
             float_forward = None
@@ -222,6 +227,8 @@ class _Block:
                 width = task.matrix(stage[0]).shape[1]
                 gram = RunningGram(width, job.streamed.device, SAMPLES if "samples" in job.needs else 0)
                 stats = _stage_statistics(forward, float_forward, stage[0], gram)
+                if expert := expert_of(stage[0]):
+                    stats = shrink(stats, averages[expert[0]])
                 self._solve_stage(stage, stats)
             if float_forward is not None and _compares_once(job):
                 self.float_outputs = float_forward.outputs()
@@ -241,6 +248,8 @@ class _Block:
         for name in stage:
             if self.tuned:
                 task.stats[name] = Statistics(stats.gram)
+            if stats.gram is not None and expert_of(name):
+                self.expert_tokens[name] = stats.tokens
             if name in task.names and name not in task.quantized:
                 scheme = self.job.scheme(self.layer(name))
                 groups.setdefault((scheme.format, scheme.solver, scheme.needs), []).append(name)
@@ -300,7 +309,9 @@ class _Block:
                 gram = task.stats.get(name, Statistics()).gram
                 self.errors[name] = _errors(task.originals[name], quantized.dequantize(), gram)
             path = shared_module_path(name) if name in self.shared else ""
-            results[self.layer(name)] = LayerResult(quantized, *self.errors[name], path)
+            results[self.layer(name)] = LayerResult(
+                quantized, *self.errors[name], path, self.expert_tokens.get(name)
+            )
         return results
 
 
@@ -315,11 +326,14 @@ def _stage_statistics(
         lead: the first linear of the stage.
         gram: empty sums.
     """
-    if float_forward is None:
+    cross = None if float_forward is None else torch.zeros_like(gram.sum)
+    if float_forward is None or expert_of(lead):
         for X in forward.inputs(lead):
             gram.add(X)
-        return Statistics(gram.mean(), gram.tokens, max_abs=gram.max_abs, samples=gram.samples)
-    cross = torch.zeros_like(gram.sum)
+        for _ in float_forward.inputs(lead) if float_forward else ():
+            pass  # tokens sent to this expert are others than those of the quantized model
+        return Statistics(gram.mean(), gram.tokens, cross, max_abs=gram.max_abs, samples=gram.samples)
+    assert cross is not None
     for X, X_float in zip(forward.inputs(lead), float_forward.inputs(lead)):
         gram.add(X)
         cross.addmm_((X_float - X).T, X)

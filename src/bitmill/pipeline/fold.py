@@ -28,7 +28,7 @@ def fold_transforms(job: Job, index: int, stats: dict[str, Statistics] | None = 
     """
     streamed, stats = job.streamed, {} if stats is None else stats
     adapter, prefix = streamed.adapter, streamed.block_name(index)
-    linears = [name for name in adapter.linears if job.quantizes(f"{prefix}.{name}")]
+    linears = [name for name in streamed.linears(index) if job.quantizes(f"{prefix}.{name}")]
     schemes = {name: job.scheme(f"{prefix}.{name}") for name in linears}
     changed: set[str] = set()
     for transforms in dict.fromkeys(scheme.transforms for scheme in schemes.values()):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.architectures.experts import expert_of, split_experts
 from bitmill.formats import Format
 from bitmill.models.embedding_and_head import EmbeddingAndHead, embedding_and_head
 from bitmill.models.streamed import StreamedModel
@@ -48,7 +49,7 @@ class ModuleSink:
             streamed: the float model.
         """
         for name, layer in result.layers.items():
-            device = device_of(self.model.get_submodule(name))
+            device = device_of(_owner(self.model, name))
             parts = {part: tensor.to(device) for part, tensor in layer.own().items()}
             self.formats[name], self._packed[name] = layer.quantized.format, parts
             if layer.shared:
@@ -75,6 +76,7 @@ class ModuleSink:
 
     def finish(self) -> None:
         """Replace the linears and the changed tensors; all of them are on their devices already."""
+        split_experts(self.model)
         biases = {name: getattr(module, "bias", None) for name, module in self.model.named_modules()}
         # on the meta device: the memory is the packed tensors' own
         for name, new in replace_layers(self.model, self.formats, self.ends, self.places, "meta").items():
@@ -101,6 +103,12 @@ def eval_mode(module: nn.Module | None) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _owner(model: nn.Module, layer: str) -> nn.Module:
+    """Return the module of a linear layer, or the one that holds the fused tensor of an expert."""
+    expert = expert_of(layer)
+    return model.get_submodule(expert[0].rpartition(".")[0] if expert else layer)
 
 
 def device_of(module: nn.Module) -> torch.device:

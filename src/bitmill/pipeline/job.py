@@ -66,12 +66,12 @@ class Job:
 
     def quantizes(self, layer: str) -> bool:
         """Return True if the linear layer with this full name is quantized, and False if it stays in float."""
-        return self.resolved.schemes[layer] is not None
+        return self.resolved.schemes.get(layer) is not None
 
     def kept(self, index: int) -> frozenset[str]:
         """Return the linear layers of block `index`, by path in it, that stay in float."""
         prefix = self.streamed.block_name(index)
-        names = self.streamed.adapter.linears
+        names = self.streamed.linears(index)
         return frozenset(name for name in names if not self.quantizes(f"{prefix}.{name}"))
 
     def scheme(self, layer: str) -> LayerScheme:
@@ -90,12 +90,14 @@ class LayerResult:
         weight_error: relative squared error of the weights.
         output_error: relative squared error of the outputs on the calibration windows; None without them.
         shared: path of the module that holds the parts it shares; "" where it shares none.
+        tokens: calibration tokens that were sent to the layer, for an expert; None for all others.
     """
 
     quantized: Quantized
     weight_error: float
     output_error: float | None
     shared: str = ""
+    tokens: int | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return the layer as plain data, for the report; shared parts are not counted."""
@@ -109,7 +111,8 @@ class LayerResult:
             "weight_error": self.weight_error,
             "output_error": self.output_error,
         }
-        return {**described, "shared": self.shared} if self.shared else described
+        extra = {"shared": self.shared or None, "tokens": self.tokens}
+        return described | {name: value for name, value in extra.items() if value is not None}
 
     def own(self) -> dict[str, Tensor]:
         """Return the packed tensors that belong to this layer alone."""

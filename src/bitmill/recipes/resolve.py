@@ -98,7 +98,8 @@ def resolve_recipe(recipe: Recipe, streamed: StreamedModel) -> ResolvedRecipe:
         for seam in streamed.seams(index):
             _check_seam(recipe, schemes, seam.targets)
     for linear in streamed.adapter.linears:
-        like = [f"{streamed.block_name(index)}.{linear}" for index in range(len(streamed.blocks))]
+        names = [f"{streamed.block_name(index)}.{linear}" for index in range(len(streamed.blocks))]
+        like = [name for name in names if name in schemes]
         _check_shared(recipe, schemes, like)
     return ResolvedRecipe(head.recipe, schemes, head.ends, head.formats, head.note)
 

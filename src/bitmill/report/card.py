@@ -26,6 +26,7 @@ from bitmill.report.describe import (
 )
 from bitmill.report.domains import domain_table, latest_with_domains
 from bitmill.report.escape import code_block, code_span, markdown_text
+from bitmill.report.experts import expert_coverage
 from bitmill.report.metrics import MetricColumn, metric_columns
 from bitmill.report.samples import MarkedText, recorded_pairs
 from bitmill.report.tasks import NOTE, task_table
@@ -167,6 +168,17 @@ Layers with the largest relative output error on the calibration text:
 {% endfor %}
 
 {% endif %}
+{% if experts %}
+Calibration tokens that were sent to the experts of each tensor; experts without any were rounded with the average
+of their layer:
+
+| tensor | experts | fewest tokens | median | experts without |
+|---|---|---|---|---|
+{% for row in experts -%}
+| {{ code(row.name, true) }} | {{ row.experts }} | {{ row.least }} | {{ row.median }} | {{ row.without }} |
+{% endfor %}
+
+{% endif %}
 ## Made by
 
 bitmill {{ bitmill }}, recipe in `recipe.yaml`; `report.html` shows the errors of all layers:
@@ -245,6 +257,7 @@ def model_card(report: dict[str, Any]) -> str:
     return _template(text).render(
         **report,
         worst=worst,
+        experts=expert_coverage(layers),
         columns=metric_columns(report["measured"]),
         domains=domain_table(by_domain) if by_domain else None,
         by_domain=markdown_text(describe_windows(by_domain)) if by_domain else "",

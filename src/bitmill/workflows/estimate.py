@@ -22,7 +22,7 @@ from bitmill.files import file_records, folder_bytes
 from bitmill.formats import Format
 from bitmill.kv.config import FLOAT, SAMPLES, parse_kv_config
 from bitmill.models.meta import trim_malloc
-from bitmill.models.trial import try_first_block
+from bitmill.models.trial import try_block_kinds
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
@@ -232,7 +232,7 @@ class _Probe:
         request = self.prepared.request
         reads_text = not request.live or request.measure > 0 or bool(self.resolved.needs)
         with self.clock.measure("once"):
-            try_first_block(self.streamed, self.resolved.formats, reads_text)
+            try_block_kinds(self.streamed, self.resolved.formats, reads_text)
         measuring = try_measuring(self.prepared, self.data, self.kinds)
         trial = try_blocks(self.prepared, self.data, self.kinds, sink)
         blocks = self.kinds.sum(trial.inside) + self.kinds.sum(measuring.inside)

@@ -43,6 +43,7 @@ def job_report(
         **({"head_formats": {name: format.to_dict() for name, format in formats.items()}} if ends else {}),
         "auto_class": streamed.task.auto_class_name,
         **({"unused": streamed.unused} if streamed.unused else {}),
+        **({"float_matrices": plan["float_matrices"]} if plan.get("float_matrices") else {}),
         **({"kv": plan["kv"]} if plan["kv"] else {}),
         **({"budget": plan["budget"]} if plan.get("budget") else {}),
         "measured": [{"by": "quantize", **data.described["held_out"], **quality}] if quality else [],

@@ -20,6 +20,7 @@ from bitmill.kv.config import KVConfig
 from bitmill.models.kind import check_class_loads
 from bitmill.models.stored import moved_on_load
 from bitmill.models.streamed import StreamedModel
+from bitmill.models.trial import leave_read_weights
 from bitmill.pipeline.attention import calibrate_attention
 from bitmill.pipeline.job import Propagate
 from bitmill.pipeline.network import recipe_of_network
@@ -107,6 +108,9 @@ class QuantizeRequest:
             raise UsageError("Nowhere to write: give an output folder with out=....")
 
 
+FLOAT_SHARE = 0.01  # of the weights of the blocks that may stay in float without a note
+
+
 @dataclass(frozen=True)
 class PreparedJob:
     """A job with its model open: the recipe on it, the sizes it will have, and the KV calibration to add."""
@@ -152,6 +156,15 @@ def prepare_job(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[st
             f"{len(streamed.unused)} stored tensors are left out, as {type(streamed.model).__name__} does not "
             f"use them, such as {streamed.unused[0]}"
         )
+    if recipe is not None:
+        leave_read_weights(streamed)
+    share, names = streamed.float_matrices()
+    if recipe is not None and share > FLOAT_SHARE:
+        request.progress.note(
+            f"{share:.1%} of the weights of the blocks stay in float, because they belong to no linear layer that "
+            f"can be packed: {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
+        )
+        chosen = {**chosen, "float_matrices": {"share": share, "names": names}}
     kv = kv_workflow.KVCalibrationJob(request.kv, streamed) if request.kv is not None else None
     resolved = None
     if recipe is not None:

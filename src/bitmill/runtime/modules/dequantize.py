@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.architectures.experts import join_experts
 from bitmill.architectures.inputs import hook_inputs
 from bitmill.formats.quantized import SHARED, Quantized, row_slices, unpack
 from bitmill.runtime.modules.embedding import QuantEmbedding, restore_embedding
@@ -52,6 +53,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
             hook_inputs(linear, matrix.rounding)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, linear)
+    join_experts(model)
     model._modules.pop(SHARED, None)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "quantization_config"):  # a saved copy is no packed model

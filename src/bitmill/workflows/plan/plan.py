@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitmill.architectures.experts import expert_of
 from bitmill.checkpoint.reader import is_checkpoint, open_checkpoint
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
@@ -178,9 +179,17 @@ def _activations(source: Source, streamed: StreamedModel | str, batch: int) -> A
     if isinstance(streamed, str):
         widths = 4 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
     else:
-        names = [f"{streamed.block_name(0)}.{linear}.weight" for linear in streamed.adapter.linears]
+        running = getattr(config, "num_experts_per_tok", None) or 1
+        linears = [linear for linear in streamed.linears(0) if _expert_number(linear) < running]
+        names = [f"{streamed.block_name(0)}.{linear}.weight" for linear in linears]
         widths = sum(streamed.shape(name)[1 if streamed.adapter.transposed else 0] for name in names)
     return Activations(2 * batch * (2 * hidden + widths), 4 * batch * config.vocab_size)
+
+
+def _expert_number(linear: str) -> int:
+    """Return the number of the expert that a linear layer belongs to; 0 for all other layers, which always run."""
+    expert = expert_of(linear)
+    return expert[1] if expert else 0
 
 
 def _activation_row(

@@ -26,7 +26,7 @@ from bitmill.evaluation.reference import FILE as REFERENCE_FILE
 from bitmill.evaluation.reference import ReferencePredictions, ReferenceRecorder
 from bitmill.files import folder_bytes, write_tensors
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
-from bitmill.models.trial import try_first_block
+from bitmill.models.trial import try_block_kinds
 from bitmill.pipeline import Job, run
 from bitmill.pipeline.in_place import ModuleSink
 from bitmill.pipeline.job import Propagate
@@ -312,7 +312,7 @@ def _run(prepared: PreparedJob, data: JobData, identity: dict[str, Any], work: W
         )
     if prepared.resolved is not None and not (sink and 0 in sink.journal.blocks):
         reads_text = request.out is not None or request.measure > 0 or bool(prepared.resolved.needs)
-        try_first_block(streamed, prepared.resolved.formats, reads_text)
+        try_block_kinds(streamed, prepared.resolved.formats, reads_text)
     if work is None or sink is None:
         assert isinstance(model, nn.Module)
         in_place = ModuleSink(model)

@@ -43,16 +43,16 @@ class Layers:
         prefix = self._streamed.block_name(index)
         return [
             Layer(f"{prefix}.{path}", W, inputs)
-            for path, W, inputs in self._with_inputs(index, block, self._matrices(prefix))
+            for path, W, inputs in self._with_inputs(index, block, self._matrices(index))
         ]
 
     def describe(self) -> dict[str, Any] | None:
         """Return where inputs come from as plain data, or None where there are none."""
         return None
 
-    def _matrices(self, prefix: str) -> dict[str, Tensor]:
+    def _matrices(self, index: int) -> dict[str, Tensor]:
         """Return path in the block -> weight, fp32 (out, in)."""
-        linears = self._streamed.adapter.linears
+        linears, prefix = self._streamed.linears(index), self._streamed.block_name(index)
         return {path: self._streamed.matrix(f"{prefix}.{path}.weight") for path in linears}
 
     def _with_inputs(self, index: int, block: nn.Module, matrices: dict[str, Tensor]) -> Iterator[_WithInputs]:
