@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bitmill.workflows.comparison.compare import compare
     from bitmill.workflows.estimate import estimate
     from bitmill.workflows.evaluate import evaluate
+    from bitmill.workflows.export import export
     from bitmill.workflows.quantize.run import Outcome, quantize
     from bitmill.workflows.tasks import evaluate_tasks
     from bitmill.workflows.train import train
@@ -40,6 +41,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "load",
     "load_tokenizer",
     "quantize",
@@ -53,6 +55,7 @@ _HOMES = {
     "estimate": "bitmill.api",
     "evaluate": "bitmill.api",
     "evaluate_tasks": "bitmill.api",
+    "export": "bitmill.api",
     "load": "bitmill.api",
     "load_tokenizer": "bitmill.api",
     "quantize": "bitmill.api",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bitmill.data.windows import CalibrationData
 from bitmill.workflows.estimate import Estimate, estimate
 from bitmill.workflows.evaluate import evaluate
+from bitmill.workflows.export import Export, export
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.quantize.run import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
@@ -14,11 +15,13 @@ from bitmill.workflows.train import TrainingOutcome, train
 __all__ = [
     "CalibrationData",
     "Estimate",
+    "Export",
     "Outcome",
     "TrainingOutcome",
     "estimate",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "load",
     "load_tokenizer",
     "quantize",

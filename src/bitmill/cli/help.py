@@ -13,7 +13,7 @@ QUANTIZE, MEASURE, RUN, LOOK_UP = "Quantize", "Measure", "Run", "Look up"
 COMMANDS = {
     QUANTIZE: ("quantize", "train", "compare", "sweep", "plan"),
     MEASURE: ("eval", "verify", "inspect", "bench"),
-    RUN: ("generate", "chat"),
+    RUN: ("generate", "chat", "export"),
     LOOK_UP: ("methods", "recipes", "models", "texts", "doctor"),
 }
 
@@ -23,6 +23,7 @@ PANELS = {  # by parameter; others are in typer's own panel
         "inputs", "attention", "rules", "recipes", "propagate", "max_minutes", "head_bits", "budget", "budgets",
         "sensitivity", "allocator", "corrections", "save_recipe",
     ),
+    "Export": ("to", "dtype"),
     "Training": ("teacher", "loss", "learn", "epochs", "rate", "held_apart"),
     "Text and measurement": (
         "calib", "text", "split", "samples", "seqlen", "seed", "measure", "windows", "reference", "record",
@@ -76,6 +77,11 @@ EXAMPLES = {
     "generate": (
         'bitmill generate DIR --prompt "What is the capital of France?"',
         'bitmill generate DIR --raw --prompt "Once upon a time" --max-new-tokens 100 --temperature 0.8',
+    ),
+    "export": (
+        "bitmill export DIR --to compressed-tensors",
+        "bitmill export DIR --to gptq -o OUT",
+        "bitmill export DIR --to dense --dtype bfloat16",
     ),
     "chat": ("bitmill chat DIR", 'bitmill chat DIR --system "Answer in one sentence."'),
     "methods": ("bitmill methods", "bitmill methods gptqt"),

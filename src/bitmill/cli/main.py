@@ -17,6 +17,7 @@ from bitmill.cli import (
     compare,
     doctor,
     evaluate,
+    export,
     folder,
     generate,
     plan,
@@ -48,6 +49,7 @@ app.command("sweep")(sweep.sweep)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("export")(export.export)
 app.command("inspect")(folder.inspect)
 app.command("verify")(folder.verify)
 app.command("methods")(catalog.methods)

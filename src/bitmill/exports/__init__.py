@@ -1,0 +1,1 @@
+"""Quantized matrices in the tensors of other programs."""
