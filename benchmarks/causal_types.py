@@ -55,7 +55,8 @@ SMALL |= {"qk_rope_head_dim": 8, "v_head_dim": 16, "n_group": 1, "topk_group": 1
 SMALL |= {"state_size": 8, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2}
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rotary_dim": 8, "attention_window": 8}
 SMALL |= {"sliding_window": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-SMALL |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+SMALL |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "vocab_size_per_layer_input": 256}
+SMALL |= {"hidden_size_per_layer_input": 16}
 UNSET = ("head_dim", "num_experts_per_tok", "num_key_value_heads")  # set where a config leaves them open
 # what the sizes above do not fit
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -72,6 +73,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_groups": 1},
     "zaya": {"num_experts_per_tok": 1},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
 }
 
 
@@ -196,8 +198,7 @@ def _sizes(config: Any) -> dict[str, int]:
     found = {
         name: size
         for name, size in SMALL.items()
-        if isinstance(value := _value(config, name), int)
-        or (value is None and name in UNSET and hasattr(config, name))
+        if isinstance(value := _value(config, name), int) or (value is None and name in UNSET)
     }
     if "qk_rope_head_dim" in found:  # compressed keys: rotary angles have this width
         found.pop("head_dim", None)
@@ -206,10 +207,11 @@ def _sizes(config: Any) -> dict[str, int]:
 
 
 def _value(config: Any, name: str) -> Any:
+    """Return a field of a config; "" where it has none, or one for each layer."""
     try:
-        return getattr(config, name, None)
+        return getattr(config, name, "")
     except Exception:  # per-layer values of one name
-        return None
+        return ""
 
 
 @torch.no_grad()

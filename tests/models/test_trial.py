@@ -96,3 +96,34 @@ def test_later_tokens_seen():
 def test_weight_read():
     with pytest.raises(SourceError, match=r"reads the weight of .layers.0.linear.*\*\.linear=float"):
         bitmill.quantize(Model(Reads), "rtn", bits=4, measure=0)
+
+
+class OwnProduct(nn.Linear):
+    """The product of nn.Linear, written out, as Falcon has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Grouped(nn.Linear):
+    """Another product than that of nn.Linear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flip(-1))
+
+
+@pytest.mark.parametrize(("kind", "quantized"), [(OwnProduct, True), (Grouped, False)])
+def test_classes_derived_from_linear(kind, quantized):
+    class Two(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = kind(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.own(self.linear(x))
+
+    model = Model(Two)
+    layers = [layer["name"] for layer in bitmill.quantize(model, "rtn", bits=4, measure=0).report["layers"]]
+    assert ("layers.0.own" in layers) == quantized
+    assert "layers.0.linear" in layers
+    model(torch.zeros(1, 3, dtype=torch.int64))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bitmill.errors import BitmillError, SourceError, one_line
 from bitmill.models.kind import ADVICE
@@ -73,8 +74,9 @@ def _run_kinds(streamed: StreamedModel, layers: Collection[str]) -> tuple[set[st
     """Run a block of each kind; blocks of a kind have linear layers at equal paths.
 
     Returns:
-        The layers whose weight was read by other code than their own forward, and the output of each block on the
-        embedded tokens; nothing for a model whose vocabulary is unknown.
+        The layers that would not run packed: whose weight was read by other code than their own forward, or whose
+        class has another product than nn.Linear. And the output of each block on the embedded tokens; nothing
+        for a model whose vocabulary is unknown.
 
     Raises:
         SourceError: a block does not run on tokens alone.
@@ -164,8 +166,20 @@ def _watched(kind: type[nn.Module], name: str, read: set[str]) -> type[nn.Module
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             running.append(True)
             try:
-                return super().forward(*args, **kwargs)
+                output = super().forward(*args, **kwargs)
+                own = isinstance(self, nn.Linear) and kind.forward is not nn.Linear.forward
+                if own and not _is_product(output, self, *args):
+                    read.add(name)
+                return output
             finally:
                 running.pop()
 
     return Watched
+
+
+def _is_product(output: Any, layer: nn.Linear, x: Any = None, *rest: Any) -> bool:
+    """Return True if the output of a class derived from nn.Linear is the product that nn.Linear gives."""
+    if not isinstance(x, Tensor) or not isinstance(output, Tensor) or x.shape[-1] != layer.in_features:
+        return False
+    expected = functional.linear(x, layer.weight, layer.bias)
+    return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-4, atol=1e-5)
