@@ -66,7 +66,7 @@ def test_refused_before_anything_is_written(folder, tmp_path):
     bitmill.quantize(tiny_model("llama"), "gptqt", bits=3, out=tmp_path / "t", calib=WINDOWS, measure=0)
     with pytest.raises(UsageError, match=r"gptq cannot hold the layer 'model.*use --to dense"):
         bitmill.export(tmp_path / "t", "gptq", tmp_path / "out")
-    with pytest.raises(UsageError, match="There is no export 'onnx'; choose one of dense, awq"):
+    with pytest.raises(UsageError, match="There is no export 'onnx'; choose one of dense, gguf, awq"):
         bitmill.export(folder, "onnx", tmp_path / "out")
     with pytest.raises(UsageError, match="dtype is 'int8'"):
         bitmill.export(folder, "dense", tmp_path / "out", dtype="int8")

@@ -14,13 +14,18 @@ To = Annotated[
     str,
     typer.Option(
         metavar="TARGET",
-        help="dense for an ordinary model in float, gptq, awq or compressed-tensors.",
+        help="dense for an ordinary model in float, gguf, gptq, awq or compressed-tensors.",
         show_default=False,
     ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("-o", "--out", help="Folder to write; without it DIR-TARGET next to DIR.", show_default=False),
+    typer.Option(
+        "-o",
+        "--out",
+        help="Folder to write, a file for gguf; without it DIR-TARGET, or DIR.gguf, next to DIR.",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[
     str | None,

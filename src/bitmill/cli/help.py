@@ -80,6 +80,7 @@ EXAMPLES = {
     ),
     "export": (
         "bitmill export DIR --to compressed-tensors",
+        "bitmill export DIR --to gguf -o MODEL.gguf",
         "bitmill export DIR --to gptq -o OUT",
         "bitmill export DIR --to dense --dtype bfloat16",
     ),

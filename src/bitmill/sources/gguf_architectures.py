@@ -141,6 +141,24 @@ def transformers_name(layout: Layout, name: str) -> str:
     )
 
 
+def gguf_name(layout: Layout, name: str) -> str:
+    """Invert `transformers_name`.
+
+    Raises:
+        SourceError: GGUF has no such tensor.
+    """
+    module, _, leaf = name.rpartition(".")
+    if module.startswith(f"{layout.blocks}."):
+        index, _, inner = module.removeprefix(f"{layout.blocks}.").partition(".")
+        for stored, path in layout.block_modules.items():
+            if path == inner:
+                return f"blk.{index}.{stored}.{leaf}"
+    for stored, path in layout.model_modules.items():
+        if path == module:
+            return f"{stored}.{leaf}"
+    raise SourceError(f"GGUF files of a {layout.model_type} model have no tensor {name!r}.")
+
+
 def build_config(layout: Layout, header: Header, architecture: str) -> PretrainedConfig:
     """Return the transformers config that the metadata describes.
 

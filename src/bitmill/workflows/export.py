@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from bitmill.files import folder_bytes, output_errors, publish, write_json, writ
 from bitmill.models.config_only import open_config_only
 from bitmill.models.meta import empty_model
 from bitmill.progress import Progress
+from bitmill.workflows.export_gguf import gguf_layers, write_gguf
 from bitmill.workflows.load import load
 
-DENSE = "dense"
+DENSE, GGUF = "dense", "gguf"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 4 << 30
 _OWN = frozenset({REPORT, "recipe.yaml", "report.html", "README.md", "config.json", "kv.safetensors"})
@@ -88,8 +90,8 @@ def export(
 
     Args:
         folder: a folder that bitmill wrote.
-        to: "dense" (an ordinary model in float), "gptq", "awq" or "compressed-tensors".
-        out: folder to write; without it FOLDER-TO next to the folder.
+        to: "dense" (an ordinary model in float), "gguf", "gptq", "awq" or "compressed-tensors".
+        out: folder to write, a file for "gguf"; without it FOLDER-TO, or FOLDER.gguf, next to the folder.
         dtype: of the tensors in float: "float16", "bfloat16" or "float32"; without it that of the folder's config,
             or float16 where that is float32.
         trust_remote_code: allow Python code in the folder to run.
@@ -103,36 +105,59 @@ def export(
         OutputError: the folder to write exists.
     """
     checkpoint = open_checkpoint(folder, digests="all")
-    source = user_path(folder)
-    place = user_path(out) if out is not None else source.resolve().with_name(f"{source.resolve().name}-{to}")
-    if place.exists() or place.is_symlink():
-        raise OutputError(f"{place} exists already; remove it, or choose another folder with -o.")
+    place = _place(checkpoint, to, out)
     stored = _dtype(checkpoint, dtype)
+    progress = progress if isinstance(progress, Progress) else Progress()
+    if to == GGUF:
+        return _export_gguf(checkpoint, place, trust_remote_code, progress)
     target = None if to == DENSE else _target(to)
     layers = {} if target is None else _layers(checkpoint, target)
-    progress = progress if isinstance(progress, Progress) else Progress()
-    with output_errors(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    try:
-        with output_errors(place):
-            if target is None:
-                notes = _write_dense(checkpoint, scratch, stored, trust_remote_code)
-            else:
-                notes = target.notes(layers)
-                _write(checkpoint, target, layers, scratch, stored, trust_remote_code, progress)
-            _copy_rest(checkpoint, scratch)
-            write_text(scratch / "README.md", _card(checkpoint, to, target))
+    with _scratch_folder(place) as scratch:
+        if target is None:
+            notes = _write_dense(checkpoint, scratch, stored, trust_remote_code)
+        else:
+            notes = target.notes(layers)
+            _write(checkpoint, target, layers, scratch, stored, trust_remote_code, progress)
+        _copy_rest(checkpoint, scratch)
+        write_text(scratch / "README.md", _card(checkpoint, to, target))
         scratch.chmod(0o755)
         publish(scratch, place)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     readers = "any program that reads models in float" if target is None else target.readers
     return Export(place, to, readers, folder_bytes(place), len(layers), notes)
 
 
+def _export_gguf(checkpoint: Checkpoint, place: Path, trust_remote_code: bool, progress: Progress) -> Export:
+    layers = gguf_layers(checkpoint)
+    with _scratch_folder(place) as scratch:
+        notes = write_gguf(checkpoint, layers, scratch / place.name, trust_remote_code, progress)
+        publish(scratch / place.name, place)
+    return Export(place, GGUF, "llama.cpp and programs built on it", place.stat().st_size, len(layers), notes)
+
+
+def _place(checkpoint: Checkpoint, to: str, out: str | Path | None) -> Path:
+    """Return the folder or file to write. Raises OutputError where it exists."""
+    own = checkpoint.folder.resolve()
+    ending = ".gguf" if to == GGUF else f"-{to}"
+    place = user_path(out) if out is not None else own.with_name(own.name + ending)
+    if place.exists() or place.is_symlink():
+        raise OutputError(f"{place} exists already; remove it, or choose another place with -o.")
+    return place
+
+
+@contextmanager
+def _scratch_folder(place: Path) -> Iterator[Path]:
+    """Yield a new folder next to a place, which is removed in the end."""
+    with output_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _target(name: str) -> Target:
-    names = [DENSE, *sorted(TARGETS.names())]
+    names = [DENSE, GGUF, *sorted(TARGETS.names())]
     if name not in names:
         raise UsageError(f"There is no export {name!r}; choose one of {', '.join(names)}.")
     return TARGETS.get(name)()

@@ -1,0 +1,74 @@
+"""A folder becomes a GGUF file that bitmill's own reader opens with equal logits, tokens and config."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import bitmill
+from bitmill.errors import UsageError
+from helpers.tiny_models import tiny_model
+
+TEXT = "The mill by the river grinds bits to 3 or 4, and writes them down: one file, one model."
+WINDOWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(7))
+TOKENS = torch.arange(24).view(2, 12) + 3
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 16}
+
+
+def bpe() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<|end|>", "<|user|>"], show_progress=False)
+    tokenizer.train_from_iterator([TEXT] * 20, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
+    made.chat_template = "{{ messages[0]['content'] }}"
+    return made
+
+
+def packed(tmp_path, model_type: str, **options):
+    model = tiny_model(model_type, **SIZES)
+    model.save_pretrained(tmp_path / "float")
+    bpe().save_pretrained(tmp_path / "float")
+    bitmill.quantize(
+        tmp_path / "float", "gptq", out=tmp_path / "packed", calib=WINDOWS, measure=0, group_size=32, **options
+    )
+    return tmp_path / "packed"
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_round_trip(tmp_path, model_type):
+    folder = packed(tmp_path, model_type, bits=3)
+    outcome = bitmill.export(folder, "gguf")
+    assert outcome.out == tmp_path / "packed.gguf"
+    assert "stored as Q4_0" in str(outcome)
+    expected = logits(bitmill.load(folder, dense=True))
+    assert torch.allclose(logits(bitmill.load(outcome.out)), expected, atol=2e-2 * float(expected.abs().max()))
+    fields = gguf.GGUFReader(outcome.out).fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages[0]['content'] }}"
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_0
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 128
+    if model_type == "llama":  # transformers has pre-tokenizers of its own for others
+        assert bitmill.load_tokenizer(outcome.out)(TEXT)["input_ids"] == bpe()(TEXT)["input_ids"]
+
+
+def test_refused(tmp_path):
+    folder = packed(tmp_path, "llama", bits=8)
+    with pytest.raises(UsageError, match=r"gguf cannot hold the layer .* beyond a byte"):
+        bitmill.export(folder, "gguf")
+    bitmill.quantize(tiny_model("opt"), "rtn", bits=4, out=tmp_path / "opt", measure=0)
+    with pytest.raises(UsageError, match="Models of type 'opt' are not exported to gguf"):
+        bitmill.export(tmp_path / "opt", "gguf")
+    (tmp_path / "of_gemma").mkdir()
+    with pytest.raises(UsageError, match="from a demo model"):
+        bitmill.export(packed(tmp_path / "of_gemma", "gemma3_text", bits=3), "gguf")
+    assert not list(tmp_path.rglob("*.gguf"))
+    assert not list(tmp_path.glob(".*"))
