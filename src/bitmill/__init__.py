@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bitmill.workflows.estimate import estimate
     from bitmill.workflows.evaluate import evaluate
     from bitmill.workflows.export import export
+    from bitmill.workflows.qat import convert_qat, prepare_qat
     from bitmill.workflows.quantize.run import Outcome, quantize
     from bitmill.workflows.tasks import evaluate_tasks
     from bitmill.workflows.train import train
@@ -38,12 +39,14 @@ __all__ = [
     "Recipe",
     "__version__",
     "compare",
+    "convert_qat",
     "estimate",
     "evaluate",
     "evaluate_tasks",
     "export",
     "load",
     "load_tokenizer",
+    "prepare_qat",
     "quantize",
     "train",
 ]
@@ -52,12 +55,14 @@ _HOMES = {
     "CalibrationData": "bitmill.api",
     "Outcome": "bitmill.api",
     "compare": "bitmill.workflows.comparison.compare",
+    "convert_qat": "bitmill.api",
     "estimate": "bitmill.api",
     "evaluate": "bitmill.api",
     "evaluate_tasks": "bitmill.api",
     "export": "bitmill.api",
     "load": "bitmill.api",
     "load_tokenizer": "bitmill.api",
+    "prepare_qat": "bitmill.api",
     "quantize": "bitmill.api",
     "Quantized": "bitmill.formats.quantized",
     "QuantizedCache": "bitmill.kv.cache",

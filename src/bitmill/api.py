@@ -7,6 +7,7 @@ from bitmill.workflows.estimate import Estimate, estimate
 from bitmill.workflows.evaluate import evaluate
 from bitmill.workflows.export import Export, export
 from bitmill.workflows.load import load, load_tokenizer
+from bitmill.workflows.qat import convert_qat, prepare_qat
 from bitmill.workflows.quantize.run import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
 from bitmill.workflows.tasks import evaluate_tasks
@@ -18,12 +19,14 @@ __all__ = [
     "Export",
     "Outcome",
     "TrainingOutcome",
+    "convert_qat",
     "estimate",
     "evaluate",
     "evaluate_tasks",
     "export",
     "load",
     "load_tokenizer",
+    "prepare_qat",
     "quantize",
     "stored_bits",
     "train",

@@ -54,7 +54,7 @@ def test_quantize(workspace, keys):
 
 def test_train(workspace, keys):
     options = ["--teacher", workspace.source, "--calib", workspace.text, "--samples", 8, "--seqlen", 32]
-    options += ["--held-apart", 2, "--max-minutes", 5, "-o", workspace.root / "trained"]
+    options += ["--held-apart", 2, "--tokens", 32, "--max-minutes", 5, "-o", workspace.root / "trained"]
     nested = {"samples", "seed", "seqlen", "sha256", "source", "trained_on", "step", "epoch", "training_loss"}
     nested |= {"perplexity", "kl_divergence", "top1_agreement"}  # of `windows`, `curve`, `before` and `after`
     assert keys("train", workspace.done, *options) == documented("train") - nested - {"stopped"}

@@ -20,6 +20,7 @@ from bitmill.workflows.plan.plan import plan
 from bitmill.workflows.sweep.run import sweep
 from helpers.comparisons import in_this_process
 from helpers.hostile import VALUES
+from helpers.tiny_models import tiny_model
 
 EXAMPLES = int(os.environ.get("BITMILL_HOSTILE_EXAMPLES", "8"))  # of every function
 FUNCTIONS = [value for name in bitmill.__all__ if inspect.isfunction(value := getattr(bitmill, name))]
@@ -37,7 +38,9 @@ SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
     },
     "sweep": {"model": "source", "text": "text.txt", "windows": 1, "seqlen": 16},
     "plan": {"model": "source"},
-    "train": {"folder": "done", "teacher": "source", "out": "out", "calib": DATA, "held_apart": 1},
+    "train": {"folder": "done", "teacher": "source", "out": "out", "calib": DATA, "held_apart": 1, "tokens": 16},
+    "prepare_qat": {"model": tiny_model("llama"), "method": "rtn"},
+    "convert_qat": {"model": bitmill.prepare_qat(tiny_model("llama"), "rtn"), "out": "out"},
 }  # fmt: skip
 UNCHECKED = {"progress", "tokenizer", "options", "weights"}  # objects with methods, and options of methods
 

@@ -69,6 +69,16 @@ def test_nan_ends_training_with_a_sentence(folders, teacher, windows, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("loss", ["kl", "next-token"])
+def test_text_of_the_float_model(folders, teacher, tmp_path, loss):
+    text = bitmill.CalibrationData("self", samples=12, seqlen=24)
+    outcome = bitmill.train(
+        folders("uniform"), teacher=teacher, calib=text, loss=loss, out=tmp_path / "out", held_apart=4, tokens=48
+    )
+    assert outcome.report["trained"]["windows"]["source"] == "self"
+    assert outcome.summary["after"]["perplexity"] <= outcome.summary["before"]["perplexity"] * 1.1
+
+
 def test_no_time_keeps_the_start(folders, teacher, windows, tmp_path):
     outcome = bitmill.train(
         folders("uniform"), teacher=teacher, calib=windows, out=tmp_path / "out", max_minutes=1e-9
@@ -83,6 +93,8 @@ def test_no_time_keeps_the_start(folders, teacher, windows, tmp_path):
         ({"rate": 0.0}, "rate is 0.0; use a number above 0"),
         ({"loss": "mse"}, "loss is 'mse'; use 'kl' or 'next-token'"),
         ({"teacher": "no/such/model"}, "teacher cannot be opened"),
+        ({"teacher": "no/such/model", "calib": "self"}, "teacher cannot be opened"),
+        ({"tokens": 4096}, "A step reads 4096 tokens, 128 windows of 32, and the text leaves 32 to train on"),
     ],
 )
 def test_refusals_of_train(folders, teacher, windows, tmp_path, changes, sentence):
@@ -135,6 +147,10 @@ def test_a_resumed_training_gives_equal_bytes(folders, teacher, windows, tmp_pat
     journal.write_text(written)
     with pytest.raises(CheckpointError, match=r"its options.rate was 0.003 and is now 0.001"):
         bitmill.train(folders("uniform"), out=out, resume=True, **{**options, "rate": 1e-3})
+    with pytest.raises(CheckpointError, match=r"its windows.sha256 was"):
+        bitmill.train(folders("uniform"), out=out, resume=True, **{**options, "calib": windows[1:15]})
+    with pytest.raises(CheckpointError, match=r"its folder|its files"):
+        bitmill.train(folders("codebook"), out=out, resume=True, **options)
     bitmill.train(folders("uniform"), out=out, resume=True, **options)
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("whole", "resumed")] == []
     assert snapshot(out) == snapshot(tmp_path / "whole")

@@ -57,7 +57,8 @@ Calib = Annotated[
         metavar="SOURCE",
         envvar=VARIABLE,
         autocompletion=complete_calib,
-        help="Text to train on: mix, another name of bitmill texts, a .txt or .jsonl file, hf:dataset.",
+        help="Text to train on: mix, another name of bitmill texts, a .txt or .jsonl file, hf:dataset, "
+        "or self: the float model writes it.",
     ),
 ]
 Samples = Annotated[int, typer.Option(metavar="N", help="Windows, those that are held apart included.")]

@@ -1,14 +1,15 @@
 """Calibration text that a model writes itself, so that no text has to be chosen or downloaded.
 
 A window starts with the tokenizer's prefix (such as <bos>), a token drawn uniformly from the vocabulary, and a few
-greedy tokens, which fix a language and a subject. The rest is sampled from the distribution of the model.
+greedy tokens, which fix a language and a subject. The rest is sampled from the distribution of the model. A model
+may fall into a loop, which teaches little: windows that repeat themselves are written anew.
 
 Source: LLM-QAT (Liu et al. 2023, arXiv 2305.17888), section 2.1; Norm Tweaking (arXiv 2309.02784), section 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from bitmill.progress import Progress
 
 GREEDY_TOKENS = 4  # after the first token; the papers use 3 to 5
 BATCH = 32  # windows generated at a time; another batch size draws other tokens
+_TRIES = 3  # at most, for a window that repeats itself
+_PASSAGE = 4  # tokens
+_DISTINCT = 0.5  # least share of passages that differ from each other
 
 
 @torch.no_grad()
@@ -50,20 +54,35 @@ def generate_windows(
     generator = torch.Generator().manual_seed(seed)
     progress = progress or Progress()
     progress.start("writing text", -(-samples // BATCH) * (seqlen - 1 - len(prefix)))
-    windows = []
-    for start in range(0, samples, BATCH):
-        drawn = _first_tokens(model, min(BATCH, samples - start), set(special_tokens), generator)
-        tokens = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(drawn), -1), drawn], 1)
+    known, start = set(special_tokens), torch.tensor(prefix, dtype=torch.int64)
+
+    def write(count: int, report: Progress) -> Tensor:
+        """Return `count` windows."""
+        drawn = _first_tokens(model, count, known, generator)
+        tokens = torch.cat([start.expand(len(drawn), -1), drawn], 1)
         cache: Any = None
         while tokens.shape[1] < seqlen:
             unread = tokens if cache is None else tokens[:, -1:]
             output, cache = forward_with_cache(model, unread.to(device), cache)
             temperature = 0.0 if tokens.shape[1] - len(prefix) <= GREEDY_TOKENS else 1.0
             tokens = torch.cat([tokens, sample_tokens(output.logits[:, -1], temperature, generator)[:, None]], 1)
-            progress.advance()
-        windows.append(tokens)
+            report.advance()
+        return tokens
+
+    windows = torch.cat([write(min(BATCH, samples - first), progress) for first in range(0, samples, BATCH)])
+    for _ in range(_TRIES):
+        loops = [k for k, window in enumerate(windows.tolist()) if repeats_itself(window)]
+        for first in range(0, len(loops), BATCH):
+            batch = loops[first : first + BATCH]
+            windows[batch] = write(len(batch), Progress())
     progress.finish()
-    return torch.cat(windows)
+    return windows
+
+
+def repeats_itself(window: Sequence[int]) -> bool:
+    """Return True for a window of tokens most of whose short passages occur more than once."""
+    passages = [tuple(window[k : k + _PASSAGE]) for k in range(len(window) - _PASSAGE + 1)]
+    return len(set(passages)) < _DISTINCT * len(passages)
 
 
 def _first_tokens(model: nn.Module, count: int, special_tokens: set[int], generator: torch.Generator) -> Tensor:

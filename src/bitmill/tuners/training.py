@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized
 from bitmill.models.block_call import BlockCall
-from bitmill.tuners.base import BlockTask
+from bitmill.tuners.base import BlockTask, relative_error
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,78 @@ def adam_step(optimizer: torch.optim.Adam, share: float = 1.0) -> None:
         group["lr"] = group["initial_lr"] * share
     optimizer.step()
     optimizer.zero_grad()
+
+
+class LearnedCodes(Protocol):
+    """A matrix while its codes are learned."""
+
+    def __call__(self) -> Tensor:
+        """Return the matrix (out, in), fp32, with gradients."""
+        ...
+
+    def quantized(self) -> Quantized:
+        """Return the matrix as it would be stored."""
+        ...
+
+
+def learn_codes(
+    task: BlockTask,
+    matrices: Mapping[str, LearnedCodes],
+    optimizer: torch.optim.Adam,
+    epochs: int,
+    tokens: int,
+    seed: int,
+    before_step: Callable[[float], None] = lambda done: None,
+) -> None:
+    """Train the codes of a quantized block towards the float block's outputs.
+
+    After every epoch the block is measured in its stored form, and left in the best of these states, the start
+    included. The learning rate falls to a twentieth along a cosine.
+
+    Args:
+        task: the block, quantized.
+        matrices: path of a linear -> its matrix.
+        optimizer: of their leaves.
+        epochs: passes over the calibration windows.
+        tokens: in a step.
+        seed: of the order of the windows.
+        before_step: called with the share of the steps that are done.
+    """
+    start = best = task.error()
+    kept = dict(task.quantized)
+    if start == 0 or not matrices:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        batches = list(minibatches(task, tokens, generator))
+        for step, batch in enumerate(batches):
+            done = (epoch + step / len(batches)) / epochs
+            before_step(done)
+            with torch.enable_grad():
+                rounded = ((name, matrix()) for name, matrix in matrices.items())
+                weights = {f"{name}.weight": W.T if task.transposed else W for name, W in rounded}
+                output = batch.call.run_with(weights, task.block, batch.hidden)
+                (relative_error(output, batch.target).mean() / start).backward()
+            adam_step(optimizer, _cosine(done))
+        for name, matrix in matrices.items():
+            task.set_quantized(name, matrix.quantized())
+        error = task.error()
+        if error < best:
+            best, kept = error, dict(task.quantized)
+        elif not math.isfinite(error):
+            break
+    for name, quantized in kept.items():
+        task.set_quantized(name, quantized)
+
+
+def _cosine(done: float) -> float:
+    """Return the share of the learning rate: 1 at the start, a twentieth at the end."""
+    return 0.05 + 0.475 * (1 + math.cos(math.pi * done))
+
+
+def rms_rate(leaf: Tensor, rate: float) -> float:
+    """Return a learning rate in units of the root mean square of a leaf."""
+    return rate * max(float(leaf.detach().square().mean().sqrt()), 1e-8)
 
 
 def continuous_parts(quantized: Quantized, shared: bool = False) -> list[Part]:

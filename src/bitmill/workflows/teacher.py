@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitmill.calibration.token_windows import calibration_windows
 from bitmill.checkpoint.reader import Checkpoint
 from bitmill.config.paths import user_path
+from bitmill.data.windows import CalibrationData
 from bitmill.errors import SourceError, UsageError, one_line
 from bitmill.evaluation.context import text_config
 from bitmill.evaluation.logits import DeferredLogits
@@ -19,6 +21,7 @@ from bitmill.models.split import recorded_outputs
 from bitmill.pipeline.in_place import eval_mode
 from bitmill.progress import Progress
 from bitmill.runtime.decode import detach
+from bitmill.sources.open import open_source
 from bitmill.sources.zoo import ZOO
 from bitmill.workflows.load import load
 
@@ -73,6 +76,26 @@ class Teacher:
             )
         return found
 
+    def windows(
+        self, text: CalibrationData, device: str, trust_remote_code: bool, tokenizer: Any, progress: Progress
+    ) -> Tensor:
+        """Return token windows (samples, seqlen) that the float model writes itself.
+
+        Args:
+            text: number and length of the windows, and the seed.
+            device: to run on.
+            trust_remote_code: load code that comes with the model.
+            tokenizer: of the folder, for a live model; None where there is none.
+            progress: where progress is reported.
+
+        Raises:
+            UsageError: the vocabulary is another one than the folder's.
+        """
+        with self._named_errors():
+            source = open_source(self.model, trust_remote_code=trust_remote_code, tokenizer=tokenizer)
+        self._check(_words(source.config), self._words)
+        return calibration_windows(source, text, device, progress)[0]
+
     @torch.no_grad()
     def check_vocabulary(self, output: DeferredLogits, vocabulary: int) -> None:
         """Raise UsageError unless logits of the teacher have a size."""
@@ -92,13 +115,19 @@ class Teacher:
             with eval_mode(self.model):
                 yield self.model
             return
-        try:
+        with self._named_errors():
             model = load(self.model, device=device, trust_remote_code=trust_remote_code)
+        yield detach(model)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Say of a model that cannot be opened that it is the teacher."""
+        try:
+            yield
         except SourceError as error:
             raise SourceError(
                 f"The teacher cannot be opened ({one_line(error)}); name the float model with --teacher (teacher)."
             ) from None
-        yield detach(model)
 
 
 def _origin(checkpoint: Checkpoint) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from bitmill.data.windows import (
     check_context_length,
     check_vocabulary,
 )
-from bitmill.errors import NumericsError, UsageError
+from bitmill.errors import BitmillError, CalibrationError, NumericsError, UsageError
 from bitmill.evaluation.logits import DeferredLogits
 from bitmill.evaluation.reference import read_reference
 from bitmill.models.config_only import open_config_only
@@ -161,6 +162,7 @@ class _Run:
         if not task.generates:
             raise UsageError(f"{self.folder} is {task.description}; only language models can be trained.")
         self.task, self.config = task, open_config_only(self.folder, trust_remote_code=trust_remote_code).config
+        self._writer = teacher
         self.teacher = None if options.loss == "next-token" else Teacher(teacher, checkpoint, self.config)
 
     def write(self, work: WorkFolder, calibration: CalibrationData | Tensor | None) -> dict[str, Any]:
@@ -169,6 +171,7 @@ class _Run:
         self.progress.start("reading text and model", 0)
         windows, about = self._windows(calibration)
         kept, apart = hold_apart(windows, self.options.held_apart)
+        self._check_batch(kept)
         expected = self._expected([*kept, *apart])
         data = WindowSet(kept, expected[: len(kept)])
         held = WindowSet(apart, expected[len(kept) :])
@@ -208,14 +211,34 @@ class _Run:
             windows = checked_windows(calibration, config)
             return windows, {"source": "tokens", "sha256": windows_hash(windows)}
         text = calibration or CalibrationData()
-        if text.source == SELF:
-            raise UsageError(f"{self.folder} cannot write its own training text; give another one with --calib.")
         check_context_length(config, text.seqlen)
-        reading = self.task.windows(text.source, load_tokenizer(self.folder, trust_remote_code=self.trusted))
-        windows = reading.calibration(text.samples, text.seqlen, text.seed)
+        entry = {**vars(text), "source": text.name}
+        if text.source == SELF:
+            windows = self._self_generated(text)
+        else:
+            reading = self.task.windows(text.source, load_tokenizer(self.folder, trust_remote_code=self.trusted))
+            windows = reading.calibration(text.samples, text.seqlen, text.seed)
+            entry |= reading.describe("calib", text.samples)
         check_vocabulary(config, windows)
-        entry = {**vars(text), "source": text.name, **reading.describe("calib", text.samples)}
         return windows, {**entry, "sha256": windows_hash(windows)}
+
+    def _self_generated(self, text: CalibrationData) -> Tensor:
+        """Return windows that the float model writes, also where the loss needs no teacher."""
+        teacher = self.teacher or Teacher(self._writer, self.checkpoint, self.config)
+        tokenizer = None
+        with suppress(BitmillError):  # a folder of a live model may have none
+            tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trusted)
+        return teacher.windows(text, self.device, self.trusted, tokenizer, self.progress)
+
+    def _check_batch(self, windows: Tensor) -> None:
+        """Raise CalibrationError for fewer windows than a step reads."""
+        count, length = windows.shape
+        step = max(1, self.options.tokens // length)
+        if count < step:
+            raise CalibrationError(
+                f"A step reads {self.options.tokens} tokens, {step} windows of {length}, and the text leaves "
+                f"{count} to train on; use more --samples (samples) or a smaller --tokens (tokens)."
+            )
 
     def _expected(self, windows: list[Tensor]) -> list[DeferredLogits]:
         """Return the teacher's outputs for windows; none without a teacher."""
