@@ -93,7 +93,10 @@ def test_no_time_keeps_the_start(folders, teacher, windows, tmp_path):
         ({"rate": 0.0}, "rate is 0.0; use a number above 0"),
         ({"loss": "mse"}, "loss is 'mse'; use 'kl' or 'next-token'"),
         ({"teacher": "no/such/model"}, "teacher cannot be opened"),
-        ({"teacher": "no/such/model", "calib": "self"}, "teacher cannot be opened"),
+        (
+            {"teacher": "no/such/model", "calib": bitmill.CalibrationData("self", 12, 24)},
+            "teacher cannot be opened",
+        ),
         ({"tokens": 4096}, "A step reads 4096 tokens, 128 windows of 32, and the text leaves 32 to train on"),
     ],
 )

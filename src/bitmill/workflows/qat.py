@@ -60,8 +60,7 @@ def prepare_qat(
         RecipeError: the recipe needs calibration text, or does more than to round weights and inputs of layers.
         UsageError: the model has no linear layer to quantize, or is quantized already.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model is {quoted(model)}; pass a live model, such as from_pretrained returns.")
+    _check_live(model)
     recipe, _ = RecipeChanges(options, None, tuple(rules)).choose(method)
     if any(isinstance(module, PackedMatrix | FakeQuantLinear) for module in model.modules()):
         raise UsageError(f"{type(model).__name__} is quantized already; prepare the float model.")
@@ -101,6 +100,7 @@ def convert_qat(
 
     from bitmill.integrations.transformers_quantizer import mark_quantized
 
+    _check_live(model)
     layers = dict(fake_quant_layers(model))
     if not layers or _RECIPE not in vars(model):
         raise UsageError(f"{type(model).__name__} has no layers of prepare_qat; pass the model that it returned.")
@@ -126,6 +126,11 @@ def convert_qat(
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
     return model
+
+
+def _check_live(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model is {quoted(model)}; pass a live model, such as from_pretrained returns.")
 
 
 def _schemes(model: nn.Module, recipe: Recipe) -> dict[str, LayerScheme]:

@@ -25,7 +25,7 @@ class GSQMethod(Method):
     Cost       gptq's; a forward and a backward pass an epoch; memory for `neighbours` numbers a weight and Adam's
     Expect     below gptq on the same grid at 2 and 3 bits
     Limits     a reading of the published idea, whose details are not public
-    Source     GSQ (IST-DASLab, 2026)
+    Paper      GSQ (IST-DASLab 2026); for two neighbours AdaRound (Nagel et al. 2020, arXiv 2004.10568)
     """
 
     bits: int = option(2, "bits of a code, 1 to 8")
