@@ -98,16 +98,21 @@ def write_gguf(
     progress.start("export", len(layers))
     for name, data, kind in _tensors(checkpoint, layers, config, layout, progress):
         writer.add_tensor(name, data, raw_dtype=kind)
-        if kind in _FILE_TYPES:
-            kinds[kind] += data.size
-    writer.add_file_type(_FILE_TYPES[kinds.most_common(1)[0][0]])
+        kinds[kind] += data.size
+    layered = [kind for kind, _ in kinds.most_common() if kind in _FILE_TYPES]
+    writer.add_file_type(_FILE_TYPES[layered[0]])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     progress.finish()
-    held = ", ".join(kind.name for kind, _ in kinds.most_common())
-    return [f"Layers are stored as {held}, embedding and head in 16 bits."]
+    notes = [f"Layers are stored as {', '.join(kind.name for kind in layered)}."]
+    if gguf.GGMLQuantizationType.F16 in kinds:
+        notes.append(
+            "Embedding or head are in 16 bits; quantize with "
+            '--rule "*embed_tokens=uniform:bits=8,group_size=32,symmetric=true" for 8.'
+        )
+    return notes
 
 
 def _architecture(model_type: str) -> str:
@@ -149,7 +154,8 @@ def _tensors(
         packed |= {f"{name}.{part}" for part in format.layout(checkpoint.shape(name))}
         quantized = checkpoint.quantized(name)
         stored = gguf_name(layout, f"{name}.weight")
-        if name not in layers:
+        held = name in layers or unsupported_reason(Layer(format, checkpoint.shape(name))) is None
+        if not held:  # embedding and head
             yield stored, *_float(quantized.dequantize())
             continue
         data, kind = blocks(quantized)
