@@ -39,7 +39,7 @@ def test_examples(name, capsys, monkeypatch):
     out = capsys.readouterr().out
     for line in EXAMPLES[name]:
         assert line in out
-        words = shlex.split(line)
+        words = shlex.split(line.partition(" -- ")[0])  # behind it are another program's
         assert " ".join(words[1 : 1 + len(name.split())]) == name
         known = {option for one in FOUND[name].params for option in (*one.opts, *one.secondary_opts)}
         assert {word for word in words if word.startswith("-")} <= known

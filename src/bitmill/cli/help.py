@@ -13,7 +13,7 @@ QUANTIZE, MEASURE, RUN, LOOK_UP = "Quantize", "Measure", "Run", "Look up"
 COMMANDS = {
     QUANTIZE: ("quantize", "train", "compare", "sweep", "plan"),
     MEASURE: ("eval", "verify", "inspect", "bench"),
-    RUN: ("generate", "chat", "export"),
+    RUN: ("generate", "chat", "export", "exec"),
     LOOK_UP: ("methods", "recipes", "models", "texts", "doctor"),
 }
 
@@ -77,6 +77,10 @@ EXAMPLES = {
     "generate": (
         'bitmill generate DIR --prompt "What is the capital of France?"',
         'bitmill generate DIR --raw --prompt "Once upon a time" --max-new-tokens 100 --temperature 0.8',
+    ),
+    "exec": (
+        "bitmill exec -- lm_eval --model hf --model_args pretrained=DIR --tasks piqa",
+        "bitmill exec -- python program.py",
     ),
     "export": (
         "bitmill export DIR --to compressed-tensors",

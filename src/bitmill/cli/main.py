@@ -17,6 +17,7 @@ from bitmill.cli import (
     compare,
     doctor,
     evaluate,
+    execute,
     export,
     folder,
     generate,
@@ -50,6 +51,7 @@ app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
+app.command("exec")(execute.execute)
 app.command("inspect")(folder.inspect)
 app.command("verify")(folder.verify)
 app.command("methods")(catalog.methods)

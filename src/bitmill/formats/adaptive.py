@@ -23,7 +23,7 @@ from bitmill.formats.quantized import Quantized, nearest_matrix
 
 LEAST = 2.0**-12  # of a factor
 _TOKENS = 1024  # whose best scales are searched
-_FACTORS = (2.0 ** (torch.arange(-40, 9) / 8)).tolist()  # of the static scale, 1/32 to 2
+_FACTORS = (2.0 ** (torch.arange(-40, 9, device="cpu") / 8)).tolist()  # of the static scale, 1/32 to 2
 
 
 def factors(x: Tensor, params: Params) -> Tensor:

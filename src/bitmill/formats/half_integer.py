@@ -25,7 +25,7 @@ from bitmill.formats.scalar import ScalarFormat
 from bitmill.numerics.grouping import GroupSize
 
 _REACH = 2.4  # of the outermost levels, in RMS
-_SHARES = torch.linspace(1.8, 0.3, 31).tolist()  # of the reach, that the search tries
+_SHARES = torch.linspace(1.8, 0.3, 31, device="cpu").tolist()  # of the reach, that the search tries
 
 
 @FORMATS.register("half_integer")

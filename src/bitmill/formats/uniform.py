@@ -30,7 +30,7 @@ from bitmill.formats.scalar import RangeFormat
 from bitmill.numerics.straight_through import BEYOND
 
 # Shares of the full range that the search tries, widest first.
-_SHRINK = torch.linspace(1.0, 0.35, 27).tolist()
+_SHRINK = torch.linspace(1.0, 0.35, 27, device="cpu").tolist()
 _STATIC_SHARES = tuple(0.8**k for k in range(20))  # inputs have longer tails than weights
 
 
