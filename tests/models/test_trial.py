@@ -49,6 +49,13 @@ def test_layer_whose_weight_is_read(method, tmp_path):
     assert (packed - right).norm() < 0.2 * right.norm()
 
 
+def test_float_matrices_are_named():
+    """The convolution of Mamba belongs to no linear layer, and the weight of dt_proj is read."""
+    found = bitmill.quantize(mamba(), "rtn", bits=8, measure=0).report["float_matrices"]
+    assert "*.mixer.conv1d.weight" in found["names"]
+    assert 0.01 < found["share"] < 0.3
+
+
 class Block(nn.Module):
     """A block with one linear."""
 
