@@ -33,6 +33,7 @@ from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(7))
 MODELS = thin(["llama", "opt", "gpt2", "gemma2"], ["llama", "gpt2"])
+DEFAULTS = [kind() for _, kind in TUNERS.items()]
 ALL = [tuner for _, kind in TUNERS.items() for tuner in (kind(), *varied(kind))]
 BRIEF = {"iters": 10, "epochs": 1}  # short training, for tests that do not measure its effect
 EACH_FORMAT = one_of_each([*few_formats(), *all_wrappers()], type)
@@ -186,7 +187,7 @@ def test_resumed_run_keeps_tuning(tuner):
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
 
 
-@pytest.mark.parametrize("tuner", [tuner for tuner in ALL if not getattr(tuner, "seed", 0)], ids=repr)
+@pytest.mark.parametrize("tuner", thin([t for t in ALL if not getattr(t, "seed", 0)], DEFAULTS), ids=repr)
 @pytest.mark.parametrize("format", EACH_FORMAT, ids=repr)
 def test_formats_tuned_or_refused(tuner, format):
     reason = tuner.unsupported_reason(format)
