@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import bitmill
 from bitmill.architectures.inputs import hook_inputs
 from bitmill.calibration.collect import find_stages
-from bitmill.calibration.staged_forward import StagedForward
+from bitmill.calibration.repeated_forward import stage_forward
 from bitmill.checkpoint.reader import open_checkpoint
 from bitmill.errors import SourceError
 from bitmill.models.streamed import StreamedModel
@@ -148,12 +148,12 @@ def test_staged_forward_equals_plain(name):
             stages = find_stages(streamed.adapter, block, hidden[0], calls[0])
             assert sorted(n for stage in stages for n in stage) == sorted(streamed.adapter.linears)
             plain = [call.run(block, h) for call, h in zip(calls, hidden)]
-            forward = StagedForward(block, [h.clone() for h in hidden], calls, [s[0] for s in stages])
-            for stage in stages:
-                inputs = list(forward.inputs(stage[0]))
-                assert [len(X) for X in inputs] == [4 * 16, 2 * 16]
-            staged = forward.outputs()
-            forward.close()
+            staged_forward = stage_forward(streamed.adapter.recurrent)
+            with staged_forward(block, [h.clone() for h in hidden], calls, [s[0] for s in stages]) as forward:
+                for stage in stages:
+                    inputs = list(forward.inputs(stage[0]))
+                    assert [len(X) for X in inputs] == [4 * 16, 2 * 16]
+                staged = forward.outputs()
             assert all(torch.equal(a, b) for a, b in zip(plain, staged))
             hidden = plain
         logits = streamed.head(WINDOWS[:4], hidden[0])

@@ -330,6 +330,16 @@ def _onnx(folder: Path) -> str:
 READERS["onnx"] = Reader(("sources/onnx.py",), "onnx", "model.onnx", {"read": _onnx})
 
 
+@refusing
+def _nbest(folder: Path) -> str:
+    from bitmill.data.nbest import read_nbest
+
+    return digest_of(read_nbest(Path("nbest.jsonl")))
+
+
+READERS["n-best lists"] = Reader(("data/nbest.py",), "texts", "nbest.jsonl", {"read": _nbest})
+
+
 def build(root: Path) -> None:
     """Write the files of all readers below a folder."""
     import bitmill
@@ -353,6 +363,8 @@ def build(root: Path) -> None:
     text = (root / "texts" / "text.txt").read_text()
     (root / "texts" / "text.jsonl").write_text(f'{{"text": "{text}"}}\n{{"text": "w1 w2"}}\n')
     (root / "texts" / "prompts.txt").write_text("w1 w2\nw3\n")
+    utterance = {"id": "u1", "hypotheses": [{"text": "w1 w2", "score": -3.5}], "reference": "w1"}
+    (root / "texts" / "nbest.jsonl").write_text(json.dumps(utterance) + "\n")
     shutil.copy(root / "done" / "recipe.yaml", root / "texts" / "mine.yaml")
     tiny_model("bert").save_pretrained(root / "encoder" / "source")
     open_source(str(made.source)).tokenizer().save_pretrained(root / "encoder" / "source")

@@ -40,6 +40,14 @@ BERT_SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+RECURRENT_SIZES = {
+    "embedding_size": 24,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": 128,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
 
 VISION_SIZES = {
@@ -75,7 +83,8 @@ def tiny_vision_model(adapter: str):
 
 
 def tiny_config(model_type: str, **changes):
-    sizes = {"opt": OPT_SIZES, "gpt2": GPT2_SIZES, "bert": BERT_SIZES}.get(model_type, SIZES)
+    own = {"opt": OPT_SIZES, "gpt2": GPT2_SIZES, "bert": BERT_SIZES}
+    sizes = {**own, "lstm_lm": RECURRENT_SIZES, "gru_lm": RECURRENT_SIZES}.get(model_type, SIZES)
     return AutoConfig.for_model(model_type, **{**sizes, **changes})
 
 

@@ -22,8 +22,7 @@ def library(tmp_path, monkeypatch):
     (package / "auto.py").write_text("KNOWN = []\n")
     (tmp_path / f"{QUANTIZER_MODULE}.py").write_text(f"from {REGISTRY} import KNOWN\nKNOWN.append('bitmill')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(hook, "REGISTRY", REGISTRY)
-    monkeypatch.setattr(hook, "QUANTIZER_MODULE", QUANTIZER_MODULE)
+    monkeypatch.setattr(hook, "REGISTRATIONS", {REGISTRY: QUANTIZER_MODULE})
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, hook._Finder)])
     yield package
     for name in [name for name in sys.modules if name.startswith("bitmill_test_")]:

@@ -60,6 +60,8 @@ class Adapter:
     task: name in `bitmill.tasks` of how the model reads text and is measured.
     head_class: end of the name of the model's class, in `config.architectures`, that the adapter describes; "" for
         any class that no other adapter describes.
+    optional: (linear layer, config attribute) pairs: the blocks have the layer only where the attribute is set.
+    recurrent: some linear layers run once for each token, on outputs of their own block.
     inferred: made by `generic_adapter` from the module tree, so the order of the linear layers and the use of
         embeddings and head are unknown.
     """
@@ -76,6 +78,8 @@ class Adapter:
     task: str = "causal_lm"
     inferred: bool = False
     head_class: str = ""
+    optional: tuple[tuple[str, str], ...] = ()
+    recurrent: bool = False
 
     def describes(self, model_type: Any, classes: Any) -> bool:
         """Return True for a model of one of these types and classes.
@@ -104,7 +108,7 @@ def register(adapter: Adapter) -> Adapter:
 
 
 def adapter_for(config: Any) -> Adapter | None:
-    """Return the adapter of a config's `model_type`, with the seams that are exact under this config.
+    """Return the adapter of a config's `model_type`, with the layers and the seams of this config.
 
     Args:
         config: a transformers config, the dict of a config.json, or None.
@@ -119,7 +123,13 @@ def adapter_for(config: Any) -> Adapter | None:
         if adapter.describes(model_type, classes):
             exact = tuple(s for s in adapter.seams if all(get(k) == v for k, v in s.when))
             heads = get("num_key_value_heads") or 1
-            return replace(adapter, seams=tuple(replace(seam, heads=heads) for seam in exact))
+            absent = {linear for linear, attribute in adapter.optional if not get(attribute)}
+            stages = (tuple(name for name in stage if name not in absent) for stage in adapter.stages)
+            return replace(
+                adapter,
+                seams=tuple(replace(seam, heads=heads) for seam in exact),
+                stages=tuple(stage for stage in stages if stage),
+            )
     return None
 
 

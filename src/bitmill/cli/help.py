@@ -12,7 +12,7 @@ QUANTIZE, MEASURE, RUN, LOOK_UP = "Quantize", "Measure", "Run", "Look up"
 
 COMMANDS = {
     QUANTIZE: ("quantize", "train", "compare", "sweep", "plan"),
-    MEASURE: ("eval", "verify", "inspect", "bench"),
+    MEASURE: ("eval", "rescore", "verify", "inspect", "bench"),
     RUN: ("generate", "chat", "export", "exec"),
     LOOK_UP: ("methods", "recipes", "models", "texts", "doctor"),
 }
@@ -24,6 +24,9 @@ PANELS = {  # by parameter; others are in typer's own panel
         "sensitivity", "allocator", "corrections", "save_recipe",
     ),
     "Export": ("to", "dtype"),
+    "Recognizer": (
+        "lm", "lm_weight", "insertion_penalty", "references", "costs", "dev_share", "score_end", "batch_size",
+    ),
     "Training": ("teacher", "loss", "learn", "epochs", "rate", "held_apart"),
     "Text and measurement": (
         "calib", "text", "split", "samples", "seqlen", "seed", "measure", "windows", "reference", "record",
@@ -71,6 +74,10 @@ EXAMPLES = {
         "bitmill eval smollm2-135m --text FILE.txt --json",
         "bitmill eval DIR --tasks arc_easy,hellaswag,piqa,lambada --limit 200 --record",
         "bitmill eval DIR --tasks gsm8k,humaneval,mbpp --run-code --limit 100",
+    ),
+    "rescore": (
+        "bitmill rescore nbest.jsonl --lm DIR -o best.jsonl",
+        "bitmill rescore words_text --costs ac_cost --references text --lm DIR --score-end -o best.jsonl",
     ),
     "verify": ("bitmill verify DIR", "bitmill verify DIR --no-quality"),
     "inspect": ("bitmill inspect DIR",),

@@ -23,6 +23,7 @@ from bitmill.cli import (
     generate,
     plan,
     quantize,
+    rescore,
     sweep,
     texts,
     train,
@@ -47,6 +48,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("sweep")(sweep.sweep)
+app.command("rescore")(rescore.rescore)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

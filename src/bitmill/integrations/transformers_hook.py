@@ -1,7 +1,7 @@
-"""Register the checkpoint format with transformers if, and only if, transformers is used.
+"""Register the checkpoint format and bitmill's models with transformers if, and only if, transformers is used.
 
-Importing transformers takes seconds. If it is already imported, the format is registered at once; otherwise an
-import hook registers it right after the module with transformers' registry of quantizers has been executed.
+Importing transformers takes seconds. If it is already imported, they are registered at once; otherwise an import
+hook registers them right after the module with the registry of transformers has been executed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-REGISTRY = "transformers.quantizers.auto"
-QUANTIZER_MODULE = "bitmill.integrations.transformers_quantizer"  # registers itself when it is imported
+# module of transformers with a registry -> module that registers something in it when it is imported
+REGISTRATIONS = {
+    "transformers.quantizers.auto": "bitmill.integrations.transformers_quantizer",
+    "transformers.models.auto.configuration_auto": "bitmill.recurrent.register_configs",
+    "transformers.models.auto.modeling_auto": "bitmill.recurrent.register_models",
+}
 
 
 class _Loader(importlib.abc.Loader):
-    """A loader that executes a module by its own loader, then imports QUANTIZER_MODULE."""
+    """A loader that executes a module by its own loader, then imports the module that registers."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, registers: str) -> None:
+        self._loader, self._registers = loader, registers
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)  # get_source and friends, for tracebacks and inspect
@@ -31,11 +35,11 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        importlib.import_module(QUANTIZER_MODULE)
+        importlib.import_module(self._registers)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """A finder of REGISTRY by the ordinary path search.
+    """A finder of the registries by the ordinary path search.
 
     It stays installed: callers may look up the spec without importing the module.
     """
@@ -43,17 +47,18 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != REGISTRY:
+        if fullname not in REGISTRATIONS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, REGISTRATIONS[fullname])
         return spec
 
 
 def register_with_transformers() -> None:
-    """Make from_pretrained read bitmill's folders, in either order of the two imports."""
-    if REGISTRY in sys.modules:
-        importlib.import_module(QUANTIZER_MODULE)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Make from_pretrained read bitmill's folders and models, in either order of the two imports."""
+    for registry, registers in REGISTRATIONS.items():
+        if registry in sys.modules:
+            importlib.import_module(registers)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

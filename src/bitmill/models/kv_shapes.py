@@ -123,5 +123,8 @@ def kv_heads_and_dim(config: Any, name: str) -> tuple[int, int]:
             "packed nor planned yet; leave out --kv."
         ) from None
     if not isinstance(heads, int) or not isinstance(dim, int):
-        raise SourceError(f"The config of {name} names no attention heads (num_attention_heads); give a decoder.")
+        raise SourceError(
+            f"The config of {name} names no attention heads (num_attention_heads), so there are no keys and "
+            "values; give a transformer that writes text."
+        )
     return heads, dim

@@ -15,7 +15,7 @@ from bitmill.architectures.inputs import hook_inputs
 from bitmill.calibration.collect import collect_expert_averages, collect_statistics, find_stages
 from bitmill.calibration.experts import shrink, shrink_all
 from bitmill.calibration.fisher import rescale_fisher
-from bitmill.calibration.staged_forward import StagedForward
+from bitmill.calibration.repeated_forward import Forward, stage_forward
 from bitmill.calibration.store import StoredBlock
 from bitmill.calibration.streams import Streams
 from bitmill.formats import Format, Params
@@ -215,13 +215,15 @@ class _Block:
         leads = [stage[0] for stage in task.stages]
         batches = list(streams.hidden.batches) if self.tuned else streams.hidden.batches
         averages = collect_expert_averages(task.block, batches, task.calls, leads)
+        staged = stage_forward(job.streamed.adapter.recurrent)
         with ExitStack() as stack:
-            forward = stack.enter_context(StagedForward(task.block, batches, task.calls, leads))
+            forward = staged(task.block, batches, task.calls, leads)
+            stack.enter_context(forward)
             float_forward = None
             if float_module is not None:
                 assert streams.float is not None
                 float_batches = list(streams.float.batches)
-                float_forward = StagedForward(float_module, float_batches, task.calls, leads)
+                float_forward = staged(float_module, float_batches, task.calls, leads)
                 stack.enter_context(float_forward)
             for stage in task.stages:
                 width = task.matrix(stage[0]).shape[1]
@@ -315,9 +317,7 @@ class _Block:
         return results
 
 
-def _stage_statistics(
-    forward: StagedForward, float_forward: StagedForward | None, lead: str, gram: RunningGram
-) -> Statistics:
+def _stage_statistics(forward: Forward, float_forward: Forward | None, lead: str, gram: RunningGram) -> Statistics:
     """Advance a block to a stage and return the statistics of its input.
 
     Args:

@@ -1,0 +1,1 @@
+"""Recurrent language models (LSTM, GRU) as models of transformers."""
