@@ -70,11 +70,11 @@ def port(arrays: Arrays) -> LstmForCausalLM:
         head_bias=True,
     )
     model = LstmForCausalLM(config).eval()
-    assert model.average is not None
-    for layer, name in zip(model.layers, ("rnn_1", "rnn_2")):
+    assert model.model.average is not None
+    for layer, name in zip(model.model.layers, ("rnn_1", "rnn_2")):
         load_layer(layer, *(torch.from_numpy(array) for array in gates(arrays, name)))
-    model.embed_tokens.weight.copy_(torch.from_numpy(arrays["embedding/embeddings"]))
-    model.average.weight.copy_(torch.from_numpy(arrays["attention/attention_W"][:, 0]))
+    model.model.embed_tokens.weight.copy_(torch.from_numpy(arrays["embedding/embeddings"]))
+    model.model.average.weight.copy_(torch.from_numpy(arrays["attention/attention_W"][:, 0]))
     model.lm_head.weight.copy_(torch.from_numpy(arrays["output/kernel"].T))
     model.lm_head.bias.copy_(torch.from_numpy(arrays["output/bias"]))
     return model

@@ -41,7 +41,7 @@ BERT_SIZES = {
     "pad_token_id": 0,
 }
 RECURRENT_SIZES = {
-    "embedding_size": 24,
+    "embedding_size": 32,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "vocab_size": 128,

@@ -20,9 +20,9 @@ from helpers.architectures import TOKENS, WINDOWS
 from helpers.tiny_models import tiny_model
 
 CASES = [
-    ("lstm_lm", nn.LSTM, {}),
-    ("lstm_lm", nn.LSTM, {"projection_size": 20}),
-    ("gru_lm", nn.GRU, {}),
+    ("lstm_lm", nn.LSTM, {"embedding_size": 24}),
+    ("lstm_lm", nn.LSTM, {"embedding_size": 24, "projection_size": 20}),
+    ("gru_lm", nn.GRU, {"embedding_size": 24}),
 ]
 WHOLE = {"concat_layers": True, "attention_average": True, "head_bias": True}
 
@@ -33,8 +33,8 @@ def test_equals_torch(model_type, kind, changes):
     model = tiny_model(model_type, **changes)
     projected = {"proj_size": size} if (size := changes.get("projection_size")) else {}
     reference = kind(24, 32, 2, batch_first=True, **projected)
-    load_layers(model.layers, reference)
-    expected = model.lm_head(reference(model.embed_tokens(TOKENS))[0])
+    load_layers(model.model.layers, reference)
+    expected = model.lm_head(reference(model.model.embed_tokens(TOKENS))[0])
     assert torch.allclose(model(TOKENS).logits, expected, atol=1e-6)
 
 
@@ -56,11 +56,11 @@ def test_state_continues(model_type, changes):
 @torch.no_grad()
 def test_running_average_is_that_of_every_prefix():
     model = tiny_model("lstm_lm", attention_average=True)
-    model.average.weight.normal_()
+    model.model.average.weight.normal_()
     hidden = torch.randn(1, 7, 32)
-    found, _ = model.average(hidden)
+    found, _ = model.model.average(hidden)
     for end in range(1, 8):
-        shares = (hidden[0, :end] @ model.average.weight).softmax(0)
+        shares = (hidden[0, :end] @ model.model.average.weight).softmax(0)
         assert torch.allclose(found[0, end - 1], shares @ hidden[0, :end], atol=1e-6)
 
 
@@ -70,7 +70,7 @@ def test_running_average_is_that_of_every_prefix():
         ("gru_lm", {"projection_size": 8}),
         ("lstm_lm", {"hidden_size": 0}),
         ("lstm_lm", {"projection_size": 99}),
-        ("lstm_lm", {"tie_word_embeddings": True}),
+        ("lstm_lm", {"embedding_size": 24, "tie_word_embeddings": True}),
     ],
 )
 def test_impossible_sizes_refused(model_type, changes):
@@ -79,7 +79,11 @@ def test_impossible_sizes_refused(model_type, changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"projection_size": 24, "tie_word_embeddings": True}, {**WHOLE, "num_hidden_layers": 1}]
+    "changes",
+    [
+        {"embedding_size": 24, "projection_size": 24, "tie_word_embeddings": True},
+        {**WHOLE, "num_hidden_layers": 1},
+    ],
 )
 @torch.no_grad()
 def test_packed_lstm_equals_decoded(changes, tmp_path):
@@ -96,8 +100,8 @@ def test_packed_lstm_equals_decoded(changes, tmp_path):
         steps.append(output.logits)
     assert torch.allclose(torch.cat(steps, 1), expected, atol=1e-4 * float(expected.abs().max()))
     names = {name for name, module in packed.named_modules() if isinstance(module, QuantLinear)}
-    assert {"layers.0.input_hidden.f", "layers.0.hidden_hidden.o"} <= names
-    assert ("layers.0.projection" in names) == ("projection_size" in changes)
+    assert {"model.layers.0.input_hidden.f", "model.layers.0.hidden_hidden.o"} <= names
+    assert ("model.layers.0.projection" in names) == ("projection_size" in changes)
     assert names <= {*open_checkpoint(tmp_path / "out").formats, "lm_head"}
 
 
@@ -105,8 +109,8 @@ def test_gates_have_formats_of_their_own(tmp_path):
     rules = ["*.hidden_hidden.f=uniform:bits=8", "*.input_hidden.*=float"]
     bitmill.quantize(tiny_model("lstm_lm"), "rtn", out=tmp_path / "out", bits=2, rules=rules, measure=0)
     formats = open_checkpoint(tmp_path / "out").formats
-    assert formats["layers.0.hidden_hidden.f"].bits == 8
-    assert formats["layers.0.hidden_hidden.i"].bits == 2
+    assert formats["model.layers.0.hidden_hidden.f"].bits == 8
+    assert formats["model.layers.0.hidden_hidden.i"].bits == 2
     assert not any("input_hidden" in name for name in formats)
 
 
@@ -141,7 +145,7 @@ def test_generates(tmp_path):
 def test_auto_classes_know_the_folder(tmp_path):
     model = tiny_model("lstm_lm")
     model.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).embedding_size == 24
+    assert AutoConfig.from_pretrained(tmp_path).embedding_size == 32
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(model)
 
 

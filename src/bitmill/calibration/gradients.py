@@ -117,8 +117,8 @@ def _backward(
         calls: arguments with which the model calls the block, window by window.
         reduce: combines the gradients of windows.
     """
-    reduced: dict[str, Tensor] = {}
-    hooks = [linear.register_forward_hook(_reduce_into(reduced, name, reduce)) for name, linear in linears.items()]
+    weights = {name: _WeightGradient(reduce) for name in linears}
+    hooks = [linear.register_forward_hook(weights[name].hook) for name, linear in linears.items()]
     try:
         with safe_open(inputs, "pt") as file, torch.enable_grad():
             for n, call in enumerate(calls):
@@ -129,27 +129,38 @@ def _backward(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: gradient.cpu() for name, gradient in reduced.items()}
+    return {name: weight.reduced.cpu() for name, weight in weights.items() if weight.reduced is not None}
 
 
-def _reduce_into(
-    reduced: dict[str, Tensor], name: str, reduce: Reduce
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """Return a forward hook that reduces G^T X into reduced[name] when the output's gradient G arrives.
+class _WeightGradient:
+    """Reduces the gradients G^T X of a weight, once for each window, when the gradients G of the outputs arrive.
 
     Weights do not require gradients of their own, so none is kept for longer than its reduction takes; and the
-    result is (out, in), also where the module stores its weight as (in, out).
+    result is (out, in), also where the module stores its weight as (in, out). A layer that runs once for each
+    token has the sum over its calls.
     """
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def __init__(self, reduce: Reduce) -> None:
+        self.reduced: Tensor | None = None
+        self._reduce = reduce
+        self._expected = 0
+        self._sum: Tensor | None = None
+
+    def hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Wait for the gradient of an output; a forward hook."""
         X = args[0].detach().flatten(0, -2)
+        if not output.requires_grad and not bool(X.any()):
+            return  # the zeros that a recurrent layer starts from, which add nothing
 
         def arrived(G: Tensor) -> None:
-            reduced[name] = reduce(reduced.get(name), G.flatten(0, -2).T @ X)
+            gradient = G.flatten(0, -2).T @ X
+            self._sum = gradient if self._sum is None else self._sum.add_(gradient)
+            self._expected -= 1
+            if not self._expected:
+                self.reduced, self._sum = self._reduce(self.reduced, self._sum), None
 
         output.register_hook(arrived)
-
-    return hook
+        self._expected += 1
 
 
 @torch.enable_grad()

@@ -12,11 +12,11 @@ def _adapter(name: str, gates: tuple[str, ...]) -> Adapter:
     return Adapter(
         name=name,
         model_types=(name,),
-        blocks="layers",
+        blocks="model.layers",
         stages=(inputs, hidden, ("projection",)),
         fused=(),
         seams=(),
-        embeddings=("embed_tokens",),
+        embeddings=("model.embed_tokens",),
         optional=(("projection", "projection_size"),),
         recurrent=True,
     )
