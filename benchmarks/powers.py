@@ -1,12 +1,11 @@
 """Relative squared errors of a model's weights in formats of powers and in uniform levels, without text.
 
-python benchmarks/powers.py smollm2-135m [--group row] [--every 1]
+python benchmarks/powers.py smollm2-135m [--group row] [--every 1] [--rows 1]
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 
 from torch import Tensor
 
@@ -33,13 +32,13 @@ FORMS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def matrices(streamed: StreamedModel, every: int) -> list[Tensor]:
-    """Return the matrices of every `every`-th block."""
+def matrices(streamed: StreamedModel, every: int, rows: int) -> list[Tensor]:
+    """Return the matrices of every `every`-th block, of which every `rows`-th row."""
     found = []
     for index, _ in walk_blocks(streamed):
         if index % every == 0:
             names = (f"{streamed.block_name(index)}.{linear}.weight" for linear in streamed.adapter.linears)
-            found += [streamed.matrix(name).clone() for name in names]
+            found += [streamed.matrix(name)[::rows].clone() for name in names]
     return found
 
 
@@ -49,28 +48,29 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--group", default="row")
     parser.add_argument("--every", type=int, default=1, help="take every so many blocks")
+    parser.add_argument("--rows", type=int, default=1, help="take every so many rows")
     arguments = parser.parse_args()
-    weights = matrices(StreamedModel(open_source(arguments.model), "cpu"), arguments.every)
+    weights = matrices(StreamedModel(open_source(arguments.model), "cpu"), arguments.every, arguments.rows)
     group = parse_group_size(arguments.group)
-    errors: dict[str, list[float]] = defaultdict(list)
     exponents = {}
+    print(f"| levels | {' | '.join(f'{bits} bits' for bits in BITS)} |")
+    print("|---" * (len(BITS) + 1) + "|")
     for name, (kind, options) in FORMS.items():
+        row = []
         for bits in BITS:
             format = FORMATS.get(kind)(bits=bits, group_size=group, **options)  # type: ignore[call-arg]
             format = format.of_network(lambda: weights)
             assert isinstance(format, GroupFormat)
             if isinstance(format, Power) and "exponent" in options:
                 exponents[bits] = format.exponent
-            each = [
-                output_error(W, nearest_matrix(format, W, fit_matrix(format, W, None, True)).dequantize(), None)
-                for W in weights
-            ]
-            errors[name].append(sum(each) / len(each))
-    print(f"| levels | {' | '.join(f'{bits} bits' for bits in BITS)} |")
-    print("|---" * (len(BITS) + 1) + "|")
-    for name, row in errors.items():
-        print(f"| {name} | {' | '.join(f'{error:.4f}' for error in row)} |")
+            row.append(sum(_error(W, format) for W in weights) / len(weights))
+        print(f"| {name} | {' | '.join(f'{error:.4f}' for error in row)} |", flush=True)
     print(f"\nexponents of the network: {exponents}; {len(weights)} matrices")
+
+
+def _error(W: Tensor, format: GroupFormat) -> float:
+    stored = nearest_matrix(format, W, fit_matrix(format, W, None, True))
+    return output_error(W, stored.dequantize(), None)
 
 
 if __name__ == "__main__":
