@@ -9,6 +9,7 @@ import bitmill
 from bitmill.errors import RecipeError
 from bitmill.formats.adaptive import LEAST, factors
 from bitmill.formats.quantized_inputs import QuantizedInputs
+from bitmill.formats.rotated import Rotated
 from bitmill.formats.uniform import Uniform
 from bitmill.recipes.inputs import parse_inputs
 from bitmill.recipes.method import build_recipe
@@ -16,7 +17,7 @@ from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import solve
 from bitmill.solvers.nearest import Nearest
-from helpers.cases import weights
+from helpers.cases import gram_of, weights
 from helpers.tiny_models import tiny_model
 
 
@@ -63,6 +64,22 @@ def test_factor_never_vanishes():
         found = factors(x, params)
         assert (found[x.abs().amax(1) > 0] > LEAST).all()
         assert torch.isfinite(matrix.effective_inputs(x)).all()
+
+
+def test_scales_are_fitted_in_a_rotated_basis():
+    """There outlier channels are spread over all, so that 4 bits suffice."""
+    x = tokens(0)
+    x[:, 7] *= 40
+    inner = QuantizedInputs(Uniform(4, 32), Uniform(4, "tensor", True), static=True, search=True, adaptive=True)
+    stats = Statistics(gram_of(x), len(x), max_abs=x.abs().amax(0), samples=x)
+    W = weights(24)
+    plain, rotated = (solve(Nearest(), W, stats, format) for format in (inner, Rotated(inner)))
+    y = x @ W.T
+
+    def output(matrix):
+        return float((matrix.effective_inputs(x) @ W.T - y).square().sum())
+
+    assert output(rotated) < output(plain)
 
 
 @pytest.mark.parametrize("count", [3, 40])

@@ -136,7 +136,7 @@ class Statistics:
         """Return the statistics of a layer whose inputs are V (X / divisor); its outputs may be rotated too.
 
         Only the squares of gradients are known, so in a rotated basis every weight gets their mean. Magnitudes of
-        single columns have no counterpart there and become None.
+        single columns have no counterpart there and become None; sampled tokens are rotated.
 
         Args:
             V: rotation of the columns.
@@ -151,7 +151,10 @@ class Statistics:
         if cross is not None:
             cross = V.congruent(cross)
         fisher = None if self.fisher is None else self.fisher.mean().expand(self.fisher.shape)
-        return replace(self, gram=gram, cross=cross, fisher=fisher, mean_abs=None, max_abs=None, samples=None)
+        samples = self.samples
+        if samples is not None:
+            samples = V.forward(samples if divisor is None else samples / divisor)
+        return replace(self, gram=gram, cross=cross, fisher=fisher, mean_abs=None, max_abs=None, samples=samples)
 
     def exclude(self, mask: Tensor) -> Statistics:
         """Return the statistics with zero Fisher information at masked weights: their errors do not count.

@@ -29,8 +29,10 @@ class ASQ(Method):
     Stored     codes and fp16 a group of weights; scale, gain and offset a layer
     Cost       seconds a block
     Expect     below the error of the static scale alone at 4 bits
-    Limits     the paper trains s, the weights and a net of two layers that computes beta from a picture's channel
-               means; a token has no pictures to average over. Powers of sqrt(2) (weights=post) multiply in floats
+    Limits     channels of outliers, as language models have them, break 4 bits of inputs with a scale a token: add
+               --transform hadamard, or take 8 bits. The paper trains s, the weights and a net of two layers that
+               computes beta from a picture's channel means; a token has no pictures to average over. Powers of
+               sqrt(2) (weights=post) multiply in floats
     Paper      "ASQ + POST" 2025 (arXiv 2504.17263)
     """
 
