@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bitmill.workflows.comparison.compare import compare
     from bitmill.workflows.estimate import estimate
     from bitmill.workflows.evaluate import evaluate
-    from bitmill.workflows.export import export
+    from bitmill.workflows.export.run import export
     from bitmill.workflows.qat import convert_qat, prepare_qat
     from bitmill.workflows.quantize.run import Outcome, quantize
     from bitmill.workflows.tasks import evaluate_tasks

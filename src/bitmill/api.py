@@ -5,7 +5,7 @@ from __future__ import annotations
 from bitmill.data.windows import CalibrationData
 from bitmill.workflows.estimate import Estimate, estimate
 from bitmill.workflows.evaluate import evaluate
-from bitmill.workflows.export import Export, export
+from bitmill.workflows.export.run import Export, export
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.qat import convert_qat, prepare_qat
 from bitmill.workflows.quantize.run import Outcome, quantize

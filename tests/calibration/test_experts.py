@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bitmill.calibration.experts import pooled, shrink, shrink_all, with_all_experts
+from bitmill.calibration.experts import fill_idle_experts, pooled, shrink, shrink_all, with_all_experts
 from bitmill.numerics.statistics import Statistics
 
 UP, DOWN = "mlp.experts.up", "mlp.experts.down"
@@ -46,3 +46,11 @@ def test_starved_expert_has_the_average():
     assert shrunk[f"{UP}.expert2"].tokens == 0
     assert shrunk["q"] is stats["q"]
     assert pooled([Statistics()]) is None
+
+
+def test_idle_experts_have_the_mean_fisher():
+    known = {f"{UP}.expert{n}": torch.full((1, 2), float(n)) for n in range(3)}
+    filled = fill_idle_experts({**known, "q": torch.zeros(1, 2)})
+    assert torch.equal(filled[f"{UP}.expert0"], torch.full((1, 2), 1.5))
+    assert torch.equal(filled[f"{UP}.expert2"], known[f"{UP}.expert2"])
+    assert not filled["q"].any()

@@ -54,3 +54,12 @@ def test_experts_without_tokens(propagate, tmp_path):
     assert all(row["without"] > 0 and row["least"] == 0 for row in coverage)
     assert f"| 8 | 0 | 0 | {coverage[0]['without']} |" in (tmp_path / "packed" / "README.md").read_text()
     assert bool(torch.isfinite(logits(bitmill.load(tmp_path / "packed"))).all())
+
+
+@pytest.mark.parametrize("method", ["squeezellm", "autoround", "omniquant", "efficientqat"])
+def test_learning_methods_without_tokens(method):
+    """Gradients are absent for experts that no token was sent to."""
+    model = tiny_model("mixtral", num_local_experts=8, num_experts_per_tok=1)
+    outcome = bitmill.quantize(model, method, bits=4, calib=torch.full((2, 8), 5), measure=0)
+    assert sum("expert" in layer["name"] for layer in outcome.report["layers"]) == 2 * 2 * 8
+    assert bool(torch.isfinite(logits(model)).all())

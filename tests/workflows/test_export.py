@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import bitmill
 from bitmill.errors import NumericsError, OutputError, UsageError
+from bitmill.workflows.export import packed
 from helpers.tiny_models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(7))
@@ -92,3 +93,42 @@ def test_range(folder, tmp_path):
     with pytest.raises(NumericsError, match=r"model.norm.weight reaches .*; use --dtype bfloat16"):
         bitmill.export(tmp_path / "large", "gptq", tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
+
+
+def test_dense_range(tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight *= 1e6
+    bitmill.quantize(model.to(torch.bfloat16), "rtn", bits=4, out=tmp_path / "large", measure=0)
+    with pytest.raises(NumericsError, match=r"model.norm.weight is beyond .*float16; use --dtype bfloat16"):
+        bitmill.export(tmp_path / "large", "dense", tmp_path / "out", dtype="float16")
+
+
+def test_conv1d_is_refused(tmp_path):
+    bitmill.quantize(tiny_model("gpt2"), "rtn", bits=4, group_size=32, out=tmp_path / "gpt2", measure=0)
+    with pytest.raises(UsageError, match=r"no nn.Linear, which readers expect, or use --to dense"):
+        bitmill.export(tmp_path / "gpt2", "compressed-tensors", tmp_path / "out")
+
+
+def test_place_and_name(folder):
+    with pytest.raises(OutputError, match="inside the folder that is exported"):
+        bitmill.export(folder, "dense", folder / "inside")
+    with pytest.raises(UsageError, match="There is no export 'a/b'"):
+        bitmill.export(folder, "a/b")
+
+
+def test_lost_parts_are_said(tmp_path):
+    model = tiny_model("llama", **SIZES)
+    bitmill.quantize(model, "rtn", bits=4, group_size=32, kv="rotated", out=tmp_path / "kv", measure=0)
+    assert any("Keys and values" in note for note in bitmill.export(tmp_path / "kv", "awq").notes)
+
+
+def test_shards(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "SHARD_BYTES", 50_000)
+    bitmill.export(folder, "compressed-tensors", tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    assert files == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / "out" / file)

@@ -72,3 +72,17 @@ def test_refused(tmp_path):
         bitmill.export(packed(tmp_path / "of_gemma", "gemma3_text", bits=3), "gguf")
     assert not list(tmp_path.rglob("*.gguf"))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_rotary_factors_of_other_constants(tmp_path):
+    """The file holds by how much each frequency of the model is divided, whatever the constants."""
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    model = tiny_model("llama", **SIZES, rope_parameters=rope)
+    model.save_pretrained(tmp_path / "float")
+    bpe().save_pretrained(tmp_path / "float")
+    bitmill.quantize(tmp_path / "float", "rtn", bits=3, group_size=32, out=tmp_path / "packed", measure=0)
+    outcome = bitmill.export(tmp_path / "packed", "gguf")
+    (factors,) = (t.data for t in gguf.GGUFReader(outcome.out).tensors if t.name == "rope_freqs.weight")
+    plain = 1e4 ** -(torch.arange(0, 16, 2) / 16)
+    assert torch.allclose(plain / torch.tensor(factors), model.model.rotary_emb.inv_freq, rtol=1e-5)

@@ -104,6 +104,20 @@ def shrink_all(stats: Mapping[str, Statistics]) -> dict[str, Statistics]:
     }
 
 
+def fill_idle_experts(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return Fisher diagonals by linear layer, where experts without any have the mean of their layer's others."""
+    known: dict[str, list[Tensor]] = {}
+    for name, square in fisher.items():
+        if (found := expert_of(name)) and bool(square.any()):
+            known.setdefault(found[0], []).append(square)
+    return {
+        name: torch.stack(known[found[0]]).mean(0)
+        if (found := expert_of(name)) and found[0] in known and not bool(square.any())
+        else square
+        for name, square in fisher.items()
+    }
+
+
 def _mean_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
     known = [tensor for tensor in tensors if tensor is not None]
     return torch.stack(known).mean(0) if known else None

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from bitmill.calibration.experts import fill_idle_experts
 from bitmill.calibration.gradients import walk_gradients
 from bitmill.errors import CalibrationError, one_line
 from bitmill.models.streamed import StreamedModel
@@ -74,7 +75,9 @@ class Fisher:
         progress.start("Fisher information", 2 * len(streamed.blocks))
         for index, squares in walk_gradients(streamed, windows, self.folder, progress, _add_square):
             mean = {name: square.div_(len(windows)) for name, square in squares.items()}
-            write_recorded(self._file(index), _META, mean, {"windows": len(windows)}, shared=True)
+            write_recorded(
+                self._file(index), _META, fill_idle_experts(mean), {"windows": len(windows)}, shared=True
+            )
 
     def _file(self, index: int) -> Path:
         return self.folder / f"fisher-{index:05d}.safetensors"

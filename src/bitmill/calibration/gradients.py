@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from bitmill.architectures.experts import expert_of
 from bitmill.calibration.walk import HiddenStates, walk_blocks
 from bitmill.errors import NumericsError, OutputError
 from bitmill.files import make_folder, output_errors, write_tensors
@@ -129,7 +130,9 @@ def _backward(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: weight.reduced.cpu() for name, weight in weights.items() if weight.reduced is not None}
+    found = {name: weight.reduced.cpu() for name, weight in weights.items() if weight.reduced is not None}
+    idle = {name for name in linears if name not in found and expert_of(name)}  # no token was sent to them
+    return found | {name: torch.zeros_like(linears[name].get_parameter("weight"), device="cpu") for name in idle}
 
 
 class _WeightGradient:

@@ -1,4 +1,4 @@
-"""What a target of exports is: which matrices it can hold, as which tensors, and how its config describes them."""
+"""The contract of a target: which matrices it can hold, as which tensors, and how its config describes them."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ class _Block:
                 width = task.matrix(stage[0]).shape[1]
                 gram = RunningGram(width, job.streamed.device, SAMPLES if "samples" in job.needs else 0)
                 stats = _stage_statistics(forward, float_forward, stage[0], gram)
-                if expert := expert_of(stage[0]):
+                if (expert := expert_of(stage[0])) and averages[expert[0]].gram is not None:
                     stats = shrink(stats, averages[expert[0]])
                 self._solve_stage(stage, stats)
             if float_forward is not None and _compares_once(job):

@@ -336,16 +336,19 @@ LAYOUTS = {
 LOW, HIGH, ORIGINAL = 1.0, 4.0, 8192  # of every Llama 3.1 to 3.3 model
 
 
-def llama3_factors(theta: float, head_dim: int, factor: float) -> torch.Tensor:
+def llama3_factors(
+    theta: float, head_dim: int, factor: float, low: float = LOW, high: float = HIGH, original: int = ORIGINAL
+) -> torch.Tensor:
     """Return the factors (head_dim / 2,) by which the scaling of Llama 3 divides rotary frequencies.
 
     Args:
         theta: base of the frequencies.
         head_dim: elements of a head.
         factor: of the longest wavelengths.
+        low, high, original: the other constants.
     """
     wavelength = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    smooth = ((ORIGINAL / wavelength - LOW) / (HIGH - LOW)).clamp(0, 1)
+    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
     return 1 / ((1 - smooth) / factor + smooth)
 
 

@@ -103,8 +103,8 @@ class AutoRound(Tuner):
                     relative_error(output, batch.target).sum().backward()
                 for name, rounding in roundings.items():
                     gradient = matrices[name].grad
-                    assert gradient is not None
-                    rounding.step(gradient, rate * (1 - done / self.iters))
+                    if gradient is not None:  # None of an expert that no token was sent to
+                        rounding.step(gradient, rate * (1 - done / self.iters))
                 done += 1
 
 

@@ -1,0 +1,1 @@
+"""Exports: a quantized folder as the checkpoint of another program."""
