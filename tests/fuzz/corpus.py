@@ -11,12 +11,14 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from bitmill.cli.main import main
 from bitmill.compat import forward_with_cache
@@ -121,15 +123,25 @@ def from_pretrained(folder: Path) -> str:
         raise Refused(f"{type(error).__name__}: {error}") from None
 
 
+@refusing
+def export(folder: Path) -> str:
+    import bitmill
+
+    with tempfile.TemporaryDirectory() as place:
+        out = bitmill.export(".", "dense", Path(place) / "out").out
+        return "".join(digest_of(tensor) for _, tensor in sorted(load_file(out / "model.safetensors").items()))
+
+
 verify = command("verify", ".", "--no-quality")
 
 READERS["quantized folder"] = Reader(
     ("checkpoint/contents.py", "checkpoint/reader.py", "checkpoint/tensors.py", "evaluation/reference.py",
      "files.py", "integrations/renaming.py", "sources/safetensors_header.py",
-     "workflows/load.py", "workflows/sizes.py"),
+     "workflows/export/run.py", "workflows/load.py", "workflows/sizes.py"),
     "done",
     "*",
-    {"verify": verify, "load": load, "from_pretrained": from_pretrained, "inspect": command("inspect", ".")},
+    {"verify": verify, "load": load, "from_pretrained": from_pretrained, "inspect": command("inspect", "."),
+     "export": export},
     strict=True,
 )  # fmt: skip
 

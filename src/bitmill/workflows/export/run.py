@@ -176,7 +176,7 @@ def _copy_rest(checkpoint: Checkpoint, out: Path) -> None:
 def _card(checkpoint: Checkpoint, writer: Writer) -> str:
     """Return the model card: the front matter of the folder's, and what this is."""
     card = checkpoint.folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = text[: text.index("\n---\n", 4) + 5] if text.startswith("---\n") and "\n---\n" in text[4:] else ""
     recipe = json.dumps((checkpoint.report.get("recipe") or {}).get("name"))
     return (
