@@ -30,6 +30,7 @@ SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
     "estimate": {"model": "source", "method": "rtn", "calib": DATA, "measure": 1},
     "evaluate": {"model": "done", "text": "text.txt", "seqlen": 16, "windows": 1},
     "evaluate_tasks": {"model": "done", "tasks": ["arc_easy"], "limit": 1},
+    "export": {"folder": "done", "to": "dense", "out": "out"},
     "load": {"model": "done"},
     "load_tokenizer": {"model": "done"},
     "compare": {

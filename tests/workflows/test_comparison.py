@@ -51,7 +51,7 @@ def test_options_for_given_bits():
 
 @pytest.mark.parametrize("method", METHODS.names())
 def test_methods_can_be_compared(method):
-    cells = plan_variants([method], [2, 4])
+    cells = plan_variants([method], [3, 4])
     assert len(cells) == (2 if "bits" in METHODS.get(method).__dataclass_fields__ else 1)
     assert all((cell.recipe is None) == bool(cell.reason) for cell in cells)
     assert any(cell.recipe for cell in cells)

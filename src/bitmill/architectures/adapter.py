@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bitmill.architectures.experts import ExpertLinears
 from bitmill.config.registry import Registry
 from bitmill.errors import SourceError
 
@@ -176,6 +175,8 @@ def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
 def _linears(block: nn.Module) -> Iterator[str]:
     """Yield the paths of the linear layers of a block, without routers."""
     from torch import nn
+
+    from bitmill.architectures.experts import ExpertLinears  # needs torch, which a list of models does not
 
     experts = {  # path of the module around the experts -> their number
         name.rpartition(".")[0].rpartition(".")[0]: len(module)

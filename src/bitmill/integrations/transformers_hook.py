@@ -57,8 +57,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def register_with_transformers() -> None:
     """Make from_pretrained read bitmill's folders and models, in either order of the two imports."""
-    for registry, registers in REGISTRATIONS.items():
-        if registry in sys.modules:
-            importlib.import_module(registers)
+    present = [registers for registry, registers in REGISTRATIONS.items() if registry in sys.modules]
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _Finder())  # before others are imported, which import the other registries
+    for registers in present:
+        importlib.import_module(registers)
