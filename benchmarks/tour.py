@@ -24,7 +24,7 @@ PAGE, README = ROOT / "docs" / "tour.md", ROOT / "README.md"
 FOLDER = "smollm2-3bit"
 COMMANDS = (
     f"bitmill quantize smollm2-135m --bits 3 --samples 16 -o {FOLDER}",
-    f"bitmill eval {FOLDER} --reference smollm2-135m --text suite --record",
+    f"bitmill eval {FOLDER} --reference smollm2-135m --text suite --windows 6 --record",
     f'bitmill generate {FOLDER} --prompt "What is the capital of France?"',
 )
 EXCERPT = re.compile(r"(method|bits per weight|size) {2,}.*[(,]|(domain|mean) {2,}|The capital")
