@@ -7,6 +7,7 @@ import torch
 
 import bitmill
 from architectures.test_experts import MIXTURES
+from bitmill.errors import UsageError
 from bitmill.report.experts import expert_coverage
 from helpers.tiny_models import tiny_model
 
@@ -63,3 +64,11 @@ def test_learning_methods_without_tokens(method):
     outcome = bitmill.quantize(model, method, bits=4, calib=torch.full((2, 8), 5), measure=0)
     assert sum("expert" in layer["name"] for layer in outcome.report["layers"]) == 2 * 2 * 8
     assert bool(torch.isfinite(logits(model)).all())
+
+
+def test_rule_for_a_fused_tensor():
+    model = tiny_model("mixtral", **MIXTURES["mixtral"])
+    with pytest.raises(UsageError, match=r"several matrices; write '\*\.gate_up_proj\.\*' for all"):
+        bitmill.quantize(model, "rtn", bits=4, measure=0, rules=["*.gate_up_proj=float"])
+    layers = bitmill.quantize(model, "rtn", bits=4, measure=0, rules=["*.gate_up_proj.*=float"]).report["layers"]
+    assert not any("gate_up_proj" in layer["name"] for layer in layers)

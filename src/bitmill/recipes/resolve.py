@@ -112,6 +112,11 @@ def _check_rules(recipe: Recipe, streamed: StreamedModel, schemes: Schemes, head
         matched = [name for name in matrices if rule.matches(name)]
         if not matched and rule.optional:
             continue
+        if not matched and any(rule.matches(name.rpartition(".")[0]) for name in matrices):
+            raise UsageError(
+                f"The rule {rule.sites!r} of the recipe {recipe.name!r} names a module or tensor of several "
+                f"matrices; write {rule.sites + '.*'!r} for all of them."
+            )
         if not matched:
             raise UsageError(
                 f"No layer with a matrix of weights is called {rule.sites!r}, as a rule of the recipe "
