@@ -21,7 +21,7 @@ def test_sites_cover_linears(name):
     for site in sites:
         streamed.load([site.path])
         assert site.shape == tuple(streamed.matrix(site.path).shape)
-        assert (site.role, site.expert_axis) == ("weight", None)
+        assert site.role == "weight"
 
 
 def test_full_names_in_groups():

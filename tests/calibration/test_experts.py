@@ -28,11 +28,12 @@ def test_no_experts():
 
 
 def test_shrunk_by_the_number_of_tokens():
-    own = Statistics(2 * torch.eye(4), 4, max_abs=torch.ones(4))
-    average = Statistics(torch.eye(4), 40, max_abs=torch.full((4,), 3.0))
+    own = Statistics(2 * torch.eye(4), 4, mean_abs=torch.ones(4), max_abs=torch.ones(4))
+    average = Statistics(torch.eye(4), 40, mean_abs=torch.full((4,), 2.0), max_abs=torch.full((4,), 3.0))
     shrunk = shrink(own, average)  # as many tokens as columns: half of each
     assert torch.allclose(shrunk.gram, 1.5 * torch.eye(4))
     assert shrunk.tokens == 4
+    assert torch.equal(shrunk.mean_abs, torch.full((4,), 1.5))
     assert float(shrunk.max_abs[0]) == 3.0
 
 

@@ -10,18 +10,16 @@ class Site:
     """A parameter, or a tensor that enters or leaves its layer, that may be quantized.
 
     A site names a parameter and not a module, because a module may own several matrices (the gates of a recurrent
-    cell, the experts of one fused tensor).
+    cell).
 
     path: full name of the parameter, for example "model.layers.3.mlp.down_proj.weight".
     role: the tensor of this site. "weight" is the parameter itself.
     shape: (out, in) of the matrix; rows are outputs, also where the checkpoint stores the transposed matrix.
-    expert_axis: axis of a fused expert tensor that counts experts; None for a plain matrix.
     """
 
     path: str
     role: str = "weight"
     shape: tuple[int, ...] = ()
-    expert_axis: int | None = None
 
     @property
     def layer(self) -> str:

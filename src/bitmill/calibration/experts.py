@@ -67,9 +67,12 @@ def pooled(stats: Sequence[Statistics]) -> Statistics | None:
     tokens = sum(each.tokens for each in seen)
     if not tokens:
         return None
-    gram = sum((each.gram * (each.tokens / tokens) for each in seen if each.gram is not None), torch.zeros(()))
+    shares = [each.tokens / tokens for each in seen]
     return Statistics(
-        gram, tokens, mean_abs=_mean_of([e.mean_abs for e in seen]), max_abs=_max_of([e.max_abs for e in seen])
+        _weighted([each.gram for each in seen], shares),
+        tokens,
+        mean_abs=_weighted([each.mean_abs for each in seen], shares),
+        max_abs=_max_of([each.max_abs for each in seen]),
     )
 
 
@@ -87,8 +90,13 @@ def shrink(stats: Statistics, average: Statistics) -> Statistics:
     if stats.gram is None or not stats.tokens:
         return replace(average, tokens=0, cross=stats.cross)
     share = stats.tokens / (stats.tokens + len(average.gram))
-    max_abs = _max_of([stats.max_abs, average.max_abs])
-    return replace(stats, gram=stats.gram * share + average.gram * (1 - share), max_abs=max_abs)
+    shares = (share, 1 - share)
+    return replace(
+        stats,
+        gram=_weighted([stats.gram, average.gram], shares),
+        mean_abs=_weighted([stats.mean_abs, average.mean_abs], shares),
+        max_abs=_max_of([stats.max_abs, average.max_abs]),
+    )
 
 
 def shrink_all(stats: Mapping[str, Statistics]) -> dict[str, Statistics]:
@@ -118,9 +126,14 @@ def fill_idle_experts(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _mean_of(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    known = [tensor for tensor in tensors if tensor is not None]
-    return torch.stack(known).mean(0) if known else None
+def _weighted(tensors: Sequence[Tensor | None], shares: Sequence[float]) -> Tensor | None:
+    """Return the weighted sum; None where a tensor was not collected."""
+    total: Tensor | None = None
+    for tensor, share in zip(tensors, shares, strict=True):
+        if tensor is None:
+            return None
+        total = tensor * share if total is None else total.add_(tensor, alpha=share)
+    return total
 
 
 def _max_of(tensors: Sequence[Tensor | None]) -> Tensor | None:

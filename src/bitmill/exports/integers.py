@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitmill.exports.base import Layer
+from bitmill.exports.base import Layer, Target
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
 
@@ -82,23 +82,21 @@ def decode_integers(matrix: Integers) -> Tensor:
     return ((codes - matrix.zero[..., None]) * matrix.scale.float()[..., None]).view(rows, columns)
 
 
-def one_grid_reason(layers: Mapping[str, Layer], target: str) -> str | None:
-    """Return why layers of several grids cannot be in one checkpoint; None where they have one.
+class OneGridTarget(Target):
+    """A target whose config describes one grid for all layers of a checkpoint."""
 
-    Args:
-        layers: by name, each with a grid.
-        target: its name.
-    """
-    first, expected = next(iter(layers.items()))
-    group = common_group(layers)
-    for name, layer in layers.items():
-        found, kind = known_grid(layer), known_grid(expected)
-        if (found.bits, found.symmetric) != (kind.bits, kind.symmetric) or group not in (-1, found.group):
-            return (
-                f"{name!r} has other bits or groups than {first!r}, and {target} holds one kind in a checkpoint; "
-                "use --to compressed-tensors"
-            )
-    return None
+    def mixed_reason(self, layers: Mapping[str, Layer]) -> str | None:
+        """Return that layers have several bit-widths or groups."""
+        first, expected = next(iter(layers.items()))
+        group = common_group(layers)
+        for name, layer in layers.items():
+            found, kind = known_grid(layer), known_grid(expected)
+            if (found.bits, found.symmetric) != (kind.bits, kind.symmetric) or group not in (-1, found.group):
+                return (
+                    f"{name!r} has other bits or groups than {first!r}, and {self.name} holds one kind in a "
+                    "checkpoint; use --to compressed-tensors"
+                )
+        return None
 
 
 def common_group(layers: Mapping[str, Layer]) -> int:

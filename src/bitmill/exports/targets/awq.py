@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.exports.base import TARGETS, Layer, Target
+from bitmill.exports.base import TARGETS, Layer
 from bitmill.exports.integers import (
     Integers,
+    OneGridTarget,
     common_group,
     decode_integers,
     grid,
     integers,
-    one_grid_reason,
 )
 from bitmill.formats.quantized import Quantized
 from bitmill.numerics.packing import pack, unpack
@@ -32,7 +32,7 @@ _BITS = 4
 
 
 @TARGETS.register("awq")
-class AWQTarget(Target):
+class AWQTarget(OneGridTarget):
     """Integers of 4 bits with zeros."""
 
     name: ClassVar[str] = "awq"
@@ -48,10 +48,6 @@ class AWQTarget(Target):
         if layer.shape[0] % 8:
             return f"it has {layer.shape[0]} outputs, and awq needs a multiple of 8; use --to compressed-tensors"
         return None
-
-    def mixed_reason(self, layers: Mapping[str, Layer]) -> str | None:
-        """Return that layers have several groups."""
-        return one_grid_reason(layers, "awq")
 
     def tensors(self, quantized: Quantized) -> dict[str, Tensor]:
         """Return qweight, qzeros and scales."""

@@ -21,15 +21,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bitmill.exports.base import TARGETS, Layer, Target
+from bitmill.exports.base import TARGETS, Layer
 from bitmill.exports.integers import (
     Integers,
+    OneGridTarget,
     common_group,
     decode_integers,
     grid,
     integers,
     known_grid,
-    one_grid_reason,
 )
 from bitmill.formats.quantized import Quantized
 from bitmill.numerics.packing import pack, unpack
@@ -39,7 +39,7 @@ _BITS = (2, 3, 4, 8)
 
 
 @TARGETS.register("gptq")
-class GPTQTarget(Target):
+class GPTQTarget(OneGridTarget):
     """Integers of 2, 3, 4 or 8 bits."""
 
     name: ClassVar[str] = "gptq"
@@ -55,10 +55,6 @@ class GPTQTarget(Target):
         if any(side % 32 for side in layer.shape):
             return f"its shape {layer.shape} is no multiple of 32; use --to compressed-tensors"
         return None
-
-    def mixed_reason(self, layers: Mapping[str, Layer]) -> str | None:
-        """Return that layers have several bit-widths or groups."""
-        return one_grid_reason(layers, "gptq")
 
     def notes(self, layers: Mapping[str, Layer]) -> list[str]:
         """Return which engines read such codes."""
