@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quality import SUITE, leaders, read_all
+
 from bitmill.errors import RecipeError
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.report.results import Results, Variant, read_results
@@ -58,10 +60,22 @@ def page(boards: list[Results]) -> str:
     lines = [
         "# Leaderboard",
         "",
-        f"Methods on {boards[0].settings.model}, the linear layers of the blocks quantized and everything they "
-        "store counted (bpw). KL is the divergence of the next-token distribution from the float model's, in nats "
-        "a token; top-1 how often both put the same token first. Rows of one table share calibration text, held-"
-        "out windows and machine; rows of different tables are not to be compared.",
+        "The linear layers of the blocks are quantized and everything they store is counted (bpw). KL is the "
+        "divergence of the next-token distribution from the float model's, in nats a token; top-1 how often both "
+        "put the same token first. Rows of one table share calibration text, held-out windows and machine; rows "
+        "of different tables are not to be compared.",
+        "",
+        "## Five domains, other programs among them",
+        "",
+        "Calibrated on windows of `mix`, measured on the [suite](texts.md) of held-out text; every domain, other "
+        "texts and intervals are in [Quality](quality.md).",
+        "",
+        SUITE[0] + leaders(read_all("suite")) + SUITE[1],
+        "",
+        "## Documentation alone",
+        "",
+        f"Methods on {boards[0].settings.model}, calibrated and measured on Python's documentation. The default "
+        "method is picked from the first of these tables.",
         "",
     ]
     for board in boards:
@@ -94,7 +108,7 @@ def _board(results: Results) -> list[str]:
     assert base is not None
     calibration, evaluation = settings.calibration, settings.evaluation
     lines = [
-        f"## Calibrated on {calibration.windows} x {calibration.seqlen} tokens",
+        f"### Calibrated on {calibration.windows} x {calibration.seqlen} tokens",
         "",
         f"Calibration windows from {calibration.source} (seed {calibration.seed}), measured on "
         f"{evaluation.windows} held-out windows of {evaluation.seqlen} tokens; the float model has perplexity "
@@ -105,7 +119,7 @@ def _board(results: Results) -> list[str]:
     ]
     for bits in sorted({v.bits for v in results.done() if v.bits}, reverse=True):
         found = [v for v in results.done() if v.bits == bits]
-        lines += [f"### {bits} bits, {calibration.windows} windows", ""]
+        lines += [f"#### {bits} bits, {calibration.windows} windows", ""]
         lines += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
         lines += [_row(v) for v in sorted(found, key=lambda v: v.kl_divergence or 0.0)]
         lines.append("")

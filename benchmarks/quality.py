@@ -1,4 +1,4 @@
-"""Turn the results of benchmarks/suite.py into docs/quality.md and the table of the README.
+"""Turn the results of benchmarks/suite.py into docs/quality.md and tables of the README and the leaderboard.
 
     python benchmarks/quality.py
 
@@ -15,6 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGE, README = ROOT / "docs" / "quality.md", ROOT / "README.md"
+LEADERBOARD = ROOT / "docs" / "leaderboard.md"
+SUITE = ("<!-- suite:begin -->\n", "\n<!-- suite:end -->")  # the part of the leaderboard that is written here
 PEER_WINDOWS = 128  # of benchmarks/peers/float_files.py
 MODELS = {  # largest last
     "smollm2-135m": "SmolLM2-135M-Instruct, whose source has 4 bits a weight (Q4_1)",
@@ -24,6 +26,7 @@ MODELS = {  # largest last
 DOMAINS = ("documentation", "prose", "encyclopedia", "dialogue", "code")
 BESIDE = {"brown": "Brown", "german": "German", "wikitext-2": "WikiText-2"}
 BITS, TOP = 3, 4  # rows in the README
+LEADERS = ("method", "windows", "bpw", "KL", "worst domain", "perplexity over float", "top-1")
 INPUTS = (
     "Layers multiply inputs that are rounded, which bpw does not count. Behind the name: -gN a scale for N "
     "columns of a token; -tN the threshold of `llm_int8`; for `quik` the columns in float, -downN "
@@ -36,6 +39,8 @@ def main() -> None:
     documents = read_all("suite")
     PAGE.write_text(page(documents, read_all("activations")), encoding="utf-8")
     README.write_text(with_table(README.read_text(encoding="utf-8"), documents), encoding="utf-8")
+    board = LEADERBOARD.read_text(encoding="utf-8")
+    LEADERBOARD.write_text(between(board, SUITE, leaders(documents)), encoding="utf-8")
 
 
 def read_all(kind: str) -> dict[str, dict[str, Any]]:
@@ -125,25 +130,49 @@ def with_table(readme: str, documents: dict[str, dict[str, Any]]) -> str:
     rows = sorted((row for row in document["rows"] if bits_of(row) == BITS), key=mean_of)
     lines = [f"{model} | MB | bits a weight | KL on five domains | worst domain | perplexity over float | top-1"]
     for row in rows[:TOP]:
-        suite = row["figures"]["suite"]
-        worst = max(DOMAINS, key=lambda name: suite["domains"][name]["kl_divergence"])
-        cells = [
-            f"{method_of(row)}, {bits_of(row)} bits",
-            f"{row['size_bytes'] / 1e6:.0f}",
-            f"{row['bits_per_weight']:.2f}",
-            number(suite["kl_divergence"]),
-            f"{number(suite['domains'][worst]['kl_divergence'])} ({worst})",
-            number(suite["perplexity_ratio"]),
-            f"{suite['top1_agreement']:.1%}",
-        ]
-        lines.append(" | ".join(cells))
+        name, size, bpw = method_of(row), row["size_bytes"] / 1e6, row["bits_per_weight"]
+        lines.append(" | ".join([f"{name}, {bits_of(row)} bits", f"{size:.0f}", f"{bpw:.2f}", *_suite_cells(row)]))
     lines.insert(1, "|".join(["---"] * 7))
     count = next(iter(document["texts"]["suite"]["windows"].values()))
     calibrated = sorted({windows_of(row) for row in rows[:TOP]} - {"-"}, key=int)
     title = f"{' or '.join(calibrated)} windows of text calibrated, {count} of each of five domains measured:\n\n"
     table = title + "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
-    begin, end = "<!-- measured:begin -->\n", "\n<!-- measured:end -->"
-    return re.sub(rf"{begin}.*?{end}", lambda _: begin + table + end, readme, flags=re.DOTALL)
+    return between(readme, ("<!-- measured:begin -->\n", "\n<!-- measured:end -->"), table)
+
+
+def leaders(documents: dict[str, dict[str, Any]]) -> str:
+    """Return the leaderboard's tables of all models, bitmill's methods and other programs, best first."""
+    lines: list[str] = []
+    for model, document in documents.items():
+        for bits in sorted({bits_of(row) for row in document["rows"]}, reverse=True):
+            lines += [f"### {model}, {bits} bits", ""]
+            lines += [
+                "| method | windows | bpw | KL | worst domain | perplexity over float | top-1 |",
+                "|---" * 7 + "|",
+            ]
+            for row in sorted((row for row in document["rows"] if bits_of(row) == bits), key=mean_of):
+                cells = [method_of(row), windows_of(row), f"{row['bits_per_weight']:.3f}", *_suite_cells(row)]
+                lines.append(f"| {' | '.join(cells)} |")
+            lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _suite_cells(row: dict[str, Any]) -> list[str]:
+    """Return mean and worst divergence on the suite, the ratio of perplexities and the top-1 agreement."""
+    suite = row["figures"]["suite"]
+    worst = max(DOMAINS, key=lambda name: suite["domains"][name]["kl_divergence"])
+    return [
+        number(suite["kl_divergence"]),
+        f"{number(suite['domains'][worst]['kl_divergence'])} ({worst})",
+        number(suite["perplexity_ratio"]),
+        f"{suite['top1_agreement']:.1%}",
+    ]
+
+
+def between(text: str, marks: tuple[str, str], inside: str) -> str:
+    """Return a text with the part between two marks replaced."""
+    begin, end = marks
+    return re.sub(rf"{begin}.*?{end}", lambda _: begin + inside + end, text, flags=re.DOTALL)
 
 
 def bits_of(row: dict[str, Any]) -> int:
