@@ -105,6 +105,12 @@ def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collecti
     for name, size_bytes in _files(folder, {Path(name).parts[0] for name in known if "/" in name}):
         if name in known:
             found[name] = size_bytes
+        elif name == ADAPTER:
+            raise CheckpointError(
+                f"{folder / name} is no part of the quantized model but of an adapter, which transformers would add "
+                f"to it; move the adapter's files into a folder below, such as {folder.name}/adapters/NAME, and load "
+                "it from there with PEFT."
+            )
         elif _is_weights(name):
             raise CheckpointError(
                 f"{folder / name} holds weights and is no part of the quantized model, and a loader may read it "

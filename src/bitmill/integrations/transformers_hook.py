@@ -1,7 +1,7 @@
-"""Register the checkpoint format and bitmill's models with transformers if, and only if, transformers is used.
+"""Register the checkpoint format and bitmill's models with transformers, and packed layers with PEFT, on use.
 
-Importing transformers takes seconds. If it is already imported, they are registered at once; otherwise an import
-hook registers them right after the module with the registry of transformers has been executed.
+Importing these libraries takes seconds. If one is already imported, all is registered at once; otherwise an import
+hook registers it right after the library's module with the registry has been executed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-# module of transformers with a registry -> module that registers something in it when it is imported
+# module with a registry -> module that registers something in it when it is imported
 REGISTRATIONS = {
     "transformers.quantizers.auto": "bitmill.integrations.transformers_quantizer",
     "transformers.models.auto.configuration_auto": "bitmill.recurrent.register_configs",
     "transformers.models.auto.modeling_auto": "bitmill.recurrent.register_models",
+    "peft.tuners.lora.model": "bitmill.integrations.peft_lora",
 }
 
 
@@ -56,7 +57,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def register_with_transformers() -> None:
-    """Make from_pretrained read bitmill's folders and models, in either order of the two imports."""
+    """Make from_pretrained read bitmill's folders and models, and PEFT adapt them, in either order of imports."""
     present = [registers for registry, registers in REGISTRATIONS.items() if registry in sys.modules]
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())  # before others are imported, which import the other registries

@@ -179,6 +179,8 @@ class BitmillQuantizer(HfQuantizer):
         Raises:
             CheckpointError: the packed layers of the model are not those of its config.
         """
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers keeps the adapters of it alone
+            return model.state_dict(), {}
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
         own = {name: layer for name, layer in packed.items() if getattr(layer, "tied", None) is None}
         described = getattr(model.config, "quantization_config", None)
@@ -193,8 +195,8 @@ class BitmillQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """False: codes have no gradient."""
-        return False
+        """True for adapters on packed layers; codes have no gradient, and transformers refuses to train them."""
+        return True
 
 
 def mark_quantized(model: nn.Module, config: dict[str, Any]) -> None:
