@@ -43,13 +43,20 @@ def shard_of(folder: Path, name: str) -> Path:
         "model.fp16.safetensors.index.json",
         "consolidated.00.pth",
         "model.gguf",
-        "adapter_config.json",
         "adapter_model.safetensors",
     ],
 )
 def test_foreign_weights_refused(folder, name, load):
     shutil.copy(shard_of(folder, "model.norm.weight"), folder / name)
     with pytest.raises(CheckpointError, match=r"is no part of the (quantized )?model"):
+        load(folder)
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+def test_adapter_refused(folder, load):
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))  # transformers would load the adapter, too
+    with pytest.raises(CheckpointError, match="adapters/NAME"):
         load(folder)
 
 

@@ -107,9 +107,9 @@ def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collecti
             found[name] = size_bytes
         elif name == ADAPTER:
             raise CheckpointError(
-                f"{folder / name} is no part of the quantized model but of an adapter, which transformers would add "
-                f"to it; move the adapter's files into a folder below, such as {folder.name}/adapters/NAME, and load "
-                "it from there with PEFT."
+                f"{folder / name} belongs to an adapter, which transformers would add to the quantized model; move "
+                f"the adapter's files into a folder below, such as {folder.name}/adapters/NAME, and load it from "
+                "there with PEFT."
             )
         elif _is_weights(name):
             raise CheckpointError(
