@@ -107,7 +107,7 @@ def check_files(folder: Path, record: Mapping[str, FileRecord], opened: Collecti
             found[name] = size_bytes
         elif name == ADAPTER:
             raise CheckpointError(
-                f"{folder / name} belongs to an adapter, which transformers would add to the quantized model; move "
+                f"{folder / name} belongs to an adapter, which transformers would add to the model; move "
                 f"the adapter's files into a folder below, such as {folder.name}/adapters/NAME, and load it from "
                 "there with PEFT."
             )
