@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -18,6 +18,18 @@ Program = Annotated[
 
 def execute(program: Program) -> None:
     """Run another Python program that can open bitmill's folders, such as lm_eval or a notebook server."""
+    run_program(program)
+
+
+def run_program(program: list[str]) -> NoReturn:
+    """Replace this process by a program with bitmill's format registered in it and in its children.
+
+    Args:
+        program: name and arguments.
+
+    Raises:
+        UsageError: the program cannot be run.
+    """
     import bitmill.integrations.startup as startup
 
     folder = str(Path(startup.__file__).parent)

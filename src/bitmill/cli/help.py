@@ -13,7 +13,7 @@ QUANTIZE, MEASURE, RUN, LOOK_UP = "Quantize", "Measure", "Run", "Look up"
 COMMANDS = {
     QUANTIZE: ("quantize", "train", "compare", "sweep", "plan"),
     MEASURE: ("eval", "rescore", "verify", "inspect", "bench"),
-    RUN: ("generate", "chat", "export", "exec"),
+    RUN: ("generate", "chat", "serve", "export", "exec"),
     LOOK_UP: ("methods", "recipes", "models", "texts", "doctor"),
 }
 
@@ -35,6 +35,7 @@ PANELS = {  # by parameter; others are in typer's own panel
     ),
     "Keys and values": ("kv", "kv_bits", "kv_set", "kv_samples", "kv_seqlen"),
     "Generation": ("prompt", "system", "max_new_tokens", "temperature", "raw", "dense"),
+    "Server": ("host", "port"),
     "Machine": ("device", "activations", "memory", "gpus", "trust_remote_code"),
     "Output": (
         "out", "overwrite", "resume", "dry_run", "estimate", "keep_models", "as_json", "verbose", "quiet",
@@ -85,6 +86,7 @@ EXAMPLES = {
         'bitmill generate DIR --prompt "What is the capital of France?"',
         'bitmill generate DIR --raw --prompt "Once upon a time" --max-new-tokens 100 --temperature 0.8',
     ),
+    "serve": ("bitmill serve DIR", "bitmill serve DIR --port 8080 -- --enable-cors"),
     "exec": (
         "bitmill exec -- lm_eval --model hf --model_args pretrained=DIR --tasks piqa",
         "bitmill exec -- python program.py",

@@ -24,6 +24,7 @@ from bitmill.cli import (
     plan,
     quantize,
     rescore,
+    serve,
     sweep,
     texts,
     train,
@@ -52,6 +53,7 @@ app.command("rescore")(rescore.rescore)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("exec")(execute.execute)
 app.command("inspect")(folder.inspect)

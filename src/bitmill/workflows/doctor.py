@@ -46,6 +46,8 @@ OPTIONAL = (
     OptionalPackage("triton", "kernels on GPUs", "pip install 'triton>=3.6'"),
     OptionalPackage("sentencepiece", "tokenizers without a tokenizer.json", "pip install sentencepiece"),
     OptionalPackage("lm-eval", "benchmark tasks (bitmill eval --tasks)", "pip install 'bitmill[tasks]'"),
+    OptionalPackage("fastapi", "bitmill serve", "pip install 'bitmill[serve]'"),
+    OptionalPackage("peft", "LoRA on packed layers", "pip install 'bitmill[lora]'"),
 )
 
 
