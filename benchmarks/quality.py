@@ -37,7 +37,7 @@ INPUTS = (
 
 def main() -> None:
     documents = read_all("suite")
-    PAGE.write_text(page(documents, read_all("activations")), encoding="utf-8")
+    PAGE.write_text(page(documents, read_all("long"), read_all("activations")), encoding="utf-8")
     README.write_text(with_table(README.read_text(encoding="utf-8"), documents), encoding="utf-8")
     board = LEADERBOARD.read_text(encoding="utf-8")
     LEADERBOARD.write_text(between(board, SUITE, leaders(documents)), encoding="utf-8")
@@ -49,11 +49,14 @@ def read_all(kind: str) -> dict[str, dict[str, Any]]:
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
-def page(documents: dict[str, dict[str, Any]], activations: dict[str, dict[str, Any]]) -> str:
+def page(
+    documents: dict[str, dict[str, Any]], long: dict[str, dict[str, Any]], activations: dict[str, dict[str, Any]]
+) -> str:
     """Return docs/quality.md.
 
     Args:
         documents: weights of few bits, by model.
+        long: the same on windows of many tokens.
         activations: rounded inputs of layers, by model.
     """
     lines = [
@@ -69,9 +72,11 @@ def page(documents: dict[str, dict[str, Any]], activations: dict[str, dict[str, 
         "that are trained went through `bitmill train` on these windows.",
         "",
     ]
-    for model, document in documents.items():
+    sections = list(documents.items())
+    sections += [(f"{model}, {one['seqlen']:,} tokens a window", one) for model, one in long.items()]
+    for title, document in sections:
         rows = sorted(document["rows"], key=lambda row: (-bits_of(row), mean_of(row)))
-        lines += _section(model, document, [(f"{method_of(row)}, {bits_of(row)} bits", row) for row in rows])
+        lines += _section(title, document, [(f"{method_of(row)}, {bits_of(row)} bits", row) for row in rows])
     for model, document in activations.items():
         rows = sorted(document["rows"], key=mean_of)
         lines += _section(f"{model}, rounded inputs", document, [(row["name"], row) for row in rows], INPUTS)
