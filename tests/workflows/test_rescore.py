@@ -112,3 +112,25 @@ def test_words_outside_the_vocabulary(lm, tmp_path):
     with pytest.raises(BitmillError, match="the token 999"):
         rescore(tmp_path / "nbest", lm, out=tmp_path / "out", tokenizer=Words(), lm_weight=1.0)
     assert not (tmp_path / "out").exists()
+
+
+def test_lattices(lm, tmp_path):
+    arcs = "0 1 w9 0.5\n1 2 w9 0.2\n2 3 w9 0.3\n0 4 w3 1.5\n4 3 w4 0.5\n3\n"
+    (tmp_path / "lattices").mkdir()
+    for n in range(2):
+        (tmp_path / "lattices" / f"u{n}.txt").write_text(arcs)
+    options = {"tokenizer": Words(), "lm_weight": 1.0}
+    rescore(tmp_path / "lattices", lm, out=tmp_path / "a.jsonl", paths=5, **options)
+    lists = nbest_file(tmp_path / "nbest.jsonl", 2)
+    rescore(lists, lm, out=tmp_path / "b.jsonl", **options)
+    found, expected = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("a.jsonl", "b.jsonl")
+    )
+    for one, other in zip(found, expected):
+        other.pop("reference")
+        assert one == other
+    with pytest.raises(UsageError, match="paths is 0"):
+        rescore(tmp_path / "lattices", lm, out=tmp_path / "c.jsonl", paths=0, **options)
+    with pytest.raises(UsageError, match="--costs belongs"):
+        rescore(tmp_path / "lattices", lm, out=tmp_path / "c.jsonl", paths=5, costs=lists, **options)

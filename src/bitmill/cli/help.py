@@ -25,7 +25,8 @@ PANELS = {  # by parameter; others are in typer's own panel
     ),
     "Export": ("to", "dtype"),
     "Recognizer": (
-        "lm", "lm_weight", "insertion_penalty", "references", "costs", "dev_share", "score_end", "batch_size",
+        "lm", "lm_weight", "insertion_penalty", "references", "costs", "paths", "dev_share",
+        "score_end", "batch_size",
     ),
     "Training": ("teacher", "loss", "learn", "epochs", "rate", "held_apart"),
     "Text and measurement": (
@@ -79,6 +80,7 @@ EXAMPLES = {
     "rescore": (
         "bitmill rescore nbest.jsonl --lm DIR -o best.jsonl",
         "bitmill rescore words_text --costs ac_cost --references text --lm DIR --score-end -o best.jsonl",
+        "bitmill rescore lattices --paths 100 --references text --lm DIR -o best.jsonl",
     ),
     "verify": ("bitmill verify DIR", "bitmill verify DIR --no-quality"),
     "inspect": ("bitmill inspect DIR",),

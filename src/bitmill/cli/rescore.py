@@ -14,7 +14,12 @@ from bitmill.cli.quantize import Overwrite
 from bitmill.report.text import format_number
 
 Nbest = Annotated[
-    Path, typer.Argument(metavar="NBEST", help="N-best lists: JSON lines, or Kaldi's text.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="NBEST",
+        help="N-best lists: JSON lines, or Kaldi's text; with --paths lattices.",
+        show_default=False,
+    ),
 ]
 Lm = Annotated[
     str,
@@ -45,6 +50,14 @@ Costs = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Costs of the hypotheses in Kaldi's text (ac_cost).", show_default=False),
 ]
+Paths = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="NBEST is a file or folder of lattices (HTK, OpenFst, Kaldi): rescore the N best paths of each.",
+        show_default=False,
+    ),
+]
 DevShare = Annotated[
     float, typer.Option(metavar="SHARE", help="Share of the utterances, the first ones, that tune the weight.")
 ]
@@ -60,6 +73,7 @@ def rescore(
     insertion_penalty: InsertionPenalty = 0.0,
     references: References = None,
     costs: Costs = None,
+    paths: Paths = None,
     dev_share: DevShare = 0.3,
     score_end: ScoreEnd = False,
     batch_size: BatchSize = 16,
@@ -81,6 +95,7 @@ def rescore(
             insertion_penalty=insertion_penalty,
             references=references,
             costs=costs,
+            paths=paths,
             dev_share=dev_share,
             score_end=score_end,
             batch_size=batch_size,

@@ -57,12 +57,19 @@ def read_nbest(path: Path, costs: Path | None = None, references: Path | None = 
     found = _json_lists(path) if costs is None else _kaldi_lists(path, costs)
     if not found:
         raise UsageError(f"{path} holds no utterance; give one n-best list on each line.")
-    if references is None:
-        return found
-    said = {name: words for _, name, words in _lines(references, "file of references")}
-    if absent := next((utterance.id for utterance in found if utterance.id not in said), None):
-        raise UsageError(f"{references} has no reference for the utterance {quoted(absent)}; add a line.")
-    return [replace(utterance, reference=said[utterance.id]) for utterance in found]
+    return found if references is None else with_references(found, references)
+
+
+def with_references(utterances: list[Utterance], path: Path) -> list[Utterance]:
+    """Return utterances with what was said, from a file of lines `id words`.
+
+    Raises:
+        UsageError: a line is wrong, or an utterance has none.
+    """
+    said = {name: words for _, name, words in _lines(path, "file of references")}
+    if absent := next((utterance.id for utterance in utterances if utterance.id not in said), None):
+        raise UsageError(f"{path} has no reference for the utterance {quoted(absent)}; add a line.")
+    return [replace(utterance, reference=said[utterance.id]) for utterance in utterances]
 
 
 def _json_lists(path: Path) -> list[Utterance]:

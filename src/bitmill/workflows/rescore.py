@@ -18,7 +18,8 @@ from torch import nn
 
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
-from bitmill.data.nbest import Utterance, read_nbest
+from bitmill.data.lattices import read_lattices
+from bitmill.data.nbest import Utterance, read_nbest, with_references
 from bitmill.errors import OutputError, UsageError, quoted
 from bitmill.evaluation.generate import check_can_generate
 from bitmill.evaluation.text_scores import log_probabilities
@@ -77,6 +78,7 @@ def rescore(
     insertion_penalty: float = 0.0,
     references: str | Path | None = None,
     costs: str | Path | None = None,
+    paths: int | None = None,
     dev_share: float = DEV_SHARE,
     score_end: bool = False,
     batch_size: int = 16,
@@ -96,6 +98,8 @@ def rescore(
         insertion_penalty: added for every word; positive values favour longer texts.
         references: lines `id words`, in place of those in a JSON file.
         costs: of the hypotheses, where `nbest` is Kaldi's text.
+        paths: hypotheses of each utterance, where `nbest` is a file or a folder of lattices; see
+            `bitmill.data.lattices`.
         dev_share: share of the utterances, the first ones, on which the weight is tuned.
         score_end: count the end-of-text token after each hypothesis.
         batch_size: hypotheses that run together.
@@ -114,7 +118,10 @@ def rescore(
     path = user_path(out)
     _check(path, overwrite, dev_share, batch_size, lm_weight, insertion_penalty)
     files = [None if file is None else user_path(file) for file in (costs, references)]
-    utterances = read_nbest(user_path(nbest), *files)
+    if paths is None:
+        utterances = read_nbest(user_path(nbest), *files)
+    else:
+        utterances = _from_lattices(user_path(nbest), paths, *files)
     tuned_on = _tuned_on(utterances, lm_weight, dev_share)
     tokenizer = tokenizer_of(lm, tokenizer, trust_remote_code)
     with displayed(progress) as shown:
@@ -152,6 +159,16 @@ def _check(
     for name, value in {"lm_weight": lm_weight or 0.0, "insertion_penalty": penalty}.items():
         if not abs(value) < 1e6:
             raise UsageError(f"{name} is {value}; use a number below a million.")
+
+
+def _from_lattices(path: Path, paths: int, costs: Path | None, references: Path | None) -> list[Utterance]:
+    """Return the best paths of lattices as n-best lists. Raises UsageError."""
+    if paths < 1:
+        raise UsageError(f"paths is {paths}; use at least 1.")
+    if costs is not None:
+        raise UsageError("--costs belongs to Kaldi's n-best lists, and lattices hold their scores; leave it out.")
+    found = read_lattices(path, paths)
+    return found if references is None else with_references(found, references)
 
 
 def _tuned_on(utterances: list[Utterance], lm_weight: float | None, dev_share: float) -> int:
