@@ -122,13 +122,13 @@ def test_lattices(lm, tmp_path):
     options = {"tokenizer": Words(), "lm_weight": 1.0}
     rescore(tmp_path / "lattices", lm, out=tmp_path / "a.jsonl", paths=5, **options)
     lists = nbest_file(tmp_path / "nbest.jsonl", 2)
+    lists.write_text(lists.read_text().replace(', "reference": "w3 w4"', ""))
     rescore(lists, lm, out=tmp_path / "b.jsonl", **options)
     found, expected = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("a.jsonl", "b.jsonl")
     )
     for one, other in zip(found, expected):
-        other.pop("reference")
         assert one == other
     with pytest.raises(UsageError, match="paths is 0"):
         rescore(tmp_path / "lattices", lm, out=tmp_path / "c.jsonl", paths=0, **options)
