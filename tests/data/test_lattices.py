@@ -12,7 +12,8 @@ import pytest
 from bitmill.data.lattices import Arc, Lattice, best_hypotheses, read_lattices
 from bitmill.errors import UsageError
 
-HTK = """VERSION=1.0
+HTK = """# a comment
+VERSION=1.0
 UTTERANCE=u1
 lmscale=2.0
 start=0 end=3
@@ -91,9 +92,9 @@ def test_best_paths_are_those_of_enumeration(seed: int) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HTK.replace("a=-9.0", "a=x"), "Line 11 .* has 'x' where a finite number belongs"),
-        (HTK.replace("S=1 ", ""), "Line 12 .* has no S="),
-        (HTK.replace("E=3 a=-5.5", "E=9 a=-5.5"), "Line 13 .* names the node '9'"),
+        (HTK.replace("a=-9.0", "a=x"), "Line 12 .* has 'x' where a finite number belongs"),
+        (HTK.replace("S=1 ", ""), "Line 13 .* has no S="),
+        (HTK.replace("E=3 a=-5.5", "E=9 a=-5.5"), "Line 14 .* names the node '9'"),
         (HTK.replace("E=3 ", "E=0 "), "no path|cycle"),
         ("0 1 a 1\n1 0 b 1\n1\n", "cycle"),
         ("0 1 a nan,1,\n1\n", "Line 1 .* finite number"),

@@ -87,7 +87,8 @@ def _lattices(path: Path) -> Iterator[Lattice]:
     for number, line in lines:
         check_characters(line, f"Line {number} of {path}", UsageError)
     filled = [(number, line.split()) for number, line in lines if line.strip()]
-    if any("=" in word for _, words in filled[:1] for word in words):
+    first = next((line for _, line in lines if line.strip() and not line.startswith("#")), "")
+    if _FIELD.match(first):
         yield _htk(path, lines)
     elif filled and len(filled[0][1]) == 1:
         yield from _kaldi(path, lines)
