@@ -1,13 +1,14 @@
 """Ablation of QUIK: float columns, bits of the second MLP layer and a rotation, with the speed of prompts.
 
-    python benchmarks/quik_ablation.py --cache FOLDER        # over an hour; let the machine do nothing else
+    python benchmarks/quik_ablation.py --cache FOLDER        # let the machine do nothing else
     python benchmarks/quik_ablation.py --cache FOLDER --only "64 columns, down 8"
 
 Weights and inputs have 4 bits. Variants: 0, 32, 64 or 128 columns in float, `down_proj` at 4 or 8 bits, with and
 without a rotation; without any of the three it is plain W4A4. Every folder is measured against the float model on
-the part of the suite that is there to choose, and its prompts against float32, bfloat16 and W8A8 in turns. Rows
-are kept in benchmarks/results/quik.json, one after the other, so that the command continues where it stopped, and
-the table of docs/evidence.md is written from them.
+the part of the suite that is there to choose, and its prompts against float32, bfloat16 and W8A8 in turns. The
+float model runs once for all variants, and up to four of them are measured together. Folders stay in the cache
+and rows in benchmarks/results/quik.json, so that the command continues where it stopped; the table of
+docs/evidence.md is written from them.
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
+from suite import TOGETHER, Recorded, Windows, score
 
 import bitmill
 from bitmill.data.windows import CalibrationData
 from bitmill.runtime.decode import detach
 from bitmill.workflows.bench.models import prefill_time
+from bitmill.workflows.load import load_tokenizer
 from bitmill.workflows.machine import describe_machine
+from bitmill.workflows.sizes import stored_bits
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quik.json"
 PAGE = ROOT / "docs" / "evidence.md"
 BEGIN, END = "<!-- quik:begin -->", "<!-- quik:end -->"
 COLUMNS = (0, 32, 64, 128)
-PROMPT = 512
+PROMPT, SEQLEN = 512, 512  # tokens
 REFERENCES = ("float32", "bfloat16", "w8a8")
 
 
@@ -64,11 +69,12 @@ def main() -> None:
         parser.error(f"--only is {given.only!r}; use one of: {'; '.join(name for name, _ in variants())}")
     settings = {name: getattr(given, name) for name in ("model", "samples", "windows", "turns")}
     found = read(given.results, settings)
-    for name, options in chosen.items():
-        if name not in {row["name"] for row in found["rows"]}:
-            found["rows"].append({"name": name, **options, **measure(name, options, given)})
+    missing = [name for name in chosen if name not in {row["name"] for row in found["rows"]}]
+    for start in range(0, len(missing), TOGETHER):
+        for row in measure({name: chosen[name] for name in missing[start : start + TOGETHER]}, given):
+            found["rows"].append(row)
             write(given.results, found)
-            print(json.dumps(found["rows"][-1]), flush=True)
+            print(json.dumps(row), flush=True)
     if given.results == RESULTS:
         text = PAGE.read_text(encoding="utf-8")
         before, after = text.split(BEGIN)[0], text.split(END)[1]
@@ -90,20 +96,30 @@ def write(file: Path, found: dict[str, Any]) -> None:
     os.replace(part, file)
 
 
-def measure(name: str, options: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
-    """Return quality and speed of a variant.
+def measure(chosen: dict[str, dict[str, Any]], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row of quality and speed of each variant.
 
     Args:
-        name: of the variant.
-        options: of `quik`.
+        chosen: name -> options of `quik`.
         given: the command's arguments.
     """
-    folder = quantized(given, "quik", name, options)
-    quality = bitmill.evaluate(
-        folder, text="suite", split="choose", windows=given.windows, reference=given.model, progress=False
-    )
-    keys = ("bits_per_weight", "kl_divergence", "perplexity", "perplexity_ratio")
-    return {**{key: quality[key] for key in keys}, **speed(folder, given)}
+    folders = {name: quantized(given, "quik", name, options) for name, options in chosen.items()}
+    texts, reference = float_model(given.model, given.windows)
+    keys = ("kl_divergence", "perplexity", "perplexity_ratio")
+    scores = score(list(folders.values()), reference, texts)
+    for (name, folder), figures in zip(folders.items(), scores):
+        quality = {
+            "bits_per_weight": stored_bits(folder, False)[0],
+            **{key: figures["suite"][key] for key in keys},
+        }
+        yield {"name": name, **chosen[name], **quality, **speed(folder, given)}
+
+
+@cache
+def float_model(model: str, windows: int) -> tuple[dict[str, Windows], Recorded]:
+    """Return the windows that are measured, and the float model's outputs on them."""
+    texts = {"suite": Windows("suite", load_tokenizer(model), windows, SEQLEN, "choose")}
+    return texts, Recorded(bitmill.load(model), texts)
 
 
 def quantized(given: argparse.Namespace, method: str, name: str, options: dict[str, Any]) -> Path:

@@ -61,7 +61,7 @@ def measure(model: str, folders: Sequence[Path], texts: list[str], windows: int,
         seqlen: tokens of a window.
         out: JSON file, extended.
     """
-    cut = {Path(name).stem: _Windows(name, load_tokenizer(model), windows, seqlen) for name in texts}
+    cut = {Path(name).stem: Windows(name, load_tokenizer(model), windows, seqlen) for name in texts}
     terms: dict[str, Any] = {
         "model": model,
         "seqlen": seqlen,
@@ -70,12 +70,12 @@ def measure(model: str, folders: Sequence[Path], texts: list[str], windows: int,
     document = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {**terms, "rows": []}
     if {name: document[name] for name in terms} != terms:
         raise SystemExit(f"{out} holds measurements on other windows; choose another file with -o.")
-    reference = _Recorded(load(model), cut)
+    reference = Recorded(load(model), cut)
     measured = {row["name"] for row in document["rows"]}
     folders = [folder for folder in folders if folder.name not in measured]
     for start in range(0, len(folders), TOGETHER):
         group = folders[start : start + TOGETHER]
-        for folder, figures in zip(group, _score(group, reference, cut)):
+        for folder, figures in zip(group, score(group, reference, cut)):
             row = {"name": folder.name, **_origin(folder), "figures": figures, "machine": describe_machine("cpu")}
             document["rows"].append(row)
             mean = ", ".join(f"{name} {found['kl_divergence']:.4f}" for name, found in figures.items())
@@ -83,13 +83,14 @@ def measure(model: str, folders: Sequence[Path], texts: list[str], windows: int,
         write_json(out, document)
 
 
-def _score(folders: list[Path], reference: _Recorded, texts: dict[str, _Windows]) -> list[dict[str, Any]]:
+@torch.no_grad()
+def score(folders: Sequence[Path], reference: Recorded, texts: dict[str, Windows]) -> list[dict[str, Any]]:
     """Return the figures of folders by text; the float model's head runs once a window for all of them."""
     recorded = []
     for folder in folders:
         live = load(folder)
         share_equal_parameters(live, reference.model)
-        recorded.append(_Recorded(live, texts))
+        recorded.append(Recorded(live, texts))
     figures: list[dict[str, Any]] = [{} for _ in folders]
     for name, text in texts.items():
         metrics = [LanguageModelMetrics() for _ in folders]
@@ -102,7 +103,7 @@ def _score(folders: list[Path], reference: _Recorded, texts: dict[str, _Windows]
     return figures
 
 
-class _Windows:
+class Windows:
     """The held-out windows of a text.
 
     Attributes:
@@ -111,14 +112,14 @@ class _Windows:
         terms: number and digest, as plain data.
     """
 
-    def __init__(self, name: str, tokenizer: Any, windows: int, seqlen: int) -> None:
+    def __init__(self, name: str, tokenizer: Any, windows: int, seqlen: int, split: str = "eval") -> None:
         source = text_windows(name, tokenizer)
-        self.tokens = source.held_out("eval", seqlen, windows)
-        self.domains = source.domains("eval", seqlen, windows) if name == "suite" else {}
+        self.tokens = source.held_out(split, seqlen, windows)
+        self.domains = source.domains(split, seqlen, windows) if name == "suite" else {}
         self.terms = {"windows": self.domains or len(self.tokens), "sha256": windows_hash(self.tokens)}
 
 
-class _Recorded:
+class Recorded:
     """A model's hidden states on all windows, which its head turns into logits when they are read.
 
     Attributes:
@@ -126,7 +127,7 @@ class _Recorded:
         outputs: text -> output of each window.
     """
 
-    def __init__(self, model: torch.nn.Module, texts: dict[str, _Windows]) -> None:
+    def __init__(self, model: torch.nn.Module, texts: dict[str, Windows]) -> None:
         self.model = model
         tokens = [batch for text in texts.values() for batch in batches(text.tokens, 1)]
         recorded = recorded_output_fn(model, tokens, Progress(), free_body=True)

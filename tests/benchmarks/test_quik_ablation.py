@@ -41,7 +41,7 @@ def test_table(ablation):
 
 def test_rows_are_kept(ablation, monkeypatch, tmp_path, capsys):
     rows, measured = tmp_path / "rows.json", []
-    monkeypatch.setattr(ablation, "measure", lambda name, *_: measured.append(name) or row(name))
+    monkeypatch.setattr(ablation, "measure", lambda chosen, _: [measured.append(n) or row(n) for n in chosen])
     command = ["quik_ablation", "--cache", str(tmp_path), "--results", str(rows)]
     for given in (["--only", "plain W4A4"], ["--only", "plain W4A4"], []):
         monkeypatch.setattr(sys, "argv", [*command, *given])

@@ -94,8 +94,8 @@ def test_sites_can_have_bits_of_their_own():
     assert recipe.inputs.format.bits == recipe.weight.bits == 8
 
 
-def test_search_needs_static_inputs():
-    with pytest.raises(RecipeError, match="set static=true"):
-        Inputs(Uniform(4, "tensor"), search=True).around(Uniform(4))
+def test_search_needs_formats_of_single_numbers():
+    with pytest.raises(RecipeError, match="search looks"):
+        Inputs(FORMATS.get("pyramid")(4, "row"), search=True, simulated=True).around(Uniform(4))
     with pytest.raises(RecipeError, match="search looks"):
         Inputs(FORMATS.get("codebook")(4, "tensor"), static=True, search=True).around(Uniform(4))

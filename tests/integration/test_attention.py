@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 import bitmill
 from bitmill.architectures.attention import enable_rounded_attention, round_attention
 from bitmill.cli.main import main
-from bitmill.errors import RecipeError
+from bitmill.errors import NumericsError, RecipeError
+from bitmill.pipeline.attention import Recorder, static_parameters
 from bitmill.recipes.attention import Attention, parse_attention
 from bitmill.recipes.compose import compose
 from bitmill.recipes.method import build_recipe
 from bitmill.recipes.recipe import Recipe
 from helpers.tiny_models import tiny_model
-from helpers.workspace import save_model
+from helpers.workspace import save_model, write_text
 
 EIGHT = ("queries=uniform:bits=8", "keys=uniform:bits=8", "values=uniform:bits=8")
 TOKENS = torch.arange(3, 27)[None]
@@ -124,6 +125,8 @@ def test_command_line(tmp_path, capsys):
         ("keys=uniform:bits=99", "bits"),
         ("values=float16", "There is no format 'float16'"),
         ("keys=codebook:bits=3,group_size=tensor", "share a table"),
+        ("keys=uniform:bits=8,static=true", "no scale from calibration"),
+        ("values=pyramid:bits=4,static=true", "no scale from calibration"),
     ],
 )
 def test_refused(spelled, sentence):
@@ -153,3 +156,65 @@ def test_model_of_another_attention():
     model.set_attn_implementation("eager")
     with pytest.raises(RecipeError, match="cannot be rounded"):
         enable_rounded_attention(model)
+
+
+def text(folder):
+    return bitmill.CalibrationData(write_text(folder / "text.txt"), samples=4, seqlen=32)
+
+
+STATIC = "uniform:bits=8,group_size=tensor,static=true"
+
+
+def test_static_scales_of_every_site(tmp_path):
+    source = save_model(tmp_path / "float")
+    chosen = recipe(*(f"{site}={STATIC}" for site in ("queries", "keys", "values", "probabilities")))
+    result = bitmill.quantize(source, chosen, out=tmp_path / "out", measure=0, calib=text(tmp_path))
+    stored = result.report["recipe"]["attention"]
+    assert all(len(stored[site]["parameters"]) == 2 for site in stored)
+    assert stored["keys"]["parameters"][0] != stored["keys"]["parameters"][1]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = bitmill.quantize(bitmill.load(source), build_recipe("rtn", {"bits": 8}), measure=0).model
+    off = float((logits(loaded) - logits(plain)).norm() / logits(plain).norm())
+    assert 0 < off < 0.05
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    again = Recipe.from_dict(stored_recipe := result.report["recipe"])
+    assert again.to_dict() == stored_recipe
+
+
+@pytest.mark.parametrize("format", ["uniform:bits=8", "float"])
+def test_static_numbers_beyond_the_range(format):
+    attention = parse_attention([f"keys={format},group_size=tensor,static=true".replace("float,", "float:")])
+    recorder = Recorder()
+    recorder(torch.linspace(-2, 2, 64).view(4, 16))
+    params = static_parameters(attention.static_format("keys"), recorder, "the keys")
+    rounding = attention.calibrated({"keys": [params]}).roundings()["keys"]
+    x = torch.tensor([[0.0, 1.0, 100.0, -100.0], [torch.inf, 0, 0, 0], [0, torch.nan, 0, 0]])
+    found = rounding(x)
+    assert torch.isfinite(found[0]).all()
+    assert found[0].abs().max() < 2.1
+    assert torch.isnan(found[1:]).all()
+
+
+def test_static_parameters_of_silent_and_broken_numbers():
+    format = parse_attention([f"keys={STATIC}"]).static_format("keys")
+    silent = Recorder()
+    silent(torch.zeros(4, 16))
+    params = static_parameters(format, silent, "the keys")
+    assert all(torch.isfinite(value).all() for value in params.values())
+    assert params["scale"] > 0
+    for value in (torch.nan, torch.inf):
+        broken = Recorder()
+        broken(torch.ones(4, 16))
+        broken(torch.full((4, 16), value))
+        broken(torch.ones(4, 16))
+        with pytest.raises(NumericsError, match="The keys reach"):
+            static_parameters(format, broken, "the keys")
+
+
+def test_static_values_behind_scaled_channels(tmp_path):
+    source = save_model(tmp_path / "float")
+    chosen = compose(build_recipe("smoothquant", {}), attention=[f"values={STATIC}"])
+    with pytest.raises(RecipeError, match="smoothquant scales their"):
+        bitmill.quantize(source, chosen, out=tmp_path / "out", measure=0, calib=text(tmp_path))
+    kept = compose(build_recipe("smoothquant", {}), attention=[f"keys={STATIC}"])
+    bitmill.quantize(source, kept, out=tmp_path / "out", measure=0, calib=text(tmp_path))

@@ -6,7 +6,9 @@ import pytest
 
 from bitmill.errors import RecipeError
 from bitmill.recipes.attention import parse_attention
+from bitmill.recipes.compose import compose
 from bitmill.recipes.inputs import Inputs, parse_inputs
+from bitmill.recipes.method import build_recipe
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,20 @@ def test_groups_that_are_not_the_standards_are_refused(spelled):
 def test_damaged_data_is_refused(data):
     with pytest.raises(RecipeError):
         Inputs.from_dict(data)
+
+
+def test_simulate_marks_only_inputs_without_a_kernel():
+    rules = [
+        "*.o_proj=uniform:bits=8@uniform:bits=8",
+        "*.down_proj=uniform:bits=4@float",
+        "*.up_proj=codebook:bits=4",
+    ]
+    with pytest.raises(RecipeError, match="or --simulate"):
+        compose(build_recipe("rtn"), inputs="float:bits=8", rules=rules)
+    found = compose(build_recipe("rtn"), inputs="float:bits=8", rules=rules, simulate=True)
+    assert found.inputs.simulated
+    simulated = {name: found.scheme(f"a.{name}").inputs for name in ("o_proj", "up_proj", "q_proj", "down_proj")}
+    assert [one is not None and one.simulated for one in simulated.values()] == [False, True, True, False]
+    exact = compose(build_recipe("w8a8"), rules=["*.up_proj=codebook:bits=4"], simulate=True)
+    assert not exact.inputs.simulated
+    assert exact.scheme("a.up_proj").inputs.simulated

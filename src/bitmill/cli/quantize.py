@@ -141,6 +141,14 @@ Rules = Annotated[
         show_default=False,
     ),
 ]
+Simulate = Annotated[
+    bool,
+    typer.Option(
+        "--simulate",
+        help="Round inputs that no kernel multiplies as they are stored, and multiply in floats; such recipes are "
+        "refused otherwise.",
+    ),
+]
 MaxMinutes = Annotated[
     float | None,
     typer.Option(
@@ -240,6 +248,7 @@ def quantize(
     inputs: InputsPart = None,
     attention: AttentionParts = None,
     rules: Rules = None,
+    simulate: Simulate = False,
     budget: Budget = None,
     methods: Methods = None,
     sensitivity: Sensitivity = None,
@@ -271,7 +280,7 @@ def quantize(
     options = parse_method_options(bits, group_size, settings)
     parts: dict[str, Any] = {
         "format": format, "solver": solver, "transforms": transform, "tuners": tuner, "sparse": sparse,
-        "inputs": inputs, "attention": attention, "rules": rules,
+        "inputs": inputs, "attention": attention, "rules": rules, "simulate": simulate or None,
     }  # fmt: skip
     request: dict[str, Any] = {
         "measure": measure, "device": device, "trust_remote_code": trust_remote_code, "propagate": propagate,

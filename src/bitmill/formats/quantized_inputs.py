@@ -3,9 +3,10 @@
     y = Q(x) W^^T      W^ the matrix in the inner format, Q(x) the inputs (tokens, columns) in the format `inputs`
 
 Inputs are coded as a matrix of one row a token: group_size "row" is a scale a token, a number of columns a
-scale for that many columns of a token. The scales of each call come from its inputs (dynamic), except with
-`static`: one scale for all inputs, "tensor", from the largest input that calibration met or, with `search`,
-that of least error of the outputs on inputs of the calibration.
+scale for that many columns of a token. The scales of each call come from its inputs (dynamic), from the largest
+or, with `search`, those of least error of the inputs; except with `static`: one scale for all inputs, "tensor",
+from the largest input that calibration met or, with `search`, that of least error of the outputs on inputs of
+the calibration.
 
 With `adaptive` too, each token has a scale of its own that follows from the mean magnitude of its inputs: the
 static one times gain * mean |x| / static scale + offset, neither of which is negative, so that the factor
@@ -65,10 +66,10 @@ class QuantizedInputs(Wrapper):
         if not isinstance(self.inputs, GroupFormat):
             raise RecipeError(f"Inputs cannot be stored as {self.inputs.name!r}; use a format of groups.")
         self._check_parameters(self.inputs)
-        if self.search and not (self.static and isinstance(self.inputs, StaticFormat)):
+        if self.search and not isinstance(self.inputs, StaticFormat if self.static else ScalarFormat):
             raise RecipeError(
-                f"search looks for the one scale of inputs in some formats, such as uniform, and the inputs are "
-                f"{self.inputs!r} with static={self.static}; set static=true, or leave search out."
+                f"search looks for scales of inputs in formats of single numbers (with static in uniform, adalog, "
+                f"log2 and log_sqrt2), and the inputs are {self.inputs!r} with static={self.static}; leave it out."
             )
         if self.adaptive and not (self.static and isinstance(self.inputs, RangeFormat)):
             raise RecipeError(
@@ -130,6 +131,8 @@ class QuantizedInputs(Wrapper):
             return f"inputs in {names[0]} and weights in {names[1]} have no integers that multiply"
         if not isinstance(self.inputs, RangeFormat):
             return f"the levels of inputs in {self.input_format.name} are not evenly spaced"
+        if self.search and not self.static:
+            return "scales of tokens are searched"
         if self.adaptive:
             return "scales of tokens are computed from their inputs' mean magnitude"
         if not self.steps_fit(columns):
@@ -144,8 +147,8 @@ class QuantizedInputs(Wrapper):
 
     @property
     def needs(self) -> frozenset[str]:
-        """The largest inputs with static, and some of the inputs with search."""
-        own = {"activations": self.static, "samples": self.search or self.adaptive}
+        """The largest inputs with static, and with search too some of the inputs."""
+        own = {"activations": self.static, "samples": (self.search and self.static) or self.adaptive}
         return self.inner.needs | frozenset(name for name, needed in own.items() if needed)
 
     @property
@@ -227,7 +230,7 @@ class QuantizedInputs(Wrapper):
         if self.adaptive:
             return of_tokens(self.input_format, x, fitted), broken
         return nearest_matrix(
-            self.input_format, x, fitted or fit_matrix(self.input_format, x, None, search=False)
+            self.input_format, x, fitted or fit_matrix(self.input_format, x, None, self.search)
         ), broken
 
     def effective_inputs(self, x: Tensor, params: Params) -> Tensor:

@@ -132,7 +132,8 @@ class Scaled(ScalarFormat):
         return column
 
     def _snap(self, x: Tensor, params: Params) -> Tensor:
-        return self.decode(self.nearest(x, params), params)
+        factor = self.factor(params)[..., None]
+        return self._table(x.device).rounded(x / factor).mul_(factor)
 
     def _table(self, device: torch.device) -> Table:
         return _table(self, device)

@@ -74,10 +74,21 @@ class ElementTable(Table):
     def codes(self, x: Tensor) -> Tensor:
         """Return the codes of the values nearest to x, uint8, any shape; ties to even, saturated at the ends."""
         kind = self.element
-        x = x.clamp(-kind.largest, kind.largest)
-        octave = (x.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0 ** (1 - kind.bias))
-        steps = (x * (2.0**kind.mantissa_bits)).div_(octave).round_()  # signed, below 2**(mantissa_bits + 1)
+        steps, octave = self._steps(x)
         field = (octave.view(torch.int32) >> 23).add_(kind.bias - 128).bitwise_left_shift_(kind.mantissa_bits)
         # a mantissa that was rounded up to the next octave carries into the exponent by itself
         magnitude = field.add_(steps.abs().to(torch.int32))
         return magnitude.add_((steps < 0).to(torch.int32), alpha=1 << (kind.bits - 1)).to(torch.uint8)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return the values nearest to x, fp32, any shape, without their codes."""
+        steps, octave = self._steps(x)
+        return steps.mul_(octave).mul_(0.5**self.element.mantissa_bits)
+
+    def _steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values nearest to x in steps of their octaves' 2**-mantissa_bits, and the octaves."""
+        kind = self.element
+        x = x.clamp(-kind.largest, kind.largest)
+        octave = (x.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0 ** (1 - kind.bias))
+        steps = (x * (2.0**kind.mantissa_bits)).div_(octave).round_()  # below 2**(mantissa_bits + 1)
+        return steps, octave

@@ -39,6 +39,10 @@ class Table:
         """Return the values of codes, fp32, any shape."""
         return self.values.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return the values nearest to x, fp32, any shape."""
+        return self.lookup(self.codes(x))
+
     def edges_in_order(self) -> Tensor | None:
         """Return fp32 edges, of which a number exceeds as many as its code; None where codes are out of order."""
         return self._edges if self._in_order else None

@@ -1,4 +1,4 @@
-"""Static parameters of attention probabilities, from a pass of the float model over the calibration windows."""
+"""Static parameters of what attention multiplies, from a pass of the float model over the calibration windows."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from torch import Tensor
 from bitmill.architectures.attention import enable_rounded_attention, round_attention
 from bitmill.calibration.streams import Streams
 from bitmill.calibration.walk import walk_blocks
+from bitmill.errors import NumericsError
+from bitmill.formats import Params, ScalarFormat
+from bitmill.formats.quantized import fit_matrix
 from bitmill.formats.static_search import StaticFormat, search_static
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.recipes.attention import Attention
 
 CALIBRATING = "calibrating attention"  # name of the task in the progress
-_ROWS = 512  # queries whose probabilities are kept of every batch
+_ROWS = 512  # tokens of a head that are kept of every batch
 
 
 @torch.no_grad()
 def calibrate_attention(
     streamed: StreamedModel, attention: Attention, windows: Tensor, progress: Progress | None = None
 ) -> Attention:
-    """Search the parameters of every block's probabilities that round them with least squared error.
+    """Find the static parameters of every block: of least squared error or, without a search, of the range.
 
     Args:
         streamed: the float model; only one block is in memory at a time.
@@ -37,20 +40,59 @@ def calibrate_attention(
     with streamed.non_block_weights("embedding"):
         streams = Streams(streamed, windows, compare=False)
     progress.start(CALIBRATING, len(streamed.blocks))
-    found = []
+    found: dict[str, list[Params]] = {site: [] for site in attention.static}
     for index, block in walk_blocks(streamed, progress):
-        recorded: list[Tensor] = []
-
-        def keep(probabilities: Tensor, recorded: list[Tensor] = recorded) -> Tensor:
-            recorded.append(probabilities[:: max(1, len(probabilities) // _ROWS)].clone())
-            return probabilities
-
-        round_attention(block, {"probabilities": keep})
+        recorders = {site: Recorder() for site in found}
+        round_attention(block, recorders)
         streams.hidden.advance(block, index)
         round_attention(block, {})
-        widest = max(rows.shape[1] for rows in recorded)
-        padded = [torch.nn.functional.pad(rows, (0, widest - rows.shape[1])) for rows in recorded]
-        assert isinstance(attention.static_format, StaticFormat)
-        found.append(search_static(attention.static_format, torch.cat(padded)))
+        for site, recorder in recorders.items():
+            format = attention.static_format(site)
+            found[site].append(static_parameters(format, recorder, f"the {site} of block {index}"))
     progress.finish()
     return attention.calibrated(found)
+
+
+class Recorder:
+    """A rounding that changes nothing, and keeps some of the numbers and the range of all.
+
+    Attributes:
+        rows: kept numbers (rows, columns), batch by batch.
+        low, high: of all numbers, () each; infinite before the first batch, NaN behind a NaN.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Record numbers (rows, columns), and return them."""
+        self.rows.append(numbers[:: max(1, len(numbers) // _ROWS)].clone())
+        low, high = numbers.aminmax()
+        self.low, self.high = torch.minimum(self.low.to(low), low), torch.maximum(self.high.to(high), high)
+        return numbers
+
+
+def static_parameters(format: ScalarFormat, recorded: Recorder, name: str) -> Params:
+    """Return parameters of one group for all numbers.
+
+    Args:
+        format: of the numbers.
+        recorded: some of them, and their range.
+        name: of the numbers, as an error calls them.
+
+    Raises:
+        NumericsError: a number is NaN or Inf, or attention did not run.
+    """
+    both = torch.stack([recorded.low, recorded.high])[None]
+    if not bool(torch.isfinite(both).all()):
+        low, high = both[0].tolist()
+        raise NumericsError(
+            f"{name[0].upper()}{name[1:]} reach from {low:g} to {high:g} on the calibration text, which gives no "
+            "scale; leave static out of attention, or calibrate on other text."
+        )
+    if not isinstance(format, StaticFormat):
+        return fit_matrix(format, both, None, search=False)
+    widest = max(rows.shape[1] for rows in recorded.rows)
+    padded = [torch.nn.functional.pad(rows, (0, widest - rows.shape[1])) for rows in recorded.rows]
+    return search_static(format, torch.cat(padded))

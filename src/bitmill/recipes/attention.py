@@ -3,19 +3,20 @@
 attention: {queries: {format: uniform, bits: 8}, keys: {format: uniform, bits: 8}}    a scale a token of a head
 attention: {probabilities: {format: uniform, bits: 8, symmetric: false}}              a scale a query of a head
 
-The scales of each call come from its numbers; those of probabilities with `static` from calibration, once a block:
+The scales of each call come from its numbers; those of a site with `static` from calibration, once a block:
 
+attention: {keys: {format: uniform, bits: 8, group_size: tensor, static: true}}
 attention: {probabilities: {format: adalog, bits: 4, group_size: tensor, static: true}}
 
-A quantized folder has them as `parameters`, a list with those of every block. All of it is a simulation: no kernel
-multiplies these numbers as they are stored.
+A quantized folder has them as `parameters`, a list with those of every block. Numbers beyond the static range
+become its outermost levels. All of it is a simulation: no kernel multiplies these numbers as they are stored.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ from bitmill.config.parsing import parse_part
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format, GroupFormat, Params, ScalarFormat
 from bitmill.formats.quantized import check_no_table, fit_matrix, nearest_matrix
-from bitmill.formats.static_search import StaticFormat
 from bitmill.recipes.inputs import input_format
 
-STATIC, PARAMETERS = "static", "parameters"  # keys of probabilities beside those of the format
+STATIC, PARAMETERS = "static", "parameters"  # keys of a site beside those of its format
+BlockParams = tuple[tuple[str, float], ...]  # static parameters of a block by name
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,16 @@ class Attention:
     Attributes:
         queries, keys, values: of the matrices (tokens, head dimension) of a head.
         probabilities: of those (queries, keys) of a head, after the softmax.
-        static: the parameters of probabilities come from calibration, one set a block.
-        parameters: of probabilities, (name, value) pairs of every block; empty before calibration.
+        static: sites whose parameters come from calibration, one set a block.
+        parameters: site with `static` -> its parameters in every block; empty before calibration.
     """
 
     queries: Format | None = None
     keys: Format | None = None
     values: Format | None = None
     probabilities: Format | None = None
-    static: bool = False
-    parameters: tuple[tuple[tuple[str, float], ...], ...] = ()
+    static: frozenset[str] = frozenset()
+    parameters: Mapping[str, tuple[BlockParams, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.formats:
@@ -65,18 +66,17 @@ class Attention:
                     f"The {site} of attention cannot be stored as {format!r}; use a format of groups."
                 )
             check_no_table(format)
-        searched = isinstance(self.probabilities, StaticFormat) and isinstance(self.probabilities, ScalarFormat)
-        if self.static and not (searched and self.static_format.group_size == "tensor"):
-            raise RecipeError(
-                f"The probabilities of attention are {self.probabilities!r}, which have no parameters from "
-                "calibration; use group_size=tensor with uniform, adalog, log2 or log_sqrt2, or leave static out."
-            )
+            if site in self.static and not (isinstance(format, ScalarFormat) and format.group_size == "tensor"):
+                raise RecipeError(
+                    f"The {site} of attention are {format!r}, which has no scale from calibration; use "
+                    "group_size=tensor with a format of single numbers, such as uniform, or leave static out."
+                )
 
-    @property
-    def static_format(self) -> ScalarFormat:
-        """The format of probabilities with static parameters."""
-        assert isinstance(self.probabilities, ScalarFormat)
-        return self.probabilities
+    def static_format(self, site: str) -> ScalarFormat:
+        """Return the format of a site with static parameters."""
+        format = self.formats[site]
+        assert isinstance(format, ScalarFormat)
+        return format
 
     @property
     def needs(self) -> frozenset[str]:
@@ -98,33 +98,44 @@ class Attention:
         Raises:
             RecipeError: static parameters of the block are missing.
         """
-        found = {site: _rounding(format) for site, format in self.formats.items()}
-        if self.static:
-            if block >= len(self.parameters):
-                raise RecipeError(
-                    f"The probabilities of attention have static parameters of {len(self.parameters)} blocks, and "
-                    f"block {block} has none; quantize the model again."
-                )
-            params = {name: torch.tensor([[value]]) for name, value in self.parameters[block]}
-            found["probabilities"] = _rounding(self.static_format, params)
-        return found
+        return {site: _rounding(format, self._params(site, block)) for site, format in self.formats.items()}
 
-    def calibrated(self, params: Sequence[Params]) -> Attention:
+    def _params(self, site: str, block: int) -> Params | None:
+        """Return the static parameters of a site in a block, (1, 1) each; None where each call has its own."""
+        if site not in self.static:
+            return None
+        blocks = self.parameters.get(site, ())
+        if block >= len(blocks):
+            raise RecipeError(
+                f"The {site} of attention have static parameters of {len(blocks)} blocks, and block {block} has "
+                "none; quantize the model again."
+            )
+        return {name: torch.tensor([[value]]) for name, value in blocks[block]}
+
+    @property
+    def calibrated_blocks(self) -> int:
+        """The number of blocks that have static parameters."""
+        return min((len(self.parameters.get(site, ())) for site in self.static), default=0)
+
+    def calibrated(self, params: Mapping[str, Sequence[Params]]) -> Attention:
         """Return the formats with static parameters.
 
         Args:
-            params: of the probabilities of every block, (1, 1) each.
+            params: site with `static` -> its parameters in every block, (1, 1) each.
         """
-        plain = tuple(tuple((name, float(value)) for name, value in sorted(one.items())) for one in params)
+        plain = {
+            site: tuple(tuple((name, float(value)) for name, value in sorted(one.items())) for one in blocks)
+            for site, blocks in params.items()
+        }
         return replace(self, parameters=plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` is its inverse."""
         data = {site: format.to_dict() for site, format in self.formats.items()}
-        if self.static:
-            data["probabilities"][STATIC] = True
-        if self.parameters:
-            data["probabilities"][PARAMETERS] = [dict(one) for one in self.parameters]
+        for site in self.static:
+            data[site][STATIC] = True
+        for site, blocks in self.parameters.items():
+            data[site][PARAMETERS] = [dict(one) for one in blocks]
         return data
 
     @classmethod
@@ -141,14 +152,16 @@ class Attention:
                 raise RecipeError(
                     f"The {site} of attention are {format!r}; use a format such as {{format: uniform, bits: 8}}."
                 )
-        static = bool(data.get("probabilities", {}).get(STATIC, False))
-        parameters = _parameters(data.get("probabilities", {}).get(PARAMETERS, []))
         own = {site: {k: v for k, v in of.items() if k not in (STATIC, PARAMETERS)} for site, of in data.items()}
-        if any(len(own[site]) < len(data[site]) for site in data if site != "probabilities"):
-            raise RecipeError("Only probabilities of attention have static parameters; leave static out.")
-        return cls(
-            **{site: input_format(format) for site, format in own.items()}, static=static, parameters=parameters
-        )
+        for site, format in data.items():
+            if not isinstance(chosen := format.get(STATIC, False), bool):
+                raise RecipeError(f"static of the {site} of attention is {chosen!r}; use true or false.")
+        static = frozenset(site for site, format in data.items() if format.get(STATIC))
+        parameters = {
+            site: _parameters(site, data[site][PARAMETERS]) for site in static if PARAMETERS in data[site]
+        }
+        formats = {site: input_format(format) for site, format in own.items()}
+        return cls(**formats, static=static, parameters=parameters)
 
 
 def attach_attention(model: Any, recipe: Mapping[str, Any] | None) -> None:
@@ -165,7 +178,7 @@ def attach_attention(model: Any, recipe: Mapping[str, Any] | None) -> None:
         attention = Attention.from_dict(stored)
         enable_rounded_attention(model)
         if attention.static:
-            blocks = range(len(attention.parameters))
+            blocks = range(attention.calibrated_blocks)
             round_attention_blocks(model, [attention.roundings(block) for block in blocks])
         else:
             round_attention(model, attention.roundings())
@@ -187,11 +200,11 @@ def parse_attention(spelled: Sequence[str]) -> Attention:
             )
         if site in parts:
             raise RecipeError(f"attention names two formats for {site}; leave out one.")
-        parts[site] = parse_part(FORMATS, format, extra={STATIC: False} if site == "probabilities" else {})
+        parts[site] = parse_part(FORMATS, format, extra={STATIC: False})
     return Attention.from_dict(parts)
 
 
-def _parameters(stored: Any) -> tuple[tuple[tuple[str, float], ...], ...]:
+def _parameters(site: str, stored: Any) -> tuple[BlockParams, ...]:
     """Return stored static parameters. Raises RecipeError where they are no numbers by name."""
     blocks: list[Any] = stored if isinstance(stored, list) else [None]
     for one in blocks:
@@ -199,7 +212,7 @@ def _parameters(stored: Any) -> tuple[tuple[tuple[str, float], ...], ...]:
             isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             for value in one.values()
         ):
-            raise RecipeError(f"The parameters of probabilities are {one!r} in a block; quantize the model again.")
+            raise RecipeError(f"The parameters of {site} are {one!r} in a block; quantize the model again.")
     return tuple(tuple((name, float(value)) for name, value in sorted(one.items())) for one in blocks)
 
 

@@ -16,11 +16,11 @@ from typing import Any, Literal
 from bitmill.config.parsing import parse_part, parse_value
 from bitmill.config.paths import user_path
 from bitmill.errors import RecipeError
-from bitmill.formats import FORMATS
+from bitmill.formats import FORMATS, Format
 from bitmill.recipes.attention import parse_attention
 from bitmill.recipes.defaults import DEFAULT_BITS
 from bitmill.recipes.embedding_and_head import head_format
-from bitmill.recipes.inputs import FLOAT, parse_inputs
+from bitmill.recipes.inputs import FLOAT, Inputs, parse_inputs
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule, format_of, parse_rule
@@ -43,6 +43,7 @@ def compose(
     inputs: str | None = None,
     attention: Sequence[str] = (),
     rules: Sequence[str | Rule] = (),
+    simulate: bool = False,
 ) -> Recipe:
     """Return `base` with other parts.
 
@@ -57,6 +58,7 @@ def compose(
         attention: `SITE=FORMAT:key=value,...` for queries, keys, values and probabilities, in place of its own.
         rules: exceptions for some layers, `PATTERN=FORMAT:key=value,...` or `PATTERN=float`; they come first,
             in place of rules of `base` with an equal pattern.
+        simulate: inputs that no kernel multiplies as they are stored are rounded, and multiplied in floats.
 
     Raises:
         RecipeError: an unknown part or option, or parts that cannot work together.
@@ -92,7 +94,30 @@ def compose(
         names.append("rules")
         given = {rule.sites for rule in parsed}
         chosen["rules"] = (*parsed, *(rule for rule in base.rules if rule.sites not in given))
+    if simulate:
+        own = chosen.get("inputs", base.inputs)
+        chosen["inputs"] = _simulated(own, weight)
+        chosen["rules"] = tuple(_simulated_rule(rule, weight, own) for rule in chosen.get("rules", base.rules))
     return replace(base, name="+".join(names), weight=weight, **chosen)
+
+
+def _simulated(inputs: Inputs | None, weight: Format) -> Inputs | None:
+    """Return inputs that are a simulation if no kernel multiplies them with such weights as both are stored."""
+    return replace(inputs, simulated=True) if inputs and inputs.unsupported_reason(weight) else inputs
+
+
+def _simulated_rule(rule: Rule, weight: Format, inputs: Inputs | None) -> Rule:
+    """Return a rule whose inputs are a simulation where they have to be.
+
+    Args:
+        rule: the rule.
+        weight, inputs: of the recipe, where the rule has none of its own.
+    """
+    own = inputs if rule.inputs is None else rule.inputs
+    if rule.is_float or not isinstance(own, Inputs):
+        return rule
+    simulated = _simulated(own, rule.weight if isinstance(rule.weight, Format) else weight)
+    return rule if simulated == own else replace(rule, inputs=simulated)
 
 
 def with_head(recipe: Recipe, head_bits: HeadBits | None) -> Recipe:

@@ -31,7 +31,7 @@ class Inputs:
         static: one scale from calibration in place of those of each call.
         simulated: also where no kernel multiplies such inputs as they are stored.
         threshold: columns with an input of this magnitude stay in float; 0 for none.
-        search: with static, the scale of least error of the outputs in place of one for the largest input.
+        search: scales of least error of the inputs, with static of the outputs, in place of those for the largest.
         adaptive: with static, a factor of the scale for each token, from its mean magnitude.
     """
 
@@ -62,7 +62,7 @@ class Inputs:
             return None
         return (
             f"no kernel multiplies inputs in {self.format.name!r} with weights in {weight.core.name!r} as they "
-            "are stored; add simulated=true to the inputs to round them and multiply in floats."
+            "are stored; add simulated=true to the inputs, or --simulate, to round them and multiply in floats."
         )
 
     def to_dict(self) -> dict[str, Any]:

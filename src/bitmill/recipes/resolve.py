@@ -25,6 +25,7 @@ from bitmill.recipes.scheme import LayerScheme
 from bitmill.report.describe import describe_format
 from bitmill.transforms import Transform
 
+_VALUES = ("v_proj", "value")  # names of layers whose outputs attention multiplies with its probabilities
 Schemes = dict[str, LayerScheme | None]  # full layer name -> its scheme, or None where it stays in float
 
 
@@ -97,6 +98,8 @@ def resolve_recipe(recipe: Recipe, streamed: StreamedModel) -> ResolvedRecipe:
             _check_fused(recipe, schemes, group)
         for seam in streamed.seams(index):
             _check_seam(recipe, schemes, seam.targets)
+            if seam.kind == "linear" and seam.source.rpartition(".")[2] in _VALUES:
+                _check_static_values(recipe, schemes, seam.targets)
     for linear in streamed.adapter.linears:
         names = [f"{streamed.block_name(index)}.{linear}" for index in range(len(streamed.blocks))]
         like = [name for name in names if name in schemes]
@@ -157,6 +160,19 @@ def _check_seam(recipe: Recipe, schemes: Schemes, layers: Sequence[str]) -> None
         raise RecipeError(
             f"The recipe {recipe.name!r} scales channels that several layers read, and its rules contradict each "
             f"other: {_examples(chosen)}; give all of them equal transforms and formats."
+        )
+
+
+def _check_static_values(recipe: Recipe, schemes: Schemes, layers: Sequence[str]) -> None:
+    """Raise where values that attention multiplies are scaled after their static parameters were calibrated."""
+    if recipe.attention is None or "values" not in recipe.attention.static:
+        return
+    scaled = [tuner.name for tuner in recipe.tuners if tuner.scales_channels]
+    scaled += [each.name for scheme in _quantized(schemes, layers).values() for each in scheme.seam_transforms]
+    if scaled:
+        raise RecipeError(
+            f"The static scale of attention's values is that of the float model, and {scaled[0]} scales their "
+            "channels; leave static out for values, or leave out the scaling."
         )
 
 

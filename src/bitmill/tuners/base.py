@@ -187,6 +187,11 @@ class Tuner(Member, ABC):
         """Statistics, and TARGETS for a tuner that compares with the float model."""
         return TARGETS
 
+    @property
+    def scales_channels(self) -> bool:
+        """True for a tuner that scales channels at the seams."""
+        return False
+
     def unsupported_reason(self, format: Format) -> str | None:
         """Return one sentence on why this tuner cannot work with this weight format; None where it can."""
         return None

@@ -77,6 +77,11 @@ class OmniQuant(Tuner):
         """The float block's outputs; to start from a search, statistics of the linears' inputs."""
         return TARGETS | ({"activations"} if self.lwc and self.start == "search" else set())
 
+    @property
+    def scales_channels(self) -> bool:
+        """True with `let`."""
+        return self.let
+
     def unsupported_reason(self, format: Format) -> str | None:
         """Return a reason for formats whose parameters are not a range."""
         if isinstance(format.of_matrix, RangeFormat):

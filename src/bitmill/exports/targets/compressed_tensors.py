@@ -52,7 +52,7 @@ class CompressedTensors(Target):
         per_token = (
             isinstance(inputs, Uniform) and inputs.symmetric and (inputs.bits, inputs.group_size) == (8, "row")
         )
-        if not per_token or format.static or format.threshold:
+        if not per_token or format.static or format.threshold or format.search:
             return "its inputs are rounded in another way than in 8 bits with one scale a token"
         if not (found.bits == 8 and found.symmetric and found.per_row):
             return "its inputs are rounded, and its weights are not symmetric ones of 8 bits with a scale a row"

@@ -61,7 +61,7 @@ class AdaLogMethod(Method):
             (SmoothQuant(alpha=1.0),) if self.fold else (),
             rules=(Rule(_BEHIND_GELU, inputs=behind_gelu, optional=True),),
             inputs=Inputs(Uniform(self.act_bits, "tensor"), static=True, search=True),
-            attention=Attention(dynamic, dynamic, dynamic, self._behind(), static=True),
+            attention=Attention(dynamic, dynamic, dynamic, self._behind(), static=frozenset({"probabilities"})),
         )
 
     def _behind(self) -> Format:
