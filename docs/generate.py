@@ -1,4 +1,4 @@
-"""Generated pages of the site: methods, the parts of recipes, the Python interface, and files of the root folder.
+"""Generated pages of the site: one for every method, one for the parts of recipes, and those in the root folder.
 
 mkdocs calls the functions named on_* (mkdocs.yml, `hooks`). The pages are made from the cards and the options of
 the methods, so that they match the output of `bitmill methods NAME`.
@@ -29,7 +29,6 @@ def pages() -> dict[str, str]:
     made |= {f"kv/{name}.md": kv_page(name, kind) for name, kind in KV_METHODS.items()}
     made["methods/index.md"] = methods_index(METHODS.items())
     made["parts.md"] = parts_page()
-    made["api.md"] = api_page()
     for path, file in BORROWED.items():
         # links written for the root of the repository
         made[path] = (ROOT / file).read_text(encoding="utf-8").replace("](docs/", "](")
@@ -157,56 +156,6 @@ def parts_page() -> str:
                 "",
             ]
     return "\n".join(lines)
-
-
-def api_page() -> str:
-    """Return the reference of the Python interface, from signatures and docstrings."""
-    import bitmill
-
-    lines = [
-        "# Python reference",
-        "",
-        "Everything that `import bitmill` offers; [Python](python.md) shows it in use.",
-        "",
-    ]
-    for name in bitmill.__all__:
-        member = getattr(bitmill, name)
-        if not callable(member):
-            continue
-        signature = "" if inspect.isclass(member) and issubclass(member, Exception) else _signature(member)
-        described = textwrap.dedent(inspect.getdoc(member) or "").rstrip()
-        lines += [f"## `bitmill.{name}`", "", "```text", f"{name}{signature}", "", described, "```", ""]
-        if inspect.isclass(member):
-            lines += _members(name, member)
-    return "\n".join(lines)
-
-
-def _members(name: str, kind: type) -> list[str]:
-    """Return the public methods and properties of a class."""
-    lines = []
-    for attribute, member in vars(kind).items():
-        if attribute.startswith("_") or not (doc := inspect.getdoc(member)) or not _is_described(member):
-            continue
-        function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
-        signature = "" if isinstance(member, property) else _signature(function)
-        lines += [f"### `{name}.{attribute}`", "", "```text", f"{attribute}{signature}", "", doc, "```", ""]
-    return lines
-
-
-def _is_described(member: Any) -> bool:
-    """Return True for methods and properties, which have docstrings of their own."""
-    return isinstance(member, property | classmethod | staticmethod) or inspect.isfunction(member)
-
-
-def _signature(member: Any) -> str:
-    """Return a signature with one argument on each line."""
-    parameters = list(inspect.signature(member).parameters.values())
-    parameters = [p for p in parameters if p.name not in ("self", "cls")]
-    shown = [re.sub(r"^(\**\w+): '([^']*)'", r"\1: \2", str(p)) for p in parameters]  # annotations are texts
-    kinds = [p.kind for p in parameters]
-    if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
-        shown.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
-    return f"({', '.join(shown)})" if len(shown) < 3 else "(\n    " + ",\n    ".join(shown) + ",\n)"
 
 
 def _opening(kind: Any, name: str, *commands: str) -> list[str]:

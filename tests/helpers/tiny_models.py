@@ -60,6 +60,16 @@ VISION_SIZES = {
     "patch_size": 4,
     "num_labels": 3,
 }
+SWIN_SIZES = {
+    "embed_dim": 16,
+    "depths": [1, 2],
+    "num_heads": [2, 4],
+    "window_size": 2,
+    "image_size": 16,
+    "patch_size": 2,
+    "mlp_ratio": 2.0,
+    "num_labels": 3,
+}
 TEXT_ADAPTERS = [name for name, adapter in ADAPTERS.items() if TASKS.get(adapter.task).reads == "text"]
 VISION_ADAPTERS = [name for name in ADAPTERS.names() if name not in TEXT_ADAPTERS]
 
@@ -71,7 +81,7 @@ def tiny_vision_model(adapter: str):
     found = ADAPTERS.get(adapter)
     model_type = found.model_types[0]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **VISION_SIZES)
+    config = AutoConfig.for_model(model_type, **(SWIN_SIZES if model_type == "swin" else VISION_SIZES))
     auto_class = getattr(transformers, TASKS.get(found.task).auto_class_name)
     loaded = auto_class._model_mapping[type(config)]
     config.architectures = [(loaded[0] if isinstance(loaded, tuple) else loaded).__name__]

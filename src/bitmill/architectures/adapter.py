@@ -27,7 +27,8 @@ class Seam:
     kind: "norm" (the source is a norm with one weight per channel, and only the targets read its output) or
         "linear" (the source is a linear layer whose output channel c reaches input channel c of the targets
         through a positively homogeneous map alone).
-    source: path inside the block of the module whose output channels may be divided (bias included).
+    source: path inside the block of the module whose output channels may be divided (bias included); with a `*` in
+        it and in the targets it stands for the layers inside the block.
     targets: paths inside the block of the linear layers that read it. A target may read more channels than the
         source has: with grouped queries every head of v is repeated heads / kv_heads times, head by head.
     norm_plus_one: the norm multiplies by (1 + weight), as in Gemma.
@@ -61,8 +62,8 @@ class Adapter:
         any class that no other adapter describes.
     optional: (linear layer, config attribute) pairs: the blocks have the layer only where the attribute is set.
     recurrent: some linear layers run once for each token, on outputs of their own block.
-    inferred: made by `generic_adapter` from the module tree, so the order of the linear layers and the use of
-        embeddings and head are unknown.
+    inferred: the linear layers are those of the module tree, see `with_layers_of`, and may differ between blocks;
+        their order and the use of embeddings and head are unknown.
     """
 
     name: str
@@ -130,6 +131,26 @@ def adapter_for(config: Any) -> Adapter | None:
                 stages=tuple(stage for stage in stages if stage),
             )
     return None
+
+
+def with_layers_of(adapter: Adapter, blocks: nn.ModuleList) -> Adapter:
+    """Return an adapter that lists no linear layers with those of the blocks, each a stage of its own.
+
+    Args:
+        adapter: one that lists them is returned as it is.
+        blocks: of the model.
+    """
+    if adapter.stages:
+        return adapter
+    linears = tuple(dict.fromkeys(name for block in blocks for name in _linears(block)))
+    seams: list[Seam] = []
+    for seam in adapter.seams:
+        before, star, _ = seam.source.partition("*")
+        inside = [name.removeprefix(before).partition(".")[0] for name in linears if name.startswith(before)]
+        for layer in dict.fromkeys(inside) if star else [""]:
+            targets = tuple(target.replace("*", layer) for target in seam.targets)
+            seams.append(replace(seam, source=seam.source.replace("*", layer), targets=targets))
+    return replace(adapter, stages=tuple((name,) for name in linears), seams=tuple(seams))
 
 
 def _attribute(config: Any, name: str) -> Any:

@@ -38,21 +38,26 @@ def round_attention(block: nn.Module, roundings: Mapping[str, Rounding]) -> None
             module.__dict__[_MARK] = dict(roundings)
 
 
-def round_attention_blocks(model: nn.Module, roundings: Sequence[Mapping[str, Rounding]]) -> None:
+def round_attention_blocks(blocks: Sequence[nn.Module], roundings: Sequence[Mapping[str, Rounding]]) -> None:
     """Let the attention modules of each block round in their own way.
 
     Args:
-        model: a model that `enable_rounded_attention` has prepared.
+        blocks: of a model that `enable_rounded_attention` has prepared; or the model alone, whose blocks then have
+            equally many attention modules.
         roundings: of every block in order, see `round_attention`.
 
     Raises:
         RecipeError: the model has another number of blocks.
     """
-    modules = list(_attention_modules(model))
-    if not roundings or len(modules) % len(roundings):
+    if len(blocks) == len(roundings):
+        for block, rounding in zip(blocks, roundings):
+            round_attention(block, rounding)
+        return
+    modules = [module for block in blocks for module in _attention_modules(block)]
+    if len(blocks) > 1 or not roundings or len(modules) % len(roundings):
         raise RecipeError(
-            f"{type(model).__name__} has {len(modules)} attention modules, and the recipe rounds those of "
-            f"{len(roundings)} blocks; quantize the model again."
+            f"The model has {len(blocks)} blocks with {len(modules)} attention modules, and the recipe rounds "
+            f"those of {len(roundings)} blocks; quantize the model again."
         )
     each = len(modules) // len(roundings)
     for index, module in enumerate(modules):

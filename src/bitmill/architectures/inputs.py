@@ -13,7 +13,7 @@ Rounding = Callable[[Tensor], Tensor]  # of inputs (..., columns)
 _HOOK = "_bitmill_inputs"
 
 
-def hook_inputs(linear: nn.Module, rounding: Rounding | None) -> None:
+def hook_inputs(linear: nn.Module, rounding: Rounding | None, *, differentiable: bool = False) -> None:
     """Round the inputs of a layer, in place of an earlier rounding.
 
     Gradients pass the rounding as if it were the identity.
@@ -21,6 +21,7 @@ def hook_inputs(linear: nn.Module, rounding: Rounding | None) -> None:
     Args:
         linear: the layer.
         rounding: returns rounded inputs; None leaves them as they are.
+        differentiable: the rounding passes gradients itself.
     """
     _unhook(linear)
     if rounding is None:
@@ -28,6 +29,8 @@ def hook_inputs(linear: nn.Module, rounding: Rounding | None) -> None:
 
     def round_inputs(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x = arguments[0]
+        if differentiable:
+            return (rounding(x), *arguments[1:])
         rounded = rounding(x.detach())
         if torch.is_grad_enabled() and x.requires_grad:  # straight through
             rounded = x + (rounded - x).detach()

@@ -27,6 +27,7 @@ from bitmill.tasks.base import Loss
 # Adds the gradient (out, in) of a window, which it may overwrite, to those of earlier windows, None at first.
 Reduce = Callable[[Tensor | None, Tensor], Tensor]
 Change = Callable[[int], None]  # changes the weights of a block that was loaded
+Observe = Callable[[int, list[Tensor]], None]  # receives the gradients by the outputs of a block, window by window
 
 
 def walk_gradients(
@@ -34,8 +35,9 @@ def walk_gradients(
     windows: Tensor,
     folder: Path,
     progress: Progress,
-    reduce: Reduce,
+    reduce: Reduce | None,
     change: Change | None = None,
+    observe: Observe | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yield the reduced gradients of the linears of every block, by path in the block, from the last to the first.
 
@@ -44,8 +46,9 @@ def walk_gradients(
         windows: token ids (windows, length).
         folder: for the inputs of the blocks, which are removed.
         progress: advanced by two for each block.
-        reduce: combines the gradients of windows.
+        reduce: combines the gradients of windows; None leaves out those of weights.
         change: changes the weights of each block before it runs, forwards and backwards.
+        observe: receives the gradients by the outputs of each block, (1, tokens, width) a window.
 
     Raises:
         NumericsError: the model's loss is NaN or Inf.
@@ -73,7 +76,10 @@ def walk_gradients(
     for index, block in walk_blocks(streamed, progress, reverse=True):
         if change:
             change(index)
-        linears = {name: block.get_submodule(name) for name in streamed.linears(index)}
+        if observe:
+            observe(index, gradients)
+        names = streamed.linears(index) if reduce else ()
+        linears = {name: block.get_submodule(name) for name in names}
         path = _inputs(folder, index)
         yield index, _backward(block, linears, path, gradients, states.calls(index), reduce)
         path.unlink(missing_ok=True)
@@ -105,7 +111,7 @@ def _backward(
     inputs: Path,
     gradients: list[Tensor],
     calls: list[BlockCall],
-    reduce: Reduce,
+    reduce: Reduce | None,
 ) -> dict[str, Tensor]:
     """Return the reduced gradients of one block's linears.
 
@@ -118,7 +124,7 @@ def _backward(
         calls: arguments with which the model calls the block, window by window.
         reduce: combines the gradients of windows.
     """
-    weights = {name: _WeightGradient(reduce) for name in linears}
+    weights = {name: _WeightGradient(reduce) for name in linears} if reduce else {}
     hooks = [linear.register_forward_hook(weights[name].hook) for name, linear in linears.items()]
     try:
         with safe_open(inputs, "pt") as file, torch.enable_grad():

@@ -27,6 +27,7 @@ from bitmill.config.texts import MIX, VARIABLE
 from bitmill.errors import BitmillError, UsageError
 
 if TYPE_CHECKING:
+    from bitmill.report.pictures import PictureResults
     from bitmill.report.results import Results
 
 Out = Annotated[
@@ -152,6 +153,7 @@ def compare(
         from bitmill.data.windows import CalibrationData
         from bitmill.recipes.method import METHODS
         from bitmill.report.comparison import results_table
+        from bitmill.report.pictures import PictureResults, picture_rows
         from bitmill.workflows.comparison.compare import compare
         from bitmill.workflows.names import model_name
 
@@ -162,8 +164,14 @@ def compare(
         results = compare(
             model, named, _parse_bits(bits), out=out, calib=calibration, progress=output.progress, **request
         )
-        data = {"out": str(out), **results.model_dump(exclude={"variants": {"__all__": {"layers"}}})}
-        output.result(data, lambda: [results_table(results), *_task_table(results), *_status_lines(results, out)])
+        if isinstance(results, PictureResults):
+            data = {"out": str(out), **results.model_dump(exclude={"examples"})}
+            titles, rows = picture_rows(results)
+            output.result(data, lambda: [data_table(titles, rows, ("variant",)), *_status_lines(results, out)])
+        else:
+            data = {"out": str(out), **results.model_dump(exclude={"variants": {"__all__": {"layers"}}})}
+            tables = [results_table(results), *_task_table(results)]
+            output.result(data, lambda: [*tables, *_status_lines(results, out)])
         _raise_failures(results)
 
 
@@ -181,7 +189,7 @@ def _task_table(results: Results) -> list[Any]:
     return [data_table(["model", *titles], named, left=("model",)), *gaps]
 
 
-def _raise_failures(results: Results) -> None:
+def _raise_failures(results: Results | PictureResults) -> None:
     failed = [variant for variant in results.variants if variant.status == "failed"]
     if failed:
         raise BitmillError(
@@ -237,7 +245,7 @@ def _parse_bits(text: str) -> list[int]:
     return [int(item) for item in items]
 
 
-def _status_lines(results: Results, out: Path) -> list[str]:
+def _status_lines(results: Results | PictureResults, out: Path) -> list[str]:
     lines = [
         f"{variant.name}: {variant.status.replace('_', ' ')}: {variant.reason or ''}"
         for variant in results.variants

@@ -315,6 +315,26 @@ class GroupFormat(Format):
         """
         raise NotImplementedError
 
+    @property
+    def input_arithmetic(self) -> Literal["integer", "float"] | None:
+        """How processors multiply inputs of the format: its `arithmetic`, or integers of several bytes."""
+        return self.arithmetic
+
+    def integer_digits(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return inputs as integers of one or more bytes, where `input_arithmetic` is "integer".
+
+        The numbers are scale * (sum over k of digits[k] * 256^k - zero).
+
+        Args:
+            codes: unsigned integers (rows, columns).
+            params: fp32 working values by name.
+
+        Returns:
+            int8 (digits, rows, columns); scale (rows|1, groups|1); zero of that shape, None where it is 0.
+        """
+        integers, scale, zero = self.integers(codes, params)
+        return integers[None], scale, zero
+
     # -- meaning ------------------------------------------------------------------------------------------
 
     @abstractmethod

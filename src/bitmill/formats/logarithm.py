@@ -7,7 +7,8 @@
     scale   fp16, one a group: the largest level above the zero
     zero    fp16, one a group, in units of the scale: 0 where no number is negative, else that of the smallest one
 
-An integer decoder multiplies by m and shifts right by e, see `integer_tables`: two tables of 2^bits entries.
+An integer decoder multiplies by m and shifts right by e, see `integer_tables`: two tables of 2^bits entries. As
+inputs, levels are integers m 2^(E - e), E the largest shift, of one to seven bytes, which multiply byte by byte.
 Levels under 2^-LONGEST of the scale are 0. Bits a weight: bits + 40/group_size (adalog), bits + 32/group_size.
 
 Source: Wu et al. 2024, "AdaLog" (arXiv 2407.12951), section 3.2; log_sqrt2 as in Li et al. 2023, "RepQ-ViT" (arXiv
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -62,6 +63,26 @@ class Logarithm(ScalarFormat):
         unused = shift > LONGEST
         unused[..., -1] = True
         return multiplier.masked_fill(unused, 0), shift.masked_fill(unused, 0)
+
+    @property
+    def input_arithmetic(self) -> Literal["integer"] | None:
+        """Integers where a row has one scale."""
+        return "integer" if self.group_size in ("row", "tensor") else None
+
+    def integer_digits(self, codes: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the digits of m 2^(E - e)."""
+        multiplier, shift = (table[:, 0] for table in self.integer_tables(params))
+        longest = int(shift.max())
+        rest, tables = multiplier << (longest - shift), list[Tensor]()
+        while bool(rest.any()):
+            digit = ((rest + 128) & 255) - 128  # from -128 to 127
+            tables.append(digit.to(torch.int8))
+            rest = (rest - digit) >> 8
+        table = torch.stack(tables)
+        index = codes.long().expand(len(tables), *codes.shape)
+        digits = table.expand(-1, codes.shape[0], -1).gather(-1, index)
+        unit = self.multiplier * 2.0**longest
+        return digits, params["scale"] / unit, params["zero"] * unit
 
     def powers(self, params: Params) -> Tensor:
         """Return m / M * 2^-e, fp32 (rows, groups, 2**bits); integers over a power of two, rounded once."""

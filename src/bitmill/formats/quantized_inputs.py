@@ -104,7 +104,7 @@ class QuantizedInputs(Wrapper):
 
     @property
     def multiplies_integers(self) -> bool:
-        """True where the integers of inputs and matrix are multiplied: levels of both that are evenly spaced."""
+        """True where integers of inputs and matrix multiply: evenly spaced levels, or inputs of several bytes."""
         return self._arithmetics == {"integer"}
 
     @property
@@ -143,7 +143,8 @@ class QuantizedInputs(Wrapper):
 
     @property
     def _arithmetics(self) -> set[str | None]:
-        return {part.arithmetic if isinstance(part, GroupFormat) else None for part in (self.inputs, self.inner)}
+        of_matrix = self.inner.arithmetic if isinstance(self.inner, GroupFormat) else None
+        return {self.input_format.input_arithmetic, of_matrix}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -244,6 +245,20 @@ class QuantizedInputs(Wrapper):
         if kept is not None:
             values = torch.where(kept, flat, values)
         return values.masked_fill(broken, torch.nan).to(x.dtype).view(x.shape)
+
+    @property
+    def learned_inputs(self) -> frozenset[str]:
+        """Names of the parameters of inputs that a gradient moves: those from calibration, as numbers."""
+        if not self.static or self.adaptive:
+            return frozenset()
+        parts = self.own_parts((1, 1))
+        return frozenset(part.name for part in parts if part.bits is None and part.stored_as.is_floating_point)
+
+    def fake_quantize_inputs(self, x: Tensor, params: Params) -> Tensor:
+        """Return `effective_inputs` of finite inputs, with gradients of them and of `learned_inputs`."""
+        fitted = {name.removeprefix(_PREFIX): v for name, v in params.items() if name.startswith(_PREFIX)}
+        flat = x.reshape(-1, x.shape[-1]).float()
+        return self.input_format.fake_quantize(flat, fitted).to(x.dtype).view(x.shape)
 
     def float_columns(self, x: Tensor) -> Tensor | None:
         """Return bool (columns,), True where an input reaches the threshold; None without one."""

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bitmill.architectures.adapter import Adapter, Seam, adapter_for, generic_adapter
+from bitmill.architectures.adapter import Adapter, Seam, adapter_for, generic_adapter, with_layers_of
 from bitmill.architectures.inputs import unhook_inputs
 from bitmill.architectures.site import Site
 from bitmill.errors import NumericsError, SourceError
@@ -69,6 +69,7 @@ class StreamedModel:
                 f"{self.task.auto_class_name}."
             )
         self.blocks: nn.ModuleList = blocks
+        self.adapter = with_layers_of(self.adapter, blocks)
         check_kind(self.model, blocks, source, self.task)
         self._stored = StoredTensors(self.model, source)
         self.untied = tie_as_stored(self.model, self._stored)
@@ -164,12 +165,17 @@ class StreamedModel:
         prefix = self.block_name(index)
         return tuple(tuple(f"{prefix}.{name}" for name in group) for group in self.adapter.fused)
 
+    def seams_inside(self, index: int) -> tuple[Seam, ...]:
+        """Return the seams of block `index` with paths in the block; blocks may have different ones."""
+        linears = set(self.linears(index))
+        return tuple(seam for seam in self.adapter.seams if linears.issuperset(seam.targets))
+
     def seams(self, index: int) -> tuple[Seam, ...]:
         """Return the seams of block `index` with full names of source and targets."""
         prefix = self.block_name(index)
         return tuple(
             replace(seam, source=f"{prefix}.{seam.source}", targets=tuple(f"{prefix}.{t}" for t in seam.targets))
-            for seam in self.adapter.seams
+            for seam in self.seams_inside(index)
         )
 
     def _check_complete(self) -> None:

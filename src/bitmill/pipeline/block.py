@@ -61,6 +61,8 @@ def quantize_block(job: Job, module: nn.Module, index: int, inputs: BlockInputs)
     before = {name: parameter.detach().clone() for name, parameter in block.task.floats()} if tuners else {}
     if tuners:
         block.task.round_inputs()
+        if inputs.gradients:
+            block.task.output_gradients = inputs.gradients.block(index, block.task.inputs)
     for tuner in tuners:
         tuner.before(block.task)
     outputs = block.solve(streams, float_module)
@@ -142,7 +144,7 @@ def _block_task(
         index=index,
         depth=len(streamed.blocks),
         transposed=streamed.adapter.transposed,
-        seams=streamed.adapter.seams,
+        seams=streamed.seams_inside(index),
         stages=stages,
         input_stats=stats,
     )

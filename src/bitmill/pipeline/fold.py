@@ -27,7 +27,7 @@ def fold_transforms(job: Job, index: int, stats: dict[str, Statistics] | None = 
         in which the block also computes from now on.
     """
     streamed, stats = job.streamed, {} if stats is None else stats
-    adapter, prefix = streamed.adapter, streamed.block_name(index)
+    prefix = streamed.block_name(index)
     linears = [name for name in streamed.linears(index) if job.quantizes(f"{prefix}.{name}")]
     schemes = {name: job.scheme(f"{prefix}.{name}") for name in linears}
     changed: set[str] = set()
@@ -35,7 +35,7 @@ def fold_transforms(job: Job, index: int, stats: dict[str, Statistics] | None = 
         layers = {name: scheme for name, scheme in schemes.items() if scheme.transforms == transforms}
         for transform in transforms:
             if isinstance(transform, SeamTransform):
-                for seam in adapter.seams:
+                for seam in streamed.seams_inside(index):
                     changed |= _fold_seam(job, index, transform, seam, layers, stats)
     quantized = {f"{prefix}.{name}.weight" for name in schemes}
     floats = {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bitmill.calibration.fisher import Fisher
+from bitmill.calibration.output_gradients import OutputGradients
 from bitmill.calibration.store import StatisticsStore, StoredBlock
 from bitmill.calibration.streams import Streams
 from bitmill.data.text import windows_hash
@@ -21,7 +22,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.statistics import FISHER
 from bitmill.pipeline.job import Job, Sink
 from bitmill.progress import Progress
-from bitmill.tuners.base import TARGETS
+from bitmill.tuners.base import OUTPUT_GRADIENTS, TARGETS
 from bitmill.version import __version__
 
 
@@ -34,12 +35,14 @@ class BlockInputs:
         store: the float model's statistics on disk; None where the job shares none.
         fisher: the Fisher diagonal; None where the recipe does not need it.
         shared: path of a linear in its block -> parts that its layers in all blocks share.
+        gradients: of the model's loss by the blocks' outputs; None where no tuner needs them.
     """
 
     streams: Streams | None
     store: StatisticsStore | None
     fisher: Fisher | None
     shared: dict[str, Params]
+    gradients: OutputGradients | None = None
 
 
 def open_store(job: Job) -> StatisticsStore | None:
@@ -111,6 +114,24 @@ def fisher_for_job(job: Job, sink: Sink, progress: Progress) -> Iterator[Fisher 
         if not fisher.complete:
             fisher.measure(job.streamed, job.calibration, progress)
         yield fisher
+
+
+@contextmanager
+def output_gradients_for_job(job: Job, sink: Sink, progress: Progress) -> Iterator[OutputGradients | None]:
+    """Measure the gradients by the blocks' outputs, unless an earlier run left them; None where none are needed.
+
+    They are kept in the sink's work folder, or else in a temporary folder.
+    """
+    if not job.needs & OUTPUT_GRADIENTS:
+        yield None
+        return
+    assert job.calibration is not None
+    with tempfile.TemporaryDirectory(prefix="bitmill-") as temporary:
+        gradients = OutputGradients((sink.work or Path(temporary)) / "output-gradients")
+        if not gradients.complete:
+            draws = max(tuner.draws for tuner in job.recipe.tuners)
+            gradients.measure(job.streamed, job.calibration, draws, progress)
+        yield gradients
 
 
 def needs_streams(job: Job, store: StatisticsStore | None) -> bool:

@@ -25,6 +25,7 @@ from bitmill.pipeline.inputs import (
     fisher_for_job,
     needs_streams,
     open_store,
+    output_gradients_for_job,
     read_stored,
 )
 from bitmill.pipeline.job import BlockResult, Job, Sink
@@ -57,7 +58,10 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any
         enable_rounded_attention(job.streamed.model)
     store = open_store(job)
     shared = learn_shared_parts(job, sink, progress)
-    with fisher_for_job(job, sink, progress) as fisher:
+    with (
+        fisher_for_job(job, sink, progress) as fisher,
+        output_gradients_for_job(job, sink, progress) as gradients,
+    ):
         embeddings = quantize_embeddings(job, sink, progress)
         with job.streamed.non_block_weights("embedding"):
             streams = None
@@ -72,7 +76,7 @@ def run(job: Job, sink: Sink, progress: Progress | None = None) -> dict[str, Any
             )
             if embeddings:
                 _embed_again(job, embeddings, streams, metrics)
-        _quantize_blocks(job, sink, BlockInputs(streams, store, fisher, shared), metrics, progress)
+        _quantize_blocks(job, sink, BlockInputs(streams, store, fisher, shared, gradients), metrics, progress)
     if metrics is None:
         return {}
     with job.streamed.non_block_weights("head"):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitmill.architectures.adapter import adapter_for
 from bitmill.architectures.attention import (
     SITES,
     Rounding,
@@ -179,7 +180,9 @@ def attach_attention(model: Any, recipe: Mapping[str, Any] | None) -> None:
         enable_rounded_attention(model)
         if attention.static:
             blocks = range(attention.calibrated_blocks)
-            round_attention_blocks(model, [attention.roundings(block) for block in blocks])
+            adapter = adapter_for(model.config)
+            modules = list(model.get_submodule(adapter.blocks)) if adapter else [model]
+            round_attention_blocks(modules, [attention.roundings(block) for block in blocks])
         else:
             round_attention(model, attention.roundings())
 

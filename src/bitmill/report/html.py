@@ -38,6 +38,7 @@ from bitmill.report.domain_charts import domain_bars, domain_panels
 from bitmill.report.domains import domain_table, latest_with_domains, worst_domain
 from bitmill.report.heat import COLOUR_STEPS, error_maps
 from bitmill.report.metrics import metric_columns, primary_metric
+from bitmill.report.pictures import PictureResults, picture_order, picture_rows
 from bitmill.report.results import Layer, Results
 from bitmill.report.samples import AnswerPair, pair_answers, recorded_pairs
 from bitmill.report.tasks import NOTE, task_table
@@ -69,6 +70,17 @@ def comparison_page(results: Results) -> str:
         answers=_answers(results),
         error_maps=error_maps({v.name: v.layers for v in comparison.in_order(results)}),
         data=charts.chart_data(results),
+    )
+
+
+def picture_page(results: PictureResults) -> str:
+    """Return the page of `bitmill compare` for a vision model, from its results alone."""
+    return _render(
+        "pictures.html",
+        scripts=["page.js"],
+        results=results,
+        table=picture_rows(results),
+        variants=picture_order(results),
     )
 
 

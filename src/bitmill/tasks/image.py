@@ -21,6 +21,7 @@ class _Image(Task):
     batch_size = 16
     reads: ClassVar[Literal["text", "pictures"]] = "pictures"
     reader_class_name = "AutoImageProcessor"
+    pooling: ClassVar[Literal["cls", "mean"]] = "cls"  # which hidden states are the features of a picture
 
     def windows(self, text: TextSource, tokenizer: Any) -> PictureWindows:
         """Return the pictures of a folder.
@@ -39,7 +40,7 @@ class _Image(Task):
 
     def metric(self) -> Metric:
         """Return similarities of features, and the accuracy of nearest neighbours."""
-        return PictureMetrics()
+        return PictureMetrics(self.pooling)
 
     def loss(self) -> Loss:
         """Return the projection of the features onto a direction from N(0, I), drawn anew for every picture.
@@ -49,7 +50,8 @@ class _Image(Task):
         generator = torch.Generator().manual_seed(0)
 
         def projection(tokens: Tensor, output: Tensor) -> Tensor:
-            features = output[0] if output.dim() == 2 else output[0, 0]
+            tokens = output[0].mean(0, keepdim=True) if self.pooling == "mean" else output[0]
+            features = tokens[0]
             return features.float() @ torch.randn(features.shape, generator=generator).to(features.device)
 
         return projection
@@ -63,9 +65,31 @@ class ImageEncoder(_Image):
     auto_class_name = "AutoModel"
 
 
+@TASKS.register("image_encoder_mean")
+class ImageEncoderMean(ImageEncoder):
+    """A vision transformer without a head and without a class token, whose features are the mean over patches."""
+
+    pooling = "mean"
+
+
 @TASKS.register("image_classifier")
 class ImageClassifier(_Image):
     """A vision transformer with the head of a classifier."""
 
     description = "a classifier of pictures"
     auto_class_name = "AutoModelForImageClassification"
+
+    def loss(self) -> Loss:
+        """Return a projection of the logits whose squared gradient has their Fisher information as its mean.
+
+        With the probabilities p of the classes and n from N(0, I), the direction sqrt(p) n - p (sqrt(p) n 1) has
+        the covariance diag(p) - p p^T: that of the gradient of log p for a class drawn from p.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def projection(tokens: Tensor, output: Tensor) -> Tensor:
+            p = output[0].detach().float().softmax(-1)
+            noise = p.sqrt() * torch.randn(p.shape, generator=generator).to(p.device)
+            return output[0].float() @ (noise - p * noise.sum())
+
+        return projection

@@ -31,6 +31,7 @@ from bitmill.solvers import Solver
 TUNERS: Registry[type[Tuner]] = Registry("tuner", "bitmill.tuners")
 
 TARGETS = frozenset({"targets"})  # what `needs` names when a tuner compares with the float model's block outputs
+OUTPUT_GRADIENTS = frozenset({"output_gradients"})  # gradients of the model's loss by the block's outputs
 
 
 @dataclass
@@ -41,6 +42,8 @@ class BlockTask:
     names: the linears to be quantized, by path in the block, in the order in which they run.
     inputs: hidden states (windows, tokens, width), batch by batch, as produced by the quantized blocks before.
     targets: the float model's hidden states after this block, batch by batch; empty unless a tuner needs them.
+    output_gradients: gradients of the float model's loss by these states, batch by batch, (draws, windows, tokens,
+        width) up to a factor; empty unless a tuner needs them.
     dtypes: the types in which the parameters that stay in float will be stored.
     originals: the float weight (out, in) of every quantized linear, as it was when it was quantized.
     stats: statistics of every linear's inputs, where the recipe needs them; `gram` alone is kept.
@@ -66,6 +69,7 @@ class BlockTask:
     stats: dict[str, Statistics] = field(default_factory=dict)
     stages: list[list[str]] = field(default_factory=list)
     input_stats: dict[str, Statistics] = field(default_factory=dict)
+    output_gradients: list[Tensor] = field(default_factory=list)
 
     def range_format(self, name: str) -> RangeFormat:
         """Return the format of a linear's matrix, one whose grid is fixed by the range of each group."""
@@ -183,8 +187,13 @@ class Tuner(Member, ABC):
     registry: ClassVar[Registry[type[Tuner]]] = TUNERS
 
     @property
+    def draws(self) -> int:
+        """Gradients of the model's loss for each window, where `needs` names OUTPUT_GRADIENTS."""
+        return 1
+
+    @property
     def needs(self) -> frozenset[str]:
-        """Statistics, and TARGETS for a tuner that compares with the float model."""
+        """Statistics; TARGETS for a tuner that compares with the float model, OUTPUT_GRADIENTS with its loss."""
         return TARGETS
 
     @property

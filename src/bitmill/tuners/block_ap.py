@@ -21,7 +21,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.tuners.base import TUNERS, BlockTask, Tuner
 from bitmill.tuners.learned_matrix import LearnedMatrix, start_weights
-from bitmill.tuners.training import adam, learn_codes, rms_rate
+from bitmill.tuners.training import Schedule, adam, learn_codes, rms_rate
 
 
 @TUNERS.register("block_ap")
@@ -63,4 +63,4 @@ class BlockAP(Tuner):
             groups += [([leaf], rms_rate(leaf, rate)) for leaf, rate in learned if leaf.requires_grad]
             matrices[name] = matrix
         if groups:
-            learn_codes(task, matrices, adam(*groups), self.epochs, self.tokens, self.seed)
+            learn_codes(task, matrices, adam(*groups), Schedule(self.epochs, self.tokens, self.seed))

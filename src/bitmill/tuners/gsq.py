@@ -23,7 +23,7 @@ from bitmill.formats.quantized import Quantized
 from bitmill.numerics.grouping import grouped, ungrouped
 from bitmill.tuners.base import TUNERS, BlockTask, Tuner
 from bitmill.tuners.learned_matrix import LearnedMatrix, start_weights
-from bitmill.tuners.training import adam, learn_codes, rms_rate
+from bitmill.tuners.training import Schedule, adam, learn_codes, rms_rate
 
 _SHARPNESS = 4.0  # logits of a level are minus this times the squared distance in gaps
 _COLDEST = 0.1  # share of the first temperature that is left at the end
@@ -80,7 +80,7 @@ class GSQ(Tuner):
             for matrix in matrices.values():
                 matrix.temperature = self.temperature * _COLDEST**done
 
-        learn_codes(task, matrices, adam(*groups), self.epochs, self.tokens, self.seed, cool)
+        learn_codes(task, matrices, adam(*groups), Schedule(self.epochs, self.tokens, self.seed), cool)
 
 
 class RelaxedMatrix(nn.Module):

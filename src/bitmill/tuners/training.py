@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -23,6 +24,7 @@ class Minibatch:
     call: BlockCall
     hidden: Tensor  # (windows, tokens, width)
     target: Tensor
+    gradients: Tensor | None = None  # of the loss by the block's outputs, (draws, windows, tokens, width)
 
 
 def minibatches(task: BlockTask, tokens: int, generator: torch.Generator) -> Iterator[Minibatch]:
@@ -37,10 +39,15 @@ def minibatches(task: BlockTask, tokens: int, generator: torch.Generator) -> Ite
         step = max(1, tokens // hidden.shape[1])
         cuts += [(batch, start, start + step) for start in range(0, hidden.shape[0], step)]
     for k in torch.randperm(len(cuts), generator=generator).tolist():
-        batch, start, stop = cuts[k]
-        hidden = task.inputs[batch]
-        call = task.calls[batch].cut(hidden.shape[0], start, stop)
-        yield Minibatch(call, hidden[start:stop], task.targets[batch][start:stop])
+        yield minibatch(task, *cuts[k])
+
+
+def minibatch(task: BlockTask, batch: int, start: int, stop: int) -> Minibatch:
+    """Return the windows from `start` up to `stop` of a batch."""
+    hidden = task.inputs[batch]
+    call = task.calls[batch].cut(hidden.shape[0], start, stop)
+    gradients = task.output_gradients[batch][:, start:stop] if task.output_gradients else None
+    return Minibatch(call, hidden[start:stop], task.targets[batch][start:stop], gradients)
 
 
 class ScaledParameter:
@@ -147,54 +154,114 @@ class LearnedCodes(Protocol):
         ...
 
 
+BlockLoss = Callable[[Minibatch, Tensor], Tensor]  # outputs of a block -> losses, (windows, ...)
+
+
+def plain_loss(batch: Minibatch, output: Tensor) -> Tensor:
+    """Return the relative error of every token, (windows, tokens)."""
+    return relative_error(output, batch.target)
+
+
+@torch.no_grad()
+def mean_loss(task: BlockTask, loss: BlockLoss) -> float:
+    """Return the mean loss of a block with its present weights over all windows."""
+    total = count = 0.0
+    for number, hidden in enumerate(task.inputs):
+        losses = loss(minibatch(task, number, 0, hidden.shape[0]), task.run(number))
+        total, count = total + float(losses.sum()), count + losses.numel()
+    return total / max(count, 1)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a block is trained.
+
+    steps: of the optimizer; 0 for the number that `epochs` take.
+    epochs: passes over the calibration windows, where `steps` is 0.
+    tokens: in a step.
+    seed: of the order of the windows.
+    seconds: of a clock, after which training ends; rates follow the larger share of time and steps.
+    """
+
+    epochs: int = 1
+    tokens: int = 512
+    seed: int = 0
+    steps: int = 0
+    seconds: float = math.inf
+
+
 def learn_codes(
     task: BlockTask,
     matrices: Mapping[str, LearnedCodes],
     optimizer: torch.optim.Adam,
-    epochs: int,
-    tokens: int,
-    seed: int,
+    schedule: Schedule,
     before_step: Callable[[float], None] = lambda done: None,
+    loss: BlockLoss = plain_loss,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> None:
     """Train the codes of a quantized block towards the float block's outputs.
 
-    After every epoch the block is measured in its stored form, and left in the best of these states, the start
-    included. The learning rate falls to a twentieth along a cosine.
+    The block is measured in its stored form after every epoch, or eight times with `steps`, and left in the best
+    of these states, the start included. The learning rate falls to a twentieth along a cosine.
 
     Args:
         task: the block, quantized.
         matrices: path of a linear -> its matrix.
         optimizer: of their leaves.
-        epochs: passes over the calibration windows.
-        tokens: in a step.
-        seed: of the order of the windows.
-        before_step: called with the share of the steps that are done.
+        schedule: how long.
+        before_step: called with the share of the training that is done.
+        loss: what falls; a state of larger plain loss than the start's is not kept either.
+        penalty: added to the loss, in units of its value at the start.
     """
-    start = best = task.error()
+    first = plain = task.error()
+    start = best = first if loss is plain_loss else mean_loss(task, loss)
     kept = dict(task.quantized)
     if start == 0 or not matrices:
         return
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        batches = list(minibatches(task, tokens, generator))
-        for step, batch in enumerate(batches):
-            done = (epoch + step / len(batches)) / epochs
+    for done, batch, measure in _steps(task, schedule):
+        if batch is not None:
             before_step(done)
             with torch.enable_grad():
                 rounded = ((name, matrix()) for name, matrix in matrices.items())
                 weights = {f"{name}.weight": W.T if task.transposed else W for name, W in rounded}
                 output = batch.call.run_with(weights, task.block, batch.hidden)
-                (relative_error(output, batch.target).mean() / start).backward()
+                value = loss(batch, output).mean() / start
+                (value if penalty is None else value + penalty()).backward()
             adam_step(optimizer, _cosine(done))
-        for name, matrix in matrices.items():
-            task.set_quantized(name, matrix.quantized())
-        error = task.error()
-        if error < best:
-            best, kept = error, dict(task.quantized)
-        elif not math.isfinite(error):
-            break
+        if measure:
+            for name, matrix in matrices.items():
+                task.set_quantized(name, matrix.quantized())
+            plain = task.error()
+            error = plain if loss is plain_loss else mean_loss(task, loss)
+            if error < best and plain <= first:
+                best, kept = error, dict(task.quantized)
+            elif not math.isfinite(error):
+                break
     for name, quantized in kept.items():
         task.set_quantized(name, quantized)
+
+
+_CHECKS = 8  # times that a training of a given number of steps is measured
+
+
+def _steps(task: BlockTask, schedule: Schedule) -> Iterator[tuple[float, Minibatch | None, bool]]:
+    """Yield the share that is done, a minibatch, and if the block is to be measured after it.
+
+    Where time ends, a last measurement comes without a minibatch.
+    """
+    generator, began = torch.Generator().manual_seed(schedule.seed), time.monotonic()
+    batches = list(minibatches(task, schedule.tokens, generator))
+    total = schedule.steps or schedule.epochs * len(batches)
+    every = max(1, schedule.steps // _CHECKS) if schedule.steps else len(batches)
+    for step in range(total):
+        share = (time.monotonic() - began) / schedule.seconds
+        if share >= 1:
+            yield 1.0, None, True
+            return
+        if step and step % len(batches) == 0:
+            batches = list(minibatches(task, schedule.tokens, generator))
+        last = step + 1 == total
+        yield max(step / total, share), batches[step % len(batches)], last or (step + 1) % every == 0
 
 
 def _cosine(done: float) -> float:

@@ -16,6 +16,8 @@ from bitmill.recipes.rules import Rule
 from bitmill.solvers.gptq import GPTQ
 from bitmill.solvers.nearest import Nearest
 from bitmill.transforms.smooth import SmoothQuant
+from bitmill.tuners.base import Tuner
+from bitmill.tuners.reconstruct import Reconstruct
 
 _BEHIND_GELU = "*.fc2"  # name of the layers that read GELU, in vision transformers
 
@@ -23,7 +25,7 @@ _BEHIND_GELU = "*.fc2"  # name of the layers that read GELU, in vision transform
 @METHODS.register("adalog")
 @dataclass(frozen=True)
 class AdaLogMethod(Method):
-    """AdaLog: weights and all activations of a vision transformer at a few bits, simulated.
+    """AdaLog: weights and all activations of a vision transformer at a few bits.
 
     Problem    probabilities of attention and outputs of GELU follow a power law: most are tiny, few large ones
                decide, and evenly spaced levels, or powers of a base that is the same everywhere, fit neither
@@ -32,11 +34,12 @@ class AdaLogMethod(Method):
     Symbols    k code, s scale, q base of a layer (2^(q / 37)), s z the size of the smallest number (0.17 of GELU)
     Needs      calibration pictures
     Stored     codes and fp16 scale a row of weights; scale and zero, or scale, zero and base, a layer
-    Cost       seconds a block
+    Cost       seconds a block; with reconstruct, iters forward and backward passes of 512 patches a block
     Expect     the largest gain over uniform where probabilities and GELU have few bits
-    Limits     no kernel multiplies logarithms: they are rounded and multiplied in floats. Queries, keys and values
-               have scales of their own for every token and head, where the paper has one a layer. Channels are
-               scaled behind norms, without the paper's shifts
+    Limits     linear layers multiply integers; attention is simulated: queries, keys, values and probabilities are
+               rounded, and multiplied in floats. Queries, keys and values have scales of their own for every token
+               and head, where the paper has one a layer. Channels are scaled behind norms, without the paper's
+               shifts
     Paper      Wu et al. 2024 (arXiv 2407.12951)
     """
 
@@ -49,20 +52,33 @@ class AdaLogMethod(Method):
     group_size: GroupSize = option("row", "input columns that share a scale of weights, or 'row' or 'tensor'")
     solver: Literal["gptq", "nearest"] = option("nearest", "how weights are rounded")
     fold: bool = option(True, "scale channels behind norms to equal ranges (RepQ-ViT)")
+    reconstruct: Literal["none", "plain", "fisher"] = option(
+        "none",
+        "learn the rounding of each block, by the error of its outputs or by the Fisher information (FIMA-Q)",
+    )
+    iters: int = option(500, "steps a block of the reconstruction")
+    minutes: float = option(0.0, "of a clock for the reconstruction of all blocks; 0 for no limit")
 
     def recipe(self) -> Recipe:
         """Return a recipe: uniform weights and inputs, logarithms behind GELU and the softmax."""
         dynamic = Uniform(self.act_bits, "row")
-        behind_gelu = Inputs(self._behind(), static=True, simulated=self.log != "uniform", search=True)
+        behind_gelu = Inputs(self._behind(), static=True, search=True)
         return Recipe(
             "adalog" if self.log == "adalog" else f"adalog-{self.log.replace('_', '-')}",
             Uniform(self.bits, self.group_size),
             GPTQ() if self.solver == "gptq" else Nearest(search=True),
             (SmoothQuant(alpha=1.0),) if self.fold else (),
             rules=(Rule(_BEHIND_GELU, inputs=behind_gelu, optional=True),),
+            tuners=self._tuners(),
             inputs=Inputs(Uniform(self.act_bits, "tensor"), static=True, search=True),
             attention=Attention(dynamic, dynamic, dynamic, self._behind(), static=frozenset({"probabilities"})),
         )
+
+    def _tuners(self) -> tuple[Tuner, ...]:
+        """Return the reconstruction, if there is one."""
+        if self.reconstruct == "none":
+            return ()
+        return (Reconstruct(self.iters, self.minutes, fisher=self.reconstruct == "fisher"),)
 
     def _behind(self) -> Format:
         """Return the format behind softmax and GELU, with one set of parameters."""

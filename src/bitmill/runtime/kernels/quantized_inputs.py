@@ -117,10 +117,34 @@ class QuantizedInputsKernel(WrapperKernel):
         inputs, broken = self._format.quantize_inputs(
             x if kept is None else x.masked_fill(kept, 0.0), self._params
         )
-        codes, scales, zeros = self._format.input_format.integers(inputs.codes, inputs.params)
+        digits, scales, zeros = self._format.input_format.integer_digits(inputs.codes, inputs.params)
         width = min(self._format.input_format.width(inputs.shape), x.shape[1])
-        y = int8_linear(codes, scales, lut, zeros, width)
+        y = _multiply_digits(digits, scales, zeros, lut, width)
         if kept is not None and bool(kept.any()):
             columns = kept.nonzero()[:, 0]
             y = y + x[:, columns] @ lut.columns(columns).T
         return y.masked_fill(broken, torch.nan)
+
+
+def _multiply_digits(digits: Tensor, scales: Tensor, zeros: Tensor | None, lut: Lut, width: int) -> Tensor:
+    """Multiply integers of one or more bytes: each byte as tokens of its own, whose sums are exact.
+
+    Args:
+        digits: int8 (bytes, tokens, in), the lowest byte first.
+        scales: fp32 (tokens|1, steps).
+        zeros: of that shape, or None for 0.
+        lut: the matrix.
+        width: columns that share a scale.
+
+    Returns:
+        fp32 (tokens, out).
+    """
+    count, tokens, _ = digits.shape
+    if count == 1:
+        return int8_linear(digits[0], scales, lut, zeros, width)
+    steps = scales.expand(tokens, -1)
+    of_bytes = torch.cat([steps * 256.0**k for k in range(count)])
+    if zeros is not None:  # once, with the lowest byte
+        zeros = torch.cat([zeros.expand_as(steps), torch.zeros_like(steps).repeat(count - 1, 1)])
+    products = int8_linear(digits.flatten(0, 1).contiguous(), of_bytes, lut, zeros, width)
+    return products.view(count, tokens, -1).sum(0)

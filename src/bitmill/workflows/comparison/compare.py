@@ -19,9 +19,13 @@ from bitmill.evaluation.answers import NEW_TOKENS, PROMPTS
 from bitmill.pipeline.job import Propagate
 from bitmill.progress import Progress
 from bitmill.recipes.compose import HeadBits
+from bitmill.report.pictures import PictureResults
 from bitmill.report.results import Results
+from bitmill.sources.open import open_source
+from bitmill.tasks.base import task_of
 from bitmill.workflows.budget.run import budget_recipes
 from bitmill.workflows.comparison.grid import Grid, Options, plan_variants, recipe_variant
+from bitmill.workflows.comparison.pictures import compare_pictures
 from bitmill.workflows.comparison.run import run_grid
 from bitmill.workflows.evaluate import usual_windows
 from bitmill.workflows.prepared_tasks import LIMIT
@@ -52,10 +56,11 @@ def compare(
     trust_remote_code: bool = False,
     keep_models: bool = False,
     progress: Progress | None = None,
-) -> Results:
+) -> Results | PictureResults:
     """Quantize a model by every method at every number of bits, measure each, and write a page about it.
 
-    Every variant has its own process. One that fails, or that a method does not have, is a row with a reason.
+    Every variant has its own process. One that fails, or that a method does not have, is a row with a reason. A
+    vision model is compared on folders of pictures, one variant after another, without prompts.
 
     Args:
         out: folder; a comparison that it already holds in part is continued.
@@ -113,7 +118,10 @@ def compare(
     ]
     rest = [("--head-bits", head_bits, None), ("--device", device, "cpu"), ("-o", out.name, None)]
     command = _command(grid, selection, rest) + ["--keep-models"] * keep_models
-    return run_grid(replace(grid, command=shlex.join(command)), out, keep_models=keep_models, progress=progress)
+    grid = replace(grid, command=shlex.join(command))
+    task = task_of(open_source(grid.model, trust_remote_code=trust_remote_code))
+    run = compare_pictures if task.reads == "pictures" else run_grid
+    return run(grid, out, keep_models=keep_models, progress=progress)
 
 
 def _text_calibration(calib: CalibrationData | str | Path | list[str] | None) -> CalibrationData:
