@@ -172,7 +172,7 @@ def test_documented_reader() -> None:
     imports = [n for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.Import, ast.ImportFrom))]
     assert sorted(ast.unparse(n) for n in imports) == ["import json", "import struct"]
     codings = json.loads((ROOT / "src/bitmill/formats/data/codings.json").read_text())
-    tables = ("binary_coding", "codebook", "integer_coding", "uniform")  # others: see their formats
+    tables = ("affine", "binary_coding", "codebook", "integer_coding", "uniform")  # others: see their formats
     tables += ("float", "half_integer", "microscaling", "normal_float", "nvfp4", "sum")
     tables += ("power_of_two", "post", "apot", "power")
     described = [ROOT / "tests" / "fixtures" / f"{name}.json" for name in tables]

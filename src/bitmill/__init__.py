@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bitmill.workflows.estimate import estimate
     from bitmill.workflows.evaluate import evaluate
     from bitmill.workflows.export.run import export
+    from bitmill.workflows.imports.run import import_checkpoint
     from bitmill.workflows.qat import convert_qat, prepare_qat
     from bitmill.workflows.quantize.run import Outcome, quantize
     from bitmill.workflows.tasks import evaluate_tasks
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "import_checkpoint",
     "load",
     "load_tokenizer",
     "prepare_qat",
@@ -60,6 +62,7 @@ _HOMES = {
     "evaluate": "bitmill.api",
     "evaluate_tasks": "bitmill.api",
     "export": "bitmill.api",
+    "import_checkpoint": "bitmill.api",
     "load": "bitmill.api",
     "load_tokenizer": "bitmill.api",
     "prepare_qat": "bitmill.api",

@@ -6,6 +6,7 @@ from bitmill.data.windows import CalibrationData
 from bitmill.workflows.estimate import Estimate, estimate
 from bitmill.workflows.evaluate import evaluate
 from bitmill.workflows.export.run import Export, export
+from bitmill.workflows.imports.run import Import, import_checkpoint
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.qat import convert_qat, prepare_qat
 from bitmill.workflows.quantize.run import Outcome, quantize
@@ -17,6 +18,7 @@ __all__ = [
     "CalibrationData",
     "Estimate",
     "Export",
+    "Import",
     "Outcome",
     "TrainingOutcome",
     "convert_qat",
@@ -24,6 +26,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "import_checkpoint",
     "load",
     "load_tokenizer",
     "prepare_qat",

@@ -201,6 +201,16 @@ READERS["gguf"] = Reader(
         "generate": command("generate", "model.gguf", "--prompt", "a", "--max-new-tokens", "1"),
     },
 )
+IMPORTED = {"gptq": {"symmetric": True}, "awq": {}, "compressed-tensors": {"bits": 3}}
+IMPORT = command("import", "model", "-o", "out")
+for _program in IMPORTED:
+    READERS[f"import of {_program}"] = Reader((), f"import-{_program}", "model/*", {"import": IMPORT})
+READERS["import of gguf"] = Reader(
+    ("workflows/imports/packed.py",),
+    "import-gguf",
+    "model.gguf",
+    {"import": command("import", "model.gguf", "-o", "out")},
+)
 READERS["keys and values"] = Reader(
     ("kv/calibration_file.py", "workflows/kv.py"),
     "kv",
@@ -389,6 +399,7 @@ def build(root: Path) -> None:
     sentences = [f"The {animal} sat on the {place} of w{n}." for n in range(9) for animal, place in PAIRS]
     (root / "encoder" / "text.txt").write_text(" ".join(sentences))
     write_gguf(root / "gguf" / "model.gguf", tiny_model("llama"))
+    _build_imports(root, made.source)
     (root / "onnx").mkdir()
     (root / "onnx" / "model.onnx").write_bytes(tiny_onnx(torch.arange(6.0).view(2, 3)))
     kept = ["quantize", "source", "--method", "none", "--kv", "kvquant", "--kv-bits", "3", "--calib", "text.txt"]
@@ -403,3 +414,22 @@ def build(root: Path) -> None:
         use(root / "statistics")
         shutil.rmtree(root / "statistics" / f"out-{method}")
     os.chdir(root)
+
+
+def _build_imports(root: Path, source: Path) -> None:
+    """Write a checkpoint of every program that is imported."""
+    import bitmill
+    from helpers.tiny_gguf import write_gguf
+    from helpers.tiny_models import tiny_model
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    for program, options in IMPORTED.items():
+        folder = root / f"import-{program}"
+        folder.mkdir()
+        options = {"bits": 4, "group_size": 32, "measure": 0, **options}
+        bitmill.quantize(tiny_model("llama", **sizes), "rtn", out=folder / "packed", **options)
+        bitmill.export(folder / "packed", program, folder / "model")
+        shutil.rmtree(folder / "packed")
+    (root / "import-gguf").mkdir()
+    kinds = {f"blk.{block}.ffn_up.weight": "Q5_1" for block in range(2)}
+    write_gguf(root / "import-gguf" / "model.gguf", tiny_model("llama", **sizes), kinds=kinds)

@@ -76,9 +76,14 @@ def ragged(kind: type[GroupFormat]) -> list[GroupFormat]:
 
 @cache
 def built(kind: type[GroupFormat], bits: int, size: int | str) -> tuple[GroupFormat, ...]:
-    """The format with every word of its Literal fields and its boolean fields both ways; refused ones left out."""
+    """The format with every word of its Literal fields and its boolean fields both ways; refused ones left out.
+
+    Scales of another type are those of whole tensors alone.
+    """
     hints = typing.get_type_hints(kind)
     words = {name: typing.get_args(h) for name, h in hints.items() if typing.get_origin(h) is Literal}
+    if size != "tensor":
+        words.pop("scale_type", None)
     made = []
     for chosen in itertools.product(*words.values()):
         with contextlib.suppress(RecipeError):

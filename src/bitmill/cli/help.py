@@ -13,7 +13,7 @@ QUANTIZE, MEASURE, RUN, LOOK_UP = "Quantize", "Measure", "Run", "Look up"
 COMMANDS = {
     QUANTIZE: ("quantize", "train", "compare", "sweep", "plan"),
     MEASURE: ("eval", "rescore", "verify", "inspect", "bench"),
-    RUN: ("generate", "chat", "serve", "export", "exec"),
+    RUN: ("generate", "chat", "serve", "import", "export", "exec"),
     LOOK_UP: ("methods", "recipes", "models", "texts", "doctor"),
 }
 
@@ -92,6 +92,10 @@ EXAMPLES = {
     "exec": (
         "bitmill exec -- lm_eval --model hf --model_args pretrained=DIR --tasks piqa",
         "bitmill exec -- python program.py",
+    ),
+    "import": (
+        "bitmill import GPTQ_FOLDER -o DIR",
+        "bitmill import MODEL.Q4_K_M.gguf -o DIR",
     ),
     "export": (
         "bitmill export DIR --to compressed-tensors",

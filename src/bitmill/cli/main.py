@@ -21,6 +21,7 @@ from bitmill.cli import (
     export,
     folder,
     generate,
+    import_checkpoint,
     plan,
     quantize,
     rescore,
@@ -55,6 +56,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)
+app.command("import")(import_checkpoint.import_checkpoint)
 app.command("exec")(execute.execute)
 app.command("inspect")(folder.inspect)
 app.command("verify")(folder.verify)

@@ -122,6 +122,7 @@ class Member:
     """Base of registered dataclasses: frozen, checked when they are built, converted to plain data and back."""
 
     registry: ClassVar[Registry[Any]]
+    left_out: ClassVar[dict[str, Any]] = {}  # values of options that plain data of earlier versions does not name
 
     def __post_init__(self) -> None:
         check_types(self, self.name)
@@ -134,5 +135,6 @@ class Member:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `Registry.from_dict` is its inverse."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        values = {k: v for k, v in values.items() if k not in self.left_out or v != self.left_out[k]}
         plain = {k: v.to_dict() if isinstance(v, Member) else v for k, v in values.items()}
         return {self.registry.noun: self.name, **plain}

@@ -1,7 +1,7 @@
 """Float: floating-point numbers of 4, 6 or 8 bits times a scale, W^ = scale * element(code).
 
     code   a sign, an exponent and a mantissa, see numerics/minifloat.py
-    scale  fp16, one a group
+    scale  fp16, one a group; fp32 with scale_type="float32", which imported codes may need
 
 Bits a weight: bits + 16/group_size.
 
@@ -20,6 +20,7 @@ import torch
 
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS
+from bitmill.formats.part import SCALE_TYPES, Part, ScaleType
 from bitmill.formats.scaled import FloatScaled, Scaled
 from bitmill.numerics.minifloat import ELEMENTS, ElementName, ElementTable
 from bitmill.numerics.table import Table
@@ -52,8 +53,11 @@ class Elements(Scaled):
 @FORMATS.register("float")
 @dataclass(frozen=True)
 class Float(FloatScaled, Elements):
-    """Small floating-point numbers with one fp16 scale per tensor, row or group."""
+    """Small floating-point numbers with one scale per tensor, row or group."""
 
+    scale_type: ScaleType = "float16"
+
+    left_out: ClassVar[dict[str, Any]] = {"scale_type": "float16"}
     shares: ClassVar[tuple[float, ...]] = tuple(1 + k / 20 for k in (*range(-8, 0), 1, 2, 4, 6, 8, 10))
 
     @property
@@ -65,3 +69,7 @@ class Float(FloatScaled, Elements):
     def largest(self) -> float:
         """Largest number of the element."""
         return ELEMENTS[self.element].largest
+
+    def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
+        """Return the scale."""
+        return (Part("scale", self.grid(shape), stored_as=SCALE_TYPES[self.scale_type]),)

@@ -1,7 +1,8 @@
 """NormalFloat: quantiles of a normal distribution as levels, W^ = absmax * table[code].
 
     code     unsigned, `bits` bits: an index into the rising table, which holds -1, 0 and 1
-    absmax   the largest magnitude of a group: fp16, or with `double` scale * (step + 1) / 256
+    absmax   the largest magnitude of a group: fp16, or with `double` scale * (step + 1) / 256; fp32 with
+             scale_type="float32", which imported codes may need
     step     unsigned, 8 bits, one a group; only with `double`
     scale    fp16, one a row; only with `double`
 
@@ -18,7 +19,7 @@ groups of one row share a scale, so that rows stay independent, and the steps ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from torch import Tensor
 from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params
 from bitmill.formats.fitting import as_stored, positive
-from bitmill.formats.part import Part
+from bitmill.formats.part import SCALE_TYPES, Part, ScaleType
 from bitmill.formats.scaled import Scaled
 from bitmill.numerics.table import Table
 
@@ -52,7 +53,9 @@ class NormalFloat(Scaled):
     """Quantiles of a normal distribution, scaled to the largest magnitude; `bits` 2 to 4."""
 
     double: bool = False
+    scale_type: ScaleType = "float16"
 
+    left_out: ClassVar[dict[str, Any]] = {"scale_type": "float16"}
     max_bits: ClassVar[int] = 4
     shares: ClassVar[tuple[float, ...]] = tuple(1 - k / 20 for k in range(1, 12))
 
@@ -99,8 +102,9 @@ class NormalFloat(Scaled):
         return {"step": (factor / params["scale"] * _STEPS - 1).round().clamp(0, _STEPS - 1)}
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """Return fp16 absmax, or step and fp16 row scale."""
+        """Return absmax, or step and row scale."""
         rows, groups = self.grid(shape)
+        stored_as = SCALE_TYPES[self.scale_type]
         if not self.double:
-            return (Part("absmax", (rows, groups)),)
-        return Part("scale", (rows, 1)), Part("step", (rows, groups), 8)
+            return (Part("absmax", (rows, groups), stored_as=stored_as),)
+        return Part("scale", (rows, 1), stored_as=stored_as), Part("step", (rows, groups), 8)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bitmill.numerics.packing import pack, unpack, unpack_at, words_for
+
+ScaleType = Literal["float16", "float32"]  # of stored scales; codes of other programs may need the latter
+SCALE_TYPES: dict[str, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Uniform: evenly spaced levels, W^ = scale * (code - zero).
 
     code   unsigned, `bits` bits, in [0, 2**bits)
-    scale  fp16, one a group
+    scale  fp16, one a group; fp32 with scale_type="float32", which imported codes may need
     zero   unsigned, `bits` bits, one a group; absent when symmetric, where it is 2**(bits-1); fp16 with
            zero="float"
 
@@ -16,7 +16,7 @@ Source: Jacob et al. 2018 (arXiv 1712.05877), section 2.1; the shrinking search 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from bitmill.errors import RecipeError
 from bitmill.formats.base import FORMATS, Params, Rounder
 from bitmill.formats.fitting import as_stored, least_error, positive, refit_scale, weighted_error
 from bitmill.formats.lookup import Lookup
-from bitmill.formats.part import Part
+from bitmill.formats.part import SCALE_TYPES, Part, ScaleType
 from bitmill.formats.scalar import RangeFormat
 from bitmill.numerics.straight_through import BEYOND
 
@@ -44,6 +44,9 @@ class Uniform(RangeFormat):
 
     symmetric: bool = False
     zero: Literal["integer", "float"] = "integer"
+    scale_type: ScaleType = "float16"
+
+    left_out: ClassVar[dict[str, Any]] = {"scale_type": "float16"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,9 +164,9 @@ class Uniform(RangeFormat):
         return column
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        """Return the fp16 scale; the zero in `bits` bits or fp16, unless symmetric."""
+        """Return the scale; the zero in `bits` bits or fp16, unless symmetric."""
         grid = self.grid(shape)
-        scale = Part("scale", grid)
+        scale = Part("scale", grid, stored_as=SCALE_TYPES[self.scale_type])
         if self.symmetric:
             return (scale,)
         return scale, Part("zero", grid, None if self.zero == "float" else self.bits)

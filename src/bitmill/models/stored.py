@@ -107,9 +107,13 @@ class StoredTensors:
         parts = [(pattern, stored, self._source.tensor(stored)) for stored, pattern in entry.stored]
         return _convert(entry.converter, entry.first, parts, self._model)[name].contiguous()
 
-    def source_names(self, name: str) -> tuple[str, ...]:
-        """Return the names in the source from which a tensor is made."""
-        return tuple(stored for stored, _ in self._lookup(name).stored)
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Return the names in the source of what one tensor is made of; of an expert those of its own matrices."""
+        entry = self._lookup(name)
+        own = None
+        if entry.expert is not None:
+            own = _of_expert(entry.stored, entry.expert, self._experts[entry.fused])
+        return tuple(stored for stored, _ in own or entry.stored)
 
     def forget(self, name: str) -> None:
         """Leave out a tensor that is stored a second time under the name of a tied one."""

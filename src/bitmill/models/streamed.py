@@ -91,6 +91,10 @@ class StreamedModel:
         """Return a tensor as the source holds it, in its stored dtype."""
         return self._stored.tensor(name)
 
+    def stored_parts(self, name: str) -> tuple[str, ...]:
+        """Return the names in the source of the tensors from which one is made."""
+        return self._stored.parts(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a stored tensor, without reading it."""
         return self._stored.shape(name)

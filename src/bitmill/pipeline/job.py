@@ -87,14 +87,14 @@ class LayerResult:
 
     Attributes:
         quantized: the layer.
-        weight_error: relative squared error of the weights.
+        weight_error: relative squared error of the weights; None where no float model is known.
         output_error: relative squared error of the outputs on the calibration windows; None without them.
         shared: path of the module that holds the parts it shares; "" where it shares none.
         tokens: calibration tokens that were sent to the layer, for an expert; None for all others.
     """
 
     quantized: Quantized
-    weight_error: float
+    weight_error: float | None
     output_error: float | None
     shared: str = ""
     tokens: int | None = None

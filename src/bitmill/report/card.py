@@ -252,6 +252,8 @@ def model_card(report: dict[str, Any]) -> str:
     worst = sorted(layers, key=lambda layer: -layer["output_error"])[:_WORST_LAYERS]
     described = describe_source_types(report.get("source_types", []))
     source_line = f"The source {described}" if described else ""
+    if imported := report.get("imported"):
+        source_line = f"The codes were imported from a checkpoint of {imported}, without quantizing again."
     text = _CARD if report["recipe"] else _FLOAT_CARD
     by_domain = latest_with_domains(report["measured"])
     return _template(text).render(

@@ -114,7 +114,7 @@ class GgufSource:
         counts: dict[GGMLQuantizationType, int] = {}
         for tensor in self._header.tensors.values():
             counts[tensor.kind] = counts.get(tensor.kind, 0) + prod(tensor.shape)
-        if counts.keys() <= _FLOATS:
+        if counts.keys() <= FLOATS:
             return []
         total = sum(counts.values())
         types = []
@@ -152,6 +152,24 @@ class GgufSource:
     def pooling(self) -> str:
         """Return the mean over tokens; no supported GGUF architecture is an encoder."""
         return MEAN
+
+    def kind(self, name: str) -> GGMLQuantizationType:
+        """Return the type in which the file stores a tensor."""
+        return self._header.tensors[self._lookup(name)].kind
+
+    def stored_rows(self, name: str) -> np.ndarray:
+        """Return the bytes of a matrix, uint8 (rows, bytes), rows in the order of transformers."""
+        tensor = self._header.tensors[self._lookup(name)]
+        with self.path.open("rb") as file:
+            file.seek(tensor.offset)
+            data = np.fromfile(file, dtype=np.uint8, count=tensor.size_bytes)
+        if data.size != tensor.size_bytes:
+            raise SourceError(f"{self.path} ended inside {self._lookup(name)!r} while it was read.")
+        rows = data.reshape(tensor.shape[0], -1)
+        if (attribute := self._layout.interleaved.get(self._module(self._lookup(name)))) is None:
+            return rows
+        pairs = rows.reshape(getattr(self.config, attribute), -1, 2, rows.shape[1])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
     def _lookup(self, name: str) -> str:
         """Return the GGUF name of a tensor. Raises SourceError for an unknown name."""
@@ -230,7 +248,7 @@ def _decode(codes: np.ndarray, tensor: GgufTensor, name: str) -> np.ndarray:
         ) from None
 
 
-_FLOATS = {GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
+FLOATS = {GGMLQuantizationType[name] for name in ("F64", "F32", "F16", "BF16")}
 _PLAIN: dict[int, type] = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
 
 

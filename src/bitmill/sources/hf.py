@@ -195,11 +195,16 @@ class HfSource:
         for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
             for key in ("quantization_config", "compression_config"):
                 if quantized := part.get(key):
-                    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-                    raise SourceError(
-                        f"{self.folder} is already quantized by {method or 'another tool'}; give the float model."
-                    )
+                    self._meet_quantized(quantized)
         return load_config(self.folder, self.trust_remote_code, "auto_map" in plain)
+
+    def _meet_quantized(self, described: Any) -> None:
+        """Raise SourceError: the model is quantized already, as a config describes it."""
+        method = described.get("quant_method") if isinstance(described, dict) else None
+        raise SourceError(
+            f"{self.folder} is already quantized by {method or 'another tool'}; give the float model, or bring "
+            "its codes into a folder with bitmill import."
+        )
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         """Return a JSON object from a file of the folder. Raises SourceError."""

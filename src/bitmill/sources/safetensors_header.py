@@ -18,6 +18,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "U32": torch.uint32,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,

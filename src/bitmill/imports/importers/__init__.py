@@ -1,0 +1,1 @@
+"""The kinds of checkpoints of other programs, one a module."""

@@ -1,0 +1,1 @@
+"""Imports: checkpoints of other programs as quantized folders."""
