@@ -162,8 +162,9 @@ Budget = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Choose a format for every layer within this size, bits per weight of the blocks, such as 3.0bpw, or "
-        "of the files of weights, such as 70MB; verified on held-apart calibration windows.",
+        help="Choose a format for every layer within this size: bits per weight of the blocks, such as 3.0bpw, "
+        "the files of weights, such as 70MB, or the memory of the running model, such as '8GB at 32k context'; "
+        "verified on held-apart calibration windows.",
         show_default=False,
     ),
 ]
@@ -348,7 +349,7 @@ def _budget_folder(model: str, budget: str) -> Path:
     from bitmill.workflows.budget.size import parse_budget
     from bitmill.workflows.names import model_name
 
-    return Path(f"{model_name(model)}-budget-{parse_budget(budget).text}")
+    return Path(f"{model_name(model)}-budget-{parse_budget(budget).text.replace(' ', '-')}")
 
 
 def _default_folder(

@@ -70,7 +70,6 @@ class QuantizedCache(Cache):
         self.method, self.calibration = _choose_method(model, method, calibration, options)
         if self.calibration is not None:
             self.calibration.check(packed_shapes(model))
-        scheme = self.method.scheme()
         config: Any = model.config
         direct_config = config.get_text_config(decoder=True) if attach_attention(model) else None
         layers: list[Any] = list(DynamicCache(config=config).layers)
@@ -79,6 +78,7 @@ class QuantizedCache(Cache):
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 continue  # states of another kind stay as transformers has them
             params = _UNCALIBRATED if self.calibration is None else self.calibration.layers[number]
+            scheme = self.method.layer_scheme(number)
             rope = rope_to_undo(model, scheme, number)
             layers[number] = QuantizedLayer(scheme, params, rope, window, direct_config, cache_decoded)
         super().__init__(layers=layers)

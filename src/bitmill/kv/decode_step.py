@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import Any
 
 from bitmill.kv.batched import BatchPacker
+from bitmill.kv.buffer import TokenBuffer
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.native import unsupported_reason
 
@@ -73,11 +74,12 @@ class DecodeStepCache:
                 return "the packed cache holds several sequences, or padding"
             if layer.window is not None or buffer.pages.first:
                 return "tokens leave the sliding window of the packed cache"
-            if buffer.pages.num_pages != first.pages.num_pages or buffer.scheme != first.scheme:
+            if buffer.pages.num_pages != first.pages.num_pages or _waiting(buffer) != _waiting(first):
                 return "the layers of the packed cache differ"
             if layer.kernel_args.unsupported_reason is not None:
                 return _as_phrase(layer.kernel_args.unsupported_reason)
-        self.kind = f"packed by {first.scheme}"
+        schemes = list(dict.fromkeys(buffer.scheme for buffer in buffers))
+        self.kind = f"packed by {schemes}"
         self._blocks = [layer.kernel_args.block() for layer in self.layers]
         stores = [buffer.pages for buffer in buffers]
         if stores != self._stores:
@@ -89,9 +91,10 @@ class DecodeStepCache:
         if not self.layers[0].buffer.is_full:
             return
         buffers = [layer.buffer for layer in self.layers]
-        if self._packer is None:
+        alike = all(buffer.scheme == buffers[0].scheme for buffer in buffers)
+        if self._packer is None and alike:
             self._packer = BatchPacker(buffers)
-        if self._packer.can_pack:
+        if self._packer is not None and self._packer.can_pack:
             self._packer.pack_full_pages()
         else:
             for buffer in buffers:
@@ -109,6 +112,11 @@ class DecodeStepCache:
         """Count the token that the step has written into the fp16 buffers."""
         for layer in self.layers:
             layer.buffer.length += 1
+
+
+def _waiting(buffer: TokenBuffer) -> tuple[int, int]:
+    """Return the tokens that stay in fp16: attention sinks, and recent ones."""
+    return buffer.scheme.sink, buffer.scheme.residual
 
 
 def _as_phrase(sentence: str) -> str:

@@ -189,6 +189,17 @@ class KVMethod(Member):
         """Return the storage scheme. Raise RecipeError when options contradict each other."""
         raise NotImplementedError
 
+    def layer_scheme(self, number: int) -> Scheme:
+        """Return the storage scheme of one layer of the cache: that of all layers, unless a method mixes them.
+
+        Args:
+            number: index of the layer.
+
+        Raises:
+            RecipeError: the options name fewer layers.
+        """
+        return self.scheme()
+
 
 def kv_method(name: str, bits: int | None = None, **options: Any) -> KVMethod:
     """Return a KV method with the given options.

@@ -100,7 +100,7 @@ def cache_size(
 
 
 def layer_cache_size(
-    method: KVMethod | None, layer: CachedLayer, layers: int, tokens: int, batch: int = 1
+    method: KVMethod | None, layer: CachedLayer, layers: int, tokens: int, batch: int = 1, number: int = 0
 ) -> CacheSize:
     """Return the size of the cache of equal layers, packed or in fp16.
 
@@ -110,6 +110,7 @@ def layer_cache_size(
         layers: number of such layers.
         tokens: tokens per row that were appended.
         batch: rows.
+        number: index of one of the layers, for a method that stores layers in several ways.
 
     Raises:
         RecipeError: heads of this size do not suit the method.
@@ -117,7 +118,7 @@ def layer_cache_size(
     if method is None:
         return CacheSize(floats=_FP16_BYTES * layers * batch * layer.num_elements(tokens))
     return cache_size(
-        method.scheme(),
+        method.layer_scheme(number),
         layer.heads,
         layer.dim,
         layers,
@@ -207,8 +208,8 @@ def check_method(model: nn.Module, method: KVMethod, name: str = "") -> None:
         UsageError: the model has no layer that can be packed, or no rotary embedding that can be undone.
         RecipeError: its heads do not suit the method.
     """
-    scheme = method.scheme()
     for number, (heads, dim) in packed_shapes(model, name).items():
+        scheme = method.layer_scheme(number)
         check_heads(scheme, heads, dim)
         rope_to_undo(model, scheme, number)
 
@@ -236,9 +237,9 @@ def page_bits(model: nn.Module, method: KVMethod) -> float:
         model: a decoder; parameters on the meta device suffice.
         method: KV method.
     """
-    shapes = packed_shapes(model).values()
-    words = sum(PageLayout(method.scheme(), heads, dim).words for heads, dim in shapes)
-    return 32 * words / sum(2 * PAGE * heads * dim for heads, dim in shapes)
+    shapes = packed_shapes(model)
+    words = sum(PageLayout(method.layer_scheme(n), heads, dim).words for n, (heads, dim) in shapes.items())
+    return 32 * words / sum(2 * PAGE * heads * dim for heads, dim in shapes.values())
 
 
 def calibration_bytes(model: nn.Module, method: KVMethod) -> int:

@@ -9,6 +9,7 @@
     attention: {keys: {...}, ...}   how attention rounds what it multiplies, see `bitmill.recipes.attention`
     tuners: []                      learned around the quantized layers, first to last
     ignore: []                      short for leading rules that keep layers in float: glob patterns of their names
+    kv: kivi:bits=4                 method of keys and values, as --kv has it, for a folder without another
     head: {format: uniform, ...}    format of embedding and head, rounded to nearest, or float; 8 bits by default
 
 It round-trips through YAML and JSON, is stored with every quantized model, and refuses an illegal combination when
@@ -66,6 +67,7 @@ class _RecipeDocument(BaseModel):
     rules: list[_RuleDocument] = []  # or text, as on the command line, see `Recipe.from_dict`
     ignore: list[str] = []
     head: dict[str, Any] | Literal["float"] | None = None
+    kv: str | None = Field(None, min_length=1)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Recipe:
         tuners: learned around the quantized layers of a block, first to last.
         head: format of embedding and head, or "float"; None for the default, see `choose_head_formats`.
         attention: formats of what attention multiplies, in every block; None for floats.
+        kv: method of keys and values with options, as `--kv` has it; None for none.
 
     Raises:
         RecipeError: parts that cannot work together.
@@ -93,6 +96,7 @@ class Recipe:
     head: Format | Literal["float"] | None = None
     inputs: Inputs | None = None
     attention: Attention | None = None
+    kv: str | None = None
 
     def __post_init__(self) -> None:
         reasons = [scheme.unsupported_reason() for scheme in self.schemes]
@@ -147,6 +151,7 @@ class Recipe:
             "tuners": [t.to_dict() for t in self.tuners],
             "ignore": [rule.sites for rule in ignored],
             **({"rules": rules} if rules else {}),
+            **({} if self.kv is None else {"kv": self.kv}),
             **({} if self.head is None else {"head": self.head if self.head == FLOAT else self.head.to_dict()}),
         }
 
@@ -174,6 +179,7 @@ class Recipe:
             head=FORMATS.from_dict(document.head) if isinstance(document.head, dict) else document.head,
             inputs=None if document.inputs is None else Inputs.from_dict(document.inputs),
             attention=None if document.attention is None else Attention.from_dict(document.attention),
+            kv=document.kv,
         )
 
     def to_yaml(self) -> str:

@@ -20,6 +20,7 @@ def describe_budget(budget: dict[str, Any]) -> list[tuple[str, str]]:
             f"{budget['size_bytes'] / 1e6:,.1f} MB of weights",
         )
     ]
+    rows += _memory(budget)
     label = _common_label(budget["kinds"])
     costs = [kind["costs"].get(label, 0.0) for kind in budget["kinds"]]
     largest = max(costs, default=0.0)
@@ -28,10 +29,23 @@ def describe_budget(budget: dict[str, Any]) -> list[tuple[str, str]]:
         chosen = ", ".join(f"{chosen} in {count}" for chosen, count in kind["chosen"].items())
         measured = f"{cost:.2g}" if label in kind["costs"] else "-"
         rows.append(("", f"{bar:{_BAR}} {measured:>7}  {kind['name']}: {chosen}"))
-    rows[1:2] = [("sensitivity", rows[1][1])] if len(rows) > 1 else []
+    first = len(rows) - len(budget["kinds"])
+    rows[first : first + 1] = [("sensitivity", rows[first][1])] if budget["kinds"] else []
     rows.append(("", f"bars are mean costs at {label}, by {budget['sensitivity']['sensitivity']}"))
     rows.append(("bits of blocks", _curve(budget["blocks"])))
     return [*rows, *_verified(budget), *(("note", f"{note}.") for note in budget.get("notes", []))]
+
+
+def _memory(budget: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows about a process at a context; none for other budgets."""
+    if "context" not in budget:
+        return []
+    parts = budget["memory"]
+    largest = ", ".join(f"{name.replace('_', ' and ')} {size / 1e6:,.1f}" for name, size in parts.items())
+    rows = [("memory", f"MB at {budget['context']:,} tokens: {largest}"), ("keys and values", budget["kv"])]
+    if peak := budget.get("measured_peak_bytes"):
+        rows.append(("measured peak", f"{peak / 1e6:,.1f} MB at that context"))
+    return rows
 
 
 def budget_text(budget: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from bitmill.recipes.scheme import LayerScheme
 from bitmill.solvers.base import solve_stacked
 
 FLOAT_LABEL = "float"
+KEYS_VALUES = -2  # the index of the block of units that are keys and values
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,12 @@ class Candidate:
     Attributes:
         label: its name for people, such as "gptq bits=3".
         scheme: None leaves the layers in float.
+        pair: of keys and values, the bits of both; None for weights.
     """
 
     label: str
     scheme: LayerScheme | None = None
+    pair: tuple[int, int] | None = None
 
     @property
     def format(self) -> Format | None:
@@ -41,7 +44,7 @@ class Candidate:
     @cached_property
     def key(self) -> str:
         """A digest of the scheme, by which measured costs are kept."""
-        plain: Any = None
+        plain: Any = self.pair
         if self.scheme is not None:
             transforms = [transform.to_dict() for transform in self.scheme.transforms]
             plain = [self.scheme.weight.to_dict(), self.scheme.solver.to_dict(), transforms]
@@ -54,7 +57,7 @@ class Unit:
 
     Attributes:
         layers: full names.
-        block: index of their block; NON_BLOCK for embedding and head.
+        block: index of their block; NON_BLOCK for embedding and head, KEYS_VALUES for keys and values of a layer.
     """
 
     layers: tuple[str, ...]

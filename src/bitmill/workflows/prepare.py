@@ -16,7 +16,7 @@ from bitmill.data.mixture import is_mixture
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import SourceError, UsageError
-from bitmill.kv.config import KVConfig
+from bitmill.kv.config import KVConfig, parse_kv_config
 from bitmill.models.kind import check_class_loads
 from bitmill.models.stored import moved_on_load
 from bitmill.models.streamed import StreamedModel
@@ -106,6 +106,13 @@ class QuantizeRequest:
         """Raise UsageError when the result has no place to go."""
         if self.out is None and not self.dry_run and (self.kv is not None or not self.live):
             raise UsageError("Nowhere to write: give an output folder with out=....")
+
+
+def with_kv(request: QuantizeRequest, recipe: Recipe | None) -> QuantizeRequest:
+    """Return a request with the KV method of its recipe, where it names none itself."""
+    if request.kv is not None or recipe is None or recipe.kv is None:
+        return request
+    return replace(request, kv=parse_kv_config(recipe.kv))
 
 
 FLOAT_SHARE = 0.01  # of the weights of the blocks that may stay in float without a note

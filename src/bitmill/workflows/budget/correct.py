@@ -2,7 +2,7 @@
 
 Costs of single layers do not add up below 3 bits. Each unit moves to its next smaller and its next larger
 candidate while all others stay as planned; the measured changes of the divergence replace the costs, and the
-allocator chooses among these neighbours. Embedding and head stay as planned.
+allocator chooses among these neighbours. Embedding and head, and keys and values, stay as planned.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def corrected_plan(
         for name, own in changed.items()
     }
     limits = {name: set(known) for name, known in changed.items()}
-    for unit in problem.end_units:
+    for unit in (*problem.end_units, *problem.kv_units):
         limits[unit.name] = {plan.chosen[unit.name].key}
         priced[unit.name] = {}
     found = solve_plan("corrected plan", problem, priced, allocator, limits=limits)

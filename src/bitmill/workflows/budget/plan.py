@@ -10,7 +10,7 @@ from typing import Any
 from bitmill.allocators import Allocator, Choices
 from bitmill.errors import UsageError
 from bitmill.recipes.recipe import Recipe
-from bitmill.sensitivities.candidate import Candidate
+from bitmill.sensitivities.candidate import KEYS_VALUES, Candidate
 from bitmill.sensitivities.store import Costs
 from bitmill.workflows.budget.problem import Problem, files_bytes
 from bitmill.workflows.budget.recipe import plan_recipe
@@ -49,6 +49,17 @@ class Plan:
         """Bytes of all files of weights."""
         return files_bytes(self.problem, self.recipe)
 
+    @cached_property
+    def memory_bytes(self) -> int:
+        """Computed peak of a process at the budget's context; 0 for other budgets."""
+        memory = self.problem.memory
+        return 0 if memory is None else memory.needed(self.problem.bits(self.chosen) / 8)
+
+    @property
+    def counted_bytes(self) -> int:
+        """Bytes that a budget of bytes counts: of the process at its context, otherwise of the files."""
+        return self.memory_bytes or self.size_bytes
+
     def describe(self) -> dict[str, Any]:
         """Return sizes and prediction as plain data."""
         return {
@@ -56,6 +67,7 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "size_bytes": self.size_bytes,
             "predicted_kl": self.predicted,
+            **({} if self.problem.memory is None else {"memory_bytes": self.memory_bytes}),
         }
 
 
@@ -98,11 +110,14 @@ def solve_plan(
     assert problem.budget.size_bytes is not None
     smallest = [choice.cheapest for choice in choices]
     least = _plan(name, problem, options, choices, smallest)
-    fixed = 8 * least.size_bytes - sum(choice.bits[j] for choice, j in zip(choices, smallest))
-    limit = 8 * problem.budget.size_bytes - fixed
+    if problem.memory is not None:
+        limit = 8 * problem.memory.room(problem.budget.size_bytes)
+    else:
+        fixed = 8 * least.size_bytes - sum(choice.bits[j] for choice, j in zip(choices, smallest))
+        limit = 8 * problem.budget.size_bytes - fixed
     for _ in range(_TRIES):
         plan = _plan(name, problem, options, choices, allocator.allocate(choices, limit))
-        over = plan.size_bytes - problem.budget.size_bytes
+        over = plan.counted_bytes - problem.budget.size_bytes
         if over <= 0:
             return plan
         limit -= 8 * over
@@ -150,10 +165,9 @@ def describe_kinds(problem: Problem, costs: Costs, plan: Plan) -> list[dict[str,
     kinds: dict[str, dict[str, Any]] = {}
     sizes = {site.layer: site.shape[0] * site.shape[1] for site in problem.streamed.all_sites()}
     for unit in problem.units:
-        prefix = f"{problem.streamed.block_name(unit.block)}." if unit in problem.block_units else ""
-        kind = kinds.setdefault(
-            unit.name.removeprefix(prefix), {"units": 0, "weights": 0, "costs": Counter(), "chosen": Counter()}
-        )
+        prefix = f"{problem.streamed.block_name(unit.block)}." if unit.block >= 0 else ""
+        name = "keys and values" if unit.block == KEYS_VALUES else unit.name.removeprefix(prefix)
+        kind = kinds.setdefault(name, {"units": 0, "weights": 0, "costs": Counter(), "chosen": Counter()})
         kind["units"] += 1
         kind["weights"] += sum(sizes.get(layer, 0) for layer in unit.layers)
         kind["chosen"][plan.chosen[unit.name].label] += 1
@@ -171,13 +185,26 @@ def describe_kinds(problem: Problem, costs: Costs, plan: Plan) -> list[dict[str,
     ]
 
 
+def describe_memory(plan: Plan) -> dict[str, int]:
+    """Return the bytes of the process at the context: the parts that no choice changes, and those of the plan."""
+    problem, memory = plan.problem, plan.problem.memory
+    assert memory is not None
+    at = {unit.name: problem.candidates[unit.name].index(plan.chosen[unit.name]) for unit in problem.units}
+    cached = sum(problem.sizes[unit.name][at[unit.name]] for unit in problem.kv_units)
+    parts = ("program", "modules", "activations", "attention", "others")
+    return {
+        **{name: getattr(memory, name) for name in parts},
+        "layers": (problem.bits(plan.chosen) - cached) // 8,
+        "keys_values": cached // 8,
+    }
+
+
 def describe_blocks(plan: Plan) -> list[float]:
     """Return the bits per weight of every block."""
     problem, bits, weights = plan.problem, Counter[int](), Counter[int]()
     sizes = {site.layer: site.shape[0] * site.shape[1] for site in problem.streamed.all_sites()}
     for unit in problem.block_units:
-        at = problem.candidates[unit.name].index(plan.chosen[unit.name])
-        bits[unit.block] += problem.sizes[unit.name][at]
+        bits[unit.block] += problem.stored_bits(unit, plan.chosen[unit.name])
         weights[unit.block] += sum(sizes[layer] for layer in unit.layers)
     return [bits[index] / weights[index] for index in sorted(bits)]
 

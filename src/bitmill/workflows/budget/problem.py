@@ -20,9 +20,11 @@ from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.resolve import resolve_recipe
 from bitmill.recipes.rules import Rule
 from bitmill.recipes.scheme import LayerScheme
-from bitmill.sensitivities.candidate import FLOAT_LABEL, Candidate, Unit, block_units
+from bitmill.sensitivities.candidate import FLOAT_LABEL, KEYS_VALUES, Candidate, Unit, block_units
 from bitmill.solvers import SOLVERS
 from bitmill.workflows.budget.candidates import block_candidates, head_candidates
+from bitmill.workflows.budget.keys_values import KV_BASE, keys_values, pair_method
+from bitmill.workflows.budget.memory import RunningMemory, loaded_bits, running_memory
 from bitmill.workflows.budget.size import Budget
 from bitmill.workflows.folder_size import weight_files_bytes
 from bitmill.workflows.sizes import float_bytes
@@ -41,6 +43,8 @@ class Problem:
         sizes: name of a unit -> bits of each candidate.
         pinned: names of the units that a rule, or head_bits, decides.
         ends: embedding and head, where they are units.
+        memory: of the process at the budget's context; None for other budgets.
+        kv_base: method that stores keys and values, where they are units.
     """
 
     streamed: StreamedModel
@@ -51,6 +55,8 @@ class Problem:
     sizes: dict[str, tuple[int, ...]]
     pinned: frozenset[str]
     ends: EmbeddingAndHead | None
+    memory: RunningMemory | None = None
+    kv_base: str = ""
 
     @cached_property
     def weights(self) -> int:
@@ -60,12 +66,25 @@ class Problem:
     @cached_property
     def block_units(self) -> tuple[Unit, ...]:
         """The units of the blocks."""
-        return tuple(unit for unit in self.units if unit.block != NON_BLOCK)
+        return tuple(unit for unit in self.units if unit.block >= 0)
 
     @cached_property
     def end_units(self) -> tuple[Unit, ...]:
         """The units outside the blocks."""
         return tuple(unit for unit in self.units if unit.block == NON_BLOCK)
+
+    @cached_property
+    def kv_units(self) -> tuple[Unit, ...]:
+        """The units that are keys and values, one a layer."""
+        return tuple(unit for unit in self.units if unit.block == KEYS_VALUES)
+
+    def bits(self, chosen: dict[str, Candidate]) -> int:
+        """Return the bits of all units.
+
+        Args:
+            chosen: name of a unit -> its candidate.
+        """
+        return sum(self.sizes[u.name][self.candidates[u.name].index(chosen[u.name])] for u in self.units)
 
     def block_bits(self, chosen: dict[str, Candidate]) -> int:
         """Return the bits of the linears of the blocks.
@@ -73,7 +92,29 @@ class Problem:
         Args:
             chosen: name of a unit -> its candidate.
         """
-        return sum(self.sizes[u.name][self.candidates[u.name].index(chosen[u.name])] for u in self.block_units)
+        return sum(self.stored_bits(unit, chosen[unit.name]) for unit in self.block_units)
+
+    def stored_bits(self, unit: Unit, candidate: Candidate) -> int:
+        """Return the bits of a unit of the blocks in files, at one of its candidates."""
+        return sum(
+            _stored_bits(candidate.format, self._shapes[layer], self._types[layer]) for layer in unit.layers
+        )
+
+    @cached_property
+    def float_memory(self) -> int:
+        """The peak of the float model at the context, with an ordinary cache, both in fp32."""
+        assert self.memory is not None
+        every = sum(math.prod(self.streamed.shape(name)) for name in self.streamed.names())
+        cached = sum(self.memory.cache_bits(None, number) for number in range(len(self.memory.layers)))
+        return self.memory.needed(4 * every - self.memory.others + cached / 8)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {site.layer: (site.shape[0], site.shape[1]) for site in self.streamed.all_sites()}
+
+    @cached_property
+    def _types(self) -> dict[str, torch.dtype]:
+        return {site.layer: self.streamed.dtype(site.path) for site in self.streamed.all_sites()}
 
 
 def build_problem(
@@ -82,8 +123,17 @@ def build_problem(
     methods: Sequence[str | Recipe],
     rules: Sequence[str | Rule],
     head_bits: HeadBits | None,
+    kv_base: str = KV_BASE,
+    program: int = 0,
 ) -> Problem:
     """Build the problem of a budget on a model.
+
+    Args:
+        streamed: the float model; no weight is read.
+        budget: the budget.
+        methods, rules, head_bits: as for `quantize`.
+        kv_base: with a context, the method that stores keys and values.
+        program: with a context, the measured bytes of a process without a model.
 
     Raises:
         UsageError: a method that cannot be a candidate; nothing is needed; or a rule contradicts the budget.
@@ -95,6 +145,8 @@ def build_problem(
             "divergence is measured."
         )
     options = block_candidates(methods)
+    if budget.context is not None:  # a recipe quantizes some layer, even where keys and values alone had to shrink
+        options = [candidate for candidate in options if candidate.scheme is not None]
     first = next(candidate.scheme for candidate in options if candidate.scheme)
     base = Recipe("budget", first.weight, first.solver, first.transforms)
     base = with_head(compose(base, rules=rules) if rules else base, head_bits)
@@ -118,12 +170,19 @@ def build_problem(
             fixed = _fixed_end(base, ends, site.layer, frozenset(shapes))
             candidates[unit.name] = tuple(head_candidates()) if fixed is None else (fixed,)
             pinned |= {unit.name} if fixed is not None else set()
+    memory = None
+    if budget.context is not None:
+        kv_units, own = keys_values(streamed, kv_base)
+        units, candidates = [*units, *kv_units], {**candidates, **own}
+        memory = running_memory(streamed, budget.context, program, shapes)
     sizes: dict[str, tuple[int, ...]] = {}
     for unit in units:
-        bits = {c: _bits(c.format, unit, shapes, types) for c in candidates[unit.name]}
+        bits = {c: _bits(c, unit, shapes, types, memory, kv_base) for c in candidates[unit.name]}
         by_size = sorted(bits, key=lambda c: bits[c])
         candidates[unit.name], sizes[unit.name] = tuple(by_size), tuple(bits[c] for c in by_size)
-    return Problem(streamed, budget, base, tuple(units), candidates, sizes, frozenset(pinned), ends)
+    return Problem(
+        streamed, budget, base, tuple(units), candidates, sizes, frozenset(pinned), ends, memory, kv_base
+    )
 
 
 def check_feasible(problem: Problem, least: dict[str, Candidate], least_size: float, unpinned_size: float) -> None:
@@ -138,10 +197,14 @@ def check_feasible(problem: Problem, least: dict[str, Candidate], least_size: fl
     budget = problem.budget
     limit = float(budget.bits_per_weight or budget.size_bytes or 0)
     unit = "bytes" if budget.counts_files else "bits per weight"
+    if problem.memory is not None:
+        unit = f"bytes of memory at {budget.context:,} tokens"
     shown = (lambda size: f"{size:,.0f}") if budget.counts_files else (lambda size: f"{size:.3f}")
     types = {site.path: problem.streamed.dtype(site.path) for site in problem.streamed.all_sites()}
     block_bits = sum(8 * types[s.path].itemsize * math.prod(s.shape) for s in problem.streamed.all_sites())
     most = float_bytes(problem.streamed) if budget.counts_files else block_bits / problem.weights
+    if problem.memory is not None:
+        most = problem.float_memory
     if limit >= most:
         raise UsageError(
             f"The budget of {budget.text} holds the float model, which has {shown(most)} {unit}; nothing needs to "
@@ -204,9 +267,25 @@ def _fixed_end(base: Recipe, ends: EmbeddingAndHead, layer: str, linears: frozen
 
 
 def _bits(
-    format: Format | None, unit: Unit, shapes: dict[str, tuple[int, int]], types: dict[str, torch.dtype]
+    candidate: Candidate,
+    unit: Unit,
+    shapes: dict[str, tuple[int, int]],
+    types: dict[str, torch.dtype],
+    memory: RunningMemory | None,
+    kv_base: str,
 ) -> int:
-    """Return the bits of the layers of a unit."""
+    """Return the bits of a unit: stored, or in memory."""
+    if candidate.pair is not None:
+        assert memory is not None
+        return memory.cache_bits(pair_method(kv_base, candidate.pair), int(unit.layers[0].rpartition(".")[2]))
+    format = None if candidate.format == FLOAT else candidate.format
+    if memory is not None:
+        return sum(loaded_bits(format, shapes[layer]) for layer in unit.layers)
+    return sum(_stored_bits(format, shapes[layer], types[layer]) for layer in unit.layers)
+
+
+def _stored_bits(format: Format | None, shape: tuple[int, int], type: torch.dtype) -> int:
+    """Return the bits of a layer in files; None, or "float", is its own type."""
     if format is None or format == FLOAT:
-        return sum(8 * types[layer].itemsize * math.prod(shapes[layer]) for layer in unit.layers)
-    return sum(format.own_bits(shapes[layer]) for layer in unit.layers)
+        return 8 * type.itemsize * math.prod(shape)
+    return format.own_bits(shape)

@@ -15,6 +15,7 @@ from bitmill.recipes.inputs import FLOAT
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.sensitivities.candidate import Candidate, Unit
+from bitmill.workflows.budget.keys_values import written_kv
 from bitmill.workflows.budget.problem import Problem
 
 
@@ -50,7 +51,12 @@ def plan_recipe(problem: Problem, chosen: dict[str, Candidate]) -> Recipe:
             patterns += _rules([f"{blocks}.*.{path}" for path in paths], usual)
     ordered = [rule for _, rule in sorted(exceptions, key=lambda exception: exception[0])]
     head, head_rules = _head(problem, chosen)
-    recipe = replace(problem.base, rules=(*problem.base.rules, *ordered, *patterns, *head_rules), head=head)
+    recipe = replace(
+        problem.base,
+        rules=(*problem.base.rules, *ordered, *patterns, *head_rules),
+        head=head,
+        kv=_keys_values(problem, chosen),
+    )
     if default is None or default.scheme is None:
         return recipe
     scheme = default.scheme
@@ -123,6 +129,12 @@ def _patterns(names: Sequence[str]) -> list[str]:
             at = differing[0]
             return [f"{names[0][:at]}[{''.join(name[at] for name in names)}]{names[0][at + 1 :]}"]
     return list(names)
+
+
+def _keys_values(problem: Problem, chosen: dict[str, Candidate]) -> str | None:
+    """Return the KV method of a plan with its options; None where keys and values are not in the budget."""
+    pairs = [chosen[unit.name].pair for unit in problem.kv_units]
+    return written_kv(problem.kv_base, [pair for pair in pairs if pair]) if pairs else None
 
 
 def _head(problem: Problem, chosen: dict[str, Candidate]) -> tuple[Any, list[Rule]]:

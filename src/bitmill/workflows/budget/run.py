@@ -21,7 +21,9 @@ from bitmill.data.held_apart import hold_apart
 from bitmill.data.text import windows_hash
 from bitmill.data.windows import CalibrationData
 from bitmill.errors import UsageError
+from bitmill.evaluation.context import context_length
 from bitmill.files import write_text
+from bitmill.kv.config import KVConfig
 from bitmill.models.streamed import StreamedModel
 from bitmill.pipeline.inputs import statistics_store
 from bitmill.pipeline.job import Propagate
@@ -34,6 +36,7 @@ from bitmill.report.budget import budget_text
 from bitmill.sensitivities import SENSITIVITIES, Sensitivity
 from bitmill.sensitivities.base import Run
 from bitmill.sensitivities.ends import measure_ends
+from bitmill.sensitivities.keys_values import measure_keys_values, pairs_of
 from bitmill.sensitivities.kl import KL
 from bitmill.sensitivities.measure import complete_costs, measure_blocks
 from bitmill.sensitivities.store import Costs
@@ -41,17 +44,20 @@ from bitmill.sources.cache import cache_folder
 from bitmill.sources.open import open_source
 from bitmill.workflows.budget.candidates import METHODS_BY_DEFAULT
 from bitmill.workflows.budget.correct import corrected_plan
+from bitmill.workflows.budget.keys_values import KV_BASE
+from bitmill.workflows.budget.peak import measured_peak
 from bitmill.workflows.budget.plan import (
     Plan,
     describe_blocks,
     describe_kinds,
+    describe_memory,
     smallest_plan,
     solve_plan,
     uniform_plans,
 )
 from bitmill.workflows.budget.problem import Problem, build_problem, check_feasible
 from bitmill.workflows.budget.recipe import readable_yaml
-from bitmill.workflows.budget.size import parse_budget
+from bitmill.workflows.budget.size import Budget, parse_budget
 from bitmill.workflows.budget.verify import Verifier
 from bitmill.workflows.prepare import PreparedJob, QuantizeRequest
 from bitmill.workflows.probe import short_trial
@@ -126,6 +132,7 @@ def recipe_for_budget(
         BitmillError: in one sentence, before any work where the arguments are wrong.
     """
     budget = parse_budget(asked.budget)
+    kv_base = _kv_base(request.kv, budget)
     sensitivity: Sensitivity = SENSITIVITIES.from_dict(parse_part(SENSITIVITIES, asked.sensitivity))
     allocator: Allocator = ALLOCATORS.from_dict(parse_part(ALLOCATORS, asked.allocator))
     if request.statistics is not None and request.propagate != "float":
@@ -134,10 +141,32 @@ def recipe_for_budget(
         check_output(request.out, request.overwrite)
     source = open_source(request.model, trust_remote_code=request.trust_remote_code, tokenizer=request.tokenizer)
     streamed = StreamedModel(source, request.device)
-    problem = build_problem(streamed, budget, asked.methods, rules, head_bits)
-    _check(problem, build_problem(streamed, budget, asked.methods, (), None) if rules or head_bits else problem)
+    program = 0 if budget.context is None else measured_peak(None)
+    problem = build_problem(streamed, budget, asked.methods, rules, head_bits, kv_base, program)
+    free = problem
+    if rules or head_bits:
+        free = build_problem(streamed, budget, asked.methods, (), None, kv_base, program)
+    _check(problem, free)
     planning = _Planning(request, asked, problem, sensitivity, allocator)
     return planning.result()
+
+
+def _kv_base(kv: KVConfig | None, budget: Budget) -> str:
+    """Return the method that stores keys and values.
+
+    Raises:
+        UsageError: keys and values are not in the budget, or their bits are given.
+    """
+    if kv is None:
+        return KV_BASE
+    if budget.context is None:
+        raise UsageError(
+            "A budget counts weights alone; give it a context, such as 8GB at 32k context, or quantize without a "
+            "KV method, and calibrate keys and values of the folder afterwards (--method none --kv NAME)."
+        )
+    if kv.bits is not None or kv.options:
+        raise UsageError("A budget with a context chooses bits of keys and values; name the KV method alone.")
+    return kv.name
 
 
 def budget_recipes(
@@ -167,7 +196,8 @@ def _check(problem: Problem, unpinned: Problem) -> None:
     """Raise UsageError for a budget that cannot be met, or is met already."""
     least, free = smallest_plan(problem), smallest_plan(unpinned)
     sizes = [
-        float(plan.size_bytes) if problem.budget.counts_files else plan.bits_per_weight for plan in (least, free)
+        float(plan.counted_bytes) if problem.budget.counts_files else plan.bits_per_weight
+        for plan in (least, free)
     ]
     check_feasible(problem, least.chosen, *sizes)
 
@@ -192,6 +222,7 @@ class _Planning:
         assert data.windows is not None
         count = held_apart_windows(len(data.windows))
         kept, apart = hold_apart(data.windows, count)
+        self._warn_of_context()
         run = Run(streamed, kept, self._folder(kept), request.progress)
         costs = self._costs(run)
         plan = solve_plan("plan", self.problem, costs, self.allocator)
@@ -259,8 +290,29 @@ class _Planning:
             self.seconds["embedding and head"] = seconds
         for unit in problem.end_units:
             costs.setdefault(unit.name, {})
+        if problem.kv_units:
+            costs |= self._kv_costs(run)
         self.seconds["sensitivity"] = time.perf_counter() - began
         return costs
+
+    def _kv_costs(self, run: Run) -> Costs:
+        """Return the costs of all pairs of bits of the keys and values of every layer."""
+        problem, began = self.problem, time.perf_counter()
+        found = measure_keys_values(run, problem.kv_base, pairs_of(problem.kv_base))
+        costs: Costs = {}
+        for layer, unit in enumerate(problem.kv_units):
+            pairs = {c.key: found[layer][c.pair] for c in problem.candidates[unit.name] if c.pair is not None}
+            costs[unit.name] = pairs
+        self.seconds["keys and values"] = time.perf_counter() - began
+        return costs
+
+    def _warn_of_context(self) -> None:
+        """Note a context beyond the trained one."""
+        context, trained = self.problem.budget.context, context_length(self.problem.streamed.source.config)
+        if context is not None and trained is not None and context > trained:
+            note = f"a context of {context:,} tokens is beyond the {trained:,} that the model was trained for"
+            self.notes.append(note)
+            self.request.progress.note(f"{note}; its quality there is not known")
 
     def _scale(self, run: Run, costs: Costs) -> float:
         """Return the divergence per unit of a cost, measured in a few blocks for one candidate of each unit."""
@@ -304,6 +356,7 @@ class _Planning:
             "held_apart": len(apart),
             "seqlen": int(apart.shape[1]),
             **plan.describe(),
+            **({} if self.problem.memory is None else {"context": self.problem.memory.context}),
             **self._shapes(plan, costs),
         }
 
@@ -313,4 +366,5 @@ class _Planning:
             "blocks": describe_blocks(plan),
             "bits_per_weight": plan.bits_per_weight,
             "size_bytes": plan.size_bytes,
+            **({} if self.problem.memory is None else {"memory": describe_memory(plan), "kv": plan.recipe.kv}),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,13 @@ class CacheStorage:
         Raises:
             RecipeError: the method does not support these heads.
         """
+        alike: dict[Hashable, list[int]] = {}
+        for number, layer in enumerate(self.layers):
+            scheme = None if self.method is None else self.method.layer_scheme(number)
+            alike.setdefault((layer, scheme), []).append(number)
         sizes = (
-            layer_cache_size(self.method, layer, count, tokens, self.batch)
-            for layer, count in Counter(self.layers).items()
+            layer_cache_size(self.method, self.layers[own[0]], len(own), tokens, self.batch, own[0])
+            for own in alike.values()
         )
         return sum(sizes, CacheSize())
 
@@ -103,5 +107,5 @@ def cache_storages(
 
 def _check_layers(method: KVMethod, layers: tuple[CachedLayer, ...]) -> None:
     """Raise RecipeError where a method does not support the heads of a layer."""
-    for layer in set(layers):
-        check_heads(method.scheme(), layer.heads, layer.dim)
+    for number, layer in enumerate(layers):
+        check_heads(method.layer_scheme(number), layer.heads, layer.dim)

@@ -41,7 +41,9 @@ from bitmill.report.html import folder_documents
 from bitmill.report.text import next_commands, summary_rows
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.announce import announced
+from bitmill.workflows.budget.peak import PeakNotMeasured, measured_peak
 from bitmill.workflows.budget.run import BudgetRequest, recipe_for_budget
+from bitmill.workflows.budget.size import parse_budget
 from bitmill.workflows.checks import check_space
 from bitmill.workflows.job_report import job_report
 from bitmill.workflows.machine import seconds_since
@@ -53,6 +55,7 @@ from bitmill.workflows.prepare import (
     read_data,
     windows_to_measure,
     with_calibrated_attention,
+    with_kv,
 )
 from bitmill.workflows.running import measure_folder
 from bitmill.workflows.sizes import report_plan
@@ -137,8 +140,9 @@ def quantize(
         head_bits: bits of embedding and output head, 8, 6 or 4, or "float"; 8 by default, see docs/cli.md.
         rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8"; the first match wins.
         budget: choose a format for every layer so that the model takes no more: "3.0bpw" are bits per weight of
-            the blocks, "70MB" the files of weights. The last eighth of the calibration windows, 16 at most,
-            verifies the choice.
+            the blocks, "70MB" the files of weights, "8GB at 32k context" the memory of the running model, with
+            bits of keys and values chosen too, stored by the method `kv` (kivi). The last eighth of the
+            calibration windows, 16 at most, verifies the choice.
         methods: with a budget, names of methods, recipe files or recipes to choose from.
         sensitivity, allocator: with a budget, how the effect of a format on the model is measured, and how formats
             are chosen, see docs/budget.md.
@@ -205,15 +209,10 @@ def _to_budget(
             f"A budget chooses methods and their options itself; leave out {given}, or name the methods to choose "
             "from with --methods (methods)."
         )
-    if request.kv is not None:
-        raise UsageError(
-            "A budget counts weights alone; quantize without a KV method, and calibrate keys and values of the "
-            "folder afterwards (--method none --kv NAME)."
-        )
     request.check_output()
     found = recipe_for_budget(request, asked, changes.rules, changes.head_bits)
-    request = replace(request, held_apart=found.held_apart)
-    return _write(request, found.recipe, {"budget": found.summary})
+    request = replace(request, held_apart=found.held_apart, kv=None)
+    return _write(with_kv(request, found.recipe), found.recipe, {"budget": found.summary})
 
 
 def _quantize(
@@ -232,7 +231,7 @@ def _quantize(
         if is_bitmill_folder(folder):
             return _calibrate_folder(request, folder, request.kv)
     request.check_output()
-    return _write(request, recipe, chosen)
+    return _write(with_kv(request, recipe), recipe, chosen)
 
 
 def _write(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[str, Any]) -> Outcome:
@@ -336,6 +335,7 @@ def _run(prepared: PreparedJob, data: JobData, identity: dict[str, Any], work: W
         prepared.kv.write(written, request.progress)
     if reference := recorder and recorder.result():
         report |= _measure_running(prepared, written, reference)
+    _measure_peak(prepared, written)
     sink.finish(report, folder_documents(report))
     return Outcome(_summary(prepared.plan, work.out, request.started, report["measured"]), report, work.out)
 
@@ -385,6 +385,26 @@ def _measure_running(prepared: PreparedJob, folder: Path, reference: ReferencePr
         return {}
     write_tensors(folder / REFERENCE_FILE, reference.tensors())
     return {"running": running}
+
+
+def _measure_peak(prepared: PreparedJob, folder: Path) -> None:
+    """Measure the peak memory of a folder at the context of its budget, into the budget's entry of the report."""
+    budget, request = prepared.plan.get("budget") or {}, prepared.request
+    if "context" not in budget:
+        return
+    request.progress.start("running at the context of the budget", 0)
+    try:
+        peak = measured_peak(folder, budget["context"], request.trust_remote_code)
+    except PeakNotMeasured as error:
+        budget["notes"].append(str(error).rstrip("."))
+        return
+    budget["measured_peak_bytes"] = peak
+    limit = parse_budget(budget["text"]).size_bytes or 0
+    if peak > limit:
+        budget["notes"].append(
+            f"the measured peak of {peak / 1e6:,.0f} MB is above the budget; give a smaller one, or a shorter "
+            "context"
+        )
 
 
 def _finished(checkpoint: Checkpoint, plan: dict[str, Any], started: float) -> Outcome:
