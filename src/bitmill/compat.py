@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CACHE_NAMES = ("cache", "past_key_values")  # names of the argument and of the output, later releases first
 
@@ -54,3 +55,23 @@ def is_traced(x: Tensor | None = None) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+@contextmanager
+def plain_meta_model() -> Iterator[None]:
+    """Make models on the meta device without torch's reference implementations, whose import of sympy takes 35 MB.
+
+    Weights of layers stay undrawn, and ranges, of which rotary frequencies are made, are computed in memory.
+    from_pretrained fills both later.
+    """
+    kinds: dict[Any, Any] = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
+    arange = torch.arange
+    for kind, own in kinds.items():
+        kind.reset_parameters = lambda module, own=own: None if module.weight.is_meta else own(module)
+    torch.arange = lambda *args, **options: arange(*args, **{"device": "cpu", **options})
+    try:
+        yield
+    finally:
+        torch.arange = arange
+        for kind, own in kinds.items():
+            kind.reset_parameters = own

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bitmill.errors import OutputError
 
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 20
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 
 

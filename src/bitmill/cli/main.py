@@ -33,6 +33,7 @@ from bitmill.cli import (
 from bitmill.cli.app import App
 from bitmill.cli.failure import debugging, report_failure
 from bitmill.cli.help import MEASURE
+from bitmill.postponed_imports import postpone_imports
 from bitmill.version import __version__
 
 RENAMED_COMMANDS = {"study": "sweep"}  # old names, accepted until the next release
@@ -91,6 +92,8 @@ def main(args: list[str] | None = None) -> int:
     Args:
         args: the command's words; those of the process (sys.argv) when left out.
     """
+    if args is None:
+        postpone_imports()
     _quiet_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that its encoding does not have

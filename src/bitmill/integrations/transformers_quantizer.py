@@ -25,6 +25,7 @@ from bitmill.integrations.renaming import model_names, renamed_config
 from bitmill.integrations.saving import protect_saves
 from bitmill.recipes.attention import attach_attention
 from bitmill.runtime.modules.dequantize import dequantize_model
+from bitmill.runtime.modules.embedding import QuantEmbedding
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix, check_packed, detach_files
 from bitmill.runtime.modules.replace import layers_outside_blocks, replace_layers
@@ -75,6 +76,9 @@ class BitmillQuantizer(HfQuantizer):
                 "load it with the model class that config.json names."
             )
         self._replaced = replace_layers(model, formats, ends, places, device="meta")
+        for table in (layer for layer in self._replaced.values() if isinstance(layer, QuantEmbedding)):
+            # in memory like other buffers: torch makes copies of a meta tensor by code that imports sympy
+            table.weight = torch.empty(table.weight.shape, dtype=table.weight.dtype, device="cpu")
         files = [Path(file) for file in checkpoint_files or ()]
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self._renames = False

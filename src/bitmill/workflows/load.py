@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from bitmill.checkpoint.reader import is_bitmill_folder, is_checkpoint, open_checkpoint
+from bitmill.compat import plain_meta_model
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import BitmillError, CheckpointError, UsageError, one_line
@@ -155,9 +157,10 @@ def _from_folder(
     """Call `from_pretrained` on a folder that bitmill wrote; every error, of `check` too, becomes one sentence."""
     folder = user_path(folder)
     try:
-        loaded = kind.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **options
-        )
+        with nullcontext() if trust_remote_code else plain_meta_model():
+            loaded = kind.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **options
+            )
         if check is not None:
             check(loaded)
         return loaded

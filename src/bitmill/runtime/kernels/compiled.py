@@ -26,9 +26,11 @@ from bitmill.native import is_available, native, threads
 from bitmill.runtime import ops
 from bitmill.runtime.activations import activations
 from bitmill.runtime.kernels.base import Kernel, KernelSpec
+from bitmill.runtime.kernels.mapped import is_mapped_file, release_pages
 from bitmill.runtime.kernels.reference import RowDecoder, matmul_by_tiles, row_decoder, row_tiles
 
 MAX_TOKENS = 16
+PIECE_BYTES = 4 << 20  # of a mapped matrix that are repacked at once
 _memory = threading.local()
 
 
@@ -61,6 +63,31 @@ def cpu_unsupported_reason(spec: KernelSpec) -> str | None:
 def may_compile(spec: KernelSpec) -> bool:
     """Return True if a wrapper may run compiled code: on the CPU, without BITMILL_KERNEL=reference."""
     return os.environ.get("BITMILL_KERNEL") != "reference" and cpu_unsupported_reason(spec) is None
+
+
+def _repacked(words: Tensor, layout: list[int]) -> Tensor:
+    """Return the codes in the layout of csrc/lut/layout.h.
+
+    Those of a mapped file are repacked in pieces whose pages are released, so that a large matrix is held once.
+
+    Args:
+        words: Packed codes (rows, words of a row).
+        layout: Arguments of the extension's Layout.
+    """
+    whole, (rows, *sizes) = native().Layout(*layout), layout
+    out = torch.zeros(whole.code_bytes, dtype=torch.uint8)
+    if words.nbytes <= PIECE_BYTES or not is_mapped_file(words):
+        native().to_layout(whole, words, out, threads())
+        return out
+    tile, done = layout[-2], 0  # rows_per_tile
+    step = max(1, PIECE_BYTES // (words[0].nbytes * tile)) * tile
+    for first in range(0, rows, step):
+        piece = words[first : first + step]
+        part = native().Layout(len(piece), *sizes)
+        native().to_layout(part, piece, out[done : done + part.code_bytes], threads())
+        release_pages(piece)
+        done += part.code_bytes
+    return out
 
 
 def tile_buffer(rows: slice, columns: int) -> Tensor:
@@ -134,9 +161,7 @@ class RepackedKernel(CompiledKernel):
         self.spec, self.layout, self._format_json = spec, layout, ops.format_to_json(spec.format)
         self._words = tensors["codes"].shape[1]
         self.packed = {name: tensor for name, tensor in tensors.items() if name != "codes"}
-        made = native().Layout(*layout)
-        self.codes = torch.zeros(made.code_bytes, dtype=torch.uint8)
-        native().to_layout(made, tensors["codes"].contiguous(), self.codes, threads())
+        self.codes = _repacked(tensors["codes"].contiguous(), layout)
 
     def named_tensors(self, prefix: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return all tensors by name.
