@@ -3,8 +3,30 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef BITMILL_X86
+#include <cpuid.h>
+#endif
+#ifdef BITMILL_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace bitmill {
 namespace {
+
+#if defined(BITMILL_AVXVNNI) || defined(BITMILL_AMX)
+bool has_bit(unsigned subleaf, int word, int bit) {  // of cpuid's leaf 7: __builtin_cpu_supports knows names in newer compilers only
+    unsigned words[4];
+    return __get_cpuid_count(7, subleaf, words, words + 1, words + 2, words + 3) && (words[word] >> bit & 1);
+}
+#endif
+#ifdef BITMILL_AMX
+bool has_amx() {  // and Linux lets this process keep tiles
+    constexpr int permit = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+    static const bool found = has_bit(0, 3, 24) && has_bit(0, 3, 25) && syscall(SYS_arch_prctl, permit, tile_data) == 0;
+    return found;
+}
+#endif
 
 std::vector<const Isa*> machine_isas() {
     std::vector<const Isa*> known;
@@ -19,6 +41,16 @@ std::vector<const Isa*> machine_isas() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
         __builtin_cpu_supports("avx512vnni"))
         known.push_back(&avx512_isa);
+#if defined(BITMILL_TEST_AMX)
+    if (!known.empty()) known.push_back(&amx_isa);
+#elif defined(BITMILL_AMX)
+    if (!known.empty() && has_amx()) known.push_back(&amx_isa);  // not first: it has never run on a processor
+#endif
+#endif
+#ifdef BITMILL_TEST_AVXVNNI  // tests/sanitize.sh: by the instructions of AVX-512
+    if (avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl")) known.push_back(&avxvnni_isa);
+#elif defined(BITMILL_AVXVNNI)
+    if (avx2 && has_bit(1, 0, 4)) known.push_back(&avxvnni_isa);
 #endif
     if (avx2) known.push_back(&avx2_isa);
 #endif

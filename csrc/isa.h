@@ -33,7 +33,7 @@ struct Isa {
     const KvKernels* kv;
     const SolveKernels* solve;
 };
-extern const Isa avx512_isa, avx2_isa, neon_isa, scalar_isa;
+extern const Isa avx512_isa, amx_isa, avxvnni_isa, avx2_isa, neon_isa, scalar_isa;
 
 // The instruction sets of this machine, best first.
 std::vector<std::string> available_isas();

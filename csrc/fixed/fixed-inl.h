@@ -83,7 +83,7 @@ BITMILL_INLINE void fixed_spans(const FixedShape& shape, int64_t tokens, Read re
     }
 }
 
-template <int span, class Number>
+template <class V, int span, class Number>  // V: so that no copy of another instruction set stands in for this one
 void fixed_tile(const FixedSource& from, int64_t tile, FixedInputs& out) {
     const FixedShape& s = out.shape;
     const int64_t first = out.first(tile), tokens = out.first(tile + 1) - first;
@@ -101,7 +101,7 @@ void fixed_inputs_of(const FixedSource& from, int64_t tile, FixedInputs& out) {
     if constexpr (span > 16) {
         if (out.shape.span < span) return fixed_inputs_of<V, span / 2>(from, tile, out);
     }
-    out.shape.bytes == 1 ? fixed_tile<span, int8_t>(from, tile, out) : fixed_tile<span, int16_t>(from, tile, out);
+    out.shape.bytes == 1 ? fixed_tile<V, span, int8_t>(from, tile, out) : fixed_tile<V, span, int16_t>(from, tile, out);
 }
 
 // Of floats, whose groups and spans are 64 columns.
@@ -225,9 +225,15 @@ int64_t fixed_peak(int64_t rounds) {
     std::memset(numbers, 1, sizeof numbers);
     for (auto& sum : sums) sum = P::none();
     for (int d = 0; d < P::words; ++d) each[d] = P::load(numbers), four[d] = P::spread(numbers);
-    for (int64_t i = 0; i < rounds; ++i)
+    for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 16
-        for (int j = 0; j < chains; ++j) sums[j] = P::dot(sums[j], each, four);
+        for (int j = 0; j < chains; ++j) {
+#if defined(__AVX2__)  // unknown to compilers: the part of a product that is alike in all rounds would be computed once
+            if constexpr (P::words > 1) asm("" : "+x"(each[0]), "+x"(each[1]));
+#endif
+            sums[j] = P::dot(sums[j], each, four);
+        }
+    }
     float total[fixed_rows] = {};
     for (const auto& sum : sums) P::store(total, P::add(P::reals(total), sum, P::reals(total), 1.0f));
     return rounds * chains * P::words * P::rows * 4 + (total[0] > 0);  // so that no product is left out

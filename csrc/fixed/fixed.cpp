@@ -15,7 +15,8 @@ FixedShape fixed_shape(int64_t columns) {
 
 FixedShape fixed_shape(int64_t columns, int64_t group, int64_t stored, int64_t padded, int64_t step, float reach, int bytes) {
     int64_t span = 64;
-    while (stored % span || padded % span || (step > 0 && step < group && step % span)) span /= 2;
+    const bool parts = 0 < step && step < group && step < columns;  // of a group
+    while (stored % span || padded % span || (parts && step % span)) span /= 2;
     if (step == 0) step = std::min(span, group);
     else if (step >= columns) step = (columns + group - 1) / group * group;
     else if (step % group && ((group < columns && group % step) || span < 16))

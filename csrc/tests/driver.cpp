@@ -9,7 +9,7 @@ int main(int count, char** names) {
         void (*run)();
     };
     const Test tests[] = {{"lookup", test_lookup}, {"grid", test_grid},     {"additive", test_additive}, {"vector", test_vector}, {"rotation", test_rotation},
-                          {"sparse", test_sparse}, {"fixed", test_fixed},   {"step", test_step},         {"kv", test_kv}};
+                          {"sparse", test_sparse}, {"fixed", test_fixed},   {"step", test_step},         {"kv", test_kv},           {"solve", test_solve}};
     int found = 0;
     for (const auto& test : tests) {
         bool named = count == 1;
@@ -20,7 +20,7 @@ int main(int count, char** names) {
         ++found;
     }
     if (count > 1 && found < count - 1) {
-        std::printf("a name is none of lookup, grid, additive, vector, rotation, sparse, fixed, step and kv\n");
+        std::printf("a name is none of lookup, grid, additive, vector, rotation, sparse, fixed, step, kv and solve\n");
         return 2;
     }
     std::printf("%d kernel runs, %d failures\n", runs, failures);

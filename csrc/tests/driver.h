@@ -58,5 +58,6 @@ void test_sparse();
 void test_fixed();
 void test_step();
 void test_kv();
+void test_solve();
 
 }  // namespace bitmill

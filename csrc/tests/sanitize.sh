@@ -1,9 +1,9 @@
 #!/bin/sh
 # Builds the tests of the kernels with the address and undefined behaviour sanitizers and runs them, or those named:
 # `tests/sanitize.sh step lookup`. What was compiled before, from unchanged sources, is used again. CXX, OPT, FLAGS (of the
-# compiler), RUN (an emulator) and ISAS (the
-# instruction sets beside plain C++; avx512 needs avx2) may be set. With EMULATE_AVX512=1 the AVX-512 sources are compiled
-# to plain C by SIMDe (package libsimde-dev) and run on any machine.
+# compiler), RUN (an emulator) and ISAS (the instruction sets beside plain C++) may be set: avx512, which brings amx on
+# emulated tiles, needs avx2, which brings avxvnni. With EMULATE_AVX512=1 the AVX-512 sources are compiled to plain C by
+# SIMDe (package libsimde-dev) and run on any machine.
 set -eu
 cd "$(dirname "$0")/.."
 cxx=${CXX:-g++}
@@ -50,10 +50,20 @@ add() {  # definition of isa.cpp, flags of a set
 case " $isas " in
 *" avx512 "*)
   if [ -n "${EMULATE_AVX512-}" ]; then add -DBITMILL_EMULATED_AVX512 -DBITMILL_FOR_AVX512 -Itests/emulated
-  else add "" -DBITMILL_FOR_AVX512 "$avx512 -fno-sanitize=alignment"; fi ;;
+  else
+    add "" -DBITMILL_FOR_AVX512 "$avx512 -fno-sanitize=alignment"
+    shared="$shared -DBITMILL_TEST_AMX"  # on emulated tiles
+    compile "-w $avx512 -DBITMILL_TEST_AMX -fno-sanitize=alignment" isa/amx.cpp
+  fi ;;
 *) shared=-DBITMILL_WITHOUT_AVX512 ;;
 esac
-case " $isas " in *" avx2 "*) add -DBITMILL_X86 -DBITMILL_FOR_AVX2 "$avx2 -fno-sanitize=alignment" ;; esac
+case " $isas " in
+*" avx2 "*)
+  add -DBITMILL_X86 -DBITMILL_FOR_AVX2 "$avx2 -fno-sanitize=alignment"
+  # AVX-VNNI, by the same instructions of AVX-512: they run where that does
+  shared="$shared -DBITMILL_TEST_AVXVNNI"
+  compile "-w $avx2 -mavx512f -mavx512vl -mavx512vnni -fno-sanitize=alignment" isa/avxvnni.cpp ;;
+esac
 case " $isas " in *" neon "*) add -DBITMILL_ARM -DBITMILL_FOR_NEON ;; esac
 compile -DBITMILL_FOR_SCALAR isa/kernels.cpp
 compile "$shared" isa.cpp

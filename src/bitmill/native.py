@@ -1,6 +1,6 @@
 """The compiled extension module and the environment variables that choose among kernels.
 
-BITMILL_ISA          avx512, avx2, neon or scalar: the instruction set, instead of the best one of this machine
+BITMILL_ISA          avx512, amx, avxvnni, avx2, neon or scalar: the instruction set, instead of the best one here
 BITMILL_KERNEL       the name of a kernel ("reference", "lut", "triton") to use wherever it supports a layer
 BITMILL_ACTIVATIONS  int8, int16 or float32: the type that inputs are rounded to (`runtime.activations`)
 BITMILL_DECODE       off: single tokens use the forward of transformers instead of the compiled decode step
@@ -70,7 +70,7 @@ def _warn_once(sentence: str) -> None:
 
 
 def instruction_set() -> str | None:
-    """Return the instruction set of the kernels ("avx512", "avx2", "neon", "scalar"); None without kernels."""
+    """Return the instruction set of the kernels ("avx512", "avx2", ..., see BITMILL_ISA); None without kernels."""
     return str(native().isa()) if is_available() else None
 
 

@@ -29,6 +29,18 @@ def test_one_command(folder, name, capsys, monkeypatch):
     assert "BITMILL_ACTIVATIONS" not in os.environ
 
 
+def test_recipe_is_the_default(folder, capsys, monkeypatch):
+    monkeypatch.delenv("BITMILL_ACTIVATIONS", raising=False)
+    words = ["eval", str(folder / "out"), "--text", str(folder / "text.txt"), "--windows", "2", "--seqlen", "32"]
+    found = []
+    for more in ([], ["--activations", "recipe"]):
+        capsys.readouterr()
+        assert main([*words, *more, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["activations"] == found[1]["activations"]
+    assert found[0]["perplexity"] == found[1]["perplexity"]
+
+
 def test_another_type_is_refused(folder, capsys):
     assert main(["generate", str(folder / "out"), "--prompt", "w1", "--activations", "int3"]) == 2
     assert "int3" in capsys.readouterr().err

@@ -17,7 +17,7 @@ Activations = Annotated[
         metavar="TYPE",
         envvar=VARIABLE,
         help="Type that inputs of packed layers are rounded to where the recipe rounds none: int8, int16 or "
-        "float32; without it int8 for up to 16 tokens at a time, and int16 for more.",
+        "float32; without it, or with recipe, int8 for up to 16 tokens at a time, and int16 for more.",
         show_default=False,
     ),
 ]

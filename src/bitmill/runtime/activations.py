@@ -3,6 +3,7 @@
 BITMILL_ACTIVATIONS chooses them:
 
     not set    few tokens int8, many int16: whole windows, on which quality is measured, are as precise as fp16
+    recipe     as if not set: the recipe alone decides what else is rounded
     int8       few and many tokens int8
     int16      few and many tokens int16
     float32    no rounding
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from bitmill.errors import UsageError
 
 ACTIVATIONS = ("int8", "int16", "float32")  # csrc/lut/lookup.h: Act
+RECIPE = "recipe"
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Activations:
 def activations() -> Activations:
     """Return the setting of BITMILL_ACTIVATIONS. Raises UsageError for an unknown one."""
     name = os.environ.get("BITMILL_ACTIVATIONS")
-    if not name:
+    if not name or name == RECIPE:
         return Activations()
     if name not in ACTIVATIONS:
-        raise UsageError(f"BITMILL_ACTIVATIONS is {name!r}; use one of: {', '.join(ACTIVATIONS)}.")
+        raise UsageError(f"BITMILL_ACTIVATIONS is {name!r}; use one of: {', '.join((*ACTIVATIONS, RECIPE))}.")
     return Activations(name, name)

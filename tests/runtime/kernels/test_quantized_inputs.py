@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from bitmill.formats.codebook import Codebook
+from bitmill.formats.float import Float
 from bitmill.formats.outlier_columns import OutlierColumns
+from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.formats.uniform import Uniform
 from bitmill.native import is_available
@@ -51,6 +54,28 @@ def test_equals_rounded_inputs_times_decoded_weights(inputs, bits, group, tokens
     x = torch.randn(tokens, 200, generator=torch.Generator().manual_seed(tokens))
     expected = solved.effective_inputs(x).double() @ solved.dequantize().double().T
     assert (kernel.apply(x) - expected).norm() <= (FEW if tokens <= 16 else 3e-6) * expected.norm()
+
+
+FLOATS = {
+    "fp8": (Float(8, "row"), Float(8, "row"), {}),
+    "fp8 in groups": (Float(8, "row"), Float(8, 16), {"search": True}),
+    "codebook": (Codebook(4, "row"), Uniform(8, "row", symmetric=True), {"simulated": True}),
+    "pyramid": (Uniform(4, 64), Pyramid(4, "row"), {"simulated": True}),
+    "groups that do not fit": (Uniform(4, 64), Uniform(8, 24, symmetric=True), {}),
+}
+
+
+@pytest.mark.parametrize("pair", FLOATS)
+@pytest.mark.parametrize("tokens", [1, 5, 17, 130])
+@pytest.mark.parametrize("setting", ["", "int8", "int16"])
+def test_other_inputs_are_rounded_once(pair, tokens, setting, monkeypatch):
+    if setting:
+        monkeypatch.setenv("BITMILL_ACTIVATIONS", setting)
+    weight, inputs, options = FLOATS[pair]
+    solved, kernel = made(QuantizedInputs(weight, inputs, **options))
+    x = torch.randn(tokens, 200, generator=torch.Generator().manual_seed(tokens))
+    expected = solved.effective_inputs(x).double() @ solved.dequantize().double().T
+    assert (kernel.apply(x) - expected).norm() <= 1e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("group", ["row", 32, 64])
@@ -165,8 +190,29 @@ def test_scales_that_are_no_groups_multiply_in_floats(group, step, columns, toke
     solved, kernel = made(format, columns)
     x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
     expected = solved.effective_inputs(x).double() @ solved.dequantize().double().T
-    assert (kernel.apply(x) - expected).norm() <= 0.02 * expected.norm()
+    assert (kernel.apply(x) - expected).norm() <= 1e-6 * expected.norm()
     assert kernel.step_linear() is None
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("reached", [0.0, 2.0])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_inputs_that_calibration_never_reached(tokens, reached, symmetric):
+    """A channel that was silent on the calibration text, or all of them; numbers beyond the scale, NaN and Inf."""
+    format = QuantizedInputs(Uniform(4, 64), Uniform(8, "tensor", symmetric=symmetric), static=True)
+    largest = torch.full((200,), reached)
+    largest[:50] = 0
+    solved = solve(Nearest(), weights(24, 200), Statistics(max_abs=largest), format)
+    spec = KernelSpec(format, solved.shape, torch.device("cpu"))
+    kernel = choose_kernel(spec)(spec, solved.pack())
+    x = torch.randn(tokens, 200, generator=torch.Generator().manual_seed(0))
+    x[0] = 1e30
+    x[1, 3], x[2, 4] = torch.nan, torch.inf
+    y, expected = kernel.apply(x), solved.effective_inputs(x).double() @ solved.dequantize().double().T
+    assert y.isnan().all(1).nonzero()[:, 0].tolist() == [1, 2]
+    right = [row for row in range(tokens) if row not in (1, 2)]
+    assert torch.isfinite(y[right]).all()
+    assert (y[right] - expected[right]).norm() <= FEW * expected[right].norm()
 
 
 def test_scales_that_fit_groups():

@@ -34,6 +34,8 @@ class AdditiveKernel(RepackedKernel):
         """Return None for additive formats on the CPU, or the reason."""
         if not isinstance(spec.format, Additive):
             return f"{spec.format.name} has no codebooks to add."
+        if spec.exact:
+            return "inputs are to be float32."
         return cpu_unsupported_reason(spec)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:

@@ -23,11 +23,15 @@ KERNELS: Registry[type[Kernel]] = Registry("kernel", "bitmill.runtime.kernels")
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """The matrix that a kernel multiplies with: W^ (out, in) in `format`, on `device`."""
+    """The matrix that a kernel multiplies with: W^ (out, in) in `format`, on `device`.
+
+    exact: inputs are multiplied as they are, in fp32, whatever BITMILL_ACTIVATIONS says.
+    """
 
     format: Format
     shape: tuple[int, int]
     device: torch.device
+    exact: bool = False
 
 
 class Kernel(ABC):

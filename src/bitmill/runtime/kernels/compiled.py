@@ -116,7 +116,7 @@ class CompiledKernel(Kernel):
 
     def apply(self, x: Tensor) -> Tensor:
         """Multiply x (..., in) to (..., out)."""
-        multiply = self.gemv if uses_gemv(x) else self.gemm if uses_gemm(x) else None
+        multiply = self.gemv if uses_gemv(x) else self.gemm if uses_gemm(x) and not self.spec.exact else None
         if multiply is None:
             return matmul_by_tiles(self.spec, self._traced_rows if is_traced(x) else self.decoder(), x)
         y = multiply(x.reshape(-1, self.spec.shape[1]).to(torch.float32))

@@ -30,7 +30,7 @@ from bitmill.errors import UsageError
 from bitmill.formats import ScalarFormat
 from bitmill.native import native, threads, unsupported_reason
 from bitmill.runtime import ops
-from bitmill.runtime.activations import ACTIVATIONS, activations
+from bitmill.runtime.activations import ACTIVATIONS, Activations, activations
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import RepackedKernel, cpu_unsupported_reason, tile_buffer
 from bitmill.runtime.kernels.lut_tables import Entries, LookupTables, lookup_tables
@@ -86,7 +86,8 @@ class Lut(RepackedKernel):
         format = spec.format
         assert isinstance(format, ScalarFormat)
         params = format.unpack_params(tensors, spec.shape)
-        self.activations, columns = activations(), spec.shape[1]
+        self.activations = Activations("float32", "float32") if spec.exact else activations()
+        columns = spec.shape[1]
         act = self.activations.few
         width = min(format.width(spec.shape), columns)
         kind: Entries = "floats" if act == "float32" else "words" if act == "int16" or format.bits > 4 else "bytes"

@@ -1,7 +1,8 @@
 """Quantized inputs: integers of inputs and weights multiply; other formats are rounded, and multiply in floats.
 
 A few tokens are rounded and multiplied by the compiled lookup kernel, also in the decode step. More tokens become
-codes here and multiply in `int8_linear`, on a GPU in `triton_codes`, which also has floats of 8 bits.
+codes here and multiply in `int8_linear`, on a GPU in `triton_codes`, which also has floats of 8 bits. Inputs whose
+integers do not multiply are multiplied as they were rounded, in fp32: no kernel rounds them once more.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class QuantizedInputsKernel(WrapperKernel):
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
         assert isinstance(spec.format, QuantizedInputs)
         self._format = spec.format
-        super().__init__(spec, tensors, replace(spec, format=spec.format.inner))
+        integers = spec.format.multiplies_integers and spec.format.steps_fit(spec.shape[1])
+        super().__init__(spec, tensors, replace(spec, format=spec.format.inner, exact=not integers))
         self._grid_linear: tuple[int, Any] | None = None
         self._params = {part.name: part.unpack(self.own[part.name]) for part in spec.format.own_parts(spec.shape)}
 

@@ -75,7 +75,8 @@ def _unsupported_reason(spec: KernelSpec) -> str | None:
     format = spec.format
     if isinstance(format, GroupFormat) and format.grid(spec.shape)[1] > 1:
         return f"{format!r} has scales of groups."
-    return "inputs are to be float32." if activations().few == "float32" else cpu_unsupported_reason(spec)
+    exact = spec.exact or activations().few == "float32"
+    return "inputs are to be float32." if exact else cpu_unsupported_reason(spec)
 
 
 @KERNELS.register("lattice")
