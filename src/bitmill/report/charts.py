@@ -102,6 +102,7 @@ def chart_data(results: Results) -> dict[str, Any]:
     reference = results.float
     return {
         "float": reference and reference.model_dump(exclude={"samples"}),
+        "gaussian_divergence": gaussian_divergence(measured),
         "methods": [_method_entry(name, index) for index, name in enumerate(methods)],
         "variants": [
             {
@@ -124,6 +125,22 @@ def chart_data(results: Results) -> dict[str, Any]:
             },
         },
     }
+
+
+def gaussian_divergence(variants: Iterable[Variant]) -> float | None:
+    """Return the divergence at 0 bits, c, of the curve c * 2^(-2 bits); None where no errors of weights are known.
+
+    No code of R bits a weight stores a Gaussian source with a relative squared error below 2^(-2 R). The
+    divergence per relative squared error of the weights is the least of all variants.
+    """
+    ratios = []
+    for variant in variants:
+        known = [layer for layer in variant.layers if layer.weight_error is not None]
+        sizes = [math.prod(layer.shape) for layer in known]
+        weighted = sum(size * (layer.weight_error or 0.0) for size, layer in zip(sizes, known))
+        if weighted > 0 and variant.kl_divergence is not None and variant.kl_divergence > 0:
+            ratios.append(variant.kl_divergence * sum(sizes) / weighted)
+    return min(ratios, default=None)
 
 
 def hover(variant: Variant, reference: float | None) -> list[tuple[str, str]]:

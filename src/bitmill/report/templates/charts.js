@@ -155,6 +155,14 @@
       traces.push({ x: [...best.map((p) => p.x), xrange[1]], y: [...best.map((p) => p.y), last.y], mode: "lines", hoverinfo: "skip",
         line: { color: muted, width: 1.5, dash: "dot", shape: "hv" } });
     }
+    const gaussian = key === "kl_divergence" && against === "bits_per_weight" ? data.gaussian_divergence : null;
+    if (gaussian) {  // it is drawn where it is on the scale, and never widens it
+      const floor = log ? 10 ** range[0] : range[0], ceiling = log ? 10 ** range[1] : range[1];
+      const curve = Array.from({ length: 121 }, (_, i) => xrange[0] + (xrange[1] - xrange[0]) * i / 120)
+        .map((x) => ({ x, y: gaussian * 4 ** -x })).filter((p) => p.y >= floor && p.y <= ceiling);
+      traces.push({ x: curve.map((p) => p.x), y: curve.map((p) => p.y), mode: "lines", name: "Gaussian bound",
+        hovertemplate: "limit of a Gaussian source<extra></extra>", line: { color: ink, width: 1.5, dash: "dashdot" } });
+    }
     data.methods.forEach((method, index) => {
       const mine = points.filter((p) => p.v.method === index).sort((a, b) => a.x - b.x);
       if (!mine.length) return;
@@ -192,7 +200,8 @@
       yaxis: { ...axis, type: log ? "log" : "linear", range, tickvals: tick, ticktext: tick.map(measure.text),
         title: { ...axis.title, text: measure.title + (log ? " (log scale)" : "") } } }, CONFIG);
     const beyond = far.length ? ` ${far.map((p) => `${p.v.label} (${short(p.y)})`).join(", ")} ${far.length > 1 ? "are" : "is"} off the scale: more than ${FAR} times the float model's.` : "";
-    note.textContent = `${lower ? "Lower" : "Higher"} is better. The dotted line is the Pareto front: no other visible variant is both smaller and better than one on it (outlined).${beyond}`;
+    const bound = gaussian ? " The dash-dotted curve is the rate-distortion bound of a Gaussian source: the relative squared error of weights that no code of these bits goes below, 2^(-2 bits), times the least divergence per error of all variants." : "";
+    note.textContent = `${lower ? "Lower" : "Higher"} is better. The dotted line is the Pareto front: no other visible variant is both smaller and better than one on it (outlined).${bound}${beyond}`;
   }
 
   function layers() {
