@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bitmill.exports.base import TARGETS, Layer
+from bitmill.formats.affine import Affine
 from bitmill.formats.codebook import Codebook
 from bitmill.formats.quantized import Quantized, fit_matrix, nearest_matrix
 from bitmill.formats.quantized_inputs import QuantizedInputs
@@ -25,20 +26,20 @@ def layer(quantized: Quantized) -> Layer:
 
 
 def held(name: str) -> list[Uniform]:
-    bits = {"gptq": (2, 3, 4, 8), "awq": (4,), "compressed-tensors": range(1, 9)}[name]
+    bits = {"gptq": (2, 3, 4, 8), "awq": (4,), "compressed-tensors": range(1, 9), "mlx": (2, 3, 4, 5, 6, 8)}[name]
     return [
         Uniform(bits=b, group_size=group, symmetric=symmetric)
         for b in bits
-        for group in (32, "row")
+        for group in ((32, 64) if name == "mlx" else (32, "row"))
         for symmetric in (True, False)
     ]
 
 
 @pytest.mark.parametrize(
-    ("name", "format"), [(name, f) for name in ("gptq", "awq", "compressed-tensors") for f in held(name)]
+    ("name", "format"), [(name, f) for name in ("gptq", "awq", "compressed-tensors", "mlx") for f in held(name)]
 )
 def test_equal_to_the_bit(name, format):
-    target, quantized = TARGETS.get(name)(), matrix(format)
+    target, quantized = TARGETS.get(name)(), matrix(format, (64, 128 if name == "mlx" else 96))
     assert target.unsupported_reason(layer(quantized)) is None
     decoded = target.decode(target.tensors(quantized), layer(quantized))
     assert torch.equal(decoded, quantized.dequantize())
@@ -86,6 +87,27 @@ def test_compressed_tensors_layout():
     bits = np.unpackbits(stream.astype(np.uint32).view(np.uint8), axis=1, bitorder="little")
     codes = (bits.reshape(64, 96, 3) * [1, 2, 4]).sum(-1)
     assert np.array_equal(codes, quantized.codes.numpy())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_mlx_layout(bits):
+    """Codes are a dense stream of bits; zeros are biases."""
+    for format in (Uniform(bits=bits, group_size=32), Affine(bits=bits, group_size=32)):
+        quantized = matrix(format)
+        tensors = TARGETS.get("mlx")().tensors(quantized)
+        assert tensors["weight"].dtype == torch.uint32
+        stream = np.unpackbits(tensors["weight"].numpy().view(np.uint8), axis=1, bitorder="little")
+        codes = (stream.reshape(64, 96, bits) * (1 << np.arange(bits))).sum(-1).astype(np.float32)
+        scales, biases = (tensors[name].float().numpy().repeat(32, 1) for name in ("scales", "biases"))
+        assert np.array_equal(codes * scales + biases, quantized.dequantize().numpy())
+    layers = {name: Layer(Uniform(bits=b, group_size=32), (64, 96)) for name, b in (("a", 4), ("b", 4), ("c", 8))}
+    described = TARGETS.get("mlx")().config(layers, [])
+    assert described == {"bits": 4, "group_size": 32, "mode": "affine"} | {
+        "c": {"bits": 8, "group_size": 32, "mode": "affine"}
+    }
+    reason = TARGETS.get("mlx")().unsupported_reason
+    assert "groups of 96" in reason(Layer(Uniform(bits=4, group_size="row"), (64, 96)))
+    assert "7 bits" in reason(Layer(Uniform(bits=7, group_size=32), (64, 96)))
 
 
 def test_w8a8():

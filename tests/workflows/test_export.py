@@ -56,6 +56,17 @@ def test_packed(folder, tmp_path, to):
     assert torch.equal(tensors["model.norm.weight"], dense["model.norm.weight"])
 
 
+def test_mlx(folder, tmp_path):
+    assert bitmill.export(folder, "mlx", tmp_path / "out").layers == 14
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (
+        config["quantization"] == config["quantization_config"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+    )
+    bitmill.import_checkpoint(tmp_path / "out", tmp_path / "again")
+    expected = logits(bitmill.load(folder, dense=True))
+    assert torch.allclose(logits(bitmill.load(tmp_path / "again", dense=True)), expected, atol=2e-2)
+
+
 def test_default_place(folder):
     outcome = bitmill.export(folder, "awq")
     assert outcome.out == folder.with_name("packed-awq")

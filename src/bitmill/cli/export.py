@@ -14,7 +14,7 @@ To = Annotated[
     str,
     typer.Option(
         metavar="TARGET",
-        help="dense for an ordinary model in float, gguf, gptq, awq or compressed-tensors.",
+        help="dense for an ordinary model in float, gguf, gptq, awq, compressed-tensors or mlx.",
         show_default=False,
     ),
 ]

@@ -71,6 +71,10 @@ class Target(ABC):
             floats: names of the linear layers that stay in float.
         """
 
+    def config_entries(self, described: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of config.json, of what `config` returns."""
+        return {"quantization_config": described}
+
     def files(self, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Return further JSON files by name."""
         return {}

@@ -53,6 +53,8 @@ class Grid:
 def grid(layer: Layer) -> Grid | str:
     """Return the grid of a layer, or why it has none, as the end of a sentence."""
     format = layer.format
+    if isinstance(format, Uniform) and format.scale_type != "float16":
+        return "its scales are in fp32, and the target holds those in fp16"
     if not isinstance(format, Uniform):
         return f"it is stored as {format.name}, and the target holds evenly spaced levels alone (rtn, gptq, awq)"
     if format.arithmetic is None:

@@ -36,7 +36,7 @@ class PackedWriter(Writer):
         _write_shards(self._tensors(job, layers), out)
         described = self.target.config(layers, [name for name in job.linears if name not in layers])
         config = {k: v for k, v in job.checkpoint.config.items() if k not in ("quantization_config", "dtype")}
-        config |= {"dtype": str(job.dtype).removeprefix("torch."), "quantization_config": described}
+        config |= {"dtype": str(job.dtype).removeprefix("torch."), **self.target.config_entries(described)}
         write_json(out / "config.json", config)
         for file, document in self.target.files(described).items():
             write_json(out / file, document)

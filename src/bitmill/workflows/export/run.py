@@ -86,7 +86,8 @@ def export(
 
     Args:
         folder: a folder that bitmill wrote.
-        to: "dense" (an ordinary model in float), "gguf", "gptq", "awq" or "compressed-tensors".
+        to: "dense" (an ordinary model in float), "gguf", "gptq", "awq", "compressed-tensors" or
+            "mlx".
         out: folder to write, a file for "gguf"; without it FOLDER-TO, or FOLDER.gguf, next to the folder.
         dtype: of the tensors in float: "float16", "bfloat16" or "float32"; without it that of the folder's config,
             or float16 where that is float32.
