@@ -128,7 +128,9 @@ def train(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
     pictures, labels = (part[: arguments.count] for part in load(arguments.package, "train"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, weight_decay=0.05)
     steps = -(-len(labels) // BATCH) * arguments.epochs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, arguments.rate, total_steps=steps, pct_start=max(0.1, 2 / steps)
+    )
     state = arguments.out / "training.pt"
     first = 0
     if state.exists():

@@ -11,6 +11,7 @@ import bitmill
 from bitmill.architectures.adapter import ADAPTERS
 from bitmill.errors import CalibrationError
 from bitmill.recipes.method import build_recipe
+from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.tuners import TUNERS
 from helpers.tiny_models import VISION_ADAPTERS, tiny_vision_model
 
@@ -124,6 +125,29 @@ def test_commands_of_a_vision_model(folder, capsys):
     assert "6 pictures" in capsys.readouterr().out
     assert main(["inspect", out]) == 0
     assert main(["verify", out]) == 0
+
+
+@pytest.mark.parametrize("adapter", ["dinov2", "vit_classifier", "swin_classifier"])
+def test_embedding_of_patches_and_head_are_packed(adapter, folder):
+    import transformers
+
+    model, out = save(adapter, folder), folder / "out"
+    bitmill.quantize(model, "rtn", bits=8, group_size=16, head_bits=8, out=out, measure=0)
+    checkpoint = bitmill.load(out)
+    packed = {name for name, module in checkpoint.named_modules() if isinstance(module, QuantLinear)}
+    outside = {name for name in packed if name.endswith(("projection", "classifier"))}
+    assert len(outside) == (2 if "classifier" in adapter else 1)
+    auto = transformers.AutoModelForImageClassification if "classifier" in adapter else transformers.AutoModel
+    dense = bitmill.load(out, dense=True)
+    with torch.no_grad():
+        found, expected = checkpoint(PICTURES)[0], tiny_vision_model(adapter)(PICTURES)[0]
+        assert torch.equal(auto.from_pretrained(out)(PICTURES)[0], found)
+        assert torch.allclose(dense(PICTURES)[0], found, rtol=1e-3, atol=1e-3)
+        assert 0 < float((found - expected).norm() / expected.norm()) < 0.05
+    live = tiny_vision_model(adapter)
+    bitmill.quantize(live, "rtn", bits=8, group_size=16, head_bits=8, measure=0)
+    with torch.no_grad():
+        assert torch.equal(live(PICTURES)[0], found)
 
 
 def test_a_text_is_no_folder_of_pictures(folder):

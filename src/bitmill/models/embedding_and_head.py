@@ -1,10 +1,15 @@
-"""Token embedding and output head of a model: the largest matrices of a small model, tied in many models."""
+"""Embedding and output head of a model: of tokens the largest matrices of a small model, tied in many models.
+
+The embedding of a vision model is a convolution whose stride is its kernel's size: the product of every patch with
+a matrix (out, channels * height * width).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from math import prod
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -15,7 +20,7 @@ from bitmill.models.streamed import StreamedModel
 
 @dataclass(frozen=True)
 class EmbeddingAndHead:
-    """Paths of the token embedding and of the output head.
+    """Paths of the embedding of tokens or patches, and of the output head.
 
     embedding: path of the embedding; "" where it is left out, see `only`.
     head: path of the head; "" where there is none, as in an encoder.
@@ -54,12 +59,14 @@ class EmbeddingAndHead:
         own = f"{layer}.weight"
         return own if own in present else present[0]
 
+    def shape(self, layer: str, streamed: StreamedModel) -> tuple[int, int]:
+        """Return the shape (rows, columns) of the matrix of a layer."""
+        rows, *columns = streamed.shape(self.stored_name(layer, streamed))
+        return rows, prod(columns)
+
     def sites(self, streamed: StreamedModel) -> tuple[Site, ...]:
-        """Return the matrices of `layers` as sites, (vocabulary, width) each."""
-        return tuple(
-            Site(f"{layer}.weight", shape=streamed.shape(self.stored_name(layer, streamed)))
-            for layer in self.layers
-        )
+        """Return the matrices of `layers` as sites, (vocabulary, width) each of a language model."""
+        return tuple(Site(f"{layer}.weight", shape=self.shape(layer, streamed)) for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -86,12 +93,14 @@ def find_embedding_and_head(streamed: StreamedModel) -> EmbeddingAndHead | str:
     adapter, name = streamed.adapter, streamed.source.name
     modules = dict(streamed.model.named_modules())
     listed = {path: modules.get(path) for path in adapter.embeddings}
-    embeddings = {path: module for path, module in listed.items() if isinstance(module, nn.Embedding)}
+    tokens = {path: module for path, module in listed.items() if isinstance(module, nn.Embedding)}
+    patches = {path: module for path, module in listed.items() if embeds_patches(module)}
     head = modules.get(adapter.head) if adapter.head else None
-    if adapter.inferred:
+    if adapter.inferred and not patches:
         vocabulary = getattr(streamed.source.config, "vocab_size", None) or getattr(head, "out_features", None)
-        embeddings = {path: m for path, m in embeddings.items() if m.num_embeddings == vocabulary}
+        tokens = {path: m for path, m in tokens.items() if m.num_embeddings == vocabulary}
         head = head if getattr(head, "out_features", None) == vocabulary else None
+    embeddings: dict[str, nn.Embedding | nn.Conv2d] = {**tokens, **patches}
     if not embeddings:
         return f"{name} has no token embedding that bitmill recognizes, so it stays in float"
     if not isinstance(head, nn.Linear | None):
@@ -99,6 +108,17 @@ def find_embedding_and_head(streamed: StreamedModel) -> EmbeddingAndHead | str:
     path, embedding = next(iter(embeddings.items()))
     tied = head is not None and head.weight is embedding.weight
     return EmbeddingAndHead(path, "" if head is None else adapter.head, tied)
+
+
+def embeds_patches(module: Any) -> TypeGuard[nn.Conv2d]:
+    """Return True for a convolution that multiplies every patch of a picture with one matrix, and nothing else."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride
+        and module.padding in ((0, 0), "valid")
+        and module.dilation == (1, 1)
+        and module.groups == 1
+    )
 
 
 def embedding_and_head_sites(streamed: StreamedModel) -> tuple[Site, ...]:

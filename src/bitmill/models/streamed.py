@@ -330,8 +330,8 @@ class StreamedModel:
 
     def _unneeded(self, side: str) -> list[str]:
         """Return the stored tensors outside the blocks that one side does not need."""
-        if side == "both" or self.adapter.inferred or not self.adapter.head:
-            return []  # modules of an inferred adapter may be used anywhere
+        if side == "both" or self.adapter.inferred or not self.adapter.head or self.task.reads == "pictures":
+            return []  # modules of an inferred adapter may be used anywhere; those of pictures are small
         embedding, head = (f"{path}.weight" for path in (self.adapter.embeddings[0], self.adapter.head))
         name = head if side == "embedding" else embedding
         tied = self.model.get_parameter(embedding) is self.model.get_parameter(head)

@@ -43,7 +43,9 @@ class QuantizedEmbeddings:
         if not self._paths.embedding:
             return
         decoded = self._layers[self._paths.embedding].quantized.dequantize()
-        self._streamed.set_parameter(f"{self._paths.embedding}.weight", decoded.to(self._streamed.device))
+        name = f"{self._paths.embedding}.weight"
+        shape = self._streamed.shape(self._paths.stored_name(self._paths.embedding, self._streamed))
+        self._streamed.set_parameter(name, decoded.view(shape).to(self._streamed.device))
 
     @contextmanager
     def head(self) -> Iterator[None]:
@@ -105,7 +107,7 @@ def quantize_embeddings(job: Job, sink: Sink, progress: Progress) -> QuantizedEm
         progress.start("embedding and head", len(paths.layers))
         result = BlockResult(NON_BLOCK)
         for layer in paths.layers:
-            W = streamed.finite_tensor(paths.stored_name(layer, streamed))
+            W = streamed.finite_tensor(paths.stored_name(layer, streamed)).flatten(1)
             check_range(layer, W, formats[layer])
             result.layers[layer] = round_to_nearest(formats[layer], W)
             trim_malloc()

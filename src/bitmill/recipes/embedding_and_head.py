@@ -87,6 +87,8 @@ def _first_rule(rules: Iterable[Rule], found: EmbeddingAndHead, layer: str) -> R
 
 
 def _small_vocabulary(found: EmbeddingAndHead, streamed: StreamedModel) -> str:
+    if streamed.task.reads == "pictures":
+        return "Embedding of patches and head stay in float; give --head-bits (head_bits) to pack them."
     rows: Any = streamed.shape(found.stored_name(found.embedding, streamed))[0]
     if rows >= SMALL_VOCABULARY:
         return ""

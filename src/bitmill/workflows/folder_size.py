@@ -109,7 +109,7 @@ def file_size(tensors: Layout) -> int:
 def _shards(streamed: StreamedModel, resolved: ResolvedRecipe) -> dict[str, Layout]:
     """Return the tensors of every file of weights."""
     ends = resolved.ends
-    outside = {name: streamed.shape(ends.stored_name(name, streamed)) for name in resolved.head_layers if ends}
+    outside = {name: ends.shape(name, streamed) for name in resolved.head_layers if ends}
     shards = [_shard(streamed, resolved, streamed.non_block_tensors(), outside, ends.weights if ends else ())]
     shared: Layout = {}
     for index in range(len(streamed.blocks)):

@@ -49,7 +49,7 @@ def storage_plan(streamed: StreamedModel, resolved: ResolvedRecipe | None, kv_by
     bits, weights = _stored(inside)
     head_bits = head_weights = 0
     if ends := resolved.ends:
-        outside = [(layer, streamed.shape(ends.stored_name(layer, streamed))) for layer in resolved.head_layers]
+        outside = [(layer, ends.shape(layer, streamed)) for layer in resolved.head_layers]
         head_bits, head_weights = _stored(
             (resolved.formats[name], (rows, columns), name) for name, (rows, columns) in outside
         )

@@ -1,7 +1,7 @@
 """Vision transformers with norms before attention and MLP: ViT, DeiT and DINOv2, with and without a classifier.
 
 Attention is linear in the values. The norms feed linear layers alone, so their channels may be scaled; GELU does
-not commute with a scale. Embeddings of patches and the head of a classifier stay in float.
+not commute with a scale.
 """
 
 from bitmill.architectures.adapter import Adapter, Seam, register
@@ -23,8 +23,8 @@ def _adapter(name: str, model_types: tuple[str, ...], blocks: str, norms: tuple[
             Seam("linear", "attention.v_proj", (_OUT,)),
             Seam("norm", norms[1], (_UP,)),
         ),
-        embeddings=(),
-        head="",
+        embeddings=(f"{base}.embeddings.patch_embeddings.projection".removeprefix("."),),
+        head="classifier" if base else "",
         task="image_classifier" if base else "image_encoder",
         head_class="ForImageClassification" if base else "",
     )

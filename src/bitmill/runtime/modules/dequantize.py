@@ -40,13 +40,15 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
         weights[table] = restored.weight
     for name, layer in linears.items():
         matrix = _unpacked(layer) if layer.format.quantizes_inputs or layer.tied is None else None
+        linear, shape = layer.float_module()
         if layer.tied is not None:
             weight = weights[layer.tied]
         else:
             assert matrix is not None
             weight = _weight(layer, matrix, dtype)
+        if weight.shape != shape:
+            weight = nn.Parameter(weight.data.view(shape), requires_grad=False)
         bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-        linear = _float_linear(layer)
         linear.register_parameter("weight", weight)
         linear.register_parameter("bias", bias)
         if matrix is not None:
@@ -89,13 +91,3 @@ def _weight(layer: QuantLinear, matrix: Quantized, dtype: torch.dtype) -> nn.Par
     """Return the decoded weight in the orientation of the float layer."""
     decoded = _decoded(layer, matrix, dtype)
     return nn.Parameter(decoded.T.contiguous() if layer.was_conv1d else decoded, requires_grad=False)
-
-
-def _float_linear(layer: QuantLinear) -> nn.Module:
-    """Return a layer of the class that a packed one replaced, without weights."""
-    if not layer.was_conv1d:
-        return nn.Linear(layer.in_features, layer.out_features, device="meta")
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        return Conv1D(layer.out_features, layer.in_features)

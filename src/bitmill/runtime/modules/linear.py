@@ -64,6 +64,15 @@ class QuantLinear(PackedMatrix):
         y = self.kernel_on(x.device).apply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def float_module(self) -> tuple[nn.Module, tuple[int, ...]]:
+        """Return a layer of the class that this one replaced, without weights, and the shape of its weight."""
+        if not self.was_conv1d:
+            return nn.Linear(self.in_features, self.out_features, device="meta"), self.shape
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            return Conv1D(self.out_features, self.in_features), self.shape[::-1]
+
     def extra_repr(self) -> str:
         """Return the description in print(model)."""
         return f"{self.in_features} -> {self.out_features}, {self.format!r}, bias={self.bias is not None}"

@@ -11,6 +11,7 @@ from bitmill.formats import Format
 from bitmill.runtime.modules.embedding import QuantEmbedding, replace_embedding
 from bitmill.runtime.modules.linear import replace_linear
 from bitmill.runtime.modules.packed import PackedMatrix, shared_module
+from bitmill.runtime.modules.patches import replace_patches
 
 # As in config.json: "embedding" and "head" (paths, "" for none) and "tied" (bool).
 EmbeddingAndHeadConfig = Mapping[str, Any]
@@ -44,6 +45,8 @@ def replace_layers(
     for name, format in formats.items():
         if isinstance(model.get_submodule(name), nn.Embedding):
             replaced[name] = replace_embedding(model, name, format, device)
+        elif isinstance(model.get_submodule(name), nn.Conv2d):
+            replaced[name] = replace_patches(model, name, format, device)
         else:
             shared = shared_module(model, places[name], format, device) if name in places else None
             replaced[name] = replace_linear(model, name, format, device, shared=shared)
