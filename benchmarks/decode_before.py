@@ -60,7 +60,7 @@ def measured(python: str, given: argparse.Namespace) -> Times:
 
 def bench(python: str, *arguments: str) -> dict[str, Any]:
     """Return what `bitmill bench` prints. Exits where it fails."""
-    command = [python, "-m", "bitmill", "bench", *arguments, "--json"]
+    command = [python, "-P", "-m", "bitmill", "bench", *arguments, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}.")

@@ -45,8 +45,8 @@ def test_program(folder: Path, programs: list[list[str]]) -> None:
     port = str(free_port())
     assert main(["serve", str(folder), "--port", port, "--", "--enable-cors"]) == 0
     words = programs[0]
-    assert words[:4] == [sys.executable, "-m", "transformers.cli.transformers", "serve"]
-    assert words[4] == str(folder.resolve())
+    assert words[:5] == [sys.executable, "-P", "-m", "transformers.cli.transformers", "serve"]
+    assert words[5] == str(folder.resolve())
     assert words[-5:] == ["--port", port, "--device", "cpu", "--enable-cors"]
 
 

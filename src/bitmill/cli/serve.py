@@ -49,4 +49,4 @@ def serve(
     options = ["--host", host, "--port", str(port), "--device", device]
     options += ["--trust-remote-code"] if trust_remote_code else []
     module = "transformers.cli.transformers"
-    run_program([sys.executable, "-m", module, "serve", str(path.resolve()), *options, *(more or ())])
+    run_program([sys.executable, "-P", "-m", module, "serve", str(path.resolve()), *options, *(more or ())])
