@@ -6,6 +6,7 @@
 
 Text is the calibration part of pydoc alone, in windows of SEQLEN tokens, of which the last eighth is held apart.
 Everything measured is kept in --folder, so that an interrupted run goes on. Results go to benchmarks/results/.
+Plans and single recipes on the suite, for the budgets of a whole frontier, are `benchmarks/budget_suite.py`.
 """
 
 from __future__ import annotations
