@@ -53,6 +53,10 @@ class NumericsError(BitmillError):
     """A weight or a statistic is not finite, or a factorization failed."""
 
 
+class NotEnoughMemoryError(BitmillError, MemoryError):
+    """More memory is needed than is free."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an error of Python or torch, on any device, about memory that is not there."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -22,6 +22,7 @@ from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.sources.open import open_source
 from bitmill.tasks.base import Task, task_for
 from bitmill.workflows.checks import check_device
+from bitmill.workflows.free_memory import check_float_fits, check_folder_fits
 
 
 @checked_arguments("device")
@@ -47,10 +48,12 @@ def load(
     """
     check_device(device)
     if isinstance(model, (str, Path)) and is_checkpoint(user_path(model)):
-        config = open_checkpoint(model).config  # refuses damage before anything is read
-        return read_folder(model, config, dtype, device, dense, trust_remote_code)
+        checkpoint = open_checkpoint(model)  # refuses damage before anything is read
+        check_folder_fits(checkpoint, dtype, device, dense)
+        return read_folder(model, checkpoint.config, dtype, device, dense, trust_remote_code)
     recorded = _check_float_folder(model)
     streamed = StreamedModel(open_source(model, trust_remote_code=trust_remote_code), device)
+    check_float_fits(model, streamed, dtype, device)
     streamed.load(streamed.names())
     if recorded:
         protect_saves(streamed.model)

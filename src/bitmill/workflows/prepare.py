@@ -34,6 +34,7 @@ from bitmill.report.describe import describe_source_types
 from bitmill.sources.open import open_source
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.checks import check_device, choose_recipe, job_identity
+from bitmill.workflows.free_memory import check_block_fits
 from bitmill.workflows.sizes import storage_plan
 
 WINDOWS, WINDOWS_PER_DOMAIN = 4, 1  # to measure on where no number is given
@@ -149,6 +150,7 @@ def prepare_job(request: QuantizeRequest, recipe: Recipe | None, chosen: dict[st
             "be loaded again; leave out=... away to quantize it in place."
         )
     streamed = StreamedModel(source, request.device)
+    check_block_fits(streamed, request.device)
     if source_types := [asdict(stored) for stored in source.stored_types()]:
         request.progress.note(f"{source.name} {describe_source_types(source_types)}")
     if request.out is not None and isinstance(request.model, nn.Module):

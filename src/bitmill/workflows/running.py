@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from bitmill.native import instruction_set
 from bitmill.progress import Progress
 from bitmill.runtime.activations import activations
 from bitmill.workflows import kv as kv_workflow
+from bitmill.workflows.free_memory import check_fits
 from bitmill.workflows.load import read_folder
 
 PATHS = ("windows", "decode")
@@ -73,7 +73,7 @@ def measure_folder(
         progress: observer.
     """
     try:
-        check_memory(folder_bytes(folder), device)
+        check_fits(str(folder), folder_bytes(folder), device)
         config = read_json(folder, "config.json")
         model = read_folder(folder, config, device=device, trust_remote_code=trust_remote_code)
         return measure_running(model, reference, progress)
@@ -125,12 +125,6 @@ def _decode(model: nn.Module, window: Tensor, progress: Progress) -> Iterator[Te
             return
         yield output.logits[0]
         progress.advance()
-
-
-def check_memory(size_bytes: int, device: str) -> None:
-    """Raise MemoryError where a folder of this size does not fit into the free memory of the CPU."""
-    if torch.device(device).type == "cpu" and size_bytes > psutil.virtual_memory().available:
-        raise MemoryError
 
 
 def verify_running(
