@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bitmill.workflows.evaluate import evaluate
     from bitmill.workflows.export.run import export
     from bitmill.workflows.imports.run import import_checkpoint
+    from bitmill.workflows.lint.run import lint
     from bitmill.workflows.qat import convert_qat, prepare_qat
     from bitmill.workflows.quantize.run import Outcome, quantize
     from bitmill.workflows.tasks import evaluate_tasks
@@ -46,6 +47,7 @@ __all__ = [
     "evaluate_tasks",
     "export",
     "import_checkpoint",
+    "lint",
     "load",
     "load_tokenizer",
     "prepare_qat",
@@ -63,6 +65,7 @@ _HOMES = {
     "evaluate_tasks": "bitmill.api",
     "export": "bitmill.api",
     "import_checkpoint": "bitmill.api",
+    "lint": "bitmill.api",
     "load": "bitmill.api",
     "load_tokenizer": "bitmill.api",
     "prepare_qat": "bitmill.api",

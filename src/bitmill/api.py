@@ -7,6 +7,7 @@ from bitmill.workflows.estimate import Estimate, estimate
 from bitmill.workflows.evaluate import evaluate
 from bitmill.workflows.export.run import Export, export
 from bitmill.workflows.imports.run import Import, import_checkpoint
+from bitmill.workflows.lint.run import Lint, lint
 from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.qat import convert_qat, prepare_qat
 from bitmill.workflows.quantize.run import Outcome, quantize
@@ -19,6 +20,7 @@ __all__ = [
     "Estimate",
     "Export",
     "Import",
+    "Lint",
     "Outcome",
     "TrainingOutcome",
     "convert_qat",
@@ -27,6 +29,7 @@ __all__ = [
     "evaluate_tasks",
     "export",
     "import_checkpoint",
+    "lint",
     "load",
     "load_tokenizer",
     "prepare_qat",

@@ -13,7 +13,7 @@ QUANTIZE, MEASURE, RUN, LOOK_UP = "Quantize", "Measure", "Run", "Look up"
 COMMANDS = {
     QUANTIZE: ("quantize", "train", "compare", "sweep", "plan"),
     MEASURE: ("eval", "rescore", "verify", "inspect", "bench"),
-    RUN: ("generate", "chat", "serve", "import", "export", "exec"),
+    RUN: ("generate", "chat", "serve", "import", "export", "lint", "exec"),
     LOOK_UP: ("methods", "recipes", "models", "texts", "doctor"),
 }
 
@@ -23,7 +23,7 @@ PANELS = {  # by parameter; others are in typer's own panel
         "inputs", "attention", "rules", "simulate", "recipes", "propagate", "max_minutes", "head_bits", "budget",
         "budgets", "sensitivity", "allocator", "corrections", "save_recipe",
     ),
-    "Export": ("to", "dtype"),
+    "Export": ("to", "dtype", "engine"),
     "Recognizer": (
         "lm", "lm_weight", "insertion_penalty", "references", "costs", "paths", "dev_share",
         "score_end", "batch_size",
@@ -96,6 +96,10 @@ EXAMPLES = {
     "import": (
         "bitmill import GPTQ_FOLDER -o DIR",
         "bitmill import MODEL.Q4_K_M.gguf -o DIR",
+    ),
+    "lint": (
+        "bitmill lint DIR --engine vllm",
+        "bitmill lint org/name --method gptq --set bits=4 --set symmetric=true --engine sglang",
     ),
     "export": (
         "bitmill export DIR --to compressed-tensors",

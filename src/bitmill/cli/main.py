@@ -22,6 +22,7 @@ from bitmill.cli import (
     folder,
     generate,
     import_checkpoint,
+    lint,
     plan,
     quantize,
     rescore,
@@ -58,6 +59,7 @@ app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("import")(import_checkpoint.import_checkpoint)
+app.command("lint")(lint.lint)
 app.command("exec")(execute.execute)
 app.command("inspect")(folder.inspect)
 app.command("verify")(folder.verify)

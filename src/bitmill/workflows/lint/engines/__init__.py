@@ -1,0 +1,1 @@
+"""The engines that lint judges for, one a module."""
