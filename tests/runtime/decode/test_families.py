@@ -24,6 +24,10 @@ GEMMA3_ROPE = {
 HALF = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 FAMILIES = [
     ("mistral", {"sliding_window": 10}),
+    ("ministral", {"sliding_window": 5, **MIXED}),
+    ("seed_oss", {"attention_bias": True}),
+    ("ernie4_5", {}),
+    ("helium", {}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 9, **MIXED}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 4, **MIXED}),
     ("smollm3", {"no_rope_layers": [1, 0]}),

@@ -26,9 +26,8 @@ pytestmark = needs_native
 TOKENS = [7, 3, 100, 0, 55]
 UNIFORM = FORMATS.get("uniform")(4, 16)
 FOREIGN = [
-    ("ernie4_5", {}),
+    ("arcee", {}),
     ("ministral3", {"sliding_window": None}),
-    ("helium", {"hidden_size": 72}),
     ("olmo", {}),
 ]
 

@@ -294,6 +294,10 @@ _STARCODER2 = replace(
 FAMILIES = (
     LLAMA,
     replace(LLAMA, kind="mistral", prefix="Mistral", windows=True),
+    replace(LLAMA, kind="ministral", prefix="Ministral", windows=True),
+    replace(LLAMA, kind="seed_oss", prefix="SeedOss"),
+    replace(LLAMA, kind="ernie4_5", prefix="Ernie4_5", interleaved=True, repeated_angles=True),
+    replace(LLAMA, kind="helium", prefix="Helium", interleaved=True, repeated_angles=True),
     replace(LLAMA, kind="qwen2", prefix="Qwen2", windows=True),
     replace(LLAMA, kind="qwen3", prefix="Qwen3", windows=True, **_HEAD_NORMS),
     replace(LLAMA, kind="smollm3", prefix="SmolLM3", windows=True, rotary_switch="use_rope"),
