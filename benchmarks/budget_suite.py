@@ -3,7 +3,7 @@
     python benchmarks/budget_suite.py smollm2-135m --list     # single recipes and their bits, in seconds
     python benchmarks/budget_suite.py smollm2-135m            # all budgets and recipes, for an idle machine
     python benchmarks/budget_suite.py gemma-3-270m --budgets 2.5bpw,130MB --methods gptq,pvq
-    python benchmarks/budget_suite.py smollm2-135m --budgets "750MB at 8k context"
+    python benchmarks/budget_suite.py smollm2-135m --budgets "800MB at 8k context"
 
 Everything is kept: statistics, sensitivities and verified plans, every folder, every row of figures. The same
 command goes on after an interruption, in the middle of a folder too. Calibration is 128 windows of 512 tokens of

@@ -1,6 +1,6 @@
 """Memory of a process that runs a model at a context: the parts that no choice of formats changes, and layers.
 
-    peak = program + modules + activations of one part of a prompt + attention to the whole context in one layer
+    peak = program + activations of one part of a prompt + attention to the whole context in one layer
            + weights, as they are read and as kernels repack them + keys and values
 
 in fp32, in which `bitmill.load` computes. The program is measured on this machine (`budget.peak`); weights are
@@ -26,7 +26,6 @@ from bitmill.runtime.kernels import KernelSpec, choose_kernel
 from bitmill.workflows.bench.kernels import random_packed
 
 _FLOAT = 4  # bytes of a number
-_MODULES = 1 << 20  # bytes of the Python objects of a block, about
 _SLICE = 64  # rows of the smaller of two layers whose kernels are made
 _SPARE = 0.03  # share of the sum that the allocator holds back
 
@@ -38,7 +37,6 @@ class RunningMemory:
     Attributes:
         context: tokens of one sequence.
         program: interpreter, libraries and their buffers, measured.
-        modules: Python objects of the model.
         activations: of one part of a prompt, and the logits of a token.
         attention: keys and values of one layer, decoded and repeated for the query heads, and the mask.
         others: weights that are in no unit: norms, and embedding and head where they are not chosen.
@@ -47,7 +45,6 @@ class RunningMemory:
 
     context: int
     program: int
-    modules: int
     activations: int
     attention: int
     others: int
@@ -56,7 +53,7 @@ class RunningMemory:
     @property
     def fixed(self) -> int:
         """The sum of all parts."""
-        return self.program + self.modules + self.activations + self.attention + self.others
+        return self.program + self.activations + self.attention + self.others
 
     def needed(self, chosen_bytes: float) -> int:
         """Return the peak with the bytes of all chosen layers, weights, keys and values."""
@@ -101,7 +98,6 @@ def running_memory(
     return RunningMemory(
         context,
         program,
-        _MODULES * len(streamed.blocks),
         _FLOAT * (part * widths + decoded + 2 * config.vocab_size),
         attention,
         _FLOAT * max(others, 0),

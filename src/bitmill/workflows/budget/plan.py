@@ -191,7 +191,7 @@ def describe_memory(plan: Plan) -> dict[str, int]:
     assert memory is not None
     at = {unit.name: problem.candidates[unit.name].index(plan.chosen[unit.name]) for unit in problem.units}
     cached = sum(problem.sizes[unit.name][at[unit.name]] for unit in problem.kv_units)
-    parts = ("program", "modules", "activations", "attention", "others")
+    parts = ("program", "activations", "attention", "others")
     return {
         **{name: getattr(memory, name) for name in parts},
         "layers": (problem.bits(plan.chosen) - cached) // 8,

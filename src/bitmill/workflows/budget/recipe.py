@@ -105,7 +105,7 @@ def _short(member: Member) -> dict[str, Any]:
     for option in fields(member):  # type: ignore[arg-type]
         value = getattr(member, option.name)
         if option.default is not MISSING and value == option.default:
-            del data[option.name]
+            data.pop(option.name, None)  # some members leave such options out themselves
         elif isinstance(value, Member):
             data[option.name] = _short(value)
     return data
