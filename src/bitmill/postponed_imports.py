@@ -39,20 +39,26 @@ class PostponedModule(ModuleType):
     marked: list[tuple[str, Callable[..., Any]]]
 
     def __getattr__(self, name: str) -> Any:
-        if vars(self).get("postponed") is None or (name.startswith("__") and name != "__all__"):
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        self.execute()
-        return getattr(self, name)
+        if not name.startswith("__") or name == "__all__":
+            with _executing:  # another thread may be executing the module
+                self.execute()
+                if name in vars(self):
+                    return vars(self)[name]
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def execute(self) -> None:
         """Execute the module, and repeat the decorators."""
         with _executing:
-            run, self.postponed = self.postponed, None
+            run = vars(self).get("postponed")
             if run is None:
                 return
-            for name in ("disable", *_MARKS):
-                del vars(self)[name]
-            run(self)
+            self.postponed = None
+            stood_in = {name: vars(self).pop(name) for name in ("disable", *_MARKS)}
+            try:
+                run(self)
+            except BaseException:
+                vars(self).update(stood_in, postponed=run)
+                raise
             for name, function in self.marked:
                 getattr(self, name)(function)
 

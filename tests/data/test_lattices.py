@@ -44,6 +44,27 @@ def test_htk(tmp_path: Path) -> None:
     assert [(h.text, h.score) for h in utterance.hypotheses] == [("the mill", -15.0), ("THE", -14.5)]
 
 
+def test_htk_scales_and_long_names(tmp_path: Path) -> None:
+    header = "VERSION=1.0\nacscale=0.1 lmscale=1.0 wdpenalty={}\nN=3 L=3\n"
+    nodes = "I=0\nI=1 WORD=a\nI=2 WORD=b\n"
+    links = "J=0 START=0 END=1 acoustic=-10 language=-1\nJ=1 S=1 E=2 a=-10 l=0\nJ=2 S=0 E=2 a=-25 l=0\n"
+    for penalty, expected in (("0", ["b", "a b"]), ("1", ["a b", "b"])):  # -2.5 against -3, then -1.5 against -1
+        (utterance,) = read_lattices(written(tmp_path / "u.slf", header.format(penalty) + nodes + links), 5)
+        assert [h.text for h in utterance.hypotheses] == expected
+
+
+def test_htk_probabilities(tmp_path: Path) -> None:
+    text = "VERSION=1.0\nbase=0\nN=2 L=2\nI=0\nI=1\nJ=0 S=0 E=1 W=x a=0.5\nJ=1 S=0 E=1 W=y a=0.25\n"
+    (utterance,) = read_lattices(written(tmp_path / "u.slf", text), 5)
+    assert [(h.text, round(math.exp(h.score), 9)) for h in utterance.hypotheses] == [("x", 0.5), ("y", 0.25)]
+
+
+def test_a_path_longer_than_the_search(tmp_path: Path) -> None:
+    chain = "".join(f"{n} {n + 1} w{n} 1\n" for n in range(400)) + "400\n"
+    (utterance,) = read_lattices(written(tmp_path / "u.txt", chain), 1)
+    assert len(utterance.hypotheses[0].text.split()) == 400
+
+
 @pytest.mark.parametrize("text", [OPENFST, ACCEPTOR])
 def test_openfst(tmp_path: Path, text: str) -> None:
     (utterance,) = read_lattices(written(tmp_path / "u7.txt", text), 10)
@@ -72,7 +93,7 @@ def test_best_paths_are_those_of_enumeration(seed: int) -> None:
         arcs += [
             Arc(str(a), str(b), draw.choice(["x", "y", ""]), -draw.random(), -draw.random()) for _ in range(2)
         ]
-    lattice = Lattice("u", "0", arcs, {"5": -0.3, "4": -0.1}, scale=0.7)
+    lattice = Lattice("u", "0", arcs, {"5": -0.3, "4": -0.1}, language_scale=0.7)
     best: dict[str, float] = {}
 
     def walk(state: str, total: float, words: list[str]) -> None:
@@ -101,6 +122,9 @@ def test_best_paths_are_those_of_enumeration(seed: int) -> None:
         ("0 1 a 1\n1 2 b c 3\n2\n", "Line 2 .* has 5 columns"),
         ("0 1 a 1\n1 2 b x\n2\n", "Line 2 .* has 'x'"),
         ("0 1 a 1\n", "no path"),
+        ("u1\n0 1 a 1,1,\n1\nu2\n0 1 a 1,1,\n1\n", "'u2', which no arc names"),
+        (HTK.replace("lmscale=2.0", "base=-2"), "base .* is -2"),
+        (HTK.replace("lmscale=2.0", "base=0"), "'-10.0' where a probability belongs"),
         ("", "holds no lattice"),
     ],
 )

@@ -26,7 +26,9 @@ from bitmill.errors import UsageError, quoted
 
 _SILENT = re.compile(r"!NULL|!SENT_START|!SENT_END|<s>|</s>|<eps>|<sil>|#\d+|-", re.IGNORECASE)
 _FIELD = re.compile(r'(\w+)=("[^"]*"|\S+)')
-_EXPANSIONS = 200  # partial paths that are followed for each hypothesis wanted, before the search stops
+_HEADER = {"acscale": "1", "lmscale": "1", "wdpenalty": "0"}  # of HTK, in the order of `Lattice`
+_EXPANSIONS = 200  # partial paths that are followed for each hypothesis, beyond one for each arc
+_SHORT = {"WORD": "W", "START": "S", "END": "E", "acoustic": "a", "language": "l"}  # of HTK's fields
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,22 @@ class Arc:
 class Lattice:
     """An acyclic graph of words.
 
-    finals: state -> score of ending there.  scale: of the language scores in the recognizer's total.
+    finals: state -> score of ending there.  acoustic_scale, language_scale, word_score: of the recognizer's total,
+    in which the last one counts for every word.
     """
 
     id: str
     start: str
     arcs: list[Arc] = field(default_factory=list)
     finals: dict[str, float] = field(default_factory=dict)
-    scale: float = 1.0
+    acoustic_scale: float = 1.0
+    language_scale: float = 1.0
+    word_score: float = 0.0
+
+    def total(self, arc: Arc) -> float:
+        """Return the score of an arc in the recognizer's total."""
+        words = self.word_score if arc.word else 0.0
+        return self.acoustic_scale * arc.acoustic + self.language_scale * arc.language + words
 
 
 def read_lattices(path: Path, paths: int) -> list[Utterance]:
@@ -84,10 +94,11 @@ def read_lattices(path: Path, paths: int) -> list[Utterance]:
 def _lattices(path: Path) -> Iterator[Lattice]:
     """Yield the lattices of a file, by its form."""
     lines = list(enumerate(read_document(path, "lattice", UsageError, MAX_BYTES).splitlines(), 1))
+    lines = [(number, line) for number, line in lines if not line.startswith("# ")]
     for number, line in lines:
         check_characters(line, f"Line {number} of {path}", UsageError)
     filled = [(number, line.split()) for number, line in lines if line.strip()]
-    first = next((line for _, line in lines if line.strip() and not line.startswith("#")), "")
+    first = next((line for _, line in lines if line.strip() and not line.startswith("#")), "")  # "#" alone
     if _FIELD.match(first):
         yield _htk(path, lines)
     elif filled and len(filled[0][1]) == 1:
@@ -105,26 +116,43 @@ def _htk(path: Path, lines: list[tuple[int, str]]) -> Lattice:
         if line.startswith("#"):
             continue
         fields = {key: value.strip('"') for key, value in _FIELD.findall(line)}
+        if "J" in fields or "I" in fields:
+            fields = {_SHORT.get(key, key): value for key, value in fields.items()}
         if "J" in fields:
             links.append((number, fields))
         elif "I" in fields:
             words[fields["I"]] = fields.get("W", "")
         else:
             header |= fields
-    unit = math.log(_number(header.get("base", str(math.e)), f"The base of {path}"))
-    lattice = Lattice(header.get("UTTERANCE", path.stem), "", scale=_number(header.get("lmscale", "1"), str(path)))
+    base = _number(header.get("base", str(math.e)), f"The base of {path}")
+    if base < 0 or base == 1:
+        raise UsageError(f"The base of {path} is {base:g}; use that of its logarithms, or 0 for probabilities.")
+    scales = [_number(header.get(key, default), f"The header of {path}") for key, default in _HEADER.items()]
+    lattice = Lattice(header.get("UTTERANCE", path.stem), "", [], {}, *scales)
     for number, link in links:
         where = f"Line {number} of {path}"
         start, end = _entry(link, "S", where), _entry(link, "E", where)
         for state in (start, end):
             if state not in words:
                 raise UsageError(f"{where} names the node {quoted(state)}, which no line I={state} describes.")
-        scores = [_number(link.get(key, "0"), where) * unit for key in "al"]
+        scores = [_nats(link.get(key), base, where) for key in "al"]
         lattice.arcs.append(Arc(start, end, _spoken(link.get("W", words[end])), *scores))
     entered, left = {arc.end for arc in lattice.arcs}, {arc.start for arc in lattice.arcs}
     lattice.start = header.get("start") or next((state for state in words if state not in entered), "")
     lattice.finals = {state: 0.0 for state in words if state == header.get("end", state) and state not in left}
     return lattice
+
+
+def _nats(score: str | None, base: float, where: str) -> float:
+    """Return a score of HTK as a log-probability in nats: a logarithm of a base, or a probability with base 0."""
+    if score is None:
+        return 0.0
+    value = _number(score, where)
+    if base:
+        return value * math.log(base)
+    if not 0 < value <= 1:
+        raise UsageError(f"{where} has {quoted(score)} where a probability belongs.")
+    return math.log(value)
 
 
 def _kaldi(path: Path, lines: list[tuple[int, str]]) -> Iterator[Lattice]:
@@ -152,6 +180,12 @@ def _openfst(name: str, path: Path, lines: list[tuple[int, list[str]]]) -> Latti
             lattice.arcs.append(Arc(words[0], words[1], _spoken(words[1 + labels]), acoustic, language))
         else:
             raise UsageError(f"{where} has {len(words)} columns, and the first arc of the lattice {len(first)}.")
+    named = {state for arc in lattice.arcs for state in (arc.start, arc.end)}
+    if lattice.arcs and (strange := next((state for state in lattice.finals if state not in named), None)):
+        raise UsageError(
+            f"The lattice {quoted(name)} of {path} ends in {quoted(strange)}, which no arc names; put an empty "
+            "line between two utterances."
+        )
     return lattice
 
 
@@ -198,6 +232,8 @@ def best_hypotheses(lattice: Lattice, limit: int) -> list[Hypothesis]:
 
     Best-first search of paths, with the exact score of the best way to the end: paths appear in order.
 
+    Fewer than `limit` are returned where the lattice has no more, or where many paths have equal words.
+
     Raises:
         UsageError: the lattice has a cycle.
     """
@@ -211,7 +247,7 @@ def best_hypotheses(lattice: Lattice, limit: int) -> list[Hypothesis]:
     queue: list[tuple[float, int, str | None, float, float, tuple[str, ...]]]
     queue = [(-rest[lattice.start], next(order), lattice.start, 0.0, 0.0, ())]
     found: dict[str, float] = {}
-    for _ in range(_EXPANSIONS * limit):
+    for _ in range(len(lattice.arcs) + _EXPANSIONS * limit):
         if not queue or len(found) == limit:
             break
         _, _, state, total, acoustic, words = heapq.heappop(queue)
@@ -222,7 +258,7 @@ def best_hypotheses(lattice: Lattice, limit: int) -> list[Hypothesis]:
             end = total + lattice.finals[state]
             heapq.heappush(queue, (-end, next(order), None, end, acoustic, words))
         for arc in leaving.get(state, ()):
-            so_far = total + arc.acoustic + lattice.scale * arc.language
+            so_far = total + lattice.total(arc)
             if rest[arc.end] > -math.inf:
                 spoken = (*words, arc.word) if arc.word else words
                 entry = (-(so_far + rest[arc.end]), next(order), arc.end, so_far, acoustic + arc.acoustic, spoken)
@@ -242,7 +278,7 @@ def _best_to_the_end(lattice: Lattice, leaving: dict[str, list[Arc]]) -> dict[st
             continue
         ahead = [arc.end for arc in leaving.get(state, ()) if arc.end not in rest]
         if not ahead:
-            ways = [a.acoustic + lattice.scale * a.language + rest[a.end] for a in leaving.get(state, ())]
+            ways = [lattice.total(arc) + rest[arc.end] for arc in leaving.get(state, ())]
             rest[state] = max([*ways, lattice.finals.get(state, -math.inf)])
             open_states.discard(state)
             pending.pop()

@@ -14,32 +14,55 @@ from torch.nn.functional import cosine_similarity
 from bitmill.errors import CalibrationError
 
 _COLOURS = 3
+_OTHER_TOKENS = 8  # at most, such as those of the class and registers
 
 
 @torch.no_grad()
 def patch_features(model: nn.Module, pictures: Tensor) -> Tensor | None:
-    """Return the features of patches after the last block; None where patches are no square.
+    """Return the features of patches after the last block; None where they are no grid of the picture's shape.
 
     Args:
         model: a model of transformers.
         pictures: (pictures, channels, height, width).
 
     Returns:
-        fp32 (pictures, side, side, width).
+        fp32 (pictures, rows, columns, width).
     """
     output: Any = model(pictures, output_hidden_states=True)
     hidden: Tensor = output.hidden_states[-1].float().cpu()
-    side = math.isqrt(hidden.shape[1])  # further tokens, such as that of the class, come first
-    if hidden.dim() != 3 or hidden.shape[1] - side * side > 8:
+    size = (pictures.shape[-2], pictures.shape[-1])
+    grid = patch_grid(hidden.shape[1], size, getattr(model.config, "patch_size", None))
+    if hidden.dim() != 3 or grid is None:
         return None
-    return hidden[:, -side * side :].unflatten(1, (side, side))
+    return hidden[:, -grid[0] * grid[1] :].unflatten(1, grid)
+
+
+def patch_grid(tokens: int, size: tuple[int, int], patch: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return rows and columns of the patches among tokens, before which up to 8 others may stand; None without.
+
+    Args:
+        tokens: of a picture.
+        size: height and width of the picture.
+        patch: of the model, where it has one; models that merge patches have fewer.
+    """
+    height, width = size
+    if patch:
+        tall, wide = (patch, patch) if isinstance(patch, int) else patch
+        if 0 <= tokens - (height // tall) * (width // wide) <= _OTHER_TOKENS:
+            return height // tall, width // wide
+    for others in range(min(_OTHER_TOKENS + 1, tokens)):
+        rows = math.isqrt(round((tokens - others) * height / width))
+        columns = (tokens - others) // rows if rows else 0
+        if rows * columns == tokens - others and rows * width == columns * height:
+            return rows, columns
+    return None
 
 
 class FeatureColours:
     """Colours of features: the first three principal components of one picture's patches.
 
     Args:
-        features: of the float model, (side, side, width).
+        features: of the float model, (rows, columns, width).
     """
 
     def __init__(self, features: Tensor) -> None:
@@ -50,7 +73,7 @@ class FeatureColours:
         self._low, self._high = placed.aminmax(dim=0)
 
     def picture(self, features: Tensor) -> str:
-        """Return features (side, side, width) of the float or of another model as a PNG file in a data URI."""
+        """Return features (rows, columns, width) of the float or of another model as a PNG file in a data URI."""
         placed = (features - self._mean) @ self._axes.T
         shares = (placed - self._low) / (self._high - self._low).clamp(min=1e-30)
         padded = nn.functional.pad(shares, (0, _COLOURS - shares.shape[-1]))
@@ -58,7 +81,7 @@ class FeatureColours:
 
 
 def patch_cosine(features: Tensor, reference: Tensor) -> float:
-    """Return the mean cosine between the features (side, side, width) of a patch in two models."""
+    """Return the mean cosine between the features (rows, columns, width) of a patch in two models."""
     return float(cosine_similarity(features, reference, dim=-1).mean().nan_to_num())
 
 

@@ -19,6 +19,8 @@ class Importer(ABC):
     Attributes:
         name: `quant_method` of the checkpoint's config.
         marker: the tensor of a layer that only quantized layers have, by its name after the layer's.
+        reads: all tensors of a layer that say which matrix it holds, by their names after the layer's.
+        passes_over: tensors that say something else, such as how inputs are rounded.
 
     Args:
         config: `quantization_config` of the checkpoint.
@@ -29,6 +31,8 @@ class Importer(ABC):
 
     name: ClassVar[str]
     marker: ClassVar[str]
+    reads: ClassVar[frozenset[str]]
+    passes_over: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -52,6 +56,11 @@ class Importer(ABC):
             if layer and (part := name.removeprefix(f"{layer}.")) != "bias":
                 found[layer][part] = name
         return dict(sorted(found.items()))
+
+    def check_parts(self, layer: str, parts: Iterable[str]) -> None:
+        """Raise SourceError for a tensor of a layer that the importer does not know: it may change the matrix."""
+        if unknown := sorted({*parts} - self.reads - self.passes_over):
+            raise SourceError(f"its tensor {unknown[0]!r} is not read, and may change what the layer computes.")
 
     @abstractmethod
     def quantized(self, layer: str, tensors: Mapping[str, Tensor]) -> Quantized:

@@ -18,6 +18,7 @@ from bitmill.formats.part import ScaleType
 from bitmill.formats.permuted import Permuted
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.uniform import Uniform
+from bitmill.imports.base import checked
 from bitmill.numerics.grouping import GroupSize
 from bitmill.numerics.minifloat import ElementName
 
@@ -130,6 +131,41 @@ def ordered(quantized: Quantized, order: Tensor) -> Quantized:
     part = format.own_parts(quantized.shape)[0]
     stored = order.to(torch.float32 if part.bits else torch.int32)
     return replace(quantized, format=format, params={**quantized.params, "order": stored})
+
+
+def group_order(
+    layer: str, part: str, index: Tensor, size: tuple[int, int], group: int | None = None
+) -> Tensor | None:
+    """Return the columns sorted by group, int64; None where they are in order, or have one group.
+
+    Args:
+        layer, part: of the index, for messages.
+        index: (columns,), the group of each column.
+        size: columns of the matrix and groups of a row.
+        group: columns of a group where the checkpoint states them.
+
+    Raises:
+        SourceError: the index is of other columns, or the groups have other sizes.
+    """
+    columns, groups = size
+    width = group or -(-columns // groups)
+    expected = torch.arange(columns) // width
+    index = checked(layer, part, index, (columns,)).long()
+    if groups == 1 or torch.equal(index, expected):
+        return None
+    order = index.argsort(stable=True)
+    if torch.equal(index[order], expected):
+        return order
+    raise SourceError(f"{part} of {layer!r} names groups that do not have {width} columns each; quantize again.")
+
+
+def in_order(
+    order: Tensor | None, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int | None = None
+) -> Quantized:
+    """Return scale * (code - zero), with columns stored sorted by group; see `group_order` and `evenly_spaced`."""
+    if order is None:
+        return evenly_spaced(codes, scale, zero, bits, group)
+    return ordered(evenly_spaced(codes[:, order].contiguous(), scale, zero, bits, group), order)
 
 
 def nibbles(packed: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ def fp8(layer: str, weight: Tensor, scale: Tensor, block: Sequence[int] | None =
         scale = scale[:, None]
     if scale.shape[0] != rows and block:
         height, group = int(block[0]), int(block[1])
+        if height < 1 or scale.shape[0] != -(-rows // height):
+            raise SourceError(f"The scale of {layer!r} has {scale.shape[0]} blocks of {height} rows, for {rows}.")
         scale = scale.repeat_interleave(height, 0)[:rows]
     if scale.dim() != 2 or scale.shape[0] != rows:
         raise SourceError(f"The scale of {layer!r} has the shape {tuple(scale.shape)}, for {rows} rows.")

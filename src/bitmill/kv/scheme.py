@@ -189,6 +189,9 @@ class KVMethod(Member):
         """Return the storage scheme. Raise RecipeError when options contradict each other."""
         raise NotImplementedError
 
+    def check_layers(self, count: int) -> None:
+        """Raise RecipeError where the options are those of another number of layers than `count`."""
+
     def layer_scheme(self, number: int) -> Scheme:
         """Return the storage scheme of one layer of the cache: that of all layers, unless a method mixes them.
 

@@ -208,6 +208,8 @@ def check_method(model: nn.Module, method: KVMethod, name: str = "") -> None:
         UsageError: the model has no layer that can be packed, or no rotary embedding that can be undone.
         RecipeError: its heads do not suit the method.
     """
+    config: Any = model.config
+    method.check_layers(config.get_text_config(decoder=True).num_hidden_layers)
     for number, (heads, dim) in packed_shapes(model, name).items():
         scheme = method.layer_scheme(number)
         check_heads(scheme, heads, dim)

@@ -24,11 +24,12 @@ class AWQImporter(Importer):
 
     name: ClassVar[str] = "awq"
     marker: ClassVar[str] = "qweight"
+    reads: ClassVar[frozenset[str]] = frozenset(("qweight", "qzeros", "scales"))
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit", _BITS))
-        if version != "gemm" or bits != _BITS:
+        if version != "gemm" or str(bits) != str(_BITS):
             raise SourceError(f"The AWQ checkpoint has the version {version!r} of {bits} bits; gemm of 4 is read.")
 
     def quantized(self, layer: str, tensors: Mapping[str, Tensor]) -> Quantized:

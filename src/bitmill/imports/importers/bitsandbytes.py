@@ -33,6 +33,9 @@ class BitsAndBytesImporter(Importer):
 
     name: ClassVar[str] = "bitsandbytes"
     marker: ClassVar[str] = "weight.absmax"
+    reads: ClassVar[frozenset[str]] = frozenset(
+        ("weight", "weight.absmax", "weight.quant_map", _STATE, "weight.nested_absmax", "weight.nested_quant_map")
+    )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)

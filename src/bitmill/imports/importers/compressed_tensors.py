@@ -28,7 +28,7 @@ from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.formats.uniform import Uniform
 from bitmill.imports.base import IMPORTERS, Importer, checked, needed
 from bitmill.imports.four_bits import mxfp4, nvfp4
-from bitmill.imports.matrices import evenly_spaced, ordered
+from bitmill.imports.matrices import group_order, in_order
 from bitmill.imports.small_floats import fp8
 from bitmill.numerics.packing import unpack, words_for
 
@@ -41,6 +41,13 @@ class CompressedTensorsImporter(Importer):
 
     name: ClassVar[str] = "compressed-tensors"
     marker: ClassVar[str] = "weight_scale"
+    reads: ClassVar[frozenset[str]] = frozenset(
+        ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx",
+         "weight_global_scale")
+    )  # fmt: skip
+    passes_over: ClassVar[frozenset[str]] = frozenset(
+        ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale")
+    )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -116,13 +123,7 @@ class CompressedTensorsImporter(Importer):
             stored = tensors["weight_zero_point"]
             zero = _zeros(self._unpacked(stored.T.contiguous(), bits, rows).T if stored.dtype == torch.int32 else
                           stored.to(torch.int32) + (1 << (bits - 1)), scale, layer)  # fmt: skip
-        index = tensors.get("weight_g_idx")
-        order = None
-        if index is not None and int(index.min()) >= 0 and not bool((index.diff() >= 0).all()):
-            order = index.long().argsort(stable=True)
-            codes = codes[:, order].contiguous()
-        made = evenly_spaced(codes, scale, zero, bits, group)
-        return made if order is None else ordered(made, order)
+        return in_order(_order(layer, tensors, codes, scale, group), codes, scale, zero, bits, group)
 
     def _unpacked(self, words: Tensor, bits: int, count: int) -> Tensor:
         if self.dense or 32 % bits == 0:
@@ -148,12 +149,25 @@ def _integers(layer: str, tensors: Mapping[str, Tensor], weights: dict[str, Any]
     scale = scale.reshape(1, 1).expand(len(weight), 1) if scale.numel() == 1 else scale
     zero = tensors.get("weight_zero_point")
     zeros = None if zero is None else zero.to(torch.int32).reshape(-1, scale.shape[1]).expand(scale.shape) + middle
-    return evenly_spaced(codes.to(torch.uint8), scale, zeros, bits, weights.get("group_size"))
+    group = weights.get("group_size")
+    order = _order(layer, tensors, codes, scale, group)
+    return in_order(order, codes.to(torch.uint8), scale, zeros, bits, group)
+
+
+def _order(
+    layer: str, tensors: Mapping[str, Tensor], codes: Tensor, scale: Tensor, group: int | None
+) -> Tensor | None:
+    """Return the columns sorted by group, where the checkpoint has an index of groups; -1 stands for none."""
+    index = tensors.get("weight_g_idx")
+    if index is None or int(index.min()) < 0:
+        return None
+    return group_order(layer, "weight_g_idx", index, (codes.shape[1], scale.shape[1]), group)
 
 
 def _floats(layer: str, tensors: Mapping[str, Tensor], weights: dict[str, Any]) -> Quantized:
     weight, scale = needed(tensors, layer, "weight", "weight_scale")
-    return fp8(layer, weight, scale, weights.get("block_structure"))
+    block = weights.get("block_structure")
+    return fp8(layer, weight, scale, block.split("x") if isinstance(block, str) else block)
 
 
 def _nvfp4(layer: str, tensors: Mapping[str, Tensor], weights: dict[str, Any]) -> Quantized:

@@ -24,6 +24,8 @@ class FP8Importer(Importer):
 
     name: ClassVar[str] = "fp8"
     marker: ClassVar[str] = "weight_scale_inv"
+    reads: ClassVar[frozenset[str]] = frozenset(("weight", "weight_scale_inv"))
+    passes_over: ClassVar[frozenset[str]] = frozenset(("input_scale", "activation_scale"))
 
     def quantized(self, layer: str, tensors: Mapping[str, Tensor]) -> Quantized:
         """Return weight * weight_scale_inv."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from bitmill.errors import SourceError
 from bitmill.formats.quantized import Quantized
 from bitmill.imports.base import IMPORTERS, Importer, checked, needed
-from bitmill.imports.matrices import evenly_spaced, ordered
+from bitmill.imports.matrices import group_order, in_order
 from bitmill.numerics.packing import unpack, words_for
 
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what is added to stored zeros
@@ -28,12 +28,15 @@ class GPTQImporter(Importer):
 
     name: ClassVar[str] = "gptq"
     marker: ClassVar[str] = "qweight"
+    reads: ClassVar[frozenset[str]] = frozenset(("qweight", "qzeros", "scales", "g_idx"))
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         version = str(config.get("checkpoint_format") or config.get("format") or "gptq")
         if version not in _VERSIONS:
             raise SourceError(f"The GPTQ checkpoint has the format {version!r}; gptq and gptq_v2 are read.")
+        if config.get("dynamic"):
+            raise SourceError("The GPTQ checkpoint has bits by layer (dynamic), which are not read yet.")
         self.added = _VERSIONS[version]
 
     def quantized(self, layer: str, tensors: Mapping[str, Tensor]) -> Quantized:
@@ -50,29 +53,5 @@ class GPTQImporter(Importer):
         zero = unpack(qzeros, bits, shape[0]).to(torch.int32).T + self.added
         stated = int(self.config.get("group_size", -1))
         group = stated if stated > 0 else None
-        order = _order(layer, index, shape[1], group or shape[1], groups)
-        if order is None:
-            return evenly_spaced(codes, scales.T, zero.contiguous(), bits, group)
-        return ordered(evenly_spaced(codes[:, order].contiguous(), scales.T, zero, bits, group), order)
-
-
-def _order(layer: str, index: Tensor | None, columns: int, group: int, groups: int) -> Tensor | None:
-    """Return the columns sorted by group; None where they are in order.
-
-    Args:
-        layer: for messages.
-        index: int32 (columns,), the group of each; None for groups of neighbours.
-        columns: of the matrix.
-        group: columns of a group.
-        groups: of a row.
-
-    Raises:
-        SourceError: the groups have other sizes.
-    """
-    expected = torch.arange(columns) // group
-    if index is None or torch.equal(index.long(), expected):
-        return None
-    order = index.long().argsort(stable=True)
-    if groups == 1 or torch.equal(index.long()[order], expected):
-        return order if groups > 1 else None
-    raise SourceError(f"g_idx of {layer!r} names groups that do not have {group} columns each; quantize again.")
+        order = None if index is None else group_order(layer, "g_idx", index, (shape[1], groups), group)
+        return in_order(order, codes, scales.T, zero.contiguous(), bits, group)

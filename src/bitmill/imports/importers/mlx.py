@@ -21,6 +21,7 @@ class MLXImporter(Importer):
 
     name: ClassVar[str] = "mlx"
     marker: ClassVar[str] = "scales"
+    reads: ClassVar[frozenset[str]] = frozenset(("weight", "scales", "biases"))
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -32,6 +33,8 @@ class MLXImporter(Importer):
         weight, scales, biases = needed(tensors, layer, "weight", "scales", "biases")
         own = self.config.get(layer)
         chosen = {**self.config, **own} if isinstance(own, dict) else self.config
+        if (mode := chosen.get("mode", "affine")) != "affine":
+            raise SourceError(f"it has the mode {mode!r}; affine is read.")
         bits, group = int(chosen.get("bits", 4)), int(chosen.get("group_size", 64))
         rows, groups = scales.shape
         words = checked(layer, "weight", weight, (rows, words_for(groups * group, bits))).view(torch.int32)

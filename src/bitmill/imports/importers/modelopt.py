@@ -26,6 +26,8 @@ class ModelOptImporter(Importer):
 
     name: ClassVar[str] = "modelopt"
     marker: ClassVar[str] = "weight_scale"
+    reads: ClassVar[frozenset[str]] = frozenset(("weight", "weight_scale", "weight_scale_2"))
+    passes_over: ClassVar[frozenset[str]] = frozenset(("input_scale", "k_scale", "v_scale"))
 
     def quantized(self, layer: str, tensors: Mapping[str, Tensor]) -> Quantized:
         """Return weight * weight_scale, times weight_scale_2 for NVFP4."""

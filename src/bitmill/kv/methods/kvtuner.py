@@ -63,6 +63,17 @@ class KVTuner(KVMethod):
             found += [(int(match[2]), int(match[3]))] * int(match[1] or 1)
         return tuple(found)
 
+    def describe(self) -> str:
+        """Return the name, the base, and the pairs or the bits of all layers, in words."""
+        return f"{self.name} of {self.base} at {self.pairs or f'{self.bits} bits'}"
+
+    def check_layers(self, count: int) -> None:
+        """Raise RecipeError where the pairs are not those of `count` layers."""
+        if self.bits_of_layers and len(self.bits_of_layers) != count:
+            raise RecipeError(
+                f"pairs has {len(self.bits_of_layers)} layers, and the model has {count}; give a pair for each."
+            )
+
     def scheme(self) -> Scheme:
         """Return the scheme of the first layer."""
         return self.layer_scheme(0)

@@ -57,10 +57,8 @@ def measured_peak(folder: Path | None, tokens: int = _TINY, trust_remote_code: b
         return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"])
     except (subprocess.TimeoutExpired, IndexError, KeyError, ValueError) as error:
         said = done.stderr.strip().splitlines()[-1:] if not isinstance(error, subprocess.TimeoutExpired) else []
-        reason = one_line(said[0]) if said else "it was killed, or took too long"
-        raise PeakNotMeasured(
-            f"The peak memory at {tokens:,} tokens was not measured ({reason}); the folder is complete."
-        ) from None
+        reason = one_line(said[0]) if said else "the process was killed, failed without a word, or took too long"
+        raise PeakNotMeasured(f"The peak memory at {tokens:,} tokens was not measured ({reason}).") from None
 
 
 @torch.no_grad()

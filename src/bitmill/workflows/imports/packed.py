@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,10 @@ from bitmill.sources.gguf import FLOATS, GgufSource
 from bitmill.sources.hf import HfSource
 from bitmill.sources.hub import origin_of_folder
 
-_DAMAGED = (IndexError, KeyError, TypeError, ValueError, RuntimeError, OverflowError)
+# errors of damaged files and configs
+_DAMAGED = (
+    AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, re.error,
+)  # fmt: skip
 
 
 class PackedSource(Source, Protocol):
@@ -79,7 +83,12 @@ class PackedFolder(HfSource):
                 f"{self.folder} is quantized by {method!r}, which is not imported; "
                 f"{', '.join(IMPORTERS.names())} are."
             )
-        return str(method), IMPORTERS.get(str(method))(described)
+        try:
+            return str(method), IMPORTERS.get(str(method))(described)
+        except _DAMAGED as error:
+            raise SourceError(
+                f"The quantization_config of {self.folder} is damaged ({one_line(error)}); fetch the model again."
+            ) from None
 
     def packed(self) -> frozenset[str]:
         """Return the names of the weights of quantized layers."""
@@ -90,6 +99,7 @@ class PackedFolder(HfSource):
         layer = name.removesuffix(".weight")
         tensors = {part: super(PackedFolder, self).tensor(stored) for part, stored in self._parts[name].items()}
         try:
+            self._importer.check_parts(layer, tensors)
             made = self._importer.quantized(layer, tensors)
             made.dequantize()
         except SourceError as error:
