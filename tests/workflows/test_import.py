@@ -123,3 +123,18 @@ def test_refused(tmp_path):
         bitmill.import_checkpoint(tmp_path / "gptq", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"config_groups": 3}, {"config_groups": {"a": {"targets": [7], "weights": {}}}}, {"version": []}]
+)
+def test_damaged_config(tmp_path, change):
+    bitmill.export(packed(tmp_path), "compressed-tensors", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    if "version" in change:  # which says nothing then
+        assert bitmill.import_checkpoint(tmp_path / "out", tmp_path / "again").layers == 14
+        return
+    with pytest.raises(SourceError, match="fetch the model again"):
+        bitmill.import_checkpoint(tmp_path / "out", tmp_path / "again")

@@ -55,7 +55,7 @@ class GgufWriter(Writer):
     def write(self, job: ExportJob, layers: dict[str, Layer], out: Path) -> list[str]:
         """Write the file. Raises UsageError for a tokenizer that cannot be exported."""
         architecture = _architecture(job.config.model_type)
-        writer = gguf.GGUFWriter(out, architecture)
+        writer = gguf.GGUFWriter(out, architecture, use_temp_file=True)  # tensors leave memory as they are made
         if source := _copied(job):
             _copy_metadata(writer, source)
         else:

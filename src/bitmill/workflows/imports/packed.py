@@ -20,10 +20,8 @@ from bitmill.sources.gguf import FLOATS, GgufSource
 from bitmill.sources.hf import HfSource
 from bitmill.sources.hub import origin_of_folder
 
-# errors of damaged files and configs
-_DAMAGED = (
-    AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, re.error,
-)  # fmt: skip
+# in tensors and configs of any shape
+_DAMAGED = (IndexError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError, re.error)
 
 
 class PackedSource(Source, Protocol):
