@@ -211,3 +211,68 @@ def test_settings_that_are_refused():
         IMPORTERS.get("mlx")({"mode": "mxfp4"})
     with pytest.raises(SourceError, match="version 'gemv'"):
         IMPORTERS.get("awq")({"version": "gemv"})
+
+
+def packed_tensors(index: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Codes of 4 bits in groups of 32 columns that `index` names, as compressed-tensors packs them."""
+    codes = torch.randint(0, 16, (OUT, IN), generator=generator()).to(torch.uint8)
+    scale = (torch.rand(OUT, IN // 32, generator=generator()) + 0.1).half()
+    tensors = {"weight_packed": pack(codes, 4), "weight_scale": scale, "weight_g_idx": index.to(torch.int32)}
+    return tensors, (codes.float() - 8) * scale.float()[:, index.long().clamp(max=IN // 32 - 1)]
+
+
+INTEGERS = {"num_bits": 4, "group_size": 32, "type": "int", "symmetric": True}
+
+
+@pytest.mark.parametrize("kind", ["pack-quantized", "int-quantized"])
+def test_compressed_tensors_with_shuffled_groups(kind):
+    index = (torch.arange(IN) // 32)[torch.randperm(IN, generator=generator(1))]
+    tensors, expected = packed_tensors(index)
+    if kind == "int-quantized":
+        codes = torch.randint(0, 16, (OUT, IN), generator=generator()).to(torch.int8) - 8
+        tensors = {"weight": codes, **{k: v for k, v in tensors.items() if k != "weight_packed"}}
+    assert torch.equal(compressed(kind, INTEGERS).quantized("a", tensors).dequantize(), expected)
+
+
+@pytest.mark.parametrize(
+    "index", [torch.tensor([0] * 20 + [1] * 44 + [2] * 32), torch.zeros(IN), torch.zeros(IN - 16)]
+)
+def test_compressed_tensors_with_uneven_groups(index):
+    importer = compressed("pack-quantized", INTEGERS)
+    with pytest.raises(SourceError, match=r"weight_g_idx|groups that do not have 32 columns"):
+        importer.quantized("a", packed_tensors(torch.zeros(IN))[0] | {"weight_g_idx": index.to(torch.int32)})
+
+
+@pytest.mark.parametrize("name", IMPORTERS.names())
+def test_unknown_tensors_are_refused(name):
+    """A tensor such as ModelOpt's pre_quant_scale changes what a layer computes."""
+    kind = IMPORTERS.get(name)
+    importer = kind({"bits": 4, "group_size": 32})
+    importer.check_parts("a", kind.reads | kind.passes_over)
+    with pytest.raises(SourceError, match="'pre_quant_scale' is not read"):
+        importer.check_parts("a", {kind.marker, "pre_quant_scale"})
+
+
+def test_blocks_in_words():
+    weight = torch.randn(130, 256, generator=generator()).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 2, generator=generator()) + 0.1
+    made = {}
+    for block in ("128x128", [128, 128]):
+        importer = compressed("float-quantized", {"num_bits": 8, "type": "float", "block_structure": block})
+        made[str(block)] = importer.quantized("a", {"weight": weight, "weight_scale": scale}).dequantize()
+    assert torch.equal(*made.values())
+    with pytest.raises(SourceError, match="3 blocks of 128 rows, for 130"):
+        importer.quantized("a", {"weight": weight, "weight_scale": torch.ones(3, 2)})
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("gptq", {"bits": 4, "dynamic": {"+:.*down.*": {"bits": 8}}}, "bits by layer"),
+        ("awq", {"bits": "8"}, "of 8 bits"),
+    ],
+)
+def test_variants_are_refused_by_name(name, config, message):
+    with pytest.raises(SourceError, match=message):
+        IMPORTERS.get(name)(config)
+    IMPORTERS.get("awq")({"bits": "4"})

@@ -71,3 +71,9 @@ def test_saved_cache(tmp_path):
     for one, two in zip(cache.packed_layers, again.packed_layers, strict=True):
         assert torch.equal(one.keys, two.keys)
         assert torch.equal(one.values, two.values)
+
+
+@pytest.mark.parametrize("pairs", ["8/4", "9*8/4"])
+def test_pairs_of_another_number_of_layers(pairs):
+    with pytest.raises(RecipeError, match=r"pairs has \d layers, and the model has"):
+        QuantizedCache(tiny_model("llama"), "kvtuner", pairs=pairs)

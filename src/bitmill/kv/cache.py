@@ -73,6 +73,7 @@ class QuantizedCache(Cache):
         config: Any = model.config
         direct_config = config.get_text_config(decoder=True) if attach_attention(model) else None
         layers: list[Any] = list(DynamicCache(config=config).layers)
+        self.method.check_layers(len(layers))
         for number, layer in enumerate(layers):
             window = getattr(layer, "sliding_window", None)
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

@@ -167,7 +167,7 @@ def _order(
 def _floats(layer: str, tensors: Mapping[str, Tensor], weights: dict[str, Any]) -> Quantized:
     weight, scale = needed(tensors, layer, "weight", "weight_scale")
     block = weights.get("block_structure")
-    return fp8(layer, weight, scale, block.split("x") if isinstance(block, str) else block)
+    return fp8(layer, weight, scale, [int(side) for side in block.split("x")] if isinstance(block, str) else block)
 
 
 def _nvfp4(layer: str, tensors: Mapping[str, Tensor], weights: dict[str, Any]) -> Quantized:

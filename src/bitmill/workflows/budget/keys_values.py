@@ -31,7 +31,8 @@ def keys_values(streamed: StreamedModel, base: str) -> tuple[list[Unit], dict[st
             f"A budget with a context stores keys and values by a method of one width without calibration, which "
             f"{base!r} is not; use --kv kivi, rotated or per_token."
         )
-    check_method(streamed.model, pair_method(base, pairs_of(base)[0]), streamed.source.name)
+    one_pair = pair_method(base, pairs_of(base)[0], len(streamed.blocks))
+    check_method(streamed.model, one_pair, streamed.source.name)
     numbers = packed_layers(streamed.source.config)
     if numbers != list(range(len(streamed.blocks))):
         raise UsageError(
@@ -45,9 +46,9 @@ def keys_values(streamed: StreamedModel, base: str) -> tuple[list[Unit], dict[st
     return units, {unit.name: made for unit in units}
 
 
-def pair_method(base: str, pair: Pair) -> KVMethod:
-    """Return the method that stores every layer with one pair of bits."""
-    return kv_method(METHOD, base=base, pairs=f"4096*{pair[0]}/{pair[1]}")
+def pair_method(base: str, pair: Pair, layers: int) -> KVMethod:
+    """Return the method that stores so many layers with one pair of bits."""
+    return kv_method(METHOD, base=base, pairs=f"{layers}*{pair[0]}/{pair[1]}")
 
 
 def written_kv(base: str, pairs: Sequence[Pair]) -> str:

@@ -122,7 +122,8 @@ def _kernel_bits(format: Format, shape: tuple[int, int]) -> int:
     own = 0
     while isinstance(core, Wrapper):
         own += sum(8 * math.prod(part.packed_shape) * part.dtype.itemsize for part in core.own_parts(inner))
-        core, inner = core.inner, core.inner_shape(inner)
+        inner = core.inner_shape(inner)
+        core = core.inner
     rows = min(_SLICE, max(1, inner[0] // 2))
     one, two = (_held_bytes(core, (count, inner[1])) for count in (rows, 2 * rows))
     each = max(two - one, 0) / rows  # tables that all rows share are held once

@@ -20,7 +20,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from bitmill.compat import forward_with_cache
-from bitmill.errors import BitmillError, one_line
+from bitmill.errors import BitmillError
 from bitmill.evaluation.generate import PROMPT_CHUNK
 from bitmill.kv.cache import QuantizedCache
 from bitmill.kv.layer import QuantizedLayer
@@ -57,7 +57,11 @@ def measured_peak(folder: Path | None, tokens: int = _TINY, trust_remote_code: b
         return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"])
     except (subprocess.TimeoutExpired, IndexError, KeyError, ValueError) as error:
         said = done.stderr.strip().splitlines()[-1:] if not isinstance(error, subprocess.TimeoutExpired) else []
-        reason = one_line(said[0]) if said else "the process was killed, failed without a word, or took too long"
+        reason = (
+            " ".join(said[0].split())
+            if said
+            else "the process was killed, failed without a word, or took too long"
+        )
         raise PeakNotMeasured(f"The peak memory at {tokens:,} tokens was not measured ({reason}).") from None
 
 
@@ -97,7 +101,12 @@ def fill(model: Any, cache: Cache, tokens: int, generator: torch.Generator) -> N
 def _tiny_model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    size = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, **size)).eval()
 
 

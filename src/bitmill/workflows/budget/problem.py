@@ -277,7 +277,8 @@ def _bits(
     """Return the bits of a unit: stored, or in memory."""
     if candidate.pair is not None:
         assert memory is not None
-        return memory.cache_bits(pair_method(kv_base, candidate.pair), int(unit.layers[0].rpartition(".")[2]))
+        number = int(unit.layers[0].rpartition(".")[2])
+        return memory.cache_bits(pair_method(kv_base, candidate.pair, number + 1), number)
     format = None if candidate.format == FLOAT else candidate.format
     if memory is not None:
         return sum(loaded_bits(format, shapes[layer]) for layer in unit.layers)

@@ -82,11 +82,13 @@ class PackedFolder(HfSource):
                 f"{', '.join(IMPORTERS.names())} are."
             )
         try:
-            return str(method), IMPORTERS.get(str(method))(described)
+            importer = IMPORTERS.get(str(method))(described)
+            self._notes = importer.notes()
         except _DAMAGED as error:
             raise SourceError(
                 f"The quantization_config of {self.folder} is damaged ({one_line(error)}); fetch the model again."
             ) from None
+        return str(method), importer
 
     def packed(self) -> frozenset[str]:
         """Return the names of the weights of quantized layers."""
@@ -111,7 +113,7 @@ class PackedFolder(HfSource):
 
     def notes(self) -> list[str]:
         """Return what the importer leaves out."""
-        return self._importer.notes()
+        return self._notes
 
     def names(self) -> list[str]:
         """Return the names of the tensors of the float model."""

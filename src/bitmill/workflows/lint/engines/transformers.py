@@ -37,9 +37,9 @@ class Transformers(Engine):
                     return
         if model.kind == "compressed-tensors":
             zeros = (n for n, each in model.layers.items() if not getattr(weight_format(each), "symmetric", True))
-            if (name := next(zeros, None)) is not None:
+            if (with_zeros := next(zeros, None)) is not None:
                 yield Finding(
-                    name,
+                    with_zeros,
                     "It has zeros, which transformers reads with quantization_config="
                     "CompressedTensorsConfig(dequantize=True) alone.",
                 )
