@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.selection import FULL
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples" / "notebooks").glob("*.ipynb"))
 
 
@@ -27,6 +29,7 @@ def test_compiles(notebook: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.skipif(not FULL, reason="runs in make test-all")
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(notebook: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")

@@ -362,6 +362,16 @@ def _nbest(folder: Path) -> str:
 READERS["n-best lists"] = Reader(("data/nbest.py",), "texts", "nbest.jsonl", {"read": _nbest})
 
 
+@refusing
+def _lattice(folder: Path) -> str:
+    from bitmill.data.lattices import read_lattices
+
+    return digest_of(read_lattices(Path("u1.slf"), 3))
+
+
+READERS["lattices"] = Reader(("data/lattices.py",), "texts", "u1.slf", {"read": _lattice})
+
+
 def build(root: Path) -> None:
     """Write the files of all readers below a folder."""
     import bitmill
@@ -387,6 +397,8 @@ def build(root: Path) -> None:
     (root / "texts" / "prompts.txt").write_text("w1 w2\nw3\n")
     utterance = {"id": "u1", "hypotheses": [{"text": "w1 w2", "score": -3.5}], "reference": "w1"}
     (root / "texts" / "nbest.jsonl").write_text(json.dumps(utterance) + "\n")
+    lattice = "VERSION=1.0\nlmscale=2\nN=2 L=2\nI=0\nI=1\nJ=0 S=0 E=1 W=w1 a=-3.5 l=-1\nJ=1 S=0 E=1 W=w2 a=-4\n"
+    (root / "texts" / "u1.slf").write_text(lattice)
     shutil.copy(root / "done" / "recipe.yaml", root / "texts" / "mine.yaml")
     tiny_model("bert").save_pretrained(root / "encoder" / "source")
     open_source(str(made.source)).tokenizer().save_pretrained(root / "encoder" / "source")

@@ -16,6 +16,8 @@ READS = {"read_text", "read_bytes", "safe_open", "load_file", "read_document", "
 OWN_FILES = {  # that come with bitmill or the machine, or are compared with a digest before they are read
     "formats/integer_coding.py",
     "progress/base.py",
+    "runtime/kernels/mapped.py",
+    "workflows/comparison/pictures.py",
     "recipes/defaults.py",
     "report/html.py",
     "sensitivities/taylor.py",

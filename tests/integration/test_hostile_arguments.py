@@ -32,6 +32,7 @@ SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
     "evaluate_tasks": {"model": "done", "tasks": ["arc_easy"], "limit": 1},
     "export": {"folder": "done", "to": "dense", "out": "out"},
     "import_checkpoint": {"source": "exported", "out": "out"},
+    "lint": {"model": "exported", "engine": "vllm"},
     "load": {"model": "done"},
     "load_tokenizer": {"model": "done"},
     "compare": {
@@ -53,7 +54,7 @@ def test_functions(function, pristine, tmp_path, monkeypatch):
     monkeypatch.setattr(prepared_tasks, "load_items", lambda task, limit: [Item((("w1", " w2"),), 0)])
     monkeypatch.setattr(prepared_tasks, "require_lm_eval", lambda: None)
     monkeypatch.setattr(prepared_tasks, "log_likelihoods", lambda *_: [(-1.0, True)])
-    if function is bitmill.import_checkpoint and not (pristine / "exported").exists():
+    if function in (bitmill.import_checkpoint, bitmill.lint) and not (pristine / "exported").exists():
         bitmill.export(pristine / "done", "compressed-tensors", pristine / "exported")
     here = tmp_path / "here"
     sound = SOUND[function.__name__]

@@ -15,7 +15,9 @@ from bitmill.errors import CheckpointError
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitmill"}}))
-    sound = SimpleNamespace(config={"model_type": "llama"}, folder=tmp_path, record={}, files={})
+    sound = SimpleNamespace(
+        config={"model_type": "llama"}, folder=tmp_path, record={}, files={}, formats={}, entries={}
+    )
     monkeypatch.setattr("bitmill.workflows.load.open_checkpoint", lambda folder, **options: sound)
     return tmp_path
 

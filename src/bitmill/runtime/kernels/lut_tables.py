@@ -192,7 +192,8 @@ def lookup_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int,
     rows, columns = shape
     groups = -(-columns // width)
     wide, floats = kind != "bytes", kind == "floats"
-    if floats and not torch.equal(lookup.zero.to(torch.float16).to(torch.float32), lookup.zero):
+    in_half = torch.equal(lookup.zero.to(torch.float16).to(torch.float32), lookup.zero)  # as zeros are stored
+    if not in_half and (floats or (wide and not _is_constant(lookup.zero))):
         lookup = _without_zero(lookup)
     integers = as_integers(lookup.tables, 255) or (as_integers(lookup.tables, 65535) if wide else None)
     if wide and integers is None and not _is_constant(lookup.zero):
