@@ -25,7 +25,6 @@ from bitmill.formats.part import SCALE_TYPES, Part, ScaleType
 from bitmill.formats.scalar import ScalarFormat
 from bitmill.numerics.straight_through import BEYOND
 
-_TABLES = 5  # most bits at which each group has a table of its levels
 _SHARES = torch.linspace(0.975, 0.5, 20, device="cpu").tolist()  # of the range, that the search tries
 
 
@@ -78,15 +77,12 @@ class Affine(ScalarFormat):
         return codes * params["scale"][..., None] + params["offset"][..., None]
 
     def lookup(self, params: Params) -> Lookup:
-        """Return a table for each group; with many codes one of the codes themselves, which tables would outgrow.
-
-        -offset / scale is rounded to fp32, and to fp16 by kernels with tables of bytes: off by up to 2**-12 of it.
-        """
-        scale = params["scale"]
-        if self.bits <= _TABLES or bool((scale == 0).any()):  # groups of one number have the scale 0
+        """Return one table, of the codes themselves; of groups of one number, whose scale is 0, their own."""
+        scale, offset = params["scale"], params["offset"]
+        if bool((scale == 0).any()):
             return super().lookup(params)
         codes = torch.arange(1 << self.bits, device=scale.device, dtype=torch.float32)
-        return Lookup(codes[None], scale, -params["offset"] / scale)
+        return Lookup(codes[None], scale, -offset / scale, offset=offset)
 
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """Round and clamp.

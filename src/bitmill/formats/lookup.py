@@ -23,6 +23,7 @@ class Lookup:
     table: Tensor | None = None  # (rows|1, groups|1) int64, which table; None where there is one
     powers: Tensor | None = None  # (m,) fp32, further factors
     power: Tensor | None = None  # (rows|1, groups|1) int64, which of them
+    offset: Tensor | None = None  # (rows|1, groups|1) fp32, added in place of -scale * zero, which is rounded then
 
     def factor(self) -> Tensor:
         """Return scale and power together, (rows|1, groups|1)."""
@@ -39,4 +40,6 @@ class Lookup:
     def levels(self) -> Tensor:
         """Return the levels, (rows|1, groups|1, 2**bits) fp32."""
         tables = self.tables[None] if self.table is None else self.tables[self.table]
+        if self.offset is not None:
+            return self.factor()[..., None] * tables + self.offset[..., None]
         return self.factor()[..., None] * (tables - self.zero[..., None])

@@ -33,7 +33,7 @@ from bitmill.runtime import ops
 from bitmill.runtime.activations import ACTIVATIONS, Activations, activations
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import RepackedKernel, cpu_unsupported_reason, tile_buffer
-from bitmill.runtime.kernels.lut_tables import Entries, LookupTables, lookup_tables
+from bitmill.runtime.kernels.lut_tables import Entries, LookupTables, lookup_tables, without_zero
 from bitmill.runtime.kernels.reference import RowDecoder
 
 _PARTS = ("tables", "ids", "powers", "scales", "zeros", "row_scales")  # in the order of csrc/bind.cpp
@@ -123,6 +123,7 @@ class Lut(RepackedKernel):
 
         def weights(rows: slice) -> Tensor:
             found = format.lookup({k: v if v.shape[0] == 1 else v[rows] for k, v in params.items()})
+            found = found if found.offset is None else without_zero(found)
             tables = torch.nn.functional.pad(found.tables.flatten(), (0, 64))  # whole vectors are read
             ids = None if found.table is None else found.table.to(torch.int32).contiguous()
             numbers = found.factor().contiguous(), found.zero.contiguous()

@@ -193,11 +193,12 @@ def lookup_tables(lookup: Lookup, shape: tuple[int, int], width: int, bits: int,
     groups = -(-columns // width)
     wide, floats = kind != "bytes", kind == "floats"
     in_half = torch.equal(lookup.zero.to(torch.float16).to(torch.float32), lookup.zero)  # as zeros are stored
-    if not in_half and (floats or (wide and not _is_constant(lookup.zero))):
-        lookup = _without_zero(lookup)
+    is_exact = in_half and lookup.offset is None
+    if not is_exact and (floats or (wide and not _is_constant(lookup.zero))):
+        lookup = without_zero(lookup)
     integers = as_integers(lookup.tables, 255) or (as_integers(lookup.tables, 65535) if wide else None)
     if wide and integers is None and not _is_constant(lookup.zero):
-        lookup = _without_zero(lookup)  # in units of 16-bit entries fp16 is too coarse for it
+        lookup = without_zero(lookup)  # in units of 16-bit entries fp16 is too coarse for it
     source = _source_of(lookup, bits, integers, floats)
     summed = source == BANK and not floats and bits == _SUMMED and are_sums(lookup.tables)
     tile_rows = 16 if summed else rows_per_tile(bits, source)
@@ -273,7 +274,7 @@ def _of_rows(made: LookupTables, tables: Tensor, tiling: _Tiling) -> Tensor:
     return tiling(tables)[:, : made.records_per_tile].flatten(0, 1)  # a row's table is alike in all groups
 
 
-def _without_zero(lookup: Lookup) -> Lookup:
+def without_zero(lookup: Lookup) -> Lookup:
     """Return the levels as tables with zero 0, one for each row and group."""
     levels = lookup.levels()
     which = torch.arange(levels.shape[0] * levels.shape[1]).view(levels.shape[:2])
