@@ -4,8 +4,8 @@
     python benchmarks/lstm_decode.py --hidden 1024 --recipes power_of_two:2 rtn:4
 
 All have the same random weights, before rounding, and take turns; medians of one run. nn.LSTM runs with oneDNN,
-which rearranges the weights in every call, and without; ratios are over the faster one. A row counts only where the
-packed layer's outputs are those of its decoded weights.
+which rearranges the weights in every call, and without; ratios are over the faster one. A row counts only where
+the outputs are those of the decoded weights.
 """
 
 from __future__ import annotations
