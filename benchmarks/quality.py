@@ -181,9 +181,8 @@ def between(text: str, marks: tuple[str, str], inside: str) -> str:
 
 
 def bits_of(row: dict[str, Any]) -> int:
-    """Return the bits that a row was asked for."""
-    recipe = row.get("recipe")
-    return int(row["bits"] if recipe is None else recipe["weight"].get("bits", round(row["bits_per_weight"])))
+    """Return the bits that a row was asked for: with bitmill those of the codes, to which metadata is added."""
+    return int(row["bits"] if row.get("recipe") is None else row["bits_per_weight"])
 
 
 def method_of(row: dict[str, Any]) -> str:
