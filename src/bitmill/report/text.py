@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from bitmill.report import formatting
@@ -25,6 +26,12 @@ def format_number(value: Any, digits: int = 4) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     return f"{value:.{digits}g}" if isinstance(value, float) else f"{value:,}"
+
+
+def format_rows(rows: Sequence[tuple[str, str]]) -> str:
+    """Format (name, value) pairs as lines, with the values below one another."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
 def format_mb(size_bytes: int) -> str:

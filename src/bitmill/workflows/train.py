@@ -34,7 +34,7 @@ from bitmill.models.config_only import open_config_only
 from bitmill.models.meta import trim_malloc
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
-from bitmill.report.text import training_rows
+from bitmill.report.text import format_rows, training_rows
 from bitmill.tasks.base import task_for
 from bitmill.training.distil import Training, WindowSet
 from bitmill.training.loss import LossName
@@ -66,8 +66,7 @@ class TrainingOutcome:
 
     def __str__(self) -> str:
         rows = self.rows()
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+        return format_rows(rows)
 
 
 @checked_arguments("teacher", "calib", "progress")

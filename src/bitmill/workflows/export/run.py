@@ -21,6 +21,7 @@ from bitmill.errors import OutputError, UsageError
 from bitmill.exports.base import TARGETS
 from bitmill.files import folder_bytes, output_errors, publish, write_text
 from bitmill.progress import Progress
+from bitmill.report.text import format_rows
 from bitmill.workflows.export.dense import DenseWriter
 from bitmill.workflows.export.gguf_file import GgufWriter
 from bitmill.workflows.export.job import ExportJob, Writer
@@ -66,8 +67,7 @@ class Export:
         return [*rows, *(("note", note) for note in self.notes)]
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:{width}}  {value}" for name, value in self.rows())
+        return format_rows(self.rows())
 
 
 @checked_arguments("to", "dtype", "progress")

@@ -32,6 +32,7 @@ from bitmill.recipes.resolve import ResolvedRecipe
 from bitmill.recipes.rules import Rule
 from bitmill.recipes.scheme import LayerScheme
 from bitmill.report.html import folder_documents
+from bitmill.report.text import format_rows
 from bitmill.solvers.nearest import Nearest
 from bitmill.workflows.checks import check_space, job_identity
 from bitmill.workflows.imports.packed import PackedSource, open_packed
@@ -76,8 +77,7 @@ class Import:
         return [*rows, *(("note", note) for note in self.notes)]
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:{width}}  {value}" for name, value in self.rows())
+        return format_rows(self.rows())
 
 
 @checked_arguments("progress")

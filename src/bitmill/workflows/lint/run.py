@@ -14,6 +14,7 @@ from bitmill.exports.base import Layer
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.compose import find_recipe
 from bitmill.recipes.resolve import resolve_recipe
+from bitmill.report.text import format_rows
 from bitmill.sources.open import open_source
 from bitmill.workflows.imports.packed import open_packed
 from bitmill.workflows.lint.base import BITMILL, ENGINES, Described, Engine, Finding
@@ -51,8 +52,7 @@ class Lint:
         return [*rows, *(found or [("loads", "nothing was found that stands in the way")])]
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:{width}}  {value}" for name, value in self.rows())
+        return format_rows(self.rows())
 
 
 @checked_arguments()

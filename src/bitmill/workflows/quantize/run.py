@@ -38,7 +38,7 @@ from bitmill.recipes.method import Method
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.rules import Rule
 from bitmill.report.html import folder_documents
-from bitmill.report.text import next_commands, summary_rows
+from bitmill.report.text import format_rows, next_commands, summary_rows
 from bitmill.workflows import kv as kv_workflow
 from bitmill.workflows.announce import announced
 from bitmill.workflows.budget.peak import PeakNotMeasured, measured_peak
@@ -84,8 +84,7 @@ class Outcome:
 
     def __str__(self) -> str:
         rows = self.rows()
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+        return format_rows(rows)
 
 
 @renamed_arguments(calibration="calib")
