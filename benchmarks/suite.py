@@ -33,6 +33,7 @@ from bitmill.workflows.sizes import stored_bits
 
 RESULTS = Path(__file__).parent / "results"
 TOGETHER = 4  # folders that are in memory together
+LONG = 512  # tokens of a window whose float logits are kept for all folders: of 262144 words, 537 MB
 
 
 def main() -> None:
@@ -95,7 +96,9 @@ def score(folders: Sequence[Path], reference: Recorded, texts: dict[str, Windows
     for name, text in texts.items():
         metrics = [LanguageModelMetrics() for _ in folders]
         for index, tokens in enumerate(batches(text.tokens, 1)):
-            expected = torch.cat(list(pieces(reference.outputs[name][index], 0, tokens.shape[1])))[None]
+            expected = reference.outputs[name][index]
+            if tokens.shape[1] <= LONG:
+                expected = torch.cat(list(pieces(expected, 0, tokens.shape[1])))[None]
             for metric, quantized in zip(metrics, recorded):
                 metric.add(tokens, quantized.outputs[name][index], expected)
         for found, metric in zip(figures, metrics):
