@@ -13,7 +13,8 @@ from bitmill.errors import UsageError
 from bitmill.formats import FORMATS
 from bitmill.formats.quantized import unpack
 from bitmill.runtime.modules.dequantize import dequantized_bytes
-from bitmill.workflows.bench import memory, models
+from bitmill.workflows.bench import formats, memory, models
+from bitmill.workflows.bench.formats import bench_formats
 from bitmill.workflows.bench.kernels import CASES, bench_kernels, random_packed
 from bitmill.workflows.load import load
 from helpers.tiny_models import tiny_model
@@ -68,6 +69,20 @@ def test_json_output(capsys):
     assert [case["bits"] for case in result["kernels"]] == [3]
     assert main(arguments[:-1]) == 0
     assert "uniform" in capsys.readouterr().out
+
+
+def test_errors_of_formats(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bitmill.workflows.bench.formats.SHAPE", (8, 512))
+    result = bench_formats()
+    assert len(result["formats"]) == len(formats.CASES)
+    assert all(case["excess_dB"] > 0 for case in result["formats"])
+    lattice = next(case for case in result["formats"] if case["format"] == "e8")
+    assert 1.3 < lattice["excess_dB"] < 1.9  # 0.091 of the variance against 1/16
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    assert main(["bench", "formats", "--model", str(tmp_path / "m"), "--format", "e8", "--bits", "2"]) == 0
+    assert "dB above bound" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--bits is 9; use some of 2"):
+        bench_formats(formats=("e8",), bits=(9,))
 
 
 def test_models(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""bitmill bench kernels, bitmill bench decode and bitmill bench prefill."""
+"""bitmill bench kernels, bitmill bench formats, bitmill bench decode and bitmill bench prefill."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from bitmill.cli.output import command_output, data_table, property_table
 from bitmill.errors import UsageError
 from bitmill.report.text import format_mb, format_number
 
-app = App("bench", help="Measure the speed of kernels and quantized models.", no_args_is_help=True)
+app = App(
+    "bench",
+    help="Measure the speed of kernels and quantized models, and the error of formats.",
+    no_args_is_help=True,
+)
 
 Folder = Annotated[str, typer.Argument(help="Quantized folder.", show_default=False)]
 Shapes = Annotated[
@@ -27,6 +31,12 @@ Formats = Annotated[
 ]
 Bits = Annotated[
     list[int] | None, typer.Option(metavar="B", help="Only this number of bits; repeatable.", show_default="all")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Round a layer of this model, in a Hadamard basis.", show_default="Gaussian"
+    ),
 ]
 Batch = Annotated[int, typer.Option(metavar="N", help="Tokens in a batch.")]
 NewTokens = Annotated[int, typer.Option(metavar="N", help="Tokens to decode.")]
@@ -58,6 +68,29 @@ def kernels(
             lambda name: output.progress.start(name, 0),
         )
         output.result(result, lambda: [_machine_table(result), _kernel_table(result)])
+
+
+@app.command("formats")
+def formats(
+    model: Model = None,
+    formats: Formats = None,
+    bits: Bits = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the error of all formats on Gaussian numbers, above the rate-distortion bound."""
+    with command_output(as_json) as output:
+        output.progress.start("starting", 0)
+        from bitmill.workflows.bench.formats import bench_formats
+
+        result = bench_formats(
+            model,
+            tuple(formats or ()),
+            tuple(bits or ()),
+            lambda name: output.progress.start(name, 0),
+            trust_remote_code,
+        )
+        output.result(result, lambda: [_format_table(result)])
 
 
 @app.command("decode")
@@ -149,3 +182,20 @@ def _kernel_table(result: dict[str, Any]) -> Any:
     ]
     columns = ("format", "bits", "group", "shape", "kernel", "ms", "GB/s", "of bandwidth", "x torch fp32")
     return data_table(columns, rows, left=("format", "kernel"))
+
+
+def _format_table(result: dict[str, Any]) -> Any:
+    rows = [
+        (
+            case["format"],
+            str(case["bits"]),
+            str(case["group_size"]),
+            f"{case['bits_per_weight']:.3f}",
+            f"{case['error']:.5f}",
+            f"{case['excess_dB']:.2f}",
+            format_number(case["weights_per_s"]),
+        )
+        for case in result["formats"]
+    ]
+    columns = ("format", "bits", "group", "bits/weight", "error", "dB above bound", "weights/s")
+    return data_table(columns, rows, left=("format",))

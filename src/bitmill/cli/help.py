@@ -114,6 +114,7 @@ EXAMPLES = {
     "texts": ("bitmill texts",),
     "doctor": ("bitmill doctor", "bitmill doctor --json"),
     "bench kernels": ("bitmill bench kernels --shape 4096x11008 --format uniform --bits 4",),
+    "bench formats": ("bitmill bench formats --bits 2", "bitmill bench formats --model smollm2-135m"),
     "bench decode": ("bitmill bench decode DIR --tokens 64",),
     "bench prefill": ("bitmill bench prefill DIR --tokens 512",),
 }
