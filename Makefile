@@ -1,6 +1,7 @@
 # make demo   quantize SmolLM2-135M to 3 bits by several methods, measure, generate
 # make test       lint, types, architecture, tests in a few minutes
 # make test-all   the same with every combination of members, and coverage
+# make test-gpu   test and time the Triton kernels, where there is a GPU
 # make mutants    break 40 lines, drawn by SEED, and count those that the tests notice
 # make fuzz   damage files for MINUTES, drawn by SEED, and read them in every way
 # make kill       kill commands at 200 moments, drawn by SEED, and compare what they leave
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 # on Linux this torch brings CUDA along, which works as well and is only larger.
 TORCH ?= torch==2.13.0
 
-.PHONY: setup demo test test-all pytest pytest-all mutants fuzz kill lint style types imports browser sanitize docs clean
+.PHONY: setup demo test test-all test-gpu pytest pytest-all mutants fuzz kill lint style types imports browser sanitize docs clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +53,10 @@ pytest: setup
 
 pytest-all: setup
 	BITMILL_FULL_TESTS=1 $(PYTEST) --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+# The tests that others run in Triton's interpreter, and times as shares of the memory's bandwidth; under 5 minutes.
+test-gpu: setup
+	PYTHONPATH=tests $(BIN)/python tests/gpu.py
 
 SEED ?= 0
 mutants: setup
