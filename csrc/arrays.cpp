@@ -201,4 +201,24 @@ Sparse sparse(const Array<const int64_t, 1>& starts, const Bytes& places,
             reinterpret_cast<const uint16_t*>(values.data())};
 }
 
+Levels levels(const Layout& l, const Bytes& codes, const Array<const float, 1>& tables,
+              const std::optional<Array<const int32_t, 2>>& ids, const Array<const float, 2>& scales,
+              const Array<const float, 2>& zeros, int64_t first, int64_t rows) {
+    check(l, codes.size());
+    require(l.rows_per_tile <= 16, "a tile has up to 16 rows");
+    const auto fits = [&](size_t own_rows, size_t groups) {
+        return (own_rows == 1 || static_cast<int64_t>(own_rows) == rows) &&
+               (groups == 1 || groups == static_cast<size_t>(l.groups()));
+    };
+    require(fits(scales.shape(0), scales.shape(1)) && fits(zeros.shape(0), zeros.shape(1)) &&
+                (!ids || fits(ids->shape(0), ids->shape(1))), "numbers are of other groups");
+    const int64_t one = int64_t{1} << l.bits, count = (static_cast<int64_t>(tables.size()) - 64) / one;
+    require(count > 0, "the tables are too small");
+    for (size_t i = 0; ids && i < ids->size(); ++i)
+        require(0 <= ids->data()[i] && ids->data()[i] < count, "there is no such table");
+    const auto size = [](const auto& a, int i) { return static_cast<int64_t>(a.shape(i)); };
+    return {l, codes.data(), first, tables.data(), ids ? ids->data() : nullptr, scales.data(), zeros.data(),
+            ids ? size(*ids, 0) : 1, ids ? size(*ids, 1) : 1, size(scales, 0), size(scales, 1), size(zeros, 0), size(zeros, 1)};
+}
+
 }  // namespace bitmill

@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "additive/additive.h"
+#include "lut/levels.h"
 #include "lut/lookup.h"
 #include "rotation/rotation.h"
 #include "sparse/sparse.h"
@@ -43,6 +44,10 @@ Weights lookup_weights(const Layout& l, int source, bool wide, bool mirrored, in
                        const Bytes& tables, const Some& ids,
                        const std::optional<Array<const float, 1>>& powers, const Some& scales,
                        const Some& zeros, const Array<const float, 1>& row_scales, int act);
+// Numbers are of one row or of `rows` from `first` on, of one group or of each.
+Levels levels(const Layout& l, const Bytes& codes, const Array<const float, 1>& tables,
+              const std::optional<Array<const int32_t, 2>>& ids, const Array<const float, 2>& scales,
+              const Array<const float, 2>& zeros, int64_t first, int64_t rows);
 Additive additive_weights(const Layout& l, const Bytes& codes, const Array<const float, 3>& books,
                           const Bytes& scales, int64_t columns);
 Vectors vectors(int set, int64_t columns, int64_t group, int bits, const Array<const int32_t, 2>& words,

@@ -69,26 +69,11 @@ void bytes_to_layout_of(const Layout& l, Array<const uint8_t, 2> codes, Array<ui
 void decode_of(const Layout& l, Bytes codes, Array<const float, 1> tables,
                std::optional<Array<const int32_t, 2>> ids, Array<const float, 2> scales,
                Array<const float, 2> zeros, int64_t first, Array<float, 2> out, int threads) {
-    check(l, codes.size());
-    require(l.rows_per_tile <= 16, "a tile has up to 16 rows");
-    const auto fits = [&](size_t rows, size_t groups) {
-        return (rows == 1 || rows == out.shape(0)) &&
-               (groups == 1 || groups == static_cast<size_t>(l.groups()));
-    };
-    require(fits(scales.shape(0), scales.shape(1)) && fits(zeros.shape(0), zeros.shape(1)) &&
-                (!ids || fits(ids->shape(0), ids->shape(1))), "numbers are of other groups");
-    const int64_t one = int64_t{1} << l.bits, count = (static_cast<int64_t>(tables.size()) - 64) / one;
-    require(count > 0, "the tables are too small");
-    for (size_t i = 0; ids && i < ids->size(); ++i)
-        require(0 <= ids->data()[i] && ids->data()[i] < count, "there is no such table");
     require(inside(first, out.shape(0), l.rows) && out.shape(1) == static_cast<size_t>(l.columns),
             "the rows are not the layout's");
-    const auto size = [](const auto& a, int i) { return static_cast<int64_t>(a.shape(i)); };
-    const Levels levels{l, codes.data(), first, tables.data(), ids ? ids->data() : nullptr, scales.data(),
-                        zeros.data(), ids ? size(*ids, 0) : 1, ids ? size(*ids, 1) : 1, size(scales, 0),
-                        size(scales, 1), size(zeros, 0), size(zeros, 1)};
+    const Levels some = levels(l, codes, tables, ids, scales, zeros, first, out.shape(0));
     nb::gil_scoped_release free;
-    decode_levels(levels, out.shape(0), out.data(), threads);
+    decode_levels(some, out.shape(0), out.data(), threads);
 }
 
 void linear_of(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes,

@@ -109,10 +109,10 @@ void advance(Model& model, const Token& token, Position at, Array<float, 1>& log
     model.advance(x.data(), at, logits.data(), threads);
 }
 
-Past past_of(const Shape& s, int64_t blocks, const Array<float, 5>& past, int64_t length) {
+Past past_of(const Shape& s, int64_t blocks, const Array<float, 5>& past, int64_t length, int64_t tokens = 1) {
     const auto is = [&](size_t found, int64_t expected) { return static_cast<int64_t>(found) == expected; };
     require(is(past.shape(0), blocks) && past.shape(1) == 2 && is(past.shape(2), s.kv_heads) && is(past.shape(4), s.dim) &&
-                0 <= length && (!blocks || length < static_cast<int64_t>(past.shape(3))),
+                0 <= length && (!blocks || inside(length, tokens, past.shape(3))),
             "the past has another shape, or no room");
     return {past.data(), static_cast<int64_t>(past.shape(3)), length};
 }
@@ -140,6 +140,23 @@ void advance_packed(Model& model, MaybeFloats embedding, const Linear* table, in
     Position at{};
     at.packed = blocks.data();
     advance(model, {embedding, table, token, factor, position, cos, sin}, at, logits, threads);
+}
+
+void read_floats(Model& model, Array<const float, 2> embeddings, Array<const float, 3> cos, Array<const float, 3> sin,
+                 Array<float, 5> all, int64_t length, Array<float, 5> recent, int64_t recent_length, Array<float, 2> logits, bool floats,
+                 int threads) {
+    const Shape& s = model.shape;
+    const auto tokens = static_cast<int64_t>(embeddings.shape(0)), kept = static_cast<int64_t>(logits.shape(0)), windows = model.windows();
+    require(tokens > 0 && static_cast<int64_t>(embeddings.shape(1)) == s.hidden, "embeddings have another size");
+    for (const auto* angles : {&cos, &sin})
+        require(static_cast<int64_t>(angles->shape(0)) == tokens && static_cast<int64_t>(angles->shape(1)) == model.rotaries() &&
+                    static_cast<int64_t>(angles->shape(2)) == s.rotated,
+                "angles have another size");
+    require(kept <= tokens && static_cast<int64_t>(logits.shape(1)) == model.tokens(), "an array has another size");
+    const Position at{cos.data(), sin.data(), past_of(s, model.depth() - windows, all, length, tokens),
+                      past_of(s, windows, recent, recent_length, tokens)};
+    nb::gil_scoped_release free;
+    model.read(embeddings.data(), at, logits.data(), kept, {tokens, floats, threads});
 }
 
 }  // namespace
@@ -173,7 +190,10 @@ void bind_decoder(nb::module_& m) {
              "logits"_as_is, "threads"_a)
         .def("advance", advance_packed, "embedding"_as_is.none(), "table"_a.none(), "token"_a, "factor"_a,
              "position"_as_is.none(), "cos"_as_is, "sin"_as_is, "past"_a, "packed"_a, "sinks"_a, "waiting"_a, "logits"_as_is,
-             "threads"_a);
+             "threads"_a)
+        .def("reads_pieces", &Model::reads_pieces)
+        .def("read", read_floats, "embeddings"_as_is, "cos"_as_is, "sin"_as_is, "all"_as_is, "length"_a, "recent"_as_is,
+             "recent_length"_a, "logits"_as_is, "floats"_a, "threads"_a);
 }
 
 }  // namespace bitmill

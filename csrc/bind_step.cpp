@@ -1,4 +1,5 @@
 // The decode step in the Python module. Arguments keep the memory they refer to alive.
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
@@ -34,10 +35,10 @@ void check_product(int64_t rows, int64_t columns, const Array<const Number, 2>& 
             "x or y has another shape");
 }
 
-void product(const LookupLinear& linear, Array<const float, 2> x, Array<float, 2> y, int threads) {
-    check_product(linear.rows, linear.columns, x, y);
+void product(const LookupLinear& matrix, Array<const float, 2> x, Array<float, 2> y, int threads) {
+    check_product(matrix.rows, matrix.columns, x, y);
     nb::gil_scoped_release free;
-    linear.product(x.data(), x.shape(0), y.data(), threads);
+    linear(matrix.matrix(), x.data(), x.shape(0), matrix.inputs(), y.data(), threads);
 }
 
 void grid_product(const GridLinear& linear, Array<const float, 2> x, Array<float, 2> y, int threads) {
@@ -47,9 +48,7 @@ void grid_product(const GridLinear& linear, Array<const float, 2> x, Array<float
 }
 
 // Weights that multiply with many tokens (lut/linear.h: linear_gemm).
-struct PanelLinear {
-    Weights weights;
-
+struct PanelLinear : Panels {
     void product(Array<const float, 2> x, Array<float, 2> y, int act, int64_t step, int threads) const {
         check_product(weights.layout.rows, weights.layout.columns, x, y);
         require((act == 0 || act == 1) && 0 <= step, "inputs are rounded to int8 or int16, in steps of some columns");
@@ -69,14 +68,21 @@ struct PanelLinear {
     }
 };
 
-std::unique_ptr<PanelLinear> panels(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes,
+std::shared_ptr<PanelLinear> panels(const Layout& l, int source, bool wide, bool mirrored, int64_t record_bytes,
                                     int64_t records_per_tile, int bank_bits, float zero, Bytes codes, Bytes tables,
                                     Some ids, MaybeFloats powers, Some scales, Some zeros, Floats row_scales, int act) {
     const Weights weights = lookup_weights(l, source, wide, mirrored, record_bytes, records_per_tile,
                                            bank_bits, zero, codes, tables, ids, powers, scales, zeros,
                                            row_scales, act);
     require(act != static_cast<int>(Act::float32) && has_gemm(weights), "many tokens need tables of bytes");
-    return std::make_unique<PanelLinear>(PanelLinear{weights});
+    return std::make_shared<PanelLinear>(PanelLinear{{weights}});
+}
+
+void read_pieces(LookupLinear& matrix, std::shared_ptr<PanelLinear> panels, int act, int64_t step, std::shared_ptr<Codes> codes) {
+    require((act == 0 || act == 1) && 0 <= step, "inputs are rounded to int8 or int16, in steps of some columns");
+    const auto fits = [&](const Layout& l) { return l.rows == matrix.rows && l.columns == matrix.columns; };
+    require((!panels || fits(panels->weights.layout)) && (!codes || fits(codes->levels.layout)), "the matrix has another shape");
+    matrix.read_pieces(std::move(panels), static_cast<Act>(act), step, std::move(codes));
 }
 
 // A function of the arguments of lookup_weights.
@@ -108,7 +114,17 @@ std::vector<float> row_of(const Linear& table, int64_t row) {
 void bind_step(nb::module_& m) {
     nb::class_<Linear>(m, "Linear").def("row", row_of, "row"_a);
     nb::class_<LookupLinear, Linear>(m, "LookupLinear")
-        .def("product", product, "x"_as_is, "y"_as_is, "threads"_a);
+        .def("product", product, "x"_as_is, "y"_as_is, "threads"_a)
+        .def("read_pieces", read_pieces, "panels"_a.none(), "act"_a, "step"_a, "codes"_a.none());
+    nb::class_<Codes>(m, "Codes");
+    m.def(
+        "codes",
+        [](const Layout& l, Bytes codes, Floats tables, std::optional<Array<const int32_t, 2>> ids, Array<const float, 2> scales,
+           Array<const float, 2> zeros) {
+            return std::make_shared<Codes>(Codes{levels(l, codes, tables, ids, scales, zeros, 0, l.rows)});
+        },
+        "layout"_a, "codes"_as_is, "tables"_as_is, "ids"_as_is.none(), "scales"_as_is, "zeros"_as_is, nb::keep_alive<0, 2>(),
+        nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(), nb::keep_alive<0, 6>());
     nb::class_<PanelLinear>(m, "PanelLinear")
         .def("product", &PanelLinear::product, "x"_as_is, "y"_as_is, "act"_a, "step"_a, "threads"_a)
         .def("product_of_codes", &PanelLinear::product_of_codes, "x"_as_is, "steps"_as_is, "y"_as_is, "step"_a, "threads"_a);

@@ -53,10 +53,6 @@ void LookupLinear::apply(const Team& team, Workspace room, const float* x, float
     if (first < last) lookup_kernel(weights, act)(weights, room.inputs.of(weights.layout, x, act), y, rows, first, last);
 }
 
-void LookupLinear::product(const float* x, int64_t tokens, float* y, int threads) const {
-    linear(weights, x, tokens, act, y, threads);
-}
-
 bool LookupLinear::row(int64_t row, float* out) const {
     lookup_row(weights, act, row, out);
     return true;

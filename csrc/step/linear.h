@@ -1,4 +1,5 @@
-// Matrices that the threads of a step multiply with together: one token, within the step's parallel region.
+// Matrices that the threads of a step multiply with together: one token, within the step's parallel region; or many tokens, a
+// piece of a prompt, with threads of their own.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -6,6 +7,7 @@
 
 #include "../additive/additive.h"
 #include "../lut/grid.h"
+#include "../lut/levels.h"
 #include "../rotation/rotation.h"
 #include "../sparse/sparse.h"
 #include "../vector/vector.h"
@@ -37,6 +39,14 @@ struct Workspace {
     float *own, *shared;
 };
 
+// Many tokens: `floats` where inputs are not rounded.
+struct Piece {
+    int64_t tokens;
+    bool floats;
+    int threads;
+};
+constexpr int64_t few_tokens = 16;  // that multiply as single ones do (runtime/kernels/compiled.py: MAX_TOKENS)
+
 class Linear {
 public:
     const int64_t rows, columns;
@@ -51,22 +61,55 @@ public:
     virtual void apply(const Team& team, Workspace room, const float* x, float* y) const = 0;
     // One row of W, for embeddings; returns false if it is not supported.
     virtual bool row(int64_t, float*) const { return false; }
+
+    // y (tokens, rows) = x (tokens, columns) W^T.
+    void product(const float* x, const Piece& piece, float* y) const;
+    // Whether more than a few tokens multiply.
+    virtual bool reads_pieces() const { return decodes(); }
+
+protected:
+    virtual void few(const float* x, const Piece& piece, float* y) const;   // tokens
+    virtual void many(const float* x, const Piece& piece, float* y) const;  // tokens, by rows that are decoded
+    virtual bool decodes() const { return false; }
+    virtual void decode(int64_t, int64_t, float*, int) const {}  // rows from one on, so many, (count, columns)
+};
+
+// Panels for many tokens: byte tables, and the inputs' type and step (lut/linear.h: linear_gemm).
+struct Panels {
+    Weights weights;
+};
+
+// Codes with the tables that decode them in fp32; `levels.first` is set for each call.
+struct Codes {
+    Levels levels;
 };
 
 class LookupLinear : public Linear {
 public:
     LookupLinear(const Weights& weights, Act act);  // throws std::invalid_argument where there is no kernel
-    // y = x W^T outside of a step: x (tokens, columns), y (tokens, rows), threads of its own.
-    void product(const float* x, int64_t tokens, float* y, int threads) const;
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
     // Columns of W, (rows, count).
     void column_numbers(const int64_t* columns, int64_t count, float* out, int threads) const;
     const Weights& matrix() const { return weights; }
+    Act inputs() const { return act; }
+    // How many tokens multiply: with panels, or, where inputs are not rounded or there are none, with rows of codes.
+    void read_pieces(std::shared_ptr<const Panels> with, Act rounded, int64_t step_columns, std::shared_ptr<const Codes> of);
+    bool reads_pieces() const override { return panels || codes; }
+
+protected:
+    void few(const float* x, const Piece& piece, float* y) const override;
+    void many(const float* x, const Piece& piece, float* y) const override;
+    bool decodes() const override { return codes != nullptr; }
+    void decode(int64_t first, int64_t count, float* out, int threads) const override;
 
 private:
     const Weights weights;
     const Act act;
+    std::shared_ptr<const Panels> panels;
+    std::shared_ptr<const Codes> codes;
+    Act many_act{};
+    int64_t many_step = 0;
 };
 
 // The integers of inputs on a grid times a lookup matrix.
@@ -87,6 +130,11 @@ class OutlierLinear : public Linear {
 public:
     OutlierLinear(const Linear& inner, const int64_t* base, const int64_t* outliers, const uint16_t* values, int64_t count);
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+    bool reads_pieces() const override { return inner.reads_pieces(); }
+
+protected:
+    void few(const float* x, const Piece& piece, float* y) const override { many(x, piece, y); }
+    void many(const float* x, const Piece& piece, float* y) const override;
 
 private:
     const Linear& inner;
@@ -100,6 +148,11 @@ class LowRankLinear : public Linear {
 public:
     LowRankLinear(const Linear& inner, const uint16_t* left, const uint16_t* right, int64_t rank);
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+    bool reads_pieces() const override { return inner.reads_pieces(); }
+
+protected:
+    void few(const float* x, const Piece& piece, float* y) const override { many(x, piece, y); }
+    void many(const float* x, const Piece& piece, float* y) const override;
 
 private:
     const Linear& inner;
@@ -114,6 +167,11 @@ public:
         : Linear(rows, columns), weights(weights), wide(wide) {}
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
     bool row(int64_t row, float* out) const override;
+    bool reads_pieces() const override { return true; }
+
+protected:
+    void few(const float* x, const Piece& piece, float* y) const override { many(x, piece, y); }
+    void many(const float* x, const Piece& piece, float* y) const override;
 
 private:
     const void* weights;
@@ -125,6 +183,11 @@ class TransposedLinear : public Linear {
 public:
     TransposedLinear(const float* weights, int64_t rows, int64_t columns) : Linear(rows, columns), weights(weights) {}
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+    bool reads_pieces() const override { return true; }
+
+protected:
+    void few(const float* x, const Piece& piece, float* y) const override { many(x, piece, y); }
+    void many(const float* x, const Piece& piece, float* y) const override;
 
 private:
     const float* weights;
@@ -134,6 +197,10 @@ class VectorLinear : public Linear {
 public:
     explicit VectorLinear(const Vectors& weights);
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+
+protected:
+    bool decodes() const override { return true; }
+    void decode(int64_t first, int64_t count, float* out, int threads) const override;
 
 private:
     const Vectors weights;
@@ -148,6 +215,10 @@ public:
     }
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
 
+protected:
+    bool decodes() const override { return true; }
+    void decode(int64_t first, int64_t count, float* out, int threads) const override;
+
 private:
     const Points weights;
     const Act act;
@@ -161,6 +232,10 @@ public:
         own = weights.layout.columns;
     }
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+
+protected:
+    bool decodes() const override { return true; }
+    void decode(int64_t first, int64_t count, float* out, int threads) const override;
 
 private:
     const Lattice weights;
@@ -182,6 +257,11 @@ class RotatedLinear : public Linear {
 public:
     RotatedLinear(const Linear& inner, const float* rescale, const Rotation& inputs, const Rotation& outputs);
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+    bool reads_pieces() const override { return inner.reads_pieces(); }
+
+protected:
+    void few(const float* x, const Piece& piece, float* y) const override { many(x, piece, y); }
+    void many(const float* x, const Piece& piece, float* y) const override;
 
 private:
     const Linear& inner;
@@ -193,6 +273,11 @@ class SumLinear : public Linear {
 public:
     SumLinear(const Linear& inner, const Sparse& entries);
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+    bool reads_pieces() const override { return inner.reads_pieces(); }
+
+protected:
+    void few(const float* x, const Piece& piece, float* y) const override { many(x, piece, y); }
+    void many(const float* x, const Piece& piece, float* y) const override;
 
 private:
     const Linear& inner;
@@ -204,6 +289,11 @@ class PermutedLinear : public Linear {
 public:
     PermutedLinear(const Linear& inner, const int64_t* order);
     void apply(const Team& team, Workspace room, const float* x, float* y) const override;
+    bool reads_pieces() const override { return inner.reads_pieces(); }
+
+protected:
+    void few(const float* x, const Piece& piece, float* y) const override { many(x, piece, y); }
+    void many(const float* x, const Piece& piece, float* y) const override;
 
 private:
     const Linear& inner;

@@ -6,6 +6,7 @@
 #include "../simd/exp.h"
 #include "../simd/inline.h"
 #include "step.h"
+#include "tile-inl.h"
 
 namespace bitmill {
 
@@ -182,6 +183,12 @@ void attend(const float* q, const float* keys, const float* values, int64_t head
     }
 }
 
+template <class V>
+void softmax(float* scores, int64_t length) {
+    const float factor = 1.0f / soften<V>(scores, length);
+    for (int64_t i = 0; i < length; ++i) scores[i] *= factor;
+}
+
 // To the nearest, ties to even, as conversions of the machine do: added to a number whose last bit is worth as much as
 // that of the half, the sum is rounded where the half ends.
 template <class V>
@@ -258,6 +265,6 @@ template <class V>
 constexpr StepKernels step_kernels = {
     rms_norm<V>, layer_norm<V>, add_to<V>, rope<V>,
     {activate<V, Silu>, activate<V, GeluTanh>, activate<V, GeluErf>, activate<V, Relu>},  // in the order of Activation
-    cap_at<V>, attend<V>, to_fp16<V>, dense_rows<V>, dense_bf16_rows<V>, add_fp16_rows<V>, transposed_rows<V>};
+    cap_at<V>, attend<V>, softmax<V>, multiply_tiles<V>, to_fp16<V>, dense_rows<V>, dense_bf16_rows<V>, add_fp16_rows<V>, transposed_rows<V>};
 
 }  // namespace bitmill

@@ -16,12 +16,12 @@ void fit(bool does) {
     if (!does) throw std::invalid_argument("a layer does not fit the model's shape");
 }
 
+}  // namespace
+
 void normalize(const Norm& norm, const float* weight, const float* bias, const float* x, int64_t count, float* out) {
     if (norm.centred) isa().step->layer_norm(x, weight, bias, norm.eps, count, out);
     else isa().step->norm(x, weight, norm.eps, count, out);
 }
-
-}  // namespace
 
 struct Model::Thread {
     RoundedInputs inputs;
@@ -90,18 +90,7 @@ void Model::advance(const float* embedding, const Position& at, float* logits, i
         t.scores.resize(shape.heads / shape.kv_heads * std::max(at.all.capacity, at.recent.capacity));
     }
     for (int64_t i = 0; at.packed && i < depth(); ++i) pieces.make_room(at.packed[i].call, threads_.size(), threads_.size());
-    Barrier barrier;
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        {
-            const Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
-            run(team, threads_[team.self], at, logits);
-        }
-        return;
-    }
-#endif
-    run({0, 1, &barrier}, threads_[0], at, logits);
+    in_team(threads, [&](const Team& team) { run(team, threads_[team.self], at, logits); });
 }
 
 void Model::multiply(const Team& team, Thread& self, const Projection& p, const float* x, float* y) {
@@ -122,14 +111,13 @@ const float* Model::normed(Thread& self, const Norm& n) const {
     return self.normed.data();
 }
 
-void Model::join(Thread& self, const Projection& p, const float* y, const Norm& after, float factor) const {
+void Model::join(const Projection& p, const float* y, const Norm& after, float factor, float* x, float* spare) const {
     const StepKernels& best = *isa().step;
-    if (!after.weight) return best.add(self.x.data(), y, p.bias, factor, shape.hidden);
-    float* result = self.normed.data();
-    std::memcpy(result, y, shape.hidden * sizeof(float));
-    if (p.bias) best.add(result, p.bias, nullptr, 1.0f, shape.hidden);
-    normalize(after, after.weight, after.bias, result, shape.hidden, result);
-    best.add(self.x.data(), result, nullptr, factor, shape.hidden);
+    if (!after.weight) return best.add(x, y, p.bias, factor, shape.hidden);
+    std::memcpy(spare, y, shape.hidden * sizeof(float));
+    if (p.bias) best.add(spare, p.bias, nullptr, 1.0f, shape.hidden);
+    normalize(after, after.weight, after.bias, spare, shape.hidden, spare);
+    best.add(x, spare, nullptr, factor, shape.hidden);
 }
 
 void Model::run(const Team& team, Thread& self, const Position& at, float* logits) {
@@ -141,6 +129,9 @@ void Model::run(const Team& team, Thread& self, const Position& at, float* logit
 void Model::block(const Team& team, Thread& self, int64_t index, const Position& at) {
     const Block& b = blocks[index];
     const Mlp& mlp = b.mlp;
+    const auto joined = [&](const Projection& p, const float* y, const Norm& after) {
+        join(p, y, after, b.factor, self.x.data(), self.normed.data());
+    };
     const float* n = normed(self, b.before_attention);
     multiply(team, self, b.attention.inputs, n, qkv.data());
     if (b.parallel) multiply(team, self, mlp.inputs, b.before_mlp.weight ? normed(self, b.before_mlp) : n, wide.data());
@@ -151,7 +142,7 @@ void Model::block(const Team& team, Thread& self, int64_t index, const Position&
     multiply(team, self, b.attention.output, attended.data(), o.data());
     if (!b.parallel) {
         team.wait();
-        join(self, b.attention.output, o.data(), b.after_attention, b.factor);
+        joined(b.attention.output, o.data(), b.after_attention);
         multiply(team, self, mlp.inputs, normed(self, b.before_mlp), wide.data());
         team.wait();
     }
@@ -162,8 +153,8 @@ void Model::block(const Team& team, Thread& self, int64_t index, const Position&
     self.inputs.changed();
     multiply(team, self, mlp.output, self.active.data(), down.data());
     team.wait();
-    if (b.parallel) join(self, b.attention.output, o.data(), b.after_attention, b.factor);
-    join(self, mlp.output, down.data(), b.after_mlp, b.factor);
+    if (b.parallel) joined(b.attention.output, o.data(), b.after_attention);
+    joined(mlp.output, down.data(), b.after_mlp);
 }
 
 void Model::finish(const Team& team, float* logits) const {
@@ -176,11 +167,11 @@ void Model::finish(const Team& team, float* logits) const {
     if (shape.logit_cap > 0) best.cap(logits + first, shape.logit_cap, last - first);
 }
 
-float Model::whole_factor(const Heads& heads, int64_t count) const {
+float Model::whole_factor(const Heads& heads, const float* from, int64_t count) const {
     if (!heads.whole) return 0;
     float squares = 0;
     for (int64_t h = 0; h < count; ++h) {
-        const float* x = qkv.data() + heads.at + h * heads.stride;
+        const float* x = from + h * heads.stride;
         for (int64_t i = 0; i < shape.dim; ++i) {
             const float value = x[i] + (heads.bias ? heads.bias[h * heads.stride + i] : 0.0f);
             squares += value * value;
@@ -189,10 +180,10 @@ float Model::whole_factor(const Heads& heads, int64_t count) const {
     return 1.0f / std::sqrt(squares / static_cast<float>(count * shape.dim) + heads.norm.eps);
 }
 
-void Model::place(const Heads& heads, int64_t head, float factor, const float* cos, const float* sin, float* x) const {
+void Model::place(const Heads& heads, const float* from, int64_t head, float factor, const float* cos, const float* sin, float* x) const {
     const StepKernels& best = *isa().step;
     const Norm& norm = heads.norm;
-    std::memcpy(x, qkv.data() + heads.at + head * heads.stride, shape.dim * sizeof(float));
+    std::memcpy(x, from + head * heads.stride, shape.dim * sizeof(float));
     if (heads.bias) best.add(x, heads.bias + head * heads.stride, nullptr, 1.0f, shape.dim);
     const int64_t skipped = norm.size == shape.dim ? 0 : head * shape.dim;
     if (heads.whole)
@@ -210,14 +201,15 @@ void Model::attention(const Team& team, Thread& self, int64_t index, const Posit
     float* values = keys + shape.kv_heads * one;
     const float* cos = a.rotary < 0 ? nullptr : at.cos + a.rotary * shape.rotated;
     const float* sin = a.rotary < 0 ? nullptr : at.sin + a.rotary * shape.rotated;
-    const float q_factor = whole_factor(a.q, shape.heads), k_factor = whole_factor(a.k, shape.kv_heads);
+    const float *q_from = qkv.data() + a.q.at, *k_from = qkv.data() + a.k.at, *v_from = qkv.data() + a.v.at;
+    const float q_factor = whole_factor(a.q, q_from, shape.heads), k_factor = whole_factor(a.k, k_from, shape.kv_heads);
     const auto [from, to] = team.share(shape.kv_heads);
     for (int64_t h = from; h < to; ++h) {
         const int64_t place_of = h * one + past.length * dim;
-        place(a.k, h, k_factor, cos, sin, keys + place_of), place(a.v, h, 0, nullptr, nullptr, values + place_of);
+        place(a.k, k_from, h, k_factor, cos, sin, keys + place_of), place(a.v, v_from, h, 0, nullptr, nullptr, values + place_of);
     }
     const auto [first, last] = team.share(shape.heads);
-    for (int64_t h = first; h < last; ++h) place(a.q, h, q_factor, cos, sin, q.data() + h * dim);
+    for (int64_t h = first; h < last; ++h) place(a.q, q_from, h, q_factor, cos, sin, q.data() + h * dim);
     team.wait();
     const int64_t seen = a.window ? std::min(a.window, past.length + 1) : past.length + 1;
     keys += (past.length + 1 - seen) * dim, values += (past.length + 1 - seen) * dim;
@@ -246,17 +238,18 @@ void Model::attention(const Team& team, Thread& self, const Attention& a, const 
     const float* sin = a.rotary < 0 ? nullptr : at.sin + a.rotary * shape.rotated;
     KvAttention call = packed.call;
     call.q = q.data(), call.out = attended.data(), call.scale = a.scaling;
-    const float q_factor = whole_factor(a.q, shape.heads), k_factor = whole_factor(a.k, shape.kv_heads);
+    const float *q_from = qkv.data() + a.q.at, *k_from = qkv.data() + a.k.at, *v_from = qkv.data() + a.v.at;
+    const float q_factor = whole_factor(a.q, q_from, shape.heads), k_factor = whole_factor(a.k, k_from, shape.kv_heads);
     const auto [from, to] = team.share(shape.kv_heads);
     for (int64_t h = from; h < to; ++h) {
         const int64_t place_of = (h * call.fp16_room + call.sinks + call.tail - 1) * dim;
-        place(a.k, h, k_factor, cos, sin, key), place(a.v, h, 0, nullptr, nullptr, value);
+        place(a.k, k_from, h, k_factor, cos, sin, key), place(a.v, v_from, h, 0, nullptr, nullptr, value);
         moved(packed.keys, packed.keys.turn, h, false, key), moved(packed.values, packed.values.turn, h, false, value);
         best.to_fp16(key, dim, packed.fp16_keys + place_of), best.to_fp16(value, dim, packed.fp16_values + place_of);
     }
     const auto [first, last] = team.share(shape.heads);
     for (int64_t h = first; h < last; ++h) {
-        place(a.q, h, q_factor, cos, sin, q.data() + h * dim);
+        place(a.q, q_from, h, q_factor, cos, sin, q.data() + h * dim);
         moved(packed.keys, packed.keys.turn, h / group, false, q.data() + h * dim);
     }
     team.wait();

@@ -6,7 +6,7 @@
 // and then logits = cap(factor * head(norm(x))). Threads divide the rows of products; the operations in between are small,
 // and every thread computes them on its own copy of x. So threads wait for each other only before reading another's
 // results: six times a block, five where attention and MLP are parallel, and once more with packed keys and values, for
-// which they divide tokens instead of heads.
+// which they divide tokens instead of heads. Many tokens, a piece of a prompt, go through the blocks together (prompt.cpp).
 #pragma once
 #include <cstdint>
 #include <mutex>
@@ -57,6 +57,10 @@ struct StepKernels {
     // Some heads that share keys and values: q and out (heads, dim), scratch memory scores (heads, length).
     void (*attend)(const float* q, const float* keys, const float* values, int64_t heads, int64_t length, int64_t dim,
                    float scaling, float cap, float* scores, float* out);
+    void (*softmax)(float* scores, int64_t length);
+    // y (tokens, count) = x (tokens, columns) times w (columns, count), up to 16 of which are read, or added to y.
+    void (*tiles)(const float* x, int64_t x_stride, int64_t tokens, const float* w, int64_t w_stride, int64_t columns, float* y,
+                  int64_t y_stride, int64_t count, bool add);
     void (*to_fp16)(const float* x, int64_t count, uint16_t* out);  // to fp16, the largest of which is never exceeded
     void (*dense)(const float* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
     void (*dense_bf16)(const uint16_t* weights, int64_t columns, const float* x, float* y, int64_t first, int64_t last);
@@ -85,8 +89,14 @@ public:
     // room. Calls wait for each other.
     void advance(const float* embedding, const Position& at, float* logits, int threads);
 
+    // As `advance`, of many tokens, whose past is in floats: embeddings (tokens, hidden), angles (tokens, kinds, rotated) and
+    // the logits that follow the last `kept` tokens, (kept, tokens()).
+    bool reads_pieces() const;
+    void read(const float* embeddings, const Position& at, float* logits, int64_t kept, const Piece& piece);
+
 private:
     struct Thread;  // what a thread has to itself
+    struct Rows;    // what a piece has
 
     std::vector<Block> blocks;
     std::vector<int64_t> place_in_past;  // of each block, among those that share a past
@@ -106,14 +116,21 @@ private:
     void multiply(const Team& team, Thread& self, const Projection& p, const float* x, float* y);
     void multiply(const Team& team, Thread& self, const Layers& layers, const float* x, float* y);
     const float* normed(Thread& self, const Norm& norm) const;
-    void join(Thread& self, const Projection& p, const float* y, const Norm& after, float factor) const;
-    // The factor of a norm over so many heads together; 0 where heads have norms of their own, or none.
-    float whole_factor(const Heads& heads, int64_t count) const;
-    // The token's head as the layers have it, with bias, normed and turned where there are angles.
-    void place(const Heads& heads, int64_t head, float factor, const float* cos, const float* sin, float* x) const;
+    void join(const Projection& p, const float* y, const Norm& after, float factor, float* x, float* spare) const;
+    // The factor of a norm over so many heads together; 0 where heads have norms of their own, or none. `from`: the outputs
+    // of the layers, where the first head starts.
+    float whole_factor(const Heads& heads, const float* from, int64_t count) const;
+    // A head as the layers have it, with bias, normed and turned where there are angles.
+    void place(const Heads& heads, const float* from, int64_t head, float factor, const float* cos, const float* sin, float* x) const;
     void attention(const Team& team, Thread& self, int64_t index, const Position& at);
     void attention(const Team& team, Thread& self, const Attention& a, const Packed& packed, const Position& at);
     void finish(const Team& team, float* logits) const;
+    void block(const Block& block, int64_t index, const Position& at, Rows& rows, const Piece& piece) const;
+    void place(const Attention& attention, const Position& at, float* keys, float* values, int64_t stride, Rows& rows,
+               const Piece& piece) const;
+    void attention(const Attention& attention, int64_t index, const Position& at, Rows& rows, const Piece& piece) const;
 };
+
+void normalize(const Norm& norm, const float* weight, const float* bias, const float* x, int64_t count, float* out);
 
 }  // namespace bitmill

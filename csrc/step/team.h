@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <thread>
 #include <utility>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace bitmill {
 
@@ -50,5 +53,19 @@ struct Team {
     void wait() const { barrier->wait(count); }
     std::pair<int64_t, int64_t> share(int64_t all) const { return {all * self / count, all * (self + 1) / count}; }
 };
+
+// body(team) on that many threads.
+template <class Body>
+void in_team(int threads, const Body& body) {
+    Barrier barrier;
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        body(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+        return;
+    }
+#endif
+    body(Team{0, 1, &barrier});
+}
 
 }  // namespace bitmill

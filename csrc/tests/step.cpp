@@ -259,6 +259,41 @@ struct Sample {
     }
 };
 
+struct Inputs {
+    Floats x, cos, sin;
+};
+
+// Tokens in two pieces, whose last logits are given.
+void run_pieces(Model& model, const Inputs& given, int64_t tokens, const Variant& variant, const Floats& logits, int threads) {
+    const Shape& s = model.shape;
+    const int64_t angles = variant.rotary < 0 ? 0 : (variant.rotary + 1) * s.rotated;
+    Floats past(2 * s.kv_heads * tokens * s.dim, NAN), found(19);
+    for (int64_t first = 0, last; first < tokens; first = last) {
+        last = first ? tokens : std::max<int64_t>(1, tokens / 3);
+        Position at{given.cos.data() + first * angles, given.sin.data() + first * angles};
+        (variant.window ? at.recent : at.all) = {past.data(), tokens, first};
+        model.read(given.x.data() + first * s.hidden, at, found.data(), 1, {last - first, true, threads});
+    }
+    Exact expected(logits.begin(), logits.end());
+    report(difference(found, expected), 5e-5, "pieces %s: hidden %ld, %ld tokens, %d threads", isa().name,
+           static_cast<long>(s.hidden), static_cast<long>(tokens), threads);
+}
+
+// So many tokens of a linear layer, of which one alone gives the expected numbers.
+void run_product(const Linear& linear, const Floats& x, const Exact& expected, const char* kind) {
+    const int64_t tokens = 20;
+    Floats many, y(tokens * linear.rows, NAN);
+    for (int64_t t = 0; t < tokens; ++t)
+        for (const float value : x) many.push_back(value * static_cast<float>(t + 1));
+    linear.product(many.data(), {tokens, true, 2}, y.data());
+    for (const int64_t t : {int64_t{0}, int64_t{6}, tokens - 1}) {
+        Exact scaled(expected);
+        for (double& value : scaled) value *= static_cast<double>(t + 1);
+        report(difference({y.begin() + t * linear.rows, y.begin() + (t + 1) * linear.rows}, scaled), 1e-5,
+               "%s %s: token %ld of %ld", kind, isa().name, static_cast<long>(t), static_cast<long>(tokens));
+    }
+}
+
 // So many tokens.
 void run(int64_t hidden, int64_t inner, int64_t heads, int64_t kv, int64_t dim, int64_t tokens, int threads,
          Kept kept = Kept::floats, const Variant& variant = {}) {
@@ -270,8 +305,13 @@ void run(int64_t hidden, int64_t inner, int64_t heads, int64_t kv, int64_t dim, 
     PackedPast packed(kv, dim, tokens, kept);
     for (int64_t t = 0; is_packed && t < kv_tokens; ++t)
         sample.keys.push_back(packed.token(t, true)), sample.values.push_back(packed.token(t, false));
+    Floats inputs, cosines, sines;
     for (int64_t t = 0; t < tokens; ++t) {
         const Floats x = random_floats(hidden), cos = random_floats(2 * sample.rotated), sin = random_floats(2 * sample.rotated);
+        inputs.insert(inputs.end(), x.begin(), x.end());
+        const int64_t kinds = std::max(0, variant.rotary) + 1;
+        cosines.insert(cosines.end(), cos.begin(), cos.begin() + kinds * sample.rotated);
+        sines.insert(sines.end(), sin.begin(), sin.begin() + kinds * sample.rotated);
         const Packed block = packed.at(sample.shape, t);
         Position at{cos.data(), sin.data()};
         if (is_packed) at.packed = &block;
@@ -284,6 +324,7 @@ void run(int64_t hidden, int64_t inner, int64_t heads, int64_t kv, int64_t dim, 
                "step %s: hidden %ld, token %ld, %d threads, kept %d", isa().name, static_cast<long>(hidden),
                static_cast<long>(t), threads, static_cast<int>(kept));
     }
+    if (!is_packed) run_pieces(model, {inputs, cosines, sines}, tokens, variant, logits, threads);
 }
 
 // Parts of Gemma 2 and 3, GPT-2, GPT-NeoX, Phi, Cohere, StableLM and OLMo 2.
@@ -338,6 +379,7 @@ void run_bf16(int64_t rows, int64_t columns) {
         for (int64_t c = 0; c < columns; ++c) expected[r] += static_cast<double>(row[c]) * x[c];
     }
     report(difference(y, expected), 1e-5, "bf16 %s: %ld x %ld", isa().name, static_cast<long>(rows), static_cast<long>(columns));
+    run_product(linear, x, expected, "bf16");
 }
 
 // fp16 numbers of a small range, and what they are.
@@ -378,6 +420,7 @@ void run_fp16(int64_t rows, int64_t columns, int64_t count) {
         for (auto& thread : threads) thread.join();
         report(difference(y, expected), 1e-5, "%s %s: %ld x %ld, %ld", kind, isa().name, static_cast<long>(rows),
                static_cast<long>(columns), static_cast<long>(count));
+        run_product(linear, Floats(x.begin(), x.begin() + linear.columns), expected, kind);
     };
     check(OutlierLinear(*inner.linear, base.data(), outliers.data(), stored.data(), count), "outlier columns");
     for (int64_t i = 0; i < columns; ++i) of_inner.push_back(x[i]);
@@ -400,6 +443,7 @@ void run_transposed(int64_t rows, int64_t columns) {
     for (int t = 0; t < 3; ++t) linear.apply({t, 3, &barrier}, {inputs, nullptr, nullptr}, x.data(), y.data());
     report(difference(y, plain.times(Exact(x.begin(), x.end()))), 1e-5, "transposed %s: %ld x %ld", isa().name,
            static_cast<long>(rows), static_cast<long>(columns));
+    run_product(linear, x, plain.times(Exact(x.begin(), x.end())), "transposed");
 }
 
 }  // namespace
@@ -411,6 +455,7 @@ void test_step() {
             run(42, 56, 6, 2, 12, 5, threads);
             run(64, 33, 4, 4, 80, 3, threads);
             run(7, 5, 1, 1, 2, 20, threads);
+            run(42, 56, 6, 2, 20, 70, threads);  // more than a block of tokens
             run(42, 56, 6, 2, 16, 40, threads, Kept::turned);
             run(33, 20, 3, 3, 48, 3, threads, Kept::equalized);
             run(7, 5, 1, 1, 32, 1, threads, Kept::turned);

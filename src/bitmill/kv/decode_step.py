@@ -5,10 +5,15 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bitmill.kv.batched import BatchPacker
 from bitmill.kv.buffer import TokenBuffer
 from bitmill.kv.layer import QuantizedLayer
 from bitmill.native import unsupported_reason
+
+MAX_FLOAT_BYTES = 1 << 28  # of keys and values in floats while a prompt is read
 
 _length = attrgetter("buffer.length")
 _memory_state = attrgetter("buffer.version", "buffer.store.num_pages")
@@ -86,6 +91,28 @@ class DecodeStepCache:
             self._stores, self._packer = stores, None
         return None
 
+    def prompt(self, blocks: int, heads: int, dim: int, tokens: int, dtype: torch.dtype) -> PackedPrompt | None:
+        """Return the cache as a compiled prompt extends it; None if transformers must read the prompt.
+
+        Args:
+            blocks: decoder blocks of the model.
+            heads: key/value heads.
+            dim: head dimension.
+            tokens: of the prompt.
+            dtype: of the model's keys and values.
+        """
+        layers = self.layers
+        if len(layers) != blocks or not all(type(layer) is QuantizedLayer for layer in layers):
+            return None
+        lengths = set(map(_length, layers))
+        if len(lengths) > 1 or any(layer.window is not None for layer in layers):
+            return None
+        if (length := lengths.pop()) and any(not _is_of_one(layer.buffer, heads, dim) for layer in layers):
+            return None
+        if 8 * blocks * heads * (length + tokens) * dim > MAX_FLOAT_BYTES:
+            return None
+        return PackedPrompt(layers, heads, dim, tokens, dtype)
+
     def make_room(self) -> None:
         """Make room for a token: pack the page that is full, if one is."""
         if not self.layers[0].buffer.is_full:
@@ -112,6 +139,52 @@ class DecodeStepCache:
         """Count the token that the step has written into the fp16 buffers."""
         for layer in self.layers:
             layer.buffer.length += 1
+
+
+class PackedPrompt:
+    """The tokens of a packed cache in floats, to which a prompt is appended before it is packed.
+
+    Args:
+        layers: of the cache.
+        heads: key/value heads.
+        dim: head dimension.
+        tokens: of the prompt.
+        dtype: of the model's keys and values.
+
+    Attributes:
+        length: tokens in the cache.
+    """
+
+    def __init__(self, layers: list[Any], heads: int, dim: int, tokens: int, dtype: torch.dtype) -> None:
+        self.layers, self.dtype = layers, dtype
+        self.first = self.length = layers[0].length
+        self._numbers = torch.empty(len(layers), 2, heads, self.length + tokens, dim)
+        self._none = torch.empty(0, 2, heads, 1, dim)  # of blocks with a window
+        for layer, numbers in zip(layers, self._numbers) if self.length else ():
+            layer.buffer.pack_full_page()
+            for states, part in zip(layer.decode(0), numbers):
+                part[:, : self.length] = states[0]
+
+    def make_room(self, tokens: int) -> None:
+        """Do nothing: there is room for the whole prompt."""
+
+    def arguments(self) -> tuple[Tensor, int, Tensor, int]:
+        """Return keys and values, and their number, without and with a window."""
+        return self._numbers, self.length, self._none, 0
+
+    def advance(self, tokens: int) -> None:
+        """Increase the length by the tokens that the compiled model has appended."""
+        self.length += tokens
+
+    def finish(self) -> None:
+        """Append the prompt to the packed cache."""
+        for layer, numbers in zip(self.layers, self._numbers[..., self.first :, :].to(self.dtype)):
+            layer.append(numbers[:1], numbers[1:])
+
+
+def _is_of_one(buffer: TokenBuffer, heads: int, dim: int) -> bool:
+    """Return True if a buffer holds one sequence without padding, of heads of that size."""
+    return buffer.pages.rows == 1 and not buffer.is_padded and (buffer.heads, buffer.dim) == (heads, dim)
 
 
 def _waiting(buffer: TokenBuffer) -> tuple[int, int]:

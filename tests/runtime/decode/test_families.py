@@ -78,6 +78,24 @@ def test_logits(kind, changes):
     assert relative_error(found, expected) < 1e-5
 
 
+LONG_PROMPT = torch.arange(3, 67)[None] * 7 % 101
+
+
+@pytest.mark.parametrize(("kind", "changes"), FAMILIES, ids=repr)
+@torch.no_grad()
+def test_prompts(kind, changes):
+    found, model = [], tiny_model(kind, **changes)
+    for one in (model, attach(copy.deepcopy(model))):
+        output, parts = None, []
+        for ids in LONG_PROMPT.split(41, 1):
+            past = None if output is None else output.past_key_values
+            output = one(input_ids=ids, past_key_values=past, use_cache=True)
+            parts.append(output.logits[0])
+        found.append(torch.cat(parts))
+    assert vars(one)["forward"]._prompts == (None,)
+    assert relative_error(found[1], found[0]) < 1e-5
+
+
 def own_logits(model, ids):
     """Of the last token, by transformers without a cache."""
     with torch.no_grad():

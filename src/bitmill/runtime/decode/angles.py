@@ -50,6 +50,15 @@ class Angles:
         cos, sin = self._table
         return cos[position], sin[position]
 
+    def of(self, first: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (tokens, kinds, rotated) of positions from `first` on."""
+        if not self._fixed:
+            return self._rotate(torch.arange(first, first + tokens)[None])
+        self.at(first + tokens - 1)  # extends the table
+        assert self._table is not None
+        cos, sin = self._table
+        return cos[first : first + tokens], sin[first : first + tokens]
+
     def is_current(self) -> bool:
         """Return True if the table was computed from the present frequencies."""
         return not self._fixed or all(map(_is, self._current_buffers(), self._buffers))

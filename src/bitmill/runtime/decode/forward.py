@@ -1,10 +1,11 @@
-"""A replacement for a model's forward: the compiled step computes single tokens, transformers all other calls.
+"""A replacement for a model's forward: compiled code for single tokens and prompts, transformers for other calls.
 
 Callers do not change: `generate()` with its processors, streamers and stopping criteria, and loops that call the
 model with a cache. A call uses the step if it continues one sequence by one token, on the CPU, without gradients,
 from an ordinary or a packed cache, and requests only logits. The models are those that the step was written for
 (parts.py). The first such call of a model with each kind of cache runs both ways, and the step is dropped unless
-both agree.
+both agree. More tokens of one sequence, without padding and with such a cache, are a prompt (prompt.py); the first
+tokens of the first prompt run both ways.
 
 BITMILL_DECODE=off leaves all calls to transformers.
 """
@@ -27,7 +28,15 @@ from bitmill.runtime.activations import activations
 from bitmill.runtime.decode.guard import ModelGuard
 from bitmill.runtime.decode.parts import NotEligibleError, model_parts
 from bitmill.runtime.decode.plan import Plan
+from bitmill.runtime.decode.prompt import (
+    first_difference,
+    new_cache,
+    prompt_cache,
+    prompt_unsupported_reason,
+    read_prompt,
+)
 from bitmill.runtime.decode.step_cache import FloatStepCache, StepCache, packed_step_cache, step_cache_of
+from bitmill.runtime.kernels.compiled import MAX_TOKENS
 
 # Allowed difference of the logits of both ways, relative to their spread. Sums in another order round a few inputs
 # to another integer, which changes everything that follows: after some blocks both differ by the error of
@@ -57,6 +66,7 @@ class StepForward:
         self.unsupported_reason: str | None = None  # one sentence while the model cannot use the step
         self._guard: ModelGuard | None = None
         self._plan: Plan | None = None
+        self._prompts: tuple[str | None] | None = None  # after the first prompt, the reason against the step
         self._kind_reasons: dict[str, str | None] = {}  # by kind of cache: None, or the reason against the step
 
     @property
@@ -78,6 +88,7 @@ class StepForward:
             "_guard": None,
             "_plan": None,
             "_kind_reasons": {},
+            "_prompts": None,
         }
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,12 +98,17 @@ class StepForward:
         if len(args) == 1:
             kwargs, args = {"input_ids": args[0], **kwargs}, ()
         ids = kwargs.get("input_ids")
-        if args or type(ids) is not Tensor or ids.shape != (1, 1) or not _is_plain(kwargs, ids):
+        single = type(ids) is Tensor and ids.dim() == 2 and ids.shape[0] == 1 and ids.shape[1] > 0
+        if args or not single or not _is_plain(kwargs, ids):
             return self._own(*args, **kwargs)
+        cache = cache_argument(kwargs)
+        if cache is None and not kwargs.get("use_cache"):
+            return self._own(**kwargs)
         plan = self._current_plan()
         if plan is None or self._guard is None or self._guard.blocking_reason() is not None:
             return self._own(**kwargs)
-        cache = cache_argument(kwargs)
+        if cache is None or ids.shape[1] > 1:
+            return self._read_prompt(plan, ids, kwargs)
         found = step_cache_of(cache, plan.windows, plan.kv_heads, plan.dim)
         if found is None or self._kind_reasons.get(found.kind) is not None or not _continues(kwargs, found.length):
             return self._own(**kwargs)
@@ -108,6 +124,38 @@ class StepForward:
         found.advance()
         held: dict[str, Any] = {_CACHE_FIELD: cache}
         return CausalLMOutputWithPast(logits=logits.to(plan.dtype).view(1, 1, -1), **held)
+
+    def _read_prompt(self, plan: Plan, ids: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Return the output for a prompt, by the compiled model if it supports the call."""
+        given = cache_argument(kwargs)
+        cache = new_cache(self.model.config) if given is None else given
+        if self._prompts_reason(plan, ids) is not None:
+            return self._own(**kwargs)
+        past = prompt_cache(cache, plan, ids.shape[1])
+        if past is None or not _continues(kwargs, past.length, ids.shape[1]):
+            return self._own(**kwargs)
+        length = past.length
+        try:
+            logits = read_prompt(plan, ids, past, kwargs.get("logits_to_keep") or 0)
+        except _FALLBACK_ERRORS:
+            if past.length != length:
+                raise
+            return self._own(**kwargs)  # a token that the table does not have
+        held: dict[str, Any] = {_CACHE_FIELD: cache}
+        return CausalLMOutputWithPast(logits=logits.to(plan.dtype)[None], **held)
+
+    def _prompts_reason(self, plan: Plan, ids: Tensor) -> str | None:
+        """Return one sentence if transformers reads prompts, or None; decided by the first prompt."""
+        if self._prompts is None:
+            reason = prompt_unsupported_reason(plan)
+            if reason is None:
+                difference = first_difference(plan, self._own, ids, self.model.config)
+                limit = max(TOLERANCE.values()) if ids.shape[1] <= MAX_TOKENS else TOLERANCE[activations().many]
+                limit = TOLERANCE["float32"] if activations().few == "float32" else limit
+                if not difference <= (limit if plan.dtype == torch.float32 else max(limit, TOLERANCE_BF16)):
+                    reason = f"the compiled model differs by {difference:.2g}"
+            self._prompts = (None if reason is None else f"Its prompts use transformers' own forward: {reason}.",)
+        return self._prompts[0]
 
     def _own(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.model).forward(self.model, *args, **kwargs)
@@ -135,6 +183,7 @@ class StepForward:
         if watch is not None and watch.is_current() and (plan is None or plan.is_current()):
             return plan
         self._plan, self._guard, self._kind_reasons, self.unsupported_reason = None, None, {}, None
+        self._prompts = None
         try:
             self._guard = ModelGuard(self.model)
             self._plan = Plan(self.model)
@@ -181,7 +230,7 @@ def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:
         if name in _HANDLED or value is None:
             continue
         if name == "logits_to_keep":
-            if not isinstance(value, int) or value not in (0, 1):
+            if not isinstance(value, int) or value < 0:
                 return False
         elif name in _IGNORED:
             if value is not True:
@@ -191,14 +240,18 @@ def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:
     return True
 
 
-def _continues(kwargs: dict[str, Any], length: int) -> bool:
-    """Return True if the token follows the `length` tokens of the cache, none of which is masked."""
+def _continues(kwargs: dict[str, Any], length: int, tokens: int = 1) -> bool:
+    """Return True if the tokens follow the `length` tokens of the cache, and none is masked."""
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (1, length + 1) and bool(mask.all())):
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (1, length + tokens)):
+        return False
+    if mask is not None and not bool(mask.all()):
         return False
     if positions is None:
         return True
-    return isinstance(positions, Tensor) and positions.numel() == 1 and int(positions) == length
+    if not isinstance(positions, Tensor) or positions.numel() != tokens:
+        return False
+    return positions.flatten().tolist() == list(range(length, length + tokens))
 
 
 def attach(model: Any) -> Any:

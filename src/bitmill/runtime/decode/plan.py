@@ -74,6 +74,27 @@ class Plan:
         self.model.advance(*start, *past.arguments(), logits, threads())
         return logits
 
+    @property
+    def kernels(self) -> list[Any]:
+        """The kernels of the quantized layers."""
+        return self._kernels
+
+    def inputs(self, ids: Tensor, first: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the inputs of the first block and the angles of tokens.
+
+        Args:
+            ids: Token ids (1, tokens).
+            first: Position of the first one.
+
+        Returns:
+            fp32 (tokens, hidden), and cosines and sines (tokens, kinds, rotated).
+        """
+        rows = self.embedding(ids)[0].detach().to(torch.float32) * self._multiplier
+        if self._positions is not None:
+            start = first + self.family.position_offset
+            rows = rows + self._positions.weight[start : start + len(rows)].detach().float()
+        return rows.contiguous(), self.angles.of(first, len(rows))
+
     def packed_unsupported_reason(self) -> str | None:
         """Return a phrase if the step reads no packed cache of the model, or None."""
         if any(self.windows):

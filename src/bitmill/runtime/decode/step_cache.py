@@ -250,19 +250,23 @@ class FloatStepCache:
     def __init__(self, every: KVBuffer, recent: KVBuffer, layers: list[Any], length: int) -> None:
         self.every, self.recent, self.layers, self.length = every, recent, layers, length
 
-    def make_room(self) -> None:
-        """Make room for one token."""
+    def make_room(self, tokens: int = 1) -> None:
+        """Make room for tokens."""
         for buffer in (self.every, self.recent):
-            buffer.make_room(self.length + 1, self.length)
+            buffer.make_room(self.length + tokens, self.length)
 
     def arguments(self) -> tuple[Tensor, int, Tensor, int]:
         """Return keys and values, and their number, without and with a window."""
         return self.every.numbers, self.length, self.recent.numbers, self.length - self.recent.first
 
-    def advance(self) -> None:
-        """Increase the length by the token that the step has appended."""
+    def advance(self, tokens: int = 1) -> None:
+        """Increase the length by the tokens that the step has appended."""
+        self.length += tokens
         for layer in self.layers:
-            layer.length = self.length + 1
+            layer.length = self.length
+
+    def finish(self) -> None:
+        """Do nothing: tokens are in their place."""
 
 
 def packed_step_cache(cache: Any) -> PackedStepCache | None:
@@ -291,13 +295,39 @@ def step_cache_of(cache: Any, windows: tuple[int, ...], heads: int, dim: int) ->
     if packed is not None:
         return packed if packed.unsupported_reason(len(windows), heads, dim) is None else None
     if type(layers[0]) in (KVBufferLayer, WindowBufferLayer):
-        return _buffered(layers, windows)
+        found = _buffered(layers, windows)
+        return found if found is not None and found.length else None
     if not all(_is_plain(layer, window, heads, dim) for layer, window in zip(layers, windows)):
         return None
     length = layers[0].get_seq_length()
     if not length or any(layer.get_seq_length() != length for layer in layers):
         return None
     return _moved(layers, windows, heads, dim)
+
+
+def float_prompt_cache(
+    cache: Any, windows: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype
+) -> FloatStepCache | None:
+    """Return the interface to an ordinary cache, as `step_cache_of` does, and to an empty one.
+
+    Args:
+        cache: The cache, empty or of one sequence.
+        windows: Tokens that each block reads; 0 for all.
+        heads: Heads of keys and values.
+        dim: Numbers of a head.
+        dtype: Of the model's keys and values.
+    """
+    layers = getattr(cache, "layers", None)
+    if not isinstance(cache, Cache) or layers is None or len(layers) != len(windows) or cache.offloading:
+        return None
+    if all(type(layer) in _KINDS for layer in layers):
+        return _buffered(layers, windows)
+    if any(layer.is_initialized for layer in layers):
+        found = step_cache_of(cache, windows, heads, dim)
+        return found if isinstance(found, FloatStepCache) else None
+    if not all(_is_empty(layer, window) for layer, window in zip(layers, windows)):
+        return None
+    return _moved(layers, windows, heads, dim, dtype)
 
 
 def _buffered(layers: list[Any], windows: tuple[int, ...]) -> FloatStepCache | None:
@@ -316,11 +346,13 @@ def _buffered(layers: list[Any], windows: tuple[int, ...]) -> FloatStepCache | N
         ):
             return None
     every, recent = (buffer or _empty_buffer(*layers[0].past.numbers.shape[2::2]) for buffer in buffers)
-    return FloatStepCache(every, recent, layers, length) if length else None
+    return FloatStepCache(every, recent, layers, length)
 
 
-def _moved(layers: list[Any], windows: tuple[int, ...], heads: int, dim: int) -> FloatStepCache:
-    """Move the layers of a cache into buffers."""
+def _moved(
+    layers: list[Any], windows: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype | None = None
+) -> FloatStepCache:
+    """Move the layers of a cache into buffers; `dtype` is that of empty ones."""
     length, window = layers[0].get_seq_length(), max(windows)
     count = sum(map(bool, windows))
     every = KVBuffer(len(windows) - count, heads, dim, length + 1)
@@ -329,14 +361,24 @@ def _moved(layers: list[Any], windows: tuple[int, ...], heads: int, dim: int) ->
     used = [0, 0]
     for place, (layer, window) in enumerate(zip(layers, windows)):
         side = 1 if window else 0
-        buffer, index, tokens = buffers[side], used[side], layer.keys.shape[2]
+        buffer, index = buffers[side], used[side]
         used[side] += 1
-        buffer.numbers[index, 0, :, :tokens], buffer.numbers[index, 1, :, :tokens] = layer.keys[0], layer.values[0]
-        layers[place] = _KINDS[side](buffer, index, length, layer.keys.dtype)
+        if length:
+            tokens = slice(layer.keys.shape[2])
+            for which, states in enumerate((layer.keys, layer.values)):
+                buffer.numbers[index, which, :, tokens] = states[0]
+        layers[place] = _KINDS[side](buffer, index, length, layer.keys.dtype if dtype is None else dtype)
     return FloatStepCache(every, recent, layers, length)
 
 
 _KINDS = (KVBufferLayer, WindowBufferLayer)  # without and with a window
+
+
+def _is_empty(layer: Any, window: int) -> bool:
+    if type(layer) is not (DynamicSlidingWindowLayer if window else DynamicLayer) or layer.is_initialized:
+        return False
+    sliding: Any = layer
+    return not window or (sliding.sliding_window == window and not sliding.record_past)
 
 
 def _is_plain(layer: Any, window: int, heads: int, dim: int) -> bool:

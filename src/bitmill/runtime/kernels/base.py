@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -80,6 +81,10 @@ class Kernel(ABC):
     def step_linear(self) -> Any:
         """Return the matrix for the compiled decode step (csrc/step), or None if only torch multiplies with it."""
         return None
+
+    def reading_prompt(self) -> AbstractContextManager[None]:
+        """Return a context in which `step_linear`'s matrix multiplies many tokens, if it can."""
+        return nullcontext()
 
     def restore(self) -> dict[str, Tensor]:
         """Return the packed tensors, as they were given."""

@@ -19,6 +19,8 @@ RMS; rounding Gaussian inputs to int8 changes an output by about 0.5 %.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from bitmill.compat import is_traced
 from bitmill.errors import UsageError
 from bitmill.formats import ScalarFormat
+from bitmill.formats.base import Params
 from bitmill.native import native, threads, unsupported_reason
 from bitmill.runtime import ops
 from bitmill.runtime.activations import ACTIVATIONS, Activations, activations
@@ -118,20 +121,29 @@ class Lut(RepackedKernel):
 
     def decoder(self) -> RowDecoder:
         """Return a function that decodes rows by table lookup in fp32, each weight as the format computes it."""
-        format, params, layout = self.spec.format, self._params(), native().Layout(*self.layout)
-        assert isinstance(format, ScalarFormat)
+        params, layout = self._params(), native().Layout(*self.layout)
 
         def weights(rows: slice) -> Tensor:
-            found = format.lookup({k: v if v.shape[0] == 1 else v[rows] for k, v in params.items()})
-            found = found if found.offset is None else without_zero(found)
-            tables = torch.nn.functional.pad(found.tables.flatten(), (0, 64))  # whole vectors are read
-            ids = None if found.table is None else found.table.to(torch.int32).contiguous()
-            numbers = found.factor().contiguous(), found.zero.contiguous()
+            numbers = self._float_numbers({k: v if v.shape[0] == 1 else v[rows] for k, v in params.items()})
             out = tile_buffer(rows, self.spec.shape[1])
-            native().decode(layout, self.codes, tables, ids, *numbers, rows.start, out, threads())
+            native().decode(layout, self.codes, *numbers, rows.start, out, threads())
             return out
 
         return weights
+
+    def _float_numbers(self, params: Params) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Return tables, their numbers, factors and zeros of rows in fp32, as the extension decodes codes."""
+        format = self.spec.format
+        assert isinstance(format, ScalarFormat)
+        found = format.lookup(params)
+        found = found if found.offset is None else without_zero(found)
+        tables = torch.nn.functional.pad(found.tables.flatten(), (0, 64))  # whole vectors are read
+        ids = None if found.table is None else found.table.to(torch.int32).contiguous()
+        return tables, ids, found.factor().contiguous(), found.zero.contiguous()
+
+    def _float_codes(self) -> Any:
+        """Return the extension's view of all rows with these numbers."""
+        return native().codes(native().Layout(*self.layout), self.codes, *self._float_numbers(self._params()))
 
     def gemv(self, x: Tensor) -> Tensor:
         """Multiply a few tokens (tokens, in) by table lookup."""
@@ -144,7 +156,7 @@ class Lut(RepackedKernel):
     def gemm(self, x: Tensor) -> Tensor:
         """Multiply many tokens (tokens, in), by table lookup where the tables are exact."""
         setting = self.activations
-        panels = self._panels() if setting.many == "int8" or (self.is_exact and self._are_bytes) else None
+        panels = self._panels() if self._multiplies_bytes() else None
         if panels is None:
             return super().gemm(x)
         y = torch.empty(x.shape[0], self.spec.shape[0])
@@ -172,7 +184,8 @@ class Lut(RepackedKernel):
     def _bound(self) -> Any:
         """Return the extension's view of the tensors, made once: that takes as long as a small layer."""
         if self._native is None or self._native[0] != self.codes.data_ptr():  # moved, for example to shared memory
-            self._native = self.codes.data_ptr(), self.step_linear()
+            made = self._made(native().lookup_linear, self.plan, self.zero, self.parts)
+            self._native = self.codes.data_ptr(), made
         return self._native[1]
 
     def _panels(self) -> Any:
@@ -202,7 +215,28 @@ class Lut(RepackedKernel):
 
     def step_linear(self) -> Any:
         """Return the matrix for the decode step."""
-        return self._made(native().lookup_linear, self.plan, self.zero, self.parts)
+        return self._bound()
+
+    @contextmanager
+    def reading_prompt(self) -> Iterator[None]:
+        """Let the matrix of the step multiply many tokens, as `gemm` or, without rounding, by decoded rows."""
+        if unsupported_reason("Codes") is not None:
+            yield
+            return
+        rounds = activations().many != "float32" and not self.spec.exact
+        panels = self._panels() if rounds and self._multiplies_bytes() else None
+        codes = self._float_codes() if panels is None else None
+        setting = self.activations
+        act, step = ("int8", setting.step_columns) if setting.many == "int8" else ("int16", 0)
+        self._bound().read_pieces(panels, ACTIVATIONS.index(act), step, codes)
+        try:
+            yield
+        finally:  # the numbers of groups in fp32 take memory
+            self._bound().read_pieces(None, 0, 0, None)
+
+    def _multiplies_bytes(self) -> bool:
+        """Return True if many tokens multiply with tables of bytes."""
+        return self.activations.many == "int8" or (self.is_exact and self._are_bytes)
 
     def grid_linear(self, inputs: Grid) -> Any:
         """Return the extension's view for a few tokens whose inputs are rounded to a grid; None if it has none."""

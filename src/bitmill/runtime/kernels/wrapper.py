@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from torch import Tensor
 
 from bitmill.formats import Wrapper
@@ -26,6 +28,10 @@ class WrapperKernel(Kernel):
         rest = {name: tensor for name, tensor in tensors.items() if name not in names}
         self.inner = choose_kernel(inner)(inner, rest)
         self.tolerance = self.inner.tolerance  # type: ignore[misc]
+
+    def reading_prompt(self) -> AbstractContextManager[None]:
+        """Return the context of the inner kernel."""
+        return self.inner.reading_prompt()
 
     def output_error(self, W: Tensor) -> Tensor:
         """Return the error of the inner kernel, whose rows have about the norms of W's."""

@@ -102,7 +102,7 @@ def bench_prefill(
     models = [live]
     left_out = _float_left_out(live)
     if left_out is None:
-        models.append(dequantize_model(load_packed(model, tokens, trust_remote_code)[0]))
+        models.append(dequantize_model(detach(load_packed(model, tokens, trust_remote_code)[0])))
         prefill_time(models[-1], prompt)
     times = [[prefill_time(each, prompt) for each in models] for _ in range(turns)]
     packed, *dense = (median(each) for each in zip(*times))
