@@ -79,10 +79,17 @@ def _compare(place: Workspace) -> list[str]:
     return compare_command(place, "--keep-models", bits="4")
 
 
+def _train(place: Workspace) -> list[str]:
+    windows = ["--calib", "text.txt", "--samples", "16", "--seqlen", "24", "--held-apart", "2", "--tokens", "48"]
+    method = ["--method", "efficientqat", "--bits", "2", "--group-size", "32", "--set", "epochs=1"]
+    return ["train", "source", *method, "--loss", "next-token", "--learn", "scales", *windows, "-o", "out"]
+
+
 JOBS = (
     Job("quantize, rtn", _quantize("rtn"), "out", ("--resume",)),
     Job("quantize, gptq", _quantize("gptq", "--head-bits", "8"), "out", ("--resume",)),
     Job("quantize, omniquant", _quantize("omniquant", "--set", "epochs=1"), "out", ("--resume",)),
+    Job("train, efficientqat", _train, "out", ("--resume",)),
     Job("compare", _compare, "grid"),
     Job("calibrate keys and values in place", _calibrate, "done", in_place=True),
     Job("eval --record", _record, "done", in_place=True),
@@ -220,9 +227,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moments", type=int, default=200)
+    parser.add_argument("--job", choices=[job.name for job in JOBS], help="this one alone")
     given = parser.parse_args()
     started = time.monotonic()
-    counts = run(JOBS, given.moments, given.seed, lambda line: print(line, end="\r", file=sys.stderr, flush=True))
+    jobs = [job for job in JOBS if given.job in (None, job.name)]
+    counts = run(jobs, given.moments, given.seed, lambda line: print(line, end="\r", file=sys.stderr, flush=True))
     for name, count in counts.items():
         print(f"{name:36} killed {count:4} times")
     total, took_s = sum(counts.values()), time.monotonic() - started

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bitmill.workflows.export.run import export
     from bitmill.workflows.imports.run import import_checkpoint
     from bitmill.workflows.lint.run import lint
-    from bitmill.workflows.qat import convert_qat, prepare_qat
+    from bitmill.workflows.qat import convert_qat, prepare_qat, set_qat_temperature
     from bitmill.workflows.quantize.run import Outcome, quantize
     from bitmill.workflows.tasks import evaluate_tasks
     from bitmill.workflows.train import train
@@ -52,6 +52,7 @@ __all__ = [
     "load_tokenizer",
     "prepare_qat",
     "quantize",
+    "set_qat_temperature",
     "train",
 ]
 
@@ -73,6 +74,7 @@ _HOMES = {
     "Quantized": "bitmill.formats.quantized",
     "QuantizedCache": "bitmill.kv.cache",
     "Recipe": "bitmill.recipes.recipe",
+    "set_qat_temperature": "bitmill.api",
     "train": "bitmill.api",
 }
 

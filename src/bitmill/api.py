@@ -9,7 +9,7 @@ from bitmill.workflows.export.run import Export, export
 from bitmill.workflows.imports.run import Import, import_checkpoint
 from bitmill.workflows.lint.run import Lint, lint
 from bitmill.workflows.load import load, load_tokenizer
-from bitmill.workflows.qat import convert_qat, prepare_qat
+from bitmill.workflows.qat import convert_qat, prepare_qat, set_qat_temperature
 from bitmill.workflows.quantize.run import Outcome, quantize
 from bitmill.workflows.sizes import stored_bits
 from bitmill.workflows.tasks import evaluate_tasks
@@ -34,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "prepare_qat",
     "quantize",
+    "set_qat_temperature",
     "stored_bits",
     "train",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitmill.errors import RecipeError
 from bitmill.formats import ScalarFormat
 from bitmill.formats.quantized import Quantized
+from bitmill.formats.soft_rounding import has_soft_rounding, soft_quantize
 from bitmill.formats.uniform import Uniform
 from bitmill.solvers import Statistics
 from bitmill.solvers.base import solve
@@ -102,3 +104,40 @@ def test_learning_lowers_output_error(format):
         optimizer.step()
         losses.append(loss.item())
     assert min(losses) < 0.9 * losses[0]
+
+
+SOFT = [format for format in [*all_formats(), *all_wrappers()] if has_soft_rounding(format)]
+
+
+@pytest.mark.parametrize("format", SOFT, ids=repr)
+def test_soft_rounding_tends_to_hard_rounding(format):
+    """Gradients are finite; the distance to hard rounding falls with the temperature, to that of ties."""
+    W, params = leaves(format)
+    hard = format.fake_quantize(W, params).detach()
+    distances = []
+    for temperature in (1.0, 0.1, 0.01, 1e-5):
+        soft = soft_quantize(format, W, params, temperature).detach()
+        distances.append(float((soft - hard).norm() / hard.norm()))
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.05
+    soft_quantize(format, W, params, 0.5).sum().backward()
+    assert bool(torch.isfinite(W.grad).all())
+    assert bool((W.grad != 0).any())
+
+
+def test_soft_rounding_is_the_identity_at_high_temperatures():
+    format = Uniform(3, 32)
+    W = weights()
+    params = fitted(format, W)
+    soft = soft_quantize(format, W, params, 100.0)
+    levels = format.levels(params).repeat_interleave(32, 1).flatten(0, 1)
+    inside = (W.flatten() >= levels.amin(-1)) & (W.flatten() <= levels.amax(-1))
+    assert torch.allclose(soft.flatten()[inside], W.flatten()[inside], atol=1e-4)
+
+
+def test_formats_without_single_levels_refuse_soft_rounding():
+    for format in all_formats():
+        assert has_soft_rounding(format) == isinstance(format, ScalarFormat), format
+        if not has_soft_rounding(format):
+            with pytest.raises(RecipeError, match="no soft rounding"):
+                soft_quantize(format, weights(), {}, 0.5)

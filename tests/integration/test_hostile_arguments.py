@@ -43,6 +43,7 @@ SOUND: dict[str, dict[str, Any]] = {  # arguments of a call that succeeds
     "plan": {"model": "source"},
     "train": {"folder": "done", "teacher": "source", "out": "out", "calib": DATA, "held_apart": 1, "tokens": 16},
     "prepare_qat": {"model": tiny_model("llama"), "method": "rtn"},
+    "set_qat_temperature": {"model": bitmill.prepare_qat(tiny_model("llama"), "rtn"), "temperature": 0.5},
     "convert_qat": {"model": bitmill.prepare_qat(tiny_model("llama"), "rtn"), "out": "out"},
 }  # fmt: skip
 UNCHECKED = {"progress", "tokenizer", "options", "weights"}  # objects with methods, and options of methods

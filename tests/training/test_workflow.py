@@ -157,3 +157,23 @@ def test_a_resumed_training_gives_equal_bytes(folders, teacher, windows, tmp_pat
     bitmill.train(folders("uniform"), out=out, resume=True, **options)
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("whole", "resumed")] == []
     assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_a_float_model_is_quantized_and_trained_in_one_command(tmp_path, capsys):
+    source, text = save_model(tmp_path / "source"), write_text(tmp_path / "text.txt")
+    out, windows = tmp_path / "out", ["--calib", str(text), "--samples", "12", "--seqlen", "24"]
+    words = ["train", str(source), "--method", "efficientqat", "--bits", "2", "--group-size", "32"]
+    phase = ["--loss", "next-token", "--learn", "scales", "--held-apart", "2", "--tokens", "24"]
+    assert main([*words, "--set", "epochs=1", *phase, *windows, "-o", str(out)]) == 0
+    start, trained = open_checkpoint(tmp_path / "out-start"), open_checkpoint(out)
+    assert start.report["recipe"]["name"] == "efficientqat"
+    figures = trained.report["trained"]
+    assert figures["after"]["perplexity"] < figures["before"]["perplexity"]
+    for name in start.entries:
+        equal = torch.equal(start.tensor(name), trained.tensor(name))
+        assert equal or name.endswith(".scale")
+    capsys.readouterr()
+    assert main(["train", str(source), "--bits", "2", "-o", str(tmp_path / "x")]) == 2
+    assert "name the method with --method" in capsys.readouterr().err
+    assert main([*words, *windows, "-o", str(out)]) == 1
+    assert "exists already" in capsys.readouterr().err

@@ -12,7 +12,9 @@ import bitmill
 from bitmill.errors import BitmillError, NumericsError, OutputError, RecipeError, UsageError
 from bitmill.formats.uniform import Uniform
 from bitmill.recipes.recipe import Recipe
+from bitmill.runtime.modules.convolution import QuantConv2d
 from bitmill.solvers.nearest import Nearest
+from bitmill.training.fake_quant_conv2d import FakeQuantConv2d
 from helpers.tiny_models import tiny_model
 
 IDS = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(5))
@@ -79,6 +81,24 @@ def test_weights_scales_and_zeros_learn():
     train(model)
     assert all(not torch.equal(p, before[name]) for name, p in layer.named_parameters())
     assert layer.quantized().params["zero"].unique().numel() <= 4
+
+
+def test_soft_rounding_while_training():
+    model = prepared()
+    hard = logits(model)
+    layer = model.model.layers[0].mlp.up_proj
+    bitmill.set_qat_temperature(model, 0.5)
+    assert not torch.equal(layer.train()(), layer.quantized().dequantize())
+    assert torch.equal(logits(model), hard)  # evaluation rounds to the nearest level
+    losses = train(model, 10)
+    assert losses[-1] < losses[0]
+    bitmill.set_qat_temperature(model, 0)
+    assert torch.equal(layer.train()(), layer.quantized().dequantize())
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(UsageError, match="temperature is"):
+            bitmill.set_qat_temperature(model, wrong)
+    with pytest.raises(UsageError, match="no layers of prepare_qat"):
+        bitmill.set_qat_temperature(tiny_model("llama"), 0.5)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bert"])
@@ -154,10 +174,12 @@ class Convolutional(nn.Module):
         return self.head(self.blocks(self.patch(pixels).flatten(2).mT).mean(1))
 
 
-def test_module_without_config(tmp_path):
+@pytest.mark.parametrize("method", ["rtn", "power_of_two", "apot", "post"])
+def test_module_without_config(method, tmp_path):
     torch.manual_seed(0)
-    model = bitmill.prepare_qat(Convolutional(), "rtn", bits=3, group_size=32, rules=["head=float"])
+    model = bitmill.prepare_qat(Convolutional(), method, bits=3, group_size=32, rules=["head=float"])
     assert isinstance(model.head, nn.Linear)
+    assert isinstance(model.patch, FakeQuantConv2d)
     pixels, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -173,6 +195,37 @@ def test_module_without_config(tmp_path):
         with pytest.raises(UsageError, match="no model of transformers"):
             bitmill.convert_qat(model, tmp_path / "out")
         assert torch.equal(bitmill.convert_qat(model)(pixels), expected)
+    assert isinstance(model.patch, QuantConv2d)
+
+
+CONVOLUTIONS = [
+    nn.Conv2d(3, 8, 3),
+    nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), bias=False),
+    nn.Conv2d(4, 8, 4, padding="same", padding_mode="reflect"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
+def test_convolutions_run_as_matrices(conv):
+    """Packed and trained convolutions compute what torch does with the decoded weights, in a shape of its own."""
+    pictures = torch.randn(2, conv.in_channels, 9, 11)
+    model = bitmill.prepare_qat(nn.Sequential(conv), "rtn", bits=4, group_size="row")
+    layer = model[0]
+    packed = layer.quant_linear()
+    decoded, shape = packed.float_module()
+    decoded = decoded.to_empty(device="cpu")
+    decoded.weight.copy_(layer.quantized().dequantize().view(shape))
+    decoded.bias.copy_(torch.zeros(8) if conv.bias is None else conv.bias)
+    expected = decoded(pictures)
+    assert torch.allclose(packed(pictures), expected, atol=1e-5)
+    assert torch.allclose(layer.train()(pictures), expected, atol=1e-5)
+
+
+def test_convolutions_with_groups_stay_in_float():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1), nn.ConvTranspose2d(8, 4, 2))
+    bitmill.prepare_qat(model, "rtn", bits=4, group_size="row")
+    assert [type(layer) for layer in model] == [nn.Conv2d, FakeQuantConv2d, nn.ConvTranspose2d]
 
 
 def test_refused():

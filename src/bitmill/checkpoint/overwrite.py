@@ -51,6 +51,14 @@ def check_replaceable(out: Path) -> None:
     check_place(out)
 
 
+def check_new_folder(out: Path, overwrite: bool, resume: bool) -> None:
+    """Raise OutputError unless `new_folder` may begin, or go on, to write a folder."""
+    if resume and overwrite and os.path.lexists(out):
+        check_replaceable(out)
+    elif not resume or os.path.lexists(out):
+        check_output(out, overwrite)
+
+
 @contextmanager
 def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[WorkFolder]:
     """Yield a work folder, whose `model` becomes `out` when the block ends without an error.
@@ -65,10 +73,7 @@ def new_folder(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Wor
     Raises:
         OutputError: the folder cannot be written, or another process is writing it.
     """
-    if resume and overwrite and os.path.lexists(out):
-        check_replaceable(out)
-    elif not resume or os.path.lexists(out):
-        check_output(out, overwrite)
+    check_new_folder(out, overwrite, resume)
     work = WorkFolder(out)
     try:
         if not resume:

@@ -60,6 +60,7 @@ EXAMPLES = {
     "train": (
         "bitmill train DIR -o TRAINED",
         "bitmill train DIR --teacher org/name --epochs 2 --max-minutes 60 -o TRAINED",
+        "bitmill train smollm2-135m --method efficientqat --bits 2 --loss next-token --learn scales -o TRAINED",
     ),
     "compare": ("bitmill compare smollm2-135m --methods rtn,gptq,gptqt --bits 4,3",),
     "sweep": (

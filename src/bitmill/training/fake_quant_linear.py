@@ -19,13 +19,13 @@ class FakeQuantLinear(LearnedMatrix):
     outputs are those of the written folder.
 
     Args:
-        linear: an nn.Linear, or GPT-2's Conv1D, which stores its weight as (in, out).
+        linear: an nn.Linear, an nn.Conv2d, or GPT-2's Conv1D, which stores its weight as (in, out).
         start: its matrix in its format.
     """
 
     def __init__(self, linear: nn.Module, start: Quantized) -> None:
         super().__init__(weight_of(linear), start)
-        self.was_conv1d = not isinstance(linear, nn.Linear)
+        self.was_conv1d = not isinstance(linear, nn.Linear | nn.Conv2d)
         self.out_features, self.in_features = self.shape
         self.bias: nn.Parameter | None
         self.register_parameter("bias", getattr(linear, "bias", None))
@@ -36,7 +36,7 @@ class FakeQuantLinear(LearnedMatrix):
         """Compute x (..., in) to (..., out), in the type of x."""
         if x is None:
             return super().forward()
-        if not self.training and not torch.is_grad_enabled():
+        if self.evaluates:
             packed: Tensor = self._evaluated()(x)
             return packed
         if self.format.quantizes_inputs:
@@ -45,6 +45,11 @@ class FakeQuantLinear(LearnedMatrix):
             x = x + (rounded - x).detach()
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, super().forward().to(x.dtype), bias)
+
+    @property
+    def evaluates(self) -> bool:
+        """True where the packed layer computes."""
+        return not self.training and not torch.is_grad_enabled()
 
     @torch.no_grad()
     def quant_linear(self) -> QuantLinear:
@@ -74,9 +79,12 @@ class FakeQuantLinear(LearnedMatrix):
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """Return the weight of an nn.Linear or of GPT-2's Conv1D as fp32 (out, in)."""
+    """Return the weight of an nn.Linear, an nn.Conv2d or GPT-2's Conv1D as fp32 (out, in)."""
     assert isinstance(linear.weight, Tensor)
-    weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+    if isinstance(linear, nn.Conv2d):
+        weight = linear.weight.flatten(1)
+    else:
+        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
     return weight.detach().float().contiguous()
 
 

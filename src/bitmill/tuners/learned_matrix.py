@@ -9,13 +9,15 @@ from bitmill.formats.base import Params
 from bitmill.formats.fitting import FP16_TINY
 from bitmill.formats.part import Part
 from bitmill.formats.quantized import Quantized, nearest_matrix
+from bitmill.formats.soft_rounding import soft_quantize
 
 
 class LearnedMatrix(nn.Module):
     """Float weights and the parameters of their format, both trained; `forward` returns the rounded matrix.
 
     Parameters are `weight` (out, in) and one for each part of the format that is a number, under its name, such as
-    `scale` and `zero`. Parts that are indices are buffers and do not change.
+    `scale` and `zero`. Parts that are indices are buffers and do not change. At a `temperature` above 0 the matrix
+    is rounded softly, see `numerics.soft_rounding`; `quantized` always rounds to the nearest.
 
     Args:
         W: fp32 (out, in), the weights to start from.
@@ -24,7 +26,7 @@ class LearnedMatrix(nn.Module):
 
     def __init__(self, W: Tensor, start: Quantized) -> None:
         super().__init__()
-        self.format, self.shape = start.format, start.shape
+        self.format, self.shape, self.temperature = start.format, start.shape, 0.0
         self.weight = nn.Parameter(W.detach().clone().float())
         self._parts = {part.name: part for part in self.format.parts(self.shape)}
         self._positive = {name for name, value in start.params.items() if bool((value > 0).all())}
@@ -57,11 +59,13 @@ class LearnedMatrix(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the rounded matrix, fp32 (out, in), with gradients."""
+        if self.temperature:
+            return soft_quantize(self.format, self.weight.float(), self.params(), self.temperature)
         return self.format.fake_quantize(self.weight.float(), self.params())
 
     @torch.no_grad()
     def quantized(self) -> Quantized:
-        """Return the matrix in its format; it decodes to what `forward` returns, bit by bit."""
+        """Return the matrix in its format; it decodes to what `forward` returns at temperature 0, bit by bit."""
         params = self.params()
         return Quantized(self.format, self.format.nearest_codes(self.weight.float(), params), params, self.shape)
 

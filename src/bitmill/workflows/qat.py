@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from bitmill.checkpoint.schema import quantization_config
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
 from bitmill.errors import NumericsError, RecipeError, SourceError, UsageError, quoted
+from bitmill.formats.soft_rounding import has_soft_rounding
 from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.statistics import Statistics
 from bitmill.recipes.method import Method
@@ -21,9 +23,11 @@ from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.resolve import resolve_recipe
 from bitmill.recipes.rules import Rule
 from bitmill.recipes.scheme import LayerScheme
+from bitmill.runtime.modules.convolution import unfolds
 from bitmill.runtime.modules.packed import PackedMatrix
 from bitmill.solvers.base import solve
 from bitmill.sources.module import ModuleSource
+from bitmill.training.fake_quant_conv2d import FakeQuantConv2d
 from bitmill.training.fake_quant_linear import FakeQuantLinear, fake_quant_layers, weight_of
 from bitmill.workflows.prepare import RecipeChanges
 
@@ -40,15 +44,16 @@ def prepare_qat(
     rules: Sequence[str | Rule] = (),
     **options: Any,
 ) -> Model:
-    """Replace the linear layers of a live model by layers that round their weights whenever they are used.
+    """Replace the layers of a live model by layers that round their weights whenever they are used.
 
     The model is changed in place and trained as any other: in plain PyTorch, accelerate or transformers' Trainer.
     Weights stay floats and learn with the scales and zeros of their format; rounding passes gradients straight
-    through. Embeddings, head, norms and convolutions stay in float. `convert_qat` packs the result.
+    through. Embeddings, head, norms, and convolutions of models of transformers stay in float. `convert_qat` packs
+    the result.
 
     Args:
         model: a model of transformers, of which the linears of the blocks are replaced, or another nn.Module, of
-            which all nn.Linear are.
+            which all nn.Linear are, and all nn.Conv2d without groups of channels.
         method: a method or recipe that quantizes without calibration text, such as "rtn", "hqq" or "nf4".
         rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8" or "*.k_proj=float".
         options: options of the method, such as bits=2 or group_size=64.
@@ -72,6 +77,38 @@ def prepare_qat(
         _replace(model, name, layer)
     vars(model)[_RECIPE] = recipe.to_dict()
     return model
+
+
+@checked_arguments("model")
+def set_qat_temperature(model: nn.Module, temperature: float) -> None:
+    """Let a model of `prepare_qat` round softly while it trains: weights move towards their levels with gradients.
+
+    Training that lowers the temperature to 0 ends with hard rounding. Evaluation and `convert_qat` always round to
+    the nearest level.
+
+    Args:
+        model: a model of `prepare_qat`.
+        temperature: in gaps between levels: above 1 weights are nearly as they are, 0.1 is nearly a step, and 0
+            rounds to the nearest level and passes gradients straight through.
+
+    Raises:
+        UsageError: the model is none of `prepare_qat`, or the temperature is negative or not finite.
+        RecipeError: a format has no levels of single weights.
+    """
+    _check_live(model)
+    if not 0 <= temperature < math.inf:
+        raise UsageError(f"temperature is {temperature!r}; use 0 for hard rounding, or a positive number.")
+    layers = dict(fake_quant_layers(model))
+    if not layers:
+        raise UsageError(f"{type(model).__name__} has no layers of prepare_qat; pass the model that it returned.")
+    for name, layer in layers.items():
+        if temperature and not has_soft_rounding(layer.format):
+            raise RecipeError(
+                f"The format {layer.format.name!r} of {name!r} has no levels of single weights between which it "
+                "could round softly; leave the temperature at 0."
+            )
+    for layer in layers.values():
+        layer.temperature = float(temperature)
 
 
 @checked_arguments("model", "tokenizer")
@@ -140,7 +177,7 @@ def _schemes(model: nn.Module, recipe: Recipe) -> dict[str, LayerScheme]:
     if isinstance(model, PreTrainedModel):
         found = resolve_recipe(recipe, StreamedModel(ModuleSource(model))).schemes
     else:
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
+        names = [name for name, module in model.named_modules() if _trains(module) and name]
         found = {name: recipe.scheme(name) for name in names}
     schemes = {name: scheme for name, scheme in found.items() if scheme is not None}
     if not schemes:
@@ -162,6 +199,11 @@ def _check(recipe: Recipe, scheme: LayerScheme) -> None:
         )
 
 
+def _trains(module: nn.Module) -> bool:
+    """Return True for a layer of a module without config that is replaced."""
+    return isinstance(module, nn.Linear) or unfolds(module)
+
+
 def _layer(model: nn.Module, name: str, scheme: LayerScheme) -> FakeQuantLinear:
     """Return the trainable layer for a linear, on its device."""
     linear = model.get_submodule(name)
@@ -170,7 +212,7 @@ def _layer(model: nn.Module, name: str, scheme: LayerScheme) -> FakeQuantLinear:
         raise SourceError(f"The weight of {name!r} has no data (device 'meta'); load the weights first.")
     with torch.no_grad():
         start = solve(scheme.solver, W, Statistics(), scheme.format)
-    return FakeQuantLinear(linear, start)
+    return FakeQuantConv2d(linear, start) if isinstance(linear, nn.Conv2d) else FakeQuantLinear(linear, start)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -34,6 +34,8 @@ from bitmill.models.config_only import open_config_only
 from bitmill.models.meta import trim_malloc
 from bitmill.progress import Progress, peak_memory_bytes
 from bitmill.progress.terminal import displayed
+from bitmill.recipes.method import Method
+from bitmill.recipes.recipe import Recipe
 from bitmill.report.text import format_rows, training_rows
 from bitmill.tasks.base import task_for
 from bitmill.training.distil import Training, WindowSet
@@ -46,6 +48,7 @@ from bitmill.workflows.load import load, load_tokenizer
 from bitmill.workflows.machine import seconds_since
 from bitmill.workflows.running import measure_folder
 from bitmill.workflows.teacher import Teacher
+from bitmill.workflows.training_start import START, quantized_start
 
 
 @dataclass
@@ -69,11 +72,13 @@ class TrainingOutcome:
         return format_rows(rows)
 
 
-@checked_arguments("teacher", "calib", "progress")
+@checked_arguments("teacher", "calib", "method", "progress")
 def train(
     folder: str | Path,
     *,
     out: str | Path,
+    method: str | Path | Recipe | Method | None = None,
+    options: dict[str, Any] | None = None,
     teacher: str | Path | nn.Module | None = None,
     calib: CalibrationData | Tensor | str | Path | list[str] | None = None,
     loss: LossName = "kl",
@@ -94,8 +99,11 @@ def train(
     The state with the lowest loss on windows that were kept out of training is written, the start included.
 
     Args:
-        folder: a folder that bitmill quantize wrote, in any format.
+        folder: a folder that bitmill quantize wrote, in any format; with `method` a float model.
         out: the folder to write.
+        method: quantize a float model by this method or recipe first, on the text that it is trained on; that
+            folder is kept as OUT-start.
+        options: of the method, such as {"bits": 2, "group_size": 64}.
         teacher: the float model; by default the one that the folder was made from.
         calib: text to train on, as for `quantize`, of which `held_apart` windows are kept out of training, or
             token windows (samples, length).
@@ -118,15 +126,25 @@ def train(
         NumericsError: the loss is NaN or infinite before anything is better than the start.
     """
     started = time.perf_counter()
-    options = TrainingOptions(loss, learn, epochs, rate, tokens, held_apart, max_minutes)
+    training = TrainingOptions(loss, learn, epochs, rate, tokens, held_apart, max_minutes)
     check_device(device)
+    calibration, place = as_calibration(calib), user_path(out, SUFFIX_BYTES + len(START))
+    if method is None and options:
+        raise UsageError(
+            f"{next(iter(options))} is an option of a method; name the method with --method (method)."
+        )
     with displayed(progress) as shown:
-        run = _Run(open_checkpoint(folder), teacher, options, device, trust_remote_code, shown)
-        place = user_path(out, SUFFIX_BYTES)
+        if method is not None:
+            teacher = folder if teacher is None else teacher
+            folder = quantized_start(
+                folder, method, options or {}, place, calibration=calibration, resume=resume, overwrite=overwrite,
+                device=device, trust_remote_code=trust_remote_code, progress=shown,
+            )  # fmt: skip
+        run = _Run(open_checkpoint(folder), teacher, training, device, trust_remote_code, shown)
         if place.resolve().is_relative_to(run.folder.resolve()):
             raise UsageError(f"{place} lies in {run.folder}, of which it is made; choose another folder with -o.")
         with new_folder(place, overwrite, resume) as work:
-            described = run.write(work, as_calibration(calib))
+            described = run.write(work, calibration)
     report = open_checkpoint(place).report
     summary = {
         "folder": str(run.folder),
@@ -155,7 +173,10 @@ class _Run:
         self.checkpoint, self.folder, self.options = checkpoint, checkpoint.folder, options
         self.device, self.trusted, self.progress = device, trust_remote_code, progress
         if not checkpoint.formats:
-            raise UsageError(f"{self.folder} holds a float model, which has nothing to train; quantize it first.")
+            raise UsageError(
+                f"{self.folder} holds a float model, which has nothing to train; name a method that "
+                "quantizes it first with --method (method), or give a quantized folder."
+            )
         check_report(self.folder, checkpoint.report)
         task = task_for(checkpoint.config)
         if not task.generates:

@@ -24,7 +24,8 @@ class EfficientQATMethod(Method):
     Stored     an ordinary uniform grid, as rounding to nearest stores it
     Cost       a forward and a backward pass over the calibration text an epoch, and a forward pass more
     Expect     far below gptq at 2 bits; more text and epochs keep helping
-    Next       `bitmill train DIR --loss next-token --learn scales` is the paper's second phase (E2E-QP)
+    Next       `bitmill train MODEL --method efficientqat --loss next-token --learn scales` adds the paper's second
+               phase (E2E-QP)
     Paper      Chen et al. 2024 (arXiv 2407.11062)
     """
 
