@@ -37,7 +37,7 @@ PANELS = {  # by parameter; others are in typer's own panel
     "Keys and values": ("kv", "kv_bits", "kv_set", "kv_samples", "kv_seqlen"),
     "Generation": ("prompt", "system", "max_new_tokens", "temperature", "raw", "dense"),
     "Server": ("host", "port"),
-    "Machine": ("device", "activations", "memory", "gpus", "trust_remote_code"),
+    "Machine": ("device", "activations", "memory", "gpus", "ray", "trust_remote_code"),
     "Output": (
         "out", "overwrite", "resume", "dry_run", "estimate", "keep_models", "as_json", "verbose", "quiet",
     ),

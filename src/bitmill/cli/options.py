@@ -48,6 +48,15 @@ Propagate = Annotated[
     typer.Option(help="Inputs for calibrating later blocks: outputs of the quantized or of the float blocks."),
 ]
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="local|ADDRESS",
+        help="Measure as tasks of a Ray cluster: local for one of this machine, or auto or HOST:PORT for another.",
+        show_default=False,
+    ),
+]
+
 # calibration and measurement
 Samples = Annotated[int, typer.Option(metavar="N", help="Calibration windows.")]
 Seqlen = Annotated[int, typer.Option(metavar="L", help="Tokens per window.")]

@@ -27,6 +27,7 @@ from bitmill.cli.options import (
     MethodSettings,
     Model,
     Propagate,
+    Ray,
     Samples,
     Seed,
     Seqlen,
@@ -274,6 +275,7 @@ def quantize(
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    ray: Ray = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -289,7 +291,7 @@ def quantize(
     }  # fmt: skip
     planned: dict[str, Any] = {
         "budget": budget, "methods": None if methods is None else split_list(methods), "sensitivity": sensitivity,
-        "allocator": allocator, "corrections": corrections, "save_recipe": save_recipe,
+        "allocator": allocator, "corrections": corrections, "save_recipe": save_recipe, "ray": ray,
     }  # fmt: skip
     with command_output(as_json) as output:
         output.progress.start("starting", 0)

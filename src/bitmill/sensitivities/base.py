@@ -119,6 +119,9 @@ class Sensitivity(Member, ABC):
     registry: ClassVar[Registry[type[Sensitivity]]] = SENSITIVITIES
     in_nats: ClassVar[bool] = True  # costs estimate the KL divergence; others are scaled to a measured one
 
+    def prepare(self, run: Run) -> None:
+        """Make the passes whose results the folder of the run keeps; `begin` calls it."""
+
     @abstractmethod
     def begin(self, run: Run) -> Meter:
         """Return a meter, after the passes over the whole model that it needs."""

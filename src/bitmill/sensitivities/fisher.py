@@ -27,13 +27,21 @@ class FisherDiagonal(Sensitivity):
 
     windows: int = 16
 
-    def begin(self, run: Run) -> Meter:
+    def prepare(self, run: Run) -> None:
         """Measure the Fisher diagonal, unless an earlier run did."""
-        windows = run.windows[: self.windows]
-        fisher = Fisher(run.folder / f"fisher-{len(windows)}")
+        fisher, windows = self._fisher(run)
         if not fisher.complete:
             fisher.measure(run.streamed, windows, run.progress)
+
+    def begin(self, run: Run) -> Meter:
+        """Measure the Fisher diagonal, unless an earlier run did."""
+        self.prepare(run)
+        fisher, windows = self._fisher(run)
         return _Meter(fisher, windows.shape[1])
+
+    def _fisher(self, run: Run) -> tuple[Fisher, Tensor]:
+        windows = run.windows[: self.windows]
+        return Fisher(run.folder / f"fisher-{len(windows)}"), windows
 
 
 class _Meter(LocalMeter):

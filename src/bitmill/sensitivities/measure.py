@@ -40,6 +40,14 @@ class Measured:
     solve_cpu_seconds: float = 0.0
     skipped: int = 0
 
+    def add(self, other: Measured) -> None:
+        """Add what another process has measured of other units."""
+        self.solve_cpu_seconds += other.solve_cpu_seconds
+        self.skipped += other.skipped
+        for name, costs in other.costs.items():
+            self.costs.setdefault(name, {}).update(costs)
+            self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + other.cpu_seconds[name]
+
 
 @torch.no_grad()
 def measure_blocks(
@@ -73,6 +81,44 @@ def measure_blocks(
             known |= walk.stores[sensitivity].load(index)
         walk.measured.costs[sensitivity.name] = known
     return walk.measured
+
+
+@torch.no_grad()
+def prepare_measurement(
+    run: Run,
+    sensitivity: Sensitivity,
+    units: Sequence[Unit],
+    candidates: Mapping[str, Sequence[Candidate]],
+) -> None:
+    """Write into the folder of the run all that processes share which measure parts of the units.
+
+    Args:
+        run: the model and the text.
+        sensitivity: with options.
+        units: of blocks, in order.
+        candidates: name of a unit -> its candidates.
+    """
+    sensitivity.prepare(run)
+    _solvers_fisher(run, units, candidates)
+    statistics = _FloatStatistics(run)
+    if not statistics.complete:
+        run.progress.start("statistics", len(run.streamed.blocks))
+        for index, block in walk_blocks(run.streamed, run.progress):
+            statistics.of_block(index, block)
+        run.progress.finish()
+
+
+def _solvers_fisher(
+    run: Run, units: Sequence[Unit], candidates: Mapping[str, Sequence[Candidate]]
+) -> Fisher | None:
+    """Return the Fisher diagonal that solvers of candidates need, which the folder keeps; None where none does."""
+    needs = {need for unit in units for c in candidates[unit.name] if c.scheme for need in c.scheme.needs}
+    if "fisher" not in needs:
+        return None
+    fisher = Fisher(run.folder)
+    if not fisher.complete:
+        fisher.measure(run.streamed, run.windows, run.progress)
+    return fisher
 
 
 class _Walk:
@@ -110,12 +156,7 @@ class _Walk:
                 began = time.process_time()
                 self._meters[sensitivity] = sensitivity.begin(run)
                 self.measured.cpu_seconds[sensitivity.name] += time.process_time() - began
-        needs = {need for unit in units for c in self.candidates[unit.name] if c.scheme for need in c.scheme.needs}
-        self._fisher: Fisher | None = None
-        if "fisher" in needs:
-            self._fisher = Fisher(run.folder)
-            if not self._fisher.complete:
-                self._fisher.measure(streamed, run.windows, run.progress)
+        self._fisher = _solvers_fisher(run, units, self.candidates)
         self._statistics = _FloatStatistics(run)
         run.progress.start(TASK, len(streamed.blocks))
 
@@ -192,9 +233,14 @@ class _FloatStatistics:
         self._run, streamed = run, run.streamed
         self._store: StatisticsStore = statistics_store(run.folder, streamed, run.windows)
         self._streams: Streams | None = None
-        if not all(self._store.has(index) for index in range(len(streamed.blocks))):
+        if not self.complete:
             with streamed.non_block_weights("embedding"):
                 self._streams = Streams(streamed, run.windows, compare=False)
+
+    @property
+    def complete(self) -> bool:
+        """True where the folder has the statistics of all blocks."""
+        return all(self._store.has(index) for index in range(len(self._run.streamed.blocks)))
 
     def of_block(self, index: int, module: nn.Module) -> tuple[dict[str, Statistics], list[list[str]]]:
         """Return statistics by the first linear of each stage, and the stages."""

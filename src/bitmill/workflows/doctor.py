@@ -47,6 +47,7 @@ OPTIONAL = (
     OptionalPackage("sentencepiece", "tokenizers without a tokenizer.json", "pip install sentencepiece"),
     OptionalPackage("lm-eval", "benchmark tasks (bitmill eval --tasks)", "pip install 'bitmill[tasks]'"),
     OptionalPackage("fastapi", "bitmill serve", "pip install 'bitmill[serve]'"),
+    OptionalPackage("ray", "tasks of a cluster (--ray)", "pip install 'bitmill[ray]'"),
     OptionalPackage("peft", "LoRA on packed layers", "pip install 'bitmill[lora]'"),
 )
 

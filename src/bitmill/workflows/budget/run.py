@@ -45,6 +45,7 @@ from bitmill.sources.open import open_source
 from bitmill.workflows.budget.candidates import METHODS_BY_DEFAULT
 from bitmill.workflows.budget.correct import corrected_plan
 from bitmill.workflows.budget.keys_values import KV_BASE
+from bitmill.workflows.budget.measure import check_model, measure_units
 from bitmill.workflows.budget.peak import measured_peak
 from bitmill.workflows.budget.plan import (
     Plan,
@@ -61,6 +62,7 @@ from bitmill.workflows.budget.size import Budget, parse_budget
 from bitmill.workflows.budget.verify import Verifier
 from bitmill.workflows.prepare import PreparedJob, QuantizeRequest
 from bitmill.workflows.probe import short_trial
+from bitmill.workflows.ray_tasks import check_address
 
 SENSITIVITY, ALLOCATOR = "noise", "integer_programme"
 UNIFORMS = 2  # uniform plans that are measured
@@ -81,6 +83,7 @@ class BudgetRequest:
         max_minutes: about the longest time of the sensitivities; None for twice that of quantizing.
         corrections: corrections of the plan.
         save_recipe: a file for the recipe.
+        ray: address of a Ray cluster that measures sensitivities; None for this process.
     """
 
     budget: str
@@ -90,12 +93,14 @@ class BudgetRequest:
     max_minutes: float | None = None
     corrections: int = 1
     save_recipe: Path | None = None
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_minutes is not None and not (self.max_minutes >= 0 and math.isfinite(self.max_minutes)):
             raise UsageError(f"max_minutes is {self.max_minutes!r}; use 0 or a positive number of minutes.")
         if not 0 <= self.corrections <= 2:
             raise UsageError(f"corrections is {self.corrections}; use 0, 1 or 2.")
+        check_address(self.ray)
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ def recipe_for_budget(
         BitmillError: in one sentence, before any work where the arguments are wrong.
     """
     budget = parse_budget(asked.budget)
+    if asked.ray is not None:
+        check_model(request)
     kv_base = _kv_base(request.kv, budget)
     sensitivity: Sensitivity = SENSITIVITIES.from_dict(parse_part(SENSITIVITIES, asked.sensitivity))
     allocator: Allocator = ALLOCATORS.from_dict(parse_part(ALLOCATORS, asked.allocator))
@@ -178,18 +185,19 @@ def budget_recipes(
     device: str,
     trust_remote_code: bool,
     progress: Progress,
+    ray: str | None = None,
 ) -> list[Recipe]:
     """Return the recipe of every budget, solved and not verified; they share the measured sensitivities.
 
     Args:
         budgets: as the user wrote them.
-        model, calibration, propagate, head_bits, device, trust_remote_code, progress: as for `quantize`.
+        model, calibration, propagate, head_bits, device, trust_remote_code, progress, ray: as for `quantize`.
     """
     request = QuantizeRequest(
         model, None, calibration, 0, device, False, False, True, propagate, None, None, None, trust_remote_code,
         progress,
     )  # fmt: skip
-    return [recipe_for_budget(request, BudgetRequest(budget), (), head_bits).recipe for budget in budgets]
+    return [recipe_for_budget(request, BudgetRequest(budget, ray=ray), (), head_bits).recipe for budget in budgets]
 
 
 def _check(problem: Problem, unpinned: Problem) -> None:
@@ -270,7 +278,7 @@ class _Planning:
         problem, began = self.problem, time.perf_counter()
         free = [unit for unit in problem.block_units if unit.name not in problem.pinned]
         limit = self._max_seconds(run)
-        found = measure_blocks(run, [self.sensitivity], free, problem.candidates, limit)
+        found = measure_units(self.request, run, self.sensitivity, free, problem.candidates, limit, self.asked.ray)
         if found.skipped:
             self.notes.append(
                 f"{found.skipped:,} candidates were not measured, as {limit or 0:.0f} s of --max-minutes "

@@ -29,6 +29,7 @@ from bitmill.workflows.comparison.pictures import compare_pictures
 from bitmill.workflows.comparison.run import run_grid
 from bitmill.workflows.evaluate import usual_windows
 from bitmill.workflows.prepared_tasks import LIMIT
+from bitmill.workflows.ray_tasks import check_address
 
 
 @renamed_arguments(calibration="calib")
@@ -55,6 +56,7 @@ def compare(
     device: str = "cpu",
     trust_remote_code: bool = False,
     keep_models: bool = False,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> Results | PictureResults:
     """Quantize a model by every method at every number of bits, measure each, and write a page about it.
@@ -79,10 +81,13 @@ def compare(
             blocks, whose statistics are collected once for all variants.
         head_bits: bits of every variant's embedding and output head, 8, 6 or 4, or "float"; 8 by default.
         keep_models: keep the quantized folders in `out`/cells.
+        ray: run variants as tasks of a Ray cluster: "local" for one of this machine, or the address of another one
+            whose nodes share the folder, see docs/ray.md.
 
     Raises:
         BitmillError: a subclass, for errors that concern all variants.
     """
+    check_address(ray)
     out = user_path(out)
     calibration = _text_calibration(calib)
     measured = None if text is None else CalibrationData(text).source
@@ -91,7 +96,15 @@ def compare(
     variants = plan_variants(methods, bits, recipes, options, head_bits)
     if budgets:
         planned = budget_recipes(
-            model, budgets, calibration, propagate, head_bits, device, trust_remote_code, progress or Progress()
+            model,
+            budgets,
+            calibration,
+            propagate,
+            head_bits,
+            device,
+            trust_remote_code,
+            progress or Progress(),
+            ray,
         )
         variants += tuple(recipe_variant(recipe) for recipe in planned)
     grid = Grid(
@@ -120,8 +133,11 @@ def compare(
     command = _command(grid, selection, rest) + ["--keep-models"] * keep_models
     grid = replace(grid, command=shlex.join(command))
     task = task_of(open_source(grid.model, trust_remote_code=trust_remote_code))
-    run = compare_pictures if task.reads == "pictures" else run_grid
-    return run(grid, out, keep_models=keep_models, progress=progress)
+    if task.reads == "pictures":
+        if ray is not None:
+            raise UsageError(f"{model} reads pictures, and its variants share their data; compare it without Ray.")
+        return compare_pictures(grid, out, keep_models=keep_models, progress=progress)
+    return run_grid(grid, out, keep_models=keep_models, ray=ray, progress=progress)
 
 
 def _text_calibration(calib: CalibrationData | str | Path | list[str] | None) -> CalibrationData:

@@ -42,6 +42,7 @@ from bitmill.workflows.comparison.process import VariantFailed, run_variant
 from bitmill.workflows.comparison.worker import FLOAT_FILE, GRID_FILE, STATISTICS
 from bitmill.workflows.machine import describe_machine
 from bitmill.workflows.prepared_tasks import prepare_tasks
+from bitmill.workflows.ray_tasks import tasks_on
 
 RESULTS_FILE = "results.json"
 PAGE_FILE = "report.html"
@@ -54,6 +55,7 @@ def run_grid(
     out: Path,
     *,
     keep_models: bool = False,
+    ray: str | None = None,
     progress: Progress | None = None,
     run: RunVariant = run_variant,
 ) -> Results:
@@ -65,6 +67,7 @@ def run_grid(
         grid: variants and settings.
         out: folder of the comparison.
         keep_models: keep the quantized models.
+        ray: address of a Ray cluster that runs the variants; None runs one after another on this machine.
         progress: receives the progress.
         run: runs one variant; in its own process by default.
 
@@ -81,7 +84,7 @@ def run_grid(
             make_folder(out / "cells")
         records = _Records(out, grid, settings, machine)
         records.begin(keep_models)
-        return _run(grid, records, progress, run)
+        return _run(grid, records, progress, run, ray)
     finally:
         lock.close()
 
@@ -140,7 +143,7 @@ def _task_settings(grid: Grid) -> dict[str, Any]:
     return {"tasks": {"names": names, "limit": grid.limit, "unprotected": list(prepared.unprotected)}}
 
 
-def _run(grid: Grid, records: _Records, progress: Progress, run: RunVariant) -> Results:
+def _run(grid: Grid, records: _Records, progress: Progress, run: RunVariant, ray: str | None) -> Results:
     """Run the float model if a missing variant needs it, then every variant without a final record."""
     missing = [variant for variant in grid.variants if not records.is_final(variant)]
     runnable = [variant for variant in missing if variant.recipe is not None]
@@ -153,17 +156,24 @@ def _run(grid: Grid, records: _Records, progress: Progress, run: RunVariant) -> 
     for variant in missing:
         if variant.recipe is None:
             records.add(variant, {"status": "not_applicable", "reason": variant.reason})
-            continue
-        try:
-            result = run(records.out, variant.name, records.log(variant.name), progress)
-            records.add(variant, {"status": "done", **result})
-        except VariantFailed as failure:
-            records.add(variant, {"status": "failed", "reason": str(failure)})
+    with tasks_on(ray if runnable else None, progress) as tasks:
+        shown = progress if ray is None else Progress()  # another process cannot show it
+        calls = [(run, records.out, variant.name, records.log(variant.name), shown) for variant in runnable]
+        for number, outcome in tasks(_outcome, calls):
+            records.add(runnable[number], outcome)
     # gigabytes that are quickly computed again
     for file in (records.out / FLOAT_FILE, digest_file(records.out / FLOAT_FILE)):
         file.unlink(missing_ok=True)
     shutil.rmtree(records.out / STATISTICS, ignore_errors=True)
     return records.publish()
+
+
+def _outcome(run: RunVariant, out: Path, name: str, log: Path, progress: Progress) -> dict[str, Any]:
+    """Run a variant, and return its result or the reason of its failure."""
+    try:
+        return {"status": "done", **run(out, name, log, progress)}
+    except VariantFailed as failure:
+        return {"status": "failed", "reason": str(failure)}
 
 
 class _Records:

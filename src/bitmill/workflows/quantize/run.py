@@ -111,6 +111,7 @@ def quantize(
     max_minutes: float | None = None,
     corrections: int | None = None,
     save_recipe: str | Path | None = None,
+    ray: str | None = None,
     kv: str | None = None,
     kv_bits: int | None = None,
     kv_options: dict[str, Any] | None = None,
@@ -149,6 +150,8 @@ def quantize(
             default.
         corrections: with a budget, corrections of the choice, 0 to 2; 1 by default.
         save_recipe: with a budget, a file for the recipe, also with dry_run.
+        ray: with a budget, measure sensitivities as tasks of a Ray cluster: "local" for one of this machine, or
+            the address of another one, see docs/ray.md.
         kv, kv_bits, kv_options: the method of keys and values; it is calibrated on `kv_samples` windows of
             `kv_seqlen` tokens (by default 2048, or the model's context length) of the text.
         progress: where progress is reported; True displays it, which terminals and notebooks do; False is silent.
@@ -166,7 +169,9 @@ def quantize(
             None if statistics is None else user_path(statistics), kv_config, tokenizer, trust_remote_code, shown,
         )  # fmt: skip
         changes = RecipeChanges(options, head_bits, tuple(rules))
-        asked = _budget_request(budget, methods, sensitivity, allocator, max_minutes, corrections, save_recipe)
+        asked = _budget_request(
+            budget, methods, sensitivity, allocator, max_minutes, corrections, save_recipe, ray
+        )
         outcome = (
             _quantize(request, method, changes) if asked is None else _to_budget(request, method, changes, asked)
         )
