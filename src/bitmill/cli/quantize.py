@@ -164,7 +164,8 @@ Budget = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Choose a format for every layer within this size: bits per weight of the blocks, such as 3.0bpw, "
-        "the files of weights, such as 70MB, or the memory of the running model, such as '8GB at 32k context'; "
+        "the files of weights, such as 70MB, the memory of the running model, such as '8GB at 32k context', or "
+        "the measured time of linear layers, such as '40ms prompts of 512' or '25 tokens/s'; "
         "verified on held-apart calibration windows.",
         show_default=False,
     ),

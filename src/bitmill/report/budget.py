@@ -20,7 +20,7 @@ def describe_budget(budget: dict[str, Any]) -> list[tuple[str, str]]:
             f"{budget['size_bytes'] / 1e6:,.1f} MB of weights",
         )
     ]
-    rows += _memory(budget)
+    rows += _memory(budget) + _time(budget)
     label = _common_label(budget["kinds"])
     costs = [kind["costs"].get(label, 0.0) for kind in budget["kinds"]]
     largest = max(costs, default=0.0)
@@ -46,6 +46,17 @@ def _memory(budget: dict[str, Any]) -> list[tuple[str, str]]:
     if peak := budget.get("measured_peak_bytes"):
         rows.append(("measured peak", f"{peak / 1e6:,.1f} MB at that context"))
     return rows
+
+
+def _time(budget: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the row about the time of linear layers; none for other budgets."""
+    if "linear_time_s" not in budget:
+        return []
+    own, of_float = (1e3 * budget[key] for key in ("linear_time_s", "float_linear_time_s"))
+    tokens = f"{budget['tokens']:,} token" + "s" * (budget["tokens"] > 1)
+    return [
+        ("linear layers", f"{own:,.3f} ms for {tokens} by their kernels on this machine, {of_float:,.3f} in float")
+    ]
 
 
 def budget_text(budget: dict[str, Any]) -> str:

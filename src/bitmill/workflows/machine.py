@@ -18,7 +18,7 @@ from bitmill.version import __version__
 def describe_machine(device: str) -> dict[str, Any]:
     """Return processor, memory, system, versions and the name of the GPU; no host name, user or path."""
     return {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -33,7 +33,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def processor() -> str:
     """Return the model name of the processor where the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -80,12 +80,15 @@ def bench_kernels(
             results.append(result)
             bandwidths += reads
     return {
-        "threads": threads(),
-        "isa": instruction_set(),
-        "activations": activations().name,
+        **machine_of_kernels(),
         "read_bandwidth_GBps": median(bandwidths) / 1e9 if bandwidths else None,
         "kernels": results,
     }
+
+
+def machine_of_kernels() -> dict[str, Any]:
+    """Return threads, isa and activations, on which times of kernels depend."""
+    return {"threads": threads(), "isa": instruction_set(), "activations": activations().name}
 
 
 def _check_arguments(

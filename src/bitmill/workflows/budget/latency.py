@@ -7,17 +7,19 @@ import hashlib
 import json
 from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from bitmill.config.documents import read_json_object
-from bitmill.errors import CalibrationError, RecipeError
+from bitmill.errors import CalibrationError
 from bitmill.files import make_folder, output_errors, write_text
 from bitmill.formats import Format, Wrapper
-from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.numerics.rng import normals
+from bitmill.numerics.statistics import Statistics
 from bitmill.runtime.kernels import KernelSpec, choose_kernel
+from bitmill.solvers import SOLVERS
+from bitmill.solvers.base import solve_stacked
 from bitmill.sources.cache import cache_folder
 from bitmill.workflows.bench.kernels import machine_of_kernels, random_packed
 from bitmill.workflows.bench.memory import copies_of, linear_time, timed
@@ -31,8 +33,8 @@ _CPU = torch.device("cpu")
 class LatencyTable:
     """Seconds that a layer takes for so many tokens, measured when they are first asked for.
 
-    The file in the cache belongs to a processor, the number of threads, the instruction set, and the type that inputs
-    are rounded to.
+    The file in the cache belongs to a processor, the number of threads, the instruction set, and the type that
+    inputs are rounded to.
 
     Attributes:
         measured: layers that were measured, not read.
@@ -90,12 +92,12 @@ def layer_seconds(format: Format | None, shape: tuple[int, int], tokens: int, tu
     return median(timed(lambda: [k.apply(x) for k in kernels]) / len(kernels) for _ in range(turns))
 
 
-def _packed(format: Format, shape: tuple[int, int]) -> dict[str, Any]:
-    """Return packed tensors of a layer: random ones, or those of random weights where not all numbers are codes."""
+def _packed(format: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """Return packed tensors of a layer: random ones, or of random weights for a wrapper."""
     if not isinstance(format, Wrapper):
         return random_packed(format, shape)
     W = 0.02 * normals(1, 0, shape[0] * shape[1]).to(torch.float32).view(shape)
-    try:
-        return nearest_matrix(format, W, fit_matrix(format, W, None, False)).pack()
-    except (TypeError, AttributeError, RecipeError):
-        return random_packed(format, shape)
+    columns = torch.ones(shape[1])
+    inputs = Statistics(torch.eye(shape[1]), 1, mean_abs=columns, max_abs=columns)
+    [layer] = solve_stacked(SOLVERS.from_dict({"solver": "nearest"}), [W], inputs, format)
+    return layer.pack()

@@ -55,6 +55,18 @@ class Plan:
         memory = self.problem.memory
         return 0 if memory is None else memory.needed(self.problem.bits(self.chosen) / 8)
 
+    @cached_property
+    def seconds(self) -> float:
+        """Measured time of the linear layers of the blocks, with a budget of time; 0 for other budgets."""
+        return self.problem.bits(self.chosen) / 1e9 if self.problem.budget.seconds is not None else 0.0
+
+    @property
+    def counted(self) -> float:
+        """Size that the budget bounds: bytes, seconds or bits per weight."""
+        if self.problem.budget.counts_files:
+            return float(self.counted_bytes)
+        return self.bits_per_weight if self.problem.budget.seconds is None else self.seconds
+
     @property
     def counted_bytes(self) -> int:
         """Bytes that a budget of bytes counts: of the process at its context, otherwise of the files."""
@@ -68,6 +80,7 @@ class Plan:
             "size_bytes": self.size_bytes,
             "predicted_kl": self.predicted,
             **({} if self.problem.memory is None else {"memory_bytes": self.memory_bytes}),
+            **({} if self.problem.budget.seconds is None else {"linear_time_s": self.seconds}),
         }
 
 
@@ -106,6 +119,9 @@ def solve_plan(
     ]
     if problem.budget.bits_per_weight is not None:
         limit = int(problem.budget.bits_per_weight * problem.weights)
+        return _plan(name, problem, options, choices, allocator.allocate(choices, limit))
+    if problem.budget.seconds is not None:
+        limit = int(problem.budget.seconds * 10**9)
         return _plan(name, problem, options, choices, allocator.allocate(choices, limit))
     assert problem.budget.size_bytes is not None
     smallest = [choice.cheapest for choice in choices]

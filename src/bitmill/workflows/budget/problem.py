@@ -24,6 +24,7 @@ from bitmill.sensitivities.candidate import FLOAT_LABEL, KEYS_VALUES, Candidate,
 from bitmill.solvers import SOLVERS
 from bitmill.workflows.budget.candidates import block_candidates, head_candidates
 from bitmill.workflows.budget.keys_values import KV_BASE, keys_values, pair_method
+from bitmill.workflows.budget.latency import LatencyTable
 from bitmill.workflows.budget.memory import RunningMemory, loaded_bits, running_memory
 from bitmill.workflows.budget.size import Budget
 from bitmill.workflows.folder_size import weight_files_bytes
@@ -40,11 +41,12 @@ class Problem:
         base: a recipe with the rules of the user, whose head is that of the result where files do not count.
         units: of the blocks; with a budget of files those outside the blocks too, which come last.
         candidates: name of a unit -> its candidates, by rising size.
-        sizes: name of a unit -> bits of each candidate.
+        sizes: name of a unit -> bits of each candidate, with a budget of time nanoseconds.
         pinned: names of the units that a rule, or head_bits, decides.
         ends: embedding and head, where they are units.
         memory: of the process at the budget's context; None for other budgets.
         kv_base: method that stores keys and values, where they are units.
+        float_ns: with a budget of time, nanoseconds of all units in float.
     """
 
     streamed: StreamedModel
@@ -57,6 +59,7 @@ class Problem:
     ends: EmbeddingAndHead | None
     memory: RunningMemory | None = None
     kv_base: str = ""
+    float_ns: int = 0
 
     @cached_property
     def weights(self) -> int:
@@ -79,7 +82,7 @@ class Problem:
         return tuple(unit for unit in self.units if unit.block == KEYS_VALUES)
 
     def bits(self, chosen: dict[str, Candidate]) -> int:
-        """Return the bits of all units.
+        """Return the bits of all units, with a budget of time their nanoseconds.
 
         Args:
             chosen: name of a unit -> its candidate.
@@ -125,6 +128,7 @@ def build_problem(
     head_bits: HeadBits | None,
     kv_base: str = KV_BASE,
     program: int = 0,
+    latency: LatencyTable | None = None,
 ) -> Problem:
     """Build the problem of a budget on a model.
 
@@ -134,6 +138,7 @@ def build_problem(
         methods, rules, head_bits: as for `quantize`.
         kv_base: with a context, the method that stores keys and values.
         program: with a context, the measured bytes of a process without a model.
+        latency: with a budget of time, the times of layers.
 
     Raises:
         UsageError: a method that cannot be a candidate; nothing is needed; or a rule contradicts the budget.
@@ -177,11 +182,26 @@ def build_problem(
         memory = running_memory(streamed, budget.context, program, shapes)
     sizes: dict[str, tuple[int, ...]] = {}
     for unit in units:
-        bits = {c: _bits(c, unit, shapes, types, memory, kv_base) for c in candidates[unit.name]}
+        if latency is None:
+            bits = {c: _bits(c, unit, shapes, types, memory, kv_base) for c in candidates[unit.name]}
+        else:
+            bits = {c: _nanoseconds(c, unit, shapes, latency) for c in candidates[unit.name]}
         by_size = sorted(bits, key=lambda c: bits[c])
         candidates[unit.name], sizes[unit.name] = tuple(by_size), tuple(bits[c] for c in by_size)
     return Problem(
-        streamed, budget, base, tuple(units), candidates, sizes, frozenset(pinned), ends, memory, kv_base
+        streamed,
+        budget,
+        base,
+        tuple(units),
+        candidates,
+        sizes,
+        frozenset(pinned),
+        ends,
+        memory,
+        kv_base,
+        0
+        if latency is None
+        else sum(_nanoseconds(Candidate(FLOAT_LABEL), unit, shapes, latency) for unit in units),
     )
 
 
@@ -191,11 +211,11 @@ def check_feasible(problem: Problem, least: dict[str, Candidate], least_size: fl
     Args:
         problem: the problem.
         least: the smallest plan.
-        least_size: its bits per weight, or bytes.
+        least_size: its bits per weight, bytes or seconds.
         unpinned_size: the size without the rules of the user.
     """
     budget = problem.budget
-    limit = float(budget.bits_per_weight or budget.size_bytes or 0)
+    limit = float(budget.bits_per_weight or budget.size_bytes or budget.seconds or 0)
     unit = "bytes" if budget.counts_files else "bits per weight"
     if problem.memory is not None:
         unit = f"bytes of memory at {budget.context:,} tokens"
@@ -205,6 +225,9 @@ def check_feasible(problem: Problem, least: dict[str, Candidate], least_size: fl
     most = float_bytes(problem.streamed) if budget.counts_files else block_bits / problem.weights
     if problem.memory is not None:
         most = problem.float_memory
+    if budget.seconds is not None:
+        unit, most = f"seconds for {budget.tokens:,} tokens in the linear layers", problem.float_ns / 1e9
+        shown = "{:.5f}".format
     if limit >= most:
         raise UsageError(
             f"The budget of {budget.text} holds the float model, which has {shown(most)} {unit}; nothing needs to "
@@ -283,6 +306,14 @@ def _bits(
     if memory is not None:
         return sum(loaded_bits(format, shapes[layer]) for layer in unit.layers)
     return sum(_stored_bits(format, shapes[layer], types[layer]) for layer in unit.layers)
+
+
+def _nanoseconds(
+    candidate: Candidate, unit: Unit, shapes: dict[str, tuple[int, int]], latency: LatencyTable
+) -> int:
+    """Return the measured time of the layers of a unit, one after another."""
+    format = None if candidate.format == FLOAT else candidate.format
+    return round(1e9 * sum(latency.seconds(format, shapes[layer]) for layer in unit.layers))
 
 
 def _stored_bits(format: Format | None, shape: tuple[int, int], type: torch.dtype) -> int:

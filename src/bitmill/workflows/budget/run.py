@@ -45,6 +45,7 @@ from bitmill.sources.open import open_source
 from bitmill.workflows.budget.candidates import METHODS_BY_DEFAULT
 from bitmill.workflows.budget.correct import corrected_plan
 from bitmill.workflows.budget.keys_values import KV_BASE
+from bitmill.workflows.budget.latency import LatencyTable
 from bitmill.workflows.budget.measure import check_model, measure_units
 from bitmill.workflows.budget.peak import measured_peak
 from bitmill.workflows.budget.plan import (
@@ -149,10 +150,13 @@ def recipe_for_budget(
     source = open_source(request.model, trust_remote_code=request.trust_remote_code, tokenizer=request.tokenizer)
     streamed = StreamedModel(source, request.device)
     program = 0 if budget.context is None else measured_peak(None)
-    problem = build_problem(streamed, budget, asked.methods, rules, head_bits, kv_base, program)
+    table = None
+    if budget.seconds is not None:
+        table = LatencyTable(budget.tokens, lambda name: request.progress.start(name, 0))
+    problem = build_problem(streamed, budget, asked.methods, rules, head_bits, kv_base, program, table)
     free = problem
     if rules or head_bits:
-        free = build_problem(streamed, budget, asked.methods, (), None, kv_base, program)
+        free = build_problem(streamed, budget, asked.methods, (), None, kv_base, program, table)
     _check(problem, free)
     planning = _Planning(request, asked, problem, sensitivity, allocator)
     return planning.result()
@@ -203,11 +207,7 @@ def budget_recipes(
 def _check(problem: Problem, unpinned: Problem) -> None:
     """Raise UsageError for a budget that cannot be met, or is met already."""
     least, free = smallest_plan(problem), smallest_plan(unpinned)
-    sizes = [
-        float(plan.counted_bytes) if problem.budget.counts_files else plan.bits_per_weight
-        for plan in (least, free)
-    ]
-    check_feasible(problem, least.chosen, *sizes)
+    check_feasible(problem, least.chosen, least.counted, free.counted)
 
 
 @dataclass
@@ -374,5 +374,14 @@ class _Planning:
             "blocks": describe_blocks(plan),
             "bits_per_weight": plan.bits_per_weight,
             "size_bytes": plan.size_bytes,
+            **({} if self.problem.budget.seconds is None else self._times(plan)),
             **({} if self.problem.memory is None else {"memory": describe_memory(plan), "kv": plan.recipe.kv}),
+        }
+
+    def _times(self, plan: Plan) -> dict[str, Any]:
+        """Return what was timed, the time of the plan, and that of the float model's layers."""
+        return {
+            "tokens": self.problem.budget.tokens,
+            "linear_time_s": plan.seconds,
+            "float_linear_time_s": self.problem.float_ns / 1e9,
         }

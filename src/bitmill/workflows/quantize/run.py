@@ -140,7 +140,8 @@ def quantize(
         head_bits: bits of embedding and output head, 8, 6 or 4, or "float"; 8 by default, see docs/cli.md.
         rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8"; the first match wins.
         budget: choose a format for every layer so that the model takes no more: "3.0bpw" are bits per weight of
-            the blocks, "70MB" the files of weights, "8GB at 32k context" the memory of the running model, with
+            the blocks, "70MB" the files of weights, "40ms prompts of 512" and "25 tokens/s" the measured time of
+            the blocks' linear layers, "8GB at 32k context" the memory of the running model, with
             bits of keys and values chosen too, stored by the method `kv` (kivi). The last eighth of the
             calibration windows, 16 at most, verifies the choice.
         methods: with a budget, names of methods, recipe files or recipes to choose from.
