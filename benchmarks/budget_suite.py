@@ -4,17 +4,20 @@
     python benchmarks/budget_suite.py smollm2-135m            # all budgets and recipes, for an idle machine
     python benchmarks/budget_suite.py gemma-3-270m --budgets 2.5bpw,130MB --methods gptq,pvq
     python benchmarks/budget_suite.py smollm2-135m --budgets "800MB at 8k context"
+    python benchmarks/budget_suite.py smollm2-135m --budgets 3.0bpw --singles gptq-3-g128,pvq-3 --max-minutes 60
 
 Everything is kept: statistics, sensitivities and verified plans, every folder, every row of figures. The same
-command goes on after an interruption, in the middle of a folder too. Calibration is 128 windows of 512 tokens of
-the mixture for all of them, of which plans hold 16 apart, with the float model's statistics. Figures go to
-results/budget-suite-MODEL.json by `benchmarks/suite.py`, seconds of every folder to seconds.json next to it.
+command goes on after an interruption, in the middle of a folder too; --max-minutes interrupts it. Calibration is
+128 windows of 512 tokens of the mixture for all of them, of which plans hold 16 apart, with the float model's
+statistics. Figures go to results/budget-suite-MODEL.json by `benchmarks/suite.py`, seconds of every folder to
+seconds.json next to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,6 +84,16 @@ def make(out: Path, seconds: Path, model: str, method: Any, **options: Any) -> N
     print(outcome, flush=True)
 
 
+def stop_after(minutes: float) -> None:
+    """Interrupt this process after some minutes, as Ctrl-C does."""
+
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -92,7 +105,20 @@ def main() -> None:
         "--folder", type=Path, default=Path.home() / ".cache" / "bitmill" / "benchmark-budget-suite"
     )
     parser.add_argument("--list", action="store_true", help="print the single recipes and their bits alone")
+    parser.add_argument("--max-minutes", type=float, help="stop then; the same command goes on")
     arguments = parser.parse_args()
+    if arguments.max_minutes is None:
+        run(arguments)
+        return
+    stop_after(arguments.max_minutes)
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        print(f"stopped after {arguments.max_minutes:g} minutes; the same command goes on", flush=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make the folders and measure them."""
     budgets = arguments.budgets.split(",")
     singles = {} if arguments.singles == "none" else near_budgets(arguments.model, budgets)
     if arguments.singles not in (None, "none"):

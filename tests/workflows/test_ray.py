@@ -68,7 +68,8 @@ def cluster():
     """A local cluster of two workers."""
     if not FULL:
         pytest.skip("a cluster takes half a minute to start: make test-all")
-    ray = pytest.importorskip("ray", reason='needs pip install "bitmill[ray]"')
+    pytest.importorskip("ray", reason='needs pip install "bitmill[ray]"')
+    ray = ray_tasks.import_ray()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()

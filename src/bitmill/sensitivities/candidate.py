@@ -48,7 +48,26 @@ class Candidate:
         if self.scheme is not None:
             transforms = [transform.to_dict() for transform in self.scheme.transforms]
             plain = [self.scheme.weight.to_dict(), self.scheme.solver.to_dict(), transforms]
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+            if self.scheme.inputs is not None:
+                plain.append(self.scheme.inputs.to_dict())
+        return _digest(plain)
+
+    @cached_property
+    def inputs_key(self) -> str | None:
+        """A digest of the format of inputs alone, by which its cost is kept; None where they are not rounded."""
+        inputs = None if self.scheme is None else self.scheme.inputs
+        return None if inputs is None else _digest(["inputs", inputs.to_dict()])
+
+    @cached_property
+    def weights(self) -> Candidate:
+        """The candidate without its format of inputs."""
+        if self.scheme is None or self.scheme.inputs is None:
+            return self
+        return replace(self, scheme=replace(self.scheme, inputs=None))
+
+
+def _digest(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

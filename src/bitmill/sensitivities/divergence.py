@@ -6,11 +6,11 @@ grows with the number of changes of a block, not with depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitmill.calibration.streams import BATCH_TOKENS
 from bitmill.calibration.walk import HiddenStates, walk_blocks
@@ -20,6 +20,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.sensitivities.base import LoadedBlock
 
 Head = Callable[[], AbstractContextManager[None]]  # computes with another head inside a with-statement
+Round = Callable[[Tensor], Tensor]
 Restore = Callable[[int], None]  # gives a loaded block its weights where they are not those of the source
 
 
@@ -47,12 +48,15 @@ class Divergences:
             reference.advance(block, index)
         self._reference = torch.cat(reference.batches)
 
-    def add(self, block: LoadedBlock, weights: dict[str, Tensor]) -> None:
-        """Let the windows pass a block with other weights.
+    def add(
+        self, block: LoadedBlock, weights: dict[str, Tensor], inputs: Mapping[str, Round] | None = None
+    ) -> None:
+        """Let the windows pass a block with other weights, or with rounded inputs of layers.
 
         Args:
             block: the block, whose weights are restored.
             weights: path in the block -> fp32 (out, in).
+            inputs: path of a linear in the block -> what rounds its inputs.
         """
         name = self._streamed.block_name(block.index)
         names = {path: f"{name}.{path}.weight" for path in weights}
@@ -60,7 +64,8 @@ class Divergences:
         stream = self.states.fork()
         for path, W in weights.items():
             self._streamed.set_matrix(names[path], W)
-        stream.advance(block.module, block.index)
+        with _rounded(block.module, inputs or {}):
+            stream.advance(block.module, block.index)
         for path, W in before.items():
             self._streamed.set_matrix(names[path], W)
         self._changed.append(stream)
@@ -99,6 +104,21 @@ class Divergences:
                             logits = streamed.deferred_head(tokens, states[number][None])[0, positions]
                         metrics[n].add(tokens[:, positions], logits[None], expected[None])
         return [max(0.0, _mean(metric)) for metric in metrics]
+
+
+@contextmanager
+def _rounded(block: nn.Module, inputs: Mapping[str, Round]) -> Iterator[None]:
+    """Round the inputs of linears of a block inside a with-block."""
+    with ExitStack() as hooks:
+        for path, function in inputs.items():
+
+            def hook(
+                module: nn.Module, given: tuple[Tensor, ...], function: Round = function
+            ) -> tuple[Tensor, ...]:
+                return (function(given[0]), *given[1:])
+
+            hooks.callback(block.get_submodule(path).register_forward_pre_hook(hook).remove)
+        yield
 
 
 def _mean(metric: LanguageModelMetrics) -> float:

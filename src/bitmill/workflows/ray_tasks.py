@@ -64,6 +64,21 @@ def check_address(address: str | None) -> None:
         )
 
 
+def import_ray() -> Any:
+    """Return the module ray.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing to anyone
+    try:
+        return import_module("ray")
+    except ImportError as error:
+        raise UsageError(
+            f'Ray cannot be imported ({one_line(error)}); install it with pip install "bitmill[ray]".'
+        ) from None
+
+
 @contextmanager
 def tasks_on(address: str | None, progress: Progress) -> Iterator[Tasks]:
     """Connect to a Ray cluster inside a with-block; a connection that this process has already is used.
@@ -81,13 +96,7 @@ def tasks_on(address: str | None, progress: Progress) -> Iterator[Tasks]:
     if address is None:
         yield OneByOne()
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends nothing to anyone
-    try:
-        ray = import_module("ray")
-    except ImportError as error:
-        raise UsageError(
-            f'Ray cannot be imported ({one_line(error)}); install it with pip install "bitmill[ray]".'
-        ) from None
+    ray = import_ray()
     connected = ray.is_initialized()
     if not connected:
         _connect(ray, address)
@@ -113,10 +122,10 @@ def _connect(ray: Any, address: str) -> None:
             ray.init(address=LOCAL, num_cpus=processors, object_store_memory=_STORE_BYTES, **quiet)
         else:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises the base class where a node does not start in time
         raise UsageError(
-            f"There is no Ray cluster at {quoted(address)} ({one_line(error)}); use --ray local, or the address "
-            "that ray start --head prints."
+            f"The Ray cluster {quoted(address)} cannot be reached or started ({one_line(error)}); use --ray "
+            "local, or the address that ray start --head prints."
         ) from None
 
 

@@ -132,7 +132,6 @@ REFUSED = {
     "contradicting rule": ({"budget": "4bpw", "rules": ["*.mlp.*=float"]}, "rules and head bits need at least"),
     "no candidate": ({"budget": "4bpw", "methods": ["awq"]}, "'awq' cannot be a candidate .* scales channels"),
     "tuner": ({"budget": "4bpw", "methods": ["autoround"]}, "'autoround' cannot be a candidate .* tunes"),
-    "inputs": ({"budget": "4bpw", "methods": ["w8a8"]}, "'w8a8' cannot be a candidate .* inputs"),
     "no methods": ({"budget": "4bpw", "methods": []}, "no method to choose from"),
     "unknown sensitivity": ({"budget": "4bpw", "sensitivity": "luck"}, "no sensitivity 'luck'"),
     "options of a method": ({"budget": "4bpw", "bits": 3}, "leave out bits"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bitmill
-from bitmill.errors import UsageError
+from bitmill.errors import CalibrationError, UsageError
 from bitmill.formats import FORMATS
 from bitmill.recipes.compose import find_recipe
 from bitmill.recipes.method import build_recipe
@@ -115,3 +115,6 @@ def test_table_names_the_machine(monkeypatch):
     assert again.seconds(PARTS[0], (32, 64)) == seconds
     assert (table.measured, again.measured) == (1, 0)
     assert set(table.machine) == {"cpu", "threads", "isa", "activations"}
+    table.file.write_text('{"seconds": {"a": "fast"}}')
+    with pytest.raises(CalibrationError, match="holds no times of layers; delete it"):
+        LatencyTable(2)

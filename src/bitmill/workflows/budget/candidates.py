@@ -35,7 +35,10 @@ def block_candidates(methods: Sequence[str | Recipe]) -> list[Candidate]:
     for method in methods:
         for label, recipe in _recipes(method):
             _check(str(method) if isinstance(method, str) else recipe.name, recipe)
-            candidate = Candidate(label, recipe.default)
+            inputs = recipe.default.inputs
+            candidate = Candidate(
+                label + (f", {inputs.format.rate:g}-bit inputs" if inputs else ""), recipe.default
+            )
             found.setdefault(candidate.key, candidate)
     return [*found.values(), Candidate(FLOAT_LABEL)]
 
@@ -51,7 +54,7 @@ def head_candidates() -> list[Candidate]:
 def _recipes(method: str | Recipe) -> list[tuple[str, Recipe]]:
     """Return label and recipe of a method at all its bits."""
     if isinstance(method, Recipe):
-        return [(f"{method.name} {method.default.format.rate:g}-bit", method)]
+        return [(f"{method.name} {method.default.format.rate:.3g}-bit", method)]
     if method not in METHODS.names() or "bits" not in METHODS.options(method):
         recipe = find_recipe(method)
         return [(recipe.name, recipe)]
@@ -71,7 +74,8 @@ def _check(name: str, recipe: Recipe) -> None:
         "it has rules of its own": bool(recipe.rules),
         "it tunes whole blocks": bool(recipe.tuners),
         "it scales channels that several layers read": bool(scheme.seam_transforms),
-        "it rounds the inputs of layers, whose error is not in the budget": recipe.inputs is not None,
+        "a scale of its inputs comes from calibration": scheme.inputs is not None and scheme.inputs.static,
+        "it rounds the inputs of transformed layers": scheme.inputs is not None and bool(scheme.transforms),
         "it rounds what attention multiplies": recipe.attention is not None,
         "its layers share parts across blocks": bool(scheme.format.shared),
     }

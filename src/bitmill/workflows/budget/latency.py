@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +56,10 @@ class LatencyTable:
         self._times: dict[str, float] = {}
         if self.file.exists():
             data = read_json_object(self.file, CalibrationError, _LIMIT_BYTES, f"delete {self.file}")
-            self._times = {key: float(time_s) for key, time_s in data.get("seconds", {}).items()}
+            times = data.get("seconds")
+            if not isinstance(times, dict) or not all(map(_is_time, times.values())):
+                raise CalibrationError(f"{self.file} holds no times of layers; delete it.")
+            self._times = times
 
     def seconds(self, format: Format | None, shape: tuple[int, int]) -> float:
         """Return the seconds of a layer; None is a layer in float."""
@@ -68,6 +73,10 @@ class LatencyTable:
                 make_folder(self.file.parent)
                 write_text(self.file, json.dumps(known, indent=1))
         return self._times[key]
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value >= 0
 
 
 @torch.no_grad()

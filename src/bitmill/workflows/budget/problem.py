@@ -77,6 +77,11 @@ class Problem:
         return tuple(unit for unit in self.units if unit.block == NON_BLOCK)
 
     @cached_property
+    def rounds_inputs(self) -> bool:
+        """True where some candidate rounds the inputs of layers."""
+        return any(c.inputs_key is not None for own in self.candidates.values() for c in own)
+
+    @cached_property
     def kv_units(self) -> tuple[Unit, ...]:
         """The units that are keys and values, one a layer."""
         return tuple(unit for unit in self.units if unit.block == KEYS_VALUES)

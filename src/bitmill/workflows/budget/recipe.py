@@ -23,7 +23,7 @@ def plan_recipe(problem: Problem, chosen: dict[str, Candidate]) -> Recipe:
     """Return the recipe that gives every unit its candidate.
 
     The rules of the user come first, then exceptions by name, then patterns of all units of a kind; the default
-    is the scheme of most weights.
+    is the scheme of most weights, without rounded inputs.
 
     Args:
         problem: the problem.
@@ -38,7 +38,8 @@ def plan_recipe(problem: Problem, chosen: dict[str, Candidate]) -> Recipe:
             continue
         prefix = f"{streamed.block_name(unit.block)}."
         kinds.setdefault(tuple(layer.removeprefix(prefix) for layer in unit.layers), []).append(unit)
-        if chosen[unit.name].scheme is not None:
+        scheme = chosen[unit.name].scheme
+        if scheme is not None and scheme.inputs is None:  # the user's rules must not take inputs from the default
             weighed[chosen[unit.name]] += sum(sizes[layer] for layer in unit.layers)
     default = weighed.most_common(1)[0][0] if weighed else None
     exceptions, patterns = list[tuple[int, Rule]](), list[Rule]()
@@ -118,7 +119,7 @@ def _rules(sites: Sequence[str], candidate: Candidate) -> Iterator[Rule]:
         if scheme is None:
             yield Rule(pattern, FLOAT)
         else:
-            yield Rule(pattern, scheme.weight, scheme.solver, scheme.transforms)
+            yield Rule(pattern, scheme.weight, scheme.solver, scheme.transforms, scheme.inputs)
 
 
 def _patterns(names: Sequence[str]) -> list[str]:

@@ -35,7 +35,9 @@ from bitmill.recipes.rules import Rule
 from bitmill.report.budget import budget_text
 from bitmill.sensitivities import SENSITIVITIES, Sensitivity
 from bitmill.sensitivities.base import Run
+from bitmill.sensitivities.candidate import Unit
 from bitmill.sensitivities.ends import measure_ends
+from bitmill.sensitivities.inputs import measure_inputs
 from bitmill.sensitivities.keys_values import measure_keys_values, pairs_of
 from bitmill.sensitivities.kl import KL
 from bitmill.sensitivities.measure import complete_costs, measure_blocks
@@ -253,7 +255,7 @@ class _Planning:
         """Return the plan of least measured divergence: the solved one, a corrected one, or a uniform one."""
         began = time.perf_counter()
         best, least = plan, verifier.measure(plan)
-        for number in range(self.asked.corrections):
+        for number in range(0 if self.problem.rounds_inputs else self.asked.corrections):
             clock = time.perf_counter()
             better = corrected_plan(run, self.problem, best, costs, self.allocator)
             self.seconds["corrections"] = self.seconds.get("corrections", 0.0) + time.perf_counter() - clock
@@ -278,17 +280,19 @@ class _Planning:
         problem, began = self.problem, time.perf_counter()
         free = [unit for unit in problem.block_units if unit.name not in problem.pinned]
         limit = self._max_seconds(run)
-        found = measure_units(self.request, run, self.sensitivity, free, problem.candidates, limit, self.asked.ray)
+        names = {unit.name: list(dict.fromkeys(c.weights for c in problem.candidates[unit.name])) for unit in free}
+        found = measure_units(self.request, run, self.sensitivity, free, names, limit, self.asked.ray)
         if found.skipped:
             self.notes.append(
                 f"{found.skipped:,} candidates were not measured, as {limit or 0:.0f} s of --max-minutes "
                 "(max_minutes) were over, and follow from the ratios of others"
             )
-        names = {unit.name: problem.candidates[unit.name] for unit in free}
         costs = complete_costs(found.costs[self.sensitivity.name], names)
         if not self.sensitivity.in_nats:
             scale = self._scale(run, costs)
             costs = {unit: {key: scale * cost for key, cost in own.items()} for unit, own in costs.items()}
+        if problem.rounds_inputs:
+            self._add_inputs(run, free, costs)
         for unit in problem.block_units:
             costs.setdefault(unit.name, {})  # a rule decides it
         ends = [unit for unit in problem.end_units if unit.name not in problem.pinned]
@@ -302,6 +306,19 @@ class _Planning:
             costs |= self._kv_costs(run)
         self.seconds["sensitivity"] = time.perf_counter() - began
         return costs
+
+    def _add_inputs(self, run: Run, units: Sequence[Unit], costs: Costs) -> None:
+        """Add the costs of candidates that round inputs: those of the weights and those of the inputs."""
+        began = time.perf_counter()
+        found = measure_inputs(run, units, self.problem.candidates)
+        for unit in units:
+            for candidate in self.problem.candidates[unit.name]:
+                if candidate.inputs_key is not None:
+                    of_inputs = found[unit.name][candidate.inputs_key]
+                    costs[unit.name][candidate.key] = costs[unit.name][candidate.weights.key] + of_inputs
+        self.seconds["inputs"] = time.perf_counter() - began
+        if self.asked.corrections:
+            self.notes.append("no corrections were measured, as they do not round inputs")
 
     def _kv_costs(self, run: Run) -> Costs:
         """Return the costs of all pairs of bits of the keys and values of every layer."""
@@ -327,7 +344,7 @@ class _Planning:
         depth = len(run.streamed.blocks)
         blocks = {depth * (2 * n + 1) // (2 * _SCALE_BLOCKS) for n in range(_SCALE_BLOCKS)}
         units = [u for u in self.problem.block_units if u.block in blocks and u.name not in self.problem.pinned]
-        middle = {u.name: [c for c in self.problem.candidates[u.name] if c.scheme][:1] for u in units}
+        middle = {u.name: [c.weights for c in self.problem.candidates[u.name] if c.scheme][:1] for u in units}
         known = measure_blocks(run, [KL()], units, middle).costs["kl"]
         pairs = [(known[name][c.key], costs[name][c.key]) for name, [c] in middle.items()]
         return sum(kl for kl, _ in pairs) / max(sum(cost for _, cost in pairs), 1e-30)
