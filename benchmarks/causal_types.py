@@ -57,7 +57,25 @@ SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rotary_dim":
 SMALL |= {"sliding_window": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 SMALL |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "vocab_size_per_layer_input": 256}
 SMALL |= {"hidden_size_per_layer_input": 16}
-UNSET = ("head_dim", "num_experts_per_tok", "num_key_value_heads")  # set where a config leaves them open
+SMALL |= {"expert_ffn_hidden_size": 32, "moe_topk": 2, "zero_expert_num": 2, "embedding_dim": 64, "num_blocks": 2}
+SMALL |= {"unpadded_vocab_size": 256, "encoder_hash_byte_group_vocab": 256}
+# set where a config leaves them open
+UNSET = ("head_dim", "num_experts_per_tok", "num_key_value_heads", "n_routed_experts")
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# encoders, which predict the next token where their config makes them decoders
+ENCODERS = (
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+    *(
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ),
+)
 # what the sizes above do not fit
 SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
@@ -65,8 +83,31 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 16},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
-    "zamba": {"mamba_dt_rank": 4},
+    "zamba": {
+        "mamba_dt_rank": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_headdim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"],
+    },
     "dbrx": {"max_seq_len": 128, "n_heads": 4, "n_layers": 2, "d_model": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8},
+    "xlstm": {"num_heads": 4},
+    "xlm": {"causal": True},
+    "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "intermediate_size": 128,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "nemotron": {"head_dim": 16},
     "ministral": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -161,7 +202,8 @@ def built(name: str) -> Any:
     Raises:
         ValueError: it has too many parameters.
     """
-    config = _config(CONFIG_MAPPING[name], SPECIAL.get(name, {}))
+    special = {"is_decoder": True} if name in ENCODERS else {}
+    config = _config(CONFIG_MAPPING[name], special | SPECIAL.get(name, {}))
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if count > LARGEST:

@@ -45,15 +45,32 @@ def llava() -> transformers.PreTrainedModel:
     return build("llava", "LlavaForConditionalGeneration", config)
 
 
-CASES = [
-    ("llama", "LlamaForSequenceClassification", SIZES),
-    ("gemma2", "Gemma2ForTokenClassification", SIZES | {"head_dim": 16, "num_key_value_heads": 2}),
-    ("roberta", "RobertaForMaskedLM", SIZES),
-    ("roberta", "RobertaForCausalLM", SIZES),
-    ("t5", "T5ForConditionalGeneration", T5),
-    ("bart", "BartForConditionalGeneration", BART),
-    ("modernbert", "ModernBertModel", SIZES),
+CASES = [("roberta", "RobertaForMaskedLM", SIZES), ("roberta", "RobertaForCausalLM", SIZES)]
+TASKS_OF_CLASSES = [
+    ("llama", "LlamaForSequenceClassification", SIZES, "AutoModelForSequenceClassification"),
+    (
+        "gemma2",
+        "Gemma2ForTokenClassification",
+        SIZES | {"head_dim": 16, "num_key_value_heads": 2},
+        "AutoModelForTokenClassification",
+    ),
+    ("bert", "BertForSequenceClassification", SIZES, "AutoModelForSequenceClassification"),
+    ("t5", "T5ForConditionalGeneration", T5, "AutoModelForSeq2SeqLM"),
+    ("bart", "BartForConditionalGeneration", BART, "AutoModelForSeq2SeqLM"),
+    ("modernbert", "ModernBertModel", SIZES, "AutoModel"),
+    ("roberta", "RobertaModel", SIZES, "AutoModel"),
 ]
+
+
+@pytest.mark.parametrize(("kind", "cls", "sizes", "auto_class"), TASKS_OF_CLASSES)
+@pytest.mark.parametrize("live", [True, False])
+def test_class_decides_on_task(kind, cls, sizes, auto_class, live, tmp_path):
+    model = build(kind, cls, sizes)
+    if not live:
+        model.save_pretrained(tmp_path)
+    streamed = StreamedModel(ModuleSource(model) if live else open_source(tmp_path))
+    assert streamed.task.auto_class_name == auto_class
+    assert type(streamed.model) is type(model)
 
 
 @pytest.mark.parametrize(("kind", "cls", "sizes"), CASES)
@@ -66,10 +83,9 @@ def test_other_kinds_refused(kind, cls, sizes, live, tmp_path):
         StreamedModel(ModuleSource(model) if live else open_source(tmp_path))
 
 
-@pytest.mark.parametrize("cls", ["BertForMaskedLM", "BertForSequenceClassification"])
-def test_encoder_with_head_refused(cls, tmp_path):
-    build("bert", cls).save_pretrained(tmp_path)
-    with pytest.raises(SourceError, match=f"is a {cls}, but would be loaded as a BertModel"):
+def test_encoder_with_head_refused(tmp_path):
+    build("bert", "BertForMaskedLM").save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="is a BertForMaskedLM, but would be loaded as a BertModel"):
         StreamedModel(open_source(tmp_path))
 
 

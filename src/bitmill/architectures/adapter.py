@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bitmill.architectures.model_class import task_of_class
 from bitmill.config.registry import Registry
 from bitmill.errors import SourceError
 
@@ -51,7 +52,8 @@ class Adapter:
     Paths are relative to a block, except those of blocks, embeddings and head.
 
     model_types: values of `config.model_type` that it describes.
-    blocks: path of the nn.ModuleList of blocks.
+    blocks: path of the nn.ModuleList of blocks; of an encoder-decoder, of those of the decoder.
+    encoder: path of the nn.ModuleList of the encoder's blocks, whose output the decoder reads; "" without one.
     stages: linear layers of a block in true-sequential order; those in one tuple read one tensor.
     fused: groups of linear layers that serving engines merge into one matrix, so that they must share a format.
     embeddings: paths of the embedding modules; the first one embeds tokens.
@@ -80,6 +82,12 @@ class Adapter:
     head_class: str = ""
     optional: tuple[tuple[str, str], ...] = ()
     recurrent: bool = False
+    encoder: str = ""
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The paths of all lists of blocks, in the order in which they run."""
+        return (self.encoder, self.blocks) if self.encoder else (self.blocks,)
 
     def describes(self, model_type: Any, classes: Any) -> bool:
         """Return True for a model of one of these types and classes.
@@ -114,13 +122,15 @@ def adapter_for(config: Any) -> Adapter | None:
         config: a transformers config, the dict of a config.json, or None.
 
     Returns:
-        None where no adapter describes the model type; `generic_adapter` may describe the model.
+        None where no adapter describes the model type with the task of its class; `generic_adapter` may describe
+        the model.
     """
     get = config.get if isinstance(config, dict) else partial(_attribute, config)
     model_type = get("model_type")
     classes = get("architectures")
+    task = named_task(config)
     for _, adapter in sorted(ADAPTERS.items(), key=lambda item: not item[1].head_class):  # the special ones first
-        if adapter.describes(model_type, classes):
+        if adapter.describes(model_type, classes) and task in (None, adapter.task):
             exact = tuple(s for s in adapter.seams if all(get(k) == v for k, v in s.when))
             heads = get("num_key_value_heads") or 1
             absent = {linear for linear, attribute in adapter.optional if not get(attribute)}
@@ -131,6 +141,16 @@ def adapter_for(config: Any) -> Adapter | None:
                 stages=tuple(stage for stage in stages if stage),
             )
     return None
+
+
+def named_task(config: Any) -> str | None:
+    """Return the task of the class that a config names; None where it names none that transformers groups so.
+
+    Args:
+        config: a transformers config, the dict of a config.json, or None.
+    """
+    get = config.get if isinstance(config, dict) else partial(_attribute, config)
+    return task_of_class(get("architectures"), bool(get("is_encoder_decoder")))
 
 
 def with_layers_of(adapter: Adapter, blocks: nn.ModuleList) -> Adapter:
@@ -164,7 +184,8 @@ def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
     The blocks are the longest outermost nn.ModuleList whose members all hold nn.Linear. Every
     linear layer is a stage of its own, in module order, and there are no seams, so nothing is assumed about the
     data flow. Blocks may have different layers, as where the first blocks of a mixture of experts are dense. The
-    routers of experts stay in float, as do parameters that belong to no linear layer.
+    routers of experts stay in float, as do parameters that belong to no linear layer. A model of an encoder and a
+    decoder has blocks in both.
 
     Args:
         model: the model, with experts as linear layers; parameters may be on the meta device.
@@ -175,9 +196,14 @@ def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
     """
     from torch import nn
 
-    path, blocks = _longest_blocks(model)
-    linears = tuple(dict.fromkeys(name for block in blocks for name in _linears(block)))
-    non_block = [(n, m) for n, m in model.named_modules() if n and not n.startswith(f"{path}.")]
+    decoder = _path_of(model, "get_decoder")
+    path, blocks = _longest_blocks(model, decoder)
+    encoder, before = "", nn.ModuleList()
+    if getattr(config, "is_encoder_decoder", False) and decoder and (inside := _path_of(model, "get_encoder")):
+        encoder, before = _longest_blocks(model, inside)
+    linears = tuple(dict.fromkeys(name for block in (*before, *blocks) for name in _linears(block)))
+    stacks = tuple(f"{stack}." for stack in (encoder, path) if stack)
+    non_block = [(n, m) for n, m in model.named_modules() if n and not n.startswith(stacks)]
     heads = [n for n, m in non_block if isinstance(m, nn.Linear)]
     model_type = getattr(config, "model_type", None) or type(model).__name__
     return Adapter(
@@ -190,6 +216,7 @@ def generic_adapter(model: nn.Module, config: Any = None) -> Adapter:
         embeddings=tuple(n for n, m in non_block if isinstance(m, nn.Embedding)),
         head=heads[-1] if heads else "",
         inferred=True,
+        encoder=encoder,
     )
 
 
@@ -212,14 +239,20 @@ def _linears(block: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _longest_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return path and list of the blocks. Raises SourceError where no list qualifies."""
+def _longest_blocks(model: nn.Module, part: str) -> tuple[str, nn.ModuleList]:
+    """Return path and list of the blocks, of those of a part where it has any.
+
+    Args:
+        model: the model.
+        part: path of the decoder, however many blocks other parts have, or of the encoder; "" where there is none.
+
+    Raises:
+        SourceError: no list qualifies.
+    """
     lists = list(_outermost_lists(model))
-    decoder = _decoder_path(model)
     qualified = [(path, module) for path, module in lists if _are_blocks(module)]
-    # of a model of images and text, the blocks of the language model, however many the image tower has
     best = max(
-        [found for found in qualified if found[0].startswith(f"{decoder}.")] or qualified,
+        [found for found in qualified if found[0].startswith(f"{part}.")] or qualified,
         key=lambda found: len(found[1]),
         default=None,
     )
@@ -234,19 +267,22 @@ def _longest_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _are_blocks(modules: nn.ModuleList) -> bool:
-    """Return True if all members hold linear layers."""
+    """Return True if all members hold linear layers, and none is such a layer itself."""
     from torch import nn
 
-    return all(any(isinstance(m, nn.Linear) for m in member.modules()) for member in modules)
+    return all(
+        not isinstance(member, nn.Linear) and any(isinstance(m, nn.Linear) for m in member.modules())
+        for member in modules
+    )
 
 
-def _decoder_path(model: nn.Module) -> str:
-    """Return the path of the language model that transformers names; "" where it names none."""
+def _path_of(model: nn.Module, getter: str) -> str:
+    """Return the path of the encoder or decoder that a method of transformers returns; "" where it names none."""
     try:
-        decoder = model.get_decoder()  # type: ignore[operator]
+        part = getattr(model, getter)()
     except (AttributeError, TypeError, ValueError, NotImplementedError):
         return ""
-    return next((path for path, module in model.named_modules() if module is decoder), "")
+    return next((path for path, module in model.named_modules() if module is part), "")
 
 
 def _outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:

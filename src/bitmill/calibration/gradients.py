@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitmill.architectures.experts import expert_of
 from bitmill.calibration.walk import HiddenStates, walk_blocks
-from bitmill.errors import NumericsError, OutputError
+from bitmill.errors import NumericsError, OutputError, RecipeError
 from bitmill.files import make_folder, output_errors, write_tensors
 from bitmill.models.block_call import BlockCall
 from bitmill.models.streamed import StreamedModel
@@ -51,9 +51,15 @@ def walk_gradients(
         observe: receives the gradients by the outputs of each block, (1, tokens, width) a window.
 
     Raises:
+        RecipeError: the model has an encoder and a decoder.
         NumericsError: the model's loss is NaN or Inf.
         OutputError: the folder has too little space.
     """
+    if len(streamed.stacks.starts) > 1:
+        raise RecipeError(
+            f"{streamed.source.name} has an encoder and a decoder, through which no gradients of the loss are "
+            "propagated; choose a method that needs none, such as gptq."
+        )
     with output_errors(folder):
         make_folder(folder)
     with streamed.non_block_weights("embedding"):

@@ -14,7 +14,6 @@ from bitmill.models.streamed import StreamedModel
 
 # Windows are batched up to this many tokens: enough for large products, little enough for small memory.
 BATCH_TOKENS = 2048
-_PATCH_VALUES = 3 * 14 * 14  # of a picture that make a token; a guess, since patches of models differ
 
 
 class Streams:
@@ -30,12 +29,11 @@ class Streams:
 
         Args:
             streamed: the float model.
-            windows: token ids (windows, length), or pictures (pictures, channels, height, width).
+            windows: token ids (windows, length), or windows of another kind.
             compare: keep the float model's hidden states too.
         """
         self._streamed = streamed
-        tokens = windows.shape[1] if windows.dim() == 2 else max(1, windows[0].numel() // _PATCH_VALUES)
-        batches = windows.split(max(1, BATCH_TOKENS // tokens))
+        batches = windows.split(max(1, BATCH_TOKENS // streamed.task.positions(windows)))
         self.hidden = HiddenStates(streamed, batches)
         self.float: HiddenStates | None = self.hidden.fork() if compare else None
 
@@ -73,7 +71,7 @@ class Streams:
         if followed is None:
             self.hidden.advance(block, index)
         else:
-            self.hidden.batches = followed
+            self.hidden.follow(followed, index)
             self._streamed.note_hidden_states(*followed)
         if self.float:
-            self.float.batches = float_outputs
+            self.float.follow(float_outputs, index)

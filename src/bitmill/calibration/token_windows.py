@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitmill.data.pictures import checked_pictures
 from bitmill.data.self_generated import generate_windows
 from bitmill.data.text import Windows, check_windows, windows_hash
 from bitmill.data.windows import (
@@ -22,13 +21,11 @@ from bitmill.data.windows import (
     describe_held_out,
     special_tokens,
 )
-from bitmill.errors import CalibrationError, SourceError, UsageError
+from bitmill.errors import SourceError, UsageError
 from bitmill.models.streamed import StreamedModel
 from bitmill.progress import Progress
 from bitmill.sources.base import Source
 from bitmill.tasks.base import task_of
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -94,17 +91,18 @@ def token_windows(
         else:
             calib = windows.calibration(calibration.samples, calibration.seqlen, calibration.seed)
             prefix = windows.prefix
-        check_vocabulary(source.config, calib)
+        check_vocabulary(source.config, task.token_ids(calib))
         entry = {**vars(calibration), "source": calibration.name, "prefix": list(prefix)}
         if not self_generated:
             entry |= windows.describe("calib", calibration.samples)
         described["calibration"] = {**entry, "sha256": windows_hash(calib)}
     if measure:
         held_out = windows.held_out("eval", calibration.seqlen, measure)
-        check_vocabulary(source.config, held_out)
+        check_vocabulary(source.config, task.token_ids(held_out))
         entry = describe_held_out(windows, text, "eval", calibration.seqlen, measure)
-        described["held_out"] = {**entry, "windows": count_windows(held_out, calibration.seqlen)}
         domains = windows.domains("eval", calibration.seqlen, measure)
+        count = count_windows(held_out, calibration.seqlen, domains)
+        described["held_out"] = {**entry, "windows": count}
     return JobData(calib, held_out, described, domains)
 
 
@@ -130,7 +128,7 @@ def calibration_windows(
     task = task_of(source)
     reading = task.windows(calibration.source, task.reader(source))
     windows = reading.calibration(calibration.samples, calibration.seqlen, calibration.seed)
-    check_vocabulary(source.config, windows)
+    check_vocabulary(source.config, task.token_ids(windows))
     return windows, reading.describe("calib", calibration.samples)
 
 
@@ -174,30 +172,9 @@ def _own_prefix(source: Source) -> tuple[int, ...]:
 
 def _given_windows(windows: Tensor, source: Source, calibrates: bool) -> JobData:
     """Return a caller's windows, checked, as `token_windows` does."""
-    reads = task_of(source).reads
-    windows = checked_windows(windows, source.config) if reads == "text" else checked_pictures(windows)
+    task = task_of(source)
+    windows = task.checked(windows, source.config)
     if not calibrates:
         return JobData()
-    calibration = {"source": "tokens" if reads == "text" else reads, "sha256": windows_hash(windows)}
+    calibration = {"source": "tokens" if task.reads == "text" else task.reads, "sha256": windows_hash(windows)}
     return JobData(windows, None, {"calibration": calibration, "held_out": None})
-
-
-def checked_windows(windows: Tensor, config: Any) -> Tensor:
-    """Return a caller's windows (windows, length) as int64 on the CPU.
-
-    Raises:
-        CalibrationError: The model cannot read them.
-    """
-    if windows.is_meta or windows.dim() != 2 or not windows.numel():
-        found = "without data (device 'meta')" if windows.is_meta else f"of shape {tuple(windows.shape)}"
-        raise CalibrationError(f"The calibration tensor is one {found}; give token ids (windows, length).")
-    if windows.dtype not in _INTEGERS:
-        raise CalibrationError(
-            f"The calibration tensor holds {str(windows.dtype).removeprefix('torch.')}; give integer token ids."
-        )
-    windows = windows.to("cpu", torch.int64)
-    if windows.shape[1] < 2:
-        raise CalibrationError("The calibration windows have 1 token; give windows of at least 2.")
-    check_context_length(config, windows.shape[1])
-    check_vocabulary(config, windows, "calibration tensor")
-    return windows

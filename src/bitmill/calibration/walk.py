@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,17 @@ class HiddenStates:
         """
         self._streamed, self._tokens = streamed, batches
         self._calls: list[list[BlockCall]] = []
+        self._put_embedding: Callable[[], None] | None = None
         self.embed()
 
-    def embed(self) -> None:
-        """Start again with the embeddings that are in memory now."""
+    def embed(self, put_embedding: Callable[[], None] | None = None) -> None:
+        """Start again with the embeddings that are in memory now.
+
+        Args:
+            put_embedding: puts these embeddings in memory again, for a decoder that follows an encoder; None for
+                those of the source.
+        """
+        self._put_embedding = put_embedding
         embedded = [self._streamed.embed(tokens) for tokens in self._tokens]
         self.batches = [hidden for hidden, _ in embedded]
         self._calls[:] = [calls for _, calls in embedded]  # in place: forks share the list
@@ -75,3 +82,24 @@ class HiddenStates:
         for number, call in enumerate(self.calls(index)):  # one by one, so that inputs are freed as they pass
             self.batches[number] = call.run(block, self.batches[number])
             self._streamed.note_hidden_states(self.batches[number])
+        self._enter(index + 1)
+
+    def follow(self, outputs: list[Tensor], index: int) -> None:
+        """Move past a block whose outputs are available, batch by batch."""
+        self.batches = outputs
+        self._enter(index + 1)
+
+    @torch.no_grad()
+    def _enter(self, index: int) -> None:
+        """Go on with the inputs of a decoder, where an encoder ended before block `index`."""
+        if not self._streamed.starts_stack(index):
+            return
+        with self._streamed.non_block_weights("embedding"):
+            if self._put_embedding:
+                self._put_embedding()
+            entered = [
+                self._streamed.enter(index, tokens, hidden) for tokens, hidden in zip(self._tokens, self.batches)
+            ]
+        self.batches = [hidden for hidden, _ in entered]
+        # other lists than those of forks, whose encoder gave other outputs
+        self._calls = [[*calls[:index], *later] for calls, (_, later) in zip(self._calls, entered)]

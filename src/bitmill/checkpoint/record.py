@@ -12,7 +12,7 @@ from bitmill.errors import CheckpointError, one_line
 from bitmill.files import file_record, write_json, write_text
 from bitmill.kv.calibration_file import FILE, KVCalibration
 from bitmill.report.html import folder_documents
-from bitmill.report.metrics import EMBEDDING_METRICS, LANGUAGE_METRICS
+from bitmill.report.metrics import CLASS_METRICS, EMBEDDING_METRICS, LANGUAGE_METRICS
 
 # Time and memory belong to the machine, not to the model, and are left out.
 _KEPT = (
@@ -28,9 +28,10 @@ _KEPT = (
     "pooling",
     "unit",
     "labels",
-    *(metric.key for metric in LANGUAGE_METRICS + EMBEDDING_METRICS),
+    *(metric.key for metric in LANGUAGE_METRICS + EMBEDDING_METRICS + CLASS_METRICS),
     "kl_interval",
     "knn_change_interval",
+    "accuracy_change_interval",
     "domains",
     "reference",
     "kv_method",

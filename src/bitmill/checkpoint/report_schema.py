@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from bitmill.checkpoint.contents import REPORT, read_json
 from bitmill.errors import CheckpointError, quoted
-from bitmill.report.metrics import EMBEDDING_METRICS, LANGUAGE_METRICS
+from bitmill.report.metrics import CLASS_METRICS, EMBEDDING_METRICS, LANGUAGE_METRICS
 from bitmill.report.results import Sample
 
 Side = Annotated[int, Field(gt=0)]
@@ -52,7 +52,7 @@ class Answers(_Entry):
 _FIELDS: Any = {
     **dict.fromkeys(("by", "text", "split", "reference", "kv_method"), (str | None, None)),
     **dict.fromkeys(("seqlen", "windows", "tokens"), (int | None, None)),
-    **{metric.key: (float | None, None) for metric in LANGUAGE_METRICS + EMBEDDING_METRICS},
+    **{metric.key: (float | None, None) for metric in LANGUAGE_METRICS + EMBEDDING_METRICS + CLASS_METRICS},
 }
 Measurement: Any = create_model("Measurement", __base__=_Entry, **_FIELDS)
 

@@ -23,7 +23,11 @@ from bitmill.runtime.kernels import KernelSpec
 from bitmill.runtime.kernels.agreement import disagreement
 
 # key -> name, and the numbers that it may be: above the first, up to the second
-_FIGURES = {"perplexity": ("perplexity", 0.0, math.inf), "pair_cosine": ("cosine of two sentences", -1.0, 1.0)}
+_FIGURES = {
+    "perplexity": ("perplexity", 0.0, math.inf),
+    "pair_cosine": ("cosine of two sentences", -1.0, 1.0),
+    "confidence": ("probability of the chosen class", 0.0, 1.0),
+}
 
 
 def verify(

@@ -21,7 +21,7 @@ from bitmill.errors import CalibrationError, one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_RATIO = 20  # of the sides of a picture: scaling the shorter one would make the other one too long
-_PARTS = {"eval": (0,), "choose": (1,), "calib": (2, 3, 4), "all": (0, 1, 2, 3, 4)}
+PARTS = {"eval": (0,), "choose": (1,), "calib": (2, 3, 4), "all": (0, 1, 2, 3, 4)}
 _FIFTHS = 5
 
 
@@ -127,7 +127,7 @@ class PictureWindows:
         return torch.stack(read)
 
     def _part(self, split: str) -> dict[str, list[Path]]:
-        fifths = _PARTS[split]
+        fifths = PARTS[split]
         return {
             label: [path for fifth, _, path in ordered if fifth in fifths]
             for label, ordered in self._by_label.items()

@@ -7,6 +7,7 @@ nonsense without.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -27,6 +28,7 @@ from bitmill.evaluation.vocabulary import outside_vocabulary, token_ids
 SELF = "self"  # calibration source: the model writes its text itself
 TEXTS = "texts passed by the caller"  # name of a source that is a list
 MAX_TOKENS = 1 << 30  # of all calibration windows together
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,15 @@ def describe_held_out(
     return entry | reading.describe(split) | ({"windows_per_domain": windows} if is_mixture(source) else {})
 
 
-def count_windows(held_out: Windows, seqlen: int) -> int:
+def count_windows(held_out: Windows, seqlen: int, domains: Mapping[str, int] | None = None) -> int:
     """Return the number of windows of `seqlen` tokens that hold as many tokens.
 
     Args:
         held_out: windows of one or several lengths.
         seqlen: tokens of a window.
+        domains: domain or label -> number of its windows; those of labels are texts and counted as such.
     """
-    if len(held_out) and held_out[0].dim() > 1:  # pictures
+    if domains or (len(held_out) and held_out[0].dim() > 1):  # pictures and recordings
         return len(held_out)
     return -(-sum(len(window) for window in held_out) // seqlen)
 
@@ -285,3 +288,24 @@ def check_context_length(config: Any, seqlen: int, flag: str = "--seqlen") -> No
     limit = context_length(config)
     if limit is not None and seqlen > limit:
         raise CalibrationError(f"seqlen is {seqlen}, but the model reads at most {limit} tokens; lower {flag}.")
+
+
+def checked_windows(windows: Tensor, config: Any) -> Tensor:
+    """Return a caller's windows (windows, length) as int64 on the CPU.
+
+    Raises:
+        CalibrationError: The model cannot read them.
+    """
+    if windows.is_meta or windows.dim() != 2 or not windows.numel():
+        found = "without data (device 'meta')" if windows.is_meta else f"of shape {tuple(windows.shape)}"
+        raise CalibrationError(f"The calibration tensor is one {found}; give token ids (windows, length).")
+    if windows.dtype not in _INTEGERS:
+        raise CalibrationError(
+            f"The calibration tensor holds {str(windows.dtype).removeprefix('torch.')}; give integer token ids."
+        )
+    windows = windows.to("cpu", torch.int64)
+    if windows.shape[1] < 2:
+        raise CalibrationError("The calibration windows have 1 token; give windows of at least 2.")
+    check_context_length(config, windows.shape[1])
+    check_vocabulary(config, windows, "calibration tensor")
+    return windows

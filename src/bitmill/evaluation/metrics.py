@@ -172,7 +172,7 @@ def score_windows(
 
 def batches(windows: Tensor | list[Tensor], batch: int) -> Iterator[Tensor]:
     """Yield up to `batch` consecutive windows of one length at a time, (w, length)."""
-    for _, group in itertools.groupby(windows, key=len):
+    for _, group in itertools.groupby(windows, key=lambda window: window.shape):
         rows = list(group)
         for start in range(0, len(rows), batch):
             yield torch.stack(rows[start : start + batch])

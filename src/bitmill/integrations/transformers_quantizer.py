@@ -26,7 +26,6 @@ from bitmill.integrations.saving import protect_saves
 from bitmill.recipes.attention import attach_attention
 from bitmill.runtime.modules.dequantize import dequantize_model
 from bitmill.runtime.modules.embedding import QuantEmbedding
-from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.runtime.modules.packed import PackedMatrix, check_packed, detach_files
 from bitmill.runtime.modules.replace import layers_outside_blocks, replace_layers
 
@@ -92,13 +91,6 @@ class BitmillQuantizer(HfQuantizer):
         self._ties = dict(getattr(model, "all_tied_weights_keys", {}))
         for name in layers_outside_blocks(ends):  # their weights are no longer parameters that could be tied
             model.all_tied_weights_keys.pop(f"{name}.weight", None)
-        for layer in (layer for layer in self._replaced.values() if isinstance(layer, QuantLinear)):
-            # Some architectures (GPT-2) initialize the weights of their linears by name after loading; a
-            # placeholder that counts as initialized prevents an error. It is no parameter, and is removed after
-            # loading.
-            placeholder = torch.empty(0)
-            placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
-            object.__setattr__(layer, "weight", placeholder)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Return the conversions of names for folders of another release; those of this one keep their names."""
@@ -157,8 +149,6 @@ class BitmillQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._check_loaded(model)
         check_packed(model, model.name_or_path or "the checkpoint")
-        for layer in (layer for layer in self._replaced.values() if isinstance(layer, QuantLinear)):
-            del layer.weight
         model._keys_to_ignore_on_load_unexpected = self._unexpected
         model.all_tied_weights_keys = self._ties  # for a model that is dequantized later
         self._replaced, self._shapes = {}, {}

@@ -122,10 +122,17 @@ def output_tensor(output: Any) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-def output_fn(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return a function from tokens (windows, length) on any device to logits, or hidden states of an encoder."""
-    device = next(model.parameters()).device
-    return lambda tokens: output_tensor(model(tokens.to(device)))
+def output_fn(
+    model: nn.Module, call: Callable[[nn.Module, Tensor], Any] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Return a function from windows on any device to logits, or hidden states of an encoder.
+
+    Args:
+        model: the model.
+        call: runs it on windows, see `Task.call`; they are its first argument without it.
+    """
+    device, run = next(model.parameters()).device, call or (lambda model, tokens: model(tokens))
+    return lambda tokens: output_tensor(run(model, tokens.to(device)))
 
 
 class StopForward(Exception):
@@ -141,6 +148,9 @@ class BlockRecorder(nn.Module):
     hidden_in: hidden states that the block received.
     output: output of the whole model, set by the caller.
     call: the other arguments that the block received.
+    runs: the block runs too, for what it returns behind the hidden states.
+    relayed: these outputs, of the first block of a stack; all blocks of the stack return them, as T5 hands its
+        position bias on from block to block. None where there are none.
     """
 
     def __init__(self, block: nn.Module, outputs: int) -> None:
@@ -152,6 +162,8 @@ class BlockRecorder(nn.Module):
         self.hidden_in: Tensor | None = None
         self.output: Tensor | None = None
         self.call: BlockCall | None = None
+        self.runs = False
+        self.relayed: list[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the block, because models read some of them (attention_type)."""
@@ -167,7 +179,19 @@ class BlockRecorder(nn.Module):
         else:
             hidden, rest = kwargs.pop("hidden_states"), ()
         self.hidden_in, self.call = hidden, BlockCall(rest, kwargs)
+        if self.runs and self.relayed is not None:
+            self.relayed += self.__dict__["_block"](hidden, *rest, **kwargs)[1:]
         if self.stop:
             raise StopForward
         output = hidden if self.replacement is None else self.replacement
-        return (output, *[None] * (self.outputs - 1)) if self.outputs else output
+        others = self.relayed or [None] * (self.outputs - 1)
+        return (output, *others) if self.outputs else output
+
+
+class Handed:
+    """A value that a recorder returns behind the hidden states, to see if later blocks receive it."""
+
+
+def receives(call: BlockCall, kind: type) -> bool:
+    """Return True if an argument of a block is an object of a class."""
+    return any(isinstance(value, kind) for value in (*call.args, *call.kwargs.values()))

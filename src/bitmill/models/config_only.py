@@ -77,9 +77,9 @@ class ConfigOnlySource:
         """Raise SourceError, because there is no tokenizer."""
         self._refuse()
 
-    def image_processor(self) -> Any:
-        """Raise SourceError: a config alone reads no pictures."""
-        raise SourceError(f"{self.name} is a config without an image processor; give the model.")
+    def processor(self, class_name: str) -> Any:
+        """Raise SourceError: a config alone reads no pictures and no sound."""
+        raise SourceError(f"{self.name} is a config without a processor; give the model.")
 
     def pooling(self) -> str:
         """Return the mean over tokens, which a config does not specify otherwise."""

@@ -106,6 +106,9 @@ def find_embedding_and_head(streamed: StreamedModel) -> EmbeddingAndHead | str:
     if not isinstance(head, nn.Linear | None):
         return f"The head of {name} is a {type(head).__name__} and no linear layer, so it stays in float"
     path, embedding = next(iter(embeddings.items()))
+    for other, module in streamed.model.named_modules(remove_duplicate=False):
+        if other != path and isinstance(module, nn.Embedding) and module.weight is embedding.weight:
+            return f"The embedding {path} of {name} is {other} too, so it stays in float"
     tied = head is not None and head.weight is embedding.weight
     return EmbeddingAndHead(path, "" if head is None else adapter.head, tied)
 

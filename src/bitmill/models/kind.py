@@ -9,7 +9,8 @@ from bitmill.sources.base import Source
 from bitmill.tasks.base import Task
 
 ADVICE = (
-    "bitmill quantizes decoders with the head of a language model, encoders without one (BERT, ViT and DINOv2)"
+    "bitmill quantizes decoders with the head of a language model, encoders without one (BERT, ViT and DINOv2), "
+    "encoder-decoders and classifiers"
 )
 
 

@@ -52,12 +52,12 @@ def cached_layers(config: Any, name: str = "The model") -> tuple[CachedLayer, ..
     from transformers.cache_utils import DynamicLayer
 
     task = task_for(config)
-    if not task.generates:
-        raise SourceError(f"{name} is {task.description}, which keeps no keys and values; give a language model.")
     if config.is_encoder_decoder:
         raise SourceError(
             f"{name} has an encoder and a decoder, which cannot be planned yet; give a decoder-only model."
         )
+    if not task.generates:
+        raise SourceError(f"{name} is {task.description}, which keeps no keys and values; give a language model.")
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
         raise SourceError(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from bitmill.errors import SourceError
 from bitmill.models.streamed import StreamedModel
 
 
@@ -21,7 +22,12 @@ class SomeBlocks(StreamedModel):
         Args:
             streamed: the whole model.
             indices: of the blocks, in the order in which they run.
+
+        Raises:
+            SourceError: the blocks are those of an encoder and a decoder.
         """
+        if len(streamed.stacks.starts) > 1:
+            raise SourceError(f"{streamed.source.name} has an encoder and a decoder, which run as a whole alone.")
         vars(self).update(vars(streamed))
         self._whole, self._indices = streamed, tuple(indices)
         self.blocks = nn.ModuleList([streamed.blocks[index] for index in indices])

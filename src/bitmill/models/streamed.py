@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Literal
 
@@ -26,19 +27,16 @@ from bitmill.models.block_call import (
     BlockRecorder,
     Path,
     Rows,
-    StopForward,
-    output_tensor,
     rows_of_windows,
 )
+from bitmill.models.block_stacks import BlockStacks, Recording, find_outputs, record_forward
+from bitmill.models.computed import compute_unstored
 from bitmill.models.kind import check_kind
 from bitmill.models.meta import empty_model, trim_malloc
 from bitmill.models.split import is_close
 from bitmill.models.stored import StoredTensors, tie_as_stored
 from bitmill.sources.base import Source
 from bitmill.tasks.base import task_of
-
-# What blocks may return, in the order in which it is tried: a tensor, or a tuple with the hidden states first.
-BLOCK_OUTPUTS = (0, 1, 2, 3)
 
 
 class StreamedModel:
@@ -59,23 +57,22 @@ class StreamedModel:
         self.task = task_of(source)
         self.adapter: Adapter = adapter_for(source.config) or generic_adapter(self.model, source.config)
         try:
-            blocks = self.model.get_submodule(self.adapter.blocks)
-        except AttributeError:
-            blocks = self.model
-        if not isinstance(blocks, nn.ModuleList):
+            self.stacks = BlockStacks(self.model, self.adapter.stacks)
+        except KeyError as error:
             raise SourceError(
-                f"{type(self.model).__name__} has no blocks at {self.adapter.blocks!r}, where models of "
+                f"{type(self.model).__name__} has no blocks at {error}, where models of "
                 f"architecture {self.adapter.name!r} have them; give the model that transformers loads as "
                 f"{self.task.auto_class_name}."
-            )
-        self.blocks: nn.ModuleList = blocks
-        self.adapter = with_layers_of(self.adapter, blocks)
-        check_kind(self.model, blocks, source, self.task)
+            ) from None
+        self.blocks: nn.ModuleList = self.stacks.blocks
+        self.adapter = with_layers_of(self.adapter, self.blocks)
+        check_kind(self.model, self.blocks, source, self.task)
         self._stored = StoredTensors(self.model, source)
         self.untied = tie_as_stored(self.model, self._stored)
         self._place_buffers()
         self._head_by_position: bool | None = None  # unknown until the first call of `deferred_head`
         self._block_outputs: int | None = None  # length of the tuple that blocks return, 0 for a tensor
+        self._relays = False  # later blocks of a stack receive what the first one returns behind hidden states
         self.largest_hidden_state: float | None = None
         self._rows: dict[tuple[tuple[int, ...], tuple[frozenset[tuple[Path, int]], ...]], list[Rows]] = {}
         self._finite: set[str] = set()  # heads that were checked before the blocks run
@@ -110,7 +107,11 @@ class StreamedModel:
 
     def block_name(self, index: int) -> str:
         """Return the full name of a block."""
-        return f"{self.adapter.blocks}.{index}"
+        return self.stacks.names[index]
+
+    def starts_stack(self, index: int) -> bool:
+        """Return True for the first block of a decoder whose encoder's blocks come before it."""
+        return index > 0 and index in self.stacks.starts
 
     def block_tensors(self, index: int) -> list[str]:
         """Return the names of the stored tensors of one block."""
@@ -188,7 +189,11 @@ class StreamedModel:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name in self._stored:
                 owners[id(parameter)] = name
+        missing = [n for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) not in owners]
+        compute_unstored(self.model, missing, self.device)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not parameter.is_meta:
+                continue  # computed
             if id(parameter) not in owners:
                 raise SourceError(f"{self.source.name} holds no tensor {name!r}, which its architecture needs.")
             owner = owners[id(parameter)]
@@ -340,10 +345,10 @@ class StreamedModel:
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Return the input of the first block, and the other arguments of every block.
 
-        Needs `non_block_weights("embedding")`.
+        Needs `non_block_weights("embedding")`. The arguments of a decoder behind an encoder are those of `enter`.
 
         Args:
-            tokens: (windows, length) token ids.
+            tokens: (windows, length) token ids, or windows of another kind, see `Task.call`.
 
         Returns:
             Hidden states (windows, length, width), and one call per block.
@@ -352,8 +357,8 @@ class StreamedModel:
             SourceError: The model does not call its blocks one after another.
         """
         if self._block_outputs is None:
-            lengths = (n for n in BLOCK_OUTPUTS if self._accepts_outputs(tokens[:1], n))
-            self._block_outputs = next(lengths, 1)
+            sizes = [len(blocks) for blocks in self._by_stack().values()]
+            self._block_outputs, self._relays = find_outputs(partial(self._run, tokens[:1]), sizes)
         hidden, calls = self._calls(tokens)
         # a window's rows may be its tokens
         kinds = (tuple(tokens.shape[1:]), tuple(call.signature() for call in calls))
@@ -364,10 +369,36 @@ class StreamedModel:
             self._rows[kinds] = [rows_of_windows(a, b) for a, b in zip(one, two)]
         return hidden, [replace(call, rows=rows) for call, rows in zip(calls, self._rows[kinds])]
 
-    def _calls(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
-        """Return the input of the first block, and the calls of all blocks. Raises SourceError."""
-        recorders = self._run(tokens, self._block_outputs or 0, stop=True)
-        hidden = recorders[0].hidden_in
+    def enter(self, index: int, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        """Return the input of a decoder's first block, and the other arguments of its blocks.
+
+        Needs `non_block_weights("embedding")`.
+
+        Args:
+            index: of the decoder's first block, see `starts_stack`.
+            tokens: windows that were embedded.
+            hidden: (windows, length, width) output of the last block of the encoder.
+
+        Returns:
+            Hidden states (windows, length, width), and one call per block of the decoder.
+        """
+        inputs, calls = self._calls(tokens, {self.stacks.stack_of(index - 1): hidden}, index)
+        kinds = (tuple(tokens.shape[1:]), tuple(call.signature() for call in calls))
+        rows = self._rows[kinds]
+        return inputs, [replace(call, rows=rows[n]) for n, call in enumerate(calls) if n >= index]
+
+    def _calls(
+        self, tokens: Tensor, replacements: dict[int, Tensor] | None = None, index: int = 0
+    ) -> tuple[Tensor, list[BlockCall]]:
+        """Return the input of a block, and the calls of all blocks. Raises SourceError.
+
+        Args:
+            tokens: windows.
+            replacements: number of a list of blocks -> its output.
+            index: of the block.
+        """
+        recorders = self._run(tokens, Recording(self._block_outputs or 0, True, replacements or {}, self._relays))
+        hidden = recorders[index].hidden_in
         calls = [recorder.call for recorder in recorders if recorder.call is not None]
         if hidden is None or len(calls) < len(recorders):
             raise SourceError(
@@ -385,7 +416,8 @@ class StreamedModel:
             hidden: (windows, length, width) output of the last block.
         """
         with self._zero_embeddings():
-            recorders = self._run(tokens, self._block_outputs or 0, stop=False, replacement=hidden)
+            last = {len(self.stacks.starts) - 1: hidden}
+            recorders = self._run(tokens, Recording(self._block_outputs or 0, False, last))
         assert recorders[0].output is not None
         return recorders[0].output
 
@@ -436,43 +468,33 @@ class StreamedModel:
             for name in self._unneeded("head"):
                 vars(self._owner(name)[0]).pop("forward", None)
 
-    def _accepts_outputs(self, tokens: Tensor, outputs: int) -> bool:
-        """Return True if the model accepts tuples of this length from its blocks, or tensors for 0.
+    def _by_stack(self) -> dict[int, list[nn.Module]]:
+        """Return number of a list of blocks -> its blocks."""
+        found: dict[int, list[nn.Module]] = {}
+        for index, block in enumerate(self.blocks):
+            found.setdefault(self.stacks.stack_of(index), []).append(block)
+        return found
 
-        A model that expects tuples would index into a tensor.
-        """
-        try:
-            recorders = self._run(tokens, outputs, stop=True)
-        except Exception:
-            return False
-        inputs = [recorder.hidden_in for recorder in recorders]
-        first = inputs[0]
-        same = all(x is not None and (outputs or first is None or x.shape == first.shape) for x in inputs)
-        return first is not None and same
-
-    def _run(
-        self, tokens: Tensor, outputs: int, stop: bool, replacement: Tensor | None = None
-    ) -> list[BlockRecorder]:
+    def _run(self, tokens: Tensor, recording: Recording) -> list[BlockRecorder]:
         """Run the model with recorders in place of its blocks.
 
         Args:
             tokens: (windows, length) token ids.
-            outputs: length of the tuples that the recorders return; 0 for tensors.
-            stop: end the forward at the last block.
-            replacement: output of the last block.
+            recording: how the recorders answer.
         """
-        recorders = [BlockRecorder(block, outputs) for block in self.blocks]
-        recorders[-1].stop, recorders[-1].replacement = stop, replacement
-        path, _, leaf = self.adapter.blocks.rpartition(".")
-        parent = self.model.get_submodule(path)
-        blocks = getattr(parent, leaf)  # of a view, more than its own
-        setattr(parent, leaf, nn.ModuleList(recorders))
         config = self.source.config.get_text_config()  # of a model of images and text, that of the language model
         options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        starts = self.stacks.starts if recording.relay else ()
+        loaded = [start for start in starts if any(p.is_meta for p in self.blocks[start].parameters())]
+        for start in loaded:
+            self.load_block(start)
         try:
-            recorders[0].output = output_tensor(self.model(tokens.to(self.device), **options))
-        except StopForward:
-            pass
+            return record_forward(
+                self.stacks,
+                self._by_stack(),
+                lambda: self.task.call(self.model, tokens.to(self.device), **options),
+                recording,
+            )
         finally:
-            setattr(parent, leaf, blocks)
-        return recorders
+            for start in loaded:
+                self.free_block(start)

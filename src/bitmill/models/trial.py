@@ -40,7 +40,7 @@ def try_block_kinds(streamed: StreamedModel, layers: Collection[str], reads_text
         return
     if read:
         layer = min(read)
-        pattern = f"*.{_path_in_block(streamed, layer)}"
+        pattern = f"*.{streamed.stacks.relative_name(layer)}"
         raise SourceError(
             f"The code of {streamed.source.name} reads the weight of {layer!r} instead of calling the layer, so "
             f'it cannot be packed; leave such layers in float with --rule "{pattern}=float" '
@@ -64,7 +64,7 @@ def leave_read_weights(streamed: StreamedModel) -> None:
         read, _ = _run_kinds(streamed, [site.layer for site in streamed.all_sites()])
     except SourceError:
         return  # raised again when the recipe is known, unless it calibrates and measures nothing
-    paths = {_path_in_block(streamed, layer) for layer in read}
+    paths = {streamed.stacks.relative_name(layer) for layer in read}
     if not paths.issuperset(streamed.adapter.linears):
         streamed.leave_out(paths)
 
@@ -88,7 +88,7 @@ def _run_kinds(streamed: StreamedModel, layers: Collection[str]) -> tuple[set[st
     for index in range(len(streamed.blocks)):
         kinds.setdefault(streamed.linears(index), index)
     tried = tuple(f"{streamed.block_name(index)}." for index in kinds.values())
-    inside = f"{streamed.adapter.blocks}."
+    inside = tuple(f"{path}." for path in streamed.stacks.paths)
     modules = dict(streamed.model.named_modules())
     watched = {
         name: modules[name]
@@ -99,10 +99,14 @@ def _run_kinds(streamed: StreamedModel, layers: Collection[str]) -> tuple[set[st
     try:
         with streamed.non_block_weights("embedding"), _watch(watched, read):
             hidden, calls = streamed.embed(tokens)
+            inputs = [hidden]
+            for start in streamed.stacks.starts[1:]:
+                hidden, calls[start:] = streamed.enter(start, tokens, hidden)
+                inputs.append(hidden)
         for index in kinds.values():
             block = streamed.load_block(index)
             with _watch(watched, read):
-                outputs.append(calls[index].run(block, hidden))
+                outputs.append(calls[index].run(block, inputs[streamed.stacks.stack_of(index)]))
             streamed.free_block(index)
     except (BitmillError, MemoryError):
         raise
@@ -115,14 +119,10 @@ def _run_kinds(streamed: StreamedModel, layers: Collection[str]) -> tuple[set[st
     return read, outputs
 
 
-def _path_in_block(streamed: StreamedModel, layer: str) -> str:
-    """Return the path in its block of a layer; the whole name of a layer outside the blocks."""
-    inside = f"{streamed.adapter.blocks}."
-    return layer.removeprefix(inside).partition(".")[2] if layer.startswith(inside) else layer
-
-
 def _tokens(streamed: StreamedModel) -> Tensor | None:
-    """Return two windows that differ in their last token; None where the vocabulary is unknown."""
+    """Return two windows that differ in their last token, if of text; None where the vocabulary is unknown."""
+    if streamed.task.reads == "recordings":
+        return torch.cat([streamed.task.example(streamed.source.config)] * 2)
     config = streamed.source.config.get_text_config()
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 2:
@@ -156,12 +156,20 @@ def _watch(modules: dict[str, nn.Module], read: set[str]) -> Iterator[None]:
 def _watched(kind: type[nn.Module], name: str, read: set[str]) -> type[nn.Module]:
     """Return a subclass that adds `name` to `read` when its weight is read outside its forward."""
     running: list[bool] = []
+    get_type: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+    class WatchedWeight(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func != get_type:  # packed layers have a type too
+                read.add(name)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
 
     class Watched(kind):  # type: ignore[misc,valid-type]
         def __getattr__(self, attribute: str) -> Any:
-            if attribute == "weight" and not running:
-                read.add(name)
-            return super().__getattr__(attribute)
+            found = super().__getattr__(attribute)
+            return found.as_subclass(WatchedWeight) if attribute == "weight" and not running else found
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             running.append(True)

@@ -225,7 +225,7 @@ class _Block:
             if float_module is not None:
                 assert streams.float is not None
                 float_batches = list(streams.float.batches)
-                float_forward = staged(float_module, float_batches, task.calls, leads)
+                float_forward = staged(float_module, float_batches, streams.float.calls(task.index), leads)
                 stack.enter_context(float_forward)
             for stage in task.stages:
                 width = task.matrix(stage[0]).shape[1]

@@ -89,9 +89,9 @@ def _embed_again(
     """Restart the streams of the quantized model with the quantized embeddings."""
     embeddings.put_embedding()
     if streams and job.propagate == "quantized":
-        streams.hidden.embed()
+        streams.hidden.embed(embeddings.put_embedding)
     if metrics:
-        metrics.quantized.embed()
+        metrics.quantized.embed(embeddings.put_embedding)
 
 
 def _quantize_blocks(

@@ -21,8 +21,8 @@ from bitmill.report.describe import (
     describe_source_types,
     describe_training,
     describe_windows,
-    reads_pictures,
     split_layers,
+    unit_of,
 )
 from bitmill.report.domains import domain_table, latest_with_domains
 from bitmill.report.escape import code_block, code_span, markdown_text
@@ -185,8 +185,8 @@ bitmill {{ bitmill }}, recipe in `recipe.yaml`; `report.html` shows the errors o
 
 {{ recipe_block }}
 
-{% if identity.calibration and identity.calibration.source in ("tokens", "pictures") %}
-Calibrated on {{ {"tokens": "token windows"}.get(identity.calibration.source, "pictures") }} passed by the caller
+{% if identity.calibration and identity.calibration.source in ("tokens", "pictures", "recordings") %}
+Calibrated on {{ identity.calibration.source | replace("tokens", "token windows") }} passed by the caller
 (sha256 `{{ identity.calibration.sha256[:16] }}`).
 {% elif identity.calibration %}
 Calibrated on {{ calibrated_on(identity.calibration) }} of
@@ -305,16 +305,16 @@ def _breaks(text: str) -> str:
 
 
 def _calibrated_on(calibration: dict[str, Any]) -> str:
-    """Return how much a calibration read, in pictures or in windows of tokens."""
-    if reads_pictures(calibration):
-        return f"{calibration['samples']} pictures"
+    """Return how much a calibration read, in pictures and the like or in windows of tokens."""
+    if unit := unit_of(calibration):
+        return f"{calibration['samples']} {unit}"
     return f"{calibration.get('samples')} windows of {calibration.get('seqlen')} tokens"
 
 
 def _amount(measured: dict[str, Any]) -> str:
     """Return the windows of a measurement, with their length where they are rows of tokens."""
     windows = str(measured.get("windows", ""))
-    return windows if reads_pictures(measured) else f"{windows} x {measured.get('seqlen', '')}"
+    return windows if unit_of(measured) else f"{windows} x {measured.get('seqlen', '')}"
 
 
 def _interval(column: MetricColumn, measured: dict[str, Any]) -> str:

@@ -120,22 +120,22 @@ def describe_measured_cache(measured: dict[str, Any]) -> str:
     return f" through {measured['kv_method']}, {bits}"
 
 
-def reads_pictures(entry: dict[str, Any]) -> bool:
-    """Return True if the windows of a measurement, or of a calibration, are pictures."""
-    return entry.get("unit") == "pictures"
+def unit_of(entry: dict[str, Any]) -> str:
+    """Return the windows of a measurement or a calibration, such as pictures; "" for rows of tokens."""
+    return str(entry.get("unit", ""))
 
 
 def describe_amount(measured: dict[str, Any]) -> str:
-    """Return how much a measurement read, in pictures or in windows of tokens."""
-    if reads_pictures(measured):
-        return f"{measured.get('windows')} pictures"
+    """Return how much a measurement read, in pictures and the like or in windows of tokens."""
+    if unit := unit_of(measured):
+        return f"{measured.get('windows')} {unit}"
     return f"{measured.get('windows')} x {measured.get('seqlen')} tokens"
 
 
 def describe_windows(measured: dict[str, Any]) -> str:
     """Return the text of a measurement, its number of windows, and the command that made it."""
     windows = f"{measured.get('windows')} windows of {measured.get('seqlen')} tokens"
-    windows = describe_amount(measured) if reads_pictures(measured) else windows
+    windows = describe_amount(measured) if unit_of(measured) else windows
     by = f", measured by bitmill {measured['by']}" if measured.get("by") else ""
     cache = describe_measured_cache(measured)
     return f"{windows} of {measured.get('text')}, {measured.get('split')} split{by}{cache}"

@@ -1,6 +1,7 @@
 """The metrics of a measurement: keys, names, units and how they are displayed.
 
-A measurement, as `quantize` and `evaluate` return it, has the metrics of a language model or those of an encoder.
+A measurement, as `quantize` and `evaluate` return it, has the metrics of a language model, an encoder or a
+classifier.
 """
 
 from __future__ import annotations
@@ -100,14 +101,36 @@ EMBEDDING_METRICS = (
     MetricColumn("top1_accuracy", "top-1 accuracy", "top-1", share=True, optional=True),
     MetricColumn("pictures", "pictures", optional=True),
 )
-REFERENCE_FREE = ("perplexity", "pair_cosine")  # keys of metrics that need no reference model
+CLASS_METRICS = (
+    MetricColumn("top1_agreement", "top-1 agreement", "agreement", note="class is float's", share=True),
+    MetricColumn("kl_divergence", "KL divergence", "KL, nats", "nats", "nats from float", digits=3),
+    MetricColumn(
+        "top1_accuracy",
+        "top-1 accuracy",
+        "top-1",
+        note="class is the label",
+        against="reference_top1_accuracy",
+        share=True,
+        optional=True,
+    ),
+    MetricColumn("reference_top1_accuracy", "float's", "float top-1", share=True, optional=True),
+    MetricColumn(
+        "accuracy_change", "accuracy less float's", interval="accuracy_change_interval", digits=3, optional=True
+    ),
+    MetricColumn("confidence", "probability of the class", "confidence"),
+    MetricColumn("reference_confidence", "float's", "float"),
+    MetricColumn("classes", "classes"),
+    MetricColumn("texts", "texts"),
+)
+REFERENCE_FREE = ("perplexity", "pair_cosine", "confidence")  # keys of metrics that need no reference model
 
 
 def metric_columns(measured: Iterable[Measurement]) -> tuple[MetricColumn, ...]:
-    """Return the columns for these measurements: those of encoders if one of them has `pair_cosine`."""
+    """Return the columns for these measurements, of a language model where nothing was measured."""
     measured = list(measured)
-    is_embedding = any(m.get("pair_cosine") is not None for m in measured)
-    columns = EMBEDDING_METRICS if is_embedding else LANGUAGE_METRICS
+    kinds = {"pair_cosine": EMBEDDING_METRICS, "confidence": CLASS_METRICS}
+    has = [kind for kind in kinds if any(m.get(kind) is not None for m in measured)]
+    columns = kinds[has[0]] if has else LANGUAGE_METRICS
     return tuple(c for c in columns if not c.optional or any(m.get(c.key) is not None for m in measured))
 
 

@@ -86,8 +86,15 @@ class Source(Protocol):
         """Return the tokenizer. Raises SourceError where there is none."""
         ...
 
-    def image_processor(self) -> Any:
-        """Return the image processor. Raises SourceError where there is none."""
+    def processor(self, class_name: str) -> Any:
+        """Return what prepares pictures or sound.
+
+        Args:
+            class_name: class of transformers that loads it, such as "AutoImageProcessor".
+
+        Raises:
+            SourceError: there is none.
+        """
         ...
 
     def pooling(self) -> str:

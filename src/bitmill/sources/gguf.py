@@ -145,9 +145,9 @@ class GgufSource:
             self._tokenizer = gguf_tokenizer(self.path, self._header.metadata_bytes)
         return self._tokenizer
 
-    def image_processor(self) -> Any:
+    def processor(self, class_name: str) -> Any:
         """Raise SourceError: GGUF files of language models hold none."""
-        raise SourceError(f"{self.path} holds no image processor; give a language model.")
+        raise SourceError(f"{self.path} holds no processor; give a language model.")
 
     def pooling(self) -> str:
         """Return the mean over tokens; no supported GGUF architecture is an encoder."""

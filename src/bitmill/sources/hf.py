@@ -147,22 +147,23 @@ class HfSource:
             )
         except Exception as error:  # every tokenizer class fails in its own way
             raise SourceError(
-                f"{self.folder} holds no tokenizer that can be loaded ({one_line(error)}); "
-                "copy the tokenizer files of the original model into it."
+                f"{self.folder} holds no tokenizer that can be loaded "
+                f"({one_line(error)}); copy the tokenizer files of the original model into it."
             ) from error
 
-    def image_processor(self) -> Any:
-        """Return the image processor of the folder. Raises SourceError."""
-        from transformers import AutoImageProcessor
+    def processor(self, class_name: str) -> Any:
+        """Return the processor of pictures or sound of the folder, see `Source.processor`."""
+        import transformers
 
         try:
-            return AutoImageProcessor.from_pretrained(
+            return getattr(transformers, class_name).from_pretrained(
                 str(self.folder), trust_remote_code=self.trust_remote_code, local_files_only=True
             )
         except Exception as error:  # as those of tokenizers
             raise SourceError(
-                f"{self.folder} holds no image processor that can be loaded ({one_line(error)}); install "
-                "bitmill[vision], and copy preprocessor_config.json of the original model into it."
+                f"{self.folder} holds no {class_name.removeprefix('Auto')} that can be loaded "
+                f"({one_line(error)}); copy preprocessor_config.json and the tokenizer of the original "
+                "model into it, and install bitmill[vision] for pictures."
             ) from error
 
     def pooling(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bitmill.architectures.model_class import task_of_class
 from bitmill.errors import SourceError
 from bitmill.sources.base import StoredType, config_bytes, save_auxiliary
 from bitmill.sources.hub import HubOrigin
@@ -45,7 +47,9 @@ class ModuleSource:
 
         config = getattr(model, "config", None)
         self.model = model
-        self.config: PretrainedConfig = config if isinstance(config, PretrainedConfig) else PretrainedConfig()
+        self.config: PretrainedConfig = (
+            _with_class(config, model) if isinstance(config, PretrainedConfig) else PretrainedConfig()
+        )
         self.name = name or getattr(config, "name_or_path", None) or type(model).__name__
         self._tokenizer = tokenizer
         self._tensors = _untied(model)
@@ -102,12 +106,12 @@ class ModuleSource:
             )
         return self._tokenizer
 
-    def image_processor(self) -> Any:
-        """Return the image processor that was passed as tokenizer. Raises SourceError where none was."""
+    def processor(self, class_name: str) -> Any:
+        """Return the processor that was passed as tokenizer. Raises SourceError where none was."""
         if self._tokenizer is None:
             raise SourceError(
-                f"The live model {self.name!r} has no image processor; pass it as tokenizer=..., or pictures as "
-                "calibration and measure=0."
+                f"The live model {self.name!r} has no {class_name.removeprefix('Auto')}; pass it as "
+                "tokenizer=..., or a tensor of windows as calibration and measure=0."
             )
         return self._tokenizer
 
@@ -120,6 +124,16 @@ class ModuleSource:
             return self._tensors[name]
         except KeyError:
             raise SourceError(f"The model {self.name!r} has no tensor {name!r}.") from None
+
+
+def _with_class(config: PretrainedConfig, model: torch.nn.Module) -> PretrainedConfig:
+    """Return the config of a model, with its class where it names none and the class decides on the task."""
+    name = type(model).__name__
+    if config.architectures or task_of_class([name], bool(config.is_encoder_decoder)) in (None, "causal_lm"):
+        return config
+    named = copy.copy(config)
+    named.architectures = [name]
+    return named
 
 
 def _untied(model: torch.nn.Module) -> dict[str, torch.Tensor]:

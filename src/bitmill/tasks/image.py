@@ -7,11 +7,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bitmill.data.pictures import PictureWindows
+from bitmill.data.pictures import PictureWindows, checked_pictures
 from bitmill.data.text import TextSource
 from bitmill.evaluation.metrics import Metric
 from bitmill.evaluation.pictures import PictureMetrics
 from bitmill.tasks.base import TASKS, Loss, Task
+
+_PATCH_VALUES = 3 * 14 * 14
 
 
 class _Image(Task):
@@ -19,9 +21,22 @@ class _Image(Task):
 
     generates = False
     batch_size = 16
-    reads: ClassVar[Literal["text", "pictures"]] = "pictures"
+    reads: ClassVar[Literal["text", "pictures", "recordings"]] = "pictures"
     reader_class_name = "AutoImageProcessor"
     pooling: ClassVar[Literal["cls", "mean"]] = "cls"  # which hidden states are the features of a picture
+
+    def positions(self, windows: Tensor) -> int:
+        """Return the patches of a picture, about: models differ in their size."""
+        return max(1, windows[0].numel() // _PATCH_VALUES)
+
+    def checked(self, windows: Tensor, config: Any) -> Tensor:
+        """Return a caller's pictures as fp32.
+
+        Args:
+            windows: (pictures, channels, height, width), behind the model's image processor.
+            config: not used.
+        """
+        return checked_pictures(windows)
 
     def windows(self, text: TextSource, tokenizer: Any) -> PictureWindows:
         """Return the pictures of a folder.

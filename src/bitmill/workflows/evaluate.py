@@ -31,6 +31,7 @@ from bitmill.evaluation.logits import OutputFn
 from bitmill.evaluation.metrics import batches, score_windows
 from bitmill.evaluation.prompt import is_chat
 from bitmill.kv.config import FLOAT, SAMPLES, KVConfig, parse_kv_config
+from bitmill.models.block_call import output_fn
 from bitmill.models.meta import trim_malloc
 from bitmill.models.split import deferred_output_fn, recorded_output_fn, share_equal_parameters
 from bitmill.pipeline.in_place import eval_mode
@@ -217,7 +218,7 @@ class _Scoring:
                 share_equal_parameters(live, other)
             self._check_windows(live, chosen)
             if kv is None:
-                run = deferred_output_fn(live)
+                run = deferred_output_fn(live) if self.task.generates else output_fn(live, self.task.call)
                 figures = score_windows(run, chosen, against, self.progress, batch, self.metric, domains)
             else:
                 packed = kv_workflow.PackedCacheEvaluator(
@@ -229,7 +230,7 @@ class _Scoring:
         return {
             **figures,
             **describe_held_out(self.windows, self.source, self.split, self.seqlen, windows),
-            "windows": count_windows(chosen, self.seqlen),
+            "windows": count_windows(chosen, self.seqlen, domains),
         }
 
     def _run_reference(
@@ -240,12 +241,14 @@ class _Scoring:
             return None
         self._check_windows(reference, windows)
         self.progress.start("reference", len(windows))
+        if not self.task.generates:
+            return output_fn(reference, self.task.call)
         return recorded_output_fn(reference, batches(windows, batch), self.progress, free_body)
 
     def _check_windows(self, model: nn.Module, windows: Windows) -> None:
         config = getattr(model, "config", None)
         check_context_length(config, self.seqlen)
-        check_vocabulary(config, windows)
+        check_vocabulary(config, self.task.token_ids(windows))
 
 
 def _module(model: object) -> nn.Module | None:

@@ -84,7 +84,7 @@ def reader_of(model: str | Path | nn.Module, given: Any, task: Task, trust_remot
     if given is not None or task.reads == "text":
         return tokenizer_of(model, given, trust_remote_code)
     if isinstance(model, nn.Module):
-        raise UsageError("A live model has no image processor; pass it as tokenizer=... with it.")
+        raise UsageError(f"A live model has no {task.reader_class_name}; pass one as tokenizer=... with it.")
     if is_checkpoint(user_path(model)):
         import transformers
 
@@ -170,7 +170,11 @@ def _from_folder(
     except BitmillError:
         raise
     except Exception as error:  # transformers raises all sorts
-        readers = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "image processor"}
+        readers = {
+            "AutoTokenizer": "tokenizer",
+            "AutoImageProcessor": "image processor",
+            "AutoProcessor": "processor",
+        }
         what = readers.get(kind.__name__, "model")
         advice = "copy the folder again, or quantize the model again"
         if "trust_remote_code" in str(error):

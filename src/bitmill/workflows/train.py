@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitmill.calibration.token_windows import checked_windows
 from bitmill.checkpoint.overwrite import new_folder
 from bitmill.checkpoint.reader import Checkpoint, open_checkpoint
 from bitmill.checkpoint.trained import add_running, check_report, copy_trained
@@ -26,6 +25,7 @@ from bitmill.data.windows import (
     as_calibration,
     check_context_length,
     check_vocabulary,
+    checked_windows,
 )
 from bitmill.errors import BitmillError, CalibrationError, NumericsError, UsageError
 from bitmill.evaluation.logits import DeferredLogits

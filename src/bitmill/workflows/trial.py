@@ -52,7 +52,7 @@ def _run(checkpoint: Checkpoint, model: nn.Module, device: str) -> None:
     """Run a model for a few tokens. Raises CheckpointError where it cannot, or gives NaN or Inf."""
     folder, name = checkpoint.folder, str(next(model.parameters()).dtype).removeprefix("torch.")
     try:
-        outputs = output_tensor(model(_tokens(checkpoint, model).to(device)))
+        outputs = output_tensor(task_for(checkpoint.config).call(model, _tokens(checkpoint, model).to(device)))
     except BitmillError:
         raise
     except Exception as error:  # of the model's own code, which meets the values of the config

@@ -51,6 +51,17 @@ class QuantLinear(PackedMatrix):
         object.__setattr__(self, "shared", shared)
         self.bias = nn.Parameter(torch.empty(shape[0], device=device), requires_grad=False) if bias else None
 
+    @property
+    def weight(self) -> Tensor:
+        """An int8 tensor (out, in) of one number, for code that looks at the type or the device of a weight.
+
+        T5 looks at the type, and PEFT at the device.
+        """
+        device = next((tensor.device for tensor in self._buffers.values() if tensor is not None), None)
+        found = torch.zeros((), dtype=torch.int8, device=device).expand(self.shape)
+        found._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers draws no values for it
+        return found
+
     def packed(self) -> dict[str, Tensor]:
         """Return all packed tensors by name, tied and shared ones included."""
         return super().packed() if self.tied is None else self.tied.packed()
