@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -177,3 +179,7 @@ def test_a_float_model_is_quantized_and_trained_in_one_command(tmp_path, capsys)
     assert "name the method with --method" in capsys.readouterr().err
     assert main([*words, *windows, "-o", str(out)]) == 1
     assert "exists already" in capsys.readouterr().err
+    shutil.rmtree(out)
+    other = [word.replace("efficientqat", "rtn") for word in words]
+    assert main([*other, *phase, *windows, "--resume", "-o", str(out)]) == 1
+    assert re.search(r"out-start is finished already, but its .* was .* and is now", capsys.readouterr().err)

@@ -15,6 +15,7 @@ from bitmill.recipes.recipe import Recipe
 from bitmill.runtime.modules.convolution import QuantConv2d
 from bitmill.solvers.nearest import Nearest
 from bitmill.training.fake_quant_conv2d import FakeQuantConv2d
+from bitmill.training.input_statistics import input_statistics
 from helpers.tiny_models import tiny_model
 
 IDS = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(5))
@@ -174,10 +175,13 @@ class Convolutional(nn.Module):
         return self.head(self.blocks(self.patch(pixels).flatten(2).mT).mean(1))
 
 
-@pytest.mark.parametrize("method", ["rtn", "power_of_two", "apot", "post"])
+@pytest.mark.parametrize("method", ["rtn", "power_of_two", "apot", "post", "gptq", "asq"])
 def test_module_without_config(method, tmp_path):
     torch.manual_seed(0)
-    model = bitmill.prepare_qat(Convolutional(), method, bits=3, group_size=32, rules=["head=float"])
+    batches = [torch.randn(4, 3, 16, 16) for _ in "ab"] if method in ("gptq", "asq") else None
+    model = bitmill.prepare_qat(
+        Convolutional(), method, calib=batches, bits=3, group_size=32, rules=["head=float"]
+    )
     assert isinstance(model.head, nn.Linear)
     assert isinstance(model.patch, FakeQuantConv2d)
     pixels, labels = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
@@ -222,6 +226,22 @@ def test_convolutions_run_as_matrices(conv):
     assert torch.allclose(layer.train()(pictures), expected, atol=1e-5)
 
 
+def test_scales_of_inputs_learn():
+    torch.manual_seed(0)
+    pixels = torch.randn(8, 3, 16, 16)
+    model = bitmill.prepare_qat(
+        Convolutional(), "asq", calib=[pixels], bits=4, adaptive=False, rules=["head=float"]
+    )
+    model(pixels).square().sum().backward()
+    assert float(model.patch.input_scale.grad.abs()) > 0
+    linear = Convolutional()
+    expected = (pixels.unfold(2, 4, 4).unfold(3, 4, 4).abs()).amax()
+    found = input_statistics(linear, ["patch"], [pixels[:4], {"pixels": pixels[4:]}])["patch"]
+    assert found.tokens == 8 * 16
+    assert float(found.max_abs.amax()) == float(expected)
+    assert found.gram.shape == (48, 48)
+
+
 def test_convolutions_with_groups_stay_in_float():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1), nn.ConvTranspose2d(8, 4, 2))
     bitmill.prepare_qat(model, "rtn", bits=4, group_size="row")
@@ -229,6 +249,9 @@ def test_convolutions_with_groups_stay_in_float():
 
 
 def test_refused():
+    for calib, words in [([], "calib is"), (["text"], "calib is"), ([torch.zeros(2, 3)], "cannot run on a batch")]:
+        with pytest.raises(UsageError, match=words):
+            bitmill.prepare_qat(Convolutional(), "gptq", calib=calib)
     for method, words in [("gptq", "calibration text"), ("awq", "does more"), ("omniquant", "does more")]:
         with pytest.raises(RecipeError, match=words):
             bitmill.prepare_qat(tiny_model("llama"), method)

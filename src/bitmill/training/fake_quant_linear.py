@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitmill.formats.quantized import Quantized
+from bitmill.formats.quantized_inputs import QuantizedInputs
 from bitmill.runtime.modules.linear import QuantLinear
 from bitmill.tuners.learned_matrix import LearnedMatrix
 
@@ -40,11 +41,18 @@ class FakeQuantLinear(LearnedMatrix):
             packed: Tensor = self._evaluated()(x)
             return packed
         if self.format.quantizes_inputs:
-            with torch.no_grad():
-                rounded = self.format.effective_inputs(x, self.params())
-            x = x + (rounded - x).detach()
+            x = self._rounded_inputs(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, super().forward().to(x.dtype), bias)
+
+    def _rounded_inputs(self, x: Tensor) -> Tensor:
+        """Return rounded inputs, with gradients of their scale too where it is a number from calibration."""
+        format = self.format
+        if isinstance(format, QuantizedInputs) and format.learned_inputs:
+            return format.fake_quantize_inputs(x, self.params())
+        with torch.no_grad():
+            rounded = format.effective_inputs(x, self.params())
+        return x + (rounded - x).detach()
 
     @property
     def evaluates(self) -> bool:

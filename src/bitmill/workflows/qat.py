@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitmill.checkpoint.overwrite import check_output
 from bitmill.checkpoint.schema import quantization_config
 from bitmill.config.arguments import checked_arguments
 from bitmill.config.paths import user_path
-from bitmill.errors import NumericsError, RecipeError, SourceError, UsageError, quoted
+from bitmill.errors import NumericsError, RecipeError, SourceError, UsageError, one_line, quoted
 from bitmill.formats.soft_rounding import has_soft_rounding
 from bitmill.models.streamed import StreamedModel
 from bitmill.numerics.statistics import Statistics
+from bitmill.pipeline.in_place import eval_mode
 from bitmill.recipes.method import Method
 from bitmill.recipes.recipe import Recipe
 from bitmill.recipes.resolve import resolve_recipe
@@ -29,18 +30,21 @@ from bitmill.solvers.base import solve
 from bitmill.sources.module import ModuleSource
 from bitmill.training.fake_quant_conv2d import FakeQuantConv2d
 from bitmill.training.fake_quant_linear import FakeQuantLinear, fake_quant_layers, weight_of
+from bitmill.training.input_statistics import input_statistics
 from bitmill.workflows.prepare import RecipeChanges
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_CALIBRATED = frozenset({"gram", "activations", "samples"})  # statistics that `input_statistics` returns
 _RECIPE = "_bitmill_qat_recipe"  # attribute of a prepared model: the recipe as plain data
 
 
-@checked_arguments("model", "method")
+@checked_arguments("model", "method", "calib")
 def prepare_qat(
     model: Model,
     method: str | Path | Recipe | Method = "rtn",
     *,
+    calib: Sequence[Tensor | Mapping[str, Any]] | None = None,
     rules: Sequence[str | Rule] = (),
     **options: Any,
 ) -> Model:
@@ -54,7 +58,10 @@ def prepare_qat(
     Args:
         model: a model of transformers, of which the linears of the blocks are replaced, or another nn.Module, of
             which all nn.Linear are, and all nn.Conv2d without groups of channels.
-        method: a method or recipe that quantizes without calibration text, such as "rtn", "hqq" or "nf4".
+        method: a method or recipe that quantizes layer by layer, such as "rtn", "hqq" or "nf4"; with `calib` also
+            those that read inputs of layers, such as "gptq" or "asq".
+        calib: batches on which the float model runs first: a tensor each, such as token ids or pictures, or
+            keywords of the model.
         rules: exceptions for some layers, such as "*.down_proj=uniform:bits=8" or "*.k_proj=float".
         options: options of the method, such as bits=2 or group_size=64.
 
@@ -62,7 +69,7 @@ def prepare_qat(
         The model.
 
     Raises:
-        RecipeError: the recipe needs calibration text, or does more than to round weights and inputs of layers.
+        RecipeError: the recipe needs batches and there are none, or does more than to round weights and inputs.
         UsageError: the model has no linear layer to quantize, or is quantized already.
     """
     _check_live(model)
@@ -71,8 +78,9 @@ def prepare_qat(
         raise UsageError(f"{type(model).__name__} is quantized already; prepare the float model.")
     schemes = _schemes(model, recipe)
     for scheme in dict.fromkeys(schemes.values()):
-        _check(recipe, scheme)
-    made = {name: _layer(model, name, scheme) for name, scheme in schemes.items()}
+        _check(recipe, scheme, calib is not None)
+    statistics = _statistics(model, schemes, calib)
+    made = {name: _layer(model, name, scheme, statistics[name]) for name, scheme in schemes.items()}
     for name, layer in made.items():
         _replace(model, name, layer)
     vars(model)[_RECIPE] = recipe.to_dict()
@@ -185,18 +193,50 @@ def _schemes(model: nn.Module, recipe: Recipe) -> dict[str, LayerScheme]:
     return schemes
 
 
-def _check(recipe: Recipe, scheme: LayerScheme) -> None:
+def _check(recipe: Recipe, scheme: LayerScheme, calibrated: bool) -> None:
     """Raise RecipeError for what cannot be trained so."""
     if recipe.attention is not None or recipe.tuners or scheme.seam_transforms or scheme.format.shared:
         raise RecipeError(
             f"The recipe {recipe.name!r} does more than to round the weights and inputs of layers (attention, "
             "tuners, scales between layers, shared codebooks); train with another one, such as rtn."
         )
-    if scheme.needs:
+    missing = scheme.needs - (_CALIBRATED if calibrated else frozenset())
+    if missing & _CALIBRATED:
         raise RecipeError(
-            f"The recipe {recipe.name!r} needs calibration text ({', '.join(sorted(scheme.needs))}), and training "
-            "starts from the weights alone; use a method without, such as rtn, hqq or nf4."
+            f"The recipe {recipe.name!r} needs calibration text or pictures ({', '.join(sorted(missing))}); pass "
+            "batches of inputs as calib=..., or use a method without, such as rtn, hqq or nf4."
         )
+    if missing:
+        raise RecipeError(
+            f"The recipe {recipe.name!r} needs {', '.join(sorted(missing))} of the model's loss or float inputs, "
+            "which training does not collect; use another method, such as gptq, rtn or hqq."
+        )
+
+
+def _statistics(
+    model: nn.Module, schemes: Mapping[str, LayerScheme], batches: Sequence[Tensor | Mapping[str, Any]] | None
+) -> dict[str, Statistics]:
+    """Return the statistics of every layer that is to be replaced; empty ones where no scheme needs any."""
+    if batches is None:
+        return {name: Statistics() for name in schemes}
+    sound = isinstance(batches, Sequence) and all(isinstance(batch, Tensor | Mapping) for batch in batches)
+    if not sound or not batches:
+        raise UsageError(f"calib is {quoted(batches)}; pass a list of batches, tensors or keywords of the model.")
+    needed = [name for name, scheme in schemes.items() if scheme.needs]
+    try:
+        with eval_mode(model):
+            found = input_statistics(model, needed, batches)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"{type(model).__name__} cannot run on a batch of calib ({one_line(error)}); pass what its forward "
+            "takes."
+        ) from None
+    for name in needed:
+        if not found[name].tokens:
+            raise UsageError(
+                f"The layer {name!r} did not run on calib; keep it in float with rules=['{name}=float']."
+            )
+    return {name: found.get(name, Statistics()) for name in schemes}
 
 
 def _trains(module: nn.Module) -> bool:
@@ -204,14 +244,14 @@ def _trains(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or unfolds(module)
 
 
-def _layer(model: nn.Module, name: str, scheme: LayerScheme) -> FakeQuantLinear:
+def _layer(model: nn.Module, name: str, scheme: LayerScheme, statistics: Statistics) -> FakeQuantLinear:
     """Return the trainable layer for a linear, on its device."""
     linear = model.get_submodule(name)
     W = weight_of(linear)
     if W.is_meta:
         raise SourceError(f"The weight of {name!r} has no data (device 'meta'); load the weights first.")
     with torch.no_grad():
-        start = solve(scheme.solver, W, Statistics(), scheme.format)
+        start = solve(scheme.solver, W, statistics, scheme.format)
     return FakeQuantConv2d(linear, start) if isinstance(linear, nn.Conv2d) else FakeQuantLinear(linear, start)
 
 

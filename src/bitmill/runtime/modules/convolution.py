@@ -88,7 +88,8 @@ class QuantConv2d(QuantLinear):
 
     def float_module(self) -> tuple[nn.Module, tuple[int, ...]]:
         """Return a convolution without weights, and the shape of its weight."""
-        cut, modes = self.unfolding, {"constant": "zeros"}
+        cut = self.unfolding
+        mode: Any = "zeros" if cut.mode == "constant" else cut.mode
         conv = nn.Conv2d(
             self.in_channels,
             self.out_features,
@@ -96,7 +97,7 @@ class QuantConv2d(QuantLinear):
             cut.stride,
             (cut.sides[2], cut.sides[0]),
             cut.dilation,
-            padding_mode=modes.get(cut.mode, cut.mode),
+            padding_mode=mode,
             device="meta",
         )
         conv._reversed_padding_repeated_twice = list(cut.sides)
