@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitmill.errors import UsageError
 from bitmill.models.streamed import StreamedModel
@@ -61,7 +61,7 @@ def measure_units(
     """
     if ray is None:
         return measure_blocks(run, [sensitivity], units, candidates, max_seconds)
-    check_model(request)
+    model = check_model(request)
     prepare_measurement(run, sensitivity, units, candidates)
     measured = Measured(costs={sensitivity.name: {}})
     with tasks_on(ray, run.progress) as tasks:
@@ -70,7 +70,7 @@ def measure_units(
         chosen = [[unit for unit in units if unit.block % count == number] for number in range(count)]
         calls = [
             (_Part(
-                request.model, request.trust_remote_code, request.device, run.windows, run.folder, sensitivity,
+                model, request.trust_remote_code, request.device, run.windows, run.folder, sensitivity,
                 some, {unit.name: candidates[unit.name] for unit in some}, max_seconds,
             ),)
             for some in chosen if some
@@ -85,10 +85,15 @@ def measure_units(
     return measured
 
 
-def check_model(request: QuantizeRequest) -> None:
-    """Raise UsageError for a model that other processes cannot open."""
-    if request.live:
+def check_model(request: QuantizeRequest) -> str | Path:
+    """Return the model as other processes open it.
+
+    Raises:
+        UsageError: it is a live module.
+    """
+    if isinstance(request.model, nn.Module):
         raise UsageError("A live module is in this process alone; with Ray name a model or a folder.")
+    return request.model
 
 
 def _measure(part: _Part) -> Measured:
