@@ -44,6 +44,12 @@ void new_mlp(Mlp* self, const Layers& inputs, const Layers& output, bool gated, 
     new (self) Mlp{inputs, only(output), gated, static_cast<Activation>(activation)};
 }
 
+void new_experts(Experts* self, const Layers& router, int64_t chosen, bool normalized) {
+    require(0 < chosen, "a token takes one expert or more");
+    new (self) Experts{only(router), {}, chosen, normalized};
+    require(!self->router.bias, "a router has no bias");
+}
+
 // A model while it is put together.
 struct Builder {
     Shape shape;
@@ -58,10 +64,11 @@ struct Builder {
                 "the shape is no model's");
     }
 
-    void block(const Attention& attention, const Mlp& mlp, const Norm* before_attention, const Norm* after_attention,
-               const Norm* before_mlp, const Norm* after_mlp, bool parallel, float factor) {
-        blocks.push_back({attention, mlp, or_none(before_attention), or_none(after_attention), or_none(before_mlp),
-                          or_none(after_mlp), parallel, factor});
+    void block(const Attention& attention, const Mlp* mlp, const Norm* before_attention, const Norm* after_attention,
+               const Norm* before_mlp, const Norm* after_mlp, bool parallel, float factor, const Experts* experts) {
+        require(!mlp == !!experts, "a block has an MLP or experts");
+        blocks.push_back({attention, mlp ? *mlp : Mlp{}, or_none(before_attention), or_none(after_attention), or_none(before_mlp),
+                          or_none(after_mlp), parallel, factor, experts ? *experts : Experts{}});
     }
 
     std::unique_ptr<Model> build(const Norm* norm, const Layers& head) const {
@@ -175,13 +182,16 @@ void bind_decoder(nb::module_& m) {
     nb::class_<Mlp>(m, "StepMlp")
         .def("__init__", new_mlp, "inputs"_a, "output"_a, "gated"_a, "activation"_a, nb::keep_alive<1, 2>(),
              nb::keep_alive<1, 3>());
+    nb::class_<Experts>(m, "StepExperts")
+        .def("__init__", new_experts, "router"_a, "chosen"_a, "normalized"_a, nb::keep_alive<1, 2>())
+        .def("add", [](Experts& experts, const Mlp& mlp) { experts.all.push_back(mlp); }, "mlp"_a, nb::keep_alive<1, 2>());
     nb::class_<Builder>(m, "ModelBuilder")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, bool, float, float>(), "hidden"_a, "heads"_a, "kv_heads"_a,
              "dim"_a, "rotated"_a, "interleaved"_a, "logit_factor"_a, "logit_cap"_a)
-        .def("block", &Builder::block, "attention"_a, "mlp"_a, "before_attention"_a.none(), "after_attention"_a.none(),
-             "before_mlp"_a.none(), "after_mlp"_a.none(), "parallel"_a, "factor"_a, nb::keep_alive<1, 2>(),
-             nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
-             nb::keep_alive<1, 7>())
+        .def("block", &Builder::block, "attention"_a, "mlp"_a.none(), "before_attention"_a.none(), "after_attention"_a.none(),
+             "before_mlp"_a.none(), "after_mlp"_a.none(), "parallel"_a, "factor"_a, "experts"_a.none() = nb::none(),
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
+             nb::keep_alive<1, 7>(), nb::keep_alive<1, 10>())
         .def("build", &Builder::build, "norm"_a.none(), "head"_a, nb::keep_alive<0, 1>(), nb::keep_alive<0, 2>(),
              nb::keep_alive<0, 3>());
     nb::class_<Model>(m, "Model")

@@ -77,6 +77,23 @@ struct Mlp {
     int64_t inner() const { return inputs.rows() / (gated ? 2 : 1); }
 };
 
+// An expert, and its share of a token's result.
+struct Share {
+    int64_t expert;
+    float weight;
+};
+
+// MLPs of which a token takes the `chosen` with the largest shares of softmax(router(n)), and adds up their results by share.
+struct Experts {
+    Projection router;  // of no layer where a block has one MLP
+    std::vector<Mlp> all;
+    int64_t chosen = 0;
+    bool normalized = false;  // the shares of the chosen are divided by their sum
+
+    // In the order of experts, from what the router puts out.
+    void choose(const float* scores, std::vector<Share>& out) const;
+};
+
 // Norms may be absent. In parallel blocks the MLP reads the stream that attention reads, through its own norm or, without
 // one, attention's.
 struct Block {
@@ -85,6 +102,7 @@ struct Block {
     Norm before_attention, after_attention, before_mlp, after_mlp;
     bool parallel;
     float factor;  // of both results, before they join the stream
+    Experts experts{};  // in the place of the MLP
 };
 
 }  // namespace bitmill

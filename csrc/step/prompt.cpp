@@ -88,7 +88,7 @@ void attend_block(const HeadPast& past, const float* q, int64_t tokens, int64_t 
 }  // namespace
 
 struct Model::Rows {
-    std::vector<float> x, normed, qkv, q, panels, attended, o, wide, active, down;
+    std::vector<float> x, normed, qkv, q, panels, attended, o, wide, active, down, some, result;
 };
 
 bool Model::reads_pieces() const {
@@ -102,9 +102,12 @@ bool Model::reads_pieces() const {
         }
         return false;
     };
+    const auto feeds = [&](const Mlp& mlp) { return all(mlp.inputs) && read(mlp.output); };
     return std::all_of(blocks.begin(), blocks.end(), [&](const Block& b) {
         const Attention& a = b.attention;
-        return all(a.inputs) && read(a.output) && all(b.mlp.inputs) && read(b.mlp.output) && in_one(a.q, a.inputs, shape.heads) &&
+        const auto& experts = b.experts.all;
+        const bool fed = experts.empty() ? feeds(b.mlp) : std::all_of(experts.begin(), experts.end(), feeds);
+        return fed && all(a.inputs) && read(a.output) && in_one(a.q, a.inputs, shape.heads) &&
                in_one(a.k, a.inputs, shape.kv_heads) && in_one(a.v, a.inputs, shape.kv_heads);
     });
 }
@@ -118,7 +121,7 @@ void Model::read(const float* embeddings, const Position& at, float* logits, int
     rows.x.assign(embeddings, embeddings + tokens * hidden);
     for (auto* each : {&rows.normed, &rows.o, &rows.down}) each->resize(tokens * hidden);
     rows.q.resize(tokens * width), rows.attended.resize(tokens * width), rows.active.resize(tokens * inner);
-    rows.qkv.resize(tokens * qkv.size()), rows.wide.resize(tokens * wide.size());
+    rows.qkv.resize(tokens * qkv.size()), rows.wide.resize(tokens * widest);
     for (int64_t i = 0; i < depth(); ++i) block(blocks[i], i, at, rows, piece);
     if (!kept) return;
     const float* last = rows.x.data() + (tokens - kept) * hidden;
@@ -130,7 +133,7 @@ void Model::read(const float* embeddings, const Position& at, float* logits, int
 }
 
 void Model::block(const Block& b, int64_t index, const Position& at, Rows& rows, const Piece& piece) const {
-    const int64_t hidden = shape.hidden, count = b.mlp.inner();
+    const int64_t hidden = shape.hidden;
     const auto normed = [&](const Norm& norm) -> const float* {
         if (!norm.weight) return rows.x.data();
         each_token(piece, [&](int64_t t) {
@@ -145,22 +148,58 @@ void Model::block(const Block& b, int64_t index, const Position& at, Rows& rows,
     };
     const float* n = normed(b.before_attention);
     products(b.attention.inputs, n, piece, rows.qkv.data());
-    if (b.parallel) products(b.mlp.inputs, b.before_mlp.weight ? normed(b.before_mlp) : n, piece, rows.wide.data());
+    if (b.parallel) mlp(b.mlp, b.before_mlp.weight ? normed(b.before_mlp) : n, rows, piece, rows.down.data());
     attention(b.attention, index, at, rows, piece);
     b.attention.output.linear->product(rows.attended.data(), piece, rows.o.data());
-    if (!b.parallel) {
-        joined(b.attention.output, rows.o, b.after_attention);
-        products(b.mlp.inputs, normed(b.before_mlp), piece, rows.wide.data());
+    joined(b.attention.output, rows.o, b.after_attention);
+    if (b.experts.router.linear) {
+        experts(b.experts, normed(b.before_mlp), rows, piece);
+        return joined({}, rows.down, b.after_mlp);
     }
-    const Outputs out{b.mlp.inputs, rows.wide.data(), piece.tokens};
-    each_token(piece, [&](int64_t t) {
-        isa().step->activate[static_cast<int>(b.mlp.activation)](
-            out.at(t, 0), b.mlp.inputs.bias(0), b.mlp.gated ? out.at(t, count) : nullptr,
-            b.mlp.gated ? b.mlp.inputs.bias(count) : nullptr, count, rows.active.data() + t * count);
-    });
-    b.mlp.output.linear->product(rows.active.data(), piece, rows.down.data());
-    if (b.parallel) joined(b.attention.output, rows.o, b.after_attention);
+    if (!b.parallel) mlp(b.mlp, normed(b.before_mlp), rows, piece, rows.down.data());
     joined(b.mlp.output, rows.down, b.after_mlp);
+}
+
+// Without the bias of its outputs.
+void Model::mlp(const Mlp& mlp, const float* x, Rows& rows, const Piece& piece, float* y) const {
+    const int64_t count = mlp.inner();
+    products(mlp.inputs, x, piece, rows.wide.data());
+    const Outputs out{mlp.inputs, rows.wide.data(), piece.tokens};
+    each_token(piece, [&](int64_t t) {
+        isa().step->activate[static_cast<int>(mlp.activation)](out.at(t, 0), mlp.inputs.bias(0), mlp.gated ? out.at(t, count) : nullptr,
+                                                               mlp.gated ? mlp.inputs.bias(count) : nullptr, count,
+                                                               rows.active.data() + t * count);
+    });
+    mlp.output.linear->product(rows.active.data(), piece, y);
+}
+
+// Each expert multiplies the tokens that chose it, to rows.down.
+void Model::experts(const Experts& e, const float* x, Rows& rows, const Piece& piece) const {
+    const int64_t hidden = shape.hidden;
+    const size_t count = e.all.size();
+    std::vector<float> scores(piece.tokens * count);
+    struct Taken {
+        int64_t token;
+        float weight;
+    };
+    std::vector<std::vector<Taken>> tokens(count);  // by expert
+    std::vector<Share> shares;
+    e.router.linear->product(x, piece, scores.data());
+    for (int64_t t = 0; t < piece.tokens; ++t) {
+        e.choose(scores.data() + t * count, shares);
+        for (const Share& share : shares) tokens[share.expert].push_back({t, share.weight});
+    }
+    rows.some.resize(piece.tokens * hidden), rows.result.resize(piece.tokens * hidden);
+    std::fill(rows.down.begin(), rows.down.end(), 0.0f);
+    for (size_t i = 0; i < count; ++i) {
+        const auto some = static_cast<int64_t>(tokens[i].size());
+        for (int64_t t = 0; t < some; ++t) std::copy_n(x + tokens[i][t].token * hidden, hidden, rows.some.data() + t * hidden);
+        if (!some) continue;
+        mlp(e.all[i], rows.some.data(), rows, {some, piece.floats, piece.threads}, rows.result.data());
+        for (int64_t t = 0; t < some; ++t)
+            isa().step->add(rows.down.data() + tokens[i][t].token * hidden, rows.result.data() + t * hidden, e.all[i].output.bias,
+                            tokens[i][t].weight, hidden);
+    }
 }
 
 // The tokens' keys and values to those of a head that are `stride` apart, and their queries.

@@ -16,6 +16,14 @@ void fit(bool does) {
     if (!does) throw std::invalid_argument("a layer does not fit the model's shape");
 }
 
+// Of outputs that follow one another.
+void activated(const Mlp& mlp, const float* outputs, float* out) {
+    const int64_t count = mlp.inner();
+    const float* up = mlp.gated ? outputs + count : nullptr;
+    isa().step->activate[static_cast<int>(mlp.activation)](outputs, mlp.inputs.bias(0), up, up ? mlp.inputs.bias(count) : nullptr,
+                                                           count, out);
+}
+
 }  // namespace
 
 void normalize(const Norm& norm, const float* weight, const float* bias, const float* x, int64_t count, float* out) {
@@ -25,7 +33,8 @@ void normalize(const Norm& norm, const float* weight, const float* bias, const f
 
 struct Model::Thread {
     RoundedInputs inputs;
-    std::vector<float> x, normed, active, scores, own, head;
+    std::vector<float> x, normed, active, scores, own, head, mixed;
+    std::vector<Share> shares;
 };
 
 Model::~Model() = default;
@@ -47,10 +56,16 @@ void Model::check(const Projection& p, int64_t rows, int64_t columns) {
 
 void Model::check(const Norm& norm, int64_t size) const { fit(!norm.weight || norm.size == size); }
 
+void Model::check(const Mlp& mlp) {
+    for (const Projection& p : mlp.inputs.all) check(p, p.linear ? p.linear->rows : 0, shape.hidden);
+    fit(mlp.inputs.rows() == mlp.inner() * (mlp.gated ? 2 : 1));
+    check(mlp.output, shape.hidden, mlp.inner());
+    inner = std::max(inner, mlp.inner()), widest = std::max(widest, mlp.inputs.rows());
+}
+
 void Model::check(Block& b) {
     Attention& a = b.attention;
-    for (const Layers* layers : {&a.inputs, &b.mlp.inputs})
-        for (const Projection& p : layers->all) check(p, p.linear ? p.linear->rows : 0, shape.hidden);
+    for (const Projection& p : a.inputs.all) check(p, p.linear ? p.linear->rows : 0, shape.hidden);
     const auto check_heads = [&](Heads& heads, int64_t count) {
         fit(0 <= heads.at && shape.dim <= heads.stride && heads.at + (count - 1) * heads.stride + shape.dim <= a.inputs.rows());
         check(heads.norm, heads.norm.size == shape.dim ? shape.dim : count * shape.dim);
@@ -58,13 +73,21 @@ void Model::check(Block& b) {
         heads.bias = a.inputs.bias(heads.at);
     };
     check_heads(a.q, shape.heads), check_heads(a.k, shape.kv_heads), check_heads(a.v, shape.kv_heads);
-    fit(b.mlp.inputs.rows() == b.mlp.inner() * (b.mlp.gated ? 2 : 1) && a.window >= 0);
-    check(a.output, shape.hidden, shape.heads * shape.dim), check(b.mlp.output, shape.hidden, b.mlp.inner());
+    fit(a.window >= 0);
+    check(a.output, shape.hidden, shape.heads * shape.dim);
+    const Experts& e = b.experts;
+    const auto count = static_cast<int64_t>(e.all.size());
+    if (e.router.linear) {
+        check(e.router, count, shape.hidden), fit(!b.parallel && 0 < e.chosen && e.chosen <= count);
+        for (const Mlp& mlp : e.all) check(mlp);
+        routed.resize(std::max<int64_t>(routed.size(), count)), down.resize(std::max<int64_t>(down.size(), e.chosen * shape.hidden));
+    } else {
+        check(b.mlp);
+    }
     for (const Norm* n : {&b.before_attention, &b.after_attention, &b.before_mlp, &b.after_mlp}) check(*n, shape.hidden);
-    inner = std::max(inner, b.mlp.inner());
     rotary_kinds = std::max<int64_t>(rotary_kinds, a.rotary + 1);
     qkv.resize(std::max<int64_t>(qkv.size(), a.inputs.rows()));
-    wide.resize(std::max<int64_t>(wide.size(), b.mlp.inputs.rows()));
+    wide.resize(std::max<int64_t>(wide.size(), std::max<int64_t>(1, e.chosen) * widest));
 }
 
 Model::Model(const Shape& shape, std::vector<Block> all, const Norm& norm, const Projection& head)
@@ -77,7 +100,8 @@ Model::Model(const Shape& shape, std::vector<Block> all, const Norm& norm, const
     check(norm, shape.hidden);
     if (!head.linear) throw std::invalid_argument("a model has a head");
     check(head, head.linear->rows, shape.hidden);
-    q.resize(shape.heads * shape.dim), attended.resize(q.size()), o.resize(shape.hidden), down.resize(shape.hidden);
+    q.resize(shape.heads * shape.dim), attended.resize(q.size()), o.resize(shape.hidden);
+    down.resize(std::max<int64_t>(down.size(), shape.hidden));
 }
 
 void Model::advance(const float* embedding, const Position& at, float* logits, int threads) {
@@ -86,7 +110,7 @@ void Model::advance(const float* embedding, const Position& at, float* logits, i
     threads_.resize(threads);
     for (Thread& t : threads_) {
         t.x.assign(embedding, embedding + shape.hidden);
-        t.normed.resize(shape.hidden), t.active.resize(inner), t.own.resize(own), t.head.resize(3 * shape.dim);
+        t.normed.resize(shape.hidden), t.mixed.resize(shape.hidden), t.active.resize(inner), t.own.resize(own), t.head.resize(3 * shape.dim);
         t.scores.resize(shape.heads / shape.kv_heads * std::max(at.all.capacity, at.recent.capacity));
     }
     for (int64_t i = 0; at.packed && i < depth(); ++i) pieces.make_room(at.packed[i].call, threads_.size(), threads_.size());
@@ -143,18 +167,62 @@ void Model::block(const Team& team, Thread& self, int64_t index, const Position&
     if (!b.parallel) {
         team.wait();
         joined(b.attention.output, o.data(), b.after_attention);
-        multiply(team, self, mlp.inputs, normed(self, b.before_mlp), wide.data());
+        const float* read = normed(self, b.before_mlp);
+        if (b.experts.router.linear) {
+            experts(team, self, b.experts, read);
+            return joined({}, self.mixed.data(), b.after_mlp);
+        }
+        multiply(team, self, mlp.inputs, read, wide.data());
         team.wait();
     }
-    const int64_t count = mlp.inner();
-    const float* up = mlp.gated ? wide.data() + count : nullptr;
-    isa().step->activate[static_cast<int>(mlp.activation)](wide.data(), mlp.inputs.bias(0), up,
-                                                           up ? mlp.inputs.bias(count) : nullptr, count, self.active.data());
+    activated(mlp, wide.data(), self.active.data());
     self.inputs.changed();
     multiply(team, self, mlp.output, self.active.data(), down.data());
     team.wait();
     if (b.parallel) joined(b.attention.output, o.data(), b.after_attention);
     joined(mlp.output, down.data(), b.after_mlp);
+}
+
+void Experts::choose(const float* scores, std::vector<Share>& out) const {
+    const auto count = static_cast<int64_t>(all.size());
+    const float most = *std::max_element(scores, scores + count);
+    out.resize(count);
+    float sum = 0, kept = 0;
+    for (int64_t i = 0; i < count; ++i) sum += (out[i] = {i, std::exp(scores[i] - most)}).weight;
+    const auto larger = [](const Share& a, const Share& b) { return a.weight != b.weight ? a.weight > b.weight : a.expert < b.expert; };
+    std::partial_sort(out.begin(), out.begin() + chosen, out.end(), larger);
+    out.resize(chosen);
+    for (const Share& share : out) kept += share.weight;
+    for (Share& share : out) share.weight /= normalized ? kept : sum;
+    std::sort(out.begin(), out.end(), [](const Share& a, const Share& b) { return a.expert < b.expert; });
+}
+
+// All chosen experts at once: threads wait as often as for one. The result is each thread's own copy.
+void Model::experts(const Team& team, Thread& self, const Experts& e, const float* x) {
+    multiply(team, self, e.router, x, routed.data());
+    team.wait();
+    e.choose(routed.data(), self.shares);
+    float *w = wide.data(), *y = down.data();
+    for (const Share& share : self.shares) {
+        multiply(team, self, e.all[share.expert].inputs, x, w);
+        w += e.all[share.expert].inputs.rows();
+    }
+    team.wait();
+    w = wide.data();
+    for (const Share& share : self.shares) {
+        const Mlp& mlp = e.all[share.expert];
+        activated(mlp, w, self.active.data());
+        self.inputs.changed();
+        multiply(team, self, mlp.output, self.active.data(), y);
+        w += mlp.inputs.rows(), y += shape.hidden;
+    }
+    team.wait();
+    std::fill(self.mixed.begin(), self.mixed.end(), 0.0f);
+    y = down.data();
+    for (const Share& share : self.shares) {
+        isa().step->add(self.mixed.data(), y, e.all[share.expert].output.bias, share.weight, shape.hidden);
+        y += shape.hidden;
+    }
 }
 
 void Model::finish(const Team& team, float* logits) const {

@@ -102,8 +102,8 @@ private:
     std::vector<int64_t> place_in_past;  // of each block, among those that share a past
     const Norm norm;
     const Projection head;
-    int64_t inner = 0, own = 0, rotary_kinds = 0;
-    std::vector<float> qkv, q, attended, o, wide, down, shared;
+    int64_t inner = 0, own = 0, rotary_kinds = 0, widest = 0;
+    std::vector<float> qkv, q, attended, o, wide, down, shared, routed;
     std::vector<Thread> threads_;
     PartialSoftmax pieces;
     std::mutex busy;
@@ -111,6 +111,7 @@ private:
     void check(Block& block);
     void check(const Projection& p, int64_t rows, int64_t columns);
     void check(const Norm& norm, int64_t size) const;
+    void check(const Mlp& mlp);
     void run(const Team& team, Thread& self, const Position& at, float* logits);
     void block(const Team& team, Thread& self, int64_t index, const Position& at);
     void multiply(const Team& team, Thread& self, const Projection& p, const float* x, float* y);
@@ -124,11 +125,14 @@ private:
     void place(const Heads& heads, const float* from, int64_t head, float factor, const float* cos, const float* sin, float* x) const;
     void attention(const Team& team, Thread& self, int64_t index, const Position& at);
     void attention(const Team& team, Thread& self, const Attention& a, const Packed& packed, const Position& at);
+    void experts(const Team& team, Thread& self, const Experts& experts, const float* x);
     void finish(const Team& team, float* logits) const;
     void block(const Block& block, int64_t index, const Position& at, Rows& rows, const Piece& piece) const;
     void place(const Attention& attention, const Position& at, float* keys, float* values, int64_t stride, Rows& rows,
                const Piece& piece) const;
     void attention(const Attention& attention, int64_t index, const Position& at, Rows& rows, const Piece& piece) const;
+    void mlp(const Mlp& mlp, const float* x, Rows& rows, const Piece& piece, float* y) const;
+    void experts(const Experts& experts, const float* x, Rows& rows, const Piece& piece) const;
 };
 
 void normalize(const Norm& norm, const float* weight, const float* bias, const float* x, int64_t count, float* out);

@@ -125,7 +125,7 @@ def split_experts(model: nn.Module) -> nn.Module:
         owner, _, name = path.rpartition(".")
         module: Any = model.get_submodule(owner)
         fused = module._parameters.pop(name)
-        module.add_module(name, ExpertLinears(fused, transposed))
+        module.add_module(name, ExpertLinears(fused, transposed).train(module.training))
         if hasattr(module, "is_transposed"):  # by the decorator of transformers, which chooses the implementation
             module.config = copy.deepcopy(module.config)
             module.config._experts_implementation = "eager"

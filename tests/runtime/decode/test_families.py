@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import bitmill
 from bitmill.formats import FORMATS
 from bitmill.runtime.decode import attach, decode_path, detach, step_cache
 from helpers.decoding import PROMPT, both, is_stepping, logits, quantize, relative_error
@@ -58,7 +59,14 @@ FAMILIES = [
     ("glm", {"attention_bias": True, **HALF}),
     ("glm4", HALF),
     ("starcoder2", {"sliding_window": 10}),
+    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    (
+        "qwen3_moe",
+        {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    ),
+    ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False}),
 ]
+MIXTURES = FAMILIES[-3:]
 TOKENS = [7, 3, 100, 0, 55, 9, 8, 77]
 UNIFORM = FORMATS.get("uniform")(4, 16)
 
@@ -94,6 +102,17 @@ def test_prompts(kind, changes):
         found.append(torch.cat(parts))
     assert vars(one)["forward"]._prompts == (None,)
     assert relative_error(found[1], found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["rtn", "pvq"])
+@pytest.mark.parametrize(("kind", "changes"), MIXTURES, ids=repr)
+def test_packed_experts(kind, changes, method):
+    model = tiny_model(kind, **changes)
+    bitmill.quantize(model, method, bits=4, calib=LONG_PROMPT[:, :32], measure=0)
+    expected, found = both(detach(model), TOKENS)
+    assert decode_path(model) == "step"
+    assert is_stepping(model)
+    assert relative_error(found, expected) < 1e-5
 
 
 def own_logits(model, ids):

@@ -34,6 +34,9 @@ class Family:
     parallel: True, or the attribute of a block that is true where attention and MLP read one stream. Without
         `before_mlp` the MLP then reads the norm before attention.
     mlp_inputs: gate and up, or the one layer with both, or up alone where there is no gate (`gated`).
+    experts: module with the matrices of all experts `gate_up_proj` and `down_proj`, in the place of `mlp_inputs`
+        and `mlp_output`, and `router`: module with their scores' weight and `top_k`. With `normalized_shares`,
+        True or an attribute of the router, the shares of the chosen experts add up to one.
     optional: norms that a model may lack, depending on its config.
     ignored: modules that do nothing outside of training.
 
@@ -79,6 +82,9 @@ class Family:
     gated: bool = True
     mlp_output: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
+    experts: str = ""
+    router: str = ""
+    normalized_shares: bool | str = True
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -103,6 +109,7 @@ class Family:
         """Paths of all parts of a block."""
         norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
         layers = (*self.qkv, self.attention_output, *self.mlp_inputs, self.mlp_output)
+        layers += (self.experts, self.router)
         return tuple(filter(None, (*layers, self.activation, self.q_norm, self.k_norm, *norms)))
 
     @property
@@ -113,6 +120,7 @@ class Family:
 
 LLAMA = Family("llama", "Llama")
 _HEAD_NORMS: dict[str, Any] = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_WITHOUT_MLP = ("Model", "DecoderLayer", "Attention", "RotaryEmbedding")
 _WITHOUT_RMS = ("Model", "DecoderLayer", "Attention", "MLP", "RotaryEmbedding")
 _GEMMA = replace(
     LLAMA,
@@ -290,6 +298,18 @@ _STARCODER2 = replace(
     activation="mlp.act",
     windows=True,
 )
+_MIXTRAL = replace(
+    LLAMA,
+    kind="mixtral",
+    prefix="Mixtral",
+    suffixes=(*_WITHOUT_MLP, "RMSNorm", "SparseMoeBlock", "Experts", "TopKRouter"),
+    mlp_inputs=(),
+    mlp_output="",
+    activation="mlp.experts.act_fn",
+    experts="mlp.experts",
+    router="mlp.gate",
+    windows=True,
+)
 
 FAMILIES = (
     LLAMA,
@@ -332,4 +352,23 @@ FAMILIES = (
         after_mlp="post_mlp_layernorm",
     ),
     _STARCODER2,
+    _MIXTRAL,
+    replace(
+        _MIXTRAL,
+        kind="qwen3_moe",
+        prefix="Qwen3Moe",
+        normalized_shares="norm_topk_prob",
+        required=(("mlp_only_layers", None), ("decoder_sparse_step", 1)),
+        **_HEAD_NORMS,
+    ),
+    replace(
+        _MIXTRAL,
+        kind="olmoe",
+        prefix="Olmoe",
+        normalized_shares="norm_topk_prob",
+        whole_norms=True,
+        windows=False,
+        required=(("clip_qkv", None),),
+        **_HEAD_NORMS,
+    ),
 )

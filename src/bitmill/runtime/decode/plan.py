@@ -150,15 +150,17 @@ class Plan:
         )
         for index, layer in enumerate(parts.layers):
             parallel = family.parallel
+            experts = (self._experts(layer),) if family.experts else ()
             builder.block(
                 self._attention(layer, index),
-                self._mlp(layer),
+                None if experts else self._mlp(layer),
                 self._norm(layer, "before_attention"),
                 self._norm(layer, "after_attention"),
                 self._norm(layer, "before_mlp"),
                 self._norm(layer, "after_mlp"),
                 parallel if isinstance(parallel, bool) else bool(getattr(layer, parallel)),
                 float(getattr(layer, family.residual_multiplier, 1.0)),
+                *experts,
             )
         return builder.build(self._norm(parts.base, "norm"), self._layers(parts.head, ("",)))
 
@@ -186,12 +188,43 @@ class Plan:
 
     def _mlp(self, layer: Any) -> Any:
         family = self.family
-        activation = layer.get_submodule(family.activation)
-        if type(activation) not in ACTIVATIONS:
-            raise NotEligibleError(f"its activation is {type(activation).__name__}, not SiLU, GELU or ReLU")
         inputs = self._layers(layer, family.mlp_inputs)
         output = self._layers(layer, (family.mlp_output,))
-        return native().StepMlp(inputs, output, family.gated, ACTIVATIONS[type(activation)])
+        return native().StepMlp(inputs, output, family.gated, self._activation(layer))
+
+    def _activation(self, layer: Any) -> int:
+        activation = layer.get_submodule(self.family.activation)
+        if type(activation) not in ACTIVATIONS:
+            raise NotEligibleError(f"its activation is {type(activation).__name__}, not SiLU, GELU or ReLU")
+        return ACTIVATIONS[type(activation)]
+
+    def _experts(self, layer: Any) -> Any:
+        """Return the experts of a block: linear layers (architectures/experts.py) or parts of fused tensors."""
+        if (missing := unsupported_reason("StepExperts")) is not None:
+            raise NotEligibleError(missing[:1].lower() + missing[1:].rstrip("."))
+        family = self.family
+        router, experts = layer.get_submodule(family.router), layer.get_submodule(family.experts)
+        if (unsupported := _dense_unsupported_reason(router.weight)) is not None:
+            raise NotEligibleError(f"{family.router} {unsupported}")
+        scores, shares = native().StepLayers(), family.normalized_shares
+        scores.add(_dense_linear(router.weight), None)
+        normalized = shares if isinstance(shares, bool) else bool(getattr(router, shares))
+        made = native().StepExperts(scores, int(router.top_k), normalized)
+        matrices = (self._expert_matrices(experts, name) for name in ("gate_up_proj", "down_proj"))
+        for gate_up, down in zip(*matrices, strict=True):
+            inputs, output = native().StepLayers(), native().StepLayers()
+            inputs.add(gate_up, None)
+            output.add(down, None)
+            made.add(native().StepMlp(inputs, output, True, self._activation(layer)))
+        return made
+
+    def _expert_matrices(self, experts: Any, name: str) -> list[Any]:
+        held = getattr(experts, name)
+        if isinstance(held, nn.Module):
+            return [self._linear(linear, f"{name}.{child}") for child, linear in held.named_children()]
+        if (unsupported := _dense_unsupported_reason(held)) is not None:
+            raise NotEligibleError(f"{name} {unsupported}")
+        return [_dense_linear(matrix) for matrix in held.detach()]
 
     def _norm(self, holder: Any, part: str) -> Any:
         path = getattr(self.family, part)
