@@ -40,7 +40,7 @@ def test_without_rounding_equals_sdpa(kind):
     expected = logits(model)
     enable_rounded_attention(model)
     assert torch.equal(logits(model), expected)  # nothing is marked
-    round_attention(model, {"queries": lambda x: x})
+    round_attention(model, {"queries": Recorder()})
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-5)
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), TOKENS], 1)
     mask = (torch.arange(28) >= 4).long()[None]
@@ -127,6 +127,7 @@ def test_command_line(tmp_path, capsys):
         ("keys=codebook:bits=3,group_size=tensor", "share a table"),
         ("keys=uniform:bits=8,static=true", "no scale from calibration"),
         ("values=pyramid:bits=4,static=true", "no scale from calibration"),
+        ("keys=uniform:bits=8,channels=true", "values alone"),
     ],
 )
 def test_refused(spelled, sentence):

@@ -2,15 +2,16 @@
 
     q, k, v = Q(q), Q(k), Q(v)      p = Q(softmax(scaling q k^T + mask))      out = p v
 
-Modules that `round_attention` has marked compute so; all others keep sdpa. No kernel multiplies these numbers as
-they are stored: they are rounded, and multiplied in floats.
+Modules that `round_attention` has marked compute so; all others keep sdpa. A rounding may multiply its numbers as
+they are stored (`Rounding.product`); otherwise they are rounded, and multiplied in floats.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,40 @@ from bitmill.errors import RecipeError
 
 ROUNDED = "bitmill_rounded"  # name of the implementation
 SITES = ("queries", "keys", "values", "probabilities")
-Rounding = Callable[[Tensor], Tensor]  # of numbers (rows, columns)
+Contracted = Literal["columns", "rows"]  # the dimension over which a product sums
 
 _FALLBACK = "sdpa"
 _MARK = "_bitmill_attention"
+
+
+class Rounding(ABC):
+    """How numbers are rounded.
+
+    Attributes:
+        channels: rows are channels of a head, and columns tokens; otherwise rows are tokens.
+    """
+
+    channels: bool = False
+
+    @abstractmethod
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Return numbers (rows, columns) as they are multiplied."""
+
+    def product(
+        self, a: Tensor, other: Rounding | None, b: Tensor, contracted: Contracted = "columns"
+    ) -> Tensor | None:
+        """Return the product of rounded numbers without decoding them; None where they multiply in floats.
+
+        Args:
+            a: (..., rows, columns).
+            other: rounding of b.
+            b: (..., rows of b, columns), or (..., columns, rows of b) with contracted="rows".
+            contracted: dimension of b that is summed.
+
+        Returns:
+            fp32 (..., rows, rows of b).
+        """
+        return None
 
 
 def round_attention(block: nn.Module, roundings: Mapping[str, Rounding]) -> None:
@@ -119,19 +150,32 @@ def rounded_attention(
         given = {name: option for name, option in named.items() if option is not None}
         found: tuple[Tensor, None] = fallback(module, query, key, value, attention_mask, **given, **kwargs)
         return found
-    query, key, value = (
-        _rounded(roundings.get(site), numbers) for site, numbers in zip(SITES, (query, key, value))
-    )
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (numbers.repeat_interleave(repeats, 1) for numbers in (key, value))
-    scores = query.float() @ key.float().transpose(2, 3)
+    rows, heads, tokens, dim = query.shape
+    # the query heads that share a head of keys and values are rows of one matrix
+    of_head = query.reshape(rows, key.shape[1], -1, dim)
+    scores = _product(roundings, "queries", of_head, "keys", key, "columns").view(rows, heads, tokens, -1)
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scores = _masked(scores, attention_mask, causal)
     sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)  # padding, for which sdpa returns 0
     probabilities = scores.softmax(-1).masked_fill(sees_nothing, 0.0)
-    probabilities = _rounded(roundings.get("probabilities"), probabilities)
-    return (probabilities @ value.float()).to(value.dtype).transpose(1, 2).contiguous(), None
+    probabilities = probabilities.reshape(rows, key.shape[1], -1, key.shape[2])
+    output = _product(roundings, "probabilities", probabilities, "values", value, "rows")
+    return output.view(rows, heads, tokens, -1).to(value.dtype).transpose(1, 2).contiguous(), None
+
+
+def _product(
+    roundings: Mapping[str, Rounding], site: str, a: Tensor, other: str, b: Tensor, contracted: Contracted
+) -> Tensor:
+    """Return the product of the numbers of two sites, as they are stored or rounded in floats."""
+    of_a, of_b = roundings.get(site), roundings.get(other)
+    if of_b is not None and of_b.channels:
+        b, contracted = b.transpose(-2, -1), "columns"
+    found = of_a.product(a, of_b, b, contracted) if of_a else None
+    if found is None:
+        a, b = _rounded(of_a, a).float(), _rounded(of_b, b).float()
+        found = a @ (b.transpose(-2, -1) if contracted == "columns" else b)
+    return found
 
 
 def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

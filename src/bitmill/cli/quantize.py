@@ -127,7 +127,7 @@ AttentionParts = Annotated[
     typer.Option(
         "--attention",
         metavar="SITE=PART",
-        help="Format of what attention multiplies, simulated: queries, keys, values or probabilities, such as "
+        help="Format of what attention multiplies: queries, keys, values or probabilities, such as "
         "keys=uniform:bits=8; repeatable.",
         show_default=False,
     ),

@@ -79,10 +79,14 @@ class Logarithm(ScalarFormat):
             tables.append(digit.to(torch.int8))
             rest = (rest - digit) >> 8
         table = torch.stack(tables)
+        unit = self.multiplier * 2.0**longest
+        scale, zero = params["scale"] / unit, params["zero"] * unit
+        if table.shape[1] == 1:
+            index = codes.int()
+            return torch.stack([one[0][index] for one in table]), scale, zero
         index = codes.long().expand(len(tables), *codes.shape)
         digits = table.expand(-1, codes.shape[0], -1).gather(-1, index)
-        unit = self.multiplier * 2.0**longest
-        return digits, params["scale"] / unit, params["zero"] * unit
+        return digits, scale, zero
 
     def powers(self, params: Params) -> Tensor:
         """Return m / M * 2^-e, fp32 (rows, groups, 2**bits); integers over a power of two, rounded once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitmill.architectures.attention import enable_rounded_attention, round_attention
+from bitmill.architectures.attention import Rounding, enable_rounded_attention, round_attention
 from bitmill.calibration.streams import Streams
 from bitmill.calibration.walk import walk_blocks
 from bitmill.errors import NumericsError
@@ -53,7 +53,7 @@ def calibrate_attention(
     return attention.calibrated(found)
 
 
-class Recorder:
+class Recorder(Rounding):
     """A rounding that changes nothing, and keeps some of the numbers and the range of all.
 
     Attributes:

@@ -8,8 +8,14 @@ The scales of each call come from its numbers; those of a site with `static` fro
 attention: {keys: {format: uniform, bits: 8, group_size: tensor, static: true}}
 attention: {probabilities: {format: adalog, bits: 4, group_size: tensor, static: true}}
 
+In encoders a scale of values can be that of a channel, over all tokens of a head:
+
+attention: {values: {format: uniform, bits: 8, channels: true}}
+
 A quantized folder has them as `parameters`, a list with those of every block. Numbers beyond the static range
-become its outermost levels. All of it is a simulation: no kernel multiplies these numbers as they are stored.
+become its outermost levels. Integers multiply where both sites have them and the numbers of a sum share a scale:
+one a token, or one for all, of queries, keys and probabilities, and one a channel, or one for all, of values.
+Elsewhere it is a simulation: numbers are rounded, and multiplied in floats.
 """
 
 from __future__ import annotations
@@ -20,7 +26,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bitmill.architectures.adapter import adapter_for
 from bitmill.architectures.attention import (
@@ -33,10 +38,11 @@ from bitmill.architectures.attention import (
 from bitmill.config.parsing import parse_part
 from bitmill.errors import RecipeError
 from bitmill.formats import FORMATS, Format, GroupFormat, Params, ScalarFormat
-from bitmill.formats.quantized import check_no_table, fit_matrix, nearest_matrix
+from bitmill.formats.quantized import check_no_table
 from bitmill.recipes.inputs import input_format
+from bitmill.runtime.attention.integers import FormatRounding
 
-STATIC, PARAMETERS = "static", "parameters"  # keys of a site beside those of its format
+STATIC, PARAMETERS, CHANNELS = "static", "parameters", "channels"  # keys of a site beside those of its format
 BlockParams = tuple[tuple[str, float], ...]  # static parameters of a block by name
 
 
@@ -48,6 +54,7 @@ class Attention:
         queries, keys, values: of the matrices (tokens, head dimension) of a head.
         probabilities: of those (queries, keys) of a head, after the softmax.
         static: sites whose parameters come from calibration, one set a block.
+        channels: sites whose scales are those of channels, over the tokens of a head: values, or none.
         parameters: site with `static` -> its parameters in every block; empty before calibration.
     """
 
@@ -56,6 +63,7 @@ class Attention:
     values: Format | None = None
     probabilities: Format | None = None
     static: frozenset[str] = frozenset()
+    channels: frozenset[str] = frozenset()
     parameters: Mapping[str, tuple[BlockParams, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,6 +75,11 @@ class Attention:
                     f"The {site} of attention cannot be stored as {format!r}; use a format of groups."
                 )
             check_no_table(format)
+            if site in self.channels and (site != "values" or site in self.static):
+                raise RecipeError(
+                    f"The {site} of attention have channels=true, which values alone can have, without static; "
+                    "leave it out."
+                )
             if site in self.static and not (isinstance(format, ScalarFormat) and format.group_size == "tensor"):
                 raise RecipeError(
                     f"The {site} of attention are {format!r}, which has no scale from calibration; use "
@@ -99,7 +112,10 @@ class Attention:
         Raises:
             RecipeError: static parameters of the block are missing.
         """
-        return {site: _rounding(format, self._params(site, block)) for site, format in self.formats.items()}
+        return {
+            site: FormatRounding(format, self._params(site, block), site in self.channels)
+            for site, format in self.formats.items()
+        }
 
     def _params(self, site: str, block: int) -> Params | None:
         """Return the static parameters of a site in a block, (1, 1) each; None where each call has its own."""
@@ -133,8 +149,9 @@ class Attention:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `from_dict` is its inverse."""
         data = {site: format.to_dict() for site, format in self.formats.items()}
-        for site in self.static:
-            data[site][STATIC] = True
+        for key, sites in ((STATIC, self.static), (CHANNELS, self.channels)):
+            for site in sites:
+                data[site][key] = True
         for site, blocks in self.parameters.items():
             data[site][PARAMETERS] = [dict(one) for one in blocks]
         return data
@@ -153,16 +170,14 @@ class Attention:
                 raise RecipeError(
                     f"The {site} of attention are {format!r}; use a format such as {{format: uniform, bits: 8}}."
                 )
-        own = {site: {k: v for k, v in of.items() if k not in (STATIC, PARAMETERS)} for site, of in data.items()}
-        for site, format in data.items():
-            if not isinstance(chosen := format.get(STATIC, False), bool):
-                raise RecipeError(f"static of the {site} of attention is {chosen!r}; use true or false.")
-        static = frozenset(site for site, format in data.items() if format.get(STATIC))
+        keys = (STATIC, PARAMETERS, CHANNELS)
+        own = {site: {k: v for k, v in of.items() if k not in keys} for site, of in data.items()}
+        static, channels = (_sites_with(key, data) for key in (STATIC, CHANNELS))
         parameters = {
             site: _parameters(site, data[site][PARAMETERS]) for site in static if PARAMETERS in data[site]
         }
         formats = {site: input_format(format) for site, format in own.items()}
-        return cls(**formats, static=static, parameters=parameters)
+        return cls(**formats, static=static, channels=channels, parameters=parameters)
 
 
 def attach_attention(model: Any, recipe: Mapping[str, Any] | None) -> None:
@@ -203,8 +218,16 @@ def parse_attention(spelled: Sequence[str]) -> Attention:
             )
         if site in parts:
             raise RecipeError(f"attention names two formats for {site}; leave out one.")
-        parts[site] = parse_part(FORMATS, format, extra={STATIC: False})
+        parts[site] = parse_part(FORMATS, format, extra={STATIC: False, CHANNELS: False})
     return Attention.from_dict(parts)
+
+
+def _sites_with(key: str, data: dict[str, Any]) -> frozenset[str]:
+    """Return the sites whose data have `key` as true. Raises RecipeError where it is neither true nor false."""
+    for site, format in data.items():
+        if not isinstance(chosen := format.get(key, False), bool):
+            raise RecipeError(f"{key} of the {site} of attention is {chosen!r}; use true or false.")
+    return frozenset(site for site, format in data.items() if format.get(key))
 
 
 def _parameters(site: str, stored: Any) -> tuple[BlockParams, ...]:
@@ -217,17 +240,3 @@ def _parameters(site: str, stored: Any) -> tuple[BlockParams, ...]:
         ):
             raise RecipeError(f"The parameters of {site} are {one!r} in a block; quantize the model again.")
     return tuple(tuple((name, float(value)) for name, value in sorted(one.items())) for one in blocks)
-
-
-def _rounding(format: Format, params: Params | None = None) -> Rounding:
-    """Return a function that rounds numbers (rows, columns), with static parameters or those of each call."""
-    assert isinstance(format, GroupFormat)
-
-    def rounding(x: Tensor) -> Tensor:
-        broken = ~torch.isfinite(x).all(1, keepdim=True)  # has no scale, and stays visible
-        x = x.masked_fill(broken, 0.0)
-        fitted = fit_matrix(format, x, None, search=False) if params is None else params
-        rounded = nearest_matrix(format, x, fitted)
-        return rounded.dequantize().masked_fill(broken, torch.nan)
-
-    return rounding

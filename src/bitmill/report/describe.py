@@ -47,10 +47,13 @@ def describe_inputs(inputs: dict[str, Any]) -> str:
 
 
 def describe_attention(attention: dict[str, Any]) -> str:
-    """Return the formats of what attention multiplies: `keys in uniform (bits 8, group_size row), simulated`."""
+    """Return the formats of what attention multiplies: `keys in uniform (bits 8, group_size row), rounded ...`."""
     plain = {site: {k: v for k, v in format.items() if k != "parameters"} for site, format in attention.items()}
     sites = [f"{site} in {describe_format(format)}" for site, format in plain.items()]
-    return f"{', '.join(sites)}, simulated: rounded, and multiplied in floats"
+    return (
+        f"{', '.join(sites)}: as integers where the numbers of every sum share a scale, on a CPU, and otherwise "
+        "simulated: rounded, and multiplied in floats"
+    )
 
 
 def describe_exceptions(recipe: dict[str, Any], code: Callable[[str], str] = str) -> str:

@@ -36,9 +36,9 @@ class AdaLogMethod(Method):
     Stored     codes and fp16 scale a row of weights; scale and zero, or scale, zero and base, a layer
     Cost       seconds a block; with reconstruct, iters forward and backward passes of 512 patches a block
     Expect     the largest gain over uniform where probabilities and GELU have few bits
-    Limits     linear layers multiply integers; attention is simulated: queries, keys, values and probabilities are
-               rounded, and multiplied in floats. Queries, keys and values have scales of their own for every token
-               and head, where the paper has one a layer. Channels are scaled behind norms, without the paper's
+    Limits     integers multiply, in linear layers and in attention; with values=token probabilities and values are
+               rounded, and multiplied in floats. Queries and keys have scales of their own for every token and
+               head, values for every channel and head. Channels are scaled behind norms, without the paper's
                shifts
     Paper      Wu et al. 2024 (arXiv 2407.12951)
     """
@@ -51,6 +51,9 @@ class AdaLogMethod(Method):
     log_bits: int = option(0, "bits of probabilities and of inputs behind GELU, 1 to 8; 0 for act_bits")
     group_size: GroupSize = option("row", "input columns that share a scale of weights, or 'row' or 'tensor'")
     solver: Literal["gptq", "nearest"] = option("nearest", "how weights are rounded")
+    values: Literal["channel", "token"] = option(
+        "channel", "what has a scale of values in every head: with that of a channel integers multiply"
+    )
     fold: bool = option(True, "scale channels behind norms to equal ranges (RepQ-ViT)")
     reconstruct: Literal["none", "plain", "fisher"] = option(
         "none",
@@ -61,7 +64,6 @@ class AdaLogMethod(Method):
 
     def recipe(self) -> Recipe:
         """Return a recipe: uniform weights and inputs, logarithms behind GELU and the softmax."""
-        dynamic = Uniform(self.act_bits, "row")
         behind_gelu = Inputs(self._behind(), static=True, search=True)
         return Recipe(
             "adalog" if self.log == "adalog" else f"adalog-{self.log.replace('_', '-')}",
@@ -71,8 +73,15 @@ class AdaLogMethod(Method):
             rules=(Rule(_BEHIND_GELU, inputs=behind_gelu, optional=True),),
             tuners=self._tuners(),
             inputs=Inputs(Uniform(self.act_bits, "tensor"), static=True, search=True),
-            attention=Attention(dynamic, dynamic, dynamic, self._behind(), static=frozenset({"probabilities"})),
+            attention=self._attention(),
         )
+
+    def _attention(self) -> Attention:
+        """Return the formats of what attention multiplies."""
+        token = Uniform(self.act_bits, "row")
+        channels = frozenset({"values"} if self.values == "channel" else ())
+        static = frozenset({"probabilities"})
+        return Attention(token, token, token, self._behind(), static=static, channels=channels)
 
     def _tuners(self) -> tuple[Tuner, ...]:
         """Return the reconstruction, if there is one."""
