@@ -26,7 +26,7 @@ def quantized(tuner: Reconstruct | None = None):
     model = tiny_vision_model("vit_classifier")
     with torch.no_grad():
         before = model(PICTURES).logits.clone()
-        recipe = build_recipe("adalog", {"bits": 3, "act_bits": 4, "log": "uniform"})
+        recipe = build_recipe("adalog", {"bits": 3, "act_bits": 4, "log": "uniform", "values": "token"})
         bitmill.quantize(model, replace(recipe, tuners=(tuner,) if tuner else ()), calib=PICTURES, measure=0)
         return model, float((model(PICTURES).logits - before).norm())
 
