@@ -174,7 +174,7 @@ def test_documented_reader() -> None:
     codings = json.loads((ROOT / "src/bitmill/formats/data/codings.json").read_text())
     tables = ("affine", "binary_coding", "codebook", "integer_coding", "uniform")  # others: see their formats
     tables += ("float", "half_integer", "microscaling", "normal_float", "nvfp4", "sum")
-    tables += ("power_of_two", "post", "apot", "power")
+    tables += ("power_of_two", "post", "apot", "power", "signed_scale", "super_block", "super_block_offset")
     described = [ROOT / "tests" / "fixtures" / f"{name}.json" for name in tables]
     for file in described:
         stored = reader["read_safetensors"](file.with_suffix(".safetensors"))

@@ -11,6 +11,7 @@ from gguf.quants import dequantize
 from bitmill.exports.base import Layer
 from bitmill.exports.gguf_blocks import blocks, unsupported_reason
 from bitmill.formats.codebook import Codebook
+from bitmill.formats.gguf_types import GGUF_TYPES
 from bitmill.formats.microscaling import Microscaling
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.formats.uniform import Uniform
@@ -40,6 +41,19 @@ def test_equal_to_the_bit(format, kind):
     assert np.array_equal(dequantize(data, found), quantized.dequantize().numpy())
 
 
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_types(kind):
+    """Fits of every type are written as this type; rows that are no whole blocks are refused."""
+    format, W = GGUF_TYPES[kind], torch.randn(32, 512, generator=torch.Generator().manual_seed(0))
+    quantized = nearest_matrix(format, W, fit_matrix(format, W, None, search=True))
+    assert unsupported_reason(Layer(format, (32, 512))) is None
+    data, found = blocks(quantized)
+    assert found.name == kind
+    assert quantized.bits_per_weight == 8 * data.size / W.numel()
+    assert np.array_equal(dequantize(data, found), quantized.dequantize().numpy())
+    assert "no whole blocks" in str(unsupported_reason(Layer(format, (32, 520))))
+
+
 def test_zeros_take_another_bit():
     """Codes of 4 bits less a zero at an end reach 15."""
     format = Uniform(bits=4, group_size=32)
@@ -56,7 +70,7 @@ def test_zeros_take_another_bit():
         (Codebook(bits=4), SHAPE, "evenly spaced levels"),
         (Uniform(bits=4, group_size=16), SHAPE, "groups of 16 columns"),
         (Uniform(bits=8, group_size=32), SHAPE, "beyond a byte"),
-        (Microscaling(bits=6, element="e3m2"), SHAPE, "e2m1 in whole groups of 32 alone"),
+        (Microscaling(bits=6, element="e3m2"), SHAPE, "e2m1 in groups of 32 alone"),
         (Uniform(bits=4, group_size="row"), (24, 100), "groups of 100 columns"),
     ],
 )

@@ -130,6 +130,7 @@ def sound_values() -> dict[str, st.SearchStrategy[str]]:
         "--kv": [*KV_METHODS.names(), "kvquant:bits=2"],
         "--rule": ["*.o_proj=float", "*.down_proj=uniform:bits=8", "*=float", "*.v_proj=codebook:bits=9"],
         "--bits": ["2", "3", "4", "8", "3,4"],
+        "--type": ["Q4_K", "Q2_K", "IQ4_XS"],
         "--head-bits": ["8", "4"],
         "--sparse": ["0.01", "0.5"],
         "--out": ["out", "none/out", "folder"],

@@ -9,11 +9,13 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize
 
 from bitmill.errors import SourceError
+from bitmill.exports.gguf_blocks import blocks
 from bitmill.imports.gguf_blocks import quantized
 
 SCALES = {  # where a block has numbers in fp16
     Type.Q4_0: (0,), Type.Q5_0: (0,), Type.Q8_0: (0,), Type.Q4_1: (0, 2), Type.Q5_1: (0, 2), Type.Q2_K: (80, 82),
     Type.Q3_K: (108,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.MXFP4: (),
+    Type.IQ4_NL: (0,), Type.IQ4_XS: (0,),
 }  # fmt: skip
 
 
@@ -37,8 +39,19 @@ def test_equal_to_the_bit(kind):
     assert np.array_equal(made.format.dequantize(codes, params, made.shape).numpy(), dequantize(rows, kind))
 
 
+@pytest.mark.parametrize("kind", set(SCALES) - {Type.Q4_0, Type.Q5_0, Type.Q8_0}, ids=lambda kind: kind.name)
+def test_exported_bytes_are_those_imported(kind):
+    rows = random_rows(kind)
+    data, found = blocks(quantized(kind, rows))
+    assert found is kind
+    assert np.array_equal(data, rows)
+
+
 def test_refused():
-    with pytest.raises(SourceError, match=r"stored as IQ4_NL, which no format holds to the bit; MXFP4, Q2_K"):
-        quantized(Type.IQ4_NL, random_rows(Type.IQ4_NL))
-    with pytest.raises(SourceError, match="NaN or infinite"):
-        quantized(Type.Q4_0, np.full((2, 18), 255, np.uint8))
+    with pytest.raises(
+        SourceError, match=r"stored as IQ2_S, which no format holds to the bit; IQ4_NL, IQ4_XS, MXFP4"
+    ):
+        quantized(Type.IQ2_S, random_rows(Type.IQ2_S))
+    for kind, size in ((Type.Q4_0, 18), (Type.IQ4_NL, 18), (Type.Q4_K, 144)):
+        with pytest.raises(SourceError, match="NaN or infinite"):
+            quantized(kind, np.full((2, size), 255, np.uint8))

@@ -30,13 +30,16 @@ def bpe() -> PreTrainedTokenizerFast:
 
 
 def packed(tmp_path, model_type: str, **options):
-    model = tiny_model(model_type, **SIZES)
-    model.save_pretrained(tmp_path / "float")
-    bpe().save_pretrained(tmp_path / "float")
+    float_model(tmp_path, model_type)
     bitmill.quantize(
         tmp_path / "float", "gptq", out=tmp_path / "packed", calib=WINDOWS, measure=0, group_size=32, **options
     )
     return tmp_path / "packed"
+
+
+def float_model(tmp_path, model_type: str) -> None:
+    tiny_model(model_type, **SIZES).save_pretrained(tmp_path / "float")
+    bpe().save_pretrained(tmp_path / "float")
 
 
 def logits(model) -> torch.Tensor:
@@ -58,6 +61,27 @@ def test_round_trip(tmp_path, model_type):
     assert len(fields["tokenizer.ggml.tokens"].contents()) == 128
     if model_type == "llama":  # transformers has pre-tokenizers of its own for others
         assert bitmill.load_tokenizer(outcome.out)(TEXT)["input_ids"] == bpe()(TEXT)["input_ids"]
+
+
+@pytest.mark.parametrize(("kind", "instead"), [("Q4_K", "Q5_0"), ("Q3_K", "IQ4_NL"), ("Q5_K", "Q5_1")])
+def test_block_types(tmp_path, kind, instead):
+    """Layers of 256 columns have the type, and those of 128 the one that takes its place."""
+    float_model(tmp_path, "llama")
+    made = bitmill.quantize(
+        tmp_path / "float", "gguf", type=kind, out=tmp_path / "packed", calib=WINDOWS, measure=0
+    )
+    assert f"{instead} in place of {kind}: their columns are no multiple of 256" in str(made)
+    outcome = bitmill.export(tmp_path / "packed", "gguf")
+    reader = gguf.GGUFReader(outcome.out)
+    for tensor in reader.tensors:
+        if tensor.name.startswith("blk.") and "norm" not in tensor.name:
+            assert tensor.tensor_type.name == (kind if "ffn_down" in tensor.name else instead)
+    expected = logits(bitmill.load(tmp_path / "packed", dense=True))
+    assert torch.allclose(logits(bitmill.load(outcome.out)), expected, atol=2e-2 * float(expected.abs().max()))
+    imported = bitmill.import_checkpoint(outcome.out, out=tmp_path / "imported")
+    assert imported.out.is_dir()
+    again = logits(bitmill.load(tmp_path / "imported", dense=True))
+    assert torch.allclose(again, expected, atol=2e-2 * float(expected.abs().max()))
 
 
 def test_refused(tmp_path):

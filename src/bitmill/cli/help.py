@@ -19,9 +19,9 @@ COMMANDS = {
 
 PANELS = {  # by parameter; others are in typer's own panel
     "Method": (
-        "method", "methods", "bits", "group_size", "settings", "format", "solver", "transform", "tuner", "sparse",
-        "inputs", "attention", "rules", "simulate", "recipes", "propagate", "max_minutes", "head_bits", "budget",
-        "budgets", "sensitivity", "allocator", "corrections", "save_recipe",
+        "method", "methods", "bits", "group_size", "type", "settings", "format", "solver", "transform", "tuner",
+        "sparse", "inputs", "attention", "rules", "simulate", "recipes", "propagate", "max_minutes", "head_bits",
+        "budget", "budgets", "sensitivity", "allocator", "corrections", "save_recipe",
     ),
     "Export": ("to", "dtype", "engine"),
     "Recognizer": (

@@ -120,14 +120,16 @@ def parse_pairs(settings: list[str] | None, flag: str = "--set") -> dict[str, An
     return options
 
 
-def parse_method_options(bits: str | None, group_size: str | None, settings: list[str] | None) -> dict[str, Any]:
-    """Return the options of a method as strings, from --bits, --group-size and --set.
+def parse_method_options(
+    bits: str | None, group_size: str | None, settings: list[str] | None, type: str | None = None
+) -> dict[str, Any]:
+    """Return the options of a method as strings, from --bits, --group-size, --type and --set.
 
     Raises:
         UsageError: an option is given twice.
     """
     options = parse_pairs(settings)
-    for key, shortcut in (("bits", bits), ("group_size", group_size)):
+    for key, shortcut in (("bits", bits), ("group_size", group_size), ("type", type)):
         if shortcut is None:
             continue
         if key in options:

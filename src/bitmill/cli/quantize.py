@@ -75,6 +75,14 @@ GroupSize = Annotated[
         show_default=False,
     ),
 ]
+Type = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Short for --set type=TYPE: block type of the method gguf, such as Q4_K.",
+        show_default=False,
+    ),
+]
 FormatPart = Annotated[
     str | None,
     typer.Option(
@@ -242,6 +250,7 @@ def quantize(
     method: MethodName = None,
     bits: Bits = None,
     group_size: GroupSize = None,
+    type: Type = None,
     settings: MethodSettings = None,
     format: FormatPart = None,
     solver: SolverPart = None,
@@ -281,7 +290,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model into a folder that transformers can load."""
-    options = parse_method_options(bits, group_size, settings)
+    options = parse_method_options(bits, group_size, settings, type)
     parts: dict[str, Any] = {
         "format": format, "solver": solver, "transforms": transform, "tuners": tuner, "sparse": sparse,
         "inputs": inputs, "attention": attention, "rules": rules, "simulate": simulate or None,

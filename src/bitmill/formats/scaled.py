@@ -27,6 +27,7 @@ class Scaled(ScalarFormat):
     """Base of the formats with one table for all groups."""
 
     shares: ClassVar[tuple[float, ...]] = ()  # multiples of the starting factor that the search tries
+    signed: ClassVar[bool] = False  # the factor may be negative, which turns a table that is not symmetric around
 
     @abstractmethod
     def table(self, device: torch.device) -> Table:
@@ -34,7 +35,7 @@ class Scaled(ScalarFormat):
 
     @abstractmethod
     def factor(self, params: Params) -> Tensor:
-        """Return the positive factor of the table, (rows|1, groups|1)."""
+        """Return the factor of the table, positive unless `signed`, never 0, (rows|1, groups|1)."""
 
     @abstractmethod
     def start(self, x: Tensor) -> Params:
@@ -75,9 +76,9 @@ class Scaled(ScalarFormat):
         steps = self._table(x.device).lookup(codes)
         power = (steps.square() * importance).sum(-1)
         best = (steps * x * importance).sum(-1) / power.clamp(min=1e-30)
-        fresh = self.with_factor(best.clamp(min=0), params)
+        fresh = self.with_factor(best if self.signed else best.clamp(min=0), params)
         error = weighted_error(x, self.decode(codes, {**params, **fresh}), importance)
-        better = (best > 0) & (error < weighted_error(x, self.decode(codes, params), importance))
+        better = ((best > 0) | self.signed) & (error < weighted_error(x, self.decode(codes, params), importance))
         return {**params, **{name: torch.where(better, v, params[name]) for name, v in fresh.items()}}
 
     def _search(self, x: Tensor, importance: Tensor, start: Params) -> Params:

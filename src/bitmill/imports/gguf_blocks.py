@@ -2,12 +2,12 @@
 
     Q4_0, Q5_0, Q8_0          d * (q - middle)                          uniform, groups of 32
     Q4_1, Q5_1                d * q + m                                 affine, groups of 32
-    Q3_K, Q6_K                (d * scale) * (q - middle)                uniform, groups of 16, scales in fp32
-    Q2_K, Q4_K, Q5_K          (d * scale) * q - dmin * min              affine, groups of 16 or 32, in fp32
+    Q3_K, Q6_K, IQ4_XS        (d * scale) * table[q]                    super_block
+    Q2_K, Q4_K, Q5_K          (d * scale) * q - dmin * min              super_block_offset
+    IQ4_NL                    d * table[q]                              signed_scale
     MXFP4                     2^(e - 127) * e2m1(q)                     microscaling
 
-The scales of K-types are themselves quantized; their products with d are stored in fp32, which is exact and takes
-more bits than the file: 2 to 4 for each weight.
+Their bits are those of the file.
 
 Source: llama.cpp, ggml/src/ggml-common.h and ggml-quants.c.
 """
@@ -22,11 +22,10 @@ from gguf.constants import GGMLQuantizationType as Type
 from torch import Tensor
 
 from bitmill.errors import SourceError
+from bitmill.formats.gguf_types import GGUF_TYPES, SMALL
 from bitmill.formats.microscaling import Microscaling
 from bitmill.formats.quantized import Quantized
-from bitmill.imports.matrices import evenly_spaced, with_offset
-
-SMALL, SUPER = 32, 256  # weights of a block
+from bitmill.imports.matrices import evenly_spaced, scale_type, with_offset
 
 
 def quantized(kind: Type, rows: np.ndarray) -> Quantized:
@@ -102,15 +101,29 @@ def _quarters(data: Tensor) -> Tensor:
     return (data.unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-3)
 
 
-def _groups(d: Tensor, scales: Tensor) -> Tensor:
-    """Return d (rows, blocks) times scales (rows, blocks, n), fp32 (rows, blocks * n)."""
-    return (d[..., None] * scales.float()).flatten(1)
+def _of_type(kind: str, codes: Tensor, params: dict[str, Tensor]) -> Quantized:
+    """Return a matrix in the format of a type.
+
+    Args:
+        kind: the type.
+        codes: uint8 (rows, blocks, 256).
+        params: (rows, blocks) or (rows, blocks, groups) each.
+    """
+    if not all(bool(torch.isfinite(value).all()) for value in params.values()):
+        raise SourceError("A scale is NaN or infinite; fetch the model again.")
+    groups = params["scale"].shape[-1]
+    whole = {
+        name: (value.float() if value.dim() == 3 else value[..., None].expand(-1, -1, groups)).flatten(1)
+        for name, value in params.items()
+    }
+    codes = codes.flatten(1)
+    return Quantized(GGUF_TYPES[kind], codes, whole, (codes.shape[0], codes.shape[1]))
 
 
 def _q2_k(blocks: Tensor) -> Quantized:
     scales, data, d, least = blocks.split([16, 64, 2, 2], -1)
-    offset = -_groups(_fp16(least), scales >> 4)
-    return with_offset(_quarters(data).flatten(1), _groups(_fp16(d), scales & 15), offset, 2, 16)
+    params = {"scale": scales & 15, "minimum": scales >> 4, "d": _fp16(d), "dmin": _fp16(least)}
+    return _of_type("Q2_K", _quarters(data), params)
 
 
 def _q3_k(blocks: Tensor) -> Quantized:
@@ -120,8 +133,7 @@ def _q3_k(blocks: Tensor) -> Quantized:
     low, top = packed[..., :8], packed[..., 8:]
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
     scales = _halves(low) | (top[..., None, :] >> shifts & 3).flatten(-2) << 4
-    codes = (_quarters(data) | high << 2).flatten(1)
-    return evenly_spaced(codes, _groups(_fp16(d), scales.to(torch.int16) - 32), None, 3, 16)
+    return _of_type("Q3_K", _quarters(data) | high << 2, {"scale": scales, "d": _fp16(d)})
 
 
 def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,8 +153,8 @@ def _q4_or_5_k(bits: int) -> Callable[[Tensor], Quantized]:
         if bits == 5:
             planes = torch.arange(8, dtype=torch.uint8)[:, None]
             codes = codes | (high[..., None, :] >> planes & 1).flatten(-2) << 4
-        offset = -_groups(_fp16(least), minima)
-        return with_offset(codes.flatten(1), _groups(_fp16(d), scales), offset, bits, SMALL)
+        params = {"scale": scales, "minimum": minima, "d": _fp16(d), "dmin": _fp16(least)}
+        return _of_type(f"Q{bits}_K", codes, params)
 
     return read
 
@@ -150,7 +162,22 @@ def _q4_or_5_k(bits: int) -> Callable[[Tensor], Quantized]:
 def _q6_k(blocks: Tensor) -> Quantized:
     low, high, scales, d = blocks.split([128, 64, 16, 2], -1)
     codes = _halves(low.unflatten(-1, (2, 64))).flatten(-2) | _quarters(high) << 4
-    return evenly_spaced(codes.flatten(1), _groups(_fp16(d), scales.view(torch.int8)), None, 6, 16)
+    return _of_type("Q6_K", codes, {"scale": scales ^ 128, "d": _fp16(d)})
+
+
+def _iq4_nl(blocks: Tensor) -> Quantized:
+    codes, scale = _halves(blocks[..., 2:]).flatten(1), _fp16(blocks[..., :2])
+    scale_type(scale)  # refuses NaN and infinities
+    return Quantized(GGUF_TYPES["IQ4_NL"], codes, {"scale": scale}, (codes.shape[0], codes.shape[1]))
+
+
+def _iq4_xs(blocks: Tensor) -> Quantized:
+    d, high, low, data = blocks.split([2, 2, 4, 128], -1)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    top = (high[..., None] >> shifts & 3).flatten(-2)
+    scales = torch.stack([low & 15, low >> 4], -1).flatten(-2) | top << 4
+    codes = _halves(data.unflatten(-1, (8, 16))).flatten(-2)
+    return _of_type("IQ4_XS", codes, {"scale": scales, "d": _fp16(d)})
 
 
 # by type: bytes of a block, and its reader
@@ -166,4 +193,6 @@ _READERS: dict[Type, tuple[int, Callable[[Tensor], Quantized]]] = {
     Type.Q4_K: (144, _q4_or_5_k(4)),
     Type.Q5_K: (176, _q4_or_5_k(5)),
     Type.Q6_K: (210, _q6_k),
+    Type.IQ4_NL: (18, _iq4_nl),
+    Type.IQ4_XS: (136, _iq4_xs),
 }

@@ -12,11 +12,13 @@ shared parts    layers that share codebooks across blocks need one format
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from bitmill.architectures.site import Site
 from bitmill.errors import RecipeError, UsageError
 from bitmill.formats import Format
+from bitmill.formats.gguf_types import format_for_columns, gguf_type
 from bitmill.models.embedding_and_head import EmbeddingAndHead
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.embedding_and_head import HeadFormats, choose_head_formats
@@ -38,7 +40,8 @@ class ResolvedRecipe:
         schemes: full name of every linear of every block -> its scheme, or None where it stays in float.
         ends: the quantized ones of embedding and head; None where both stay in float.
         head_formats: their formats, by path.
-        note: one sentence where embedding or head stay in float though nothing asks for it; "" otherwise.
+        note: sentences where layers have other formats than the recipe asks for, or embedding or head stay in
+            float though nothing asks for it; "" otherwise.
     """
 
     recipe: Recipe
@@ -88,7 +91,7 @@ def resolve_recipe(recipe: Recipe, streamed: StreamedModel) -> ResolvedRecipe:
         RecipeError: a rule decides no layer, or rules contradict each other.
         SourceError: embedding and head are to be quantized, and the model has none that can be.
     """
-    schemes = {site.layer: recipe.scheme(site.layer) for site in streamed.all_sites()}
+    schemes = {site.layer: _for_columns(recipe.scheme(site.layer), site) for site in streamed.all_sites()}
     head = choose_head_formats(recipe, streamed, schemes)
     _check_rules(recipe, streamed, schemes, head)
     if not any(schemes.values()):
@@ -104,7 +107,29 @@ def resolve_recipe(recipe: Recipe, streamed: StreamedModel) -> ResolvedRecipe:
         names = [f"{streamed.block_name(index)}.{linear}" for index in range(len(streamed.blocks))]
         like = [name for name in names if name in schemes]
         _check_shared(recipe, schemes, like)
-    return ResolvedRecipe(head.recipe, schemes, head.ends, head.formats, head.note)
+    note = " ".join(filter(None, (_note_of_columns(recipe, schemes), head.note)))
+    return ResolvedRecipe(head.recipe, schemes, head.ends, head.formats, note)
+
+
+def _for_columns(scheme: LayerScheme | None, site: Site) -> LayerScheme | None:
+    """Return a scheme with a type of GGUF whose blocks fill the rows, see `formats.gguf_types`."""
+    if scheme is None:
+        return None
+    weight = format_for_columns(scheme.weight, site.shape[1])
+    return scheme if weight is scheme.weight else replace(scheme, weight=weight)
+
+
+def _note_of_columns(recipe: Recipe, schemes: Schemes) -> str:
+    """Return which layers have another type of GGUF, as their rows are no whole blocks; "" where none has."""
+    changed = {}
+    for layer, scheme in schemes.items():
+        asked = recipe.scheme(layer)
+        if scheme is not None and asked is not None and scheme.weight != asked.weight:
+            changed[layer] = f"{gguf_type(scheme.weight)} in place of {gguf_type(asked.weight)}"
+    if not changed:
+        return ""
+    kinds = ", ".join(dict.fromkeys(changed.values()))
+    return f"{len(changed)} of {len(schemes)} layers are stored as {kinds}: their columns are no multiple of 256."
 
 
 def _check_rules(recipe: Recipe, streamed: StreamedModel, schemes: Schemes, head: HeadFormats) -> None:

@@ -46,6 +46,14 @@ class Clip(Solver):
         """The Gram matrix of the layer's inputs."""
         return GRAM
 
+    def unsupported_reason(self, format: GroupFormat) -> str | None:
+        """Return why groups cannot choose their ranges one by one: some share a number."""
+        if any(part.span > 1 for part in format.parts((1, 1))):
+            return (
+                f"clip chooses a range for each group alone, and groups of {format.name} share a scale; use gptq."
+            )
+        return None
+
     def solve(self, W: Tensor, stats: Statistics, format: GroupFormat) -> Quantized:
         """Quantize W, fp32 (rows, columns), in the metric of stats.gram.
 

@@ -28,16 +28,18 @@ _ALIKE = {"mistral": "llama"}  # a model type -> the one whose tensors it has
 _DESCRIBED = ("llama", "qwen2", "qwen3")  # whose metadata is written from a config and a tokenizer
 _EXPORTED = (*_DESCRIBED, "gemma", "gemma2", "gemma3")
 _FILE_TYPES = {
-    Kind.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
-    Kind.Q5_0: gguf.LlamaFileType.MOSTLY_Q5_0,
-    Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-    Kind.MXFP4: gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
+    Kind[name]: gguf.LlamaFileType[f"MOSTLY_{file}"]
+    for name, file in {
+        **{name: name for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q6_K", "IQ4_NL", "IQ4_XS")},
+        **{name: f"{name}_M" for name in ("Q3_K", "Q4_K", "Q5_K")},
+        "MXFP4": "MXFP4_MOE",
+    }.items()
 }
 _WRITTEN_ANEW = ("general.architecture", "general.file_type", "general.quantization_version")
 
 
 class GgufWriter(Writer):
-    """Writes levels in the smallest block type that holds them exactly."""
+    """Writes formats of block types as they are, and other levels in the smallest type that holds them exactly."""
 
     name, readers, ending = "gguf", "llama.cpp and programs built on it", ".gguf"
     is_file: ClassVar[bool] = True
