@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitmill.errors import RecipeError
-from bitmill.formats.gguf_types import GGUF_TYPES, format_for_columns, gguf_type
+from bitmill.formats.gguf_types import GGUF_TYPES, gguf_type
 from bitmill.formats.quantized import fit_matrix, nearest_matrix
 from bitmill.recipes.method import build_recipe
 from bitmill.solvers import Statistics
@@ -36,9 +36,9 @@ def test_feedback_beats_the_nearest(kind):
     ],
 )
 def test_other_columns(kind, instead):
-    assert gguf_type(format_for_columns(GGUF_TYPES[kind], 576)) == instead
-    assert gguf_type(format_for_columns(GGUF_TYPES[kind], 1536)) == kind
-    assert gguf_type(format_for_columns(GGUF_TYPES["Q4_0"], 576)) == "Q4_0"
+    assert gguf_type(GGUF_TYPES[kind].for_columns(576)) == instead
+    assert gguf_type(GGUF_TYPES[kind].for_columns(1536)) == kind
+    assert gguf_type(GGUF_TYPES["Q4_0"].for_columns(576)) == "Q4_0"
 
 
 def test_negative_side_of_a_table():

@@ -142,6 +142,10 @@ class Format(Member, ABC):
         """
         return self
 
+    def for_columns(self, columns: int) -> Format:
+        """Return the format of a matrix of so many columns: this one, unless its blocks must fill the rows."""
+        return self
+
     @property
     def learned_integers(self) -> frozenset[str]:
         """Names of the parts stored as integers that a gradient moves, as it moves those stored as floats."""
@@ -215,26 +219,20 @@ class Format(Member, ABC):
         }
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Params]:
-        """Invert `pack`.
+        """Invert `pack`: return codes, and fp32 params.
 
         Args:
             tensors: as named by `layout`.
             shape: (rows, columns).
-
-        Returns:
-            Codes, and fp32 params.
         """
         return self.unpack_codes(tensors["codes"], shape[1]), self.unpack_params(tensors, shape)
 
     def unpack_codes(self, stored: Tensor, columns: int) -> Tensor:
-        """Unpack the codes of some rows.
+        """Unpack the codes (rows, codes_in(columns)) of some rows, uint8 up to 8 bits, int32 above.
 
         Args:
             stored: int32 (rows, words).
             columns: weights in a row.
-
-        Returns:
-            (rows, codes_in(columns)), uint8 up to 8 bits, int32 above.
         """
         return unpack(stored, self.code_bits, self.codes_in(columns))
 

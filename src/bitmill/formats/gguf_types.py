@@ -1,7 +1,8 @@
-"""The block types of GGUF as formats, and the type that takes the place of one whose blocks do not fit a matrix.
+"""The block types of GGUF as formats.
 
-Types of 256 columns need rows that are whole blocks. For other matrices llama.cpp has a rule, which holds here:
-IQ4_NL in place of Q2_K, Q3_K and IQ4_XS, Q5_0 of Q4_K, Q5_1 of Q5_K, and Q8_0 of Q6_K, all in blocks of 32.
+Types of 256 columns need rows that are whole blocks. For other matrices llama.cpp has a rule, which holds here
+(`Format.for_columns`): IQ4_NL in place of Q2_K, Q3_K and IQ4_XS, Q5_0 of Q4_K, Q5_1 of Q5_K, and Q8_0 of Q6_K, all
+in blocks of 32.
 
 Source: llama.cpp, ggml/src/ggml-common.h; src/llama-quant.cpp for the rule.
 """
@@ -33,14 +34,6 @@ GGUF_TYPES: dict[str, GroupFormat] = {
     "MXFP4": Microscaling(4, SMALL),
 }
 _NAMES: dict[Format, str] = {format: name for name, format in GGUF_TYPES.items()}
-_IN_PLACE_OF = {
-    "Q2_K": "IQ4_NL",
-    "Q3_K": "IQ4_NL",
-    "IQ4_XS": "IQ4_NL",
-    "Q4_K": "Q5_0",
-    "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
-}
 
 
 def gguf_type(format: Format) -> str | None:
@@ -50,12 +43,4 @@ def gguf_type(format: Format) -> str | None:
 
 def block_columns(kind: str) -> int:
     """Return the columns of a block of a type."""
-    return SUPER if kind in _IN_PLACE_OF else SMALL
-
-
-def format_for_columns(format: Format, columns: int) -> Format:
-    """Return the format of a type whose blocks fill rows of so many columns; other formats as they are."""
-    kind = gguf_type(format)
-    if kind is not None and kind in _IN_PLACE_OF and columns % SUPER:
-        return GGUF_TYPES[_IN_PLACE_OF[kind]]
-    return format
+    return SUPER if isinstance(GGUF_TYPES[kind], SuperBlock | SuperBlockOffset) else SMALL

@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from bitmill.errors import RecipeError
-from bitmill.formats.base import FORMATS, Params
+from bitmill.formats.base import FORMATS, Format, Params
 from bitmill.formats.fitting import in_slices, least_error, weighted_error
 from bitmill.formats.part import Part, repeated, span_sums
-from bitmill.formats.signed_scale import SignedTable, signed
+from bitmill.formats.signed_scale import SignedScale, SignedTable, signed
+from bitmill.numerics.grouping import GroupSize
 
 _ROUNDS = 4
+BLOCK = 256  # columns of a super-block of GGUF
 
 
 @FORMATS.register("super_block")
@@ -44,6 +46,12 @@ class SuperBlock(SignedTable):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_super_block(self.name, self.scale_bits, self.groups)
+
+    def for_columns(self, columns: int) -> Format:
+        """Return a format in groups of 32, as llama.cpp has it, where rows are no whole blocks of 256."""
+        if not part_of_block(self.group_size, self.groups, columns):
+            return self
+        return SignedScale(4, 32, "iq4_nl") if self.bits <= 4 else SignedScale(8, 32)
 
     def factor(self, params: Params) -> Tensor:
         """Return d * s."""
@@ -137,6 +145,11 @@ class SuperBlock(SignedTable):
         best = span_sums((steps * x * importance).sum(-1), self.groups) / power.clamp(min=1e-30)
         d = repeated(signed(best), self.groups, params["d"].shape[1])
         return least_blocks(self._snap, x, importance, params, {**params, "d": d}, self.groups)
+
+
+def part_of_block(group_size: GroupSize, groups: int, columns: int) -> bool:
+    """Return True where super-blocks have 256 columns, as those of GGUF, and rows are not whole ones."""
+    return isinstance(group_size, int) and group_size * groups == BLOCK and columns % BLOCK != 0
 
 
 def check_super_block(name: str, scale_bits: int, groups: int) -> None:

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from bitmill.formats.affine import Affine
-from bitmill.formats.base import FORMATS, Params, Rounder
+from bitmill.formats.base import FORMATS, Format, Params, Rounder
 from bitmill.formats.fitting import alternate, as_stored, in_slices, least_error, positive, weighted_error
 from bitmill.formats.lookup import Lookup
 from bitmill.formats.part import Part, repeated, span_sums
 from bitmill.formats.scalar import ScalarFormat
-from bitmill.formats.super_block import check_super_block, least_blocks
+from bitmill.formats.signed_scale import SignedScale
+from bitmill.formats.super_block import check_super_block, least_blocks, part_of_block
 from bitmill.numerics.grouping import GroupSize
 
 _ROUNDS = 4
@@ -48,6 +49,14 @@ class SuperBlockOffset(ScalarFormat):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_super_block(self.name, self.scale_bits, self.groups)
+
+    def for_columns(self, columns: int) -> Format:
+        """Return a format in groups of 32, as llama.cpp has it, where rows are no whole blocks of 256."""
+        if not part_of_block(self.group_size, self.groups, columns):
+            return self
+        if self.bits <= 3:
+            return SignedScale(4, 32, "iq4_nl")
+        return SignedScale(5, 32) if self.bits == 4 else Affine(self.bits, 32)
 
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
         """Fit the range from minimum to maximum of each group, or search the line of least weighted error."""

@@ -18,7 +18,6 @@ from functools import cached_property
 from bitmill.architectures.site import Site
 from bitmill.errors import RecipeError, UsageError
 from bitmill.formats import Format
-from bitmill.formats.gguf_types import format_for_columns, gguf_type
 from bitmill.models.embedding_and_head import EmbeddingAndHead
 from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.embedding_and_head import HeadFormats, choose_head_formats
@@ -112,24 +111,24 @@ def resolve_recipe(recipe: Recipe, streamed: StreamedModel) -> ResolvedRecipe:
 
 
 def _for_columns(scheme: LayerScheme | None, site: Site) -> LayerScheme | None:
-    """Return a scheme with a type of GGUF whose blocks fill the rows, see `formats.gguf_types`."""
+    """Return a scheme with a format whose blocks fill the rows, see `Format.for_columns`."""
     if scheme is None:
         return None
-    weight = format_for_columns(scheme.weight, site.shape[1])
+    weight = scheme.weight.for_columns(site.shape[1])
     return scheme if weight is scheme.weight else replace(scheme, weight=weight)
 
 
 def _note_of_columns(recipe: Recipe, schemes: Schemes) -> str:
-    """Return which layers have another type of GGUF, as their rows are no whole blocks; "" where none has."""
+    """Return which layers have another format, as their rows are no whole blocks; "" where none has."""
     changed = {}
     for layer, scheme in schemes.items():
         asked = recipe.scheme(layer)
         if scheme is not None and asked is not None and scheme.weight != asked.weight:
-            changed[layer] = f"{gguf_type(scheme.weight)} in place of {gguf_type(asked.weight)}"
+            changed[layer] = f"{_words(scheme.weight)} in place of {_words(asked.weight)}"
     if not changed:
         return ""
     kinds = ", ".join(dict.fromkeys(changed.values()))
-    return f"{len(changed)} of {len(schemes)} layers are stored as {kinds}: their columns are no multiple of 256."
+    return f"{len(changed)} of {len(schemes)} layers are stored as {kinds}: their columns are no whole blocks."
 
 
 def _check_rules(recipe: Recipe, streamed: StreamedModel, schemes: Schemes, head: HeadFormats) -> None:
