@@ -114,22 +114,30 @@ Additive additive_weights(const Layout& l, const Bytes& codes, const Array<const
     return w;
 }
 
+int state_bits_of(size_t states) {
+    for (int bits = 8; bits <= 16; ++bits)
+        if (states == size_t{1} << bits) return bits;
+    require(false, "a trellis has 2^8 to 2^16 states");
+    return 0;
+}
+
 Vectors vectors(int set, int64_t columns, int64_t group, int bits, const Array<const int32_t, 2>& words,
                 const Array<const float, 2>& scales, const Array<const float, 1>& table) {
-    const bool e8 = set == 0;
-    require(0 <= set && set <= 1 && 1 <= bits && bits <= 4 && 0 < columns && columns < most_columns && 0 < group &&
+    const bool e8 = set == 0, trellis = set == 2;
+    require(0 <= set && set <= 2 && 1 <= bits && bits <= 4 && 0 < columns && columns < most_columns && 0 < group &&
                 group < most_columns,
             "a vector format is out of range");
-    const int64_t width = e8 ? 8 : 16, blocks = (columns + width - 1) / width, rows = words.shape(0);
-    require(static_cast<int64_t>(words.shape(1)) * 32 >= blocks * (e8 ? 16 : 16 * bits + 4),
+    const int64_t width = e8 ? 8 : trellis ? trellis_block : 16, blocks = (columns + width - 1) / width, rows = words.shape(0);
+    require(static_cast<int64_t>(words.shape(1)) * 32 >= blocks * (e8 ? 16 : trellis ? trellis_block * bits : 16 * bits + 4),
             "words are too few");
     require(group % width == 0 && static_cast<int64_t>(scales.shape(1)) >= (blocks * width - 1) / group + 1,
             "scales are too few");
     require(scales.shape(0) == 1 || static_cast<int64_t>(scales.shape(0)) == rows, "scales are of other rows");
-    require(table.size() == (e8 ? 2048u : 16u), "the table has another size");
+    const int state_bits = trellis ? state_bits_of(table.size()) : 0;
+    require(trellis || table.size() == (e8 ? 2048u : 16u), "the table has another size");
     return {static_cast<VectorSet>(set), rows, columns, group, reinterpret_cast<const uint32_t*>(words.data()),
             static_cast<int64_t>(words.shape(1)), scales.data(), static_cast<int64_t>(scales.shape(1)),
-            scales.shape(0) > 1, bits, table.data()};
+            scales.shape(0) > 1, bits, table.data(), state_bits};
 }
 
 Points points(const Layout& l, const Bytes& codes, const Bytes& gains, const Array<const float, 1>& lengths,

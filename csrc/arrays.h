@@ -50,6 +50,8 @@ Levels levels(const Layout& l, const Bytes& codes, const Array<const float, 1>& 
               const Array<const float, 2>& zeros, int64_t first, int64_t rows);
 Additive additive_weights(const Layout& l, const Bytes& codes, const Array<const float, 3>& books,
                           const Bytes& scales, int64_t columns);
+// Bits of the state of a trellis with so many states.
+int state_bits_of(size_t states);
 Vectors vectors(int set, int64_t columns, int64_t group, int bits, const Array<const int32_t, 2>& words,
                 const Array<const float, 2>& scales, const Array<const float, 1>& table);
 // columns: of the matrix, whose last point may be cut.

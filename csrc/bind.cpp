@@ -132,6 +132,19 @@ void coordinates_of(int bits, int64_t columns, Array<const int32_t, 2> words, Ar
     coordinates(w, y.data(), gains.data(), threads);
 }
 
+void trellis_codes_of(int bits, Array<const int16_t, 1> levels, Array<const int16_t, 2> x, Array<uint8_t, 2> codes,
+                      int kept, int threads) {
+    const int state_bits = state_bits_of(levels.size());
+    require(1 <= bits && bits <= 4 && x.shape(1) == trellis_block && codes.shape(0) == x.shape(0) &&
+                codes.shape(1) == static_cast<size_t>(trellis_block / 8 * bits),
+            "the arrays are not of one set of blocks");
+    require(kept == 0 || kept == 16 || kept == 32 || kept == 48, "kept numbers are whole quarters of a block");
+    for (size_t i = 0; i < levels.size(); ++i) require(-510 <= levels.data()[i] && levels.data()[i] <= 510, "a level is out of range");
+    for (size_t i = 0; i < x.size(); ++i) require(-510 <= x.data()[i] && x.data()[i] <= 510, "a number is out of range");
+    nb::gil_scoped_release free;
+    trellis_codes({bits, state_bits, levels.data()}, x.shape(0), x.data(), kept, codes.data(), threads);
+}
+
 void nearest_points_of(int bits, Array<const float, 1> lengths, Array<const float, 2> x, Array<uint8_t, 2> codes,
                        Array<float, 2> vectors, int threads) {
     require(1 <= bits && bits <= 4 && lengths.shape(0) == 16 && x.shape(1) == 16 && vectors.shape(1) == 16 &&
@@ -252,6 +265,8 @@ NB_MODULE(_native, m) {
     m.def("vector_decode", vector_decode_of, "set"_a, "group"_a, "bits"_a, "words"_as_is, "scales"_as_is,
           "table"_as_is, "first"_a, "out"_as_is, "threads"_a);
     m.def("coordinates", coordinates_of, "bits"_a, "columns"_a, "words"_as_is, "y"_as_is, "gains"_as_is,
+          "threads"_a);
+    m.def("trellis_codes", trellis_codes_of, "bits"_a, "levels"_as_is, "x"_as_is, "codes"_as_is, "kept"_a,
           "threads"_a);
     m.def("nearest_points", nearest_points_of, "bits"_a, "lengths"_as_is, "x"_as_is, "codes"_as_is,
           "vectors"_as_is, "threads"_a);

@@ -6,6 +6,8 @@
 #include "nearest-inl.h"
 #include "pyramid-inl.h"
 #include "points-inl.h"
+#include "trellis-inl.h"
+#include "viterbi-inl.h"
 
 namespace bitmill {
 
@@ -62,14 +64,16 @@ void vector_decode_of(const Vectors& w, float* out, int64_t first, int64_t last)
 template <class V>
 void vector_linear_with(const Vectors& w, const float* x, int64_t tokens, float* y, int64_t first,
                         int64_t last) {
-    (w.set == VectorSet::e8 ? vector_linear_of<V, E8<V>> : vector_linear_of<V, Pyramid<V>>)(w, x, tokens, y,
-                                                                                            first, last);
+    constexpr decltype(&vector_linear_with<V>) of[] = {vector_linear_of<V, E8<V>>, vector_linear_of<V, Pyramid<V>>,
+                                                       vector_linear_of<V, TrellisLevels<V>>};
+    of[static_cast<int>(w.set)](w, x, tokens, y, first, last);
 }
 
 template <class V>
 void vector_decode_with(const Vectors& w, float* out, int64_t first, int64_t last) {
-    (w.set == VectorSet::e8 ? vector_decode_of<V, E8<V>> : vector_decode_of<V, Pyramid<V>>)(w, out, first,
-                                                                                            last);
+    constexpr decltype(&vector_decode_with<V>) of[] = {vector_decode_of<V, E8<V>>, vector_decode_of<V, Pyramid<V>>,
+                                                       vector_decode_of<V, TrellisLevels<V>>};
+    of[static_cast<int>(w.set)](w, out, first, last);
 }
 
 template <class V>
@@ -86,7 +90,7 @@ void coordinates_with(const Vectors& w, int8_t* y, uint8_t* gains, int64_t first
 
 template <class V>
 constexpr VectorKernels vector_kernels = {vector_linear_with<V>, vector_decode_with<V>, coordinates_with<V>,
-                                          nearest_points_with<V>,
+                                          nearest_points_with<V>, trellis_codes_with<V>,
                                           points_linear_with<V>, points_decode_with<V>,
                                           lattice_linear_with<V>, lattice_decode_with<V>};
 

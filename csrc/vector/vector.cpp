@@ -49,6 +49,13 @@ void nearest_points(int bits, const float* lengths, int64_t count, const float* 
     });
 }
 
+void trellis_codes(const Trellis& w, int64_t count, const int16_t* x, int kept, uint8_t* codes, int threads) {
+    const auto& best = *isa().vector;
+    parallel_for(count, threads, [&](int64_t first, int64_t last) {
+        best.trellis_codes(w, last - first, x + first * trellis_block, kept, codes + first * trellis_block / 8 * w.bits);
+    });
+}
+
 bool are_points(int bits, int64_t count, const int8_t* y, const uint8_t* gains) {
     for (int64_t p = 0; p < count; ++p, y += 16) {
         int pulses = 0;

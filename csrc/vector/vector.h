@@ -10,7 +10,16 @@
 
 namespace bitmill {
 
-enum class VectorSet { e8, pyramid };
+enum class VectorSet { e8, pyramid, trellis };
+
+constexpr int trellis_block = 64;   // numerics/trellis.py: BLOCK
+constexpr int trellis_window = 24;  // numbers on either side of a seam that choose its state
+
+// What a block of trellis codes is encoded with.
+struct Trellis {
+    int bits, state_bits;
+    const int16_t* levels;  // (2^state_bits)
+};
 
 struct Vectors {
     VectorSet set;
@@ -21,8 +30,9 @@ struct Vectors {
     const float* scales;    // (rows or 1, groups)
     int64_t groups;
     bool own_scales;        // of every row
-    int bits;               // of the pyramid: 1 to 4
-    const float* table;     // e8: (256, 8) absolute values; pyramid: 16 lengths
+    int bits;               // of a pyramid or a trellis: 1 to 4
+    const float* table;     // e8: (256, 8) absolute values; pyramid: 16 lengths; trellis: levels of all states
+    int state_bits = 0;     // of a trellis
 
     const float* scales_of(int64_t row) const { return scales + (own_scales ? row * groups : 0); }
     static constexpr int64_t piece = 1024;  // columns decoded at a time
@@ -69,6 +79,8 @@ struct VectorKernels {
     // Of x (count, 16): vector/nearest-inl.h.
     void (*nearest_points)(int bits, const float* lengths, int64_t count, const float* x, uint8_t* codes,
                            float* vectors);
+    // Of x (count, trellis_block): vector/viterbi-inl.h.
+    void (*trellis_codes)(const Trellis&, int64_t count, const int16_t* x, int kept, uint8_t* codes);
     // Repacked points: tiles [first, last), and rows [first, last) of W^.
     void (*points_linear)(const Points&, const Inputs&, Act, int64_t tokens, float* y, int64_t first,
                           int64_t last);
@@ -88,6 +100,9 @@ void coordinates(const Vectors& weights, int8_t* y, uint8_t* gains, int threads)
 // Codes (count, 4 * bits + 1) and points (count, 16), with their lengths, nearest to x (count, 16).
 void nearest_points(int bits, const float* lengths, int64_t count, const float* x, uint8_t* codes, float* vectors,
                     int threads);
+// Codes (count, trellis_block / 8 * bits) of the paths nearest to x (count, trellis_block); the first `kept` numbers of
+// blocks, a multiple of 16, keep their levels where it is above 0.
+void trellis_codes(const Trellis& trellis, int64_t count, const int16_t* x, int kept, uint8_t* codes, int threads);
 // True if all points have the pulses that numbers of so many bits have, and gains fit their four bits.
 bool are_points(int bits, int64_t count, const int8_t* y, const uint8_t* gains);
 void numbers(int bits, int64_t rows, int64_t points, const int8_t* y, const uint8_t* gains, uint32_t* words,

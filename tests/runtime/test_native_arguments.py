@@ -38,6 +38,7 @@ FORMAT_NAMES = {
     "integer_coding": [{"bits": 3, "group_size": 48}, {"bits": 4, "group_size": 48}],
     "additive": [{"bits": 4}, {"bits": 8}],
     "e8": [{"bits": 2}, {"bits": 2, "group_size": 48}],
+    "trellis": [{"bits": 2, "state_bits": 8}],
     "pyramid": [{"bits": 3}, {"bits": 1}, {"bits": 2, "group_size": 48}],
 }
 FORMATS_RUN: list[Format] = [FORMATS.get(name)(**given) for name, all_ in FORMAT_NAMES.items() for given in all_]

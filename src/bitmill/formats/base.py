@@ -42,7 +42,7 @@ from bitmill.numerics.straight_through import straight_through
 
 Params = dict[str, Tensor]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype) of tensors on disk
-Rounder = Callable[[Tensor], tuple[Tensor, Tensor]]
+Rounder = Callable[..., tuple[Tensor, Tensor]]
 
 _LONG_ROW = 1 << 12  # columns of a row whose ragged end is negligible
 
@@ -262,6 +262,7 @@ class GroupFormat(Format):
     group_size: GroupSize = 64
 
     block: ClassVar[int] = 1  # columns coded jointly
+    feeds_inside: ClassVar[bool] = False  # rounders of blocks take U of `solvers.feedback` as well
     max_bits: ClassVar[int] = 8
     groups_independent: ClassVar[bool] = True  # one group can be fitted without the rest of its row
     shareable: ClassVar[frozenset[str]] = frozenset()  # parts of one size for all matrices, which layers may share
@@ -334,7 +335,6 @@ class GroupFormat(Format):
         return integers[None], scale, zero
 
     # -- meaning ------------------------------------------------------------------------------------------
-
     @abstractmethod
     def fit(self, x: Tensor, importance: Tensor, search: bool = True) -> Params:
         """Fit parameters to x.

@@ -114,26 +114,37 @@ def _block(
     stop = start + errors.shape[0]
     for j in range(start, stop, format.block):
         here = slice(j, min(j + format.block, stop))
-        codes[block_codes(format, here)], value = round_block(grids.rounder(j, Wt), Wt[here], format.block)
+        inside = (_whole(U[here, here], format.block),) if format.feeds_inside else ()
+        codes[block_codes(format, here)], value = round_block(
+            grids.rounder(j, Wt), Wt[here], format.block, *inside
+        )
         error = torch.linalg.solve_triangular(U[here, here].T, Wt[here] - value, upper=False)
         errors[here.start - start : here.stop - start] = error
         Wt[here.stop : stop].addmm_(U[here, here.stop : stop].T, error, alpha=-1)
         Wt[here] = value
 
 
-def round_block(rounder: Rounder, wt: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _whole(U: Tensor, block: int) -> Tensor:
+    """Return the factor of a block, with columns that do not exist added to a ragged one."""
+    whole = torch.eye(block, dtype=U.dtype, device=U.device)
+    whole[: len(U), : len(U)] = U
+    return whole
+
+
+def round_block(rounder: Rounder, wt: Tensor, block: int, *inside: Tensor) -> tuple[Tensor, Tensor]:
     """Round at most `block` columns jointly.
 
     Args:
         rounder: as of `GroupFormat.rounder`.
         wt: (columns, rows).
         block: columns of a whole block.
+        inside: the factor U of the block, where the format feeds errors on inside it.
 
     Returns:
         Codes (codes_per_block, rows) and values (columns, rows).
     """
     columns = wt.shape[0]
-    codes, values = rounder(torch.nn.functional.pad(wt.T, (0, block - columns)))
+    codes, values = rounder(torch.nn.functional.pad(wt.T, (0, block - columns)), *inside)
     return codes.T, values.T[:columns]
 
 

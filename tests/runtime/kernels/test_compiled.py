@@ -15,6 +15,7 @@ from bitmill.formats.pyramid import Pyramid
 from bitmill.formats.quantized import Quantized
 from bitmill.formats.rotated import Rotated
 from bitmill.formats.sum import Sum
+from bitmill.formats.trellis import Trellis
 from bitmill.formats.uniform import Uniform
 from bitmill.numerics.hadamard import hadamard
 from bitmill.numerics.rotations import rotation
@@ -33,6 +34,7 @@ from helpers.native_kernels import CPU, SHAPES, each_isa, exact, kernel_of, need
 
 pytestmark = [needs_native, pytest.mark.usefixtures("each_isa")]
 VECTORS = [E8(2), E8(2, 40), *(Pyramid(bits) for bits in range(1, 5)), Pyramid(2, 32), Pyramid(3, "tensor")]
+VECTORS += [Trellis(bits, state_bits=8) for bits in range(1, 5)] + [Trellis(2, 64, 10)]
 
 
 def random_codes(format: Additive, shape: tuple[int, int]) -> Quantized:

@@ -1,4 +1,4 @@
-"""Lattice and pyramid codes: rows decoded in the cache by compiled code, and multiplied in fp32 (csrc/vector).
+"""Lattice, pyramid and trellis codes, rows of which are decoded in the cache and multiplied in fp32 (csrc/vector).
 
 Codes stay packed. Decoding rounds as the formats' `dequantize` does: many tokens, which multiply decoded tiles
 with torch, equal the reference kernel bit by bit; a few tokens differ only by the order of fp32 sums.
@@ -15,15 +15,16 @@ from bitmill.compat import is_traced
 from bitmill.formats import Format
 from bitmill.formats.e8 import E8
 from bitmill.formats.pyramid import LENGTHS, Pyramid
+from bitmill.formats.trellis import Trellis
 from bitmill.formats.vector import VectorFormat
-from bitmill.native import native, threads
-from bitmill.numerics import e8
+from bitmill.native import native, threads, unsupported_reason
+from bitmill.numerics import e8, trellis
 from bitmill.runtime import ops
 from bitmill.runtime.kernels.base import KERNELS, KernelSpec
 from bitmill.runtime.kernels.compiled import CompiledKernel, cpu_unsupported_reason, tile_buffer
 from bitmill.runtime.kernels.reference import RowDecoder, decode_rows
 
-_SETS = (E8, Pyramid)  # csrc/vector/vector.h: VectorSet
+_SETS = (E8, Pyramid, Trellis)  # csrc/vector/vector.h: VectorSet
 
 
 @KERNELS.register("vector")
@@ -32,9 +33,11 @@ class VectorKernel(CompiledKernel):
 
     @staticmethod
     def unsupported_reason(spec: KernelSpec) -> str | None:
-        """Return None for the lattice E8 and pyramids on the CPU, or the reason."""
+        """Return None for the lattice E8, pyramids and trellises on the CPU, or the reason."""
         if not isinstance(spec.format, _SETS):
             return f"{spec.format.name} has no fixed set of vectors."
+        if isinstance(spec.format, Trellis) and (reason := unsupported_reason("trellis_codes")):
+            return reason
         return cpu_unsupported_reason(spec)
 
     def __init__(self, spec: KernelSpec, tensors: dict[str, Tensor]) -> None:
@@ -73,4 +76,8 @@ class VectorKernel(CompiledKernel):
 
 
 def _table(format: Format) -> Tensor:
-    return e8.patterns().flatten() if isinstance(format, E8) else torch.tensor(LENGTHS)
+    if isinstance(format, E8):
+        return e8.patterns().flatten()
+    if isinstance(format, Trellis):
+        return trellis.points(format.state_bits, torch.device("cpu"))  # one table for all layers
+    return torch.tensor(LENGTHS)

@@ -40,6 +40,7 @@ CASES: tuple[tuple[str, int, int | str], ...] = (
     ("nvfp4", 4, 16),
     ("e8", 2, "tensor"),
     *(("pyramid", bits, "row") for bits in range(1, 5)),
+    *(("trellis", bits, "row") for bits in range(1, 5)),
 )
 
 

@@ -40,6 +40,7 @@ CASES: tuple[tuple[str, int, int | str], ...] = (
     ("additive", 8, "row"),
     ("e8", 2, "tensor"),
     *(("pyramid", bits, "row") for bits in (2, 3, 4)),
+    *(("trellis", bits, "row") for bits in (2, 3, 4)),
 )
 
 
