@@ -20,6 +20,7 @@ from bitmill.models.streamed import StreamedModel
 from bitmill.recipes.attention import attach_attention
 from bitmill.recipes.method import METHODS, build_recipe
 from bitmill.runtime.modules.linear import QuantLinear
+from bitmill.runtime.modules.packed import PackedMatrix
 from bitmill.sources.module import ModuleSource
 from bitmill.tasks.base import task_for
 from bitmill.workflows.quantize.run import Outcome
@@ -66,7 +67,7 @@ def live_dequantized(model: nn.Module, folder) -> nn.Module:
     for name in checkpoint.formats:
         linear, quantized = live.get_submodule(name), checkpoint.quantized(name)
         W = quantized.dequantize()
-        linear.weight.data = W if isinstance(linear, nn.Linear) else W.T.contiguous()
+        linear.weight.data = W if isinstance(linear, nn.Linear | nn.Embedding) else W.T.contiguous()
         hook_inputs(linear, quantized.rounding)
     attach_attention(live, checkpoint.config["quantization_config"].get("recipe"))
     return live
@@ -87,9 +88,11 @@ def test_loaded_equals_dequantized(name, method, outcome_of):
     tolerance = 2e-2 if rounds else 1e-4
     assert torch.allclose(logits, expected, rtol=1e-4, atol=tolerance * float(expected.abs().max()))
 
-    layers = [n for n, m in ours.named_modules() if isinstance(m, QuantLinear)]
+    layers = {
+        n: m for n, m in ours.named_modules() if isinstance(m, PackedMatrix) and not getattr(m, "tied", None)
+    }
     assert sorted(layers) == sorted(open_checkpoint(out).formats)
-    assert len(layers) == outcome.summary["layers"]
+    assert sum(not layer.outside_blocks for layer in layers.values()) == outcome.summary["layers"]
     in_memory = sum(t.nbytes for t in (*ours.parameters(), *ours.buffers()))
     assert abs(in_memory - stored_bytes(out)) <= 0.1 * stored_bytes(out)
 

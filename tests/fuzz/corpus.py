@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,6 +373,27 @@ def _lattice(folder: Path) -> str:
 READERS["lattices"] = Reader(("data/lattices.py",), "texts", "u1.slf", {"read": _lattice})
 
 
+@refusing
+def _labelled(folder: Path) -> str:
+    from bitmill.data.labelled import read_labelled
+
+    return digest_of(read_labelled("labelled.jsonl"))
+
+
+READERS["texts with labels"] = Reader(("data/labelled.py",), "texts", "labelled.jsonl", {"read": _labelled})
+
+
+@refusing
+def _recordings(folder: Path) -> str:
+    from bitmill.data.recordings import read_recordings, samples_of
+
+    listed = list(read_recordings(Path("recordings.jsonl")))
+    return digest_of([[number, text, samples_of(path).tolist()] for number, path, text in listed])
+
+
+READERS["recordings"] = Reader(("data/recordings.py",), "texts", "recordings.jsonl", {"read": _recordings})
+
+
 def build(root: Path) -> None:
     """Write the files of all readers below a folder."""
     import bitmill
@@ -399,6 +421,12 @@ def build(root: Path) -> None:
     (root / "texts" / "nbest.jsonl").write_text(json.dumps(utterance) + "\n")
     lattice = "VERSION=1.0\nlmscale=2\nN=2 L=2\nI=0\nI=1\nJ=0 S=0 E=1 W=w1 a=-3.5 l=-1\nJ=1 S=0 E=1 W=w2 a=-4\n"
     (root / "texts" / "u1.slf").write_text(lattice)
+    labelled = [{"text": f"w{n} w{n + 1}", "label": n % 2} for n in range(4)]
+    (root / "texts" / "labelled.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in labelled))
+    with wave.open(str(root / "texts" / "w1.wav"), "wb") as sound:
+        sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+        sound.writeframes(bytes(range(64)))
+    (root / "texts" / "recordings.jsonl").write_text('{"audio": "w1.wav", "text": "w1"}\n')
     shutil.copy(root / "done" / "recipe.yaml", root / "texts" / "mine.yaml")
     tiny_model("bert").save_pretrained(root / "encoder" / "source")
     open_source(str(made.source)).tokenizer().save_pretrained(root / "encoder" / "source")

@@ -26,6 +26,7 @@ OWN_FILES = {  # that come with bitmill or the machine, or are compared with a d
     "checkpoint/training_journal.py",
     "sources/gguf_tokenizer.py",
     "sources/zoo.py",
+    "sources/whisper.py",
     "config/listing.py",
     "data/archive.py",
     "data/domains/code.py",

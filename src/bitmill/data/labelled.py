@@ -31,7 +31,7 @@ def labelled_windows(source: TextSource, tokenizer: Any) -> SentenceWindows:
         source: see `load_text`.
         tokenizer: the model's tokenizer.
     """
-    labelled = _read(source) if isinstance(source, str) and source.endswith(".jsonl") else {}
+    labelled = read_labelled(source) if isinstance(source, str) and source.endswith(".jsonl") else {}
     return LabelledWindows(labelled, tokenizer) if labelled else SentenceWindows(source, tokenizer)
 
 
@@ -94,7 +94,7 @@ def _fifth(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % _FIFTHS
 
 
-def _read(source: str) -> dict[str, list[str]]:
+def read_labelled(source: str) -> dict[str, list[str]]:
     """Return label -> texts of a .jsonl file, numbers in order of size; nothing where lines have no label."""
     path = user_path(source)
     found: dict[Any, list[str]] = {}

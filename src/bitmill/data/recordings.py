@@ -64,7 +64,7 @@ class RecordingWindows:
                 "have audio, the path of a WAV file, and text, with --calib, or with --text to measure on."
             )
         self._path, self._processor = user_path(source), processor
-        self._entries = list(_entries(self._path))
+        self._entries = list(read_recordings(self._path))
         if not self._entries:
             raise CalibrationError(f"{self._path} lists no recording; give lines with audio and text.")
 
@@ -153,7 +153,7 @@ def samples_of(path: Path) -> np.ndarray:
     return np.frombuffer(frames, dtype="<i2").astype(np.float32) / 32768
 
 
-def _entries(path: Path) -> Iterator[tuple[int, Path, str]]:
+def read_recordings(path: Path) -> Iterator[tuple[int, Path, str]]:
     """Yield (fifth, file, text) of the lines of a list. Raises CalibrationError."""
     document = read_document(path, "list of recordings", CalibrationError, MAX_BYTES, "give a .jsonl file")
     for number, line in enumerate(document.splitlines(), 1):

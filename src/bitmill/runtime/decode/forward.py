@@ -98,8 +98,7 @@ class StepForward:
         if len(args) == 1:
             kwargs, args = {"input_ids": args[0], **kwargs}, ()
         ids = kwargs.get("input_ids")
-        single = type(ids) is Tensor and ids.dim() == 2 and ids.shape[0] == 1 and ids.shape[1] > 0
-        if args or not single or not _is_plain(kwargs, ids):
+        if args or type(ids) is not Tensor or not _is_one_sequence(ids) or not _is_plain(kwargs, ids):
             return self._own(*args, **kwargs)
         cache = cache_argument(kwargs)
         if cache is None and not kwargs.get("use_cache"):
@@ -220,6 +219,11 @@ class StepForward:
     def _refuse(self, reason: str) -> None:
         self.unsupported_reason, self._plan = _sentence(reason), None
         logging.getLogger("bitmill").info(self.unsupported_reason)
+
+
+def _is_one_sequence(ids: Tensor) -> bool:
+    """Return True for token ids (1, length) that are not empty."""
+    return ids.dim() == 2 and ids.shape[0] == 1 and ids.shape[1] > 0
 
 
 def _is_plain(kwargs: dict[str, Any], ids: Tensor) -> bool:

@@ -62,6 +62,10 @@ class QuantLinear(PackedMatrix):
         found._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers draws no values for it
         return found
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        """Ignore a weight: transformers ties heads by assigning that of the embedding."""
+
     def packed(self) -> dict[str, Tensor]:
         """Return all packed tensors by name, tied and shared ones included."""
         return super().packed() if self.tied is None else self.tied.packed()

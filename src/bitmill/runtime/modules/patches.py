@@ -26,7 +26,17 @@ class QuantPatches(QuantLinear):
         columns = old.in_channels * height * width
         super().__init__(format, (old.out_channels, columns), old.bias is not None, device)
         self.in_channels, self.patch = old.in_channels, (height, width)
-        self.register_buffer("weight", old.weight.data.new_empty(old.out_channels, 0), persistent=False)
+        self._buffers["weight"] = old.weight.data.new_empty(
+            old.out_channels, 0
+        )  # a name that is taken by the base
+        self._non_persistent_buffers_set.add("weight")
+
+    @property
+    def weight(self) -> Tensor:
+        """The empty buffer."""
+        found = self._buffers["weight"]
+        assert found is not None
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed pictures (pictures, channels, height, width) as (pictures, out, rows, columns) of patches."""

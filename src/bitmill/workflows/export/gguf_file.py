@@ -28,7 +28,7 @@ _ALIKE = {"mistral": "llama"}  # a model type -> the one whose tensors it has
 _DESCRIBED = ("llama", "qwen2", "qwen3")  # whose metadata is written from a config and a tokenizer
 _EXPORTED = (*_DESCRIBED, "gemma", "gemma2", "gemma3")
 _FILE_TYPES = {
-    Kind[name]: gguf.LlamaFileType[f"MOSTLY_{file}"]
+    gguf.GGMLQuantizationType[name]: gguf.LlamaFileType[f"MOSTLY_{file}"]
     for name, file in {
         **{name: name for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q6_K", "IQ4_NL", "IQ4_XS")},
         **{name: f"{name}_M" for name in ("Q3_K", "Q4_K", "Q5_K")},
