@@ -38,6 +38,10 @@ class QuantPatches(QuantLinear):
         assert found is not None
         return found
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self._buffers["weight"] = value
+
     def forward(self, x: Tensor) -> Tensor:
         """Embed pictures (pictures, channels, height, width) as (pictures, out, rows, columns) of patches."""
         height, width = self.patch
