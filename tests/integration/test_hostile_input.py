@@ -49,6 +49,7 @@ def test_commands(command: Command, pristine, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "bitmill.workflows.bench.memory.cold_bytes", lambda: 1 << 12
     )  # for a quick `bench kernels`
+    monkeypatch.setattr("bitmill.workflows.bench.formats.SHAPE", (2, 256))
     monkeypatch.setattr("sys.stdin", io.StringIO("w1\n"))
     here = tmp_path / "here"
 

@@ -44,7 +44,9 @@ def test_bytes_are_those_of_the_layers():
     with torch.no_grad():
         model(torch.randint(3, 100, (1, 70)), past_key_values=cache)
     layer = CachedLayer(model.config.num_key_value_heads, model.config.head_dim)
-    sizes = [layer_cache_size(method, layer, 1, 70, number=number).allocated for number in range(2)]
+    sizes = [
+        layer_cache_size(method, layer, 1, 70, scheme=method.layer_scheme(number)).allocated for number in range(2)
+    ]
     assert [own.allocated_bytes for own in cache.packed_layers] == sizes
     assert sizes[0] > sizes[1]
 

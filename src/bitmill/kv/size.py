@@ -100,7 +100,12 @@ def cache_size(
 
 
 def layer_cache_size(
-    method: KVMethod | None, layer: CachedLayer, layers: int, tokens: int, batch: int = 1, number: int = 0
+    method: KVMethod | None,
+    layer: CachedLayer,
+    layers: int,
+    tokens: int,
+    batch: int = 1,
+    scheme: Scheme | None = None,
 ) -> CacheSize:
     """Return the size of the cache of equal layers, packed or in fp16.
 
@@ -110,7 +115,7 @@ def layer_cache_size(
         layers: number of such layers.
         tokens: tokens per row that were appended.
         batch: rows.
-        number: index of one of the layers, for a method that stores layers in several ways.
+        scheme: of these layers; without one that of the method's first layer.
 
     Raises:
         RecipeError: heads of this size do not suit the method.
@@ -118,7 +123,7 @@ def layer_cache_size(
     if method is None:
         return CacheSize(floats=_FP16_BYTES * layers * batch * layer.num_elements(tokens))
     return cache_size(
-        method.layer_scheme(number),
+        scheme or method.layer_scheme(0),
         layer.heads,
         layer.dim,
         layers,

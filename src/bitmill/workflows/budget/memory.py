@@ -67,7 +67,8 @@ class RunningMemory:
         """Return the bits of a layer's keys and values, tables included; None stores them in fp32."""
         if method is None:
             return 8 * _FLOAT * self.layers[number].num_elements(self.context)
-        return 8 * layer_cache_size(method, self.layers[number], 1, self.context, number=number).total
+        scheme = method.layer_scheme(number) if method else None
+        return 8 * layer_cache_size(method, self.layers[number], 1, self.context, scheme=scheme).total
 
 
 def running_memory(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bitmill.errors import RecipeError
 from bitmill.kv import KV_METHODS, KVMethod
 from bitmill.kv.config import KVConfig
+from bitmill.kv.scheme import Scheme
 from bitmill.kv.size import FLOAT_BITS, CacheSize, check_heads, layer_cache_size
 from bitmill.models.kv_shapes import CachedLayer
 
@@ -46,15 +48,17 @@ class CacheStorage:
         Raises:
             RecipeError: the method does not support these heads.
         """
-        alike: dict[Hashable, list[int]] = {}
-        for number, layer in enumerate(self.layers):
-            scheme = None if self.method is None else self.method.layer_scheme(number)
-            alike.setdefault((layer, scheme), []).append(number)
         sizes = (
-            layer_cache_size(self.method, self.layers[own[0]], len(own), tokens, self.batch, own[0])
-            for own in alike.values()
+            layer_cache_size(self.method, layer, count, tokens, self.batch, scheme)
+            for (layer, scheme), count in self._alike.items()
         )
         return sum(sizes, CacheSize())
+
+    @cached_property
+    def _alike(self) -> dict[tuple[CachedLayer, Scheme | None], int]:
+        """Number of layers by shape and storage scheme: sizes are asked for at thousands of contexts."""
+        schemes = (self.method.layer_scheme(n) if self.method else None for n in range(len(self.layers)))
+        return Counter(zip(self.layers, schemes))
 
     def row(self, tokens: int, chosen: bool) -> dict[str, Any]:
         """Return the sizes as plain data.
