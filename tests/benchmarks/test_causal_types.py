@@ -20,6 +20,7 @@ TYPES = (  # hybrids, compressed keys, experts with dense first blocks, parallel
     "jamba",
     "mamba2",
     "nemotron_h",
+    "gemma4_text",
     "olmo_hybrid",
     "phi",
     "qwen3_next",

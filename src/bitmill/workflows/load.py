@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,6 +151,15 @@ def _try_tokenizer(tokenizer: Any) -> None:
     tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)
 
 
+def _from_pretrained(kind: Any, folder: str, trust_remote_code: bool, **options: Any) -> Any:
+    """Call `from_pretrained`, without what is slow to import where the model allows it."""
+    load = partial(kind.from_pretrained, folder, trust_remote_code=trust_remote_code, **options)
+    if not trust_remote_code:
+        with suppress(RuntimeError), plain_meta_model():  # Gemma 4 mixes numbers in memory with those that are not
+            return load()
+    return load()
+
+
 def _from_folder(
     kind: Any,
     folder: str | Path,
@@ -160,10 +170,9 @@ def _from_folder(
     """Call `from_pretrained` on a folder that bitmill wrote; every error, of `check` too, becomes one sentence."""
     folder = user_path(folder)
     try:
-        with nullcontext() if trust_remote_code else plain_meta_model():
-            loaded = kind.from_pretrained(
-                str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **options
-            )
+        loaded = _from_pretrained(
+            kind, str(folder), trust_remote_code=trust_remote_code, local_files_only=True, **options
+        )
         if check is not None:
             check(loaded)
         return loaded
