@@ -97,19 +97,19 @@ def check(matrix: Quantized, tokens: int, dtype: torch.dtype = torch.float32) ->
     assert bool(((y.double() - expected).abs() <= bound + 1e-30).all())
 
 
-@pytest.mark.parametrize("bits", thin(range(1, 9), [1, 3, 4, 8]))
+@pytest.mark.parametrize("bits", thin(range(1, 9), [3, 8]))
 @pytest.mark.parametrize("kind", [Uniform, Codebook], ids=lambda kind: kind.__name__)
 def test_lut_gemv(kind, bits):
     check(quantized(kind(bits, 40), (5, 130)), 1)
 
 
-@pytest.mark.parametrize("bits", thin(range(1, 9), [1, 3, 4, 8]))
+@pytest.mark.parametrize("bits", thin(range(1, 9), [3, 8]))
 @pytest.mark.parametrize("kind", [Uniform, Codebook], ids=lambda kind: kind.__name__)
 def test_lut_gemm(kind, bits):
     check(quantized(kind(bits, 40), (5, 130)), 16)
 
 
-@pytest.mark.parametrize("bits", range(1, 6))
+@pytest.mark.parametrize("bits", thin(range(1, 6), [1, 4]))
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_binary(bits, tokens):
     check(quantized(BinaryCoding(bits, 40, offset=bits % 2 == 0), (5, 130)), tokens)
