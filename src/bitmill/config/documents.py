@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,27 @@ def read_json(path: Path, error: type[BitmillError], limit_bytes: int, hint: str
         return load_json(read_document(path, "file", error, limit_bytes, hint))
     except ValueError as found:
         raise error(f"{path} is not valid JSON ({one_line(found)}); {hint}.") from None
+
+
+def read_json_lines(
+    path: Path, noun: str, error: type[BitmillError], limit_bytes: int
+) -> Iterator[tuple[int, Any]]:
+    """Yield the numbers and the data of the lines of a .jsonl file that are not empty.
+
+    Args:
+        path, noun, error, limit_bytes: as for `read_document`.
+
+    Raises:
+        BitmillError: of the class `error`: the file cannot be read, or a line is not JSON.
+    """
+    document = read_document(path, noun, error, limit_bytes, "give a .jsonl file")
+    for number, line in enumerate(document.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, load_json(line)
+        except ValueError as found:
+            raise error(f"Line {number} of {path} is no JSON ({one_line(found)}); mend it.") from None
 
 
 def read_json_object(path: Path, error: type[BitmillError], limit_bytes: int, hint: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitmill.config.documents import load_json, read_document
+from bitmill.config.documents import read_json_lines
 from bitmill.config.paths import user_path
 from bitmill.data.pictures import PARTS
 from bitmill.data.sentences import SentenceWindows
@@ -98,14 +98,7 @@ def read_labelled(source: str) -> dict[str, list[str]]:
     """Return label -> texts of a .jsonl file, numbers in order of size; nothing where lines have no label."""
     path = user_path(source)
     found: dict[Any, list[str]] = {}
-    document = read_document(path, "text", CalibrationError, MAX_BYTES, "give a .jsonl file")
-    for number, line in enumerate(document.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = load_json(line)
-        except ValueError as error:
-            raise CalibrationError(f"Line {number} of {path} is no JSON ({error}); mend it.") from None
+    for number, entry in read_json_lines(path, "text", CalibrationError, MAX_BYTES):
         if not isinstance(entry, dict) or "label" not in entry:
             return {}
         label, text = entry["label"], entry.get("text")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitmill.config.documents import load_json, read_document
+from bitmill.config.documents import read_json_lines
 from bitmill.config.paths import user_path
 from bitmill.data.pictures import PARTS
 from bitmill.data.text import MAX_BYTES, TextSource
@@ -155,14 +155,7 @@ def samples_of(path: Path) -> np.ndarray:
 
 def read_recordings(path: Path) -> Iterator[tuple[int, Path, str]]:
     """Yield (fifth, file, text) of the lines of a list. Raises CalibrationError."""
-    document = read_document(path, "list of recordings", CalibrationError, MAX_BYTES, "give a .jsonl file")
-    for number, line in enumerate(document.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = load_json(line)
-        except ValueError as error:
-            raise CalibrationError(f"Line {number} of {path} is no JSON ({error}); mend it.") from None
+    for number, entry in read_json_lines(path, "list of recordings", CalibrationError, MAX_BYTES):
         audio, text = (entry.get(key) if isinstance(entry, dict) else None for key in ("audio", "text"))
         if not isinstance(audio, str) or not isinstance(text, str):
             raise CalibrationError(f"Line {number} of {path} needs audio, the path of a WAV file, and text.")

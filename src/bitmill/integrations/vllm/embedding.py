@@ -23,16 +23,7 @@ class PackedEmbeddingMethod(QuantizeMethodBase):
     def __init__(self, format: Format) -> None:
         self.format = format
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
+    def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
         """Register where the stored tensors are collected; see vLLM's `QuantizeMethodBase`."""
         layer.packed_weights = PackedWeights(layer.prefix, [self.format])
         object.__setattr__(layer, "packed_table", layer)  # no submodule of itself
