@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import bitmill
 from helpers.workspace import save_model
@@ -25,13 +26,22 @@ if __name__ == "__main__":
 OPTIONS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "BITMILL_ACTIVATIONS": "float32"}
 
 
+def wide_model(folder: Path) -> Path:
+    """Save a model whose heads have 64 channels: vLLM's attention on CPUs has no kernel for narrow ones."""
+    save_model(folder)
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(folder, **sizes)).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 @pytest.mark.parametrize("method", ["gptqt", "squeezellm", "rtn"])
 def test_greedy_tokens(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITMILL_ACTIVATIONS", "float32")
     text = "w1 w5 w9 w20 w7 w3 " * 200
     bitmill.quantize(
-        str(save_model(tmp_path / "float")),
+        str(wide_model(tmp_path / "float")),
         method,
         bits=4,
         out=tmp_path / "packed",
